@@ -1,0 +1,83 @@
+"""Every exception of this project, as one tree.
+
+    PrefixError
+    ├── ConfigError       an option, a configuration file or an argument is wrong
+    ├── BackboneError     a model cannot be loaded, or cannot carry a prefix
+    ├── CheckpointError   an artifact or a training state is broken, foreign or newer
+    ├── DataError         an input file, a row or an example is wrong
+    ├── TrainingError     a run cannot go on (the loss is not finite, the disk is full)
+    └── RequestError      a generation request cannot be served (context overflow, ...)
+
+A message says what failed, the value got, what is allowed, and in `hint` the next step. The command line prints
+`error:` and `hint:` and exits with 2; anything that is not a `PrefixError` is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BackboneError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "PrefixError",
+    "RequestError",
+    "TrainingError",
+    "did_you_mean",
+]
+
+
+class PrefixError(Exception):
+    """The root: catch this to catch every mistake that this project reports.
+
+    Args:
+        message: What failed, the value got, and what is allowed.
+        hint: The next step, as a sentence; empty when there is none to give.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} Hint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(PrefixError):
+    """An option, a configuration file or an argument is wrong; lists all faults at once."""
+
+
+class BackboneError(PrefixError):
+    """A model cannot be loaded, or cannot carry a prefix."""
+
+
+class CheckpointError(PrefixError):
+    """An artifact or a training state is truncated, foreign, non-finite or of a newer format."""
+
+
+class DataError(PrefixError):
+    """An input file, one of its rows, or an example is wrong."""
+
+
+class TrainingError(PrefixError):
+    """A training run cannot go on; the last good state is kept."""
+
+
+class RequestError(PrefixError):
+    """A generation request cannot be served."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggest the nearest known word, as a hint.
+
+    >>> did_you_mean("prefix_lenght", ["prefix_length", "seed"])
+    "did you mean 'prefix_length'?"
+    >>> did_you_mean("zzz", ["prefix_length", "seed"])
+    'known: prefix_length, seed.'
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}."

@@ -1,0 +1,50 @@
+"""Writing files so that nothing is ever half-written: a temporary neighbour, flushed to disk, then renamed.
+
+Knows nothing of prefixes, models or formats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefixtune.errors import PrefixError
+
+__all__ = ["atomic_path", "write_text"]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, and rename it onto `path` when the block ends well.
+
+    A reader sees the old file or the new one, never a part, even after `kill -9` or a power cut. On any error the
+    temporary file is removed and the old file stays.
+
+    Args:
+        path: The final file; its folder is made when missing.
+    Raises:
+        PrefixError: The disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PrefixError(
+            f"cannot write {str(path)!r}: {error.strerror or error}.",
+            hint="free some space or choose another folder; the previous file, if any, is untouched.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
