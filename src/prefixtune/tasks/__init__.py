@@ -1,0 +1,9 @@
+"""Files -> examples: the tasks that this project reads, and the text format in which a model sees them.
+
+A task knows its file formats and its linearization (structured fields -> one source string). It knows nothing of
+tokenizers, tensors or training.
+"""
+
+from prefixtune.tasks.examples import Example, TextFormat
+
+__all__ = ["Example", "TextFormat"]

@@ -1,0 +1,85 @@
+"""What every task produces: a source with all of its targets; and the text format around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prefixtune.errors import DataError, did_you_mean
+
+__all__ = ["Example", "TextFormat"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One source and every target (reference) that it has.
+
+    Attributes:
+        source: The linearized input, as the model reads it, without separators.
+        targets: The wanted outputs; empty where only generation is meant.
+        fields: The record that the source was made from, for reports and templates.
+    """
+
+    source: str
+    targets: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a source and a target become one sequence (the authors' format: ` {source} <sep> {target} <end>`).
+
+    `{separator}` and `{end}` stand for special tokens: the tokenizer's beginning-of-sequence token (its
+    end-of-sequence token where it has none) and its end-of-sequence token. Both are stored in an artifact, so that
+    whoever serves it formats a request as the training did.
+
+    Attributes:
+        prompt: Template of the part that is given; has `{source}` and may have `{separator}`.
+        target: Template of the part that is learned; has `{target}`; the end token follows it.
+    """
+
+    prompt: str = " {source} {separator}"
+    target: str = " {target} "
+
+    def __post_init__(self) -> None:
+        for name, needed in (("prompt", "{source}"), ("target", "{target}")):
+            template = getattr(self, name)
+            if needed not in template:
+                raise DataError(
+                    f"text format: {name} template {template!r} does not contain {needed}.",
+                    hint=f"write {needed} where the text belongs.",
+                )
+
+    def format_prompt(self, source: str, separator: str) -> str:
+        """The text before the target.
+
+        >>> TextFormat().format_prompt("name : Aromi", "<sep>")
+        ' name : Aromi <sep>'
+        """
+        return self.prompt.replace("{separator}", separator).replace("{source}", source)
+
+    def format_target(self, target: str) -> str:
+        """The text that is learned, without its end token.
+
+        >>> TextFormat().format_target("Aromi is a pub.")
+        ' Aromi is a pub. '
+        """
+        return self.target.replace("{target}", target)
+
+    def to_dict(self) -> dict[str, str]:
+        """As stored in an artifact's header."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TextFormat:
+        """The reverse of `to_dict`.
+
+        Raises:
+            DataError: A key is unknown.
+        """
+        known = {"prompt", "target"}
+        for key in values:
+            if key not in known:
+                raise DataError(f"text format has the unknown key {key!r}.", hint=did_you_mean(key, known))
+        return cls(**{key: str(value) for key, value in values.items()})
