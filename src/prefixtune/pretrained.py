@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -179,7 +180,7 @@ def _is_complete(folder: Path, item: Pretrained) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Let one process in at a time; the lock ends with its process, however that ends."""
+    """Let one process (and one thread) in at a time; the lock ends with its process, however that ends."""
     if sys.platform == "win32":  # no such lock there; the rename at the end still keeps the folder whole
         yield
         return
@@ -373,8 +374,6 @@ def _tokenizer_difference(first: Any, second: Any) -> str:
 
 def _finish(item: Pretrained, folder: Path) -> None:
     """Write the marker that makes the folder complete, and flush everything to disk."""
-    import transformers
-
     (folder / MARKER).touch()
     mode = (folder / MARKER).stat().st_mode
     files = sorted(path for path in folder.iterdir() if path.name != MARKER)
@@ -385,7 +384,7 @@ def _finish(item: Pretrained, folder: Path) -> None:
         "license": item.license,
         "source": f"{item.wheel}: {item.member}",
         "gguf_sha256": item.gguf_sha256,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "files": {path.name: path.stat().st_size for path in files},
     }
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ A task knows its file formats and its linearization (structured fields -> one so
 tokenizers, tensors or training.
 """
 
-from prefixtune.tasks.examples import Example, TextFormat
+from prefixtune.tasks.examples import Example, TextFormat, limit_targets
+from prefixtune.tasks.registry import TASKS, Task, read_task
 
-__all__ = ["Example", "TextFormat"]
+__all__ = ["TASKS", "Example", "Task", "TextFormat", "limit_targets", "read_task"]

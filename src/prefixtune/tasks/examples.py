@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = ["Example", "TextFormat"]
+__all__ = ["Example", "TextFormat", "limit_targets"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,21 @@ class TextFormat:
             if key not in known:
                 raise DataError(f"text format has the unknown key {key!r}.", hint=did_you_mean(key, known))
         return cls(**{key: str(value) for key, value in values.items()})
+
+
+def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:
+    """The first `limit` targets, with their sources; 0: all of them.
+
+    >>> [e.targets for e in limit_targets([Example("a", ("1", "2")), Example("b", ("3",))], 1)]
+    [('1',)]
+    """
+    if not limit:
+        return list(examples)
+    kept: list[Example] = []
+    room = limit
+    for example in examples:
+        if room <= 0:
+            break
+        kept.append(Example(example.source, example.targets[:room], example.fields))
+        room -= len(example.targets)
+    return kept

@@ -1,0 +1,69 @@
+# make demo | test | check | bench | docs | clean | help
+#
+# Needs Python 3.11 or newer with pip and venv. Everything is installed into $(VENV); pip's own settings (index, links,
+# proxies) hold as they are.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test check bench docs clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.installed  ## install into .venv and run the tour: train a prefix, measure it, serve it
+	$(BIN)/prefixtune demo
+
+test: $(VENV)/.tested  ## run all tests (fetches the default backbone once)
+	$(BIN)/prefixtune prepare
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry src
+
+bench: $(VENV)/.tested  ## measure speed and memory, against PEFT too
+	$(BIN)/prefixtune prepare
+	OMP_WAIT_POLICY=passive $(BIN)/python bench/run.py $(BENCH_ARGS)
+
+docs: $(VENV)/.installed  ## write the generated pages of docs/
+	$(BIN)/python docs/build.py
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The stamps below make later runs quick: they are redone only when pyproject.toml changes.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is missing or older than 3.11." >&2; \
+		  echo "hint: name another one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "error: $(PYTHON) cannot make a virtual environment with pip (no venv or ensurepip)." >&2; \
+		  echo "hint: on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+# Dependency groups need pip 25.1.
+$(VENV)/.pip: $(VENV)/.created
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e .
+	@touch $@
+
+$(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e .
+	@touch $@

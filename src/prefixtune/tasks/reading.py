@@ -1,0 +1,239 @@
+"""Opening a data file and cutting it into rows, with errors that name the file and the line.
+
+Formats: `.jsonl` (one object a line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
+where needed), each also gzipped (`.gz`). Text is UTF-8, with or without a byte order mark. A file is read whole.
+
+Knows nothing of what a row means: no task, no column name, no template.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import DataError, did_you_mean
+
+__all__ = ["FORMATS", "Row", "file_format", "read_rows", "read_text"]
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv")
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file.
+
+    Attributes:
+        where: Where it stands, for messages: `data.csv, line 3` (its first line), or `data.json, item 3` (from 1).
+        values: Column -> value; text in CSV and TSV, any JSON value otherwise.
+    """
+
+    where: str
+    values: dict[str, Any]
+
+
+def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
+    """The format of a file by its name, without a final `.gz`.
+
+    >>> file_format(Path("mine/train.CSV.gz"))
+    '.csv'
+
+    Raises:
+        DataError: The ending is none of `formats`.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    ending = suffixes[-1] if suffixes else ""
+    if ending not in formats:
+        got = f"the ending {''.join(path.suffixes[-2:])!r}" if path.suffixes else "no ending"
+        raise DataError(
+            f"{path} has {got}; allowed: {', '.join(formats)}, each with or without .gz.",
+            hint=did_you_mean(ending, formats) if ending else "rename the file so that its ending says what it holds.",
+        )
+    return ending
+
+
+def read_text(path: Path) -> str:
+    """The whole text of a file, unzipped where its name ends with `.gz`, without a byte order mark.
+
+    Raises:
+        DataError: The file is missing, a folder, unreadable, empty, not the gzip that its name promises, or not UTF-8.
+    """
+    data = _read_bytes(path)
+    if path.suffix.lower() == ".gz":
+        data = _unzip(path, data)
+    elif data.startswith(_GZIP_MAGIC):
+        raise DataError(f"{path} is gzipped, but its name does not end with .gz.", hint="add .gz to its name.")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; only UTF-8 text is allowed.",
+            hint="convert the file, as with `iconv -f OLD -t UTF-8`, or save it anew as UTF-8.",
+        ) from error
+    if not text.strip():
+        raise DataError(f"{path} is empty; at least one row is needed.", hint="check that it was written to the end.")
+    return text
+
+
+def read_rows(path: Path, formats: Sequence[str] = FORMATS) -> list[Row]:
+    """All rows of a file, in order; blank lines are skipped.
+
+    Args:
+        path: The file; its ending says its format.
+        formats: The endings allowed, of `FORMATS`.
+
+    Raises:
+        DataError: The file cannot be read (see `read_text`), has another ending, or one of its rows is malformed.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # Path.is_dir raises where the parent folder is closed to us
+        raise _folder(path)
+    form = file_format(path, formats)
+    text = read_text(path)
+    if form == ".jsonl":
+        rows = list(_json_lines(text, path))
+    elif form == ".json":
+        rows = list(_json_list(text, path))
+    else:
+        rows = list(_table(text, path, "," if form == ".csv" else "\t"))
+    if not rows:
+        raise DataError(f"{path} has no rows; at least one is needed.", hint="check that it was written to the end.")
+    return rows
+
+
+def _folder(path: Path) -> DataError:
+    return DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        near = [item.name for item in path.parent.glob("*")]
+        hint = did_you_mean(path.name, near)
+        if not hint.startswith("did you mean"):
+            hint = "check the path; a relative one starts at the current folder."
+        raise DataError(f"{path} does not exist.", hint=hint) from error
+    except IsADirectoryError as error:
+        raise _folder(path) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.", hint="check its permissions.") from error
+
+
+def _unzip(path: Path, data: bytes) -> bytes:
+    if not data.startswith(_GZIP_MAGIC):
+        raise DataError(
+            f"{path} ends with .gz but is not a gzip file.", hint="drop .gz from its name, or compress it with `gzip`."
+        )
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is a broken gzip file: {error}.", hint="copy or download it again.") from error
+
+
+def _json_lines(text: str, path: Path) -> Iterator[Row]:
+    # Only "\n" ends a line: JSON strings may hold other separators (U+2028) that str.splitlines would cut at.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield Row(where, _as_object(_parse_json(line, path, number), where))
+
+
+def _json_list(text: str, path: Path) -> Iterator[Row]:
+    values = _parse_json(text, path, 1)
+    if not isinstance(values, list):
+        raise DataError(
+            f"{path} holds a JSON {_json_type(values)}; a .json file must hold a list of objects.",
+            hint="wrap it in [ ], or name a file with one object a line .jsonl.",
+        )
+    for number, value in enumerate(values, start=1):
+        where = f"{path}, item {number}"
+        yield Row(where, _as_object(value, where))
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
+    """The value of a text that starts at `first_line` of a file."""
+    where = f"{path}, line {first_line}"
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            # Half of a surrogate pair is legal in JSON, but no text: no tokenizer takes it.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {first_line + error.lineno - 1}, column {error.colno}: not JSON: {error.msg}.",
+            hint="look for a missing quote, comma or brace.",
+        ) from error
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half a surrogate pair (\\ud...) is not text.", hint="write the character."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: this JSON cannot be read: {error}.", hint="use plain strings and numbers."
+        ) from error
+    return value
+
+
+def _as_object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{where} holds a JSON {_json_type(value)}; an object is needed.",
+            hint='write rows as {"column": value, ...}.',
+        )
+    return value
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _table(text: str, path: Path, delimiter: str) -> Iterator[Row]:
+    lines = _table_lines(text, path, delimiter)
+    number, header = next(lines, (1, [""]))
+    columns = [name.strip() for name in header]
+    for name in columns:
+        if columns.count(name) > 1:
+            raise DataError(
+                f"{path}, line {number}: the header names the column {name!r} twice; names must differ.",
+                hint="rename or drop one of the two.",
+            )
+    for number, cells in lines:
+        if len(cells) != len(columns):
+            raise DataError(
+                f"{path}, line {number} has {len(cells)} fields; the header has {len(columns)}: {', '.join(columns)}.",
+                hint='put a field that holds the delimiter in quotes, "like this".',
+            )
+        yield Row(f"{path}, line {number}", dict(zip(columns, cells, strict=True)))
+
+
+def _table_lines(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Records that are not blank, each with the number of its first line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {start}: {error}.",
+                hint='a field that starts with " must end with "; write a quote inside it twice; long texts fit JSONL.',
+            ) from error
+        if cells and any(cell.strip() for cell in cells):
+            yield start, cells

@@ -1,0 +1,159 @@
+"""A small table-to-text set made here: a night-train board, and notices in a house style that no model knows.
+
+A table has six fields (train, to, time, platform, fare, sky). Its notice obeys rules that a model can only learn from
+examples: a platform's letter is a colour, a time is told as by a clock with hands, a fare is spelt out and called
+"a mere" below ten, and the sky decides the closing phrase. Each table has two notices, which differ in their order.
+
+The same arguments give the same set on every version of Python: only `random.Random(seed).random()` is used, the one
+method whose sequence Python promises to keep.
+
+Knows nothing of tokenizers or training, and reads no file.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+from prefixtune.errors import ConfigError
+from prefixtune.tasks.examples import Example
+
+__all__ = ["linearize", "make_toy", "notices"]
+
+_SIDES = {"A": "copper", "B": "blue", "C": "willow", "D": "chalk"}
+_SKIES = {
+    "clear": "the stars ride free",
+    "fog": "keep a lantern lit",
+    "rain": "umbrellas sleep standing",
+    "snow": "cocoa at every halt",
+}
+_HOURS = ("six", "seven", "eight", "nine", "ten", "eleven")
+_FARES = {
+    "4": "four",
+    "6": "six",
+    "8": "eight",
+    "11": "eleven",
+    "12": "twelve",
+    "15": "fifteen",
+    "20": "twenty",
+    "30": "thirty",
+}
+_VALUES: dict[str, tuple[str, ...]] = {
+    "train": ("Heron", "Otter", "Badger", "Swan", "Fox", "Owl", "Hare", "Wolf"),
+    "to": ("Northgate", "Oldbridge", "Saltmarsh", "Stonehill", "Greenford", "Westport", "Kingswood", "Redcliff"),
+    "time": tuple(f"{hour}:{minute}" for hour in range(18, 23) for minute in ("00", "15", "30", "45")),
+    "platform": tuple(_SIDES),
+    "fare": tuple(_FARES),
+    "sky": tuple(_SKIES),
+}
+_LARGEST = 10_000
+
+
+def linearize(table: Mapping[str, str]) -> str:
+    """A table as the model reads it.
+
+    >>> linearize({"train": "Heron", "to": "Westport"})
+    'train : Heron | to : Westport'
+    """
+    return " | ".join(f"{field} : {value}" for field, value in table.items())
+
+
+def notices(table: Mapping[str, str]) -> tuple[str, str]:
+    """The two notices of a table, in the house style.
+
+    >>> table = {"train": "Fox", "to": "Westport", "time": "18:45", "platform": "B", "fare": "8", "sky": "fog"}
+    >>> for notice in notices(table):
+    ...     print(notice)
+    Quarter to seven: the Fox sails from the blue side to Westport, a mere eight crowns a pillow; keep a lantern lit.
+    From the blue side at quarter to seven the Fox sails to Westport, a mere eight crowns a pillow; keep a lantern lit.
+    """
+    time = _clock(table["time"])
+    side = f"the {_SIDES[table['platform']]} side"
+    fare = ("a mere " if int(table["fare"]) < 10 else "") + _FARES[table["fare"]]
+    end = f"to {table['to']}, {fare} crowns a pillow; {_SKIES[table['sky']]}."
+    return (
+        f"{time[0].upper()}{time[1:]}: the {table['train']} sails from {side} {end}",
+        f"From {side} at {time} the {table['train']} sails {end}",
+    )
+
+
+def make_toy(seed: int = 7, train: int = 320, held_out: int = 40) -> tuple[list[Example], list[Example]]:
+    """The training tables and the held-out ones.
+
+    No table is in both, none is repeated, and every value of a held-out table occurs in training, so that what is asked
+    for is the style in new combinations, not new words. From 20 training tables on, every value occurs in training.
+
+    Args:
+        seed: Another seed gives other tables, by the same rules; >= 0.
+        train: Number of training tables; 1 to 10,000.
+        held_out: Number of held-out tables; 0 to 10,000.
+
+    Raises:
+        ConfigError: A number is out of range, or so few training tables leave too few combinations to hold out.
+    """
+    faults = [
+        f"{name} is {value!r}; allowed: {low} to {high:,}."
+        for name, value, low, high in (("train", train, 1, _LARGEST), ("held_out", held_out, 0, _LARGEST))
+        if not low <= value <= high
+    ]
+    if seed < 0:
+        faults.append(f"seed is {seed!r}; allowed: 0 and more.")
+    if faults:
+        raise ConfigError(f"toy set: {' '.join(faults)}", hint="leave the numbers out to have 320 and 40 tables.")
+    rng = random.Random(seed)
+    training = _deal(rng, train)
+    seen = {field: sorted({table[field] for table in training}) for field in _VALUES}
+    left = math.prod(len(values) for values in seen.values()) - train
+    if held_out > left:
+        raise ConfigError(
+            f"toy set: held_out is {held_out}, but {train} training tables leave only {left} other combinations.",
+            hint="ask for more training tables or fewer held-out ones.",
+        )
+    taken = {linearize(table) for table in training}
+    holding: list[dict[str, str]] = []
+    while len(holding) < held_out:
+        table = {field: values[_below(rng, len(values))] for field, values in seen.items()}
+        if linearize(table) not in taken:
+            taken.add(linearize(table))
+            holding.append(table)
+    return [_example(table) for table in training], [_example(table) for table in holding]
+
+
+def _example(table: dict[str, str]) -> Example:
+    return Example(linearize(table), notices(table), table)
+
+
+def _clock(time: str) -> str:
+    hour, minute = time.split(":")
+    index = int(hour) - 18
+    if minute == "45":
+        return f"quarter to {_HOURS[index + 1]}"
+    return {"00": "{} o'clock", "15": "quarter past {}", "30": "half past {}"}[minute].format(_HOURS[index])
+
+
+def _below(rng: random.Random, limit: int) -> int:
+    """An integer from 0 to `limit` - 1."""
+    return int(rng.random() * limit)
+
+
+def _shuffled(rng: random.Random, values: Sequence[str]) -> list[str]:
+    deck = list(values)
+    for last in range(len(deck) - 1, 0, -1):
+        other = _below(rng, last + 1)
+        deck[last], deck[other] = deck[other], deck[last]
+    return deck
+
+
+def _deal(rng: random.Random, count: int) -> list[dict[str, str]]:
+    """Distinct tables whose values are dealt from shuffled decks, so that all values are about equally frequent."""
+    decks: dict[str, list[str]] = {field: [] for field in _VALUES}
+    tables: dict[str, dict[str, str]] = {}
+    while len(tables) < count:
+        table = {}
+        for field, values in _VALUES.items():
+            if not decks[field]:
+                decks[field] = _shuffled(rng, values)
+            table[field] = decks[field].pop()
+        tables.setdefault(linearize(table), table)
+    return list(tables.values())

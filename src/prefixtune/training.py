@@ -1,0 +1,473 @@
+"""The training loop: yields events, prints nothing.
+
+One optimizer step: the reparameterization runs once, packed rows go through the frozen backbone with the prefix in
+front, logits are computed where there is a label, and AdamW moves the prefix's parameters. Everything is a function of
+the configuration and the step's number, so a resumed run goes on as if nothing had happened.
+
+Knows nothing of consoles and of what the examples mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixtune import __version__, attach
+from prefixtune.backbone import Backbone, fingerprints_match, load_backbone
+from prefixtune.batching import Batch, Encoded, encode_examples, pack, plan_epoch
+from prefixtune.checkpoint import load_prefix, load_state, make_header, save_prefix, save_state
+from prefixtune.config import TrainConfig
+from prefixtune.errors import CheckpointError, ConfigError, TrainingError
+from prefixtune.files import write_text
+from prefixtune.initialize import from_prefix, from_words
+from prefixtune.loss import token_losses
+from prefixtune.prefix import Prefix
+from prefixtune.reparam import PrefixModule, fit
+from prefixtune.tasks import Example, TextFormat, limit_targets, read_task
+
+__all__ = ["Event", "TrainResult", "batch_loss", "build_module", "evaluation_loss", "train"]
+
+Event = dict[str, Any]
+"""What happened: `event` is start, step, evaluation, save or end; the rest are figures."""
+
+PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = "prefix.safetensors", "state.safetensors", "events.jsonl", "config.toml"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        prefix: The best prefix (on the development file, where there is one), baked.
+        path: Its artifact.
+        steps: Optimizer steps taken.
+        best_loss: Lowest development loss, per token; NaN without a development file.
+        num_trained: Parameters that the optimizer moved.
+        events: Everything that was logged.
+    """
+
+    prefix: Prefix
+    path: Path
+    steps: int
+    best_loss: float
+    num_trained: int
+    events: tuple[Event, ...]
+
+
+def build_module(config: TrainConfig, backbone: Backbone) -> tuple[PrefixModule, dict[str, Any]]:
+    """The trainable prefix of a run, at its start, and what to record of the initialization."""
+    torch.manual_seed(config.seed)
+    start: Prefix | None = None
+    facts: dict[str, Any] = {"kind": config.initialization}
+    if config.initialization == "words":
+        start = from_words(backbone, config.init_text, config.prefix_length)
+        facts["text"] = config.init_text
+    elif config.initialization == "prefix":
+        start = from_prefix(backbone, load_prefix(config.init_prefix, backbone), config.prefix_length)
+        facts["file"] = Path(config.init_prefix).name
+    module = PrefixModule(
+        config.reparameterization,
+        backbone.geometry,
+        config.prefix_length,
+        embedding_size=backbone.hidden_size,
+        bottleneck_size=config.bottleneck_size,
+        start=start,
+    )
+    if config.reparameterization == "mlp" and start is not None:
+        facts["relative_fit_error"] = fit(module, start)
+    return module.to(backbone.device), facts
+
+
+def batch_loss(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> Tensor:
+    """Each label's loss in a packed row, in nats; differentiable in the prefix. Shape (N,)."""
+    output = attach.forward(
+        backbone.model,
+        backbone.layout,
+        batch.input_ids.to(backbone.device),
+        prefixes=prefix,
+        packing=batch.packing,
+        logits_to_keep=batch.label_positions.to(backbone.device),
+    )
+    return token_losses(output.logits[0], batch.labels.to(backbone.device))
+
+
+@torch.no_grad()
+def evaluation_loss(backbone: Backbone, prefix: Prefix | None, examples: Sequence[Encoded], batch_size: int = 64) -> float:
+    """Mean loss per target token, in nats, over all targets of `examples`."""
+    total, count = 0.0, 0
+    for hands in plan_epoch(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None):
+        batch = pack(hands)
+        total += float(batch_loss(backbone, prefix, batch).sum())
+        count += len(batch.labels)
+    return total / count
+
+
+def train(
+    config: TrainConfig,
+    *,
+    backbone: Backbone | None = None,
+    examples: Sequence[Example] | None = None,
+    dev_examples: Sequence[Example] | None = None,
+    resume: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> TrainResult:
+    """Train a prefix and store it in `config.output`.
+
+    Args:
+        config: The run.
+        backbone: Already loaded; None: `config.backbone` is loaded.
+        examples: Already read; None: `config.train` is read.
+        dev_examples: Already read; None: `config.dev` is read, if given.
+        resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run.
+        on_event: Called with every event, as it happens.
+
+    Raises:
+        ConfigError: A contradiction in the configuration, or with the state to resume.
+        DataError: The data cannot be read or does not fit.
+        TrainingError: The loss is not finite; the last good state is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
+    """
+    folder = Path(config.output)
+    if not resume and (folder / STATE_FILE).exists():
+        raise ConfigError(
+            f"{str(folder)!r} already holds a run.", hint="go on with --resume, choose another --output, or delete it."
+        )
+    if examples is None:
+        if not config.train and config.task != "toy":
+            raise ConfigError("no training file is given.", hint="set train (--train FILE).")
+        examples = read_task(config.task, config.train or "train", source=config.source or None, target=config.target or None)
+    if dev_examples is None and config.dev:
+        dev_examples = read_task(config.task, config.dev, source=config.source or None, target=config.target or None)
+    if backbone is None:
+        backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device)
+    run = _Run(config, backbone, limit_targets(examples, config.limit), dev_examples or ())
+    events: list[Event] = run.resume() if resume else []
+    with _stop_requests() as stopping, attach.checkpointing(backbone.model, config.gradient_checkpointing):
+        for event in run.events(stopping, fresh=not resume):
+            events.append(event)
+            if on_event is not None:
+                on_event(event)
+    return TrainResult(
+        load_prefix(folder / PREFIX_FILE), folder / PREFIX_FILE, run.step, run.best_loss, run.module.num_trained, tuple(events)
+    )
+
+
+class _Run:
+    """The mutable state of one run: module, optimizer, and where it stands."""
+
+    def __init__(
+        self, config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
+    ) -> None:
+        self.config, self.backbone, self.folder = config, backbone, Path(config.output)
+        self.format = TextFormat(config.prompt_format, config.target_format)
+
+        def encoded(given: Sequence[Example]) -> Any:
+            return encode_examples(
+                backbone,
+                given,
+                self.format,
+                prefix_length=config.prefix_length,
+                max_length=config.max_length,
+                on_too_long=config.on_too_long,
+            )
+
+        self.data = encoded(examples)
+        self.dev = encoded(dev_examples) if dev_examples else None
+        self.module, self.initialization = build_module(config, backbone)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
+        )
+        self.steps_per_epoch = math.ceil(
+            sum(1 for _ in self._plan(epoch=0)) / config.gradient_accumulation
+        )
+        self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.step, self.best_loss, self.best_step, self.misses = 0, math.nan, 0, 0
+
+    # The order of the data is a function of the seed and the step: nothing has to be stored to find one's place.
+
+    def _plan(self, epoch: int) -> Iterator[list[Encoded]]:
+        return plan_epoch(
+            self.data.examples,
+            batch_size=self.config.batch_size,
+            targets_per_source=self.config.targets_per_source,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The batches of every optimizer step still to come."""
+        step = 0
+        for epoch in range(self.total_steps):
+            chosen: list[list[Encoded]] = []
+            plan = list(self._plan(epoch))
+            for number, hands in enumerate(plan):
+                chosen.append(hands)
+                if len(chosen) == self.config.gradient_accumulation or number == len(plan) - 1:
+                    step += 1
+                    if step > self.step:
+                        yield [pack(hands) for hands in chosen]
+                    if step == self.total_steps:
+                        return
+                    chosen = []
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay to zero; `step` counts from 1."""
+        warmup = min(self.config.warmup_steps, self.total_steps // 2)
+        if step <= warmup:
+            return self.config.peak_learning_rate * step / warmup
+        return self.config.peak_learning_rate * (self.total_steps - step + 1) / (self.total_steps - warmup)
+
+    def events(self, stopping: threading.Event, *, fresh: bool) -> Iterator[Event]:
+        """Run to the end, saving on the way."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            write_text(self.folder / CONFIG_FILE, self.config.to_toml())
+            write_text(self.folder / EVENTS_FILE, "")
+        with open(self.folder / EVENTS_FILE, "a", encoding="utf-8") as log:
+            for event in self._events(stopping, fresh):
+                log.write(json.dumps(event) + "\n")
+                log.flush()
+                yield event
+        if stopping.is_set():
+            raise KeyboardInterrupt
+
+    def _events(self, stopping: threading.Event, fresh: bool) -> Iterator[Event]:
+        if fresh:
+            yield self._start_event()
+        every = self.config.eval_every
+        ended = self.step >= self.total_steps
+        for batches in self._batches():
+            yield self._optimize(batches)
+            ended = self.step == self.total_steps
+            if ended or (every and self.step % every == 0):
+                yield self._evaluate()
+                ended = ended or (self.config.patience > 0 and self.misses >= self.config.patience)
+            if ended or stopping.is_set() or self.step % self.config.save_every == 0:
+                self.save()
+                yield {"event": "save", "step": self.step}
+            if ended or stopping.is_set():
+                break
+        if ended:
+            yield {"event": "end", "step": self.step, "best_loss": _number(self.best_loss), "best_step": self.best_step}
+
+    def _start_event(self) -> Event:
+        return {
+            "event": "start",
+            "total_steps": self.total_steps,
+            "num_sources": len(self.data.examples),
+            "num_targets": self.data.num_targets,
+            "num_cut": self.data.num_cut,
+            "num_trained": self.module.num_trained,
+            "num_stored": self.module.bake().num_parameters,
+            "initialization": self.initialization,
+            "backbone": self.backbone.name,
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "device": str(self.backbone.device),
+        }
+
+    def _optimize(self, batches: Sequence[Batch]) -> Event:
+        """One optimizer step.
+
+        Raises:
+            TrainingError: Loss or gradient is not finite; nothing was moved.
+        """
+        began = time.perf_counter()
+        sentences = sum(batch.num_sentences for batch in batches)
+        tokens = sum(len(batch.labels) for batch in batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        # The reparameterization runs once: rows' gradients gather at the prefix, then flow back through it together.
+        live: Prefix = self.module(self.backbone.dtype)
+        leaf = _leaf(live)
+        loss = 0.0
+        for batch in batches:
+            losses = batch_loss(self.backbone, leaf, batch)
+            weights = batch.weights(self.config.loss_reduction, sentences, tokens).to(losses.device)
+            weighted = (losses * weights).sum()
+            weighted.backward()  # type: ignore[no-untyped-call]
+            loss += float(weighted.detach())
+        torch.autograd.backward(live.tensors(), [tensor.grad for tensor in leaf.tensors()])
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"the loss is {loss} and the gradient's norm {norm} at step {self.step + 1}; the state of the last "
+                f"good save is kept in {str(self.folder)!r}.",
+                hint=f"lower the learning rate (now {self.config.peak_learning_rate:g}) or use --dtype float32.",
+            )
+        rate = self.learning_rate(self.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.step += 1
+        return {
+            "event": "step",
+            "step": self.step,
+            "loss": loss,
+            "loss_per_token": loss * (sentences / tokens if self.config.loss_reduction == "sentence" else 1.0),
+            "lr": rate,
+            "grad_norm": norm,
+            "target_tokens": tokens,
+            "seconds": round(time.perf_counter() - began, 4),
+        }
+
+    def _evaluate(self) -> Event:
+        """Development loss; the best prefix so far becomes the artifact. Without a development file: the latest."""
+        prefix = self.module.bake()
+        event: Event = {"event": "evaluation", "step": self.step}
+        better = True
+        if self.dev is not None:
+            loss = evaluation_loss(self.backbone, prefix, self.dev.examples)
+            better = not loss >= self.best_loss
+            event["loss"] = loss
+            self.best_loss = loss if better else self.best_loss
+            self.misses = 0 if better else self.misses + 1
+        if better:
+            self.best_step = self.step
+            self._save_artifact(prefix)
+        return {**event, "best_loss": _number(self.best_loss), "best_step": self.best_step}
+
+    def _save_artifact(self, prefix: Prefix) -> None:
+        config = self.config
+        header = make_header(
+            prefix,
+            self.backbone,
+            task=config.task,
+            text_format={
+                **self.format.to_dict(),
+                "separator": self.backbone.separator,
+                "end": self.backbone.end,
+                "source": config.source,
+            },
+            initialization=self.initialization,
+            training={
+                "steps": self.step,
+                "total_steps": self.total_steps,
+                "dev_loss": _number(self.best_loss),
+                "num_targets": self.data.num_targets,
+                "backbone_dtype": str(self.backbone.dtype).removeprefix("torch."),
+                **{
+                    name: getattr(config, name)
+                    for name in ("reparameterization", "bottleneck_size", "batch_size", "loss_reduction", "seed")
+                },
+                "learning_rate": config.peak_learning_rate,
+            },
+            license=config.license,
+            made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        )
+        dtype = torch.float32 if config.save_dtype == "float32" else torch.bfloat16
+        save_prefix(self.folder / PREFIX_FILE, Prefix(prefix.layers, header), dtype=dtype)
+
+    def save(self) -> None:
+        """Write the resumable state."""
+        tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{number}.{key}": torch.as_tensor(value) for key, value in values.items()})
+        save_state(
+            self.folder / STATE_FILE,
+            tensors,
+            {
+                "step": self.step,
+                "best_loss": _number(self.best_loss),
+                "best_step": self.best_step,
+                "misses": self.misses,
+                "fingerprint": self.backbone.fingerprint,
+                "config": self.config.to_dict(),
+            },
+        )
+
+    def resume(self) -> list[Event]:
+        """Load the state, and cut the log back to it; returns the events up to it.
+
+        Raises:
+            CheckpointError: There is no state, or it is broken.
+            ConfigError: The state belongs to another configuration or backbone.
+        """
+        path = self.folder / STATE_FILE
+        if not path.exists():
+            raise CheckpointError(f"there is no run to resume in {str(self.folder)!r}.", hint="start it without --resume.")
+        tensors, facts = load_state(path)
+        stored, now = dict(facts["config"]), self.config.to_dict()
+        changed = [k for k in now if stored.get(k) != now[k] and k not in ("output", "save_every", "device")]
+        if changed:
+            listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
+            raise ConfigError(
+                f"the run in {str(self.folder)!r} was started otherwise: {listed}.",
+                hint="resume with the same options, or start anew in another --output.",
+            )
+        if not fingerprints_match(facts["fingerprint"], self.backbone.fingerprint):
+            raise ConfigError(f"the run in {str(self.folder)!r} was started on another backbone.", hint="load that one.")
+        self.module.load_state_dict(
+            {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
+        )
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".", 2)
+                slots.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.step, self.misses, self.best_step = facts["step"], facts["misses"], facts["best_step"]
+        self.best_loss = math.nan if facts["best_loss"] is None else facts["best_loss"]
+        kept = _events_until(self.folder / EVENTS_FILE, self.step)
+        write_text(self.folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
+        return kept
+
+
+def _leaf(prefix: Prefix) -> Prefix:
+    """The same numbers as leaves of a new graph, that gather gradients."""
+    return Prefix(
+        {
+            site: tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in layers)
+            for site, layers in prefix.layers.items()
+        }
+    )
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
+def _events_until(path: Path, step: int) -> list[Event]:
+    """The log's events up to a step; a last line that was cut off by a kill is left out."""
+    events: list[Event] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            break
+        if event.get("step", 0) <= step and event["event"] != "end":
+            events.append(event)
+    return events
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """While the block runs, the first Ctrl-C or SIGTERM asks to stop after the step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

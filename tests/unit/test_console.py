@@ -1,0 +1,179 @@
+"""Messages, progress without and with a terminal, tables."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from prefixtune.console import Console, format_figure, format_seconds
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def stream() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    return Terminal()
+
+
+def run(console: Console, clock: Clock, *, total: int | None, seconds: float, steps: int, start: int = 0) -> None:
+    with console.progress("train", total, start=start) as progress:
+        for step in range(start + 1, steps + 1):
+            clock.now += seconds
+            progress.update(step, loss=10 / step, tokens_per_second=1234.5)
+
+
+def test_error_format(stream: io.StringIO) -> None:
+    console = Console(stream=stream)
+    console.error("no file [red]'a'[/red].", "give another :smile: one.")
+    console.error("x" * 200)
+    assert stream.getvalue() == (
+        "error: no file [red]'a'[/red].\nhint: give another :smile: one.\nerror: " + "x" * 200 + "\n"
+    )
+
+
+def test_info_and_warning(stream: io.StringIO) -> None:
+    console = Console(stream=stream)
+    console.info("reading [1/2] 'a.csv'")
+    console.warn("3 rows cut")
+    assert stream.getvalue() == "reading [1/2] 'a.csv'\nwarning: 3 rows cut\n"
+
+
+def test_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.info("hello")
+    console.error("bad")
+    assert capsys.readouterr() == ("", "hello\nerror: bad\n")
+
+
+def test_quiet_shows_errors_only(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(quiet=True, stream=stream)
+    console.info("hello")
+    console.warn("careful")
+    console.table("t", ["a"], [[1]])
+    run(console, Clock(), total=10, seconds=100, steps=10)
+    console.error("bad")
+    assert stream.getvalue() == "error: bad\n"
+    console.table("", ["a"], [[1]], result=True)
+    assert capsys.readouterr().out.split() == ["a", "1"]
+
+
+def test_a_short_run_gives_one_line(stream: io.StringIO) -> None:
+    clock = Clock()
+    run(Console(stream=stream, clock=clock), clock, total=100, seconds=0.02, steps=100)
+    assert stream.getvalue() == "train: 100/100 (100 %), loss 0.1, tokens/s 1,234, 0:02 taken\n"
+
+
+def test_a_long_run_gives_a_line_each_tenth(stream: io.StringIO) -> None:
+    clock = Clock()
+    run(Console(stream=stream, clock=clock), clock, total=100, seconds=1, steps=100)
+    lines = stream.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95, 100]
+    assert lines[0] == "train: 5/100 (5 %), loss 2, tokens/s 1,234, 1:35 left"
+
+
+def test_a_very_long_run_gives_a_line_a_minute(stream: io.StringIO) -> None:
+    clock = Clock()
+    run(Console(stream=stream, clock=clock), clock, total=100_000, seconds=1, steps=300)
+    steps = [line.split()[1].split("/")[0] for line in stream.getvalue().splitlines()]
+    assert steps == ["5", "65", "125", "185", "245", "300"]
+
+
+def test_a_resumed_run_counts_its_own_time(stream: io.StringIO) -> None:
+    clock = Clock()
+    run(Console(stream=stream, clock=clock), clock, total=100, seconds=5, steps=51, start=50)
+    assert stream.getvalue() == "train: 51/100 (51 %), loss 0.1961, tokens/s 1,234, 4:05 left\n"
+
+
+def test_unknown_total_and_no_work(stream: io.StringIO) -> None:
+    clock = Clock()
+    console = Console(stream=stream, clock=clock)
+    run(console, clock, total=None, seconds=1, steps=3)
+    run(console, clock, total=None, seconds=1, steps=0)
+    assert stream.getvalue() == "train: 3, loss 3.333, tokens/s 1,234, 0:03 taken\n"
+
+
+def test_no_closing_line_after_an_error(stream: io.StringIO) -> None:
+    with pytest.raises(KeyboardInterrupt), Console(stream=stream).progress("train", 10) as progress:
+        progress.update(3)
+        raise KeyboardInterrupt
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar(terminal: Terminal, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal_console = Console(stream=terminal)
+    assert terminal_console.live
+    with terminal_console.progress("train", 10) as progress:
+        progress.update(4, loss=2.5)
+        progress.update(10, tokens_per_second=99)
+        terminal_console.info("saved")
+        print("a result")
+        print("a message of a library", file=sys.stderr)
+    shown = terminal.getvalue()
+    for part in ("train", "10/10", "loss 2.5  tokens/s 99", "saved", "\x1b["):
+        assert part in shown
+    assert "a result" not in shown
+    assert capsys.readouterr().out == "a result\n"
+
+
+def test_no_color(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    Console(stream=terminal).error("bad", "better")
+    assert "\x1b[1;31merror: \x1b[0m" in terminal.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = Terminal()
+    Console(stream=plain).error("bad", "better")
+    assert "31m" not in plain.getvalue()
+    assert "36m" not in plain.getvalue()
+
+
+def test_a_dumb_terminal_gets_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(stream=terminal)
+    assert not console.live
+    run(console, Clock(), total=3, seconds=1, steps=3)
+    assert terminal.getvalue().startswith("train: 3/3 (100 %)")
+
+
+def test_table_in_a_log(stream: io.StringIO) -> None:
+    rows = [["prefix [P=10]", 0.6512345, 120_000], ["none", None, 3]]
+    Console(stream=stream).table("Scores", ["method", "BLEU", "tokens"], rows)
+    assert [line.rstrip() for line in stream.getvalue().splitlines()] == [
+        "Scores",
+        "method           BLEU   tokens",
+        "prefix [P=10]  0.6512  120,000",
+        "none                         3",
+    ]
+
+
+def test_a_wide_table_is_not_broken_in_a_log(stream: io.StringIO) -> None:
+    Console(stream=stream).table("", ["text", "more"], [["x" * 300, "y"]])
+    assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_figures() -> None:
+    assert format_figure(float("nan")) == "nan"
+    assert format_figure(-1234567.8) == "-1,234,568"
+    assert format_seconds(59.6) == "1:00"

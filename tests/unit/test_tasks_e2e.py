@@ -1,0 +1,176 @@
+"""E2E: the linearization, the release's CSV, JSON lines, and what a wrong file is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import TASKS, read_task
+from prefixtune.tasks.e2e import linearize, parse_mr, read_e2e
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "e2e"
+SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_linearization_is_the_authors():
+    assert linearize(SPICE) == "name : Blue Spice | Type : coffee shop | area : city centre"
+    every = (
+        "name[The Vaults], eatType[pub], food[Fast food], priceRange[more than £30], customer rating[5 out of 5], "
+        "area[riverside], familyFriendly[yes], near[Café Adriatic]"
+    )
+    assert linearize(every) == (
+        "name : The Vaults | Type : pub | food : Fast food | price : more than £30 | customer rating : 5 out of 5 | "
+        "area : riverside | family friendly : yes | near : Café Adriatic"
+    )
+
+
+def test_a_value_may_hold_commas_and_the_order_is_kept():
+    assert parse_mr("near[A, B and C] ,name[D]") == {"near": "A, B and C", "name": "D"}
+    assert list(parse_mr("near[A], name[D]")) == ["near", "name"]
+
+
+@pytest.mark.parametrize(
+    ("mr", "says"),
+    [
+        ("", "malformed"),
+        ("Blue Spice", "malformed"),
+        ("name[Blue Spice", "malformed"),
+        ("name[Blue Spice],", "malformed"),
+        ("name[a] eatType[pub]", "comma"),
+        ("name[a]]", "comma"),
+        ("name[ ]", "empty"),
+        ("name[a], name[b]", "given twice"),
+        ("eattype[pub]", "did you mean 'eatType'"),
+        ("[pub]", "unknown attribute ''"),
+    ],
+)
+def test_a_malformed_meaning_representation_is_refused(mr: str, says: str):
+    with pytest.raises(DataError, match=says):
+        parse_mr(mr)
+
+
+def test_csv_groups_equal_meanings_in_order_and_cleans_references(tmp_path: Path):
+    path = write(
+        tmp_path / "train.csv",
+        'mr,ref\n"name[B]","  One, two.\nThree. "\n"name[A]",Four.\n' + '"name[B]","Say ""five""."\n' * 2,
+    )
+    first, second = read_e2e(path)
+    assert first.source == "name : B"
+    assert first.targets == ("One, two. Three.", 'Say "five".', 'Say "five".')
+    assert first.fields == {"mr": "name[B]"}
+    assert (second.source, second.targets) == ("name : A", ("Four.",))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_test_csv_without_references(tmp_path: Path, encoding: str):
+    path = write(tmp_path / "testset.csv", '"MR"\r\n"near[Café Rouge], name[A]"\r\n\r\nname[B]\r\n', encoding)
+    assert [(example.source, example.targets) for example in read_e2e(path)] == [
+        ("near : Café Rouge | name : A", ()),
+        ("name : B", ()),
+    ]
+
+
+def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
+    lines = [{"mr": "name[B]", "references": ["One.", "Two."]}, {"mr": "name[A]", "references": ["\u2028Three."]}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    plain = write(tmp_path / "dev.jsonl", text)
+    zipped = tmp_path / "dev.jsonl.gz"
+    zipped.write_bytes(gzip.compress(text.encode()))
+    assert read_e2e(plain) == read_e2e(zipped)
+    assert [example.targets for example in read_e2e(plain)] == [("One.", "Two."), ("Three.",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "mr,ref\nname[B],x\nBlue Spice,y\n", "line 3: meaning representation 'Blue Spice'"),
+        ("a.csv", 'mr,ref\nname[B],"two\nlines"\nBlue,y\n', "line 4: meaning"),
+        ("a.csv", "mr,reff\nname[B],x\n", "line 2: no column 'ref'.*'mr' alone.*did you mean 'reff'"),
+        ("a.csv", "meaning,ref\nname[B],x\n", "no column 'mr'"),
+        ("a.csv", "mr,ref\nname[B], \n", "line 2: 'ref' holds"),
+        ("a.csv", "mr,ref\nname[B],x,y\n", "line 2 has 3 fields; the header has 2"),
+        ("a.csv", "mr,mr\nname[B],x\n", "line 1: .*twice"),
+        ("a.csv", 'mr,ref\nname[A],x\nname[B],"x\n', "line 3: "),
+        ("a.csv", "mr,ref\n", "no rows"),
+        ("a.csv", ",,\n", "no rows"),
+        ("a.csv", " \n", "is empty"),
+        ("a.jsonl", "", "is empty"),
+        ("a.jsonl", '{"mr": "name[B]", "references": ["x"]}\n{"mr": \n', "line 2, column .*not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 holds a JSON list; an object is needed"),
+        ("a.jsonl", '{"mr": 3}', "'mr' is 3; a string is needed"),
+        ("a.jsonl", '{"mr": "name[B]", "references": "x"}', "a list of at least one string"),
+        ("a.jsonl", '{"mr": "name[B]", "references": []}', "a list of at least one string"),
+        ("a.jsonl", '{"mr": "name[B]", "references": ["x", null]}', "holds None; text is needed"),
+        ("a.jsonl", '{"mr": "name[B]", "references": ["\\ud83d"]}', "surrogate"),
+        ("a.json", "[]", r"allowed: \.csv, \.jsonl"),
+        ("a", "mr", "no ending"),
+        ("a.csv.gz", "mr,ref\nname[B],x\n", "not a gzip file"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=says) as caught:
+        read_e2e(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+
+
+def test_wrong_bytes_are_named_with_their_line(tmp_path: Path):
+    latin = write(tmp_path / "latin.csv", "mr,ref\nname[A],x\nname[Café],y\n", "latin-1")
+    with pytest.raises(DataError, match=r"latin\.csv, line 3: byte 0xe9 is not UTF-8"):
+        read_e2e(latin)
+    zipped = tmp_path / "zipped.csv"
+    zipped.write_bytes(gzip.compress(b"mr,ref\nname[A],x\n"))
+    with pytest.raises(DataError, match=r"does not end with \.gz"):
+        read_e2e(zipped)
+    cut = tmp_path / "cut.csv.gz"
+    cut.write_bytes(zipped.read_bytes()[:-9])
+    with pytest.raises(DataError, match="broken gzip"):
+        read_e2e(cut)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path):
+    write(tmp_path / "train.csv", "mr,ref\n")
+    with pytest.raises(DataError, match=r"trian\.csv does not exist.*did you mean 'train\.csv'"):
+        read_e2e(tmp_path / "trian.csv")
+    with pytest.raises(DataError, match="does not exist"):
+        read_e2e(tmp_path / "nowhere" / "train.csv")
+    with pytest.raises(DataError, match="is a folder"):
+        read_e2e(tmp_path)
+
+
+def test_the_task_reads_and_decodes_as_the_paper_says(tmp_path: Path):
+    path = write(tmp_path / "a.csv", "mr,ref\nname[B],x\n")
+    assert read_task("e2e", path) == read_e2e(path)
+    assert TASKS["e2e"].decoding == {
+        "num_beams": 5,
+        "min_new_tokens": 5,
+        "max_new_tokens": 100,
+        "ban_newlines": True,
+        "length_penalty": 1.0,
+    }
+    with pytest.raises(ConfigError, match="takes no source template"):
+        read_task("e2e", path, source="{mr}")
+    with pytest.raises(ConfigError, match="did you mean 'e2e'"):
+        read_task("e2", path)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the E2E data set is not on this machine")
+@pytest.mark.parametrize(
+    ("part", "meanings", "pairs"), [("train", 4862, 42061), ("dev", 547, 4672), ("test", 630, 4693)]
+)
+def test_the_whole_set(part: str, meanings: int, pairs: int):
+    examples = read_e2e(DATA / f"{part}.jsonl.gz")
+    assert len(examples) == meanings == len({example.source for example in examples})
+    assert sum(len(example.targets) for example in examples) == pairs
+    for example in examples:
+        assert all(target == target.strip() and "\n" not in target for target in example.targets)

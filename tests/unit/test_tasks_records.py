@@ -1,0 +1,133 @@
+"""People's own data: templates, formats, merging, and what a wrong row is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import read_task
+from prefixtune.tasks.records import read_records, render
+
+ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "food": "French", "text": "Go, eat."}]
+WANTED = [("Aromi is Italian", ("Eat.",)), ("Mill is French", ("Go, eat.",))]
+
+
+def write(path: Path, text: str) -> Path:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
+        ("a.jsonl.gz", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS, indent=1)),
+        ("a.csv", 'name,food,text\nAromi,Italian,Eat.\nMill,French,"Go, eat."\n'),
+        ("a.csv.gz", 'name,food,text\r\nAromi,Italian,Eat.\r\n,,\r\nMill,French,"Go, eat."'),
+        ("a.TSV", "name\tfood\ttext\nAromi\tItalian\tEat.\nMill\tFrench\tGo, eat.\n"),
+        ("v1.2.tsv.gz", "\ufeffname\tfood\ttext\nAromi\tItalian\tEat.\nMill\tFrench\tGo, eat.\n"),
+    ],
+)
+def test_every_format_gives_the_same(tmp_path: Path, name: str, text: str):
+    path = write(tmp_path / name, text)
+    examples = read_records(path, "{name} is {food}", "text")
+    assert [(example.source, example.targets) for example in examples] == WANTED
+    assert [example.fields for example in examples] == ROWS
+    assert read_task("records", path, source="{name} is {food}", target="text") == examples
+
+
+def test_equal_sources_become_one_example_with_all_targets_in_order(tmp_path: Path):
+    path = write(
+        tmp_path / "a.jsonl",
+        '{"q": "b", "a": ["1", "2"], "n": 0}\n{"q": "a", "a": "3"}\n{"q": " b ", "a": ["1", 4]}\n',
+    )
+    first, second = read_records(path, "q", "a")
+    assert (first.source, first.targets) == ("b", ("1", "2", "1", "4"))
+    assert first.fields["n"] == 0
+    assert (second.source, second.targets) == ("a", ("3",))
+
+
+def test_without_a_target_there_are_none(tmp_path: Path):
+    path = write(tmp_path / "a.csv", "q\nx\ny\n")
+    assert [(example.source, example.targets) for example in read_records(path, "q")] == [("x", ()), ("y", ())]
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "text"),
+    [
+        ("{a}", {"a": "{b}", "b": "no"}, "{b}"),
+        ("{{{a}}} }}{{", {"a": "x"}, "{x} }{"),
+        ("{a.b} {a[0]} {a!r:>9}", {"a.b": "1", "a[0]": "2", "a!r:>9": "3"}, "1 2 3"),
+        ("{customer rating}: {n}, {ok}", {"customer rating": "high", "n": 2.5, "ok": True}, "high: 2.5, true"),
+        ("a b", {"a b": "  two\nlines "}, "two\nlines"),
+        ("\\1 {a}", {"a": "\\g<0>"}, "\\1 \\g<0>"),
+    ],
+)
+def test_only_whole_columns_are_replaced(template: str, record: dict[str, Any], text: str):
+    assert render(template, record, "line 1") == text
+
+
+def test_a_template_reaches_no_attribute():
+    with pytest.raises(DataError, match=r"line 1: there is no column 'a\.__class__'"):
+        render("{a.__class__}", {"a": "x"}, "line 1")
+
+
+@pytest.mark.parametrize("template", ["{a", "a}", "{}", "{a} {", "", "  ", "{{a}}", "{a{b}}"])
+def test_a_malformed_template_is_refused_before_the_file_is_read(template: str, tmp_path: Path):
+    for source, target in ((template, None), ("a", template)):
+        with pytest.raises(ConfigError, match="template") as caught:
+            read_records(tmp_path / "missing.csv", source, target)
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "q,a\nx,y\n", None),
+        ("a.csv", "question,a\nx,y\n", "line 2: there is no column 'q'"),
+        ("a.csv", "q,aa\nx,y\n", "line 2: there is no column 'a'.*did you mean 'aa'"),
+        ("a.csv", "q,a\nx,y\n ,y\n", "line 3: 'q' gives an empty text"),
+        ("a.tsv", "q\ta\nx\t\n", "line 2: 'a' gives an empty text"),
+        ("a.jsonl", '{"q": "x", "a": "y"}\n\n{"q": "x"}\n', "line 3: there is no column 'a'"),
+        ("a.jsonl", '{"q": null, "a": "y"}', r"line 1: column 'q' holds nothing \(null\)"),
+        ("a.jsonl", '{"q": ["x"], "a": "y"}', "column 'q' holds a list"),
+        ("a.jsonl", '{"q": "x", "a": {"b": 1}}', "column 'a' holds an object"),
+        ("a.jsonl", '{"q": "x", "a": []}', "'a' is an empty list"),
+        ("a.jsonl", '{"q": "x", "a": ["y", ""]}', "'a' gives an empty text"),
+        ("a.jsonl", '{"q": "x", "a": [["y"]]}', "column 'a' holds a list"),
+        ("a.json", '[{"q": "x", "a": "y"}, 3]', "item 2 holds a JSON number"),
+        ("a.json", '{"q": "x", "a": "y"}', "holds a JSON object; a .json file must hold a list"),
+        ("online.json", '[{"q": "x",\n"a" "y"}]', "line 2, column 5: not JSON"),
+        ("a.json", "[]", "no rows"),
+        ("a.jsonll", "{}", r"did you mean '\.jsonl'"),
+        ("a.parquet", "x", r"allowed: \.jsonl, \.json, \.csv, \.tsv, each with or without \.gz"),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str | None):
+    path = write(tmp_path / name, text)
+    if says is None:
+        assert read_records(path, "q", "a")[0].targets == ("y",)
+        return
+    with pytest.raises(DataError, match=says) as caught:
+        read_records(path, "q", "a")
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_list_is_no_part_of_a_template(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", '{"q": "x", "a": ["y"]}')
+    with pytest.raises(DataError, match="only a target that is one column's name"):
+        read_records(path, "q", "so {a}")
+
+
+def test_the_task_needs_a_source(tmp_path: Path):
+    path = write(tmp_path / "a.csv", "q\nx\n")
+    with pytest.raises(ConfigError, match="needs a source template"):
+        read_task("records", path)
