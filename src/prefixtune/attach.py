@@ -269,23 +269,25 @@ def _attend_packed(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = 0 if front is None else front[0].shape[2]
     biases = packing.bias(length, sliding_window, query.dtype, query.device)
+    # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.
+    sizes = [group.stop - group.start for group in packing.groups]
+    parts = zip(biases, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
     outputs = []
-    for group, bias in zip(packing.groups, biases, strict=True):
-        span = slice(group.start, group.stop)
-        group_key, group_value, positions = key[:, :, span], value[:, :, span], group.stop - group.start
+    for bias, group_query, group_key, group_value in parts:
+        positions = group_query.shape[2]
         if front is not None:
             group_key = torch.cat([front[0].to(key.dtype), group_key], dim=2)
             group_value = torch.cat([front[1].to(value.dtype), group_value], dim=2)
         # Query heads that share a KV head stand side by side as rows, so that keys are never repeated.
-        rows = query[:, :, span].reshape(1, kv_heads, -1, query.shape[-1])
+        rows = group_query.reshape(1, kv_heads, -1, query.shape[-1])
         bias = bias.repeat(heads // kv_heads, 1)
         if query.dtype != torch.float32 and query.device.type == "cpu" and positions <= _SMALL_GROUP:
-            scores = torch.baddbmm(bias, rows[0], group_key[0].transpose(1, 2), alpha=scale)
-            out = torch.bmm(scores.softmax(-1), group_value[0])
+            scores = torch.baddbmm(bias, rows.squeeze(0), group_key.squeeze(0).transpose(1, 2), alpha=scale)
+            out = torch.bmm(scores.softmax(-1), group_value.squeeze(0))
         else:
             out = nn.functional.scaled_dot_product_attention(rows, group_key, group_value, attn_mask=bias, scale=scale)
         outputs.append(out.reshape(heads, positions, -1))
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
 
 
 # --- looking at a model ----------------------------------------------------------------------------------------------
@@ -498,13 +500,16 @@ def checkpointing(model: Any, enabled: bool = True) -> Iterator[None]:
         raise BackboneError(
             f"{type(model).__name__} does not support gradient checkpointing.", hint="train without it."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.24 renamed the switch.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(name for name in names if hasattr(model, f"{name}_enable"))
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
     for layer in layers:
         layer.training = True
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_disable")()
         model.eval()
 
 

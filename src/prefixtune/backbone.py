@@ -44,6 +44,7 @@ class Backbone:
         name: As it was asked for: an embedded name, a hub id or a path.
         layout: Its attention layers, found by running it.
         fingerprint: Of configuration and sampled weights; the same in every dtype. See `fingerprints_match`.
+        memo: What others worked out about the tokenizer, to keep.
     """
 
     model: Any
@@ -51,7 +52,7 @@ class Backbone:
     name: str
     layout: Layout
     fingerprint: str
-    _special: dict[str, Any] = field(default_factory=dict, repr=False)
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def geometry(self) -> Geometry:

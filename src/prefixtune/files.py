@@ -42,7 +42,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             hint="free some space or choose another folder; the previous file, if any, is untouched.",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -338,12 +338,12 @@ def _clean_copy(model: Any, name: str) -> Any:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    from tokenizers import pre_tokenizers
-
+    """Put a rule before the others: every digit is a piece of its own."""
     backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    description = json.loads(backend.to_str())
+    digits = {"type": "Digits", "individual_digits": True}
+    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, description["pre_tokenizer"]]}
+    backend.pre_tokenizer = type(backend).from_str(json.dumps(description)).pre_tokenizer
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:

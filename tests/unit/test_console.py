@@ -117,9 +117,13 @@ def test_unknown_total_and_no_work(stream: io.StringIO) -> None:
 
 
 def test_no_closing_line_after_an_error(stream: io.StringIO) -> None:
-    with pytest.raises(KeyboardInterrupt), Console(stream=stream).progress("train", 10) as progress:
-        progress.update(3)
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with Console(stream=stream).progress("train", 10) as progress:
+            progress.update(3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert stream.getvalue() == ""
 
 

@@ -1,0 +1,379 @@
+"""Generate with prefixes: greedy, sampling, beams, streaming; every text with its own prefix, mixed in one batch.
+
+transformers generates; this module hands it a cache that already holds the prefixes, so beams, processors and stopping
+are its own. Knows nothing of tasks, files or training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prefixtune import attach
+from prefixtune.attach import check_fits
+from prefixtune.backbone import Backbone
+from prefixtune.batching import encode_prompt
+from prefixtune.errors import ConfigError, RequestError, did_you_mean
+from prefixtune.prefix import Prefix
+from prefixtune.tasks import TextFormat
+
+__all__ = ["GenerateConfig", "format_of", "generate", "generate_ids", "stream"]
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to decode.
+
+    Attributes:
+        max_new_tokens: Most tokens to generate.
+        min_new_tokens: Fewest tokens before the end token may come.
+        num_beams: Beams; 1: no beam search.
+        length_penalty: Of beam search; above 0 favours longer outputs.
+        temperature: 0: greedy; above: sample.
+        top_k: Sample from the k likeliest; 0: all.
+        top_p: Sample from the likeliest that together reach p.
+        seed: Of sampling; None: not reproducible.
+        stop: Strings that end an output, and are left out of it.
+        ban_newlines: Never generate a token that holds a line break.
+        repetition_penalty: Above 1 discourages repeating.
+        batch_size: Texts per batch.
+
+    Raises:
+        ConfigError: Values that are not allowed; all faults at once.
+    """
+
+    max_new_tokens: int = 100
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ban_newlines: bool = False
+    repetition_penalty: float = 1.0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        rules = [
+            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
+            (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "between 0 and max_new_tokens"),
+            (self.num_beams >= 1, "num_beams", "at least 1"),
+            (math.isfinite(self.length_penalty), "length_penalty", "a finite number"),
+            (self.temperature >= 0 and math.isfinite(self.temperature), "temperature", "0 (greedy) or above"),
+            (self.top_k >= 0, "top_k", "0 (all) or above"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (not any(s == "" for s in self.stop), "stop", "strings that are not empty"),
+            (self.repetition_penalty > 0, "repetition_penalty", "above 0"),
+            (self.batch_size >= 1, "batch_size", "at least 1"),
+        ]
+        faults = [f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good]
+        if self.num_beams > 1 and self.temperature > 0:
+            faults.append("beam search and sampling exclude each other here: set temperature to 0 or num_beams to 1")
+        if faults:
+            raise ConfigError("; ".join(faults) + ".", hint="`prefixtune generate --help` explains the options.")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> GenerateConfig:
+        """From keys and values.
+
+        Raises:
+            ConfigError: An unknown key, with the nearest known one.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown generation option {key!r}.", hint=did_you_mean(key, known))
+        return cls(**values)
+
+
+def format_of(prefix: Prefix | None, default: TextFormat | None = None) -> TextFormat:
+    """The text format that a prefix was trained with, from its header."""
+    stored = None if prefix is None else prefix.header.get("text_format")
+    if isinstance(stored, Mapping) and default is None:
+        return TextFormat.from_dict({k: v for k, v in stored.items() if k in ("prompt", "target")})
+    return default or TextFormat()
+
+
+def generate(
+    backbone: Backbone,
+    texts: Sequence[str],
+    prefix: Prefix | Sequence[Prefix | None] | None = None,
+    *,
+    text_format: TextFormat | None = None,
+    config: GenerateConfig | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Continue texts, each with its own prefix.
+
+    Args:
+        backbone: The frozen model.
+        texts: Sources, as in training (linearized, without separators).
+        prefix: One for all texts, one per text, or None; within a list, None leaves that text to the bare model.
+        text_format: The text around a source; None: what each prefix was trained with, by its header.
+        config: How to decode.
+        on_batch: Told after each batch how many texts are done.
+        **options: Fields of `GenerateConfig`, in place of `config`.
+
+    Returns:
+        One output per text, in order, stripped of outer space.
+
+    Raises:
+        RequestError: A text with its prefix does not fit the backbone's positions (before any work is done), or the
+            counts differ.
+        BackboneError: A prefix does not fit the backbone.
+        ConfigError: A wrong option.
+    """
+    chosen = _config(config, options)
+    prefixes = _per_text(prefix, len(texts))
+    prompts = [
+        encode_prompt(backbone, format_of(p, text_format), text) for text, p in zip(texts, prefixes, strict=True)
+    ]
+    outputs = generate_ids(backbone, prompts, prefixes, config=chosen, on_batch=on_batch)
+    return [_cut_at_stop(backbone.decode(ids), chosen.stop).strip() for ids in outputs]
+
+
+def stream(
+    backbone: Backbone,
+    text: str,
+    prefix: Prefix | None = None,
+    *,
+    text_format: TextFormat | None = None,
+    config: GenerateConfig | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """Continue one text, yielding pieces as they are decided; the pieces joined equal `generate`'s output.
+
+    Arguments as for `generate`; beam search cannot stream.
+
+    Raises:
+        ConfigError: Beam search was asked for.
+    """
+    chosen = _config(config, options)
+    if chosen.num_beams > 1:
+        raise ConfigError("beam search cannot stream: its best beam is known at the end only.", hint="set num_beams to 1.")
+    prompt = encode_prompt(backbone, format_of(prefix, text_format), text)
+    streamer = _Streamer(backbone, chosen.stop)
+
+    def work() -> None:
+        try:
+            generate_ids(backbone, [prompt], [prefix], config=chosen, streamer=streamer)
+        except BaseException as error:
+            streamer.fail(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from streamer
+    finally:
+        streamer.cancelled = True
+        thread.join()
+
+
+def generate_ids(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    prefixes: Sequence[Prefix | None],
+    *,
+    config: GenerateConfig,
+    streamer: Any = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """`generate` on token ids: what follows each prompt, without the end token and padding.
+
+    Texts of like length share a batch; the order of the results is that of the prompts.
+    """
+    _check_requests(backbone, prompts, prefixes, config)
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    results: list[list[int]] = [[] for _ in prompts]
+    with _sampling_seed(config.seed, backbone.device):
+        for start in range(0, len(order), config.batch_size):
+            rows = order[start : start + config.batch_size]
+            outputs = _generate_batch(backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], config, streamer)
+            for number, ids in zip(rows, outputs, strict=True):
+                results[number] = ids
+            if on_batch is not None:
+                on_batch(start + len(rows))
+    return results
+
+
+@torch.inference_mode()
+def _generate_batch(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    prefixes: Sequence[Prefix | None],
+    config: GenerateConfig,
+    streamer: Any,
+) -> list[list[int]]:
+    cache, slots = attach.prefilled_cache(backbone.model, backbone.layout, prefixes, repeats=config.num_beams)
+    longest = max(len(prompt) for prompt in prompts)
+    rows = [[backbone.pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    # The prefix's slots are already in the cache; transformers wants to see them in ids and mask all the same.
+    width = slots.shape[1]
+    ids = torch.tensor([[backbone.pad_id] * width + row for row in rows], device=backbone.device)
+    mask = torch.cat([slots.long(), torch.tensor(real, device=backbone.device)], dim=1)
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if width:
+        arguments[attach.cache_argument(backbone.model)] = cache
+    if streamer is not None:
+        arguments["streamer"] = streamer
+    with attach.visible_slots(width):
+        output = backbone.model.generate(
+            **arguments, generation_config=_transformers_config(backbone, config), tokenizer=backbone.tokenizer
+        )
+    new = output[:, ids.shape[1] :].tolist()
+    return [row[: row.index(backbone.end_id)] if backbone.end_id in row else row for row in new]
+
+
+def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
+    from transformers import GenerationConfig
+
+    values: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "num_beams": config.num_beams,
+        "do_sample": config.temperature > 0,
+        "pad_token_id": backbone.pad_id,
+        "eos_token_id": backbone.end_id,
+        "repetition_penalty": config.repetition_penalty,
+        "use_cache": True,
+    }
+    if config.min_new_tokens:
+        values["min_new_tokens"] = config.min_new_tokens
+    if config.num_beams > 1:
+        values["length_penalty"] = config.length_penalty
+    if config.temperature > 0:
+        values |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    if config.stop:
+        values["stop_strings"] = list(config.stop)
+    if config.ban_newlines:
+        values["suppress_tokens"] = newline_tokens(backbone)
+    return GenerationConfig(**values)
+
+
+def newline_tokens(backbone: Backbone) -> list[int]:
+    """Every token whose text holds a line break."""
+    found: list[int] | None = backbone.memo.get("newline_tokens")
+    if found is None:
+        size = int(backbone.model.get_output_embeddings().weight.shape[0])
+        texts = backbone.tokenizer.batch_decode([[number] for number in range(min(size, len(backbone.tokenizer)))])
+        found = [number for number, text in enumerate(texts) if "\n" in text or "\r" in text]
+        backbone.memo["newline_tokens"] = found
+    return found
+
+
+def _config(config: GenerateConfig | None, options: Mapping[str, Any]) -> GenerateConfig:
+    if config is not None and options:
+        raise ConfigError(f"got both a config and {', '.join(options)}.", hint="give one of the two.")
+    return config if config is not None else GenerateConfig.from_mapping(options)
+
+
+def _per_text(prefix: Prefix | Sequence[Prefix | None] | None, count: int) -> list[Prefix | None]:
+    if prefix is None or isinstance(prefix, Prefix):
+        return [prefix] * count
+    if len(prefix) != count:
+        raise RequestError(f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text.")
+    return list(prefix)
+
+
+def _check_requests(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], config: GenerateConfig
+) -> None:
+    """Refuse what cannot work before any of it is done."""
+    for prefix in {id(p): p for p in prefixes if p is not None}.values():
+        check_fits(prefix, backbone.geometry, backbone.name)
+    limit = backbone.max_positions
+    for number, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+        if not prompt:
+            raise RequestError(f"text {number + 1} has no token.", hint="use a prompt format with a separator.")
+        taken = 0 if prefix is None else prefix.prefix_length
+        if limit is not None and taken + len(prompt) + config.max_new_tokens > limit:
+            raise RequestError(
+                f"text {number + 1} needs {taken} (prefix) + {len(prompt)} (text) + {config.max_new_tokens} (new) "
+                f"positions, but {backbone.name!r} has {limit}.",
+                hint="shorten the text or lower max_new_tokens.",
+            )
+
+
+def _cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    places = [place for place in (text.find(s) for s in stop) if place >= 0]
+    return text[: min(places)] if places else text
+
+
+class _sampling_seed:
+    """Draw from a given seed, and leave torch's own random state as it was."""
+
+    def __init__(self, seed: int | None, device: torch.device) -> None:
+        self.seed, self.devices = seed, [device] if device.type == "cuda" else []
+
+    def __enter__(self) -> None:
+        self.fork = torch.random.fork_rng(devices=self.devices, enabled=self.seed is not None)
+        self.fork.__enter__()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+
+    def __exit__(self, *details: Any) -> None:
+        self.fork.__exit__(*details)
+
+
+class _Cancelled(Exception):
+    """The reader of a stream went away."""
+
+
+class _Streamer:
+    """Takes tokens from transformers' loop and gives text that can no longer change.
+
+    Held back: a piece that may be part of a character still, of a stop string, or of the stripped space around.
+    """
+
+    def __init__(self, backbone: Backbone, stop: Sequence[str]) -> None:
+        self.backbone, self.stop = backbone, stop
+        self.ids: list[int] = []
+        self.given = 0
+        self.cancelled = False
+        self.pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.cancelled:
+            raise _Cancelled
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        self.ids.extend(value.reshape(-1).tolist())
+        text = self._text().rstrip()
+        if text.endswith("\ufffd"):
+            return
+        held = max((n for s in self.stop for n in range(len(s)) if n and text.endswith(s[:n])), default=0)
+        self._give(text[: len(text) - held])
+
+    def end(self) -> None:
+        self._give(self._text().rstrip())
+        self.pieces.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        self.pieces.put(None if isinstance(error, _Cancelled) else error)
+
+    def _text(self) -> str:
+        ids = self.ids[: self.ids.index(self.backbone.end_id)] if self.backbone.end_id in self.ids else self.ids
+        return _cut_at_stop(self.backbone.decode(ids), self.stop).lstrip()
+
+    def _give(self, text: str) -> None:
+        if len(text) > self.given:
+            self.pieces.put(text[self.given :])
+            self.given = len(text)
+
+    def __iter__(self) -> Iterator[str]:
+        while (piece := self.pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
