@@ -24,7 +24,7 @@ _HOMES = {
     "train": "training",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone, load_backbone

@@ -326,7 +326,9 @@ def probe(model: Any) -> Layout:
             hint=hint,
         )
     if not all(carried for _, carried in seen):
-        raise BackboneError(f"{kind} drops the argument that carries the prefix on the way to its attention.", hint=hint)
+        raise BackboneError(
+            f"{kind} drops the argument that carries the prefix on the way to its attention.", hint=hint
+        )
     places = {module: ("decoder", number) for number, (module, _, _) in enumerate(recorded)}
     shapes = tuple(LayerShape(int(k.shape[1]), int(k.shape[3]), int(v.shape[3])) for _, k, v in recorded)
     return Layout({"decoder": shapes}, places)
@@ -400,9 +402,7 @@ def stack(prefixes: Sequence[Prefix | None], geometry: Geometry, dtype: torch.dt
         ]
         all_real = all(length == longest for length in lengths)
         slots = torch.arange(longest, device=device)
-        visible[site] = (
-            None if all_real else slots[None, :] >= longest - torch.tensor(lengths, device=device)[:, None]
-        )
+        visible[site] = None if all_real else slots[None, :] >= longest - torch.tensor(lengths, device=device)[:, None]
     return Injection({}, layers, visible)
 
 
@@ -447,7 +447,9 @@ def forward(
             check_fits(prefix, layout.geometry, type(model).__name__)
     made = stack(rows, layout.geometry, model.dtype, model.device)
     injection = Injection(layout.places, made.layers, made.visible, packing)
-    shift = torch.tensor([0 if prefix is None else prefix.length() for prefix in rows], device=input_ids.device)[:, None]
+    shift = torch.tensor([0 if prefix is None else prefix.length() for prefix in rows], device=input_ids.device)[
+        :, None
+    ]
     mask: Tensor | None
     if packing is not None:
         position_ids = packing.positions().to(input_ids.device) + shift

@@ -181,7 +181,9 @@ def choose_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device {device!r}.", hint="use cpu, cuda, cuda:0 or auto.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {str(device)!r} was asked for, but this machine has no CUDA.", hint="use --device cpu.")
+        raise ConfigError(
+            f"device {str(device)!r} was asked for, but this machine has no CUDA.", hint="use --device cpu."
+        )
     return chosen
 
 
@@ -316,7 +318,9 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
     parameters = [p for _, p in sorted(model.named_parameters())]
     picked = []
     for number in range(_SAMPLES):
-        flat = parameters[number * len(parameters) // _SAMPLES if len(parameters) > _SAMPLES else number % len(parameters)]
+        flat = parameters[
+            number * len(parameters) // _SAMPLES if len(parameters) > _SAMPLES else number % len(parameters)
+        ]
         # Golden-ratio steps spread the samples over each tensor.
         place = int((number * 0.6180339887498949 % 1.0) * flat.numel())
         picked.append(flat.detach().reshape(-1)[place])

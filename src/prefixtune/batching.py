@@ -121,7 +121,9 @@ def encode_examples(
         targets = tuple((*ids, backbone.end_id) for ids in flat[place : place + len(example.targets)])
         place += len(targets)
         if not targets:
-            raise DataError(f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column.")
+            raise DataError(
+                f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
+            )
         room = limit - max(len(target) for target in targets)
         if room < kept_ending + 1:
             raise DataError(
@@ -170,11 +172,16 @@ def pack(examples: Sequence[Encoded]) -> Batch:
         DataError: A prompt is empty: nothing would predict the first token.
     """
     ids: list[int] = []
-    groups, positions, labels, sentences = [], [], [], []
+    groups: list[Group] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    sentences: list[int] = []
     sentence = 0
     for example in examples:
         if not example.prompt:
-            raise DataError("an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator.")
+            raise DataError(
+                "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
+            )
         start = len(ids)
         ids.extend(example.prompt[:-1])
         for target in example.targets:

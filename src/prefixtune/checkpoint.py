@@ -74,7 +74,9 @@ def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{str(path)!r} does not end with .safetensors.", hint=f"write to {path.stem}.safetensors.")
+        raise CheckpointError(
+            f"{str(path)!r} does not end with .safetensors.", hint=f"write to {path.stem}.safetensors."
+        )
     stored = prefix.detach().to(dtype, "cpu")
     if not stored.is_finite():
         raise CheckpointError(f"the prefix for {str(path)!r} holds NaN or infinity.", hint="train it again.")
@@ -90,9 +92,7 @@ def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.
     return path
 
 
-def load_prefix(
-    path: str | Path, backbone: Backbone | None = None, *, allow_other_backbone: bool = False
-) -> Prefix:
+def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_other_backbone: bool = False) -> Prefix:
     """Read an artifact, checking all of it before any of it is used.
 
     Args:
@@ -107,7 +107,9 @@ def load_prefix(
     """
     tensors, metadata = _read(path)
     if _HEADER not in metadata:
-        raise CheckpointError(f"{str(path)!r} is a safetensors file, but not a prefix.", hint="give a file that `prefixtune train` wrote.")
+        raise CheckpointError(
+            f"{str(path)!r} is a safetensors file, but not a prefix.", hint="give a file that `prefixtune train` wrote."
+        )
     header = _json(metadata[_HEADER], path)
     version = header.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION or version < 1:
@@ -199,7 +201,9 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors, metadata = _read(path)
     if _STATE not in metadata:
-        raise CheckpointError(f"{str(path)!r} is not a training state.", hint="resume a folder that `prefixtune train` made.")
+        raise CheckpointError(
+            f"{str(path)!r} is not a training state.", hint="resume a folder that `prefixtune train` made."
+        )
     facts = _json(metadata[_STATE], path)
     if facts.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
@@ -234,7 +238,9 @@ def _json(text: str, path: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"the header of {str(path)!r} is no JSON: {error}.", hint="get the file again.") from error
+        raise CheckpointError(
+            f"the header of {str(path)!r} is no JSON: {error}.", hint="get the file again."
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"the header of {str(path)!r} is no JSON object.", hint="get the file again.")
     return value

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,6 +18,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from prefixtune.errors import ConfigError, did_you_mean
 
 __all__ = ["TrainConfig", "default_learning_rate"]
+
+
+_AT_LEAST_ONE = (
+    *("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation", "save_every"),
+)
+_NOT_NEGATIVE = (
+    *("limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
+    *("weight_decay", "max_grad_norm", "learning_rate", "seed"),
+)
 
 
 def _option(default: Any, text: str, group: str) -> Any:
@@ -68,7 +77,9 @@ class TrainConfig:
     epochs: float = _option(5.0, "passes over the training targets; max_steps overrides it", "training")
     max_steps: int = _option(0, "optimizer steps; 0: as many as the epochs take", "training")
     batch_size: int = _option(16, "targets per forward pass", "training")
-    targets_per_source: int = _option(4, "most targets of one source in a batch; they share its computation", "training")
+    targets_per_source: int = _option(
+        4, "most targets of one source in a batch; they share its computation", "training"
+    )
     gradient_accumulation: int = _option(1, "forward passes per optimizer step", "training")
     max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0: do not clip", "training")
     loss_reduction: Literal["sentence", "token"] = _option(
@@ -85,11 +96,11 @@ class TrainConfig:
     license: str = _option("", "license note for the prefix's header", "output")
 
     def __post_init__(self) -> None:
-        faults = [fault for field in dataclasses.fields(self) if (fault := self._wrong_type(field.name))]
-        if not faults:
-            faults = self._wrong_values()
+        faults = {name: fault for name in self.to_dict() if (fault := self._wrong_type(name))}
+        for name, fault in self._wrong_values(skip=set(faults)):
+            faults.setdefault(name, fault)
         if faults:
-            raise ConfigError("; ".join(faults) + ".", hint="`prefixtune train --help` explains every option.")
+            raise ConfigError("; ".join(faults.values()) + ".", hint="`prefixtune train --help` explains every option.")
 
     def _wrong_type(self, name: str) -> str:
         value, kind = getattr(self, name), get_type_hints(type(self))[name]
@@ -105,29 +116,21 @@ class TrainConfig:
             return ""
         return f"{name} is {value!r}, but must be of type {kind.__name__}"
 
-    def _wrong_values(self) -> list[str]:
-        faults = []
-        at_least = {
-            1: ("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation"),
-            0: (
-                *("limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience", "weight_decay"),
-                *("max_grad_norm", "learning_rate", "seed"),
-            ),
-        }
-        for least, names in at_least.items():
-            for name in names:
-                value = getattr(self, name)
-                if not math.isfinite(value) or value < least:
-                    faults.append(f"{name} is {value}, but must be at least {least}")
-        if self.save_every < 1:
-            faults.append(f"save_every is {self.save_every}, but must be at least 1")
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
-            faults.append(f"epochs is {self.epochs}, but must be above 0")
+    def _wrong_values(self, skip: set[str]) -> Iterator[tuple[str, str]]:
+        """Names and faults of values out of range, leaving out those of a wrong type."""
+        least = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
+        for name in sorted(set(least) - skip):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < least[name]:
+                yield name, f"{name} is {value}, but must be at least {least[name]}"
+        if "epochs" not in skip and not (math.isfinite(self.epochs) and self.epochs > 0):
+            yield "epochs", f"epochs is {self.epochs}, but must be above 0"
+        if skip & {"initialization", "init_text", "init_prefix"}:
+            return
         if self.initialization == "words" and not self.init_text.strip():
-            faults.append("initialization is 'words', but init_text is empty")
+            yield "init_text", "initialization is 'words', but init_text is empty"
         if self.initialization == "prefix" and not self.init_prefix:
-            faults.append("initialization is 'prefix', but init_prefix names no file")
-        return faults
+            yield "init_prefix", "initialization is 'prefix', but init_prefix names no file"
 
     @property
     def peak_learning_rate(self) -> float:
@@ -178,9 +181,13 @@ class TrainConfig:
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path.") from error
+            raise ConfigError(
+                f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path."
+            ) from error
         except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10.") from error
+            raise ConfigError(
+                f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10."
+            ) from error
         return cls.from_mapping({**values, **overrides}, where=repr(str(path)))
 
 

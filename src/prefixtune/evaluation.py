@@ -54,7 +54,9 @@ def evaluate(
         raise DataError("there is no example to evaluate on.", hint="check the file.")
     for number, example in enumerate(examples):
         if not example.targets:
-            raise DataError(f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column.")
+            raise DataError(
+                f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
+            )
     outputs = generate(
         backbone,
         [example.source for example in examples],

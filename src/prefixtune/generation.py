@@ -75,7 +75,9 @@ class GenerateConfig:
             (self.repetition_penalty > 0, "repetition_penalty", "above 0"),
             (self.batch_size >= 1, "batch_size", "at least 1"),
         ]
-        faults = [f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good]
+        faults = [
+            f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good
+        ]
         if self.num_beams > 1 and self.temperature > 0:
             faults.append("beam search and sampling exclude each other here: set temperature to 0 or num_beams to 1")
         if faults:
@@ -160,7 +162,9 @@ def stream(
     """
     chosen = _config(config, options)
     if chosen.num_beams > 1:
-        raise ConfigError("beam search cannot stream: its best beam is known at the end only.", hint="set num_beams to 1.")
+        raise ConfigError(
+            "beam search cannot stream: its best beam is known at the end only.", hint="set num_beams to 1."
+        )
     prompt = encode_prompt(backbone, format_of(prefix, text_format), text)
     streamer = _Streamer(backbone, chosen.stop)
 
@@ -198,7 +202,9 @@ def generate_ids(
     with _sampling_seed(config.seed, backbone.device):
         for start in range(0, len(order), config.batch_size):
             rows = order[start : start + config.batch_size]
-            outputs = _generate_batch(backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], config, streamer)
+            outputs = _generate_batch(
+                backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], config, streamer
+            )
             for number, ids in zip(rows, outputs, strict=True):
                 results[number] = ids
             if on_batch is not None:
@@ -281,7 +287,9 @@ def _per_text(prefix: Prefix | Sequence[Prefix | None] | None, count: int) -> li
     if prefix is None or isinstance(prefix, Prefix):
         return [prefix] * count
     if len(prefix) != count:
-        raise RequestError(f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text.")
+        raise RequestError(
+            f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text."
+        )
     return list(prefix)
 
 
@@ -289,8 +297,8 @@ def _check_requests(
     backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> None:
     """Refuse what cannot work before any of it is done."""
-    for prefix in {id(p): p for p in prefixes if p is not None}.values():
-        check_fits(prefix, backbone.geometry, backbone.name)
+    for given in {id(p): p for p in prefixes if p is not None}.values():
+        check_fits(given, backbone.geometry, backbone.name)
     limit = backbone.max_positions
     for number, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
         if not prompt:

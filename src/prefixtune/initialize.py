@@ -1,4 +1,4 @@
-"""Where a prefix begins: real words' activations, or another prefix. (A random start needs no backbone.)
+"""Where a prefix begins: real words' activations, or another prefix. A random start needs no backbone.
 
 Starting from real words matters most with little data (Li & Liang 2021, section 7.4).
 """

@@ -100,7 +100,9 @@ class PrefixModule(nn.Module):
     ) -> None:
         super().__init__()
         if prefix_length < 1:
-            raise ConfigError(f"prefix_length is {prefix_length}, but must be at least 1.", hint="10 is a usual length.")
+            raise ConfigError(
+                f"prefix_length is {prefix_length}, but must be at least 1.", hint="10 is a usual length."
+            )
         self.kind = kind
         self.prefix_length = prefix_length
         self.geometry: dict[str, tuple[LayerShape, ...]] = dict(geometry)
@@ -132,7 +134,10 @@ class PrefixModule(nn.Module):
         """The prefix alone, in fp32 on the CPU; the MLP is no part of it."""
         prefix: Prefix = self()
         return Prefix(
-            {site: tuple((k.cpu().clone(), v.cpu().clone()) for k, v in layers) for site, layers in prefix.layers.items()}
+            {
+                site: tuple((k.cpu().clone(), v.cpu().clone()) for k, v in layers)
+                for site, layers in prefix.layers.items()
+            }
         )
 
     @property
@@ -161,7 +166,7 @@ def fit(module: PrefixModule, target: Prefix, *, steps: int = 500, learning_rate
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
             losses = [nn.functional.mse_loss(module.sites[site](), rows) for site, rows in wanted.items()]
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(losses).sum().backward()
             optimizer.step()
     with torch.no_grad():
         return {

