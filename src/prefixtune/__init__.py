@@ -24,7 +24,20 @@ _HOMES = {
     "train": "training",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "Backbone",
+    "Example",
+    "Prefix",
+    "PrefixError",
+    "TrainConfig",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load_backbone",
+    "load_prefix",
+    "save_prefix",
+    "train",
+]
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone, load_backbone

@@ -21,7 +21,7 @@ from prefixtune import attach
 from prefixtune.attach import Layout
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 from prefixtune.prefix import Geometry, describe
-from prefixtune.pretrained import PRETRAINED, pretrained_folder
+from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
 
 __all__ = ["DEFAULT_BACKBONE", "DTYPES", "Backbone", "choose_dtype", "fingerprints_match", "load_backbone"]
 
@@ -209,7 +209,7 @@ def load_backbone(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     source, options = _locate(name)
-    with _quiet():
+    with silence():
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         try:
@@ -267,24 +267,6 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-class _quiet:
-    """Hold back transformers' progress bars and chatter while loading."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.logging = logging
-        self.level = logging.get_verbosity()
-        self.bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self.logging.set_verbosity(self.level)
-        if self.bars:
-            self.logging.enable_progress_bar()
 
 
 def silence_dropout(model: torch.nn.Module) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 
 from prefixtune.errors import BackboneError, did_you_mean
 
-__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pretrained_folder"]
+__all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pretrained_folder", "silence"]
 
 MARKER = "prepared.json"
 FORMAT = 1
@@ -291,7 +291,7 @@ def _convert(item: Pretrained, gguf: Path, target: Path) -> None:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _silence():
+    with silence():
         options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
@@ -326,9 +326,8 @@ def _clean_copy(model: Any, name: str) -> Any:
     fields = model.config.to_dict()
     for leftover in ("quantization_config", "_model_name_or_path", "transformers_version"):
         fields.pop(leftover, None)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the initialization that is overwritten next must not move the caller's seed
+    # The initialization that is overwritten next must not move the caller's seed.
+    with torch.random.fork_rng(devices=[]):
         clean = type(model)(type(model.config).from_dict(fields))
     clean.load_state_dict(model.state_dict(), strict=True)
     clean.tie_weights()
@@ -403,7 +402,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep transformers' progress bars, advice and warnings off the terminal while the block runs."""
     from transformers.utils import logging
 

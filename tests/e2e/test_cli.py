@@ -1,0 +1,286 @@
+"""The real command line in subprocesses, on a tiny model folder, with the hub switched off."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TABLES = [
+    {"name": name, "food": food, "text": [f"{name} has {food}.", f"Eat {food} at {name}."]}
+    for name in ("Aromi", "Bibi", "Cotto", "Fitz")
+    for food in ("soup", "cake", "rice")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, tiny_tokenizer: Any) -> str:
+    """A tiny LLaMA with grouped queries, stored as a user would store one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> str:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TABLES))
+    return str(path)
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "error::FutureWarning",
+    }
+    environment.update(options.pop("environment", {}))
+    return subprocess.Popen(
+        [sys.executable, "-m", "prefixtune", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def run(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -> tuple[str, str]:
+    process = start(*arguments, **options)
+    out, err = process.communicate(stdin, timeout=120)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    assert "Traceback" not in err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def train_flags(model: str, data: str) -> Callable[..., list[str]]:
+    def flags(output: Path, *more: str) -> list[str]:
+        return [
+            *("train", "--backbone", model, "--train", data, "--source", "{name} is {food}", "--target", "text"),
+            *("--prefix-length", "4", "--init-text", "a place", "--dtype", "float32", "--output", str(output), *more),
+        ]
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
+    out, err = run(*train_flags(folder / "run", "--max-steps", "30", "--dev", str(folder / "data.jsonl")))
+    path = folder / "run" / "prefix.safetensors"
+    assert str(path) in out
+    assert "24 targets of 12 sources" in err
+    assert "training" in err
+    assert "development loss" in err
+    return path
+
+
+def losses(folder: Path) -> list[float]:
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if event["event"] == "step"]
+
+
+def test_train_generate_evaluate_inspect(trained: Path, data: str) -> None:
+    run_losses = losses(trained.parent)
+    assert len(run_losses) == 30
+    assert run_losses[-1] < run_losses[0]
+    out, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", "Aromi is soup", "Bibi is cake")
+    assert len(out.splitlines()) == 2
+    piped, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", stdin="Aromi is soup\nBibi is cake\n")
+    assert piped == out
+    as_json, _ = run(
+        "generate", "--prefix", str(trained), "--max-new-tokens", "5", "--json", "Aromi is soup", "Bibi is cake"
+    )
+    rows = [json.loads(line) for line in as_json.splitlines()]
+    assert [row["text"] for row in rows] == ["Aromi is soup", "Bibi is cake"]
+    assert [row["prefix"] for row in rows] == [str(trained)] * 2
+    streamed, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", "--stream", "Aromi is soup")
+    assert streamed.strip() == rows[0]["output"]
+    scores, _ = run("evaluate", "--prefix", str(trained), "--data", data, "--target", "text", "--limit", "4", "--json")
+    result = json.loads(scores)
+    assert result["num_examples"] == 4
+    assert 0 <= result["scores"]["bleu"]["score"] <= 100
+    assert "sacrebleu" in result["scores"]["bleu"]["implementation"]
+    shown, _ = run("inspect", str(trained), "--json")
+    header = json.loads(shown)
+    assert header["prefix_length"] == {"decoder": 4}
+    assert header["parameters"] == 3 * 2 * 2 * 4 * 8
+    assert len(header["layers"]) == 3
+    assert "fingerprint" in run("inspect", str(trained))[0]
+
+
+def test_train_as_json_prints_events(folder: Path, train_flags: Callable[..., list[str]]) -> None:
+    out, err = run(*train_flags(folder / "json", "--max-steps", "3", "--json"))
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in events] == ["start", "step", "step", "step", "evaluation", "save", "end", "result"]
+    assert err == ""
+
+
+def test_toml_and_flags_over_it(folder: Path, train_flags: Callable[..., list[str]]) -> None:
+    config = folder / "run.toml"
+    config.write_text('max_steps = 9\nseed = 3\noutput = "elsewhere"\n')
+    run(*train_flags(folder / "toml", "--config", str(config), "--max-steps", "2"))
+    stored = (folder / "toml" / "config.toml").read_text()
+    assert "max_steps = 2" in stored
+    assert "seed = 3" in stored
+
+
+@pytest.mark.parametrize("kind", ["none", "mlp"])
+def test_kill_minus_nine_then_resume_gives_the_same_losses(
+    kind: str, folder: Path, train_flags: Callable[..., list[str]]
+) -> None:
+    more = ("--max-steps", "120", "--save-every", "7", "--reparameterization", kind, "--bottleneck-size", "16")
+    run(*train_flags(folder / f"whole-{kind}", *more))
+    killed = folder / f"killed-{kind}"
+    process = start(*train_flags(killed, *more))
+    log = killed / "events.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"step", "step"') >= 40):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = len(losses_of_whole_lines(log))
+    assert 40 <= before < 120, "the run was to be killed on its way"
+    _, err = run("train", "--resume", "--output", str(killed))
+    assert "resuming after step" in err
+    assert losses(killed) == losses(folder / f"whole-{kind}")
+    assert (killed / "prefix.safetensors").read_bytes() == (
+        folder / f"whole-{kind}" / "prefix.safetensors"
+    ).read_bytes()
+
+
+def losses_of_whole_lines(log: Path) -> list[str]:
+    return [line for line in log.read_text().split("\n")[:-1] if '"event": "step"' in line]
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable[..., list[str]]) -> None:
+    output = folder / "stopped"
+    more = ("--max-steps", "400", "--save-every", "1000")
+    process = start(*train_flags(output, *more))
+    log = output / "events.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"event": "step"') >= 20):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"prefixtune train --resume --output {output}" in err
+    assert "Traceback" not in err
+    done = len(losses(output))
+    assert 20 <= done < 400
+    run("train", "--resume", "--output", str(output))
+    assert len(losses(output)) == 400
+
+
+def test_a_run_is_not_overwritten(trained: Path, train_flags: Callable[..., list[str]]) -> None:
+    before = trained.read_bytes()
+    _, err = run(*train_flags(trained.parent, "--max-steps", "3"), code=2)
+    assert "already holds a run" in err
+    assert "--resume" in err
+    assert trained.read_bytes() == before
+
+
+def test_resuming_with_other_options_is_refused(trained: Path, train_flags: Callable[..., list[str]]) -> None:
+    _, err = run(*train_flags(trained.parent, "--max-steps", "31", "--resume"), code=2)
+    assert "max_steps was 30, is 31" in err
+
+
+def test_doctor_passes_on_a_good_backbone(model: str) -> None:
+    out, _ = run("doctor", model, "--json")
+    report = json.loads(out)
+    assert report["passed"] is True
+    assert len(report["checks"]) >= 8
+
+
+MISTAKES = {
+    "no command": ((), "required", "--help"),
+    "unknown command": (("trian",), "'trian'", "did you mean 'train'?"),
+    "unknown option": (("train", "--prefix-lenght", "3"), "--prefix-lenght", "did you mean '--prefix-length'?"),
+    "unknown option with a value": (("train", "--sead=3"), "--sead", "did you mean '--seed'?"),
+    "wrong type": (("train", "--seed", "x"), "invalid int value: 'x'", "--help"),
+    "several wrong values": (("train", "--prefix-length", "0", "--dtype", "bf16"), "prefix_length is 0", "--help"),
+    "no training file": (("train",), "no training file", "--train"),
+    "missing file": (("train", "--task", "e2e", "--train", "/nowhere.csv"), "/nowhere.csv", ""),
+    "unknown task": (("train", "--task", "e2ee", "--train", "x.csv"), "'e2ee'", "did you mean 'e2e'?"),
+    "nothing to resume": (("train", "--resume", "--output", "/nowhere"), "/nowhere", "without --resume"),
+    "no such config": (("train", "--config", "/nowhere.toml"), "/nowhere.toml", "check the path"),
+    "no such prefix": (("generate", "--prefix", "/nowhere.safetensors", "x"), "/nowhere.safetensors", "check the path"),
+    "not a prefix": (("inspect", __file__), "no whole safetensors file", "truncated"),
+    "nothing to generate": (("generate",), "stdin holds no text", "one source a line"),
+    "a folder that is no model": (("doctor", os.path.dirname(__file__)), "cannot load the backbone", "config.json"),
+    "a GGUF that is not there": (("doctor", "/nowhere.gguf"), "/nowhere.gguf", "check the path"),
+    "a broken option of decoding": (("evaluate",), "--data", "--help"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_with_a_hint(name: str, tmp_path: Path) -> None:
+    arguments, told, hint = MISTAKES[name]
+    out, err = run(*arguments, code=2, cwd=tmp_path)
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+    assert lines[0].startswith("error: ")
+    assert told in err
+    assert hint in err
+    assert any(line.startswith("hint: ") for line in lines)
+
+
+def test_bad_rows_name_file_and_line(folder: Path, model: str) -> None:
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"name": "a", "food": "b", "text": "c"}\n{"name": "a", "fod": "b", "text": "c"}\n')
+    flags = ("--backbone", model, "--train", str(bad), "--source", "{name} {food}", "--target", "text")
+    _, err = run("train", *flags, "--output", str(folder / "never"), code=2)
+    assert "bad.jsonl" in err
+    assert "line 2" in err or ":2" in err
+    assert "did you mean 'fod'" in err or "fod" in err
+    assert not (folder / "never").exists()
+
+
+def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path) -> None:
+    _, err = run("generate", "x", code=2, environment={"PREFIXTUNE_HOME": str(tmp_path)})
+    assert "not prepared" in err
+    assert "prefixtune prepare" in err
+
+
+def test_help_of_every_command_answers_without_torch() -> None:
+    for command in ("demo", "prepare", "train", "generate", "evaluate", "inspect", "doctor"):
+        began = time.monotonic()
+        out, _ = run(command, "--help")
+        assert "usage: prefixtune" in out
+        assert time.monotonic() - began < 3, "help should not load torch"
+
+
+def test_import_is_quick() -> None:
+    code = "import sys, prefixtune; print(sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
