@@ -282,8 +282,10 @@ def _attend_packed(
         rows = group_query.reshape(1, kv_heads, -1, query.shape[-1])
         bias = bias.repeat(heads // kv_heads, 1)
         if query.dtype != torch.float32 and query.device.type == "cpu" and positions <= _SMALL_GROUP:
-            scores = torch.baddbmm(bias, rows.squeeze(0), group_key.squeeze(0).transpose(1, 2), alpha=scale)
-            out = torch.bmm(scores.softmax(-1), group_value.squeeze(0))
+            # Scores and softmax in float32, as the fused kernel does: rounded scores would blur the gradient.
+            wide = rows.squeeze(0).float(), group_key.squeeze(0).float().transpose(1, 2)
+            scores = torch.baddbmm(bias.float(), *wide, alpha=scale)
+            out = torch.bmm(scores.softmax(-1).to(query.dtype), group_value.squeeze(0))
         else:
             out = nn.functional.scaled_dot_product_attention(rows, group_key, group_value, attn_mask=bias, scale=scale)
         outputs.append(out.reshape(heads, positions, -1))

@@ -24,7 +24,7 @@ _AT_LEAST_ONE = (
     *("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation", "save_every"),
 )
 _NOT_NEGATIVE = (
-    *("limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
+    *("limit", "dev_limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
     *("weight_decay", "max_grad_norm", "learning_rate", "seed"),
 )
 
@@ -53,6 +53,7 @@ class TrainConfig:
     source: str = _option("", "records: column name or template such as '{name} is {food}'", "data")
     target: str = _option("", "records: column name or template; a list means several targets", "data")
     limit: int = _option(0, "use only the first N training targets; 0: all", "data")
+    dev_limit: int = _option(0, "use only the first N development targets; 0: all", "data")
     prompt_format: str = _option(" {source} {separator}", "text before the target", "data")
     target_format: str = _option(" {target} ", "the target's text; the end token follows", "data")
     max_length: int = _option(0, "positions of source and target together; 0: what the backbone allows", "data")

@@ -377,7 +377,10 @@ def _without_end(backbone: Backbone, scores: Tensor) -> Tensor:
 def _registry(subject: _Subject) -> _Finding:
     count = len(subject.backbone.geometry["decoder"])
     chosen = getattr(subject.backbone.model.config, "_attn_implementation", None)
-    return chosen == attach.ATTENTION, f"{count} of {count} layers, attention function {chosen!r}"
+    return (
+        chosen == attach.ATTENTION,
+        f"{count} of {count} layers, attention function {chosen!r} (must be {attach.ATTENTION!r})",
+    )
 
 
 def _layers(subject: _Subject) -> _Finding:
@@ -402,7 +405,7 @@ def _training_gradients(subject: _Subject) -> tuple[float, list[Tensor]]:
         logits = backbone.forward(ids, mask, prefixes=leaves).logits
         chosen = mask[:, :-1].bool()
         loss = token_losses(logits[:, :-1][chosen], ids[:, 1:][chosen]).sum()
-        return float(loss), list(torch.autograd.grad(loss, [t for leaf in leaves for t in leaf.tensors()]))
+        return float(loss.detach()), list(torch.autograd.grad(loss, [t for leaf in leaves for t in leaf.tensors()]))
 
 
 def _gradients(subject: _Subject) -> _Finding:
@@ -516,8 +519,8 @@ def _search(backbone: Backbone, prompt: Sequence[int], prefix: Prefix | None) ->
     beams: list[list[int]] = [[]]
     scores = torch.zeros(1, device=backbone.device)
     for _ in range(_NEW_TOKENS):
-        rows = [[*prompt, *beam] for beam in beams]
-        logits = torch.stack([row[-1].float() for row in _alone(backbone, rows, [prefix] * len(rows))])
+        ids = torch.tensor([[*prompt, *beam] for beam in beams], device=backbone.device)
+        logits = backbone.forward(ids, prefixes=[prefix] * len(beams)).logits[:, -1].float()
         total = scores[:, None] + _without_end(backbone, logits.log_softmax(-1))
         scores, places = total.flatten().topk(_BEAMS)
         beams = [[*beams[place // total.shape[1]], place % total.shape[1]] for place in places.tolist()]
@@ -662,7 +665,7 @@ class _State:
         modules: dict[str, tuple[object, ...]] = {}
         for name, module in model.named_modules():
             attributes = vars(module)
-            hooks = sum(len(value) for key, value in attributes.items() if key.endswith("_hooks") and key[1:2] != "r")
+            hooks = sum(len(attributes[name]) for name in attributes if name.endswith("_hooks"))
             names = frozenset(attributes) - _BOOKKEEPING
             modules[name] = (type(module), names, hooks, module.training)
         return cls(tensors, modules)

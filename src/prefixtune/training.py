@@ -161,7 +161,8 @@ def train(
         dev_examples = read_task(config.task, config.dev, source=config.source or None, target=config.target or None)
     if backbone is None:
         backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device)
-    run = _Run(config, backbone, limit_targets(examples, config.limit), dev_examples or ())
+    dev = limit_targets(dev_examples or (), config.dev_limit)
+    run = _Run(config, backbone, limit_targets(examples, config.limit), dev)
     events: list[Event] = run.resume() if resume else []
     with _stop_requests() as stopping, attach.checkpointing(backbone.model, config.gradient_checkpointing):
         for event in run.events(stopping, fresh=not resume):
