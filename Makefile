@@ -9,12 +9,18 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench docs clean help
+.PHONY: demo test check bench e2e initialization docs clean help
+
+# Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
+E2E ?= ../shared/data/e2e
+E2E_TRAIN ?= $(E2E)/train.jsonl.gz
+E2E_DEV ?= $(E2E)/dev.jsonl.gz
+E2E_TEST ?= $(E2E)/test.jsonl.gz
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z0-9]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.installed  ## install into .venv and run the tour: train a prefix, measure it, serve it
+demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show before and after
 	$(BIN)/prefixtune demo
 
 test: $(VENV)/.tested  ## run all tests (fetches the default backbone once)
@@ -31,6 +37,17 @@ check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 bench: $(VENV)/.tested  ## measure speed and memory, against PEFT too
 	$(BIN)/prefixtune prepare
 	OMP_WAIT_POLICY=passive $(BIN)/python bench/run.py $(BENCH_ARGS)
+
+e2e: $(VENV)/.installed  ## train on E2E (45 minutes on two cores) and score the test set
+	$(BIN)/prefixtune prepare
+	$(BIN)/prefixtune train --task e2e --train $(E2E_TRAIN) --dev $(E2E_DEV) --dev-limit 800 --output runs/e2e \
+		--max-steps 1500 --eval-every 500 --init-text "Describe the restaurant in one sentence:" $(E2E_ARGS)
+	$(BIN)/prefixtune evaluate --prefix runs/e2e/prefix.safetensors --data $(E2E_TEST) --batch-size 32 \
+		--outputs runs/e2e/test.txt
+
+initialization: $(VENV)/.installed  ## compare starts and reparameterizations on E2E (half an hour)
+	$(BIN)/prefixtune prepare
+	$(BIN)/python bench/initialization.py --data $(E2E)
 
 docs: $(VENV)/.installed  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py

@@ -1,0 +1,82 @@
+"""The pairs that are measured: E2E where it is at hand, else the project's own toy set.
+
+Knows nothing of models beyond the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+from prefixtune.backbone import Backbone
+from prefixtune.batching import Encoded, encode_examples, plan_epoch
+from prefixtune.tasks import Example, TextFormat, read_task
+
+DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "train.jsonl.gz"
+"""Where E2E is looked for: beside the repository."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples and what they are called in the results."""
+
+    name: str
+    examples: list[Example]
+
+    @property
+    def num_targets(self) -> int:
+        """Pairs of a source and one of its targets."""
+        return sum(len(example.targets) for example in self.examples)
+
+    def describe(self) -> dict[str, object]:
+        """For the results file."""
+        return {
+            "name": self.name,
+            "sources": len(self.examples),
+            "pairs": self.num_targets,
+            "targets_per_source": round(self.num_targets / len(self.examples), 2),
+        }
+
+
+def read(path: Path | None) -> Data:
+    """Read E2E; without a path, from beside the repository, or the toy set where that is missing.
+
+    Raises:
+        DataError: The file is missing or wrong.
+    """
+    if path is None and not DEFAULT.is_file():
+        return Data("toy (made by prefixtune)", read_task("toy", "train"))
+    chosen = path or DEFAULT
+    return Data(f"E2E ({chosen.parent.name}/{chosen.name})", read_task("e2e", chosen))
+
+
+def encode(backbone: Backbone, data: Data, prefix_length: int) -> tuple[Encoded, ...]:
+    """All examples as token ids, formatted as in training."""
+    return encode_examples(backbone, data.examples, TextFormat(), prefix_length=prefix_length).examples
+
+
+def deal(
+    encoded: Sequence[Encoded], *, batch_size: int, targets_per_source: int, number: int, seed: int
+) -> list[list[Encoded]]:
+    """The first full batches of training, as the planner deals them."""
+    batches = (
+        batch
+        for epoch in count()
+        for batch in plan_epoch(
+            encoded, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch
+        )
+        if sum(len(hand.targets) for hand in batch) == batch_size
+    )
+    return list(islice(batches, number))
+
+
+def to_lists(batches: list[list[Encoded]]) -> list[list[list[object]]]:
+    """Batches as JSON takes them."""
+    return [[[list(hand.prompt), [list(target) for target in hand.targets]] for hand in batch] for batch in batches]
+
+
+def from_lists(batches: list[list[list[list[object]]]]) -> list[list[Encoded]]:
+    """The reverse of `to_lists`."""
+    return [[Encoded(tuple(prompt), tuple(map(tuple, targets))) for prompt, targets in batch] for batch in batches]

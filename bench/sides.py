@@ -1,0 +1,267 @@
+"""The two sides of the comparison, each with its own step of training: PEFT's prefix tuning and this project's.
+
+Both take the same pairs, average the loss over the target tokens, clip the gradient and let AdamW move the same number
+of parameters. A side prepares its own tensors, since that is part of its step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prefixtune.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
+from prefixtune.batching import Encoded, pack
+from prefixtune.pretrained import PRETRAINED, pretrained_folder
+from prefixtune.reparam import PrefixModule
+from prefixtune.training import batch_loss
+
+BOTTLENECK_SIZE = 512
+LEARNING_RATE = 5e-4
+MAX_GRAD_NORM = 1.0
+TOLERANCE = 1e-4
+
+VARIANTS = {
+    "peft-fp32": ("PEFT", "float32"),
+    "peft-bf16": ("PEFT", "bfloat16"),
+    "ours-fp32": ("prefixtune", "float32"),
+    "ours-bf16": ("prefixtune", "bfloat16"),
+}
+
+
+class DifferenceError(Exception):
+    """The two sides do not compute the same."""
+
+
+class Side(Protocol):
+    """One way to train a prefix."""
+
+    optimizer: torch.optim.Optimizer
+
+    def loss(self, batch: Sequence[Encoded]) -> Tensor:
+        """Mean loss of the batch's target tokens, differentiable in the prefix's parameters."""
+
+    def weights(self) -> list[nn.Parameter]:
+        """Embedding, first layer's weight and bias, last layer's weight and bias."""
+
+    def site(self) -> nn.Module:
+        """The module that yields the flat prefix, (P, S) or one such matrix per row."""
+
+    def positions(self, batch: Sequence[Encoded]) -> int:
+        """Text positions that the backbone computes for a batch, padding included."""
+
+
+class PeftSide:
+    """PEFT as its users run it: one right-padded row per pair, labels -100 where nothing is learned."""
+
+    def __init__(self, backbone_name: str, dtype: str, prefix_length: int) -> None:
+        from peft import PrefixTuningConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else backbone_name
+        # Told by transformers 5.24 of a keyword that PEFT passes; a progress bar has no place in a log.
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+        logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        config = PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=prefix_length,
+            prefix_projection=True,
+            encoder_hidden_size=BOTTLENECK_SIZE,
+        )
+        self.peft = get_peft_model(self.model, config)
+        self.peft.train()
+        self.encoder = self.peft.prompt_encoder["default"]
+        self.optimizer = make_optimizer(self.weights())
+
+    def loss(self, batch: Sequence[Encoded]) -> Tensor:
+        """Mean loss over target tokens, as the model computes it from `labels`."""
+        loss: Tensor = self.peft(**self.collate(batch)).loss
+        return loss
+
+    def collate(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Ids, mask and labels of a right-padded batch."""
+        pairs = [(hand.prompt, target) for hand in batch for target in hand.targets]
+        width = max(len(prompt) + len(target) for prompt, target in pairs)
+        ids = torch.full((len(pairs), width), self.pad_id)
+        mask = torch.zeros(len(pairs), width, dtype=torch.long)
+        labels = torch.full((len(pairs), width), -100)
+        for row, (prompt, target) in enumerate(pairs):
+            stop = len(prompt) + len(target)
+            ids[row, :stop] = torch.tensor(prompt + target)
+            mask[row, :stop] = 1
+            labels[row, len(prompt) : stop] = torch.tensor(target)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def weights(self) -> list[nn.Parameter]:
+        """See `Side`."""
+        first, _, last = self.encoder.transform
+        return [self.encoder.embedding.weight, first.weight, first.bias, last.weight, last.bias]
+
+    def site(self) -> nn.Module:
+        """See `Side`."""
+        encoder: nn.Module = self.encoder
+        return encoder
+
+    def positions(self, batch: Sequence[Encoded]) -> int:
+        """See `Side`."""
+        return self.collate(batch)["input_ids"].numel()
+
+
+class OurSide:
+    """This project's step: one packed row, the MLP once, logits where there is a label."""
+
+    def __init__(self, backbone: Backbone, prefix_length: int, embedding_size: int | None = None) -> None:
+        self.backbone = backbone
+        self.model = backbone.model
+        self.module = PrefixModule(
+            "mlp",
+            backbone.geometry,
+            prefix_length,
+            embedding_size=embedding_size or backbone.hidden_size,
+            bottleneck_size=BOTTLENECK_SIZE,
+        )
+        self.optimizer = make_optimizer(self.weights())
+
+    def loss(self, batch: Sequence[Encoded]) -> Tensor:
+        """Mean loss over target tokens."""
+        row = pack(batch)
+        losses = batch_loss(self.backbone, self.module(self.backbone.dtype), row)
+        return (losses * row.weights("token", row.num_sentences, len(row.labels))).sum()
+
+    def weights(self) -> list[nn.Parameter]:
+        """See `Side`."""
+        site = self.site()
+        return [site.embedding.weight, site.hidden.weight, site.hidden.bias, site.output.weight, site.output.bias]
+
+    def site(self) -> Any:
+        """See `Side`."""
+        return self.module.sites["decoder"]
+
+    def positions(self, batch: Sequence[Encoded]) -> int:
+        """See `Side`."""
+        return pack(batch).input_ids.numel()
+
+
+def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+
+
+def kv_width(backbone: Backbone) -> int:
+    """The width of PEFT's embedding: one layer's keys."""
+    shape = backbone.geometry["decoder"][0]
+    return shape.num_kv_heads * shape.key_dim
+
+
+def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BACKBONE) -> PeftSide | OurSide:
+    """Load a backbone and put a trainable prefix in front, of the same size on both sides."""
+    torch.manual_seed(0)
+    library, dtype = VARIANTS[variant]
+    if library == "PEFT":
+        return PeftSide(backbone_name, dtype, prefix_length)
+    backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
+    return OurSide(backbone, prefix_length, kv_width(backbone))
+
+
+def step(side: Side, batch: Sequence[Encoded]) -> float:
+    """One optimizer step; returns its loss."""
+    side.optimizer.zero_grad(set_to_none=True)
+    loss = side.loss(batch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(side.weights(), MAX_GRAD_NORM)
+    side.optimizer.step()
+    return float(loss.detach())
+
+
+def num_target_tokens(batch: Sequence[Encoded]) -> int:
+    """Tokens that are learned from: of every target, with its end token."""
+    return sum(len(target) for hand in batch for target in hand.targets)
+
+
+# --- do both compute the same? ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def copy_weights(source: Side, target: Side) -> None:
+    """Let a side's prefix be another's, bit for bit."""
+    for theirs, ours in zip(source.weights(), target.weights(), strict=True):
+        if theirs.shape != ours.shape:
+            raise DifferenceError(f"parameters differ in shape: {tuple(theirs.shape)} and {tuple(ours.shape)}.")
+        ours.copy_(theirs)
+
+
+def same_backbone(one: PeftSide | OurSide, other: PeftSide | OurSide) -> None:
+    """Check that two backbones are equal bit for bit.
+
+    Raises:
+        DifferenceError: They are not.
+    """
+    # PEFT puts its prompt encoder beside the model, not into it.
+    first, second = (
+        {name.removeprefix("base_model."): value for name, value in side.model.state_dict().items()}
+        for side in (one, other)
+    )
+    if first.keys() != second.keys() or not all(torch.equal(first[name], second[name]) for name in first):
+        raise DifferenceError("the two backbones' weights differ.")
+
+
+def compare(reference: Side, other: Side, batch: Sequence[Encoded]) -> dict[str, float]:
+    """Relative differences of loss, flat prefix's gradient and all parameters' gradients, at equal parameters."""
+    copy_weights(reference, other)
+    (one_loss, one_flat, one), (two_loss, two_flat, two) = (_gradients(side, batch) for side in (reference, other))
+    return {
+        "loss": abs(one_loss - two_loss) / abs(one_loss),
+        "prefix_gradient": _distance(one_flat, two_flat),
+        **{
+            f"{name}_gradient": _distance(a, b)
+            for name, a, b in zip(("embedding", "weight_1", "bias_1", "weight_2", "bias_2"), one, two, strict=True)
+        },
+    }
+
+
+def require_equal(reference: Side, other: Side, batch: Sequence[Encoded]) -> dict[str, float]:
+    """`compare`, refusing more than rounding.
+
+    Raises:
+        DifferenceError: Loss or a gradient differs by more than `TOLERANCE`.
+    """
+    differences = compare(reference, other, batch)
+    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
+    if wrong:
+        listed = ", ".join(f"{name} by {value:.2e}" for name, value in wrong.items())
+        raise DifferenceError(
+            f"PEFT and prefixtune do not compute the same in float32 (allowed {TOLERANCE:g}): {listed}."
+        )
+    return differences
+
+
+def _gradients(side: Side, batch: Sequence[Encoded]) -> tuple[float, Tensor, list[Tensor]]:
+    flat: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        flat.append(output)
+
+    handle = side.site().register_forward_hook(keep)
+    try:
+        side.optimizer.zero_grad(set_to_none=True)
+        loss = side.loss(batch)
+        loss.backward()
+    finally:
+        handle.remove()
+    gradient = flat[0].grad
+    # PEFT makes the prefix once per row.
+    summed = gradient.sum(0) if gradient.dim() == 3 else gradient
+    gradients = [weight.grad.clone() for weight in side.weights()]
+    side.optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach()), summed, gradients
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / one.norm())

@@ -1,0 +1,360 @@
+"""Cached decoding against recomputation, greedy and with beams; mixed batches against each row alone; what users set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune import attach
+from prefixtune.backbone import Backbone
+from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.generation import GenerateConfig, generate, generate_ids, stream
+from prefixtune.prefix import Prefix
+from prefixtune.tasks import TextFormat
+
+NEW = 12
+
+
+def cut(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+@torch.no_grad()
+def greedy_by_recomputation(backbone: Any, prompt: list[int], prefix: Any, count: int = NEW) -> list[int]:
+    """The likeliest token again and again, each time running the whole text with the prefix injected."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(backbone.forward(torch.tensor([ids]), prefixes=prefix).logits[0, -1].argmax()))
+        if ids[-1] == backbone.end_id:
+            break
+    return cut(ids[len(prompt) :], backbone.end_id)
+
+
+@pytest.fixture
+def beams_by_recomputation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """transformers' beam search over a forward that has no cache and takes the prefix by injection."""
+
+    def search(backbone: Any, prompt: list[int], prefix: Any, **options: Any) -> list[int]:
+        model, original, calls = backbone.model, backbone.model.forward, []
+
+        def recompute(input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:
+            calls.append(input_ids.shape)
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "forward", original)
+                return attach.forward(model, backbone.layout, input_ids, attention_mask, prefixes=prefix)
+
+        ids = torch.tensor([prompt])
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(model, "forward", recompute)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                do_sample=False,
+                pad_token_id=backbone.pad_id,
+                eos_token_id=backbone.end_id,
+                **options,
+            )
+        assert calls[-1][1] > len(prompt), "the oracle must have seen the whole text at every step"
+        return cut(output[0, len(prompt) :].tolist(), backbone.end_id)
+
+    return search
+
+
+@pytest.fixture
+def requests(backbone: Any, random_prefix: Any, random_ids: Any) -> tuple[list[list[int]], list[Any]]:
+    """Five prompts of unequal length, prefixes of three lengths and None; longer than the tiny Mistral's window."""
+    prefixes = [
+        random_prefix(backbone, 6, 1),
+        random_prefix(backbone, 3, 2),
+        None,
+        random_prefix(backbone, 1, 3),
+        random_prefix(backbone, 6, 4),
+    ]
+    return [random_ids(count, count) for count in (7, 2, 9, 5, 1)], prefixes
+
+
+def test_greedy_is_recomputation(backbone: Any, requests: Any):
+    prompts, prefixes = requests
+    outputs = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=NEW))
+    expected = [greedy_by_recomputation(backbone, *request) for request in zip(prompts, prefixes, strict=True)]
+    assert outputs == expected
+    bare = generate_ids(backbone, prompts, [None] * 5, config=GenerateConfig(max_new_tokens=NEW))
+    assert [a != b for a, b in zip(outputs, bare, strict=True)] == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 2.5, -1.0])
+def test_beams_are_recomputation(
+    length_penalty: float, backbone: Any, requests: Any, beams_by_recomputation: Callable[..., list[int]]
+):
+    prompts, prefixes = requests
+    options = {"max_new_tokens": 8, "num_beams": 3, "length_penalty": length_penalty}
+    # An end token that is now and then likely lets beams end at different lengths.
+    make_end_likely(backbone, 0.5)
+    outputs = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(**options))
+    assert outputs == [beams_by_recomputation(backbone, p, q, **options) for p, q in zip(prompts, prefixes, strict=True)]
+
+
+def make_end_likely(backbone: Any, strength: float) -> None:
+    with torch.no_grad():
+        head = backbone.model.get_output_embeddings().weight
+        head[backbone.end_id] += strength * head.norm(dim=1).mean() * head.mean(0) / head.mean(0).norm()
+
+
+@torch.no_grad()
+def log_probability(backbone: Any, prompt: list[int], output: list[int], prefix: Any) -> float:
+    logits = backbone.forward(torch.tensor([[*prompt, *output]]), prefixes=prefix).logits[0]
+    picked = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(output)[:, None])
+    return float(picked.sum())
+
+
+def test_beams_find_what_is_at_least_as_likely_as_greedy(backbone: Any, requests: Any):
+    prompts, prefixes = requests
+    with torch.no_grad():
+        backbone.model.get_output_embeddings().weight[backbone.end_id] = 0.0
+    wide = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=2, num_beams=105))
+    for prompt, prefix, beams in zip(prompts, prefixes, wide, strict=True):
+        # With as many beams as tokens, two steps of beam search are an exhaustive search.
+        first = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0, -1].log_softmax(-1)
+        pairs = torch.tensor([[*prompt, token] for token in range(105)])
+        second = backbone.forward(pairs, prefixes=prefix).logits[:, -1].log_softmax(-1)
+        total = first[:, None] + second
+        total[:, backbone.end_id] = total[backbone.end_id] = -torch.inf
+        assert log_probability(backbone, prompt, beams, prefix) == pytest.approx(float(total.detach().max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_a_mixed_batch_is_each_row_alone(num_beams: int, batch_size: int, backbone: Any, requests: Any):
+    prompts, prefixes = requests
+    config = GenerateConfig(max_new_tokens=NEW, num_beams=num_beams, batch_size=batch_size)
+    together = generate_ids(backbone, prompts, prefixes, config=config)
+    alone = [
+        generate_ids(backbone, [prompt], [prefix], config=config)[0]
+        for prompt, prefix in zip(prompts, prefixes, strict=True)
+    ]
+    assert together == alone
+    assert len({tuple(ids) for ids in together}) == 5
+
+
+# --- what users set; one family is enough ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(tiny_backbone: Any) -> Any:
+    return tiny_backbone("llama")
+
+
+TEXTS = ["name : Aromi", "x", "a longer text, with more in it"]
+
+
+def test_sampling_with_a_seed_is_reproducible(llama: Any, random_prefix: Any):
+    prefix = random_prefix(llama, 4)
+    options = {"temperature": 1.0, "max_new_tokens": 20}
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = generate(llama, TEXTS, prefix, seed=7, **options)
+    assert torch.equal(torch.get_rng_state(), before), "sampling with a seed must leave torch's random state alone"
+    torch.manual_seed(6)
+    assert generate(llama, TEXTS, prefix, seed=7, **options) == first
+    assert generate(llama, TEXTS, prefix, seed=8, **options) != first
+
+
+def test_sampling_from_the_likeliest_alone_is_greedy(llama: Any, random_prefix: Any):
+    prefix = random_prefix(llama, 4)
+    greedy = generate(llama, TEXTS, prefix, max_new_tokens=20)
+    assert generate(llama, TEXTS, prefix, max_new_tokens=20, temperature=3.0, top_k=1, seed=0) == greedy
+    assert generate(llama, TEXTS, prefix, max_new_tokens=20, temperature=3.0, top_p=1e-6, seed=0) == greedy
+    assert generate(llama, TEXTS, prefix, max_new_tokens=20, temperature=3.0, seed=0) != greedy
+
+
+def test_min_new_tokens_holds_the_end_back(llama: Any, random_prefix: Any, random_ids: Any):
+    prefix, prompt = random_prefix(llama, 4), random_ids(6)
+    with torch.no_grad():
+        last = llama.forward(torch.tensor([prompt]), prefixes=prefix).logits[0, -1]
+        head = llama.model.get_output_embeddings().weight
+        head[llama.end_id] = 20 * head[int(last.argmax())]
+    assert generate_ids(llama, [prompt], [prefix], config=GenerateConfig(max_new_tokens=9)) == [[]]
+    (held,) = generate_ids(llama, [prompt], [prefix], config=GenerateConfig(max_new_tokens=9, min_new_tokens=5))
+    assert 5 <= len(held) <= 9
+
+
+def plain_pieces(text: str, size: int) -> list[str]:
+    """Pieces of a text, all of visible ASCII."""
+    return re.findall(rf"[!-~]{{{size}}}", text)
+
+
+def test_stop_strings_end_an_output_and_are_left_out(llama: Any, random_prefix: Any):
+    prefixes = [random_prefix(llama, 4, seed) for seed in range(3)]
+    options = {"max_new_tokens": 30, "temperature": 1.5, "seed": 0}
+    whole = generate(llama, TEXTS, prefixes, **options)
+    stop = (plain_pieces(whole[0], 2)[1], plain_pieces(whole[1], 1)[4])
+    stopped = generate(llama, TEXTS, prefixes, **options, stop=stop)
+    wanted = [text[: min((p for s in stop if (p := text.find(s)) >= 0), default=len(text))].strip() for text in whole]
+    assert stopped == wanted
+    assert all(len(one) < len(other) for one, other in zip(stopped[:2], whole[:2], strict=True))
+
+
+def test_a_stopped_row_ends_while_others_go_on(llama: Any, random_prefix: Any, random_ids: Any):
+    """A row that stops early must not be filled up with padding in its ids."""
+    prompts, prefixes = [random_ids(5, n) for n in range(3)], [random_prefix(llama, 4, seed) for seed in range(3)]
+    free = generate_ids(llama, prompts, prefixes, config=GenerateConfig(max_new_tokens=15))
+    stop = plain_pieces(llama.decode(free[0]), 2)[0]
+    config = GenerateConfig(max_new_tokens=15, stop=(stop,))
+    together = generate_ids(llama, prompts, prefixes, config=config)
+    alone = [generate_ids(llama, [p], [q], config=config)[0] for p, q in zip(prompts, prefixes, strict=True)]
+    assert together == alone
+    assert len(together[0]) < 15
+
+
+def test_line_breaks_can_be_banned(llama: Any, random_prefix: Any):
+    prefix = random_prefix(llama, 4)
+    options = {"max_new_tokens": 80, "temperature": 8.0, "seed": 3}
+    free = generate(llama, TEXTS, prefix, **options)
+    assert any(mark in text for text in free for mark in "\n\r")
+    banned = generate(llama, TEXTS, prefix, **options, ban_newlines=True)
+    assert not any(mark in text for text in banned for mark in "\n\r")
+    assert any(banned)
+
+
+def test_repetition_penalty_does_not_see_the_padding(
+    llama: Any, random_prefix: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Where padding is the end token, as in GPT-2, a penalized end token would make outputs longer."""
+    monkeypatch.setattr(Backbone, "pad_id", llama.end_id)
+    prompts = [random_ids(count, count) for count in (3, 11)]
+    prefixes = [random_prefix(llama, 5, 1), random_prefix(llama, 2, 2)]
+    penalty, count = 1.3, 15
+    make_end_likely(llama, 0.5)
+
+    @torch.no_grad()
+    def expected(prompt: list[int], prefix: Any) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            logits = llama.forward(torch.tensor([ids]), prefixes=prefix).logits[0, -1]
+            seen = torch.tensor(sorted(set(ids)))
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            ids.append(int(logits.argmax()))
+            if ids[-1] == llama.end_id:
+                break
+        return cut(ids[len(prompt) :], llama.end_id)
+
+    config = GenerateConfig(max_new_tokens=count, repetition_penalty=penalty)
+    outputs = generate_ids(llama, prompts, prefixes, config=config)
+    assert outputs == [expected(prompt, prefix) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "seed": 4}, {"stop": ("e", "0")}, {"min_new_tokens": 30}])
+@pytest.mark.parametrize("number", range(4))
+def test_streamed_pieces_joined_are_the_whole(number: int, options: dict[str, Any], llama: Any, random_prefix: Any):
+    prefix = None if number == 0 else random_prefix(llama, 4, number)
+    (whole,) = generate(llama, [TEXTS[0]], prefix, max_new_tokens=40, **options)
+    pieces = list(stream(llama, TEXTS[0], prefix, max_new_tokens=40, **options))
+    assert "".join(pieces) == whole
+    assert len(pieces) > 1 or len(whole) < 2
+
+
+def test_a_character_over_several_tokens_is_streamed_whole(llama: Any):
+    text_format = TextFormat()
+    wanted = " ab€é c€ "
+    ids = llama.encode(wanted)
+
+    class Scripted:
+        """A model that writes a given text."""
+
+        device, dtype, config = llama.device, llama.dtype, llama.model.config
+        get_output_embeddings = llama.model.get_output_embeddings
+        forward = llama.model.forward
+
+        def generate(self, input_ids: Any, streamer: Any = None, **_: Any) -> Any:
+            if streamer is not None:
+                streamer.put(input_ids)
+                for token in [*ids, llama.end_id]:
+                    streamer.put(torch.tensor([token]))
+                streamer.end()
+            return torch.cat([input_ids, torch.tensor([[*ids, llama.end_id]])], dim=1)
+
+    backbone = Backbone(Scripted(), llama.tokenizer, "scripted", llama.layout, llama.fingerprint)
+    pieces = list(stream(backbone, "x", text_format=text_format))
+    assert pieces == ["a", "b", "€", "é", " c", "€"]
+    assert generate(backbone, ["x"]) == ["ab€é c€"]
+
+
+def test_a_reader_may_leave_a_stream(llama: Any, random_prefix: Any):
+    pieces: Iterator[str] = stream(llama, "x", random_prefix(llama, 4), max_new_tokens=100)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert generate(llama, ["x"], max_new_tokens=3)
+
+
+def test_beams_cannot_stream(llama: Any):
+    with pytest.raises(ConfigError, match="beam search cannot stream"):
+        next(stream(llama, "x", num_beams=2))
+
+
+def test_an_overflow_is_refused_before_any_work(llama: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch):
+    prefix = random_prefix(llama, 10)
+    limit = llama.max_positions
+    fits = limit - 10 - 100
+    done: list[int] = []
+    config = GenerateConfig(max_new_tokens=100, batch_size=1)
+    monkeypatch.setattr(llama.model, "generate", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(RequestError, match=rf"text 2 needs 10 \(prefix\) \+ {fits + 1} \(text\) \+ 100 \(new\)") as error:
+        generate_ids(llama, [[1], [1] * (fits + 1)], [prefix, prefix], config=config, on_batch=done.append)
+    assert str(limit) in error.value.message
+    assert error.value.hint
+    with pytest.raises(RequestError, match="text 1 needs"):
+        next(stream(llama, "y" * fits, prefix, config=config))
+    assert done == []
+
+
+def test_the_last_position_can_be_used(llama: Any, random_prefix: Any, random_ids: Any):
+    prefix = random_prefix(llama, 10)
+    prompt = random_ids(llama.max_positions - 10 - 4)
+    config = GenerateConfig(max_new_tokens=4, min_new_tokens=4)
+    (output,) = generate_ids(llama, [prompt], [prefix], config=config)
+    assert len(output) == 4
+
+
+def test_a_wrong_prefix_is_refused(llama: Any, tiny_backbone: Any, random_prefix: Any):
+    foreign = random_prefix(tiny_backbone("qwen3"), 4)
+    with pytest.raises(BackboneError, match=r"2 KV heads x 16.*'tiny-llama'.*2 KV heads x 8"):
+        generate(llama, ["x", "y"], [None, foreign])
+    with pytest.raises(RequestError, match="1 prefixes for 2 texts"):
+        generate(llama, ["x", "y"], [None])
+    with pytest.raises(RequestError, match="text 1 has no token"):
+        generate_ids(llama, [[]], [None], config=GenerateConfig())
+
+
+def test_the_text_format_comes_from_each_prefix(llama: Any, random_prefix: Any):
+    plain = random_prefix(llama, 3)
+    shaped = Prefix(plain.layers, {"text_format": {"prompt": "{source} =>", "target": "{target}", "end": "</s>"}})
+    config = GenerateConfig(max_new_tokens=10)
+    expected = generate_ids(
+        llama, [llama.encode(" x <s>"), llama.encode("x =>")], [plain, shaped], config=config
+    )
+    assert generate(llama, ["x", "x"], [plain, shaped], config=config) == [llama.decode(i).strip() for i in expected]
+    asked = generate(llama, ["x"], plain, config=config, text_format=TextFormat("{source} =>", "{target}"))
+    assert asked == [llama.decode(expected[1]).strip()]
+
+
+def test_results_keep_the_order_and_batches_are_told(llama: Any, random_prefix: Any):
+    prefix = random_prefix(llama, 3)
+    texts = ["long text " * 3, "a", "middle text", "b", "another long text here"]
+    done: list[int] = []
+    outputs = generate(llama, texts, prefix, config=GenerateConfig(max_new_tokens=8, batch_size=2), on_batch=done.append)
+    assert outputs == [generate(llama, [text], prefix, max_new_tokens=8)[0] for text in texts]
+    assert done == [2, 4, 5]
+
+
+def test_wrong_options_are_told_all_at_once():
+    with pytest.raises(ConfigError) as error:
+        GenerateConfig(max_new_tokens=0, top_p=0.0, num_beams=2, temperature=1.0, stop=("",))
+    for name in ("max_new_tokens", "top_p", "stop", "beam search and sampling"):
+        assert name in error.value.message
+    with pytest.raises(ConfigError, match=r"'max_new_token'.*did you mean 'max_new_tokens'\?"):
+        GenerateConfig.from_mapping({"max_new_token": 3})

@@ -1,0 +1,424 @@
+"""Training learns, moves what it should and nothing else, and can be stopped anywhere without changing the outcome."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import prefixtune.checkpoint
+import prefixtune.training
+from prefixtune.checkpoint import load_prefix, load_state, save_prefix
+from prefixtune.config import TrainConfig
+from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
+from prefixtune.generation import generate
+from prefixtune.reparam import KINDS
+from prefixtune.tasks import Example
+from prefixtune.training import TrainResult, build_module, train
+
+NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
+EIGHT = [Example(f"name : {name}", (f"{name} eats.",)) for name in NAMES]
+SHARED = [Example(f"name : {name}", (f"{name} eats.", f"There is {name}.", f"Eat, {name}!")) for name in NAMES[:4]]
+HELD_OUT = [Example("name : Zed", ("Zed eats.",))]
+
+
+@pytest.fixture
+def backbone(tiny_backbone: Any) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def config_for(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """`config_for(folder, **changes)`: a small run with an output folder of its own."""
+
+    def make(folder: str = "run", **changes: Any) -> TrainConfig:
+        values = {
+            "prefix_length": 4,
+            "bottleneck_size": 16,
+            "init_text": "Say it",
+            "batch_size": 4,
+            "targets_per_source": 2,
+            "max_steps": 6,
+            "warmup_steps": 2,
+            "save_every": 1,
+            "learning_rate": 1e-2,
+            "output": str(tmp_path / folder),
+            **changes,
+        }
+        return TrainConfig(**values)
+
+    return make
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process."""
+
+
+def at(kind: str, step: int, act: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
+    """Do something when an event comes."""
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == kind and event["step"] == step:
+            act()
+
+    return on_event
+
+
+def kill() -> None:
+    raise Killed
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [event["loss"] for event in result.events if event["event"] == "step"]
+
+
+# --- what moves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_step_moves_every_trained_tensor_and_no_other(
+    checkpointing: bool, kind: str, family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+):
+    backbone = tiny_backbone(family)
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    # After the first step of `residual` the MLP's last layer has left zero; so two steps move what is before it.
+    config = config_for(
+        reparameterization=kind, max_steps=1 + (kind == "residual"), gradient_checkpointing=checkpointing
+    )
+    start, _ = build_module(config, backbone)
+    result = train(config, backbone=backbone, examples=SHARED)
+
+    state, _ = load_state(Path(config.output) / "state.safetensors")
+    trained = dict(start.named_parameters())
+    for name, tensor in trained.items():
+        assert not torch.equal(state[f"module.{name}"], tensor), f"{name} has not moved"
+    assert result.num_trained == sum(tensor.numel() for tensor in trained.values())
+    for one, other in zip(result.prefix.tensors(), start.bake().tensors(), strict=True):
+        assert torch.all((one != other).any(-1)), "every position of every head of every layer must move"
+
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert not any(module.training for module in backbone.model.modules())
+    for name, tensor in backbone.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the backbone has moved"
+
+
+def test_every_slot_of_every_layer_gets_a_gradient(
+    family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+):
+    gradients: list[Tensor] = []
+    original = prefixtune.training.batch_loss
+
+    def watched(backbone: Any, prefix: Any, batch: Any) -> Tensor:
+        for tensor in prefix.tensors():
+            tensor.register_hook(lambda gradient: gradients.append(gradient.clone()))
+        return original(backbone, prefix, batch)
+
+    monkeypatch.setattr(prefixtune.training, "batch_loss", watched)
+    train(config_for(max_steps=1), backbone=tiny_backbone(family), examples=SHARED)
+    assert len(gradients) == 6
+    for gradient in gradients:
+        assert torch.all(gradient.abs().amax(-1) > 0)
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_examples_can_be_overfitted(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
+    began = time.monotonic()
+    config = config_for(
+        reparameterization=kind,
+        prefix_length=16,
+        bottleneck_size=64,
+        batch_size=8,
+        max_steps=250,
+        save_every=1000,
+        learning_rate=0.1 if kind == "none" else 0.02,
+    )
+    result = train(config, backbone=backbone, examples=EIGHT)
+    per_token = [event["loss_per_token"] for event in result.events if event["event"] == "step"]
+    assert per_token[-1] < 0.3 * per_token[0]
+    assert time.monotonic() - began < 60
+
+
+def test_what_was_learned_is_generated(backbone: Any, config_for: Callable[..., TrainConfig]):
+    one = [Example("name : Ann", ("Ann eats.",))]
+    config = config_for(prefix_length=16, max_steps=120, learning_rate=0.1, save_every=1000)
+    result = train(config, backbone=backbone, examples=one)
+    assert generate(backbone, ["name : Ann"], load_prefix(result.path, backbone), max_new_tokens=20) == ["Ann eats."]
+
+
+def test_the_best_prefix_is_kept_and_the_run_stops_early(backbone: Any, config_for: Callable[..., TrainConfig]):
+    wandering = {"learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 40, "eval_every": 2, "patience": 3}
+    result = train(config_for(**wandering), backbone=backbone, examples=EIGHT[:2], dev_examples=HELD_OUT)
+    evaluations = [event for event in result.events if event["event"] == "evaluation"]
+    figures = [event["loss"] for event in evaluations]
+    best = min(range(len(figures)), key=figures.__getitem__)
+    assert result.best_loss == figures[best]
+    assert len(figures) == best + 1 + 3
+    assert result.steps == evaluations[-1]["step"] < 40
+
+    until_best = config_for("until", **{**wandering, "patience": 0})
+    with pytest.raises(Killed):
+        train(
+            until_best,
+            backbone=backbone,
+            examples=EIGHT[:2],
+            dev_examples=HELD_OUT,
+            on_event=at("evaluation", evaluations[best]["step"], kill),
+        )
+    assert result.prefix.equal(load_prefix(Path(until_best.output) / "prefix.safetensors"))
+    assert result.prefix.header["training"]["steps"] == evaluations[best]["step"]
+
+
+def test_a_run_that_stopped_early_stays_stopped(backbone: Any, config_for: Callable[..., TrainConfig]):
+    config = config_for(learning_rate=0.5, max_grad_norm=0.0, max_steps=40, eval_every=2, patience=3)
+    data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
+    first = train(config, **data)
+    assert first.steps < 40
+    again = train(config, **data, resume=True)
+    assert again.steps == first.steps
+    assert again.prefix.equal(first.prefix)
+
+
+def test_without_a_development_set_the_last_prefix_is_kept(backbone: Any, config_for: Callable[..., TrainConfig]):
+    result = train(config_for(), backbone=backbone, examples=EIGHT)
+    state, _ = load_state(Path(config_for().output) / "state.safetensors")
+    from prefixtune.prefix import flatten
+
+    assert torch.equal(flatten(result.prefix.layers["decoder"]), state["module.sites.decoder.table"])
+    assert math.isnan(result.best_loss)
+
+
+# --- the same whatever the batching, the same each time --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["sentence", "token"])
+def test_accumulation_is_one_large_batch(reduction: str, backbone: Any, config_for: Callable[..., TrainConfig]):
+    options = {"targets_per_source": 1, "loss_reduction": reduction, "max_steps": 5}
+    large = train(config_for("large", batch_size=6, **options), backbone=backbone, examples=SHARED)
+    small = train(
+        config_for("small", batch_size=2, gradient_accumulation=3, **options), backbone=backbone, examples=SHARED
+    )
+    assert losses(small) == pytest.approx(losses(large), rel=1e-6)
+    assert [e["target_tokens"] for e in small.events if e["event"] == "step"] == [
+        e["target_tokens"] for e in large.events if e["event"] == "step"
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_fixes_every_bit(kind: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    options = {"reparameterization": kind, "initialization": "random"}
+    runs = []
+    for number in range(2):
+        torch.manual_seed(number)
+        runs.append(train(config_for(str(number), **options), backbone=tiny_backbone("llama"), examples=SHARED))
+    assert losses(runs[0]) == losses(runs[1])
+    assert runs[0].prefix.equal(runs[1].prefix)
+    other = train(config_for("other", **options, seed=1), backbone=tiny_backbone("llama"), examples=SHARED)
+    assert losses(other) != losses(runs[0])
+
+
+def test_the_learning_rate_rises_then_falls_to_zero(backbone: Any, config_for: Callable[..., TrainConfig]):
+    result = train(config_for(max_steps=10, warmup_steps=4, learning_rate=1.0), backbone=backbone, examples=EIGHT)
+    rates = [event["lr"] for event in result.events if event["event"] == "step"]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moment", [("step", 1), ("step", 3), ("step", 4), ("save", 4), ("evaluation", 4)])
+def test_resumed_is_uninterrupted(
+    moment: tuple[str, int], kind: str, backbone: Any, config_for: Callable[..., TrainConfig]
+):
+    options = {
+        "reparameterization": kind,
+        "save_every": 2 if moment[1] > 1 else 1,
+        "eval_every": 2,
+        "max_steps": 9,
+        "gradient_accumulation": 2,
+        "weight_decay": 0.01,
+    }
+    data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
+    whole = train(config_for("whole", **options), **data)
+    stopped = config_for("stopped", **options)
+    if moment == ("step", 1):
+        moment = ("save", 1)
+    with pytest.raises(Killed):
+        train(stopped, **data, on_event=at(*moment, kill))
+    torch.manual_seed(99)
+    resumed = train(stopped, **data, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert resumed.prefix.equal(whole.prefix)
+    assert resumed.best_loss == whole.best_loss
+
+    def log(config: TrainConfig) -> list[dict[str, Any]]:
+        lines = (Path(config.output) / "events.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    steps = [event for event in log(stopped) if event["event"] in ("start", "step", "evaluation", "end")]
+    assert steps == [event for event in log(Path_config(whole)) if event["event"] != "save"]
+
+
+def Path_config(result: TrainResult) -> TrainConfig:
+    return TrainConfig.from_toml(result.path.parent / "config.toml")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_before_it_stops(number: int, backbone: Any, config_for: Callable[..., TrainConfig]):
+    config = config_for(save_every=100)
+    whole = train(config_for("whole", save_every=100), backbone=backbone, examples=SHARED)
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, backbone=backbone, examples=SHARED, on_event=at("step", 3, lambda: os.kill(os.getpid(), number)))
+    assert signal.getsignal(number) is handler
+    _, facts = load_state(Path(config.output) / "state.safetensors")
+    assert facts["step"] in (3, 4)
+    resumed = train(config, backbone=backbone, examples=SHARED, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert resumed.prefix.equal(whole.prefix)
+
+
+def test_a_finished_run_can_be_resumed_without_effect(backbone: Any, config_for: Callable[..., TrainConfig]):
+    first = train(config_for(), backbone=backbone, examples=SHARED)
+    again = train(config_for(), backbone=backbone, examples=SHARED, resume=True)
+    assert again.steps == first.steps == 6
+    assert losses(again) == losses(first)
+    assert again.prefix.equal(first.prefix)
+
+
+def test_changed_options_are_refused_by_name(backbone: Any, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    train(config_for(), backbone=backbone, examples=SHARED)
+    before = {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()}
+    with pytest.raises(ConfigError) as error:
+        train(config_for(prefix_length=5, seed=3), backbone=backbone, examples=SHARED, resume=True)
+    assert "prefix_length was 4, is 5" in error.value.message
+    assert "seed was 0, is 3" in error.value.message
+    with pytest.raises(ConfigError, match="another backbone"):
+        train(config_for(), backbone=tiny_backbone("llama", seed=1), examples=SHARED, resume=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config_for(), backbone=backbone, examples=SHARED)
+    assert {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()} == before
+
+
+def test_there_must_be_a_run_to_resume(backbone: Any, config_for: Callable[..., TrainConfig]):
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        train(config_for(), backbone=backbone, examples=SHARED, resume=True)
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+):
+    config = config_for()
+    original, calls = prefixtune.training.batch_loss, []
+
+    def poisoned(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return original(*arguments) * (math.nan if len(calls) > 3 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefixtune.training, "batch_loss", poisoned)
+        with pytest.raises(TrainingError, match=r"loss is nan .* at step 4") as error:
+            train(config, backbone=backbone, examples=SHARED)
+    assert "learning rate" in error.value.hint
+    tensors, facts = load_state(Path(config.output) / "state.safetensors")
+    assert facts["step"] == 3
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    # The fault gone, the run goes on as if nothing had been.
+    whole = train(config_for("whole"), backbone=backbone, examples=SHARED)
+    assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
+
+
+def test_a_learning_rate_far_too_high_is_told(backbone: Any, config_for: Callable[..., TrainConfig]):
+    with pytest.raises(TrainingError, match="step") as error:
+        train(
+            config_for(learning_rate=1e38, max_grad_norm=0.0, warmup_steps=0, max_steps=20),
+            backbone=backbone,
+            examples=SHARED,
+        )
+    assert "lower the learning rate (now 1e+38)" in error.value.hint
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_state(
+    backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+):
+    config = config_for()
+    original, calls = prefixtune.checkpoint.save_file, []
+
+    def full(tensors: Any, path: Any, metadata: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            Path(path).write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        original(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefixtune.checkpoint, "save_file", full)
+        with pytest.raises(PrefixError, match="No space left on device") as error:
+            train(config, backbone=backbone, examples=SHARED)
+    assert "free some space" in error.value.hint
+    folder = Path(config.output)
+    assert load_state(folder / "state.safetensors")[1]["step"] == 2
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "events.jsonl", "state.safetensors"}
+    whole = train(config_for("whole"), backbone=backbone, examples=SHARED)
+    assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
+
+
+def test_missing_data_is_told(backbone: Any, config_for: Callable[..., TrainConfig]):
+    with pytest.raises(ConfigError, match="no training file"):
+        train(config_for(), backbone=backbone)
+    with pytest.raises(DataError, match="no example"):
+        train(config_for(), backbone=backbone, examples=[])
+
+
+# --- where a run starts ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_may_start_from_another_prefix(
+    backbone: Any, random_prefix: Any, tmp_path: Path, config_for: Callable[..., TrainConfig]
+):
+    given = random_prefix(backbone, 4).detach()
+    path = save_prefix(tmp_path / "given.safetensors", given)
+    config = config_for(initialization="prefix", init_prefix=str(path))
+    for kind in ("none", "residual"):
+        module, facts = build_module(config.replace(reparameterization=kind), backbone)
+        assert module.bake().equal(given)
+        assert facts == {"kind": "prefix", "file": "given.safetensors"}
+    with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3"):
+        build_module(config.replace(prefix_length=3), backbone)
+
+
+def test_the_artifact_tells_how_it_was_made(backbone: Any, config_for: Callable[..., TrainConfig]):
+    config = config_for(
+        prompt_format="{source} {separator}", save_dtype="bfloat16", license="CC0", reparameterization="mlp"
+    )
+    result = train(config, backbone=backbone, examples=SHARED)
+    header = load_prefix(result.path, backbone).header
+    assert header["backbone"] == {"name": "tiny-llama", "fingerprint": backbone.fingerprint}
+    assert header["text_format"]["prompt"] == "{source} {separator}"
+    assert header["training"]["steps"] == 6
+    assert header["training"]["num_targets"] == 12
+    assert header["initialization"]["text"] == "Say it"
+    assert 0 < header["initialization"]["relative_fit_error"]["decoder"] < 1
+    assert (header["license"], header["dtype"], header["positions"]) == (
+        "CC0",
+        "bfloat16",
+        {"decoder": "text starts at position P"},
+    )
+    assert result.prefix.dtype == torch.bfloat16
