@@ -37,7 +37,7 @@ def run(
     backbone = load_backbone(backbone_name, dtype="auto", device="cpu")
     prefix = from_words(backbone, WORDS, prefix_length)
     config = GenerateConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=num_texts)
-    examples = random.Random(seed).sample(data.examples, num_texts * (repeats + 1))
+    examples = random.Random(seed).choices(data.examples, k=num_texts * (repeats + 1))
     prompts = [encode_prompt(backbone, TextFormat(), example.source) for example in examples]
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(repeats + 1):

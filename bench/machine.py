@@ -110,7 +110,7 @@ def forget_peak() -> bool:
 
 
 class Neighbours:
-    """How many cores other processes kept busy since this object was made (NaN-free; None without /proc)."""
+    """How many cores other processes kept busy since this object was made."""
 
     def __init__(self) -> None:
         self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -63,8 +63,9 @@ class PeftSide:
         from transformers.utils import logging
 
         folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else backbone_name
-        # Told by transformers 5.24 of a keyword that PEFT passes; a progress bar has no place in a log.
-        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+        # transformers 5.24 on names that PEFT 0.21 uses; and a progress bar has no place in a log.
+        for old in ("past_key_values", "is_gradient_checkpointing"):
+            warnings.filterwarnings("ignore", f"`{old}` is deprecated", FutureWarning)
         logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -132,7 +133,7 @@ class OurSide:
     def loss(self, batch: Sequence[Encoded]) -> Tensor:
         """Mean loss over target tokens."""
         row = pack(batch)
-        losses = batch_loss(self.backbone, self.module(self.backbone.dtype), row)
+        losses = batch_loss(self.backbone, self.module(), row)
         return (losses * row.weights("token", row.num_sentences, len(row.labels))).sum()
 
     def weights(self) -> list[nn.Parameter]:

@@ -365,7 +365,7 @@ def stack(prefixes: Sequence[Prefix | None], geometry: Geometry, dtype: torch.dt
     Args:
         prefixes: One per row, or a single one for all rows; None: that row has no prefix.
         geometry: The backbone's.
-        dtype: The backbone's.
+        dtype: Of the result.
         device: The backbone's.
     """
     layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -447,7 +447,8 @@ def forward(
     for prefix in rows:
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
-    made = stack(rows, layout.geometry, model.dtype, model.device)
+    # In float32 until a layer casts it: so the gradients of a row's groups gather in float32 too.
+    made = stack(rows, layout.geometry, torch.float32, model.device)
     injection = Injection(layout.places, made.layers, made.visible, packing)
     shift = torch.tensor([0 if prefix is None else prefix.length() for prefix in rows], device=input_ids.device)[
         :, None

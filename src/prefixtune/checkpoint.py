@@ -28,23 +28,29 @@ __all__ = ["FORMAT_VERSION", "POSITIONS", "load_prefix", "load_state", "make_hea
 
 FORMAT_VERSION = 1
 
-POSITIONS = {"decoder": "text starts at position P"}
+POSITIONS = {
+    "decoder": "text starts at position P",
+    "encoder": "text positions are not shifted",
+    "cross": "text positions are not shifted",
+}
 """The position convention of each site, recorded in every artifact."""
 
 _HEADER, _STATE = "prefixtune", "prefixtune_state"
 _NAME = re.compile(r"^(encoder|decoder|cross)\.(\d{1,5})\.(key|value)$")
 
 
-def make_header(prefix: Prefix, backbone: Backbone, **facts: Any) -> dict[str, Any]:
-    """What an artifact says of itself.
+def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
+    """What an artifact says of its origin; `save_prefix` adds what it says of its tensors.
 
     Args:
-        prefix: The baked prefix.
         backbone: The model that it was trained for.
         **facts: More, such as `task`, `text_format`, `training`, `initialization`, `license`.
     """
+    return {"backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint}, **facts}
+
+
+def _describe_tensors(prefix: Prefix) -> dict[str, Any]:
     return {
-        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "sites": list(prefix.sites),
         "prefix_length": {site: prefix.length(site) for site in prefix.sites},
         "positions": {site: POSITIONS[site] for site in prefix.sites},
@@ -56,7 +62,7 @@ def make_header(prefix: Prefix, backbone: Backbone, **facts: Any) -> dict[str, A
             }
             for site, shapes in prefix.geometry.items()
         },
-        **facts,
+        "dtype": str(prefix.dtype).removeprefix("torch."),
     }
 
 
@@ -80,7 +86,7 @@ def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.
     stored = prefix.detach().to(dtype, "cpu")
     if not stored.is_finite():
         raise CheckpointError(f"the prefix for {str(path)!r} holds NaN or infinity.", hint="train it again.")
-    header = {"format_version": FORMAT_VERSION, **prefix.header, "dtype": str(dtype).removeprefix("torch.")}
+    header = {**prefix.header, "format_version": FORMAT_VERSION, **_describe_tensors(stored)}
     tensors = {
         f"{site}.{number}.{part}": tensor.contiguous()
         for site, layers in stored.layers.items()
@@ -102,8 +108,8 @@ def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_oth
 
     Raises:
         CheckpointError: The file is missing, truncated, no prefix, of a newer format, or holds NaN or infinity; its
-            header and its tensors disagree; or it was trained for another backbone.
-        BackboneError: Its shapes are not the backbone's.
+            header and its tensors disagree.
+        BackboneError: Its shapes are not the backbone's, or it was trained for other weights.
     """
     tensors, metadata = _read(path)
     if _HEADER not in metadata:

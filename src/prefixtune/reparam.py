@@ -120,14 +120,10 @@ class PrefixModule(nn.Module):
             }
         )
 
-    def forward(self, dtype: torch.dtype | None = None) -> Prefix:
-        """The prefix as it is now, attached to the graph of its parameters.
-
-        Args:
-            dtype: Cast to this (the backbone's); None keeps fp32.
-        """
+    def forward(self) -> Prefix:
+        """The prefix as it is now, in float32, attached to the graph of its parameters."""
         flat: Mapping[str, Tensor] = {site: module() for site, module in self.sites.items()}
-        return Prefix({site: unflatten(rows.to(dtype), self.geometry[site]) for site, rows in flat.items()})
+        return Prefix({site: unflatten(rows, self.geometry[site]) for site, rows in flat.items()})
 
     @torch.no_grad()
     def bake(self) -> Prefix:

@@ -303,7 +303,7 @@ class _Run:
         tokens = sum(len(batch.labels) for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
         # The reparameterization runs once: rows' gradients gather at the prefix, then flow back through it together.
-        live: Prefix = self.module(self.backbone.dtype)
+        live: Prefix = self.module()
         leaf = _leaf(live)
         loss = 0.0
         for batch in batches:
@@ -356,7 +356,6 @@ class _Run:
     def _save_artifact(self, prefix: Prefix) -> None:
         config = self.config
         header = make_header(
-            prefix,
             self.backbone,
             task=config.task,
             text_format={

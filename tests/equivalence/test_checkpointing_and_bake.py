@@ -79,7 +79,7 @@ def test_saved_is_loaded_bit_for_bit(
     dtype: torch.dtype, tmp_path: Path, backbone: Any, random_prefix: Any, random_ids: Any
 ):
     made = random_prefix(backbone, 5).detach()
-    prefix = Prefix(made.layers, make_header(made, backbone, task="toy", license="CC0: as you like, é"))
+    prefix = Prefix(made.layers, make_header(backbone, task="toy", license="CC0: as you like, é"))
     path = save_prefix(tmp_path / "deep" / "p.safetensors", prefix, dtype=dtype)
     loaded = load_prefix(path, backbone)
     assert loaded.equal(prefix.to(dtype))

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from prefixtune.checkpoint import load_prefix, load_state, save_prefix
 from prefixtune.config import TrainConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
 from prefixtune.generation import generate
+from prefixtune.prefix import flatten
 from prefixtune.reparam import KINDS
 from prefixtune.tasks import Example
 from prefixtune.training import TrainResult, build_module, train
@@ -85,16 +85,18 @@ def losses(result: TrainResult) -> list[float]:
 # --- what moves ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "checkpointing"), [("none", True), ("mlp", False), ("residual", False)])
 def test_one_step_moves_every_trained_tensor_and_no_other(
-    checkpointing: bool, kind: str, family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+    kind: str, checkpointing: bool, family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
 ):
     backbone = tiny_backbone(family)
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     # After the first step of `residual` the MLP's last layer has left zero; so two steps move what is before it.
     config = config_for(
-        reparameterization=kind, max_steps=1 + (kind == "residual"), gradient_checkpointing=checkpointing
+        reparameterization=kind,
+        initialization="random",
+        max_steps=1 + (kind == "residual"),
+        gradient_checkpointing=checkpointing,
     )
     start, _ = build_module(config, backbone)
     result = train(config, backbone=backbone, examples=SHARED)
@@ -136,20 +138,19 @@ def test_every_slot_of_every_layer_gets_a_gradient(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_examples_can_be_overfitted(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
-    began = time.monotonic()
     config = config_for(
         reparameterization=kind,
+        initialization="random",
         prefix_length=16,
         bottleneck_size=64,
         batch_size=8,
-        max_steps=250,
+        max_steps=120,
         save_every=1000,
         learning_rate=0.1 if kind == "none" else 0.02,
     )
     result = train(config, backbone=backbone, examples=EIGHT)
     per_token = [event["loss_per_token"] for event in result.events if event["event"] == "step"]
     assert per_token[-1] < 0.3 * per_token[0]
-    assert time.monotonic() - began < 60
 
 
 def test_what_was_learned_is_generated(backbone: Any, config_for: Callable[..., TrainConfig]):
@@ -195,8 +196,6 @@ def test_a_run_that_stopped_early_stays_stopped(backbone: Any, config_for: Calla
 def test_without_a_development_set_the_last_prefix_is_kept(backbone: Any, config_for: Callable[..., TrainConfig]):
     result = train(config_for(), backbone=backbone, examples=EIGHT)
     state, _ = load_state(Path(config_for().output) / "state.safetensors")
-    from prefixtune.prefix import flatten
-
     assert torch.equal(flatten(result.prefix.layers["decoder"]), state["module.sites.decoder.table"])
     assert math.isnan(result.best_loss)
 
@@ -240,13 +239,14 @@ def test_the_learning_rate_rises_then_falls_to_zero(backbone: Any, config_for: C
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("moment", [("step", 1), ("step", 3), ("step", 4), ("save", 4), ("evaluation", 4)])
+@pytest.mark.parametrize("moment", [("step", 3), ("save", 4), ("evaluation", 4), ("step", 9)])
 def test_resumed_is_uninterrupted(
     moment: tuple[str, int], kind: str, backbone: Any, config_for: Callable[..., TrainConfig]
 ):
     options = {
         "reparameterization": kind,
-        "save_every": 2 if moment[1] > 1 else 1,
+        "initialization": "random",
+        "save_every": 2,
         "eval_every": 2,
         "max_steps": 9,
         "gradient_accumulation": 2,
@@ -255,8 +255,6 @@ def test_resumed_is_uninterrupted(
     data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
     whole = train(config_for("whole", **options), **data)
     stopped = config_for("stopped", **options)
-    if moment == ("step", 1):
-        moment = ("save", 1)
     with pytest.raises(Killed):
         train(stopped, **data, on_event=at(*moment, kill))
     torch.manual_seed(99)
@@ -265,16 +263,12 @@ def test_resumed_is_uninterrupted(
     assert resumed.prefix.equal(whole.prefix)
     assert resumed.best_loss == whole.best_loss
 
-    def log(config: TrainConfig) -> list[dict[str, Any]]:
-        lines = (Path(config.output) / "events.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    def log(folder: Path) -> list[dict[str, Any]]:
+        events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+        kinds = ("start", "step", "evaluation", "end")
+        return [{k: v for k, v in event.items() if k != "seconds"} for event in events if event["event"] in kinds]
 
-    steps = [event for event in log(stopped) if event["event"] in ("start", "step", "evaluation", "end")]
-    assert steps == [event for event in log(Path_config(whole)) if event["event"] != "save"]
-
-
-def Path_config(result: TrainResult) -> TrainConfig:
-    return TrainConfig.from_toml(result.path.parent / "config.toml")
+    assert log(resumed.path.parent) == log(whole.path.parent)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -348,11 +342,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_learning_rate_far_too_high_is_told(backbone: Any, config_for: Callable[..., TrainConfig]):
     with pytest.raises(TrainingError, match="step") as error:
         train(
-            config_for(learning_rate=1e38, max_grad_norm=0.0, warmup_steps=0, max_steps=20),
+            config_for(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0, max_steps=20),
             backbone=backbone,
             examples=SHARED,
         )
-    assert "lower the learning rate (now 1e+38)" in error.value.hint
+    assert "lower the learning rate (now 1e+30)" in error.value.hint
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_state(

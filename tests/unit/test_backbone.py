@@ -1,0 +1,227 @@
+"""The backbone: what is read from it, its fingerprint, and every model that is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from prefixtune.backbone import Backbone, choose_dtype, fingerprint, fingerprints_match, load_backbone
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix import LayerShape
+
+SHAPES = {"gpt2": (4, 8), "llama": (2, 8), "opt": (4, 8), "gpt_neox": (4, 8), "qwen3": (2, 16), "mistral": (2, 8)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> Path:
+    """A tiny model in transformers' format."""
+    path = tmp_path / "tiny"
+    tiny_models("llama").save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def test_the_geometry_is_found_by_running_it(family: str, backbone: Any):
+    heads, size = SHAPES[family]
+    assert backbone.geometry == {"decoder": (LayerShape(heads, size, size),) * 3}
+    assert backbone.hidden_size == 32
+    assert backbone.max_positions == 160
+    assert family in repr(backbone)
+
+
+def test_it_comes_frozen_and_without_dropout(backbone: Any):
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert not any(module.training for module in backbone.model.modules())
+    rates = [module.p for module in backbone.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert not any(rates)
+
+
+def test_text_there_and_back(backbone: Any):
+    text = " é costs 3 €\n"
+    assert backbone.decode(backbone.encode(text)) == text
+    assert backbone.encode("<s>x</s>") == [
+        backbone.tokenizer.bos_token_id,
+        *backbone.encode("x"),
+        backbone.tokenizer.eos_token_id,
+    ]
+    assert backbone.decode([backbone.end_id, *backbone.encode("x"), backbone.pad_id]) == "x"
+    assert (backbone.separator, backbone.end) == ("<s>", "</s>")
+
+
+# --- the fingerprint -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("bfloat16",), ("float16",), ("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_the_fingerprint_does_not_depend_on_the_dtype(names: tuple[str, ...], backbone: Any):
+    model = copy.deepcopy(backbone.model)
+    for name in names:
+        model.to(getattr(torch, name))
+    assert fingerprints_match(backbone.fingerprint, fingerprint(model, backbone.geometry))
+    assert fingerprints_match(fingerprint(model, backbone.geometry), backbone.fingerprint)
+
+
+def test_a_small_fine_tune_changes_the_fingerprint(backbone: Any):
+    model = copy.deepcopy(backbone.model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.tensor([backbone.encode("A few steps on a text.")])
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert not fingerprints_match(backbone.fingerprint, fingerprint(model, backbone.geometry))
+
+
+def test_a_fine_tune_of_one_layer_changes_the_fingerprint(tiny_backbone: Any):
+    backbone = tiny_backbone("llama")
+    model = copy.deepcopy(backbone.model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.05)
+    assert not fingerprints_match(backbone.fingerprint, fingerprint(model, backbone.geometry))
+
+
+def test_another_model_has_another_fingerprint(tiny_backbone: Any):
+    one = tiny_backbone("llama")
+    assert one.fingerprint == tiny_backbone("llama").fingerprint
+    for other in (tiny_backbone("llama", seed=1), tiny_backbone("mistral"), tiny_backbone("llama", num_hidden_layers=2)):
+        assert not fingerprints_match(one.fingerprint, other.fingerprint)
+
+
+@pytest.mark.parametrize("text", ["", "x", "x:", "x:!!!", ":", "x:AAA"])
+def test_what_is_no_fingerprint_matches_nothing(text: str, tiny_backbone: Any):
+    assert not fingerprints_match(text, tiny_backbone("gpt2").fingerprint)
+    assert not fingerprints_match(text, tiny_backbone("gpt2").fingerprint.partition(":")[0] + ":")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_loaded(folder: Path, tiny_backbone: Any, assert_same: Any):
+    backbone = load_backbone(folder, device="cpu")
+    expected = tiny_backbone("llama")
+    assert backbone.name == str(folder)
+    assert backbone.dtype == torch.float32
+    assert backbone.fingerprint == expected.fingerprint
+    ids = torch.tensor([backbone.encode("Some text.")])
+    assert_same(backbone.forward(ids).logits, expected.forward(ids).logits, tolerance=1e-6)
+    half = load_backbone(str(folder), dtype="bfloat16", device="cpu")
+    assert half.dtype == torch.bfloat16
+    assert fingerprints_match(half.fingerprint, backbone.fingerprint)
+
+
+def test_pickled_weights_are_not_loaded(folder: Path, tiny_models: Any):
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_models("llama").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match="cannot load the backbone"):
+        load_backbone(folder)
+
+
+def test_what_is_missing_is_told(folder: Path, tmp_path: Path):
+    with pytest.raises(BackboneError, match="is no folder of a model") as error:
+        load_backbone(tmp_path / "none")
+    assert error.value.hint
+    with pytest.raises(BackboneError, match="there is no GGUF file"):
+        load_backbone(tmp_path / "none.gguf")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BackboneError, match="cannot load the backbone"):
+        load_backbone(tmp_path / "empty")
+    with pytest.raises(BackboneError, match="cannot load the backbone 'no-such-org/no-such-model'"):
+        load_backbone("no-such-org/no-such-model")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(BackboneError, match="cannot load the backbone"):
+        load_backbone(folder)
+
+
+def test_a_broken_gguf_file_is_told(tmp_path: Path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(BackboneError, match="cannot load the backbone"):
+        load_backbone(tmp_path / "broken.gguf")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match="no end-of-sequence token"):
+        load_backbone(folder)
+
+
+def test_the_embedded_backbone_must_be_prepared(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefixtune.backbone.pretrained_folder", lambda _: None)
+    with pytest.raises(BackboneError, match="not prepared on this machine") as error:
+        load_backbone()
+    assert "prefixtune prepare" in error.value.hint
+
+
+def test_dtype_and_device_are_checked(folder: Path):
+    with pytest.raises(ConfigError, match="unknown dtype 'bfloat61'") as error:
+        load_backbone(folder, dtype="bfloat61")
+    assert error.value.hint == "did you mean 'bfloat16'?"
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        load_backbone(folder, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA"):
+            load_backbone(folder, device="cuda")
+    assert choose_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+# --- models that cannot carry a prefix -------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 105,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "bos_token_id": 102,
+    "eos_token_id": 103,
+    "pad_token_id": 104,
+}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 2,
+}
+REFUSED = {
+    # They attend by code of their own.
+    "bloom": lambda: transformers.BloomConfig(vocab_size=105, hidden_size=32, n_layer=2, n_head=4),
+    "mpt": lambda: transformers.MptConfig(vocab_size=105, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    # It drops the argument that carries the prefix.
+    "stablelm": lambda: transformers.StableLmConfig(**SMALL),
+    # It caps its scores.
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=8),
+    # It attends within chunks, whose borders a prefix would move.
+    "llama4_text": lambda: transformers.Llama4TextConfig(
+        **SMALL, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48
+    ),
+    # Its cache holds no keys and values, but what they are computed from.
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(**SMALL, **LATENT),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_carry_a_prefix_is_refused(name: str, tiny_tokenizer: Any):
+    model = transformers.AutoModelForCausalLM.from_config(REFUSED[name]())
+    with pytest.raises(BackboneError) as error:
+        Backbone.from_model(model, tiny_tokenizer, name)
+    assert error.value.hint
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path):
+    transformers.T5Config(vocab_size=105, d_model=32, num_layers=1, num_heads=4).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"is an encoder-decoder \(t5\)"):
+        load_backbone(tmp_path)

@@ -1,0 +1,121 @@
+"""Examples -> token ids -> packed rows: what is cut, what never is, and where a label stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefixtune.batching import Encoded, encode_examples, encode_prompt, pack
+from prefixtune.errors import DataError
+from prefixtune.tasks import Example, TextFormat
+
+PLAIN = TextFormat("{source}{separator}", "{target}")
+
+
+@pytest.fixture
+def llama(tiny_backbone: Any) -> Any:
+    return tiny_backbone("llama")
+
+
+def encode(backbone: Any, *examples: Example, **options: Any) -> Any:
+    return encode_examples(backbone, examples, options.pop("text_format", PLAIN), **{"prefix_length": 10, **options})
+
+
+def test_the_text_format_stands_around_source_and_targets(llama: Any):
+    encoding = encode(llama, Example("ab", ("c", "de")), text_format=TextFormat())
+    (example,) = encoding.examples
+    assert example.prompt == tuple(llama.encode(" ab <s>"))
+    assert example.prompt[-1] == llama.tokenizer.bos_token_id
+    assert example.targets == ((*llama.encode(" c "), llama.end_id), (*llama.encode(" de "), llama.end_id))
+    assert (encoding.num_targets, encoding.num_cut) == (2, 0)
+    assert encode_prompt(llama, TextFormat(), "ab") == list(example.prompt)
+
+
+def test_a_long_source_is_cut_at_its_end_and_keeps_what_follows(llama: Any):
+    text_format = TextFormat("<{source}>>{separator}", "{target}")
+    # A room of 12 positions: 4 for the longest target and its end, 3 for ">><s>", so 5 for what stands before.
+    encoding = encode(
+        llama, Example("abcdefgh", ("x", "xyz")), Example("abc", ("x",)), max_length=12, text_format=text_format
+    )
+    long, short = encoding.examples
+    assert llama.decode(list(long.prompt)) == "<abcd>>"
+    assert long.prompt[-1] == llama.tokenizer.bos_token_id
+    assert len(long.prompt) + max(map(len, long.targets)) == 12
+    assert short.prompt == tuple(llama.encode("<abc>><s>"))
+    assert encoding.num_cut == 1
+
+
+def test_a_source_that_just_fits_is_not_cut(llama: Any):
+    assert encode(llama, Example("abcdefg", ("xyz",)), max_length=12).num_cut == 0
+    assert encode(llama, Example("abcdefgh", ("xyz",)), max_length=12).num_cut == 1
+
+
+def test_the_prefix_takes_its_positions(llama: Any):
+    limit = llama.max_positions
+    fits = Example("a" * (limit - 10 - 1 - 4), ("xyz",))
+    assert encode(llama, fits).num_cut == 0
+    assert encode(llama, fits, prefix_length=11).num_cut == 1
+    assert encode(llama, fits, max_length=10 * limit).num_cut == 0
+    with pytest.raises(DataError, match=f"a prefix of {limit} leaves no room in the {limit} positions"):
+        encode(llama, fits, prefix_length=limit)
+
+
+def test_cutting_can_be_refused(llama: Any):
+    with pytest.raises(DataError, match=r"example 2 \('abcdefgh'\) takes 9 tokens and its longest target 4, but 12"):
+        encode(llama, Example("a", ("x",)), Example("abcdefgh", ("xyz",)), max_length=12, on_too_long="error")
+
+
+def test_a_target_is_never_cut(llama: Any):
+    with pytest.raises(DataError, match="a target of example 1 .* takes 13 tokens, but only 12") as error:
+        encode(llama, Example("a", ("x" * 12,)), max_length=12)
+    assert "never cut" in error.value.hint
+    (example,) = encode(llama, Example("abcdefgh", ("x" * 9,)), max_length=12).examples
+    assert len(example.targets[0]) == 10
+    assert llama.decode(list(example.prompt)) == "a"
+
+
+def test_examples_without_targets_are_refused(llama: Any):
+    with pytest.raises(DataError, match="there is no example"):
+        encode(llama)
+    with pytest.raises(DataError, match=r"example 2 \('b'\) has no target"):
+        encode(llama, Example("a", ("x",)), Example("b"))
+
+
+def test_a_packed_row_opens_each_target_with_the_sources_last_token():
+    batch = pack([Encoded((1, 2, 3), ((4, 5), (6,))), Encoded((7,), ((8, 9),))])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 3, 7, 8]]
+    assert batch.label_positions.tolist() == [2, 3, 4, 5, 6]
+    assert batch.labels.tolist() == [4, 5, 6, 8, 9]
+    assert batch.sentences.tolist() == [0, 0, 1, 2, 2]
+    assert batch.packing.positions().tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch.num_sentences == 3
+    first = batch.packing.groups[0].mask()
+    assert first.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    windowed = batch.packing.groups[0].mask(window=2)
+    assert windowed.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 1, 0, 0, 1],
+    ]
+
+
+def test_weights_reduce_over_the_whole_step():
+    batch = pack([Encoded((1, 2), ((4, 5), (6,)))])
+    # A step of 8 targets and 40 tokens, of which this row is a part.
+    assert batch.weights("sentence", 8, 40).tolist() == pytest.approx([1 / 8] * 3)
+    assert batch.weights("token", 8, 40).tolist() == pytest.approx([1 / 40] * 3)
+
+
+def test_an_empty_prompt_predicts_nothing():
+    with pytest.raises(DataError, match="empty prompt") as error:
+        pack([Encoded((), ((1,),))])
+    assert "separator" in error.value.hint

@@ -1,0 +1,239 @@
+"""The artifact and the training state: what is kept, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from prefixtune.checkpoint import load_prefix, load_state, make_header, save_prefix, save_state
+from prefixtune.errors import BackboneError, CheckpointError, PrefixError
+from prefixtune.prefix import Prefix
+
+
+@pytest.fixture
+def llama(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def prefix(llama: Any, random_prefix: Callable[..., Any]) -> Prefix:
+    made = random_prefix(llama, 4).detach()
+    return Prefix(made.layers, make_header(llama, task="toy", license="CC0"))
+
+
+@pytest.fixture
+def path(tmp_path: Path, prefix: Prefix) -> Path:
+    return save_prefix(tmp_path / "p.safetensors", prefix)
+
+
+def rewrite(path: Path, tensors: Callable[[dict[str, Any]], Any] = dict, header: Callable[[Any], Any] = dict) -> Path:
+    """Change a file's tensors or header by hand."""
+    with safe_open(path, "pt") as handle:
+        stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        facts = json.loads(handle.metadata()["prefixtune"])
+    save_file(tensors(stored), path, {"prefixtune": json.dumps(header(facts))})
+    return path
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_the_header_tells_where_it_belongs(path: Path, llama: Any):
+    header = load_prefix(path).header
+    assert header["format_version"] == 1
+    assert header["backbone"] == {"name": "tiny-llama", "fingerprint": llama.fingerprint}
+    assert header["prefix_length"] == {"decoder": 4}
+    assert header["positions"] == {"decoder": "text starts at position P"}
+    assert header["geometry"]["decoder"] == {"num_layers": 3, "num_kv_heads": [2, 2, 2], "head_dim": [8, 8, 8]}
+    assert (header["task"], header["license"], header["dtype"]) == ("toy", "CC0", "float32")
+
+
+def test_any_safetensors_reader_sees_plain_tensors(path: Path, prefix: Prefix):
+    with safe_open(path, "pt") as handle:
+        assert sorted(handle.keys()) == [f"decoder.{n}.{part}" for n in range(3) for part in ("key", "value")]
+        assert torch.equal(handle.get_tensor("decoder.2.value"), prefix.layers["decoder"][2][1])
+
+
+def test_more_than_ten_layers_keep_their_order(tmp_path: Path):
+    layers = tuple((torch.full((1, 2, 3), float(n)), torch.full((1, 2, 3), -float(n))) for n in range(12))
+    prefix = Prefix({"decoder": layers})
+    assert load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).equal(prefix)
+
+
+def test_a_loaded_prefix_can_be_cut_and_stored_again(path: Path, llama: Any, tmp_path: Path):
+    cut = load_prefix(path)[:2]
+    again = load_prefix(save_prefix(tmp_path / "cut.safetensors", cut, dtype=torch.bfloat16), llama)
+    assert again.equal(cut.to(torch.bfloat16))
+    assert again.header["prefix_length"] == {"decoder": 2}
+    assert again.header["task"] == "toy"
+
+
+def test_a_prefix_without_a_header_fits_where_its_shapes_do(tmp_path: Path, llama: Any, random_prefix: Any):
+    prefix = random_prefix(llama, 4).detach()
+    assert load_prefix(save_prefix(tmp_path / "p.safetensors", prefix), llama).equal(prefix)
+
+
+def test_a_state_comes_back(tmp_path: Path):
+    tensors = {"module.a": torch.randn(3, 2), "optimizer.0.step": torch.tensor(5.0)}
+    save_state(tmp_path / "s.safetensors", tensors, {"step": 5, "best_loss": None})
+    loaded, facts = load_state(tmp_path / "s.safetensors")
+    assert facts == {"format_version": 1, "step": 5, "best_loss": None}
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_other_weights_are_refused_and_may_be_allowed(path: Path, prefix: Prefix, tiny_backbone: Any, llama: Any):
+    other = tiny_backbone("llama", seed=1)
+    with pytest.raises(BackboneError, match="other weights") as error:
+        load_prefix(path, other)
+    # Both sides are named.
+    for backbone in (llama, other):
+        shape, _, samples = backbone.fingerprint.partition(":")
+        assert f"{shape[:8]}:{samples[:8]}" in error.value.message
+    assert "allow_other_backbone" in error.value.hint
+    assert load_prefix(path, other, allow_other_backbone=True).equal(prefix)
+    assert load_prefix(path, llama).equal(prefix)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_other_shapes_are_always_refused(allowed: bool, path: Path, tiny_backbone: Any):
+    with pytest.raises(BackboneError, match=r"3 layers x 2 KV heads x 8.*'tiny-qwen3'.*3 layers x 2 KV heads x 16"):
+        load_prefix(path, tiny_backbone("qwen3"), allow_other_backbone=allowed)
+    with pytest.raises(BackboneError, match=r"3 layers.*2 layers"):
+        load_prefix(path, tiny_backbone("llama", num_hidden_layers=2), allow_other_backbone=allowed)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_refused(share: float, path: Path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match="no whole safetensors file") as error:
+        load_prefix(path)
+    assert "truncated" in error.value.hint
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(bad: float, path: Path, prefix: Prefix, tmp_path: Path):
+    def poison(tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors["decoder.1.key"][0, 0, 0] = bad
+        return tensors
+
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        load_prefix(rewrite(path, poison))
+    poisoned = prefix.detach()
+    poisoned.tensors()[0][0, 0, 0] = bad
+    target = tmp_path / "new.safetensors"
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        save_prefix(target, poisoned)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("version", [2, 99, 0, None, "1"])
+def test_another_format_version_is_refused(version: Any, path: Path):
+    rewrite(path, header=lambda facts: {**facts, "format_version": version})
+    with pytest.raises(CheckpointError, match=rf"format version {version!r}, but .* reads up to 1"):
+        load_prefix(path)
+
+
+def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: Path):
+    other = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(2)}, other, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="not a prefix"):
+        load_prefix(other)
+    with pytest.raises(CheckpointError, match="not a training state"):
+        load_state(path)
+    save_state(other, {"a": torch.zeros(1)}, {})
+    with pytest.raises(CheckpointError, match="not a prefix"):
+        load_prefix(other)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: {**t, "lm_head.weight": torch.zeros(2)}, "'lm_head.weight'"),
+        (lambda t: {**t, "decoder.3.bias": torch.zeros(2)}, "'decoder.3.bias'"),
+        (lambda t: {**t, "decoder.0.key": torch.zeros(2, 4, 8, dtype=torch.int64)}, "'decoder.0.key' of type"),
+        (lambda t: {k: v for k, v in t.items() if k != "decoder.1.value"}, "lacks some layers of site 'decoder'"),
+        (lambda t: {k: v for k, v in t.items() if not k.startswith("decoder.1.")}, "lacks some layers"),
+        (lambda t: {**t, "decoder.0.key": t["decoder.0.key"][:, :2].contiguous()}, "decoder layer 0"),
+        (lambda t: {k: v[:, :2].contiguous() for k, v in t.items()}, "prefix length {'decoder': 4}"),
+        (lambda _: {}, "no site"),
+    ],
+)
+def test_foreign_or_missing_tensors_are_refused(change: Callable[..., Any], told: str, path: Path):
+    with pytest.raises(CheckpointError) as error:
+        load_prefix(rewrite(path, change))
+    assert told in error.value.message
+    assert repr(str(path)) in error.value.message
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path):
+    ran = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return Path.touch, (ran,)
+
+    bad = tmp_path / "p.safetensors"
+    bad.write_bytes(pickle.dumps(Bomb()))
+    for load in (load_prefix, load_state):
+        with pytest.raises(CheckpointError, match="no whole safetensors file"):
+            load(bad)
+    torch.save({"decoder.0.key": torch.zeros(1, 2, 3)}, bad)
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        load_prefix(bad)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", "3"])
+def test_a_header_that_is_no_json_object_is_refused(text: str, path: Path):
+    with safe_open(path, "pt") as handle:
+        stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    save_file(stored, path, {"prefixtune": text})
+    with pytest.raises(CheckpointError, match="the header of"):
+        load_prefix(path)
+
+
+def test_paths_are_checked(tmp_path: Path, prefix: Prefix):
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_prefix(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_prefix(tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not end with \.safetensors") as error:
+        save_prefix(tmp_path / "p.bin", prefix)
+    assert "p.safetensors" in error.value.hint
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PrefixError, match="cannot write"):
+        save_prefix(tmp_path / "file" / "p.safetensors", prefix)
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path):
+    path = tmp_path / "s.safetensors"
+    save_state(path, {"a": torch.zeros(1)}, {"format_version": 2})
+    with pytest.raises(CheckpointError, match="state version 2, not 1"):
+        load_state(path)
+
+
+def test_a_failed_write_leaves_the_old_file(path: Path, prefix: Prefix, monkeypatch: pytest.MonkeyPatch):
+    before = path.read_bytes()
+
+    def fail(tensors: Any, target: Path, metadata: Any) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prefixtune.checkpoint.save_file", fail)
+    with pytest.raises(PrefixError, match="No space left on device"):
+        save_prefix(path, prefix[:2])
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,133 @@
+"""A run's configuration: all faults at once, the nearest known name, and TOML there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixtune.config import TrainConfig, default_learning_rate
+from prefixtune.errors import ConfigError
+from prefixtune.reparam import KINDS
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(
+            prefix_length=0,
+            batch_size=-1,
+            learning_rate=-1.0,
+            epochs=0.0,
+            seed=True,
+            task=3,
+            reparameterization="mpl",
+            init_text=" ",
+            save_every=0,
+        )
+    for fault in (
+        "prefix_length is 0, but must be at least 1",
+        "batch_size is -1, but must be at least 1",
+        "learning_rate is -1.0, but must be at least 0",
+        "epochs is 0.0, but must be above 0",
+        "seed is True, but must be of type int",
+        "task is 3, but must be of type str",
+        "reparameterization is 'mpl', but must be one of none, mlp, residual (did you mean 'mlp'?)",
+        "init_text is empty",
+        "save_every is 0, but must be at least 1",
+    ):
+        assert fault in error.value.message
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["learning_rate", "epochs", "max_grad_norm", "weight_decay"])
+def test_numbers_must_be_finite(name: str, bad: float):
+    with pytest.raises(ConfigError, match=name):
+        TrainConfig(**{name: bad})
+
+
+def test_an_initialization_needs_what_it_starts_from():
+    with pytest.raises(ConfigError, match="init_text is empty"):
+        TrainConfig(init_text="  ")
+    with pytest.raises(ConfigError, match="init_prefix names no file"):
+        TrainConfig(initialization="prefix")
+    assert TrainConfig(initialization="random", init_text="").initialization == "random"
+
+
+def test_unknown_keys_are_told_with_the_nearest_known_one(tmp_path: Path):
+    with pytest.raises(ConfigError) as error:
+        TrainConfig.from_mapping({"prefix_lenght": 5, "sed": 1})
+    assert "'prefix_lenght': did you mean 'prefix_length'?" in error.value.message
+    assert "'sed': did you mean 'seed'?" in error.value.message
+    path = tmp_path / "run.toml"
+    path.write_text("batchsize = 3\n")
+    with pytest.raises(ConfigError, match=r"run\.toml.*'batchsize'.*did you mean 'batch_size'\?"):
+        TrainConfig.from_toml(path)
+    with pytest.raises(ConfigError, match="did you mean 'patience'"):
+        TrainConfig().replace(patiense=1)
+
+
+def test_integers_are_taken_for_floats():
+    config = TrainConfig(epochs=3, learning_rate=1)
+    assert isinstance(config.epochs, float)
+    assert isinstance(config.learning_rate, float)
+    with pytest.raises(ConfigError, match="batch_size is 2.0, but must be of type int"):
+        TrainConfig(batch_size=2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_learning_rate_in_force(kind: Any):
+    assert TrainConfig(reparameterization=kind).peak_learning_rate == default_learning_rate(kind) > 0
+    assert TrainConfig(reparameterization=kind, learning_rate=0.25).peak_learning_rate == 0.25
+
+
+def test_every_field_tells_what_it_is():
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"]
+        assert field.metadata["group"]
+
+
+values = {
+    "prefix_length": st.integers(1, 1000),
+    "learning_rate": st.floats(0, 10, allow_nan=False),
+    "epochs": st.floats(1e-3, 1e6),
+    "gradient_checkpointing": st.booleans(),
+    "reparameterization": st.sampled_from(KINDS),
+    "init_text": st.text(min_size=1).filter(str.strip),
+    "prompt_format": st.text(),
+    "license": st.text(),
+    "output": st.text(min_size=1),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.fixed_dictionaries({}, optional=values))
+def test_toml_there_and_back(changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory):
+    config = TrainConfig(**changes)
+    path = tmp_path_factory.mktemp("config") / "run.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert TrainConfig.from_toml(path) == config
+    assert TrainConfig.from_mapping(config.to_dict()) == config
+
+
+def test_overrides_win_over_the_file(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('prefix_length = 3\nseed = 4\ninit_text = "über"\n', encoding="utf-8")
+    config = TrainConfig.from_toml(path, seed=5)
+    assert (config.prefix_length, config.seed, config.init_text) == (3, 5, "über")
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        TrainConfig.from_toml(tmp_path / "none.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("prefix_length: 3")
+    with pytest.raises(ConfigError, match="is no TOML"):
+        TrainConfig.from_toml(bad)
+    bad.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        TrainConfig.from_toml(bad)

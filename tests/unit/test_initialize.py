@@ -1,0 +1,58 @@
+"""Where a prefix begins: real words' activations are what the model would have cached, and another prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.initialize import from_prefix, from_words
+
+
+def test_a_prefix_of_words_acts_like_the_words(backbone: Any, assert_same: Any):
+    words, text = backbone.encode("Say it: "), backbone.encode("name : Ann")
+    prefix = from_words(backbone, "Say it: ", len(words))
+    window = getattr(backbone.model.config, "sliding_window", None)
+    logits = backbone.forward(torch.tensor([text]), prefixes=prefix).logits[0]
+    whole = backbone.forward(torch.tensor([[*words, *text]])).logits[0, len(words) :]
+    if window is None:
+        assert_same(logits, whole)
+    else:
+        # A window over the words would hide the first ones; a prefix stays visible.
+        assert not torch.allclose(logits, whole, atol=1e-3)
+
+
+def test_words_are_cut_and_cycled(backbone: Any):
+    assert from_words(backbone, "abcdef", 4).equal(from_words(backbone, "abcd", 4))
+    assert from_words(backbone, "abc", 7).equal(from_words(backbone, "abcabca", 7))
+    assert not from_words(backbone, "abcd", 4).equal(from_words(backbone, "abce", 4))
+
+
+def test_it_is_of_the_backbones_shapes_in_float32(tiny_backbone: Any):
+    backbone = tiny_backbone("qwen3")
+    backbone.model.to(torch.bfloat16)
+    prefix = from_words(backbone, "abc", 5)
+    assert prefix.geometry == backbone.geometry
+    assert prefix.prefix_length == 5
+    assert prefix.dtype == torch.float32
+    assert not any(tensor.requires_grad for tensor in prefix.tensors())
+
+
+def test_text_without_a_token_is_refused(tiny_backbone: Any):
+    with pytest.raises(ConfigError, match="init_text '' has no token") as error:
+        from_words(tiny_backbone("llama"), "", 3)
+    assert error.value.hint
+
+
+def test_another_prefix_is_checked(tiny_backbone: Any, random_prefix: Any):
+    backbone = tiny_backbone("llama")
+    given = random_prefix(backbone, 4).to(torch.bfloat16)
+    start = from_prefix(backbone, given, 4)
+    assert start.equal(given.to(torch.float32))
+    with pytest.raises(ConfigError, match="has length 4, but prefix_length is 6") as error:
+        from_prefix(backbone, given, 6)
+    assert "set prefix_length to 4" in error.value.hint
+    with pytest.raises(BackboneError, match="2 KV heads x 8.*2 KV heads x 16"):
+        from_prefix(tiny_backbone("qwen3"), given, 4)

@@ -1,0 +1,156 @@
+"""The prefix as a value: shapes, slicing, casting, the flat layout, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixtune.errors import ConfigError
+from prefixtune.prefix import LayerShape, Prefix, describe, flatten, unflatten
+
+
+def layer(heads: int = 2, length: int = 3, key: int = 4, value: int = 4, start: float = 0.0) -> Any:
+    count = heads * length * key
+    keys = torch.arange(count, dtype=torch.float32).view(heads, length, key) + start
+    return keys, torch.arange(heads * length * value, dtype=torch.float32).view(heads, length, value) - start
+
+
+@pytest.fixture
+def prefix() -> Prefix:
+    return Prefix({"decoder": (layer(), layer(start=100), layer(start=200))}, {"task": "toy"})
+
+
+def test_it_tells_its_shape(prefix: Prefix):
+    assert prefix.sites == ("decoder",)
+    assert prefix.prefix_length == prefix.length() == 3
+    assert prefix.length("encoder") == 0
+    assert prefix.geometry == {"decoder": (LayerShape(2, 4, 4),) * 3}
+    assert prefix.num_parameters == 3 * 2 * 2 * 3 * 4
+    assert prefix.num_bytes == 4 * prefix.num_parameters
+    assert prefix.keys().shape == prefix.values().shape == (3, 2, 3, 4)
+    assert torch.equal(prefix.keys()[1], prefix.layers["decoder"][1][0])
+    assert torch.equal(prefix.values()[2], prefix.layers["decoder"][2][1])
+    assert "P=3" in repr(prefix)
+    assert "3 layers x 2 KV heads x 4" in repr(prefix)
+
+
+def test_layers_may_differ_in_heads_and_sizes():
+    mixed = Prefix({"decoder": (layer(2, 3, 4, 6), layer(1, 3, 8, 8))})
+    assert mixed.geometry["decoder"] == (LayerShape(2, 4, 6), LayerShape(1, 8, 8))
+    assert describe(mixed.geometry) == "decoder: 2 layers x 1 KV heads x 8 or 2 KV heads x 4"
+    assert flatten(mixed.layers["decoder"]).shape == (3, 2 * 4 + 2 * 6 + 8 + 8)
+
+
+def test_slicing_keeps_positions_and_header(prefix: Prefix):
+    first = prefix[:2]
+    assert first.prefix_length == 2
+    assert first.header == prefix.header
+    for (key, value), (whole_key, whole_value) in zip(
+        first.layers["decoder"], prefix.layers["decoder"], strict=True
+    ):
+        assert torch.equal(key, whole_key[:, :2])
+        assert torch.equal(value, whole_value[:, :2])
+    assert prefix[-1:].equal(prefix[2:3])
+    with pytest.raises(ConfigError, match="is empty"):
+        prefix[3:]
+    with pytest.raises(ConfigError, match="sliced by positions") as error:
+        # While testing, the annotation would refuse it first.
+        inspect.unwrap(Prefix.__getitem__)(prefix, 1)  # type: ignore[arg-type]
+    assert "prefix[2:3]" in error.value.hint
+
+
+def test_casting_gives_another_prefix(prefix: Prefix):
+    half = prefix.to(torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half.num_bytes * 2 == prefix.num_bytes
+    assert half.header == prefix.header
+    assert prefix.dtype == torch.float32
+    assert not half.equal(prefix)
+    assert half.equal(prefix.to(torch.bfloat16))
+
+
+def test_detaching_copies():
+    tensor = torch.ones(1, 2, 3, requires_grad=True)
+    prefix = Prefix({"decoder": ((tensor, tensor * 2),)})
+    copy = prefix.detach()
+    assert copy.equal(prefix)
+    assert not any(t.requires_grad for t in copy.tensors())
+    copy.tensors()[0].zero_()
+    assert float(tensor.detach().sum()) == 6
+
+
+def test_equal_is_bit_for_bit(prefix: Prefix):
+    other = prefix.detach()
+    assert prefix.equal(other)
+    other.tensors()[-1][0, 0, 0] += 1e-3
+    assert not prefix.equal(other)
+    assert not prefix.equal(prefix[:2])
+    assert not prefix.equal(Prefix({"encoder": prefix.layers["decoder"]}))
+    assert not prefix.equal(Prefix({"decoder": prefix.layers["decoder"][:2]}))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_found(bad: float, prefix: Prefix):
+    assert prefix.is_finite()
+    prefix.layers["decoder"][2][1][1, 2, 3] = bad
+    assert not prefix.is_finite()
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        ({}, ["it has no site"]),
+        ({"decoder": ()}, ["site 'decoder' has no layer"]),
+        ({"middle": (layer(),)}, ["unknown site 'middle' (allowed: encoder, decoder, cross)"]),
+        ({"decoder": (layer(length=3), layer(length=2))}, ["different lengths [2, 3]"]),
+        ({"decoder": (layer(), (torch.zeros(2, 3), torch.zeros(2, 3)))}, ["decoder layer 1: key (2, 3)"]),
+        ({"decoder": ((torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)),)}, ["value (2, 4, 4)"]),
+        (
+            {"middle": (layer(),), "encoder": (), "decoder": (layer(length=3), layer(length=2))},
+            ["unknown site 'middle'", "'encoder' has no layer", "different lengths"],
+        ),
+    ],
+)
+def test_what_is_no_prefix_is_refused_with_all_faults(layers: Any, told: list[str]):
+    made = object.__new__(Prefix)
+    object.__setattr__(made, "layers", layers)
+    with pytest.raises(ConfigError) as error:
+        # Not through the constructor: while testing, its annotation would refuse some of these first.
+        made.__post_init__()
+    for part in told:
+        assert part in error.value.message
+    assert error.value.hint
+
+
+shapes = st.lists(
+    st.builds(LayerShape, st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes, st.integers(1, 6))
+def test_flat_and_back(layer_shapes: list[LayerShape], length: int):
+    flat = torch.randn(length, sum(shape.size for shape in layer_shapes))
+    layers = unflatten(flat, layer_shapes)
+    assert Prefix({"decoder": layers}).geometry["decoder"] == tuple(layer_shapes)
+    assert torch.equal(flatten(layers), flat)
+
+
+def test_the_flat_layout_is_layer_then_key_then_head():
+    layer_shapes = [LayerShape(2, 3, 3), LayerShape(2, 3, 3)]
+    flat = torch.arange(24.0)[None]
+    (first_key, first_value), (second_key, _) = unflatten(flat, layer_shapes)
+    assert first_key[:, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert first_value[:, 0].tolist() == [[6, 7, 8], [9, 10, 11]]
+    assert second_key[:, 0].tolist() == [[12, 13, 14], [15, 16, 17]]
+
+
+def test_shapes_in_signatures_are_checked_while_testing():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        unflatten(torch.zeros(3), [LayerShape(1, 1, 2)])

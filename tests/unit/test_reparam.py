@@ -1,0 +1,126 @@
+"""What is trained: a table or an MLP, where each starts, and the MLP's fit to real words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.errors import ConfigError
+from prefixtune.initialize import from_words
+from prefixtune.prefix import LayerShape, Prefix, flatten
+from prefixtune.reparam import KINDS, PrefixModule, SiteParameters, fit
+
+GEOMETRY = {"decoder": (LayerShape(2, 4, 4), LayerShape(1, 8, 6))}
+SIZE = 2 * (4 + 4) + (8 + 6)
+
+
+def module(kind: str, start: Prefix | None = None, length: int = 5, **changes: Any) -> PrefixModule:
+    torch.manual_seed(0)
+    return PrefixModule(
+        kind, GEOMETRY, length, **{"embedding_size": 12, "bottleneck_size": 7, "start": start, **changes}
+    )
+
+
+def random_start(length: int = 5) -> Prefix:
+    generator = torch.Generator().manual_seed(3)
+    return Prefix(
+        {
+            site: tuple(
+                (
+                    torch.randn(s.num_kv_heads, length, s.key_dim, generator=generator),
+                    torch.randn(s.num_kv_heads, length, s.value_dim, generator=generator),
+                )
+                for s in shapes
+            )
+            for site, shapes in GEOMETRY.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_yields_a_prefix_of_the_geometry(kind: str):
+    prefix = module(kind)()
+    assert prefix.geometry == GEOMETRY
+    assert prefix.prefix_length == 5
+    assert prefix.dtype == torch.float32
+    assert prefix.is_finite()
+    assert all(float(tensor.detach().abs().max()) > 0 for tensor in prefix.tensors())
+
+
+def test_counts_of_trained_parameters():
+    assert module("none").num_trained == 5 * SIZE
+    mlp = 5 * 12 + (12 * 7 + 7) + (7 * SIZE + SIZE)
+    assert module("mlp").num_trained == mlp
+    assert module("residual").num_trained == mlp
+
+
+def test_the_mlp_is_the_papers():
+    made = module("mlp")
+    site = made.sites["decoder"]
+    expected = site.output(torch.tanh(site.hidden(site.embedding(torch.arange(5)))))
+    assert torch.equal(flatten(made().layers["decoder"]), expected)
+
+
+@pytest.mark.parametrize("kind", ["none", "residual"])
+def test_a_given_start_is_where_training_begins(kind: str):
+    start = random_start()
+    assert module(kind, start).bake().equal(start)
+
+
+def test_the_residuals_start_is_fixed():
+    made = module("residual", random_start())
+    assert "start" not in "".join(name for name, _ in made.named_parameters())
+    loss = sum(tensor.square().sum() for tensor in made().tensors())
+    loss.backward()
+    moved = {name for name, p in made.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
+    assert moved == {"sites.decoder.output.weight", "sites.decoder.output.bias"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_brings_back_every_bit(kind: str):
+    made, other = module(kind, None if kind == "mlp" else random_start()), module(kind)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    assert not other.bake().equal(made.bake())
+    other.load_state_dict(made.state_dict())
+    assert other.bake().equal(made.bake())
+
+
+def test_a_start_is_copied():
+    start = random_start()
+    made = module("none", start)
+    with torch.no_grad():
+        made.sites["decoder"].table.zero_()
+    assert start.equal(random_start())
+
+
+def test_fitting_the_mlp_to_words_brings_it_near(family: str, tiny_backbone: Any):
+    """The authors' 500 steps at 1e-4 reach an error of 1e-5 to 2e-4 here, from about 1."""
+    backbone = tiny_backbone(family)
+    target = from_words(backbone, "Describe the data", 10)
+    torch.manual_seed(0)
+    made = PrefixModule("mlp", backbone.geometry, 10, embedding_size=32, bottleneck_size=512, start=target)
+    assert fit(made, target, steps=0)["decoder"] > 0.9
+    error = fit(made, target)["decoder"]
+    assert error < 2e-3
+    difference = flatten(made.bake().layers["decoder"]) - flatten(target.layers["decoder"])
+    assert error == pytest.approx(
+        float(difference.square().mean() / flatten(target.layers["decoder"]).square().mean()), rel=1e-4
+    )
+
+
+def test_wrong_choices_are_refused():
+    with pytest.raises(ConfigError, match="unknown reparameterization 'mpl'") as error:
+        module("mpl")
+    assert error.value.hint == "did you mean 'mlp'?"
+    with pytest.raises(ConfigError, match="prefix_length is 0, but must be at least 1"):
+        module("mlp", length=0)
+
+
+def test_a_random_table_is_small():
+    torch.manual_seed(0)
+    table = SiteParameters("none", 300, 20, 1, 1)()
+    assert 0.015 < float(table.detach().std()) < 0.025
