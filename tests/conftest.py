@@ -16,6 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+# Imported before the hook: it checks its values' types itself, and users are to see what it says of them.
+import prefixtune.config
+
 install_import_hook("prefixtune", "beartype.beartype")
 
 import pytest

@@ -61,7 +61,7 @@ class TrainConfig:
 
     prefix_length: int = _option(10, "P, the number of virtual tokens", "prefix")
     reparameterization: Literal["none", "mlp", "residual"] = _option(
-        "none", "none: the prefix itself; mlp: the paper's; residual: start plus an MLP from zero", "prefix"
+        "residual", "none: the prefix itself; mlp: the paper's; residual: start plus an MLP from zero", "prefix"
     )
     bottleneck_size: int = _option(512, "hidden width of the MLP", "prefix")
     initialization: Literal["words", "random", "prefix"] = _option(
