@@ -50,7 +50,11 @@ def tiny_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -165,9 +169,7 @@ def random_ids() -> Callable[..., list[int]]:
 def assert_same() -> Callable[..., None]:
     """`assert_same(one, other)`: equal up to `tolerance` times the largest number, for tensors or lists of them."""
 
-    def check(
-        one: Tensor | Sequence[Tensor], other: Tensor | Sequence[Tensor], *, tolerance: float = 1e-5
-    ) -> None:
+    def check(one: Tensor | Sequence[Tensor], other: Tensor | Sequence[Tensor], *, tolerance: float = 1e-5) -> None:
         ones, others = ([t] if isinstance(t, Tensor) else list(t) for t in (one, other))
         assert len(ones) == len(others)
         for a, b in zip(ones, others, strict=True):

@@ -509,6 +509,8 @@ def checkpointing(model: Any, enabled: bool = True) -> Iterator[None]:
     names = ("activation_checkpointing", "gradient_checkpointing")
     name = next(name for name in names if hasattr(model, f"{name}_enable"))
     getattr(model, f"{name}_enable")({"use_reentrant": False})
+    # It also hooks the embeddings so that their output takes gradients, and forgets the hooks: not needed here.
+    model.disable_input_require_grads()
     for layer in layers:
         layer.training = True
     try:

@@ -96,7 +96,9 @@ def test_beams_are_recomputation(
     # An end token that is now and then likely lets beams end at different lengths.
     make_end_likely(backbone, 0.5)
     outputs = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(**options))
-    assert outputs == [beams_by_recomputation(backbone, p, q, **options) for p, q in zip(prompts, prefixes, strict=True)]
+    assert outputs == [
+        beams_by_recomputation(backbone, p, q, **options) for p, q in zip(prompts, prefixes, strict=True)
+    ]
 
 
 def make_end_likely(backbone: Any, strength: float) -> None:
@@ -211,6 +213,19 @@ def test_a_stopped_row_ends_while_others_go_on(llama: Any, random_prefix: Any, r
     assert len(together[0]) < 15
 
 
+def test_a_stop_string_counts_in_the_output_alone(llama: Any, random_prefix: Any):
+    """The prompt's end and the output's first token together make the stop string: that must not stop anything."""
+    text_format, prefix = TextFormat("{source}=", "{target}"), random_prefix(llama, 4, 5)
+    options = {"text_format": text_format, "max_new_tokens": 12, "temperature": 1.0, "seed": 1}
+    (whole,) = generate(llama, ["name"], prefix, **options)
+    assert generate(llama, ["name"], prefix, stop=("=" + whole[0],), **options) == [whole]
+
+
+def test_a_stop_string_that_the_tokenizer_cannot_write_stops_nothing(llama: Any):
+    whole = generate(llama, TEXTS, max_new_tokens=8)
+    assert generate(llama, TEXTS, max_new_tokens=8, stop=("日",)) == whole
+
+
 def test_line_breaks_can_be_banned(llama: Any, random_prefix: Any):
     prefix = random_prefix(llama, 4)
     options = {"max_new_tokens": 80, "temperature": 8.0, "seed": 3}
@@ -258,29 +273,52 @@ def test_streamed_pieces_joined_are_the_whole(number: int, options: dict[str, An
     assert len(pieces) > 1 or len(whole) < 2
 
 
-def test_a_character_over_several_tokens_is_streamed_whole(llama: Any):
-    text_format = TextFormat()
-    wanted = " ab€é c€ "
-    ids = llama.encode(wanted)
+def test_stops_are_streamed_as_they_are_generated(llama: Any, random_prefix: Any):
+    """Stop strings at many places, some after a space or a line break."""
+    tried = 0
+    for seed in range(3):
+        prefix = random_prefix(llama, 4, seed)
+        options = {"max_new_tokens": 40, "temperature": 1.5, "seed": seed}
+        (whole,) = generate(llama, ["x"], prefix, **options)
+        for place in range(1, len(whole) - 3, 4):
+            stop = (whole[place : place + 3],)
+            if "\ufffd" not in stop[0]:
+                tried += 1
+                (stopped,) = generate(llama, ["x"], prefix, **options, stop=stop)
+                assert "".join(stream(llama, "x", prefix, **options, stop=stop)) == stopped
+                assert stopped == whole[: whole.find(stop[0])].strip()
+    assert tried > 10
+
+
+def test_space_before_a_stop_string_is_not_streamed(llama: Any):
+    backbone = scripted(llama, " one two \n<end> three")
+    assert generate(backbone, ["x"], stop=("<end>",)) == ["one two"]
+    assert "".join(stream(backbone, "x", stop=("<end>",))) == "one two"
+
+
+def scripted(backbone: Any, text: str) -> Backbone:
+    """A backbone that writes a given text."""
+    ids = [*backbone.encode(text), backbone.end_id]
 
     class Scripted:
-        """A model that writes a given text."""
-
-        device, dtype, config = llama.device, llama.dtype, llama.model.config
-        get_output_embeddings = llama.model.get_output_embeddings
-        forward = llama.model.forward
+        device, dtype, config = backbone.device, backbone.dtype, backbone.model.config
+        get_output_embeddings = backbone.model.get_output_embeddings
+        forward = backbone.model.forward
 
         def generate(self, input_ids: Any, streamer: Any = None, **_: Any) -> Any:
             if streamer is not None:
                 streamer.put(input_ids)
-                for token in [*ids, llama.end_id]:
+                for token in ids:
                     streamer.put(torch.tensor([token]))
                 streamer.end()
-            return torch.cat([input_ids, torch.tensor([[*ids, llama.end_id]])], dim=1)
+            return torch.cat([input_ids, torch.tensor([ids])], dim=1)
 
-    backbone = Backbone(Scripted(), llama.tokenizer, "scripted", llama.layout, llama.fingerprint)
-    pieces = list(stream(backbone, "x", text_format=text_format))
-    assert pieces == ["a", "b", "€", "é", " c", "€"]
+    return Backbone(Scripted(), backbone.tokenizer, "scripted", backbone.layout, backbone.fingerprint)
+
+
+def test_a_character_over_several_tokens_is_streamed_whole(llama: Any):
+    backbone = scripted(llama, " ab€é c€ ")
+    assert list(stream(backbone, "x")) == ["a", "b", "€", "é", " c", "€"]
     assert generate(backbone, ["x"]) == ["ab€é c€"]
 
 
@@ -303,7 +341,9 @@ def test_an_overflow_is_refused_before_any_work(llama: Any, random_prefix: Any, 
     done: list[int] = []
     config = GenerateConfig(max_new_tokens=100, batch_size=1)
     monkeypatch.setattr(llama.model, "generate", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(RequestError, match=rf"text 2 needs 10 \(prefix\) \+ {fits + 1} \(text\) \+ 100 \(new\)") as error:
+    with pytest.raises(
+        RequestError, match=rf"text 2 needs 10 \(prefix\) \+ {fits + 1} \(text\) \+ 100 \(new\)"
+    ) as error:
         generate_ids(llama, [[1], [1] * (fits + 1)], [prefix, prefix], config=config, on_batch=done.append)
     assert str(limit) in error.value.message
     assert error.value.hint
@@ -320,6 +360,22 @@ def test_the_last_position_can_be_used(llama: Any, random_prefix: Any, random_id
     assert len(output) == 4
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_batch_may_hold_more_slots_than_a_row_has_positions(
+    num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any
+):
+    prompts, prefixes = [random_ids(5, 1), random_ids(140, 2)], [random_prefix(backbone, 100), None]
+    assert 100 + 140 + 6 > backbone.max_positions
+    config = GenerateConfig(max_new_tokens=6, num_beams=num_beams)
+    together = generate_ids(backbone, prompts, prefixes, config=config)
+    for prompt, prefix, output in zip(prompts, prefixes, together, strict=True):
+        assert generate_ids(backbone, [prompt], [prefix], config=config) == [output]
+
+
+def test_no_text_gives_no_output(llama: Any):
+    assert generate(llama, []) == []
+
+
 def test_a_wrong_prefix_is_refused(llama: Any, tiny_backbone: Any, random_prefix: Any):
     foreign = random_prefix(tiny_backbone("qwen3"), 4)
     with pytest.raises(BackboneError, match=r"2 KV heads x 16.*'tiny-llama'.*2 KV heads x 8"):
@@ -334,9 +390,7 @@ def test_the_text_format_comes_from_each_prefix(llama: Any, random_prefix: Any):
     plain = random_prefix(llama, 3)
     shaped = Prefix(plain.layers, {"text_format": {"prompt": "{source} =>", "target": "{target}", "end": "</s>"}})
     config = GenerateConfig(max_new_tokens=10)
-    expected = generate_ids(
-        llama, [llama.encode(" x <s>"), llama.encode("x =>")], [plain, shaped], config=config
-    )
+    expected = generate_ids(llama, [llama.encode(" x <s>"), llama.encode("x =>")], [plain, shaped], config=config)
     assert generate(llama, ["x", "x"], [plain, shaped], config=config) == [llama.decode(i).strip() for i in expected]
     asked = generate(llama, ["x"], plain, config=config, text_format=TextFormat("{source} =>", "{target}"))
     assert asked == [llama.decode(expected[1]).strip()]
@@ -346,7 +400,9 @@ def test_results_keep_the_order_and_batches_are_told(llama: Any, random_prefix: 
     prefix = random_prefix(llama, 3)
     texts = ["long text " * 3, "a", "middle text", "b", "another long text here"]
     done: list[int] = []
-    outputs = generate(llama, texts, prefix, config=GenerateConfig(max_new_tokens=8, batch_size=2), on_batch=done.append)
+    outputs = generate(
+        llama, texts, prefix, config=GenerateConfig(max_new_tokens=8, batch_size=2), on_batch=done.append
+    )
     assert outputs == [generate(llama, [text], prefix, max_new_tokens=8)[0] for text in texts]
     assert done == [2, 4, 5]
 

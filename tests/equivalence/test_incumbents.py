@@ -79,9 +79,7 @@ def test_an_unpadded_batch_keeps_causality(backbone: Any, random_prefix: Any, ra
         assert not torch.allclose(one[:, 5:], two[:, 5:])
 
 
-def test_decoding_keeps_the_cache(
-    backbone: Any, random_prefix: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_decoding_keeps_the_cache(backbone: Any, random_prefix: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch):
     """adapters on LLaMA: the key-value cache is lost, so every step computes the whole text again."""
     widths: list[int] = []
     original = backbone.model.forward
@@ -117,9 +115,7 @@ def test_grouped_query_attention(name: str, tmp_path: Path, tiny_backbone: Any):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_batch_mixes_prefixes_of_unequal_lengths(
-    num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any
-):
+def test_a_batch_mixes_prefixes_of_unequal_lengths(num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any):
     """PEFT ignores `adapter_names` on forward; adapters' BatchSplit is wrong for unequal lengths, fails with beams."""
     prompts = [random_ids(count, count) for count in (4, 8, 6)]
     prefixes = [random_prefix(backbone, 7, 1), random_prefix(backbone, 2, 2), None]
@@ -133,9 +129,7 @@ def test_a_batch_mixes_prefixes_of_unequal_lengths(
     assert swapped[1] != together[1]
 
 
-def test_gradient_checkpointing_keeps_the_prefix_and_its_gradient(
-    backbone: Any, random_prefix: Any, random_ids: Any
-):
+def test_gradient_checkpointing_keeps_the_prefix_and_its_gradient(backbone: Any, random_prefix: Any, random_ids: Any):
     """PEFT raises or drops the prefix silently; litgpt's adapter gets no gradient after a pass without one."""
     prefix = random_prefix(backbone, 5)
     example = Encoded(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
@@ -263,7 +257,9 @@ def test_a_window_does_not_hide_the_prefix(tiny_backbone: Any, random_prefix: An
 
     # And while decoding with the cache.
     for prefix in (one, other):
-        assert generate_ids(backbone, [prompt], [prefix], config=GREEDY) == [greedy_by_forward(backbone, prompt, prefix)]
+        assert generate_ids(backbone, [prompt], [prefix], config=GREEDY) == [
+            greedy_by_forward(backbone, prompt, prefix)
+        ]
     assert greedy_by_forward(backbone, prompt, one) != greedy_by_forward(backbone, prompt, other)
 
 
@@ -272,7 +268,10 @@ def test_the_final_evaluation_is_on_the_development_set(tmp_path: Path, tiny_bac
     backbone = tiny_backbone("llama")
     held_out = [Example("name : Zed", ("Zed, a place to eat.",))]
     result: TrainResult = train(
-        config_for(tmp_path, learning_rate=1e-3, eval_every=2), backbone=backbone, examples=EXAMPLES, dev_examples=held_out
+        config_for(tmp_path, learning_rate=1e-3, eval_every=2),
+        backbone=backbone,
+        examples=EXAMPLES,
+        dev_examples=held_out,
     )
 
     def loss(examples: list[Example]) -> float:

@@ -46,9 +46,7 @@ def pair_losses(backbone: Any, prefix: Any, examples: list[Encoded]) -> list[Ten
 
 
 @pytest.mark.parametrize("reduction", ["sentence", "token"])
-def test_packed_is_padded(
-    reduction: str, backbone: Any, random_prefix: Any, examples: list[Encoded], assert_same: Any
-):
+def test_packed_is_padded(reduction: str, backbone: Any, random_prefix: Any, examples: list[Encoded], assert_same: Any):
     prefix, batch = random_prefix(backbone, 5), pack(examples)
     expected = pair_losses(backbone, prefix, examples)
     losses = batch_loss(backbone, prefix, batch)
@@ -144,9 +142,7 @@ def test_an_epoch_yields_every_target_once(
 
     def plan() -> list[list[Encoded]]:
         return list(
-            plan_epoch(
-                examples, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch
-            )
+            plan_epoch(examples, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch)
         )
 
     batches = plan()

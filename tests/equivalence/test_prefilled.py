@@ -128,9 +128,7 @@ def test_without_a_prefix_it_is_the_bare_model(
 def test_one_prefix_serves_every_row(backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any):
     prefix = random_prefix(backbone, 4)
     ids = torch.tensor([random_ids(6, 1), random_ids(6, 2)])
-    assert_same(
-        backbone.forward(ids, prefixes=prefix).logits, backbone.forward(ids, prefixes=[prefix, prefix]).logits
-    )
+    assert_same(backbone.forward(ids, prefixes=prefix).logits, backbone.forward(ids, prefixes=[prefix, prefix]).logits)
 
 
 def test_a_misfit_is_refused(tiny_backbone: Any, random_prefix: Any, random_ids: Any):

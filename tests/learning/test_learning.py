@@ -271,6 +271,17 @@ def test_resumed_is_uninterrupted(
     assert log(resumed.path.parent) == log(whole.path.parent)
 
 
+def test_a_log_cut_off_within_a_line_does_not_matter(backbone: Any, config_for: Callable[..., TrainConfig]):
+    whole = train(config_for("whole"), backbone=backbone, examples=SHARED)
+    with pytest.raises(Killed):
+        train(config_for(), backbone=backbone, examples=SHARED, on_event=at("step", 4, kill))
+    log = Path(config_for().output) / "events.jsonl"
+    log.write_text(log.read_text()[:-20])
+    resumed = train(config_for(), backbone=backbone, examples=SHARED, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert all(json.loads(line) for line in log.read_text().splitlines())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_before_it_stops(number: int, backbone: Any, config_for: Callable[..., TrainConfig]):
     config = config_for(save_every=100)

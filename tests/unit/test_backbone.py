@@ -88,7 +88,11 @@ def test_a_fine_tune_of_one_layer_changes_the_fingerprint(tiny_backbone: Any):
 def test_another_model_has_another_fingerprint(tiny_backbone: Any):
     one = tiny_backbone("llama")
     assert one.fingerprint == tiny_backbone("llama").fingerprint
-    for other in (tiny_backbone("llama", seed=1), tiny_backbone("mistral"), tiny_backbone("llama", num_hidden_layers=2)):
+    for other in (
+        tiny_backbone("llama", seed=1),
+        tiny_backbone("mistral"),
+        tiny_backbone("llama", num_hidden_layers=2),
+    ):
         assert not fingerprints_match(one.fingerprint, other.fingerprint)
 
 

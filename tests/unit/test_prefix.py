@@ -51,9 +51,7 @@ def test_slicing_keeps_positions_and_header(prefix: Prefix):
     first = prefix[:2]
     assert first.prefix_length == 2
     assert first.header == prefix.header
-    for (key, value), (whole_key, whole_value) in zip(
-        first.layers["decoder"], prefix.layers["decoder"], strict=True
-    ):
+    for (key, value), (whole_key, whole_value) in zip(first.layers["decoder"], prefix.layers["decoder"], strict=True):
         assert torch.equal(key, whole_key[:, :2])
         assert torch.equal(value, whole_value[:, :2])
     assert prefix[-1:].equal(prefix[2:3])
