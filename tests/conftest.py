@@ -14,16 +14,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
-
-# Imported before the hook: it checks its values' types itself, and users are to see what it says of them.
-import prefixtune.config
-
-install_import_hook("prefixtune", "beartype.beartype")
-
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from torch import Tensor
+
+# Imported before the hook: it checks its values' types itself, and users are to see what it says of them.
+import prefixtune.config  # noqa: F401
+
+install_import_hook("prefixtune", "beartype.beartype")
 
 FAMILIES = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral")
 MAX_POSITIONS = 160

@@ -331,6 +331,16 @@ def probe(model: Any) -> Layout:
         raise BackboneError(
             f"{kind} drops the argument that carries the prefix on the way to its attention.", hint=hint
         )
+    text = model.config.get_text_config(decoder=True)
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise BackboneError(f"{kind} attends within chunks, whose borders a prefix would move.", hint=hint)
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+    for layer, (_, key, value) in zip(cache.layers, recorded, strict=True):
+        if layer.keys.shape != key.shape or layer.values.shape != value.shape:
+            raise BackboneError(f"{kind} does not cache the keys and values that it attends to.", hint=hint)
     places = {module: ("decoder", number) for number, (module, _, _) in enumerate(recorded)}
     shapes = tuple(LayerShape(int(k.shape[1]), int(k.shape[3]), int(v.shape[3])) for _, k, v in recorded)
     return Layout({"decoder": shapes}, places)

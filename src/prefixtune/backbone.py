@@ -11,11 +11,13 @@ import base64
 import hashlib
 import json
 import os
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from prefixtune import attach
 from prefixtune.attach import Layout
@@ -29,6 +31,7 @@ DEFAULT_BACKBONE = "smollm2-135m"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
 _SAMPLES = 256
 _SLACK = 0.15
 """Sampled weights that may differ in the last bfloat16 bit: rounding through float16 moves about one in sixteen."""
@@ -214,7 +217,7 @@ def load_backbone(
 
         try:
             config = AutoConfig.from_pretrained(source, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except _UNREADABLE as error:
             raise BackboneError(
                 f"cannot load the backbone {name!r}: {_first_line(error)}",
                 hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
@@ -227,7 +230,7 @@ def load_backbone(
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except _UNREADABLE as error:
             raise BackboneError(
                 f"cannot load the backbone {name!r}: {_first_line(error)}",
                 hint="check that its folder holds config.json, safetensors weights and a tokenizer.",

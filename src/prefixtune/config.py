@@ -154,8 +154,12 @@ class TrainConfig:
         """The configuration as a TOML document that `from_toml` reads back."""
         lines = []
         for name, value in dataclasses.asdict(self).items():
-            text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
-            lines.append(f"{name} = {text.lower() if isinstance(value, bool) else text}")
+            if isinstance(value, str):
+                # JSON's strings are TOML's, but for DEL, which TOML wants escaped.
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            else:
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+            lines.append(f"{name} = {text}")
         return "\n".join(lines) + "\n"
 
     @classmethod

@@ -248,18 +248,6 @@ def _replace(prefix: Prefix, other: Prefix, number: int) -> Prefix:
     return Prefix({"decoder": tuple(layers)})
 
 
-def _leaf(prefix: Prefix, dtype: torch.dtype) -> Prefix:
-    """The same numbers as tensors that take a gradient."""
-    return Prefix(
-        {
-            site: tuple(
-                (k.detach().to(dtype).requires_grad_(), v.detach().to(dtype).requires_grad_()) for k, v in layers
-            )
-            for site, layers in prefix.layers.items()
-        }
-    )
-
-
 # --- running and comparing -------------------------------------------------------------------------------------------
 
 
@@ -407,7 +395,7 @@ def _layers(subject: _Subject) -> _Finding:
 def _training_gradients(subject: _Subject) -> tuple[float, list[Tensor]]:
     """Loss of a padded, mixed batch, and its gradient at every key and value of both prefixes."""
     backbone = subject.backbone
-    leaves = [_leaf(prefix, backbone.dtype) for prefix in (subject.first, subject.second)]
+    leaves = [prefix.to(backbone.dtype).leaves() for prefix in (subject.first, subject.second)]
     generator = torch.Generator().manual_seed(1)
     rows = [_draw(subject.vocabulary, length, generator) for length in (6, 9)]
     with torch.enable_grad():
@@ -611,7 +599,7 @@ def _visible_slots(subject: _Subject, row: Sequence[int], numbers: Sequence[int]
     only; so a slot is seen where that derivative is not zero.
     """
     backbone = subject.backbone
-    leaf = _leaf(subject.second, backbone.dtype)
+    leaf = subject.second.to(backbone.dtype).leaves()
     outputs: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack, torch.enable_grad():
         for module, (_, number) in backbone.layout.places.items():

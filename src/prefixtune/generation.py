@@ -233,12 +233,50 @@ def _generate_batch(
         arguments[attach.cache_argument(backbone.model)] = cache
     if streamer is not None:
         arguments["streamer"] = streamer
+    _own_rules(arguments, backbone, prompts, config)
     with attach.visible_slots(width):
-        output = backbone.model.generate(
-            **arguments, generation_config=_transformers_config(backbone, config), tokenizer=backbone.tokenizer
-        )
+        output = backbone.model.generate(**arguments, generation_config=_transformers_config(backbone, config))
     new = output[:, ids.shape[1] :].tolist()
-    return [row[: row.index(backbone.end_id)] if backbone.end_id in row else row for row in new]
+    rows = [row[: row.index(backbone.end_id)] if backbone.end_id in row else row for row in new]
+    return [_stopped(backbone, row, config.stop) for row in rows]
+
+
+def _stopped(backbone: Backbone, ids: list[int], stop: Sequence[str]) -> list[int]:
+    """The ids up to the end of the first stop string; what follows is padding."""
+    if stop and _holds(backbone, ids, stop):
+        return ids[: next(n for n in range(1, len(ids) + 1) if _holds(backbone, ids[:n], stop))]
+    return ids
+
+
+def _holds(backbone: Backbone, ids: list[int], stop: Sequence[str]) -> bool:
+    text = backbone.decode(ids)
+    return any(s in text for s in stop)
+
+
+def _own_rules(
+    arguments: dict[str, Any], backbone: Backbone, prompts: Sequence[Sequence[int]], config: GenerateConfig
+) -> None:
+    """Stopping and penalties that look at a row's own tokens only, not at the prompt or the padding before it."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    start = arguments["input_ids"].shape[1]
+    if config.stop:
+
+        def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            done = [_holds(backbone, row, config.stop) for row in input_ids[:, start:].tolist()]
+            return torch.tensor(done, device=input_ids.device)
+
+        arguments["stopping_criteria"] = StoppingCriteriaList([stop])
+    if config.repetition_penalty != 1:
+
+        def penalize(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen = torch.zeros_like(scores, dtype=torch.bool)
+            for number, row in enumerate(input_ids[:, start:].tolist()):
+                seen[number, [*prompts[number // config.num_beams], *row]] = True
+            penalty = config.repetition_penalty
+            return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+        arguments["logits_processor"] = LogitsProcessorList([penalize])
 
 
 def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
@@ -250,7 +288,6 @@ def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
         "do_sample": config.temperature > 0,
         "pad_token_id": backbone.pad_id,
         "eos_token_id": backbone.end_id,
-        "repetition_penalty": config.repetition_penalty,
         "use_cache": True,
     }
     if config.min_new_tokens:
@@ -259,8 +296,6 @@ def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
         values["length_penalty"] = config.length_penalty
     if config.temperature > 0:
         values |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    if config.stop:
-        values["stop_strings"] = list(config.stop)
     if config.ban_newlines:
         values["suppress_tokens"] = newline_tokens(backbone)
     return GenerationConfig(**values)
@@ -362,7 +397,7 @@ class _Streamer:
         if text.endswith("\ufffd"):
             return
         held = max((n for s in self.stop for n in range(len(s)) if n and text.endswith(s[:n])), default=0)
-        self._give(text[: len(text) - held])
+        self._give(text[: len(text) - held].rstrip())
 
     def end(self) -> None:
         self._give(self._text().rstrip())

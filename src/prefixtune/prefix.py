@@ -25,7 +25,8 @@ __all__ = ["SITES", "Geometry", "KeyValue", "LayerShape", "Prefix", "describe", 
 SITES = ("encoder", "decoder", "cross")
 """Where a prefix can stand: encoder self-attention, decoder self-attention, decoder cross-attention."""
 
-KeyValue = tuple[Float[Tensor, "H P Dk"], Float[Tensor, "H P Dv"]]
+KeyValue = tuple[Float[Tensor, "_H _P _Dk"], Float[Tensor, "_H _P _Dv"]]
+"""One layer's keys and values: (H, P, D), where H and D may differ between layers."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,16 @@ class Prefix:
         return Prefix(
             {
                 site: tuple((k.detach().clone(), v.detach().clone()) for k, v in layers)
+                for site, layers in self.layers.items()
+            },
+            self.header,
+        )
+
+    def leaves(self) -> Prefix:
+        """The same numbers as leaves of a new graph, that gather gradients."""
+        return Prefix(
+            {
+                site: tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in layers)
                 for site, layers in self.layers.items()
             },
             self.header,

@@ -304,7 +304,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         # The reparameterization runs once: rows' gradients gather at the prefix, then flow back through it together.
         live: Prefix = self.module()
-        leaf = _leaf(live)
+        leaf = live.leaves()
         loss = 0.0
         for batch in batches:
             losses = batch_loss(self.backbone, leaf, batch)
@@ -440,16 +440,6 @@ class _Run:
         kept = _events_until(self.folder / EVENTS_FILE, self.step)
         write_text(self.folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
         return kept
-
-
-def _leaf(prefix: Prefix) -> Prefix:
-    """The same numbers as leaves of a new graph, that gather gradients."""
-    return Prefix(
-        {
-            site: tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in layers)
-            for site, layers in prefix.layers.items()
-        }
-    )
 
 
 def _number(value: float) -> float | None:

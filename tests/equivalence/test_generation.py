@@ -1,4 +1,4 @@
-"""Cached decoding against recomputation, greedy and with beams; mixed batches against each row alone; what users set."""
+"""Cached decoding against recomputation, greedy and with beams; mixed batches against each row; what users set."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ def test_a_batch_may_hold_more_slots_than_a_row_has_positions(
     num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any
 ):
     prompts, prefixes = [random_ids(5, 1), random_ids(140, 2)], [random_prefix(backbone, 100), None]
-    assert 100 + 140 + 6 > backbone.max_positions
+    assert backbone.max_positions < 100 + 140 + 6
     config = GenerateConfig(max_new_tokens=6, num_beams=num_beams)
     together = generate_ids(backbone, prompts, prefixes, config=config)
     for prompt, prefix, output in zip(prompts, prefixes, together, strict=True):

@@ -164,6 +164,7 @@ EXAMPLES = [Example(f"name : {name}", (f"{name} is a pub.", f"A pub: {name}.")) 
 def config_for(folder: Path, **changes: Any) -> TrainConfig:
     values = {
         "prefix_length": 4,
+        "reparameterization": "none",
         "bottleneck_size": 64,
         "initialization": "random",
         "batch_size": 4,

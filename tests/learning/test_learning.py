@@ -44,6 +44,7 @@ def config_for(tmp_path: Path) -> Callable[..., TrainConfig]:
     def make(folder: str = "run", **changes: Any) -> TrainConfig:
         values = {
             "prefix_length": 4,
+            "reparameterization": "none",
             "bottleneck_size": 16,
             "init_text": "Say it",
             "batch_size": 4,
@@ -191,6 +192,22 @@ def test_a_run_that_stopped_early_stays_stopped(backbone: Any, config_for: Calla
     again = train(config, **data, resume=True)
     assert again.steps == first.steps
     assert again.prefix.equal(first.prefix)
+
+
+def test_the_best_and_the_misses_are_remembered_over_a_stop(backbone: Any, config_for: Callable[..., TrainConfig]):
+    options = {"learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 40, "eval_every": 2, "patience": 3}
+    data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
+    whole = train(config_for("whole", **options), **data)
+    best_step = whole.events[-1]["best_step"]
+    assert best_step + 2 * 3 == whole.steps < 40
+    # Two evaluations without a better loss, then a stop: one more must end the run, and the best must stay.
+    with pytest.raises(Killed):
+        train(config_for(**options), **data, on_event=at("save", best_step + 4, kill))
+    resumed = train(config_for(**options), **data, resume=True)
+    assert resumed.steps == whole.steps
+    assert resumed.best_loss == whole.best_loss
+    assert resumed.events[-1]["best_step"] == best_step
+    assert resumed.prefix.equal(whole.prefix)
 
 
 def test_without_a_development_set_the_last_prefix_is_kept(backbone: Any, config_for: Callable[..., TrainConfig]):

@@ -67,7 +67,7 @@ def test_cutting_can_be_refused(llama: Any):
 
 
 def test_a_target_is_never_cut(llama: Any):
-    with pytest.raises(DataError, match="a target of example 1 .* takes 13 tokens, but only 12") as error:
+    with pytest.raises(DataError, match=r"a target of example 1 .* takes 13 tokens, but only 12") as error:
         encode(llama, Example("a", ("x" * 12,)), max_length=12)
     assert "never cut" in error.value.hint
     (example,) = encode(llama, Example("abcdefgh", ("x" * 9,)), max_length=12).examples

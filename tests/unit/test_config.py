@@ -75,7 +75,7 @@ def test_integers_are_taken_for_floats():
     config = TrainConfig(epochs=3, learning_rate=1)
     assert isinstance(config.epochs, float)
     assert isinstance(config.learning_rate, float)
-    with pytest.raises(ConfigError, match="batch_size is 2.0, but must be of type int"):
+    with pytest.raises(ConfigError, match=r"batch_size is 2\.0, but must be of type int"):
         TrainConfig(batch_size=2.0)
 
 

@@ -54,5 +54,5 @@ def test_another_prefix_is_checked(tiny_backbone: Any, random_prefix: Any):
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 6") as error:
         from_prefix(backbone, given, 6)
     assert "set prefix_length to 4" in error.value.hint
-    with pytest.raises(BackboneError, match="2 KV heads x 8.*2 KV heads x 16"):
+    with pytest.raises(BackboneError, match=r"2 KV heads x 8.*2 KV heads x 16"):
         from_prefix(tiny_backbone("qwen3"), given, 4)
