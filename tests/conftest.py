@@ -19,8 +19,10 @@ import torch
 from jaxtyping import install_import_hook
 from torch import Tensor
 
-# Imported before the hook: it checks its values' types itself, and users are to see what it says of them.
-import prefixtune.config  # noqa: F401
+# Imported before the hook, as they hold no tensors: `config` checks its values' types itself, and users are to see what
+# it says of them; `console` takes streams, which the checker knows too narrowly.
+import prefixtune.config
+import prefixtune.console  # noqa: F401
 
 install_import_hook("prefixtune", "beartype.beartype")
 

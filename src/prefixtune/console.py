@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Protocol
+from typing import Protocol, TextIO
 
 from rich import box
 from rich import console as rich_console
@@ -49,7 +49,7 @@ class Console:
     """
 
     def __init__(
-        self, *, quiet: bool = False, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+        self, *, quiet: bool = False, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.quiet = quiet
         self._clock = clock
@@ -153,7 +153,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def _rich_console(stream: IO[str]) -> rich_console.Console:
+def _rich_console(stream: TextIO) -> rich_console.Console:
     terminal = stream.isatty()
     # A log has no width: tables there are as wide as they need, and nothing is forced into 80 columns.
     return rich_console.Console(file=stream, force_terminal=terminal, width=None if terminal else 1000)
