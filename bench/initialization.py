@@ -24,6 +24,9 @@ from prefixtune.tasks import read_task
 SIZES = {100: 80, 2000: 100}
 """Training targets -> optimizer steps (of 16 targets)."""
 
+RATES = {"none": 5e-3, "residual": 2e-3, "mlp": 5e-4}
+"""Reparameterization -> peak learning rate."""
+
 RUNS = (("none", "words"), ("residual", "words"), ("mlp", "words"), ("none", "random"), ("mlp", "random"))
 
 
@@ -54,6 +57,7 @@ def main() -> None:
                     eval_every=0,
                     reparameterization=kind,
                     initialization=start,
+                    learning_rate=RATES[kind],
                 )
                 result = pt.train(config, backbone=backbone, examples=train, dev_examples=dev)
                 trained = time.perf_counter() - began

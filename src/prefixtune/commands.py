@@ -370,7 +370,7 @@ def demo(options: argparse.Namespace) -> int:
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
     examples, held_out = make_toy()
-    # Ends with the first stop, as every notice does: the bare model would ramble on.
+    # A notice takes about 30 tokens; the bare model would ramble on.
     decoding = GenerateConfig(max_new_tokens=48, batch_size=20)
 
     def measured(title: str, prefix: Prefix | None) -> Any:

@@ -72,7 +72,7 @@ class TrainConfig:
     )
     init_prefix: str = _option("", "prefix file to start from", "prefix")
 
-    learning_rate: float = _option(0.0, "peak; 0: 5e-3 for none, 2e-3 for residual, 5e-4 for mlp", "training")
+    learning_rate: float = _option(0.0, "peak; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp", "training")
     weight_decay: float = _option(0.0, "AdamW's", "training")
     warmup_steps: int = _option(20, "steps of linear warm-up, before the linear decay to 0", "training")
     epochs: float = _option(5.0, "passes over the training targets; max_steps overrides it", "training")
@@ -198,4 +198,4 @@ class TrainConfig:
 
 def default_learning_rate(reparameterization: str) -> float:
     """The peak learning rate that suits a reparameterization, by measurement (docs/LOG.md)."""
-    return {"none": 5e-3, "residual": 2e-3, "mlp": 5e-4}[reparameterization]
+    return {"none": 5e-3, "residual": 1e-3, "mlp": 5e-4}[reparameterization]
