@@ -331,6 +331,8 @@ def probe(model: Any) -> Layout:
         raise BackboneError(
             f"{kind} drops the argument that carries the prefix on the way to its attention.", hint=hint
         )
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise BackboneError(f"{kind} takes no position_ids, so that its text cannot start at position P.", hint=hint)
     text = model.config.get_text_config(decoder=True)
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         raise BackboneError(f"{kind} attends within chunks, whose borders a prefix would move.", hint=hint)

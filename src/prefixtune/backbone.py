@@ -142,6 +142,11 @@ class Backbone:
         model.requires_grad_(False)
         model.eval()
         silence_dropout(model)
+        # Decoding is told by `GenerateConfig` alone: a penalty or ban that the model's files bring along would apply
+        # silently, and count the padding.
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig()
         layout = attach.probe(model)
         return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry))
 

@@ -124,12 +124,13 @@ def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_oth
             hint="upgrade prefixtune.",
         )
     prefix = Prefix(_layers(tensors, path), header)
-    declared = header.get("prefix_length")
-    if declared is not None and declared != {site: prefix.length(site) for site in prefix.sites}:
-        raise CheckpointError(
-            f"the header of {str(path)!r} says prefix length {declared}, but its tensors have {prefix.prefix_length}.",
-            hint="the file was altered; get it again.",
-        )
+    for key, fact in _describe_tensors(prefix).items():
+        if key in header and header[key] != fact:
+            what = key.replace("_", " ")
+            raise CheckpointError(
+                f"the header of {str(path)!r} says {what} {header[key]!r}, but its tensors say {fact!r}.",
+                hint="the file was altered or made otherwise; get it again.",
+            )
     if not prefix.is_finite():
         raise CheckpointError(f"{str(path)!r} holds NaN or infinity.", hint="get the file again, or train it again.")
     if backbone is not None:

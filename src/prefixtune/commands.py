@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,10 +182,13 @@ def _run_training(
     with _shown(console, as_json) as show:
         try:
             return run(config, resume=resume, on_event=show, **given)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"the state is saved; go on with `prefixtune train --resume --output {config.output}`."
-            ) from None
+        except KeyboardInterrupt as stopped:
+            resume_line = f"go on with `prefixtune train --resume --output {config.output}`."
+            if str(stopped):
+                raise KeyboardInterrupt(f"{stopped}; {resume_line}") from None
+            if (Path(config.output) / "state.safetensors").exists():
+                raise KeyboardInterrupt(f"stopped at once; the last save is kept; {resume_line}") from None
+            raise KeyboardInterrupt("nothing was trained yet.") from None
 
 
 @contextmanager
@@ -200,7 +202,9 @@ def _shown(console: Console, as_json: bool) -> Iterator[Any]:
 
         def show(event: dict[str, Any]) -> None:
             if as_json:
-                _print_json(event)
+                # A reader such as `head` may leave; the training goes on.
+                with suppress(BrokenPipeError):
+                    _print_json(event)
                 return
             if event["event"] == "start":
                 total[0] = event["total_steps"]
@@ -269,6 +273,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from prefixtune.files import write_text
     from prefixtune.tasks import read_task
 
+    if options.limit < 0:
+        raise ConfigError(f"--limit is {options.limit}, but must be 0 (all) or above.", hint="leave it out for all.")
     console = Console(quiet=options.quiet or options.json)
     backbone, loaded = _load_with_prefixes(console, options, [options.prefix] if options.prefix else [])
     prefix = loaded[0] if loaded else None
@@ -280,8 +286,6 @@ def evaluate(options: argparse.Namespace) -> int:
     config = _generate_config(options, loaded, task)
     with console.progress("generating", len(examples)) as bar:
         outcome = run(backbone, examples, prefix, config=config, on_batch=bar.update)
-    if options.outputs:
-        write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
     if options.json:
         scores = {name: {"score": s.score, "implementation": s.implementation} for name, s in outcome.scores.items()}
         _print_json({"scores": scores, "num_examples": len(examples), "task": task, "prefix": options.prefix})
@@ -290,6 +294,8 @@ def evaluate(options: argparse.Namespace) -> int:
         console.table(
             f"{len(examples)} examples of {options.data}", ["metric", "score", "implementation"], rows, result=True
         )
+    if options.outputs:
+        write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
     return 0
 
 
@@ -300,10 +306,15 @@ def _stdin_lines() -> list[str]:
         lines = [line.rstrip("\r\n") for line in sys.stdin]
     except UnicodeDecodeError as error:
         raise ConfigError(f"stdin is no UTF-8 text: {error}.", hint="convert it to UTF-8.") from error
-    texts = [line for line in lines if line.strip()]
-    if not texts:
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
         raise ConfigError("stdin holds no text.", hint="give one source a line.")
-    return texts
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            # Leaving it out would shift every output after it against its source.
+            raise ConfigError(f"line {number} of stdin is blank.", hint="give one source a line.")
+    return lines
 
 
 def _load_with_prefixes(
@@ -360,13 +371,12 @@ def demo(options: argparse.Namespace) -> int:
     from prefixtune.report import loss_plot
     from prefixtune.tasks.toy import make_toy
 
+    if options.steps < 1:
+        raise ConfigError(f"--steps is {options.steps}, but must be at least 1.", hint="70 is a good number.")
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
+    _clear_demo(folder)
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
-    if folder.exists():
-        if not (folder / "config.toml").exists() and any(folder.iterdir()):
-            raise ConfigError(f"{str(folder)!r} holds something else than a run.", hint="choose another --output.")
-        shutil.rmtree(folder)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
     examples, held_out = make_toy()
@@ -411,6 +421,23 @@ def demo(options: argparse.Namespace) -> int:
     else:
         show_demo(console, figures)
     return 0
+
+
+def _clear_demo(folder: Path) -> None:
+    """Remove an earlier demo's files, and nothing else.
+
+    Raises:
+        ConfigError: The path holds anything that no demo wrote.
+    """
+    if not folder.exists():
+        return
+    known = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", "loss.png", "demo.json"}
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    config = folder / "config.toml"
+    if found - known or (config.exists() and 'task = "toy"' not in config.read_text(encoding="utf-8")):
+        raise ConfigError(f"{str(folder)!r} holds something else than a demo.", hint="choose another --output.")
+    for name in found:
+        (folder / name).unlink()
 
 
 def _exact(outputs: Sequence[str], examples: Sequence[Any]) -> int:

@@ -40,7 +40,7 @@ class GenerateConfig:
         top_k: Sample from the k likeliest; 0: all.
         top_p: Sample from the likeliest that together reach p.
         seed: Of sampling; None: not reproducible.
-        stop: Strings that end an output, and are left out of it.
+        stop: One string or several that end an output, and are left out of it; kept as a tuple.
         ban_newlines: Never generate a token that holds a line break.
         repetition_penalty: Above 1 discourages repeating.
         batch_size: Texts per batch.
@@ -57,12 +57,13 @@ class GenerateConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     ban_newlines: bool = False
     repetition_penalty: float = 1.0
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         rules = [
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "between 0 and max_new_tokens"),
@@ -136,12 +137,16 @@ def generate(
         ConfigError: A wrong option.
     """
     chosen = _config(config, options)
+    if isinstance(texts, str):
+        raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of them.", hint="write [text].")
     prefixes = _per_text(prefix, len(texts))
-    prompts = [
-        encode_prompt(backbone, format_of(p, text_format), text) for text, p in zip(texts, prefixes, strict=True)
-    ]
+    formats = [format_of(p, text_format) for p in prefixes]
+    prompts = [encode_prompt(backbone, form, text) for text, form in zip(texts, formats, strict=True)]
     outputs = generate_ids(backbone, prompts, prefixes, config=chosen, on_batch=on_batch)
-    return [_cut_at_stop(backbone.decode(ids), chosen.stop).strip() for ids in outputs]
+    return [
+        form.extract_target(_cut_at_stop(backbone.decode(ids), chosen.stop))
+        for ids, form in zip(outputs, formats, strict=True)
+    ]
 
 
 def stream(
@@ -165,7 +170,12 @@ def stream(
         raise ConfigError(
             "beam search cannot stream: its best beam is known at the end only.", hint="set num_beams to 1."
         )
-    prompt = encode_prompt(backbone, format_of(prefix, text_format), text)
+    form = format_of(prefix, text_format)
+    if form.target.replace("{target}", "").strip():
+        # Words around the target can be taken off the whole output only.
+        yield generate(backbone, [text], prefix, text_format=form, config=chosen)[0]
+        return
+    prompt = encode_prompt(backbone, form, text)
     streamer = _Streamer(backbone, chosen.stop)
 
     def work() -> None:

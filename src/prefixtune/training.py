@@ -10,12 +10,14 @@ Knows nothing of consoles and of what the examples mean.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import platform
 import signal
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from prefixtune import __version__, attach
 from prefixtune.backbone import Backbone, fingerprints_match, load_backbone
-from prefixtune.batching import Batch, Encoded, encode_examples, pack, plan_epoch
+from prefixtune.batching import Batch, Encoded, Encoding, encode_examples, pack, plan_epoch
 from prefixtune.checkpoint import load_prefix, load_state, make_header, save_prefix, save_state
 from prefixtune.config import TrainConfig
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
@@ -48,6 +50,10 @@ PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = (
     "events.jsonl",
     "config.toml",
 )
+
+
+_MAY_CHANGE = ("output", "save_every", "device", "dtype")
+"""What a resumed run may be told otherwise; the dtype in force is compared by itself."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
     folder = Path(config.output)
-    if not resume and (folder / STATE_FILE).exists():
+    if not resume and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE)):
         raise ConfigError(
             f"{str(folder)!r} already holds a run.", hint="go on with --resume, choose another --output, or delete it."
         )
@@ -162,6 +168,10 @@ def train(
     if backbone is None:
         backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device)
     dev = limit_targets(dev_examples or (), config.dev_limit)
+    if config.patience and not dev:
+        raise ConfigError(
+            "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
+        )
     run = _Run(config, backbone, limit_targets(examples, config.limit), dev)
     events: list[Event] = run.resume() if resume else []
     with _stop_requests() as stopping, attach.checkpointing(backbone.model, config.gradient_checkpointing):
@@ -188,7 +198,7 @@ class _Run:
         self.config, self.backbone, self.folder = config, backbone, Path(config.output)
         self.format = TextFormat(config.prompt_format, config.target_format)
 
-        def encoded(given: Sequence[Example]) -> Any:
+        def encoded(given: Sequence[Example]) -> Encoding:
             return encode_examples(
                 backbone,
                 given,
@@ -200,6 +210,7 @@ class _Run:
 
         self.data = encoded(examples)
         self.dev = encoded(dev_examples) if dev_examples else None
+        self.data_digest = _digest(self.data, self.dev)
         self.module, self.initialization = build_module(config, backbone)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
@@ -248,13 +259,15 @@ class _Run:
         if fresh:
             write_text(self.folder / CONFIG_FILE, self.config.to_toml())
             write_text(self.folder / EVENTS_FILE, "")
+            # From the very start on, a kill can be resumed from.
+            self.save()
         with open(self.folder / EVENTS_FILE, "a", encoding="utf-8") as log:
             for event in self._events(stopping, fresh):
                 log.write(json.dumps(event) + "\n")
                 log.flush()
                 yield event
         if stopping.is_set():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("the state is saved")
 
     def _events(self, stopping: threading.Event, fresh: bool) -> Iterator[Event]:
         yield self._start_event() if fresh else {"event": "resume", "step": self.step, "total_steps": self.total_steps}
@@ -319,7 +332,8 @@ class _Run:
             raise TrainingError(
                 f"the loss is {loss} and the gradient's norm {norm} at step {self.step + 1}; the state of the last "
                 f"good save is kept in {str(self.folder)!r}.",
-                hint=f"lower the learning rate (now {self.config.peak_learning_rate:g}) or use --dtype float32.",
+                hint="start anew in another --output with a lower learning rate "
+                f"(now {self.config.peak_learning_rate:g}), or with --dtype float32.",
             )
         rate = self.learning_rate(self.step + 1)
         for group in self.optimizer.param_groups:
@@ -343,8 +357,13 @@ class _Run:
         event: Event = {"event": "evaluation", "step": self.step}
         better = True
         if self.dev is not None:
-            loss = evaluation_loss(self.backbone, prefix, self.dev.examples)
-            better = not loss >= self.best_loss
+            loss = evaluation_loss(self.backbone, prefix, self.dev.examples, self.config.batch_size)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the development loss is {loss} at step {self.step}; the best prefix so far is kept.",
+                    hint="look for a broken development example, or use --dtype float32.",
+                )
+            better = math.isnan(self.best_loss) or loss < self.best_loss
             event["loss"] = loss
             self.best_loss = loss if better else self.best_loss
             self.misses = 0 if better else self.misses + 1
@@ -397,6 +416,8 @@ class _Run:
                 "best_step": self.best_step,
                 "misses": self.misses,
                 "fingerprint": self.backbone.fingerprint,
+                "dtype": str(self.backbone.dtype).removeprefix("torch."),
+                "data": self.data_digest,
                 "config": self.config.to_dict(),
             },
         )
@@ -415,7 +436,7 @@ class _Run:
             )
         tensors, facts = load_state(path)
         stored, now = dict(facts["config"]), self.config.to_dict()
-        changed = [k for k in now if stored.get(k) != now[k] and k not in ("output", "save_every", "device")]
+        changed = [k for k in now if stored.get(k) != now[k] and k not in _MAY_CHANGE]
         if changed:
             listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
             raise ConfigError(
@@ -425,6 +446,17 @@ class _Run:
         if not fingerprints_match(facts["fingerprint"], self.backbone.fingerprint):
             raise ConfigError(
                 f"the run in {str(self.folder)!r} was started on another backbone.", hint="load that one."
+            )
+        dtype = str(self.backbone.dtype).removeprefix("torch.")
+        if facts["dtype"] != dtype:
+            raise ConfigError(
+                f"the run in {str(self.folder)!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
+                hint=f"resume with --dtype {facts['dtype']}.",
+            )
+        if facts["data"] != self.data_digest:
+            raise ConfigError(
+                f"the run in {str(self.folder)!r} was started on other data.",
+                hint="give it the same files, or start anew in another --output.",
             )
         self.module.load_state_dict(
             {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
@@ -440,6 +472,17 @@ class _Run:
         kept = _events_until(self.folder / EVENTS_FILE, self.step)
         write_text(self.folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
         return kept
+
+
+def _digest(*data: Encoding | None) -> str:
+    """Tells encoded data apart."""
+    total = hashlib.sha256()
+    for encoding in data:
+        for example in encoding.examples if encoding is not None else ():
+            for ids in (example.prompt, *example.targets, ()):
+                total.update(array("q", (len(ids), *ids)).tobytes())
+        total.update(b"|")
+    return total.hexdigest()
 
 
 def _number(value: float) -> float | None:

@@ -284,3 +284,40 @@ def test_import_is_quick() -> None:
     code = "import sys, prefixtune; print(sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_kill_before_the_first_save_can_be_resumed(folder: Path, train_flags: Callable[..., list[str]]) -> None:
+    output = folder / "early"
+    process = start(*train_flags(output, "--max-steps", "30", "--save-every", "1000"))
+    log = output / "events.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and '"event": "step"' in log.read_text()):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run("train", "--resume", "--output", str(output))
+    run(*train_flags(folder / "early-whole", "--max-steps", "30", "--save-every", "1000"))
+    assert losses(output) == losses(folder / "early-whole")
+
+
+def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[..., list[str]], data: str) -> None:
+    changing = folder / "changing.jsonl"
+    changing.write_text(Path(data).read_text())
+    flags = [str(changing) if word == data else word for word in train_flags(folder / "other", "--max-steps", "3")]
+    run(*flags)
+    changing.write_text(changing.read_text().replace("soup", "stew"))
+    _, err = run(*flags, "--resume", code=2)
+    assert "started on other data" in err
+
+
+def test_a_blank_line_of_stdin_is_refused_by_number(trained: Path) -> None:
+    _, err = run("generate", "--prefix", str(trained), stdin="Aromi is soup\n\nBibi is cake\n", code=2)
+    assert "line 2 of stdin is blank" in err
+
+
+def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('title = "my site"\n')
+    (tmp_path / "precious.txt").write_text("keep")
+    _, err = run("demo", "--output", str(tmp_path), code=2)
+    assert "something else than a demo" in err
+    assert (tmp_path / "precious.txt").read_text() == "keep"

@@ -67,6 +67,15 @@ class TextFormat:
         """
         return self.target.replace("{target}", target)
 
+    def extract_target(self, output: str) -> str:
+        """The target within an output: what `format_target` put around it, and outer space, taken off.
+
+        >>> TextFormat(target="Answer: {target} !").extract_target(" Answer: Aromi. ! ")
+        'Aromi.'
+        """
+        head, tail = (part.strip() for part in self.target.split("{target}", 1))
+        return output.strip().removeprefix(head).removesuffix(tail).strip()
+
     def to_dict(self) -> dict[str, str]:
         """As stored in an artifact's header."""
         return asdict(self)
