@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench e2e initialization docs clean help
+OLDEST := 5.16.1
+
+.PHONY: demo test test-oldest check bench e2e initialization docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -18,7 +20,7 @@ E2E_DEV ?= $(E2E)/dev.jsonl.gz
 E2E_TEST ?= $(E2E)/test.jsonl.gz
 
 help:  ## list the targets
-	@grep -E '^[a-z0-9]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show before and after
 	$(BIN)/prefixtune demo
@@ -26,6 +28,12 @@ demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show bef
 test: $(VENV)/.tested  ## run all tests (fetches the default backbone once)
 	$(BIN)/prefixtune prepare
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the oldest transformers supported
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(VENV)-oldest/bin/python -m pip install --quiet --group test -e . transformers==$(OLDEST)
+	$(VENV)-oldest/bin/python -m pytest tests/equivalence tests/learning tests/unit/test_doctor.py tests/test_tiny.py
 
 check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/ruff format --check
