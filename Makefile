@@ -1,4 +1,4 @@
-# make demo | test | check | bench | docs | clean | help
+# make help lists the targets.
 #
 # Needs Python 3.11 or newer with pip and venv. Everything is installed into $(VENV); pip's own settings (index, links,
 # proxies) hold as they are.

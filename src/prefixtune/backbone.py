@@ -295,16 +295,20 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
     """Tell a model by its shape and by sampled weights, cheaply and whatever the dtype.
 
     Returns:
-        `HASH:SAMPLES`: a hash of model type, width, vocabulary and layers, and 256 weights spread over all parameters,
-        as bfloat16. Compare with `fingerprints_match`, which allows for rounding.
+        `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
+        spread over all parameters, as bfloat16. Compare with `fingerprints_match`, which allows for rounding.
     """
     embeddings = model.get_input_embeddings().weight
+    config = model.config.get_text_config(decoder=True)
     facts = {
         "model_type": model.config.model_type,
+        # A prefix holds keys after any rotary embedding, seen through the layers' windows.
+        "rope": getattr(config, "rope_parameters", None),
+        "window": getattr(config, "sliding_window", None),
         "embeddings": list(embeddings.shape),
         "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
     }
-    shape = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     parameters = [p for _, p in sorted(model.named_parameters())]
     picked = []
     for number in range(_SAMPLES):
