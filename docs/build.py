@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def picture(figures: dict[str, object], path: Path) -> None:
         before = " ".join(example["before"].split())
         table.add_row(example["table"], before if len(before) < 160 else before[:157] + "...", example["after"])
     console.print(table)
-    path.write_text(console.export_svg(title="prefixtune demo"), encoding="utf-8")
+    # The fonts that the export names lie on somebody's server: the reader's own monospace font does.
+    svg = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="prefixtune demo"), flags=re.S)
+    path.write_text(svg.replace("Fira Code, monospace", "monospace"), encoding="utf-8")
 
 
 def main() -> int:
