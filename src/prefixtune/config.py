@@ -197,5 +197,5 @@ class TrainConfig:
 
 
 def default_learning_rate(reparameterization: str) -> float:
-    """The peak learning rate that suits a reparameterization, by measurement (docs/LOG.md)."""
+    """The peak learning rate that is used for a reparameterization unless told otherwise."""
     return {"none": 5e-3, "residual": 1e-3, "mlp": 5e-4}[reparameterization]
