@@ -13,7 +13,7 @@ from data import Data
 from results import Line
 
 from prefixtune.backbone import load_backbone
-from prefixtune.batching import encode_prompt
+from prefixtune.batching import encode_prompts
 from prefixtune.generation import GenerateConfig, generate_ids
 from prefixtune.initialize import from_words
 from prefixtune.tasks import TextFormat
@@ -38,7 +38,7 @@ def run(
     prefix = from_words(backbone, WORDS, prefix_length)
     config = GenerateConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=num_texts)
     examples = random.Random(seed).choices(data.examples, k=num_texts * (repeats + 1))
-    prompts = [encode_prompt(backbone, TextFormat(), example.source) for example in examples]
+    prompts = encode_prompts(backbone, TextFormat(), [example.source for example in examples])
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     for number in range(repeats + 1):
         chosen = prompts[number * num_texts : (number + 1) * num_texts]

@@ -4,13 +4,15 @@ Two routes, which must agree (see `tests/equivalence`):
 
 - *injected*: one attention function in transformers' registry takes the prefix as an argument of the call, puts each
   row's own keys and values in front and widens the mask. Gradients flow through it, under checkpointing too.
-- *prefilled*: for generation, the prefix is a cache that is already filled, so that a decode step costs no more.
+- *prefilled*: for generation with decoder-only models, the prefix is a cache that is already filled, so that a decode
+  step costs no more.
 
 The model stays untouched: no class is swapped, no forward copied, nothing cached on a module; two prefixes can be used
 at once. Knows nothing of tokenizers, files, artifacts or training.
 
-Positions: the text of a row starts at position P of that row's prefix. Sliding windows count text positions only: the
-prefix stays visible to every token.
+Positions: a decoder-only model's text starts at position P of its row's prefix; in encoders and encoder-decoders the
+text's positions are not shifted, and the prefix carries no relative position bias. Sliding windows count text positions
+only: the prefix stays visible to every token.
 """
 
 from __future__ import annotations
@@ -27,21 +29,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.prefix import Geometry, KeyValue, LayerShape, Prefix, describe
+from prefixtune.packing import Group, Packing
+from prefixtune.prefix import Geometry, KeyValue, Prefix, describe
 
 __all__ = [
     "ATTENTION",
+    "Call",
     "Group",
+    "Injection",
     "Layout",
     "Packing",
     "cache_argument",
     "check_fits",
     "checkpointing",
     "forward",
+    "injecting",
     "prefilled_cache",
-    "probe",
     "record",
+    "register",
+    "stack",
     "visible_slots",
+    "watching",
 ]
 
 ATTENTION = "prefixtune"
@@ -53,81 +61,27 @@ _SMALL_GROUP = 512
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where a model's attention layers are, as seen by running it.
+    """Where a model's attention layers are, as seen by running it (see `probe`).
 
     Attributes:
         geometry: Per site, every layer's KV heads and head sizes.
-        places: Attention module -> its (site, layer number).
+        places: Attention module -> its (site, layer number); layers that share keys and values share a place.
+        kind: `decoder`, `encoder` or `encoder-decoder`.
+        packable: Whether rows may be packed: nothing but attention passes between positions, and these can be told.
+        carries: Whether an argument of the model's call reaches every attention layer. Where it does not, the prefix
+            travels beside the call, and layers cannot be recomputed in the backward pass.
+        cache_layers: Where each decoder layer's keys and values lie in the model's cache; None: they cannot be put
+            there beforehand, so that generation injects them.
+        notes: What a user should know, such as sites that are not available and why.
     """
 
     geometry: Geometry
     places: Mapping[nn.Module, tuple[str, int]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """One source and its targets, side by side in a packed row.
-
-    Every target sees the source and itself, never another target; the source sees itself alone.
-
-    Attributes:
-        start: Where the source begins in the row.
-        source_length: Positions of the shared source; may be 0.
-        target_lengths: Positions of each target.
-    """
-
-    start: int
-    source_length: int
-    target_lengths: tuple[int, ...]
-
-    @property
-    def stop(self) -> int:
-        """Where the last target ends in the row."""
-        return self.start + self.source_length + sum(self.target_lengths)
-
-    def positions(self) -> Int[Tensor, " N"]:
-        """Text positions: each target goes on where the source ends."""
-        targets = [torch.arange(length) + self.source_length for length in self.target_lengths]
-        return torch.cat([torch.arange(self.source_length), *targets])
-
-    def mask(self, window: int | None = None) -> Bool[Tensor, "N N"]:
-        """Which position (row) sees which (column).
-
-        Args:
-            window: Only the nearest `window` text positions are visible; None: all.
-        """
-        lengths = torch.tensor([self.source_length, *self.target_lengths])
-        part = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        seen = (part[None, :] == 0) | (part[None, :] == part[:, None])
-        seen = seen.tril()
-        if window is not None:
-            position = self.positions()
-            seen &= position[:, None] - position[None, :] < window
-        return seen
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How the positions of one packed row see each other: group by group, and nothing across groups."""
-
-    groups: tuple[Group, ...]
-    _bias: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
-
-    def positions(self) -> Int[Tensor, "1 T"]:
-        """Text positions of the row, without the prefix's shift."""
-        return torch.cat([group.positions() for group in self.groups])[None]
-
-    def bias(self, prefix_length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Per group, an additive mask (N, P + N); made once per row, not once per layer."""
-        key = (prefix_length, window, dtype, device)
-        if key not in self._bias:
-            self._bias[key] = [
-                torch.zeros(group.stop - group.start, prefix_length + group.stop - group.start, dtype=dtype)
-                .masked_fill_(~nn.functional.pad(group.mask(window), (prefix_length, 0), value=True), float("-inf"))
-                .to(device)
-                for group in self.groups
-            ]
-        return self._bias[key]
+    kind: str = "decoder"
+    packable: bool = True
+    carries: bool = True
+    cache_layers: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,15 +102,66 @@ class Injection:
     packing: Packing | None = None
     recorded: list[tuple[nn.Module, Tensor, Tensor]] | None = None
 
+    def front(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """The keys and values that stand in front at an attention layer."""
+        site, number = self.places.get(module, ("", 0))
+        return self.layers[site][number] if site in self.layers else None
 
-_probed: contextvars.ContextVar[list[tuple[nn.Module, bool]] | None] = contextvars.ContextVar("probed", default=None)
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of the attention function, as `watching` sees it.
+
+    Attributes:
+        module: The attention layer.
+        carried: Whether the argument that holds the prefix came along.
+        queries: How many positions look.
+        key: What they look at.
+        value: What they get.
+        extras: Names of the other arguments that were not None.
+    """
+
+    module: nn.Module
+    carried: bool
+    queries: int
+    key: Tensor
+    value: Tensor
+    extras: frozenset[str]
+
+
+_watched: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("watched", default=None)
+_current: contextvars.ContextVar[Injection | None] = contextvars.ContextVar("current", default=None)
 _slots: contextvars.ContextVar[int] = contextvars.ContextVar("slots", default=0)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Call]]:
+    """While the block runs, every call of the attention function is noted in the list that it yields."""
+    calls: list[Call] = []
+    token = _watched.set(calls)
+    try:
+        yield calls
+    finally:
+        _watched.reset(token)
+
+
+@contextlib.contextmanager
+def injecting(injection: Injection) -> Iterator[None]:
+    """While the block runs, every call of the model has these prefixes in front.
+
+    For generation, whose loop hands no argument of ours on. An argument of a call wins over it.
+    """
+    token = _current.set(injection)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 # --- the attention function and its mask -----------------------------------------------------------------------------
 
 
-def _register() -> None:
+def register() -> None:
     """Add this project's attention function and mask to transformers' registries; once, when first needed."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -182,49 +187,70 @@ def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int 
 def attend(
     module: nn.Module,
     query: Float[Tensor, "B Hq T Dk"],
-    key: Float[Tensor, "B H S Dk"],
-    value: Float[Tensor, "B H S Dv"],
+    key: Float[Tensor, "Bk H S Dk"],
+    value: Float[Tensor, "Bk H S Dv"],
     attention_mask: Tensor | None,
     *,
     prefix_injection: Injection | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T Hq Dv"], None]:
     """Attention with the row's prefix in front: K = [P_key; K], V = [P_val; V] (Li & Liang 2021, eq. 3).
 
     Registered in transformers; called by every attention layer. Without an injection it is plain
-    scaled-dot-product attention.
+    scaled-dot-product attention. A relative position bias (T5) is zero at the prefix; a soft cap (Gemma 2) and sinks
+    (`s_aux`, gpt-oss) hold for the prefix as for the text.
     """
+    injection = prefix_injection if prefix_injection is not None else _current.get()
+    watched = _watched.get()
+    if watched is not None:
+        own = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        extras = frozenset(name for name, given in own.items() if given is not None)
+        watched.append(Call(module, prefix_injection is not None, query.shape[2], key, value, extras))
+    front = None
+    if injection is not None:
+        if injection.recorded is not None:
+            injection.recorded.append((module, key, value))
+        front = injection.front(module)
+        if injection.packing is not None:
+            site = injection.places[module][0]
+            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            special = _Special(scale, position_bias, softcap, s_aux)
+            window = kwargs.get("sliding_window")
+            return _attend_packed(injection.packing, site, front, query, key, value, special, window), None
+    by_hand = softcap is not None or s_aux is not None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is None and causal and query.shape[2] > 1 and (front is not None or by_hand):
+        attention_mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])
+    if front is not None and injection is not None:
+        length, rows = front[0].shape[2], query.shape[0]
+        visible = injection.visible.get(injection.places[module][0])
+        key = torch.cat([_to_rows(front[0], rows).to(key), key], dim=2)
+        value = torch.cat([_to_rows(front[1], rows).to(value), value], dim=2)
+        if visible is not None:
+            visible = _to_rows(visible, rows).to(key.device)
+        attention_mask = extend_mask(attention_mask, visible, length, key, query.shape[2])
+        if position_bias is not None:
+            position_bias = nn.functional.pad(position_bias, (length, 0))
+    if by_hand:
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        special = _Special(scale, position_bias, softcap, s_aux)
+        return _attend_by_hand(query, key, value, attention_mask, special).transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    probed = _probed.get()
-    if probed is not None:
-        probed.append((module, prefix_injection is not None))
-    for unknown in ("softcap", "s_aux"):
-        if kwargs.get(unknown) is not None:
-            raise BackboneError(
-                f"{type(module).__name__} attends with {unknown!r}, which this attention function does not compute.",
-                hint="choose another backbone.",
-            )
-    if prefix_injection is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return out, None
-    if prefix_injection.recorded is not None:
-        prefix_injection.recorded.append((module, key, value))
-    site, number = prefix_injection.places[module] if prefix_injection.layers else ("", 0)
-    if prefix_injection.packing is not None:
-        front = prefix_injection.layers[site][number] if site in prefix_injection.layers else None
-        return _attend_packed(prefix_injection.packing, front, query, key, value, **kwargs), None
-    if site in prefix_injection.layers:
-        front_key, front_value = prefix_injection.layers[site][number]
-        batch, length, queries = query.shape[0], front_key.shape[2], query.shape[2]
-        if attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)) and queries > 1:
-            attention_mask = query.new_ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
-            attention_mask = attention_mask[None, None]
-        key = torch.cat([front_key.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
-        value = torch.cat([front_value.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
-        attention_mask = extend_mask(attention_mask, prefix_injection.visible.get(site), length, key, queries)
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **kwargs)
     return out, None
+
+
+def _to_rows(given: Tensor, rows: int) -> Tensor:
+    """One entry for all rows, one per row, or one per text whose beams are rows side by side."""
+    if given.shape[0] == 1:
+        return given.expand(rows, *given.shape[1:])
+    return given if given.shape[0] == rows else given.repeat_interleave(rows // given.shape[0], dim=0)
 
 
 def extend_mask(
@@ -251,101 +277,112 @@ def extend_mask(
     return torch.cat([columns, mask.expand(batch, -1, -1, -1)], dim=-1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Special:
+    """How scores are made beyond the product of queries and keys.
+
+    Attributes:
+        scale: Multiplies the scores.
+        position_bias: (1, Hq, T, S), added to them; None: nothing.
+        softcap: They are squeezed into (-softcap, softcap); None: not.
+        sinks: (Hq,), one more score per query that draws weight and gives no value; None: not there.
+    """
+
+    scale: float
+    position_bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def _attend_by_hand(
+    query: Float[Tensor, "B Hq T Dk"],
+    key: Float[Tensor, "B H S Dk"],
+    value: Float[Tensor, "B H S Dv"],
+    mask: Tensor | None,
+    special: _Special,
+) -> Float[Tensor, "B Hq T Dv"]:
+    """Attention spelled out, for what torch's fused function does not compute."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = (query @ key.transpose(2, 3)).float() * special.scale
+    if special.softcap is not None:
+        scores = torch.tanh(scores / special.softcap) * special.softcap
+    if special.position_bias is not None:
+        scores = scores + special.position_bias
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if special.sinks is not None:
+        sinks = special.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
+    return scores.softmax(-1).to(value.dtype) @ value
+
+
 def _attend_packed(
     packing: Packing,
+    site: str,
     front: tuple[Tensor, Tensor] | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    query: Float[Tensor, "1 Hq T Dk"],
+    key: Float[Tensor, "1 H S Dk"],
+    value: Float[Tensor, "1 H S Dv"],
+    special: _Special,
+    window: int | None,
 ) -> Float[Tensor, "1 T Hq Dv"]:
     """Attention of a packed row, group by group, so that nothing is computed across groups."""
-    if kwargs.get("position_bias") is not None:
-        raise BackboneError("a packed row cannot carry a relative position bias.", hint="use padded batches.")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     length = 0 if front is None else front[0].shape[2]
-    biases = packing.bias(length, sliding_window, query.dtype, query.device)
+    biases = packing.bias(site, length, window, query.dtype, query.device)
     # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.
-    sizes = [group.stop - group.start for group in packing.groups]
-    parts = zip(biases, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
+    ours, theirs = packing.sizes(site)
+    parts = zip(biases, query.split(ours, dim=2), key.split(theirs, dim=2), value.split(theirs, dim=2), strict=True)
     outputs = []
+    row, column = 0, 0
     for bias, group_query, group_key, group_value in parts:
-        positions = group_query.shape[2]
+        queries, keys = group_query.shape[2], group_key.shape[2]
         if front is not None:
-            group_key = torch.cat([front[0].to(key.dtype), group_key], dim=2)
-            group_value = torch.cat([front[1].to(value.dtype), group_value], dim=2)
-        # Query heads that share a KV head stand side by side as rows, so that keys are never repeated.
-        rows = group_query.reshape(1, kv_heads, -1, query.shape[-1])
-        bias = bias.repeat(heads // kv_heads, 1)
-        if query.dtype != torch.float32 and query.device.type == "cpu" and positions <= _SMALL_GROUP:
-            # Scores and softmax in float32, as the fused kernel does: rounded scores would blur the gradient.
-            wide = rows.squeeze(0).float(), group_key.squeeze(0).float().transpose(1, 2)
-            scores = torch.baddbmm(bias.float(), *wide, alpha=scale)
-            out = torch.bmm(scores.softmax(-1).to(query.dtype), group_value.squeeze(0))
+            group_key = torch.cat([front[0].to(key), group_key], dim=2)
+            group_value = torch.cat([front[1].to(value), group_value], dim=2)
+        relative = special.position_bias
+        if relative is not None:
+            relative = nn.functional.pad(relative[..., row : row + queries, column : column + keys], (length, 0))
+        row, column = row + queries, column + keys
+        if special.softcap is not None or special.sinks is not None:
+            part = _Special(special.scale, relative, special.softcap, special.sinks)
+            mask = None if bias is None else bias[None, None]
+            outputs.append(_attend_by_hand(group_query, group_key, group_value, mask, part)[0])
         else:
-            out = nn.functional.scaled_dot_product_attention(rows, group_key, group_value, attn_mask=bias, scale=scale)
-        outputs.append(out.reshape(heads, positions, -1))
+            outputs.append(_attend_group(group_query, group_key, group_value, bias, relative, special.scale))
     return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
 
 
-# --- looking at a model ----------------------------------------------------------------------------------------------
+def _attend_group(
+    query: Float[Tensor, "1 Hq T Dk"],
+    key: Float[Tensor, "1 H S Dk"],
+    value: Float[Tensor, "1 H S Dv"],
+    bias: Float[Tensor, "T S"] | None,
+    relative: Float[Tensor, "1 Hq T S"] | None,
+    scale: float,
+) -> Float[Tensor, "Hq T Dv"]:
+    """Attention of one group."""
+    heads, queries, kv_heads = query.shape[1], query.shape[2], key.shape[1]
+    # Query heads that share a KV head stand side by side as rows, so that keys are never repeated.
+    rows = query.reshape(1, kv_heads, -1, query.shape[-1])
+    if relative is not None:
+        relative = relative.to(query.dtype) if bias is None else relative.to(query.dtype) + bias
+        bias = relative.reshape(kv_heads, -1, key.shape[2])
+    elif bias is not None:
+        bias = bias.repeat(heads // kv_heads, 1)
+    small = queries <= _SMALL_GROUP and query.dtype != torch.float32 and query.device.type == "cpu"
+    if small:
+        # Scores and softmax in float32, as the fused kernel does: rounded scores would blur the gradient.
+        wide = rows.squeeze(0).float(), key.squeeze(0).float().transpose(1, 2)
+        scores = torch.bmm(*wide) * scale if bias is None else torch.baddbmm(bias.float(), *wide, alpha=scale)
+        out = torch.bmm(scores.softmax(-1).to(query.dtype), value.squeeze(0))
+    else:
+        out = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
+    return out.reshape(heads, queries, -1)
 
 
-@torch.no_grad()
-def probe(model: Any) -> Layout:
-    """Choose this project's attention function for a model and find its layers by running two tokens through it.
-
-    Raises:
-        BackboneError: The model attends through code of its own, in some or all layers, or drops the argument that
-            carries the prefix.
-    """
-    _register()
-    kind = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
-    hint = "use a model whose attention goes through transformers' AttentionInterface, such as LLaMA, Qwen or GPT-2."
-    try:
-        model.set_attn_implementation(ATTENTION)
-    except (ValueError, ImportError) as error:
-        raise BackboneError(f"{kind} cannot take another attention function: {error}", hint=hint) from error
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    recorded: list[tuple[nn.Module, Tensor, Tensor]] = []
-    seen: list[tuple[nn.Module, bool]] = []
-    token = _probed.set(seen)
-    try:
-        model(input_ids=ids, use_cache=False, prefix_injection=Injection({}, recorded=recorded))
-    except TypeError as error:
-        raise BackboneError(f"{kind} does not pass arguments on to its attention: {error}", hint=hint) from error
-    finally:
-        _probed.reset(token)
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
-    if len(seen) != expected:
-        raise BackboneError(
-            f"{kind} has {expected} layers, but {len(seen)} of them attend through transformers' registry: "
-            "a prefix would not reach the others.",
-            hint=hint,
-        )
-    if not all(carried for _, carried in seen):
-        raise BackboneError(
-            f"{kind} drops the argument that carries the prefix on the way to its attention.", hint=hint
-        )
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        raise BackboneError(f"{kind} takes no position_ids, so that its text cannot start at position P.", hint=hint)
-    text = model.config.get_text_config(decoder=True)
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        raise BackboneError(f"{kind} attends within chunks, whose borders a prefix would move.", hint=hint)
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
-    for layer, (_, key, value) in zip(cache.layers, recorded, strict=True):
-        if layer.keys.shape != key.shape or layer.values.shape != value.shape:
-            raise BackboneError(f"{kind} does not cache the keys and values that it attends to.", hint=hint)
-    places = {module: ("decoder", number) for number, (module, _, _) in enumerate(recorded)}
-    shapes = tuple(LayerShape(int(k.shape[1]), int(k.shape[3]), int(v.shape[3])) for _, k, v in recorded)
-    return Layout({"decoder": shapes}, places)
+# --- what a model is like ---------------------------------------------------------------------------------------------
 
 
 def check_fits(prefix: Prefix, geometry: Geometry, name: str) -> None:
@@ -428,6 +465,9 @@ def forward(
     *,
     prefixes: Prefix | Sequence[Prefix | None] | None = None,
     packing: Packing | None = None,
+    decoder_input_ids: Int[Tensor, "R Td"] | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    source_rows: Int[Tensor, " R"] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Run the model with prefixes in front; gradients reach the prefixes.
@@ -435,66 +475,119 @@ def forward(
     Args:
         model: The frozen model, probed before.
         layout: What `probe` found.
-        input_ids: A batch, padded on either side; or one packed row.
+        input_ids: A batch, padded on either side; or one packed row. For an encoder-decoder, the sources.
         attention_mask: (B, T), nonzero where a token is real; None: all are. Not with `packing`.
         prefixes: One for all rows, or one per row, of any lengths; None: no prefix (in a list: for that row).
         packing: The structure of a packed row (B = 1).
+        decoder_input_ids: Encoder-decoder only: what the decoder reads.
+        decoder_attention_mask: (R, Td), nonzero where one is real.
+        source_rows: Which source each of the decoder's rows looks at, where several share one (then with one prefix for
+            all); None: each has its own.
         **kwargs: For the model, such as `logits_to_keep`.
 
     Returns:
         The model's output; its logits are (B, T, vocabulary), the prefix has none.
 
     Raises:
-        ConfigError: The counts of rows and prefixes differ, or a packed row comes with a mask or several prefixes.
+        ConfigError: The counts of rows and prefixes differ, a packed row comes with a mask or several prefixes, or
+            `decoder_input_ids` are missing or given to a model without a decoder of its own.
         BackboneError: A prefix does not fit the model.
     """
     rows = [prefixes] if prefixes is None or isinstance(prefixes, Prefix) else list(prefixes)
     batch = input_ids.shape[0]
-    if len(rows) not in (1, batch):
+    if len(rows) not in (1, batch) or (source_rows is not None and len(rows) > 1):
         raise ConfigError(
             f"{len(rows)} prefixes for {batch} rows.", hint="give one for all rows, or one (or None) per row."
         )
     if packing is not None and (attention_mask is not None or len(rows) > 1 or batch > 1):
         raise ConfigError("a packed row stands alone, without a mask, with one prefix.", hint="use a padded batch.")
+    if (decoder_input_ids is None) == (layout.kind == "encoder-decoder"):
+        raise ConfigError(
+            f"{type(model).__name__} is of kind {layout.kind!r}: decoder_input_ids go with an encoder-decoder only.",
+            hint="give them to an encoder-decoder, and to no other model.",
+        )
     for prefix in rows:
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
     # In float32 until a layer casts it: so the gradients of a row's groups gather in float32 too.
     made = stack(rows, layout.geometry, torch.float32, model.device)
     injection = Injection(layout.places, made.layers, made.visible, packing)
-    shift = torch.tensor([0 if prefix is None else prefix.length() for prefix in rows], device=input_ids.device)[
-        :, None
-    ]
-    mask: Tensor | None
+    call: dict[str, Any] = {**kwargs, "prefix_injection": injection}
+    if layout.kind != "encoder":
+        call["use_cache"] = False
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if packing is not None:
-        position_ids = packing.positions().to(input_ids.device) + shift
         # A ready-made 4-D mask stops transformers from building one; the attention function goes by the packing.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    else:
-        mask = attention_mask
-        real = torch.ones_like(input_ids) if mask is None else mask.long()
-        position_ids = (real.cumsum(-1) - 1).clamp(min=0) + shift
-        if mask is None:
-            mask = real
-    return model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        use_cache=False,
-        prefix_injection=injection,
-        **kwargs,
+    if layout.kind == "decoder":
+        lengths = [0 if prefix is None else prefix.length() for prefix in rows]
+        shift = torch.tensor(lengths, device=input_ids.device)[:, None]
+        if packing is not None:
+            call["position_ids"] = packing.positions().to(input_ids.device) + shift
+        else:
+            call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + shift
+    beside = contextlib.nullcontext() if layout.carries else injecting(injection)
+    with beside, _packed_positions(model, layout, packing):
+        if layout.kind != "encoder-decoder":
+            return model(input_ids=input_ids, attention_mask=mask, **call)
+        call["decoder_input_ids"] = decoder_input_ids
+        call["decoder_attention_mask"] = mask if packing is not None else decoder_attention_mask
+        if source_rows is not None:
+            encoder = model.get_encoder()
+            encoded = encoder(input_ids=input_ids, attention_mask=mask, prefix_injection=injection, return_dict=True)
+            encoded.last_hidden_state = encoded.last_hidden_state[source_rows]
+            return model(encoder_outputs=encoded, attention_mask=mask[source_rows], **call)
+        return model(input_ids=input_ids, attention_mask=mask, **call)
+
+
+@contextlib.contextmanager
+def _packed_positions(model: Any, layout: Layout, packing: Packing | None) -> Iterator[None]:
+    """While the block runs, an encoder-decoder's position embeddings are told the packed row's positions.
+
+    Such models take no `position_ids`, but their position embeddings do. Models with a relative bias have none of
+    these, and need nothing: within a source or a target, a packed row's distances are right.
+    """
+    handles = []
+    parts = (
+        (("encoder", model.get_encoder()), ("decoder", model.get_decoder())) if layout.kind == "encoder-decoder" else ()
     )
+    for site, part in parts if packing is not None else ():
+        embedding = getattr(part, "embed_positions", None)
+        if embedding is not None and packing is not None:
+            positions = packing.positions(site)[0].to(model.device)
+
+            def tell(module: nn.Module, args: Any, given: dict[str, Any], positions: Tensor = positions) -> Any:
+                return args, {**given, "position_ids": positions}
+
+            handles.append(embedding.register_forward_pre_hook(tell, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def record(model: Any, layout: Layout, input_ids: Int[Tensor, "1 T"]) -> Prefix:
-    """The keys and values that the model computes for a text, as its attention sees them: a prefix of T positions."""
+    """The keys and values that the model computes for a text, as its attention sees them: a prefix of T positions.
+
+    An encoder-decoder reads the text on both sides; the site `cross` is what its decoder sees of the encoded text.
+    """
     recorded: list[tuple[nn.Module, Tensor, Tensor]] = []
-    model(input_ids=input_ids, use_cache=False, prefix_injection=Injection(layout.places, recorded=recorded))
-    layers: dict[str, list[KeyValue]] = {site: [] for site in layout.geometry}
+    injection = Injection(layout.places, recorded=recorded)
+    call: dict[str, Any] = {"input_ids": input_ids, "prefix_injection": injection}
+    if layout.kind != "encoder":
+        call["use_cache"] = False
+    if layout.kind == "encoder-decoder":
+        call["decoder_input_ids"] = input_ids
+    with contextlib.nullcontext() if layout.carries else injecting(injection):
+        model(**call)
+    found: dict[tuple[str, int], KeyValue] = {}
     for module, key, value in recorded:
-        layers[layout.places[module][0]].append((key[0].float().cpu(), value[0].float().cpu()))
-    return Prefix({site: tuple(pairs) for site, pairs in layers.items()})
+        place = layout.places.get(module)
+        if place is not None:
+            found.setdefault(place, (key[0].float().cpu(), value[0].float().cpu()))
+    return Prefix({site: tuple(found[site, n] for n in range(len(shapes))) for site, shapes in layout.geometry.items()})
 
 
 @contextlib.contextmanager
@@ -558,7 +651,7 @@ def prefilled_cache(
     cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
     rows = len(prefixes)
     pairs = made.layers.get("decoder", ())
-    for number, (key, value) in enumerate(pairs):
+    for number, (key, value) in zip(layout.cache_layers or (), pairs, strict=bool(pairs)):
         cache.update(
             key.expand(rows, -1, -1, -1).repeat_interleave(repeats, dim=0),
             value.expand(rows, -1, -1, -1).repeat_interleave(repeats, dim=0),

@@ -1,17 +1,19 @@
 """Load a frozen language model and its tokenizer, and tell what it is.
 
-The embedded default (`smollm2-135m`), any causal language model of transformers by hub id or local folder, or a GGUF
-file. The model comes frozen, in evaluation mode, with every dropout rate set to zero, so that nobody turns it on by
-accident. Knows nothing of prefixes' contents, training or generation.
+The embedded default (`smollm2-135m`), any causal language model, encoder-decoder or text encoder of transformers by hub
+id or local folder, or a GGUF file. The model comes frozen, in evaluation mode, with every dropout rate set to zero, so
+that nobody turns it on by accident. Knows nothing of prefixes' contents, training or generation.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import inspect
 import json
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from prefixtune.attach import Layout
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 from prefixtune.prefix import Geometry, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
+from prefixtune.probe import probe
 
 __all__ = ["DEFAULT_BACKBONE", "DTYPES", "Backbone", "choose_dtype", "fingerprints_match", "load_backbone"]
 
@@ -32,6 +35,7 @@ DEFAULT_BACKBONE = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
+_POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 _SAMPLES = 256
 _SLACK = 0.15
 """Sampled weights that may differ in the last bfloat16 bit: rounding through float16 moves about one in sixteen."""
@@ -63,6 +67,11 @@ class Backbone:
         return self.layout.geometry
 
     @property
+    def kind(self) -> str:
+        """`decoder` (GPT-2, LLaMA), `encoder-decoder` (BART, T5) or `encoder` (BERT)."""
+        return self.layout.kind
+
+    @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         dtype: torch.dtype = self.model.dtype
@@ -81,10 +90,28 @@ class Backbone:
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions the model was made for; None when its configuration does not say."""
+        """How many positions the model was made for; None when its configuration does not say (T5: any number).
+
+        Of an encoder-decoder: on either side.
+        """
         config = self.model.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        limits = [getattr(config, name, None) for name in _POSITION_LIMITS]
+        known = [int(limit) for limit in limits if limit is not None]
+        if not known:
+            return None
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        # RoBERTa counts its positions from the padding's id on.
+        return min(known) - (0 if padding is None else int(padding) + 1)
+
+    def taken_positions(self, prefix_length: int) -> int:
+        """How many of the model's positions a prefix takes: P for a decoder-only model, none for the others."""
+        return prefix_length if self.kind == "decoder" else 0
+
+    @property
+    def chooses_logits(self) -> bool:
+        """Whether the model can be told at which positions logits are wanted."""
+        return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
 
     @property
     def num_parameters(self) -> int:
@@ -112,10 +139,38 @@ class Backbone:
         pad = self.tokenizer.pad_token_id
         return self.end_id if pad is None else int(pad)
 
+    @property
+    def start_id(self) -> int:
+        """What an encoder-decoder's decoder reads first.
+
+        Where the configuration names none (mBART), it is the language token that the tokenizer puts after a target.
+        """
+        given = getattr(self.model.config, "decoder_start_token_id", None)
+        if given is not None:
+            return int(given)
+        ids: list[int] = self.tokenizer(text_target="")["input_ids"]
+        other = [token for token in ids if token != self.end_id]
+        return other[-1] if other else self.pad_id
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with nothing added."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of what a model is given; with the tokenizer's special tokens where an encoder reads it."""
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of what a model is to write, each closed by the end token."""
+        if self.kind == "decoder":
+            return [[*ids, self.end_id] for ids in self.encode_sources(texts)]
+        rows: list[list[int]] = self.tokenizer(text_target=list(texts), verbose=False)["input_ids"]
+        # What a tokenizer puts after the end (mBART: the language) is not learned.
+        return [[*(row[: row.index(self.end_id)] if self.end_id in row else row), self.end_id] for row in rows]
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out, nothing cleaned up."""
@@ -146,8 +201,9 @@ class Backbone:
         # silently, and count the padding.
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig()
-        layout = attach.probe(model)
+        if hasattr(model, "generation_config"):
+            model.generation_config = GenerationConfig()
+        layout = probe(model)
         return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry))
 
 
@@ -201,7 +257,7 @@ def load_backbone(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "auto",
 ) -> Backbone:
-    """Load a frozen language model.
+    """Load a frozen language model: decoder-only, encoder-decoder, or a text encoder.
 
     Args:
         name_or_path: `smollm2-135m` (embedded; run `prefixtune prepare` once), a hub id, a local folder in
@@ -210,7 +266,7 @@ def load_backbone(
         device: `cpu`, `cuda`, or `auto`.
 
     Raises:
-        BackboneError: There is no such model, it is no causal language model, or it cannot carry a prefix.
+        BackboneError: There is no such model, or it cannot carry a prefix; the message says why.
         ConfigError: An unknown dtype or device.
     """
     name = str(name_or_path)
@@ -218,7 +274,7 @@ def load_backbone(
     kind = choose_dtype(dtype, where)
     source, options = _locate(name)
     with silence():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         try:
             config = AutoConfig.from_pretrained(source, **options)
@@ -227,25 +283,36 @@ def load_backbone(
                 f"cannot load the backbone {name!r}: {_first_line(error)}",
                 hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
             ) from error
-        if config.is_encoder_decoder:
-            raise BackboneError(
-                f"{name!r} is an encoder-decoder ({config.model_type}), which is not supported yet.",
-                hint="choose a decoder-only model such as LLaMA, Qwen or GPT-2.",
-            )
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
+            model = _auto_class(config).from_pretrained(source, dtype=kind, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
             raise BackboneError(
                 f"cannot load the backbone {name!r}: {_first_line(error)}",
                 hint="check that its folder holds config.json, safetensors weights and a tokenizer.",
             ) from error
-    if tokenizer.eos_token_id is None:
+    backbone = Backbone.from_model(model.to(where), tokenizer, name)
+    if backbone.kind != "encoder" and tokenizer.eos_token_id is None:
         raise BackboneError(
             f"the tokenizer of {name!r} has no end-of-sequence token, which ends every target.",
             hint="set eos_token in its tokenizer_config.json.",
         )
-    return Backbone.from_model(model.to(where), tokenizer, name)
+    return backbone
+
+
+def _auto_class(config: Any) -> Any:
+    """Which of transformers' classes loads a model: with the head that generates, or a bare encoder."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    masked = config.model_type in MASKED and not getattr(config, "is_decoder", False)
+    if masked or config.model_type not in CAUSAL:
+        # Some encoders (BERT) can be built as decoders too, but were not trained as such.
+        return transformers.AutoModel
+    return transformers.AutoModelForCausalLM
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
@@ -283,11 +350,16 @@ def silence_dropout(model: torch.nn.Module) -> None:
     A frozen backbone never wants dropout; so a stray `.train()`, or the training mark that gradient checkpointing
     needs, cannot turn it on.
     """
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        # Some layers look their rate up when they are called. (One such rate scales the output in evaluation mode too.)
+        for attribute, value in list(vars(config).items()):
+            if isinstance(value, float) and "drop" in attribute and attribute != "moe_token_dropout":
+                setattr(config, attribute, 0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for attribute, value in list(vars(module).items()):
-            if isinstance(value, float) and "drop" in attribute:
+            if isinstance(value, float) and "drop" in attribute and attribute != "moe_token_dropout":
                 setattr(module, attribute, 0.0)
 
 

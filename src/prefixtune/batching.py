@@ -1,8 +1,11 @@
-"""Examples -> packed rows: tokens, the structure of who sees whom, and which positions carry a loss.
+"""Examples -> batches: tokens, the structure of who sees whom, and which positions carry a loss.
 
 A step's examples stand in one row. A source stands there once, followed by its targets; each target sees the source and
 itself, and its positions go on where the source ends. For a causal model this equals one padded row per pair, since a
-source never sees its target; it only computes less.
+source never sees its target; it only computes less. In an encoder-decoder the sources stand in the encoder's row, the
+targets in the decoder's, and a source's targets share what the encoder made of it.
+
+Models that cannot be packed (state-space layers mix all positions of a row) get padded rows.
 
 Knows the tokenizer through the backbone; knows nothing of prefixes, losses or optimizers.
 """
@@ -12,17 +15,30 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prefixtune.attach import Group, Packing
 from prefixtune.backbone import Backbone
 from prefixtune.errors import DataError
+from prefixtune.packing import Group, Packing
 from prefixtune.tasks import Example, TextFormat
 
-__all__ = ["Batch", "Encoded", "Encoding", "encode_examples", "encode_prompt", "pack", "plan_epoch"]
+__all__ = [
+    "Batch",
+    "Encoded",
+    "Encoding",
+    "collate",
+    "default_format",
+    "encode_examples",
+    "encode_prompts",
+    "pack",
+    "pack_pairs",
+    "pad",
+    "plan_epoch",
+]
 
 
 @dataclass(frozen=True)
@@ -48,26 +64,47 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row.
+    """One packed row, or padded rows.
 
     Attributes:
-        input_ids: The tokens.
-        packing: Who sees whom.
-        label_positions: Where a label is predicted; logits are needed here only.
+        input_ids: The tokens; of an encoder-decoder, the sources.
+        label_positions: Where a label is predicted, counted through all rows of logits; logits are needed here only.
         labels: What is predicted there.
         sentences: Which target a label belongs to, counted from 0.
+        packing: Who sees whom in a packed row; None: rows are padded.
+        attention_mask: Padded rows only: 1 where a token is real.
+        decoder_input_ids: Encoder-decoder only: what the decoder reads.
+        decoder_attention_mask: Padded rows of an encoder-decoder only.
+        source_rows: Padded rows of an encoder-decoder only: which source each target looks at.
     """
 
-    input_ids: Int[Tensor, "1 T"]
-    packing: Packing
+    input_ids: Int[Tensor, "R T"]
     label_positions: Int[Tensor, " N"]
     labels: Int[Tensor, " N"]
     sentences: Int[Tensor, " N"]
+    packing: Packing | None = None
+    attention_mask: Int[Tensor, "R T"] | None = None
+    decoder_input_ids: Int[Tensor, "Rd Td"] | None = None
+    decoder_attention_mask: Int[Tensor, "Rd Td"] | None = None
+    source_rows: Int[Tensor, " Rd"] | None = None
 
     @property
     def num_sentences(self) -> int:
-        """Targets in the row."""
-        return sum(len(group.target_lengths) for group in self.packing.groups)
+        """Targets in the batch."""
+        return int(self.sentences[-1]) + 1
+
+    @property
+    def width(self) -> int:
+        """Positions of a row of logits."""
+        ids = self.input_ids if self.decoder_input_ids is None else self.decoder_input_ids
+        return int(ids.shape[1])
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """The arguments of `Backbone.forward`, on a device."""
+        names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "source_rows")
+        given = {name: getattr(self, name) for name in names}
+        tensors = {name: value.to(device) for name, value in given.items() if value is not None}
+        return {**tensors, "packing": self.packing}
 
     def weights(self, reduction: str, num_sentences: int, num_tokens: int) -> Float[Tensor, " N"]:
         """Each label's weight in the loss.
@@ -81,9 +118,18 @@ class Batch:
         return torch.full((len(self.labels),), 1.0 / total)
 
 
-def encode_prompt(backbone: Backbone, text_format: TextFormat, source: str) -> list[int]:
-    """Token ids of the text before the target."""
-    return backbone.encode(text_format.format_prompt(source, backbone.separator))
+def default_format(backbone: Backbone) -> TextFormat:
+    """The text around source and target that suits a kind of model.
+
+    A decoder-only model reads both in one text, with a separator between (the authors' format); an encoder reads the
+    source as it is, within the tokenizer's own special tokens.
+    """
+    return TextFormat() if backbone.kind == "decoder" else TextFormat("{source}", "{target}")
+
+
+def encode_prompts(backbone: Backbone, text_format: TextFormat, sources: Sequence[str]) -> list[list[int]]:
+    """Token ids of what stands before the targets, or of what an encoder reads."""
+    return backbone.encode_sources([text_format.format_prompt(source, backbone.separator) for source in sources])
 
 
 def encode_examples(
@@ -102,7 +148,8 @@ def encode_examples(
         examples: With at least one target each.
         text_format: The text around source and target.
         prefix_length: P; the prefix takes as many of the backbone's positions.
-        max_length: Positions of source and target together; 0: what the backbone allows.
+        max_length: Positions of source and target together (of each, for an encoder-decoder); 0: what the backbone
+            allows.
         on_too_long: `cut` the source from its end, or raise an `error`.
 
     Raises:
@@ -112,30 +159,31 @@ def encode_examples(
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
     limit = _limit(backbone, prefix_length, max_length)
-    prompts = _encode_many(backbone, [text_format.format_prompt(e.source, backbone.separator) for e in examples])
-    flat = _encode_many(backbone, [text_format.format_target(t) for e in examples for t in e.targets])
-    ending = text_format.prompt.split("{source}", 1)[1].replace("{separator}", backbone.separator)
-    kept_ending = len(backbone.encode(ending))
+    prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
+    flat = backbone.encode_targets([text_format.format_target(t) for example in examples for t in example.targets])
+    kept_ending = _ending(backbone, text_format)
+    apart = backbone.kind == "encoder-decoder"
     encoded, cut, place = [], 0, 0
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        targets = tuple((*ids, backbone.end_id) for ids in flat[place : place + len(example.targets)])
+        targets = tuple(tuple(ids) for ids in flat[place : place + len(example.targets)])
         place += len(targets)
         if not targets:
             raise DataError(
                 f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
             )
-        room = limit - max(len(target) for target in targets)
-        if room < kept_ending + 1:
+        longest = max(len(target) for target in targets)
+        room = limit if apart else limit - longest
+        if room < kept_ending + 1 or longest > limit:
             raise DataError(
-                f"a target of example {number + 1} ({example.source[:60]!r}) takes "
-                f"{max(map(len, targets))} tokens, but only {limit} positions are there for source and target.",
+                f"a target of example {number + 1} ({example.source[:60]!r}) takes {longest} tokens, but only {limit} "
+                f"positions are there for {'it' if apart else 'source and target'}.",
                 hint="shorten it or raise max_length; targets are never cut.",
             )
         if len(prompt) > room:
             if on_too_long == "error":
                 raise DataError(
                     f"example {number + 1} ({example.source[:60]!r}) takes {len(prompt)} tokens and its longest target "
-                    f"{max(map(len, targets))}, but {limit} positions are allowed.",
+                    f"{longest}, but {limit} positions are allowed.",
                     hint="raise max_length, or let on_too_long = 'cut' shorten the source.",
                 )
             cut += 1
@@ -144,22 +192,41 @@ def encode_examples(
     return Encoding(tuple(encoded), cut)
 
 
+def _ending(backbone: Backbone, text_format: TextFormat) -> int:
+    """Tokens at a prompt's end that a cut leaves: what the format puts after the source, and special tokens."""
+    ending = text_format.prompt.split("{source}", 1)[1].replace("{separator}", backbone.separator)
+    count = len(backbone.encode(ending))
+    if backbone.kind != "decoder":
+        special = set(backbone.tokenizer.all_special_ids)
+        closing = backbone.encode_sources(["a"])[0][::-1]
+        count += next((n for n, token in enumerate(closing) if token not in special), 0)
+    return count
+
+
 def _limit(backbone: Backbone, prefix_length: int, max_length: int) -> int:
     """Positions for source and target together."""
     allowed = backbone.max_positions
     if allowed is None:
         return max_length or 1 << 30
-    if allowed - prefix_length < 2:
+    taken = backbone.taken_positions(prefix_length)
+    if allowed - taken < 2:
         raise DataError(
             f"a prefix of {prefix_length} leaves no room in the {allowed} positions of {backbone.name!r}.",
             hint="choose a shorter prefix_length.",
         )
-    return min(max_length or allowed, allowed - prefix_length)
+    return min(max_length or allowed, allowed - taken)
 
 
-def _encode_many(backbone: Backbone, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = backbone.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def collate(backbone: Backbone, examples: Sequence[Encoded]) -> Batch:
+    """Lay examples into the batch that suits the model: packed where it can be, padded otherwise.
+
+    Raises:
+        DataError: A prompt is empty: nothing would predict the first token.
+    """
+    start = backbone.start_id if backbone.kind == "encoder-decoder" else None
+    if not backbone.layout.packable:
+        return pad(examples, pad_id=backbone.pad_id, start_id=start)
+    return pack(examples) if start is None else pack_pairs(examples, start_id=start)
 
 
 def pack(examples: Sequence[Encoded]) -> Batch:
@@ -194,11 +261,93 @@ def pack(examples: Sequence[Encoded]) -> Batch:
         groups.append(Group(start, len(example.prompt) - 1, tuple(map(len, example.targets))))
     return Batch(
         torch.tensor([ids]),
-        Packing(tuple(groups)),
         torch.tensor(positions),
         torch.tensor(labels),
         torch.tensor(sentences),
+        Packing(tuple(groups)),
     )
+
+
+def pack_pairs(examples: Sequence[Encoded], *, start_id: int) -> Batch:
+    """Lay examples into two rows: the sources for the encoder, the targets for the decoder.
+
+    Every position of the decoder's row predicts a label.
+
+    Args:
+        examples: Sources and their targets.
+        start_id: What the decoder reads before a target's first token.
+    """
+    ids = [token for example in examples for token in example.prompt]
+    targets = [target for example in examples for target in example.targets]
+    groups: list[Group] = []
+    for example in examples:
+        start = groups[-1].stop if groups else 0
+        groups.append(Group(start, 0, tuple(map(len, example.targets))))
+    labels = [token for target in targets for token in target]
+    return Batch(
+        torch.tensor([ids]),
+        torch.arange(len(labels)),
+        torch.tensor(labels),
+        torch.tensor([number for number, target in enumerate(targets) for _ in target]),
+        Packing(tuple(groups), tuple(len(example.prompt) for example in examples)),
+        decoder_input_ids=torch.tensor([[token for target in targets for token in (start_id, *target[:-1])]]),
+    )
+
+
+def pad(examples: Sequence[Encoded], *, pad_id: int, start_id: int | None = None) -> Batch:
+    """One row per target, padded on the right; for an encoder-decoder, one source row per example besides.
+
+    Args:
+        examples: Sources and their targets.
+        pad_id: What padding is filled with.
+        start_id: Encoder-decoder: what the decoder reads before a target's first token; None: a decoder-only model.
+
+    Raises:
+        DataError: A prompt is empty: nothing would predict the first token.
+    """
+    pairs = [(example.prompt, target) for example in examples for target in example.targets]
+    if start_id is None:
+        if not all(prompt for prompt, _ in pairs):
+            raise DataError(
+                "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
+            )
+        rows = [(*prompt, *target[:-1]) for prompt, target in pairs]
+        firsts = [len(prompt) - 1 for prompt, _ in pairs]
+    else:
+        rows = [(start_id, *target[:-1]) for _, target in pairs]
+        firsts = [0] * len(pairs)
+    ids, mask = _pad_rows(rows, pad_id)
+    width = ids.shape[1]
+    places = [
+        number * width + first + n
+        for number, ((_, target), first) in enumerate(zip(pairs, firsts, strict=True))
+        for n in range(len(target))
+    ]
+    marks = (
+        torch.tensor(places),
+        torch.tensor([token for _, target in pairs for token in target]),
+        torch.tensor([number for number, (_, target) in enumerate(pairs) for _ in target]),
+    )
+    if start_id is None:
+        return Batch(ids, *marks, attention_mask=mask)
+    sources, source_mask = _pad_rows([example.prompt for example in examples], pad_id)
+    owners = torch.tensor([number for number, example in enumerate(examples) for _ in example.targets])
+    return Batch(
+        sources,
+        *marks,
+        attention_mask=source_mask,
+        decoder_input_ids=ids,
+        decoder_attention_mask=mask,
+        source_rows=owners,
+    )
+
+
+def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:
+    """Token ids padded on the right, and where they are real."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask
 
 
 def plan_epoch(

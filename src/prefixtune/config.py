@@ -23,6 +23,7 @@ __all__ = ["TrainConfig", "default_learning_rate"]
 _AT_LEAST_ONE = (
     *("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation", "save_every"),
 )
+_SITES = ("encoder", "decoder", "cross")
 _NOT_NEGATIVE = (
     *("limit", "dev_limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
     *("weight_decay", "max_grad_norm", "learning_rate", "seed"),
@@ -54,12 +55,21 @@ class TrainConfig:
     target: str = _option("", "records: column name or template; a list means several targets", "data")
     limit: int = _option(0, "use only the first N training targets; 0: all", "data")
     dev_limit: int = _option(0, "use only the first N development targets; 0: all", "data")
-    prompt_format: str = _option(" {source} {separator}", "text before the target", "data")
-    target_format: str = _option(" {target} ", "the target's text; the end token follows", "data")
-    max_length: int = _option(0, "positions of source and target together; 0: what the backbone allows", "data")
+    prompt_format: str = _option(
+        "", "text before the target; empty: ' {source} {separator}', or '{source}' where an encoder reads it", "data"
+    )
+    target_format: str = _option(
+        "", "the target's text, before the end token; empty: ' {target} ', or '{target}' with an encoder", "data"
+    )
+    max_length: int = _option(
+        0, "positions of source and target together (encoder-decoder: of each); 0: what the backbone allows", "data"
+    )
     on_too_long: Literal["cut", "error"] = _option("cut", "cut a too long source (counted), or refuse", "data")
 
     prefix_length: int = _option(10, "P, the number of virtual tokens", "prefix")
+    sites: str = _option(
+        "", "where: encoder, decoder, cross, with own lengths as in encoder=20,cross=5; empty: all there are", "prefix"
+    )
     reparameterization: Literal["none", "mlp", "residual"] = _option(
         "residual", "none: the prefix itself; mlp: the paper's; residual: start plus an MLP from zero", "prefix"
     )
@@ -126,12 +136,24 @@ class TrainConfig:
                 yield name, f"{name} is {value}, but must be at least {least[name]}"
         if "epochs" not in skip and not (math.isfinite(self.epochs) and self.epochs > 0):
             yield "epochs", f"epochs is {self.epochs}, but must be above 0"
+        if "sites" not in skip and (fault := _site_fault(self.sites)):
+            yield "sites", fault
         if skip & {"initialization", "init_text", "init_prefix"}:
             return
         if self.initialization == "words" and not self.init_text.strip():
             yield "init_text", "initialization is 'words', but init_text is empty"
         if self.initialization == "prefix" and not self.init_prefix:
             yield "init_prefix", "initialization is 'prefix', but init_prefix names no file"
+
+    @property
+    def site_lengths(self) -> dict[str, int]:
+        """Each named site's prefix length; empty: all sites that the backbone has, with `prefix_length`.
+
+        >>> TrainConfig(sites="encoder=20, cross", prefix_length=5).site_lengths
+        {'encoder': 20, 'cross': 5}
+        """
+        pairs = [part.partition("=") for part in self.sites.split(",") if part.strip()]
+        return {site.strip(): int(length) if equals else self.prefix_length for site, equals, length in pairs}
 
     @property
     def peak_learning_rate(self) -> float:
@@ -194,6 +216,21 @@ class TrainConfig:
                 f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10."
             ) from error
         return cls.from_mapping({**values, **overrides}, where=repr(str(path)))
+
+
+def _site_fault(text: str) -> str:
+    """What is wrong with a list of sites."""
+    seen: set[str] = set()
+    for part in text.split(",") if text.strip() else ():
+        site, equals, length = (piece.strip() for piece in part.partition("="))
+        if site not in _SITES:
+            return f"sites names {site!r} ({did_you_mean(site, _SITES)})"
+        if equals and not (length.isascii() and length.isdigit() and int(length) >= 1):
+            return f"sites gives {site} the length {length!r}, but it must be a whole number of at least 1"
+        if site in seen:
+            return f"sites names {site!r} twice"
+        seen.add(site)
+    return ""
 
 
 def default_learning_rate(reparameterization: str) -> float:

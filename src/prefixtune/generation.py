@@ -1,7 +1,8 @@
 """Generate with prefixes: greedy, sampling, beams, streaming; every text with its own prefix, mixed in one batch.
 
-transformers generates; this module hands it a cache that already holds the prefixes, so beams, processors and stopping
-are its own. Knows nothing of tasks, files or training.
+transformers generates; this module hands it a cache that already holds the prefixes, or, where a model keeps no such
+cache (encoder-decoders, latent attention, hybrids), puts them in front of every attention. Beams, processors and
+stopping are transformers' own. Knows nothing of tasks, files or training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from prefixtune import attach
 from prefixtune.attach import check_fits
 from prefixtune.backbone import Backbone
-from prefixtune.batching import encode_prompt
+from prefixtune.batching import default_format, encode_prompts
 from prefixtune.errors import ConfigError, RequestError, did_you_mean
 from prefixtune.prefix import Prefix
 from prefixtune.tasks import TextFormat
@@ -106,6 +107,13 @@ def format_of(prefix: Prefix | None, default: TextFormat | None = None) -> TextF
     return default or TextFormat()
 
 
+def _format(backbone: Backbone, prefix: Prefix | None, given: TextFormat | None) -> TextFormat:
+    """The text format of a request: as asked for, else the prefix's, else what suits the backbone."""
+    if given is None and (prefix is None or "text_format" not in prefix.header):
+        return default_format(backbone)
+    return format_of(prefix, given)
+
+
 def generate(
     backbone: Backbone,
     texts: Sequence[str],
@@ -140,8 +148,8 @@ def generate(
     if isinstance(texts, str):
         raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of them.", hint="write [text].")
     prefixes = _per_text(prefix, len(texts))
-    formats = [format_of(p, text_format) for p in prefixes]
-    prompts = [encode_prompt(backbone, form, text) for text, form in zip(texts, formats, strict=True)]
+    formats = [_format(backbone, p, text_format) for p in prefixes]
+    prompts = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
     outputs = generate_ids(backbone, prompts, prefixes, config=chosen, on_batch=on_batch)
     return [
         form.extract_target(_cut_at_stop(backbone.decode(ids), chosen.stop))
@@ -170,12 +178,12 @@ def stream(
         raise ConfigError(
             "beam search cannot stream: its best beam is known at the end only.", hint="set num_beams to 1."
         )
-    form = format_of(prefix, text_format)
+    form = _format(backbone, prefix, text_format)
     if form.target.replace("{target}", "").strip():
         # Words around the target can be taken off the whole output only.
         yield generate(backbone, [text], prefix, text_format=form, config=chosen)[0]
         return
-    prompt = encode_prompt(backbone, form, text)
+    prompt = encode_prompts(backbone, form, [text])[0]
     streamer = _Streamer(backbone, chosen.stop)
 
     def work() -> None:
@@ -230,25 +238,66 @@ def _generate_batch(
     config: GenerateConfig,
     streamer: Any,
 ) -> list[list[int]]:
-    cache, slots = attach.prefilled_cache(backbone.model, backbone.layout, prefixes, repeats=config.num_beams)
-    longest = max(len(prompt) for prompt in prompts)
-    rows = [[backbone.pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    # The prefix's slots are already in the cache; transformers wants to see them in ids and mask all the same.
-    width = slots.shape[1]
-    ids = torch.tensor([[backbone.pad_id] * width + row for row in rows], device=backbone.device)
-    mask = torch.cat([slots.long(), torch.tensor(real, device=backbone.device)], dim=1)
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if width:
-        arguments[attach.cache_argument(backbone.model)] = cache
+    arguments = _inputs(backbone, prompts)
+    if backbone.layout.cache_layers is not None:
+        ours = attach.visible_slots(_prefill(arguments, backbone, prefixes, config))
+    else:
+        ours = attach.injecting(_inject(arguments, backbone, prefixes))
+    start = 1 if backbone.kind == "encoder-decoder" else arguments["input_ids"].shape[1]
     if streamer is not None:
         arguments["streamer"] = streamer
-    _own_rules(arguments, backbone, prompts, config)
-    with attach.visible_slots(width):
+    _own_rules(arguments, backbone, prompts, config, start)
+    with ours:
         output = backbone.model.generate(**arguments, generation_config=_transformers_config(backbone, config))
-    new = output[:, ids.shape[1] :].tolist()
+    new = output[:, start:].tolist()
     rows = [row[: row.index(backbone.end_id)] if backbone.end_id in row else row for row in new]
     return [_stopped(backbone, row, config.stop) for row in rows]
+
+
+def _inputs(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Ids and mask: padded on the left where the model continues them, on the right where an encoder reads them."""
+    longest = max(len(prompt) for prompt in prompts)
+    left = backbone.kind == "decoder"
+    ids, mask = [], []
+    for prompt in prompts:
+        padding = longest - len(prompt)
+        filled, real = [backbone.pad_id] * padding, [1] * len(prompt)
+        ids.append([*filled, *prompt] if left else [*prompt, *filled])
+        mask.append([0] * padding + real if left else real + [0] * padding)
+    return {
+        "input_ids": torch.tensor(ids, device=backbone.device),
+        "attention_mask": torch.tensor(mask, device=backbone.device),
+    }
+
+
+def _prefill(
+    arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
+) -> int:
+    """Put the prefixes into the cache that generation starts from; returns how many slots they take."""
+    cache, slots = attach.prefilled_cache(backbone.model, backbone.layout, prefixes, repeats=config.num_beams)
+    rows, width = slots.shape
+    if width:
+        # The prefix's slots are already in the cache; transformers wants to see them in ids and mask all the same.
+        front = torch.full((rows, width), backbone.pad_id, device=backbone.device)
+        arguments["input_ids"] = torch.cat([front, arguments["input_ids"]], dim=1)
+        arguments["attention_mask"] = torch.cat([slots.long(), arguments["attention_mask"]], dim=1)
+        arguments[attach.cache_argument(backbone.model)] = cache
+    return width
+
+
+def _inject(arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None]) -> attach.Injection:
+    """What puts the prefixes in front of every attention, with positions and cache to match."""
+    made = attach.stack(prefixes, backbone.geometry, backbone.dtype, backbone.device)
+    if backbone.kind == "decoder":
+        shift = torch.tensor([0 if p is None else p.length() for p in prefixes], device=backbone.device)
+        counted = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        arguments["position_ids"] = counted + shift[:, None]
+    else:
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        # transformers' own is as deep as the encoder, which fails where the decoder is deeper.
+        arguments[attach.cache_argument(backbone.model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return attach.Injection(backbone.layout.places, made.layers, made.visible)
 
 
 def _stopped(backbone: Backbone, ids: list[int], stop: Sequence[str]) -> list[int]:
@@ -264,12 +313,15 @@ def _holds(backbone: Backbone, ids: list[int], stop: Sequence[str]) -> bool:
 
 
 def _own_rules(
-    arguments: dict[str, Any], backbone: Backbone, prompts: Sequence[Sequence[int]], config: GenerateConfig
+    arguments: dict[str, Any],
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    start: int,
 ) -> None:
     """Stopping and penalties that look at a row's own tokens only, not at the prompt or the padding before it."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    start = arguments["input_ids"].shape[1]
     if config.stop:
 
         def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -282,7 +334,9 @@ def _own_rules(
         def penalize(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             seen = torch.zeros_like(scores, dtype=torch.bool)
             for number, row in enumerate(input_ids[:, start:].tolist()):
-                seen[number, [*prompts[number // config.num_beams], *row]] = True
+                # An encoder-decoder repeats nothing when it takes up its source.
+                given = prompts[number // config.num_beams] if backbone.kind == "decoder" else ()
+                seen[number, [*given, *row]] = True
             penalty = config.repetition_penalty
             return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
@@ -300,6 +354,11 @@ def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
         "eos_token_id": backbone.end_id,
         "use_cache": True,
     }
+    if backbone.kind == "encoder-decoder":
+        values["decoder_start_token_id"] = backbone.start_id
+        forced = getattr(backbone.model.config, "forced_bos_token_id", None)
+        if forced is not None:
+            values["forced_bos_token_id"] = forced
     if config.min_new_tokens:
         values["min_new_tokens"] = config.min_new_tokens
     if config.num_beams > 1:
@@ -344,15 +403,23 @@ def _check_requests(
     """Refuse what cannot work before any of it is done."""
     for given in {id(p): p for p in prefixes if p is not None}.values():
         check_fits(given, backbone.geometry, backbone.name)
+    if backbone.kind == "encoder":
+        raise RequestError(
+            f"{backbone.name!r} is an encoder, which reads text and writes none.",
+            hint="use it for classification or tagging, or choose a model that generates.",
+        )
     limit = backbone.max_positions
+    apart = backbone.kind == "encoder-decoder"
     for number, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
         if not prompt:
             raise RequestError(f"text {number + 1} has no token.", hint="use a prompt format with a separator.")
-        taken = 0 if prefix is None else prefix.prefix_length
-        if limit is not None and taken + len(prompt) + config.max_new_tokens > limit:
+        taken = backbone.taken_positions(0 if prefix is None else prefix.length())
+        needed = max(len(prompt), config.max_new_tokens + 1) if apart else taken + len(prompt) + config.max_new_tokens
+        if limit is not None and needed > limit:
+            both = f"{len(prompt)} (text) and {config.max_new_tokens} (new)"
             raise RequestError(
-                f"text {number + 1} needs {taken} (prefix) + {len(prompt)} (text) + {config.max_new_tokens} (new) "
-                f"positions, but {backbone.name!r} has {limit}.",
+                f"text {number + 1} needs {both if apart else f'{taken} (prefix) + {both}'.replace(' and ', ' + ')} "
+                f"positions, but {backbone.name!r} has {limit}{' on either side' if apart else ''}.",
                 hint="shorten the text or lower max_new_tokens.",
             )
 

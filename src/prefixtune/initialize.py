@@ -5,6 +5,8 @@ Starting from real words matters most with little data (Li & Liang 2021, section
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from prefixtune import attach
@@ -16,16 +18,18 @@ from prefixtune.prefix import Prefix
 __all__ = ["from_prefix", "from_words"]
 
 
-def from_words(backbone: Backbone, text: str, prefix_length: int) -> Prefix:
+def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[str, int]) -> Prefix:
     """The keys and values that the frozen model computes for real words.
 
     The words' tokens are cycled where they are fewer than P, and cut where they are more, then run through the model
-    as one text; so the prefix is exactly what the model would have cached for it.
+    as one text; so the prefix is exactly what the model would have cached for it. An encoder-decoder reads the words
+    on both sides: `encoder` and `decoder` get their own self-attention's keys and values, `cross` those that the
+    decoder computes from the encoded words.
 
     Args:
         backbone: The frozen model.
         text: Any words.
-        prefix_length: P.
+        prefix_length: P; or P by site, and then only these sites.
 
     Raises:
         ConfigError: The text has no token.
@@ -33,21 +37,44 @@ def from_words(backbone: Backbone, text: str, prefix_length: int) -> Prefix:
     ids = backbone.encode(text)
     if not ids:
         raise ConfigError(f"init_text {text!r} has no token.", hint="give some words, such as the task's name.")
-    cycled = [ids[place % len(ids)] for place in range(prefix_length)]
-    return attach.record(backbone.model, backbone.layout, torch.tensor([cycled], device=backbone.device))
+    lengths = _by_site(backbone, prefix_length)
+    runs: dict[int, Prefix] = {}
+    for length in set(lengths.values()):
+        cycled = torch.tensor([[ids[place % len(ids)] for place in range(length)]], device=backbone.device)
+        runs[length] = attach.record(backbone.model, backbone.layout, cycled)
+    return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
 
 
-def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int) -> Prefix:
+def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[str, int]) -> Prefix:
     """Another prefix as a start.
 
     Raises:
         BackboneError: It does not fit the backbone.
-        ConfigError: Its length is another.
+        ConfigError: Its sites or lengths are others.
     """
     check_fits(prefix, backbone.geometry, backbone.name)
-    if prefix.prefix_length != prefix_length:
+    wanted = _by_site(backbone, prefix_length)
+    given = {site: prefix.length(site) for site in prefix.sites}
+    if given != wanted:
         raise ConfigError(
-            f"the prefix to start from has length {prefix.prefix_length}, but prefix_length is {prefix_length}.",
-            hint=f"set prefix_length to {prefix.prefix_length}, or slice the prefix.",
+            f"the prefix to start from has length {_spell(given)}, but prefix_length is {_spell(wanted)}.",
+            hint=f"set prefix_length to {_spell(given)}, or slice the prefix.",
         )
     return prefix.to(torch.float32)
+
+
+def _by_site(backbone: Backbone, prefix_length: int | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(prefix_length, int):
+        return dict.fromkeys(backbone.geometry, prefix_length)
+    return dict(prefix_length)
+
+
+def _spell(lengths: Mapping[str, int]) -> str:
+    """Lengths by site as a person writes them: `10`, or `encoder=10,cross=5`.
+
+    >>> _spell({"decoder": 10}), _spell({"encoder": 10, "cross": 5})
+    ('10', 'encoder=10,cross=5')
+    """
+    if len(lengths) == 1:
+        return str(*lengths.values())
+    return ",".join(f"{site}={length}" for site, length in lengths.items())

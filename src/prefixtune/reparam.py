@@ -82,7 +82,7 @@ class PrefixModule(nn.Module):
     Args:
         kind: `mlp`, `none` or `residual`.
         geometry: The sites to train, and their layers' shapes.
-        prefix_length: P.
+        prefix_length: P; or P by site.
         embedding_size: d of the MLP.
         bottleneck_size: m of the MLP.
         start: A prefix to begin at, covering `geometry`'s sites; None: random.
@@ -92,26 +92,26 @@ class PrefixModule(nn.Module):
         self,
         kind: str,
         geometry: Geometry,
-        prefix_length: int,
+        prefix_length: int | Mapping[str, int],
         *,
         embedding_size: int,
         bottleneck_size: int = 512,
         start: Prefix | None = None,
     ) -> None:
         super().__init__()
-        if prefix_length < 1:
+        lengths = dict.fromkeys(geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
+        if min(lengths.values()) < 1:
             raise ConfigError(
                 f"prefix_length is {prefix_length}, but must be at least 1.", hint="10 is a usual length."
             )
         self.kind = kind
-        self.prefix_length = prefix_length
         self.geometry: dict[str, tuple[LayerShape, ...]] = dict(geometry)
         self.sites = nn.ModuleDict(
             {
                 site: SiteParameters(
                     kind,
                     sum(shape.size for shape in shapes),
-                    prefix_length,
+                    lengths[site],
                     embedding_size,
                     bottleneck_size,
                     None if start is None else flatten(start.layers[site]),

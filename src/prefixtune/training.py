@@ -28,7 +28,7 @@ from torch import Tensor
 
 from prefixtune import __version__, attach
 from prefixtune.backbone import Backbone, fingerprints_match, load_backbone
-from prefixtune.batching import Batch, Encoded, Encoding, encode_examples, pack, plan_epoch
+from prefixtune.batching import Batch, Encoded, Encoding, collate, default_format, encode_examples, plan_epoch
 from prefixtune.checkpoint import load_prefix, load_state, make_header, save_prefix, save_state
 from prefixtune.config import TrainConfig
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
@@ -80,18 +80,19 @@ class TrainResult:
 def build_module(config: TrainConfig, backbone: Backbone) -> tuple[PrefixModule, dict[str, Any]]:
     """The trainable prefix of a run, at its start, and what to record of the initialization."""
     torch.manual_seed(config.seed)
+    lengths = choose_sites(config, backbone)
     start: Prefix | None = None
     facts: dict[str, Any] = {"kind": config.initialization}
     if config.initialization == "words":
-        start = from_words(backbone, config.init_text, config.prefix_length)
+        start = from_words(backbone, config.init_text, lengths)
         facts["text"] = config.init_text
     elif config.initialization == "prefix":
-        start = from_prefix(backbone, load_prefix(config.init_prefix, backbone), config.prefix_length)
+        start = from_prefix(backbone, load_prefix(config.init_prefix, backbone), lengths)
         facts["file"] = Path(config.init_prefix).name
     module = PrefixModule(
         config.reparameterization,
-        backbone.geometry,
-        config.prefix_length,
+        {site: backbone.geometry[site] for site in lengths},
+        lengths,
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
         start=start,
@@ -101,17 +102,34 @@ def build_module(config: TrainConfig, backbone: Backbone) -> tuple[PrefixModule,
     return module.to(backbone.device), facts
 
 
+def choose_sites(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
+    """Where the prefix of a run stands, and how long it is at each site.
+
+    Raises:
+        ConfigError: The backbone has no such site, or a prefix takes all of its positions.
+    """
+    lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
+    missing = [site for site in lengths if site not in backbone.geometry]
+    if missing:
+        notes = "".join(f" ({note})" for note in backbone.layout.notes)
+        raise ConfigError(
+            f"{backbone.name!r} is of kind {backbone.kind!r} and has no site {', '.join(missing)}{notes}.",
+            hint=f"choose of {', '.join(backbone.geometry)}.",
+        )
+    return lengths
+
+
 def batch_loss(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> Tensor:
-    """Each label's loss in a packed row, in nats; differentiable in the prefix. Shape (N,)."""
-    output = attach.forward(
-        backbone.model,
-        backbone.layout,
-        batch.input_ids.to(backbone.device),
-        prefixes=prefix,
-        packing=batch.packing,
-        logits_to_keep=batch.label_positions.to(backbone.device),
-    )
-    return token_losses(output.logits[0], batch.labels.to(backbone.device))
+    """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,)."""
+    positions = batch.label_positions.to(backbone.device)
+    rows, columns = positions // batch.width, positions % batch.width
+    arguments = {**batch.inputs(backbone.device), "prefixes": prefix}
+    if backbone.chooses_logits:
+        arguments["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
+    logits = backbone.forward(**arguments).logits
+    # In a packed row the logits are the labels', in order; no need to copy them.
+    chosen = logits[0] if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
+    return token_losses(chosen, batch.labels.to(backbone.device))
 
 
 @torch.no_grad()
@@ -121,7 +139,7 @@ def evaluation_loss(
     """Mean loss per target token, in nats, over all targets of `examples`."""
     total, count = 0.0, 0
     for hands in plan_epoch(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None):
-        batch = pack(hands)
+        batch = collate(backbone, hands)
         total += float(batch_loss(backbone, prefix, batch).sum())
         count += len(batch.labels)
     return total / count
@@ -168,6 +186,11 @@ def train(
     if backbone is None:
         backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device)
     dev = limit_targets(dev_examples or (), config.dev_limit)
+    if config.gradient_checkpointing and not backbone.layout.carries:
+        raise ConfigError(
+            f"{backbone.name!r} hands no argument down to its attention: recomputed layers would lose the prefix.",
+            hint="train without gradient_checkpointing.",
+        )
     if config.patience and not dev:
         raise ConfigError(
             "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
@@ -196,14 +219,15 @@ class _Run:
         self, config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
     ) -> None:
         self.config, self.backbone, self.folder = config, backbone, Path(config.output)
-        self.format = TextFormat(config.prompt_format, config.target_format)
+        usual = default_format(backbone)
+        self.format = TextFormat(config.prompt_format or usual.prompt, config.target_format or usual.target)
 
         def encoded(given: Sequence[Example]) -> Encoding:
             return encode_examples(
                 backbone,
                 given,
                 self.format,
-                prefix_length=config.prefix_length,
+                prefix_length=choose_sites(config, backbone).get("decoder", 0),
                 max_length=config.max_length,
                 on_too_long=config.on_too_long,
             )
@@ -241,7 +265,7 @@ class _Run:
                 if len(chosen) == self.config.gradient_accumulation or number == len(plan) - 1:
                     step += 1
                     if step > self.step:
-                        yield [pack(hands) for hands in chosen]
+                        yield [collate(self.backbone, hands) for hands in chosen]
                     if step == self.total_steps:
                         return
                     chosen = []

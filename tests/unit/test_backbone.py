@@ -176,44 +176,12 @@ def test_dtype_and_device_are_checked(folder: Path):
 
 # --- models that cannot carry a prefix -------------------------------------------------------------------------------
 
-SMALL = {
-    "vocab_size": 105,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "bos_token_id": 102,
-    "eos_token_id": 103,
-    "pad_token_id": 104,
-}
-LATENT = {
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_experts_per_tok": 1,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 2,
-}
 REFUSED = {
     # They attend by code of their own.
     "bloom": lambda: transformers.BloomConfig(vocab_size=105, hidden_size=32, n_layer=2, n_head=4),
     "mpt": lambda: transformers.MptConfig(vocab_size=105, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
-    # It drops the argument that carries the prefix.
-    "stablelm": lambda: transformers.StableLmConfig(**SMALL),
-    # It caps its scores.
-    "gemma2": lambda: transformers.Gemma2Config(**SMALL, head_dim=8),
-    # It attends within chunks, whose borders a prefix would move.
-    "llama4_text": lambda: transformers.Llama4TextConfig(
-        **SMALL, head_dim=8, attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48
-    ),
-    # Its cache holds no keys and values, but what they are computed from.
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(**SMALL, **LATENT),
+    # It has no attention.
+    "mamba": lambda: transformers.MambaConfig(vocab_size=105, hidden_size=32, state_size=4, num_hidden_layers=2),
 }
 
 
@@ -225,7 +193,26 @@ def test_a_model_that_cannot_carry_a_prefix_is_refused(name: str, tiny_tokenizer
     assert error.value.hint
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path):
-    transformers.T5Config(vocab_size=105, d_model=32, num_layers=1, num_heads=4).save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match=r"is an encoder-decoder \(t5\)"):
-        load_backbone(tmp_path)
+FOLDERS = {
+    "decoder": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=105, n_embd=32, n_layer=1, n_head=4, n_positions=64, eos_token_id=103)
+    ),
+    "encoder-decoder": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=105, d_model=32, d_kv=8, num_layers=1, num_heads=4, decoder_start_token_id=104)
+    ),
+    # Stored with the head that it was trained with, which a prefix has no use for.
+    "encoder": lambda: transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=105, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_every_kind_of_model_is_loaded_from_a_folder(kind: str, tiny_tokenizer: Any, tmp_path: Path):
+    FOLDERS[kind]().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    loaded = load_backbone(tmp_path, device="cpu")
+    assert loaded.kind == kind
+    assert set(loaded.geometry) == ({"encoder", "decoder", "cross"} if kind == "encoder-decoder" else {kind})

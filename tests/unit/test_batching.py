@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.batching import Encoded, encode_examples, encode_prompt, pack
+from prefixtune.batching import Encoded, encode_examples, encode_prompts, pack
 from prefixtune.errors import DataError
 from prefixtune.tasks import Example, TextFormat
 
@@ -29,7 +29,7 @@ def test_the_text_format_stands_around_source_and_targets(llama: Any):
     assert example.prompt[-1] == llama.tokenizer.bos_token_id
     assert example.targets == ((*llama.encode(" c "), llama.end_id), (*llama.encode(" de "), llama.end_id))
     assert (encoding.num_targets, encoding.num_cut) == (2, 0)
-    assert encode_prompt(llama, TextFormat(), "ab") == list(example.prompt)
+    assert encode_prompts(llama, TextFormat(), ["ab"])[0] == list(example.prompt)
 
 
 def test_a_long_source_is_cut_at_its_end_and_keeps_what_follows(llama: Any):

@@ -1,4 +1,4 @@
-"""BLEU: the official figure, references of unequal number, and misuse."""
+"""BLEU: the official figure, references of unequal number, and misuse. Labels and spans: cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from prefixtune.metrics import bleu
+from prefixtune.metrics import accuracy, bleu, macro_f1, span_f1
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -75,3 +78,103 @@ def test_misuse_is_told(hypotheses: Any, references: Any, says: str):
 def test_importing_loads_no_scorer():
     code = "import sys, prefixtune.metrics; sys.exit('sacrebleu' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_accuracy_counts_equal_strings():
+    score = accuracy(["a", "b", "A", "c "], ["a", "b", "a", "c"])
+    assert (score.name, score.score) == ("accuracy", 50)
+    assert "equal strings" in score.implementation
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "wanted"),
+    [
+        (["a", "b"], ["a", "b"], 1),
+        (["b", "a"], ["a", "b"], 0),
+        # a: precision 2/3, recall 1; b: precision 1, recall 1/2.
+        (["a", "a", "a", "b"], ["a", "a", "b", "b"], (4 / 5 + 2 / 3) / 2),
+        # A rare label weighs as much as a frequent one; never predicted, it scores 0.
+        (["a"] * 10, ["a"] * 9 + ["b"], (18 / 19 + 0) / 2),
+        # An invented label is one more, with 0.
+        (["a", "what?"], ["a", "b"], (1 + 0 + 0) / 3),
+    ],
+)
+def test_macro_f1_is_the_mean_over_the_labels(predictions: list[str], references: list[str], wanted: float):
+    score = macro_f1(predictions, references)
+    assert (score.name, score.score) == ("macro F1", pytest.approx(100 * wanted))
+    assert "predictions or references" in score.implementation
+
+
+@pytest.mark.parametrize(
+    ("predicted", "wanted", "f1"),
+    [
+        (["B-X I-X O B-Y"], ["B-X I-X O B-Y"], 1),
+        # One of two wanted spans, and nothing else.
+        (["B-X I-X O O"], ["B-X I-X O B-Y"], 2 / 3),
+        # Too short, too long, or of another type: no part of a span counts.
+        (["B-X O"], ["B-X I-X"], 0),
+        (["B-X I-X"], ["B-X O"], 0),
+        (["B-X I-X"], ["B-Y I-Y"], 0),
+        # Neighbours of one type are two spans, or one.
+        (["B-X B-X"], ["B-X B-X"], 1),
+        (["B-X I-X"], ["B-X B-X"], 0),
+        # I- after O, at the start, or after another type begins a span.
+        (["O I-X I-X O"], ["O B-X I-X O"], 1),
+        (["I-X I-Y"], ["B-X B-Y"], 1),
+        (["B-X I-Y I-Y"], ["B-X B-Y I-Y"], 1),
+        # A sentence ends a span; counts add up over sentences: 1 hit, 2 predicted, 3 wanted.
+        (["B-X", "I-X"], ["B-X", "O"], 2 / 3),
+        (["B-X O", "B-X O", "O"], ["B-X O", "O B-X", "B-X"], 2 / 5),
+        # What is no tag is outside; a type may hold a hyphen.
+        (["B-X what? I-X"], ["B-X O B-X"], 1),
+        (["B- X B"], ["O O B-X"], 0),
+        (["B-X-1 I-X-1"], ["B-X-1 I-X-1"], 1),
+        (["B-X-1 I-X-2"], ["B-X-1 I-X-1"], 0),
+        (["O"], ["O"], 0),
+        (["", "B-X"], ["", "B-X"], 1),
+    ],
+)
+def test_a_span_counts_as_a_whole(predicted: list[str], wanted: list[str], f1: float):
+    score = span_f1([line.split() for line in predicted], [line.split() for line in wanted])
+    assert (score.name, score.score) == ("span F1", pytest.approx(100 * f1))
+    assert "seqeval" in score.implementation
+
+
+TAGS = st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"])
+PAIRS = st.lists(st.lists(st.tuples(TAGS, TAGS), max_size=8), min_size=1, max_size=4)
+
+
+@given(PAIRS)
+def test_f1_of_spans_is_symmetric_and_whole_for_equal_tags(sentences: list[list[tuple[str, str]]]):
+    one = [[tag for tag, _ in pairs] for pairs in sentences]
+    other = [[tag for _, tag in pairs] for pairs in sentences]
+    assert span_f1(one, other).score == pytest.approx(span_f1(other, one).score)
+    assert span_f1(one, one).score == (100 if any(tag != "O" for tags in one for tag in tags) else 0)
+    assert 0 <= span_f1(one, other).score <= 100
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), min_size=1))
+def test_label_scores_do_not_depend_on_order_and_agree_when_perfect(pairs: list[tuple[str, str]]):
+    one, other = [first for first, _ in pairs], [second for _, second in pairs]
+    for score in (accuracy, macro_f1):
+        assert score(one, other).score == pytest.approx(score(one[::-1], other[::-1]).score)
+        assert (score(one, other).score == 100) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: accuracy([], []), "no items"),
+        (lambda: macro_f1(["a"], ["a", "b"]), "predictions for 1 items but references for 2"),
+        (lambda: accuracy("ab", ["a", "b"]), "lists of strings"),
+        (lambda: span_f1([], []), "no sentences"),
+        (lambda: span_f1([["O"]], []), "predictions for 1 sentences but references for 0"),
+        (lambda: span_f1([["O"], ["O"]], [["O"], ["O", "O"]]), "sentence 1 .* 1 predicted and 2 reference"),
+        (lambda: span_f1([["O"]], [["NN"]]), "sentence 0 .* reference 'NN'"),
+        (lambda: span_f1(["O"], ["O"]), "lists of lists"),
+        (lambda: span_f1([["O"]], "O"), "lists of lists"),
+    ],
+)
+def test_misuse_of_label_and_span_scores_is_told(call: Callable[[], Any], says: str):
+    with pytest.raises(ValueError, match=says):
+        call()

@@ -4,7 +4,20 @@ A task knows its file formats and its linearization (structured fields -> one so
 tokenizers, tensors or training.
 """
 
+from prefixtune.tasks.classification import check_labels, label_names
 from prefixtune.tasks.examples import Example, TextFormat, limit_targets
 from prefixtune.tasks.registry import TASKS, Task, read_task
+from prefixtune.tasks.tagging import check_tags, tag_names
 
-__all__ = ["TASKS", "Example", "Task", "TextFormat", "limit_targets", "read_task"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "Task",
+    "TextFormat",
+    "check_labels",
+    "check_tags",
+    "label_names",
+    "limit_targets",
+    "read_task",
+    "tag_names",
+]

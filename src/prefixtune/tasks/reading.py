@@ -22,7 +22,7 @@ from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = ["FORMATS", "Row", "file_format", "read_rows", "read_text"]
+__all__ = ["FORMATS", "Row", "check_file", "file_format", "read_rows", "read_text"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -99,8 +99,7 @@ def read_rows(path: Path, formats: Sequence[str] = FORMATS) -> list[Row]:
         DataError: The file cannot be read (see `read_text`), has another ending, or one of its rows is malformed.
     """
     path = Path(path)
-    if os.path.isdir(path):  # Path.is_dir raises where the parent folder is closed to us
-        raise _folder(path)
+    check_file(path)
     form = file_format(path, formats)
     text = read_text(path)
     if form == ".jsonl":
@@ -112,6 +111,16 @@ def read_rows(path: Path, formats: Sequence[str] = FORMATS) -> list[Row]:
     if not rows:
         raise DataError(f"{path} has no rows; at least one is needed.", hint="check that it was written to the end.")
     return rows
+
+
+def check_file(path: Path) -> None:
+    """Refuse a folder, before anything is said of its ending.
+
+    Raises:
+        DataError: The path is a folder.
+    """
+    if os.path.isdir(path):  # Path.is_dir raises where the parent folder is closed to us
+        raise _folder(path)
 
 
 def _folder(path: Path) -> DataError:

@@ -4,8 +4,7 @@ A table has six fields (train, to, time, platform, fare, sky). Its notice obeys 
 examples: a platform's letter is a colour, a time is told as by a clock with hands, a fare is spelt out and called
 "a mere" below ten, and the sky decides the closing phrase. Each table has two notices, which differ in their order.
 
-The same arguments give the same set on every version of Python: only `random.Random(seed).random()` is used, the one
-method whose sequence Python promises to keep.
+The same arguments give the same set on every version of Python (see `seeded`).
 
 Knows nothing of tokenizers or training, and reads no file.
 """
@@ -13,11 +12,11 @@ Knows nothing of tokenizers or training, and reads no file.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from prefixtune.errors import ConfigError
 from prefixtune.tasks.examples import Example
+from prefixtune.tasks.seeded import Dealer, check_sizes
 
 __all__ = ["linearize", "make_toy", "notices"]
 
@@ -47,7 +46,6 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "fare": tuple(_FARES),
     "sky": tuple(_SKIES),
 }
-_LARGEST = 10_000
 
 
 def linearize(table: Mapping[str, str]) -> str:
@@ -92,17 +90,10 @@ def make_toy(seed: int = 7, train: int = 320, held_out: int = 40) -> tuple[list[
     Raises:
         ConfigError: A number is out of range, or so few training tables leave too few combinations to hold out.
     """
-    faults = [
-        f"{name} is {value!r}; allowed: {low} to {high:,}."
-        for name, value, low, high in (("train", train, 1, _LARGEST), ("held_out", held_out, 0, _LARGEST))
-        if not low <= value <= high
-    ]
-    if seed < 0:
-        faults.append(f"seed is {seed!r}; allowed: 0 and more.")
-    if faults:
-        raise ConfigError(f"toy set: {' '.join(faults)}", hint="leave the numbers out to have 320 and 40 tables.")
-    rng = random.Random(seed)
-    training = _deal(rng, train)
+    hint = "leave the numbers out to have 320 and 40 tables."
+    check_sizes("toy", seed, train, held_out, least=1, hint=hint)
+    dealer = Dealer(seed)
+    training = _deal(dealer, train)
     seen = {field: sorted({table[field] for table in training}) for field in _VALUES}
     left = math.prod(len(values) for values in seen.values()) - train
     if held_out > left:
@@ -113,7 +104,7 @@ def make_toy(seed: int = 7, train: int = 320, held_out: int = 40) -> tuple[list[
     taken = {linearize(table) for table in training}
     holding: list[dict[str, str]] = []
     while len(holding) < held_out:
-        table = {field: values[_below(rng, len(values))] for field, values in seen.items()}
+        table = {field: values[dealer.below(len(values))] for field, values in seen.items()}
         if linearize(table) not in taken:
             taken.add(linearize(table))
             holding.append(table)
@@ -132,28 +123,10 @@ def _clock(time: str) -> str:
     return {"00": "{} o'clock", "15": "quarter past {}", "30": "half past {}"}[minute].format(_HOURS[index])
 
 
-def _below(rng: random.Random, limit: int) -> int:
-    """An integer from 0 to `limit` - 1."""
-    return int(rng.random() * limit)
-
-
-def _shuffled(rng: random.Random, values: Sequence[str]) -> list[str]:
-    deck = list(values)
-    for last in range(len(deck) - 1, 0, -1):
-        other = _below(rng, last + 1)
-        deck[last], deck[other] = deck[other], deck[last]
-    return deck
-
-
-def _deal(rng: random.Random, count: int) -> list[dict[str, str]]:
-    """Distinct tables whose values are dealt from shuffled decks, so that all values are about equally frequent."""
-    decks: dict[str, list[str]] = {field: [] for field in _VALUES}
+def _deal(dealer: Dealer, count: int) -> list[dict[str, str]]:
+    """Distinct tables, in which all values of a field are about equally frequent."""
     tables: dict[str, dict[str, str]] = {}
     while len(tables) < count:
-        table = {}
-        for field, values in _VALUES.items():
-            if not decks[field]:
-                decks[field] = _shuffled(rng, values)
-            table[field] = decks[field].pop()
+        table = {field: dealer.deal(field, values) for field, values in _VALUES.items()}
         tables.setdefault(linearize(table), table)
     return list(tables.values())

@@ -1,0 +1,103 @@
+"""How the positions of a packed row see each other: group by group, and nothing across groups.
+
+A group is one source with its targets. For a decoder-only model both stand in one row. For an encoder-decoder the
+sources stand in the encoder's row and the targets in the decoder's, and each group's targets look at their own source.
+
+Knows lengths alone: nothing of tokens, models or prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+__all__ = ["Group", "Packing"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One source and its targets, side by side in a packed row.
+
+    Every target sees the source and itself, never another target; the source sees itself alone.
+
+    Attributes:
+        start: Where the source begins in the row.
+        source_length: Positions of the shared source; may be 0.
+        target_lengths: Positions of each target.
+    """
+
+    start: int
+    source_length: int
+    target_lengths: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """Where the last target ends in the row."""
+        return self.start + self.source_length + sum(self.target_lengths)
+
+    def positions(self) -> Int[Tensor, " N"]:
+        """Text positions: each target goes on where the source ends."""
+        targets = [torch.arange(length) + self.source_length for length in self.target_lengths]
+        return torch.cat([torch.arange(self.source_length), *targets])
+
+    def mask(self, window: int | None = None) -> Bool[Tensor, "N N"]:
+        """Which position (row) sees which (column).
+
+        Args:
+            window: Only the nearest `window` text positions are visible; None: all.
+        """
+        lengths = torch.tensor([self.source_length, *self.target_lengths])
+        part = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        seen = (part[None, :] == 0) | (part[None, :] == part[:, None])
+        seen = seen.tril()
+        if window is not None:
+            position = self.positions()
+            seen &= position[:, None] - position[None, :] < window
+        return seen
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The groups of a packed row.
+
+    Attributes:
+        groups: In the order of the row; for an encoder-decoder, of the decoder's row, with sources of length 0.
+        sources: Encoder-decoder only: positions of each group's source in the encoder's row.
+    """
+
+    groups: tuple[Group, ...]
+    sources: tuple[int, ...] | None = None
+    _bias: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def positions(self, site: str = "decoder") -> Int[Tensor, "1 T"]:
+        """Text positions of the row, without the prefix's shift; of the encoder's row for the site `encoder`."""
+        if site == "encoder":
+            return torch.cat([torch.arange(length) for length in self.sources or ()])[None]
+        return torch.cat([group.positions() for group in self.groups])[None]
+
+    def sizes(self, site: str) -> tuple[list[int], list[int]]:
+        """Per group, how many queries and how many keys it has at a site."""
+        own = [group.stop - group.start for group in self.groups]
+        sources = list(self.sources or ())
+        return {"decoder": (own, own), "encoder": (sources, sources), "cross": (own, sources)}[site]
+
+    def bias(
+        self, site: str, prefix_length: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Sequence[Float[Tensor, "N S"] | None]:
+        """Per group, an additive mask (N, P + S); made once per row, not once per layer. None: all is visible."""
+        if site != "decoder":
+            return [None] * len(self.groups)
+        key = (prefix_length, window, dtype, device)
+        if key not in self._bias:
+            self._bias[key] = [
+                torch.zeros(group.stop - group.start, prefix_length + group.stop - group.start, dtype=dtype)
+                .masked_fill_(~nn.functional.pad(group.mask(window), (prefix_length, 0), value=True), float("-inf"))
+                .to(device)
+                for group in self.groups
+            ]
+        return self._bias[key]

@@ -1,0 +1,160 @@
+"""Classification: texts and labels from every format, the set of labels, and what a wrong row is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import TASKS, Example, check_labels, label_names, read_task
+from prefixtune.tasks.classification import read_classification
+
+ROWS = [{"text": "A fine, warm bed.", "label": "praise"}, {"text": "Cold soup.", "label": "complaint"}]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
+
+
+def labelled(*labels: str) -> list[Example]:
+    return [Example(f"text {number}", (label,)) for number, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS)),
+        ("a.csv", 'text,label\n"A fine, warm bed.",praise\nCold soup.,complaint\n'),
+        ("a.tsv", "label\ttext\npraise\tA fine, warm bed.\ncomplaint\t Cold soup. \n"),
+    ],
+)
+def test_every_format_gives_the_same(tmp_path: Path, name: str, text: str):
+    path = write(tmp_path / name, text)
+    examples = read_classification(path)
+    assert [(example.source, example.targets) for example in examples] == [
+        ("A fine, warm bed.", ("praise",)),
+        ("Cold soup.", ("complaint",)),
+    ]
+    assert examples[0].fields == ROWS[0]
+    assert read_task("classification", path) == examples
+    assert TASKS["classification"].kind == "classification"
+
+
+def test_columns_are_named_by_templates(tmp_path: Path):
+    path = write(tmp_path / "a.csv", "premise,hypothesis,gold,side\nIt rains.,It is wet.,yes,a\n")
+    (example,) = read_classification(path, "{premise} => {hypothesis}", "gold")
+    assert (example.source, example.targets) == ("It rains. => It is wet.", ("yes",))
+    (example,) = read_task("classification", path, source="premise", target="{side}/{gold}")
+    assert (example.source, example.targets) == ("It rains.", ("a/yes",))
+    with pytest.raises(ConfigError, match="template"):
+        read_classification(path, "{premise", "gold")
+
+
+def test_each_row_stays_its_own_example(tmp_path: Path):
+    rows = "text,label\nFine.,good\nFine.,good\nFine.,bad\n"
+    examples = read_classification(write(tmp_path / "a.csv", rows))
+    assert [example.targets for example in examples] == [("good",), ("good",), ("bad",)]
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ('"yes"', "yes"),
+        ('" very good "', "very good"),
+        ("3", "3"),
+        ("-1", "-1"),
+        ("0", "0"),
+        ("true", "true"),
+        ("false", "false"),
+        ('"True"', "True"),
+        ('["only"]', "only"),
+        ("[0]", "0"),
+    ],
+)
+def test_a_label_is_the_text_that_json_writes(tmp_path: Path, value: str, label: str):
+    path = write(tmp_path / "a.jsonl", f'{{"text": "x", "label": {value}}}')
+    assert read_classification(path)[0].targets == (label,)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "a.csv",
+            "sentence,class\nx,y\n",
+            "line 2: there is no column 'text' and no column 'label'; there are: sentence",
+        ),
+        ("a.csv", "text,class\nx,y\n", "line 2: there is no column 'label'; there are: text, class"),
+        ("a.jsonl", '{"text": "x", "label": "y"}\n\n{"text": "x"}\n', "line 3: there is no column 'label'"),
+        ("a.jsonl", "{}", "line 1: there is no column .*there are: none"),
+        ("a.csv", "text,label\nx,y\nx, \n", "line 3: 'label' gives an empty text"),
+        ("a.csv", "text,label\n ,y\n", "line 2: 'text' gives an empty text"),
+        ("a.jsonl", '{"text": "x", "label": ""}', "line 1: 'label' gives an empty text"),
+        ("a.jsonl", '{"text": "x", "label": null}', r"line 1: column 'label' holds nothing \(null\)"),
+        ("a.jsonl", '{"text": "x", "label": ["a", "b"]}', "line 1: 'label' holds 2 labels; exactly one"),
+        ("a.json", '[{"text": "x", "label": []}]', "item 1: 'label' holds 0 labels"),
+        ("a.jsonl", '{"text": "x", "label": 2.5}', "line 1: label 2.5 is no whole number"),
+        ("a.jsonl", '{"text": "x", "label": {"a": 1}}', "line 1: column 'label' holds an object"),
+        ("a.jsonl", '{"text": ["x"], "label": "a"}', "line 1: column 'text' holds a list"),
+        ("a.txt", "x", r"allowed: \.jsonl, \.json, \.csv, \.tsv"),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=says) as caught:
+        read_classification(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+
+
+def test_the_names_are_the_distinct_labels_in_order():
+    assert label_names(labelled("b", "a", "b", "c")) == ("a", "b", "c")
+    assert label_names(iter(labelled("10", "9"))) == ("10", "9")
+
+
+@pytest.mark.parametrize(
+    ("examples", "says"),
+    [
+        ([], "no example"),
+        (labelled("a", "a"), "all examples have the label 'a'; at least two"),
+        ([*labelled("a", "b"), Example("x", ("a", "b"))], r"example 3 \('x'\) has 2 labels"),
+        ([Example("x")], r"example 1 \('x'\) has 0 labels"),
+    ],
+)
+def test_one_label_is_no_classification(examples: list[Example], says: str):
+    with pytest.raises(DataError, match=says) as caught:
+        label_names(examples)
+    assert caught.value.hint
+
+
+def test_an_unknown_label_is_named_with_the_nearest_known_one():
+    names = ("negative", "positive")
+    check_labels(labelled("positive", "positive"), names)
+    check_labels([], names)
+    with pytest.raises(DataError, match=r"label 'postive' of example 2 is none of the 2 .*'mixed'.*mean 'positive'"):
+        check_labels(labelled("negative", "postive", "mixed", "postive"), names)
+    with pytest.raises(DataError, match="known: negative, positive"):
+        check_labels(labelled("3"), names)
+
+
+def test_misuse_of_a_check_is_told():
+    with pytest.raises(DataError, match=r"example 1 .* has 2 labels"):
+        check_labels([Example("x", ("a", "b"))], ("a", "b"))
+
+
+def test_no_other_task_is_of_this_kind_by_accident():
+    kinds: dict[str, Any] = {name: task.kind for name, task in TASKS.items()}
+    assert kinds == {
+        "e2e": "generation",
+        "records": "generation",
+        "toy": "generation",
+        "classification": "classification",
+        "toy_labels": "classification",
+        "tagging": "tagging",
+        "toy_tags": "tagging",
+    }

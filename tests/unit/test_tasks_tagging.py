@@ -1,0 +1,156 @@
+"""Tagging: tokens and tags from JSON and from CoNLL files, the set of tags, and what a wrong sentence is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import TASKS, Example, check_tags, read_task, tag_names
+from prefixtune.tasks.tagging import read_tagging, tagged
+
+ROWS = [
+    {"tokens": ["The", "Grey", "Wolf", "left"], "tags": ["O", "B-TRAIN", "I-TRAIN", "O"]},
+    {"tokens": ["Westport", "!"], "tags": ["B-STATION", "O"]},
+]
+LINES = "The O\nGrey B-TRAIN\nWolf I-TRAIN\nleft O\n\nWestport B-STATION\n! O\n"
+
+
+def write(path: Path, text: str) -> Path:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS))),
+        ("a.json", json.dumps(ROWS)),
+        ("a.conll", LINES),
+        ("a.bio", LINES.replace(" ", "\t")),
+        ("a.TXT", "\ufeff" + LINES.replace("\n", "\r\n")),
+        ("a.conll.gz", "\n\n" + LINES.strip().replace("\n\n", "\n \n\t\n")),
+        ("a.txt", LINES.replace(" ", "  X  _ ")),
+        ("a.txt", "-DOCSTART- -X- O\n\n" + LINES.replace("\n\n", "\n-DOCSTART- O\n")),
+        ("a.txt", "# id = 1\n" + LINES.replace("left", "# a remark\nleft")),
+    ],
+)
+def test_every_format_gives_the_same(tmp_path: Path, name: str, text: str):
+    path = write(tmp_path / name, text)
+    examples = read_tagging(path)
+    assert [(example.source, example.targets) for example in examples] == [
+        ("The Grey Wolf left", ("O B-TRAIN I-TRAIN O",)),
+        ("Westport !", ("B-STATION O",)),
+    ]
+    assert [dict(example.fields) for example in examples] == [
+        {name: tuple(values) for name, values in row.items()} for row in ROWS
+    ]
+    assert read_task("tagging", path) == examples
+    assert TASKS["tagging"].kind == "tagging"
+
+
+def test_other_columns_may_be_named(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", '{"words": ["Hello"], "ner": ["O"], "tokens": 3}')
+    (example,) = read_task("tagging", path, source="words", target="ner")
+    assert dict(example.fields) == {"tokens": ("Hello",), "tags": ("O",)}
+    with pytest.raises(ConfigError, match="no column's name"):
+        read_tagging(path, "{words}", "ner")
+    lines = write(tmp_path / "a.conll", LINES)
+    with pytest.raises(ConfigError, match="no named columns, but target is 'ner'"):
+        read_tagging(lines, target="ner")
+
+
+def test_each_sentence_stays_its_own_example(tmp_path: Path):
+    assert len(read_tagging(write(tmp_path / "a.txt", "Hello O\n\nHello O\n"))) == 2
+
+
+@pytest.mark.parametrize("text", ["Late O\n#fail O\n# O\n", "#fail\tO\nLate\tO\n#\tB-X\n# to be checked\n"])
+def test_a_token_may_start_with_a_number_sign(tmp_path: Path, text: str):
+    (example,) = read_tagging(write(tmp_path / "a.txt", text))
+    assert sorted(example.fields["tokens"]) == ["#", "#fail", "Late"]
+
+
+def test_i_may_begin_a_span_as_in_older_files(tmp_path: Path):
+    (example,) = read_tagging(write(tmp_path / "a.txt", "Westport I-STATION\nOldbridge B-STATION\n"))
+    assert example.fields["tags"] == ("I-STATION", "B-STATION")
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.sampled_from(["O", "B-X", "I-X", "B-Y-2"])), min_size=1))
+def test_what_is_written_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]):
+    path = tmp_path_factory.mktemp("any") / "a.jsonl"
+    tokens, tags = [token for token, _ in pairs], [tag for _, tag in pairs]
+    write(path, json.dumps({"tokens": tokens, "tags": tags}))
+    if any(token.split() != [token] for token in tokens):
+        with pytest.raises(DataError, match=r"line 1: token .* white space"):
+            read_tagging(path)
+        return
+    (example,) = read_tagging(path)
+    assert example.source.split() == tokens
+    assert example.targets[0].split() == tags
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "a.jsonl",
+            '{"tokens": ["a"], "tags": ["O"]}\n{"tokens": ["a", "b"], "tags": ["O"]}',
+            "line 2: 2 tokens but 1",
+        ),
+        ("a.jsonl", '{"words": ["a"], "tags": ["O"]}', "line 1: there is no column 'tokens'; there are: words, tags"),
+        ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}', "line 1: 'tokens' is 'a b'; a list"),
+        ("a.jsonl", '{"tokens": [], "tags": []}', r"line 1: 'tokens' is \[\]; a list of at least one"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": [3]}', "line 1: item 1 of 'tags' is 3; a string.*by their names"),
+        ("a.jsonl", '{"tokens": ["a", null], "tags": ["O", "O"]}', "line 1: item 2 of 'tokens' is None"),
+        ("a.jsonl", '{"tokens": ["New York"], "tags": ["O"]}', "line 1: token 'New York' holds white space"),
+        ("a.jsonl", '{"tokens": ["10\\u00a0000"], "tags": ["O"]}', "line 1: token .* holds white space"),
+        ("a.jsonl", '{"tokens": [""], "tags": ["O"]}', "line 1: token '' is empty"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": ["NN"]}', "line 1: tag 'NN' of 'a' is none of the BIO scheme.*B-TYPE"),
+        ("a.json", '[{"tokens": ["a"], "tags": ["B-"]}]', "item 1: tag 'B-' of 'a'"),
+        ("a.txt", "a O\n\nb\n", "line 3 is 'b' alone; a token and a tag are needed"),
+        ("a.txt", "a O\nNew York\tB-X\n", "line 2: token 'New York' holds white space"),
+        ("a.txt", "a O\n10\u00a0000 O\n", "line 2: token .* holds white space"),
+        ("a.txt", "a O\nb \tO\nc o\n", "line 3: tag 'o' of 'c' is none"),
+        ("a.txt", "# one\na S-X\n", "line 2: tag 'S-X' of 'a' is none.*BIOES"),
+        ("a.conll", "# a\n-DOCSTART- O\n", "no sentences"),
+        ("a.conll", "\n", "is empty"),
+        ("a.csv", "a,b", r"allowed: \.jsonl, \.json, \.conll, \.bio, \.txt"),
+        ("a.connl", "a O", r"did you mean '\.conll'"),
+    ],
+)
+def test_a_wrong_sentence_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
+    path = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=says) as caught:
+        read_tagging(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_and_a_missing_file(tmp_path: Path):
+    with pytest.raises(DataError, match="is a folder"):
+        read_tagging(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        read_tagging(tmp_path / "a.conll")
+
+
+def test_the_names_are_whole_pairs_after_o():
+    examples = [tagged(["a", "b"], ["B-Y", "O"]), tagged(["a"], ["I-X-2"])]
+    assert tag_names(iter(examples)) == ("O", "B-X-2", "I-X-2", "B-Y", "I-Y")
+    with pytest.raises(DataError, match="no span"):
+        tag_names([tagged(["a"], ["O"])])
+    with pytest.raises(DataError, match=r"example 2 \('x'\) has no tags"):
+        tag_names([tagged(["a"], ["B-X"]), Example("x", ("O",))])
+
+
+def test_an_unknown_tag_is_named_with_the_nearest_known_one():
+    names = tag_names([tagged(["a"], ["B-STATION"])])
+    check_tags([tagged(["a", "b"], ["B-STATION", "I-STATION"])], names)
+    with pytest.raises(DataError, match=r"tag 'B-STATIN' of example 2 \('b'\) is none of the 3 .*mean 'B-STATION'"):
+        check_tags([tagged(["a"], ["O"]), tagged(["b"], ["B-STATIN"])], names)
