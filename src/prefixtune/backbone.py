@@ -180,6 +180,10 @@ class Backbone:
         """`attach.forward` on this model: a call with prefixes in front."""
         return attach.forward(self.model, self.layout, input_ids, attention_mask, **kwargs)
 
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """The last layer's output, (B, T, hidden size), with prefixes in front; arguments as for `forward`."""
+        return attach.forward(self.model.base_model, self.layout, input_ids, attention_mask, **kwargs)[0]
+
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (

@@ -12,6 +12,8 @@ Knows the tokenizer through the backbone; knows nothing of prefixes, losses or o
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,19 +36,30 @@ __all__ = [
     "default_format",
     "encode_examples",
     "encode_prompts",
+    "ending_length",
     "pack",
     "pack_pairs",
     "pad",
     "plan_epoch",
+    "position_limit",
 ]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One source and its targets as token ids; a target's ids end with the end token."""
+    """One source and its targets as token ids; a target's ids end with the end token.
+
+    Where a head is trained, there is one target, of label numbers.
+
+    Attributes:
+        prompt: The source's tokens.
+        targets: Each target's tokens; or the label numbers.
+        places: Where in the prompt each label is predicted; None: the targets are tokens.
+    """
 
     prompt: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
+    places: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class Batch:
         decoder_input_ids: Encoder-decoder only: what the decoder reads.
         decoder_attention_mask: Padded rows of an encoder-decoder only.
         source_rows: Padded rows of an encoder-decoder only: which source each target looks at.
+        labelled: The labels are those of a head, not tokens.
     """
 
     input_ids: Int[Tensor, "R T"]
@@ -87,6 +101,7 @@ class Batch:
     decoder_input_ids: Int[Tensor, "Rd Td"] | None = None
     decoder_attention_mask: Int[Tensor, "Rd Td"] | None = None
     source_rows: Int[Tensor, " Rd"] | None = None
+    labelled: bool = False
 
     @property
     def num_sentences(self) -> int:
@@ -158,10 +173,10 @@ def encode_examples(
     """
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
-    limit = _limit(backbone, prefix_length, max_length)
+    limit = position_limit(backbone, prefix_length, max_length)
     prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
     flat = backbone.encode_targets([text_format.format_target(t) for example in examples for t in example.targets])
-    kept_ending = _ending(backbone, text_format)
+    kept_ending = ending_length(backbone, text_format)
     apart = backbone.kind == "encoder-decoder"
     encoded, cut, place = [], 0, 0
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
@@ -192,7 +207,7 @@ def encode_examples(
     return Encoding(tuple(encoded), cut)
 
 
-def _ending(backbone: Backbone, text_format: TextFormat) -> int:
+def ending_length(backbone: Backbone, text_format: TextFormat) -> int:
     """Tokens at a prompt's end that a cut leaves: what the format puts after the source, and special tokens."""
     ending = text_format.prompt.split("{source}", 1)[1].replace("{separator}", backbone.separator)
     count = len(backbone.encode(ending))
@@ -203,7 +218,7 @@ def _ending(backbone: Backbone, text_format: TextFormat) -> int:
     return count
 
 
-def _limit(backbone: Backbone, prefix_length: int, max_length: int) -> int:
+def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> int:
     """Positions for source and target together."""
     allowed = backbone.max_positions
     if allowed is None:
@@ -223,10 +238,34 @@ def collate(backbone: Backbone, examples: Sequence[Encoded]) -> Batch:
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.
     """
+    if examples[0].places is not None:
+        return _collate_labelled(backbone, examples)
     start = backbone.start_id if backbone.kind == "encoder-decoder" else None
     if not backbone.layout.packable:
         return pad(examples, pad_id=backbone.pad_id, start_id=start)
     return pack(examples) if start is None else pack_pairs(examples, start_id=start)
+
+
+def _collate_labelled(backbone: Backbone, examples: Sequence[Encoded]) -> Batch:
+    """Sources with labels at some of their positions, for a head."""
+    if backbone.layout.packable and backbone.kind == "decoder":
+        starts = [0, *itertools.accumulate(len(example.prompt) for example in examples)]
+        groups = [Group(start, len(e.prompt), ()) for start, e in zip(starts, examples, strict=False)]
+        ids = torch.tensor([[token for example in examples for token in example.prompt]])
+        mask, packing = None, Packing(tuple(groups))
+    else:
+        ids, mask = _pad_rows([example.prompt for example in examples], backbone.pad_id)
+        starts, packing = [number * ids.shape[1] for number in range(len(examples))], None
+    pairs = list(zip(starts, examples, strict=False))
+    return Batch(
+        ids,
+        torch.tensor([start + place for start, example in pairs for place in example.places or ()]),
+        torch.tensor([label for example in examples for label in example.targets[0]]),
+        torch.tensor([number for number, example in enumerate(examples) for _ in example.targets[0]]),
+        packing,
+        attention_mask=mask,
+        labelled=True,
+    )
 
 
 def pack(examples: Sequence[Encoded]) -> Batch:
@@ -372,7 +411,9 @@ def plan_epoch(
         targets = list(example.targets)
         if order is not None:
             order.shuffle(targets)
-        hands.extend(Encoded(example.prompt, tuple(targets[i : i + size])) for i in range(0, len(targets), size))
+        hands.extend(
+            dataclasses.replace(example, targets=tuple(targets[i : i + size])) for i in range(0, len(targets), size)
+        )
     if order is not None:
         order.shuffle(hands)
     batch: list[Encoded] = []
@@ -381,9 +422,9 @@ def plan_epoch(
         if len(hand.targets) > room:
             # Fill the batch up with a part of the hand; the rest opens the next one.
             if room:
-                batch.append(Encoded(hand.prompt, hand.targets[:room]))
+                batch.append(dataclasses.replace(hand, targets=hand.targets[:room]))
             yield batch
-            hand, batch, room = Encoded(hand.prompt, hand.targets[room:]), [], batch_size
+            hand, batch, room = dataclasses.replace(hand, targets=hand.targets[room:]), [], batch_size
         batch.append(hand)
         room -= len(hand.targets)
     if batch:

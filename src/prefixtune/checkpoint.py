@@ -1,8 +1,8 @@
 """Files: the serving artifact (one small safetensors file) and the resumable training state.
 
-An artifact holds `SITE.LAYER.key` and `SITE.LAYER.value` tensors of shape (H, P, D), and a JSON header under the
-metadata key `prefixtune`. A state holds the trained module, the optimizer and where the run stood. Both are written
-atomically; neither is ever a pickle.
+An artifact holds `SITE.LAYER.key` and `SITE.LAYER.value` tensors of shape (H, P, D), `head.weight` and `head.bias`
+where a head was trained, and a JSON header under the metadata key `prefixtune`. A state holds the trained module, the
+optimizer and where the run stood. Both are written atomically; neither is ever a pickle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prefixtune.attach import check_fits
 from prefixtune.backbone import Backbone, fingerprints_match
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.files import atomic_path
-from prefixtune.prefix import KeyValue, Prefix
+from prefixtune.prefix import Head, KeyValue, Prefix
 
 __all__ = ["FORMAT_VERSION", "POSITIONS", "load_prefix", "load_state", "make_header", "save_prefix", "save_state"]
 
@@ -63,6 +63,7 @@ def _describe_tensors(prefix: Prefix) -> dict[str, Any]:
             for site, shapes in prefix.geometry.items()
         },
         "dtype": str(prefix.dtype).removeprefix("torch."),
+        **({} if prefix.head is None else {"head": {"num_labels": len(prefix.head.bias)}}),
     }
 
 
@@ -93,6 +94,8 @@ def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.
         for number, pair in enumerate(layers)
         for part, tensor in zip(("key", "value"), pair, strict=True)
     }
+    if stored.head is not None:
+        tensors |= {"head.weight": stored.head.weight.contiguous(), "head.bias": stored.head.bias.contiguous()}
     with atomic_path(path) as temporary:
         _save(tensors, temporary, {_HEADER: json.dumps(header, ensure_ascii=False)})
     return path
@@ -123,7 +126,8 @@ def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_oth
             f"{str(path)!r} has format version {version!r}, but this prefixtune reads up to {FORMAT_VERSION}.",
             hint="upgrade prefixtune.",
         )
-    prefix = Prefix(_layers(tensors, path), header)
+    head = _head(tensors, path)
+    prefix = Prefix(_layers(tensors, path), header, head)
     for key, fact in _describe_tensors(prefix).items():
         if key in header and header[key] != fact:
             what = key.replace("_", " ")
@@ -135,6 +139,12 @@ def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_oth
         raise CheckpointError(f"{str(path)!r} holds NaN or infinity.", hint="get the file again, or train it again.")
     if backbone is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
+        if head is not None and head.weight.shape[1] != backbone.hidden_size:
+            raise BackboneError(
+                f"the head in {str(path)!r} is for hidden states of {head.weight.shape[1]}, but {backbone.name!r} has "
+                f"{backbone.hidden_size}.",
+                hint="load the backbone that its header names.",
+            )
         _check_fingerprint(header, backbone, path, allow_other_backbone)
     return prefix
 
@@ -155,6 +165,17 @@ def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, path: str 
 def _short(fingerprint: object) -> str:
     shape, _, samples = str(fingerprint).partition(":")
     return f"{shape[:8]}:{samples[:8]}"
+
+
+def _head(tensors: dict[str, Tensor], path: str | Path) -> Head | None:
+    """Take the head out of the tensors, where there is one."""
+    weight, bias = tensors.pop("head.weight", None), tensors.pop("head.bias", None)
+    if weight is None and bias is None:
+        return None
+    fits = weight is not None and bias is not None and weight.dim() == 2 and bias.shape == weight.shape[:1]
+    if not fits or weight is None or bias is None or not (weight.is_floating_point() and bias.is_floating_point()):
+        raise CheckpointError(f"{str(path)!r} holds a head that is not whole.", hint="get the file again.")
+    return Head(weight, bias)
 
 
 def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[KeyValue, ...]]:

@@ -237,6 +237,7 @@ def _shown(console: Console, as_json: bool) -> Iterator[Any]:
 def generate(options: argparse.Namespace) -> int:
     """`prefixtune generate`."""
     from prefixtune import generation
+    from prefixtune.labelling import labels_of
 
     console = Console(quiet=options.quiet or options.json)
     texts = options.texts or _stdin_lines()
@@ -249,6 +250,8 @@ def generate(options: argparse.Namespace) -> int:
             f"{len(options.prefix)} prefixes for {len(texts)} texts.", hint="give --prefix once, or once per text."
         )
     backbone, loaded = _load_with_prefixes(console, options, options.prefix)
+    if any(labels_of(prefix) for prefix in loaded):
+        return _tell_labels(options, console, backbone, loaded, texts)
     config = _generate_config(options, loaded)
     if options.stream:
         for piece in generation.stream(backbone, texts[0], loaded[0] if loaded else None, config=config):
@@ -267,11 +270,67 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tell_labels(
+    options: argparse.Namespace,
+    console: Console,
+    backbone: Backbone,
+    loaded: Sequence[Prefix],
+    texts: Sequence[str],
+) -> int:
+    """`prefixtune generate` with prefixes that classify or tag: labels, and with --json their probabilities."""
+    from prefixtune.labelling import classify, labels_of, tag
+
+    kinds = [labels.kind if (labels := labels_of(prefix)) else "generation" for prefix in loaded]
+    if len(set(kinds)) > 1 or options.stream:
+        raise ConfigError(
+            f"the prefixes are for {', '.join(sorted(set(kinds)))}{', and --stream was asked for' * options.stream}.",
+            hint="give prefixes of one kind at a time, and labels without --stream.",
+        )
+    each = list(loaded) * len(texts) if len(loaded) == 1 else list(loaded)
+    files = options.prefix * len(texts) if len(loaded) == 1 else options.prefix
+    groups: dict[int, list[int]] = {}
+    for number, prefix in enumerate(each):
+        groups.setdefault(id(prefix), []).append(number)
+    results: dict[int, Any] = {}
+    size = getattr(options, "batch_size", 16)
+    with console.progress("labelling", len(texts)) as bar:
+        for numbers in groups.values():
+            prefix, chosen = each[numbers[0]], [texts[number] for number in numbers]
+            if kinds[0] == "tagging":
+                found: Sequence[Any] = tag(backbone, [text.split() for text in chosen], prefix, batch_size=size)
+            else:
+                found = classify(backbone, chosen, prefix, batch_size=size)
+            results.update(zip(numbers, found, strict=True))
+            bar.update(len(results))
+    for number, (text, file) in enumerate(zip(texts, files, strict=True)):
+        result = results[number]
+        if kinds[0] == "tagging":
+            output = " ".join(token.label for token in result)
+            detail: dict[str, Any] = {"tokens": text.split(), "tags": [token.label for token in result]}
+            detail["probabilities"] = [_rounded(token.probabilities) for token in result]
+        else:
+            output, detail = result.label, {"label": result.label, "probabilities": _rounded(result.probabilities)}
+        if options.json:
+            _print_json({"text": text, "output": output, **detail, "prefix": file})
+        else:
+            print(output)
+    return 0
+
+
+def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:
+    return {label: round(share, 6) for label, share in probabilities.items()}
+
+
+def _is_conll(path: str) -> bool:
+    """Whether a file has no columns by name."""
+    return path.removesuffix(".gz").endswith((".conll", ".bio", ".txt"))
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """`prefixtune evaluate`."""
     from prefixtune.evaluation import evaluate as run
     from prefixtune.files import write_text
-    from prefixtune.tasks import read_task
+    from prefixtune.tasks import TASKS, read_task
 
     if options.limit < 0:
         raise ConfigError(f"--limit is {options.limit}, but must be 0 (all) or above.", hint="leave it out for all.")
@@ -281,11 +340,14 @@ def evaluate(options: argparse.Namespace) -> int:
     header: Mapping[str, Any] = {} if prefix is None else prefix.header
     task = options.task or header.get("task") or "records"
     source = options.source or (header.get("text_format") or {}).get("source") or None
-    examples = read_task(task, options.data, source=source if task == "records" else None, target=options.target)
+    if TASKS.get(task) is None or task not in ("records", "classification", "tagging") or _is_conll(options.data):
+        source = options.source
+    examples = read_task(task, options.data, source=source, target=options.target)
     examples = examples[: options.limit or None]
     config = _generate_config(options, loaded, task)
     with console.progress("generating", len(examples)) as bar:
-        outcome = run(backbone, examples, prefix, config=config, on_batch=bar.update)
+        kind = TASKS[task].kind
+        outcome = run(backbone, examples, prefix, config=config, kind=kind, on_batch=bar.update)
     if options.json:
         scores = {name: {"score": s.score, "implementation": s.implementation} for name, s in outcome.scores.items()}
         _print_json({"scores": scores, "num_examples": len(examples), "task": task, "prefix": options.prefix})

@@ -48,11 +48,19 @@ class TrainConfig:
     )
     device: str = _option("auto", "cpu, cuda, cuda:0 or auto", "backbone")
 
-    task: str = _option("records", "how to read the files: e2e, records (your own), toy", "data")
+    task: str = _option(
+        "records",
+        "how to read the files: e2e, records (your own), classification, tagging, toy, toy_labels, toy_tags",
+        "data",
+    )
     train: str = _option("", "training file", "data")
     dev: str = _option("", "development file, for evaluation, early stopping and keeping the best", "data")
-    source: str = _option("", "records: column name or template such as '{name} is {food}'", "data")
-    target: str = _option("", "records: column name or template; a list means several targets", "data")
+    source: str = _option("", "column name or template such as '{name} is {food}', for your own files", "data")
+    target: str = _option("", "column name or template, for your own files; a list means several targets", "data")
+    classifier: Literal["auto", "head", "words"] = _option(
+        "auto", "classification: a trained head, or the model's own words; auto: words unless it is an encoder", "data"
+    )
+    label_words: str = _option("", "classification by words: LABEL=WORD,...; a label not named is its own word", "data")
     limit: int = _option(0, "use only the first N training targets; 0: all", "data")
     dev_limit: int = _option(0, "use only the first N development targets; 0: all", "data")
     prompt_format: str = _option(
@@ -136,6 +144,11 @@ class TrainConfig:
                 yield name, f"{name} is {value}, but must be at least {least[name]}"
         if "epochs" not in skip and not (math.isfinite(self.epochs) and self.epochs > 0):
             yield "epochs", f"epochs is {self.epochs}, but must be above 0"
+        if "label_words" not in skip:
+            try:
+                self.words_by_label  # noqa: B018
+            except ValueError as error:
+                yield "label_words", str(error)
         if "sites" not in skip and (fault := _site_fault(self.sites)):
             yield "sites", fault
         if skip & {"initialization", "init_text", "init_prefix"}:
@@ -154,6 +167,21 @@ class TrainConfig:
         """
         pairs = [part.partition("=") for part in self.sites.split(",") if part.strip()]
         return {site.strip(): int(length) if equals else self.prefix_length for site, equals, length in pairs}
+
+    @property
+    def words_by_label(self) -> dict[str, str]:
+        """Each label's word, as far as given.
+
+        >>> TrainConfig(label_words="pos=great, neg=bad").words_by_label
+        {'pos': 'great', 'neg': 'bad'}
+        """
+        pairs: dict[str, str] = {}
+        for part in self.label_words.split(",") if self.label_words.strip() else ():
+            label, equals, word = (piece.strip() for piece in part.partition("="))
+            if not (label and equals and word):
+                raise ValueError(f"label_words has {part.strip()!r}, but LABEL=WORD is needed")
+            pairs[label] = word
+        return pairs
 
     @property
     def peak_learning_rate(self) -> float:

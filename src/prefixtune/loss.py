@@ -1,4 +1,7 @@
-"""The loss of next-token prediction at chosen positions, with its gradient made in the same pass over the logits."""
+"""The loss of a batch: next-token prediction at chosen positions, or a head's labels.
+
+The gradient is made in the same pass over the logits. Knows nothing of steps, optimizers and files.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["token_losses"]
+from prefixtune.backbone import Backbone
+from prefixtune.batching import Batch
+from prefixtune.errors import ConfigError
+from prefixtune.prefix import Prefix
+
+__all__ = ["batch_loss", "token_losses"]
 
 _ROWS = 16
 """Rows converted to float32 at a time: bounds the memory, and stays in the processor's cache."""
@@ -50,3 +58,21 @@ def token_losses(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Flo
     """
     losses: Tensor = _TokenLosses.apply(logits, labels)  # type: ignore[no-untyped-call]
     return losses
+
+
+def batch_loss(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> Tensor:
+    """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,)."""
+    positions = batch.label_positions.to(backbone.device)
+    rows, columns = positions // batch.width, positions % batch.width
+    labels = batch.labels.to(backbone.device)
+    arguments = {**batch.inputs(backbone.device), "prefixes": prefix}
+    if batch.labelled:
+        if prefix is None or prefix.head is None:
+            raise ConfigError("labels need a prefix that was trained with a head.", hint="train one first.")
+        return token_losses(prefix.head(backbone.hidden_states(**arguments)[rows, columns]), labels)
+    if backbone.chooses_logits:
+        arguments["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
+    logits = backbone.forward(**arguments).logits
+    # In a packed row the logits are the labels', in order; no need to copy them.
+    chosen = logits[0] if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
+    return token_losses(chosen, labels)

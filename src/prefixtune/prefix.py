@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["SITES", "Geometry", "KeyValue", "LayerShape", "Prefix", "describe", "flatten", "unflatten"]
+__all__ = ["SITES", "Geometry", "Head", "KeyValue", "LayerShape", "Prefix", "describe", "flatten", "unflatten"]
 
 SITES = ("encoder", "decoder", "cross")
 """Where a prefix can stand: encoder self-attention, decoder self-attention, decoder cross-attention."""
@@ -68,12 +68,39 @@ def describe(geometry: Geometry) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class Head:
+    """A linear layer from a hidden state to the scores of labels, trained with a prefix and stored with it.
+
+    Attributes:
+        weight: One row per label.
+        bias: One number per label.
+    """
+
+    weight: Float[Tensor, "C d"]
+    bias: Float[Tensor, " C"]
+
+    def __call__(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N C"]:
+        """Each label's score, in float32."""
+        weight, bias = self.weight.to(hidden.device).float(), self.bias.to(hidden.device).float()
+        return torch.nn.functional.linear(hidden.float(), weight, bias)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Head:
+        """The same head in another dtype or on another device."""
+        return Head(self.weight.to(device=device, dtype=dtype), self.bias.to(device=device, dtype=dtype))
+
+    def detach(self) -> Head:
+        """A copy that no longer belongs to any computation graph."""
+        return Head(self.weight.detach().clone(), self.bias.detach().clone())
+
+
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """Per site and layer, keys and values of P virtual tokens.
 
     Attributes:
         layers: Site -> one (key, value) pair per layer, each of shape (H, P, D).
         header: What an artifact says of its origin (backbone, task, text format, training); may be empty.
+        head: For classification or tagging through hidden states; None: the model's own words are the output.
 
     Raises:
         ConfigError: An unknown site, no layer, or layers of one site that differ in length or do not fit together.
@@ -81,6 +108,7 @@ class Prefix:
 
     layers: Mapping[str, tuple[KeyValue, ...]]
     header: Mapping[str, Any] = field(default_factory=dict)
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         faults = []
@@ -139,20 +167,24 @@ class Prefix:
         """Every tensor: per site and layer, key then value."""
         return list(chain.from_iterable(pair for layers in self.layers.values() for pair in layers))
 
+    def stored_tensors(self) -> list[Tensor]:
+        """Every tensor, and the head's."""
+        return self.tensors() + ([] if self.head is None else [self.head.weight, self.head.bias])
+
     @property
     def num_parameters(self) -> int:
-        """How many numbers are stored.
+        """How many numbers are stored, the head's included.
 
         >>> layer = (torch.zeros(16, 10, 64), torch.zeros(16, 10, 64))
         >>> Prefix({"decoder": (layer,) * 24}).num_parameters  # GPT-2 Medium at P = 10
         491520
         """
-        return sum(tensor.numel() for tensor in self.tensors())
+        return sum(tensor.numel() for tensor in self.stored_tensors())
 
     @property
     def num_bytes(self) -> int:
         """The tensors' size in bytes, in their present dtype."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored_tensors())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,6 +204,7 @@ class Prefix:
                 for site, layers in self.layers.items()
             },
             self.header,
+            None if self.head is None else self.head.to(dtype, device),
         )
 
     def detach(self) -> Prefix:
@@ -182,16 +215,18 @@ class Prefix:
                 for site, layers in self.layers.items()
             },
             self.header,
+            None if self.head is None else self.head.detach(),
         )
 
     def leaves(self) -> Prefix:
-        """The same numbers as leaves of a new graph, that gather gradients."""
+        """The same numbers as leaves of a new graph, that gather gradients; the head stays in its own."""
         return Prefix(
             {
                 site: tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in layers)
                 for site, layers in self.layers.items()
             },
             self.header,
+            self.head,
         )
 
     def __getitem__(self, positions: slice) -> Prefix:
@@ -210,6 +245,7 @@ class Prefix:
                 for site, layers in self.layers.items()
             },
             self.header,
+            self.head,
         )
         if sliced.prefix_length == 0:
             raise ConfigError(
@@ -220,11 +256,11 @@ class Prefix:
 
     def is_finite(self) -> bool:
         """Whether it holds no NaN and no infinity."""
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.stored_tensors())
 
     def equal(self, other: Prefix) -> bool:
         """Whether all tensors are bit for bit the same."""
-        mine, theirs = self.tensors(), other.tensors()
+        mine, theirs = self.stored_tensors(), other.stored_tensors()
         return (
             self.sites == other.sites
             and len(mine) == len(theirs)

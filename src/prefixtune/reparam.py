@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.errors import ConfigError, did_you_mean
-from prefixtune.prefix import Geometry, LayerShape, Prefix, flatten, unflatten
+from prefixtune.prefix import Geometry, Head, LayerShape, Prefix, flatten, unflatten
 
 __all__ = ["KINDS", "PrefixModule", "SiteParameters", "fit"]
 
@@ -86,7 +86,10 @@ class PrefixModule(nn.Module):
         embedding_size: d of the MLP.
         bottleneck_size: m of the MLP.
         start: A prefix to begin at, covering `geometry`'s sites; None: random.
+        head: Labels and width of the hidden states of a linear head to train with it; None: no head.
     """
+
+    head: nn.Linear | None
 
     def __init__(
         self,
@@ -97,6 +100,7 @@ class PrefixModule(nn.Module):
         embedding_size: int,
         bottleneck_size: int = 512,
         start: Prefix | None = None,
+        head: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         lengths = dict.fromkeys(geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
@@ -120,10 +124,17 @@ class PrefixModule(nn.Module):
             }
         )
 
+        self.head = None
+        if head is not None:
+            self.head = nn.Linear(head[1], head[0])
+            nn.init.normal_(self.head.weight, std=RANDOM_STD)
+            nn.init.zeros_(self.head.bias)
+
     def forward(self) -> Prefix:
         """The prefix as it is now, in float32, attached to the graph of its parameters."""
         flat: Mapping[str, Tensor] = {site: module() for site, module in self.sites.items()}
-        return Prefix({site: unflatten(rows, self.geometry[site]) for site, rows in flat.items()})
+        head = None if self.head is None else Head(self.head.weight, self.head.bias)
+        return Prefix({site: unflatten(rows, self.geometry[site]) for site, rows in flat.items()}, head=head)
 
     @torch.no_grad()
     def bake(self) -> Prefix:
@@ -133,7 +144,8 @@ class PrefixModule(nn.Module):
             {
                 site: tuple((k.cpu().clone(), v.cpu().clone()) for k, v in layers)
                 for site, layers in prefix.layers.items()
-            }
+            },
+            head=None if prefix.head is None else prefix.head.to(device="cpu").detach(),
         )
 
     @property

@@ -34,10 +34,11 @@ from prefixtune.config import TrainConfig
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.files import write_text
 from prefixtune.initialize import from_prefix, from_words
-from prefixtune.loss import token_losses
+from prefixtune.labelling import Labels, choose_labels, encode_labelled, worded
+from prefixtune.loss import batch_loss
 from prefixtune.prefix import Prefix
 from prefixtune.reparam import PrefixModule, fit
-from prefixtune.tasks import Example, TextFormat, limit_targets, read_task
+from prefixtune.tasks import TASKS, Example, TextFormat, limit_targets, read_task
 
 __all__ = ["Event", "TrainResult", "batch_loss", "build_module", "evaluation_loss", "train"]
 
@@ -77,8 +78,16 @@ class TrainResult:
     events: tuple[Event, ...]
 
 
-def build_module(config: TrainConfig, backbone: Backbone) -> tuple[PrefixModule, dict[str, Any]]:
-    """The trainable prefix of a run, at its start, and what to record of the initialization."""
+def build_module(
+    config: TrainConfig, backbone: Backbone, *, num_labels: int = 0
+) -> tuple[PrefixModule, dict[str, Any]]:
+    """The trainable prefix of a run, at its start, and what to record of the initialization.
+
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        num_labels: Labels of a head to train with it; 0: no head.
+    """
     torch.manual_seed(config.seed)
     lengths = choose_sites(config, backbone)
     start: Prefix | None = None
@@ -96,6 +105,7 @@ def build_module(config: TrainConfig, backbone: Backbone) -> tuple[PrefixModule,
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
         start=start,
+        head=(num_labels, backbone.hidden_size) if num_labels else None,
     )
     if config.reparameterization == "mlp" and start is not None:
         facts["relative_fit_error"] = fit(module, start)
@@ -117,19 +127,6 @@ def choose_sites(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
             hint=f"choose of {', '.join(backbone.geometry)}.",
         )
     return lengths
-
-
-def batch_loss(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> Tensor:
-    """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,)."""
-    positions = batch.label_positions.to(backbone.device)
-    rows, columns = positions // batch.width, positions % batch.width
-    arguments = {**batch.inputs(backbone.device), "prefixes": prefix}
-    if backbone.chooses_logits:
-        arguments["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
-    logits = backbone.forward(**arguments).logits
-    # In a packed row the logits are the labels', in order; no need to copy them.
-    chosen = logits[0] if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
-    return token_losses(chosen, batch.labels.to(backbone.device))
 
 
 @torch.no_grad()
@@ -176,10 +173,11 @@ def train(
             f"{str(folder)!r} already holds a run.", hint="go on with --resume, choose another --output, or delete it."
         )
     if examples is None:
-        if not config.train and config.task != "toy":
+        parts = TASKS[config.task].parts if config.task in TASKS else ()
+        if not config.train and config.task in TASKS and not parts:
             raise ConfigError("no training file is given.", hint="set train (--train FILE).")
         examples = read_task(
-            config.task, config.train or "train", source=config.source or None, target=config.target or None
+            config.task, config.train or (*parts, "")[0], source=config.source or None, target=config.target or None
         )
     if dev_examples is None and config.dev:
         dev_examples = read_task(config.task, config.dev, source=config.source or None, target=config.target or None)
@@ -212,6 +210,25 @@ def train(
     )
 
 
+def _labels(
+    config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
+) -> Labels | None:
+    """What a run learns to tell apart; None: it learns to generate.
+
+    Raises:
+        ConfigError: The backbone cannot do what the task is.
+    """
+    kind = TASKS[config.task].kind if config.task in TASKS else "generation"
+    if kind != "generation":
+        return choose_labels(kind, backbone, examples, dev_examples, by=config.classifier, words=config.words_by_label)
+    if backbone.kind == "encoder":
+        raise ConfigError(
+            f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",
+            hint="use --task classification or tagging, or choose a model that generates.",
+        )
+    return None
+
+
 class _Run:
     """The mutable state of one run: module, optimizer, and where it stands."""
 
@@ -221,27 +238,31 @@ class _Run:
         self.config, self.backbone, self.folder = config, backbone, Path(config.output)
         usual = default_format(backbone)
         self.format = TextFormat(config.prompt_format or usual.prompt, config.target_format or usual.target)
-
-        def encoded(given: Sequence[Example]) -> Encoding:
-            return encode_examples(
-                backbone,
-                given,
-                self.format,
-                prefix_length=choose_sites(config, backbone).get("decoder", 0),
-                max_length=config.max_length,
-                on_too_long=config.on_too_long,
-            )
-
-        self.data = encoded(examples)
-        self.dev = encoded(dev_examples) if dev_examples else None
+        self.labels = _labels(config, backbone, examples, dev_examples)
+        self.data = self._encode(examples)
+        self.dev = self._encode(dev_examples) if dev_examples else None
         self.data_digest = _digest(self.data, self.dev)
-        self.module, self.initialization = build_module(config, backbone)
+        by_head = self.labels is not None and self.labels.by == "head"
+        num_labels = len(self.labels.names) if by_head and self.labels is not None else 0
+        self.module, self.initialization = build_module(config, backbone, num_labels=num_labels)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
         )
         self.steps_per_epoch = math.ceil(sum(1 for _ in self._plan(epoch=0)) / config.gradient_accumulation)
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
         self.step, self.best_loss, self.best_step, self.misses = 0, math.nan, 0, 0
+
+    def _encode(self, examples: Sequence[Example]) -> Encoding:
+        room: dict[str, Any] = {
+            "prefix_length": choose_sites(self.config, self.backbone).get("decoder", 0),
+            "max_length": self.config.max_length,
+            "on_too_long": self.config.on_too_long,
+        }
+        if self.labels is None:
+            return encode_examples(self.backbone, examples, self.format, **room)
+        if self.labels.by == "head":
+            return encode_labelled(self.backbone, examples, self.labels, self.format, **room)
+        return encode_examples(self.backbone, worded(examples, self.labels), self.format, **room)
 
     # The order of the data is a function of the seed and the step: nothing has to be stored to find one's place.
 
@@ -407,6 +428,7 @@ class _Run:
                 "end": self.backbone.end,
                 "source": config.source,
             },
+            **({} if self.labels is None else {"labels": self.labels.to_dict()}),
             initialization=self.initialization,
             training={
                 "steps": self.step,
@@ -424,7 +446,7 @@ class _Run:
             made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
         dtype = torch.float32 if config.save_dtype == "float32" else torch.bfloat16
-        save_prefix(self.folder / PREFIX_FILE, Prefix(prefix.layers, header), dtype=dtype)
+        save_prefix(self.folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
 
     def save(self) -> None:
         """Write the resumable state."""
