@@ -43,7 +43,9 @@ __all__ = [
     "check_fits",
     "checkpointing",
     "forward",
+    "growing_cache",
     "injecting",
+    "main_device",
     "prefilled_cache",
     "record",
     "register",
@@ -399,6 +401,17 @@ def check_fits(prefix: Prefix, geometry: Geometry, name: str) -> None:
             )
 
 
+def main_device(model: Any) -> torch.device:
+    """Where a model's inputs go: the device of its embeddings, also when they are kept elsewhere between calls."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    where = getattr(hook, "execution_device", None)
+    if where is not None:
+        return torch.device(where)
+    device: torch.device = embeddings.weight.device
+    return device
+
+
 def cache_argument(model: Any) -> str:
     """The name under which a model's forward takes its cache (transformers 5.24 renamed it)."""
     parameters = inspect.signature(type(model).forward).parameters
@@ -510,7 +523,7 @@ def forward(
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
     # In float32 until a layer casts it: so the gradients of a row's groups gather in float32 too.
-    made = stack(rows, layout.geometry, torch.float32, model.device)
+    made = stack(rows, layout.geometry, torch.float32, main_device(model))
     injection = Injection(layout.places, made.layers, made.visible, packing)
     call: dict[str, Any] = {**kwargs, "prefix_injection": injection}
     if layout.kind != "encoder":
@@ -554,7 +567,7 @@ def _packed_positions(model: Any, layout: Layout, packing: Packing | None) -> It
     for site, part in parts if packing is not None else ():
         embedding = getattr(part, "embed_positions", None)
         if embedding is not None and packing is not None:
-            positions = packing.positions(site)[0].to(model.device)
+            positions = packing.positions(site)[0].to(main_device(model))
 
             def tell(module: nn.Module, args: Any, given: dict[str, Any], positions: Tensor = positions) -> Any:
                 return args, {**given, "position_ids": positions}
@@ -629,7 +642,7 @@ def checkpointing(model: Any, enabled: bool = True) -> Iterator[None]:
 
 
 def prefilled_cache(
-    model: Any, layout: Layout, prefixes: Sequence[Prefix | None], *, repeats: int = 1
+    model: Any, layout: Layout, prefixes: Sequence[Prefix | None], *, repeats: int = 1, static_length: int | None = None
 ) -> tuple[Any, Bool[Tensor, "B P"]]:
     """A cache that already holds every row's prefix, shorter ones padded in front.
 
@@ -638,17 +651,23 @@ def prefilled_cache(
         layout: What `probe` found.
         prefixes: One per row; None: that row has no prefix.
         repeats: Rows per text, as beam search needs them.
+        static_length: Room for as many positions, the prefix's included, in buffers that are written in place; None: a
+            cache that grows.
 
     Returns:
         The cache, and which of its slots are real, one row per text (not repeated).
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
 
-    made = stack(prefixes, layout.geometry, model.dtype, model.device)
-    cache = DynamicCache(config=model.config)
-    # A windowed layer would forget the prefix: keep everything, and let the mask apply the window.
-    cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
+    made = stack(prefixes, layout.geometry, model.dtype, main_device(model))
+    if static_length is None:
+        cache = growing_cache(model)
+    else:
+        cache = StaticCache(config=model.config, max_cache_len=static_length)
+        cache.layers = [
+            StaticLayer(static_length) if getattr(layer, "is_sliding", False) else layer for layer in cache.layers
+        ]
     rows = len(prefixes)
     pairs = made.layers.get("decoder", ())
     for number, (key, value) in zip(layout.cache_layers or (), pairs, strict=bool(pairs)):
@@ -660,8 +679,21 @@ def prefilled_cache(
     longest = pairs[0][0].shape[2] if pairs else 0
     visible = made.visible.get("decoder")
     if visible is None:
-        visible = torch.ones(rows, longest, dtype=torch.bool, device=model.device)
+        visible = torch.ones(rows, longest, dtype=torch.bool, device=main_device(model))
     return cache, visible
+
+
+def growing_cache(model: Any) -> Any:
+    """An empty cache that forgets nothing: a windowed layer's own would forget the prefix, and cannot be cut back.
+
+    The mask applies the window.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
+    return cache
 
 
 @contextlib.contextmanager

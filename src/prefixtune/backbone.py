@@ -12,9 +12,11 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 from prefixtune.prefix import Geometry, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
 from prefixtune.probe import probe
+from prefixtune.variants import add_adapter, load_adapter, require, weights
+from prefixtune.variants import quantize as quantize_weights
 
 __all__ = ["DEFAULT_BACKBONE", "DTYPES", "Backbone", "choose_dtype", "fingerprints_match", "load_backbone"]
 
@@ -51,6 +55,7 @@ class Backbone:
         name: As it was asked for: an embedded name, a hub id or a path.
         layout: Its attention layers, found by running it.
         fingerprint: Of configuration and sampled weights; the same in every dtype. See `fingerprints_match`.
+        adapter: PEFT's view of the model, where it holds a LoRA adapter.
         memo: What others worked out about the tokenizer, to keep.
     """
 
@@ -59,6 +64,7 @@ class Backbone:
     name: str
     layout: Layout
     fingerprint: str
+    adapter: Any = field(default=None, repr=False)
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -80,8 +86,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        device: torch.device = self.model.device
-        return device
+        return attach.main_device(self.model)
 
     @property
     def hidden_size(self) -> int:
@@ -184,6 +189,19 @@ class Backbone:
         """The last layer's output, (B, T, hidden size), with prefixes in front; arguments as for `forward`."""
         return attach.forward(self.model.base_model, self.layout, input_ids, attention_mask, **kwargs)[0]
 
+    def save_adapter(self, folder: Path) -> Backbone:
+        """Store the LoRA adapter as PEFT does, and return the backbone as it now is, with its present fingerprint."""
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter-"))
+        before = made.with_name(f"{made.name}-before")
+        with silence():
+            self.adapter.save_pretrained(made)
+        # The old one stays until the new one is whole.
+        if folder.exists():
+            folder.rename(before)
+        made.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        return replace(self, fingerprint=fingerprint(self.model, self.layout.geometry))
+
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
@@ -191,14 +209,29 @@ class Backbone:
             f"{dtype} on {self.device})"
         )
 
+    @property
+    def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters of a LoRA adapter that is to be trained with the prefix, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
     @classmethod
-    def from_model(cls, model: Any, tokenizer: Any, name: str) -> Backbone:
+    def from_model(
+        cls, model: Any, tokenizer: Any, name: str, *, adapter: Any = None, train_adapter: bool = False
+    ) -> Backbone:
         """Freeze a model that is already in memory and read it.
+
+        Args:
+            model: Of transformers.
+            tokenizer: Its tokenizer.
+            name: What to call it, in messages and in artifacts.
+            adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
+            train_adapter: Leave the LoRA layers trainable.
 
         Raises:
             BackboneError: It cannot carry a prefix; the message says why.
         """
-        model.requires_grad_(False)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(train_adapter and "lora_" in parameter_name)
         model.eval()
         silence_dropout(model)
         # Decoding is told by `GenerateConfig` alone: a penalty or ban that the model's files bring along would apply
@@ -208,7 +241,7 @@ class Backbone:
         if hasattr(model, "generation_config"):
             model.generation_config = GenerationConfig()
         layout = probe(model)
-        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry))
+        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry), adapter)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -260,6 +293,12 @@ def load_backbone(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "auto",
+    quantize: str = "",
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    train_adapter: bool = False,
+    adapter_rank: int = 0,
 ) -> Backbone:
     """Load a frozen language model: decoder-only, encoder-decoder, or a text encoder.
 
@@ -268,6 +307,14 @@ def load_backbone(
             transformers' format, or a `.gguf` file.
         dtype: A torch dtype or its name; `auto` takes bfloat16 where the hardware is fast at it.
         device: `cpu`, `cuda`, or `auto`.
+        quantize: `int8` or `int4`: round the weights of linear layers (torchao); a prefix's fingerprint is that of the
+            weights before.
+        device_map: Spread the model over devices, memory and disk (Accelerate): `auto`, or module -> place; in place of
+            `device`.
+        offload_folder: Where to keep what `device_map` puts on disk.
+        adapter: Folder of a LoRA adapter (PEFT) to put on the model; its weights count as the backbone's.
+        train_adapter: Leave the adapter trainable, to be trained together with a prefix.
+        adapter_rank: Put a fresh LoRA adapter of this rank on the model, to be trained together with a prefix; 0: none.
 
     Raises:
         BackboneError: There is no such model, or it cannot carry a prefix; the message says why.
@@ -277,6 +324,19 @@ def load_backbone(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     source, options = _locate(name)
+    spread: dict[str, Any] = {}
+    if device_map is not None:
+        require("accelerate", "device_map")
+        spread = {"device_map": device_map, "offload_folder": offload_folder}
+    if quantize and (device_map is not None or adapter is not None or adapter_rank):
+        raise ConfigError(
+            f"quantize = {quantize!r} goes with neither device_map nor an adapter.", hint="leave one of them out."
+        )
+    if adapter is not None and adapter_rank:
+        raise ConfigError(
+            f"both the adapter {str(adapter)!r} and a fresh one of rank {adapter_rank} were asked for.",
+            hint="use train_adapter to train the given one on.",
+        )
     with silence():
         from transformers import AutoConfig, AutoTokenizer
 
@@ -288,14 +348,26 @@ def load_backbone(
                 hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
             ) from error
         try:
-            model = _auto_class(config).from_pretrained(source, dtype=kind, **options)
+            model = _auto_class(config).from_pretrained(source, dtype=kind, **spread, **options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
             raise BackboneError(
                 f"cannot load the backbone {name!r}: {_first_line(error)}",
                 hint="check that its folder holds config.json, safetensors weights and a tokenizer.",
             ) from error
-    backbone = Backbone.from_model(model.to(where), tokenizer, name)
+    model = model if spread else model.to(where)
+    tuned = None
+    if adapter is not None:
+        with silence():
+            tuned = load_adapter(model, str(adapter), trainable=train_adapter)
+    elif adapter_rank:
+        with silence():
+            tuned = add_adapter(model, adapter_rank)
+    trains = train_adapter or adapter_rank > 0
+    backbone = Backbone.from_model(model, tokenizer, name, adapter=tuned, train_adapter=trains)
+    if quantize:
+        with silence():
+            quantize_weights(model, quantize)
     if backbone.kind != "encoder" and tokenizer.eos_token_id is None:
         raise BackboneError(
             f"the tokenizer of {name!r} has no end-of-sequence token, which ends every target.",
@@ -385,7 +457,7 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
         "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
     }
     shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    parameters = [p for _, p in sorted(model.named_parameters())]
+    parameters = [p for _, p in sorted(weights(model), key=lambda pair: pair[0])]
     picked = []
     for number in range(_SAMPLES):
         flat = parameters[

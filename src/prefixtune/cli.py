@@ -181,10 +181,17 @@ def _decoding(parser: _Parser) -> None:
         ("--repetition-penalty", float, "above 1 discourages repeating"),
         ("--seed", int, "of sampling"),
         ("--batch-size", int, "texts per batch"),
+        ("--prompt-lookup", int, "guess up to N tokens from the text itself, and check them in one pass"),
     ):
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="N" if kind is int else "X", help=text)
     group.add_argument(
         "--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT", help="ends an output; repeatable"
+    )
+    group.add_argument(
+        "--cache", default=argparse.SUPPRESS, metavar="{dynamic,static}", help="static: one buffer, written in place"
+    )
+    group.add_argument(
+        "--compile", action="store_true", default=argparse.SUPPRESS, help="compile the decoding step (--cache static)"
     )
     group.add_argument(
         "--ban-newlines", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="never break the line"
@@ -193,6 +200,8 @@ def _decoding(parser: _Parser) -> None:
     group.add_argument("--backbone", help="default: the one in the prefix's header")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    group.add_argument("--quantize", default="", metavar="{int8,int4}", help="round the frozen weights (torchao)")
+    group.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter (PEFT); default: the one of the prefix")
     group.add_argument("--allow-other-backbone", action="store_true", help="accept other weights of the same shapes")
 
 
@@ -260,6 +269,7 @@ def _doctor(command: _Command) -> None:
         "--dtype", default="float32", help="float32 (strictest, the default), bfloat16, float16 or auto"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument("--quantize", default="", metavar="{int8,int4}", help="round the frozen weights (torchao)")
     _json_and_quiet(parser, "every check")
 
 

@@ -32,11 +32,14 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
-def _load(console: Console, name: str, options: argparse.Namespace) -> Backbone:
+def _load(console: Console, name: str, options: argparse.Namespace, adapter: str | None = None) -> Backbone:
     from prefixtune.backbone import load_backbone
 
-    console.info(f"loading {name} ...")
-    backbone = load_backbone(name, dtype=options.dtype, device=options.device)
+    with_adapter = f" with the adapter {adapter}" if adapter else ""
+    console.info(f"loading {name}{with_adapter} ...")
+    backbone = load_backbone(
+        name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter
+    )
     console.info(f"{backbone!r}")
     return backbone
 
@@ -394,9 +397,26 @@ def _load_with_prefixes(
             hint="generate for one at a time, or pass --backbone.",
         )
     name = options.backbone or next(iter(names), DEFAULT_BACKBONE)
-    backbone = _load(console, name, options)
+    backbone = _load(console, name, options, _adapter(options, files, loaded))
     checked = [load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in files]
     return backbone, checked
+
+
+def _adapter(options: argparse.Namespace, files: Sequence[str], loaded: Sequence[Prefix]) -> str | None:
+    """The LoRA adapter that was asked for, or that the prefixes were trained with."""
+    if options.adapter:
+        return str(options.adapter)
+    named = set()
+    for file, prefix in zip(files, loaded, strict=True):
+        given = prefix.header.get("adapter")
+        beside = Path(file).parent / str(given)
+        named.add(None if not given else str(beside) if beside.is_dir() else str(given))
+    if len(named) > 1:
+        raise ConfigError(
+            f"the prefixes were trained with different adapters: {', '.join(sorted(str(n) for n in named))}.",
+            hint="generate for one at a time.",
+        )
+    return named.pop() if named else None
 
 
 def _generate_config(

@@ -26,7 +26,7 @@ _AT_LEAST_ONE = (
 _SITES = ("encoder", "decoder", "cross")
 _NOT_NEGATIVE = (
     *("limit", "dev_limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
-    *("weight_decay", "max_grad_norm", "learning_rate", "seed"),
+    *("weight_decay", "max_grad_norm", "learning_rate", "seed", "adapter_rank"),
 )
 
 
@@ -47,6 +47,10 @@ class TrainConfig:
         "auto", "of the frozen weights; the prefix always trains in float32", "backbone"
     )
     device: str = _option("auto", "cpu, cuda, cuda:0 or auto", "backbone")
+    quantize: Literal["", "int8", "int4"] = _option("", "round the frozen weights (torchao): int8 or int4", "backbone")
+    adapter: str = _option("", "folder of a LoRA adapter (PEFT) to put on the backbone first", "backbone")
+    train_adapter: bool = _option(False, "train that adapter together with the prefix", "backbone")
+    adapter_rank: int = _option(0, "train a fresh LoRA adapter of this rank with the prefix; 0: none", "backbone")
 
     task: str = _option(
         "records",

@@ -45,6 +45,10 @@ class GenerateConfig:
         ban_newlines: Never generate a token that holds a line break.
         repetition_penalty: Above 1 discourages repeating.
         batch_size: Texts per batch.
+        cache: `dynamic` grows with the text; `static` is one buffer, written in place.
+        compile: Compile the decoding step with torch.compile; needs the static cache.
+        prompt_lookup: Guess up to this many tokens from what the text already holds, and check them in one pass; 0: no
+            guessing. Texts go one at a time.
 
     Raises:
         ConfigError: Values that are not allowed; all faults at once.
@@ -62,6 +66,9 @@ class GenerateConfig:
     ban_newlines: bool = False
     repetition_penalty: float = 1.0
     batch_size: int = 16
+    cache: str = "dynamic"
+    compile: bool = False
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -76,12 +83,17 @@ class GenerateConfig:
             (not any(s == "" for s in self.stop), "stop", "strings that are not empty"),
             (self.repetition_penalty > 0, "repetition_penalty", "above 0"),
             (self.batch_size >= 1, "batch_size", "at least 1"),
+            (self.cache in ("dynamic", "static"), "cache", "dynamic or static"),
+            (not self.compile or self.cache == "static", "compile", "False unless cache is 'static'"),
+            (self.prompt_lookup >= 0, "prompt_lookup", "0 (none) or above"),
         ]
         faults = [
             f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good
         ]
         if self.num_beams > 1 and self.temperature > 0:
             faults.append("beam search and sampling exclude each other here: set temperature to 0 or num_beams to 1")
+        if self.prompt_lookup and (self.num_beams > 1 or self.cache != "dynamic"):
+            faults.append("prompt look-up needs num_beams = 1 and the dynamic cache")
         if faults:
             raise ConfigError("; ".join(faults) + ".", hint="`prefixtune generate --help` explains the options.")
 
@@ -121,6 +133,7 @@ def generate(
     *,
     text_format: TextFormat | None = None,
     config: GenerateConfig | None = None,
+    assistant: Backbone | None = None,
     on_batch: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[str]:
@@ -132,6 +145,8 @@ def generate(
         prefix: One for all texts, one per text, or None; within a list, None leaves that text to the bare model.
         text_format: The text around a source; None: what each prefix was trained with, by its header.
         config: How to decode.
+        assistant: A smaller model with the same tokenizer that guesses tokens for the backbone to check; the output is
+            the same. Texts go one at a time.
         on_batch: Told after each batch how many texts are done.
         **options: Fields of `GenerateConfig`, in place of `config`.
 
@@ -150,7 +165,7 @@ def generate(
     prefixes = _per_text(prefix, len(texts))
     formats = [_format(backbone, p, text_format) for p in prefixes]
     prompts = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
-    outputs = generate_ids(backbone, prompts, prefixes, config=chosen, on_batch=on_batch)
+    outputs = generate_ids(backbone, prompts, prefixes, config=chosen, assistant=assistant, on_batch=on_batch)
     return [
         form.extract_target(_cut_at_stop(backbone.decode(ids), chosen.stop))
         for ids, form in zip(outputs, formats, strict=True)
@@ -207,6 +222,7 @@ def generate_ids(
     prefixes: Sequence[Prefix | None],
     *,
     config: GenerateConfig,
+    assistant: Backbone | None = None,
     streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -215,13 +231,15 @@ def generate_ids(
     Texts of like length share a batch; the order of the results is that of the prompts.
     """
     _check_requests(backbone, prompts, prefixes, config)
+    _check_guessing(backbone, config, assistant)
+    size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
     results: list[list[int]] = [[] for _ in prompts]
     with _sampling_seed(config.seed, backbone.device):
-        for start in range(0, len(order), config.batch_size):
-            rows = order[start : start + config.batch_size]
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
             outputs = _generate_batch(
-                backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], config, streamer
+                backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], config, assistant, streamer
             )
             for number, ids in zip(rows, outputs, strict=True):
                 results[number] = ids
@@ -236,16 +254,21 @@ def _generate_batch(
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[Prefix | None],
     config: GenerateConfig,
+    assistant: Backbone | None,
     streamer: Any,
 ) -> list[list[int]]:
     arguments = _inputs(backbone, prompts)
-    if backbone.layout.cache_layers is not None:
+    guessing = assistant is not None or config.prompt_lookup > 0
+    # Guessed tokens come from the ids, among which a prefilled cache's slots would stand.
+    if backbone.layout.cache_layers is not None and not guessing:
         ours = attach.visible_slots(_prefill(arguments, backbone, prefixes, config))
     else:
         ours = attach.injecting(_inject(arguments, backbone, prefixes))
     start = 1 if backbone.kind == "encoder-decoder" else arguments["input_ids"].shape[1]
     if streamer is not None:
         arguments["streamer"] = streamer
+    if assistant is not None:
+        arguments["assistant_model"] = assistant.model
     _own_rules(arguments, backbone, prompts, config, start)
     with ours:
         output = backbone.model.generate(**arguments, generation_config=_transformers_config(backbone, config))
@@ -274,13 +297,18 @@ def _prefill(
     arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> int:
     """Put the prefixes into the cache that generation starts from; returns how many slots they take."""
-    cache, slots = attach.prefilled_cache(backbone.model, backbone.layout, prefixes, repeats=config.num_beams)
-    rows, width = slots.shape
+    rows, length = arguments["input_ids"].shape
+    width = max(0 if prefix is None else prefix.length() for prefix in prefixes)
+    room = width + length + config.max_new_tokens if config.cache == "static" else None
+    cache, slots = attach.prefilled_cache(
+        backbone.model, backbone.layout, prefixes, repeats=config.num_beams, static_length=room
+    )
     if width:
         # The prefix's slots are already in the cache; transformers wants to see them in ids and mask all the same.
         front = torch.full((rows, width), backbone.pad_id, device=backbone.device)
         arguments["input_ids"] = torch.cat([front, arguments["input_ids"]], dim=1)
         arguments["attention_mask"] = torch.cat([slots.long(), arguments["attention_mask"]], dim=1)
+    if width or room is not None:
         arguments[attach.cache_argument(backbone.model)] = cache
     return width
 
@@ -292,6 +320,8 @@ def _inject(arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Pr
         shift = torch.tensor([0 if p is None else p.length() for p in prefixes], device=backbone.device)
         counted = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         arguments["position_ids"] = counted + shift[:, None]
+        if backbone.layout.cache_layers is not None:
+            arguments[attach.cache_argument(backbone.model)] = attach.growing_cache(backbone.model)
     else:
         from transformers import DynamicCache, EncoderDecoderCache
 
@@ -359,6 +389,18 @@ def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
         forced = getattr(backbone.model.config, "forced_bos_token_id", None)
         if forced is not None:
             values["forced_bos_token_id"] = forced
+    if config.cache == "static" and backbone.layout.cache_layers is None:
+        values["cache_implementation"] = "static"
+    if config.compile:
+        from transformers import CompileConfig
+
+        values["compile_config"] = CompileConfig(fullgraph=False)
+        # By default transformers compiles on accelerators alone.
+        values["compile_config"]._compile_all_devices = True
+    else:
+        values["disable_compile"] = True
+    if config.prompt_lookup:
+        values["prompt_lookup_num_tokens"] = config.prompt_lookup
     if config.min_new_tokens:
         values["min_new_tokens"] = config.min_new_tokens
     if config.num_beams > 1:
@@ -422,6 +464,31 @@ def _check_requests(
                 f"positions, but {backbone.name!r} has {limit}{' on either side' if apart else ''}.",
                 hint="shorten the text or lower max_new_tokens.",
             )
+
+
+def _check_guessing(backbone: Backbone, config: GenerateConfig, assistant: Backbone | None) -> None:
+    """Refuse guessing ahead where it cannot work."""
+    if assistant is not None:
+        if config.num_beams > 1 or config.cache != "dynamic" or config.prompt_lookup:
+            raise ConfigError(
+                "an assistant needs num_beams = 1, the dynamic cache and no prompt look-up.", hint="leave those out."
+            )
+        if assistant.kind != backbone.kind or len(assistant.tokenizer) != len(backbone.tokenizer):
+            raise ConfigError(
+                f"{assistant.name!r} cannot assist {backbone.name!r}: its kind or its vocabulary differs.",
+                hint="choose a smaller model of the same family.",
+            )
+    if config.compile and backbone.layout.cache_layers is None:
+        raise ConfigError(
+            f"decoding with {backbone.name!r} puts the prefix into every step, which is not compiled.",
+            hint="leave compile out; the static cache works.",
+        )
+    mixing = backbone.kind == "decoder" and not backbone.layout.packable
+    if mixing and (config.cache == "static" or config.prompt_lookup or assistant is not None):
+        raise ConfigError(
+            f"{backbone.name!r} keeps more than keys and values: its cache cannot be cut back or laid out beforehand.",
+            hint="use the dynamic cache, without guessing ahead.",
+        )
 
 
 def _cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attach import ATTENTION, Call, Injection, Layout, cache_argument, register, watching
+from prefixtune.attach import ATTENTION, Call, Injection, Layout, cache_argument, main_device, register, watching
 from prefixtune.errors import BackboneError
 from prefixtune.prefix import LayerShape
 
@@ -76,7 +76,7 @@ def _carries(calls: Sequence[Call]) -> bool:
 def _run(model: Any, name: str) -> list[Call]:
     """Every attention call of one small forward pass."""
     # Two tokens to the encoder and three to the decoder, so that the calls can be told apart.
-    decoder = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=model.device)
+    decoder = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     inputs: dict[str, Any] = {"input_ids": decoder}
     if model.config.is_encoder_decoder:
         inputs = {"input_ids": decoder[:, :_ENCODER_TOKENS], "decoder_input_ids": decoder}
@@ -93,7 +93,7 @@ def _run(model: Any, name: str) -> list[Call]:
 def _is_causal(model: Any) -> bool:
     """Whether a later token leaves what was computed for earlier ones as it is."""
     size = model.get_input_embeddings().weight.shape[0]
-    first = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=model.device)
+    first = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     second = first.clone()
     second[0, -1] = size // 2
     one, other = model(input_ids=first)[0][:, :-1], model(input_ids=second)[0][:, :-1]
@@ -180,7 +180,7 @@ def _cache_layers(model: Any) -> tuple[int, ...] | None:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     with watching() as cached:
         model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
     found: list[int] = []

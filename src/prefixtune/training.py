@@ -51,6 +51,7 @@ PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = (
     "events.jsonl",
     "config.toml",
 )
+ADAPTER_FOLDER = "adapter"
 
 
 _MAY_CHANGE = ("output", "save_every", "device", "dtype")
@@ -182,7 +183,15 @@ def train(
     if dev_examples is None and config.dev:
         dev_examples = read_task(config.task, config.dev, source=config.source or None, target=config.target or None)
     if backbone is None:
-        backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device)
+        backbone = load_backbone(
+            config.backbone,
+            dtype=config.dtype,
+            device=config.device,
+            quantize=config.quantize,
+            adapter=config.adapter or None,
+            train_adapter=config.train_adapter,
+            adapter_rank=config.adapter_rank,
+        )
     dev = limit_targets(dev_examples or (), config.dev_limit)
     if config.gradient_checkpointing and not backbone.layout.carries:
         raise ConfigError(
@@ -205,7 +214,7 @@ def train(
         folder / PREFIX_FILE,
         run.step,
         run.best_loss,
-        run.module.num_trained,
+        sum(parameter.numel() for parameter in run.trained),
         tuple(events),
     )
 
@@ -245,9 +254,10 @@ class _Run:
         by_head = self.labels is not None and self.labels.by == "head"
         num_labels = len(self.labels.names) if by_head and self.labels is not None else 0
         self.module, self.initialization = build_module(config, backbone, num_labels=num_labels)
-        self.optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=config.peak_learning_rate, weight_decay=config.weight_decay
-        )
+        # A LoRA adapter that trains along; empty otherwise.
+        self.adapter = backbone.adapter_parameters
+        self.trained = [*self.module.parameters(), *self.adapter.values()]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(sum(1 for _ in self._plan(epoch=0)) / config.gradient_accumulation)
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
         self.step, self.best_loss, self.best_step, self.misses = 0, math.nan, 0, 0
@@ -342,7 +352,7 @@ class _Run:
             "num_sources": len(self.data.examples),
             "num_targets": self.data.num_targets,
             "num_cut": self.data.num_cut,
-            "num_trained": self.module.num_trained,
+            "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": self.module.bake().num_parameters,
             "initialization": self.initialization,
             "backbone": self.backbone.name,
@@ -372,7 +382,7 @@ class _Run:
             loss += float(weighted.detach())
         torch.autograd.backward(live.tensors(), [tensor.grad for tensor in leaf.tensors()])
         limit = self.config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, limit))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"the loss is {loss} and the gradient's norm {norm} at step {self.step + 1}; the state of the last "
@@ -419,8 +429,9 @@ class _Run:
 
     def _save_artifact(self, prefix: Prefix) -> None:
         config = self.config
+        backbone = self.backbone.save_adapter(self.folder / ADAPTER_FOLDER) if self.adapter else self.backbone
         header = make_header(
-            self.backbone,
+            backbone,
             task=config.task,
             text_format={
                 **self.format.to_dict(),
@@ -442,6 +453,11 @@ class _Run:
                 },
                 "learning_rate": config.peak_learning_rate,
             },
+            **(
+                {"adapter": ADAPTER_FOLDER if self.adapter else config.adapter}
+                if self.adapter or config.adapter
+                else {}
+            ),
             license=config.license,
             made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
@@ -451,6 +467,7 @@ class _Run:
     def save(self) -> None:
         """Write the resumable state."""
         tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        tensors |= {f"adapter.{name}": parameter for name, parameter in self.adapter.items()}
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{number}.{key}": torch.as_tensor(value) for key, value in values.items()})
         save_state(
@@ -507,6 +524,9 @@ class _Run:
         self.module.load_state_dict(
             {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
         )
+        with torch.no_grad():
+            for name, parameter in self.adapter.items():
+                parameter.copy_(tensors[f"adapter.{name}"])
         slots: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):

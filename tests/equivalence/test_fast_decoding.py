@@ -1,0 +1,63 @@
+"""Static cache, compiled steps, assisted decoding and prompt look-up with a prefix give what plain decoding gives."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefixtune.errors import ConfigError
+from prefixtune.generation import GenerateConfig, generate_ids
+
+Make = Callable[..., Any]
+PLAIN = GenerateConfig(max_new_tokens=12)
+
+
+def ways(backbone: Any, random_ids: Make, random_prefix: Make) -> tuple[list[list[int]], list[Any]]:
+    prompts = [random_ids(7, 1), random_ids(4, 2), random_ids(11, 3)]
+    return prompts, [random_prefix(backbone, 4, 5), None, random_prefix(backbone, 6, 6)]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_static_cache(backbone: Any, random_ids: Make, random_prefix: Make, beams: int) -> None:
+    prompts, prefixes = ways(backbone, random_ids, random_prefix)
+    plain = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=12, num_beams=beams))
+    static = GenerateConfig(max_new_tokens=12, num_beams=beams, cache="static")
+    assert generate_ids(backbone, prompts, prefixes, config=static) == plain
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler, and there is none here")
+def test_a_compiled_step() -> None:
+    program = Path(__file__).parents[1] / "compiled_step.py"
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prompt_look_up(backbone: Any, random_ids: Make, random_prefix: Make) -> None:
+    prompts, prefixes = ways(backbone, random_ids, random_prefix)
+    # A text that repeats itself, so that there is something to look up.
+    prompts[2] = random_ids(5, 4) * 3
+    plain = generate_ids(backbone, prompts, prefixes, config=PLAIN)
+    assert generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=12, prompt_lookup=3)) == plain
+
+
+def test_an_assistant(backbone: Any, family: str, tiny_backbone: Make, random_ids: Make, random_prefix: Make) -> None:
+    prompts, prefixes = ways(backbone, random_ids, random_prefix)
+    plain = generate_ids(backbone, prompts, prefixes, config=PLAIN)
+    for seed in (0, 1):  # The same model guesses right where there is no prefix; another one guesses wrong.
+        assistant = tiny_backbone(family, seed=seed)
+        assert generate_ids(backbone, prompts, prefixes, config=PLAIN, assistant=assistant) == plain
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compile": True}, {"cache": "sliding"}, {"prompt_lookup": -1}, {"prompt_lookup": 2, "num_beams": 2}],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        GenerateConfig(**options)
+    assert error.value.hint

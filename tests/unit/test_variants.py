@@ -1,0 +1,198 @@
+"""Backbones that are quantized, spread over memory and disk, or tuned by LoRA."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune as pt
+from prefixtune.backbone import Backbone, load_backbone
+from prefixtune.config import TrainConfig
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.initialize import from_words
+from prefixtune.tasks import Example
+
+Make = Callable[..., Any]
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+EXAMPLES = [Example(f"a {n}", (f"b {n}",)) for n in range(4)]
+
+
+@pytest.fixture
+def folder(tiny_models: Make, tiny_tokenizer: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "llama"
+    tiny_models("llama").save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def gradients(backbone: Backbone, prefix: Any) -> list[torch.Tensor]:
+    leaf = prefix.leaves()
+    backbone.forward(IDS, prefixes=leaf).logits.float().logsumexp(-1).sum().backward()
+    return [tensor.grad for tensor in leaf.tensors()]
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).norm() / other.float().norm())
+
+
+# --- quantized -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "near"), [("int8", 0.05), ("int4", 0.5)])
+def test_quantized_weights_carry_the_prefix_and_its_gradients(folder: Path, kind: str, near: float) -> None:
+    pytest.importorskip("torchao")
+    plain, rounded = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", quantize=kind)
+    prefix = from_words(plain, "some words", 5)
+    with torch.no_grad():
+        wanted = plain.forward(IDS, prefixes=prefix).logits
+        found = rounded.forward(IDS, prefixes=prefix).logits
+        bare = rounded.forward(IDS).logits
+    assert 0 < distance(found, wanted) < near
+    assert distance(found, bare) > 0.05
+    one, other = (torch.cat([g.flatten() for g in gradients(b, prefix)]) for b in (rounded, plain))
+    assert distance(one, other) < 3 * near
+    # A prefix belongs to the weights before rounding.
+    assert rounded.fingerprint == plain.fingerprint
+    assert pt.generate(rounded, ["ab"], prefix, max_new_tokens=4)
+
+
+def test_quantized_weights_are_smaller(folder: Path) -> None:
+    pytest.importorskip("torchao")
+    rounded = load_backbone(folder, device="cpu", quantize="int8")
+    weight = rounded.model.model.layers[0].mlp.up_proj.weight
+    assert type(weight).__module__.startswith("torchao")
+    assert rounded.model.get_output_embeddings().weight.dtype == torch.float32
+
+
+# --- spread ----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_on_disk_compute_the_same(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    plain = load_backbone(folder, device="cpu")
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+    spread = load_backbone(folder, device_map=places, offload_folder=str(tmp_path / "offload"))
+    assert any(parameter.device.type == "meta" for parameter in spread.model.parameters())
+    assert spread.fingerprint == plain.fingerprint
+    prefix = from_words(spread, "some words", 5)
+    assert prefix.equal(from_words(plain, "some words", 5))
+    for got, want in zip(gradients(spread, prefix), gradients(plain, prefix), strict=True):
+        assert distance(got, want) < 1e-6
+    assert pt.generate(spread, ["ab"], prefix, max_new_tokens=4) == pt.generate(plain, ["ab"], prefix, max_new_tokens=4)
+
+
+def test_an_automatic_map(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    spread = load_backbone(folder, device_map="auto")
+    assert spread.device.type in ("cpu", "cuda")
+    assert pt.generate(spread, ["ab"], from_words(spread, "some words", 5), max_new_tokens=4)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora(tiny_models: Make, tmp_path: Path) -> Path:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    path = tmp_path / "lora"
+    with warnings.catch_warnings():
+        # PEFT asks transformers by an older name.
+        warnings.simplefilter("ignore", FutureWarning)
+        peft.get_peft_model(tiny_models("llama"), config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_prefix_on_a_tuned_backbone(folder: Path, lora: Path, tiny_models: Make, tiny_tokenizer: Any) -> None:
+    import peft
+
+    plain, tuned = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", adapter=lora)
+    merged = peft.PeftModel.from_pretrained(tiny_models("llama"), lora).merge_and_unload()
+    wanted = Backbone.from_model(merged, tiny_tokenizer, "merged")
+    prefix = from_words(plain, "some words", 5)
+    with torch.no_grad():
+        got = tuned.forward(IDS, prefixes=prefix).logits
+        assert distance(got, wanted.forward(IDS, prefixes=prefix).logits) < 1e-5
+        assert distance(got, plain.forward(IDS, prefixes=prefix).logits) > 1e-2
+    # Other weights: a prefix of the one is refused on the other.
+    assert tuned.fingerprint != plain.fingerprint
+    assert not tuned.adapter_parameters
+
+
+def test_a_prefix_and_an_adapter_train_together(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "device": "cpu", "adapter_rank": 2}
+    options |= {"prefix_length": 3, "bottleneck_size": 8, "epochs": 3.0, "batch_size": 2, "learning_rate": 1e-2}
+    config = TrainConfig(**options, output=str(tmp_path / "run"), save_every=1)
+    backbone = load_backbone(folder, device="cpu", adapter_rank=2)
+    before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
+    result = pt.train(config, backbone=backbone, examples=EXAMPLES)
+    moved = {n for n, p in backbone.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == set(backbone.adapter_parameters)
+    assert result.num_trained > sum(p.numel() for p in backbone.adapter_parameters.values())
+    again = load_backbone(folder, device="cpu", adapter=tmp_path / "run" / "adapter")
+    loaded = pt.load_prefix(result.path, again)
+    with torch.no_grad():
+        one = again.forward(IDS, prefixes=loaded).logits
+        assert distance(one, backbone.forward(IDS, prefixes=result.prefix).logits) < 1e-5
+    with pytest.raises(BackboneError, match="other weights"):
+        pt.load_prefix(result.path, load_backbone(folder, device="cpu"))
+
+
+def test_training_together_resumes_with_the_same_losses(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    options: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "device": "cpu", "adapter_rank": 2}
+    options |= {"prefix_length": 3, "bottleneck_size": 8, "max_steps": 6, "batch_size": 2, "save_every": 3}
+
+    def losses(events: Any) -> list[float]:
+        return [event["loss"] for event in events if event["event"] == "step"]
+
+    whole = losses(pt.train(TrainConfig(**options, output=str(tmp_path / "a")), examples=EXAMPLES).events)
+    config = TrainConfig(**options, output=str(tmp_path / "b"))
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 3:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        pt.train(config, examples=EXAMPLES, on_event=stop)
+    assert losses(pt.train(config, examples=EXAMPLES, resume=True).events) == whole
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown quantization 'int3'"):
+        load_backbone(folder, device="cpu", quantize="int3")
+    with pytest.raises(ConfigError, match="neither device_map nor an adapter"):
+        load_backbone(folder, quantize="int8", device_map="auto")
+    with pytest.raises(BackboneError, match=r"adapter_model\.safetensors"):
+        load_backbone(folder, device="cpu", adapter=tmp_path)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(BackboneError, match=r"adapter_model\.safetensors"):
+        load_backbone(folder, device="cpu", adapter=pickled)
+    with pytest.raises(ConfigError, match="a fresh one of rank 2"):
+        load_backbone(folder, device="cpu", adapter=pickled, adapter_rank=2)
+
+
+def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ConfigError, match="needs torchao") as error:
+        load_backbone(folder, device="cpu", quantize="int8")
+    assert error.value.hint == "pip install torchao"
