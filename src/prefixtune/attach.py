@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from prefixtune.prefix import Geometry, KeyValue, Prefix, describe
 
 __all__ = [
     "ATTENTION",
+    "ATTENTIONS",
     "Call",
     "Group",
     "Injection",
@@ -56,6 +58,9 @@ __all__ = [
 
 ATTENTION = "prefixtune"
 """The name of the attention function in transformers' registry."""
+
+ATTENTIONS = {"sdpa": ATTENTION, "eager": f"{ATTENTION}_eager"}
+"""What computes the attention, behind the prefix -> its name in the registry."""
 
 _SMALL_GROUP = 512
 """Below this many positions, plain matrix products beat the CPU's fused bf16 kernel (2.7 times at 150 positions)."""
@@ -120,7 +125,7 @@ class Call:
         queries: How many positions look.
         key: What they look at.
         value: What they get.
-        extras: Names of the other arguments that were not None.
+        extras: Names of the other arguments that held a number, a tensor or the like.
     """
 
     module: nn.Module
@@ -167,9 +172,10 @@ def register() -> None:
     """Add this project's attention function and mask to transformers' registries; once, when first needed."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if ATTENTION not in AttentionInterface():
-        AttentionInterface.register(ATTENTION, attend)
-        AttentionMaskInterface.register(ATTENTION, make_mask)
+    for kernel, name in ATTENTIONS.items():
+        if name not in AttentionInterface():
+            AttentionInterface.register(name, attend if name == ATTENTION else functools.partial(attend, kernel=kernel))
+            AttentionMaskInterface.register(name, make_mask)
 
 
 def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -197,6 +203,7 @@ def attend(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    kernel: str = "sdpa",
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "B T Hq Dv"], None]:
     """Attention with the row's prefix in front: K = [P_key; K], V = [P_val; V] (Li & Liang 2021, eq. 3).
@@ -204,12 +211,15 @@ def attend(
     Registered in transformers; called by every attention layer. Without an injection it is plain
     scaled-dot-product attention. A relative position bias (T5) is zero at the prefix; a soft cap (Gemma 2) and sinks
     (`s_aux`, gpt-oss) hold for the prefix as for the text.
+
+    `kernel` computes it: `sdpa` (torch's fused functions, flash among them where the mask allows) or `eager` (spelled
+    out).
     """
     injection = prefix_injection if prefix_injection is not None else _current.get()
     watched = _watched.get()
     if watched is not None:
         own = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux, **kwargs}
-        extras = frozenset(name for name, given in own.items() if given is not None)
+        extras = frozenset(name for name, given in own.items() if not isinstance(given, bool | str | None))
         watched.append(Call(module, prefix_injection is not None, query.shape[2], key, value, extras))
     front = None
     if injection is not None:
@@ -219,10 +229,10 @@ def attend(
         if injection.packing is not None:
             site = injection.places[module][0]
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            special = _Special(scale, position_bias, softcap, s_aux)
+            special = _Special(scale, position_bias, softcap, s_aux, kernel == "eager")
             window = kwargs.get("sliding_window")
             return _attend_packed(injection.packing, site, front, query, key, value, special, window), None
-    by_hand = softcap is not None or s_aux is not None
+    by_hand = kernel == "eager" or softcap is not None or s_aux is not None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is None and causal and query.shape[2] > 1 and (front is not None or by_hand):
@@ -288,12 +298,14 @@ class _Special:
         position_bias: (1, Hq, T, S), added to them; None: nothing.
         softcap: They are squeezed into (-softcap, softcap); None: not.
         sinks: (Hq,), one more score per query that draws weight and gives no value; None: not there.
+        spelled_out: Compute it by hand even where a fused function could.
     """
 
     scale: float
     position_bias: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    spelled_out: bool = False
 
 
 def _attend_by_hand(
@@ -347,7 +359,7 @@ def _attend_packed(
         if relative is not None:
             relative = nn.functional.pad(relative[..., row : row + queries, column : column + keys], (length, 0))
         row, column = row + queries, column + keys
-        if special.softcap is not None or special.sinks is not None:
+        if special.softcap is not None or special.sinks is not None or special.spelled_out:
             part = _Special(special.scale, relative, special.softcap, special.sinks)
             mask = None if bias is None else bias[None, None]
             outputs.append(_attend_by_hand(group_query, group_key, group_value, mask, part)[0])

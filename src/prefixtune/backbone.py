@@ -216,7 +216,14 @@ class Backbone:
 
     @classmethod
     def from_model(
-        cls, model: Any, tokenizer: Any, name: str, *, adapter: Any = None, train_adapter: bool = False
+        cls,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        adapter: Any = None,
+        train_adapter: bool = False,
+        attention: str = "sdpa",
     ) -> Backbone:
         """Freeze a model that is already in memory and read it.
 
@@ -226,6 +233,7 @@ class Backbone:
             name: What to call it, in messages and in artifacts.
             adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
             train_adapter: Leave the LoRA layers trainable.
+            attention: What computes the attention, behind the prefix: `sdpa` or `eager`.
 
         Raises:
             BackboneError: It cannot carry a prefix; the message says why.
@@ -240,7 +248,7 @@ class Backbone:
 
         if hasattr(model, "generation_config"):
             model.generation_config = GenerationConfig()
-        layout = probe(model)
+        layout = probe(model, attention)
         return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry), adapter)
 
 
@@ -299,6 +307,7 @@ def load_backbone(
     adapter: str | os.PathLike[str] | None = None,
     train_adapter: bool = False,
     adapter_rank: int = 0,
+    attention: str = "sdpa",
 ) -> Backbone:
     """Load a frozen language model: decoder-only, encoder-decoder, or a text encoder.
 
@@ -315,6 +324,8 @@ def load_backbone(
         adapter: Folder of a LoRA adapter (PEFT) to put on the model; its weights count as the backbone's.
         train_adapter: Leave the adapter trainable, to be trained together with a prefix.
         adapter_rank: Put a fresh LoRA adapter of this rank on the model, to be trained together with a prefix; 0: none.
+        attention: What computes the attention, behind the prefix: `sdpa` (torch's fused functions) or `eager` (spelled
+            out, to compare with).
 
     Raises:
         BackboneError: There is no such model, or it cannot carry a prefix; the message says why.
@@ -364,7 +375,7 @@ def load_backbone(
         with silence():
             tuned = add_adapter(model, adapter_rank)
     trains = train_adapter or adapter_rank > 0
-    backbone = Backbone.from_model(model, tokenizer, name, adapter=tuned, train_adapter=trains)
+    backbone = Backbone.from_model(model, tokenizer, name, adapter=tuned, train_adapter=trains, attention=attention)
     if quantize:
         with silence():
             quantize_weights(model, quantize)

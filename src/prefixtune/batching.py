@@ -133,12 +133,15 @@ class Batch:
         return torch.full((len(self.labels),), 1.0 / total)
 
 
-def default_format(backbone: Backbone) -> TextFormat:
+def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
     """The text around source and target that suits a kind of model.
 
     A decoder-only model reads both in one text, with a separator between (the authors' format); an encoder reads the
-    source as it is, within the tokenizer's own special tokens.
+    source as it is, within the tokenizer's own special tokens. For a head a decoder-only model reads the source alone:
+    what it holds at a separator says little of the text before.
     """
+    if for_head and backbone.kind == "decoder":
+        return TextFormat(" {source}", "{target}")
     return TextFormat() if backbone.kind == "decoder" else TextFormat("{source}", "{target}")
 
 

@@ -18,6 +18,7 @@ import torch
 from prefixtune.attach import check_fits
 from prefixtune.backbone import Backbone
 from prefixtune.batching import (
+    Batch,
     Encoded,
     Encoding,
     collate,
@@ -31,7 +32,17 @@ from prefixtune.loss import batch_loss
 from prefixtune.prefix import Prefix
 from prefixtune.tasks import Example, TextFormat, check_labels, check_tags, label_names, tag_names
 
-__all__ = ["Labels", "Prediction", "choose_labels", "classify", "encode_labelled", "labels_of", "tag", "worded"]
+__all__ = [
+    "Labels",
+    "Prediction",
+    "choose_labels",
+    "classify",
+    "encode_labelled",
+    "labels_of",
+    "sample_hidden",
+    "tag",
+    "worded",
+]
 
 
 @dataclass(frozen=True)
@@ -371,9 +382,24 @@ def _score_head(
         raise ConfigError("the prefix has no head.", hint="get the file again; its header speaks of one.")
     zipped = zip(prompts, places, strict=True)
     batch = collate(backbone, [Encoded(tuple(p), (tuple(0 for _ in at),), tuple(at)) for p, at in zipped])
-    hidden = backbone.hidden_states(**batch.inputs(backbone.device), prefixes=prefix)
+    return prefix.head(_hidden(backbone, prefix, batch))
+
+
+def _hidden(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> torch.Tensor:
+    """The hidden states at a batch's labels: (N, d)."""
+    hidden: torch.Tensor = backbone.hidden_states(**batch.inputs(backbone.device), prefixes=prefix)
     positions = batch.label_positions.to(hidden.device)
-    return prefix.head(hidden[positions // batch.width, positions % batch.width])
+    return hidden[positions // batch.width, positions % batch.width]
+
+
+@torch.no_grad()
+def sample_hidden(
+    backbone: Backbone, prefix: Prefix, examples: Sequence[Encoded], count: int = 64, batch_size: int = 16
+) -> torch.Tensor:
+    """Hidden states where the first examples have their labels: (N, d), to standardize a head by."""
+    chosen = examples[:count]
+    chunks = [collate(backbone, chosen[n : n + batch_size]) for n in range(0, len(chosen), batch_size)]
+    return torch.cat([_hidden(backbone, prefix, batch) for batch in chunks])
 
 
 def _predict(scores: torch.Tensor, names: Sequence[str]) -> Prediction:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attach import ATTENTION, Call, Injection, Layout, cache_argument, main_device, register, watching
-from prefixtune.errors import BackboneError
+from prefixtune.attach import ATTENTIONS, Call, Injection, Layout, cache_argument, main_device, register, watching
+from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 from prefixtune.prefix import LayerShape
 
 __all__ = ["probe"]
@@ -31,17 +31,27 @@ _UNDERSTOOD = frozenset(
 
 
 @torch.no_grad()
-def probe(model: Any) -> Layout:
+def probe(model: Any, attention: str = "sdpa") -> Layout:
     """Choose this project's attention function for a model and find the layers that can carry a prefix.
 
+    Args:
+        model: Of transformers.
+        attention: What computes the attention: `sdpa` or `eager`.
+
     Raises:
+        ConfigError: There is no such attention.
         BackboneError: The model attends through code of its own, takes no positions, or does more in its attention
             than is computed here.
     """
     register()
+    if attention not in ATTENTIONS:
+        flash = " flash kernels are used through 'sdpa', where the mask allows;" if "flash" in attention else ""
+        raise ConfigError(
+            f"unknown attention {attention!r}.", hint=f"{flash} {did_you_mean(attention, ATTENTIONS)}".strip()
+        )
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
     try:
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(ATTENTIONS[attention])
     except (ValueError, ImportError) as error:
         raise BackboneError(f"{name} cannot take another attention function: {error}", hint=_HINT) from error
     calls = _run(model, name)

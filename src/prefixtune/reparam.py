@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix import Geometry, Head, LayerShape, Prefix, flatten, unflatten
 
-__all__ = ["KINDS", "PrefixModule", "SiteParameters", "fit"]
+__all__ = ["KINDS", "HeadParameters", "PrefixModule", "SiteParameters", "fit"]
 
 KINDS = ("mlp", "none", "residual")
 
@@ -76,6 +76,39 @@ class SiteParameters(nn.Module):
         return out if self.start is None else self.start + out
 
 
+class HeadParameters(nn.Module):
+    """The trainable parameters of a linear head.
+
+    Hidden states of a language model share a large common part, beside which what tells texts apart is small; so the
+    head sees them standardized. Centre and spread are constants, folded into the weights that are stored.
+
+    Args:
+        num_labels: C.
+        hidden_size: d.
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, num_labels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_labels, hidden_size) * RANDOM_STD)
+        self.bias = nn.Parameter(torch.zeros(num_labels))
+        self.register_buffer("center", torch.zeros(hidden_size))
+        self.register_buffer("spread", torch.ones(hidden_size))
+
+    def standardize(self, hidden: Float[Tensor, "N d"]) -> None:
+        """Take centre and spread from some hidden states."""
+        hidden = hidden.float()
+        self.center.copy_(hidden.mean(0))
+        self.spread.copy_(hidden.std(0, correction=0).clamp(min=1e-6 + 1e-3 * float(hidden.std())))
+
+    def forward(self) -> Head:
+        """The head as it is now, for hidden states as they are."""
+        weight = self.weight / self.spread
+        return Head(weight, self.bias - weight @ self.center)
+
+
 class PrefixModule(nn.Module):
     """The trainable prefix: one `SiteParameters` per site, and the shapes to split their rows by.
 
@@ -89,7 +122,7 @@ class PrefixModule(nn.Module):
         head: Labels and width of the hidden states of a linear head to train with it; None: no head.
     """
 
-    head: nn.Linear | None
+    head: HeadParameters | None
 
     def __init__(
         self,
@@ -124,16 +157,12 @@ class PrefixModule(nn.Module):
             }
         )
 
-        self.head = None
-        if head is not None:
-            self.head = nn.Linear(head[1], head[0])
-            nn.init.normal_(self.head.weight, std=RANDOM_STD)
-            nn.init.zeros_(self.head.bias)
+        self.head = None if head is None else HeadParameters(*head)
 
     def forward(self) -> Prefix:
         """The prefix as it is now, in float32, attached to the graph of its parameters."""
         flat: Mapping[str, Tensor] = {site: module() for site, module in self.sites.items()}
-        head = None if self.head is None else Head(self.head.weight, self.head.bias)
+        head = None if self.head is None else self.head()
         return Prefix({site: unflatten(rows, self.geometry[site]) for site, rows in flat.items()}, head=head)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ from prefixtune.config import TrainConfig
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.files import write_text
 from prefixtune.initialize import from_prefix, from_words
-from prefixtune.labelling import Labels, choose_labels, encode_labelled, worded
+from prefixtune.labelling import Labels, choose_labels, encode_labelled, sample_hidden, worded
 from prefixtune.loss import batch_loss
 from prefixtune.prefix import Prefix
 from prefixtune.reparam import PrefixModule, fit
@@ -245,15 +245,17 @@ class _Run:
         self, config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
     ) -> None:
         self.config, self.backbone, self.folder = config, backbone, Path(config.output)
-        usual = default_format(backbone)
-        self.format = TextFormat(config.prompt_format or usual.prompt, config.target_format or usual.target)
         self.labels = _labels(config, backbone, examples, dev_examples)
+        by_head = self.labels is not None and self.labels.by == "head"
+        usual = default_format(backbone, for_head=by_head)
+        self.format = TextFormat(config.prompt_format or usual.prompt, config.target_format or usual.target)
         self.data = self._encode(examples)
         self.dev = self._encode(dev_examples) if dev_examples else None
         self.data_digest = _digest(self.data, self.dev)
-        by_head = self.labels is not None and self.labels.by == "head"
         num_labels = len(self.labels.names) if by_head and self.labels is not None else 0
         self.module, self.initialization = build_module(config, backbone, num_labels=num_labels)
+        if self.module.head is not None:
+            self.module.head.standardize(sample_hidden(backbone, self.module.bake(), self.data.examples))
         # A LoRA adapter that trains along; empty otherwise.
         self.adapter = backbone.adapter_parameters
         self.trained = [*self.module.parameters(), *self.adapter.values()]
