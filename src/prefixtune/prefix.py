@@ -132,6 +132,8 @@ class Prefix:
                 faults.append(f"the layers of site {site!r} have different lengths {sorted(lengths)}")
         if faults:
             raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint="give (H, P, D) tensors of one P per site.")
+        # One order, whatever a file or a caller had them in.
+        object.__setattr__(self, "layers", {site: self.layers[site] for site in SITES if site in self.layers})
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -1,0 +1,189 @@
+"""Classification and tagging: a head, or the model's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune as pt
+from prefixtune.config import TrainConfig
+from prefixtune.errors import ConfigError, DataError, RequestError
+from prefixtune.labelling import choose_labels, classify, encode_labelled, labels_of, tag
+from prefixtune.reparam import HeadParameters
+from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks.tagging import tagged
+
+Make = Callable[..., Any]
+
+# The label is whether the text holds a "q"; the tag, whether a word does.
+TEXTS = ["abq", "cde", "qfg", "hij", "kql", "mno", "pqr", "stu"]
+LABELLED = [Example(text, ("with" if "q" in text else "plain",)) for text in TEXTS]
+TAGGED = [
+    tagged(words, ["B-Q" if "q" in word else "O" for word in words])
+    for words in (["ab", "qc"], ["q", "de", "fq"], ["gh", "ij"], ["kq", "l"])
+]
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "prefix_length": 4,
+        "bottleneck_size": 16,
+        "learning_rate": 1e-2,
+        "batch_size": 8,
+        "max_steps": 120,
+        "warmup_steps": 5,
+        "init_text": "letters",
+        "output": str(tmp_path / "run"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "by"), [("bert", "head"), ("modernbert", "head"), ("llama", "head"), ("llama", "words"), ("t5", "words")]
+)
+def test_a_prefix_learns_labels(family: str, by: str, tiny_backbone: Make, options: dict[str, Any]) -> None:
+    backbone = tiny_backbone(family)
+    options["max_steps"] = 120 if by == "head" else 300
+    config = TrainConfig(**options, task="classification", classifier=by)
+    result = pt.train(config, backbone=backbone, examples=LABELLED, dev_examples=LABELLED)
+    loaded = pt.load_prefix(result.path, backbone)
+    labels = labels_of(loaded)
+    assert labels is not None
+    assert (labels.by, labels.names) == (by, ("plain", "with"))
+    assert (loaded.head is not None) == (by == "head")
+    scores = pt.evaluate(backbone, LABELLED, loaded).scores
+    assert scores["accuracy"].score == 100
+    assert scores["macro_f1"].score == 100
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_prefix_learns_tags(family: str, tiny_backbone: Make, options: dict[str, Any]) -> None:
+    backbone = tiny_backbone(family)
+    config = TrainConfig(**options, task="tagging")
+    result = pt.train(config, backbone=backbone, examples=TAGGED)
+    loaded = pt.load_prefix(result.path, backbone)
+    assert pt.evaluate(backbone, TAGGED, loaded).scores["span_f1"].score == 100
+    found = tag(backbone, [["ab", "qc"], ["zz"]], loaded)
+    assert [token.label for token in found[0]] == ["O", "B-Q"]
+    assert [len(row) for row in found] == [2, 1]
+    for row in found:
+        for token in row:
+            assert set(token.probabilities) == {"O", "B-Q", "I-Q"}
+            assert sum(token.probabilities.values()) == pytest.approx(1)
+
+
+def test_the_words_probabilities_are_the_models_own(tiny_backbone: Make, random_prefix: Make) -> None:
+    # Against the plainest way: each word after each text, alone, in full, summed over its tokens.
+    backbone = tiny_backbone("llama")
+    texts, words = ["abc", "d"], ["yes", "no", "maybe so"]
+    made = classify(backbone, texts, labels=words, batch_size=2)
+    form = TextFormat()
+    for text, found in zip(texts, made, strict=True):
+        scores = []
+        for word in words:
+            prompt = backbone.encode(form.format_prompt(text, backbone.separator))
+            answer = [*backbone.encode(form.format_target(word)), backbone.end_id]
+            with torch.no_grad():
+                logits = backbone.model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+            scores.append(sum(logits.log_softmax(-1)[n, token] for n, token in enumerate(answer)))
+        wanted = torch.stack(scores).softmax(0).tolist()
+        assert list(found.probabilities.values()) == pytest.approx(wanted, rel=1e-4)
+        assert found.label == words[max(range(3), key=wanted.__getitem__)]
+
+
+def test_texts_in_a_batch_do_not_touch_each_other(tiny_backbone: Make, options: dict[str, Any]) -> None:
+    for family in ("bert", "llama"):
+        backbone = tiny_backbone(family)
+        run = {**options, "max_steps": 3, "output": f"{options['output']}-{family}"}
+        config = TrainConfig(**run, task="classification", classifier="head")
+        prefix = pt.train(config, backbone=backbone, examples=LABELLED).prefix
+        texts = ["a", "some longer text", "mid"]
+        together = classify(backbone, texts, prefix, batch_size=3)
+        alone = [classify(backbone, [text], prefix)[0] for text in texts]
+        for one, other in zip(together, alone, strict=True):
+            assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), rel=1e-4)
+
+
+def test_a_standardized_head_is_stored_as_a_plain_one() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 8) * torch.arange(1, 9) + 100
+    head = HeadParameters(3, 8)
+    head.standardize(hidden)
+    scores = head()(hidden)
+    wanted = ((hidden - hidden.mean(0)) / hidden.std(0, correction=0)) @ head.weight.T + head.bias
+    assert torch.allclose(scores, wanted, atol=1e-4)
+
+
+def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone: Make) -> None:
+    # One token a byte: "ab qc" is a, b, space, q, c.
+    examples = [tagged(["ab", "qc"], ["O", "B-Q"])]
+    labels = choose_labels("tagging", tiny_backbone("bert"), examples)
+    form = TextFormat("{source}", "{target}")
+    bert, llama = tiny_backbone("bert"), tiny_backbone("llama")
+    first = encode_labelled(bert, examples, labels, form, prefix_length=0).examples[0]
+    begins = len(first.prompt) - 5 - (first.prompt[-1] == bert.tokenizer.eos_token_id)
+    assert first.places == (begins, begins + 3)
+    last = encode_labelled(llama, examples, labels, form, prefix_length=0).examples[0]
+    assert last.places == (1, 4)
+    assert first.targets == last.targets == ((0, 1),)
+
+
+def test_a_long_text_is_cut_and_counted(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    examples = [tagged(["abc"] * 20, ["O"] * 20), tagged(["q"], ["B-Q"])]
+    labels = choose_labels("tagging", backbone, examples)
+    form = TextFormat("{source}", "{target}")
+    made = encode_labelled(backbone, examples, labels, form, prefix_length=4, max_length=11)
+    assert made.num_cut == 1
+    assert made.examples[0].places == (2, 6, 10)
+    assert len(made.examples[0].targets[0]) == 3
+    with pytest.raises(DataError, match="takes 79 tokens, but 11"):
+        encode_labelled(backbone, examples, labels, form, prefix_length=4, max_length=11, on_too_long="error")
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_backbone_cannot_do_is_refused(tiny_backbone: Make, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is an encoder, which reads text and writes none"):
+        pt.train(TrainConfig(**options), backbone=tiny_backbone("bert"), examples=LABELLED)
+    with pytest.raises(ConfigError, match="is an encoder and writes none"):
+        choose_labels("classification", tiny_backbone("bert"), LABELLED, by="words")
+    with pytest.raises(ConfigError, match="no head is trained"):
+        choose_labels("classification", tiny_backbone("t5"), LABELLED, by="head")
+    with pytest.raises(ConfigError, match="too many words"):
+        choose_labels("tagging", tiny_backbone("llama"), TAGGED, by="words")
+
+
+def test_wrong_labels_and_words_are_told(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    with pytest.raises(ConfigError, match="names 'wiht', which is no label") as error:
+        choose_labels("classification", backbone, LABELLED, words={"wiht": "yes"})
+    assert "'with'" in error.value.hint
+    with pytest.raises(ConfigError, match="share a word"):
+        choose_labels("classification", backbone, LABELLED, words={"with": "yes", "plain": "yes"})
+    with pytest.raises(DataError):
+        choose_labels("classification", backbone, LABELLED[:1])
+    with pytest.raises(DataError):
+        choose_labels("classification", backbone, LABELLED, [Example("x", ("other",))])
+    with pytest.raises(ConfigError, match="LABEL=WORD is needed"):
+        TrainConfig(label_words="with:yes")
+
+
+def test_a_prefix_is_used_for_what_it_was_trained_for(tiny_backbone: Make, random_prefix: Make) -> None:
+    backbone = tiny_backbone("llama")
+    generating = random_prefix(backbone, 3)
+    with pytest.raises(ConfigError, match="a prefix for generation cannot be used for classification"):
+        classify(backbone, ["a"], generating)
+    with pytest.raises(ConfigError, match="the bare model cannot be used for classification"):
+        classify(backbone, ["a"])
+    with pytest.raises(ConfigError, match="cannot be used for tagging"):
+        tag(backbone, [["a"]], generating)
+    with pytest.raises(RequestError, match="one string"):
+        classify(backbone, "abc", labels=["x", "y"])
+    with pytest.raises(RequestError, match="positions"):
+        classify(backbone, ["a" * 500], labels=["x", "y"])
