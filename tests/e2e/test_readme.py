@@ -12,7 +12,7 @@ import pytest
 from prefixtune.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "labels.md"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -47,7 +47,8 @@ def test_the_python_blocks_run(
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):
         exec(compile(block.replace("max_steps=20", "max_steps=3"), str(page), "exec"), {})
-    assert (tmp_path / "runs" / "trains" / "prefix.safetensors").stat().st_size < 600_000
+        if "runs/trains" in block:
+            assert (tmp_path / "runs" / "trains" / "prefix.safetensors").stat().st_size < 600_000
     assert capsys.readouterr().out.strip()
 
 
