@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+
 from prefixtune.backbone import Backbone
 from prefixtune.generation import GenerateConfig, generate_ids
 from prefixtune.prefix import Prefix

@@ -1,4 +1,4 @@
-"""What the tests share: tiny random models of six families, a tokenizer made on the spot, prefixes, and data paths.
+"""What the tests share: tiny random models of many families, tokenizers made on the spot, prefixes, and data paths.
 
 Shape annotations of the whole package are checked at run time, and no model hub is ever asked.
 """
@@ -23,14 +23,20 @@ from torch import Tensor
 # it says of them; `console` takes streams, which the checker knows too narrowly.
 import prefixtune.config
 import prefixtune.console  # noqa: F401
+from zoo import MAX_POSITIONS, NUM_BYTES, make_model, make_tokenizer
 
 install_import_hook("prefixtune", "beartype.beartype")
 
 FAMILIES = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral")
-MAX_POSITIONS = 160
 
-# Printable ASCII, line breaks, and the bytes of "é" and "€", so that a character may span tokens.
-_BYTES = [*range(32, 127), 10, 13, *"é€".encode()]
+ENCODER_DECODERS = ("bart", "mbart", "pegasus", "marian", "blenderbot", "t5", "t5_gated", "mt5", "m2m_100")
+_DEEPER_DECODERS = {
+    "bart": {"encoder_layers": 2, "decoder_layers": 3},
+    "t5": {"num_layers": 2, "num_decoder_layers": 3},
+}
+"""In the other families' tiny models the encoder is the deeper one."""
+
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "modernbert")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -41,39 +47,31 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """One token per byte, with <s>, </s> and <pad>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = _byte_characters()
-    vocabulary = {alphabet[byte]: number for number, byte in enumerate(_BYTES)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-    )
+    """One token per byte, with <s>, </s> and <pad>; it adds none of these by itself."""
+    return make_tokenizer()
 
 
-def _byte_characters() -> dict[int, str]:
-    """How byte-level tokenizers write a byte: as itself where it is printable, else from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(other)}
+@pytest.fixture(scope="session")
+def enclosing_tokenizer() -> Any:
+    """The same tokens, and <s> and </s> around every text."""
+    return make_tokenizer(enclosing=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_models(tiny_tokenizer: Any) -> Callable[..., Any]:
-    """A factory: `tiny_models(family, seed=0, **changes)` makes a random model with every dropout rate above zero."""
+    """A factory: `tiny_models(family, seed=0, **changes)` makes a random model with every dropout rate above zero.
+
+    Besides the six families, these are the encoder-decoders and encoders of the zoo, among them models whose encoder
+    and decoder differ in depth and head count, and T5s whose heads do not multiply to the width.
+    """
     import transformers as hf
 
     vocabulary = len(tiny_tokenizer)
 
     def make(name: str, *, seed: int = 0, **changes: Any) -> Any:
+        if name not in FAMILIES:
+            settings = {**_DEEPER_DECODERS.get(name, {}), **changes}
+            return make_model(name.replace("t5_gated", "t5-gated"), tiny_tokenizer, seed, **settings)
         tokens = {
             "vocab_size": vocabulary,
             "bos_token_id": tiny_tokenizer.bos_token_id,
@@ -117,13 +115,14 @@ def tiny_models(tiny_tokenizer: Any) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def tiny_backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any, enclosing_tokenizer: Any) -> Callable[..., Any]:
     """A factory: `tiny_backbone(family, seed=0, **changes)` makes a frozen `Backbone`."""
     from prefixtune.backbone import Backbone
 
     def make(name: str, **changes: Any) -> Any:
-        return Backbone.from_model(tiny_models(name, **changes), tiny_tokenizer, f"tiny-{name}")
+        tokenizer = enclosing_tokenizer if name in ENCODERS else tiny_tokenizer
+        return Backbone.from_model(tiny_models(name, **changes), tokenizer, f"tiny-{name}")
 
     return make
 
@@ -134,21 +133,40 @@ def backbone(family: str, tiny_backbone: Callable[..., Any]) -> Any:
     return tiny_backbone(family)
 
 
+@pytest.fixture(scope="session", params=ENCODER_DECODERS)
+def encoder_decoder(request: pytest.FixtureRequest, tiny_backbone: Callable[..., Any]) -> Any:
+    """A tiny `Backbone` of each encoder-decoder family in turn; shared, so it must be left as it is."""
+    return tiny_backbone(request.param)
+
+
+@pytest.fixture(scope="session", params=ENCODERS)
+def encoder(request: pytest.FixtureRequest, tiny_backbone: Callable[..., Any]) -> Any:
+    """A tiny `Backbone` of each encoder family in turn; shared, so it must be left as it is."""
+    return tiny_backbone(request.param)
+
+
 @pytest.fixture(scope="session")
 def random_prefix() -> Callable[..., Any]:
-    """A factory: `random_prefix(backbone, P, seed)` makes a prefix whose tensors are leaves that take gradients."""
+    """A factory: `random_prefix(backbone, P, seed)` makes a prefix whose tensors are leaves that take gradients.
+
+    P may also be given by site, as in `{"encoder": 3, "cross": 5}`: then it stands at these sites only.
+    """
     from prefixtune.prefix import Prefix
 
-    def make(backbone: Any, length: int, seed: int = 0, scale: float = 1.0) -> Any:
+    def make(backbone: Any, length: int | dict[str, int], seed: int = 0, scale: float = 1.0) -> Any:
         generator = torch.Generator().manual_seed(seed)
+        lengths = dict.fromkeys(backbone.geometry, length) if isinstance(length, int) else length
 
-        def one(heads: int, size: int) -> Tensor:
-            return (torch.randn(heads, length, size, generator=generator) * scale).requires_grad_()
+        def one(heads: int, positions: int, size: int) -> Tensor:
+            return (torch.randn(heads, positions, size, generator=generator) * scale).requires_grad_()
 
         return Prefix(
             {
-                site: tuple((one(s.num_kv_heads, s.key_dim), one(s.num_kv_heads, s.value_dim)) for s in shapes)
-                for site, shapes in backbone.geometry.items()
+                site: tuple(
+                    (one(s.num_kv_heads, positions, s.key_dim), one(s.num_kv_heads, positions, s.value_dim))
+                    for s in backbone.geometry[site]
+                )
+                for site, positions in lengths.items()
             }
         )
 
@@ -161,7 +179,7 @@ def random_ids() -> Callable[..., list[int]]:
 
     def make(count: int, seed: int = 0) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(0, len(_BYTES), (count,), generator=generator).tolist()
+        return torch.randint(0, NUM_BYTES, (count,), generator=generator).tolist()
 
     return make
 

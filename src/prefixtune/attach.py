@@ -139,6 +139,7 @@ class Call:
 _watched: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("watched", default=None)
 _current: contextvars.ContextVar[Injection | None] = contextvars.ContextVar("current", default=None)
 _slots: contextvars.ContextVar[int] = contextvars.ContextVar("slots", default=0)
+_told: contextvars.ContextVar[Mapping[str, Tensor]] = contextvars.ContextVar("told")
 
 
 @contextlib.contextmanager
@@ -531,6 +532,12 @@ def forward(
             f"{type(model).__name__} is of kind {layout.kind!r}: decoder_input_ids go with an encoder-decoder only.",
             hint="give them to an encoder-decoder, and to no other model.",
         )
+    if decoder_input_ids is None and (decoder_attention_mask is not None or source_rows is not None):
+        raise ConfigError(
+            "decoder_attention_mask and source_rows go with decoder_input_ids.", hint="leave them out for this model."
+        )
+    if packing is not None and layout.kind != "decoder" and not layout.packable:
+        raise ConfigError(f"{type(model).__name__} takes no packed rows.", hint="use `collate`, which pads them.")
     for prefix in rows:
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
@@ -551,6 +558,8 @@ def forward(
             call["position_ids"] = packing.positions().to(input_ids.device) + shift
         else:
             call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + shift
+    elif packing is None:
+        _tell_positions(call, model, mask, decoder_attention_mask)
     beside = contextlib.nullcontext() if layout.carries else injecting(injection)
     with beside, _packed_positions(model, layout, packing):
         if layout.kind != "encoder-decoder":
@@ -565,29 +574,47 @@ def forward(
         return model(input_ids=input_ids, attention_mask=mask, **call)
 
 
+def _tell_positions(call: dict[str, Any], model: Any, mask: Tensor, decoder_mask: Tensor | None) -> None:
+    """Count positions from a row's first real token on, in models that rotate by position.
+
+    A prefix does not move with a row's padding, as the keys of the text do. Tables of positions are left to the models,
+    which count in ways of their own.
+    """
+    taken = inspect.signature(type(model).forward).parameters
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    if "position_ids" in taken and table is None:
+        call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if "decoder_position_ids" in taken and decoder_mask is not None:
+        call["decoder_position_ids"] = (decoder_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
 @contextlib.contextmanager
 def _packed_positions(model: Any, layout: Layout, packing: Packing | None) -> Iterator[None]:
     """While the block runs, an encoder-decoder's position embeddings are told the packed row's positions.
 
     Such models take no `position_ids`, but their position embeddings do. Models with a relative bias have none of
-    these, and need nothing: within a source or a target, a packed row's distances are right.
+    these, and need nothing: within a source or a target, a packed row's distances are right. Only calls of this context
+    are told; another thread may use the model meanwhile.
     """
+    if packing is None or layout.kind != "encoder-decoder":
+        yield
+        return
+    device = main_device(model)
+    token = _told.set({site: packing.positions(site)[0].to(device) for site in ("encoder", "decoder")})
     handles = []
-    parts = (
-        (("encoder", model.get_encoder()), ("decoder", model.get_decoder())) if layout.kind == "encoder-decoder" else ()
-    )
-    for site, part in parts if packing is not None else ():
+    for site, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
         embedding = getattr(part, "embed_positions", None)
-        if embedding is not None and packing is not None:
-            positions = packing.positions(site)[0].to(main_device(model))
+        if embedding is not None:
 
-            def tell(module: nn.Module, args: Any, given: dict[str, Any], positions: Tensor = positions) -> Any:
-                return args, {**given, "position_ids": positions}
+            def tell(module: nn.Module, args: Any, given: dict[str, Any], site: str = site) -> Any:
+                told = _told.get({})
+                return (args, {**given, "position_ids": told[site]}) if told else None
 
             handles.append(embedding.register_forward_pre_hook(tell, with_kwargs=True))
     try:
         yield
     finally:
+        _told.reset(token)
         for handle in handles:
             handle.remove()
 

@@ -91,7 +91,8 @@ class Backbone:
     @property
     def hidden_size(self) -> int:
         """The model's width, d in the paper's MLP."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        width = getattr(self.model.config.get_text_config(decoder=True), "hidden_size", None)
+        return int(width or self.model.get_input_embeddings().weight.shape[1])
 
     @property
     def max_positions(self) -> int | None:
@@ -151,6 +152,8 @@ class Backbone:
         Where the configuration names none (mBART), it is the language token that the tokenizer puts after a target.
         """
         given = getattr(self.model.config, "decoder_start_token_id", None)
+        if given is None:
+            given = getattr(self.model.generation_config, "decoder_start_token_id", None)
         if given is not None:
             return int(given)
         ids: list[int] = self.tokenizer(text_target="")["input_ids"]
@@ -246,8 +249,12 @@ class Backbone:
         # silently, and count the padding.
         from transformers import GenerationConfig
 
-        if hasattr(model, "generation_config"):
-            model.generation_config = GenerationConfig()
+        told = getattr(model, "generation_config", None)
+        if told is not None:
+            # How an encoder-decoder's output begins belongs to the model.
+            kept = ("decoder_start_token_id", "forced_bos_token_id")
+            begins = {name: getattr(told, name, None) or getattr(model.config, name, None) for name in kept}
+            model.generation_config = GenerationConfig(**{k: v for k, v in begins.items() if v is not None})
         layout = probe(model, attention)
         return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry), adapter)
 

@@ -271,6 +271,13 @@ def _collate_labelled(backbone: Backbone, examples: Sequence[Encoded]) -> Batch:
     )
 
 
+def _check_prompts(examples: Sequence[Encoded]) -> None:
+    if not all(example.prompt for example in examples):
+        raise DataError(
+            "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
+        )
+
+
 def pack(examples: Sequence[Encoded]) -> Batch:
     """Lay examples into one row.
 
@@ -286,11 +293,8 @@ def pack(examples: Sequence[Encoded]) -> Batch:
     labels: list[int] = []
     sentences: list[int] = []
     sentence = 0
+    _check_prompts(examples)
     for example in examples:
-        if not example.prompt:
-            raise DataError(
-                "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
-            )
         start = len(ids)
         ids.extend(example.prompt[:-1])
         for target in example.targets:
@@ -318,7 +322,11 @@ def pack_pairs(examples: Sequence[Encoded], *, start_id: int) -> Batch:
     Args:
         examples: Sources and their targets.
         start_id: What the decoder reads before a target's first token.
+
+    Raises:
+        DataError: A source has no token.
     """
+    _check_prompts(examples)
     ids = [token for example in examples for token in example.prompt]
     targets = [target for example in examples for target in example.targets]
     groups: list[Group] = []
@@ -347,12 +355,9 @@ def pad(examples: Sequence[Encoded], *, pad_id: int, start_id: int | None = None
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.
     """
+    _check_prompts(examples)
     pairs = [(example.prompt, target) for example in examples for target in example.targets]
     if start_id is None:
-        if not all(prompt for prompt, _ in pairs):
-            raise DataError(
-                "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
-            )
         rows = [(*prompt, *target[:-1]) for prompt, target in pairs]
         firsts = [len(prompt) - 1 for prompt, _ in pairs]
     else:

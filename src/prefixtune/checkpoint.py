@@ -30,10 +30,10 @@ FORMAT_VERSION = 1
 
 POSITIONS = {
     "decoder": "text starts at position P",
+    "encoder-decoder": "text positions are not shifted",
     "encoder": "text positions are not shifted",
-    "cross": "text positions are not shifted",
 }
-"""The position convention of each site, recorded in every artifact."""
+"""The position convention by kind of model, recorded in every artifact for each site."""
 
 _HEADER, _STATE = "prefixtune", "prefixtune_state"
 _NAME = re.compile(r"^(encoder|decoder|cross)\.(\d{1,5})\.(key|value)$")
@@ -46,14 +46,20 @@ def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
         backbone: The model that it was trained for.
         **facts: More, such as `task`, `text_format`, `training`, `initialization`, `license`.
     """
-    return {"backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint}, **facts}
+    origin = {"name": backbone.name, "fingerprint": backbone.fingerprint, "kind": backbone.kind}
+    return {"backbone": origin, **facts}
 
 
 def _describe_tensors(prefix: Prefix) -> dict[str, Any]:
+    origin = prefix.header.get("backbone")
+    kind = origin.get("kind", "decoder") if isinstance(origin, Mapping) else "decoder"
+    shifts = kind == "decoder" and prefix.sites == ("decoder",)
     return {
         "sites": list(prefix.sites),
         "prefix_length": {site: prefix.length(site) for site in prefix.sites},
-        "positions": {site: POSITIONS[site] for site in prefix.sites},
+        "positions": {
+            site: POSITIONS["decoder" if shifts and site == "decoder" else "encoder"] for site in prefix.sites
+        },
         "geometry": {
             site: {
                 "num_layers": len(shapes),

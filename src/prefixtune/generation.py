@@ -263,7 +263,7 @@ def _generate_batch(
     if backbone.layout.cache_layers is not None and not guessing:
         ours = attach.visible_slots(_prefill(arguments, backbone, prefixes, config))
     else:
-        ours = attach.injecting(_inject(arguments, backbone, prefixes))
+        ours = attach.injecting(_inject(arguments, backbone, prefixes, config))
     start = 1 if backbone.kind == "encoder-decoder" else arguments["input_ids"].shape[1]
     if streamer is not None:
         arguments["streamer"] = streamer
@@ -313,7 +313,9 @@ def _prefill(
     return width
 
 
-def _inject(arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None]) -> attach.Injection:
+def _inject(
+    arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
+) -> attach.Injection:
     """What puts the prefixes in front of every attention, with positions and cache to match."""
     made = attach.stack(prefixes, backbone.geometry, backbone.dtype, backbone.device)
     if backbone.kind == "decoder":
@@ -322,7 +324,7 @@ def _inject(arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Pr
         arguments["position_ids"] = counted + shift[:, None]
         if backbone.layout.cache_layers is not None:
             arguments[attach.cache_argument(backbone.model)] = attach.growing_cache(backbone.model)
-    else:
+    elif config.cache == "dynamic":
         from transformers import DynamicCache, EncoderDecoderCache
 
         # transformers' own is as deep as the encoder, which fails where the decoder is deeper.
@@ -386,7 +388,7 @@ def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
     }
     if backbone.kind == "encoder-decoder":
         values["decoder_start_token_id"] = backbone.start_id
-        forced = getattr(backbone.model.config, "forced_bos_token_id", None)
+        forced = getattr(backbone.model.generation_config, "forced_bos_token_id", None)
         if forced is not None:
             values["forced_bos_token_id"] = forced
     if config.cache == "static" and backbone.layout.cache_layers is None:
@@ -482,6 +484,13 @@ def _check_guessing(backbone: Backbone, config: GenerateConfig, assistant: Backb
         raise ConfigError(
             f"decoding with {backbone.name!r} puts the prefix into every step, which is not compiled.",
             hint="leave compile out; the static cache works.",
+        )
+    depth = getattr(backbone.model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = len(backbone.geometry.get("decoder", ()))
+    if config.cache == "static" and backbone.kind == "encoder-decoder" and depth is not None and depth < decoder:
+        raise ConfigError(
+            f"transformers lays out a static cache of {depth} layers, but the decoder of {backbone.name!r} has {decoder}.",
+            hint="use the dynamic cache.",
         )
     mixing = backbone.kind == "decoder" and not backbone.layout.packable
     if mixing and (config.cache == "static" or config.prompt_lookup or assistant is not None):

@@ -249,7 +249,7 @@ class Prefix:
             self.header,
             self.head,
         )
-        if sliced.prefix_length == 0:
+        if min(sliced.length(site) for site in sliced.sites) == 0:
             raise ConfigError(
                 f"slice {positions} of a prefix of length {self.prefix_length} is empty.",
                 hint="keep at least one position.",

@@ -15,14 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixtune.attach import ATTENTIONS, Call, Injection, Layout, cache_argument, main_device, register, watching
+from prefixtune.attach import (
+    ATTENTIONS,
+    Call,
+    Injection,
+    Layout,
+    cache_argument,
+    growing_cache,
+    main_device,
+    register,
+    watching,
+)
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 from prefixtune.prefix import LayerShape
 
 __all__ = ["probe"]
 
 _HINT = "use a model whose attention goes through transformers' AttentionInterface, such as LLaMA, Qwen, BART or BERT."
-_DECODER_TOKENS, _ENCODER_TOKENS = 3, 2
+_DECODER_TOKENS, _ENCODER_TOKENS = 5, 4
 _UNDERSTOOD = frozenset(
     {"position_bias", "softcap", "s_aux", "scaling", "dropout", "sliding_window", "is_causal", "position_ids"}
     | {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "deterministic", "layer_idx"}
@@ -50,6 +60,11 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
             f"unknown attention {attention!r}.", hint=f"{flash} {did_you_mean(attention, ATTENTIONS)}".strip()
         )
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise BackboneError(
+            f"{name} reads {model.main_input_name}, not token ids.", hint="choose a model that reads text."
+        )
+    before = _plain_logits(model)
     try:
         model.set_attn_implementation(ATTENTIONS[attention])
     except (ValueError, ImportError) as error:
@@ -62,6 +77,13 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
                 f"{name} attends with {', '.join(sorted(strange))}, which this attention function does not compute.",
                 hint="choose another backbone.",
             )
+    after = _plain_logits(model)
+    if not float((after - before).norm()) <= 0.05 * float(before.norm()):
+        raise BackboneError(
+            f"{name} computes something else once another attention function is chosen: some of its layers attend "
+            "through code of their own, with masks of their own.",
+            hint=_HINT,
+        )
     if model.config.is_encoder_decoder:
         return _encoder_decoder(model, name, calls)
     kind = "decoder" if _is_causal(model) else "encoder"
@@ -70,17 +92,61 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
         return Layout({kind: shapes}, places, kind, packable=False, carries=_carries(calls), notes=notes)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise BackboneError(f"{name} takes no position_ids, so that its text cannot start at position P.", hint=_HINT)
+    _check_causal(calls, name)
     layers = _layers(model, calls)
     # State-space layers and short convolutions mix all positions of a row, whatever the mask.
     mixing = len(places) < len(layers) or any(isinstance(m, nn.Conv1d) for layer in layers for m in layer.modules())
-    packable = not mixing and "chunked_attention" not in _layer_types(model)
-    cache_layers = None if mixing else _cache_layers(model)
+    if mixing:
+        _check_padding(model, name)
+    chunked = "chunked_attention" in _layer_types(model)
+    packable = not mixing and not chunked
+    # Prefix slots in the cache would move the borders of chunks.
+    cache_layers = None if mixing or chunked else _cache_layers(model)
     return Layout({kind: shapes}, places, kind, packable, _carries(calls), cache_layers, notes)
 
 
 def _carries(calls: Sequence[Call]) -> bool:
     """Whether an argument of the model's call reaches every attention layer."""
     return all(call.carried for call in calls)
+
+
+def _plain_logits(model: Any) -> Tensor:
+    """What the model says of a small padded batch, where it is not padding."""
+    ids = torch.zeros(2, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    ids[:, 1::2] = 1
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        inputs["use_cache"] = False
+    logits: Tensor = model(**inputs)[0]
+    # A funnel shortens its text.
+    return logits[mask.bool()].float() if logits.shape[:2] == mask.shape else logits.float()
+
+
+def _check_causal(calls: Sequence[Call], name: str) -> None:
+    """Refuse a decoder whose attention relies on a mask that is left out where there is no padding."""
+    if not all(getattr(call.module, "is_causal", True) for call in calls):
+        raise BackboneError(
+            f"the decoder of {name} does not mark its attention as causal: without padding it would see what follows.",
+            hint=_HINT,
+        )
+
+
+def _check_padding(model: Any, name: str) -> None:
+    """Refuse a hybrid whose state-space layers read padding as text."""
+    plain = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    padded = nn.functional.pad(plain, (3, 0), value=1)
+    mask = nn.functional.pad(torch.ones_like(plain), (3, 0))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    one = model(input_ids=plain)[0][0, -1].float()
+    other = model(input_ids=padded, attention_mask=mask, position_ids=positions)[0][0, -1].float()
+    if float((one - other).norm()) > 0.05 * float(one.norm()):
+        raise BackboneError(
+            f"{name} lets padding change what follows it, so that texts cannot share a batch.", hint=_HINT
+        )
 
 
 def _run(model: Any, name: str) -> list[Call]:
@@ -138,11 +204,6 @@ def _arrange(
         BackboneError: A layer attends through code of its own.
     """
     attending = {call.module for call in calls}
-    if site == "decoder" and not all(getattr(module, "is_causal", True) for module in attending):
-        raise BackboneError(
-            f"the decoder of {name} does not mark its attention as causal: without padding it would see what follows.",
-            hint=_HINT,
-        )
     silent = [n for n, layer in enumerate(layers) if not attending.intersection(layer.modules())]
     own = [n for n in silent if not _has_no_attention(types[n] if n < len(types) else "")]
     if not attending or own:
@@ -187,9 +248,7 @@ def _has_no_attention(kind: str) -> bool:
 
 def _cache_layers(model: Any) -> tuple[int, ...] | None:
     """Where each layer's keys and values lie in the cache; None where they are not kept as they are attended to."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model)
     ids = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     with watching() as cached:
         model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
@@ -220,6 +279,7 @@ def _encoder_decoder(model: Any, name: str, calls: Sequence[Call]) -> Layout:
         "decoder": (decoder, [call for call in rest if call.key.shape[2] == _DECODER_TOKENS]),
         "cross": (decoder, [call for call in rest if call.key.shape[2] != _DECODER_TOKENS]),
     }
+    _check_causal(sites["decoder"][1], name)
     places: dict[nn.Module, tuple[str, int]] = {}
     geometry: dict[str, tuple[LayerShape, ...]] = {}
     notes: list[str] = []

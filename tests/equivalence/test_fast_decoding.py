@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from prefixtune.errors import ConfigError
 from prefixtune.generation import GenerateConfig, generate_ids
 

@@ -433,7 +433,7 @@ def test_the_artifact_tells_how_it_was_made(backbone: Any, config_for: Callable[
     )
     result = train(config, backbone=backbone, examples=SHARED)
     header = load_prefix(result.path, backbone).header
-    assert header["backbone"] == {"name": "tiny-llama", "fingerprint": backbone.fingerprint}
+    assert header["backbone"] == {"name": "tiny-llama", "fingerprint": backbone.fingerprint, "kind": "decoder"}
     assert header["text_format"]["prompt"] == "{source} {separator}"
     assert header["training"]["steps"] == 6
     assert header["training"]["num_targets"] == 12

@@ -1,0 +1,380 @@
+"""What other libraries for prefix-tuning get wrong on encoder-decoders, one named test for each.
+
+The faults were seen by running PEFT 0.21.2, adapters 1.3.0 and the authors' code on tiny random models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune import attach
+from prefixtune.batching import Encoded, collate
+from prefixtune.checkpoint import load_prefix
+from prefixtune.config import TrainConfig
+from prefixtune.errors import PrefixError
+from prefixtune.generation import GenerateConfig, generate_ids
+from prefixtune.initialize import from_words
+from prefixtune.loss import batch_loss
+from prefixtune.prefix import Prefix
+from prefixtune.reparam import PrefixModule, fit
+from prefixtune.tasks import Example
+from prefixtune.training import build_module, train
+
+GREEDY = GenerateConfig(max_new_tokens=10)
+SITES = ("encoder", "decoder", "cross")
+
+
+@pytest.fixture(scope="module", params=["bart", "t5"])
+def backbone(request: pytest.FixtureRequest, tiny_backbone: Any) -> Any:
+    """Shared: leave it as it is. In both the decoder is deeper than the encoder; in BART, head counts differ too."""
+    return tiny_backbone(request.param)
+
+
+@torch.no_grad()
+def greedy_by_forward(backbone: Any, prompt: list[int], prefix: Any) -> list[int]:
+    ids = [backbone.start_id]
+    for _ in range(GREEDY.max_new_tokens):
+        read = torch.tensor([ids])
+        logits = backbone.forward(torch.tensor([prompt]), decoder_input_ids=read, prefixes=prefix).logits
+        ids.append(int(logits[0, -1].argmax()))
+        if ids[-1] == backbone.end_id:
+            return ids[1:-1]
+    return ids[1:]
+
+
+@pytest.mark.parametrize("sites", [SITES, ("encoder",), ("decoder",), ("cross",)], ids="-".join)
+def test_generate_uses_the_prefix(sites: tuple[str, ...], backbone: Any, random_prefix: Any, random_ids: Any):
+    """PEFT on transformers 5.24: `generate` ignores the prefix while `forward` uses it; wrong on 4.57 too."""
+    prefix, prompt = random_prefix(backbone, dict.fromkeys(sites, 5), scale=3.0), random_ids(6)
+    (output,) = generate_ids(backbone, [prompt], [prefix], config=GREEDY)
+    (bare,) = generate_ids(backbone, [prompt], [None], config=GREEDY)
+    assert output == greedy_by_forward(backbone, prompt, prefix)
+    assert bare == greedy_by_forward(backbone, prompt, None)
+    assert output != bare
+
+
+EXAMPLES = [Example(f"name : {name}", (f"{name} is a pub.", f"A pub: {name}.")) for name in ("Ann", "Bo", "Cy")]
+
+
+def config_for(folder: Path, **changes: Any) -> TrainConfig:
+    values = {
+        "prefix_length": 4,
+        "reparameterization": "none",
+        "bottleneck_size": 64,
+        "initialization": "random",
+        "batch_size": 4,
+        "targets_per_source": 2,
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "save_every": 1,
+        "output": str(folder),
+        **changes,
+    }
+    return TrainConfig(**values)
+
+
+def test_layers_do_not_share_prefixes_and_no_slot_is_dead(backbone: Any, tmp_path: Path, random_ids: Any):
+    """PEFT: layers i and i + L/2 share one prefix, and half of what is trained never gets a gradient."""
+    config = config_for(tmp_path / "run")
+    module, _ = build_module(config, backbone)
+    stored = sum(shape.size for shapes in backbone.geometry.values() for shape in shapes) * 4
+    assert sum(parameter.numel() for parameter in module.parameters()) == stored
+    example = Encoded(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
+    weights = torch.rand(10, generator=torch.Generator().manual_seed(4))
+    (batch_loss(backbone, module(), collate(backbone, [example])) * weights).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert torch.all(parameter.grad != 0), f"{name} has dead numbers"
+
+    trained = train(config, backbone=backbone, examples=EXAMPLES).prefix
+    for site, shapes in backbone.geometry.items():
+        for pair in itertools.combinations(range(len(shapes)), 2):
+            for one, other in zip(*(trained.layers[site][number] for number in pair), strict=True):
+                assert not torch.isclose(one, other).all(-1).any(), f"{site} layers {pair} share positions"
+
+
+def test_the_encoder_and_the_cross_attention_have_prefixes(backbone: Any, tmp_path: Path):
+    """PEFT gives an encoder-decoder neither; the paper's BART has three prefixes, each with an MLP of its own."""
+    config = config_for(tmp_path / "run", reparameterization="mlp")
+    module, _ = build_module(config, backbone)
+    result = train(config, backbone=backbone, examples=EXAMPLES)
+    assert set(result.prefix.sites) == set(module.sites) == set(SITES)
+    assert result.num_trained == sum(p.numel() for site in module.sites.values() for p in site.parameters())
+    assert len({id(p) for p in module.parameters()}) == 3 * len(list(module.sites["cross"].parameters()))
+    bare = build_module(config, backbone)[0].bake()
+    for site in SITES:
+        for one, other in zip(result.prefix.layers[site], bare.layers[site], strict=True):
+            assert all(torch.all((a != b).any(-1)) for a, b in zip(one, other, strict=True))
+
+
+def test_a_padded_batch_keeps_the_prefix_and_its_gradient(backbone: Any, random_prefix: Any, random_ids: Any):
+    """adapters under sdpa: a padded batch equals the bare backbone, with a zero gradient."""
+    prefix = random_prefix(backbone, 5)
+    ids, read = (torch.tensor([random_ids(8, n), random_ids(8, n + 1)]) for n in (1, 3))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1] * 8])
+    given = {"decoder_input_ids": read, "decoder_attention_mask": mask}
+    logits, bare = backbone.forward(ids, mask, prefixes=prefix, **given).logits, backbone.forward(ids, mask, **given)
+    for row, last in ((0, 4), (1, 7)):
+        real = mask[row].bool()
+        assert float((logits[row, real] - bare.logits[row, real]).detach().abs().amax(-1).min()) > 1e-2
+        # A single token's logits: those of a loss summed with equal weights may cancel out.
+        for gradient in torch.autograd.grad(logits[row, last, 3], prefix.tensors(), retain_graph=True):
+            assert torch.all(gradient.abs().amax(-1) > 0)
+
+
+@torch.no_grad()
+def test_an_unpadded_batch_keeps_causality(backbone: Any, random_prefix: Any, random_ids: Any):
+    """adapters under sdpa: in an unpadded batch a token sees those after it. The encoder sees all, as it should."""
+    prefix = random_prefix(backbone, 5)
+    ids, read = (torch.tensor([random_ids(8, n), random_ids(8, n + 1)]) for n in (1, 3))
+    changed = read.clone()
+    changed[:, 5:] = torch.tensor(random_ids(3, 9))
+    for mask in (None, torch.ones_like(read)):
+        given = {"decoder_attention_mask": mask, "prefixes": prefix}
+        one = backbone.forward(ids, mask, decoder_input_ids=read, **given).logits
+        two = backbone.forward(ids, mask, decoder_input_ids=changed, **given).logits
+        assert torch.equal(one[:, :5], two[:, :5])
+        assert not torch.allclose(one[:, 5:], two[:, 5:])
+        source = ids.clone()
+        source[:, -1] = (source[:, -1] + 1) % 90
+        other = backbone.forward(source, mask, decoder_input_ids=read, **given).logits
+        assert float((other - one).abs().amax(-1).min()) > 1e-3
+
+
+def test_decoding_keeps_the_cache(backbone: Any, random_prefix: Any, random_ids: Any):
+    """adapters on LLaMA: the key-value cache is lost. Here source and written tokens are read once."""
+    widths: dict[str, list[int]] = {"encoder": [], "decoder": [], "cross": []}
+    firsts = {place[0]: module for module, place in backbone.layout.places.items() if place[1] == 0}
+    handles = []
+    for site, module in firsts.items():
+        linear = module.k_proj if hasattr(module, "k_proj") else module.k
+        handles.append(
+            linear.register_forward_hook(lambda _, args, __, site=site: widths[site].append(args[0].shape[1]))
+        )
+    prefix, prompt = random_prefix(backbone, 5), random_ids(6)
+    (output,) = generate_ids(backbone, [prompt], [prefix], config=GREEDY)
+    for handle in handles:
+        handle.remove()
+    assert output == greedy_by_forward(backbone, prompt, prefix)
+    assert widths == {"encoder": [6], "decoder": [1] * len(widths["decoder"]), "cross": [6]}
+    assert len(widths["decoder"]) >= len(output)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_batch_mixes_prefixes_of_unequal_lengths(num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any):
+    """PEFT ignores `adapter_names` on forward; adapters' BatchSplit is wrong for unequal lengths, fails with beams."""
+    prompts = [random_ids(count, count) for count in (4, 8, 6)]
+    prefixes = [random_prefix(backbone, 7, 1, 3.0), random_prefix(backbone, {"encoder": 2, "cross": 3}, 2, 3.0), None]
+    config = GenerateConfig(max_new_tokens=10, num_beams=num_beams)
+    together = generate_ids(backbone, prompts, prefixes, config=config)
+    for prompt, prefix, output in zip(prompts, prefixes, together, strict=True):
+        assert generate_ids(backbone, [prompt], [prefix], config=config) == [output]
+    swapped = generate_ids(backbone, prompts, [prefixes[1], prefixes[0], None], config=config)
+    assert [one == other for one, other in zip(swapped, together, strict=True)] == [False, False, True]
+
+
+def test_guessed_tokens_change_nothing(backbone: Any, tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+    """PEFT: assisted decoding is wrong or fails."""
+    prompts, prefixes = [random_ids(7), random_ids(4, 1)], [random_prefix(backbone, 4), None]
+    plain = generate_ids(backbone, prompts, prefixes, config=GREEDY)
+    looked_up = dataclasses.replace(GREEDY, prompt_lookup=3)
+    assert generate_ids(backbone, prompts, prefixes, config=looked_up) == plain
+    shallow = {"decoder_layers": 1} if backbone.name == "tiny-bart" else {"num_decoder_layers": 1}
+    assistant = tiny_backbone(backbone.name.removeprefix("tiny-"), seed=1, **shallow)
+    assert generate_ids(backbone, prompts, prefixes, config=GREEDY, assistant=assistant) == plain
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_static_cache_is_right_or_refused(num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any):
+    """PEFT: a static cache gives wrong tokens."""
+    prompts, prefixes = [random_ids(7), random_ids(4, 1)], [random_prefix(backbone, 4), None]
+    plain = dataclasses.replace(GREEDY, num_beams=num_beams)
+    with contextlib.suppress(PrefixError):
+        outputs = generate_ids(backbone, prompts, prefixes, config=dataclasses.replace(plain, cache="static"))
+        assert outputs == generate_ids(backbone, prompts, prefixes, config=plain)
+
+
+def test_gradient_checkpointing_keeps_the_prefix_and_its_gradient(backbone: Any, random_prefix: Any, random_ids: Any):
+    """PEFT raises or drops the prefix silently; litgpt's adapter gets no gradient after a pass without one."""
+    prefix = random_prefix(backbone, 5)
+    example = Encoded(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
+    batch = collate(backbone, [example])
+    with attach.checkpointing(backbone.model):
+        with torch.no_grad():
+            before = batch_loss(backbone, prefix, batch)
+        loss, bare = batch_loss(backbone, prefix, batch), batch_loss(backbone, None, batch)
+        assert torch.equal(before, loss)
+        assert not torch.allclose(loss, bare)
+        gradients = torch.autograd.grad(loss[3], prefix.tensors())
+    assert all(torch.all(gradient.abs().amax(-1) > 0) for gradient in gradients)
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart", "pegasus", "blenderbot", "t5", "m2m_100"])
+def test_train_mode_does_not_turn_dropout_on(
+    family: str, tiny_models: Any, tiny_backbone: Any, random_prefix: Any, random_ids: Any
+):
+    """PEFT: `.train()` turns the frozen backbone's dropout on; so does the authors' BART."""
+    backbone = tiny_backbone(family)
+    ids, read, prefix = torch.tensor([random_ids(9)]), torch.tensor([random_ids(6)]), random_prefix(backbone, 4)
+    bare = tiny_models(family).train()
+    given = {"input_ids": ids, "decoder_input_ids": read}
+    assert not torch.equal(bare(**given).logits, bare(**given).logits), "the model must have dropout"
+    with torch.no_grad():
+        expected = backbone.forward(**given, prefixes=prefix).logits
+        backbone.model.train()
+        assert torch.equal(backbone.forward(**given, prefixes=prefix).logits, expected)
+        assert torch.equal(backbone.forward(**given, prefixes=prefix).logits, expected)
+
+
+def test_the_mlp_is_no_part_of_the_artifact(backbone: Any, tmp_path: Path):
+    """The authors, adapters and OpenDelta store the MLP."""
+    result = train(config_for(tmp_path / "mlp", reparameterization="mlp"), backbone=backbone, examples=EXAMPLES)
+    plain = train(config_for(tmp_path / "none"), backbone=backbone, examples=EXAMPLES)
+    stored = sum(shape.size for shapes in backbone.geometry.values() for shape in shapes) * 4
+    assert result.prefix.num_parameters == stored == plain.num_trained
+    assert result.num_trained > 10 * stored
+    assert result.path.stat().st_size < 4 * stored + 12_000
+    assert result.path.stat().st_size == pytest.approx(plain.path.stat().st_size, abs=200)
+    assert load_prefix(result.path, backbone).equal(result.prefix)
+
+
+def test_real_words_start_the_mlp(backbone: Any):
+    """Nobody starts the MLP from real words' activations, though the authors recommend both."""
+    start = from_words(backbone, "Describe it", 6)
+    torch.manual_seed(0)
+    module = PrefixModule("mlp", backbone.geometry, 6, embedding_size=32, bottleneck_size=64, start=start)
+    errors = fit(module, start, steps=300, learning_rate=1e-2)
+    assert set(errors) == set(SITES)
+    assert max(errors.values()) < 0.02
+    for one, other in zip(module.bake().tensors(), start.tensors(), strict=True):
+        assert float((one - other).square().mean()) < 0.05 * float(other.square().mean())
+
+
+def test_words_fewer_than_positions_are_cycled(backbone: Any):
+    """PEFT refuses a text shorter than the prefix."""
+    assert len(backbone.encode("ab c")) == 4
+    cycled = from_words(backbone, "ab c", {"encoder": 10, "decoder": 7, "cross": 2})
+    assert {site: cycled.length(site) for site in SITES} == {"encoder": 10, "decoder": 7, "cross": 2}
+    for site, length in (("encoder", 10), ("decoder", 7), ("cross", 2)):
+        spelled = from_words(backbone, "ab cab cab"[:length], length)
+        assert Prefix({site: cycled.layers[site]}).equal(Prefix({site: spelled.layers[site]}))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "residual"])
+def test_a_run_with_the_mlp_resumes(kind: str, backbone: Any, tmp_path: Path):
+    """PEFT: resuming, or loading the best model at the end, fails with the MLP (size mismatch)."""
+    config = config_for(tmp_path / "run", reparameterization=kind, sites="encoder=3,decoder=5,cross=2")
+
+    class Stop(Exception):
+        pass
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, backbone=backbone, examples=EXAMPLES, on_event=stop)
+    resumed = train(config, backbone=backbone, examples=EXAMPLES, resume=True)
+    assert resumed.steps == 4
+    whole = train(config.replace(output=str(tmp_path / "whole")), backbone=backbone, examples=EXAMPLES)
+    assert resumed.prefix.equal(whole.prefix)
+    assert {site: resumed.prefix.length(site) for site in SITES} == {"encoder": 3, "decoder": 5, "cross": 2}
+
+
+def test_a_window_does_not_hide_the_prefix(tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+    """PEFT on Mistral: beyond the window, the prefix has no effect. T5Gemma has windows in encoder and decoder."""
+    part = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "layer_types": ["sliding_attention"],
+        "sliding_window": 4,
+    }
+    backbone = tiny_backbone("t5gemma", encoder=part, decoder=part)
+    ids, read = torch.tensor([random_ids(20, 1)]), torch.tensor([random_ids(20, 2)])
+    for site in ("encoder", "decoder"):
+        prefix = random_prefix(backbone, {site: 3})
+        hidden: list[torch.Tensor] = []
+        layer = getattr(backbone.model.model, site).layers[0].self_attn
+        handle = layer.register_forward_hook(lambda _, __, output, into=hidden: into.append(output[0][0]))
+        logits = backbone.forward(ids, decoder_input_ids=read, prefixes=prefix).logits
+        backbone.forward(ids, decoder_input_ids=read)
+        handle.remove()
+        # The prefix reaches every position of the site's own attention, those beyond the window too.
+        assert float((hidden[0] - hidden[1]).detach().abs().amax(-1).min()) > 1e-3
+        for gradient in torch.autograd.grad(logits[0, -1, 0], prefix.tensors()):
+            assert torch.all(gradient.abs().amax(-1) > 0)
+
+    # The text's own window holds: with one layer, a token beyond it sees nothing of the target's start.
+    prefix = random_prefix(backbone, 3)
+    changed = read.clone()
+    changed[0, :3] = torch.tensor(random_ids(3, seed=9))
+    with torch.no_grad():
+        one, two = (
+            backbone.forward(ids, decoder_input_ids=given, prefixes=prefix).logits[0] for given in (read, changed)
+        )
+    assert torch.equal(one[6:], two[6:])
+    assert not torch.allclose(one[3], two[3])
+
+    # And while decoding with the cache.
+    prompt = random_ids(20, 1)
+    assert generate_ids(backbone, [prompt], [prefix], config=GREEDY) == [greedy_by_forward(backbone, prompt, prefix)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "shapes"),
+    [
+        ("bart", {"encoder_attention_heads": 2, "decoder_attention_heads": 8}, {"encoder": (2, 2), "cross": (3, 8)}),
+        ("bart", {"encoder_layers": 4, "decoder_layers": 1}, {"encoder": (4, 4), "decoder": (1, 2)}),
+        ("bart", {"encoder_layers": 1, "decoder_layers": 4}, {"encoder": (1, 4), "decoder": (4, 2)}),
+        ("t5", {"num_layers": 1, "num_decoder_layers": 4}, {"encoder": (1, 4), "cross": (4, 4)}),
+        ("t5", {"num_layers": 4, "num_decoder_layers": 1}, {"encoder": (4, 4), "decoder": (1, 4)}),
+        ("t5", {"d_kv": 20, "num_heads": 3}, {"encoder": (2, 3), "decoder": (3, 3)}),
+    ],
+)
+def test_heads_and_depths_may_differ(
+    name: str,
+    changes: dict[str, int],
+    shapes: dict[str, tuple[int, int]],
+    tmp_path: Path,
+    tiny_backbone: Any,
+    random_ids: Any,
+):
+    """Others fail on different head counts or depths of both halves, and on a T5 with heads * d_kv != d_model."""
+    backbone = tiny_backbone(name, **changes)
+    for site, (layers, count) in shapes.items():
+        assert len(backbone.geometry[site]) == layers
+        assert {shape.num_kv_heads for shape in backbone.geometry[site]} == {count}
+    if name == "t5":
+        assert {shape.num_kv_heads * shape.key_dim for shape in backbone.geometry["cross"]} != {backbone.hidden_size}
+    config = config_for(tmp_path / "run", max_steps=2, learning_rate=0.5, initialization="words")
+    prefix = train(config, backbone=backbone, examples=EXAMPLES).prefix
+    prompt = random_ids(6)
+    assert generate_ids(backbone, [prompt], [prefix], config=GREEDY) == [greedy_by_forward(backbone, prompt, prefix)]
+    wide = GenerateConfig(max_new_tokens=10, num_beams=3)
+    assert generate_ids(backbone, [prompt, prompt[:3]], [prefix, None], config=wide) == [
+        generate_ids(backbone, [text], [one], config=wide)[0] for text, one in ((prompt, prefix), (prompt[:3], None))
+    ]
+
+
+def test_generation_never_touches_another_call(backbone: Any, random_prefix: Any, random_ids: Any):
+    """litgpt keeps a hidden cache on its modules; here nothing stays behind from call to call."""
+    prompt, one, other = random_ids(6), random_prefix(backbone, 5, 1), random_prefix(backbone, 3, 2)
+    given = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([random_ids(4)])}
+    example = Encoded(tuple(prompt), (tuple(random_ids(5)), tuple(random_ids(3))))
+    with torch.no_grad():
+        bare, first = backbone.forward(**given).logits, backbone.forward(**given, prefixes=one).logits
+        generate_ids(backbone, [prompt], [other], config=GREEDY)
+        batch_loss(backbone, other, collate(backbone, [example]))
+        assert torch.equal(backbone.forward(**given, prefixes=one).logits, first)
+        assert torch.equal(backbone.forward(**given).logits, bare)
