@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-OLDEST := 5.16.1
+OLDEST := 5.20.2
+ADAPTERS := 1.3.0
 
 .PHONY: demo test test-oldest check bench e2e initialization docs clean help
 
@@ -27,7 +28,7 @@ demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show bef
 
 test: $(VENV)/.tested  ## run all tests (fetches the default backbone once)
 	$(BIN)/prefixtune prepare
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the oldest transformers supported
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -42,9 +43,11 @@ check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
 
-bench: $(VENV)/.tested  ## measure speed and memory, against PEFT too
+bench: $(VENV)/.tested  ## measure speed and memory, against PEFT and adapters too
 	$(BIN)/prefixtune prepare
-	$(BIN)/python bench/run.py $(BENCH_ARGS)
+	@$(MAKE) --no-print-directory $(VENV)-adapters/.installed || \
+		echo "warning: adapters could not be installed; its rows are left out." >&2
+	$(BIN)/python bench/run.py --adapters-python $(VENV)-adapters/bin/python $(BENCH_ARGS)
 
 e2e: $(VENV)/.installed  ## train on E2E (25 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare
@@ -57,11 +60,12 @@ initialization: $(VENV)/.installed  ## compare starts and reparameterizations on
 	$(BIN)/prefixtune prepare
 	$(BIN)/python bench/initialization.py --data $(E2E)
 
-docs: $(VENV)/.installed  ## write the generated pages of docs/
+docs: $(VENV)/.tested  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py
+	$(BIN)/python docs/support.py
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-adapters build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps below make later runs quick: they are redone only when pyproject.toml changes.
@@ -92,4 +96,12 @@ $(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e .
+	@touch $@
+
+# adapters pins an older transformers, so it gets an environment of its own, with the same torch.
+$(VENV)-adapters/.installed: Makefile $(VENV)/.installed
+	@echo "installing adapters $(ADAPTERS) into $(VENV)-adapters: a minute or more, the first time"
+	$(PYTHON) -m venv $(VENV)-adapters
+	$(VENV)-adapters/bin/python -m pip install --quiet --disable-pip-version-check adapters==$(ADAPTERS) \
+		"torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch").split("+")[0])')"
 	@touch $@

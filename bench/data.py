@@ -11,8 +11,8 @@ from itertools import count, islice
 from pathlib import Path
 
 from prefixtune.backbone import Backbone
-from prefixtune.batching import Encoded, encode_examples, plan_epoch
-from prefixtune.tasks import Example, TextFormat, read_task
+from prefixtune.batching import Encoded, default_format, encode_examples, plan_epoch
+from prefixtune.tasks import Example, read_task
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "train.jsonl.gz"
 """Where E2E is looked for: beside the repository."""
@@ -54,7 +54,7 @@ def read(path: Path | None) -> Data:
 
 def encode(backbone: Backbone, data: Data, prefix_length: int) -> tuple[Encoded, ...]:
     """All examples as token ids, formatted as in training."""
-    return encode_examples(backbone, data.examples, TextFormat(), prefix_length=prefix_length).examples
+    return encode_examples(backbone, data.examples, default_format(backbone), prefix_length=prefix_length).examples
 
 
 def deal(

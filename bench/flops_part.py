@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from data import Data, deal, encode
 from results import Line
-from sides import OurSide, step
+from sides import OurSide
+from steps import step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

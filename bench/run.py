@@ -1,12 +1,13 @@
-"""Measure speed and memory: a training step against PEFT's, its share of the machine's speed, a prefix's cost.
+"""Measure speed and memory: a training step against its peers', its share of the machine's speed, a prefix's cost.
 
-    python bench/run.py                          # all parts, about a quarter of an hour on two cores
+    python bench/run.py                          # all parts, about half an hour on two cores
     python bench/run.py --parts train --repeats 3
+    python bench/run.py --parts seq2seq --adapters-python .venv-adapters/bin/python
     python bench/run.py --quick                  # only to see that it works
 
-Sides take turns in one process on the same data, and a ratio is the median of the paired ratios. Prints a table with
-goals, and writes every figure with the machine, the versions and the command. Needs `prefixtune prepare` once, and PEFT
-for `train`.
+Sides take turns on the same data and never work at once, and a ratio is the median of the paired ratios. Prints a table
+with goals, and writes every figure with the machine, the versions and the command. Needs `prefixtune prepare` once, and
+PEFT for `train` and `seq2seq`; adapters pins another transformers, so it runs in an environment of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import data
 import flops_part
 import generate_part
 import machine
+import seq2seq_part
 import train_part
+from adapters_peer import PeerError
 from results import Line
 from sides import DifferenceError
 
@@ -33,7 +36,7 @@ from prefixtune.backbone import DEFAULT_BACKBONE
 from prefixtune.console import Console, format_seconds
 from prefixtune.errors import PrefixError
 
-PARTS = ("train", "flops", "generate")
+PARTS = ("train", "seq2seq", "flops", "generate")
 PREFIX_LENGTH = 10
 SEED = 0
 
@@ -53,6 +56,11 @@ def parse() -> argparse.Namespace:
         "--data", type=Path, help="E2E training file (default: beside the repository, else the toy set)"
     )
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="name, hub id or folder (default %(default)s)")
+    parser.add_argument(
+        "--adapters-python",
+        type=Path,
+        help="the Python of an environment with adapters 1.3.0, for `seq2seq` (default: that side is not measured)",
+    )
     parser.add_argument(
         "--json",
         type=Path,
@@ -93,6 +101,9 @@ def main() -> int:
         return 2
     except DifferenceError as error:
         console.error(str(error), "a comparison of speed would mean nothing; nothing was written.")
+        return 1
+    except PeerError as error:
+        console.error(f"a peer stopped: {error}", "leave it out, or its part; nothing was written.")
         return 1
     others = neighbours.cores()
     console.table("", ["part", "figure", "value", "goal", ""], [line.cells() for line in lines], result=True)
@@ -139,6 +150,10 @@ def measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, An
     for part in options.parts:
         if part == "train":
             figures, more = train_part.run(read, settings=settings, **common)
+        elif part == "seq2seq":
+            figures, more = seq2seq_part.run(
+                read, settings=settings, quick=options.quick, adapters_python=options.adapters_python, **common
+            )
         elif part == "flops":
             figures, more = flops_part.run(read, setting=settings[0], quick=options.quick, **common)
         else:

@@ -1,7 +1,8 @@
 """The two sides of the comparison, each with its own step of training: PEFT's prefix tuning and this project's.
 
-Both take the same pairs, average the loss over the target tokens, clip the gradient and let AdamW move the same number
-of parameters. A side prepares its own tensors, since that is part of its step.
+Both take the same pairs, average the loss over the target tokens, clip the gradient and let AdamW move the prefix's
+MLP: for a decoder-only model the same parameters; for an encoder-decoder PEFT has a prefix in the decoder alone. A side
+prepares its own tensors, since that is part of its step.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
 from torch import Tensor, nn
 
 from prefixtune.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
-from prefixtune.batching import Encoded, pack
+from prefixtune.batching import Batch, Encoded, collate
 from prefixtune.pretrained import PRETRAINED, pretrained_folder
 from prefixtune.reparam import PrefixModule
 from prefixtune.training import batch_loss
 
-BOTTLENECK_SIZE = 512
-LEARNING_RATE = 5e-4
-MAX_GRAD_NORM = 1.0
 TOLERANCE = 1e-4
 
 VARIANTS = {
@@ -36,16 +35,8 @@ class DifferenceError(Exception):
     """The two sides do not compute the same."""
 
 
-class Side(Protocol):
+class Side(Trained, Protocol):
     """One way to train a prefix."""
-
-    optimizer: torch.optim.Optimizer
-
-    def loss(self, batch: Sequence[Encoded]) -> Tensor:
-        """Mean loss of the batch's target tokens, differentiable in the prefix's parameters."""
-
-    def weights(self) -> list[nn.Parameter]:
-        """Embedding, first layer's weight and bias, last layer's weight and bias."""
 
     def site(self) -> nn.Module:
         """The module that yields the flat prefix, (P, S) or one such matrix per row."""
@@ -55,11 +46,14 @@ class Side(Protocol):
 
 
 class PeftSide:
-    """PEFT as its users run it: one right-padded row per pair, labels -100 where nothing is learned."""
+    """PEFT as its users run it: one right-padded row per pair, labels -100 where nothing is learned.
+
+    For an encoder-decoder it has a prefix in the decoder's self-attention alone.
+    """
 
     def __init__(self, backbone_name: str, dtype: str, prefix_length: int) -> None:
         from peft import PrefixTuningConfig, get_peft_model
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
         from transformers.utils import logging
 
         folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else backbone_name
@@ -69,9 +63,11 @@ class PeftSide:
         logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.apart = AutoConfig.from_pretrained(folder).is_encoder_decoder
+        loader = AutoModelForSeq2SeqLM if self.apart else AutoModelForCausalLM
+        self.model = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
         config = PrefixTuningConfig(
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if self.apart else "CAUSAL_LM",
             num_virtual_tokens=prefix_length,
             prefix_projection=True,
             encoder_hidden_size=BOTTLENECK_SIZE,
@@ -89,6 +85,9 @@ class PeftSide:
     def collate(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """Ids, mask and labels of a right-padded batch."""
         pairs = [(hand.prompt, target) for hand in batch for target in hand.targets]
+        if self.apart:
+            config = self.model.config
+            return pad_pairs(pairs, pad_id=config.pad_token_id, start_id=config.decoder_start_token_id)
         width = max(len(prompt) + len(target) for prompt, target in pairs)
         ids = torch.full((len(pairs), width), self.pad_id)
         mask = torch.zeros(len(pairs), width, dtype=torch.long)
@@ -112,11 +111,12 @@ class PeftSide:
 
     def positions(self, batch: Sequence[Encoded]) -> int:
         """See `Side`."""
-        return self.collate(batch)["input_ids"].numel()
+        inputs = self.collate(batch)
+        return sum(inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in inputs)
 
 
 class OurSide:
-    """This project's step: one packed row, the MLP once, logits where there is a label."""
+    """This project's step: packed rows, the MLP once, logits where there is a label; prefixes at every site."""
 
     def __init__(self, backbone: Backbone, prefix_length: int, embedding_size: int | None = None) -> None:
         self.backbone = backbone
@@ -132,14 +132,21 @@ class OurSide:
 
     def loss(self, batch: Sequence[Encoded]) -> Tensor:
         """Mean loss over target tokens."""
-        row = pack(batch)
+        return self.loss_of(collate(self.backbone, batch))
+
+    def loss_of(self, row: Batch) -> Tensor:
+        """`loss` of a batch that is laid out already."""
         losses = batch_loss(self.backbone, self.module(), row)
         return (losses * row.weights("token", row.num_sentences, len(row.labels))).sum()
 
     def weights(self) -> list[nn.Parameter]:
-        """See `Side`."""
-        site = self.site()
-        return [site.embedding.weight, site.hidden.weight, site.hidden.bias, site.output.weight, site.output.bias]
+        """See `Side`; site after site."""
+        return [
+            weight
+            for site in self.module.sites.values()
+            for layer in (site.embedding, site.hidden, site.output)
+            for weight in layer.parameters()
+        ]
 
     def site(self) -> Any:
         """See `Side`."""
@@ -147,11 +154,8 @@ class OurSide:
 
     def positions(self, batch: Sequence[Encoded]) -> int:
         """See `Side`."""
-        return pack(batch).input_ids.numel()
-
-
-def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+        row = collate(self.backbone, batch)
+        return sum(ids.numel() for ids in (row.input_ids, row.decoder_input_ids) if ids is not None)
 
 
 def kv_width(backbone: Backbone) -> int:
@@ -168,16 +172,6 @@ def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BAC
         return PeftSide(backbone_name, dtype, prefix_length)
     backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
     return OurSide(backbone, prefix_length, kv_width(backbone))
-
-
-def step(side: Side, batch: Sequence[Encoded]) -> float:
-    """One optimizer step; returns its loss."""
-    side.optimizer.zero_grad(set_to_none=True)
-    loss = side.loss(batch)
-    loss.backward()
-    nn.utils.clip_grad_norm_(side.weights(), MAX_GRAD_NORM)
-    side.optimizer.step()
-    return float(loss.detach())
 
 
 def num_target_tokens(batch: Sequence[Encoded]) -> int:
@@ -218,9 +212,9 @@ def compare(reference: Side, other: Side, batch: Sequence[Encoded]) -> dict[str,
     (one_loss, one_flat, one), (two_loss, two_flat, two) = (_gradients(side, batch) for side in (reference, other))
     return {
         "loss": abs(one_loss - two_loss) / abs(one_loss),
-        "prefix_gradient": _distance(one_flat, two_flat),
+        "prefix_gradient": distance(one_flat, two_flat),
         **{
-            f"{name}_gradient": _distance(a, b)
+            f"{name}_gradient": distance(a, b)
             for name, a, b in zip(("embedding", "weight_1", "bias_1", "weight_2", "bias_2"), one, two, strict=True)
         },
     }
@@ -251,18 +245,16 @@ def _gradients(side: Side, batch: Sequence[Encoded]) -> tuple[float, Tensor, lis
 
     handle = side.site().register_forward_hook(keep)
     try:
-        side.optimizer.zero_grad(set_to_none=True)
         loss = side.loss(batch)
-        loss.backward()
+        found = gradients(side, loss)
     finally:
         handle.remove()
     gradient = flat[0].grad
     # PEFT makes the prefix once per row.
     summed = gradient.sum(0) if gradient.dim() == 3 else gradient
-    gradients = [weight.grad.clone() for weight in side.weights()]
-    side.optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach()), summed, gradients
+    return float(loss.detach()), summed, found
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
+    """How far two tensors are apart, relative to the first."""
     return float((one - other).norm() / one.norm())

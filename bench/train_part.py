@@ -6,8 +6,6 @@ import gc
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,18 +23,25 @@ from sides import (
     num_target_tokens,
     require_equal,
     same_backbone,
-    step,
 )
+from steps import copy_of_weights, set_weights, timed_step
+from turns import Goal, Say, Step, take_turns, tell
 
 from prefixtune.backbone import load_backbone
 from prefixtune.batching import Encoded
 
 MEMORY_STEPS = 3
 
-SPEED_RATIOS = [("ours-fp32", "peft-fp32", 2.5), ("ours-bf16", "peft-fp32", 4.0), ("ours-bf16", "peft-bf16", None)]
-MEMORY_RATIOS = [("ours-fp32", "peft-fp32", 0.7), ("ours-bf16", "peft-fp32", 0.7), ("ours-bf16", "peft-bf16", None)]
-
-Say = Callable[[str], None]
+SPEED_RATIOS: list[Goal] = [
+    ("ours-fp32", "peft-fp32", 2.5),
+    ("ours-bf16", "peft-fp32", 4.0),
+    ("ours-bf16", "peft-bf16", None),
+]
+MEMORY_RATIOS: list[Goal] = [
+    ("ours-fp32", "peft-fp32", 0.7),
+    ("ours-bf16", "peft-fp32", 0.7),
+    ("ours-bf16", "peft-bf16", None),
+]
 
 
 def name(variant: str) -> str:
@@ -76,8 +81,11 @@ def run(
     sides = {variant: make_side(variant, prefix_length, backbone_name) for variant in VARIANTS}
     same_backbone(sides["peft-fp32"], sides["ours-fp32"])
     same_backbone(sides["peft-bf16"], sides["ours-bf16"])
+    start = copy_of_weights(sides["peft-fp32"])
     lines: list[Line] = []
     for (batch_size, targets_per_source), batches in dealt.items():
+        # Every setting begins anew: after some steps the gradients can be small sums of large numbers.
+        set_weights(sides["peft-fp32"], start)
         say(f"training step: {batch_size} pairs, up to {targets_per_source} targets of a source")
         result = {
             "batch_size": batch_size,
@@ -104,44 +112,24 @@ def run(
 
 
 def measure_time(sides: dict[str, PeftSide | OurSide], batches: list[list[Encoded]], say: Say) -> dict[str, Any]:
-    """Let all sides take the same steps in turn, A B C D, D C B A, ...; the first batch warms up."""
+    """Let all sides take the same steps in turn, from the same start."""
     first = sides["peft-fp32"]
     for side in sides.values():
         if side is not first:
             copy_weights(first, side)
         side.optimizer.state.clear()
-    order = list(sides)
-    seconds: dict[str, list[float]] = {variant: [] for variant in sides}
-    losses: dict[str, list[float]] = {variant: [] for variant in sides}
-    for number, batch in enumerate(batches):
-        for variant in order if number % 2 else reversed(order):
-            gc.collect()
-            began = time.perf_counter()
-            loss = step(sides[variant], batch)
-            taken = time.perf_counter() - began
-            if number:
-                seconds[variant].append(taken)
-                losses[variant].append(loss)
-        if number:
-            say(f"  {number}/{len(batches) - 1}: " + ", ".join(f"{v} {s[-1]:.2f} s" for v, s in seconds.items()))
-    timed = batches[1:]
-    tokens = [num_target_tokens(batch) for batch in timed]
     return {
-        "target_tokens": tokens,
         "positions": {
-            "PEFT": [sides["peft-fp32"].positions(batch) for batch in timed],
-            "prefixtune": [sides["ours-fp32"].positions(batch) for batch in timed],
+            "PEFT": [sides["peft-fp32"].positions(batch) for batch in batches[1:]],
+            "prefixtune": [sides["ours-fp32"].positions(batch) for batch in batches[1:]],
         },
-        "seconds": seconds,
-        "losses": losses,
-        "tokens_per_second": {
-            variant: median(n / s for n, s in zip(tokens, taken, strict=True)) for variant, taken in seconds.items()
-        },
-        "speed_ratios": {
-            f"{ours} / {theirs}": [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
-            for ours, theirs, _ in SPEED_RATIOS
-        },
+        **take_turns(in_turn(sides, batches), [num_target_tokens(batch) for batch in batches], SPEED_RATIOS, say),
     }
+
+
+def in_turn(sides: dict[str, PeftSide | OurSide], batches: list[list[Encoded]]) -> dict[str, Step]:
+    """Sides of this process, as `take_turns` takes them."""
+    return {variant: lambda number, side=side: timed_step(side, batches[number]) for variant, side in sides.items()}
 
 
 def measure_memory(
@@ -174,27 +162,5 @@ def report(result: dict[str, Any]) -> list[Line]:
     lines = [Line("train", f"{title}: largest difference in fp32", max(result["differences_in_float32"].values()))]
     for library, positions in result["positions"].items():
         lines.append(Line("train", f"{title}: {library}, positions per step", median(positions)))
-    for variant, speed in result["tokens_per_second"].items():
-        lines.append(Line("train", f"{title}: {name(variant)}", speed, "target tokens/s"))
-    for ours, theirs, goal in SPEED_RATIOS:
-        value = median(result["speed_ratios"][f"{ours} / {theirs}"])
-        lines.append(Line("train", f"{title}: {name(ours)} / {name(theirs)}, speed", value, "x", at_least=goal))
-    for variant, memory in result["memory"].items():
-        lines.append(Line("train", f"{title}: {name(variant)}, peak memory", memory["peak_mib"], "MiB"))
-        if memory["step_mib"] is not None:
-            lines.append(Line("train", f"{title}: {name(variant)}, above the loaded model", memory["step_mib"], "MiB"))
-    result["memory_ratios"], result["step_memory_ratios"] = {}, {}
-    for ours, theirs, goal in MEMORY_RATIOS:
-        pair = f"{name(ours)} / {name(theirs)}"
-        peak, above = (_ratio(result["memory"], ours, theirs, key) for key in ("peak_mib", "step_mib"))
-        result["memory_ratios"][f"{ours} / {theirs}"] = peak
-        result["step_memory_ratios"][f"{ours} / {theirs}"] = above
-        lines.append(Line("train", f"{title}: {pair}, peak memory", peak, "x", at_most=goal))
-        if above is not None:
-            lines.append(Line("train", f"{title}: {pair}, above the loaded model", above, "x"))
-    return lines
-
-
-def _ratio(memory: dict[str, Any], ours: str, theirs: str, key: str) -> float | None:
-    one, other = memory[ours][key], memory[theirs][key]
-    return None if one is None or not other else one / other
+    names = {variant: name(variant) for variant in VARIANTS}
+    return lines + tell("train", title, result, names, SPEED_RATIOS, MEMORY_RATIOS)

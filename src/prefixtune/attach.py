@@ -176,7 +176,7 @@ def register() -> None:
     for kernel, name in ATTENTIONS.items():
         if name not in AttentionInterface():
             AttentionInterface.register(name, attend if name == ATTENTION else functools.partial(attend, kernel=kernel))
-            AttentionMaskInterface.register(name, make_mask)
+            AttentionMaskInterface.register(name, make_mask if name == ATTENTION else make_added_mask)
 
 
 def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Any:
@@ -191,6 +191,14 @@ def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int 
     ).clone()
     mask[..., :slots] = True if attention_mask is None else attention_mask[:, None, None, :slots].bool()
     return mask
+
+
+def make_added_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    """`make_mask` to be added to scores: 0 where visible, very low elsewhere; left out only where all is visible."""
+    seen = make_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    if seen is None:
+        return None
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def attend(

@@ -453,7 +453,8 @@ def silence_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for attribute, value in list(vars(module).items()):
-            if isinstance(value, float) and "drop" in attribute and attribute != "moe_token_dropout":
+            dropped = ("drop" in attribute and attribute != "moe_token_dropout") or attribute == "jitter_noise"
+            if isinstance(value, float) and dropped:
                 setattr(module, attribute, 0.0)
 
 

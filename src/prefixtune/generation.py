@@ -489,7 +489,7 @@ def _check_guessing(backbone: Backbone, config: GenerateConfig, assistant: Backb
     decoder = len(backbone.geometry.get("decoder", ()))
     if config.cache == "static" and backbone.kind == "encoder-decoder" and depth is not None and depth < decoder:
         raise ConfigError(
-            f"transformers lays out a static cache of {depth} layers, but the decoder of {backbone.name!r} has {decoder}.",
+            f"a static cache has {depth} layers here, but the decoder of {backbone.name!r} has {decoder}.",
             hint="use the dynamic cache.",
         )
     mixing = backbone.kind == "decoder" and not backbone.layout.packable

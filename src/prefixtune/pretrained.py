@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging as standard_logging
 import os
 import shutil
 import subprocess
@@ -406,6 +407,10 @@ def silence() -> Iterator[None]:
     """Keep transformers' progress bars, advice and warnings off the terminal while the block runs."""
     from transformers.utils import logging
 
+    # transformers imports torchao where it is installed, and that makes torch warn in its log.
+    registry = standard_logging.getLogger("torch.utils._pytree")
+    level = registry.level
+    registry.setLevel(standard_logging.ERROR)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -414,6 +419,7 @@ def silence() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        registry.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -64,6 +64,9 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
         raise BackboneError(
             f"{name} reads {model.main_input_name}, not token ids.", hint="choose a model that reads text."
         )
+    if not getattr(model, "_supports_sdpa", True):
+        # Its own layers (sparse encoders, routers) know masks to be added only, and not all mark causality.
+        attention = "eager"
     before = _plain_logits(model)
     try:
         model.set_attn_implementation(ATTENTIONS[attention])
@@ -92,7 +95,7 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
         return Layout({kind: shapes}, places, kind, packable=False, carries=_carries(calls), notes=notes)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise BackboneError(f"{name} takes no position_ids, so that its text cannot start at position P.", hint=_HINT)
-    _check_causal(calls, name)
+    _check_causal(model, calls, name)
     layers = _layers(model, calls)
     # State-space layers and short convolutions mix all positions of a row, whatever the mask.
     mixing = len(places) < len(layers) or any(isinstance(m, nn.Conv1d) for layer in layers for m in layer.modules())
@@ -126,9 +129,10 @@ def _plain_logits(model: Any) -> Tensor:
     return logits[mask.bool()].float() if logits.shape[:2] == mask.shape else logits.float()
 
 
-def _check_causal(calls: Sequence[Call], name: str) -> None:
+def _check_causal(model: Any, calls: Sequence[Call], name: str) -> None:
     """Refuse a decoder whose attention relies on a mask that is left out where there is no padding."""
-    if not all(getattr(call.module, "is_causal", True) for call in calls):
+    left_out = model.config._attn_implementation == ATTENTIONS["sdpa"]
+    if left_out and not all(getattr(call.module, "is_causal", True) for call in calls):
         raise BackboneError(
             f"the decoder of {name} does not mark its attention as causal: without padding it would see what follows.",
             hint=_HINT,
@@ -136,14 +140,23 @@ def _check_causal(calls: Sequence[Call], name: str) -> None:
 
 
 def _check_padding(model: Any, name: str) -> None:
-    """Refuse a hybrid whose state-space layers read padding as text."""
-    plain = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
-    padded = nn.functional.pad(plain, (3, 0), value=1)
-    mask = nn.functional.pad(torch.ones_like(plain), (3, 0))
+    """Refuse a hybrid in which a row that is padded on the left differs from the row alone, in one pass or by steps."""
+    ids = torch.arange(4, device=main_device(model))[None]
+    padded = torch.cat([ids[:, 1:3], ids], dim=1)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=ids.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    one = model(input_ids=plain)[0][0, -1].float()
-    other = model(input_ids=padded, attention_mask=mask, position_ids=positions)[0][0, -1].float()
-    if float((one - other).norm()) > 0.05 * float(one.norm()):
+    whole = model(input_ids=ids, use_cache=False)[0][:, -2:].float()
+    try:
+        last = {"position_ids": positions[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
+        first = model(input_ids=padded[:, :-1], **last)
+        last = {"position_ids": positions[:, -1:], "attention_mask": mask, "use_cache": True}
+        cache = cache_argument(model)
+        second = model(input_ids=padded[:, -1:], **last, **{cache: first[cache]})
+        found = torch.cat([first[0][:, -1:], second[0]], dim=1).float()
+        same = float((found - whole).norm()) <= 0.05 * float(whole.norm())
+    except (RuntimeError, KeyError):
+        same = False
+    if not same:
         raise BackboneError(
             f"{name} lets padding change what follows it, so that texts cannot share a batch.", hint=_HINT
         )
@@ -279,7 +292,7 @@ def _encoder_decoder(model: Any, name: str, calls: Sequence[Call]) -> Layout:
         "decoder": (decoder, [call for call in rest if call.key.shape[2] == _DECODER_TOKENS]),
         "cross": (decoder, [call for call in rest if call.key.shape[2] != _DECODER_TOKENS]),
     }
-    _check_causal(sites["decoder"][1], name)
+    _check_causal(model, sites["decoder"][1], name)
     places: dict[nn.Module, tuple[str, int]] = {}
     geometry: dict[str, tuple[LayerShape, ...]] = {}
     notes: list[str] = []

@@ -49,7 +49,11 @@ def rewrite(path: Path, tensors: Callable[[dict[str, Any]], Any] = dict, header:
 def test_the_header_tells_where_it_belongs(path: Path, llama: Any):
     header = load_prefix(path).header
     assert header["format_version"] == 1
-    assert header["backbone"] == {"name": "tiny-llama", "fingerprint": llama.fingerprint}
+    assert header["backbone"] == {
+        "name": "tiny-llama",
+        "fingerprint": llama.fingerprint,
+        "kind": "decoder",
+    }
     assert header["prefix_length"] == {"decoder": 4}
     assert header["positions"] == {"decoder": "text starts at position P"}
     assert header["geometry"]["decoder"] == {"num_layers": 3, "num_kv_heads": [2, 2, 2], "head_dim": [8, 8, 8]}

@@ -11,20 +11,26 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from prefixtune import attach, doctor
+from prefixtune import attach, trial
 from prefixtune.backbone import Backbone
 from prefixtune.doctor import Check, examine
 from prefixtune.errors import BackboneError, ConfigError
+from zoo import make_model, make_tokenizer
 
 REGISTRY = "every layer attends through the registry"
+OWN = "no prefix = transformers' own attention"
 LAYERS = "every layer receives the prefix"
 GRADIENTS = "every prefix slot receives a gradient"
+SITES = "each site works alone"
+ORDER = "the order of prefix positions is free"
 CAUSALITY = "no token sees a later one"
 ROUTES = "injected = prefilled"
 PADDING = "padded = unpadded"
 BATCH = "batch = single"
 MIXED = "mixed prefixes = one by one"
 PACKING = "packed = one pair at a time"
+PAIRS = "padded pairs = one pair at a time"
+LABELS = "labelled texts = one at a time"
 IN_GENERATION = "generation uses the prefix"
 GREEDY = "cached decoding = full recomputation"
 BEAMS = "beam search = full recomputation"
@@ -33,10 +39,13 @@ EVALUATION = "dropout stays off in training mode"
 CHECKPOINTING = "gradient checkpointing changes nothing"
 UNTOUCHED = "the backbone is untouched"
 
-EVERYWHERE = [
-    REGISTRY, LAYERS, GRADIENTS, CAUSALITY, ROUTES, PADDING, BATCH, MIXED, PACKING, IN_GENERATION, GREEDY, BEAMS,
-    EVALUATION, CHECKPOINTING, UNTOUCHED,
+ALL = [
+    REGISTRY, OWN, LAYERS, GRADIENTS, SITES, ORDER, CAUSALITY, ROUTES, PADDING, BATCH, MIXED, PACKING, PAIRS, LABELS,
+    IN_GENERATION, GREEDY, BEAMS, WINDOW, EVALUATION, CHECKPOINTING, UNTOUCHED,
 ]  # fmt: skip
+OF_ENCODER_DECODERS_ONLY = {SITES}
+OF_DECODERS_ONLY = {ROUTES}
+OF_GENERATION = {CAUSALITY, PACKING, PAIRS, IN_GENERATION, GREEDY, BEAMS}
 
 Make = Callable[..., Any]
 
@@ -44,6 +53,14 @@ Make = Callable[..., Any]
 def failed(backbone: Any, **options: Any) -> dict[str, str]:
     """The names of the checks that fail, and what they say."""
     return {check.name: check.detail for check in examine(backbone, **options) if not check.passed}
+
+
+def passing(backbone: Any, **options: Any) -> list[str]:
+    """The names of all checks, none of which fails."""
+    checks = examine(backbone, **options)
+    assert [check for check in checks if not check.passed] == []
+    assert all(check.detail for check in checks)
+    return [check.name for check in checks]
 
 
 def patch_attention(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Any]) -> None:
@@ -55,13 +72,61 @@ def patch_attention(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Any])
 
 
 def test_every_family_passes(family: str, tiny_backbone: Make) -> None:
+    left_out = OF_ENCODER_DECODERS_ONLY | (set() if family == "mistral" else {WINDOW})
+    assert passing(tiny_backbone(family)) == [name for name in ALL if name not in left_out]
+
+
+def test_every_encoder_decoder_passes(encoder_decoder: Any) -> None:
+    left_out = OF_DECODERS_ONLY | {LABELS, WINDOW} | (set() if encoder_decoder.layout.packable else {PACKING})
+    assert passing(encoder_decoder) == [name for name in ALL if name not in left_out]
+
+
+def test_every_encoder_passes(encoder: Any) -> None:
+    left_out = OF_ENCODER_DECODERS_ONLY | OF_DECODERS_ONLY | OF_GENERATION
+    left_out |= set() if encoder.model.config.model_type == "modernbert" else {WINDOW}
+    assert passing(encoder) == [name for name in ALL if name not in left_out]
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("deepseek_v3", {ROUTES, WINDOW}),  # generation injects
+        ("lfm2", {ROUTES, PACKING, WINDOW}),  # rows are padded besides
+        ("stablelm", {CHECKPOINTING, WINDOW}),  # the prefix travels beside the call
+        ("gemma3n_text", set()),  # layers share a prefix
+    ],
+)
+def test_peculiar_decoders_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
+    assert passing(backbone) == [n for n in ALL if n not in left_out | OF_ENCODER_DECODERS_ONLY]
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("t5gemma", {PACKING}),  # windows in encoder and decoder
+        ("longt5-local", {PACKING, WINDOW, CHECKPOINTING}),  # the encoder attends through code of its own
+    ],
+)
+def test_peculiar_encoder_decoders_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
+    assert passing(backbone) == [n for n in ALL if n not in left_out | OF_DECODERS_ONLY | {LABELS}]
+
+
+def test_a_first_token_that_is_forced(tiny_backbone: Make) -> None:
+    assert GREEDY in passing(tiny_backbone("bart", forced_bos_token_id=7))
+
+
+def test_a_tokenizer_without_an_end_token(tiny_models: Make) -> None:
+    tokenizer = make_tokenizer(enclosing=True)
+    backbone = Backbone.from_model(tiny_models("bert"), tokenizer, "bert")
+    tokenizer.eos_token = None
+    assert MIXED in passing(backbone)
+
+
+def test_every_check_is_told(tiny_backbone: Make) -> None:
     told: list[Check] = []
-    checks = examine(tiny_backbone(family), on_check=told.append)
-    assert [c for c in checks if not c.passed] == []
-    expected = [name for name in [*EVERYWHERE[:-3], WINDOW, *EVERYWHERE[-3:]] if name != WINDOW or family == "mistral"]
-    assert [c.name for c in checks] == expected
-    assert told == checks
-    assert all(c.detail for c in checks)
+    assert examine(tiny_backbone("gpt2"), on_check=told.append) == told
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -71,6 +136,12 @@ def test_half_precision_passes(name: str, dtype: torch.dtype, tiny_models: Make,
     assert [c for c in checks if not c.passed] == []
     bound = "0.05" if dtype == torch.bfloat16 else "0.01"
     assert f"at most {bound}" in next(c.detail for c in checks if c.name == GREEDY)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "bert"])
+def test_bfloat16_passes_for_other_kinds(name: str, tiny_models: Make, tiny_tokenizer: Any) -> None:
+    names = passing(Backbone.from_model(tiny_models(name).to(torch.bfloat16), tiny_tokenizer, name))
+    assert OWN not in names
 
 
 @pytest.mark.parametrize("length", [1, 9])
@@ -93,7 +164,7 @@ def test_a_window_in_some_layers_only(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("qwen3", use_sliding_window=True, sliding_window=4, layer_types=kinds)
     checks = {c.name: c for c in examine(backbone)}
     assert all(c.passed for c in checks.values())
-    assert "window 4, 1 layers: 7 of 7 slots" in checks[WINDOW].detail
+    assert "window 4: 21 of 21 slots" in checks[WINDOW].detail
 
 
 @pytest.mark.parametrize("window", [None, 150, 600])
@@ -127,10 +198,11 @@ def test_works_where_gradients_are_off(tiny_backbone: Make) -> None:
         assert failed(tiny_backbone("gpt2")) == {}
 
 
-@pytest.mark.parametrize("length", [0, -1, 135, 10_000])
-def test_a_length_that_leaves_no_room_is_refused(length: int, tiny_backbone: Make) -> None:
-    with pytest.raises(ConfigError, match="between 1 and 134"):
-        examine(tiny_backbone("gpt2"), prefix_length=length)
+@pytest.mark.parametrize(("name", "longest"), [("gpt2", 134), ("bart", 158), ("bert", 158)])
+@pytest.mark.parametrize("length", [0, -1, 159, 10_000])
+def test_a_length_that_leaves_no_room_is_refused(name: str, longest: int, length: int, tiny_backbone: Make) -> None:
+    with pytest.raises(ConfigError, match=f"between 1 and {longest}"):
+        examine(tiny_backbone(name), prefix_length=length)
 
 
 # --- sabotage --------------------------------------------------------------------------------------------------------
@@ -220,9 +292,9 @@ def test_a_cache_with_another_rows_prefix(
 def test_beams_in_the_wrong_rows(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled = attach.prefilled_cache
 
-    def wrong(model: Any, layout: Any, prefixes: Any, *, repeats: int = 1) -> Any:
-        _, visible = prefilled(model, layout, prefixes)
-        cache, _ = prefilled(model, layout, list(prefixes) * repeats)
+    def wrong(model: Any, layout: Any, prefixes: Any, *, repeats: int = 1, **options: Any) -> Any:
+        _, visible = prefilled(model, layout, prefixes, **options)
+        cache, _ = prefilled(model, layout, list(prefixes) * repeats, **options)
         return cache, visible
 
     monkeypatch.setattr(attach, "prefilled_cache", wrong)
@@ -230,12 +302,12 @@ def test_beams_in_the_wrong_rows(tiny_backbone: Make, monkeypatch: pytest.Monkey
 
 
 def test_generation_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate_ids = doctor.generate_ids
+    generate_ids = trial.generate_ids
 
     def bare(backbone: Any, prompts: Any, prefixes: Any, **options: Any) -> Any:
         return generate_ids(backbone, prompts, [None] * len(prompts), **options)
 
-    monkeypatch.setattr(doctor, "generate_ids", bare)
+    monkeypatch.setattr(trial, "generate_ids", bare)
     faults = failed(tiny_backbone("gpt2"))
     assert faults.keys() == {IN_GENERATION, GREEDY, BEAMS}
     assert "by 0.0e+00" in faults[IN_GENERATION]
@@ -318,7 +390,23 @@ def test_a_window_that_hides_the_prefix_injected(tiny_backbone: Make, monkeypatc
 
     monkeypatch.setattr(attach, "extend_mask", windowed)
     faults = failed(tiny_backbone("mistral"))
-    assert "3 layers: 0 of 21 slots seen" in faults[WINDOW]
+    assert "0 of 21 slots seen" in faults[WINDOW]
+
+
+def test_a_window_that_hides_the_prefix_in_one_layer(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        injection = kwargs.get("prefix_injection")
+        if injection is not None and injection.layers and injection.places[module] == ("encoder", 1):
+            # With the window the prefix is out of sight of the last position, in this layer alone.
+            visible = torch.arange(query.shape[2]) < query.shape[2] - 1
+            out, _ = attach.attend(module, query, key, value, mask, **kwargs)
+            other, _ = attach.attend(module, query, key, value, mask, **{**kwargs, "prefix_injection": None})
+            return torch.where(visible[:, None, None], out, other), None
+        return attach.attend(module, query, key, value, mask, **kwargs)
+
+    backbone = tiny_backbone("modernbert")
+    patch_attention(monkeypatch, attend)
+    assert "14 of 21 slots seen" in failed(backbone)[WINDOW]
 
 
 def test_dropout_left_on(tiny_backbone: Make) -> None:
@@ -353,7 +441,7 @@ def test_checkpointing_that_drops_the_prefix(tiny_backbone: Make, monkeypatch: p
 
 def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("llama")
-    generate_ids = doctor.generate_ids
+    generate_ids = trial.generate_ids
 
     def moving(*args: Any, **options: Any) -> Any:
         # One unit in the last place, where no comparison of logits would see it.
@@ -361,7 +449,7 @@ def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatc
         weight.data[0] = torch.nextafter(weight[0], torch.tensor(9.0))
         return generate_ids(*args, **options)
 
-    monkeypatch.setattr(doctor, "generate_ids", moving)
+    monkeypatch.setattr(trial, "generate_ids", moving)
     faults = failed(backbone)
     assert faults.keys() == {UNTOUCHED}
     assert "model.norm.weight" in faults[UNTOUCHED]
@@ -369,7 +457,7 @@ def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatc
 
 def test_a_hook_a_patch_and_a_gradient_that_stay(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("llama")
-    generate_ids = doctor.generate_ids
+    generate_ids = trial.generate_ids
     layers = backbone.model.model.layers
 
     def leaving(*args: Any, **options: Any) -> Any:
@@ -378,12 +466,19 @@ def test_a_hook_a_patch_and_a_gradient_that_stay(tiny_backbone: Make, monkeypatc
         layers[2].mlp.up_proj.weight.requires_grad_()
         return generate_ids(*args, **options)
 
-    monkeypatch.setattr(doctor, "generate_ids", leaving)
+    monkeypatch.setattr(trial, "generate_ids", leaving)
     detail = failed(backbone)[UNTOUCHED]
     assert detail.startswith("3 changed")
     assert "hooks of model.layers.0.mlp" in detail
     assert "attributes of model.layers.1.mlp" in detail
     assert "gradient of model.layers.2.mlp.up_proj.weight" in detail
+
+
+def test_a_weight_that_is_to_be_trained_is_left_alone(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    weight = backbone.model.model.norm.weight.requires_grad_()
+    assert UNTOUCHED in passing(backbone)
+    assert weight.grad is None
 
 
 def test_an_error_is_a_failed_check(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,3 +489,189 @@ def test_an_error_is_a_failed_check(tiny_backbone: Make, monkeypatch: pytest.Mon
     faults = failed(tiny_backbone("gpt2"))
     assert faults.keys() == {ROUTES, IN_GENERATION, GREEDY, BEAMS}
     assert set(faults.values()) == {"BackboneError: no cache today."}
+
+
+# --- sabotage of encoder-decoders and encoders -----------------------------------------------------------------------
+
+
+def of_site(site: str, change: Callable[[dict[str, Any]], None]) -> Callable[..., Any]:
+    """The attention function, with the arguments changed at one site; packed rows are left alone."""
+
+    def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        # In generation the prefix travels beside the call.
+        injection = kwargs.get("prefix_injection") or attach._current.get()
+        given = {"query": query, "key": key, "value": value, "attention_mask": mask, **kwargs}
+        if injection is not None and injection.packing is None and injection.places.get(module, ("",))[0] == site:
+            change(given)
+        return attach.attend(module, **given)
+
+    return attend
+
+
+def bare(given: dict[str, Any]) -> None:
+    injection = given.get("prefix_injection")
+    if injection is None or injection.recorded is None:
+        given["prefix_injection"] = attach.Injection({})
+
+
+def sees_all(given: dict[str, Any]) -> None:
+    given["attention_mask"] = torch.ones(1, 1, given["query"].shape[2], given["key"].shape[2], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
+def test_a_dead_site(site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(name)
+    count = len(backbone.geometry[site])
+    patch_attention(monkeypatch, of_site(site, bare))
+    faults = failed(backbone)
+    assert {LAYERS, GRADIENTS, SITES} <= faults.keys()
+    assert faults[LAYERS].endswith(f"too little in layers {', '.join(f'{site} {n}' for n in range(count))}")
+    assert f"{site} 0.0e+00, 0 of {2 * count * 5} slots" in faults[SITES]
+
+
+def test_a_site_that_is_dead_in_generation_only(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(given: dict[str, Any]) -> None:
+        if "prefix_injection" not in given:
+            bare(given)
+
+    backbone = tiny_backbone("bart")
+    patch_attention(monkeypatch, of_site("cross", change))
+    assert failed(backbone).keys() == {GREEDY, BEAMS}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, of_site("decoder", sees_all))
+    assert {OWN, CAUSALITY, PADDING, BATCH, PACKING, GREEDY} <= failed(backbone).keys()
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("site", ["encoder", "cross"])
+def test_padded_sources_that_are_seen(
+    site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, of_site(site, sees_all))
+    faults = failed(backbone)
+    assert {OWN, PADDING, BATCH, MIXED, PAIRS, GREEDY} <= faults.keys()
+    assert not {LAYERS, GRADIENTS, SITES, CAUSALITY, PACKING} & faults.keys()
+
+
+def test_a_relative_bias_that_is_shifted(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pad = nn.functional.pad
+
+    def shifted(tensor: torch.Tensor, sizes: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
+        return pad(tensor, sizes[::-1] if len(sizes) == 2 else sizes, *args, **options)
+
+    backbone = tiny_backbone("t5")
+    monkeypatch.setattr(attach.nn.functional, "pad", shifted)
+    faults = failed(backbone)
+    assert {ORDER, MIXED, GREEDY} <= faults.keys()
+    assert not {OWN, LAYERS, GRADIENTS, SITES} & faults.keys()
+
+
+def test_a_relative_bias_that_the_prefix_carries(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pad = nn.functional.pad
+
+    def biased(tensor: torch.Tensor, sizes: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
+        if len(sizes) != 2 or tensor.dim() != 4:
+            return pad(tensor, sizes, *args, **options)
+        # The later a prefix position, the more it weighs.
+        columns = torch.arange(sizes[0]).to(tensor).expand(*tensor.shape[:-1], -1)
+        return torch.cat([columns, tensor], dim=-1)
+
+    backbone = tiny_backbone("t5")
+    monkeypatch.setattr(attach.nn.functional, "pad", biased)
+    assert ORDER in failed(backbone)
+
+
+def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = attach.Packing.sizes
+
+    def turned(self: attach.Packing, site: str) -> Any:
+        ours, theirs = sizes(self, site)
+        return (ours, theirs[::-1]) if site == "cross" else (ours, theirs)
+
+    monkeypatch.setattr(attach.Packing, "sizes", turned)
+    assert failed(tiny_backbone("bart")).keys() == {PACKING}
+
+
+def test_padded_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = attach.forward
+
+    def turned(*args: Any, source_rows: Any = None, **kwargs: Any) -> Any:
+        rows = None if source_rows is None else source_rows.flip(0)
+        return forward(*args, source_rows=rows, **kwargs)
+
+    monkeypatch.setattr(attach, "forward", turned)
+    assert failed(tiny_backbone("bart")).keys() == {PAIRS}
+
+
+def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = attach._attend_packed
+
+    def cut(packing: Any, site: str, front: Any, *args: Any) -> Any:
+        return packed(packing, site, None if front is None else (front[0].detach(), front[1]), *args)
+
+    monkeypatch.setattr(attach, "_attend_packed", cut)
+    assert failed(tiny_backbone("llama")).keys() == {PACKING}
+    assert failed(tiny_backbone("t5")).keys() == {PACKING}
+
+
+def test_beams_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def turned(given: torch.Tensor, rows: int) -> torch.Tensor:
+        if given.shape[0] == 1:
+            return given.expand(rows, *given.shape[1:])
+        return given.repeat(rows // given.shape[0], *[1] * (given.dim() - 1))
+
+    monkeypatch.setattr(attach, "_to_rows", turned)
+    assert failed(tiny_backbone("bart")).keys() == {BEAMS}
+
+
+def test_attention_that_is_not_the_models_own(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(given: dict[str, Any]) -> None:
+        given["query"] = given["query"] * 1.1
+
+    backbone = tiny_backbone("bert")
+    patch_attention(monkeypatch, of_site("encoder", change))
+    assert failed(backbone).keys() == {OWN}
+    assert backbone.model.config._attn_implementation == attach.ATTENTION
+
+
+def test_an_encoder_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("bert")
+    patch_attention(monkeypatch, of_site("encoder", bare))
+    assert failed(backbone).keys() == {LAYERS, GRADIENTS}
+
+
+def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("bert")
+    patch_attention(monkeypatch, of_site("encoder", sees_all))
+    assert failed(backbone).keys() == {OWN, PADDING, BATCH, MIXED, LABELS}
+
+
+def test_an_encoder_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = attach.stack
+
+    def turned(prefixes: Any, *args: Any) -> Any:
+        return stack(list(prefixes)[::-1], *args)
+
+    monkeypatch.setattr(attach, "stack", turned)
+    assert MIXED in failed(tiny_backbone("bert"))
+
+
+def test_an_encoder_whose_training_mode_drops(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("bert")
+    backbone.model.encoder.layer[1].output.dropout.p = 0.1
+    assert failed(backbone).keys() == {EVALUATION}
+
+
+@pytest.mark.parametrize("name", ["bart", "bert"])
+def test_another_attention_function_in_other_kinds(name: str, tiny_backbone: Make) -> None:
+    backbone = tiny_backbone(name)
+    backbone.model.set_attn_implementation("eager")
+    faults = failed(backbone)
+    assert faults.keys() == {REGISTRY}
+    assert "no layer attends" in faults[REGISTRY]

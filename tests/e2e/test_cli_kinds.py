@@ -1,0 +1,77 @@
+"""The real command line on an encoder-decoder, and with labels and tags, on tiny model folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import TABLES, run
+
+from zoo import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("kinds")
+    paths = {}
+    for name, enclosing in (("t5", True), ("bert", True), ("llama", False)):
+        tokenizer = make_tokenizer(enclosing=enclosing)
+        changes = {"max_position_embeddings": 256} if name == "llama" else {}
+        make_model(name, tokenizer, **changes).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        paths[name] = str(folder / name)
+    return paths
+
+
+def train(model: str, output: Path, *more: str, code: int = 0) -> tuple[str, str]:
+    flags = ("--dtype", "float32", "--max-steps", "4", "--init-text", "a place", "--output", str(output))
+    return run("train", "--backbone", model, *flags, *more, code=code)
+
+
+def test_an_encoder_decoder(models: dict[str, str], tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in TABLES))
+    files = ("--train", str(data), "--source", "{name} is {food}", "--target", "text")
+    train(models["t5"], tmp_path / "run", *files, "--sites", "encoder=6,cross", "--prefix-length", "4")
+    prefix = str(tmp_path / "run" / "prefix.safetensors")
+    shown = json.loads(run("inspect", prefix, "--json")[0])
+    assert shown["prefix_length"] == {"encoder": 6, "cross": 4}
+    assert shown["header"]["backbone"]["kind"] == "encoder-decoder"
+    assert "not shifted" in shown["header"]["positions"]["cross"]
+    texts = ("Aromi is soup", "Bibi is cake")
+    out, _ = run("generate", "--prefix", prefix, "--max-new-tokens", "5", "--num-beams", "2", "--json", *texts)
+    assert [json.loads(line)["text"] for line in out.splitlines()] == list(texts)
+    _, err = train(models["llama"], tmp_path / "no", *files, "--sites", "cross", code=2)
+    assert "no site cross" in err
+    assert "hint: choose of decoder" in err
+
+
+def test_labels_with_probabilities(models: dict[str, str], tmp_path: Path) -> None:
+    for name, by in (("bert", "head"), ("llama", "words"), ("llama", "head")):
+        folder = tmp_path / f"{name}-{by}"
+        train(models[name], folder, "--task", "toy_labels", "--limit", "32", "--classifier", by)
+        prefix = str(folder / "prefix.safetensors")
+        row = json.loads(run("generate", "--prefix", prefix, "--json", "Where is my bag?")[0])
+        assert row["label"] == row["output"] == max(row["probabilities"], key=row["probabilities"].__getitem__)
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        scores = json.loads(run("evaluate", "--prefix", prefix, "--data", "held_out", "--limit", "8", "--json")[0])
+        assert set(scores["scores"]) == {"accuracy", "macro_f1"}
+
+
+def test_tags(models: dict[str, str], tmp_path: Path) -> None:
+    data = tmp_path / "data.conll"
+    data.write_text("The\tO\nFox\tB-TRAIN\nleft\tO\n\nAsk\tO\nBeth\tB-NAME\n")
+    train(models["bert"], tmp_path / "run", "--task", "tagging", "--train", str(data))
+    prefix = str(tmp_path / "run" / "prefix.safetensors")
+    row: dict[str, Any] = json.loads(run("generate", "--prefix", prefix, "--json", "The Fox left")[0])
+    assert row["tokens"] == ["The", "Fox", "left"]
+    assert len(row["tags"]) == len(row["probabilities"]) == 3
+    scores = json.loads(run("evaluate", "--prefix", prefix, "--data", str(data), "--json")[0])
+    assert set(scores["scores"]) == {"span_f1", "accuracy"}
+
+
+def test_an_encoder_writes_nothing(models: dict[str, str], tmp_path: Path) -> None:
+    _, err = train(models["bert"], tmp_path / "run", "--task", "toy", code=2)
+    assert "is an encoder, which reads text and writes none" in err
