@@ -15,6 +15,7 @@ import torch
 from steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
 from torch import Tensor, nn
 
+from prefixtune import attach
 from prefixtune.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
 from prefixtune.batching import Batch, Encoded, collate
 from prefixtune.pretrained import PRETRAINED, pretrained_folder
@@ -29,6 +30,9 @@ VARIANTS = {
     "ours-fp32": ("prefixtune", "float32"),
     "ours-bf16": ("prefixtune", "bfloat16"),
 }
+
+RECOMPUTED = "-recomputed"
+"""Added to a variant of ours: layers are recomputed in the backward pass."""
 
 
 class DifferenceError(Exception):
@@ -167,10 +171,12 @@ def kv_width(backbone: Backbone) -> int:
 def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BACKBONE) -> PeftSide | OurSide:
     """Load a backbone and put a trainable prefix in front, of the same size on both sides."""
     torch.manual_seed(0)
-    library, dtype = VARIANTS[variant]
+    library, dtype = VARIANTS[variant.removesuffix(RECOMPUTED)]
     if library == "PEFT":
         return PeftSide(backbone_name, dtype, prefix_length)
     backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
+    # For as long as the process lives.
+    attach.checkpointing(backbone.model, variant.endswith(RECOMPUTED)).__enter__()
     return OurSide(backbone, prefix_length, kv_width(backbone))
 
 

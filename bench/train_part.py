@@ -14,6 +14,7 @@ import torch
 from data import Data, deal, encode, to_lists
 from results import Line
 from sides import (
+    RECOMPUTED,
     VARIANTS,
     OurSide,
     PeftSide,
@@ -32,6 +33,9 @@ from prefixtune.batching import Encoded
 
 MEMORY_STEPS = 3
 
+CHECKPOINTED = tuple(f"{variant}{RECOMPUTED}" for variant in ("ours-fp32", "ours-bf16"))
+"""Measured in memory alone: gradient checkpointing pays with time."""
+
 SPEED_RATIOS: list[Goal] = [
     ("ours-fp32", "peft-fp32", 2.5),
     ("ours-bf16", "peft-fp32", 4.0),
@@ -41,12 +45,14 @@ MEMORY_RATIOS: list[Goal] = [
     ("ours-fp32", "peft-fp32", 0.7),
     ("ours-bf16", "peft-fp32", 0.7),
     ("ours-bf16", "peft-bf16", None),
+    *((variant, variant.removesuffix(RECOMPUTED), None) for variant in CHECKPOINTED),
 ]
 
 
 def name(variant: str) -> str:
-    library, dtype = VARIANTS[variant]
-    return f"{library} {dtype.replace('float', 'fp').replace('bfp', 'bf')}"
+    library, dtype = VARIANTS[variant.removesuffix(RECOMPUTED)]
+    recomputed = ", checkpointed" * variant.endswith(RECOMPUTED)
+    return f"{library} {dtype.replace('float', 'fp').replace('bfp', 'bf')}{recomputed}"
 
 
 def run(
@@ -74,7 +80,7 @@ def run(
     memory = {
         setting: {
             variant: measure_memory(variant, batches[: MEMORY_STEPS + 1], backbone_name, prefix_length, say)
-            for variant in VARIANTS
+            for variant in (*VARIANTS, *CHECKPOINTED)
         }
         for setting, batches in dealt.items()
     }
@@ -162,5 +168,5 @@ def report(result: dict[str, Any]) -> list[Line]:
     lines = [Line("train", f"{title}: largest difference in fp32", max(result["differences_in_float32"].values()))]
     for library, positions in result["positions"].items():
         lines.append(Line("train", f"{title}: {library}, positions per step", median(positions)))
-    names = {variant: name(variant) for variant in VARIANTS}
+    names = {variant: name(variant) for variant in (*VARIANTS, *CHECKPOINTED)}
     return lines + tell("train", title, result, names, SPEED_RATIOS, MEMORY_RATIOS)

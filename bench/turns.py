@@ -70,7 +70,7 @@ def tell(
         part: The part's name.
         title: The setting's name.
         result: What `take_turns` found; `memory` by side; and, where a side is missing, the reason in `not_measured`.
-        names: What each side is called.
+        names: What each side is called; a side may be measured in memory alone.
         speed_ratios: Pairs to compare, and goals.
         memory_ratios: The same.
     """
@@ -79,7 +79,7 @@ def tell(
     for side, name in names.items():
         if side in missing:
             lines.append(Line(part, f"{title}: {name}", None, reason=missing[side]))
-        else:
+        elif side in result["tokens_per_second"]:
             lines.append(Line(part, f"{title}: {name}", result["tokens_per_second"][side], "target tokens/s"))
     for one, other, goal in speed_ratios:
         if not {one, other} & missing.keys():

@@ -21,7 +21,8 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,7 @@ __all__ = [
     "Injection",
     "Layout",
     "Packing",
+    "activations",
     "cache_argument",
     "check_fits",
     "checkpointing",
@@ -59,7 +61,7 @@ __all__ = [
 ATTENTION = "prefixtune"
 """The name of the attention function in transformers' registry."""
 
-ATTENTIONS = {"sdpa": ATTENTION, "eager": f"{ATTENTION}_eager"}
+ATTENTIONS = {"sdpa": ATTENTION, "eager": f"{ATTENTION}_eager", "flex": f"{ATTENTION}_flex"}
 """What computes the attention, behind the prefix -> its name in the registry."""
 
 _SMALL_GROUP = 512
@@ -100,6 +102,7 @@ class Injection:
         layers: Site -> per layer, keys and values of shape (B or 1, H, P, D).
         visible: Site -> which prefix slots are real, (B, P); None: all are.
         packing: The structure of a packed row; None: an ordinary batch.
+        infix: In a packed row, the sources do not see the prefix, only the targets do.
         recorded: When set, every layer's own keys and values are noted here.
     """
 
@@ -107,6 +110,7 @@ class Injection:
     layers: Mapping[str, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     visible: Mapping[str, Tensor | None] = field(default_factory=dict)
     packing: Packing | None = None
+    infix: bool = False
     recorded: list[tuple[nn.Module, Tensor, Tensor]] | None = None
 
     def front(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -221,10 +225,13 @@ def attend(
     scaled-dot-product attention. A relative position bias (T5) is zero at the prefix; a soft cap (Gemma 2) and sinks
     (`s_aux`, gpt-oss) hold for the prefix as for the text.
 
-    `kernel` computes it: `sdpa` (torch's fused functions, flash among them where the mask allows) or `eager` (spelled
-    out).
+    `kernel` computes it: `sdpa` (torch's fused functions, flash among them where the mask allows), `eager` (spelled
+    out) or `flex` (torch's flex_attention; what it lacks is spelled out: sinks, and on the CPU gradients).
     """
     injection = prefix_injection if prefix_injection is not None else _current.get()
+    if query.dtype != value.dtype:
+        # Under autocast, rotary embeddings leave queries and keys in float32.
+        query, key = query.to(value.dtype), key.to(value.dtype)
     watched = _watched.get()
     if watched is not None:
         own = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux, **kwargs}
@@ -238,10 +245,18 @@ def attend(
         if injection.packing is not None:
             site = injection.places[module][0]
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            special = _Special(scale, position_bias, softcap, s_aux, kernel == "eager")
+            special = _Special(scale, position_bias, softcap, s_aux, kernel != "sdpa")
             window = kwargs.get("sliding_window")
-            return _attend_packed(injection.packing, site, front, query, key, value, special, window), None
-    by_hand = kernel == "eager" or softcap is not None or s_aux is not None
+            biases = injection.packing.bias(
+                site,
+                0 if front is None else front[0].shape[2],
+                window,
+                query.dtype,
+                query.device,
+                infix=injection.infix,
+            )
+            return _attend_packed(injection.packing, site, front, query, key, value, special, biases), None
+    by_hand = kernel != "sdpa" or softcap is not None or s_aux is not None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if attention_mask is None and causal and query.shape[2] > 1 and (front is not None or by_hand):
@@ -260,7 +275,8 @@ def attend(
     if by_hand:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         special = _Special(scale, position_bias, softcap, s_aux)
-        return _attend_by_hand(query, key, value, attention_mask, special).transpose(1, 2), None
+        spelled_out = _attend_by_flex if kernel == "flex" and _flexible(query, key, value, special) else _attend_by_hand
+        return spelled_out(query, key, value, attention_mask, special).transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **kwargs)
@@ -341,6 +357,55 @@ def _attend_by_hand(
     return scores.softmax(-1).to(value.dtype) @ value
 
 
+def _flexible(query: Tensor, key: Tensor, value: Tensor, special: _Special) -> bool:
+    """Whether flex_attention computes it: it has no sinks, and on the CPU no gradients."""
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    return special.sinks is None and not (learning and query.device.type == "cpu")
+
+
+def _attend_by_flex(
+    query: Float[Tensor, "B Hq T Dk"],
+    key: Float[Tensor, "B H S Dk"],
+    value: Float[Tensor, "B H S Dv"],
+    mask: Tensor | None,
+    special: _Special,
+) -> Float[Tensor, "B Hq T Dv"]:
+    """Attention by torch's flex_attention: the same scores as `_attend_by_hand`."""
+    shape = (*query.shape[:3], key.shape[2])
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    parts = [part for part in (special.position_bias, mask) if part is not None]
+    added = sum(parts[1:], parts[0]).expand(shape) if parts else query.new_zeros(()).expand(shape)
+    cap = special.softcap
+    # Lambdas, since nothing may wrap what torch is to trace.
+    if cap is None:
+        score = lambda given, row, head, place, seen: given + added[row, head, place, seen]  # noqa: E731
+    else:
+        score = lambda given, row, head, place, seen: torch.tanh(given / cap) * cap + added[row, head, place, seen]  # noqa: E731
+    out: Tensor = _flex(query.device.type)(
+        query, key, value, score_mod=score, scale=special.scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out
+
+
+@functools.cache
+def _flex(device_type: str) -> Callable[..., Any]:
+    """Torch's flex_attention; compiled on accelerators, which is what it is for."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if device_type != "cpu":
+        compiled: Callable[..., Any] = torch.compile(flex_attention)
+        return compiled
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            # That it is not compiled is meant: compiling for a CPU takes minutes and gains nothing.
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            return flex_attention(*args, **kwargs)
+
+    return plain
+
+
 def _attend_packed(
     packing: Packing,
     site: str,
@@ -349,11 +414,10 @@ def _attend_packed(
     key: Float[Tensor, "1 H S Dk"],
     value: Float[Tensor, "1 H S Dv"],
     special: _Special,
-    window: int | None,
+    biases: Sequence[Tensor | None],
 ) -> Float[Tensor, "1 T Hq Dv"]:
     """Attention of a packed row, group by group, so that nothing is computed across groups."""
     length = 0 if front is None else front[0].shape[2]
-    biases = packing.bias(site, length, window, query.dtype, query.device)
     # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.
     ours, theirs = packing.sizes(site)
     parts = zip(biases, query.split(ours, dim=2), key.split(theirs, dim=2), value.split(theirs, dim=2), strict=True)
@@ -549,9 +613,15 @@ def forward(
     for prefix in rows:
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
+    infix = any(prefix is not None and prefix.placement == "infix" for prefix in rows)
+    if infix and (packing is None or layout.kind != "decoder"):
+        raise ConfigError(
+            "an infix stands between source and target, which only a packed row tells apart.",
+            hint="use `collate` with a decoder-only model.",
+        )
     # In float32 until a layer casts it: so the gradients of a row's groups gather in float32 too.
     made = stack(rows, layout.geometry, torch.float32, main_device(model))
-    injection = Injection(layout.places, made.layers, made.visible, packing)
+    injection = Injection(layout.places, made.layers, made.visible, packing, infix)
     call: dict[str, Any] = {**kwargs, "prefix_injection": injection}
     if layout.kind != "encoder":
         call["use_cache"] = False
@@ -563,7 +633,8 @@ def forward(
         lengths = [0 if prefix is None else prefix.length() for prefix in rows]
         shift = torch.tensor(lengths, device=input_ids.device)[:, None]
         if packing is not None:
-            call["position_ids"] = packing.positions().to(input_ids.device) + shift
+            shifted = packing.in_targets().to(input_ids.device) if infix else 1
+            call["position_ids"] = packing.positions().to(input_ids.device) + shift * shifted
         else:
             call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + shift
     elif packing is None:
@@ -633,20 +704,26 @@ def record(model: Any, layout: Layout, input_ids: Int[Tensor, "1 T"]) -> Prefix:
 
     An encoder-decoder reads the text on both sides; the site `cross` is what its decoder sees of the encoded text.
     """
+    inputs = {"input_ids": input_ids}
+    if layout.kind == "encoder-decoder":
+        inputs["decoder_input_ids"] = input_ids
+    return activations(model, layout, **inputs).to(device="cpu")
+
+
+def activations(model: Any, layout: Layout, **inputs: Tensor) -> Prefix:
+    """The keys and values that the model computes for its inputs (one row), differentiable in them, in float32."""
     recorded: list[tuple[nn.Module, Tensor, Tensor]] = []
     injection = Injection(layout.places, recorded=recorded)
-    call: dict[str, Any] = {"input_ids": input_ids, "prefix_injection": injection}
+    call: dict[str, Any] = {**inputs, "prefix_injection": injection}
     if layout.kind != "encoder":
         call["use_cache"] = False
-    if layout.kind == "encoder-decoder":
-        call["decoder_input_ids"] = input_ids
     with contextlib.nullcontext() if layout.carries else injecting(injection):
         model(**call)
     found: dict[tuple[str, int], KeyValue] = {}
     for module, key, value in recorded:
         place = layout.places.get(module)
         if place is not None:
-            found.setdefault(place, (key[0].float().cpu(), value[0].float().cpu()))
+            found.setdefault(place, (key[0].float(), value[0].float()))
     return Prefix({site: tuple(found[site, n] for n in range(len(shapes))) for site, shapes in layout.geometry.items()})
 
 

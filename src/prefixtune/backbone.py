@@ -8,6 +8,7 @@ that nobody turns it on by accident. Knows nothing of prefixes' contents, traini
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import inspect
 import json
@@ -56,6 +57,8 @@ class Backbone:
         layout: Its attention layers, found by running it.
         fingerprint: Of configuration and sampled weights; the same in every dtype. See `fingerprints_match`.
         adapter: PEFT's view of the model, where it holds a LoRA adapter.
+        computes_in: The dtype of its products, where some weights are kept in float32 to be trained; None: that of the
+            weights.
         memo: What others worked out about the tokenizer, to keep.
     """
 
@@ -65,6 +68,7 @@ class Backbone:
     layout: Layout
     fingerprint: str
     adapter: Any = field(default=None, repr=False)
+    computes_in: torch.dtype | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -79,9 +83,15 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype."""
-        dtype: torch.dtype = self.model.dtype
+        """The dtype that it computes in: that of its weights, but for those that are trained."""
+        dtype: torch.dtype = self.computes_in or self.model.dtype
         return dtype
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """While the block runs, products are computed in `dtype`, whatever the weights are kept in."""
+        if self.computes_in in (None, torch.float32):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.computes_in)
 
     @property
     def device(self) -> torch.device:
@@ -186,11 +196,13 @@ class Backbone:
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """`attach.forward` on this model: a call with prefixes in front."""
-        return attach.forward(self.model, self.layout, input_ids, attention_mask, **kwargs)
+        with self.computing():
+            return attach.forward(self.model, self.layout, input_ids, attention_mask, **kwargs)
 
     def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """The last layer's output, (B, T, hidden size), with prefixes in front; arguments as for `forward`."""
-        return attach.forward(self.model.base_model, self.layout, input_ids, attention_mask, **kwargs)[0]
+        with self.computing():
+            return attach.forward(self.model.base_model, self.layout, input_ids, attention_mask, **kwargs)[0]
 
     def save_adapter(self, folder: Path) -> Backbone:
         """Store the LoRA adapter as PEFT does, and return the backbone as it now is, with its present fingerprint."""
@@ -236,7 +248,7 @@ class Backbone:
             name: What to call it, in messages and in artifacts.
             adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
             train_adapter: Leave the LoRA layers trainable.
-            attention: What computes the attention, behind the prefix: `sdpa` or `eager`.
+            attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
 
         Raises:
             BackboneError: It cannot carry a prefix; the message says why.

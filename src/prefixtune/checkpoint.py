@@ -24,7 +24,17 @@ from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.files import atomic_path
 from prefixtune.prefix import Head, KeyValue, Prefix
 
-__all__ = ["FORMAT_VERSION", "POSITIONS", "load_prefix", "load_state", "make_header", "save_prefix", "save_state"]
+__all__ = [
+    "FORMAT_VERSION",
+    "POSITIONS",
+    "load_prefix",
+    "load_state",
+    "load_weights",
+    "make_header",
+    "save_prefix",
+    "save_state",
+    "save_weights",
+]
 
 FORMAT_VERSION = 1
 
@@ -32,10 +42,11 @@ POSITIONS = {
     "decoder": "text starts at position P",
     "encoder-decoder": "text positions are not shifted",
     "encoder": "text positions are not shifted",
+    "infix": "the source starts at position 0, the target P behind it",
 }
 """The position convention by kind of model, recorded in every artifact for each site."""
 
-_HEADER, _STATE = "prefixtune", "prefixtune_state"
+_HEADER, _STATE, _WEIGHTS = "prefixtune", "prefixtune_state", "prefixtune_weights"
 _NAME = re.compile(r"^(encoder|decoder|cross)\.(\d{1,5})\.(key|value)$")
 
 
@@ -54,12 +65,12 @@ def _describe_tensors(prefix: Prefix) -> dict[str, Any]:
     origin = prefix.header.get("backbone")
     kind = origin.get("kind", "decoder") if isinstance(origin, Mapping) else "decoder"
     shifts = kind == "decoder" and prefix.sites == ("decoder",)
+    if prefix.placement == "infix" and shifts:
+        kind = "infix"
     return {
         "sites": list(prefix.sites),
         "prefix_length": {site: prefix.length(site) for site in prefix.sites},
-        "positions": {
-            site: POSITIONS["decoder" if shifts and site == "decoder" else "encoder"] for site in prefix.sites
-        },
+        "positions": {site: POSITIONS[kind if shifts and site == "decoder" else "encoder"] for site in prefix.sites},
         "geometry": {
             site: {
                 "num_layers": len(shapes),
@@ -206,6 +217,49 @@ def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[
     except ConfigError as error:
         raise CheckpointError(f"{str(path)!r}: {error.message}", hint="get the file again.") from error
     return layers
+
+
+# --- the weights of other methods ------------------------------------------------------------------------------------
+
+
+def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Store what a method other than a prefix trained: tensors by the model's own names, and a header.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or infinity.
+        PrefixError: The file cannot be written.
+    """
+    path = Path(path)
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    broken = [name for name, tensor in kept.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
+    with atomic_path(path) as temporary:
+        facts = {**header, "format_version": FORMAT_VERSION}
+        _save(kept, temporary, {_WEIGHTS: json.dumps(facts, ensure_ascii=False)})
+    return path
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The reverse of `save_weights`.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, something else or of a newer format.
+    """
+    tensors, metadata = _read(path)
+    if _WEIGHTS not in metadata:
+        raise CheckpointError(
+            f"{str(path)!r} holds no weights of another method.",
+            hint="give the weights.safetensors that `prefixtune train --method full` (or another) wrote.",
+        )
+    header = _json(metadata[_WEIGHTS], path)
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} has format version {version!r}, but this prefixtune reads {FORMAT_VERSION}.",
+            hint="upgrade prefixtune.",
+        )
+    return tensors, header
 
 
 # --- the training state ----------------------------------------------------------------------------------------------

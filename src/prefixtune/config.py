@@ -24,9 +24,10 @@ _AT_LEAST_ONE = (
     *("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation", "save_every"),
 )
 _SITES = ("encoder", "decoder", "cross")
+_OF_PREFIXES = ("prefix", "prompt", "infix")
 _NOT_NEGATIVE = (
     *("limit", "dev_limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
-    *("weight_decay", "max_grad_norm", "learning_rate", "seed", "adapter_rank"),
+    *("weight_decay", "max_grad_norm", "learning_rate", "seed", "adapter_rank", "method_size"),
 )
 
 
@@ -51,6 +52,16 @@ class TrainConfig:
     adapter: str = _option("", "folder of a LoRA adapter (PEFT) to put on the backbone first", "backbone")
     train_adapter: bool = _option(False, "train that adapter together with the prefix", "backbone")
     adapter_rank: int = _option(0, "train a fresh LoRA adapter of this rank with the prefix; 0: none", "backbone")
+
+    method: Literal["prefix", "prompt", "infix", "full", "top", "adapter", "lora"] = _option(
+        "prefix",
+        "what is trained: a prefix; to compare with: prompt (embeddings at the input alone), infix (between source and "
+        "target), full (all weights), top (the top layers), adapter (bottlenecks), lora",
+        "method",
+    )
+    method_size: int = _option(
+        0, "top: layers (2); adapter: width of the bottleneck (64); lora: rank (8); 0: as in brackets", "method"
+    )
 
     task: str = _option(
         "records",
@@ -94,7 +105,11 @@ class TrainConfig:
     )
     init_prefix: str = _option("", "prefix file to start from", "prefix")
 
-    learning_rate: float = _option(0.0, "peak; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp", "training")
+    learning_rate: float = _option(
+        0.0,
+        "peak; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top 3e-4, adapter and lora 1e-3",
+        "training",
+    )
     weight_decay: float = _option(0.0, "AdamW's", "training")
     warmup_steps: int = _option(20, "steps of linear warm-up, before the linear decay to 0", "training")
     epochs: float = _option(5.0, "passes over the training targets; max_steps overrides it", "training")
@@ -153,6 +168,10 @@ class TrainConfig:
                 self.words_by_label  # noqa: B018
             except ValueError as error:
                 yield "label_words", str(error)
+        if "method" not in skip and self.method not in _OF_PREFIXES:
+            for name, usual in (("adapter_rank", 0), ("train_adapter", False), ("quantize", "")):
+                if name not in skip and getattr(self, name) != usual:
+                    yield name, f"{name} is {getattr(self, name)!r}, which does not go with method {self.method!r}"
         if "sites" not in skip and (fault := _site_fault(self.sites)):
             yield "sites", fault
         if skip & {"initialization", "init_text", "init_prefix"}:
@@ -188,9 +207,16 @@ class TrainConfig:
         return pairs
 
     @property
+    def trains_prefix(self) -> bool:
+        """Whether the method leaves the backbone as it is and trains what stands in front of its text."""
+        return self.method in _OF_PREFIXES
+
+    @property
     def peak_learning_rate(self) -> float:
-        """The learning rate in force: the given one, or the reparameterization's default."""
-        return self.learning_rate or default_learning_rate(self.reparameterization)
+        """The learning rate in force: the given one, or the default of the method or reparameterization."""
+        return self.learning_rate or default_learning_rate(
+            self.reparameterization if self.trains_prefix else self.method
+        )
 
     def replace(self, **changes: Any) -> TrainConfig:
         """The same run with some values changed.
@@ -265,6 +291,7 @@ def _site_fault(text: str) -> str:
     return ""
 
 
-def default_learning_rate(reparameterization: str) -> float:
-    """The peak learning rate that is used for a reparameterization unless told otherwise."""
-    return {"none": 5e-3, "residual": 1e-3, "mlp": 5e-4}[reparameterization]
+def default_learning_rate(trained: str) -> float:
+    """The peak learning rate of a reparameterization, or of another method, unless told otherwise."""
+    rates = {"none": 5e-3, "residual": 1e-3, "mlp": 5e-4}
+    return {**rates, "full": 1e-4, "top": 3e-4, "adapter": 1e-3, "lora": 1e-3}[trained]

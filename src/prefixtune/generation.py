@@ -233,18 +233,22 @@ def generate_ids(
     _check_requests(backbone, prompts, prefixes, config)
     _check_guessing(backbone, config, assistant)
     size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    infix = [prefix is not None and prefix.placement == "infix" for prefix in prefixes]
+    order = sorted(range(len(prompts)), key=lambda n: (infix[n], len(prompts[n])))
     results: list[list[int]] = [[] for _ in prompts]
+    done = 0
     with _sampling_seed(config.seed, backbone.device):
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
+        while done < len(order):
+            rows = order[done : done + size]
+            rows = [n for n in rows if infix[n] == infix[rows[0]]]
             outputs = _generate_batch(
                 backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], config, assistant, streamer
             )
             for number, ids in zip(rows, outputs, strict=True):
                 results[number] = ids
+            done += len(rows)
             if on_batch is not None:
-                on_batch(start + len(rows))
+                on_batch(done)
     return results
 
 
@@ -259,8 +263,10 @@ def _generate_batch(
 ) -> list[list[int]]:
     arguments = _inputs(backbone, prompts)
     guessing = assistant is not None or config.prompt_lookup > 0
+    if any(prefix is not None and prefix.placement == "infix" for prefix in prefixes):
+        ours = attach.visible_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
     # Guessed tokens come from the ids, among which a prefilled cache's slots would stand.
-    if backbone.layout.cache_layers is not None and not guessing:
+    elif backbone.layout.cache_layers is not None and not guessing:
         ours = attach.visible_slots(_prefill(arguments, backbone, prefixes, config))
     else:
         ours = attach.injecting(_inject(arguments, backbone, prefixes, config))
@@ -270,7 +276,7 @@ def _generate_batch(
     if assistant is not None:
         arguments["assistant_model"] = assistant.model
     _own_rules(arguments, backbone, prompts, config, start)
-    with ours:
+    with ours, backbone.computing():
         output = backbone.model.generate(**arguments, generation_config=_transformers_config(backbone, config))
     new = output[:, start:].tolist()
     rows = [row[: row.index(backbone.end_id)] if backbone.end_id in row else row for row in new]
@@ -310,6 +316,44 @@ def _prefill(
         arguments["attention_mask"] = torch.cat([slots.long(), arguments["attention_mask"]], dim=1)
     if width or room is not None:
         arguments[attach.cache_argument(backbone.model)] = cache
+    return width
+
+
+def _prefill_infix(
+    arguments: dict[str, Any],
+    backbone: Backbone,
+    prefixes: Sequence[Prefix | None],
+    config: GenerateConfig,
+    guessing: bool,
+) -> int:
+    """Put the infixes into the cache, and the sources, which do not see them; returns how many slots infixes take.
+
+    The prompt's last token stays outside: it is the first that sees the infix, as in training.
+    """
+    if backbone.layout.cache_layers is None or guessing or config.cache != "dynamic":
+        raise ConfigError(
+            "an infix is decoded with a dynamic cache that can be filled, and without guessing.",
+            hint="leave cache, prompt_lookup and the assistant as they are, or use a prefix.",
+        )
+    ids, mask = arguments["input_ids"], arguments["attention_mask"]
+    cache = attach.growing_cache(backbone.model)
+    if ids.shape[1] > 1:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        name = attach.cache_argument(backbone.model)
+        backbone.model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            use_cache=True,
+            **{name: cache},
+        )
+    width = _prefill(arguments, backbone, prefixes, config)
+    filled = arguments[attach.cache_argument(backbone.model)]
+    if ids.shape[1] > 1:
+        for number in backbone.layout.cache_layers or ():
+            layer = cache.layers[number]
+            repeated = (part.repeat_interleave(config.num_beams, dim=0) for part in (layer.keys, layer.values))
+            filled.update(*repeated, number)
     return width
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from prefixtune import attach
 from prefixtune.attach import check_fits
@@ -15,7 +17,7 @@ from prefixtune.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.prefix import Prefix
 
-__all__ = ["from_prefix", "from_words"]
+__all__ = ["from_prefix", "from_words", "word_ids"]
 
 
 def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[str, int]) -> Prefix:
@@ -34,15 +36,24 @@ def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[str, 
     Raises:
         ConfigError: The text has no token.
     """
+    lengths = _by_site(backbone, prefix_length)
+    runs = {
+        length: attach.record(backbone.model, backbone.layout, word_ids(backbone, text, length))
+        for length in set(lengths.values())
+    }
+    return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
+
+
+def word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
+    """The tokens of some words, cycled where they are fewer than `length`, cut where they are more.
+
+    Raises:
+        ConfigError: The text has no token.
+    """
     ids = backbone.encode(text)
     if not ids:
         raise ConfigError(f"init_text {text!r} has no token.", hint="give some words, such as the task's name.")
-    lengths = _by_site(backbone, prefix_length)
-    runs: dict[int, Prefix] = {}
-    for length in set(lengths.values()):
-        cycled = torch.tensor([[ids[place % len(ids)] for place in range(length)]], device=backbone.device)
-        runs[length] = attach.record(backbone.model, backbone.layout, cycled)
-    return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
+    return torch.tensor([[ids[place % len(ids)] for place in range(length)]], device=backbone.device)
 
 
 def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[str, int]) -> Prefix:

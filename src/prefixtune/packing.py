@@ -45,6 +45,10 @@ class Group:
         targets = [torch.arange(length) + self.source_length for length in self.target_lengths]
         return torch.cat([torch.arange(self.source_length), *targets])
 
+    def in_targets(self) -> Int[Tensor, " N"]:
+        """1 where a position belongs to a target, 0 in the source."""
+        return (torch.arange(self.stop - self.start) >= self.source_length).long()
+
     def mask(self, window: int | None = None) -> Bool[Tensor, "N N"]:
         """Which position (row) sees which (column).
 
@@ -80,6 +84,10 @@ class Packing:
             return torch.cat([torch.arange(length) for length in self.sources or ()])[None]
         return torch.cat([group.positions() for group in self.groups])[None]
 
+    def in_targets(self) -> Int[Tensor, "1 T"]:
+        """1 where a position of the row belongs to a target, 0 in a source."""
+        return torch.cat([group.in_targets() for group in self.groups])[None]
+
     def sizes(self, site: str) -> tuple[list[int], list[int]]:
         """Per group, how many queries and how many keys it has at a site."""
         own = [group.stop - group.start for group in self.groups]
@@ -87,17 +95,33 @@ class Packing:
         return {"decoder": (own, own), "encoder": (sources, sources), "cross": (own, sources)}[site]
 
     def bias(
-        self, site: str, prefix_length: int, window: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        site: str,
+        prefix_length: int,
+        window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        infix: bool = False,
     ) -> Sequence[Float[Tensor, "N S"] | None]:
-        """Per group, an additive mask (N, P + S); made once per row, not once per layer. None: all is visible."""
+        """Per group, an additive mask (N, P + S); made once per row, not once per layer. None: all is visible.
+
+        An infix is visible to the targets alone.
+        """
         if site != "decoder":
             return [None] * len(self.groups)
-        key = (prefix_length, window, dtype, device)
+        key = (prefix_length, window, dtype, device, infix)
         if key not in self._bias:
             self._bias[key] = [
-                torch.zeros(group.stop - group.start, prefix_length + group.stop - group.start, dtype=dtype)
-                .masked_fill_(~nn.functional.pad(group.mask(window), (prefix_length, 0), value=True), float("-inf"))
-                .to(device)
-                for group in self.groups
+                self._bias_of(group, prefix_length, window, dtype, infix).to(device) for group in self.groups
             ]
         return self._bias[key]
+
+    @staticmethod
+    def _bias_of(
+        group: Group, prefix_length: int, window: int | None, dtype: torch.dtype, infix: bool
+    ) -> Float[Tensor, "N S"]:
+        seen = nn.functional.pad(group.mask(window), (prefix_length, 0), value=True)
+        if infix:
+            seen[: group.source_length, :prefix_length] = False
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))

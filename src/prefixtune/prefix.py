@@ -141,6 +141,11 @@ class Prefix:
         return tuple(self.layers)
 
     @property
+    def placement(self) -> str:
+        """`front`: before the text; `infix`: between source and target, unseen by the source (the paper's ablation)."""
+        return str(self.header.get("placement", "front"))
+
+    @property
     def prefix_length(self) -> int:
         """P, in positions; of the longest site where sites differ."""
         return max(self.length(site) for site in self.layers)

@@ -46,7 +46,7 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
 
     Args:
         model: Of transformers.
-        attention: What computes the attention: `sdpa` or `eager`.
+        attention: What computes the attention: `sdpa`, `eager` or `flex`.
 
     Raises:
         ConfigError: There is no such attention.

@@ -9,7 +9,7 @@ Each runs once per step, never per row. Knows nothing of models and of where an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix import Geometry, Head, LayerShape, Prefix, flatten, unflatten
 
-__all__ = ["KINDS", "HeadParameters", "PrefixModule", "SiteParameters", "fit"]
+__all__ = ["KINDS", "HeadParameters", "PrefixModule", "PromptModule", "SiteParameters", "fit"]
 
 KINDS = ("mlp", "none", "residual")
 
@@ -107,6 +107,46 @@ class HeadParameters(nn.Module):
         """The head as it is now, for hidden states as they are."""
         weight = self.weight / self.spread
         return Head(weight, self.bias - weight @ self.center)
+
+
+class PromptModule(nn.Module):
+    """A trainable prompt at the input layer alone (the paper's embedding-only ablation, table 4).
+
+    In a model that reads from left to right a prompt never sees the text after it; so it is worth exactly the keys and
+    values that the model computes for it, which are a prefix. It is trained, stored and used as one.
+
+    Args:
+        kind: `mlp`, `none` or `residual`.
+        start: What the prompt's embeddings are at the first step, exactly for `none` and `residual`.
+        through: Runs embeddings through the model: the keys and values there, differentiable in them.
+        embedding_size: d of the MLP.
+        bottleneck_size: m of the MLP.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        start: Float[Tensor, "P d"],
+        through: Callable[[Tensor], Prefix],
+        *,
+        embedding_size: int,
+        bottleneck_size: int = 512,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.prompt = SiteParameters(kind, start.shape[1], start.shape[0], embedding_size, bottleneck_size, start)
+        self.through = through
+        self.head = None
+
+    def forward(self) -> Prefix:
+        """What the prompt is worth now, in float32, attached to the graph of its parameters."""
+        return self.through(self.prompt())
+
+    @torch.no_grad()
+    def bake(self) -> Prefix:
+        """The same as a prefix, in float32 on the CPU."""
+        prefix: Prefix = self()
+        return prefix.to(device="cpu").detach()
 
 
 class PrefixModule(nn.Module):

@@ -1,5 +1,7 @@
 """The training loop: yields events, prints nothing.
 
+The same loop trains a prefix and the methods that it is compared with: same data, same order, same loss, same schedule.
+
 One optimizer step: the reparameterization runs once, packed rows go through the frozen backbone with the prefix in
 front, logits are computed where there is a label, and AdamW moves the prefix's parameters. Everything is a function of
 the configuration and the step's number, so a resumed run goes on as if nothing had happened.
@@ -29,18 +31,27 @@ from torch import Tensor
 from prefixtune import __version__, attach
 from prefixtune.backbone import Backbone, fingerprints_match, load_backbone
 from prefixtune.batching import Batch, Encoded, Encoding, collate, default_format, encode_examples, plan_epoch
-from prefixtune.checkpoint import load_prefix, load_state, make_header, save_prefix, save_state
+from prefixtune.checkpoint import (
+    load_prefix,
+    load_state,
+    load_weights,
+    make_header,
+    save_prefix,
+    save_state,
+    save_weights,
+)
 from prefixtune.config import TrainConfig
-from prefixtune.errors import CheckpointError, ConfigError, TrainingError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, TrainingError
 from prefixtune.files import write_text
-from prefixtune.initialize import from_prefix, from_words
+from prefixtune.initialize import from_prefix, from_words, word_ids
 from prefixtune.labelling import Labels, choose_labels, encode_labelled, sample_hidden, worded
 from prefixtune.loss import batch_loss
 from prefixtune.prefix import Prefix
-from prefixtune.reparam import PrefixModule, fit
+from prefixtune.reparam import PrefixModule, PromptModule, fit
 from prefixtune.tasks import TASKS, Example, TextFormat, limit_targets, read_task
+from prefixtune.tuning import Tuning, load_tuned_weights, settle, tune, tuned_weights
 
-__all__ = ["Event", "TrainResult", "batch_loss", "build_module", "evaluation_loss", "train"]
+__all__ = ["Event", "TrainResult", "batch_loss", "build_module", "evaluation_loss", "load_tuned", "train"]
 
 Event = dict[str, Any]
 """What happened: `event` is start, resume, step, evaluation, save or end; the rest are figures."""
@@ -51,6 +62,8 @@ PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = (
     "events.jsonl",
     "config.toml",
 )
+WEIGHTS_FILE = "weights.safetensors"
+"""The artifact of the methods that train the model's own weights."""
 ADAPTER_FOLDER = "adapter"
 
 
@@ -63,15 +76,15 @@ class TrainResult:
     """What a run leaves.
 
     Attributes:
-        prefix: The best prefix (on the development file, where there is one), baked.
-        path: Its artifact.
+        prefix: The best prefix (on the development file, where there is one), baked; None: the method trains weights.
+        path: The artifact, of the prefix or the weights.
         steps: Optimizer steps taken.
         best_loss: Lowest development loss, per token; NaN without a development file.
         num_trained: Parameters that the optimizer moved.
         events: Everything that was logged.
     """
 
-    prefix: Prefix
+    prefix: Prefix | None
     path: Path
     steps: int
     best_loss: float
@@ -81,7 +94,7 @@ class TrainResult:
 
 def build_module(
     config: TrainConfig, backbone: Backbone, *, num_labels: int = 0
-) -> tuple[PrefixModule, dict[str, Any]]:
+) -> tuple[PrefixModule | PromptModule, dict[str, Any]]:
     """The trainable prefix of a run, at its start, and what to record of the initialization.
 
     Args:
@@ -91,6 +104,14 @@ def build_module(
     """
     torch.manual_seed(config.seed)
     lengths = choose_sites(config, backbone)
+    if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or num_labels):
+        raise ConfigError(
+            f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
+            f"{backbone.name!r} is of kind {backbone.kind!r}.",
+            hint="use method = 'prefix'.",
+        )
+    if config.method == "prompt":
+        return _build_prompt(config, backbone)
     start: Prefix | None = None
     facts: dict[str, Any] = {"kind": config.initialization}
     if config.initialization == "words":
@@ -110,6 +131,29 @@ def build_module(
     )
     if config.reparameterization == "mlp" and start is not None:
         facts["relative_fit_error"] = fit(module, start)
+    return module.to(backbone.device), facts
+
+
+def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptModule, dict[str, Any]]:
+    """A prompt at the input layer, from words' embeddings or at random, and what to record of the initialization."""
+    if config.initialization == "prefix":
+        raise ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
+    table = backbone.model.get_input_embeddings()
+    facts: dict[str, Any] = {"kind": config.initialization}
+    if config.initialization == "words":
+        start = table(word_ids(backbone, config.init_text, config.prefix_length)[0]).detach().float()
+        facts["text"] = config.init_text
+    else:
+        start = torch.randn(config.prefix_length, table.weight.shape[1]) * float(table.weight.float().std())
+    module = PromptModule(
+        config.reparameterization,
+        start.cpu(),
+        lambda prompt: attach.activations(
+            backbone.model, backbone.layout, inputs_embeds=prompt[None].to(backbone.device, backbone.dtype)
+        ),
+        embedding_size=backbone.hidden_size,
+        bottleneck_size=config.bottleneck_size,
+    )
     return module.to(backbone.device), facts
 
 
@@ -156,7 +200,7 @@ def train(
 
     Args:
         config: The run.
-        backbone: Already loaded; None: `config.backbone` is loaded.
+        backbone: Already loaded; None: `config.backbone` is loaded. A method that trains weights changes it.
         examples: Already read; None: `config.train` is read.
         dev_examples: Already read; None: `config.dev` is read, if given.
         resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run.
@@ -169,7 +213,7 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
     folder = Path(config.output)
-    if not resume and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE)):
+    if not resume and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE)):
         raise ConfigError(
             f"{str(folder)!r} already holds a run.", hint="go on with --resume, choose another --output, or delete it."
         )
@@ -192,6 +236,8 @@ def train(
             train_adapter=config.train_adapter,
             adapter_rank=config.adapter_rank,
         )
+    if not config.trains_prefix:
+        backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
     dev = limit_targets(dev_examples or (), config.dev_limit)
     if config.gradient_checkpointing and not backbone.layout.carries:
         raise ConfigError(
@@ -209,14 +255,40 @@ def train(
             events.append(event)
             if on_event is not None:
                 on_event(event)
+    path = folder / (PREFIX_FILE if config.trains_prefix else WEIGHTS_FILE)
     return TrainResult(
-        load_prefix(folder / PREFIX_FILE),
-        folder / PREFIX_FILE,
+        load_prefix(path) if config.trains_prefix else None,
+        path,
         run.step,
         run.best_loss,
         sum(parameter.numel() for parameter in run.trained),
         tuple(events),
     )
+
+
+def load_tuned(path: str | Path, **options: Any) -> tuple[Backbone, TextFormat]:
+    """The backbone with the weights that another method than a prefix trained, and the text format of its training.
+
+    Args:
+        path: `weights.safetensors` of a run.
+        **options: For `load_backbone`, such as `dtype`; `name_or_path` in place of the backbone that the header names.
+
+    Raises:
+        CheckpointError: The file is no such weights.
+        BackboneError: The weights are another backbone's.
+    """
+    tensors, header = load_weights(path)
+    origin = header["backbone"]
+    backbone = load_backbone(options.pop("name_or_path", None) or origin["name"], **options)
+    if not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
+        raise BackboneError(
+            f"{str(path)!r} was trained from {origin['name']!r} with other weights than {backbone.name!r}.",
+            hint="load the backbone that its header names.",
+        )
+    backbone = tune(backbone, Tuning(header["method"], header["method_size"]))
+    load_tuned_weights(backbone, tensors)
+    form = {k: v for k, v in header["text_format"].items() if k in ("prompt", "target")}
+    return settle(backbone), TextFormat.from_dict(form)
 
 
 def _labels(
@@ -253,12 +325,19 @@ class _Run:
         self.dev = self._encode(dev_examples) if dev_examples else None
         self.data_digest = _digest(self.data, self.dev)
         num_labels = len(self.labels.names) if by_head and self.labels is not None else 0
-        self.module, self.initialization = build_module(config, backbone, num_labels=num_labels)
-        if self.module.head is not None:
-            self.module.head.standardize(sample_hidden(backbone, self.module.bake(), self.data.examples))
-        # A LoRA adapter that trains along; empty otherwise.
+        self.module: PrefixModule | PromptModule | None = None
+        self.initialization: dict[str, Any] = {"kind": "backbone"}
+        if config.trains_prefix:
+            self.module, self.initialization = build_module(config, backbone, num_labels=num_labels)
+            if self.module.head is not None:
+                self.module.head.standardize(sample_hidden(backbone, self.module.bake(), self.data.examples))
+        elif num_labels:
+            raise ConfigError(
+                f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
+            )
+        # The model's own weights that train: a LoRA adapter's, or what another method trains; empty otherwise.
         self.adapter = backbone.adapter_parameters
-        self.trained = [*self.module.parameters(), *self.adapter.values()]
+        self.trained = [*(() if self.module is None else self.module.parameters()), *self.adapter.values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(sum(1 for _ in self._plan(epoch=0)) / config.gradient_accumulation)
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
@@ -266,7 +345,9 @@ class _Run:
 
     def _encode(self, examples: Sequence[Example]) -> Encoding:
         room: dict[str, Any] = {
-            "prefix_length": choose_sites(self.config, self.backbone).get("decoder", 0),
+            "prefix_length": (
+                choose_sites(self.config, self.backbone).get("decoder", 0) if self.config.trains_prefix else 0
+            ),
             "max_length": self.config.max_length,
             "on_too_long": self.config.on_too_long,
         }
@@ -275,6 +356,17 @@ class _Run:
         if self.labels.by == "head":
             return encode_labelled(self.backbone, examples, self.labels, self.format, **room)
         return encode_examples(self.backbone, worded(examples, self.labels), self.format, **room)
+
+    def bake(self) -> Prefix | None:
+        """The prefix as it is now; None: the method has none."""
+        if self.module is None:
+            return None
+        made = self.module.bake()
+        return Prefix(made.layers, self._placement, made.head)
+
+    @property
+    def _placement(self) -> dict[str, Any]:
+        return {"placement": "infix"} if self.config.method == "infix" else {}
 
     # The order of the data is a function of the seed and the step: nothing has to be stored to find one's place.
 
@@ -355,12 +447,17 @@ class _Run:
             "num_targets": self.data.num_targets,
             "num_cut": self.data.num_cut,
             "num_trained": sum(parameter.numel() for parameter in self.trained),
-            "num_stored": self.module.bake().num_parameters,
+            "num_stored": sum(tensor.numel() for tensor in self._stored()),
             "initialization": self.initialization,
             "backbone": self.backbone.name,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "device": str(self.backbone.device),
         }
+
+    def _stored(self) -> list[Tensor]:
+        """What the artifact holds."""
+        prefix = self.bake()
+        return list(self.adapter.values()) if prefix is None else prefix.stored_tensors()
 
     def _optimize(self, batches: Sequence[Batch]) -> Event:
         """One optimizer step.
@@ -373,8 +470,8 @@ class _Run:
         tokens = sum(len(batch.labels) for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
         # The reparameterization runs once: rows' gradients gather at the prefix, then flow back through it together.
-        live: Prefix = self.module()
-        leaf = live.leaves()
+        live: Prefix | None = None if self.module is None else self.module()
+        leaf = None if live is None else Prefix(live.leaves().layers, self._placement, live.head)
         loss = 0.0
         for batch in batches:
             losses = batch_loss(self.backbone, leaf, batch)
@@ -382,7 +479,8 @@ class _Run:
             weighted = (losses * weights).sum()
             weighted.backward()
             loss += float(weighted.detach())
-        torch.autograd.backward(live.tensors(), [tensor.grad for tensor in leaf.tensors()])
+        if live is not None and leaf is not None:
+            torch.autograd.backward(live.tensors(), [tensor.grad for tensor in leaf.tensors()])
         limit = self.config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, limit))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -410,7 +508,7 @@ class _Run:
 
     def _evaluate(self) -> Event:
         """Development loss; the best prefix so far becomes the artifact. Without a development file: the latest."""
-        prefix = self.module.bake()
+        prefix = self.bake()
         event: Event = {"event": "evaluation", "step": self.step}
         better = True
         if self.dev is not None:
@@ -429,12 +527,15 @@ class _Run:
             self._save_artifact(prefix)
         return {**event, "best_loss": _number(self.best_loss), "best_step": self.best_step}
 
-    def _save_artifact(self, prefix: Prefix) -> None:
-        config = self.config
-        backbone = self.backbone.save_adapter(self.folder / ADAPTER_FOLDER) if self.adapter else self.backbone
+    def _save_artifact(self, prefix: Prefix | None) -> None:
+        config, backbone = self.config, self.backbone
+        if self.adapter and prefix is not None:
+            backbone = backbone.save_adapter(self.folder / ADAPTER_FOLDER)
         header = make_header(
             backbone,
             task=config.task,
+            method=config.method,
+            **self._placement,
             text_format={
                 **self.format.to_dict(),
                 "separator": self.backbone.separator,
@@ -457,18 +558,23 @@ class _Run:
             },
             **(
                 {"adapter": ADAPTER_FOLDER if self.adapter else config.adapter}
-                if self.adapter or config.adapter
+                if config.adapter or (self.adapter and prefix is not None)
                 else {}
             ),
             license=config.license,
             made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
         dtype = torch.float32 if config.save_dtype == "float32" else torch.bfloat16
+        if prefix is None:
+            size = Tuning(config.method, config.method_size).size
+            weights = {name: tensor.to(dtype) for name, tensor in tuned_weights(self.backbone).items()}
+            save_weights(self.folder / WEIGHTS_FILE, weights, {**header, "method_size": size})
+            return
         save_prefix(self.folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
 
     def save(self) -> None:
         """Write the resumable state."""
-        tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        tensors = {} if self.module is None else {f"module.{n}": t for n, t in self.module.state_dict().items()}
         tensors |= {f"adapter.{name}": parameter for name, parameter in self.adapter.items()}
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{number}.{key}": torch.as_tensor(value) for key, value in values.items()})
@@ -523,9 +629,10 @@ class _Run:
                 f"the run in {str(self.folder)!r} was started on other data.",
                 hint="give it the same files, or start anew in another --output.",
             )
-        self.module.load_state_dict(
-            {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
-        )
+        if self.module is not None:
+            self.module.load_state_dict(
+                {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
+            )
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 parameter.copy_(tensors[f"adapter.{name}"])
