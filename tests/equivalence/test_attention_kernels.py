@@ -1,0 +1,96 @@
+"""Fused, spelled-out and flex attention give the same logits, gradients and texts, with prefixes in front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixtune import attach
+from prefixtune.backbone import Backbone
+from prefixtune.errors import ConfigError
+from prefixtune.generation import GenerateConfig, generate_ids
+
+Make = Callable[..., Any]
+MODELS = ("gpt2", "llama", "mistral", "gemma2", "bart", "t5", "bert")
+LENGTHS = (3, None, 5)
+
+
+@pytest.fixture
+def with_kernel(tiny_models: Make, tiny_tokenizer: Any) -> Make:
+    def make(name: str, attention: str) -> Backbone:
+        return Backbone.from_model(tiny_models(name), tiny_tokenizer, name, attention=attention)
+
+    return make
+
+
+def padded(random_ids: Make) -> tuple[Tensor, Tensor]:
+    rows = [random_ids(9, 1), random_ids(6, 2), random_ids(7, 3)]
+    mask = torch.tensor([[1] * len(row) + [0] * (9 - len(row)) for row in rows])
+    return torch.tensor([[*row, *[0] * (9 - len(row))] for row in rows]), mask
+
+
+def run(backbone: Backbone, prefixes: list[Any], random_ids: Make) -> Tensor:
+    ids, mask = padded(random_ids)
+    more = {}
+    if backbone.kind == "encoder-decoder":
+        more = {"decoder_input_ids": ids.flip(1), "decoder_attention_mask": torch.ones_like(mask)}
+    hidden = backbone.hidden_states(ids, mask, prefixes=prefixes, **more)
+    return hidden if backbone.kind == "encoder-decoder" else hidden[mask.bool()]
+
+
+@pytest.mark.parametrize("kernel", [name for name in attach.ATTENTIONS if name != "sdpa"])
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_agree(
+    name: str, kernel: str, with_kernel: Make, random_prefix: Make, random_ids: Make, assert_same: Make
+) -> None:
+    usual, other = with_kernel(name, "sdpa"), with_kernel(name, kernel)
+    prefixes = [None if length is None else random_prefix(usual, length, seed=n) for n, length in enumerate(LENGTHS)]
+    tensors = [tensor for prefix in prefixes if prefix is not None for tensor in prefix.tensors()]
+    expected = run(usual, prefixes, random_ids)
+    gradients = torch.autograd.grad(expected.square().sum(), tensors)
+    learning = run(other, prefixes, random_ids)
+    assert_same(learning, expected)
+    assert_same(torch.autograd.grad(learning.square().sum(), tensors), gradients, tolerance=1e-4)
+    with torch.no_grad():
+        assert_same(run(other, prefixes, random_ids), expected)
+
+
+def test_flex_attention_is_what_computes(with_kernel: Make, random_ids: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = attach._flex("cpu")
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attach, "_flex", lambda device_type: noted)
+    backbone = with_kernel("llama", "flex")
+    calls.clear()
+    with torch.no_grad():
+        run(backbone, [None], random_ids)
+    assert len(calls) == len(backbone.geometry["decoder"])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kernel", [name for name in attach.ATTENTIONS if name != "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_kernels_generate_the_same(
+    name: str, kernel: str, beams: int, with_kernel: Make, random_prefix: Make, random_ids: Make
+) -> None:
+    usual, other = with_kernel(name, "sdpa"), with_kernel(name, kernel)
+    prompts = [random_ids(7, 1), random_ids(4, 2), random_ids(11, 3)]
+    prefixes = [random_prefix(usual, 4, 5), None, random_prefix(usual, 6, 6)]
+    config = GenerateConfig(max_new_tokens=10, num_beams=beams)
+    with torch.no_grad():
+        expected = generate_ids(usual, prompts, prefixes, config=config)
+        assert generate_ids(other, prompts, prefixes, config=config) == expected
+
+
+def test_an_unknown_kernel_is_refused(with_kernel: Make) -> None:
+    with pytest.raises(ConfigError, match="flash_attention_2") as error:
+        with_kernel("llama", "flash_attention_2")
+    assert "sdpa" in error.value.hint

@@ -1,0 +1,199 @@
+"""The methods that a prefix is compared with: each trains what it names and nothing else, in the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone import Backbone, load_backbone
+from prefixtune.checkpoint import load_prefix, load_weights
+from prefixtune.config import TrainConfig
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.generation import generate
+from prefixtune.tasks import Example
+from prefixtune.training import TrainResult, load_tuned, train
+from prefixtune.tuning import Tuning, decoder_layers, settle, tune
+
+Make = Callable[..., Any]
+NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
+EIGHT = [Example(f"name : {name}", (f"{name} eats.",)) for name in NAMES]
+WEIGHT_METHODS = ("full", "top", "adapter", "lora")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_models: Make, tiny_tokenizer: Any) -> Path:
+    """A tiny LLaMA on disk."""
+    path = tmp_path / "backbone"
+    tiny_models("llama").save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, folder: Path) -> Make:
+    def start(method: str, name: str = "run", backbone: Backbone | None = None, **changes: Any) -> TrainResult:
+        more = {key: changes.pop(key) for key in ("resume", "on_event") if key in changes}
+        settings = {
+            "method": method,
+            "prefix_length": 4,
+            "reparameterization": "none",
+            "init_text": "Say it",
+            "batch_size": 4,
+            "targets_per_source": 2,
+            "max_steps": 4,
+            "warmup_steps": 0,
+            "save_every": 1,
+            "dtype": "float32",
+            "backbone": str(folder),
+            "output": str(tmp_path / name),
+            **changes,
+        }
+        return train(TrainConfig(**settings), backbone=backbone, examples=EIGHT, **more)
+
+    return start
+
+
+def losses(result: TrainResult) -> list[float]:
+    return [event["loss"] for event in result.events if event["event"] == "step"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart", "t5"])
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_what_is_put_in_has_no_effect_at_first(
+    method: str, name: str, tiny_backbone: Make, random_ids: Make, assert_same: Make
+) -> None:
+    backbone = tiny_backbone(name)
+    ids = torch.tensor([random_ids(7)])
+    more = {"decoder_input_ids": ids.flip(1)} if backbone.kind == "encoder-decoder" else {}
+    before = backbone.forward(ids, **more).logits
+    tuned = tune(backbone, Tuning(method, 4))
+    assert tuned.adapter_parameters
+    assert_same(tuned.forward(ids, **more).logits, before, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_a_step_moves_what_is_trained_and_nothing_else(
+    method: str, dtype: torch.dtype, tiny_models: Make, tiny_tokenizer: Any, run: Make
+) -> None:
+    backbone = Backbone.from_model(tiny_models("llama").to(dtype), tiny_tokenizer, "tiny")
+    before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
+    # Two steps: what starts at zero holds the other half of LoRA and of a bottleneck back in the first.
+    run(method, backbone=backbone, max_steps=2, learning_rate=1e-2, dtype="auto")
+    last = {f"model.layers.2.{name}" for name, _ in backbone.model.model.layers[2].named_parameters()}
+    moved = set()
+    for name, parameter in backbone.model.named_parameters():
+        plain = name.replace(".base_layer", "")
+        if plain not in before or not torch.equal(parameter.to(dtype), before[plain]):
+            moved.add(name)
+    trained = set(backbone.adapter_parameters)
+    assert moved == trained
+    assert all(parameter.dtype == torch.float32 for parameter in backbone.adapter_parameters.values())
+    if method == "full":
+        assert trained == set(before)
+    if method == "top":
+        assert {name.replace("layers.1.", "layers.2.") for name in trained} == last
+    if method in ("adapter", "lora"):
+        assert not trained & set(before)
+        assert all(p.dtype == dtype for n, p in backbone.model.named_parameters() if n not in trained)
+
+
+@pytest.mark.parametrize("method", [*WEIGHT_METHODS, "prompt", "infix"])
+def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run: Make, folder: Path) -> None:
+    size = {"top": 3, "adapter": 16, "lora": 16}.get(method, 0)
+    rate = {"full": 1e-2, "prompt": 0.3, "infix": 0.1}.get(method, 2e-2)
+    length = 16 if method in ("prompt", "infix") else 4
+    steps = 250 if length == 16 else 150
+    result = run(method, method_size=size, learning_rate=rate, max_steps=steps, save_every=steps, prefix_length=length)
+    assert losses(result)[-1] < 0.3 * losses(result)[0]
+    texts = [example.source for example in EIGHT]
+    if method in WEIGHT_METHODS:
+        assert result.prefix is None
+        backbone, form = load_tuned(result.path)
+        outputs = generate(backbone, texts, text_format=form, max_new_tokens=12)
+    else:
+        assert load_prefix(result.path).placement == ("infix" if method == "infix" else "front")
+        outputs = generate(load_backbone(folder), texts, load_prefix(result.path), max_new_tokens=12)
+    if method == "prompt":
+        # It says too little at the input layer of so small a model to tell all eight apart.
+        assert sum(output.endswith(" eats.") for output in outputs) >= 4, outputs
+    else:
+        assert sum(output in example.targets for output, example in zip(outputs, EIGHT, strict=True)) >= 7, outputs
+
+
+@pytest.mark.parametrize("method", ["full", "adapter", "prompt", "infix"])
+def test_a_killed_run_goes_on_to_the_same_losses(method: str, run: Make) -> None:
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise RuntimeError
+
+    whole = run(method, "whole")
+    with pytest.raises(RuntimeError):
+        run(method, "killed", on_event=kill)
+    resumed = run(method, "killed", resume=True)
+    assert losses(resumed) == losses(whole)
+    assert resumed.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_the_weights_file_says_what_it_is(run: Make) -> None:
+    result = run("adapter", method_size=3)
+    tensors, header = load_weights(result.path)
+    assert (header["method"], header["method_size"]) == ("adapter", 3)
+    assert sum(tensor.numel() for tensor in tensors.values()) == result.num_trained
+    # Per layer: norm 2 d, down d m + m, up m d + d, at d = 32, m = 3.
+    assert result.num_trained == 3 * (2 * 32 + 32 * 3 + 3 + 3 * 32 + 32)
+    with pytest.raises(CheckpointError, match="not a prefix"):
+        load_prefix(result.path)
+
+
+def test_a_settled_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
+    backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny")
+    done = settle(tune(backbone, Tuning("adapter", 4)))
+    assert {parameter.dtype for parameter in done.model.parameters()} == {torch.bfloat16}
+    assert not done.adapter_parameters
+    assert done.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16
+
+
+def test_layers_are_found_from_the_bottom_up(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("bart")
+    assert decoder_layers(backbone) == list(backbone.model.model.decoder.layers)
+
+
+def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny_models: Make) -> None:
+    result = run("top")
+    other = tmp_path / "other"
+    tiny_models("llama", seed=5).save_pretrained(other)
+    for file in (tmp_path / "backbone").glob("tokenizer*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(BackboneError, match="other weights"):
+        load_tuned(result.path, name_or_path=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lorra"}, "did you mean 'lora'"),
+        ({"method": "full", "adapter_rank": 4}, "does not go with method 'full'"),
+        ({"method": "lora", "quantize": "int8"}, "does not go with method 'lora'"),
+        ({"method": "top", "method_size": -1}, "at least 0"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(**changes)
+    assert message in str(error.value.message)
+
+
+def test_more_top_layers_than_there_are(run: Make) -> None:
+    with pytest.raises(ConfigError, match="has 3 layers"):
+        run("top", method_size=4)
+
+
+def test_ablations_need_a_decoder_only_model(tiny_backbone: Make, run: Make) -> None:
+    for method in ("prompt", "infix"):
+        with pytest.raises(ConfigError, match="decoder-only"):
+            run(method, method, backbone=tiny_backbone("bart"))
