@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from prefixtune import __version__, commands
+from prefixtune import __version__
+from prefixtune.commands import demo, evaluate, examine, generate, report, score, study, tasks, train
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError, PrefixError, did_you_mean
@@ -96,6 +97,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     _train(command)
     _generate(command)
     _evaluate(command)
+    _score(command)
+    _tasks(command)
+    _study(command)
+    _report(command)
     _inspect(command)
     _doctor(command)
     return parser, made
@@ -112,7 +117,7 @@ def _json_and_quiet(parser: _Parser, what: str) -> None:
 def _demo(command: _Command) -> None:
     parser = command(
         "demo",
-        commands.demo,
+        demo.demo,
         "train a prefix on a small set of night-train notices and show before and after",
         "Takes a few minutes on two cores, and downloads the default backbone (93 MB) once.",
     )
@@ -124,7 +129,7 @@ def _demo(command: _Command) -> None:
 def _prepare(command: _Command) -> None:
     parser = command(
         "prepare",
-        commands.prepare,
+        examine.prepare,
         "fetch the embedded default backbone and store it, ready to load",
         "The only command that uses the network unasked; the cache is $PREFIXTUNE_HOME.",
     )
@@ -137,7 +142,7 @@ def _prepare(command: _Command) -> None:
 def _train(command: _Command) -> None:
     parser = command(
         "train",
-        commands.train,
+        train.train,
         "train a prefix and store it as one small file",
         """
 
@@ -149,6 +154,11 @@ examples:
     )
     parser.add_argument("--config", help="TOML file with the keys below (prefix_length = 10); flags win over it")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="hyperparameters such as the paper's (see `prefixtune tasks`); the rest wins over them",
+    )
     _json_and_quiet(parser, "every event, one a line,")
     hints = get_type_hints(TrainConfig)
     groups: dict[str, Any] = {}
@@ -208,7 +218,7 @@ def _decoding(parser: _Parser) -> None:
 def _generate(command: _Command) -> None:
     parser = command(
         "generate",
-        commands.generate,
+        generate.generate,
         "generate with a prefix, from arguments or from lines on stdin",
         """
 
@@ -233,26 +243,59 @@ examples:
 def _evaluate(command: _Command) -> None:
     parser = command(
         "evaluate",
-        commands.evaluate,
-        "generate for every example of a file and score the outputs",
+        evaluate.evaluate,
+        "decode for every example of a file and score the outputs",
         """
 
-example:
-  prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv""",
+examples:
+  prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv
+  prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
+  prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/""",
     )
-    parser.add_argument("--prefix", metavar="FILE", help="the prefix; none: the bare model")
-    parser.add_argument("--task", help="default: the prefix's task")
-    parser.add_argument("--data", required=True, metavar="FILE", help="examples with references")
-    parser.add_argument("--source", help="records: column or template (default: the prefix's)")
-    parser.add_argument("--target", help="records: column or template")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N examples")
-    parser.add_argument("--outputs", metavar="FILE", help="also write the outputs, one a line")
-    _json_and_quiet(parser, "the scores")
+    evaluate.add_arguments(parser)
     _decoding(parser)
 
 
+def _score(command: _Command) -> None:
+    parser = command(
+        "score",
+        score.score,
+        "score texts of any system against a data set's references",
+        """
+
+examples:
+  prefixtune score --task e2e --hypotheses out.txt --references testset_w_refs.csv
+  prefixtune score --task webnlg --hypotheses a.txt --against b.txt --references test.jsonl --metrics bleu,ter""",
+    )
+    score.add_arguments(parser)
+
+
+def _tasks(command: _Command) -> None:
+    tasks.add_arguments(command("tasks", tasks.tasks, "list the tasks: files, decoding, scores, groups, presets"))
+
+
+def _study(command: _Command) -> None:
+    parser = command(
+        "study",
+        study.study,
+        "compare methods, sizes, lengths or starts: a grid of runs that can be stopped, resumed and shared out",
+        """
+
+examples:
+  prefixtune study methods --config studies/methods.toml
+  prefixtune study low-data --config studies/low_data.toml --budget 60
+  prefixtune study length --task toy --train train --test held_out --output runs/length""",
+    )
+    study.add_arguments(parser)
+
+
+def _report(command: _Command) -> None:
+    parser = command("report", report.report, "make one page of runs, evaluations and studies, to look at")
+    report.add_arguments(parser)
+
+
 def _inspect(command: _Command) -> None:
-    parser = command("inspect", commands.inspect, "show a prefix file: header, sizes, norms per layer")
+    parser = command("inspect", examine.inspect, "show a prefix file: header, sizes, norms per layer")
     parser.add_argument("file", help="a .safetensors file of `prefixtune train`")
     _json_and_quiet(parser, "all of it")
 
@@ -260,7 +303,7 @@ def _inspect(command: _Command) -> None:
 def _doctor(command: _Command) -> None:
     parser = command(
         "doctor",
-        commands.doctor,
+        examine.doctor,
         "check that a backbone carries prefixes rightly; exits 1 if anything fails",
         "Run it once for every backbone and version of transformers that you rely on.",
     )

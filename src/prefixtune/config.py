@@ -65,11 +65,14 @@ class TrainConfig:
 
     task: str = _option(
         "records",
-        "how to read the files: e2e, records (your own), classification, tagging, toy, toy_labels, toy_tags",
+        "how to read the files: e2e, webnlg, dart, summarization, xsum, scitldr, records (your own), classification, "
+        "tagging, toy, toy_labels, toy_tags",
         "data",
     )
-    train: str = _option("", "training file", "data")
-    dev: str = _option("", "development file, for evaluation, early stopping and keeping the best", "data")
+    train: str = _option("", "training file, or a folder that holds a training set", "data")
+    dev: str = _option(
+        "", "development file (or the folder again), for evaluation, early stopping and keeping the best", "data"
+    )
     source: str = _option("", "column name or template such as '{name} is {food}', for your own files", "data")
     target: str = _option("", "column name or template, for your own files; a list means several targets", "data")
     classifier: Literal["auto", "head", "words"] = _option(
@@ -257,8 +260,8 @@ class TrainConfig:
         return cls(**values)
 
     @classmethod
-    def from_toml(cls, path: str | Path, **overrides: Any) -> TrainConfig:
-        """Read a TOML file; `overrides` win over it.
+    def from_toml(cls, path: str | Path, *, beneath: Mapping[str, Any] | None = None, **overrides: Any) -> TrainConfig:
+        """Read a TOML file; `overrides` win over it, and it wins over the values `beneath`.
 
         Raises:
             ConfigError: The file is missing or no TOML, or a key or value in it is wrong.
@@ -273,7 +276,7 @@ class TrainConfig:
             raise ConfigError(
                 f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10."
             ) from error
-        return cls.from_mapping({**values, **overrides}, where=repr(str(path)))
+        return cls.from_mapping({**(beneath or {}), **values, **overrides}, where=repr(str(path)))
 
 
 def _site_fault(text: str) -> str:

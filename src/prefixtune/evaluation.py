@@ -1,20 +1,49 @@
-"""Prefix x data -> scores: generate for every example (or tell its label or tags) and compare with its references."""
+"""Prefix x data -> scores: generate for every example (or tell its label or tags) and compare with its references.
+
+What was decoded can be kept on disk as it comes, so that an evaluation that was stopped goes on where it was. Knows
+nothing of how a score is computed, nor of how results are shown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefixtune.backbone import Backbone
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, did_you_mean
+from prefixtune.files import write_text
 from prefixtune.generation import GenerateConfig, generate
 from prefixtune.labelling import Labels, classify, labels_of, tag
-from prefixtune.metrics import Score, accuracy, bleu, macro_f1, span_f1
+from prefixtune.machine import describe_machine, versions
+from prefixtune.metrics import METRICS, Measurement, Score, accuracy, macro_f1, measure, span_f1
 from prefixtune.prefix import Prefix
 from prefixtune.tasks import Example, TextFormat, label_names
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "GroupScores", "evaluate", "references_of", "summarize", "with_shots", "write_evaluation"]
+
+_FEW = 2
+EVALUATION_FILE, OUTPUTS_FILE, DECODED_FILE = "evaluation.json", "outputs.jsonl", "decoded.jsonl"
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """The scores of a part of the examples.
+
+    Attributes:
+        num_examples: How many they are.
+        scores: By metric.
+    """
+
+    num_examples: int
+    scores: dict[str, Score]
 
 
 @dataclass(frozen=True)
@@ -24,10 +53,16 @@ class Evaluation:
     Attributes:
         scores: By metric; each names its implementation.
         outputs: One per example.
+        groups: Grouping -> group -> its scores, where examples are grouped (category, seen or unseen, ...).
+        left_out: Metric -> why it could not be computed here.
+        seconds: What decoding took, this time.
     """
 
     scores: dict[str, Score]
     outputs: tuple[str, ...]
+    groups: dict[str, dict[str, GroupScores]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def evaluate(
@@ -38,11 +73,15 @@ def evaluate(
     text_format: TextFormat | None = None,
     config: GenerateConfig | None = None,
     kind: str = "generation",
+    protocol: str = "plain",
+    metrics: Sequence[str] | None = ("bleu",),
+    intervals: bool = False,
+    kept: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Generate for every example, and score the outputs against its targets.
 
-    A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead of BLEU.
+    A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead.
 
     Args:
         backbone: The frozen model.
@@ -52,10 +91,15 @@ def evaluate(
         config: How to decode; None: greedy.
         kind: What the bare model is asked for: `generation`, or `classification` by the labels' own words. A prefix
             says itself what it was trained for.
+        protocol: Whose rules texts are scored by (`Task.protocol`).
+        metrics: Which scores; None: the protocol's usual ones. What cannot be computed here is left out and said.
+        intervals: Also give each score's bootstrap interval.
+        kept: A file that keeps what is decoded as it comes; an evaluation that finds it goes on from there.
         on_batch: Told after each batch how many examples are done.
 
     Raises:
         DataError: There is no example, or one has no target.
+        ConfigError: `kept` holds the outputs of another evaluation, or a metric is unknown.
     """
     if not examples:
         raise DataError("there is no example to evaluate on.", hint="check the file.")
@@ -73,16 +117,167 @@ def evaluate(
         shared: dict[str, Any] = {"text_format": text_format, "on_batch": on_batch}
         shared["batch_size"] = 16 if config is None else config.batch_size
         return _evaluate_labels(backbone, examples, prefix, labels, shared)
-    outputs = generate(
-        backbone,
-        [example.source for example in examples],
-        prefix,
-        text_format=text_format,
-        config=config or GenerateConfig(),
-        on_batch=on_batch,
+    began = time.perf_counter()
+    outputs = _decode(backbone, examples, prefix, text_format, config or GenerateConfig(), kept, on_batch)
+    seconds = time.perf_counter() - began
+    left_out: dict[str, str] = {}
+    measured = _measure(outputs, examples, protocol, metrics, left_out)
+    level = 0.95 if intervals else None
+    return Evaluation(
+        {name: one.to_score(level=level) for name, one in measured.items()},
+        tuple(outputs),
+        _score_groups(measured, examples),
+        left_out,
+        seconds,
     )
-    scores = {"bleu": bleu(outputs, [list(example.targets) for example in examples])}
-    return Evaluation(scores, tuple(outputs))
+
+
+def with_shots(form: TextFormat, examples: Sequence[Example], separator: str, end: str) -> TextFormat:
+    """A text format that shows a few solved examples before the source, in the same format.
+
+    >>> shown = with_shots(TextFormat("{source} =", " {target}"), [Example("1+1", ("2",))], "", ".")
+    >>> shown.format_prompt("2+3", "")
+    '1+1 = 2.2+3 ='
+
+    Args:
+        form: The format without them.
+        examples: To show; the first target of each.
+        separator: What the format's `{separator}` stands for.
+        end: What closes a target.
+    """
+    shots = "".join(form.format_prompt(e.source, separator) + form.format_target(e.targets[0]) + end for e in examples)
+    return dataclasses.replace(form, prompt=shots + form.prompt)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _decode(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    prefix: Prefix | None,
+    text_format: TextFormat | None,
+    config: GenerateConfig,
+    kept: Path | None,
+    on_batch: Callable[[int], None] | None,
+) -> list[str]:
+    """One output per example; texts of like length share a batch."""
+    order = sorted(range(len(examples)), key=lambda number: len(examples[number].source))
+    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    # A source that occurs twice is decoded once.
+    digest = _digest(backbone, examples, prefix, text_format, config)
+    outputs = {} if kept is None else _read_decoded(kept, digest)
+    for number, batch in enumerate(batches):
+        if any(place not in outputs for place in batch):
+            chosen = config if config.seed is None else dataclasses.replace(config, seed=config.seed + number)
+            texts = [examples[place].source for place in batch]
+            made = generate(backbone, texts, prefix, text_format=text_format, config=chosen)
+            outputs.update(zip(batch, made, strict=True))
+            if kept is not None:
+                _append_decoded(kept, digest, zip(batch, made, strict=True))
+        if on_batch is not None:
+            on_batch(min(len(order), (number + 1) * config.batch_size))
+    return [outputs[place] for place in range(len(examples))]
+
+
+def _digest(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    prefix: Prefix | None,
+    text_format: TextFormat | None,
+    config: GenerateConfig,
+) -> str:
+    """Tells decodings apart: model, prefix, texts and settings."""
+    total = hashlib.sha256()
+    facts = {
+        "fingerprint": backbone.fingerprint,
+        "weights": [float(value.sum(dtype=torch.float32)) for value in backbone.model.parameters()],
+        "dtype": str(backbone.dtype),
+        "format": None if text_format is None else text_format.to_dict(),
+        "header": None if prefix is None else prefix.header.get("text_format"),
+        "decoding": dataclasses.asdict(config),
+        "sources": [example.source for example in examples],
+    }
+    total.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    for tensor in () if prefix is None else prefix.tensors():
+        total.update(tensor.detach().float().cpu().numpy().tobytes())
+    return total.hexdigest()[:32]
+
+
+def _read_decoded(path: Path, digest: str) -> dict[int, str]:
+    """What an evaluation that was stopped had decoded; a last line that was cut off by a kill is left out."""
+    outputs: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["digest"] != digest:
+            raise ConfigError(
+                f"{str(path)!r} keeps outputs that were decoded otherwise (another prefix, model, data or settings).",
+                hint="choose another output folder, or delete it.",
+            )
+        outputs[row["number"]] = row["output"]
+    return outputs
+
+
+def _append_decoded(path: Path, digest: str, rows: Iterable[tuple[int, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        # A line that a kill cut off stays alone on its line.
+        lines = [json.dumps({"number": number, "output": output, "digest": digest}) for number, output in rows]
+        file.write("\n" + "\n".join(lines) + "\n")
+
+
+# --- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def references_of(example: Example, protocol: str) -> list[str]:
+    """What an output is scored against: the targets; for DART the official scorer's, where the file has them."""
+    official = example.fields.get("official_references") if protocol == "dart" else None
+    return list(official or example.targets)
+
+
+def _measure(
+    outputs: Sequence[str],
+    examples: Sequence[Example],
+    protocol: str,
+    metrics: Sequence[str] | None,
+    left_out: dict[str, str],
+) -> dict[str, Measurement]:
+    for name in metrics or ():
+        if name not in METRICS:
+            raise ConfigError(f"there is no metric {name!r}.", hint=did_you_mean(name, METRICS))
+    references = [references_of(example, protocol) for example in examples]
+    try:
+        return measure(outputs, references, protocol=protocol, metrics=metrics, left_out=left_out)
+    except ValueError as error:
+        raise DataError(f"the outputs cannot be scored: {error}.", hint="check the references.") from error
+
+
+def _score_groups(
+    measured: Mapping[str, Measurement], examples: Sequence[Example]
+) -> dict[str, dict[str, GroupScores]]:
+    """The scores of every group, in the order of the groups' first examples."""
+    members: dict[str, dict[str, list[int]]] = {}
+    for number, example in enumerate(examples):
+        for grouping, group in example.groups.items():
+            members.setdefault(grouping, {}).setdefault(group, []).append(number)
+    # Measured anew for each group, which needs a program started: for two groups, such as seen and unseen, at most.
+    return {
+        grouping: {
+            group: GroupScores(
+                len(numbers),
+                {
+                    name: one.part(numbers).to_score()
+                    for name, one in measured.items()
+                    if one.rows.local or len(groups) <= _FEW
+                },
+            )
+            for group, numbers in groups.items()
+        }
+        for grouping, groups in members.items()
+    }
 
 
 def _evaluate_labels(
@@ -112,3 +307,72 @@ def _field(example: Example, name: str) -> Sequence[str]:
         )
     given: Sequence[str] = example.fields[name]
     return given
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def write_evaluation(
+    folder: Path, outcome: Evaluation, examples: Sequence[Example], facts: Mapping[str, Any], *, protocol: str = "plain"
+) -> None:
+    """Write scores, outputs and settings to a folder, for `prefixtune report` and other programs.
+
+    Args:
+        folder: Made where it is not there. `evaluation.json` and `outputs.jsonl` in it are replaced.
+        outcome: The evaluation.
+        examples: What it was made on.
+        facts: Task, data, method, backbone, settings and the like; joins `evaluation.json`.
+        protocol: As in `evaluate`.
+
+    Raises:
+        PrefixError: A file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "number": number,
+            "source": example.source,
+            "references": references_of(example, protocol),
+            "output": output,
+            "groups": dict(example.groups),
+        }
+        for number, (example, output) in enumerate(zip(examples, outcome.outputs, strict=True))
+    ]
+    write_text(folder / OUTPUTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    summary = {
+        "kind": "evaluation",
+        **facts,
+        "num_examples": len(examples),
+        **summarize(outcome),
+        "seconds": round(outcome.seconds, 2),
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+    write_text(folder / EVALUATION_FILE, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+
+
+def summarize(outcome: Evaluation) -> dict[str, Any]:
+    """Scores, by group too, as JSON tells them."""
+    return {
+        "scores": {name: _as_json(score) for name, score in outcome.scores.items()},
+        "groups": {
+            grouping: {
+                group: {
+                    "num_examples": found.num_examples,
+                    "scores": {name: _as_json(score) for name, score in found.scores.items()},
+                }
+                for group, found in groups.items()
+            }
+            for grouping, groups in outcome.groups.items()
+        },
+        "left_out": outcome.left_out,
+    }
+
+
+def _as_json(score: Score) -> dict[str, Any]:
+    return {
+        "score": score.score,
+        "implementation": score.implementation,
+        "higher_is_better": score.higher_is_better,
+        "interval": None if score.interval is None else list(score.interval),
+    }

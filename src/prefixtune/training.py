@@ -221,11 +221,9 @@ def train(
         parts = TASKS[config.task].parts if config.task in TASKS else ()
         if not config.train and config.task in TASKS and not parts:
             raise ConfigError("no training file is given.", hint="set train (--train FILE).")
-        examples = read_task(
-            config.task, config.train or (*parts, "")[0], source=config.source or None, target=config.target or None
-        )
+        examples = _read(config, config.train or (*parts, "")[0], "train")
     if dev_examples is None and config.dev:
-        dev_examples = read_task(config.task, config.dev, source=config.source or None, target=config.target or None)
+        dev_examples = _read(config, config.dev, "dev")
     if backbone is None:
         backbone = load_backbone(
             config.backbone,
@@ -264,6 +262,11 @@ def train(
         sum(parameter.numel() for parameter in run.trained),
         tuple(events),
     )
+
+
+def _read(config: TrainConfig, path: str, split: str) -> list[Example]:
+    """The examples of a file, or of a folder's split."""
+    return read_task(config.task, path, source=config.source or None, target=config.target or None, split=split)
 
 
 def load_tuned(path: str | Path, **options: Any) -> tuple[Backbone, TextFormat]:

@@ -1,4 +1,4 @@
-"""The paper's ablations against transformers alone: a prompt at the input layer, and tokens between source and target."""
+"""The paper's ablations against transformers alone: a prompt at the input layer, tokens between source and target."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def infix_of(prefix: Prefix) -> Prefix:
 
 
 def oracle_logits(model: Any, source: list[int], target: list[int], infix: Prefix) -> Tensor:
-    """transformers' eager attention over a cache that holds the infix: the source is masked from it, the target sees it.
+    """transformers' eager attention over a cache that holds the infix, masked from the source.
 
     The target begins with the source's last token.
     """

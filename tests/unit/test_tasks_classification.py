@@ -151,6 +151,11 @@ def test_no_other_task_is_of_this_kind_by_accident():
     kinds: dict[str, Any] = {name: task.kind for name, task in TASKS.items()}
     assert kinds == {
         "e2e": "generation",
+        "webnlg": "generation",
+        "dart": "generation",
+        "summarization": "generation",
+        "xsum": "generation",
+        "scitldr": "generation",
         "records": "generation",
         "toy": "generation",
         "classification": "classification",

@@ -1,8 +1,9 @@
 """E2E NLG (Novikova et al. 2017): restaurant descriptions from attribute-value pairs.
 
-Reads the original release's CSV (columns `mr`, `ref`; only `mr` in the test set without references) and JSON lines
-`{"mr": ..., "references": [...]}`. Equal meaning representations become one example, in order of first appearance, with
-their references in order (repeated ones are kept).
+Reads the original release's CSV (columns `mr`, `ref`; only `mr` in the test set without references), JSON lines
+`{"mr": ..., "references": [...]}`, and the hub's sets (`meaning_representation` with `human_reference`, or with
+`target` and `references`). Equal meaning representations become one example, in order of first appearance, with their
+references in order (repeated ones are kept).
 
 References keep their words and case; only outer white space is cut, and an inner line break becomes one space, since
 generation for this task bans line breaks. The data that the authors of prefix-tuning released has its texts
@@ -15,13 +16,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
 from prefixtune.tasks.examples import Example
-from prefixtune.tasks.reading import Row, file_format, read_rows
+from prefixtune.tasks.hub import is_set
+from prefixtune.tasks.reading import Row, file_format, one_line, read_rows
 
-__all__ = ["ATTRIBUTES", "linearize", "parse_mr", "read_e2e"]
+__all__ = ["ATTRIBUTES", "E2E_FORMATS", "linearize", "parse_mr", "read_e2e"]
 
 #: The eight attributes of E2E -> their names in the linearization (the authors': four are renamed).
 ATTRIBUTES = {
@@ -34,9 +35,8 @@ ATTRIBUTES = {
     "familyFriendly": "family friendly",
     "near": "near",
 }
-_FORMATS = (".csv", ".jsonl")
+E2E_FORMATS = (".csv", ".jsonl")
 _PAIR = re.compile(r"([^\[\],]*)\[([^\[\]]*)\]\s*")
-_LINE_BREAK = re.compile(r"\s*[\r\n]+\s*")
 _SHAPE = "write it as name[Blue Spice], eatType[pub], area[riverside]."
 
 
@@ -89,21 +89,24 @@ def linearize(mr: str) -> str:
 
 
 def read_e2e(path: Path) -> list[Example]:
-    """Read an E2E file (`.csv` or `.jsonl`, each also `.gz`).
+    """Read an E2E file (`.csv` or `.jsonl`, each also `.gz`), or a set of the `datasets` library.
 
     Args:
         path: The file. Column names may be in either case; columns besides the two are ignored.
 
     Returns:
-        One example for each distinct meaning representation; `fields` is `{"mr": the original text}`; no targets where
-        the file has no references.
+        One example for each distinct meaning representation; `fields` is `{"mr": the original text}`, and the group
+        `attributes` is the number of its attributes; no targets where the file has no references.
 
     Raises:
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
     path = Path(path)
-    rows = read_rows(path, _FORMATS)
-    wanted = "ref" if file_format(path, _FORMATS) == ".csv" else "references"
+    rows = read_rows(path, E2E_FORMATS)
+    if is_set(path):
+        rows, wanted = [_from_hub(row) for row in rows], "references"
+    else:
+        wanted = "ref" if file_format(path, E2E_FORMATS) == ".csv" else "references"
     sources: dict[str, str] = {}
     targets: dict[str, list[str]] = {}
     for row in rows:
@@ -114,7 +117,23 @@ def read_e2e(path: Path) -> list[Example]:
             except DataError as error:
                 raise DataError(f"{row.where}: {error.message}", hint=error.hint) from error
         targets.setdefault(mr, []).extend(references)
-    return [Example(source, tuple(targets[mr]), {"mr": mr}) for mr, source in sources.items()]
+    return [
+        Example(source, tuple(targets[mr]), {"mr": mr}, {"attributes": str(len(parse_mr(mr)))})
+        for mr, source in sources.items()
+    ]
+
+
+def _from_hub(row: Row) -> Row:
+    """A row of a set of the hub, under the names of the JSON lines."""
+    values = row.values
+    renamed = {}
+    if "mr" in values or "meaning_representation" in values:
+        renamed["mr"] = values.get("mr", values.get("meaning_representation"))
+    # GEM's training rows have an empty list of references beside their one target.
+    singles = [values[name] for name in ("ref", "human_reference", "target") if name in values]
+    if references := values.get("references") or singles[:1]:
+        renamed["references"] = references
+    return Row(row.where, renamed or values)
 
 
 def _read_row(row: Row, wanted: str) -> tuple[str, list[str]]:
@@ -138,11 +157,4 @@ def _read_row(row: Row, wanted: str) -> tuple[str, list[str]]:
             f"{row.where}: {wanted!r} is {references!r}; a list of at least one string is needed.",
             hint=f'write "{wanted}": ["..."], or leave it out of every row.',
         )
-    return mr.strip(), [_clean(reference, wanted, row.where) for reference in references]
-
-
-def _clean(reference: Any, column: str, where: str) -> str:
-    text = _LINE_BREAK.sub(" ", reference.strip()) if isinstance(reference, str) else ""
-    if not text:
-        raise DataError(f"{where}: {column!r} holds {reference!r}; text is needed.", hint="write it, or drop the row.")
-    return text
+    return mr.strip(), [one_line(reference, wanted, row.where) for reference in references]

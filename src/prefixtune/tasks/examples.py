@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
@@ -19,11 +19,13 @@ class Example:
         source: The linearized input, as the model reads it, without separators.
         targets: The wanted outputs; empty where only generation is meant.
         fields: The record that the source was made from, for reports and templates.
+        groups: What scores are split by: the name of a grouping -> this example's group, as in `{"category": "Food"}`.
     """
 
     source: str
     targets: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    groups: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,6 @@ def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:
     for example in examples:
         if room <= 0:
             break
-        kept.append(Example(example.source, example.targets[:room], example.fields))
+        kept.append(replace(example, targets=example.targets[:room]))
         room -= len(example.targets)
     return kept

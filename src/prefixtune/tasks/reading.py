@@ -1,7 +1,8 @@
 """Opening a data file and cutting it into rows, with errors that name the file and the line.
 
 Formats: `.jsonl` (one object a line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
-where needed), each also gzipped (`.gz`). Text is UTF-8, with or without a byte order mark. A file is read whole.
+where needed), each also gzipped (`.gz`). Text is UTF-8, with or without a byte order mark. A file is read whole. A set
+of the `datasets` library (see `hub`) may stand wherever a file of rows does.
 
 Knows nothing of what a row means: no task, no column name, no template.
 """
@@ -14,6 +15,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
+from prefixtune.tasks.hub import is_set, set_rows
 
-__all__ = ["FORMATS", "Row", "check_file", "file_format", "read_rows", "read_text"]
+__all__ = ["FORMATS", "Row", "check_file", "file_format", "join_lines", "one_line", "read_rows", "read_text"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 _GZIP_MAGIC = b"\x1f\x8b"
+_LINE_BREAK = re.compile(r"\s*[\r\n]+\s*")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Row:
     """One row of a file.
 
     Attributes:
-        where: Where it stands, for messages: `data.csv, line 3` (its first line), or `data.json, item 3` (from 1).
+        where: Where it stands, for messages: `data.csv, line 3` (its first line), or `data.json, item 3` (from 1), or
+            `set, row 3` in a set of the `datasets` library.
         values: Column -> value; text in CSV and TSV, any JSON value otherwise.
     """
 
@@ -92,13 +97,16 @@ def read_rows(path: Path, formats: Sequence[str] = FORMATS) -> list[Row]:
     """All rows of a file, in order; blank lines are skipped.
 
     Args:
-        path: The file; its ending says its format.
+        path: The file; its ending says its format. Or a set of the `datasets` library.
         formats: The endings allowed, of `FORMATS`.
 
     Raises:
+        ConfigError: The `datasets` library is needed, and not installed.
         DataError: The file cannot be read (see `read_text`), has another ending, or one of its rows is malformed.
     """
     path = Path(path)
+    if is_set(path):
+        return [Row(where, values) for where, values in set_rows(path)]
     check_file(path)
     form = file_format(path, formats)
     text = read_text(path)
@@ -121,6 +129,31 @@ def check_file(path: Path) -> None:
     """
     if os.path.isdir(path):  # Path.is_dir raises where the parent folder is closed to us
         raise _folder(path)
+
+
+def join_lines(text: str) -> str:
+    """A text without outer white space, and with one space for each inner line break."""
+    return _LINE_BREAK.sub(" ", text.strip())
+
+
+def one_line(value: Any, column: str, where: str) -> str:
+    r"""A value that must be a text, as `join_lines` gives it.
+
+    >>> one_line(" Two\n lines. ", "text", "a.csv, line 2")
+    'Two lines.'
+
+    Args:
+        value: What is to be text.
+        column: Its column, for messages.
+        where: Its row, for messages.
+
+    Raises:
+        DataError: It is no string, or holds nothing but white space.
+    """
+    text = join_lines(value) if isinstance(value, str) else ""
+    if not text:
+        raise DataError(f"{where}: {column!r} holds {value!r}; text is needed.", hint="write it, or drop the row.")
+    return text
 
 
 def _folder(path: Path) -> DataError:

@@ -12,6 +12,7 @@ Knows nothing of tokenizers or training.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.tasks.examples import Example
 from prefixtune.tasks.reading import Row, read_rows
 
-__all__ = ["check_template", "read_records", "render"]
+__all__ = ["check_template", "read_records", "render", "targets_of"]
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -106,11 +107,17 @@ def read_records(path: Path, source: str, target: str | None = None) -> list[Exa
     for row in read_rows(path):
         text = render(source, row.values, row.where)
         first.setdefault(text, row)
-        targets.setdefault(text, []).extend([] if target is None else _targets(target, row))
+        targets.setdefault(text, []).extend([] if target is None else targets_of(target, row))
     return [Example(text, tuple(targets[text]), row.values) for text, row in first.items()]
 
 
-def _targets(template: str, row: Row) -> list[str]:
+def targets_of(template: str, row: Row) -> list[str]:
+    """The targets of a row: one, or each of a column that holds a list.
+
+    Raises:
+        ConfigError: The template is malformed.
+        DataError: A column is missing, holds no text, or an empty list.
+    """
     values = row.values.get(template)
     if not isinstance(values, list):
         return [render(template, row.values, row.where)]
@@ -130,9 +137,12 @@ def _column(record: Mapping[str, Any], column: str, where: str) -> Any:
 def _as_text(value: Any, column: str, where: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str | int | float):
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    kind = "nothing (null)" if value is None else "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, float):
+        kind = f"{value}, which is no amount"
+    else:
+        kind = "nothing (null)" if value is None else "a list" if isinstance(value, list) else "an object"
     raise DataError(
         f"{where}: column {column!r} holds {kind}; text, a number or a truth value is allowed.",
         hint="only a target that is one column's name may hold a list." if isinstance(value, list) else "fill it in.",

@@ -20,12 +20,14 @@ from typing import Any
 
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.tasks.examples import Example
+from prefixtune.tasks.hub import is_set
 from prefixtune.tasks.reading import Row, check_file, file_format, read_rows, read_text
 
-__all__ = ["check_tags", "read_tagging", "tag_names", "tagged"]
+__all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged"]
 
 _JSON = (".jsonl", ".json")
 _CONLL = (".conll", ".bio", ".txt")
+TAGGING_FORMATS = (*_JSON, *_CONLL)
 _TAG = re.compile(r"O|[BI]-\S+")
 _BLANK = " \t\r"
 _SHAPE = "write O, B-TYPE or I-TYPE, as in B-STATION."
@@ -47,8 +49,9 @@ def read_tagging(path: Path, source: str | None = None, target: str | None = Non
         DataError: The file or one of its sentences is wrong; the message names file and line.
     """
     path = Path(path)
-    check_file(path)
-    if file_format(path, (*_JSON, *_CONLL)) in _JSON:
+    if not is_set(path):
+        check_file(path)
+    if is_set(path) or file_format(path, TAGGING_FORMATS) in _JSON:
         names = ("tokens" if source is None else source, "tags" if target is None else target)
         for name in names:
             if not name.strip() or "{" in name or "}" in name:

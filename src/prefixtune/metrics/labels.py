@@ -1,64 +1,19 @@
-"""Scores on strings: texts, labels and tags against their references.
+"""Scores of labels and tags against the wanted ones.
 
-Knows nothing of this project: no example, no task, no model, no exception of it. Misuse raises `ValueError`.
+Knows nothing of texts, tasks or models. Misuse raises `ValueError`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-__all__ = ["Score", "accuracy", "bleu", "macro_f1", "span_f1"]
+from prefixtune.metrics.base import Score, check_counts
+
+__all__ = ["accuracy", "macro_f1", "span_f1"]
 
 _TAG = re.compile(r"O|([BI])-(.+)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure, with what made it.
-
-    Attributes:
-        name: Of the metric.
-        score: The figure, on the metric's usual scale.
-        implementation: Library, version and settings, or this package and the definition in short: figures of different
-            implementations do not compare.
-    """
-
-    name: str
-    score: float
-    implementation: str
-
-
-def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Corpus BLEU on the scale 0 to 100: lower-cased, 13a tokens, each item against all its own references.
-
-    The settings reproduce the official figures of the E2E challenge. Items may differ in their number of references;
-    an absent one counts as absent, not as an empty text. An empty hypothesis is allowed and scores nothing.
-
-    Args:
-        hypotheses: One text an item.
-        references: For each item its references, at least one that is not blank; blank ones are left out.
-
-    Raises:
-        ValueError: The counts differ, there is no item, or an item has no reference.
-    """
-    _check(hypotheses, references)
-    kept = [[text for text in item if text.strip()] for item in references]
-    for number, item in enumerate(kept):
-        if not item:
-            raise ValueError(f"item {number} (from 0) has no reference; at least one text is needed")
-    import sacrebleu
-
-    streams = [[item[number] if number < len(item) else None for item in kept] for number in range(max(map(len, kept)))]
-    metric = sacrebleu.BLEU(lowercase=True, tokenize="13a")
-    result = metric.corpus_score(list(hypotheses), streams)
-    return Score(
-        name="BLEU",
-        score=float(result.score),
-        implementation=f"sacrebleu {sacrebleu.__version__} ({metric.get_signature()})",
-    )
 
 
 def accuracy(predictions: Sequence[str], references: Sequence[str]) -> Score:
@@ -125,7 +80,7 @@ def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Se
     """
     if any(isinstance(item, str) for tags in (predicted_tags, reference_tags) for item in [tags, *tags]):
         raise ValueError("predicted and reference tags must be lists of lists of strings")
-    _check_counts(predicted_tags, reference_tags, "sentences")
+    check_counts(predicted_tags, reference_tags, "sentences")
     hits = num_predicted = num_wanted = 0
     for number, (predicted, wanted) in enumerate(zip(predicted_tags, reference_tags, strict=True)):
         if len(predicted) != len(wanted):
@@ -163,22 +118,4 @@ def _spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 def _check_labels(predictions: Sequence[str], references: Sequence[str]) -> None:
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError("predictions and references must be lists of strings")
-    _check_counts(predictions, references, "items")
-
-
-def _check_counts(predictions: Collection[object], references: Collection[object], what: str) -> None:
-    if len(predictions) != len(references):
-        raise ValueError(
-            f"predictions for {len(predictions)} {what} but references for {len(references)}; counts must agree"
-        )
-    if not references:
-        raise ValueError(f"there are no {what}; at least one is needed")
-
-
-def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    if isinstance(hypotheses, str) or isinstance(references, str) or any(isinstance(item, str) for item in references):
-        raise ValueError("hypotheses must be a list of strings, and references a list of lists of strings")
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)} items; counts must agree")
-    if not hypotheses:
-        raise ValueError("there is no hypothesis; at least one is needed")
+    check_counts(predictions, references, "items")

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses over its steps.
+"""Losses over a run's steps: as points, smoothed, and as a picture.
 
 Reads the events that a run yields, as mappings. Knows nothing of models, and runs nothing.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from prefixtune.files import atomic_path
 
-__all__ = ["loss_plot", "smooth"]
+__all__ = ["limits", "loss_plot", "points", "smooth"]
 
 RAW, SMOOTH, DEVELOPMENT = "#a9c6e8", "#1f5fa8", "#d1495b"
 
@@ -34,8 +34,8 @@ def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     from matplotlib.ticker import MaxNLocator
 
-    steps, losses = _points(events, "step")
-    dev_steps, dev_losses = _points(events, "evaluation")
+    steps, losses = points(events, "step")
+    dev_steps, dev_losses = points(events, "evaluation")
     smoothed = smooth(losses)
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -55,7 +55,7 @@ def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
             color=DEVELOPMENT,
         )
     if losses or dev_losses:
-        axes.set_ylim(*_limits(losses, [*smoothed, *dev_losses]))
+        axes.set_ylim(*limits(losses, [*smoothed, *dev_losses]))
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "no losses recorded", ha="center", va="center", transform=axes.transAxes, color="gray")
@@ -87,17 +87,21 @@ def smooth(values: Sequence[float]) -> list[float]:
     return result
 
 
-def _points(events: Sequence[Mapping[str, Any]], kind: str) -> tuple[list[int], list[float]]:
+def points(events: Sequence[Mapping[str, Any]], kind: str, key: str = "loss") -> tuple[list[int], list[float]]:
+    """Steps and losses of one kind of event.
+
+    Losses that are missing or not finite are left out, and of a step that was done twice the later one counts.
+    """
     found: dict[int, float] = {}
     for event in events:
-        step, loss = event.get("step"), event.get("loss")
+        step, loss = event.get("step"), event.get(key)
         if event.get("event") == kind and step is not None and loss is not None and math.isfinite(loss):
             found[int(step)] = float(loss)
     steps = sorted(found)
     return steps, [found[step] for step in steps]
 
 
-def _limits(raw: Sequence[float], must_show: Sequence[float]) -> tuple[float, float]:
+def limits(raw: Sequence[float], must_show: Sequence[float]) -> tuple[float, float]:
     """Give room to the lines that matter; the highest 2 % of the raw losses may leave the picture."""
     inner = sorted(raw)[: max(1, math.ceil(0.98 * len(raw)))]
     low, high = min([*raw, *must_show]), max([*inner, *must_show])

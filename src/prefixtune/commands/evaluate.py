@@ -1,0 +1,190 @@
+"""`prefixtune evaluate`: decode for every example of a file, and score the outputs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixtune.commands.shared import generate_config, load_with_prefixes, print_json
+from prefixtune.console import Console
+from prefixtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prefixtune.backbone import Backbone
+    from prefixtune.evaluation import Evaluation
+    from prefixtune.prefix import Prefix
+    from prefixtune.tasks import Example, TextFormat
+
+__all__ = ["add_arguments", "evaluate"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `prefixtune evaluate` takes, besides how to decode."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prefix", metavar="FILE", help="the prefix; without it and --run: the bare model")
+    what.add_argument("--run", metavar="FOLDER", help="a run of `prefixtune train`, with any method")
+    parser.add_argument("--task", help="default: the prefix's or the run's task")
+    parser.add_argument("--data", required=True, metavar="PATH", help="examples with references: a file, or a folder")
+    parser.add_argument("--split", metavar="{train,dev,test}", help="which part of a folder")
+    parser.add_argument("--source", help="records: column or template (default: the prefix's)")
+    parser.add_argument("--target", help="records: column or template")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N examples")
+    parser.add_argument(
+        "--shots", type=int, default=0, metavar="N", help="show N solved examples of --train before each"
+    )
+    parser.add_argument("--train", metavar="PATH", help="where the examples of --shots come from")
+    parser.add_argument("--metrics", metavar="NAMES", help="such as bleu,nist,meteor (default: the task's)")
+    parser.add_argument("--intervals", action="store_true", help="also give 95 %% bootstrap intervals")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="write scores, outputs and settings there; a stopped evaluation goes on"
+    )
+    parser.add_argument("--outputs", metavar="FILE", help="also write the outputs, one a line")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`prefixtune evaluate`."""
+    from prefixtune.evaluation import DECODED_FILE, summarize, write_evaluation
+    from prefixtune.evaluation import evaluate as run
+    from prefixtune.files import write_text
+    from prefixtune.tasks import TASKS, read_task
+
+    for name in ("limit", "shots"):
+        if getattr(options, name) < 0:
+            raise ConfigError(
+                f"--{name} is {getattr(options, name)}, but must be 0 or above.", hint="leave it out for none."
+            )
+    console = Console(quiet=options.quiet or options.json)
+    backbone, prefix, form, header = _what(console, options)
+    task = options.task or header.get("task") or "records"
+    stored = header.get("text_format") or {}
+    source = options.source
+    takes_columns = task in TASKS and TASKS[task].takes_columns
+    if source is None and takes_columns and not _is_conll(options.data):
+        source = stored.get("source") or None
+    examples = read_task(task, options.data, source=source, target=options.target, split=options.split)
+    examples = examples[: options.limit or None]
+    if options.shots:
+        form = _with_shots(options, backbone, form, task, source)
+    config = generate_config(options, [prefix] if prefix else [], task)
+    chosen = TASKS[task]
+    metrics = options.metrics.split(",") if options.metrics else chosen.metrics
+    folder = Path(options.output) if options.output else None
+    with console.progress("generating", len(examples)) as bar:
+        outcome = run(
+            backbone,
+            examples,
+            prefix,
+            text_format=form,
+            config=config,
+            kind=chosen.kind,
+            protocol=chosen.protocol,
+            metrics=metrics,
+            intervals=options.intervals,
+            kept=None if folder is None else folder / DECODED_FILE,
+            on_batch=bar.update,
+        )
+    facts = {
+        "title": _title(options, task),
+        "task": task,
+        "data": Path(options.data).name,
+        "split": options.split,
+        "method": "few-shot" if options.shots else header.get("method", "prefix") if header else "zero-shot",
+        "backbone": backbone.name,
+        "prefix": options.prefix,
+        "settings": {
+            "decoding": dataclasses.asdict(config),
+            "text_format": None if form is None else form.to_dict(),
+            "shots": options.shots,
+            "limit": options.limit,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "protocol": chosen.protocol,
+        },
+    }
+    if folder is not None:
+        write_evaluation(folder, outcome, examples, facts, protocol=chosen.protocol)
+        console.info(f"scores, outputs and settings: {folder}")
+    if options.json:
+        told = {"num_examples": len(examples), "task": task, "prefix": options.prefix, "run": options.run}
+        print_json({**summarize(outcome), **told})
+    else:
+        _show(console, outcome, len(examples), options.data)
+    if options.outputs:
+        write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
+    return 0
+
+
+def _what(
+    console: Console, options: argparse.Namespace
+) -> tuple[Backbone, Prefix | None, TextFormat | None, Mapping[str, Any]]:
+    """The model, prefix and text format that are evaluated, and what their artifact says."""
+    from prefixtune.training import PREFIX_FILE, WEIGHTS_FILE, load_tuned
+
+    file = options.prefix
+    if options.run:
+        folder = Path(options.run)
+        weights = folder / WEIGHTS_FILE
+        if weights.is_file():
+            from prefixtune.checkpoint import load_weights
+
+            console.info(f"loading {weights} ...")
+            chosen = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
+            backbone, form = load_tuned(weights, **chosen)
+            return backbone, None, form, load_weights(weights)[1]
+        if not (folder / PREFIX_FILE).is_file():
+            raise ConfigError(
+                f"{options.run!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
+                hint="give the --output folder of a `prefixtune train` that came to its end.",
+            )
+        file = str(folder / PREFIX_FILE)
+    backbone, loaded = load_with_prefixes(console, options, [file] if file else [])
+    return (backbone, loaded[0], None, loaded[0].header) if loaded else (backbone, None, None, {})
+
+
+def _with_shots(
+    options: argparse.Namespace, backbone: Backbone, form: TextFormat | None, task: str, source: str | None
+) -> TextFormat:
+    """The text format with some solved examples of the training file in front."""
+    from prefixtune.batching import default_format
+    from prefixtune.evaluation import with_shots
+    from prefixtune.tasks import read_task
+
+    if not options.train or options.prefix or options.run:
+        raise ConfigError(
+            f"--shots {options.shots} shows the bare model examples of --train FILE.",
+            hint="give --train, without --prefix and --run.",
+        )
+    shown: list[Example] = read_task(task, options.train, source=source, target=options.target, split="train")
+    shown = [example for example in shown if example.targets][: options.shots]
+    return with_shots(form or default_format(backbone), shown, backbone.separator, backbone.end)
+
+
+def _title(options: argparse.Namespace, task: str) -> str:
+    of = options.run or options.prefix or options.backbone or "the bare model"
+    return f"{of} on {task}{f' ({options.split})' if options.split else ''}"
+
+
+def _show(console: Console, outcome: Evaluation, count: int, data: str) -> None:
+    rows = []
+    for name, score in outcome.scores.items():
+        between = "" if score.interval is None else f" [{score.interval[0]:.4g}, {score.interval[1]:.4g}]"
+        rows.append([name, f"{score.score:.{2 if abs(score.score) >= 10 else 4}f}{between}", score.implementation])
+    console.table(f"{count} examples of {data}", ["metric", "score", "implementation"], rows, result=True)
+    for grouping, groups in outcome.groups.items():
+        lines = [
+            [group, str(found.num_examples), *(f"{score.score:.2f}" for score in found.scores.values())]
+            for group, found in groups.items()
+        ]
+        names = list(next(iter(groups.values())).scores)
+        console.table(f"by {grouping}", ["", "examples", *names], lines, result=True)
+    for name, reason in outcome.left_out.items():
+        console.info(f"{name} was left out: {reason}")
+
+
+def _is_conll(path: str) -> bool:
+    """Whether a file has no columns by name."""
+    return path.removesuffix(".gz").endswith((".conll", ".bio", ".txt"))

@@ -1,0 +1,160 @@
+"""What several commands need: loading a backbone with its prefixes, decoding settings, training with its events shown.
+
+Results go to stdout, progress and messages to stderr. Heavy modules are imported inside the functions, so that `--help`
+and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixtune.config import TrainConfig
+from prefixtune.console import Console
+from prefixtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prefixtune.backbone import Backbone
+    from prefixtune.generation import GenerateConfig
+    from prefixtune.prefix import Prefix
+
+__all__ = ["DEFAULT_BACKBONE", "generate_config", "load", "load_with_prefixes", "print_json", "run_training"]
+
+DEFAULT_BACKBONE = "smollm2-135m"
+
+
+def print_json(value: object) -> None:
+    """One JSON value on a line of stdout, at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def load(console: Console, name: str, options: argparse.Namespace, adapter: str | None = None) -> Backbone:
+    """Load a backbone as the options of decoding say, telling so."""
+    from prefixtune.backbone import load_backbone
+
+    with_adapter = f" with the adapter {adapter}" if adapter else ""
+    console.info(f"loading {name}{with_adapter} ...")
+    backbone = load_backbone(
+        name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter
+    )
+    console.info(f"{backbone!r}")
+    return backbone
+
+
+def load_with_prefixes(
+    console: Console, options: argparse.Namespace, files: Sequence[str]
+) -> tuple[Backbone, list[Prefix]]:
+    """The backbone that the prefixes name (or that was asked for), and the prefixes, checked against it."""
+    from prefixtune.checkpoint import load_prefix
+
+    # Read first: a wrong file is told at once, before the model loads.
+    loaded = [load_prefix(file) for file in files]
+    names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in loaded} - {""}
+    if options.backbone is None and len(names) > 1:
+        raise ConfigError(
+            f"the prefixes name different backbones: {', '.join(sorted(names))}.",
+            hint="generate for one at a time, or pass --backbone.",
+        )
+    name = options.backbone or next(iter(names), DEFAULT_BACKBONE)
+    backbone = load(console, name, options, _adapter(options, files, loaded))
+    checked = [load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in files]
+    return backbone, checked
+
+
+def _adapter(options: argparse.Namespace, files: Sequence[str], loaded: Sequence[Prefix]) -> str | None:
+    """The LoRA adapter that was asked for, or that the prefixes were trained with."""
+    if options.adapter:
+        return str(options.adapter)
+    named = set()
+    for file, prefix in zip(files, loaded, strict=True):
+        given = prefix.header.get("adapter")
+        beside = Path(file).parent / str(given)
+        named.add(None if not given else str(beside) if beside.is_dir() else str(given))
+    if len(named) > 1:
+        raise ConfigError(
+            f"the prefixes were trained with different adapters: {', '.join(sorted(str(n) for n in named))}.",
+            hint="generate for one at a time.",
+        )
+    return named.pop() if named else None
+
+
+def generate_config(options: argparse.Namespace, prefixes: Sequence[Prefix], task: str | None = None) -> GenerateConfig:
+    """The task's decoding defaults, with the given flags over them."""
+    import dataclasses
+
+    from prefixtune.generation import GenerateConfig
+    from prefixtune.tasks import TASKS
+
+    named = task or (prefixes[0].header.get("task") if prefixes else None)
+    values: dict[str, Any] = dict(TASKS[named].decoding) if named in TASKS else {}
+    names = {field.name for field in dataclasses.fields(GenerateConfig)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    if given.get("temperature", 0) > 0 and "num_beams" not in given:
+        # Sampling was asked for: a task's beam search gives way.
+        values.pop("num_beams", None)
+    return GenerateConfig.from_mapping({**values, **given})
+
+
+def run_training(
+    console: Console, config: TrainConfig, *, resume: bool = False, as_json: bool = False, **given: Any
+) -> Any:
+    """`training.train` with its events shown."""
+    from prefixtune.training import train as run
+
+    console.info(f"loading {config.backbone} ...")
+    with _shown(console, as_json) as show:
+        try:
+            return run(config, resume=resume, on_event=show, **given)
+        except KeyboardInterrupt as stopped:
+            resume_line = f"go on with `prefixtune train --resume --output {config.output}`."
+            if str(stopped):
+                raise KeyboardInterrupt(f"{stopped}; {resume_line}") from None
+            if (Path(config.output) / "state.safetensors").exists():
+                raise KeyboardInterrupt(f"stopped at once; the last save is kept; {resume_line}") from None
+            raise KeyboardInterrupt("nothing was trained yet.") from None
+
+
+@contextmanager
+def _shown(console: Console, as_json: bool) -> Iterator[Any]:
+    """Show a run's events: as JSON lines, or as a progress bar and messages."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        bar: list[Any] = []
+        total = [0]
+
+        def show(event: dict[str, Any]) -> None:
+            if as_json:
+                # A reader such as `head` may leave; the training goes on.
+                with suppress(BrokenPipeError):
+                    print_json(event)
+                return
+            if event["event"] == "start":
+                total[0] = event["total_steps"]
+                cut = f", {event['num_cut']} sources cut to fit" if event["num_cut"] else ""
+                console.info(
+                    f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
+                    f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
+                    f"{event['dtype']} on {event['device']}"
+                )
+            if event["event"] == "resume":
+                total[0] = event["total_steps"]
+                console.info(f"resuming after step {event['step']} of {event['total_steps']}")
+            if event["event"] == "step":
+                if not bar:
+                    bar.append(
+                        stack.enter_context(console.progress("training", total[0] or None, start=event["step"] - 1))
+                    )
+                rate = event["target_tokens"] / max(event["seconds"], 1e-9)
+                bar[0].update(event["step"], loss=round(event["loss_per_token"], 4), tokens_per_second=round(rate))
+            if event["event"] == "evaluation" and "loss" in event:
+                best = f"(best {event['best_loss']:.4f})"
+                console.info(f"step {event['step']}: development loss {event['loss']:.4f} per token {best}")
+
+        yield show

@@ -1,0 +1,62 @@
+"""`prefixtune train`: train a prefix, or another method to compare with."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefixtune.commands.shared import print_json, run_training
+from prefixtune.config import TrainConfig
+from prefixtune.console import Console
+from prefixtune.errors import CheckpointError
+from prefixtune.presets import preset
+
+__all__ = ["train"]
+
+
+def train(options: argparse.Namespace) -> int:
+    """`prefixtune train`."""
+    config = _train_config(options)
+    console = Console(quiet=options.quiet or options.json)
+    result = run_training(console, config, resume=options.resume, as_json=options.json)
+    if options.json:
+        print_json({"event": "result", "path": str(result.path), "file_bytes": result.path.stat().st_size})
+        return 0
+    best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
+    stored = result.num_trained if result.prefix is None else result.prefix.num_parameters
+    print(f"{result.path}: {stored:,} parameters, {result.path.stat().st_size:,} bytes{best}")
+    if result.prefix is None:
+        console.info(f"score it: prefixtune evaluate --run {config.output} --data FILE")
+    else:
+        console.info(f'try it: prefixtune generate --prefix {result.path} "..."')
+    return 0
+
+
+def _train_config(options: argparse.Namespace) -> TrainConfig:
+    """Flags over the TOML file over a preset; when resuming without a file, over the run's own."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    flags = {name: value for name, value in vars(options).items() if name in names}
+    path = options.config
+    if options.resume and path is None:
+        path = Path(flags.get("output", TrainConfig.output)) / "config.toml"
+        if not path.exists():
+            raise CheckpointError(
+                f"there is no run to resume in {str(path.parent)!r}.",
+                hint="name its folder with --output, or start it without --resume.",
+            )
+    config = _read(path, {}, flags)
+    if options.preset is None:
+        return config
+    values = preset(options.preset, config.task, config.method, num_targets=config.limit or 100)
+    return _read(path, values, flags)
+
+
+def _read(path: str | Path | None, beneath: Mapping[str, Any], flags: Mapping[str, Any]) -> TrainConfig:
+    """Flags over the TOML file over a preset's values."""
+    if path is None:
+        return TrainConfig.from_mapping({**beneath, **flags}, where="the command")
+    return TrainConfig.from_toml(path, beneath=beneath, **flags)

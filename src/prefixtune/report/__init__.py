@@ -1,0 +1,14 @@
+"""Reports: folders of runs, evaluations and studies become one HTML page and the same as Markdown.
+
+    folders -> compose (study, comparison, training) -> document -> html | markdown
+
+Reads folders as JSON and TOML. Knows nothing of models, and runs nothing.
+"""
+
+from prefixtune.report.compose import compose
+from prefixtune.report.folders import read_folder
+from prefixtune.report.html import to_html
+from prefixtune.report.losses import loss_plot, smooth
+from prefixtune.report.markdown import to_markdown
+
+__all__ = ["compose", "loss_plot", "read_folder", "smooth", "to_html", "to_markdown"]

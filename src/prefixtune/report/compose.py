@@ -1,0 +1,180 @@
+"""From folders to a document: studies one by one, evaluations of the same data side by side, trainings together.
+
+Knows folders' contents and the document's blocks; nothing of how either is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefixtune.report.details import losses_section, outputs_section, settings_section
+from prefixtune.report.document import Block, Document, Facts, Headline, Section, Text
+from prefixtune.report.figures import count, fixed, metric_name
+from prefixtune.report.folders import Evaluation, Run, Study
+from prefixtune.report.groups import groups_section
+from prefixtune.report.study import Part, study_part
+from prefixtune.report.systems import (
+    System,
+    figures_of,
+    headline,
+    main_metric,
+    scores_section,
+    scores_table,
+)
+
+__all__ = ["compose"]
+
+
+def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
+    """Make a report.
+
+    Args:
+        sources: At least one folder, as read by `read_folder`.
+        title: Empty: told by the folders.
+    """
+    parts = [study_part(source, f"p{n}") for n, source in enumerate(sources) if isinstance(source, Study)]
+    runs = [source for source in sources if isinstance(source, Run)]
+    for group in _same_data([run for run in runs if run.evaluation is not None]):
+        parts.append(_comparison(group, f"p{len(parts)}"))
+    trained = [run for run in runs if run.evaluation is None]
+    if trained:
+        parts.append(_trainings(trained, f"p{len(parts)}"))
+
+    alone = parts[0] if len(parts) == 1 else None
+    title = title or (alone.title if alone else "Report")
+    summary: list[Block] = []
+    for part in parts:
+        blocks: list[Block] = [Text(text, warning=True) for text in part.warnings]
+        blocks += [part.headline] if part.headline else []
+        blocks += [Facts(part.facts)] if part.facts else []
+        summary += blocks if alone else [Section(part.title, blocks)]
+    sections = list(alone.sections) if alone else [Section(part.title, part.sections) for part in parts]
+    return Document(
+        title=title,
+        subtitle="" if alone is None or alone.title == title else alone.title,
+        sections=[Section("Summary", summary), *sections],
+        warnings=[warning for part in parts for warning in part.warnings],
+    )
+
+
+def _same_data(runs: Sequence[Run]) -> list[list[Run]]:
+    """Evaluations of the same examples together, each in the place of its first."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        fitting = next((group for group in groups if _alike(group[0].evaluation, run.evaluation)), None)
+        if fitting is None:
+            groups.append([run])
+        else:
+            fitting.append(run)
+    return groups
+
+
+def _alike(one: Evaluation | None, other: Evaluation | None) -> bool:
+    """Whether two were scored on the same examples: by their sources, or where none are stored by the file's name."""
+    if one is None or other is None or one.task != other.task or one.num_examples != other.num_examples:
+        return False
+    if one.outputs and other.outputs:
+        return [(o.source, o.references) for o in one.outputs] == [(o.source, o.references) for o in other.outputs]
+    return (one.data, one.split) == (other.data, other.split)
+
+
+def _comparison(runs: Sequence[Run], identity: str) -> Part:
+    """Evaluations of the same examples."""
+    names = _names(runs)
+    systems = [
+        System(name, [run], [figures_of(run)], style=number)
+        for number, (name, run) in enumerate(zip(names, runs, strict=True))
+    ]
+    evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+    first, main = evaluations[0], main_metric(systems)
+    missing = [
+        f"{name}: no finite {metric_name(metric)}."
+        for name, each in zip(names, evaluations, strict=True)
+        for metric, measure in each.scores.items()
+        if measure.score is None
+    ]
+    missing += [f"{name}: no scores." for name, each in zip(names, evaluations, strict=True) if not each.scores]
+    facts = [
+        ("task", first.task),
+        ("data", f"{first.data}, {first.split}" if first.split else first.data),
+        ("examples", count(first.num_examples)),
+        ("backbone", ", ".join(dict.fromkeys(each.backbone for each in evaluations if each.backbone))),
+        ("difference", _difference(systems, main)),
+    ]
+    sections = [
+        scores_section(systems, main),
+        groups_section(systems, main, identity),
+        losses_section(systems, identity),
+        outputs_section(systems),
+        settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
+    ]
+    alone = names[0] if len(runs) == 1 else f"{len(runs)} systems on {first.task or first.data}"
+    return Part(
+        title=alone,
+        facts=[(name, text) for name, text in facts if text],
+        warnings=missing,
+        headline=headline(systems, main),
+        sections=[section for section in sections if section is not None],
+    )
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run that no other has: its title, else its folder's name, else its whole path."""
+    titles = [(run.evaluation.title if run.evaluation else "") or run.path.resolve().name for run in runs]
+    names = [
+        title if titles.count(title) == 1 else f"{title} ({run.path.resolve().name})"
+        for title, run in zip(titles, runs, strict=True)
+    ]
+    return [
+        name if names.count(name) == 1 else f"{title} ({run.path})"
+        for name, title, run in zip(names, titles, runs, strict=True)
+    ]
+
+
+def _difference(systems: Sequence[System], main: str) -> str:
+    """The second's main score minus the first's, where there are two."""
+    spreads = [system.spread(main) for system in systems]
+    if len(spreads) != 2 or spreads[0] is None or spreads[1] is None:
+        return ""
+    gap = spreads[1].mean - spreads[0].mean
+    decimals = 4 if max(abs(spreads[0].mean), abs(spreads[1].mean)) < 1 else 2
+    return f"{'+' * (gap >= 0)}{fixed(gap, decimals)} {metric_name(main)} from {systems[0].name} to {systems[1].name}"
+
+
+def _trainings(runs: Sequence[Run], identity: str) -> Part:
+    """Training runs that were not evaluated."""
+    systems = [
+        System(name, [run], [figures_of(run)], style=number)
+        for number, (name, run) in enumerate(zip(_names(runs), runs, strict=True))
+    ]
+    unfinished = [
+        f"{system.name}: the log has no end; the run was stopped, or is still going on."
+        for system, run in zip(systems, runs, strict=True)
+        if not any(event.get("event") == "end" for event in run.events)
+    ]
+    facts = [
+        (key, ", ".join(dict.fromkeys(str(run.config[key]) for run in runs if run.config.get(key))))
+        for key in ("task", "backbone", "train")
+    ]
+    sections = [
+        Section("Runs", [scores_table(systems, "", "What each run came to", what="run")]),
+        losses_section(systems, identity),
+        settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
+    ]
+    return Part(
+        title=f"Training run: {systems[0].name}" if len(runs) == 1 else f"{len(runs)} training runs",
+        facts=[(name, text) for name, text in facts if text],
+        warnings=unfinished,
+        headline=_loss_headline(systems),
+        sections=[section for section in sections if section is not None],
+    )
+
+
+def _loss_headline(systems: Sequence[System]) -> Headline | None:
+    """The best development loss of each run."""
+    losses = [(system.name, system.cost("dev_loss")) for system in systems]
+    items = [(name, fixed(loss, 3), "") for name, loss in losses if loss is not None]
+    least = min((loss for _, loss in losses if loss is not None), default=None)
+    best = [number for number, (_, text, _) in enumerate(items) if text == fixed(least, 3)]
+    marked = frozenset(best) if len(items) > len(best) else frozenset[int]()
+    return Headline("development loss per token, lower is better", items, marked) if items else None

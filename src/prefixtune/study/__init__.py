@@ -1,0 +1,11 @@
+"""The paper's studies: grids of runs over methods, data sizes, lengths and starts, on any model and data.
+
+A study is a folder. Its cells are done one by one, each kept when it is done; so a study can be stopped at any moment,
+goes on where it was, and can be shared out among processes. Knows nothing of how results are shown.
+"""
+
+from prefixtune.study.config import STUDIES, StudyConfig, StudyKind
+from prefixtune.study.grid import Cell, plan
+from prefixtune.study.run import run_study
+
+__all__ = ["STUDIES", "Cell", "StudyConfig", "StudyKind", "plan", "run_study"]

@@ -1,0 +1,520 @@
+"""Run a study: cell by cell, each kept when done, any number of processes on one folder.
+
+A cell is trained at a learning rate that was chosen for its point of the grid, by development loss among as many tries
+as every other method gets; the best try is the first repetition itself. A cell belongs to the process that holds its
+lock, which a process that dies lets go.
+
+    FOLDER/study.json             the study and its settings, what was cut
+    FOLDER/tuning/GROUP.json      the rates tried and the one chosen
+    FOLDER/cells/ID/              a training run and its evaluation, with cell.json
+
+Knows nothing of how results are shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixtune.backbone import Backbone, choose_device, choose_dtype, load_backbone
+from prefixtune.batching import default_format
+from prefixtune.checkpoint import load_prefix
+from prefixtune.config import TrainConfig
+from prefixtune.errors import ConfigError, DataError, PrefixError
+from prefixtune.evaluation import DECODED_FILE, evaluate, with_shots, write_evaluation
+from prefixtune.files import write_text
+from prefixtune.generation import GenerateConfig
+from prefixtune.machine import describe_machine, forget_peak, peak_memory_mib, versions
+from prefixtune.prefix import Prefix
+from prefixtune.study.config import StudyConfig
+from prefixtune.study.grid import Cell, plan
+from prefixtune.study.sampling import sample_examples, sample_pairs, sample_sources, sample_targets
+from prefixtune.tasks import TASKS, Example, TextFormat, read_task
+from prefixtune.training import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, train
+
+__all__ = ["Outcome", "run_study"]
+
+STUDY_FILE, CELL_FILE = "study.json", "cell.json"
+_MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
+_POLL_SECONDS = 2.0
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a study came.
+
+    Attributes:
+        folder: Where it is.
+        done: Cells that are done.
+        failed: Cell -> why it failed.
+        left: Cells that were not run.
+    """
+
+    folder: Path
+    done: tuple[str, ...]
+    failed: dict[str, str]
+    left: tuple[str, ...]
+
+
+def run_study(
+    config: StudyConfig,
+    *,
+    backbone: Backbone | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    command: str = "",
+) -> Outcome:
+    """Run what is still to be done of a study.
+
+    Args:
+        config: The study.
+        backbone: Already loaded, for the methods that leave it as it is; None: loaded when needed. Methods that change
+            weights load their own.
+        on_event: Called with every event: `cell` (begun, done, failed), `try`, and those of training with `cell` added.
+        command: How it was started, for the report.
+
+    Raises:
+        ConfigError: The folder holds another study.
+        DataError: The data cannot be read, or is too small for the grid.
+        KeyboardInterrupt: Ctrl-C; everything done so far is kept.
+    """
+    study = _Study(config, backbone, on_event or (lambda event: None), command)
+    study.begin()
+    try:
+        study.run()
+    finally:
+        study.write()
+    return study.outcome()
+
+
+class _Study:
+    """A study in progress, as this process sees it."""
+
+    def __init__(
+        self, config: StudyConfig, backbone: Backbone | None, on_event: Callable[[Event], None], command: str
+    ) -> None:
+        self.config, self.given, self.on_event = config, backbone, on_event
+        self.command = command or " ".join(["prefixtune", *sys.argv[1:]])
+        self.folder, self.cells, self.task = config.folder, plan(config), TASKS[config.task]
+        self.began = time.monotonic()
+        self.over_budget = False
+
+    # --- what is needed, when it is needed --------------------------------------------------------------------------
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The frozen model, loaded once for all that leave it as it is."""
+        if self.given is not None:
+            return self.given
+        return load_backbone(self.config.backbone, dtype=self.config.dtype, device=self.config.device)
+
+    def _read(self, split: str) -> list[Example]:
+        given = getattr(self.config, split) or self.config.data
+        if not given:
+            raise ConfigError(
+                f"the study has no {split} data.", hint=f"set data (a folder) or {split}, here or with a flag."
+            )
+        examples = [e for e in read_task(self.config.task, given, split=split) if e.targets]
+        if not examples:
+            raise DataError(f"{given} has no example with a target.", hint="give data with references.")
+        return examples
+
+    @cached_property
+    def train_examples(self) -> list[Example]:
+        return self._read("train")
+
+    @cached_property
+    def dev_examples(self) -> list[Example]:
+        return self._read("dev")
+
+    @cached_property
+    def test_examples(self) -> list[Example]:
+        return sample_examples(self._read("test"), self.config.test_limit, "test")
+
+    def data_of(self, cell: Cell) -> tuple[list[Example], list[Example]]:
+        """What a cell trains on, and what it is chosen by."""
+        config = self.config
+        chosen = sample_targets(self.train_examples, cell.num_targets, config.sample, f"train/{cell.subset}")
+        total = sum(len(example.targets) for example in chosen)
+        available = sum(len(example.targets) for example in self.dev_examples)
+        if config.dev_share:
+            count = min(available, max(1, round(config.dev_share * total)))
+            return chosen, sample_pairs(self.dev_examples, count, f"dev/{cell.subset}")
+        if not 0 < config.dev_limit < available:
+            return chosen, self.dev_examples
+        return chosen, sample_sources(self.dev_examples, config.dev_limit, "dev")
+
+    # --- the whole ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make the folder, or see that it is this study's."""
+        path = self.folder / STUDY_FILE
+        if path.exists():
+            stored = _read_json(path).get("config", {})
+            now = self.config.to_dict()
+            changed = [key for key in now if stored.get(key) != now[key] and key not in _MAY_CHANGE]
+            if changed:
+                listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
+                raise ConfigError(
+                    f"the study in {str(self.folder)!r} was begun otherwise: {listed}.",
+                    hint="go on with the same settings, or choose another output.",
+                )
+        for cell in self.cells:
+            # Wrong settings are told at once, not run by run.
+            if cell.trains:
+                self._train_config(cell, self.config.rates(cell.method)[0], self.path(cell), cell.num_targets)
+        for part in ("cells", "tuning", "tries"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def run(self) -> None:
+        """Do cells until none is left that this process could do."""
+        tried: set[str] = set()
+        while True:
+            waiting = progressed = False
+            for cell in self.cells:
+                state = self.state(cell)
+                if state == "done" or (state == "failed" and cell.id in tried):
+                    continue
+                if self._budget_is_over():
+                    return
+                with self._claim(cell) as mine:
+                    if not mine or (cell.trains and not cell.is_first and self.rate(cell) is None):
+                        # Another process is at it, or at choosing its learning rate.
+                        waiting = waiting or not self._given_up(cell)
+                        continue
+                    if self.state(cell) == "done":
+                        continue
+                    tried.add(cell.id)
+                    self._attempt(cell)
+                    progressed = True
+            if not progressed:
+                if not waiting:
+                    return
+                time.sleep(_POLL_SECONDS)
+
+    def _budget_is_over(self) -> bool:
+        budget = self.config.budget
+        self.over_budget = self.over_budget or bool(budget and time.monotonic() - self.began > budget * 60)
+        return self.over_budget
+
+    def _given_up(self, cell: Cell) -> bool:
+        """Whether a cell waits for a learning rate that will not come."""
+        first = next((other for other in self.cells if other.group == cell.group and other.is_first), None)
+        return first is not None and first.id != cell.id and self.state(first) == "failed"
+
+    @contextlib.contextmanager
+    def _claim(self, cell: Cell) -> Iterator[bool]:
+        """Hold a cell's lock while the block runs; yields whether it could be had."""
+        try:
+            import fcntl
+        except ImportError:  # No locks on this system: one process at a time.
+            yield True
+            return
+        with open(self.folder / "cells" / f".{cell.id}.lock", "w", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield True
+
+    def path(self, cell: Cell) -> Path:
+        """A cell's folder."""
+        return self.folder / "cells" / cell.id
+
+    def state(self, cell: Cell) -> str:
+        """`done`, `failed` or `waiting`."""
+        path = self.path(cell) / CELL_FILE
+        return str(_read_json(path)["status"]) if path.exists() else "waiting"
+
+    def _attempt(self, cell: Cell) -> None:
+        """Do a cell; what goes wrong in it is kept beside it, and the others go on."""
+        self.on_event({"event": "cell", "cell": cell.id, "status": "begun", "number": self._count("done") + 1})
+        try:
+            figures = self._do(cell)
+        except PrefixError as error:
+            self._write_cell(cell, "failed", {}, f"{error.message} {error.hint}".strip())
+            self.on_event({"event": "cell", "cell": cell.id, "status": "failed", "error": error.message})
+        else:
+            self._write_cell(cell, "done", figures, None)
+            self._tidy(cell)
+            self.on_event({"event": "cell", "cell": cell.id, "status": "done", "figures": figures})
+        self.write()
+        gc.collect()
+
+    def _count(self, state: str) -> int:
+        return sum(self.state(cell) == state for cell in self.cells)
+
+    def outcome(self) -> Outcome:
+        """How far it came."""
+        states = {cell.id: self.state(cell) for cell in self.cells}
+        errors = {
+            cell.id: str(_read_json(self.path(cell) / CELL_FILE)["error"])
+            for cell in self.cells
+            if states[cell.id] == "failed"
+        }
+        done = tuple(name for name, state in states.items() if state == "done")
+        return Outcome(self.folder, done, errors, tuple(n for n, state in states.items() if state == "waiting"))
+
+    # --- one cell -----------------------------------------------------------------------------------------------------
+
+    def _do(self, cell: Cell) -> dict[str, Any]:
+        if not cell.trains:
+            figures: dict[str, Any] = {"trained_parameters": 0, "stored_parameters": 0, "file_bytes": 0}
+            return {**figures, **self._score(cell)}
+        rate = self.rate(cell)
+        if rate is None:
+            rate = self._choose_rate(cell)
+        figures = self._train(cell, rate, self.path(cell))
+        return {**figures, "learning_rate": rate, **self._score(cell)}
+
+    def rate(self, cell: Cell) -> float | None:
+        """The learning rate that was chosen for a cell's group; None: not yet."""
+        path = self.folder / "tuning" / f"{cell.group}.json"
+        return float(_read_json(path)["chosen"]) if path.exists() else None
+
+    def _choose_rate(self, cell: Cell) -> float:
+        """Train at every rate; the run with the lowest development loss becomes the cell's own."""
+        rates = self.config.rates(cell.method)
+        losses: dict[float, float | None] = {}
+        for rate in rates:
+            # One rate is no choice: its run is the cell's from the start.
+            folder = self.path(cell) if len(rates) == 1 else self.folder / "tries" / f"{cell.id}@{rate:g}"
+            try:
+                losses[rate] = self._train(cell, rate, folder)["dev_loss"]
+            except PrefixError as error:
+                self.on_event({"event": "try", "cell": cell.id, "learning_rate": rate, "error": error.message})
+                losses[rate] = None
+                continue
+            self.on_event({"event": "try", "cell": cell.id, "learning_rate": rate, "dev_loss": losses[rate]})
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        known = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        if not known:
+            raise ConfigError(
+                f"no learning rate of {', '.join(f'{rate:g}' for rate in rates)} came to an end for {cell.group}.",
+                hint="give lower ones in learning_rates.",
+            )
+        best = min(known, key=known.__getitem__)
+        if len(rates) > 1:
+            shutil.rmtree(self.path(cell), ignore_errors=True)
+            # Copied, not moved: what is not chosen goes only after the choice is written down.
+            shutil.copytree(self.folder / "tries" / f"{cell.id}@{best:g}", self.path(cell))
+        tried = {f"{rate:g}": loss for rate, loss in losses.items()}
+        facts = {"group": cell.group, "learning_rate": tried, "chosen": best}
+        write_text(self.folder / "tuning" / f"{cell.group}.json", json.dumps(facts, indent=1) + "\n")
+        for rate in rates if len(rates) > 1 else ():
+            shutil.rmtree(self.folder / "tries" / f"{cell.id}@{rate:g}", ignore_errors=True)
+        return best
+
+    def _train_config(self, cell: Cell, rate: float, folder: Path, num_targets: int) -> TrainConfig:
+        config = self.config
+        values: dict[str, Any] = {"patience": config.patience, **config.settings_of(cell.method)}
+        steps = config.steps_by_size.get(str(num_targets))
+        if steps:
+            values["max_steps"] = steps
+        if cell.prefix_length:
+            words = {"task": config.task_words, "unrelated": config.unrelated_words}.get(cell.initialization)
+            values["prefix_length"] = cell.prefix_length
+            values |= {"initialization": "random"} if words is None else {"init_text": words}
+        own = {"method": cell.method.partition(":")[0], "learning_rate": rate, "seed": cell.seed, "output": str(folder)}
+        where = {"backbone": config.backbone, "dtype": config.dtype, "device": config.device, "task": config.task}
+        return TrainConfig.from_mapping(
+            {"save_dtype": _stored_as(cell, config), **values, **own, **where}, where="the study"
+        )
+
+    def _train(self, cell: Cell, rate: float, folder: Path) -> dict[str, Any]:
+        """A cell's training in a folder, from where it was; returns its figures."""
+        done = folder / "figures.json"
+        if done.exists():
+            return _read_json(done)
+        examples, dev = self.data_of(cell)
+        config = self._train_config(cell, rate, folder, sum(len(example.targets) for example in examples))
+        resume = (folder / STATE_FILE).exists()
+        if not resume:
+            # A run that was stopped before its first save.
+            shutil.rmtree(folder, ignore_errors=True)
+        gc.collect()
+        forget_peak()
+
+        def told(event: Event) -> None:
+            self.on_event({**event, "cell": cell.id, "learning_rate": rate})
+
+        result = train(
+            config,
+            backbone=self.backbone if config.trains_prefix else None,
+            examples=examples,
+            dev_examples=dev,
+            resume=resume,
+            on_event=told,
+        )
+        steps = [event for event in result.events if event["event"] == "step"]
+        figures = {
+            "trained_parameters": result.num_trained,
+            "stored_parameters": result.num_trained if result.prefix is None else result.prefix.num_parameters,
+            "file_bytes": result.path.stat().st_size,
+            "train_seconds": round(sum(event["seconds"] for event in steps), 1),
+            "steps": result.steps,
+            "peak_memory_mib": round(peak_memory_mib()),
+            "dev_loss": None if math.isnan(result.best_loss) else result.best_loss,
+        }
+        write_text(done, json.dumps(figures) + "\n")
+        return figures
+
+    def _score(self, cell: Cell) -> dict[str, Any]:
+        """Decode and score the test set; returns what it took."""
+        folder = self.path(cell)
+        backbone, prefix, form = self._model_of(cell)
+        values = dict(self.task.decoding)
+        values |= {"num_beams": self.config.num_beams} if self.config.num_beams else {}
+        decoding = GenerateConfig.from_mapping({**values, "batch_size": self.config.decode_batch})
+        outcome = evaluate(
+            backbone,
+            self.test_examples,
+            prefix,
+            text_format=form,
+            config=decoding,
+            protocol=self.task.protocol,
+            metrics=self.task.metrics,
+            intervals=True,
+            kept=folder / DECODED_FILE,
+            on_batch=lambda count: self.on_event(
+                {"event": "decoded", "cell": cell.id, "count": count, "total": len(self.test_examples)}
+            ),
+        )
+        facts = {
+            "title": cell.id,
+            "task": self.config.task,
+            "data": Path(self.config.test or self.config.data).name,
+            "split": "test",
+            "method": cell.method,
+            "backbone": self.config.backbone,
+            "prefix": None,
+            "settings": {
+                "decoding": dataclasses.asdict(decoding),
+                "protocol": self.task.protocol,
+                "test_limit": self.config.test_limit,
+                "dtype": str(backbone.dtype).removeprefix("torch."),
+                **({"shots": self.config.shots} if cell.method == "few-shot" else {}),
+            },
+        }
+        write_evaluation(folder, outcome, self.test_examples, facts, protocol=self.task.protocol)
+        return {"evaluate_seconds": round(outcome.seconds, 1)}
+
+    def _model_of(self, cell: Cell) -> tuple[Backbone, Prefix | None, TextFormat | None]:
+        folder = self.path(cell)
+        if cell.method == "zero-shot":
+            return self.backbone, None, None
+        if cell.method == "few-shot":
+            shown = sample_examples(self.train_examples, self.config.shots, "shots")
+            form = default_format(self.backbone)
+            return self.backbone, None, with_shots(form, shown, self.backbone.separator, self.backbone.end)
+        if (folder / WEIGHTS_FILE).exists():
+            backbone, trained_form = load_tuned(
+                folder / WEIGHTS_FILE,
+                name_or_path=self.config.backbone,
+                dtype=self.config.dtype,
+                device=self.config.device,
+            )
+            return backbone, None, trained_form
+        return self.backbone, load_prefix(folder / PREFIX_FILE, self.backbone), None
+
+    def _tidy(self, cell: Cell) -> None:
+        """Remove what a cell that is done needs no more."""
+        folder = self.path(cell)
+        for name in (STATE_FILE, DECODED_FILE, *(() if self.config.keep_weights else (WEIGHTS_FILE,))):
+            (folder / name).unlink(missing_ok=True)
+
+    # --- what is written ----------------------------------------------------------------------------------------------
+
+    def _write_cell(self, cell: Cell, status: str, figures: Mapping[str, Any], error: str | None) -> None:
+        facts = {"id": cell.id, "factors": cell.factors(), "status": status, "error": error, "figures": figures}
+        self.path(cell).mkdir(parents=True, exist_ok=True)
+        write_text(self.path(cell) / CELL_FILE, json.dumps(facts, indent=1) + "\n")
+
+    def write(self) -> None:
+        """Write down the study as it stands."""
+        path = self.folder / STUDY_FILE
+        before = _read_json(path) if path.exists() else {}
+        config = self.config
+        facts = {
+            "kind": "study",
+            "name": config.name,
+            "title": f"{config.kind.description}: {config.task}, {config.backbone}",
+            "task": config.task,
+            "backbone": config.backbone,
+            "factors": list(config.kind.factors),
+            "axis": config.kind.axis,
+            "metric": self.task.metrics[0],
+            "budget_minutes": config.budget or None,
+            "cut": self._cut(),
+            "tuning": self._tuning(),
+            "machine": describe_machine(),
+            "versions": versions(),
+            "command": self.command,
+            "date": before.get("date") or datetime.date.today().isoformat(),
+            "config": config.to_dict(),
+        }
+        write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        for cell in self.cells:
+            if not (self.path(cell) / CELL_FILE).exists():
+                self._write_waiting(cell)
+
+    def _write_waiting(self, cell: Cell) -> None:
+        """Make a cell that is still to be done known to reports, without touching a run in its folder."""
+        facts = {"id": cell.id, "factors": cell.factors(), "status": "waiting", "error": None, "figures": {}}
+        self.path(cell).mkdir(parents=True, exist_ok=True)
+        write_text(self.path(cell) / CELL_FILE, json.dumps(facts, indent=1) + "\n")
+
+    def _tuning(self) -> dict[str, Any]:
+        found = [_read_json(path) for path in sorted((self.folder / "tuning").glob("*.json"))]
+        return {each["group"]: {"learning_rate": each["learning_rate"], "chosen": each["chosen"]} for each in found}
+
+    def _cut(self) -> list[str]:
+        """What the study leaves out, or makes smaller than the whole, in words."""
+        config, cut = self.config, []
+        if config.test_limit:
+            cut.append(f"scored on a fixed random sample of {config.test_limit} test sources")
+        for size in config.sizes:
+            if size:
+                cut.append(f"trained on samples of {size:,} targets")
+        if config.num_beams and config.num_beams != self.task.decoding.get("num_beams", 1):
+            cut.append(f"decoded with {config.num_beams} beams instead of {self.task.decoding.get('num_beams', 1)}")
+        usual = config.kind.defaults
+        for name in ("subsets", "seeds"):
+            if getattr(config, name) < usual.get(name, 1):
+                cut.append(f"{getattr(config, name)} {name} instead of {usual[name]}")
+        left = [cell.id for cell in self.cells if self.state(cell) == "waiting"]
+        if left:
+            why = f" within {config.budget:g} minutes" if self.over_budget else ""
+            cut.append(f"{len(left)} of {len(self.cells)} runs are not done{why}: {', '.join(left)}")
+        return cut
+
+
+def _stored_as(cell: Cell, config: StudyConfig) -> str:
+    """Whole layers are scored in the backbone's dtype; so they are stored in it, too."""
+    half = choose_dtype(config.dtype, choose_device(config.device)) == torch.bfloat16
+    return "bfloat16" if half and cell.method.partition(":")[0] in ("full", "top") else "float32"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.", hint="delete it, and run the study again.") from error
+    return value

@@ -1,0 +1,258 @@
+"""The report in a real browser: headless Chromium, driven over its DevTools pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from made_up_runs import evaluation, examples, length_study, low_data_study, methods_study, write_lines
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH; on Debian: apt install chromium")
+
+# Chromium reads commands from file descriptor 3 and answers on 4.
+LAUNCH = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+class Browser:
+    """One page in a headless browser."""
+
+    def __init__(self, profile: Path) -> None:
+        commands_out, self._commands = os.pipe()
+        self._answers, answers_in = os.pipe()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
+        flags += ["--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(commands_out), str(answers_in), str(CHROMIUM), *flags],
+            pass_fds=(commands_out, answers_in),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands_out)
+        os.close(answers_in)
+        self._buffer = b""
+        self._number = 0
+        self._session: str | None = None
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+            self.events.append(answer)
+
+    def _receive(self) -> dict[str, Any]:
+        deadline = time.monotonic() + 60
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._answers], [], [], max(0, deadline - time.monotonic()))
+            assert ready, "the browser does not answer"
+            data = os.read(self._answers, 1 << 20)
+            assert data, "the browser has gone"
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def open(self, path: Path, *, width: int = 1280, scheme: str = "light", scripts: bool = True) -> None:
+        """Load a file, at a width and in a color scheme."""
+        self.events.clear()
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
+        self.call("Page.navigate", url=path.as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self._receive())
+
+    def value(self, expression: str) -> Any:
+        """What a piece of JavaScript gives."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def press(self, key: str, code: int) -> None:
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+
+    def complaints(self) -> list[Any]:
+        """Errors and warnings in the console, and exceptions."""
+        kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+        return [event["params"] for event in self.events if event["method"] in kinds]
+
+    def requests(self) -> list[str]:
+        sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._commands)
+        os.close(self._answers)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of everything, written by the command as it is called."""
+    folder = tmp_path_factory.mktemp("report")
+    one = evaluation(folder / "one", title="a title without any place to break the line at: " + "x" * 120)
+    rows = examples(60, 0.5)
+    rows[0]["output"] = "</script><script>window.attacked = true</script><img src=x onerror='window.attacked = true'>"
+    rows[1]["output"] = "unbreakable" * 40
+    write_lines(one / "outputs.jsonl", rows)
+    made = (methods_study(folder / "methods"), low_data_study(folder / "low"), length_study(folder / "length"), one)
+    code = (
+        "import argparse, sys\nfrom prefixtune.commands.report import add_arguments, report\n"
+        "parser = argparse.ArgumentParser()\nadd_arguments(parser)\nsys.exit(report(parser.parse_args()))"
+    )
+    path = folder / "report.html"
+    subprocess.run([sys.executable, "-c", code, *map(str, made), "--output", str(path), "--quiet"], check=True)
+    return path
+
+
+OPEN_ALL = "document.querySelectorAll('details').forEach((each) => { each.open = true; })"
+WIDTHS = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+
+
+def test_loads_without_complaint_and_from_one_file(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.complaints() == []
+    assert browser.requests() == [page.as_uri()]
+    assert browser.value("window.attacked") is None
+    assert browser.value("document.querySelectorAll('svg.chart').length") > 10
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_never_wider_than_the_window(browser: Browser, page: Path, width: int) -> None:
+    browser.open(page, width=width)
+    browser.value(OPEN_ALL)
+    assert browser.value(WIDTHS) == [width, width]
+    # Wide tables move in a box of their own.
+    moving = "[...document.querySelectorAll('.scroll')].some((box) => box.scrollWidth > box.clientWidth)"
+    assert browser.value(moving) or width > 360
+    outside = (
+        "[...document.querySelectorAll('main *')].filter((each) => !each.closest('.scroll, svg')"
+        " && each.getBoundingClientRect().right > innerWidth + 0.5).map((each) => each.outerHTML.slice(0, 80))"
+    )
+    assert browser.value(outside) == []
+
+
+def test_text_in_charts_stays_legible_and_inside_on_a_phone(browser: Browser, page: Path) -> None:
+    browser.open(page, width=360)
+    browser.value(OPEN_ALL)
+    sizes = browser.value(
+        "[...document.querySelectorAll('svg.chart')].map((chart) => parseFloat(getComputedStyle(chart).fontSize)"
+        " * chart.getBoundingClientRect().width / chart.viewBox.baseVal.width)"
+    )
+    assert min(sizes) >= 9.5
+    cut_off = (
+        "[...document.querySelectorAll('svg.chart text')].filter((text) => {"
+        " const inner = text.getBoundingClientRect(), outer = text.closest('figure').getBoundingClientRect();"
+        " return inner.left < outer.left || inner.right > outer.right || inner.top < outer.top;"
+        "}).map((text) => text.textContent)"
+    )
+    assert browser.value(cut_off) == []
+
+
+def test_dark_mode_is_dark(browser: Browser, page: Path) -> None:
+    shades = {}
+    for scheme in ("light", "dark"):
+        browser.open(page, scheme=scheme)
+        colors = (
+            "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name]"
+            ".match(/\\d+/g).map(Number).reduce((sum, part) => sum + part))"
+        )
+        shades[scheme] = browser.value(colors)
+        assert browser.complaints() == []
+    assert shades["light"][0] > 600 > 150 > shades["dark"][0]
+    assert shades["light"][1] < 150 < 600 < shades["dark"][1]
+
+
+def test_the_keyboard_reaches_the_report_and_sorts_a_table(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.press("Tab", 9)
+    assert browser.value("document.activeElement.className") == "skip"
+    assert browser.value("document.activeElement.getBoundingClientRect().left") >= 0
+    assert browser.value("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Enter", 13)
+    assert browser.value("location.hash") == "#report"
+
+    table = "[...document.querySelectorAll('table')].find((each) => each.caption.textContent.startsWith('Scores'))"
+    names = f"[...{table}.tBodies[0].rows].map((row) => row.cells[0].textContent)"
+    written = browser.value(names)
+    browser.value(f"{table}.tHead.rows[0].cells[1].querySelector('button').focus()")
+    for direction, expected in (
+        ("ascending", ["zero-shot", "adapter", "lora", "prefix", "fine-tuning"]),
+        ("descending", ["fine-tuning", "prefix", "lora", "adapter", "zero-shot"]),
+    ):
+        browser.press("Enter", 13)
+        assert browser.value(names) == expected
+        assert browser.value(f"{table}.tHead.rows[0].cells[1].getAttribute('aria-sort')") == direction
+    assert sorted(written) == sorted(expected)
+
+
+def test_the_filter_shows_only_what_fits(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    box = "[...document.querySelectorAll('.outputs')].at(-1)"
+    field = f"{box}.querySelector('input')"
+    assert browser.value(f"{box}.querySelector('.filter').checkVisibility()") is True
+    browser.value(f"{field}.value = 'UNBREAKABLE'; {field}.dispatchEvent(new Event('input'))")
+    shown = f"[...{box}.querySelectorAll('.items > li')].filter((each) => each.checkVisibility()).length"
+    assert browser.value(shown) == 1
+    assert browser.value(f"{box}.querySelector('[role=status]').textContent") == "1 of 60"
+
+
+def test_whole_without_scripts(browser: Browser, page: Path) -> None:
+    browser.open(page, scripts=False)
+    assert browser.complaints() == []
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    names = [node.get("name", {}).get("value", "") for node in nodes if not node.get("ignored")]
+    roles = [node.get("role", {}).get("value", "") for node in nodes if not node.get("ignored")]
+    assert "BLEU over prefix length" in " ".join(names)
+    assert {"main", "banner", "navigation", "contentinfo", "table", "columnheader", "rowheader"} <= set(roles)
+    # What only a script could do is not offered.
+    assert "searchbox" not in roles
+
+
+def test_prints(browser: Browser, page: Path) -> None:
+    browser.open(page, scheme="dark")
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.value("getComputedStyle(document.querySelector('nav')).display") == "none"
+    browser.call("Emulation.setEmulatedMedia", media="")

@@ -1,0 +1,55 @@
+"""`prefixtune report`: the files that it writes, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from made_up_runs import evaluation, low_data_study
+from prefixtune.commands.report import add_arguments, report
+from prefixtune.errors import ConfigError, DataError
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return report(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_writes_the_page_and_markdown_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "new" / "out.html"
+    assert run(evaluation(tmp_path / "run"), "--output", page, "--title", "Notices & more") == 0
+    assert "<h1>Notices &amp; more</h1>" in page.read_text(encoding="utf-8")
+    assert page.with_suffix(".md").read_text(encoding="utf-8").startswith("# Notices \\& more\n")
+    assert sorted(path.name for path in page.parent.iterdir()) == ["out.html", "out.md"]
+    assert capsys.readouterr().out == f"{page} ({page.stat().st_size:,} bytes) and {page.with_suffix('.md')}\n"
+
+
+def test_warns_of_an_unfinished_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, page = low_data_study(tmp_path / "study"), tmp_path / "out.html"
+    run(study, "--output", page)
+    assert "warning: This study is unfinished" in capsys.readouterr().err
+    run(study, "--output", page, "--quiet", "--json")
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    told = json.loads(shown.out)
+    assert (told["html"], told["markdown"]) == (str(page), str(page.with_suffix(".md")))
+    assert "unfinished" in told["warnings"][0]
+
+
+@pytest.mark.parametrize("name", ["out.md", "out", "folder.html"])
+def test_refuses_an_output_that_is_no_page(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(ConfigError, match=r"must be the name of an \.html file"):
+        run(evaluation(tmp_path / "run"), "--output", tmp_path / name)
+
+
+def test_a_broken_folder_leaves_the_old_report(tmp_path: Path) -> None:
+    page = tmp_path / "out.html"
+    page.write_text("old")
+    with pytest.raises(DataError):
+        run(tmp_path / "nowhere", "--output", page)
+    assert page.read_text() == "old"

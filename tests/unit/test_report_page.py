@@ -1,0 +1,480 @@
+"""Reports of made-up folders: what a reader finds in the page and in its Markdown, and what broken folders say."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from made_up_runs import (
+    cell,
+    evaluation,
+    examples,
+    length_study,
+    low_data_study,
+    measure,
+    methods_study,
+    study_json,
+    training,
+    write,
+    write_lines,
+)
+from prefixtune.errors import DataError
+from prefixtune.report import compose, read_folder, to_html, to_markdown
+
+NASTY = (
+    "</script><script>alert(1)</script>",
+    '<img src="http://example.org/x.png" onerror=alert(1)>',
+    "a | b \\| `code` *bold* [link](http://example.org) $x$",
+    "# no heading\n\n- no item\r\n1. no number",
+    "\u202eright to left\u2028line separator\x00\x07\x85",
+    "&lt;already&gt; &amp; café 漢字 🍣",
+)
+VOID = {"meta", "link", "input", "br", "hr", "img"}
+
+
+def pages(*folders: Path, title: str = "") -> tuple[str, str]:
+    document = compose([read_folder(folder) for folder in folders], title)
+    return to_html(document), to_markdown(document)
+
+
+class Page(HTMLParser):
+    """A page taken apart; complains about tags that do not close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def text(self) -> str:
+        return "".join(data for name, data in self.texts if name not in ("script", "style"))
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """Every table's rows; each must have as many cells as its head."""
+    tables: list[list[list[str]]] = []
+    rows: list[list[str]] = []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            assert line.endswith("|")
+            rows.append([part.strip() for part in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif rows:
+            assert all(re.fullmatch(r"-{3}:?", part) for part in rows[1]), rows[1]
+            assert {len(row) for row in rows} == {len(rows[0])}
+            tables.append([rows[0], *rows[2:]])
+            rows = []
+    return tables
+
+
+def column(text: str, head: str, table: int = 0) -> dict[str, str]:
+    """A column of a Markdown table, by the first cell of each row."""
+    names, *rows = markdown_tables(text)[table]
+    return {row[0]: row[names.index(head)] for row in rows}
+
+
+# --- what is in it ---------------------------------------------------------------------------------------------------
+
+
+def test_a_study_shows_scores_costs_and_the_best(tmp_path: Path) -> None:
+    page, text = pages(methods_study(tmp_path / "methods"))
+    assert column(text, "BLEU")["fine-tuning"] == "**63.90** ★ \\[62.00, 65.80\\]"
+    assert column(text, "BLEU")["prefix"] == "62.40 \\[60.50, 64.30\\]"
+    # Of TER the lowest is best: 0.95 - 63.9 / 120.
+    assert column(text, "TER (lower is better)")["fine-tuning"].startswith("**0.4175** ★")
+    assert column(text, "parameters (trained)")["prefix"] == "1,234,432 (92,160 stored)"
+    assert column(text, "file (size)")["prefix"] == "372 kB"
+    assert column(text, "training (time)")["prefix"] == "15 min 05 s (160 steps)"
+    assert column(text, "file (size)")["zero-shot"] == "n/a"
+    shown = Page(page).text()
+    for part in (
+        "63.90★ (best)",
+        "62.40",
+        "1,234,432",
+        "372 kB",
+        "Each method ran with one seed, not five.",
+        "2026-11-25",
+    ):
+        assert part in shown
+    assert "prefixtune study methods --output studies/methods" in shown
+    assert "unfinished" not in shown
+
+
+def test_tuning_tells_what_was_tried_and_what_was_chosen(tmp_path: Path) -> None:
+    _, text = pages(methods_study(tmp_path / "methods"))
+    rows = next(table for table in markdown_tables(text) if table[0][-1] == "choice")[1:]
+    chosen = [(method, setting, tried) for method, setting, tried, _, choice in rows if choice == "chosen"]
+    assert chosen == [("prefix", "learning rate", "0.001"), ("fine-tuning", "learning rate", "0.0001")]
+    assert len(rows) == 6
+    assert "at the edge of what was tried, so that a better one may lie beyond: fine-tuning" in text
+
+
+def test_repetitions_become_a_mean_with_a_spread(tmp_path: Path) -> None:
+    study_json(tmp_path, factors=["method"])
+    for seed, score in enumerate((50.0, 52.0, 57.0)):
+        cell(tmp_path, {"method": "prefix", "seed": seed}, score)
+    _, text = pages(tmp_path)
+    # The squares of -3, -1 and 4 sum to 26; halved, their root is 3.6056.
+    assert column(text, "BLEU")["prefix"] == "53.00 ± 3.61 (50.00 to 57.00)"
+    assert column(text, "runs (done of planned)")["prefix"] == "3 of 3"
+
+
+def test_an_unfinished_study_says_so_first(tmp_path: Path) -> None:
+    study = low_data_study(tmp_path / "study")
+    page, text = pages(study)
+    shown = Page(page).text()
+    told = "This study is unfinished: 22 of 25 cells are done, 1 failed, 2 wait."
+    assert shown.index(told) < shown.index("BLEU at number of targets")
+    assert told in text.split("##")[1]
+    assert "TrainingError: the loss is not finite." in shown
+    assert "fine-tuning-500-0-0, fine-tuning-500-2-0" in shown
+    # Methods are compared where both have come to, and not at the place that only one has reached.
+    assert "BLEU at number of targets 200" in shown
+    rows = {(row[0], row[1]): row[3] for row in markdown_tables(text)[1][1:]}
+    assert "★" in rows["prefix", "200"]
+    assert "★" not in rows["prefix", "500"]
+    assert rows["fine-tuning", "500"] == "n/a"
+    assert ("zero-shot", "–") in rows
+
+
+def test_a_cell_that_is_being_made_waits(tmp_path: Path) -> None:
+    study = methods_study(tmp_path)
+    (study / "cells" / "infix").mkdir()
+    log = training(study / "cells" / "p-tuning") / "events.jsonl"
+    log.write_text(log.read_text()[:-5])  # killed in the middle of a line
+    shown = Page(pages(study)[0]).text()
+    assert "5 of 7 cells are done, 2 wait" in shown
+    assert "infix, p-tuning" in shown
+
+
+def test_figures_that_are_missing_or_no_numbers_are_said(tmp_path: Path) -> None:
+    study = methods_study(tmp_path)
+    broken = study / "cells" / "prefix" / "evaluation.json"
+    values = json.loads(broken.read_text())
+    values["scores"]["bleu"] |= {"score": math.nan, "interval": [math.nan, math.nan]}
+    values["scores"]["ter"]["score"] = None
+    values["groups"]["seen"]["seen"]["scores"] = {}
+    write(broken, values)
+    (study / "cells" / "lora" / "evaluation.json").unlink()
+    events = [{"event": "step", "step": n, "loss": math.nan, "loss_per_token": math.nan} for n in (1, 2)]
+    write_lines(study / "cells" / "adapter" / "events.jsonl", events)
+    page, text = pages(study)
+    assert "Done, but without a finite BLEU: lora, prefix." in Page(page).text()
+    assert column(text, "BLEU")["prefix"] == "n/a"
+    assert column(text, "METEOR")["prefix"].startswith("0.4400")
+    assert "nan" not in page.lower()
+    assert "nan" not in text.lower()
+
+
+def test_a_length_study_is_drawn_over_the_length(tmp_path: Path) -> None:
+    page, text = pages(length_study(tmp_path))
+    taken = Page(page)
+    titles = [data for name, data in taken.texts if name == "title"]
+    assert {"BLEU over prefix length", "METEOR over prefix length", "TER over prefix length"} <= set(titles)
+    whole = next(table for table in markdown_tables(text) if table[0] == ["prefix length", "prefix"])
+    assert [row[0] for row in whole[1:]] == ["1", "5", "10", "20", "40"]
+    assert whole[4][1].startswith("62.90")
+
+
+def test_evaluations_of_the_same_data_stand_side_by_side(tmp_path: Path) -> None:
+    one = evaluation(training(tmp_path / "one"), 60.0, title="prefix")
+    two = evaluation(tmp_path / "two", 6.1, title="bare model", data="elsewhere/test.jsonl.gz")
+    page, text = pages(one, two)
+    assert column(text, "BLEU") == {"prefix": "**60.00** ★ \\[58.10, 61.90\\]", "bare model": "6.10 \\[4.20, 8.00\\]"}
+    assert "-53.90 BLEU from prefix to bare model" in text
+    assert column(text, "parameters (trained)")["prefix"] == "1,234,432 (92,160 stored)"
+    first = next(table for table in markdown_tables(text) if table[0] == ["", "text"])
+    assert [row[0] for row in first[1:]] == ["source", "reference", "reference", "prefix", "bare model"]
+    assert "= a reference" in Page(page).text()
+
+
+def test_evaluations_of_other_data_are_not_compared(tmp_path: Path) -> None:
+    one, two = evaluation(tmp_path / "one", count=60), evaluation(tmp_path / "two", 50.0, count=30, data="other.jsonl")
+    _, text = pages(one, two, title="Both")
+    assert text.startswith("# Both\n")
+    assert "★" not in text
+    assert text.count("### Scores") == 2
+
+
+def test_systems_of_one_title_are_told_apart(tmp_path: Path) -> None:
+    _, text = pages(evaluation(tmp_path / "one"), evaluation(tmp_path / "two", 50.0))
+    assert list(column(text, "BLEU")) == ["prefix (one)", "prefix (two)"]
+
+
+def test_scores_by_different_implementations_are_flagged(tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "one", scores={"bleu": measure(50.0, name="mine 1")})
+    two = evaluation(tmp_path / "two", scores={"bleu": measure(51.0, name="mine 2")})
+    assert "BLEU: mine 1; or mine 2. These are different implementations" in pages(one, two)[1]
+
+
+def test_parts_of_the_data_are_sorted_and_counted(tmp_path: Path) -> None:
+    groups = {"triples": {str(n): {"num_examples": 10 * n, "scores": {"bleu": measure(60.0 - n)}} for n in (10, 2, 1)}}
+    _, text = pages(evaluation(tmp_path, groups=groups))
+    table = next(table for table in markdown_tables(text) if table[0][:2] == ["triples", "examples"])
+    assert table[1:] == [["1", "10", "59.00"], ["2", "20", "58.00"], ["10", "100", "50.00"]]
+
+
+def test_all_targets_are_as_many_as_the_log_says(tmp_path: Path) -> None:
+    study_json(tmp_path, axis="num_targets", factors=["method", "num_targets"])
+    cell(tmp_path, {"method": "zero-shot", "num_targets": 0}, 6.1, parameters=0, stored=0)
+    cell(tmp_path, {"method": "prefix", "num_targets": 100}, 50.0)
+    whole = cell(tmp_path, {"method": "prefix", "num_targets": 0}, 60.0)
+    log = whole / "events.jsonl"
+    log.write_text(log.read_text().replace('"total_steps"', '"num_targets": 42061, "total_steps"'))
+    table = next(t for t in markdown_tables(pages(tmp_path)[1]) if t[0] == ["number of targets", "prefix", "zero-shot"])
+    assert [row[0] for row in table[1:]] == ["–", "100", "42,061"]
+    assert table[3][1].startswith("60.00")
+
+
+def test_a_metric_that_was_left_out_is_said(tmp_path: Path) -> None:
+    _, text = pages(evaluation(tmp_path, left_out={"nist": "it needs Java."}))
+    assert "- NIST was left out: it needs Java." in text
+
+
+def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
+    page, text = pages(training(tmp_path / "run", end=False))
+    assert "the log has no end" in Page(page).text()
+    losses = next(table for table in markdown_tables(text) if table[0] == ["step", "training, smoothed", "development"])
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    development = {f"{e['step']}": f"{e['loss']:.3f}" for e in events if e["event"] == "evaluation"}
+    assert {row[0]: row[2] for row in losses[1:] if row[2]} == development
+    # The step's own loss is a sum over the target; shown is that of a token, as for the development data.
+    assert all(float(row[1]) < 4 for row in losses[1:] if row[1])
+    assert "| learning\\_rate | 0.001 |" in text
+
+
+def test_settings_that_differ_are_told_from_those_that_are_equal(tmp_path: Path) -> None:
+    study_json(tmp_path, factors=["method"])
+    for seed in range(2):
+        cell(tmp_path, {"method": "prefix", "seed": seed}, 50.0)
+    cell(tmp_path, {"method": "zero-shot"}, 6.1, parameters=0, stored=0)
+    _, text = pages(tmp_path)
+    tables = markdown_tables(text)
+    differing = {row[0]: row[1:] for row in next(t for t in tables if t[0] == ["setting", "prefix", "zero-shot"])[1:]}
+    assert differing["seed"] == ["0 (1), 7 (1)", "n/a"]
+    equal = dict(next(t for t in tables if t[0] == ["setting", "value"])[1:])
+    # The bare model has no learning rate, which makes that of the others no less equal.
+    assert equal["learning\\_rate"] == "0.001"
+    assert equal["evaluation: decoding.num\\_beams"] == "5"
+    assert equal["version: torch"] == "2.13.0"
+
+
+def test_outputs_are_sampled_evenly_and_all_are_in_the_page(tmp_path: Path) -> None:
+    page, text = pages(evaluation(tmp_path, count=100))
+    taken = Page(page)
+    assert [f"Example {n}" in taken.text() for n in (1, 50, 100)] == [True] * 3
+    assert "The other 80 examples" in taken.text()
+    assert len(re.findall(r"\*\*Example \d+", text)) == 20
+    assert "The other 80 examples are in the HTML file." in text
+
+
+def test_an_output_for_another_source_is_left_out(tmp_path: Path) -> None:
+    study = methods_study(tmp_path)
+    rows = examples(60, 0.5)
+    rows[0]["source"] = "name : Elsewhere"
+    write_lines(study / "cells" / "lora" / "outputs.jsonl", rows)
+    _, text = pages(study)
+    first = next(table for table in markdown_tables(text) if table[0] == ["", "text"])
+    assert {row[0]: row[1] for row in first[1:]}["lora"] == "(no output)"
+
+
+# --- how it is written -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Pages whose every text is an attack or a stumbling block."""
+    folder = tmp_path_factory.mktemp("nasty")
+    rows: list[dict[str, Any]] = [
+        {"number": n, "source": text, "references": [text, ""], "output": text, "groups": {"category": text}}
+        for n, text in enumerate((*NASTY, "", "half a pair: \ud83c"), start=1)
+    ]
+    attack = NASTY[0]
+    evaluation(
+        folder / "one",
+        **dict.fromkeys(("title", "method", "backbone", "data", "task"), attack),
+        scores={attack: measure(1.0, name=attack)},
+        groups={attack: {attack: {"num_examples": 1, "scores": {attack: measure(1.0)}}}},
+        settings={attack: {attack: attack}},
+    )
+    write_lines(folder / "one" / "outputs.jsonl", rows)
+    study = folder / "study"
+    study_json(study, title=NASTY[1], cut=list(NASTY), command=attack, tuning={attack: {attack: {attack: 1.0}}})
+    cell(study, {"method": NASTY[2]}, 50.0)
+    write(study / "cells" / "x" / "cell.json", {"id": attack, "status": "failed", "error": attack})
+    return pages(folder / "one", study, title=attack)
+
+
+def test_texts_stay_texts_in_the_page(nasty: tuple[str, str]) -> None:
+    page, _ = nasty
+    taken = Page(page)
+    assert len(taken.all("script")) == 1
+    assert taken.all("img") == []
+    assert not any(key.startswith("on") or key == "style" for _, attributes in taken.elements for key in attributes)
+    assert page.count("<script") == page.count("</script>") == 1
+    assert all(text in taken.text() for text in (*NASTY[:3], NASTY[5]))
+    assert not re.search("[\x00-\x08\x7f-\x9f\ud800-\udfff]", page)
+    page.encode()
+
+
+def test_texts_stay_texts_in_markdown(nasty: tuple[str, str]) -> None:
+    _, text = nasty
+    text.encode()
+    assert markdown_tables(text)
+    assert not re.search(r"(?<!\\)[<>`]", text.replace("> **Note:**", ""))
+    assert "\\# no heading - no item 1. no number" in text
+    assert "a \\| b \\\\\\| \\`code\\` \\*bold\\* \\[link\\](http://example.org) \\$x\\$" in text
+
+
+def test_nothing_is_fetched(nasty: tuple[str, str]) -> None:
+    taken = Page(nasty[0])
+    assert {tag for tag, _ in taken.elements} & {"link", "img", "iframe", "object", "embed", "audio", "video"} == set()
+    addresses = [a[key] for _, a in taken.elements for key in ("src", "href", "xlink:href", "action") if key in a]
+    assert all((address or "").startswith("#") for address in addresses)
+    style = "".join(data for name, data in taken.texts if name == "style")
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(a["content"] for a in taken.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+@pytest.mark.parametrize("make", [methods_study, low_data_study, length_study])
+def test_the_page_is_sound(make: Any, tmp_path: Path) -> None:
+    taken = Page(pages(make(tmp_path))[0])
+    assert taken.all("html") == [{"lang": "en"}]
+    identities = [attributes["id"] for _, attributes in taken.elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    for name in ("aria-labelledby", "for"):
+        for _, attributes in taken.elements:
+            assert set((attributes.get(name) or "").split()) <= set(identities)
+    for attributes in taken.all("a"):
+        assert (attributes["href"] or "").removeprefix("#") in identities
+    levels = [int(tag[1]) for tag, _ in taken.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert len(taken.all("caption")) == len(taken.all("table"))
+    assert all(attributes.get("scope") in ("row", "col") for attributes in taken.all("th"))
+    charts = [attributes for attributes in taken.all("svg") if attributes.get("class") == "chart"]
+    assert charts
+    assert all(attributes["role"] == "img" for attributes in charts)
+    assert len(taken.all("desc")) == len(charts)
+
+
+def test_equal_folders_give_equal_bytes(tmp_path: Path) -> None:
+    study = low_data_study(tmp_path / "study")
+    assert pages(study) == pages(study)
+
+
+def luminance(color: str) -> float:
+    """Of WCAG 2."""
+    digits = color.removeprefix("#")
+    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+    parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_the_contrast_is_known() -> None:
+    assert contrast("#000", "#ffffff") == pytest.approx(21)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["light", "dark", "print"])
+def test_colors_have_enough_contrast(number: int, tmp_path: Path) -> None:
+    page, _ = pages(training(tmp_path))
+    root = re.findall(r":root \{(.*?)\}", page, flags=re.S)[number]
+    colors = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+);", root))
+    for text in ("text", "quiet", "accent"):
+        for ground in ("page", "sheet", "stripe", "best"):
+            assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
+    assert contrast(colors["text"], colors["note"]) >= 4.5
+    assert contrast(colors["good"], colors["sheet"]) >= 4.5
+    for series in range(8):
+        assert contrast(colors[f"s{series}"], colors["sheet"]) >= 3, series
+
+
+# --- broken folders --------------------------------------------------------------------------------------------------
+
+
+def damaged(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: f / "nowhere", "is no folder"),
+        (lambda f: f, "holds no run"),
+        (lambda f: damaged(evaluation(f), "evaluation.json", "{"), "evaluation.json' is no JSON"),
+        (lambda f: damaged(evaluation(f), "evaluation.json", "[]"), "must be an object"),
+        (lambda f: damaged(evaluation(f), "evaluation.json", "{}"), "has no 'scores'"),
+        (lambda f: evaluation(f, scores={"bleu": {"score": "high"}}), "'score' in 'bleu' in .* must be a number"),
+        (lambda f: evaluation(f, scores={"bleu": {"score": 1, "interval": [1]}}), "must be two numbers"),
+        (lambda f: evaluation(f, num_examples="many"), "'num_examples' in .* must be a whole number"),
+        (lambda f: damaged(evaluation(f), "outputs.jsonl", '{"number": 1}\n{"num\n'), "line 2 of .*outputs.jsonl"),
+        (lambda f: damaged(evaluation(f), "outputs.jsonl", '{"references": [1]}\n'), "must be a list of strings"),
+        (lambda f: damaged(training(f), "events.jsonl", '{"event"\n{"event": "end"}\n'), "line 1 of .*events.jsonl"),
+        (lambda f: damaged(training(f), "events.jsonl", '{"event": "step", "step": "one"}\n'), "must be a number"),
+        (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml' is no TOML"),
+        (lambda f: damaged(methods_study(f), "study.json", '{"cut": "all"}'), "'cut' in .* must be a list"),
+        (lambda f: damaged(methods_study(f), "cells/lora/cell.json", '{"status": "gone"}'), "must be one of done"),
+    ],
+)
+def test_broken_folders_are_named_with_a_way_out(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_folder(make(tmp_path))
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_study_without_cells(tmp_path: Path) -> None:
+    study_json(tmp_path)
+    with pytest.raises(DataError, match="has no cells"):
+        read_folder(tmp_path)
+
+
+def test_a_folder_of_runs_names_one(tmp_path: Path) -> None:
+    evaluation(tmp_path / "e2e")
+    with pytest.raises(DataError) as caught:
+        read_folder(tmp_path)
+    assert caught.value.hint == f"did you mean {str(tmp_path / 'e2e')!r}?"
+
+
+def test_a_study_of_which_nothing_is_done_still_renders(tmp_path: Path) -> None:
+    study_json(tmp_path, tuning={"prefix": {"learning_rate": {"0.001": None}, "chosen": None}}, metric=None)
+    cell(tmp_path, {"method": "prefix"}, None, status="waiting")
+    page, text = pages(tmp_path)
+    assert "0 of 1 cells are done, 1 wait" in html.unescape(page)
+    assert "| prefix | 0 of 1 |" in text

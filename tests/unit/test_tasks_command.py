@@ -1,0 +1,42 @@
+"""`prefixtune tasks`: for people, and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import pytest
+
+from prefixtune.commands.tasks import add_arguments, tasks
+from prefixtune.generation import GenerateConfig
+from prefixtune.presets import PRESETS, preset
+from prefixtune.tasks import TASKS
+
+
+def run(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert tasks(parser.parse_args(arguments)) == 0
+
+
+def test_every_task_and_preset_is_listed(capsys: pytest.CaptureFixture[str]):
+    run()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [*TASKS, "presets"]
+    for name in PRESETS:
+        assert any(line.startswith(f"  {name}: ") for line in lines)
+    assert "  groups    category, seen, triples" in lines
+    assert any("its parts are train, held_out" in line for line in lines)
+
+
+def test_json_holds_what_a_program_needs(capsys: pytest.CaptureFixture[str]):
+    run("--json")
+    told: dict[str, Any] = {task["name"]: task for task in json.loads(capsys.readouterr().out)["tasks"]}
+    assert list(told) == list(TASKS)
+    assert told["webnlg"]["formats"] == [".xml", ".jsonl"]
+    assert told["webnlg"]["metrics"] == ["bleu", "meteor", "ter"]
+    assert told["dart"]["presets"]["paper"]["prefix"] == preset("paper", "dart")
+    assert (told["toy"]["parts"], told["toy"]["formats"]) == (["train", "held_out"], [])
+    for task in told.values():
+        GenerateConfig.from_mapping(task["decoding"])

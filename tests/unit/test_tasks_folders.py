@@ -1,0 +1,106 @@
+"""Folders with a training, development and test set: the names looked for, and what is told where one is missing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import TASKS, read_task
+
+
+def mr(name: str) -> str:
+    return json.dumps({"mr": f"name[{name}]", "references": [f"{name}."]})
+
+
+def csv(name: str) -> str:
+    return f"mr,ref\nname[{name}],{name}.\n"
+
+
+def sources(folder: Path, split: str | None) -> list[str]:
+    return [example.source for example in read_task("e2e", folder, split=split)]
+
+
+def test_the_releases_names(tmp_path: Path):
+    for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
+        (tmp_path / name).write_text(csv(name[:3]))
+    (tmp_path / "testset.csv").write_text("MR\nname[other]\n")
+    assert sources(tmp_path, "train") == ["name : tra"]
+    assert sources(tmp_path, "dev") == ["name : dev"]
+    assert sources(tmp_path, "test") == ["name : tes"]
+    (tmp_path / "testset_w_refs.csv").unlink()
+    assert sources(tmp_path, "test") == ["name : other"]
+
+
+@pytest.mark.parametrize("name", ["dev.jsonl", "validation.jsonl", "valid.jsonl.gz", "val.jsonl"])
+def test_plain_names(tmp_path: Path, name: str):
+    data = mr("x").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / "devset.csv").write_text(csv("y"))
+    assert sources(tmp_path, "dev") == ["name : x"]
+
+
+def test_a_missing_split_is_told_with_what_was_looked_for(tmp_path: Path):
+    (tmp_path / "devset.csv").write_text(csv("y"))
+    with pytest.raises(DataError, match=r"without a test set; looked for test\.csv, .*testset_w_refs\.csv.*has: dev"):
+        sources(tmp_path, "test")
+    (tmp_path / "devset.csv").rename(tmp_path / "mine.csv")
+    with pytest.raises(DataError, match=r"without a train set; looked for .*trainset.*rename the file"):
+        sources(tmp_path, "train")
+
+
+def test_a_folder_needs_a_split(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text(mr("x"))
+    (tmp_path / "devset.csv").write_text(csv("y"))
+    with pytest.raises(DataError, match="is a folder with the splits train, dev; one of them is needed"):
+        sources(tmp_path, None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is a folder; a file is needed"):
+        sources(tmp_path / "empty", None)
+
+
+def test_a_file_is_read_whole_whatever_the_split(tmp_path: Path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(mr("x"))
+    assert sources(path, "test") == sources(path, None) == ["name : x"]
+    with pytest.raises(DataError, match="does not exist"):
+        sources(tmp_path / "other.jsonl", "dev")
+    with pytest.raises(ConfigError, match=r"split is 'tets', but must be one of train, dev, test.*mean 'test'"):
+        sources(path, "tets")
+
+
+def test_ones_own_records_in_a_folder(tmp_path: Path):
+    (tmp_path / "test.csv").write_text("q,a\nx,y\n")
+    (example,) = read_task("records", tmp_path, source="q", target="a", split="test")
+    assert (example.source, example.targets) == ("x", ("y",))
+
+
+def test_a_task_says_whether_it_takes_columns(tmp_path: Path):
+    for task in TASKS.values():
+        with pytest.raises((ConfigError, DataError)) as caught:
+            read_task(task.name, "train" if task.parts else tmp_path / "missing.jsonl", source="q", target="a")
+        assert task.takes_columns == ("takes no source template" not in str(caught.value))
+
+
+def test_a_made_set_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_task("toy", "train", split="train") == read_task("toy", "train")
+
+
+def test_every_task_says_how_it_is_scored():
+    known = {"bleu", "nist", "meteor", "rouge_l", "cider", "ter", "rouge_1", "rouge_2"}
+    for task in TASKS.values():
+        assert task.metrics
+        if task.kind == "generation":
+            assert set(task.metrics) <= known
+        assert task.protocol in {"e2e", "webnlg", "dart", "summarization", "plain"}
+
+
+@pytest.mark.parametrize("part", ["train", "dev", "test"])
+def test_e2e_groups_are_the_numbers_of_attributes(shared_data: Path, part: str):
+    for example in read_task("e2e", shared_data / "e2e", split=part):
+        assert example.groups == {"attributes": str(example.fields["mr"].count("["))}

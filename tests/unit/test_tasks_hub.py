@@ -1,0 +1,252 @@
+"""Sets of the `datasets` library: saved folders, the hub's columns of each task, class names, and what goes wrong.
+
+The hub itself is never asked: `load_dataset` is replaced.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import read_task
+
+datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
+
+MR = "name[Aromi], eatType[pub]"
+TRIPLE = "Aarhus | leaderName | Jacob_Bundsgaard"
+
+
+def save(folder: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """One split, as `save_to_disk` writes it."""
+    datasets.Dataset.from_list(rows, **more).save_to_disk(str(folder))
+    return folder
+
+
+def save_splits(folder: Path, **splits: list[dict[str, Any]]) -> Path:
+    parts = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(parts).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "source", "targets"),
+    [
+        (
+            "e2e",
+            [{"meaning_representation": MR, "human_reference": text} for text in ("One.", "Two.")],
+            "name : Aromi | Type : pub",
+            ("One.", "Two."),
+        ),
+        (
+            "e2e",
+            [{"meaning_representation": MR, "target": text, "references": []} for text in ("One.", "Two.")],
+            "name : Aromi | Type : pub",
+            ("One.", "Two."),
+        ),
+        (
+            "e2e",
+            [{"meaning_representation": MR, "target": "One.", "references": ["One.", "Two."]}],
+            "name : Aromi | Type : pub",
+            ("One.", "Two."),
+        ),
+        ("e2e", [{"mr": MR, "ref": "One."}, {"mr": MR, "ref": "Two."}], "name : Aromi | Type : pub", ("One.", "Two.")),
+        (
+            "webnlg",
+            [
+                {
+                    "category": "Artist",
+                    "modified_triple_sets": {"mtriple_set": [[TRIPLE, TRIPLE]]},
+                    "lex": {
+                        "comment": ["good", "toFix", "good"],
+                        "text": ["One.", "x", "Two."],
+                        "lid": ["1", "2", "3"],
+                    },
+                }
+            ],
+            " | Aarhus : leaderName : Jacob_Bundsgaard" * 2,
+            ("One.", "Two."),
+        ),
+        (
+            "webnlg",
+            [{"category": "Artist", "input": [TRIPLE], "target": "One.", "references": ["One.", "Two."]}],
+            " | Aarhus : leaderName : Jacob_Bundsgaard",
+            ("One.", "Two."),
+        ),
+        (
+            "dart",
+            [
+                {
+                    "tripleset": [["A", "TITLE", "B"], ["A", "Year", "C"]],
+                    "annotations": {"source": ["e2e", "e2e"], "text": ["One.", "Two."]},
+                }
+            ],
+            "A : title : B | A : year : C",
+            ("One.", "Two."),
+        ),
+        (
+            "dart",
+            [{"tripleset": [["A", "TITLE", "B"]], "target": "One.", "references": [], "target_sources": ["e2e"]}],
+            "A : title : B",
+            ("One.",),
+        ),
+        ("xsum", [{"document": "It rained.\n", "summary": "Rain.", "id": "1"}], "It rained.", ("Rain.",)),
+        ("summarization", [{"article": "It rained.", "highlights": "Rain ."}], "It rained.", ("Rain .",)),
+        ("scitldr", [{"source": ["We", "learn."], "target": ["A.", "B."], "paper_id": "1"}], "We learn.", ("A.", "B.")),
+    ],
+)
+def test_the_hubs_columns(tmp_path: Path, task: str, rows: list[dict[str, Any]], source: str, targets: tuple[str, ...]):
+    (example,) = read_task(task, save(tmp_path / "set", rows))
+    assert (example.source, example.targets) == (source, targets)
+    if task == "webnlg":
+        assert (example.groups["category"], example.groups["seen"]) == ("Artist", "unseen")
+    if task == "dart":
+        assert example.groups["source"] == "e2e"
+
+
+def test_ones_own_columns_and_class_names(tmp_path: Path):
+    rows = save(tmp_path / "rows", [{"q": "x", "a": ["y", "z"]}])
+    assert read_task("records", rows, source="{q}!", target="a")[0].targets == ("y", "z")
+
+    classes = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": classes})
+    labelled = save(tmp_path / "labels", [{"text": "Fine.", "label": 1}], features=features)
+    assert read_task("classification", labelled)[0].targets == ("good",)
+
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-TRAIN", "I-TRAIN"]))
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": tags})
+    tagged = save(tmp_path / "tags", [{"tokens": ["Grey", "Wolf"], "ner_tags": [1, 2]}], features=features)
+    assert read_task("tagging", tagged, target="ner_tags")[0].targets == ("B-TRAIN I-TRAIN",)
+
+
+def test_splits(tmp_path: Path):
+    rows = {
+        name: [{"document": f"{name}.", "summary": f"{name}!"}] for name in ("train", "validation", "test_seen", "test")
+    }
+    folder = save_splits(tmp_path / "set", **rows)
+    for split, name in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        assert read_task("xsum", folder, split=split)[0].source == f"{name}."
+    assert read_task("xsum", folder / "test_seen")[0].source == "test_seen."
+    assert read_task("xsum", folder / "test_seen", split="dev")[0].source == "test_seen."
+    with pytest.raises(DataError, match="several splits: train, validation, test_seen, test; one is needed"):
+        read_task("xsum", folder)
+    only = save_splits(tmp_path / "only", extra=rows["train"])
+    assert read_task("xsum", only)[0].source == "train."
+    with pytest.raises(DataError, match=r"has no dev set; looked for the splits dev, validation.*it has: extra"):
+        read_task("xsum", only, split="dev")
+
+
+def test_a_wrong_row_is_named(tmp_path: Path):
+    folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}, {"document": None, "summary": "y"}])
+    with pytest.raises(DataError, match=r"set, row 2: column 'document' holds nothing \(null\)"):
+        read_task("xsum", folder)
+    with pytest.raises(DataError, match=r"set, row 1: no column 'mr'"):
+        read_task("e2e", folder)
+    with pytest.raises(DataError, match=r"set, row 1: there is no column 'triples'"):
+        read_task("webnlg", folder)
+    nan = save(tmp_path / "nan", [{"document": float("nan"), "summary": "y"}])
+    with pytest.raises(DataError, match="row 1: column 'document' holds nan"):
+        read_task("xsum", nan)
+    unlabelled = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a"])})
+    with pytest.raises(DataError, match=r"row 1: column 'label' holds nothing \(null\)"):
+        read_task("classification", save(tmp_path / "no", [{"text": "x", "label": -1}], features=unlabelled))
+
+
+def test_a_broken_or_empty_set(tmp_path: Path):
+    folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}])
+    (arrow,) = folder.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:50])
+    with pytest.raises(DataError, match="is no readable set") as caught:
+        read_task("xsum", folder)
+    assert str(folder) in str(caught.value)
+    splits = save_splits(tmp_path / "splits", test=[{"document": "x", "summary": "y"}])
+    (splits / "dataset_dict.json").write_text("{")
+    with pytest.raises(DataError, match=r"dataset_dict\.json cannot be read"):
+        read_task("xsum", splits, split="test")
+    empty = tmp_path / "empty"
+    datasets.Dataset.from_dict({"document": [], "summary": []}).save_to_disk(str(empty))
+    with pytest.raises(DataError, match="has no rows"):
+        read_task("xsum", empty)
+    gone = save_splits(tmp_path / "gone", test=[{"document": "x", "summary": "y"}])
+    shutil.rmtree(gone / "test")
+    with pytest.raises(DataError, match=r"names the split 'test', but .* is no folder"):
+        read_task("xsum", gone, split="test")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """What the hub was asked for; it has a set of two splits."""
+    calls: list[tuple[str, str | None]] = []
+
+    def load(name: str, configuration: str | None) -> Any:
+        calls.append((name, configuration))
+        if name != "GEM/xsum":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist.\nMore.")
+        parts = {part: [{"document": f"{part}.", "summary": "x"}] for part in ("train", "validation")}
+        return datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part, rows in parts.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def test_the_hub_is_asked_only_where_it_is_named(tmp_path: Path, asked: list[tuple[str, str | None]]):
+    assert read_task("xsum", "hub:GEM/xsum", split="dev")[0].source == "validation."
+    assert read_task("xsum", "hub:GEM/xsum:small@train")[0].source == "train."
+    assert asked[0] == ("GEM/xsum", None)
+    assert asked[-1] == ("GEM/xsum", "small")
+    count = len(asked)
+    with pytest.raises(DataError):
+        read_task("xsum", "GEM/xsum", split="dev")
+    assert len(asked) == count
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "error", "says"),
+    [
+        ("hub:GEM/xsum", None, DataError, "several splits: train, validation"),
+        ("hub:GEM/xsum", "test", DataError, "has no test set.*it has: train, validation"),
+        ("hub:GEM/xsum@tset", None, DataError, "has no split 'tset'.*it has: train, validation"),
+        ("hub:GEM/xsumm", "test", DataError, r"hub:GEM/xsumm cannot be loaded: Dataset 'GEM/xsumm' doesn't exist\. "),
+        ("hub:", "test", ConfigError, "names no set"),
+    ],
+)
+def test_what_the_hub_has_not(
+    asked: list[tuple[str, str | None]], path: str, split: str | None, error: type[Exception], says: str
+):
+    with pytest.raises(error, match=says):
+        read_task("xsum", path, split=split)
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}])
+    real = importlib.import_module
+
+    def missing(name: str, package: str | None = None) -> Any:
+        if name == "datasets":
+            raise ModuleNotFoundError("No module named 'datasets'")
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    for path in (folder, "hub:GEM/xsum"):
+        with pytest.raises(
+            ConfigError, match=r"needs the library datasets, which is not installed.*prefixtune\[datasets"
+        ):
+            read_task("xsum", path, split="test")
+
+
+def test_the_library_is_imported_only_when_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = builtins.__import__
+
+    def refuse(name: str, *more: Any) -> Any:
+        assert not name.startswith("datasets")
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    path = tmp_path / "a.csv"
+    path.write_text("document,summary\nx,y\n")
+    assert read_task("xsum", path)[0].source == "x"
