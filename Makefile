@@ -9,16 +9,19 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# Tests run in as many processes as there are cores, each on one of them.
+PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 OLDEST := 5.20.2
 ADAPTERS := 1.3.0
 
-.PHONY: demo test test-oldest check bench e2e initialization docs clean help
+.PHONY: demo test test-oldest check system bench e2e initialization studies docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
 E2E_TRAIN ?= $(E2E)/train.jsonl.gz
 E2E_DEV ?= $(E2E)/dev.jsonl.gz
 E2E_TEST ?= $(E2E)/test.jsonl.gz
+WEBNLG ?= ../shared/data/webnlg2017
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,13 +31,13 @@ demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show bef
 
 test: $(VENV)/.tested  ## run all tests (fetches the default backbone once)
 	$(BIN)/prefixtune prepare
-	OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the oldest transformers supported
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(VENV)-oldest/bin/python -m pip install --quiet --group test -e . transformers==$(OLDEST)
-	$(VENV)-oldest/bin/python -m pytest tests/equivalence tests/learning tests/unit/test_doctor.py tests/test_tiny.py
+	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/equivalence tests/learning tests/unit/test_doctor.py tests/test_tiny.py
 
 check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/ruff format --check
@@ -42,6 +45,14 @@ check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
+
+system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium (to test the report), where they are missing
+	@command -v java >/dev/null || $(call apt,default-jre-headless,METEOR and CIDEr are left out)
+	@command -v chromium >/dev/null || $(call apt,chromium,the test of the report in a browser is skipped)
+
+# Where apt or the right to use it is missing, say what follows from it and go on.
+apt = { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) \
+	>/dev/null; } || echo "warning: $(1) could not be installed: $(2)." >&2
 
 bench: $(VENV)/.tested  ## measure speed and memory, against PEFT and adapters too
 	$(BIN)/prefixtune prepare
@@ -59,6 +70,13 @@ e2e: $(VENV)/.installed  ## train on E2E (25 minutes on two cores) and score the
 initialization: $(VENV)/.installed  ## compare starts and reparameterizations on E2E (half an hour)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python bench/initialization.py --data $(E2E)
+
+studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 8 hours on two cores; goes on where it was)
+	$(BIN)/prefixtune prepare
+	for name in methods initialization low-data length; do \
+		$(BIN)/prefixtune study $$name --config studies/$$(echo $$name | tr - _).toml --data $(E2E) $(STUDY_ARGS) || exit; done
+	$(BIN)/prefixtune study unseen --config studies/unseen.toml --data $(WEBNLG) $(STUDY_ARGS)
+	$(BIN)/prefixtune report runs/methods runs/initialization runs/low-data runs/length runs/unseen --output runs/report.html
 
 docs: $(VENV)/.tested  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py

@@ -47,9 +47,8 @@ class Cell:
         'full-all'
         """
         size = f"n{self.num_targets}" if self.num_targets else "all"
-        return "-".join(
-            [self.method, size, *([f"P{self.prefix_length}", self.initialization] if self.prefix_length else [])]
-        )
+        prefix = [f"P{self.prefix_length}", self.initialization] if self.prefix_length else []
+        return "-".join([self.method.replace(":", ""), size, *prefix])
 
     @property
     def id(self) -> str:
