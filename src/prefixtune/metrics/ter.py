@@ -2,8 +2,8 @@
 
 The rules are those of sacrebleu's TER, and so of Tercom, down to which shift is tried first and which of two equal ones
 is taken; only the arithmetic is another. The edit distance of a shifted text is told by bit-parallel steps over whole
-columns, begun where the shift begins, and the search ends where no shift can help: the words that two texts do not
-share must be edited whatever their order. That is an order of magnitude quicker.
+columns, begun where the shift begins, and shifts are passed over that cannot gain enough: the words that two
+texts do not share must be edited whatever their order. That is an order of magnitude quicker.
 
 Knows nothing of files, tokenization and other metrics: words in, numbers out.
 """
@@ -11,7 +11,8 @@ Knows nothing of files, tokenization and other metrics: words in, numbers out.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 __all__ = ["edits"]
 
@@ -20,7 +21,7 @@ _MAX_SHIFT_SIZE = 10
 _MAX_SHIFT_DISTANCE = 50
 _MAX_CANDIDATES = 1000
 
-_KEEP, _SUBSTITUTE, _DELETE, _INSERT = range(4)
+_State: TypeAlias = tuple[int, int, int]
 
 
 def edits(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> int:
@@ -36,69 +37,68 @@ def edits(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> int:
     words, shifts, looked = list(hypothesis), 0, 0
     common = (Counter(hypothesis) & Counter(reference)).total()
     least = max(len(hypothesis), len(reference)) - common
-    distance = _Distance(reference)
+    where: dict[Hashable, int] = defaultdict(int)
+    for position, word in enumerate(reference):
+        where[word] |= 1 << position
     while True:
-        states, now = distance.start(words)
+        states = _columns(((1 << len(reference)) - 1, 0, len(reference)), words, where, len(reference))
+        now = states[-1][2]
         if now == least:
             return shifts + now
-        best: tuple[int, int, int, int] | None = None
-        shifted = words
-        for start, size, target in _shifts(words, reference):
-            moved = _move(words, start, size, target)
-            candidate = (now - distance.resume(states, moved, min(start, target)), size, -start, -target)
+        best, shifted = (0, len(words), 0, 0), words  # a shift that gains nothing is none
+        for start, size, target in _shifts(words, reference, states):
             looked += 1
-            if best is None or candidate > best:
-                best, shifted = candidate, moved
+            # Passing a block over some words is deleting and inserting the shorter of both: it gains no more than that.
+            passed = start - target if target < start else target - start - size * (target > start + size)
+            most = min(now - least, 2 * min(size, passed))
+            if (most, size, -start, -target) > best:
+                moved = _move(words, start, size, target)
+                same = min(start, target)
+                gain = now - _columns(states[same], moved[same:], where, len(reference))[-1][2]
+                if (gain, size, -start, -target) > best:
+                    best, shifted = (gain, size, -start, -target), moved
             if looked >= _MAX_CANDIDATES:
                 return shifts + now
-        if best is None or best[0] <= 0:
+        if shifted is words:
             return shifts + now
         words, shifts = shifted, shifts + 1
 
 
-class _Distance:
-    """Levenshtein distances to one reference (Myers 1999, Hyyrö 2003): a column of the table is two bit masks."""
+def _columns(state: _State, words: Sequence[Hashable], where: Mapping[Hashable, int], size: int) -> list[_State]:
+    """The columns of the table of edit distances (Myers 1999, Hyyrö 2003): a given one, and one more for each word.
 
-    def __init__(self, reference: Sequence[Hashable]) -> None:
-        self.size = len(reference)
-        self.mask = (1 << self.size) - 1
-        self.where: dict[Hashable, int] = defaultdict(int)
-        for position, word in enumerate(reference):
-            self.where[word] |= 1 << position
-
-    def start(self, words: Sequence[Hashable]) -> tuple[list[tuple[int, int, int]], int]:
-        """The state before each word, and the distance."""
-        states = [(self.mask, 0, self.size)]
-        for word in words:
-            states.append(self._steps(states[-1], (word,)))
-        return states, states[-1][2]
-
-    def resume(self, states: Sequence[tuple[int, int, int]], words: Sequence[Hashable], position: int) -> int:
-        """The distance of words that are the old ones before a position."""
-        return self._steps(states[position], words[position:])[2]
-
-    def _steps(self, state: tuple[int, int, int], words: Sequence[Hashable]) -> tuple[int, int, int]:
-        up, down, score = state  # bits: where a cell is one above, or one below, the cell before it in its column
-        mask, where, last = self.mask, self.where, 1 << (self.size - 1)
-        for word in words:
-            equal = where.get(word, 0)
-            same = ((((equal & up) + up) ^ up) | equal | down) & mask
-            right_up = down | ((same | up) ^ mask)
-            right_down = same & up
-            if right_up & last:
-                score += 1
-            elif right_down & last:
-                score -= 1
-            right_up = ((right_up << 1) | 1) & mask
-            right_down = (right_down << 1) & mask
-            up = right_down | ((same | right_up) ^ mask)
-            down = right_up & same
-        return up, down, score
+    Args:
+        state: Two bit masks: where a cell is one above, and where it is one below, the cell before it in its column;
+            and the last cell, the distance to the whole reference.
+        words: What follows.
+        where: The places of each word in the reference, as bits.
+        size: Words of the reference.
+    """
+    up, down, score = state
+    mask, last = (1 << size) - 1, 1 << (size - 1)
+    states = [state]
+    for word in words:
+        equal = where.get(word, 0)
+        same = ((((equal & up) + up) ^ up) | equal | down) & mask
+        right_up = down | ((same | up) ^ mask)
+        right_down = same & up
+        if right_up & last:
+            score += 1
+        elif right_down & last:
+            score -= 1
+        right_up = ((right_up << 1) | 1) & mask
+        right_down = (right_down << 1) & mask
+        up = right_down | ((same | right_up) ^ mask)
+        down = right_up & same
+        states.append((up, down, score))
+    return states
 
 
-def _shifts(words: Sequence[Hashable], reference: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
+def _shifts(
+    words: Sequence[Hashable], reference: Sequence[Hashable], states: Sequence[_State]
+) -> Iterator[tuple[int, int, int]]:
     """Start, size and target of every shift that Tercom looks at, in its order."""
-    align, wrong_words, wrong_reference = _alignment(words, reference)
+    align, wrong_words, wrong_reference = _alignment(words, reference, states)
     places: dict[Hashable, list[int]] = defaultdict(list)
     for position, word in enumerate(reference):
         places[word].append(position)
@@ -133,35 +133,30 @@ def _move(words: list[Hashable], start: int, size: int, target: int) -> list[Has
     return words[:start] + words[end : target + size] + block + words[target + size :]
 
 
-def _alignment(words: Sequence[Hashable], reference: Sequence[Hashable]) -> tuple[list[int], list[bool], list[bool]]:
+def _alignment(
+    words: Sequence[Hashable], reference: Sequence[Hashable], states: Sequence[_State]
+) -> tuple[list[int], list[bool], list[bool]]:
     """For each word of the reference where it stands in the text, and which words of either are in error.
 
     Of equally short ways the one is taken that keeps or substitutes rather than deletes, and deletes rather than
     inserts, seen from the end.
     """
-    row = list(range(len(reference) + 1))
-    ways = [[_INSERT] * len(row)]
-    for number, word in enumerate(words, start=1):
-        above, row, way = row, [number], [_DELETE]
-        for column, other in enumerate(reference, start=1):
-            same = word == other
-            cost, step = above[column - 1] + (not same), _KEEP if same else _SUBSTITUTE
-            if above[column] + 1 < cost:
-                cost, step = above[column] + 1, _DELETE
-            if row[column - 1] + 1 < cost:
-                cost, step = row[column - 1] + 1, _INSERT
-            row.append(cost)
-            way.append(step)
-        ways.append(way)
-    align, wrong_words, wrong_reference = [0] * len(reference), [True] * len(words), [True] * len(reference)
-    at, there = len(words), len(reference)
-    while at or there:
-        step = ways[at][there]
-        at -= step != _INSERT
-        there -= step != _DELETE
-        if step == _INSERT:
-            align[there] = at - 1
-        elif step != _DELETE:
-            align[there] = at
-            wrong_words[at] = wrong_reference[there] = step == _SUBSTITUTE
+    align, wrong_words, wrong_reference = [-1] * len(reference), [True] * len(words), [True] * len(reference)
+    at, there, now = len(words), len(reference), states[-1][2]
+    while there:
+        if at:
+            # Cells of the column before, from its bits: the distances of its words to `there - 1` and `there` words.
+            up, down, _ = states[at - 1]
+            here, mask = 1 << (there - 1), (1 << (there - 1)) - 1
+            before = at - 1 + (up & mask).bit_count() - (down & mask).bit_count()
+            wrong = words[at - 1] != reference[there - 1]
+            if before + wrong == now:
+                at, there, now = at - 1, there - 1, before
+                align[there], wrong_words[at], wrong_reference[there] = at, wrong, wrong
+                continue
+            if before + bool(up & here) - bool(down & here) + 1 == now:
+                at, now = at - 1, now - 1
+                continue
+        there, now = there - 1, now - 1
+        align[there] = at - 1
     return align, wrong_words, wrong_reference

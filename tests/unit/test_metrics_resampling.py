@@ -1,0 +1,146 @@
+"""Intervals, comparisons and parts: against scoring texts anew, and as statistics should behave."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from prefixtune.metrics import bootstrap, compare, compute, interval, measure, randomize
+
+METRICS = ["bleu", "nist", "rouge_1", "ter", "chrf"]
+WORDS = list("abcdefghijklmnopq")
+
+
+def items(count: int, wrong: float, seed: int = 0) -> tuple[list[str], list[list[str]]]:
+    """Random references, and outputs of which a share of the words is wrong."""
+    rng = random.Random(f"references {seed}")
+    references = [[" ".join(rng.choices(WORDS, k=rng.randint(6, 14))) for _ in range(2)] for _ in range(count)]
+    rng = random.Random(f"outputs {seed} {wrong}")
+    outputs = [
+        " ".join(rng.choice(WORDS) if rng.random() < wrong else word for word in item[0].split()) for item in references
+    ]
+    return outputs, references
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_part_scores_as_its_texts_scored_anew(metric: str):
+    outputs, references = items(30, 0.3)
+    chosen = [4, 0, 0, 17, 17, 29]
+    part = measure(outputs, references, metrics=[metric])[metric].part(chosen)
+    anew = compute([outputs[number] for number in chosen], [references[number] for number in chosen], metrics=[metric])
+    assert part.score == pytest.approx(anew[metric].score)
+    # A part of a part counts from the part's own beginning.
+    again = compute([outputs[0], outputs[29]], [references[0], references[29]], metrics=[metric])[metric]
+    assert part.part([1, 5]).score == pytest.approx(again.score)
+
+
+@pytest.mark.parametrize("wrong", [[], [3], [-1]])
+def test_a_part_needs_items_that_are_there(wrong: list[int]):
+    measured = measure(["a"] * 3, [["a"]] * 3, metrics=["ter"])["ter"]
+    with pytest.raises(ValueError, match="numbered 0 to 2"):
+        measured.part(wrong)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_interval_holds_the_score_and_shrinks_with_more_items(metric: str):
+    few, many = (measure(*items(count, 0.3), metrics=[metric])[metric] for count in (40, 640))
+    widths = []
+    for measured in (few, many):
+        low, high = bootstrap(measured)
+        assert low < measured.score < high
+        widths.append(high - low)
+    # Sixteen times as many items, a quarter of the width.
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.5)
+    wide, narrow = bootstrap(few, level=0.99), bootstrap(few, level=0.5)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_an_interval_covers_what_the_sets_are_drawn_from():
+    """Nine in ten of 60 small sets, within chance (a binomial's 99.9 % range)."""
+    truth = compute(*items(4000, 0.4, seed=999), metrics=["bleu"])["bleu"].score
+    covered = 0
+    for seed in range(60):
+        low, high = bootstrap(measure(*items(50, 0.4, seed=seed), metrics=["bleu"])["bleu"], level=0.9, samples=300)
+        covered += low <= truth <= high
+    assert 44 <= covered <= 60
+
+
+def test_an_interval_is_that_of_sacrebleus_bootstrap():
+    import sacrebleu
+
+    outputs, references = items(200, 0.3)
+    low, high = interval(outputs, references, "bleu")
+    theirs = sacrebleu.BLEU().corpus_score(outputs, list(zip(*references, strict=True)), n_bootstrap=1000)
+    assert (high - low) / 2 == pytest.approx(theirs._ci, rel=0.15)
+    assert (low + high) / 2 == pytest.approx(theirs._mean, rel=0.02)
+
+
+def test_equal_seeds_give_equal_intervals_and_another_seed_another():
+    outputs, references = items(50, 0.3)
+    first = interval(outputs, references, "bleu", "e2e", samples=200, seed=3)
+    assert interval(outputs, references, "bleu", "e2e", samples=200, seed=3) == first
+    assert interval(outputs, references, "bleu", "e2e", samples=200, seed=4) != first
+    measured = measure(outputs, references, protocol="e2e", metrics=["bleu"])["bleu"]
+    assert measured.to_score(level=0.95, samples=200, seed=3).interval == first
+    assert measured.to_score().interval is None
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_system_compares_with_itself_and_with_a_worse_one(metric: str):
+    good, references = items(120, 0.2)
+    bad, _ = items(120, 0.5)
+    same = compare(good, list(good), references, metric)
+    assert (same.difference, same.p_value) == (0, 1)
+    found = compare(good, bad, references, metric)
+    assert found.p_value == 1 / 1001
+    assert (found.difference > 0) == found.higher_is_better == (metric != "ter")
+    assert (found.first, found.second) == (
+        compute(good, references, metrics=[metric])[metric].score,
+        compute(bad, references, metrics=[metric])[metric].score,
+    )
+    turned = compare(bad, good, references, metric)
+    assert (turned.difference, turned.p_value) == (-found.difference, found.p_value)
+    assert "randomization" in found.method
+
+
+def test_two_systems_of_one_kind_seldom_differ():
+    """Where there is nothing to find, one in twenty is found at 5 %: of 60, within chance at most 9."""
+    _, references = items(60, 0.0)
+    small = []
+    for seed in range(60):
+        rng = random.Random(seed)
+        first, second = (
+            [
+                " ".join(rng.choice(WORDS) if rng.random() < 0.4 else word for word in item[0].split())
+                for item in references
+            ]
+            for _ in range(2)
+        )
+        small.append(compare(first, second, references, "bleu", samples=200, seed=seed).p_value <= 0.05)
+    assert sum(small) <= 9
+
+
+def test_one_better_item_cannot_be_told_from_chance():
+    """Whichever way the coin falls for that item, the difference is as large."""
+    outputs, references = items(40, 0.3)
+    better = [references[0][0], *outputs[1:]]
+    assert compare(better, outputs, references, "ter").p_value == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"samples": 1}, "samples is 1"), ({"level": 1.0}, "level of an interval is 1.0"), ({"level": 0.0}, "level")],
+)
+def test_misuse_is_told(options: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=says):
+        interval(["a", "b"], [["a"], ["b"]], "bleu", **options)
+
+
+def test_only_like_compares():
+    measured = measure(["a", "b"], [["a"], ["b"]], metrics=["bleu", "ter"])
+    with pytest.raises(ValueError, match="only one metric on the same items"):
+        randomize(measured["bleu"], measured["ter"])
+    with pytest.raises(ValueError, match="got BLEU on 2 items and BLEU on 1"):
+        randomize(measured["bleu"], measured["bleu"].part([0]))

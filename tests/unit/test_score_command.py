@@ -1,0 +1,214 @@
+"""`prefixtune score`: its JSON, its tables, and what it tells of wrong files and of what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.commands.score import add_arguments, score
+from prefixtune.errors import ConfigError, DataError
+
+ITEMS = [
+    {"mr": "name[Aromi]", "references": ["Aromi is a pub.", "There is a pub called Aromi."]},
+    {"mr": "name[Blue Spice]", "references": ["Blue Spice is near the river."]},
+    {"mr": "name[The Mill], near[Aromi]", "references": ["The Mill is near Aromi, a good pub."]},
+]
+OUTPUTS = ["Aromi is a pub.", "Blue Spice is by the river.", "The Mill is near Aromi."]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> str:
+    return write(tmp_path / "test.jsonl", "".join(json.dumps(item) + "\n" for item in ITEMS))
+
+
+@pytest.fixture
+def hypotheses(tmp_path: Path) -> str:
+    return write(tmp_path / "outputs.txt", "".join(f"{line}\n" for line in OUTPUTS))
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return score(parser.parse_args(arguments))
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert run(*arguments, "--json") == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_json_agrees_with_the_library(references: str, hypotheses: str, capsys: pytest.CaptureFixture[str]):
+    from prefixtune.metrics import compute
+
+    result = run_json(
+        capsys, "--task", "e2e", "--hypotheses", hypotheses, "--references", references, "--metrics", "nist,bleu,ter"
+    )
+    wanted = compute(OUTPUTS, [item["references"] for item in ITEMS], protocol="e2e", metrics=["nist", "bleu", "ter"])
+    assert result["scores"] == {
+        name: {"score": one.score, "implementation": one.implementation, "higher_is_better": one.higher_is_better}
+        for name, one in wanted.items()
+    }
+    assert list(result["scores"]) == ["nist", "bleu", "ter"]
+    assert (result["num_examples"], result["task"], result["protocol"]) == (3, "e2e", "e2e")
+    assert "left_out" not in result
+
+
+def test_json_lines_of_outputs_give_the_same(
+    references: str, hypotheses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    lines = write(tmp_path / "outputs.jsonl", "".join(json.dumps({"output": text}) + "\n" for text in OUTPUTS))
+    first, second = (
+        run_json(capsys, "--task", "e2e", "--hypotheses", file, "--references", references, "--metrics", "bleu")
+        for file in (hypotheses, lines)
+    )
+    assert first == second
+
+
+def test_an_empty_output_is_an_empty_line(references: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    outputs = write(tmp_path / "some.txt", "Aromi is a pub.\r\n\n\n")
+    result = run_json(capsys, "--task", "e2e", "--hypotheses", outputs, "--references", references, "--metrics", "ter")
+    # Nothing to do in the first item; 6 and 8 words to write, of 5 (the mean of 4 and 6), 6 and 8.
+    assert result["scores"]["ter"]["score"] == pytest.approx(14 / 19)
+
+
+def test_intervals_and_a_second_system(
+    references: str, hypotheses: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = write(tmp_path / "other.txt", "Something.\nQuite.\nDifferent.\n")
+    options = ["--task", "e2e", "--hypotheses", hypotheses, "--references", references, "--metrics", "ter"]
+    result = run_json(capsys, *options, "--intervals", "--against", other, "--samples", "200")
+    low, high = result["scores"]["ter"]["interval"]
+    assert low <= result["scores"]["ter"]["score"] <= high
+    against = result["against"]
+    assert against["hypotheses"] == other
+    assert against["scores"]["ter"]["score"] > result["scores"]["ter"]["score"]
+    found = against["comparison"]["ter"]
+    assert found["difference"] == result["scores"]["ter"]["score"] - against["scores"]["ter"]["score"]
+    assert 0 < found["p_value"] <= 1
+    assert found["samples"] == 200
+    assert run(*options, "--intervals", "--against", other) == 0
+    shown = capsys.readouterr().out
+    assert "approximate randomization" in shown
+    assert " to " in shown
+
+
+def test_groups_are_scored_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [
+        {"category": category, "seen": seen, "triples": [["a", "b", "c"]] * size, "references": [text]}
+        for category, seen, size, text in (
+            ("Food", True, 2, "Bacon is food."),
+            ("Artist", False, 1, "She sings."),
+            ("Food", True, 1, "Soup is hot."),
+        )
+    ]
+    references = write(tmp_path / "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    hypotheses = write(tmp_path / "out.txt", "Bacon is food.\nHe paints.\nSoup is cold.\n")
+    options = ["--task", "webnlg", "--hypotheses", hypotheses, "--references", references, "--metrics", "ter"]
+    result = run_json(capsys, *options)
+    figures = {
+        grouping: {group: (found["num_examples"], found["scores"]["ter"]["score"]) for group, found in groups.items()}
+        for grouping, groups in result["groups"].items()
+    }
+    # Words and full stops: one of 8 wrong in Food, two of 3 in Artist.
+    assert figures["category"] == {"Food": (2, pytest.approx(1 / 8)), "Artist": (1, pytest.approx(2 / 3))}
+    assert figures["seen"] == {"seen": (2, pytest.approx(1 / 8)), "unseen": (1, pytest.approx(2 / 3))}
+    assert list(figures["triples"]) == ["1", "2"]
+    assert run(*options) == 0
+    assert "unseen" in capsys.readouterr().out
+
+
+def test_without_java_default_metrics_are_left_out_and_asked_ones_refused(
+    references: str, hypotheses: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PATH", "")
+    options = ["--task", "e2e", "--hypotheses", hypotheses, "--references", references]
+    assert run(*options, "--json") == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert list(result["scores"]) == ["bleu", "nist"]
+    assert list(result["left_out"]) == ["meteor", "rouge_l", "cider"]
+    assert "warning: meteor is left out" in err
+    assert run(*options, "--json", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError, match="there is no `java`") as caught:
+        run(*options, "--metrics", "bleu,meteor")
+    assert "default-jre-headless" in caught.value.hint
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
+def test_the_official_metrics_come_by_default(references: str, hypotheses: str, capsys: pytest.CaptureFixture[str]):
+    result = run_json(capsys, "--task", "e2e", "--hypotheses", hypotheses, "--references", references)
+    assert list(result["scores"]) == ["bleu", "nist", "meteor", "rouge_l", "cider"]
+
+
+def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    labels = write(tmp_path / "test.csv", "text,label\nsplendid,good\ndull,bad\nfine,good\n")
+    told = write(tmp_path / "labels.txt", "good\ngood\ngood\n")
+    options = ["--task", "classification", "--hypotheses", told, "--references", labels]
+    result = run_json(capsys, *options)
+    assert {name: found["score"] for name, found in result["scores"].items()} == {
+        "accuracy": pytest.approx(200 / 3),
+        "macro_f1": pytest.approx(40),
+    }
+    assert list(run_json(capsys, *options, "--metrics", "accuracy")["scores"]) == ["accuracy"]
+    with pytest.raises(ConfigError, match="no metric 'bleu' for this task"):
+        run(*options, "--metrics", "bleu")
+    with pytest.raises(ConfigError, match="--intervals is for texts"):
+        run(*options, "--intervals")
+
+    rows = [{"tokens": ["to", "Rome", "now"], "tags": ["O", "B-PLACE", "O"]}]
+    tags = write(tmp_path / "tags.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--task", "tagging", "--references", tags, "--hypotheses"]
+    result = run_json(capsys, *options, write(tmp_path / "tags.txt", "O B-PLACE B-TIME\n"))
+    assert result["scores"]["span_f1"]["score"] == pytest.approx(200 / 3)
+    assert result["scores"]["accuracy"]["score"] == pytest.approx(200 / 3)
+    with pytest.raises(DataError, match="1 predicted and 3 reference tags"):
+        run(*options, write(tmp_path / "short.txt", "O\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.txt", "one\ntwo\n", r"a\.txt has 2 outputs, but .*test\.jsonl has 3 examples"),
+        ("a.txt", "1\n2\n3\n4\n", "has 4 outputs"),
+        ("a.txt", "", "is empty"),
+        ("a.jsonl", '{"output": "x"}\n{"text": "y"}\n', "line 2: 'output' is None"),
+        ("a.jsonl", '{"output": 3}\n', "line 1: 'output' is 3"),
+    ],
+)
+def test_wrong_outputs_are_told(tmp_path: Path, references: str, name: str, text: str, says: str):
+    file = write(tmp_path / name, text)
+    with pytest.raises(DataError, match=says) as caught:
+        run("--task", "e2e", "--hypotheses", file, "--references", references)
+    assert caught.value.hint
+
+
+def test_wrong_options_are_told(tmp_path: Path, references: str, hypotheses: str):
+    options = ["--task", "e2e", "--hypotheses", hypotheses, "--references", references]
+    for more, says in (
+        (["--metrics", "bleu,blue"], "no metric 'blue'.*did you mean 'bleu'"),
+        (["--metrics", ","], "no metric ','"),
+        (["--protocol", "e3e"], "no protocol 'e3e'.*did you mean 'e2e'"),
+        (["--weights", "bertscore"], "must be METRIC=FOLDER"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            run(*options, *more)
+    with pytest.raises(DataError, match="samples is 1"):
+        run(*options, "--metrics", "bleu", "--intervals", "--samples", "1")
+    with pytest.raises(DataError, match="does not exist"):
+        run("--task", "e2e", "--hypotheses", str(tmp_path / "nowhere.txt"), "--references", references)
+    bare = write(tmp_path / "bare.csv", "mr\nname[A]\n")
+    one = write(tmp_path / "one.txt", "A.\n")
+    with pytest.raises(DataError, match=r"example 1 of .* \('name : A'\) has no reference"):
+        run("--task", "e2e", "--hypotheses", one, "--references", bare)
