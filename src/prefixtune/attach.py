@@ -24,7 +24,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,7 +42,11 @@ __all__ = [
     "Injection",
     "Layout",
     "Packing",
+    "Serving",
+    "Special",
     "activations",
+    "attend_by_hand",
+    "attend_group",
     "cache_argument",
     "check_fits",
     "checkpointing",
@@ -53,6 +57,7 @@ __all__ = [
     "prefilled_cache",
     "record",
     "register",
+    "serve",
     "stack",
     "visible_slots",
     "watching",
@@ -93,6 +98,22 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
+@runtime_checkable
+class Serving(Protocol):
+    """What keeps the keys and values of many texts, of which a row holds the next tokens (see `serve`)."""
+
+    def attend(
+        self,
+        place: tuple[str, int],
+        query: Float[Tensor, "1 Hq T Dk"],
+        key: Float[Tensor, "1 H T Dk"],
+        value: Float[Tensor, "1 H T Dv"],
+        special: Special,
+        window: int | None,
+    ) -> Float[Tensor, "1 T Hq Dv"]:
+        """Note the tokens' keys and values, and attend to all that each of them sees."""
+
+
 @dataclass(frozen=True, eq=False)
 class Injection:
     """What travels with one call down to every attention layer.
@@ -104,6 +125,7 @@ class Injection:
         packing: The structure of a packed row; None: an ordinary batch.
         infix: In a packed row, the sources do not see the prefix, only the targets do.
         recorded: When set, every layer's own keys and values are noted here.
+        serving: When set, it keeps all keys and values itself, the prefixes' too, and computes the attention.
     """
 
     places: Mapping[nn.Module, tuple[str, int]]
@@ -112,6 +134,7 @@ class Injection:
     packing: Packing | None = None
     infix: bool = False
     recorded: list[tuple[nn.Module, Tensor, Tensor]] | None = None
+    serving: Serving | None = None
 
     def front(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
         """The keys and values that stand in front at an attention layer."""
@@ -242,11 +265,13 @@ def attend(
         if injection.recorded is not None:
             injection.recorded.append((module, key, value))
         front = injection.front(module)
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        special = Special(scale, position_bias, softcap, s_aux, kernel != "sdpa")
+        window = kwargs.get("sliding_window")
+        if injection.serving is not None:
+            return injection.serving.attend(injection.places[module], query, key, value, special, window), None
         if injection.packing is not None:
             site = injection.places[module][0]
-            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            special = _Special(scale, position_bias, softcap, s_aux, kernel != "sdpa")
-            window = kwargs.get("sliding_window")
             biases = injection.packing.bias(
                 site,
                 0 if front is None else front[0].shape[2],
@@ -274,8 +299,8 @@ def attend(
             position_bias = nn.functional.pad(position_bias, (length, 0))
     if by_hand:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        special = _Special(scale, position_bias, softcap, s_aux)
-        spelled_out = _attend_by_flex if kernel == "flex" and _flexible(query, key, value, special) else _attend_by_hand
+        special = Special(scale, position_bias, softcap, s_aux)
+        spelled_out = _attend_by_flex if kernel == "flex" and _flexible(query, key, value, special) else attend_by_hand
         return spelled_out(query, key, value, attention_mask, special).transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -315,7 +340,7 @@ def extend_mask(
 
 
 @dataclass(frozen=True, eq=False)
-class _Special:
+class Special:
     """How scores are made beyond the product of queries and keys.
 
     Attributes:
@@ -333,12 +358,12 @@ class _Special:
     spelled_out: bool = False
 
 
-def _attend_by_hand(
+def attend_by_hand(
     query: Float[Tensor, "B Hq T Dk"],
     key: Float[Tensor, "B H S Dk"],
     value: Float[Tensor, "B H S Dv"],
     mask: Tensor | None,
-    special: _Special,
+    special: Special,
 ) -> Float[Tensor, "B Hq T Dv"]:
     """Attention spelled out, for what torch's fused function does not compute."""
     repeats = query.shape[1] // key.shape[1]
@@ -357,7 +382,7 @@ def _attend_by_hand(
     return scores.softmax(-1).to(value.dtype) @ value
 
 
-def _flexible(query: Tensor, key: Tensor, value: Tensor, special: _Special) -> bool:
+def _flexible(query: Tensor, key: Tensor, value: Tensor, special: Special) -> bool:
     """Whether flex_attention computes it: it has no sinks, and on the CPU no gradients."""
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     return special.sinks is None and not (learning and query.device.type == "cpu")
@@ -368,9 +393,9 @@ def _attend_by_flex(
     key: Float[Tensor, "B H S Dk"],
     value: Float[Tensor, "B H S Dv"],
     mask: Tensor | None,
-    special: _Special,
+    special: Special,
 ) -> Float[Tensor, "B Hq T Dv"]:
-    """Attention by torch's flex_attention: the same scores as `_attend_by_hand`."""
+    """Attention by torch's flex_attention: the same scores as `attend_by_hand`."""
     shape = (*query.shape[:3], key.shape[2])
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
@@ -413,7 +438,7 @@ def _attend_packed(
     query: Float[Tensor, "1 Hq T Dk"],
     key: Float[Tensor, "1 H S Dk"],
     value: Float[Tensor, "1 H S Dv"],
-    special: _Special,
+    special: Special,
     biases: Sequence[Tensor | None],
 ) -> Float[Tensor, "1 T Hq Dv"]:
     """Attention of a packed row, group by group, so that nothing is computed across groups."""
@@ -433,15 +458,15 @@ def _attend_packed(
             relative = nn.functional.pad(relative[..., row : row + queries, column : column + keys], (length, 0))
         row, column = row + queries, column + keys
         if special.softcap is not None or special.sinks is not None or special.spelled_out:
-            part = _Special(special.scale, relative, special.softcap, special.sinks)
+            part = Special(special.scale, relative, special.softcap, special.sinks)
             mask = None if bias is None else bias[None, None]
-            outputs.append(_attend_by_hand(group_query, group_key, group_value, mask, part)[0])
+            outputs.append(attend_by_hand(group_query, group_key, group_value, mask, part)[0])
         else:
-            outputs.append(_attend_group(group_query, group_key, group_value, bias, relative, special.scale))
+            outputs.append(attend_group(group_query, group_key, group_value, bias, relative, special.scale))
     return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
 
 
-def _attend_group(
+def attend_group(
     query: Float[Tensor, "1 Hq T Dk"],
     key: Float[Tensor, "1 H S Dk"],
     value: Float[Tensor, "1 H S Dv"],
@@ -651,6 +676,41 @@ def forward(
             encoded.last_hidden_state = encoded.last_hidden_state[source_rows]
             return model(encoder_outputs=encoded, attention_mask=mask[source_rows], **call)
         return model(input_ids=input_ids, attention_mask=mask, **call)
+
+
+def serve(
+    model: Any,
+    layout: Layout,
+    input_ids: Int[Tensor, "1 T"],
+    position_ids: Int[Tensor, "1 T"],
+    serving: Serving,
+    logits_to_keep: Int[Tensor, " N"] | None,
+) -> Float[Tensor, "1 _N V"]:
+    """Run a decoder-only model on the next tokens of many texts, which stand side by side in one row.
+
+    Args:
+        model: The frozen model, probed before; its rows can be packed.
+        layout: What `probe` found.
+        input_ids: The tokens.
+        position_ids: Where each stands in its text, counted from the prefix's start.
+        serving: Keeps the texts' keys and values.
+        logits_to_keep: At which places of the row logits are wanted; None: at all.
+    """
+    injection = Injection(layout.places, serving=serving)
+    call: dict[str, Any] = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
+    # A ready-made 4-D mask stops transformers from building one.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    with contextlib.nullcontext() if layout.carries else injecting(injection):
+        output = model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+            prefix_injection=injection,
+            **call,
+        )
+    logits: Tensor = output.logits
+    return logits
 
 
 def _tell_positions(call: dict[str, Any], model: Any, mask: Tensor, decoder_mask: Tensor | None) -> None:

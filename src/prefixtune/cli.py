@@ -284,13 +284,22 @@ def _study(command: _Command) -> None:
 examples:
   prefixtune study methods --config studies/methods.toml
   prefixtune study low-data --config studies/low_data.toml --budget 60
-  prefixtune study length --task toy --train train --test held_out --output runs/length""",
+  prefixtune study length --task toy --train train --dev held_out --test held_out --sizes 0""",
     )
     study.add_arguments(parser)
 
 
 def _report(command: _Command) -> None:
-    parser = command("report", report.report, "make one page of runs, evaluations and studies, to look at")
+    parser = command(
+        "report",
+        report.report,
+        "make one page of runs, evaluations and studies, to look at",
+        """
+
+examples:
+  prefixtune report runs/methods --output methods.html
+  prefixtune report runs/e2e runs/bare --title "With and without the prefix\"""",
+    )
     report.add_arguments(parser)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from prefixtune.files import write_text
 from prefixtune.generation import GenerateConfig, generate
 from prefixtune.labelling import Labels, classify, labels_of, tag
 from prefixtune.machine import describe_machine, versions
-from prefixtune.metrics import METRICS, Measurement, Score, accuracy, macro_f1, measure, span_f1
+from prefixtune.metrics import METRICS, PROTOCOLS, Measurement, Score, accuracy, macro_f1, measure, span_f1
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import Example, TextFormat, label_names
+from prefixtune.tasks import Example, TextFormat, label_names, references_of
+from prefixtune.variants import weights
 
-__all__ = ["Evaluation", "GroupScores", "evaluate", "references_of", "summarize", "with_shots", "write_evaluation"]
+__all__ = ["Evaluation", "GroupScores", "evaluate", "summarize", "with_shots", "write_evaluation"]
 
-_FEW = 2
+_SAMPLES = 64
 EVALUATION_FILE, OUTPUTS_FILE, DECODED_FILE = "evaluation.json", "outputs.jsonl", "decoded.jsonl"
 
 
@@ -55,7 +56,7 @@ class Evaluation:
         outputs: One per example.
         groups: Grouping -> group -> its scores, where examples are grouped (category, seen or unseen, ...).
         left_out: Metric -> why it could not be computed here.
-        seconds: What decoding took, this time.
+        seconds: What decoding took; of one that was stopped and went on, all of it.
     """
 
     scores: dict[str, Score]
@@ -81,7 +82,7 @@ def evaluate(
 ) -> Evaluation:
     """Generate for every example, and score the outputs against its targets.
 
-    A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead.
+    A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead, whatever `metrics` says.
 
     Args:
         backbone: The frozen model.
@@ -99,12 +100,13 @@ def evaluate(
 
     Raises:
         DataError: There is no example, or one has no target.
-        ConfigError: `kept` holds the outputs of another evaluation, or a metric is unknown.
+        ConfigError: `kept` holds the outputs of another evaluation; a metric or the protocol is unknown; or intervals
+            were asked for of labels or tags.
     """
     if not examples:
         raise DataError("there is no example to evaluate on.", hint="check the file.")
     for number, example in enumerate(examples):
-        if not example.targets:
+        if not any(target.strip() for target in example.targets):
             raise DataError(
                 f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
             )
@@ -114,12 +116,14 @@ def evaluate(
             raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
         labels = Labels(kind, "words", label_names(examples))
     if labels is not None:
+        if intervals:
+            raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
         shared: dict[str, Any] = {"text_format": text_format, "on_batch": on_batch}
         shared["batch_size"] = 16 if config is None else config.batch_size
         return _evaluate_labels(backbone, examples, prefix, labels, shared)
-    began = time.perf_counter()
-    outputs = _decode(backbone, examples, prefix, text_format, config or GenerateConfig(), kept, on_batch)
-    seconds = time.perf_counter() - began
+    # Before the work and not after it.
+    _check_names(protocol, metrics)
+    outputs, seconds = _decode(backbone, examples, prefix, text_format, config or GenerateConfig(), kept, on_batch)
     left_out: dict[str, str] = {}
     measured = _measure(outputs, examples, protocol, metrics, left_out)
     level = 0.95 if intervals else None
@@ -160,24 +164,30 @@ def _decode(
     config: GenerateConfig,
     kept: Path | None,
     on_batch: Callable[[int], None] | None,
-) -> list[str]:
-    """One output per example; texts of like length share a batch."""
+) -> tuple[list[str], float]:
+    """One output per example, and the seconds that it took; texts of like length share a batch."""
     order = sorted(range(len(examples)), key=lambda number: len(examples[number].source))
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-    # A source that occurs twice is decoded once.
-    digest = _digest(backbone, examples, prefix, text_format, config)
-    outputs = {} if kept is None else _read_decoded(kept, digest)
+    digest = "" if kept is None else _digest(backbone, examples, prefix, text_format, config)
+    rows = [] if kept is None else list(_read_decoded(kept, digest))
+    outputs = {row["number"]: row["output"] for row in rows}
+    seconds = sum(row["seconds"] for row in rows)
     for number, batch in enumerate(batches):
         if any(place not in outputs for place in batch):
             chosen = config if config.seed is None else dataclasses.replace(config, seed=config.seed + number)
             texts = [examples[place].source for place in batch]
-            made = generate(backbone, texts, prefix, text_format=text_format, config=chosen)
-            outputs.update(zip(batch, made, strict=True))
+            began = time.perf_counter()
+            made = dict(
+                zip(batch, generate(backbone, texts, prefix, text_format=text_format, config=chosen), strict=True)
+            )
+            took = time.perf_counter() - began
+            outputs.update(made)
+            seconds += took
             if kept is not None:
-                _append_decoded(kept, digest, zip(batch, made, strict=True))
+                _append_decoded(kept, digest, made, took)
         if on_batch is not None:
             on_batch(min(len(order), (number + 1) * config.batch_size))
-    return [outputs[place] for place in range(len(examples))]
+    return [outputs[place] for place in range(len(examples))], seconds
 
 
 def _digest(
@@ -191,7 +201,7 @@ def _digest(
     total = hashlib.sha256()
     facts = {
         "fingerprint": backbone.fingerprint,
-        "weights": [float(value.sum(dtype=torch.float32)) for value in backbone.model.parameters()],
+        "weights": [_sample(value) for _, value in weights(backbone.model)],
         "dtype": str(backbone.dtype),
         "format": None if text_format is None else text_format.to_dict(),
         "header": None if prefix is None else prefix.header.get("text_format"),
@@ -204,9 +214,17 @@ def _digest(
     return total.hexdigest()[:32]
 
 
-def _read_decoded(path: Path, digest: str) -> dict[int, str]:
+def _sample(weight: torch.Tensor) -> list[float]:
+    """Some numbers of a weight that tell it apart, the same on any number of cores."""
+    # torchao's tensors can neither be sliced nor summed.
+    plain = weight if type(weight) in (torch.Tensor, torch.nn.Parameter) else weight.dequantize()
+    flat = plain.detach().reshape(-1)
+    sampled: list[float] = flat[:: max(1, len(flat) // _SAMPLES)].float().tolist()
+    return sampled
+
+
+def _read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
     """What an evaluation that was stopped had decoded; a last line that was cut off by a kill is left out."""
-    outputs: dict[int, str] = {}
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
             row = json.loads(line)
@@ -217,25 +235,29 @@ def _read_decoded(path: Path, digest: str) -> dict[int, str]:
                 f"{str(path)!r} keeps outputs that were decoded otherwise (another prefix, model, data or settings).",
                 hint="choose another output folder, or delete it.",
             )
-        outputs[row["number"]] = row["output"]
-    return outputs
+        yield row
 
 
-def _append_decoded(path: Path, digest: str, rows: Iterable[tuple[int, str]]) -> None:
+def _append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"number": number, "output": output, "seconds": round(seconds / len(outputs), 6), "digest": digest}
+        for number, output in outputs.items()
+    ]
     with open(path, "a", encoding="utf-8") as file:
         # A line that a kill cut off stays alone on its line.
-        lines = [json.dumps({"number": number, "output": output, "digest": digest}) for number, output in rows]
-        file.write("\n" + "\n".join(lines) + "\n")
+        file.write("\n" + "\n".join(json.dumps(row) for row in rows) + "\n")
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def references_of(example: Example, protocol: str) -> list[str]:
-    """What an output is scored against: the targets; for DART the official scorer's, where the file has them."""
-    official = example.fields.get("official_references") if protocol == "dart" else None
-    return list(official or example.targets)
+def _check_names(protocol: str, metrics: Sequence[str] | None) -> None:
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"there is no protocol {protocol!r}.", hint=did_you_mean(protocol, PROTOCOLS))
+    for name in metrics or ():
+        if name not in METRICS:
+            raise ConfigError(f"there is no metric {name!r}.", hint=did_you_mean(name, METRICS))
 
 
 def _measure(
@@ -245,9 +267,6 @@ def _measure(
     metrics: Sequence[str] | None,
     left_out: dict[str, str],
 ) -> dict[str, Measurement]:
-    for name in metrics or ():
-        if name not in METRICS:
-            raise ConfigError(f"there is no metric {name!r}.", hint=did_you_mean(name, METRICS))
     references = [references_of(example, protocol) for example in examples]
     try:
         return measure(outputs, references, protocol=protocol, metrics=metrics, left_out=left_out)
@@ -263,16 +282,11 @@ def _score_groups(
     for number, example in enumerate(examples):
         for grouping, group in example.groups.items():
             members.setdefault(grouping, {}).setdefault(group, []).append(number)
-    # Measured anew for each group, which needs a program started: for two groups, such as seen and unseen, at most.
     return {
         grouping: {
             group: GroupScores(
                 len(numbers),
-                {
-                    name: one.part(numbers).to_score()
-                    for name, one in measured.items()
-                    if one.rows.local or len(groups) <= _FEW
-                },
+                {name: one.part(numbers).to_score() for name, one in measured.items()},
             )
             for group, numbers in groups.items()
         }

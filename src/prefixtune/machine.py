@@ -10,7 +10,6 @@ import ctypes
 import gc
 import os
 import platform
-import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,12 +60,19 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_memory_mib() -> float:
-    """The most memory that this process has taken, in MiB, since the last `forget_peak`."""
+def peak_memory_mib() -> float | None:
+    """The most memory that this process has taken, in MiB, since the last `forget_peak`; None: nobody knows.
+
+    Main memory, not that of a GPU; Python, the libraries and whatever else the process holds included.
+    """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10
+    try:
+        import resource
+    except ImportError:  # Not on this system.
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

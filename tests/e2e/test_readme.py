@@ -12,7 +12,10 @@ import pytest
 from prefixtune.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "labels.md"]
+GUIDES = ("training", "labels", "tasks", "evaluation", "metrics", "studies")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
+RUN = [page for page in PAGES if page.stem in ("README", "training", "labels", "evaluation", "metrics")]
+"""What their Python needs is there: other pages name files of the reader's own."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -27,7 +30,7 @@ def commands(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_shown_parses(page: Path) -> None:
     shown = [line for line in commands(page) if line.startswith("prefixtune ")]
-    assert shown
+    assert shown or page.stem not in ("README", "training", "evaluation", "studies")
     for line in shown:
         words = shlex.split(line, comments=True)[1:]
         options, unknown = build_parser()[0].parse_known_args(words)
@@ -36,7 +39,7 @@ def test_every_command_shown_parses(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_the_python_blocks_run(
     page: Path,
     tmp_path: Path,

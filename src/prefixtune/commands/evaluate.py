@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `prefixtune evaluate` takes, besides how to decode."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prefix", metavar="FILE", help="the prefix; without it and --run: the bare model")
-    what.add_argument("--run", metavar="FOLDER", help="a run of `prefixtune train`, with any method")
+    # `run` is what the command line calls.
+    what.add_argument("--run", dest="run_folder", metavar="FOLDER", help="a run of `prefixtune train`, with any method")
     parser.add_argument("--task", help="default: the prefix's or the run's task")
     parser.add_argument("--data", required=True, metavar="PATH", help="examples with references: a file, or a folder")
     parser.add_argument("--split", metavar="{train,dev,test}", help="which part of a folder")
@@ -48,16 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`prefixtune evaluate`."""
-    from prefixtune.evaluation import DECODED_FILE, summarize, write_evaluation
-    from prefixtune.evaluation import evaluate as run
-    from prefixtune.files import write_text
-    from prefixtune.tasks import TASKS, read_task
-
     for name in ("limit", "shots"):
         if getattr(options, name) < 0:
             raise ConfigError(
                 f"--{name} is {getattr(options, name)}, but must be 0 or above.", hint="leave it out for none."
             )
+    if options.shots and (not options.train or options.prefix or options.run_folder):
+        raise ConfigError(
+            f"--shots {options.shots} shows the bare model examples of --train FILE.",
+            hint="give --train, without --prefix and --run.",
+        )
+    from prefixtune.evaluation import DECODED_FILE, summarize, write_evaluation
+    from prefixtune.evaluation import evaluate as run
+    from prefixtune.files import write_text
+    from prefixtune.tasks import TASKS, read_task
+
     console = Console(quiet=options.quiet or options.json)
     backbone, prefix, form, header = _what(console, options)
     task = options.task or header.get("task") or "records"
@@ -72,7 +78,14 @@ def evaluate(options: argparse.Namespace) -> int:
         form = _with_shots(options, backbone, form, task, source)
     config = generate_config(options, [prefix] if prefix else [], task)
     chosen = TASKS[task]
-    metrics = options.metrics.split(",") if options.metrics else chosen.metrics
+    metrics: Sequence[str] = chosen.metrics
+    if options.metrics is not None:
+        metrics = [name.strip() for name in options.metrics.split(",")]
+        if chosen.kind != "generation" and metrics != [*chosen.metrics]:
+            raise ConfigError(
+                f"--metrics is for texts, but the task {task!r} is {chosen.kind}.",
+                hint=f"leave it out for {', '.join(chosen.metrics)}.",
+            )
     folder = Path(options.output) if options.output else None
     with console.progress("generating", len(examples)) as bar:
         outcome = run(
@@ -109,7 +122,7 @@ def evaluate(options: argparse.Namespace) -> int:
         write_evaluation(folder, outcome, examples, facts, protocol=chosen.protocol)
         console.info(f"scores, outputs and settings: {folder}")
     if options.json:
-        told = {"num_examples": len(examples), "task": task, "prefix": options.prefix, "run": options.run}
+        told = {"num_examples": len(examples), "task": task, "prefix": options.prefix, "run": options.run_folder}
         print_json({**summarize(outcome), **told})
     else:
         _show(console, outcome, len(examples), options.data)
@@ -125,19 +138,25 @@ def _what(
     from prefixtune.training import PREFIX_FILE, WEIGHTS_FILE, load_tuned
 
     file = options.prefix
-    if options.run:
-        folder = Path(options.run)
+    if options.run_folder:
+        folder = Path(options.run_folder)
         weights = folder / WEIGHTS_FILE
         if weights.is_file():
             from prefixtune.checkpoint import load_weights
 
+            for name in ("quantize", "adapter"):
+                if getattr(options, name):
+                    raise ConfigError(
+                        f"--{name} is {getattr(options, name)!r}, but {str(weights)!r} holds weights of its own.",
+                        hint=f"leave --{name} out; it goes with a prefix or the bare model.",
+                    )
             console.info(f"loading {weights} ...")
             chosen = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
             backbone, form = load_tuned(weights, **chosen)
             return backbone, None, form, load_weights(weights)[1]
         if not (folder / PREFIX_FILE).is_file():
             raise ConfigError(
-                f"{options.run!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
+                f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
                 hint="give the --output folder of a `prefixtune train` that came to its end.",
             )
         file = str(folder / PREFIX_FILE)
@@ -153,18 +172,18 @@ def _with_shots(
     from prefixtune.evaluation import with_shots
     from prefixtune.tasks import read_task
 
-    if not options.train or options.prefix or options.run:
-        raise ConfigError(
-            f"--shots {options.shots} shows the bare model examples of --train FILE.",
-            hint="give --train, without --prefix and --run.",
-        )
     shown: list[Example] = read_task(task, options.train, source=source, target=options.target, split="train")
     shown = [example for example in shown if example.targets][: options.shots]
+    if len(shown) < options.shots:
+        raise ConfigError(
+            f"--shots is {options.shots}, but {options.train!r} has {len(shown)} examples with a target.",
+            hint="show fewer.",
+        )
     return with_shots(form or default_format(backbone), shown, backbone.separator, backbone.end)
 
 
 def _title(options: argparse.Namespace, task: str) -> str:
-    of = options.run or options.prefix or options.backbone or "the bare model"
+    of = options.run_folder or options.prefix or options.backbone or "the bare model"
     return f"{of} on {task}{f' ({options.split})' if options.split else ''}"
 
 

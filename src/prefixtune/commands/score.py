@@ -125,14 +125,14 @@ def _score_texts(
     options: argparse.Namespace, examples: Sequence[Example], systems: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
     from prefixtune.metrics import METRICS, PROTOCOLS, Unavailable, measure, randomize
-    from prefixtune.tasks import TASKS
+    from prefixtune.tasks import TASKS, references_of
 
     protocol = options.protocol or TASKS[options.task].protocol
     if protocol not in PROTOCOLS:
         raise ConfigError(f"there is no protocol {protocol!r}.", hint=did_you_mean(protocol, PROTOCOLS))
     names = _asked(options.metrics, list(METRICS))
     weights = dict(_weight(text) for text in options.weights)
-    references = [_references(example, protocol) for example in examples]
+    references = [references_of(example, protocol) for example in examples]
     left_out: dict[str, str] = {}
     try:
         measured = [
@@ -171,12 +171,6 @@ def _score_texts(
     if left_out:
         result["left_out"] = left_out
     return result
-
-
-def _references(example: Example, protocol: str) -> list[str]:
-    """The targets; for DART the official scorer's own references, where the file has them (as in `evaluation`)."""
-    official = example.fields.get("official_references") if protocol == "dart" else None
-    return list(official or example.targets)
 
 
 def _asked(given: str | None, known: Sequence[str]) -> list[str] | None:

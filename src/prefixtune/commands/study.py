@@ -25,14 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print every event as JSON, one a line")
     parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
     group = parser.add_argument_group("study", "tables can stand in the file alone: " + ", ".join(_tables()))
+    varying = {key for kind in STUDIES.values() for key in kind.defaults}
     for each in dataclasses.fields(StudyConfig):
         if each.name in ("name", *_tables()):
             continue
-        flag, kind = f"--{each.name.replace('_', '-')}", type(each.default)
-        usual = ",".join(map(str, each.default)) if isinstance(each.default, tuple) else each.default
-        text = each.metadata["help"].replace("%", "%%") + (
-            f" (default: {usual})" if usual not in ("", 0, False) else ""
-        )
+        default: Any = each.default
+        flag, kind = f"--{each.name.replace('_', '-')}", type(default)
+        usual = ",".join(map(str, default)) if kind is tuple else default
+        told = f"the study's own, else {usual}" if each.name in varying else str(usual or "")
+        text = each.metadata["help"].replace("%", "%%") + (f" (default: {told})" if told else "")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:

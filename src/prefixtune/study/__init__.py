@@ -4,8 +4,23 @@ A study is a folder. Its cells are done one by one, each kept when it is done; s
 goes on where it was, and can be shared out among processes. Knows nothing of how results are shown.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from prefixtune.study.config import STUDIES, StudyConfig, StudyKind
 from prefixtune.study.grid import Cell, plan
-from prefixtune.study.run import run_study
+
+if TYPE_CHECKING:
+    from prefixtune.study.run import run_study
 
 __all__ = ["STUDIES", "Cell", "StudyConfig", "StudyKind", "plan", "run_study"]
+
+
+def __getattr__(name: str) -> Any:
+    # To run one takes torch; to plan one does not.
+    if name != "run_study":
+        raise AttributeError(f"module 'prefixtune.study' has no attribute {name!r}")
+    from prefixtune.study.run import run_study
+
+    return run_study

@@ -17,20 +17,21 @@ from typing import Any
 from prefixtune.config import TrainConfig, default_learning_rate
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.tasks import TASKS
-from prefixtune.tuning import DEFAULT_SIZES
 
 __all__ = ["METHODS", "STUDIES", "UNTRAINED", "StudyConfig", "StudyKind"]
 
 UNTRAINED = ("zero-shot", "few-shot")
 """Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
 METHODS = ("prefix", "prompt", "infix", "full", "top", "adapter", "lora", *UNTRAINED)
+_SIZED = ("top", "adapter", "lora")
 STARTS = ("task", "unrelated", "random")
 _LISTS = {"methods": str, "sizes": int, "lengths": int, "starts": str}
 _OWN_KEYS = (
     *("task", "train", "dev", "backbone", "dtype", "device", "output", "method", "prefix_length", "limit"),
     *("learning_rate", "seed", "dev_limit", "initialization", "init_text"),
+    *("quantize", "adapter", "train_adapter", "adapter_rank"),
 )
-"""What a study sets itself for every run."""
+"""What a study sets itself for every run, or has no use for, as all runs share one backbone."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -172,7 +173,7 @@ class StudyConfig:
                 base, _, size = value.partition(":")
                 if base not in allowed:
                     yield f"{name} has {value!r} ({did_you_mean(value, allowed)})"
-                elif ":" in value and not (base in DEFAULT_SIZES and size.isascii() and size.isdigit() and int(size)):
+                elif ":" in value and not (base in _SIZED and size.isascii() and size.isdigit() and int(size)):
                     yield f"{name} has {value!r}, but a size goes with top, adapter and lora, as in adapter:8"
         for name in _LISTS:
             values = getattr(self, name)
@@ -193,29 +194,41 @@ class StudyConfig:
         for size, steps in self.steps_by_size.items():
             if not str(size).isdigit() or not isinstance(steps, int) or steps < 1:
                 yield f"steps_by_size has {size!r} = {steps!r}, but needs numbers of targets and of steps"
-        yield from self._setting_faults()
         trained = [m for m in self.methods if m not in UNTRAINED and m.partition(":")[0] in METHODS]
-        counts = {len(self.rates(method)) for method in trained}
+        faults = list(dict.fromkeys([*self._setting_faults(trained), *self._rate_faults()]))
+        yield from faults
+        # What is wrong has no number.
+        counts = set() if faults else {len(self.rates(method)) for method in trained}
         if len(counts) > 1:
             yield "learning_rates gives methods different numbers of tries, but a comparison needs the same for each"
 
-    def _setting_faults(self) -> Iterator[str]:
+    def _setting_faults(self, trained: Sequence[str]) -> Iterator[str]:
         for key, value in self.train_settings.items():
             if key in METHODS and not isinstance(value, Mapping):
                 yield f"train_settings.{key} is {value!r}, but must be a table"
-        for method in self.methods:
-            for key in self.settings_of(method):
-                if key in _OWN_KEYS:
-                    yield f"train_settings has {key!r}, which a study sets itself"
+        known = {each.name for each in dataclasses.fields(TrainConfig)} - set(_OWN_KEYS)
+        for method in trained:
+            settings = self.settings_of(method)
+            for key in sorted(settings.keys() & set(_OWN_KEYS)):
+                yield f"train_settings has {key!r}, which is the study's own affair"
+            for key in sorted(settings.keys() - known - set(_OWN_KEYS)):
+                yield f"train_settings has the unknown key {key!r} ({did_you_mean(key, known)})"
+            try:
+                TrainConfig(**{key: value for key, value in settings.items() if key in known})
+            except ConfigError as error:
+                yield f"train_settings: {error.message.removesuffix('.')}"
+
+    def _rate_faults(self) -> Iterator[str]:
         for method, rates in self.learning_rates.items():
             if method.partition(":")[0] not in METHODS:
                 yield f"learning_rates has {method!r} ({did_you_mean(method, METHODS)})"
             elif (
-                not isinstance(rates, Sequence)
+                not isinstance(rates, list | tuple)
                 or not rates
-                or not all(isinstance(r, int | float) and r > 0 for r in rates)
+                or not all(isinstance(r, int | float) and 0 < r < math.inf for r in rates)
+                or len(set(rates)) < len(rates)
             ):
-                yield f"learning_rates.{method} is {rates!r}, but must be a list of positive numbers"
+                yield f"learning_rates.{method} is {rates!r}, but must be a list of positive numbers, none twice"
 
     def settings_of(self, method: str) -> dict[str, Any]:
         """Values of `TrainConfig` for a method's runs; `adapter:8` has those of `adapter`, and its size."""
@@ -270,13 +283,19 @@ class StudyConfig:
             raise ConfigError(
                 f"{where} is of the study {values['name']!r}, but {name!r} was asked for.", hint="give its own file."
             )
-        fields = {each.name: each for each in dataclasses.fields(cls)}
-        for key in values:
-            if key not in fields:
-                raise ConfigError(f"{where} has the unknown key {key!r}.", hint=did_you_mean(key, fields))
+        defaults = {each.name: each.default for each in dataclasses.fields(cls)}
         merged: dict[str, Any] = {**STUDIES[name].defaults, **values, "name": name}
+        faults = []
         for key, value in merged.items():
-            merged[key] = _as_typed(key, value, where)
+            if key not in defaults:
+                faults.append(f"unknown key {key!r} ({did_you_mean(key, defaults)})")
+                continue
+            try:
+                merged[key] = _as_typed(key, value, defaults[key])
+            except TypeError as error:
+                faults.append(f"{key} is {value!r}, but must be {error}")
+        if faults:
+            raise ConfigError(f"{where}: {'; '.join(faults)}.", hint="`prefixtune study --help` explains every option.")
         return cls(**merged)
 
     @classmethod
@@ -297,23 +316,31 @@ class StudyConfig:
         return cls.from_mapping(name, {**values, **(overrides or {})}, where=repr(str(path)))
 
 
-def _as_typed(key: str, value: Any, where: str) -> Any:
-    """A value as its field has it: lists become tuples, and texts of flags lists."""
-    default = next(each for each in dataclasses.fields(StudyConfig) if each.name == key)
+def _as_typed(key: str, value: Any, default: Any) -> Any:
+    """A value as its field has it: lists become tuples, and texts of flags lists.
+
+    Raises:
+        TypeError: It cannot be; the message says what is needed.
+    """
     if key in _LISTS:
-        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
-        try:
-            return tuple(_LISTS[key](part) for part in parts)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{where}: {key} is {value!r}, but must be a list of numbers.", hint="write 50,100."
-            ) from error
-    wanted: Any = Mapping if default.default is dataclasses.MISSING else type(default.default)
+        return _as_tuple(_LISTS[key], value)
+    wanted: Any = Mapping if default is dataclasses.MISSING else type(default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        kind = "a table" if wanted is Mapping else f"of type {wanted.__name__}"
-        raise ConfigError(
-            f"{where}: {key} is {value!r}, but must be {kind}.", hint="`prefixtune study --help` tells more."
-        )
+        raise TypeError("a table" if wanted is Mapping else f"of type {wanted.__name__}")
     return value
+
+
+def _as_tuple(kind: type, value: Any) -> tuple[Any, ...]:
+    """A list's values; those of a flag's text are between commas."""
+    example = "whole numbers, as in 50,100" if kind is int else "names"
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")]
+        try:
+            return tuple(kind(part) for part in parts)
+        except ValueError:
+            raise TypeError(f"a list of {example}") from None
+    if not isinstance(value, list | tuple) or any(type(part) is not kind for part in value):
+        raise TypeError(f"a list of {example}")
+    return tuple(value)

@@ -129,7 +129,9 @@ class _Study:
             raise ConfigError(
                 f"the study has no {split} data.", hint=f"set data (a folder) or {split}, here or with a flag."
             )
-        examples = [e for e in read_task(self.config.task, given, split=split) if e.targets]
+        # Templates of the user's own columns, as in `prefixtune train`.
+        columns = {name: self.config.train_settings.get(name) for name in ("source", "target")}
+        examples = [e for e in read_task(self.config.task, given, split=split, **columns) if e.targets]
         if not examples:
             raise DataError(f"{given} has no example with a target.", hint="give data with references.")
         return examples
@@ -174,22 +176,30 @@ class _Study:
                     f"the study in {str(self.folder)!r} was begun otherwise: {listed}.",
                     hint="go on with the same settings, or choose another output.",
                 )
-        for cell in self.cells:
-            # Wrong settings are told at once, not run by run.
+        # Wrong settings and broken data are told at once, not run by run.
+        left = [cell for cell in self.cells if self.state(cell) != "done"]
+        for cell in left:
             if cell.trains:
                 self._train_config(cell, self.config.rates(cell.method)[0], self.path(cell), cell.num_targets)
+                if cell.is_first:
+                    self.data_of(cell)
+            elif cell.method == "few-shot":
+                self._shown()
+        if left:
+            self.test_examples  # noqa: B018
         for part in ("cells", "tuning", "tries"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         self.write()
 
     def run(self) -> None:
         """Do cells until none is left that this process could do."""
-        tried: set[str] = set()
+        # What failed before is tried once more; what fails now, in whichever process, is not.
+        again = {cell.id for cell in self.cells if self.state(cell) == "failed"}
         while True:
             waiting = progressed = False
             for cell in self.cells:
                 state = self.state(cell)
-                if state == "done" or (state == "failed" and cell.id in tried):
+                if state == "done" or (state == "failed" and cell.id not in again):
                     continue
                 if self._budget_is_over():
                     return
@@ -198,9 +208,10 @@ class _Study:
                         # Another process is at it, or at choosing its learning rate.
                         waiting = waiting or not self._given_up(cell)
                         continue
-                    if self.state(cell) == "done":
+                    if self.state(cell) != state:
+                        # Another process has done it meanwhile.
                         continue
-                    tried.add(cell.id)
+                    again.discard(cell.id)
                     self._attempt(cell)
                     progressed = True
             if not progressed:
@@ -281,6 +292,8 @@ class _Study:
         rate = self.rate(cell)
         if rate is None:
             rate = self._choose_rate(cell)
+        for tried in (self.folder / "tries").glob(f"{cell.id}@*"):
+            shutil.rmtree(tried, ignore_errors=True)
         figures = self._train(cell, rate, self.path(cell))
         return {**figures, "learning_rate": rate, **self._score(cell)}
 
@@ -312,14 +325,12 @@ class _Study:
             )
         best = min(known, key=known.__getitem__)
         if len(rates) > 1:
-            shutil.rmtree(self.path(cell), ignore_errors=True)
-            # Copied, not moved: what is not chosen goes only after the choice is written down.
-            shutil.copytree(self.folder / "tries" / f"{cell.id}@{best:g}", self.path(cell))
+            _clear(self.path(cell))
+            # Copied, not moved: the tries go only after the choice is written down.
+            shutil.copytree(self.folder / "tries" / f"{cell.id}@{best:g}", self.path(cell), dirs_exist_ok=True)
         tried = {f"{rate:g}": loss for rate, loss in losses.items()}
         facts = {"group": cell.group, "learning_rate": tried, "chosen": best}
         write_text(self.folder / "tuning" / f"{cell.group}.json", json.dumps(facts, indent=1) + "\n")
-        for rate in rates if len(rates) > 1 else ():
-            shutil.rmtree(self.folder / "tries" / f"{cell.id}@{rate:g}", ignore_errors=True)
         return best
 
     def _train_config(self, cell: Cell, rate: float, folder: Path, num_targets: int) -> TrainConfig:
@@ -348,8 +359,10 @@ class _Study:
         resume = (folder / STATE_FILE).exists()
         if not resume:
             # A run that was stopped before its first save.
-            shutil.rmtree(folder, ignore_errors=True)
-        gc.collect()
+            _clear(folder)
+        if not config.trains_prefix:
+            # It loads a model of its own; a second one beside it would count as its memory.
+            self.__dict__.pop("backbone", None)
         forget_peak()
 
         def told(event: Event) -> None:
@@ -363,14 +376,15 @@ class _Study:
             resume=resume,
             on_event=told,
         )
+        peak = peak_memory_mib()
         steps = [event for event in result.events if event["event"] == "step"]
         figures = {
             "trained_parameters": result.num_trained,
             "stored_parameters": result.num_trained if result.prefix is None else result.prefix.num_parameters,
             "file_bytes": result.path.stat().st_size,
-            "train_seconds": round(sum(event["seconds"] for event in steps), 1),
+            "train_seconds": round(sum(event["seconds"] for event in steps), 3),
             "steps": result.steps,
-            "peak_memory_mib": round(peak_memory_mib()),
+            "peak_memory_mib": None if peak is None else round(peak),
             "dev_loss": None if math.isnan(result.best_loss) else result.best_loss,
         }
         write_text(done, json.dumps(figures) + "\n")
@@ -414,16 +428,15 @@ class _Study:
             },
         }
         write_evaluation(folder, outcome, self.test_examples, facts, protocol=self.task.protocol)
-        return {"evaluate_seconds": round(outcome.seconds, 1)}
+        return {"evaluate_seconds": round(outcome.seconds, 3)}
 
     def _model_of(self, cell: Cell) -> tuple[Backbone, Prefix | None, TextFormat | None]:
         folder = self.path(cell)
         if cell.method == "zero-shot":
             return self.backbone, None, None
         if cell.method == "few-shot":
-            shown = sample_examples(self.train_examples, self.config.shots, "shots")
             form = default_format(self.backbone)
-            return self.backbone, None, with_shots(form, shown, self.backbone.separator, self.backbone.end)
+            return self.backbone, None, with_shots(form, self._shown(), self.backbone.separator, self.backbone.end)
         if (folder / WEIGHTS_FILE).exists():
             backbone, trained_form = load_tuned(
                 folder / WEIGHTS_FILE,
@@ -433,6 +446,13 @@ class _Study:
             )
             return backbone, None, trained_form
         return self.backbone, load_prefix(folder / PREFIX_FILE, self.backbone), None
+
+    def _shown(self) -> list[Example]:
+        """What few-shot shows."""
+        shots, available = self.config.shots, len(self.train_examples)
+        if shots > available:
+            raise DataError(f"{shots} solved examples are to be shown, but there are {available}.", hint="lower shots.")
+        return sample_examples(self.train_examples, shots, "shots")
 
     def _tidy(self, cell: Cell) -> None:
         """Remove what a cell that is done needs no more."""
@@ -510,6 +530,15 @@ def _stored_as(cell: Cell, config: StudyConfig) -> str:
     """Whole layers are scored in the backbone's dtype; so they are stored in it, too."""
     half = choose_dtype(config.dtype, choose_device(config.device)) == torch.bfloat16
     return "bfloat16" if half and cell.method.partition(":")[0] in ("full", "top") else "float32"
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run that is begun anew, but not what reports know its cell by."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != CELL_FILE:
+            path.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

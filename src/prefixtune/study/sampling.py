@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from prefixtune.errors import DataError
 from prefixtune.tasks import Example
 
-__all__ = ["sample_pairs", "sample_sources", "sample_targets"]
+__all__ = ["sample_examples", "sample_pairs", "sample_sources", "sample_targets"]
 
 
 def sample_targets(examples: Sequence[Example], count: int, by: str, seed: str) -> list[Example]:

@@ -5,7 +5,7 @@ tokenizers, tensors or training.
 """
 
 from prefixtune.tasks.classification import check_labels, label_names
-from prefixtune.tasks.examples import Example, TextFormat, limit_targets
+from prefixtune.tasks.examples import Example, TextFormat, limit_targets, references_of
 from prefixtune.tasks.registry import TASKS, Task, read_task
 from prefixtune.tasks.tagging import check_tags, tag_names
 
@@ -19,5 +19,6 @@ __all__ = [
     "label_names",
     "limit_targets",
     "read_task",
+    "references_of",
     "tag_names",
 ]

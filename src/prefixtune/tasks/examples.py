@@ -8,7 +8,7 @@ from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = ["Example", "TextFormat", "limit_targets"]
+__all__ = ["Example", "TextFormat", "limit_targets", "references_of"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,12 @@ class TextFormat:
             if key not in known:
                 raise DataError(f"text format has the unknown key {key!r}.", hint=did_you_mean(key, known))
         return cls(**{key: str(value) for key, value in values.items()})
+
+
+def references_of(example: Example, protocol: str) -> list[str]:
+    """What an output is scored against: the targets; for DART the official scorer's texts, where the file has them."""
+    official = example.fields.get("official_references") if protocol == "dart" else None
+    return list(official or example.targets)
 
 
 def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:

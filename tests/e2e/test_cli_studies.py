@@ -1,0 +1,259 @@
+"""The real command line: studies, evaluation of runs, and presets, on a tiny model folder, the hub switched off."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tomllib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import run, start
+
+from prefixtune.cli import main
+from prefixtune.report import read_folder
+from zoo import make_model, make_tokenizer
+
+ROWS = [
+    {"mr": f"name[{name}], food[{food}]", "references": [f"{name} has {food}.", f"Eat {food} at {name}."]}
+    for name in ("Aromi", "Bibi", "Cotto")
+    for food in ("soup", "cake")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path, tokenizer = tmp_path_factory.mktemp("studies") / "model", make_tokenizer()
+    make_model("llama", tokenizer, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(model: str) -> str:
+    """A study of the toy set as a file."""
+    path = Path(model).parent / "study.toml"
+    path.write_text(
+        f'backbone = "{model}"\ndtype = "float32"\ntask = "toy"\n'
+        'train = "train"\ndev = "held_out"\ntest = "held_out"\n'
+        "sizes = [8]\nlengths = [3]\ndev_limit = 4\ntest_limit = 3\ntries = 2\ndecode_batch = 1\n"
+        "[train_settings]\nbatch_size = 4\nmax_steps = 4\neval_every = 2\nsave_every = 1\nwarmup_steps = 0\n"
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(model: str) -> str:
+    """E2E's data set in small: a folder with all three parts."""
+    folder = Path(model).parent / "e2e"
+    folder.mkdir()
+    for part in ("train", "dev", "test"):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(folder)
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def scores_of(folder: Path) -> dict[str, Any]:
+    found = {}
+    for cell in read_folder(folder).cells:
+        assert cell.status == "done"
+        assert cell.run is not None
+        assert cell.run.evaluation is not None
+        found[cell.id] = cell.run.evaluation.scores, [o.output for o in cell.run.evaluation.outputs]
+    return found
+
+
+def test_a_plan_is_told_without_doing_anything(config: str, tmp_path: Path) -> None:
+    flags = ("study", "methods", "--config", config, "--methods", "prefix,adapter:8,zero-shot", "--plan")
+    told = json.loads(run(*flags, "--json", cwd=tmp_path)[0])
+    assert told["folder"] == "runs/methods"
+    assert [cell["id"] for cell in told["runs"]] == [
+        "prefix-n8-P3-task-subset0-seed0",
+        "adapter8-n8-subset0-seed0",
+        "zero-shot-all-subset0-seed0",
+    ]
+    assert told["runs"][1] == {**told["runs"][1], "method": "adapter:8", "num_targets": 8, "subset": 0, "seed": 0}
+    assert run(*flags, cwd=tmp_path)[0].split() == [cell["id"] for cell in told["runs"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def until(process: Any, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Read a process's events up to the first one that is wanted."""
+    events = []
+    for line in process.stdout:
+        events.append(json.loads(line))
+        if wanted(events[-1]):
+            return events
+    raise AssertionError(f"it ended before: {process.stderr.read()}")
+
+
+def cells(events: list[dict[str, Any]], status: str) -> list[str]:
+    return [event["cell"] for event in events if event["event"] == "cell" and event["status"] == status]
+
+
+@pytest.fixture(scope="module")
+def flags(config: str) -> tuple[str, ...]:
+    return ("study", "methods", "--config", config, "--methods", "zero-shot,prefix,full")
+
+
+Shared = tuple[Path, list[list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def shared(flags: tuple[str, ...], config: str) -> Shared:
+    """A study that two processes did together, and the events of either."""
+    folder = Path(config).parent / "shared"
+    one, other = (start(*flags, "--seeds", "2", "--output", str(folder), "--json") for _ in range(2))
+    # One stands still in the midst of a cell, so that the other is left with what is not this cell's.
+    told = [until(one, lambda event: event["event"] == "step")]
+    one.send_signal(signal.SIGSTOP)
+    told.append(until(other, lambda event: event["event"] == "cell" and event["status"] == "done"))
+    one.send_signal(signal.SIGCONT)
+    for process, events in zip((one, other), told, strict=True):
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        events += events_of(out)
+    return folder, told
+
+
+def test_two_processes_share_a_study(shared: Shared) -> None:
+    folder, told = shared
+    assert [len(events[-1]["done"]) for events in told] == [5, 5]
+    done = [cells(events, "done") for events in told]
+    assert done[0]
+    assert done[1]
+    assert len({*done[0], *done[1]}) == len(done[0]) + len(done[1]) == 5
+    starts = Counter((e["cell"], e["learning_rate"]) for events in told for e in events if e["event"] == "start")
+    assert len(starts) == 2 * 2 + 2
+    assert set(starts.values()) == {1}, "a cell was trained twice"
+    assert len(scores_of(folder)) == 5
+
+
+def test_a_study_has_a_report(shared: Shared, tmp_path: Path) -> None:
+    told = json.loads((shared[0] / "study.json").read_text())
+    assert told["command"].startswith("prefixtune study methods --config ")
+    assert told["config"]["tries"] == 2
+    page = tmp_path / "page.html"
+    files = json.loads(run("report", str(shared[0]), "--output", str(page), "--json")[0])
+    assert files["html"] == str(page)
+    text = Path(files["markdown"]).read_text()
+    for method in ("zero-shot", "prefix", "full"):
+        assert method in text
+    assert "BLEU" in page.read_text()
+
+
+def test_kill_minus_nine_then_the_same_scores(shared: Shared, flags: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    process = start(*flags, "--output", str(folder), "--json")
+    killed = until(process, lambda event: event["event"] == "step" and event["step"] == 3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert cells(killed, "done") == ["zero-shot-all-subset0-seed0"]
+    out, err = run(*flags, "--output", str(folder))
+    assert out == f"{folder}: 3 of 3 runs done\n"
+    begun = [line.split()[1] for line in err.splitlines() if line.startswith("[")]
+    assert begun == ["prefix-n8-P3-task-subset0-seed0", "full-n8-subset0-seed0"]
+    assert err.count("learning rate 0.001: development loss") == 1
+    assert f"prefixtune report {folder}" in err
+    found, whole = scores_of(folder), scores_of(shared[0])
+    assert found == {name: whole[name] for name in found}
+
+
+def test_a_run_of_another_method_is_evaluated_into_a_folder(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, scored = tmp_path / "full", tmp_path / "scored"
+    train = ("train", "--task", "e2e", "--train", data, "--backbone", model, "--dtype", "float32", "--method", "full")
+    # Within this process, which is quicker.
+    assert main([*train, "--max-steps", "3", "--preset", "paper", "--output", str(output)]) == 0
+    out, err = capsys.readouterr()
+    assert papers_values(output) == (5e-5, 5.0, 10)
+    assert str(output / "weights.safetensors") in out
+    assert f"prefixtune evaluate --run {output}" in err
+    more = ("--split", "test", "--metrics", "bleu, ter", "--intervals", "--max-new-tokens", "8", "--num-beams", "2")
+    evaluate = ("evaluate", "--run", str(output), "--data", data, *more, "--output", str(scored), "--json")
+    told = json.loads(run(*evaluate)[0])
+    assert (told["num_examples"], told["task"], told["run"]) == (6, "e2e", str(output))
+    assert [*told["scores"]] == ["bleu", "ter"]
+    assert "protocol e2e" in told["scores"]["bleu"]["implementation"]
+    found = read_folder(scored).evaluation
+    assert (found.method, found.task, found.split, found.num_examples) == ("full", "e2e", "test", 6)
+    assert found.scores["bleu"].score == told["scores"]["bleu"]["score"]
+    assert list(found.scores["bleu"].interval) == told["scores"]["bleu"]["interval"]
+    assert found.settings["decoding"]["num_beams"] == 2
+    assert found.groups["attributes"]["2"].num_examples == 6
+
+
+def test_few_shots_of_the_training_file(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = ("--shots", "2", "--train", data, "--metrics", "bleu", "--num-beams", "1", "--max-new-tokens", "6")
+    flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data, "--split", "test", *shown)
+    assert main([*flags, "--output", str(tmp_path)]) == 0
+    assert "6 examples of" in capsys.readouterr().out
+    found = read_folder(tmp_path).evaluation
+    assert found.method == "few-shot"
+    prompt = found.settings["text_format"]["prompt"]
+    assert prompt == " name : Aromi | food : soup <s> Aromi has soup. </s> name : Aromi | food : cake <s> " + (
+        "Aromi has cake. </s> {source} {separator}"
+    )
+    # What is decoded otherwise must not join what the folder keeps; nor are there seven examples to show.
+    assert main([*flags, "--output", str(tmp_path), "--min-new-tokens", "1"]) == 2
+    assert "decoded otherwise" in capsys.readouterr().err
+    assert main([*flags, "--shots", "7"]) == 2
+    assert "has 6 examples with a target" in capsys.readouterr().err
+
+
+def papers_values(folder: Path) -> tuple[float, float, int]:
+    """Learning rate, epochs and batch size: columns of the paper's table 8."""
+    stored = tomllib.loads((folder / "config.toml").read_text())
+    assert stored["targets_per_source"] == 1, "the paper's batches are pairs"
+    return stored["learning_rate"], stored["epochs"], stored["batch_size"]
+
+
+def test_a_preset_takes_the_papers_values_and_flags_win(model: str, data: str, tmp_path: Path) -> None:
+    train = ("train", "--task", "e2e", "--train", data, "--backbone", model, "--dtype", "float32")
+    more = ("--preset", "paper", "--max-steps", "1", "--bottleneck-size", "16", "--output", str(tmp_path / "run"))
+    assert main([*train, *more]) == 0
+    assert papers_values(tmp_path / "run") == (8e-5, 5.0, 10)
+    stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert (stored["prefix_length"], stored["reparameterization"]) == (5, "mlp")
+    assert (stored["max_steps"], stored["bottleneck_size"]) == (1, 16)
+
+
+MISTAKES = {
+    "unknown study": (("study", "lenght"), "'lenght'", "did you mean 'length'?"),
+    "no study": (("study",), "required", "--help"),
+    "unknown option": (("study", "methods", "--trys", "3"), "--trys", "did you mean '--tries'?"),
+    "several wrong values": (
+        ("study", "methods", "--tries", "0", "--methods", "lorra"),
+        "(did you mean 'lora'?); tries is 0",
+        "--help",
+    ),
+    "no such file of a study": (("study", "methods", "--config", "/nowhere.toml"), "/nowhere.toml", "check the path"),
+    "unknown preset": (("train", "--preset", "papper", "--task", "e2e"), "'papper'", "did you mean 'paper'?"),
+    "no preset for a task": (("train", "--preset", "paper", "--task", "toy"), "nothing for the task 'toy'", ""),
+    "a run and a prefix": (("evaluate", "--run", "a", "--prefix", "b", "--data", "c"), "not allowed with", "--help"),
+    "an empty run": (("evaluate", "--run", ".", "--data", "c"), "holds neither", "came to its end"),
+    "shots of nothing": (("evaluate", "--shots", "2", "--data", "c"), "of --train FILE", "give --train"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line_with_a_hint(name: str, tmp_path: Path) -> None:
+    arguments, told, hint = MISTAKES[name]
+    out, err = run(*arguments, code=2, cwd=tmp_path)
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert told in err
+    assert hint in err
+    assert any(line.startswith("hint: ") for line in lines)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,436 @@
+"""Studies on a tiny model: every method, chosen rates, stopping at any moment, failures, and the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.checkpoint import load_prefix, load_weights
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.metrics import compute
+from prefixtune.report import read_folder
+from prefixtune.study import StudyConfig, plan, run_study
+from prefixtune.study import run as running
+from prefixtune.tasks import Example, read_task
+from prefixtune.training import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned
+
+Make = Callable[..., Any]
+Event = dict[str, Any]
+METHODS = ("prefix", "full", "adapter:2", "lora:2", "top:1", "prompt", "few-shot", "zero-shot")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """A study collects garbage before it measures memory; all that the tests had loaded is none."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_models: Make, tiny_tokenizer: Any) -> str:
+    """A tiny LLaMA of one layer on disk, with room for a few solved examples."""
+    path = tmp_path_factory.mktemp("study") / "backbone"
+    tiny_models("llama", num_hidden_layers=1, max_position_embeddings=2048).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def configure(model: str) -> Make:
+    """A factory of small studies: eight training targets, four steps, three test sources of the toy set."""
+
+    def make(output: Path, **values: Any) -> StudyConfig:
+        own = {key: values.pop(key) for key in list(values) if key in ("max_steps", "save_every")}
+        settings = {"batch_size": 4, "max_steps": 4, "eval_every": 2, "save_every": 2, "warmup_steps": 0, **own}
+        return StudyConfig.from_mapping(
+            values.pop("name", "methods"),
+            {
+                "backbone": model,
+                "dtype": "float32",
+                "task": "toy",
+                "train": "train",
+                "dev": "held_out",
+                "test": "held_out",
+                "output": str(output),
+                "methods": ("prefix", "full"),
+                "lengths": (3,),
+                "sizes": (8,),
+                "dev_limit": 4,
+                "test_limit": 3,
+                "tries": 2,
+                "train_settings": settings,
+                **values,
+            },
+        )
+
+    return make
+
+
+@dataclasses.dataclass
+class Log:
+    """What a study did: its events, and what its trainings were given."""
+
+    events: list[Event] = dataclasses.field(default_factory=list)
+    given: list[tuple[str, list[Example], list[Example]]] = dataclasses.field(default_factory=list)
+
+    def of(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def whole(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, Log]:
+    """A study of all methods that nobody stopped."""
+    config, log, train = configure(tmp_path_factory.mktemp("whole") / "study", methods=METHODS), Log(), running.train
+
+    def watch(given: Any, **options: Any) -> Any:
+        log.given.append((given.method, options["examples"], options["dev_examples"]))
+        return train(given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "train", watch)
+        outcome = run_study(config, on_event=log.events.append, command="the command")
+    assert (outcome.failed, outcome.left) == ({}, ())
+    assert outcome.done == tuple(cell.id for cell in plan(config))
+    return config, log
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cell_folder(config: StudyConfig, method: str, seed: int = 0) -> Path:
+    cell = next(cell for cell in plan(config) if cell.method == method and cell.seed == seed)
+    return config.folder / "cells" / cell.id
+
+
+def results(config: StudyConfig) -> dict[str, Any]:
+    """What a study came to, without what differs from run to run: times, memory, the date."""
+    found = {}
+    for cell in plan(config):
+        folder = config.folder / "cells" / cell.id
+        facts, scores = read(folder / "cell.json"), read(folder / "evaluation.json")["scores"]
+        figures = {k: v for k, v in facts["figures"].items() if not k.endswith(("seconds", "mib"))}
+        found[cell.id] = facts["status"], figures, scores, (folder / "outputs.jsonl").read_bytes()
+    return found
+
+
+# --- a study that runs through ---------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_a_run_and_an_evaluation(whole: tuple[StudyConfig, Log]):
+    config, _ = whole
+    test = read_task("toy", "held_out")
+    for cell in plan(config):
+        folder = config.folder / "cells" / cell.id
+        facts = read(folder / "cell.json")
+        assert (facts["id"], facts["factors"], facts["status"]) == (cell.id, cell.factors(), "done")
+        assert facts["error"] is None
+        figures = facts["figures"]
+        if cell.trains:
+            assert figures["steps"] == 4
+            assert figures["trained_parameters"] > 0
+            assert figures["file_bytes"] > 0
+            assert figures["peak_memory_mib"] > 100
+            assert figures["dev_loss"] > 0
+            assert figures["train_seconds"] > 0
+            assert "batch_size = 4" in (folder / "config.toml").read_text()
+        else:
+            assert (figures["trained_parameters"], figures["stored_parameters"], figures["file_bytes"]) == (0, 0, 0)
+            assert not (folder / "events.jsonl").exists()
+        assert figures["evaluate_seconds"] > 0
+        told = read(folder / "evaluation.json")
+        assert (told["method"], told["task"], told["split"], told["num_examples"]) == (cell.method, "toy", "test", 3)
+        rows = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+        assert {row["source"] for row in rows} <= {example.source for example in test}
+        again = compute([row["output"] for row in rows], [row["references"] for row in rows], metrics=["bleu"])
+        assert told["scores"]["bleu"]["score"] == again["bleu"].score
+        low, high = told["scores"]["bleu"]["interval"]
+        assert low <= told["scores"]["bleu"]["score"] <= high
+    counts = {m: read(cell_folder(config, m) / "cell.json")["figures"]["trained_parameters"] for m in METHODS}
+    # By hand, at width 32: norm, down and up of a bottleneck of 2; and two ranks of (in + out) of a layer's matrices.
+    assert counts["adapter:2"] == 2 * 32 + (32 * 2 + 2) + (2 * 32 + 32)
+    assert counts["lora:2"] == 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3)
+    assert counts["full"] > counts["top:1"] > counts["lora:2"]
+
+
+def test_the_studys_own_file(whole: tuple[StudyConfig, Log]):
+    config, _ = whole
+    told = read(config.folder / "study.json")
+    assert (told["kind"], told["name"], told["task"], told["metric"]) == ("study", "methods", "toy", "bleu")
+    assert (told["factors"], told["axis"], told["command"]) == (["method"], None, "the command")
+    assert (told["backbone"], told["budget_minutes"], told["config"]) == (config.backbone, None, config.to_dict())
+    assert told["cut"] == ["scored on a fixed random sample of 3 test sources", "trained on samples of 8 targets"]
+    assert told["machine"]["cores"] >= 1
+    assert told["versions"]["torch"]
+    assert len(told["date"]) == 10
+    study = read_folder(config.folder)
+    assert {cell.id: cell.status for cell in study.cells} == {cell.id: "done" for cell in plan(config)}
+    assert all(cell.run is not None and cell.run.evaluation is not None for cell in study.cells)
+
+
+def test_the_best_of_the_tries_becomes_the_cell(whole: tuple[StudyConfig, Log]):
+    config, log = whole
+    tuning = read(config.folder / "study.json")["tuning"]
+    tries = {(event["cell"], f"{event['learning_rate']:g}"): event["dev_loss"] for event in log.of("try")}
+    trained = [cell for cell in plan(config) if cell.trains]
+    assert len(tries) == 2 * len(trained)
+    for cell in trained:
+        losses = tuning[cell.group]["learning_rate"]
+        assert losses == {f"{rate:g}": tries[cell.id, f"{rate:g}"] for rate in config.rates(cell.method)}
+        best = min(losses, key=losses.__getitem__)
+        folder, figures = (
+            cell_folder(config, cell.method),
+            read(cell_folder(config, cell.method) / "cell.json")["figures"],
+        )
+        assert tuning[cell.group]["chosen"] == figures["learning_rate"] == float(best)
+        assert figures["dev_loss"] == losses[best]
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        assert events[-1]["best_loss"] == losses[best]
+        assert max(event["lr"] for event in events if event["event"] == "step") == float(best)
+        if cell.method in ("prefix", "prompt"):
+            assert load_prefix(folder / PREFIX_FILE).header["training"]["learning_rate"] == float(best)
+    # The rates are told apart by the losses, so that the choice is one.
+    assert all(len(set(entry["learning_rate"].values())) == 2 for entry in tuning.values())
+
+
+def test_what_is_done_leaves_only_what_is_small(whole: tuple[StudyConfig, Log]):
+    config, _ = whole
+    left = {path.name for path in config.folder.rglob("*") if path.is_file()}
+    assert PREFIX_FILE in left
+    assert not left & {WEIGHTS_FILE, STATE_FILE, "decoded.jsonl"}
+    assert list((config.folder / "tries").iterdir()) == []
+
+
+def test_all_methods_get_the_same_samples(whole: tuple[StudyConfig, Log]):
+    _, log = whole
+    methods = Counter(method for method, _, _ in log.given)
+    assert methods == dict.fromkeys(("prefix", "full", "adapter", "lora", "top", "prompt"), 2)
+    _, examples, dev = log.given[0]
+    assert sum(len(example.targets) for example in examples) == 8
+    assert sum(len(example.targets) for example in dev) == 4
+    assert all(given[1:] == (examples, dev) for given in log.given)
+
+
+def test_running_it_again_does_nothing(whole: tuple[StudyConfig, Log]):
+    config, _ = whole
+    before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
+    log = Log()
+    outcome = run_study(config, on_event=log.events.append, command="the command")
+    assert len(outcome.done) == len(METHODS)
+    assert log.events == []
+    assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == before
+
+
+def test_repetitions_take_the_chosen_rate_and_subsets_differ(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", name="low-data", seeds=1, subsets=2, dev_share=0.5, max_steps=2)
+    config = dataclasses.replace(config, methods=("prefix",), patience=0, steps_by_size={"8": 3})
+    log = Log()
+    assert len(run_study(config, on_event=log.events.append).done) == 2
+    starts = Counter(event["cell"] for event in log.of("start"))
+    first, second = (cell.id for cell in plan(config))
+    assert starts == {first: 2, second: 1}
+    chosen = {read(path)["figures"]["learning_rate"] for path in config.folder.glob("cells/*/cell.json")}
+    assert len(chosen) == 1
+    assert {event["total_steps"] for event in log.of("start")} == {3}, "steps_by_size goes by the number of targets"
+    losses = {read(path)["figures"]["dev_loss"] for path in config.folder.glob("cells/*/cell.json")}
+    assert len(losses) == 2
+    study = read_folder(config.folder)
+    assert study.axis == "num_targets"
+    assert "2 subsets instead of 5" in study.cut
+
+
+def test_weights_are_kept_when_asked_for(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", methods=("top:1",), keep_weights=True)
+    run_study(config)
+    weights = cell_folder(config, "top:1") / WEIGHTS_FILE
+    header = load_weights(weights)[1]
+    figures = read(weights.parent / "cell.json")["figures"]
+    assert (header["method"], header["method_size"]) == ("top", 1)
+    assert header["training"]["learning_rate"] == figures["learning_rate"]
+    assert weights.stat().st_size == figures["file_bytes"]
+    assert load_tuned(weights)[0].kind == "decoder"
+
+
+def test_the_users_own_columns(configure: Make, tmp_path: Path):
+    rows = [
+        {"name": name, "food": food, "text": f"{name} has {food}."} for name in ("Aro", "Bi") for food in ("a", "b")
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = dict.fromkeys(("train", "dev", "test"), str(data))
+    settings = {"source": "{name} is {food}", "target": "text", "max_steps": 1}
+    config = configure(
+        tmp_path / "study", task="records", methods=("prefix",), sizes=(0,), tries=1, train_settings=settings, **paths
+    )
+    assert run_study(config).done
+    rows = [json.loads(line) for line in (cell_folder(config, "prefix") / "outputs.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in rows} < {"Aro is a", "Aro is b", "Bi is a", "Bi is b"}
+    header = load_prefix(cell_folder(config, "prefix") / PREFIX_FILE).header
+    assert header["text_format"]["source"] == "{name} is {food}"
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As if the process had ended here: nothing in the program catches it."""
+
+
+def a_step(event: Event) -> bool:
+    return event["event"] == "step" and event["step"] == 3
+
+
+MOMENTS: dict[str, Callable[[Event, int], bool]] = {
+    "before the first step": lambda event, tries: event["event"] == "start",
+    "at a step of the first try": lambda event, tries: a_step(event) and tries == 0,
+    "at a step of the second try": lambda event, tries: a_step(event) and tries == 1,
+    "after the last try": lambda event, tries: event["event"] == "try" and tries == 2,
+    "while decoding": lambda event, tries: event["event"] == "decoded" and event["count"] == 2,
+    "when it is done": lambda event, tries: event["event"] == "cell" and event["status"] == "done",
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "method"),
+    [*((moment, "prefix") for moment in MOMENTS), ("at a step of the second try", "full"), ("while decoding", "full")],
+)
+def test_killed_at_any_moment_it_goes_on_to_the_same_scores(
+    whole: tuple[StudyConfig, Log], configure: Make, tmp_path: Path, moment: str, method: str
+):
+    config = configure(tmp_path / "study", methods=("zero-shot", method), decode_batch=2)
+    killed = Log()
+
+    def kill(event: Event) -> None:
+        killed.events.append(event)
+        if event.get("cell", "").startswith(method) and MOMENTS[moment](event, len(killed.of("try"))):
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_study(config, on_event=kill)
+    states = {cell.id: cell.status for cell in read_folder(config.folder).cells}
+    first, last = plan(config)
+    assert states == {first.id: "done", last.id: "done" if moment == "when it is done" else "waiting"}
+    log = Log()
+    assert len(run_study(config, on_event=log.events.append).done) == 2
+    expected = results(whole[0])
+    for name, found in results(config).items():
+        assert found == expected[name]
+    assert first.id not in {event["cell"] for event in log.events}, "a cell that was done is not done again"
+    # What was trained before the last save is not trained again.
+    steps = Counter((e["learning_rate"], e["step"]) for e in [*killed.of("step"), *log.of("step")])
+    assert set(steps) == {(rate, step) for rate in config.rates(method) for step in range(1, 5)}
+    assert sum(steps.values()) == 8 + (1 if "at a step" in moment else 0)
+    resumed = {"before the first step": [0], "at a step of the first try": [2], "at a step of the second try": [2]}
+    assert [event["step"] for event in log.of("resume")] == resumed.get(moment, [])
+    batches = [event["count"] for event in [*killed.of("decoded"), *log.of("decoded")] if event["cell"] == last.id]
+    assert batches == ([2, 2, 3] if moment == "while decoding" else [2, 3])
+
+
+def test_one_try_is_resumed_in_its_own_folder(configure: Make, tmp_path: Path):
+    def kill(event: Event) -> None:
+        if a_step(event):
+            raise Killed
+
+    config = configure(tmp_path / "study", methods=("prefix",), tries=1)
+    with pytest.raises(Killed):
+        run_study(config, on_event=kill)
+    (cell,) = read_folder(config.folder).cells
+    assert (cell.status, cell.factors) == ("waiting", plan(config)[0].factors()), "reports know it on its way"
+    log = Log()
+    assert run_study(config, on_event=log.events.append).done
+    assert [event["step"] for event in log.of("step")] == [3, 4]
+
+
+def test_other_settings_are_refused_and_places_may_change(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", methods=("zero-shot",))
+    run_study(config)
+    before = (config.folder / "study.json").read_bytes()
+    for changes in ({"tries": 3}, {"test_limit": 2}, {"methods": ("zero-shot", "prefix")}):
+        with pytest.raises(ConfigError, match="begun otherwise: ") as error:
+            run_study(dataclasses.replace(config, **changes))
+        (name,) = changes
+        assert f"{name} was " in error.value.message
+        assert "choose another output" in error.value.hint
+    assert (config.folder / "study.json").read_bytes() == before
+    (tmp_path / "study").rename(tmp_path / "moved")
+    moved = dataclasses.replace(config, output=str(tmp_path / "moved"), budget=9.0, keep_weights=True, data="elsewhere")
+    log = Log()
+    assert run_study(moved, on_event=log.events.append).done
+    assert log.events == []
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_fails_is_told_and_the_others_go_on(configure: Make, tmp_path: Path):
+    config = configure(
+        tmp_path / "study",
+        methods=("full", "prefix"),
+        seeds=2,
+        learning_rates={"full": [1e30, 3e30], "prefix": [1e-3, 1e30]},
+    )
+    log = Log()
+    outcome = run_study(config, on_event=log.events.append)
+    failed, second = (cell_folder(config, "full", seed).name for seed in (0, 1))
+    assert [*outcome.failed] == [failed]
+    assert "no learning rate of 1e+30, 3e+30 came to an end" in outcome.failed[failed]
+    assert outcome.left == (second,), "there is no rate for it"
+    assert len(outcome.done) == 2
+    told = read(config.folder / "cells" / failed / "cell.json")
+    assert (told["status"], told["figures"]) == ("failed", {})
+    assert "lower ones" in told["error"]
+    # Of the prefix's two rates one ends.
+    assert "loss" in next(
+        event["error"] for event in log.of("try") if event["cell"].startswith("prefix-") and "error" in event
+    )
+    tuning = read(config.folder / "study.json")["tuning"]
+    (found,) = (entry for group, entry in tuning.items() if group.startswith("prefix"))
+    assert found["chosen"] == 1e-3
+    assert found["learning_rate"]["1e+30"] is None
+    assert {cell.status for cell in read_folder(config.folder).cells} == {"done", "failed", "waiting"}
+    # The next run tries it once more, and nothing else.
+    log = Log()
+    assert [*run_study(config, on_event=log.events.append).failed] == [failed]
+    assert {event["cell"] for event in log.events} == {failed}
+
+
+def test_data_that_is_broken_or_too_small_is_told_before_anything_is_trained(configure: Make, tmp_path: Path):
+    log, broken = Log(), tmp_path / "test.csv"
+    broken.write_text("mr,ref\n")
+    good = tmp_path / "train.csv"
+    good.write_text('mr,ref\n"name[Aromi], food[Soup]",Aromi has soup.\n')
+    config = configure(tmp_path / "study", task="e2e", train=str(good), dev=str(good), test=str(broken), sizes=(0,))
+    for wrong, message in (
+        (config, "test.csv"),
+        (dataclasses.replace(config, test=str(good), sizes=(0, 2)), "2 targets are to be drawn, but there are 1"),
+        (dataclasses.replace(config, test=str(good), methods=("few-shot",)), "3 solved examples are to be shown"),
+        (dataclasses.replace(config, test=str(tmp_path / "nowhere.csv")), "nowhere.csv"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run_study(wrong, on_event=log.events.append)
+    with pytest.raises(ConfigError, match="no dev data"):
+        run_study(dataclasses.replace(config, test=str(good), dev=""), on_event=log.events.append)
+    assert log.events == []
+    assert not config.folder.exists()
+
+
+def test_the_budget_leaves_what_it_has_no_time_for_and_says_so(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", methods=("zero-shot", "prefix"), budget=1e-9)
+    outcome = run_study(config)
+    assert (outcome.done, outcome.left) == ((), tuple(cell.id for cell in plan(config)))
+    told = read(config.folder / "study.json")
+    assert told["budget_minutes"] == 1e-9
+    assert f"2 of 2 runs are not done within 1e-09 minutes: {', '.join(outcome.left)}" in told["cut"]
+    assert {cell.status for cell in read_folder(config.folder).cells} == {"waiting"}
+    more = dataclasses.replace(config, budget=60.0)
+    assert len(run_study(more).done) == 2
+    assert not any("not done" in text for text in read(config.folder / "study.json")["cut"])

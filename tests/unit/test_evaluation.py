@@ -1,0 +1,353 @@
+"""Evaluation: what is scored, by groups too, what is kept of one that was stopped, and the folder that it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune import evaluation
+from prefixtune.batching import default_format, encode_examples, encode_prompts
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.evaluation import Evaluation, evaluate, references_of, summarize, with_shots, write_evaluation
+from prefixtune.generation import GenerateConfig, generate
+from prefixtune.metrics import METRICS, Unavailable, compute
+from prefixtune.report import read_folder
+from prefixtune.tasks import Example, TextFormat
+
+Make = Callable[..., Any]
+WORDS = ("a red fox", "the owl", "one hare at night", "two swans", "a", "badgers of the hill", "an otter")
+EXAMPLES = [
+    Example(
+        f"{word} {number}",
+        (f"{word} sleeps.", f"Here sleeps {word}, no {number}."),
+        groups={"parity": ("even", "odd")[number % 2], "rest": str(number % 3)},
+    )
+    for number, word in enumerate(WORDS)
+]
+CONFIG = GenerateConfig(max_new_tokens=6, batch_size=2)
+METRIC_NAMES = ("bleu", "chrf", "ter", "nist")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_backbone: Make) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def prefix(model: Any, random_prefix: Make) -> Any:
+    return random_prefix(model, 3)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes the model say these outputs; without any, its own. Returns the list of what it is asked for."""
+
+    def install(outputs: dict[str, str] | None = None) -> list[list[str]]:
+        asked: list[list[str]] = []
+
+        def count(backbone: Any, texts: list[str], *arguments: Any, **options: Any) -> list[str]:
+            asked.append(list(texts))
+            return [outputs[t] for t in texts] if outputs else generate(backbone, texts, *arguments, **options)
+
+        monkeypatch.setattr(evaluation, "generate", count)
+        return asked
+
+    return install
+
+
+SAID = {
+    example.source: text
+    for example, text in zip(
+        EXAMPLES,
+        ("a red fox sleeps.", "owl", "Here sleeps one hare at night", "swans of the hill", "", "badgers", "an otter"),
+        strict=True,
+    )
+}
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["plain", "webnlg", "summarization"])
+def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, told: Make, protocol: str):
+    told(SAID)
+    outcome = evaluate(model, EXAMPLES, config=CONFIG, protocol=protocol, metrics=METRIC_NAMES)
+    assert outcome.outputs == tuple(SAID.values())
+    assert outcome.scores == compute(
+        list(SAID.values()), [e.targets for e in EXAMPLES], protocol=protocol, metrics=METRIC_NAMES
+    )
+    assert outcome.scores["bleu"].score > 0
+    assert not outcome.scores["ter"].higher_is_better
+
+
+def test_without_names_the_protocol_says_which(model: Any, told: Make):
+    told(SAID)
+    assert [*evaluate(model, EXAMPLES, config=CONFIG, metrics=None).scores] == ["bleu", "chrf", "ter"]
+
+
+def test_outputs_are_what_generation_gives(model: Any, prefix: Any):
+    outcome = evaluate(model, EXAMPLES, prefix, config=CONFIG)
+    assert list(outcome.outputs) == generate(model, [e.source for e in EXAMPLES], prefix, config=CONFIG)
+    assert outcome.outputs != evaluate(model, EXAMPLES, config=CONFIG).outputs
+
+
+def test_a_group_scores_as_if_it_were_all_there_is(model: Any, told: Make):
+    told(SAID)
+    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES)
+    assert {name: [*groups] for name, groups in outcome.groups.items()} == {
+        "parity": ["even", "odd"],
+        "rest": ["0", "1", "2"],
+    }
+    for grouping, groups in outcome.groups.items():
+        for name, found in groups.items():
+            part = [example for example in EXAMPLES if example.groups[grouping] == name]
+            assert found.num_examples == len(part)
+            # NIST asks all references how rare a word is: those of the group.
+            alone = compute([SAID[e.source] for e in part], [e.targets for e in part], metrics=METRIC_NAMES)
+            assert found.scores.keys() == alone.keys()
+            for metric, score in alone.items():
+                assert found.scores[metric].score == pytest.approx(score.score, rel=1e-9)
+
+
+def test_intervals_hold_the_score_and_come_when_asked_for(model: Any, told: Make):
+    told(SAID)
+    for name, score in evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True).scores.items():
+        assert score.interval is not None
+        low, high = score.interval
+        assert low <= score.score <= high, name
+        assert low < high
+    assert evaluate(model, EXAMPLES, config=CONFIG).scores["bleu"].interval is None
+
+
+def test_unknown_names_are_told_before_anything_is_decoded(model: Any, told: Make):
+    asked = told()
+    with pytest.raises(ConfigError, match="'blue'") as error:
+        evaluate(model, EXAMPLES, config=CONFIG, metrics=["ter", "blue"])
+    assert error.value.hint == "did you mean 'bleu'?"
+    with pytest.raises(ConfigError, match="'webnlgg'") as error:
+        evaluate(model, EXAMPLES, config=CONFIG, protocol="webnlgg")
+    assert error.value.hint == "did you mean 'webnlg'?"
+    assert asked == []
+
+
+def test_a_metric_that_is_not_available_is_left_out_and_said(
+    model: Any, told: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def missing(texts: Any) -> Any:
+        raise Unavailable("java is not installed", "install it")
+
+    told(SAID)
+    monkeypatch.setitem(METRICS, "meteor", dataclasses.replace(METRICS["meteor"], measure=missing))
+    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=["bleu", "meteor"], intervals=True)
+    assert [*outcome.scores] == ["bleu"]
+    assert outcome.left_out == {"meteor": "java is not installed; install it"}
+    write_evaluation(tmp_path, outcome, EXAMPLES, {})
+    read = read_folder(tmp_path)
+    assert read.evaluation.left_out == outcome.left_out
+
+
+@pytest.mark.parametrize("targets", [(), ("",), (" \n",)])
+def test_an_example_without_a_text_to_compare_with_is_told(model: Any, told: Make, targets: tuple[str, ...]):
+    asked = told()
+    with pytest.raises(DataError, match=r"example 8 \('nobody'\) has no target"):
+        evaluate(model, [*EXAMPLES, Example("nobody", targets)], config=CONFIG)
+    with pytest.raises(DataError, match="no example"):
+        evaluate(model, [], config=CONFIG)
+    assert asked == []
+
+
+def test_labels_have_no_intervals(model: Any):
+    with pytest.raises(ConfigError, match="intervals are for texts"):
+        evaluate(model, [Example("good", ("yes",)), Example("bad", ("no",))], kind="classification", intervals=True)
+
+
+def test_dart_is_scored_against_the_official_references():
+    example = Example("a", ("plain",), {"official_references": ["official", "texts"]})
+    assert references_of(example, "dart") == ["official", "texts"]
+    assert references_of(example, "plain") == ["plain"]
+    assert references_of(Example("a", ("plain",)), "dart") == ["plain"]
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(count: int) -> Callable[[int], None]:
+    def on_batch(done: int) -> None:
+        if done >= count:
+            raise Killed
+
+    return on_batch
+
+
+SAMPLED = dataclasses.replace(CONFIG, temperature=1.0, seed=3)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SAMPLED], ids=["greedy", "sampled"])
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    model: Any, prefix: Any, told: Make, tmp_path: Path, config: GenerateConfig
+):
+    asked = told()
+    counts: list[int] = []
+    whole = evaluate(model, EXAMPLES, prefix, config=config, on_batch=counts.append)
+    assert counts == [2, 4, 6, 7]
+    batches = asked.copy()
+    asked.clear()
+    kept = tmp_path / "made" / "decoded.jsonl"
+    with pytest.raises(Killed):
+        evaluate(model, EXAMPLES, prefix, config=config, kept=kept, on_batch=kill_at(4))
+    assert asked == batches[:2]
+    resumed = evaluate(model, EXAMPLES, prefix, config=config, kept=kept)
+    assert asked == batches, "a batch was decoded twice, or not at all"
+    assert resumed.outputs == whole.outputs
+    assert resumed.scores == whole.scores
+    # What is complete is not decoded again, whatever scores are asked for; the time is still that of the decoding.
+    again = evaluate(model, EXAMPLES, prefix, config=config, kept=kept, metrics=["ter"])
+    assert asked == batches
+    assert again.outputs == whole.outputs
+    assert again.seconds == pytest.approx(resumed.seconds, abs=1e-4)
+    assert again.seconds > 0
+
+
+@pytest.mark.parametrize(("cut", "batches"), [(1, 0), (2, 1), (20, 1), (200, 2)])
+def test_a_line_that_a_kill_cut_off_is_decoded_again(model: Any, told: Make, tmp_path: Path, cut: int, batches: int):
+    asked = told()
+    kept = tmp_path / "decoded.jsonl"
+    whole = evaluate(model, EXAMPLES, config=CONFIG, kept=kept)
+    kept.write_bytes(kept.read_bytes()[:-cut])
+    asked.clear()
+    assert evaluate(model, EXAMPLES, config=CONFIG, kept=kept).outputs == whole.outputs
+    assert len(asked) == batches
+    asked.clear()
+    assert evaluate(model, EXAMPLES, config=CONFIG, kept=kept).outputs == whole.outputs
+    assert asked == []
+
+
+def test_outputs_of_another_evaluation_are_refused(
+    model: Any, prefix: Any, random_prefix: Make, tiny_backbone: Make, tmp_path: Path
+):
+    kept = tmp_path / "decoded.jsonl"
+    evaluate(model, EXAMPLES[:2], prefix, config=CONFIG, kept=kept)
+    before = kept.read_bytes()
+    tuned = tiny_backbone("llama")
+    with torch.no_grad():
+        tuned.model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+    others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "prefix": ((model, EXAMPLES[:2], random_prefix(model, 3, seed=1)), {}),
+        "no prefix": ((model, EXAMPLES[:2]), {}),
+        "weights": ((tuned, EXAMPLES[:2], prefix), {}),
+        "more data": ((model, EXAMPLES[:3], prefix), {}),
+        "other data": ((model, EXAMPLES[1:3], prefix), {}),
+        "decoding": ((model, EXAMPLES[:2], prefix), {"config": dataclasses.replace(CONFIG, num_beams=2)}),
+        "format": ((model, EXAMPLES[:2], prefix), {"text_format": TextFormat("{source}:")}),
+    }
+    for name, (arguments, changes) in others.items():
+        with pytest.raises(ConfigError, match="decoded otherwise") as error:
+            evaluate(*arguments, kept=kept, **{"config": CONFIG, **changes})
+        assert "another output folder" in error.value.hint, name
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_model_is_told_apart_too(tiny_backbone: Make, tmp_path: Path, kind: str):
+    pytest.importorskip("torchao")
+    from prefixtune.pretrained import silence
+    from prefixtune.variants import quantize
+
+    kept = tmp_path / "decoded.jsonl"
+    model = tiny_backbone("llama")
+    whole = evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept)
+    with silence():
+        quantize(model.model, kind)
+    with pytest.raises(ConfigError, match="decoded otherwise"):
+        evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept)
+    kept.unlink()
+    assert len(evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept).outputs) == len(whole.outputs)
+
+
+# --- shots -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [None, TextFormat("Data: {source}{separator}", "Text: {target}\n")])
+def test_shots_are_the_texts_of_training(model: Any, form: TextFormat | None):
+    form = form or default_format(model)
+    shown = [Example("one fox", ("A fox.", "One fox.")), Example("an owl", ("An owl.",))]
+    prompt = encode_prompts(model, with_shots(form, shown, model.separator, model.end), ["a hare"])[0]
+    trained = encode_examples(model, [*shown, Example("a hare", ("?",))], form, prefix_length=0).examples
+    first, second, last = ((list(example.prompt), list(example.targets[0])) for example in trained)
+    assert list(prompt) == [*first[0], *first[1], *second[0], *second[1], *last[0]]
+
+
+def test_shots_leave_the_target_alone():
+    form = TextFormat("{source} =", " {target};")
+    shown = with_shots(form, [Example("1+1", ("2",))], "", ".")
+    assert shown.target == form.target
+    assert shown.extract_target(" 5;") == "5"
+    assert with_shots(form, [], "", ".") == form
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def strict(text: str) -> Any:
+    """Read JSON as its standard has it: without NaN and infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_folder_is_valid_and_readable_by_reports(model: Any, told: Make, tmp_path: Path):
+    told(SAID)
+    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True)
+    facts = {
+        "title": "a title",
+        "task": "toy",
+        "data": "held_out",
+        "split": None,
+        "method": "prefix",
+        "backbone": "tiny",
+        "prefix": None,
+        "settings": {"decoding": dataclasses.asdict(CONFIG)},
+    }
+    write_evaluation(tmp_path / "new", outcome, EXAMPLES, facts)
+    told_of = strict((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8"))
+    assert told_of["kind"] == "evaluation"
+    assert told_of["settings"]["decoding"]["max_new_tokens"] == 6
+    assert told_of["versions"]["torch"]
+    assert told_of["machine"]["cores"] >= 1
+    assert {key: told_of[key] for key in summarize(outcome)} == json.loads(json.dumps(summarize(outcome)))
+    rows = [strict(line) for line in (tmp_path / "new" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows[1] == {
+        "number": 1,
+        "source": "the owl 1",
+        "references": ["the owl sleeps.", "Here sleeps the owl, no 1."],
+        "output": "owl",
+        "groups": {"parity": "odd", "rest": "1"},
+    }
+    read = read_folder(tmp_path / "new").evaluation
+    assert (read.title, read.task, read.data, read.num_examples) == ("a title", "toy", "held_out", len(EXAMPLES))
+    assert [output.output for output in read.outputs] == list(outcome.outputs)
+    for name, score in outcome.scores.items():
+        assert (read.scores[name].score, read.scores[name].interval) == (score.score, score.interval)
+        assert read.scores[name].higher_is_better == score.higher_is_better
+    assert read.groups["rest"]["2"].num_examples == 2
+
+
+def test_texts_of_any_script_and_with_line_ends_stay_one_line_each(tmp_path: Path):
+    outputs = ("zwei\nZeilen", "\u2028 und \x85", "ключ \U0001f98a")
+    examples = [Example(text, (text,)) for text in outputs]
+    write_evaluation(tmp_path, Evaluation({}, outputs), examples, {})
+    rows = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [strict(row)["output"] for row in rows] == list(outputs)
+    assert [output.output for output in read_folder(tmp_path).evaluation.outputs] == list(outputs)

@@ -1,0 +1,197 @@
+"""A study's configuration: defaults of each study, files and flags, learning rates, and all faults at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.config import TrainConfig, default_learning_rate
+from prefixtune.errors import ConfigError
+from prefixtune.study import STUDIES, StudyConfig, plan
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "studies").glob("*.toml"))
+
+
+def told(name: str = "methods", **values: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        StudyConfig.from_mapping(name, values)
+    assert error.value.hint
+    return error.value.message
+
+
+def test_the_papers_studies_are_there():
+    assert [*STUDIES] == ["methods", "low-data", "unseen", "length", "initialization", "position"]
+    low = StudyConfig.from_mapping("low-data", {})
+    # Li & Liang 2021, section 6.3: five subsets of each size, two seeds, a development set of 30 %.
+    assert (low.sizes, low.subsets, low.seeds, low.dev_share) == ((50, 100, 200, 500), 5, 2, 0.3)
+    assert StudyConfig.from_mapping("unseen", {}).task == "webnlg"
+    for name, kind in STUDIES.items():
+        config = StudyConfig.from_mapping(name, {})
+        assert config.folder == Path(f"runs/{name}")
+        assert all(getattr(config, key) == value for key, value in kind.defaults.items())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_files_that_come_with_the_project_are_sound(path: Path):
+    name = path.stem.replace("_", "-")
+    config = StudyConfig.from_toml(name, path)
+    for key, value in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        stored = config.to_dict()[key]
+        assert stored == value, key
+    assert plan(config)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_study(tmp_path: Path):
+    path = tmp_path / "study.toml"
+    path.write_text("sizes = [20, 30]\nsubsets = 2\ndev_share = 1\n[train_settings.full]\nbatch_size = 4\n")
+    config = StudyConfig.from_toml("low-data", path, {"sizes": "40, 50", "methods": "full"})
+    assert (config.sizes, config.methods, config.subsets, config.seeds) == ((40, 50), ("full",), 2, 2)
+    assert config.dev_share == 1.0
+    assert config.settings_of("full") == {"batch_size": 4}
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("sizes = [", "is no TOML", "task"),
+        ("name = 'length'", "of the study 'length', but 'methods' was asked for", "its own file"),
+        ("sizs = [1]", "unknown key 'sizs' (did you mean 'sizes'?)", "--help"),
+    ],
+)
+def test_a_wrong_file_is_told_by_name(tmp_path: Path, text: str, message: str, hint: str):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        StudyConfig.from_toml("methods", path)
+    assert message in error.value.message
+    assert "study.toml" in error.value.message
+    assert hint in error.value.hint
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        StudyConfig.from_toml("methods", tmp_path / "nowhere.toml")
+
+
+def test_an_unknown_study():
+    with pytest.raises(ConfigError, match="'lenght'") as error:
+        StudyConfig.from_mapping("lenght", {})
+    assert error.value.hint == "did you mean 'length'?"
+
+
+def test_keys_and_types_that_are_wrong_are_all_told():
+    message = told(sizs=[1], tries="three", sizes=[1.5], methods=3, lengths="1,x", keep_weights=1, train_settings=2)
+    for fault in (
+        "unknown key 'sizs' (did you mean 'sizes'?)",
+        "tries is 'three', but must be of type int",
+        "sizes is [1.5], but must be a list of whole numbers, as in 50,100",
+        "methods is 3, but must be a list of names",
+        "lengths is '1,x', but must be a list of whole numbers, as in 50,100",
+        "keep_weights is 1, but must be of type bool",
+        "train_settings is 2, but must be a table",
+    ):
+        assert fault in message
+    assert "sizes is [True]" in told(sizes=[True])
+
+
+def test_values_that_are_wrong_are_all_told():
+    message = told(
+        task="e2ee",
+        methods=["prefix", "lorra", "prefix:3", "adapter:", "lora:0", "full:2"],
+        starts=["tasks"],
+        sizes=[-1],
+        lengths=[0],
+        tries=0,
+        budget=float("nan"),
+        dev_share=-0.5,
+        sample="sentences",
+        steps_by_size={"many": 3, "50": 0},
+        learning_rates={"lorra": [1e-3], "full": ["a"], "prefix": [], "top": [1e-3, 1e-3]},
+        train_settings={"batch_sice": 3, "reparameterization": "mpl", "seed": 1, "quantize": "int8", "full": 3},
+    )
+    for fault in (
+        "no task 'e2ee' (did you mean 'e2e'?)",
+        "methods has 'lorra' (did you mean 'lora'?)",
+        "methods has 'prefix:3', but a size goes with top, adapter and lora",
+        "methods has 'adapter:', but",
+        "methods has 'lora:0', but",
+        "methods has 'full:2', but",
+        "starts has 'tasks' (did you mean 'task'?)",
+        "sizes is [-1], but each must be at least 0",
+        "lengths is [0], but each must be at least 1",
+        "tries is 0, but must be at least 1",
+        "budget is nan, but must be at least 0",
+        "dev_share is -0.5, but must be at least 0",
+        "sample is 'sentences', but must be pairs or sources",
+        "steps_by_size has 'many' = 3",
+        "steps_by_size has '50' = 0",
+        "learning_rates has 'lorra' (did you mean 'lora'?)",
+        "learning_rates.full is ['a'], but must be a list of positive numbers",
+        "learning_rates.prefix is []",
+        "learning_rates.top is [0.001, 0.001], but must be a list of positive numbers, none twice",
+        "train_settings has the unknown key 'batch_sice' (did you mean 'batch_size'?)",
+        "reparameterization is 'mpl', but must be one of none, mlp, residual (did you mean 'mlp'?)",
+        "train_settings has 'seed', which is the study's own affair",
+        "train_settings has 'quantize', which is the study's own affair",
+        "train_settings.full is 3, but must be a table",
+    ):
+        assert fault in message, fault
+    assert message.count("batch_sice") == 1, "a fault of all methods is told once"
+
+
+@pytest.mark.parametrize("name", ["methods", "starts", "sizes", "lengths"])
+def test_lists_hold_something_and_nothing_twice(name: str):
+    value = {"methods": "full", "starts": "task"}.get(name, 3)
+    assert "must have at least one value" in told(**{name: [value, value]})
+    assert "must have at least one value" in told(**{name: []})
+
+
+def test_a_study_is_of_a_task_that_generates():
+    assert "'classification' is for classification; studies are for tasks that generate" in told(task="classification")
+
+
+def test_rates_are_tried_around_the_default_as_many_for_each_method():
+    config = StudyConfig.from_mapping("methods", {"tries": 3, "methods": ["prefix", "full", "adapter:8"]})
+    for method, usual in (("prefix", "residual"), ("full", "full"), ("adapter:8", "adapter")):
+        low, middle, high = config.rates(method)
+        assert middle == default_learning_rate(usual)
+        assert (middle / low, high / middle) == pytest.approx((3, 3), rel=0.02)
+    assert StudyConfig.from_mapping("methods", {"tries": 1}).rates("lora") == (default_learning_rate("lora"),)
+    low, high = StudyConfig.from_mapping("methods", {"tries": 2}).rates("lora")
+    assert low == default_learning_rate("lora") < high
+    bare = StudyConfig.from_mapping("methods", {"train_settings": {"reparameterization": "none"}, "tries": 1})
+    assert bare.rates("prefix") == (default_learning_rate("none"),)
+
+
+def test_given_rates_are_taken_and_must_be_equally_many():
+    rates = {"prefix": [1e-3, 2e-3], "adapter": [1e-4, 1e-3], "adapter:8": [5e-4, 5e-3]}
+    config = StudyConfig.from_mapping(
+        "methods", {"methods": ["prefix", "adapter:4", "adapter:8"], "learning_rates": rates}
+    )
+    assert config.rates("adapter:4") == (1e-4, 1e-3)
+    assert config.rates("adapter:8") == (5e-4, 5e-3)
+    unequal = {"methods": ["prefix", "full", "zero-shot"], "learning_rates": {"full": [1e-4]}, "tries": 3}
+    assert "a comparison needs the same for each" in told(**unequal)
+    assert StudyConfig.from_mapping("methods", {**unequal, "tries": 1})
+
+
+def test_settings_are_for_all_runs_or_for_one_method():
+    settings = {"batch_size": 8, "full": {"batch_size": 2}, "adapter": {"max_steps": 5}}
+    config = StudyConfig.from_mapping("methods", {"train_settings": settings})
+    assert config.settings_of("prefix") == {"batch_size": 8}
+    assert config.settings_of("full") == {"batch_size": 2}
+    assert config.settings_of("adapter:16") == {"batch_size": 8, "max_steps": 5, "method_size": 16}
+    for method in config.methods[:-2]:
+        assert TrainConfig(**config.settings_of(method))
+
+
+def test_planning_needs_no_torch():
+    code = (
+        "import sys; from prefixtune.study import StudyConfig, plan; plan(StudyConfig()); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
