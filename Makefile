@@ -46,9 +46,11 @@ check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
 
-system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium (to test the report), where they are missing
+system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium and nginx (to test pages and replicas), where they are missing
 	@command -v java >/dev/null || $(call apt,default-jre-headless,METEOR and CIDEr are left out)
 	@command -v chromium >/dev/null || $(call apt,chromium,the test of the report in a browser is skipped)
+
+	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || $(call apt,nginx-light,the test of two replicas is skipped)
 
 # Where apt or the right to use it is missing, say what follows from it and go on.
 apt = { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) \

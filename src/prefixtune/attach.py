@@ -50,6 +50,7 @@ __all__ = [
     "cache_argument",
     "check_fits",
     "checkpointing",
+    "cuts_empty_layers",
     "forward",
     "growing_cache",
     "injecting",
@@ -878,6 +879,18 @@ def growing_cache(model: Any) -> Any:
     cache = DynamicCache(config=model.config)
     cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
     return cache
+
+
+@functools.cache
+def cuts_empty_layers() -> bool:
+    """Whether transformers can shorten a cache of which some layers were never filled; 5.20 cannot."""
+    from transformers.cache_utils import DynamicLayer
+
+    try:
+        DynamicLayer().crop(-1)
+    except (TypeError, AttributeError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

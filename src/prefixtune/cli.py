@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from prefixtune import __version__
-from prefixtune.commands import demo, evaluate, examine, generate, report, score, study, tasks, train
+from prefixtune.commands import demo, evaluate, examine, generate, report, score, serve, study, tasks, train
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError, PrefixError, did_you_mean
@@ -96,6 +96,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     _prepare(command)
     _train(command)
     _generate(command)
+    _serve(command)
     _evaluate(command)
     _score(command)
     _tasks(command)
@@ -238,6 +239,21 @@ examples:
     parser.add_argument("--stream", action="store_true", help="print pieces as they come (one text)")
     _json_and_quiet(parser, "one object a text")
     _decoding(parser)
+
+
+def _serve(command: _Command) -> None:
+    parser = command(
+        "serve",
+        serve.serve,
+        "serve one model and many prefixes over HTTP, as OpenAI's interface",
+        """
+
+examples:
+  prefixtune serve --prefixes prefixes
+  prefixtune serve --config serve.toml --host 0.0.0.0
+  prefixtune serve --new-key alice""",
+    )
+    serve.add_arguments(parser)
 
 
 def _evaluate(command: _Command) -> None:

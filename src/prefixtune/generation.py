@@ -524,6 +524,14 @@ def _check_guessing(backbone: Backbone, config: GenerateConfig, assistant: Backb
                 f"{assistant.name!r} cannot assist {backbone.name!r}: its kind or its vocabulary differs.",
                 hint="choose a smaller model of the same family.",
             )
+        if assistant.kind == "encoder-decoder" and not attach.cuts_empty_layers():
+            told = getattr(assistant.model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+            if told > len(assistant.geometry.get("decoder", ())):
+                raise ConfigError(
+                    f"this transformers cannot guess with {assistant.name!r}, whose decoder has fewer layers than its "
+                    "encoder.",
+                    hint="upgrade transformers to 5.24, or leave the assistant out.",
+                )
     if config.compile and backbone.layout.cache_layers is None:
         raise ConfigError(
             f"decoding with {backbone.name!r} puts the prefix into every step, which is not compiled.",

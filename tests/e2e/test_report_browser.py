@@ -1,123 +1,18 @@
-"""The report in a real browser: headless Chromium, driven over its DevTools pipe."""
+"""The report in a real browser."""
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from browser import CHROMIUM, NO_CHROMIUM, Browser
 from made_up_runs import evaluation, examples, length_study, low_data_study, methods_study, write_lines
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH; on Debian: apt install chromium")
-
-# Chromium reads commands from file descriptor 3 and answers on 4.
-LAUNCH = """
-import fcntl, os, sys
-read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
-os.dup2(read, 3)
-os.dup2(write, 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-
-
-class Browser:
-    """One page in a headless browser."""
-
-    def __init__(self, profile: Path) -> None:
-        commands_out, self._commands = os.pipe()
-        self._answers, answers_in = os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
-        flags += ["--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(commands_out), str(answers_in), str(CHROMIUM), *flags],
-            pass_fds=(commands_out, answers_in),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(commands_out)
-        os.close(answers_in)
-        self._buffer = b""
-        self._number = 0
-        self._session: str | None = None
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._receive()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, answer
-                result: dict[str, Any] = answer["result"]
-                return result
-            self.events.append(answer)
-
-    def _receive(self) -> dict[str, Any]:
-        deadline = time.monotonic() + 60
-        while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._answers], [], [], max(0, deadline - time.monotonic()))
-            assert ready, "the browser does not answer"
-            data = os.read(self._answers, 1 << 20)
-            assert data, "the browser has gone"
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def open(self, path: Path, *, width: int = 1280, scheme: str = "light", scripts: bool = True) -> None:
-        """Load a file, at a width and in a color scheme."""
-        self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
-        )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._receive())
-
-    def value(self, expression: str) -> Any:
-        """What a piece of JavaScript gives."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def press(self, key: str, code: int) -> None:
-        for kind in ("keyDown", "keyUp"):
-            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
-
-    def complaints(self) -> list[Any]:
-        """Errors and warnings in the console, and exceptions."""
-        kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-        return [event["params"] for event in self.events if event["method"] in kinds]
-
-    def requests(self) -> list[str]:
-        sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
-        return [event["params"]["request"]["url"] for event in sent]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._commands)
-        os.close(self._answers)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 
 @pytest.fixture(scope="module")

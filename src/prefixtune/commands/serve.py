@@ -1,0 +1,85 @@
+"""`prefixtune serve`: one model and many prefixes over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from prefixtune.console import Console
+from prefixtune.errors import ConfigError
+
+__all__ = ["add_arguments", "serve"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `prefixtune serve` takes."""
+    from prefixtune.server.config import ENVIRONMENT, ServeConfig
+
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"TOML file with the keys below, and tables [keys.NAME]; variables such as {ENVIRONMENT}PORT win over it, "
+        "and flags over both",
+    )
+    parser.add_argument(
+        "--new-key", metavar="NAME", nargs="?", const="me", help="make an API key, print it and its table, and exit"
+    )
+    parser.add_argument("--quiet", action="store_true", help="only errors on stderr; the log on stdout has its level")
+    hints = get_type_hints(ServeConfig)
+    groups: dict[str, Any] = {}
+    for each in dataclasses.fields(ServeConfig):
+        if each.name == "keys":
+            continue
+        name = each.metadata["group"]
+        group = groups[name] = groups.get(name) or parser.add_argument_group(name)
+        flag, kind = f"--{each.name.replace('_', '-')}", hints[each.name]
+        text = each.metadata["help"] + (f" (default: {each.default})" if each.default not in ("", 0, ()) else "")
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        elif get_origin(kind) is Literal:
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar="{" + ",".join(get_args(kind)) + "}", help=text)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}.get(kind, "A,B,...")
+            number = kind if kind in (int, float) else str
+            group.add_argument(flag, type=number, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """`prefixtune serve`."""
+    from prefixtune.server.config import ServeConfig
+
+    if options.new_key is not None:
+        return _new_key(options.new_key)
+    names = {each.name for each in dataclasses.fields(ServeConfig)}
+    flags = {name: value for name, value in vars(options).items() if name in names}
+    config = ServeConfig.from_sources(options.config, os.environ, flags)
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+
+        from prefixtune.server.serving import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise ConfigError(
+            f"serving needs {error.name}, which is not installed.", hint='pip install "prefixtune[serve]"'
+        ) from error
+    return run(config, Console(quiet=options.quiet))
+
+
+def _new_key(name: str) -> int:
+    import json
+
+    from prefixtune.server.keys import hash_key, new_key
+
+    key = new_key()
+    print(f"key, to be given to its user; it is not stored anywhere:\n\n    {key}\n")
+    print("table, for the file of --config:\n")
+    print(f'    [keys.{json.dumps(name)}]\n    hash = "{hash_key(key)}"')
+    print(
+        '    prefixes = ["*"]              # patterns of model names\n    requests_per_minute = 0       # 0: any number'
+    )
+    print("    concurrent = 0                # requests at once; 0: any number\n    admin = false")
+    return 0

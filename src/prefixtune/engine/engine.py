@@ -1,0 +1,384 @@
+"""The engine: requests in, pieces of text out, one step of the model at a time.
+
+Every step computes the next token of all running texts, and pieces of new prompts beside them, in one forward pass over
+one row. Requests join and leave between steps; each has its own prefix, or none.
+
+    engine = Engine(backbone)
+    engine.add(Request(prompt, prefix))
+    while engine.busy:
+        for output in engine.step():
+            print(output.text)
+
+`add` and `cancel` may be called from any thread; `step` from one at a time.
+
+In float32 a greedy text is the same alone and in any mix, token for token. In bfloat16, sums are rounded otherwise when
+a product has other rows beside, which may turn a close choice between two tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prefixtune import attach
+from prefixtune.attach import check_fits
+from prefixtune.backbone import Backbone
+from prefixtune.engine.request import FullError, Output, Request, TextSoFar, Token, TokenSequence
+from prefixtune.engine.sampler import choose
+from prefixtune.engine.scheduler import Scheduler, Work
+from prefixtune.engine.slots import SlotCache, Span, Step
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+
+__all__ = ["Engine", "EngineConfig", "RunningText"]
+
+_ENOUGH = 4096
+"""Positions of a slot where the backbone names no limit."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much the engine does at once.
+
+    Attributes:
+        num_slots: Texts that run at once.
+        max_length: Most positions of a text, prefix included; 0: the backbone's.
+        prefill_tokens: Most prompt tokens computed in a step beside the running texts: bounds how long a long prompt
+            holds them up.
+        max_waiting: Texts that may wait for a slot; a request beyond them is refused.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    num_slots: int = 32
+    max_length: int = 0
+    prefill_tokens: int = 256
+    max_waiting: int = 10_000
+
+    def __post_init__(self) -> None:
+        least = {"num_slots": 1, "max_length": 0, "prefill_tokens": 1, "max_waiting": 1}
+        faults = [
+            f"{name} is {getattr(self, name)}, but must be at least {low}"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
+        if faults:
+            raise ConfigError("; ".join(faults) + ".", hint="leave the option out to have its default.")
+
+
+@dataclass(frozen=True)
+class RunningText:
+    """A text that has a slot.
+
+    Attributes:
+        slot: Which.
+        request: The request's id.
+        index: Which of its texts.
+        tenant: For whom.
+        prefix_name: What its prefix is called; empty: nobody said, or it has none.
+        prompt_tokens: Of the prompt.
+        computed: Of prompt and text: how many have their keys and values in the slot.
+        new_tokens: Written so far.
+    """
+
+    slot: int
+    request: str
+    index: int
+    tenant: str
+    prefix_name: str
+    prompt_tokens: int
+    computed: int
+    new_tokens: int
+
+
+class Engine:
+    """Continuous batching over one frozen decoder-only model.
+
+    Args:
+        backbone: The model.
+        config: How much at once.
+
+    Attributes:
+        batch_size: Texts that the last step computed something of.
+
+    Raises:
+        BackboneError: The model's texts cannot stand side by side in one row.
+    """
+
+    def __init__(self, backbone: Backbone, config: EngineConfig | None = None) -> None:
+        self.backbone, self.config = backbone, config or EngineConfig()
+        if backbone.kind != "decoder" or not backbone.layout.packable:
+            raise BackboneError(
+                f"{backbone.name!r} (kind {backbone.kind}) cannot run texts side by side in one row.",
+                hint="use `generate`, which batches whole requests.",
+            )
+        limits = (self.config.max_length, backbone.max_positions, _steady_length(backbone))
+        self.max_length = min((limit for limit in limits if limit), default=_ENOUGH)
+        self.cache = SlotCache(
+            backbone.geometry["decoder"],
+            self.config.num_slots,
+            self.max_length,
+            backbone.dtype,
+            backbone.device,
+        )
+        self.scheduler = Scheduler(self.config.num_slots, self.config.prefill_tokens)
+        self.batch_size = 0
+        self._vocabulary = int(backbone.model.get_input_embeddings().weight.shape[0])
+        self._sequences: dict[str, list[TokenSequence]] = {}
+        self._lock = threading.Lock()
+        self._cancelled: dict[str, str] = {}
+
+    # --- what others ask ----------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            FullError: Too many texts wait.
+            RequestError: It does not fit a slot, names tokens that the model does not have, its prefix is an infix, or
+                its id is in use.
+            BackboneError: Its prefix does not fit the backbone.
+        """
+        if request.prefix is not None:
+            check_fits(request.prefix, self.backbone.geometry, self.backbone.name)
+            if request.prefix.placement != "front":
+                raise RequestError(
+                    f"the prefix stands as {request.prefix.placement}, which the engine does not serve.",
+                    hint="use `generate` for it.",
+                )
+        stop = request.sampling.stop
+        made = [TokenSequence(request, index, TextSoFar(self.backbone.decode, stop)) for index in range(request.n)]
+        if made[0].positions_needed > self.max_length:
+            raise RequestError(
+                f"the request needs {request.prefix_length} (prefix) + {len(request.prompt)} (text) + "
+                f"{request.sampling.max_new_tokens} (new) positions, but {self.max_length} are there.",
+                hint="shorten the text or lower max_new_tokens.",
+            )
+        # In a step with others, an unknown token would fail them all.
+        unknown = [token for token in (*request.prompt, *request.sampling.banned) if not 0 <= token < self._vocabulary]
+        if unknown:
+            raise RequestError(
+                f"there is no token {unknown[0]}: the model has {self._vocabulary:,}.",
+                hint="encode the text with the backbone's own tokenizer.",
+            )
+        with self._lock:
+            if request.id in self._sequences:
+                raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
+            waiting = self.scheduler.num_waiting
+            if waiting + request.n > self.config.max_waiting:
+                raise FullError(
+                    f"{waiting} texts wait already, and {self.config.max_waiting} may.", hint="try again later."
+                )
+            self._sequences[request.id] = made
+            self.scheduler.add(made)
+
+    def cancel(self, request_id: str, reason: str = "cancelled") -> None:
+        """Give a request up: its slots are free before the next step. Unknown names are passed over."""
+        with self._lock:
+            if request_id in self._sequences:
+                self._cancelled.setdefault(request_id, reason)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        """Texts that have a slot."""
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Texts that wait for one."""
+        return self.scheduler.num_waiting
+
+    def running_texts(self) -> tuple[RunningText, ...]:
+        """The texts that have a slot, by slot."""
+        with self._lock:
+            running = sorted(self.scheduler.running, key=lambda sequence: sequence.slot)
+            return tuple(
+                RunningText(
+                    s.slot,
+                    s.request.id,
+                    s.index,
+                    s.request.tenant,
+                    s.request.prefix_name,
+                    len(s.request.prompt),
+                    s.computed,
+                    s.num_new,
+                )
+                for s in running
+            )
+
+    def run(self, requests: Sequence[Request]) -> list[list[Output]]:
+        """Do some requests to their end.
+
+        Returns:
+            For each request and each of its texts in order, one `Output` with everything.
+
+        Raises:
+            PrefixError: As `add`; then none of them is done.
+        """
+        added: list[str] = []
+        try:
+            for request in requests:
+                self.add(request)
+                added.append(request.id)
+        except PrefixError:
+            for name in added:
+                self.cancel(name)
+            raise
+        pieces: dict[tuple[str, int], list[Output]] = {}
+        while self.busy:
+            for output in self.step():
+                pieces.setdefault((output.request, output.index), []).append(output)
+        return [[_joined(pieces[request.id, index]) for index in range(request.n)] for request in requests]
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Compute one step; returns what it brought.
+
+        A text whose prefix cannot be put into its slot, for which memory does not suffice or whose logits are not
+        finite, ends with `error`, and no other does. If the model fails, every text of the step ends so, and the engine
+        goes on with the others.
+        """
+        with self._lock:
+            outputs = self._drop_cancelled()
+            admitted = self.scheduler.admit()
+        for sequence in admitted:
+            try:
+                if sequence.request.prefix is not None:
+                    self.cache.put(sequence.slot, sequence.request.prefix)
+            except Exception as error:
+                outputs.append(self._fail(sequence, error))
+        with self._lock:
+            singles, prompts = self.scheduler.plan()
+        singles, prompts = self._make_room(singles, outputs), self._make_room(prompts, outputs)
+        self.batch_size = len(singles) + len(prompts)
+        if not self.batch_size:
+            return outputs
+        try:
+            logits = self._compute(singles, prompts)
+            decided = [work.sequence for work in (*singles, *prompts) if work.wants_logits]
+            tokens = choose(logits, decided, self.backbone.end_id) if decided else []
+        except Exception as error:
+            return outputs + [self._fail(work.sequence, error) for work in (*singles, *prompts)]
+        for work in (*singles, *prompts):
+            work.sequence.computed += work.count
+        return outputs + [self._take(sequence, token) for sequence, token in zip(decided, tokens, strict=True)]
+
+    def _make_room(self, works: Sequence[Work], outputs: list[Output]) -> list[Work]:
+        """Let the slots grow where a text needs it; a text for which memory does not suffice ends."""
+        kept = []
+        for work in works:
+            sequence = work.sequence
+            try:
+                self.cache.reserve(sequence.request.prefix_length + sequence.computed + work.count)
+                kept.append(work)
+            except Exception as error:
+                outputs.append(self._fail(sequence, error))
+        return kept
+
+    def _compute(self, singles: Sequence[Work], prompts: Sequence[Work]) -> torch.Tensor:
+        """The logits after every piece that ends its text so far."""
+        ids: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []
+        spans = []
+        for work in (*singles, *prompts):
+            sequence, first = work.sequence, work.sequence.computed
+            start = sequence.request.prefix_length + first
+            ids.extend(sequence.ids[first : first + work.count])
+            positions.extend(range(start, start + work.count))
+            spans.append(Span(sequence.slot, start, work.count, sequence.request.prefix_length))
+            if work.wants_logits:
+                ends.append(len(ids) - 1)
+        step = Step(self.cache, spans[: len(singles)], spans[len(singles) :])
+        device = self.backbone.device
+        chosen = torch.tensor(ends or [len(ids) - 1], device=device)
+        keeps = chosen if self.backbone.chooses_logits else None
+        with self.backbone.computing():
+            logits = attach.serve(
+                self.backbone.model,
+                self.backbone.layout,
+                torch.tensor([ids], device=device),
+                torch.tensor([positions], device=device),
+                step,
+                keeps,
+            )[0]
+        return logits if keeps is not None else logits[chosen]
+
+    def _take(self, sequence: TokenSequence, token: Token | str) -> Output:
+        """Add a chosen token to a text, or end it where there is none."""
+        rules, text = sequence.request.sampling, sequence.text
+        if isinstance(token, str):
+            return self._finish(sequence, "error", error=token)
+        if token.id == self.backbone.end_id:
+            return self._finish(sequence, "stop", (), text.end())
+        sequence.ids.append(token.id)
+        piece = text.add(token.id)
+        if text.stopped:
+            return self._finish(sequence, "stop", (token,), piece)
+        if sequence.num_new >= rules.max_new_tokens:
+            return self._finish(sequence, "length", (token,), piece + text.end())
+        return Output(sequence.request.id, sequence.index, (token,), piece)
+
+    def _finish(
+        self, sequence: TokenSequence, reason: str, tokens: tuple[Token, ...] = (), text: str = "", error: str = ""
+    ) -> Output:
+        with self._lock:
+            self._end(sequence, reason)
+            name = sequence.request.id
+            if all(each.finished for each in self._sequences.get(name, ())):
+                self._sequences.pop(name, None)
+                self._cancelled.pop(name, None)
+        return Output(sequence.request.id, sequence.index, tokens, text, reason, error)
+
+    def _end(self, sequence: TokenSequence, reason: str) -> None:
+        """Mark a text as ended and free its slot; the lock is held."""
+        sequence.finished = reason
+        if sequence.slot >= 0:
+            # A failed step may have written behind what counts as computed.
+            length = sequence.request.prefix_length + len(sequence.ids)
+            self.cache.wipe(sequence.slot, min(length, self.cache.capacity))
+        self.scheduler.release(sequence)
+
+    def _fail(self, sequence: TokenSequence, error: Exception) -> Output:
+        return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
+
+    def _drop_cancelled(self) -> list[Output]:
+        """Free the slots of requests that were given up; the lock is held."""
+        outputs = []
+        for name, reason in self._cancelled.items():
+            for sequence in self._sequences.pop(name, ()):
+                if sequence.finished is None:
+                    self._end(sequence, reason)
+                    outputs.append(Output(name, sequence.index, (), "", reason))
+        self._cancelled.clear()
+        return outputs
+
+
+def _steady_length(backbone: Backbone) -> int:
+    """Up to which length a text's rotary embedding is the same whatever others are in the row; 0: at any.
+
+    LongRoPE turns all positions of a call differently as soon as one of them is beyond what the model was first made
+    for.
+    """
+    settings = getattr(backbone.model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    # Of all layers, or by kind of layer.
+    each = [settings, *(value for value in settings.values() if isinstance(value, dict))]
+    bounds = [int(one["original_max_position_embeddings"]) for one in each if one.get("rope_type") == "longrope"]
+    return min(bounds, default=0)
+
+
+def _joined(pieces: Sequence[Output]) -> Output:
+    """All news of one text as one."""
+    last = pieces[-1]
+    tokens = tuple(token for piece in pieces for token in piece.tokens)
+    return Output(last.request, last.index, tokens, "".join(p.text for p in pieces), last.finished, last.error)

@@ -1,0 +1,113 @@
+"""Who computes what in the next step: every running text its next token, and prompts in bounded pieces beside them.
+
+A free slot goes to the tenant who holds the fewest, so that none starves another; within a tenant, first come, first
+served. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prefixtune.engine.request import TokenSequence
+
+__all__ = ["Scheduler", "Work"]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A piece of one text to be computed in a step.
+
+    Attributes:
+        sequence: The text.
+        count: How many of its tokens, from the first that is not computed yet.
+    """
+
+    sequence: TokenSequence
+    count: int
+
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the text's next token follows from it."""
+        return self.count == self.sequence.rest
+
+
+class Scheduler:
+    """Queues and slots.
+
+    Args:
+        num_slots: Texts that run at once.
+        prefill_tokens: Most prompt tokens computed in a step beside the running texts.
+    """
+
+    def __init__(self, num_slots: int, prefill_tokens: int) -> None:
+        self.prefill_tokens = prefill_tokens
+        # The tenant whose turn was longest ago comes first.
+        self.waiting: OrderedDict[str, deque[TokenSequence]] = OrderedDict()
+        self.num_waiting = 0
+        self.running: list[TokenSequence] = []
+        self.free = list(range(num_slots))
+        self._held: Counter[str] = Counter()
+
+    def add(self, sequences: Iterable[TokenSequence]) -> None:
+        """Queue texts of one request."""
+        for sequence in sequences:
+            self.waiting.setdefault(sequence.request.tenant, deque()).append(sequence)
+            self.num_waiting += 1
+
+    def admit(self) -> list[TokenSequence]:
+        """Give free slots to waiting texts; returns those that got one."""
+        admitted = []
+        while self.free and self.waiting:
+            # The first of those who hold the fewest.
+            tenant = min(self.waiting, key=self._held.__getitem__)
+            queue = self.waiting.pop(tenant)
+            sequence = queue.popleft()
+            self.num_waiting -= 1
+            if queue:
+                self.waiting[tenant] = queue
+            # The lowest free slot: running slots stay close together.
+            sequence.slot = heapq.heappop(self.free)
+            self._held[tenant] += 1
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def plan(self) -> tuple[list[Work], list[Work]]:
+        """The next step's work: texts that add one token, by slot; and pieces of prompts, the oldest first.
+
+        Up to half of the room for prompts goes to the oldest; the rest to the shortest first, which need not wait
+        behind long ones.
+        """
+        singles = sorted((s for s in self.running if s.rest == 1), key=lambda s: s.slot)
+        prompts = [s for s in self.running if s.rest > 1]
+        counts = dict.fromkeys(prompts, 0)
+        room = self.prefill_tokens
+        if prompts:
+            counts[prompts[0]] = min(prompts[0].rest, (room + 1) // 2)
+            room -= counts[prompts[0]]
+        for sequence in sorted(prompts, key=lambda s: s.rest):
+            more = min(sequence.rest - counts[sequence], room)
+            counts[sequence] += more
+            room -= more
+        return [Work(s, 1) for s in singles], [Work(s, count) for s, count in counts.items() if count]
+
+    def release(self, sequence: TokenSequence) -> None:
+        """Take a text out, wherever it is; its slot is free at once."""
+        tenant = sequence.request.tenant
+        if sequence.slot >= 0:
+            self.running.remove(sequence)
+            heapq.heappush(self.free, sequence.slot)
+            sequence.slot = -1
+            self._held[tenant] -= 1
+            if not self._held[tenant]:
+                del self._held[tenant]
+            return
+        queue = self.waiting.get(tenant)
+        if queue is not None and sequence in queue:
+            queue.remove(sequence)
+            self.num_waiting -= 1
+            if not queue:
+                del self.waiting[tenant]

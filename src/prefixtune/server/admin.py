@@ -1,0 +1,139 @@
+"""`/admin/...`: upload, list, inspect, delete and reload prefixes. For keys with the right `admin`.
+
+An upload is streamed to a hidden file beside the prefixes, checked as a whole, and only then moved into place: whoever
+looks sees the old prefix or the new one. Knows nothing of what makes a prefix good; the store does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.server.endpoint import Call, check_length, too_large
+from prefixtune.server.replies import ApiError, as_api_error, missing, reply, wrong
+
+__all__ = ["clear_uploads", "delete_prefix", "inspect_prefix", "list_prefixes", "reload_prefixes", "upload_prefix"]
+
+_UPLOAD = ".upload-"
+
+
+async def list_prefixes(call: Call) -> ASGIApp:
+    """`GET /admin/prefixes`."""
+    store = call.services.store
+    return reply({"prefixes": store.names(), "refused": store.refused, "cache": vars(store.stats)})
+
+
+async def inspect_prefix(call: Call) -> ASGIApp:
+    """`GET /admin/prefixes/{name}`."""
+    _check_known(call)
+    return reply({"name": call.name, "header": call.services.catalog.header(call.name)})
+
+
+async def delete_prefix(call: Call) -> ASGIApp:
+    """`DELETE /admin/prefixes/{name}`."""
+    _check_known(call)
+    await _in_thread(call, call.services.store.delete, call.name)
+    return Response(status_code=204)
+
+
+async def reload_prefixes(call: Call) -> ASGIApp:
+    """`POST /admin/reload`."""
+    before = set(call.services.store.names())
+    await _in_thread(call, call.services.store.reload)
+    now = set(call.services.store.names())
+    store = call.services.store
+    return reply({"added": sorted(now - before), "removed": sorted(before - now), "refused": store.refused})
+
+
+async def upload_prefix(call: Call) -> ASGIApp:
+    """`PUT` or `POST /admin/prefixes/{name}`: the file itself is the body."""
+    services, name = call.services, call.name
+    if name == services.config.model_id:
+        raise wrong(f"{name!r} is the bare backbone's name.", "name", hint="choose another one.")
+    existed = name in services.store
+    most = services.config.max_upload_mib * 2**20
+    check_length(call.request, most)
+    try:
+        with _temporary(services.store.folder) as path:
+            size = await _receive(call, path, most)
+            await _in_thread(call, services.store.put, name, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ApiError(507, "there is no space for the prefix.", code="no_space") from None
+        raise
+    call.facts |= {"prefix": name, "bytes": size}
+    return reply({"name": name, "bytes": size, "replaced": existed}, 200 if existed else 201)
+
+
+async def _receive(call: Call, path: Path, most: int) -> int:
+    """Write the body to a file; returns its size."""
+    size, patience = 0, call.services.config.client_timeout
+    stream = call.request.stream()
+    with open(path, "wb") as handle:
+        while True:
+            try:
+                async with asyncio.timeout(patience):
+                    chunk = await anext(stream, None)
+            except TimeoutError:
+                raise ApiError(408, f"nothing arrived within {patience:g} seconds.", code="body_timeout") from None
+            if chunk is None:
+                return size
+            size += len(chunk)
+            if size > most:
+                raise too_large(most)
+            # To the page cache, a piece of at most 64 KiB: not worth a thread.
+            handle.write(chunk)
+
+
+async def _in_thread(call: Call, do: Any, *given: Any) -> Any:
+    """Do something to the store, away from the event loop; its errors are told without paths."""
+    try:
+        return await asyncio.to_thread(do, *given)
+    except RequestError as error:
+        raise as_api_error(error) from None
+    except CheckpointError as error:
+        raise wrong(error.message, "file", "invalid_prefix", hint=error.hint) from None
+    except PrefixError as error:
+        raise ApiError(507, error.message, code="storage_failed") from None
+
+
+def _check_known(call: Call) -> None:
+    if call.name not in call.services.store and call.name not in call.services.store.refused:
+        raise missing("prefix", call.name, call.services.store.names())
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A hidden file in the folder, locked as long as the block runs, then removed."""
+    number, name = tempfile.mkstemp(prefix=_UPLOAD, suffix=".tmp", dir=folder)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+        os.close(number)
+
+
+def clear_uploads(folder: Path) -> int:
+    """Remove what uploads left behind whose process was killed; returns how many there were.
+
+    A file that is locked belongs to another replica that serves the same folder.
+    """
+    count = 0
+    for path in folder.glob(f"{_UPLOAD}*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            count += 1
+    return count

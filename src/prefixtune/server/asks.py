@@ -1,0 +1,365 @@
+"""Bodies of requests -> what is asked for, checked field by field.
+
+A field that is unknown is refused, with the nearest known one; one of OpenAI's that asks for nothing here is passed
+over; one that would change the output, and that this server cannot do, is refused by name. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefixtune.engine import Sampling
+from prefixtune.errors import RequestError, did_you_mean
+from prefixtune.server.replies import ApiError, wrong
+
+__all__ = ["Ask", "Limits", "parse_chat", "parse_completion", "parse_json", "parse_task"]
+
+Prompt = str | tuple[int, ...]
+
+_PASSED_OVER = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    "parallel_tool_calls",
+}
+"""Fields of OpenAI's that are about the service and not about the output."""
+
+_UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "tools": ("tools are not supported", ([],)),
+    "tool_choice": ("tools are not supported", ("none", "auto")),
+    "functions": ("functions are not supported", ([],)),
+    "function_call": ("functions are not supported", ("none", "auto")),
+    "response_format": ("only text is written", ({"type": "text"},)),
+    "logit_bias": ("tokens cannot be favoured one by one", ({},)),
+    "presence_penalty": ("use repetition_penalty", (0,)),
+    "frequency_penalty": ("use repetition_penalty", (0,)),
+    "best_of": ("use n", (1,)),
+    "echo": ("the prompt is not repeated", (False,)),
+    "suffix": ("text is written at the end only", ("",)),
+    "audio": ("only text is written", ()),
+    "modalities": ("only text is written", (["text"],)),
+    "prediction": ("outputs cannot be predicted", ()),
+    "web_search_options": ("nothing is searched", ()),
+    "reasoning_effort": ("there is no separate reasoning", ("none",)),
+    "verbosity": ("outputs are as long as they are", ("medium",)),
+}
+"""Fields that would change the output: why they are refused, and the values that ask for nothing."""
+
+_SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
+_SHARED = ("model", *_SAMPLING, "n", "stream", "stream_options", "logprobs")
+_KNOWN = {
+    "completion": {*_SHARED, "prompt"},
+    "chat": {*_SHARED, "messages", "max_completion_tokens", "top_logprobs"},
+    "task": {*_SAMPLING, "stream", "fields", "source", "format_of"},
+}
+_ROLES = ("system", "developer", "user", "assistant")
+_MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        max_tokens: Most new tokens.
+        max_texts: Most texts: prompts times n.
+    """
+
+    max_tokens: int
+    max_texts: int
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a request asks for.
+
+    Attributes:
+        model: Name of a prefix, or of the bare backbone; a task's is in its path.
+        prompts: Texts or token ids, of a completion.
+        messages: Of a chat.
+        fields: A task's own; empty where `source` is given.
+        source: A linearized text, of a task.
+        format_of: Name of the prefix whose linearization and text format the bare backbone is to be given.
+        sampling: How tokens are chosen; its `max_new_tokens` counts only where `says_length`.
+        says_length: Whether the request says how many tokens it wants at most.
+        given: Names of the sampling fields that the request has.
+        n: Texts for each prompt.
+        stream: Whether to send pieces as they come.
+        include_usage: Whether a stream tells its usage at the end.
+    """
+
+    model: str = ""
+    prompts: tuple[Prompt, ...] = ()
+    messages: tuple[dict[str, str], ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    format_of: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+    says_length: bool = False
+    given: frozenset[str] = frozenset()
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The object that a body holds.
+
+    Raises:
+        ApiError: It is no JSON, no object, or holds what is no text.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        # Half a surrogate pair is legal in JSON, but no tokenizer takes it.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise wrong("the body is nested too deeply.", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise wrong("the body holds half a surrogate pair, which is no text.", code="invalid_json") from None
+    except UnicodeDecodeError:
+        raise wrong("the body is not UTF-8.", code="invalid_json") from None
+    except ValueError as error:
+        raise wrong(f"the body is no JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise wrong("the body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def parse_completion(body: Mapping[str, Any], limits: Limits) -> Ask:
+    """A body of `/v1/completions`.
+
+    Raises:
+        ApiError: A field is wrong, unknown or unsupported; names it.
+    """
+    _check_fields(body, "completion")
+    prompts = _prompts(body.get("prompt"))
+    logprobs = _whole(body, "logprobs", 0, 20)
+    return _ask(body, limits, len(prompts), logprobs=logprobs, model=_model(body), prompts=prompts)
+
+
+def parse_chat(body: Mapping[str, Any], limits: Limits) -> Ask:
+    """A body of `/v1/chat/completions`.
+
+    Raises:
+        ApiError: A field is wrong, unknown or unsupported; names it.
+    """
+    _check_fields(body, "chat")
+    messages = _messages(body.get("messages"))
+    top = _whole(body, "top_logprobs", 0, 20)
+    if top is not None and not _truth(body, "logprobs"):
+        raise wrong("top_logprobs needs logprobs to be true.", "top_logprobs")
+    logprobs = (top or 0) if _truth(body, "logprobs") else None
+    if body.get("max_completion_tokens") is not None:
+        body = {**body, "max_tokens": body["max_completion_tokens"]}
+    return _ask(body, limits, 1, logprobs=logprobs, model=_model(body), messages=messages)
+
+
+def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) -> Ask:
+    """A body of `/v1/tasks/{prefix}`: the task's fields, and how to decode, side by side.
+
+    Args:
+        body: The object.
+        limits: What may be asked for.
+        columns: The task's own fields. One that has the name of an option is given within `fields`.
+
+    Raises:
+        ApiError: A field is wrong or unknown; names it.
+    """
+    inner, source = body.get("fields"), body.get("source")
+    beside = {name: value for name, value in body.items() if name not in _KNOWN["task"]}
+    if inner is not None and not isinstance(inner, dict):
+        raise wrong("'fields' must be an object.", "fields")
+    if inner is not None and beside:
+        name = next(iter(beside))
+        raise wrong(f"{name!r} stands beside 'fields'; all of the task's fields belong there then.", name)
+    own: Mapping[str, Any] = beside if inner is None else inner
+    for name in own:
+        if name not in columns:
+            known = [*columns, *(_KNOWN["task"] if inner is None else ())]
+            raise wrong(f"unknown field {name!r}.", name, "unknown_field", hint=did_you_mean(name, known))
+    if source is not None and not isinstance(source, str):
+        raise wrong("'source' must be a text.", "source")
+    if source is None and not own:
+        hint = f"give {', '.join(map(repr, columns))}, or 'source'." if columns else "give 'source'."
+        raise wrong("the request has none of the task's fields.", columns[0] if columns else "source", hint=hint)
+    if source is not None and own:
+        raise wrong("give either 'source' or the task's fields, not both.", "source")
+    format_of = body.get("format_of") or ""
+    if not isinstance(format_of, str):
+        raise wrong("'format_of' must be the name of a prefix.", "format_of")
+    # Without a word on it the likeliest text is wanted, as in the task's evaluation.
+    decoding = {"temperature": 0.0, **{name: body[name] for name in _SAMPLING if body.get(name) is not None}}
+    shared = {**decoding, "stream": body.get("stream")}
+    return _ask(shared, limits, 1, fields=own, source=source, format_of=format_of)
+
+
+# --- parts of a body --------------------------------------------------------------------------------------------------
+
+
+def _ask(body: Mapping[str, Any], limits: Limits, count: int, *, logprobs: int | None = None, **more: Any) -> Ask:
+    n = _whole(body, "n", 1, limits.max_texts) or 1
+    if count * n > limits.max_texts:
+        raise wrong(f"{count} prompts times n = {n} are more than {limits.max_texts} texts.", "n")
+    length = _whole(body, "max_tokens", 1, limits.max_tokens)
+    least = _whole(body, "min_tokens", 0, limits.max_tokens) or 0
+    if length is not None and least > length:
+        raise wrong(f"min_tokens is {least}, which is more than max_tokens ({length}).", "min_tokens")
+    temperature = _number(body, "temperature", 0, 2)
+    stream = _truth(body, "stream")
+    try:
+        sampling = Sampling(
+            max_new_tokens=length or limits.max_tokens,
+            min_new_tokens=least,
+            temperature=1.0 if temperature is None else temperature,
+            top_p=_number(body, "top_p", 0, 1, above=True) or 1.0,
+            top_k=_whole(body, "top_k", 0, 1_000_000) or 0,
+            repetition_penalty=_number(body, "repetition_penalty", 0, 10, above=True) or 1.0,
+            seed=_whole(body, "seed", -(2**63), 2**63 - 1),
+            stop=_stop(body.get("stop")),
+            logprobs=logprobs,
+        )
+    except RequestError as error:
+        raise wrong(error.message, hint=error.hint) from None
+    return Ask(
+        sampling=sampling,
+        says_length=length is not None,
+        given=frozenset(name for name in _SAMPLING if body.get(name) is not None),
+        n=n,
+        stream=stream,
+        include_usage=_include_usage(body, stream),
+        **more,
+    )
+
+
+def _check_fields(body: Mapping[str, Any], kind: str) -> None:
+    known = _KNOWN[kind]
+    for name, value in body.items():
+        if name in known or name in _PASSED_OVER:
+            continue
+        if name not in _UNSUPPORTED:
+            raise wrong(f"unknown field {name!r}.", name, "unknown_field", hint=did_you_mean(name, known))
+        why, neutral = _UNSUPPORTED[name]
+        # False is no 0 here, but 0.0 is.
+        asks = not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
+        if value is not None and asks:
+            raise wrong(f"{name!r} is not supported: {why}.", name, "unsupported_field")
+
+
+def _model(body: Mapping[str, Any]) -> str:
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise wrong("'model' must name a model; /v1/models lists them.", "model")
+    return model
+
+
+def _prompts(value: Any) -> tuple[Prompt, ...]:
+    """One prompt or several, as texts or token ids."""
+    if isinstance(value, str):
+        return (_text_prompt(value),)
+    if isinstance(value, list) and value:
+        if all(isinstance(each, str) for each in value):
+            return tuple(_text_prompt(each) for each in value)
+        if all(type(each) is int for each in value):
+            return (tuple(value),)
+        if all(isinstance(each, list) and each and all(type(one) is int for one in each) for each in value):
+            return tuple(tuple(each) for each in value)
+    raise wrong("'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists.", "prompt")
+
+
+def _text_prompt(text: str) -> str:
+    if not text:
+        raise wrong("'prompt' is empty; some text is needed.", "prompt")
+    return text
+
+
+def _messages(value: Any) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise wrong("'messages' must be a list of at least one message.", "messages")
+    return tuple(_message(each, number) for number, each in enumerate(value))
+
+
+def _message(value: Any, number: int) -> dict[str, str]:
+    where = f"messages[{number}]"
+    if not isinstance(value, dict):
+        raise wrong(f"{where} must be an object with 'role' and 'content'.", where)
+    role, content = value.get("role"), value.get("content")
+    if role not in _ROLES:
+        raise wrong(f"{where}.role is {role!r}, but must be one of {', '.join(_ROLES)}.", f"{where}.role")
+    for name in value:
+        if name not in ("role", "content", "name", "refusal") and value[name] not in (None, []):
+            raise wrong(f"{where}.{name} is not supported: only text is read.", f"{where}.{name}", "unsupported_field")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+    if not isinstance(content, str):
+        raise wrong(f"{where}.content must be a text.", f"{where}.content")
+    # Templates know the older word.
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _part(value: Any, where: str) -> str:
+    if isinstance(value, dict) and value.get("type") == "text" and isinstance(value.get("text"), str):
+        return str(value["text"])
+    raise wrong(f"{where} is no text part; only text is read.", where, "unsupported_field")
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple) or not all(isinstance(each, str) and each for each in strings):
+        raise wrong("'stop' must be a text or a list of texts, none of them empty.", "stop")
+    if len(strings) > _MAX_STOPS or any(len(each) > _MAX_STOP_LENGTH for each in strings):
+        raise wrong(f"'stop' may have {_MAX_STOPS} texts of {_MAX_STOP_LENGTH} characters.", "stop")
+    return tuple(strings)
+
+
+def _include_usage(body: Mapping[str, Any], stream: bool) -> bool:
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        raise wrong("'stream_options' goes with stream = true.", "stream_options")
+    if not isinstance(options, dict):
+        raise wrong("'stream_options' must be an object.", "stream_options")
+    known = ("include_usage", "include_obfuscation")
+    for name in options:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise wrong(f"unknown field {name!r} in 'stream_options'.", "stream_options", "unknown_field", hint=hint)
+    return _truth(options, "include_usage")
+
+
+def _truth(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(f"{name!r} is {_short(value)}, but must be true or false.", name)
+    return bool(value)
+
+
+def _whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if type(value) is not int or not least <= value <= most:
+        raise wrong(f"{name!r} is {_short(value)}, but must be a whole number between {least} and {most}.", name)
+    return value
+
+
+def _number(body: Mapping[str, Any], name: str, least: int, most: int, *, above: bool = False) -> float | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not least <= value <= most or (above and value == least):
+        allowed = f"above {least} and at most {most}" if above else f"between {least} and {most}"
+        raise wrong(f"{name!r} is {_short(value)}, but must be a number {allowed}.", name)
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _refuse_constant(name: str) -> ApiError:
+    raise ValueError(f"{name} is no number")

@@ -1,0 +1,224 @@
+"""OpenAI's `/v1/completions` and `/v1/chat/completions`, whole and as streams.
+
+A completion's prompt goes to the model as it is. A chat goes through the backbone's own template; templates are never
+taken from artifacts.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+from typing import Any
+
+from starlette.types import ASGIApp
+
+from prefixtune.backbone import Backbone
+from prefixtune.engine import Output, Token
+from prefixtune.server.asks import Ask, parse_chat, parse_completion, parse_json
+from prefixtune.server.endpoint import Call
+from prefixtune.server.jobs import Job
+from prefixtune.server.replies import ALIVE, DONE, event, reply, wrong
+from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json_body, stream, usage
+
+__all__ = ["chat", "complete"]
+
+_LOWEST = -9999.0
+"""What stands for the logarithm of zero, as JSON has no infinity."""
+
+
+async def complete(call: Call) -> ASGIApp:
+    """`POST /v1/completions`."""
+    ask = parse_completion(parse_json(await read_json_body(call)), call.services.limits)
+    served = await call.services.catalog.open(ask.model, call.caller)
+    backbone = call.services.backbone
+    prompts = [
+        await encode(call, partial(backbone.encode, prompt)) if isinstance(prompt, str) else prompt
+        for prompt in ask.prompts
+    ]
+    if call.services.config.log_prompts:
+        call.facts["prompts"] = ask.prompts
+    job = begin(call, ask, served, prompts, call.services.config.default_max_tokens)
+    return await _answer(call, ask, job, _Completion(backbone, ask.n))
+
+
+async def chat(call: Call) -> ASGIApp:
+    """`POST /v1/chat/completions`."""
+    ask = parse_chat(parse_json(await read_json_body(call)), call.services.limits)
+    served = await call.services.catalog.open(ask.model, call.caller)
+    prompt = await encode(call, lambda: _encode_chat(call.services.backbone, ask.messages))
+    if call.services.config.log_prompts:
+        call.facts["messages"] = ask.messages
+    job = begin(call, ask, served, [prompt], call.services.config.default_max_tokens)
+    return await _answer(call, ask, job, _Chat(call.services.backbone))
+
+
+def _encode_chat(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
+    from jinja2 import TemplateError
+
+    if not backbone.tokenizer.chat_template:
+        raise wrong(
+            "the backbone has no chat template.",
+            "messages",
+            "no_chat_template",
+            hint="use /v1/completions, or /v1/tasks/ and the name of a prefix.",
+        )
+    try:
+        ids: list[int] = backbone.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise wrong(f"the backbone's chat template refuses the messages: {error}.", "messages") from None
+    return ids
+
+
+# --- the flow, which both share ---------------------------------------------------------------------------------------
+
+
+async def _answer(call: Call, ask: Ask, job: Job, shape: _Completion | _Chat) -> ASGIApp:
+    head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": job.model}
+    if ask.stream:
+        return stream(call, _events(call, ask, job, shape, head))
+    written = [text for texts in await collect(call, job) for text in texts]
+    if call.services.config.log_prompts:
+        call.facts["outputs"] = [text.text for text in written]
+    choices = [shape.choice(number, text) for number, text in enumerate(written)]
+    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(job)})
+
+
+async def _events(
+    call: Call, ask: Ask, job: Job, shape: _Completion | _Chat, head: dict[str, Any]
+) -> AsyncGenerator[str]:
+    head = {**head, "object": shape.pieces}
+    unsaid = {"usage": None} if ask.include_usage else {}
+    for number in range(len(job.requests) * ask.n):
+        for choice in shape.opening(number):
+            yield event({**head, "choices": [choice], **unsaid})
+    async for heard in follow(call, job):
+        if heard is None:
+            yield ALIVE
+            continue
+        for choice in shape.news(heard.prompt * ask.n + heard.output.index, heard.output):
+            yield event({**head, "choices": [choice], **unsaid})
+    if ask.include_usage:
+        yield event({**head, "choices": [], "usage": usage(job)})
+    yield DONE
+
+
+class _Completion:
+    """How replies look: `text_completion`. Choices are numbered through all prompts.
+
+    Args:
+        backbone: Whose tokens they are.
+        n: Texts for each prompt.
+    """
+
+    prefix, whole, pieces = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, backbone: Backbone, n: int) -> None:
+        self.decode = _token_text(backbone)
+        self.n = n
+        self.offsets: dict[int, int] = {}
+
+    def choice(self, number: int, written: Written) -> dict[str, Any]:
+        """A whole text."""
+        logprobs = self._logprobs(number, written.tokens)
+        return {"index": number, "text": written.text, "logprobs": logprobs, "finish_reason": written.finished}
+
+    def opening(self, number: int) -> list[dict[str, Any]]:
+        """Nothing."""
+        return []
+
+    def news(self, number: int, output: Output) -> list[dict[str, Any]]:
+        """A piece, with the reason of the end where it is the last."""
+        logprobs = self._logprobs(number, output.tokens)
+        if not output.text and logprobs is None and output.finished is None:
+            return []
+        return [{"index": number, "text": output.text, "logprobs": logprobs, "finish_reason": output.finished}]
+
+    def _logprobs(self, number: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not any(token.logprob is not None for token in tokens):
+            return None
+        texts = [self.decode(token.id) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self.offsets.get(number, 0))
+            self.offsets[number] = offsets[-1] + len(text)
+        likeliest = []
+        for token, text in zip(tokens, texts, strict=True):
+            pairs: dict[str, float] = {}
+            for other, value in token.likeliest:
+                pairs.setdefault(self.decode(other), _finite(value))
+            likeliest.append({**pairs, text: _finite(token.logprob)})
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": likeliest,
+            "text_offset": offsets,
+        }
+
+
+class _Chat:
+    """How replies look: `chat.completion`.
+
+    Args:
+        backbone: Whose tokens they are.
+    """
+
+    prefix, whole, pieces = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.decode = _token_text(backbone)
+
+    def choice(self, number: int, written: Written) -> dict[str, Any]:
+        """A whole message."""
+        message = {"role": "assistant", "content": written.text, "refusal": None}
+        logprobs = self._logprobs(written.tokens)
+        return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": written.finished}
+
+    def opening(self, number: int) -> list[dict[str, Any]]:
+        """Who speaks."""
+        return [self._piece(number, {"role": "assistant", "content": ""})]
+
+    def news(self, number: int, output: Output) -> list[dict[str, Any]]:
+        """A piece, and the end by itself."""
+        logprobs = self._logprobs(output.tokens)
+        pieces = []
+        if output.text or logprobs is not None:
+            pieces.append(self._piece(number, {"content": output.text}, logprobs))
+        if output.finished is not None:
+            pieces.append(self._piece(number, {}, finished=output.finished))
+        return pieces
+
+    def _piece(self, number: int, delta: Any, logprobs: Any = None, finished: str | None = None) -> dict[str, Any]:
+        return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finished}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not any(token.logprob is not None for token in tokens):
+            return None
+        return {
+            "content": [
+                {
+                    **self._token(token.id, token.logprob),
+                    "top_logprobs": [self._token(*pair) for pair in token.likeliest],
+                }
+                for token in tokens
+            ],
+            "refusal": None,
+        }
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.decode(token)
+        # A part of a character has no text of its own, and its bytes are not told.
+        known = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": _finite(logprob), "bytes": known}
+
+
+def _token_text(backbone: Backbone) -> Callable[[int], str]:
+    """Token -> its text, special tokens by their names."""
+    return lambda token: str(backbone.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def _finite(value: float | None) -> float:
+    return _LOWEST if value is None else max(value, _LOWEST)

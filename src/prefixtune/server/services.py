@@ -1,0 +1,71 @@
+"""The parts of a running server, put together once.
+
+Knows nothing of routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from prefixtune.backbone import Backbone
+from prefixtune.engine.store import PrefixStore
+from prefixtune.engine.worker import EngineWorker
+from prefixtune.server.asks import Limits
+from prefixtune.server.catalog import Catalog
+from prefixtune.server.config import ServeConfig
+from prefixtune.server.jobs import Admission
+from prefixtune.server.keys import Keyring
+from prefixtune.server.metrics import Metrics
+
+__all__ = ["Services"]
+
+
+class Services:
+    """What the endpoints work with.
+
+    Args:
+        config: What was asked for.
+        backbone: The model.
+        store: Its prefixes.
+        worker: The engine, running.
+    """
+
+    def __init__(self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: EngineWorker) -> None:
+        self.config, self.backbone, self.store, self.worker = config, backbone, store, worker
+        self.begun = time.time()
+        self.catalog = Catalog(store, backbone, config.model_id, int(self.begun))
+        self.keyring = Keyring(config.keys)
+        self.admission = Admission(config.num_slots, config.max_queue)
+        self.limits = Limits(config.max_tokens, config.max_texts)
+        self.draining = False
+        self.metrics = Metrics(
+            worker,
+            store,
+            num_slots=config.num_slots,
+            most_prefixes=config.metric_prefixes,
+            draining=lambda: self.draining,
+        )
+        # One at a time: a tokenizer's settings are not made for several threads.
+        self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
+
+    @property
+    def max_length(self) -> int:
+        """Positions of a text, prefix included."""
+        return self.worker.engine.max_length
+
+    async def drain(self, seconds: float) -> bool:
+        """Take no more requests, and wait until the running ones are answered; False: some were not in time."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self.admission.idle()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Stop the engine; what still runs is given up."""
+        self.worker.close()
+        self.tokenizing.shutdown(wait=False, cancel_futures=True)

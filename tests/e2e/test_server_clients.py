@@ -1,0 +1,365 @@
+"""A real server, called as people call it: OpenAI's own client, curl, many connections at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from live_server import MODEL, POSITIONS, LiveServer, make_model, make_prefix
+from prefixtune.backbone import load_backbone
+from prefixtune.checkpoint import load_prefix
+from prefixtune.engine import Engine, Request, Sampling
+from prefixtune.generation import generate
+from prefixtune.tasks.e2e import linearize
+
+FORMAT = {"prompt": " {source} {separator}", "target": " {target} "}
+MR = "name[The Vaults], eatType[pub], area[riverside]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serving")
+    make_model(folder / MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Any:
+    return load_backbone(folder / MODEL, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
+    prefixes = folder / "prefixes"
+    prefixes.mkdir()
+    for seed, (name, task, source) in enumerate(
+        (("pubs", "e2e", ""), ("other-pubs", "e2e", ""), ("facts", "webnlg", ""), ("mine", "records", "{name}: {food}"))
+    ):
+        make_prefix(
+            backbone,
+            prefixes / f"{name}.safetensors",
+            seed,
+            length=3 + seed,
+            task=task,
+            text_format={**FORMAT, "source": source},
+        )
+    make_prefix(
+        backbone,
+        prefixes / "worded.safetensors",
+        9,
+        task="records",
+        description="answers in a frame",
+        text_format={"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"},
+    )
+    (prefixes / "broken.safetensors").write_bytes(b"nothing of the kind")
+    server = LiveServer(folder / MODEL, prefixes, "--max-body-kib", "64").wait()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def alone(backbone: Any, folder: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
+    """What the engine writes with nobody else in the batch."""
+    prefix = None if name is None else load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
+    ((output,),) = Engine(backbone).run([Request(tuple(prompt), prefix, Sampling(**sampling))])
+    return output.text
+
+
+# --- OpenAI's client --------------------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_and_shown(client: openai.OpenAI) -> None:
+    models = {model.id: model for model in client.models.list()}
+    assert list(models) == [MODEL, "facts", "mine", "other-pubs", "pubs", "worded"]
+    assert models["worded"].model_dump()["description"] == "answers in a frame"
+    shown = client.models.retrieve("pubs").model_dump()
+    assert shown["task"] == "e2e"
+    assert shown["prefix_length"] == {"decoder": 3}
+    with pytest.raises(openai.NotFoundError, match="Did you mean 'pubs'"):
+        client.models.retrieve("pbus")
+
+
+def test_a_completion_is_what_the_engine_writes_alone(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
+    prompt = "Two trains to Oldbridge"
+    for name in ("pubs", "facts", MODEL):
+        answer = client.completions.create(model=name, prompt=prompt, max_tokens=20, temperature=0)
+        wanted = alone(backbone, folder, backbone.encode(prompt), None if name == MODEL else name, max_new_tokens=20)
+        assert answer.choices[0].text == wanted
+        assert answer.choices[0].finish_reason == "length"
+        # The prefix's positions are not counted.
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(prompt)
+        assert answer.usage.completion_tokens == 20
+    ids = client.completions.create(model="pubs", prompt=backbone.encode(prompt), max_tokens=20, temperature=0)
+    texts = client.completions.create(model="pubs", prompt=[prompt, "x"], max_tokens=20, temperature=0, n=2)
+    assert [choice.index for choice in texts.choices] == [0, 1, 2, 3]
+    assert texts.choices[0].text == texts.choices[1].text == ids.choices[0].text
+
+
+def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "pubs",
+        "prompt": "Hello",
+        "max_tokens": 40,
+        "n": 2,
+        "seed": 7,
+        "extra_body": {"min_tokens": 40},
+    }
+    whole = client.completions.create(**options)
+    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    for number in range(2):
+        pieces = [c for chunk in chunks[:-1] for c in chunk.choices if c.index == number]
+        assert len(pieces) > 20
+        assert "".join(piece.text for piece in pieces) == whole.choices[number].text
+        assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["length"]
+    assert whole.choices[0].text != whole.choices[1].text
+
+
+def test_a_chat_goes_through_the_backbones_template(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
+    messages: Any = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hello!"}]
+    options: dict[str, Any] = {"model": "facts", "messages": messages, "max_tokens": 30, "temperature": 0}
+    whole = client.chat.completions.create(**options)
+    prompt = "[system]be kind</s>[user]Hello!</s>[assistant]"
+    text = alone(backbone, folder, backbone.encode(prompt), "facts", max_new_tokens=30)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    assert chunks[-1].choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="the assistant cannot begin"):
+        client.chat.completions.create(**{**options, "messages": [{"role": "assistant", "content": "x"}]})
+
+
+def test_logprobs_stops_and_seeds(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model="pubs", messages=[{"role": "user", "content": "a"}], max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    assert chat.choices[0].logprobs is not None
+    tokens = chat.choices[0].logprobs.content or []
+    assert len(tokens) == 5
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= token.top_logprobs[0].logprob for token in tokens)
+    plain = client.completions.create(model="pubs", prompt="a", max_tokens=30, temperature=0, logprobs=2)
+    assert plain.choices[0].logprobs is not None
+    assert len(plain.choices[0].logprobs.tokens or []) == 30
+    text = plain.choices[0].text
+    stopped = client.completions.create(model="pubs", prompt="a", max_tokens=30, temperature=0, stop=[text[5:8]])
+    assert stopped.choices[0].text == text[: text.index(text[5:8])].strip()
+    assert stopped.choices[0].finish_reason == "stop"
+    drawn = [
+        client.completions.create(model="pubs", prompt="a", max_tokens=20, seed=seed).choices[0].text
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="pubs", prompt="a", extra_body={"max_token": 3})
+    assert caught.value.param == "max_token"
+    assert caught.value.code == "unknown_field"
+    with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
+        client.chat.completions.create(
+            model="pubs",
+            messages=[{"role": "user", "content": "a"}],
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="nothing", prompt="a")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="512"):
+        client.completions.create(model="pubs", prompt="x" * POSITIONS, max_tokens=5)
+    with pytest.raises(openai.APIStatusError) as large:
+        client.completions.create(model="pubs", prompt="x" * 70_000)
+    assert large.value.status_code == 413
+    with pytest.raises(openai.InternalServerError) as broken:
+        client.completions.create(model="broken", prompt="a")
+    assert broken.value.status_code == 503
+    assert "prefixes/" not in str(broken.value)
+
+
+def test_a_stream_that_the_client_closes_stops_the_engine(server: LiveServer, client: openai.OpenAI) -> None:
+    stream = client.completions.create(model="pubs", prompt="a", max_tokens=500, n=8, stream=True, temperature=0)
+    next(iter(stream))
+    assert len(server.get("/v1/status")[1]["running"]) == 8
+    stream.close()
+    server.until(lambda: not server.get("/v1/status")[1]["running"], 5)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tasks_output_is_what_generate_gives(server: LiveServer, backbone: Any, folder: Path) -> None:
+    prefix = load_prefix(folder / "prefixes" / "pubs.safetensors", backbone)
+    greedy = {"max_new_tokens": 60, "min_new_tokens": 5, "ban_newlines": True}
+    (wanted,) = generate(backbone, [linearize(MR)], prefix, **greedy)
+    status, answer, _ = server.post("/v1/tasks/pubs", {"mr": MR, "max_tokens": 60})
+    assert status == 200
+    assert answer["output"] == wanted
+    assert answer["source"] == "name : The Vaults | Type : pub | area : riverside"
+    assert answer["usage"]["completion_tokens"] == 60
+    assert server.post("/v1/tasks/pubs", {"source": answer["source"], "max_tokens": 60})[1]["output"] == wanted
+    # The customary length, where nothing is said.
+    assert server.post("/v1/tasks/pubs", {"mr": MR})[1]["usage"]["completion_tokens"] == 100
+    # The bare backbone on the very same text.
+    (bare,) = generate(backbone, [linearize(MR)], None, **greedy)
+    other = server.post(f"/v1/tasks/{MODEL}", {"mr": MR, "format_of": "pubs", "max_tokens": 60})[1]
+    assert other["output"] == bare != wanted
+
+
+def test_tasks_stream_and_take_records_and_triples(server: LiveServer, backbone: Any, folder: Path) -> None:
+    body = {"name": "Aromi", "food": "soup", "max_tokens": 30}
+    whole = server.post("/v1/tasks/mine", body)[1]
+    assert whole["source"] == "Aromi: soup"
+    events = [json.loads(part[6:]) for part in events_of(server.post("/v1/tasks/mine", {**body, "stream": True})[1])]
+    assert "".join(event.get("delta", "") for event in events) == whole["output"]
+    assert events[-1]["output"] == whole["output"]
+    assert events[-1]["usage"] == whole["usage"]
+    triples = {"triples": [["Aarhus", "country", "Denmark"]]}
+    assert server.post("/v1/tasks/facts", triples)[1]["source"] == " | Aarhus : country : Denmark"
+    # Words around the target are taken off the whole output: a stream gives it at once.
+    prefix = load_prefix(folder / "prefixes" / "worded.safetensors", backbone)
+    (wanted,) = generate(backbone, ["a text"], prefix, max_new_tokens=20)
+    streamed = events_of(server.post("/v1/tasks/worded", {"text": "a text", "max_tokens": 20, "stream": True})[1])
+    assert [json.loads(part[6:])["output"] for part in streamed] == [wanted]
+
+
+def events_of(text: str) -> list[str]:
+    parts = [part for part in text.split("\n\n") if part]
+    assert parts[-1] == "data: [DONE]"
+    return parts[:-1]
+
+
+def test_a_task_tells_its_fields_and_their_faults(server: LiveServer) -> None:
+    assert [field["name"] for field in server.get("/v1/tasks/mine")[1]["fields"]] == ["name", "food"]
+    for name, body, part in (
+        ("pubs", {"mr": "name[x], foood[y]"}, "Did you mean 'food'?"),
+        ("pubs", {"mrr": MR}, "Did you mean 'mr'?"),
+        ("facts", {"triples": [["a", "b"]]}, "three texts are needed"),
+        ("mine", {"name": "Aromi"}, "lacks 'food'"),
+        (MODEL, {"mr": MR}, "unknown field 'mr'"),
+        ("mine", {"source": "a", "format_of": "pubs"}, "goes with the bare backbone only"),
+    ):
+        status, answer, _ = server.post(f"/v1/tasks/{name}", body)
+        assert status == 400
+        assert part in answer["error"]["message"]
+    assert server.post("/v1/tasks/nobody", {"source": "x"})[0] == 404
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on the PATH")
+def test_curl_streams(server: LiveServer) -> None:
+    body = json.dumps({"model": "pubs", "prompt": "Hello", "max_tokens": 10, "temperature": 0, "stream": True})
+    command = ["curl", "-sS", "-N", "-i", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
+    told = subprocess.run([*command, "-d", body], capture_output=True, text=True, check=True, timeout=60).stdout
+    head, _, rest = told.partition("\n\n")
+    assert "200" in head.splitlines()[0]
+    assert "text/event-stream" in head
+    assert rest.count("data: ") >= 10
+    assert rest.rstrip().endswith("data: [DONE]")
+
+
+def test_answers_carry_security_headers_and_a_name(server: LiveServer) -> None:
+    for path in ("/v1/models", "/", "/nothing", "/healthz"):
+        headers = {name.lower(): value for name, value in server.get(path)[2].items()}
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-request-id"]
+        assert "server" not in headers
+        assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405),
+        ("GET", "/../../etc/passwd", 404), ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404),
+        ("GET", "/v1/tasks/%00", 404), ("GET", "/admin/prefixes", 403), ("POST", "/admin/reload", 403),
+    ],
+)  # fmt: skip
+def test_every_error_has_openais_shape(server: LiveServer, method: str, path: str, status: int) -> None:
+    got, answer, _ = server.ask(method, path, {} if method == "POST" else None)
+    assert got == status
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_never_comes_is_not_waited_for_by_others(server: LiveServer) -> None:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        slow.sendall(b"Content-Length: 100\r\n\r\n{")
+        assert server.post("/v1/completions", {"model": "pubs", "prompt": "a", "max_tokens": 2})[0] == 200
+
+
+def test_two_hundred_connections_at_once_get_their_own_answers(server: LiveServer, backbone: Any, folder: Path) -> None:
+    names = ("pubs", "other-pubs", "facts", "mine", MODEL)
+    wanted = {
+        (name, letter): alone(
+            backbone, folder, backbone.encode(letter * 3), None if name == MODEL else name, max_new_tokens=8
+        )
+        for name in names
+        for letter in "abcd"
+    }
+    barrier = threading.Barrier(200)
+
+    def one(number: int) -> tuple[tuple[str, str], int, Any]:
+        name, letter = names[number % 5], "abcd"[number // 5 % 4]
+        barrier.wait()
+        body = {"model": name, "prompt": letter * 3, "max_tokens": 8, "temperature": 0}
+        status, answer, _ = server.post("/v1/completions", body)
+        return (name, letter), status, answer
+
+    with ThreadPoolExecutor(200) as pool:
+        outcomes = list(pool.map(one, range(200)))
+    assert {status for _, status, _ in outcomes} == {200}
+    assert all(answer["choices"][0]["text"] == wanted[asked] for asked, _, answer in outcomes)
+    assert server.get("/v1/status")[1]["running"] == []
+
+
+def test_figures_can_be_read_by_prometheus(server: LiveServer) -> None:
+    before = server.figure("prefixtune_new_tokens_total", prefix="facts")
+    texts = server.figure("prefixtune_texts_total", prefix="facts", finished="length")
+    server.post("/v1/completions", {"model": "facts", "prompt": "abc", "max_tokens": 11, "n": 2, "temperature": 0})
+    assert server.figure("prefixtune_new_tokens_total", prefix="facts") == before + 22
+    assert server.figure("prefixtune_texts_total", prefix="facts", finished="length") == texts + 2
+    assert server.figure("prefixtune_slots") == 32
+    assert server.figure("prefixtune_refused_prefixes") == 1
+    assert server.figure("prefixtune_prefix_cache_hits_total") > 0
+    assert server.figure("prefixtune_first_token_seconds_count") > 0
+    assert server.figure("prefixtune_step_texts_total") > server.figure("prefixtune_steps_total") > 0
+    assert server.figure("prefixtune_requests_total", route="unknown") >= 1
+
+
+def test_the_log_is_json_and_holds_no_prompts(server: LiveServer) -> None:
+    server.post("/v1/completions", {"model": "pubs", "prompt": "a most secret word", "max_tokens": 3})
+    time.sleep(0.2)
+    asked = [line for line in server.lines if line["event"] == "request" and line["path"] == "/v1/completions"]
+    assert {"id", "key", "model", "status", "seconds", "prompt_tokens", "completion_tokens"} <= set(asked[-1])
+    assert asked[-1]["prompt_tokens"] == len("a most secret word")
+    assert "secret" not in json.dumps(server.lines)
+    assert not [line for line in server.lines if line["level"] == "error"]
+    assert "broken is left out" in "".join(server.errors)
+    assert "no key is configured" in "".join(server.errors)

@@ -1,0 +1,124 @@
+"""Two replicas over one folder, behind nginx with the configuration in deploy/."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from live_server import MODEL, Address, LiveServer, make_model, make_prefix
+from prefixtune.backbone import load_backbone
+from prefixtune.server.keys import hash_key
+
+NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx on the PATH; on Debian: apt install nginx-light")
+
+CONFIGURATION = Path(__file__).resolve().parents[2] / "deploy" / "nginx.conf"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replicas")
+    make_model(folder / MODEL)
+    (folder / "prefixes").mkdir()
+    table = f'[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n'
+    (folder / "serve.toml").write_text(f"reload_seconds = 0.2\n{table}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def replicas(folder: Path) -> Iterator[list[LiveServer]]:
+    flags = ("--config", str(folder / "serve.toml"))
+    replicas = [LiveServer(folder / MODEL, folder / "prefixes", *flags) for _ in range(2)]
+    yield [replica.wait() for replica in replicas]
+    for replica in replicas:
+        replica.stop()
+
+
+@pytest.fixture(scope="module")
+def front(folder: Path, replicas: list[LiveServer]) -> Iterator[Address]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    text = CONFIGURATION.read_text().replace("listen 8080;", f"listen {address};")
+    for port, replica in zip((8001, 8002), replicas, strict=True):
+        text = text.replace(f"127.0.0.1:{port}", replica.url.removeprefix("http://"))
+    # Nowhere but in this test's folder.
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    places = "".join(f"    {kind}_temp_path {folder / kind};\n" for kind in kinds)
+    text = text.replace("http {\n", f"http {{\n    access_log off;\n{places}", 1)
+    path = folder / "nginx.conf"
+    path.write_text(f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'log'};\nuser {_user()};\n{text}")
+    process = subprocess.Popen([str(NGINX), "-e", str(folder / "log"), "-p", str(folder), "-c", str(path)])
+    front = Address(f"http://{address}")
+
+    def answers() -> bool:
+        try:
+            return front.get("/healthz")[0] == 200
+        except OSError:
+            return False
+
+    front.until(answers)
+    yield front
+    process.send_signal(signal.SIGQUIT)
+    process.wait(10)
+
+
+def _user() -> str:
+    return getpass.getuser()
+
+
+def test_two_replicas(front: Address, replicas: list[LiveServer], folder: Path) -> None:
+    a_prefix_that_one_takes_in_is_served_by_both(front, replicas, folder)
+    pieces_come_as_they_are_written(front, replicas)
+    # The last: one of them is gone afterwards.
+    while_one_stops_nobody_is_refused(front, replicas)
+
+
+def complete(front: Address, model: str = MODEL, **more: Any) -> tuple[int, Any, dict[str, str]]:
+    body = {"model": model, "prompt": "abc", "max_tokens": 10, "temperature": 0, **more}
+    return front.post("/v1/completions", body, key="pt-me")
+
+
+def a_prefix_that_one_takes_in_is_served_by_both(front: Address, replicas: list[LiveServer], folder: Path) -> None:
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    file = make_prefix(backbone, folder / "one.safetensors", 1).read_bytes()
+    kind = {"Content-Type": "application/octet-stream"}
+    assert front.ask("PUT", "/admin/prefixes/one", file, key="pt-me", headers=kind)[0] == 201
+    for replica in replicas:
+        replica.until(lambda replica=replica: replica.get("/v1/models/one", key="pt-me")[0] == 200, 5)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: complete(front, "one"), range(40)))
+    assert {status for status, _, _ in answers} == {200}
+    assert len({answer["choices"][0]["text"] for _, answer, _ in answers}) == 1
+    for replica in replicas:
+        assert replica.figure("prefixtune_texts_total", key="pt-me", prefix="one") > 5
+
+
+def pieces_come_as_they_are_written(front: Address, replicas: list[LiveServer]) -> None:
+    with openai.OpenAI(base_url=f"{front.url}/v1", api_key="pt-me", max_retries=0) as client:
+        stream = client.completions.create(model=MODEL, prompt="a", max_tokens=500, temperature=0, stream=True)
+        next(iter(stream))
+        # The rest is still being written.
+        assert [len(each.get("/v1/status", key="pt-me")[1]["running"]) for each in replicas].count(1) == 1
+        stream.close()
+        for replica in replicas:
+            replica.until(lambda replica=replica: not replica.get("/v1/status", key="pt-me")[1]["running"], 5)
+
+
+def while_one_stops_nobody_is_refused(front: Address, replicas: list[LiveServer]) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(complete, front, max_tokens=60) for _ in range(80)]
+        replicas[0].until(lambda: asked[10].done(), 20)
+        assert replicas[0].stop() == 0
+        assert [each.result()[0] for each in asked] == [200] * 80
+    assert complete(front)[0] == 200
+    assert front.get("/metrics")[0] == 404

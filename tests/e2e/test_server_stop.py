@@ -1,0 +1,160 @@
+"""How a real server starts, refuses to start, and stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from live_server import COMMAND, MODEL, LiveServer, make_model, make_prefix
+from prefixtune.backbone import load_backbone
+from prefixtune.server.keys import hash_key
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopping")
+    make_model(folder / MODEL)
+    (folder / "prefixes").mkdir()
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    make_prefix(backbone, folder / "prefixes" / "one.safetensors", 0)
+    return folder
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Callable[..., LiveServer]]:
+    started: list[LiveServer] = []
+
+    def make(*flags: str, **options: Any) -> LiveServer:
+        started.append(LiveServer(folder / MODEL, folder / "prefixes", *flags, **options).wait())
+        return started[-1]
+
+    yield make
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.stop()
+
+
+def test_sigterm_under_load_finishes_what_runs_and_takes_no_more(start: Callable[..., LiveServer]) -> None:
+    server = start("--num-slots", "8")
+    body = {"model": "one", "prompt": "abc", "max_tokens": 200, "temperature": 0, "n": 1}
+
+    def whole(number: int) -> Any:
+        return server.post("/v1/completions", {**body, "prompt": f"text {number}"})
+
+    def streamed(number: int) -> Any:
+        return server.post("/v1/completions", {**body, "prompt": f"text {number}", "stream": True})
+
+    with ThreadPoolExecutor(24) as pool:
+        # More than there are slots: some wait.
+        wholes = [pool.submit(whole, number) for number in range(12)]
+        streams = [pool.submit(streamed, number) for number in range(12)]
+        server.until(lambda: server.get("/v1/status")[1]["waiting"] == 16, 20)
+        server.process.send_signal(signal.SIGTERM)
+        server.until(lambda: server.get("/readyz")[0] == 503, 5)
+        refused = whole(99)
+        assert refused[0] == 503
+        assert refused[1]["error"]["code"] == "draining"
+        assert server.get("/healthz")[0] == 200
+        answers = [each.result() for each in wholes]
+        texts = [each.result() for each in streams]
+    assert [answer[0] for answer in answers] == [200] * 12
+    assert all(answer[1]["usage"]["completion_tokens"] == 200 for answer in answers)
+    for answer, (status, text, _) in zip(answers, texts, strict=True):
+        assert status == 200
+        assert text.endswith("data: [DONE]\n\n")
+        events = [json.loads(part[6:]) for part in text.split("\n\n")[:-2]]
+        assert "".join(event["choices"][0]["text"] for event in events) == answer[1]["choices"][0]["text"]
+    assert server.stop() == 0
+    assert [line["event"] for line in server.lines if line["event"] != "request"] == ["started", "draining", "stopped"]
+    assert "Traceback" not in "".join(server.errors)
+
+
+def test_killed_during_an_upload_then_told_to_stop_within_a_limit(
+    start: Callable[..., LiveServer], folder: Path
+) -> None:
+    (folder / "serve.toml").write_text(f'drain_seconds = 60.0\n[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n')
+    keyed = ("--config", str(folder / "serve.toml"))
+    server, prefixes = start(*keyed), folder / "prefixes"
+    file = (prefixes / "one.safetensors").read_bytes()
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as half:
+        head = "PUT /admin/prefixes/half HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer pt-me\r\n"
+        half.sendall(f"{head}Content-Length: {len(file)}\r\n\r\n".encode() + file[:-1])
+        server.until(lambda: list(prefixes.glob(".upload-*")))
+        server.stop(signal.SIGKILL)
+    # Nobody takes it for a prefix, and the next start removes it.
+    assert [path.name for path in prefixes.glob("*.safetensors")] == ["one.safetensors"]
+    assert list(prefixes.glob(".upload-*"))
+
+    # The environment wins over the file, and flags over both.
+    environment = {"PREFIXTUNE_SERVE_DRAIN_SECONDS": "0.2", "PREFIXTUNE_SERVE_PLAYGROUND": "yes"}
+    server = start(*keyed, "--no-playground", environment=environment)
+    assert [path.name for path in prefixes.iterdir()] == ["one.safetensors"]
+    assert server.get("/admin/prefixes", key="pt-me")[1]["refused"] == {}
+    assert server.get("/")[0] == 404
+    what_is_not_done_in_time_is_given_up_and_told(server)
+
+
+def what_is_not_done_in_time_is_given_up_and_told(server: LiveServer) -> None:
+    body = {"model": MODEL, "prompt": "abc", "max_tokens": 500, "temperature": 0, "n": 16}
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(server.post, "/v1/completions", body, key="pt-me")
+        stream = pool.submit(server.post, "/v1/completions", {**body, "stream": True}, key="pt-me")
+        server.until(lambda: len(server.get("/v1/status", key="pt-me")[1]["running"]) == 32)
+        code = server.stop(signal.SIGINT)
+        assert whole.result()[0] == 503
+        assert whole.result()[1]["error"]["code"] == "draining"
+        last = stream.result()[1].strip().split("\n\n")[-1]
+        assert json.loads(last[6:])["error"]["code"] == "draining"
+    assert code == 0
+    assert "gave_up" in [line["event"] for line in server.lines]
+
+
+def refusal(*flags: str, **options: Any) -> str:
+    """What is said when it does not start."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *flags], capture_output=True, text=True, timeout=60, check=False, **options
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_it_does_not_start_open_to_the_world(folder: Path) -> None:
+    told = refusal("--prefixes", str(folder), "--host", "0.0.0.0")
+    assert "no key is configured" in told
+    assert "--new-key" in told
+
+
+def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
+    assert "there is no folder of prefixes" in refusal("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        # Before the model is looked for.
+        told = refusal("--backbone", "no/such-model", "--prefixes", str(folder / "prefixes"), "--port", port)
+    assert f"cannot listen on 127.0.0.1 port {port}" in told
+
+
+def test_a_new_key_is_printed_with_its_table(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "--new-key", "al ice"], capture_output=True, text=True, check=True
+    )
+    key = next(line.strip() for line in done.stdout.splitlines() if line.strip().startswith("pt-"))
+    table = done.stdout[done.stdout.index("[keys") :]
+    (tmp_path / "serve.toml").write_text(table)
+    from prefixtune.server.config import ServeConfig
+
+    keys = ServeConfig.from_sources(tmp_path / "serve.toml").keys
+    assert keys["al ice"].hash == hash_key(key)
+    assert not keys["al ice"].admin

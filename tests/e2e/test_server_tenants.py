@@ -1,0 +1,325 @@
+"""A real server with keys: who may do what, how often, and what is taken in when prefixes are uploaded."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from live_server import MODEL, LiveServer, make_model, make_prefix
+from prefixtune.backbone import load_backbone
+from prefixtune.checkpoint import load_prefix, make_header
+from prefixtune.engine import Engine, Request, Sampling
+from prefixtune.server.keys import hash_key, new_key
+
+NAMES = ("admin", "alice", "bob", "slow", "busy", "scrape")
+KEYS = {name: new_key() for name in NAMES}
+RULES = {
+    "admin": "admin = true",
+    "alice": f'prefixes = ["alice-*", "{MODEL}"]',
+    "bob": 'prefixes = ["bob-*"]',
+    "slow": "requests_per_minute = 3",
+    "busy": "concurrent = 1",
+    "scrape": "prefixes = []\nmetrics = true",
+}
+OCTETS = {"Content-Type": "application/octet-stream"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tenants")
+    make_model(folder / MODEL, template=False)
+    tables = "".join(f'[keys.{name}]\nhash = "{hash_key(KEYS[name])}"\n{RULES[name]}\n' for name in NAMES)
+    (folder / "serve.toml").write_text(f"max_upload_mib = 1\nnum_slots = 8\nmax_queue = 8\nmax_texts = 16\n{tables}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Any:
+    return load_backbone(folder / MODEL, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
+    prefixes = folder / "prefixes"
+    prefixes.mkdir()
+    for seed, name in enumerate(("alice-1", "bob-1", "bob-2")):
+        make_prefix(backbone, prefixes / f"{name}.safetensors", seed)
+    # All addresses: keys are configured. Asked for on loopback all the same.
+    server = LiveServer(folder / MODEL, prefixes, "--config", str(folder / "serve.toml"), "--host", "0.0.0.0")
+    yield server.wait()
+    server.stop()
+
+
+def complete(server: LiveServer, key: str, model: str = MODEL, **more: Any) -> tuple[int, Any, dict[str, str]]:
+    body = {"model": model, "prompt": "abc", "max_tokens": 3, "temperature": 0, **more}
+    return server.post("/v1/completions", body, key=key)
+
+
+def code(answer: tuple[int, Any, dict[str, str]]) -> tuple[int, str]:
+    return answer[0], answer[1]["error"]["code"]
+
+
+def test_without_a_key_nothing_is_told(server: LiveServer) -> None:
+    for key in ("", "pt-wrong", hash_key(KEYS["admin"]), KEYS["admin"] + "x", KEYS["admin"][:-1]):
+        for method, path in (
+            *(("GET", "/v1/models"), ("GET", "/v1/models/bob-1"), ("POST", "/v1/completions"), ("GET", "/metrics")),
+            *(("GET", "/v1/status"), ("GET", "/v1/tasks/bob-1"), ("GET", "/admin/prefixes"), ("POST", "/admin/reload")),
+            *(("PUT", "/admin/prefixes/x"), ("DELETE", "/admin/prefixes/bob-1")),
+        ):
+            answer = server.ask(method, path, {} if method in ("POST", "PUT") else None, key=key)
+            assert code(answer) == (401, "invalid_api_key")
+            assert answer[2]["www-authenticate"] == "Bearer"
+    # Load balancers have no key.
+    assert server.get("/healthz")[0] == server.get("/readyz")[0] == server.get("/")[0] == 200
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="pt-no", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+
+
+def test_a_key_sees_and_uses_its_own_models_only(server: LiveServer) -> None:
+    listed = {name: [m["id"] for m in server.get("/v1/models", key=KEYS[name])[1]["data"]] for name in ("alice", "bob")}
+    assert listed == {"alice": [MODEL, "alice-1"], "bob": ["bob-1", "bob-2"]}
+    assert complete(server, KEYS["alice"], "alice-1")[0] == 200
+    # Whether there is such a model or not.
+    for name in ("bob-1", "bob-9", "other"):
+        assert code(complete(server, KEYS["alice"], name)) == (403, "model_not_allowed")
+        assert server.post(f"/v1/tasks/{name}", {"source": "x"}, key=KEYS["alice"])[0] == 403
+        assert server.get(f"/v1/models/{name}", key=KEYS["alice"])[0] == 403
+    missing = complete(server, KEYS["bob"], "bob-3")
+    assert code(missing) == (404, "model_not_found")
+    assert "alice" not in missing[1]["error"]["message"]
+    borrowed = server.post(f"/v1/tasks/{MODEL}", {"source": "x", "format_of": "bob-1"}, key=KEYS["alice"])
+    assert code(borrowed) == (403, "model_not_allowed")
+    assert code(server.get("/admin/prefixes", key=KEYS["alice"])) == (403, "admin_key_needed")
+    assert code(server.get("/metrics", key=KEYS["alice"])) == (403, "metrics_not_allowed")
+    assert server.get("/metrics", key=KEYS["scrape"])[0] == 200
+
+
+def test_a_backbone_without_a_template_has_no_chat(server: LiveServer) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    answer = server.post("/v1/chat/completions", body, key=KEYS["alice"])
+    assert code(answer) == (400, "no_chat_template")
+    assert "/v1/completions" in answer[1]["error"]["message"]
+
+
+def test_requests_a_minute_and_at_once(server: LiveServer) -> None:
+    assert [complete(server, KEYS["slow"])[0] for _ in range(3)] == [200] * 3
+    refused = complete(server, KEYS["slow"])
+    assert code(refused) == (429, "rate_limit_exceeded")
+    assert refused[1]["error"]["type"] == "rate_limit_error"
+    assert 1 <= int(refused[2]["retry-after"]) <= 20
+    # What writes nothing is not counted, and others are not held up.
+    assert server.get("/v1/models", key=KEYS["slow"])[0] == 200
+    assert complete(server, KEYS["alice"])[0] == 200
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS["busy"], max_retries=0) as client:
+        stream = client.completions.create(model=MODEL, prompt="a", max_tokens=400, temperature=0, stream=True)
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(model=MODEL, prompt="a", max_tokens=1)
+        assert caught.value.code == "concurrency_limit_exceeded"
+        stream.close()
+        server.until(lambda: complete(server, KEYS["busy"])[0] == 200, 5)
+
+
+def test_a_full_queue_says_when_to_come_back(server: LiveServer) -> None:
+    full, key = threading.Event(), KEYS["alice"]
+
+    def fill() -> int:
+        return complete(server, key, max_tokens=300, n=16)[0]
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(fill)
+        server.until(lambda: server.get("/v1/status", key=key)[1]["waiting"] == 8, 10)
+        refused = complete(server, KEYS["bob"], "bob-1")
+        full.set()
+        assert code(refused) == (429, "queue_full")
+        assert int(refused[2]["retry-after"]) >= 1
+        assert running.result() == 200
+    assert complete(server, KEYS["bob"], "bob-1")[0] == 200
+
+
+def test_tenants_see_their_own_outputs_only(server: LiveServer, backbone: Any, folder: Path) -> None:
+    models = {"alice": "alice-1", "bob": "bob-2"}
+    prompts = [f"{letter}{number}" for letter in "pq" for number in range(6)]
+    prefixes = {name: load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone) for name in models.values()}
+    engine = Engine(backbone)
+    wanted = {
+        (who, prompt): engine.run([Request(tuple(backbone.encode(prompt)), prefixes[model], Sampling(30))])[0][0].text
+        for who, model in models.items()
+        for prompt in prompts
+    }
+    assert len(set(wanted.values())) == len(wanted)
+
+    def one(asked: tuple[str, str]) -> str:
+        who, prompt = asked
+        status, answer, _ = complete(server, KEYS[who], models[who], prompt=prompt, max_tokens=30)
+        assert status == 200
+        return str(answer["choices"][0]["text"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, wanted)) == list(wanted.values())
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------------
+
+
+def put(server: LiveServer, name: str, body: bytes, method: str = "PUT", key: str = "admin") -> tuple[int, Any, Any]:
+    return server.ask(method, f"/admin/prefixes/{name}", body, key=KEYS[key], headers=OCTETS)
+
+
+@pytest.fixture(scope="module")
+def good(folder: Path, backbone: Any) -> bytes:
+    return make_prefix(backbone, folder / "good.safetensors", 50, task="e2e").read_bytes()
+
+
+def test_a_prefix_is_uploaded_used_replaced_and_deleted(
+    server: LiveServer, folder: Path, backbone: Any, good: bytes
+) -> None:
+    status, answer, _ = put(server, "alice-new", good)
+    assert (status, answer) == (201, {"name": "alice-new", "bytes": len(good), "replaced": False})
+    assert (folder / "prefixes" / "alice-new.safetensors").read_bytes() == good
+    first = complete(server, KEYS["alice"], "alice-new", max_tokens=20)[1]["choices"][0]["text"]
+    header = server.get("/admin/prefixes/alice-new", key=KEYS["admin"])[1]["header"]
+    assert header["task"] == "e2e"
+    assert header["prefix_length"] == {"decoder": 4}
+    other = make_prefix(backbone, folder / "other.safetensors", 51).read_bytes()
+    status, answer, _ = put(server, "alice-new", other, "POST")
+    assert (status, answer["replaced"]) == (200, True)
+    assert complete(server, KEYS["alice"], "alice-new", max_tokens=20)[1]["choices"][0]["text"] != first
+    assert "alice-new" in server.get("/admin/prefixes", key=KEYS["admin"])[1]["prefixes"]
+    assert server.ask("DELETE", "/admin/prefixes/alice-new", key=KEYS["admin"])[0] == 204
+    assert complete(server, KEYS["alice"], "alice-new")[0] == 404
+    assert code(server.ask("DELETE", "/admin/prefixes/alice-new", key=KEYS["admin"])) == (404, "prefix_not_found")
+    assert not (folder / "prefixes" / "alice-new.safetensors").exists()
+
+
+def test_files_that_come_and_go_are_seen_on_reload(server: LiveServer, folder: Path, good: bytes) -> None:
+    path = folder / "prefixes" / "alice-dropped.safetensors"
+    path.write_bytes(good)
+    (folder / "prefixes" / "bad.safetensors").write_bytes(good[:-1])
+    told = server.post("/admin/reload", {}, key=KEYS["admin"])[1]
+    assert told["added"] == ["alice-dropped"]
+    assert list(told["refused"]) == ["bad"]
+    assert complete(server, KEYS["alice"], "alice-dropped")[0] == 200
+    path.unlink()
+    (folder / "prefixes" / "bad.safetensors").unlink()
+    told = server.post("/admin/reload", {}, key=KEYS["admin"])[1]
+    assert (told["removed"], told["refused"]) == (["alice-dropped"], {})
+
+
+def hostile(backbone: Any, folder: Path, good: bytes) -> dict[str, bytes]:
+    """Files that must not be taken in, by what is wrong with them."""
+    prefix = load_prefix(folder / "good.safetensors")
+    tensors = {
+        f"decoder.{number}.{part}": tensor
+        for number, pair in enumerate(prefix.layers["decoder"])
+        for part, tensor in zip(("key", "value"), pair, strict=True)
+    }
+    facts = {"prefixtune": json.dumps({**prefix.header})}
+
+    def file(changed: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+        path = folder / "made.safetensors"
+        save_file({**tensors, **changed}, path, facts if metadata is None else metadata)
+        return path.read_bytes()
+
+    length = struct.unpack("<Q", good[:8])[0]
+    header = json.loads(good[8 : 8 + length])
+    huge = dict(header)
+    huge["decoder.0.key"] = {**huge["decoder.0.key"], "shape": [2, 2**40, 8]}
+    text = json.dumps(huge).encode()
+    other = {**prefix.header, "backbone": {**make_header(backbone)["backbone"], "fingerprint": "0123:AAAA"}}
+    return {
+        "empty": b"",
+        "truncated": good[:-5],
+        "header cut off": good[:20],
+        "trailing bytes": good + b"xx",
+        "header of 2^62 bytes": struct.pack("<Q", 2**62) + good[8:],
+        "header of 900 KiB": struct.pack("<Q", 900 * 1024) + b'{"a": "' + b"x" * 900 * 1024,
+        "huge shape": struct.pack("<Q", len(text)) + text + good[8 + length :],
+        "NaN": file({"decoder.1.value": torch.full((2, 4, 8), float("nan"))}),
+        "infinity": file({"decoder.0.key": torch.full((2, 4, 8), float("inf"))}),
+        "wrong heads": file({"decoder.0.key": torch.zeros(3, 4, 8), "decoder.0.value": torch.zeros(3, 4, 8)}),
+        "wrong size": file({"decoder.0.key": torch.zeros(2, 4, 9)}),
+        "lengths differ": file({"decoder.0.key": torch.zeros(2, 5, 8), "decoder.0.value": torch.zeros(2, 5, 8)}),
+        "a layer too many": file({"decoder.2.key": torch.zeros(2, 4, 8), "decoder.2.value": torch.zeros(2, 4, 8)}),
+        "foreign tensor": file({"../../etc/passwd": torch.zeros(2)}),
+        "no header": file({}, {}),
+        "header no JSON": file({}, {"prefixtune": "{"}),
+        "newer format": file({}, {"prefixtune": json.dumps({**prefix.header, "format_version": 99})}),
+        "other weights": file({}, {"prefixtune": json.dumps(other)}),
+        "pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+    }
+
+
+def test_hostile_files_are_refused_and_leave_nothing(
+    server: LiveServer, folder: Path, backbone: Any, good: bytes
+) -> None:
+    before = {path.name: path.read_bytes() for path in (folder / "prefixes").iterdir()}
+    for what, body in hostile(backbone, folder, good).items():
+        # Over a good one, too: it stays.
+        for name in ("evil", "bob-1"):
+            status, answer, _ = put(server, name, body)
+            assert (status, answer["error"]["code"]) == (400, "invalid_prefix"), what
+            assert str(folder) not in answer["error"]["message"], what
+            assert ".upload" not in answer["error"]["message"], what
+    assert {path.name: path.read_bytes() for path in (folder / "prefixes").iterdir()} == before
+    assert complete(server, KEYS["bob"], "bob-1")[0] == 200
+    assert server.get("/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..%2fevil", "%2e%2e%2f%2e%2e%2fevil", ".hidden", "a%00b", "a%20b", "x" * 200, "..", "a%5cb", "%C3%A9", "-%0a"],
+)
+def test_names_cannot_leave_the_folder(server: LiveServer, folder: Path, good: bytes, name: str) -> None:
+    before = sorted(path for path in folder.rglob("*"))
+    status, _, _ = put(server, name, good)
+    assert status in (400, 404)
+    assert sorted(path for path in folder.rglob("*")) == before
+
+
+def test_an_upload_is_bounded_and_needs_an_admin(server: LiveServer, folder: Path, good: bytes) -> None:
+    before = sorted((folder / "prefixes").iterdir())
+    assert code(put(server, "alice-2", good, key="alice")) == (403, "admin_key_needed")
+    assert put(server, MODEL, good)[0] == 400
+    # By the length that is told beforehand, and by what comes where none is told.
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    head = f"PUT /admin/prefixes/big HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['admin']}\r\n"
+    with socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), int(port))) as told:
+        told.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
+        assert b" 413 " in told.recv(4096)
+    with socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), int(port))) as untold:
+        untold.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+        try:
+            for _ in range(20):
+                untold.sendall(piece)
+        except OSError:
+            pass  # It did not wait for the rest.
+        assert b" 413 " in untold.recv(4096)
+    assert sorted((folder / "prefixes").iterdir()) == before
+
+
+def test_an_upload_that_is_broken_off_leaves_nothing(server: LiveServer, folder: Path, good: bytes) -> None:
+    before = sorted((folder / "prefixes").iterdir())
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), int(port))) as half:
+        head = f"PUT /admin/prefixes/half HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['admin']}\r\n"
+        half.sendall(f"{head}Content-Length: {len(good)}\r\n\r\n".encode() + good[: len(good) // 2])
+        server.until(lambda: len(list((folder / "prefixes").iterdir())) > len(before))
+    server.until(lambda: sorted((folder / "prefixes").iterdir()) == before)
+    assert server.get("/admin/prefixes/half", key=KEYS["admin"])[0] == 404

@@ -1,0 +1,557 @@
+"""The engine's running batch against generating one text at a time: the same tokens, whatever else runs beside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prefixtune import attach
+from prefixtune.backbone import Backbone
+from prefixtune.batching import encode_prompts
+from prefixtune.engine import Engine, EngineConfig, Output, Request, Sampling, slots
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.generation import GenerateConfig, generate, generate_ids, newline_tokens
+from prefixtune.prefix import Prefix
+from prefixtune.tasks import TextFormat
+from zoo import ZOO, make_model
+
+NEW = 10
+ZOO_FAMILIES = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe", "starcoder2")
+PLAIN = TextFormat()
+
+
+@pytest.fixture(scope="module")
+def made(tiny_backbone: Callable[..., Any], tiny_tokenizer: Any) -> Callable[[str], Backbone]:
+    """Tiny backbones by family, each made once."""
+
+    @functools.cache
+    def make(name: str) -> Backbone:
+        if name in ZOO_FAMILIES:
+            return Backbone.from_model(make_model(ZOO[name].name, tiny_tokenizer), tiny_tokenizer, f"tiny-{name}")
+        backbone: Backbone = tiny_backbone(name)
+        return backbone
+
+    return make
+
+
+@pytest.fixture
+def llama(made: Callable[[str], Backbone]) -> Backbone:
+    return made("llama")
+
+
+@pytest.fixture
+def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]]:
+    """Seven requests: prompts of 1 to 30 tokens, prefixes of three lengths and none."""
+
+    def make(backbone: Backbone, **rules: Any) -> list[Request]:
+        lengths = {6: (7, 30), 3: (2,), 0: (9, 1), 1: (5, 14)}
+        prefixes = {P: random_prefix(backbone, P, P).detach() if P else None for P in lengths}
+        sampling = Sampling(**{"max_new_tokens": NEW, **rules})
+        return [
+            Request(tuple(random_ids(count, count)), prefixes[P], sampling)
+            for P, counts in lengths.items()
+            for count in counts
+        ]
+
+    return make
+
+
+def ids(output: Output) -> list[int]:
+    return [token.id for token in output.tokens]
+
+
+def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
+    """What `generate_ids` makes of a request by itself."""
+    config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
+    return generate_ids(backbone, [list(request.prompt)], [request.prefix], config=config)[0]
+
+
+def finish(engine: Engine) -> list[Output]:
+    outputs = []
+    while engine.busy:
+        outputs += engine.step()
+    return outputs
+
+
+def by_text(outputs: list[Output]) -> dict[tuple[str, int], list[int]]:
+    found: dict[tuple[str, int], list[int]] = {}
+    for output in outputs:
+        found.setdefault((output.request, output.index), []).extend(ids(output))
+    return found
+
+
+# --- the same tokens as alone ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "opt", "gpt_neox", "qwen3", *ZOO_FAMILIES])
+def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests: Any):
+    backbone = made(name)
+    asked = requests(backbone)
+    expected = [alone(backbone, request) for request in asked]
+    # Fewer slots than texts, and prompts in pieces: texts join while others are being written.
+    engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
+    found = engine.run(asked)
+    assert [ids(texts[0]) for texts in found] == expected
+    assert {texts[0].finished for texts in found} <= {"length", "stop"}
+
+
+@pytest.mark.parametrize("call", [40, 10_000])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_far_longer_text_may_be_attended_to_by_itself(
+    name: str, call: int, made: Any, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(slots, "_CALL", call)
+    backbone = made(name)
+    asked = [*requests(backbone), Request(tuple(random_ids(120, 9)), None, Sampling(max_new_tokens=NEW))]
+    expected = [alone(backbone, request) for request in asked]
+    seen = []
+    whole = slots.Step.__post_init__
+
+    def watch(step: slots.Step) -> None:
+        whole(step)
+        seen.append((bool(step.alone), bool(step.common)))
+
+    monkeypatch.setattr(slots.Step, "__post_init__", watch)
+    found = Engine(backbone, EngineConfig(num_slots=8)).run(asked)
+    assert [ids(texts[0]) for texts in found] == expected
+    assert any(by_itself and together for by_itself, together in seen) == (call < 100)
+
+
+def test_slots_that_ended_leave_holes_which_change_nothing(llama: Backbone, requests: Any):
+    asked = requests(llama)
+    # Every other text is short, so that slots between those in use are empty.
+    asked = [
+        Request(r.prompt, r.prefix, Sampling(max_new_tokens=2 if n % 2 else 20), id=f"hole-{n}")
+        for n, r in enumerate(asked)
+    ]
+    engine = Engine(llama, EngineConfig(num_slots=len(asked)))
+    for request in asked:
+        engine.add(request)
+    outputs, holes = [], False
+    while engine.busy:
+        outputs += engine.step()
+        used = [text.slot for text in engine.running_texts()]
+        holes |= bool(used) and used != list(range(len(used)))
+    assert holes
+    assert by_text(outputs) == {(request.id, 0): alone(llama, request) for request in asked}
+
+
+POOL_PROMPTS, POOL_PREFIXES = (1, 2, 5, 11, 19, 34), (0, 1, 4, 9)
+one_request = st.fixed_dictionaries(
+    {
+        "prompt": st.sampled_from(POOL_PROMPTS),
+        "prefix": st.sampled_from(POOL_PREFIXES),
+        "new": st.integers(1, NEW),
+        "n": st.sampled_from([1, 1, 1, 2]),
+        "tenant": st.sampled_from(["a", "b", "c"]),
+        "wait": st.integers(0, 3),
+        "cancelled_after": st.one_of(st.none(), st.none(), st.integers(0, 12)),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def pool(made: Any, random_ids: Any, random_prefix: Any) -> Callable[..., Any]:
+    """Prompts, prefixes and what becomes of them alone, each worked out once."""
+
+    @functools.cache
+    def prefix(name: str, length: int) -> Prefix | None:
+        return random_prefix(made(name), length, length).detach() if length else None
+
+    @functools.cache
+    def look_up(name: str, prompt: int, length: int) -> tuple[tuple[int, ...], Prefix | None, list[int]]:
+        text = tuple(random_ids(prompt, prompt))
+        request = Request(text, prefix(name, length), Sampling(max_new_tokens=NEW))
+        return text, request.prefix, alone(made(name), request)
+
+    return look_up
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    asked=st.lists(one_request, min_size=1, max_size=9),
+    num_slots=st.integers(1, 4),
+    prefill_tokens=st.sampled_from([1, 3, 8, 64]),
+    call=st.sampled_from([2, 300]),
+)
+def test_any_schedule_gives_what_each_text_gives_alone(
+    name: str,
+    asked: list[dict[str, Any]],
+    num_slots: int,
+    prefill_tokens: int,
+    call: int,
+    made: Any,
+    pool: Any,
+):
+    with pytest.MonkeyPatch.context() as patch:
+        # Slots so short at first that they must grow while texts run.
+        patch.setattr(slots, "_FIRST_CAPACITY", 4)
+        patch.setattr(slots, "_CALL", call)
+        engine = Engine(made(name), EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
+        outputs, cancelled, expected = [], {}, {}
+        for number, one in enumerate(asked):
+            for _ in range(one["wait"]):
+                outputs += engine.step()
+            text, prefix, written = pool(name, one["prompt"], one["prefix"])
+            sampling = Sampling(max_new_tokens=one["new"])
+            engine.add(Request(text, prefix, sampling, n=one["n"], tenant=one["tenant"], id=f"r{number}"))
+            for index in range(one["n"]):
+                expected[f"r{number}", index] = written[: one["new"]]
+            if one["cancelled_after"] is not None:
+                cancelled[f"r{number}"] = one["cancelled_after"]
+        steps = 0
+        while engine.busy:
+            for request, after in cancelled.items():
+                if after == steps:
+                    engine.cancel(request)
+            outputs += engine.step()
+            steps += 1
+            assert steps < 1000
+    ended = [(output.request, output.index, output.finished) for output in outputs if output.finished]
+    assert sorted(ended[n][:2] for n in range(len(ended))) == sorted(expected), "every text ends once"
+    found = by_text(outputs)
+    for request, index, reason in ended:
+        whole = expected[request, index]
+        if reason == "cancelled":
+            assert found[request, index] == whole[: len(found[request, index])]
+        else:
+            assert found[request, index] == whole
+    assert engine.num_running == engine.num_waiting == 0
+    assert all(float(buffer.abs().max()) == 0 for buffer in (*engine.cache.keys, *engine.cache.values))
+
+
+def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any, requests: Any):
+    backbone = Backbone.from_model(tiny_models("llama").to(torch.bfloat16), tiny_tokenizer, "tiny-bf16")
+    asked = requests(backbone, logprobs=0)
+    for request, (output,) in zip(asked, Engine(backbone).run(asked), strict=True):
+        if not output.tokens:
+            continue
+        told = torch.tensor([token.logprob for token in output.tokens])
+        expected = recomputed(backbone, request, ids(output))
+        chosen = expected[torch.arange(len(told)), ids(output)]
+        # A bfloat16 has 8 bits, and the logits here go up to about 10.
+        assert (told - chosen).abs().max() < 0.3
+        assert (expected.max(-1).values - chosen).max() < 0.3
+
+
+# --- how tokens are chosen -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def recomputed(backbone: Backbone, request: Request, written: list[int]) -> torch.Tensor:
+    """Log-probabilities at every place of a text, by running all of it at once with the prefix injected."""
+    whole = torch.tensor([[*request.prompt, *written]])
+    logits = backbone.forward(whole, prefixes=request.prefix).logits[0]
+    start = len(request.prompt) - 1
+    found: torch.Tensor = logits[start : start + len(written)].float().log_softmax(-1)
+    return found
+
+
+def test_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, requests: Any):
+    asked = requests(llama, logprobs=3)
+    for request, (output,) in zip(asked, Engine(llama, EngineConfig(num_slots=3)).run(asked), strict=True):
+        expected = recomputed(llama, request, ids(output))
+        for token, row in zip(output.tokens, expected, strict=True):
+            assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+            best = row.topk(3)
+            assert [number for number, _ in token.likeliest] == best.indices.tolist()
+            assert [value for _, value in token.likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert token.id == token.likeliest[0][0]
+
+
+@pytest.fixture(scope="module")
+def ending(made: Any, random_ids: Any) -> Request:
+    """A request whose text the model ends by itself."""
+    backbone = made("llama")
+    for seed in range(200):
+        request = Request(tuple(random_ids(6, seed)), None, Sampling(max_new_tokens=NEW))
+        if 1 < len(alone(backbone, request)) < NEW:
+            return request
+    raise AssertionError("no text of the tiny model ends")
+
+
+def test_the_end_token_ends_a_text_and_is_not_told(llama: Backbone, ending: Request):
+    (output,) = Engine(llama).run([ending])[0]
+    assert output.finished == "stop"
+    assert ids(output) == alone(llama, ending)
+    assert llama.end_id not in ids(output)
+
+
+def test_rules_give_what_generate_gives_with_them(llama: Backbone, ending: Request, requests: Any):
+    rules: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"min_new_tokens": NEW}, {"min_new_tokens": NEW}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"banned": tuple(newline_tokens(llama))}, {"ban_newlines": True}),
+    ]
+    # All in one batch, beside texts without rules.
+    asked, expected = [], []
+    for ours, theirs in [({}, {}), *rules]:
+        for request in (*requests(llama)[:4], ending):
+            asked.append(Request(request.prompt, request.prefix, Sampling(max_new_tokens=NEW, **ours)))
+            expected.append(alone(llama, request, **theirs))
+    assert len({tuple(row) for row in expected}) > len(expected) / 2, "the rules must change something"
+    assert [ids(output) for (output,) in Engine(llama).run(asked)] == expected
+    (exactly,) = Engine(llama).run([Request(ending.prompt, None, Sampling(max_new_tokens=25, min_new_tokens=25))])
+    assert len(exactly[0].tokens) == 25
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}])
+def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], llama: Backbone, requests: Any):
+    rules = {"temperature": 1.0, "seed": 11, **options}
+    drawn = requests(llama, **rules)[0]
+    drawn = Request(drawn.prompt, drawn.prefix, drawn.sampling, n=3)
+    lonely = [ids(output) for output in Engine(llama).run([drawn])[0]]
+    again = Request(drawn.prompt, drawn.prefix, drawn.sampling, n=3)
+    others = [*requests(llama), *requests(llama, temperature=1.3), again]
+    mixed = Engine(llama, EngineConfig(num_slots=4, prefill_tokens=5)).run(others)[-1]
+    assert [ids(output) for output in mixed] == lonely
+    assert len({tuple(row) for row in lonely}) == 3, "each of a request's texts draws by itself"
+    other = Request(drawn.prompt, drawn.prefix, Sampling(max_new_tokens=NEW, **{**rules, "seed": 12}))
+    assert ids(Engine(llama).run([other])[0][0]) not in lonely
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def streamed(backbone: Backbone, asked: list[Request], **config: Any) -> dict[str, list[Output]]:
+    engine = Engine(backbone, EngineConfig(**config))
+    for request in asked:
+        engine.add(request)
+    news: dict[str, list[Output]] = {request.id: [] for request in asked}
+    for output in finish(engine):
+        news[output.request].append(output)
+    return news
+
+
+def texts_of(backbone: Backbone, random_prefix: Any) -> list[tuple[str, Prefix | None, int]]:
+    """Texts, prefixes and seeds whose continuations hold broken characters and white space of all kinds."""
+    return [
+        (f"text {number} é", random_prefix(backbone, 3, number).detach() if number % 2 else None, number)
+        for number in range(12)
+    ]
+
+
+def test_pieces_joined_are_what_generate_returns(llama: Backbone, random_prefix: Any):
+    wanted = texts_of(llama, random_prefix)
+    expected = [generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=40)[0] for text, prefix, _ in wanted]
+    asked = [
+        Request(tuple(encode_prompts(llama, PLAIN, [text])[0]), prefix, Sampling(max_new_tokens=40))
+        for text, prefix, _ in wanted
+    ]
+    news = streamed(llama, asked, num_slots=5)
+    for request, whole in zip(asked, expected, strict=True):
+        pieces = [output.text for output in news[request.id]]
+        assert "".join(pieces) == whole
+        assert len(pieces) == len(alone(llama, request)) or news[request.id][-1].finished == "stop"
+    assert any("\ufffd" in whole for whole in expected), "there must be bytes that are no characters"
+
+
+def test_stop_strings_stop_where_generate_stops(llama: Backbone, random_prefix: Any):
+    found = 0
+    for text, prefix, _ in texts_of(llama, random_prefix)[:6]:
+        prompt = tuple(encode_prompts(llama, PLAIN, [text])[0])
+        whole = generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=30)[0]
+        # One token is one byte, so that every stop string of several letters spans tokens.
+        for stop in (whole[4:7], whole[9:11], whole[-1:]):
+            if not stop or "\ufffd" in stop:
+                continue
+            expected = generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=30, stop=stop)[0]
+            request = Request(prompt, prefix, Sampling(max_new_tokens=30, stop=(stop, "never there")))
+            news = streamed(llama, [request])[request.id]
+            assert "".join(output.text for output in news) == expected
+            assert all(stop not in "".join(o.text for o in news[:n]) for n in range(len(news) + 1))
+            assert [ids(o)[0] for o in news if o.tokens] == alone(llama, request, stop=stop)
+            assert news[-1].finished == "stop"
+            found += 1
+    assert found > 8
+
+
+# --- several texts, leaving, failing ---------------------------------------------------------------------------------
+
+
+def test_several_texts_of_one_request(llama: Backbone, requests: Any):
+    one = requests(llama)[0]
+    asked = Request(one.prompt, one.prefix, Sampling(max_new_tokens=NEW, temperature=1.5), n=4)
+    outputs = Engine(llama, EngineConfig(num_slots=3)).run([asked])[0]
+    assert [output.index for output in outputs] == [0, 1, 2, 3]
+    assert len({tuple(ids(output)) for output in outputs}) == 4
+
+
+def test_a_request_given_up_frees_its_slot_before_the_next_step(llama: Backbone, requests: Any):
+    first, second, third = requests(llama)[:3]
+    engine = Engine(llama, EngineConfig(num_slots=1))
+    for request in (first, second, third):
+        engine.add(request)
+    engine.step()
+    engine.cancel(first.id)
+    engine.cancel(third.id)
+    engine.cancel("never heard of")
+    outputs = engine.step()
+    told = {output.request: output.finished for output in outputs}
+    assert told == {first.id: "cancelled", third.id: "cancelled", second.id: None}
+    assert [text.request for text in engine.running_texts()] == [second.id]
+    assert [token for output in (*outputs, *finish(engine)) for token in ids(output)] == alone(llama, second)
+    engine.cancel(first.id)
+    assert not engine.busy
+
+
+def test_a_step_that_fails_ends_its_texts_and_no_others(
+    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
+):
+    asked = requests(llama)
+    calls = 0
+    whole = attach.serve
+
+    def sometimes(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("out of luck")
+        return whole(*args)
+
+    monkeypatch.setattr(attach, "serve", sometimes)
+    found = Engine(llama, EngineConfig(num_slots=3)).run(asked)
+    failed = [number for number, (output,) in enumerate(found) if output.finished == "error"]
+    assert len(failed) == 3
+    assert all(found[number][0].error == "RuntimeError: out of luck" for number in failed)
+    for number in set(range(len(asked))) - set(failed):
+        assert ids(found[number][0]) == alone(llama, asked[number])
+
+
+def broken(prefix: Prefix, value: float) -> Prefix:
+    layers = [(key.clone(), part.clone()) for key, part in prefix.layers["decoder"]]
+    layers[1][0][0, 0] = value
+    layers[1][1][0, 0] = value
+    return Prefix({"decoder": tuple(layers)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("num_slots", [1, 3, 8])
+def test_a_broken_prefix_fails_its_own_request_alone(value: float, num_slots: int, llama: Backbone, requests: Any):
+    asked = requests(llama)
+    bad = Request(asked[0].prompt, broken(asked[0].prefix, value), asked[0].sampling)
+    mixed = [asked[0], bad, *asked[1:]]
+    found = Engine(llama, EngineConfig(num_slots=num_slots)).run(mixed)
+    assert found[1][0].finished == "error"
+    assert "finite" in found[1][0].error
+    assert found[1][0].tokens == ()
+    del found[1]
+    # Also those that get the slot afterwards, behind whose masks its numbers would stand.
+    assert [ids(output) for (output,) in found] == [alone(llama, request) for request in asked]
+
+
+def test_a_broken_prefix_leaves_nothing_when_given_up_early(llama: Backbone, requests: Any):
+    long, short, beside = (requests(llama)[n] for n in (1, 4, 6))
+    engine = Engine(llama, EngineConfig(num_slots=2, prefill_tokens=16))
+    bad = Request(long.prompt, broken(long.prefix, float("nan")), long.sampling)
+    engine.add(bad)
+    engine.add(beside)
+    outputs = engine.step()
+    assert not outputs, "the broken prefix has not shown yet"
+    engine.cancel(bad.id)
+    engine.add(short)
+    found = by_text(finish(engine))
+    # It got the slot of the broken one, beside a longer text, so that the broken numbers would stand behind its mask.
+    assert found[short.id, 0] == alone(llama, short)
+    assert found[beside.id, 0] == alone(llama, beside)
+
+
+def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests: Any):
+    one, two = requests(llama)[:2]
+    everything = tuple(range(llama.model.get_input_embeddings().weight.shape[0]))
+    none = Request(one.prompt, None, Sampling(banned=everything))
+    found = Engine(llama).run([none, two])
+    assert (found[0][0].finished, found[0][0].tokens) == ("error", ())
+    assert ids(found[1][0]) == alone(llama, two)
+
+
+def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
+    llama: Backbone, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(slots, "_FIRST_CAPACITY", 16)
+    few = Sampling(max_new_tokens=4)
+    small, long = Request(requests(llama)[3].prompt, None, few), Request(tuple(random_ids(100)), None, few)
+    engine = Engine(llama, EngineConfig(num_slots=2))
+    zeros = torch.zeros
+    made = 0
+
+    def scarce(*size: Any, **options: Any) -> torch.Tensor:
+        nonlocal made
+        buffer = isinstance(size[0], tuple) and len(size[0]) == 4
+        made += buffer
+        # The first layers' buffers can still be made.
+        if buffer and made > 2:
+            raise MemoryError
+        return zeros(*size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", scarce)
+        (short,), (failed,) = engine.run([small, long])
+    assert failed.finished == "error"
+    assert ids(short) == alone(llama, small)
+    assert [ids(output) for (output,) in engine.run([small, long])] == [alone(llama, r) for r in (small, long)]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_served_is_refused_before_any_work(
+    llama: Backbone, made: Any, random_prefix: Any, tiny_backbone: Any
+):
+    engine = Engine(llama, EngineConfig(max_length=40, max_waiting=3))
+    few = Sampling(max_new_tokens=3)
+    last = Request((1,) * 20, random_prefix(llama, 5), Sampling(max_new_tokens=16))
+    engine.add(last)
+    wrong: list[tuple[Callable[[], Request], str]] = [
+        (lambda: Request((1,) * 20, random_prefix(llama, 5), Sampling(max_new_tokens=17)), "40"),
+        (lambda: Request((1, 10_000), sampling=few), "10000"),
+        (lambda: Request((1, -1), sampling=few), "-1"),
+        (lambda: Request((1,), sampling=Sampling(max_new_tokens=3, banned=(10_000,))), "10000"),
+        (lambda: Request((1,), n=3, sampling=few), "may"),
+        (lambda: Request((1,), id=last.id, sampling=few), "running"),
+        (lambda: Request(()), "no token"),
+        (lambda: Request((1,), n=0), "n is 0"),
+        (lambda: Request((1,), Prefix(random_prefix(llama, 2).layers, {"placement": "infix"})), "infix"),
+        (lambda: Request((1,), sampling=Sampling(temperature=-1.0, top_p=0.0, max_new_tokens=0)), "top_p"),
+    ]
+    for make, told in wrong:
+        with pytest.raises(RequestError, match=told) as error:
+            engine.add(make())
+        assert error.value.hint
+    with pytest.raises(BackboneError):
+        engine.add(Request((1,), random_prefix(made("gpt2"), 2)))
+    assert len(finish(engine)) == 16
+    with pytest.raises(BackboneError):
+        Engine(tiny_backbone("bart"))
+    with pytest.raises(ConfigError, match=r"num_slots.*prefill_tokens"):
+        EngineConfig(num_slots=0, prefill_tokens=0)
+
+
+def test_a_run_that_is_refused_leaves_nothing_behind(llama: Backbone, requests: Any):
+    good = requests(llama)[0]
+    engine = Engine(llama)
+    with pytest.raises(PrefixError):
+        engine.run([good, Request((10_000,))])
+    finish(engine)
+    assert ids(engine.run([good])[0][0]) == alone(llama, good)
+
+
+def test_a_rotation_that_depends_on_the_longest_text_bounds_all(tiny_tokenizer: Any):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 40, **factors}
+    model = make_model("phi3", tiny_tokenizer, rope_parameters=rope, original_max_position_embeddings=40)
+    backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-longrope")
+    assert Engine(backbone).max_length == 40

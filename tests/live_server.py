@@ -1,0 +1,199 @@
+"""`prefixtune serve` in a subprocess over a tiny model and made-up prefixes, for the tests of the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MODEL = "tiny-chat"
+POSITIONS = 512
+
+# How messages are laid out by the tiny model; refuses a talk that does not begin with the user or the system.
+TEMPLATE = (
+    "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the assistant cannot begin') }}{% endif %}"
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+# The code runs the command as `prefixtune serve` does.
+COMMAND = """
+import argparse, sys
+from prefixtune.commands.serve import add_arguments, serve
+from prefixtune.console import Console
+from prefixtune.errors import PrefixError
+parser = argparse.ArgumentParser()
+add_arguments(parser)
+try:
+    sys.exit(serve(parser.parse_args()))
+except PrefixError as error:
+    Console().error(error.message, error.hint)
+    sys.exit(2)
+"""
+
+
+def make_model(folder: Path, *, template: bool = True) -> Path:
+    """A tiny LLaMA that writes on and on, stored as a user would store one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from zoo import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
+            # Special tokens are never the likeliest, so that a text is as long as was asked for.
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"])] = 0.0
+    if template:
+        tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **header: Any) -> Path:
+    """A random prefix as an artifact."""
+    import torch
+
+    from prefixtune.checkpoint import make_header, save_prefix
+    from prefixtune.prefix import Prefix
+
+    generator = torch.Generator().manual_seed(seed)
+    layers = tuple(
+        tuple(torch.randn(shape.num_kv_heads, length, size, generator=generator) for size in (shape.key_dim,) * 2)
+        for shape in backbone.geometry["decoder"]
+    )
+    return save_prefix(path, Prefix({"decoder": layers}, make_header(backbone, **header)))
+
+
+class Address:
+    """Somewhere to ask."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def ask(
+        self, method: str, path: str, body: Any = None, *, key: str = "", headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
+        """Status, JSON or text, and headers of a request; a body that is no bytes is sent as JSON."""
+        sent = {"Content-Type": "application/json"} if body is not None else {}
+        sent |= {"Authorization": f"Bearer {key}"} if key else {}
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {**sent, **(headers or {})}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, _content(answer), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, _content(error), dict(error.headers)
+
+    def get(self, path: str, **options: Any) -> tuple[int, Any, dict[str, str]]:
+        return self.ask("GET", path, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any, dict[str, str]]:
+        return self.ask("POST", path, body, **options)
+
+    def figure(self, name: str, key: str = "", **labels: str) -> float:
+        """The sum of a figure of `/metrics` over all samples with these labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        families = text_string_to_metric_families(self.get("/metrics", key=key)[1])
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        assert samples or labels, f"no figure {name}"
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+    def until(self, good: Any, seconds: float = 10) -> None:
+        """Wait until a condition holds."""
+        end = time.monotonic() + seconds
+        while not good():
+            assert time.monotonic() < end, "it did not come to pass"
+            time.sleep(0.02)
+
+
+class LiveServer(Address):
+    """`prefixtune serve` in a subprocess."""
+
+    def __init__(self, model: Path, prefixes: Path, *flags: str, environment: Mapping[str, str] | None = None) -> None:
+        super().__init__("")
+        arguments = ["--backbone", str(model), "--prefixes", str(prefixes), "--port", "0", "--dtype", "float32"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error::FutureWarning", "-c", COMMAND, *arguments, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+        self.lines: list[dict[str, Any]] = []
+        self.errors: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read_log, daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def wait(self, seconds: float = 60) -> LiveServer:
+        """Wait until it serves."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            started = [line for line in self.lines if line["event"] == "started"]
+            if started:
+                self.url = started[0]["url"]
+                try:
+                    if self.get("/readyz")[0] == 200:
+                        return self
+                except OSError:
+                    pass
+            time.sleep(0.05)
+        raise AssertionError(f"the server did not start: {self.process.poll()}\n{''.join(self.errors)}")
+
+    def _read_log(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(json.loads(line))
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.errors.extend(self.process.stderr)
+
+    def stop(self, sig: int = signal.SIGTERM, seconds: float = 30) -> int:
+        """Signal it, and wait for its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        code = self.process.wait(seconds)
+        for reader in self._readers:
+            reader.join(5)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+        return code
+
+
+def _content(answer: Any) -> Any:
+    text = answer.read().decode()
+    return json.loads(text) if answer.headers.get_content_type() == "application/json" else text

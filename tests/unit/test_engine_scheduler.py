@@ -1,0 +1,217 @@
+"""Whose turn it is: fair shares of slots, prompts in pieces, and queues that leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from prefixtune.engine import Engine, EngineConfig, FullError, Request, Sampling
+from prefixtune.engine.request import TextSoFar, TokenSequence
+from prefixtune.engine.scheduler import Scheduler
+
+
+def make(tenant: str = "", prompt: int = 1, number: int = 0) -> TokenSequence:
+    request = Request((1,) * prompt, tenant=tenant, id=f"{tenant}-{number}")
+    return TokenSequence(request, 0, TextSoFar(str))
+
+
+def work_off(scheduler: Scheduler) -> None:
+    """Compute a step, in thought."""
+    for work in (piece for pieces in scheduler.plan() for piece in pieces):
+        work.sequence.computed += work.count
+
+
+# --- fair admission --------------------------------------------------------------------------------------------------
+
+
+def test_a_tenant_with_many_texts_does_not_starve_another():
+    scheduler = Scheduler(4, 64)
+    scheduler.add(make("greedy", number=n) for n in range(1000))
+    greedy = scheduler.admit()
+    assert {s.request.tenant for s in greedy} == {"greedy"}
+    scheduler.add(make("modest", number=n) for n in range(3))
+    # Every slot that becomes free goes to who holds the fewest.
+    scheduler.release(greedy[0])
+    assert [s.request.tenant for s in scheduler.admit()] == ["modest"]
+    scheduler.release(greedy[1])
+    assert [s.request.tenant for s in scheduler.admit()] == ["modest"]
+    scheduler.release(greedy[2])
+    assert scheduler.admit()[0].request.tenant in ("greedy", "modest")
+    assert Counter(s.request.tenant for s in scheduler.running)["modest"] in (2, 3)
+
+
+def test_shares_are_equal_however_long_the_texts_are():
+    """One tenant's texts run ten times as long, and its slots are not given to it ten times as often."""
+    scheduler = Scheduler(6, 64)
+    for tenant in ("long", "short", "other"):
+        scheduler.add(make(tenant, number=n) for n in range(500))
+    ages: dict[TokenSequence, int] = {}
+    held: Counter[str] = Counter()
+    for _ in range(300):
+        scheduler.admit()
+        for sequence in list(scheduler.running):
+            ages[sequence] = ages.get(sequence, 0) + 1
+            held[sequence.request.tenant] += 1
+            if ages[sequence] >= (30 if sequence.request.tenant == "long" else 3):
+                scheduler.release(sequence)
+    assert max(held.values()) <= 1.05 * min(held.values())
+
+
+def test_first_come_first_served_within_a_tenant():
+    scheduler = Scheduler(2, 64)
+    asked = [make("one", number=n) for n in range(5)]
+    scheduler.add(asked)
+    served = []
+    while scheduler.num_waiting or scheduler.running:
+        served += scheduler.admit()
+        scheduler.release(scheduler.running[0])
+    assert served == asked
+
+
+def test_the_lowest_free_slot_is_taken():
+    scheduler = Scheduler(3, 64)
+    first = [make(number=n) for n in range(3)]
+    scheduler.add(first)
+    scheduler.admit()
+    assert [s.slot for s in first] == [0, 1, 2]
+    scheduler.release(first[2])
+    scheduler.release(first[0])
+    scheduler.add([make(number=3)])
+    assert [s.slot for s in scheduler.admit()] == [0]
+
+
+# --- prompts in pieces -----------------------------------------------------------------------------------------------
+
+
+def test_running_texts_are_not_held_up_by_prompts():
+    scheduler = Scheduler(8, 16)
+    writing = [make(number=n) for n in range(3)]
+    scheduler.add([*writing, make(prompt=1000, number=9)])
+    scheduler.admit()
+    for _ in range(5):
+        singles, prompts = scheduler.plan()
+        assert [work.sequence for work in singles] == writing
+        assert sum(work.count for work in prompts) == 16
+        assert not any(work.wants_logits for work in prompts)
+        for work in prompts:
+            work.sequence.computed += work.count
+
+
+def test_a_short_prompt_passes_a_long_one_which_goes_on():
+    scheduler = Scheduler(8, 16)
+    long, short = make(prompt=1000, number=1), make(prompt=6, number=2)
+    scheduler.add([long, short])
+    scheduler.admit()
+    _, prompts = scheduler.plan()
+    assert {work.sequence: work.count for work in prompts} == {long: 10, short: 6}
+    assert [work.wants_logits for work in prompts] == [False, True]
+
+
+def test_the_oldest_prompt_is_not_starved_by_short_ones():
+    scheduler = Scheduler(4, 16)
+    long = make(prompt=160, number=0)
+    scheduler.add([long])
+    scheduler.admit()
+    steps = 0
+    while long.rest > 1:
+        scheduler.add([make(prompt=16, number=steps)])
+        scheduler.admit()
+        work_off(scheduler)
+        for sequence in list(scheduler.running):
+            if sequence is not long and not sequence.rest:
+                scheduler.release(sequence)
+        steps += 1
+    assert steps <= 20
+
+
+# --- leaving ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_waits_can_leave():
+    scheduler = Scheduler(1, 64)
+    asked = [make("one", number=n) for n in range(3)]
+    scheduler.add(asked)
+    scheduler.admit()
+    scheduler.release(asked[1])
+    assert scheduler.num_waiting == 1
+    scheduler.release(asked[2])
+    scheduler.release(asked[0])
+    assert (scheduler.num_waiting, scheduler.running, dict(scheduler.waiting)) == (0, [], {})
+
+
+# --- in the engine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+def test_a_modest_tenant_is_served_at_once(llama: Any):
+    engine = Engine(llama, EngineConfig(num_slots=4))
+    short = Sampling(max_new_tokens=3, min_new_tokens=3)
+    for number in range(1000):
+        engine.add(Request((1, 2), sampling=short, tenant="greedy", id=f"greedy-{number}"))
+    engine.step()
+    modest = [Request((3, 4), sampling=short, tenant="modest", id=f"modest-{n}") for n in range(4)]
+    for request in modest:
+        engine.add(request)
+    ended: list[str] = []
+    while not all(request.id in ended for request in modest):
+        ended += [output.request for output in engine.step() if output.finished]
+    # Two slots of four fell to it as soon as they were free.
+    assert len(ended) - len(modest) <= 12
+    assert engine.num_waiting > 900
+
+
+def test_a_full_queue_refuses_and_takes_again_later(llama: Any):
+    engine = Engine(llama, EngineConfig(num_slots=1, max_waiting=2))
+    one = Sampling(max_new_tokens=1)
+    for number in range(2):
+        engine.add(Request((1,), sampling=one, id=f"{number}"))
+    with pytest.raises(FullError, match="2 texts wait"):
+        engine.add(Request((1,), sampling=one))
+    engine.step()
+    engine.add(Request((1,), sampling=one))
+
+
+def test_memory_stays_flat_over_many_requests(llama: Any, random_prefix: Any):
+    engine = Engine(llama, EngineConfig(num_slots=8))
+    prefix = random_prefix(llama, 3).detach()
+    sampling = Sampling(max_new_tokens=2, temperature=1.0, stop=("never there",))
+
+    def serve(count: int, first: int) -> None:
+        for number in range(first, first + count):
+            engine.add(Request((1, 2, 3), prefix, sampling, tenant=f"tenant-{number}"))
+            if number % 3 == 0:
+                engine.cancel(f"request-{number}")
+            if engine.num_waiting > 16:
+                engine.step()
+        while engine.busy:
+            engine.step()
+
+    def num_kept() -> int:
+        gc.collect()
+        # Asking some of torch's objects for their class warns.
+        return sum(type(found) is TokenSequence for found in gc.get_objects())
+
+    kept = num_kept()
+    serve(50, 0)
+    tracemalloc.start()
+    try:
+        serve(30, 100)
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        serve(300, 1000)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    # The random numbers alone of 300 texts that are kept would take 750 kB.
+    assert grown < 200_000
+    assert num_kept() <= kept

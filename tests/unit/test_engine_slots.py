@@ -1,0 +1,71 @@
+"""Slots: how far texts are attended to together, growing, and wiping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixtune.engine import slots
+from prefixtune.engine.slots import SlotCache, shared_length
+from prefixtune.errors import RequestError
+from prefixtune.prefix import LayerShape, Prefix
+
+SHAPES = (LayerShape(2, 4, 3), LayerShape(1, 8, 8))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=12), st.integers(0, 5))
+def test_the_cheapest_common_length(lengths: list[int], holes: int):
+    rows = len(lengths) + holes
+
+    def cost(common: int) -> int:
+        alone = sum(n + slots._CALL for n in lengths if n > common)
+        return alone + (rows * common + slots._CALL if common else 0)
+
+    found = shared_length(lengths, rows)
+    assert found in (0, *lengths)
+    assert cost(found) == min(cost(common) for common in (0, *lengths))
+
+
+def test_even_texts_stay_together_and_a_far_longer_one_goes_by_itself():
+    assert shared_length([90, 100, 110], rows=3) == 110
+    assert shared_length([90, 100, 5000], rows=3) == 100
+    # One text in a high slot: the empty ones before it are not computed.
+    assert shared_length([400], rows=32) == 0
+
+
+def make(num_slots: int = 3, max_length: int = 1000) -> SlotCache:
+    return SlotCache(SHAPES, num_slots, max_length, torch.float32, torch.device("cpu"))
+
+
+def prefix(length: int) -> Prefix:
+    pairs = (
+        (torch.randn(s.num_kv_heads, length, s.key_dim), torch.randn(s.num_kv_heads, length, s.value_dim))
+        for s in SHAPES
+    )
+    return Prefix({"decoder": tuple(pairs)})
+
+
+def test_growing_keeps_what_is_there_and_wiping_leaves_nothing():
+    cache, given_prefix = make(), prefix(5)
+    cache.put(1, given_prefix)
+    before = cache.capacity
+    cache.reserve(before + 1)
+    assert cache.capacity == 2 * before
+    for number, (key, value) in enumerate(given_prefix.layers["decoder"]):
+        assert torch.equal(cache.keys[number][1, :, :5], key)
+        assert torch.equal(cache.values[number][1, :, :5], value)
+        assert cache.keys[number].shape == (3, SHAPES[number].num_kv_heads, 2 * before, SHAPES[number].key_dim)
+    assert cache.num_bytes == 3 * 2 * before * sum(shape.size for shape in SHAPES) * 4
+    cache.wipe(1, 5)
+    assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
+
+
+def test_slots_grow_to_the_longest_text_and_no_further():
+    cache = make(max_length=300)
+    cache.reserve(257)
+    assert cache.capacity == 300
+    with pytest.raises(RequestError, match="301 positions"):
+        cache.reserve(301)

@@ -1,0 +1,363 @@
+"""The engine in a thread of its own: news in order, deadlines, crashes, slow callers, and an orderly end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from prefixtune.engine import Engine, EngineConfig, EngineWorker, FullError, Output, Request, Sampling
+from prefixtune.engine import worker as worker_module
+from prefixtune.errors import BackboneError, RequestError
+
+PATIENCE = 20.0
+LONG = Sampling(max_new_tokens=100, min_new_tokens=100)
+SHORT = Sampling(max_new_tokens=4, min_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def worker(llama: Any) -> Iterator[EngineWorker]:
+    with EngineWorker(Engine(llama, EngineConfig(num_slots=4))) as made:
+        yield made
+
+
+class Ear:
+    """Hears the news of one request, and knows when it has ended."""
+
+    def __init__(self, texts: int = 1) -> None:
+        self.outputs: list[Output] = []
+        self.open = texts
+        self.ended = threading.Event()
+        self.began = threading.Event()
+        self.threads: set[int] = set()
+
+    def __call__(self, output: Output) -> None:
+        assert not self.ended.is_set(), "nothing is told after the end"
+        self.threads.add(threading.get_ident())
+        self.outputs.append(output)
+        self.began.set()
+        if output.finished is not None:
+            self.open -= 1
+            if not self.open:
+                self.ended.set()
+
+    def wait(self) -> list[Output]:
+        assert self.ended.wait(PATIENCE)
+        return self.outputs
+
+    @property
+    def reason(self) -> str | None:
+        return self.wait()[-1].finished
+
+
+def tokens(outputs: list[Output], index: int = 0) -> list[int]:
+    return [token.id for output in outputs if output.index == index for token in output.tokens]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+# --- news ------------------------------------------------------------------------------------------------------------
+
+
+def test_news_is_what_the_engine_says_in_order(worker: EngineWorker, llama: Any, random_ids: Any, random_prefix: Any):
+    prefix = random_prefix(llama, 3).detach()
+    asked = [Request(tuple(random_ids(5, n)), prefix if n % 2 else None, SHORT, n=1 + n % 2) for n in range(12)]
+    expected = Engine(llama).run([Request(r.prompt, r.prefix, r.sampling, n=r.n) for r in asked])
+    ears = [Ear(request.n) for request in asked]
+    for request, ear in zip(asked, ears, strict=True):
+        worker.submit(request, ear)
+    for request, ear, texts in zip(asked, ears, expected, strict=True):
+        outputs = ear.wait()
+        assert {output.request for output in outputs} == {request.id}
+        for index, text in enumerate(texts):
+            assert tokens(outputs, index) == [token.id for token in text.tokens]
+            assert "".join(output.text for output in outputs if output.index == index) == text.text
+        assert threading.get_ident() not in ear.threads
+    assert worker.num_live == 0
+
+
+def test_what_the_engine_refuses_is_raised_at_once(worker: EngineWorker, tiny_backbone: Any, random_prefix: Any):
+    ear = Ear()
+    with pytest.raises(RequestError):
+        worker.submit(Request((10_000,), sampling=SHORT), ear)
+    with pytest.raises(BackboneError):
+        worker.submit(Request((1,), random_prefix(tiny_backbone("gpt2"), 2), SHORT), ear)
+    first = Ear()
+    worker.submit(Request((1,), sampling=LONG, id="same"), first)
+    with pytest.raises(RequestError, match="same"):
+        worker.submit(Request((1,), sampling=LONG, id="same"), ear)
+    worker.cancel("same")
+    assert first.reason == "cancelled"
+    assert ear.outputs == []
+
+
+def test_a_cancelled_request_ends_and_frees_its_slot(worker: EngineWorker):
+    ears = [Ear() for _ in range(6)]
+    for number, ear in enumerate(ears):
+        worker.submit(Request((1, 2), sampling=LONG, id=f"r{number}"), ear)
+    assert ears[0].began.wait(PATIENCE)
+    for number in (0, 5):
+        worker.cancel(f"r{number}")
+        assert ears[number].reason == "cancelled"
+    worker.cancel("unknown")
+    assert [ear.reason for ear in ears[1:5]] == ["length"] * 4
+
+
+def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
+    with EngineWorker(Engine(llama, EngineConfig(num_slots=1, max_length=160))) as worker:
+        endless = Sampling(max_new_tokens=150, min_new_tokens=150)
+        running, waiting, free, late = Ear(), Ear(), Ear(), Ear()
+        worker.submit(Request((1,), sampling=endless), running, deadline=0.05)
+        worker.submit(Request((1,), sampling=endless), waiting, deadline=0.02)
+        worker.submit(Request((1,), sampling=SHORT), free, deadline=PATIENCE)
+        worker.submit(Request((1,), sampling=SHORT), late, deadline=0.0)
+        assert (running.reason, waiting.reason, late.reason) == ("timeout", "timeout", "timeout")
+        assert free.reason == "length"
+        assert running.outputs
+        assert tokens(waiting.outputs) == tokens(late.outputs) == []
+
+
+# --- callers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_who_raises_is_not_told_more_and_harms_nobody(worker: EngineWorker):
+    heard = []
+
+    def bad(output: Output) -> None:
+        heard.append(output)
+        raise SystemExit("the caller is broken")
+
+    good = Ear()
+    worker.submit(Request((1,), sampling=LONG, id="bad"), bad)
+    worker.submit(Request((2,), sampling=SHORT), good)
+    assert good.reason == "length"
+    wait_until(lambda: worker.num_live == 0)
+    assert worker.drain(PATIENCE)
+    assert len(heard) == 1
+    assert worker.snapshot().failed_callbacks == 1
+    assert worker.healthy
+
+
+def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
+    let_go = threading.Event()
+    slow = Ear()
+
+    def sleepy(output: Output) -> None:
+        let_go.wait(PATIENCE)
+        slow(output)
+
+    worker.submit(Request((1,), sampling=LONG), sleepy)
+    other = Ear()
+    worker.submit(Request((2,), sampling=SHORT), other)
+    wait_until(lambda: worker.snapshot().tokens == 104)
+    assert not worker.drain(0.05)
+    let_go.set()
+    assert worker.drain(PATIENCE)
+    assert len(tokens(slow.wait())) == 100
+    assert len(tokens(other.wait())) == 4
+
+
+def test_a_caller_may_hand_in_more_from_its_news(worker: EngineWorker):
+    last = Ear()
+
+    def chain(output: Output) -> None:
+        if output.finished:
+            worker.submit(Request((2,), sampling=SHORT), last)
+
+    worker.submit(Request((1,), sampling=SHORT), chain)
+    assert last.reason == "length"
+
+
+# --- crashes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, SystemExit, KeyError])
+def test_a_crash_ends_all_requests_and_serving_goes_on(kind: type[BaseException], llama: Any):
+    with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
+        ears = [Ear(2) for _ in range(3)]
+        broken = worker.engine
+        step = broken.step
+        steps = 0
+
+        def crash() -> list[Output]:
+            nonlocal steps
+            steps += 1
+            if steps > 3:
+                raise kind("broken")
+            return step()
+
+        broken.step = crash  # type: ignore[method-assign]
+        for number, ear in enumerate(ears):
+            worker.submit(Request((1, number), sampling=LONG, n=2), ear)
+        for ear in ears:
+            ends = [output for output in ear.wait() if output.finished]
+            assert [(output.finished, output.crashed) for output in ends] == [("error", True)] * 2
+            assert sorted(output.index for output in ends) == [0, 1]
+            assert kind.__name__ in ends[0].error
+        wait_until(lambda: worker.healthy)
+        assert worker.engine is not broken
+        again = Ear()
+        worker.submit(Request((1, 0), sampling=SHORT), again)
+        assert again.reason == "length"
+        (expected,) = Engine(llama).run([Request((1, 0), sampling=SHORT)])[0]
+        assert tokens(again.outputs) == [token.id for token in expected.tokens]
+        assert worker.snapshot().restarts == 1
+
+
+def test_an_engine_that_cannot_be_made_anew_at_once_is_tried_again(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    tries = threading.Semaphore(0)
+    allowed = threading.Event()
+
+    def scarce(*args: Any) -> Engine:
+        tries.release()
+        if not allowed.is_set():
+            raise MemoryError
+        return Engine(*args)
+
+    with EngineWorker(Engine(llama)) as worker:
+        monkeypatch.setattr(worker_module, "Engine", scarce)
+        ear = Ear()
+
+        def crash() -> list[Output]:
+            raise RuntimeError("broken")
+
+        worker.engine.step = crash  # type: ignore[method-assign]
+        worker.submit(Request((1,), sampling=LONG), ear)
+        assert ear.reason == "error"
+        assert tries.acquire(timeout=PATIENCE)
+        assert not worker.healthy
+        with pytest.raises(FullError):
+            worker.submit(Request((1,), sampling=SHORT), ear)
+        allowed.set()
+        wait_until(lambda: worker.healthy)
+        again = Ear()
+        worker.submit(Request((1,), sampling=SHORT), again)
+        assert again.reason == "length"
+
+
+def test_a_worker_can_be_closed_while_its_engine_is_broken(llama: Any, monkeypatch: pytest.MonkeyPatch):
+    worker = EngineWorker(Engine(llama))
+
+    def never(*_: Any) -> Engine:
+        raise MemoryError
+
+    def crash() -> list[Output]:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(worker_module, "Engine", never)
+    worker.engine.step = crash  # type: ignore[method-assign]
+    ear = Ear()
+    worker.submit(Request((1,), sampling=LONG), ear)
+    assert ear.reason == "error"
+    began = time.monotonic()
+    worker.close(PATIENCE)
+    assert time.monotonic() - began < PATIENCE / 2
+    assert not any(thread.is_alive() for thread in worker._threads)
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_draining_finishes_what_runs_and_takes_no_more(worker: EngineWorker):
+    ears = [Ear() for _ in range(6)]
+    for ear in ears:
+        worker.submit(Request((1,), sampling=LONG), ear)
+    assert not worker.drain(0.0)
+    with pytest.raises(FullError, match="closed"):
+        worker.submit(Request((1,), sampling=SHORT), Ear())
+    assert worker.drain(PATIENCE)
+    assert all(ear.ended.is_set() and ear.reason == "length" for ear in ears)
+    assert worker.drain(0.5), "there is nothing left to wait for"
+
+
+def test_closing_ends_everything_and_tells(llama: Any):
+    worker = EngineWorker(Engine(llama, EngineConfig(num_slots=2)))
+    ears = [Ear() for _ in range(5)]
+    for ear in ears:
+        worker.submit(Request((1,), sampling=LONG), ear)
+    assert ears[0].began.wait(PATIENCE)
+    worker.close()
+    assert [ear.reason for ear in ears] == ["cancelled"] * 5
+    assert not any(thread.is_alive() for thread in worker._threads)
+    assert not worker.healthy
+    assert worker.drain(1.0)
+    worker.close()
+    with pytest.raises(FullError):
+        worker.submit(Request((1,), sampling=SHORT), Ear())
+
+
+# --- the live view ---------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_shows_who_shares_the_batch(llama: Any, random_prefix: Any):
+    with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
+        prefix = random_prefix(llama, 3).detach()
+        hold, go = threading.Event(), threading.Event()
+        step = worker.engine.step
+        count = 0
+
+        def slow() -> list[Output]:
+            nonlocal count
+            count += 1
+            if count == 6:
+                hold.set()
+                assert go.wait(PATIENCE)
+            return step()
+
+        worker.engine.step = slow  # type: ignore[method-assign]
+        ears = [Ear() for _ in range(4)]
+        requests = [
+            Request((1, 2, 3), prefix, LONG, tenant="one", prefix_name="e2e", id="a"),
+            Request((1, 2), None, LONG, tenant="two", id="b"),
+            Request((1,), prefix, SHORT, prefix_name="webnlg", id="c"),
+            Request((1,), prefix, SHORT, prefix_name="webnlg", id="d"),
+        ]
+        # All before the first step, so that counts are certain.
+        with worker._changed:
+            for request, ear in zip(requests, ears, strict=True):
+                worker.submit(request, ear)
+        assert hold.wait(PATIENCE)
+        now = worker.snapshot()
+        shown = [(t.slot, t.request, t.tenant, t.prefix_name, t.prompt_tokens, t.new_tokens) for t in now.running]
+        assert shown == [(0, "a", "one", "e2e", 3, 5), (1, "b", "two", "", 2, 5)]
+        assert (now.waiting, now.steps, now.tokens, now.restarts) == (2, 5, 10, 0)
+        assert now.batch_sizes == {2: 5}
+        go.set()
+        for ear in ears:
+            ear.wait()
+        now = worker.snapshot()
+        assert (now.running, now.waiting, now.tokens) == ((), 0, 208)
+        assert sum(now.batch_sizes.values()) == now.steps
+
+
+def test_many_threads_at_once(worker: EngineWorker):
+    ears = [Ear() for _ in range(60)]
+
+    def ask(thread: int) -> None:
+        for number in range(thread, 60, 6):
+            worker.submit(Request((1, number), sampling=SHORT, tenant=str(thread), id=f"t{number}"), ears[number])
+            if number % 10 == 0:
+                worker.cancel(f"t{number}")
+            worker.snapshot()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, ear in enumerate(ears):
+        assert ear.reason in (("length", "cancelled") if number % 10 == 0 else ("length",))
+        assert {output.request for output in ear.outputs} == {f"t{number}"}

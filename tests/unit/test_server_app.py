@@ -1,0 +1,461 @@
+"""The application in this process, over a real engine on a tiny model: what is hard to bring about from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.engine import Engine, EngineConfig, EngineWorker, Output, PrefixStore
+from prefixtune.prefix import Prefix
+from prefixtune.server.app import make_app
+from prefixtune.server.config import KeyConfig, ServeConfig
+from prefixtune.server.keys import hash_key
+from prefixtune.server.metrics import Metrics
+from prefixtune.server.services import Services
+
+Made = tuple[Any, Services]
+FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}"}
+
+
+class Answer:
+    """What came back of one request."""
+
+    def __init__(self) -> None:
+        self.status, self.headers, self.body, self.ended = 0, dict[str, str](), b"", False
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> Any:
+        return self.json["error"]["code"]
+
+
+async def call(
+    app: Any,
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    headers: dict[str, str] | None = None,
+    gone: asyncio.Event | None = None,
+    slow: Callable[[], Awaitable[None]] | None = None,
+) -> Answer:
+    """Send a request as uvicorn would; `gone`: when the client goes away; `slow`: how it reads a piece."""
+    answer, sent, gone = Answer(), False, gone or asyncio.Event()
+    given = {"host": "127.0.0.1:8000", "content-type": "application/json", **(headers or {})}
+    scope = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in given.items()], "root_path": "",
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if not sent:
+            sent = True
+            return {"type": "http.request", "body": b"" if body is None else json.dumps(body).encode()}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            answer.status = message["status"]
+            answer.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            return
+        if slow is not None:
+            await slow()
+        answer.body += message.get("body", b"")
+        answer.ended = not message.get("more_body", False)
+
+    await asyncio.wait_for(app(scope, receive, send), 30)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+    backbone = tiny_backbone("llama", max_position_embeddings=512)
+    with torch.no_grad():
+        # The end token is never the likeliest: a text is as long as was asked for.
+        backbone.model.lm_head.weight[backbone.end_id] = 0.0
+    return backbone
+
+
+@pytest.fixture
+def make(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]) -> Iterator[Callable[..., Made]]:
+    made: list[Services] = []
+
+    def build(**options: Any) -> Made:
+        folder = tmp_path / "prefixes"
+        folder.mkdir(exist_ok=True)
+        for seed, name in enumerate(("a", "b")):
+            header = make_header(backbone, task="records", text_format=FORMAT)
+            prefix = Prefix(random_prefix(backbone, 4, seed).layers, header)
+            save_prefix(folder / f"{name}.safetensors", prefix)
+        config = ServeConfig(**{"backbone": "tiny", "prefixes": str(folder), "num_slots": 4, **options})
+        engine = Engine(backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
+        services = Services(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
+        made.append(services)
+        return make_app(services), services
+
+    yield build
+    for services in made:
+        services.close()
+
+
+def in_time(services: Services) -> float:
+    """How many texts run in the engine, after a while."""
+
+    async def wait() -> None:
+        while services.worker.num_live:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(wait(), 10))
+    return services.admission.texts
+
+
+def ask(**more: Any) -> dict[str, Any]:
+    return {"model": "a", "prompt": "hello", "max_tokens": 5, "temperature": 0, **more}
+
+
+def test_an_unforeseen_error_is_told_in_the_log_alone(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, services = make()
+
+    def broken(*_: Any) -> Any:
+        raise ValueError("a secret of /srv/models")
+
+    monkeypatch.setattr(services.catalog, "check", broken)
+    with caplog.at_level(logging.ERROR, "prefixtune.server"):
+        answer = asyncio.run(call(app, "POST", "/v1/completions", ask(), headers={"x-request-id": "mine-1"}))
+    assert (answer.status, answer.code) == (500, "internal_error")
+    assert "secret" not in answer.body.decode()
+    assert "mine-1" in answer.json["error"]["message"]
+    assert answer.headers["x-request-id"] == "mine-1"
+    (record,) = caplog.records
+    assert "a secret" in str(record.exc_info)
+    assert in_time(services) == 0
+
+
+def test_a_request_that_fails_fails_alone(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, services = make()
+    submit = services.worker.submit
+
+    def failing(request: Any, on_output: Any, deadline: Any = None) -> None:
+        if request.prefix_name == "b":
+            on_output(Output(request.id, 0, (), "", "error", "NaN in /srv/models"))
+        else:
+            submit(request, on_output, deadline)
+
+    monkeypatch.setattr(services.worker, "submit", failing)
+
+    async def both() -> list[Answer]:
+        return list(
+            await asyncio.gather(
+                *(
+                    call(app, "POST", "/v1/completions", ask(model=name, stream=s))
+                    for name in "ab"
+                    for s in (False, True)
+                )
+            )
+        )
+
+    good, good_stream, bad, bad_stream = asyncio.run(both())
+    assert good.status == 200
+    assert good_stream.body.endswith(b"data: [DONE]\n\n")
+    assert (bad.status, bad.code) == (500, "engine_error")
+    # The status of a stream was sent: the error is its last event.
+    assert bad_stream.status == 200
+    last = bad_stream.body.decode().strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_error"
+    assert bad_stream.ended
+    assert b"/srv" not in bad.body + bad_stream.body
+
+
+def test_when_the_engine_breaks_its_requests_get_503_and_later_ones_are_served(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, services = make()
+    engine = services.worker.engine
+
+    def broken() -> Any:
+        raise RuntimeError("out of memory at 0x7f")
+
+    monkeypatch.setattr(engine, "step", broken)
+    answer = asyncio.run(call(app, "POST", "/v1/completions", ask()))
+    assert (answer.status, answer.code) == (503, "engine_failed")
+    assert answer.headers["retry-after"] == "1"
+    assert "0x7f" not in answer.body.decode()
+
+    async def until_served() -> Answer:
+        while (later := await call(app, "POST", "/v1/completions", ask())).status == 503:
+            await asyncio.sleep(0.01)
+        return later
+
+    assert asyncio.run(until_served()).status == 200
+    assert services.worker.engine is not engine
+
+
+def test_a_deadline_is_told_as_such(make: Callable[..., Made]) -> None:
+    app, services = make(deadline=0.1)
+    answer = asyncio.run(call(app, "POST", "/v1/completions", ask(max_tokens=450, n=4)))
+    assert (answer.status, answer.code) == (504, "deadline_exceeded")
+    # OpenAI's client would try twice more by itself.
+    assert answer.headers["x-should-retry"] == "false"
+    assert in_time(services) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_slots(make: Callable[..., Made], stream: bool) -> None:
+    app, services = make()
+
+    async def leave() -> Answer:
+        gone = asyncio.Event()
+        running = asyncio.ensure_future(
+            call(app, "POST", "/v1/completions", ask(max_tokens=500, n=4, stream=stream), gone=gone)
+        )
+        while not services.worker.snapshot().running:
+            await asyncio.sleep(0.005)
+        gone.set()
+        return await running
+
+    answer = asyncio.run(leave())
+    assert not answer.ended
+    assert in_time(services) == 0
+    told = services.metrics.text().decode()
+    assert 'prefixtune_texts_total{finished="gone",prefix="a"} 4.0' in told
+    assert 'prefixtune_requests_total{route="/v1/completions",status="499"} 1.0' in told
+
+
+def test_a_client_that_vanished_before_the_first_byte_holds_nothing(make: Callable[..., Made]) -> None:
+    app, services = make()
+
+    async def leave() -> None:
+        gone = asyncio.Event()
+        gone.set()
+        await call(app, "POST", "/v1/completions", ask(max_tokens=500, stream=True), gone=gone)
+
+    asyncio.run(leave())
+    assert in_time(services) == 0
+
+
+def test_a_client_that_does_not_read_is_given_up(make: Callable[..., Made]) -> None:
+    app, services = make(client_timeout=0.1)
+
+    async def never() -> None:
+        await asyncio.sleep(60)
+
+    answer = asyncio.run(call(app, "POST", "/v1/completions", ask(max_tokens=500, stream=True), slow=never))
+    assert not answer.ended
+    assert in_time(services) == 0
+
+
+def test_a_silent_stream_says_that_it_is_alive(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, services = make()
+    monkeypatch.setattr("prefixtune.server.jobs._SILENCE", 0.05)
+    later: list[Any] = []
+    monkeypatch.setattr(
+        services.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output))
+    )
+
+    async def wait() -> Answer:
+        running = asyncio.ensure_future(call(app, "POST", "/v1/chat/completions", body))
+        while not later:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        request, tell = later[0]
+        tell(Output(request.id, 0, (), "done", "stop"))
+        return await running
+
+    body = ask(stream=True)
+    del body["prompt"]
+    body["messages"] = [{"role": "user", "content": "hi"}]
+    services.backbone.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    try:
+        answer = asyncio.run(wait())
+    finally:
+        services.backbone.tokenizer.chat_template = None
+    assert answer.body.count(b": waiting\n\n") >= 2
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_the_queue_is_bounded(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, services = make(max_queue=2)
+    monkeypatch.setattr(services.worker, "submit", lambda *_, **__: None)
+
+    async def fill() -> tuple[Answer, Answer]:
+        gone = asyncio.Event()
+        running = [asyncio.ensure_future(call(app, "POST", "/v1/completions", ask(n=3), gone=gone)) for _ in range(2)]
+        while services.admission.texts < 6:
+            await asyncio.sleep(0.005)
+        refused = await call(app, "POST", "/v1/completions", ask())
+        health = await call(app, "GET", "/healthz")
+        gone.set()
+        await asyncio.gather(*running)
+        return refused, health
+
+    refused, health = asyncio.run(fill())
+    assert (refused.status, refused.code) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert health.status == 200
+    assert services.admission.texts == 0
+
+
+def test_while_draining_only_running_requests_go_on(make: Callable[..., Made]) -> None:
+    app, services = make()
+
+    async def drain() -> tuple[Answer, Answer, Answer, Answer, bool]:
+        running = asyncio.ensure_future(call(app, "POST", "/v1/completions", ask(max_tokens=100)))
+        while not services.admission.texts:
+            await asyncio.sleep(0.005)
+        draining = asyncio.ensure_future(services.drain(20))
+        await asyncio.sleep(0)
+        refused = await call(app, "POST", "/v1/completions", ask())
+        alive, ready = await call(app, "GET", "/healthz"), await call(app, "GET", "/readyz")
+        return await running, refused, alive, ready, await draining
+
+    done, refused, alive, ready, in_time = asyncio.run(drain())
+    assert (done.status, done.json["usage"]["completion_tokens"]) == (200, 100)
+    assert (refused.status, refused.code) == (503, "draining")
+    assert "retry-after" in refused.headers
+    assert (alive.status, ready.status, in_time) == (200, 503, True)
+
+
+def test_without_keys_only_this_machines_names_are_answered(make: Callable[..., Made]) -> None:
+    app, _ = make()
+    for host in ("localhost", "localhost:8000", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "LOCALHOST:1"):
+        assert asyncio.run(call(app, "GET", "/v1/models", headers={"host": host})).status == 200
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:80", ""):
+        assert asyncio.run(call(app, "GET", "/v1/models", headers={"host": host})).code == "host_not_allowed"
+
+
+def test_a_form_of_another_site_is_refused_by_its_content_type(make: Callable[..., Made]) -> None:
+    app, _ = make()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        answer = asyncio.run(call(app, "POST", "/v1/completions", ask(), headers={"content-type": kind}))
+        assert (answer.status, answer.code) == (415, "unsupported_media_type")
+    kind = "application/json; charset=utf-8"
+    assert asyncio.run(call(app, "POST", "/v1/completions", ask(), headers={"content-type": kind})).status == 200
+
+
+def test_pages_of_other_origins_read_nothing_unless_they_are_named(make: Callable[..., Made]) -> None:
+    headers = {"origin": "https://a.example"}
+    answer = asyncio.run(call(make()[0], "GET", "/v1/models", headers=headers))
+    assert "access-control-allow-origin" not in answer.headers
+    app, _ = make(cors_origins=("https://a.example",))
+    answer = asyncio.run(call(app, "GET", "/v1/models", headers=headers))
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    answer = asyncio.run(call(app, "GET", "/v1/models", headers={"origin": "https://b.example"}))
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_what_runs_is_told_without_the_names_of_others(make: Callable[..., Made]) -> None:
+    keys = {name: KeyConfig(hash_key(f"pt-{name}"), (name,)) for name in "ab"}
+    app, services = make(keys=keys)
+
+    async def look() -> list[Answer]:
+        gone = asyncio.Event()
+        running = [
+            asyncio.ensure_future(
+                call(app, "POST", "/v1/completions", ask(model=name, max_tokens=500), headers=bearer(name), gone=gone)
+            )
+            for name in "ab"
+        ]
+        while len(services.worker.snapshot().running) < 2:
+            await asyncio.sleep(0.005)
+        seen = [await call(app, "GET", "/v1/status", headers=bearer(name)) for name in "ab"]
+        gone.set()
+        await asyncio.gather(*running)
+        return seen
+
+    for name, answer in zip("ab", asyncio.run(look()), strict=True):
+        assert sorted(str(text["model"]) for text in answer.json["running"]) == sorted(["None", name])
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer pt-{name}"}
+
+
+def test_lengths_are_those_that_fit(make: Callable[..., Made]) -> None:
+    app, services = make(default_max_tokens=300, max_tokens=511, max_prompt_tokens=400)
+    # 512 positions, 4 of them the prefix's; the last new token takes none.
+    prompt = "x" * 400
+
+    def outcome(**more: Any) -> Answer:
+        return asyncio.run(call(app, "POST", "/v1/completions", ask(prompt=prompt, **more)))
+
+    assert outcome(max_tokens=109).json["usage"] == {
+        "prompt_tokens": 400,
+        "completion_tokens": 109,
+        "total_tokens": 509,
+    }
+    assert outcome(max_tokens=None).json["usage"]["completion_tokens"] == 109
+    assert outcome(model="tiny", max_tokens=113).json["usage"]["completion_tokens"] == 113
+    for more in ({"max_tokens": 110}, {"model": "tiny", "max_tokens": 114}, {"max_tokens": None, "min_tokens": 110}):
+        assert (outcome(**more).status, outcome(**more).code) == (400, "context_length_exceeded")
+    too_long = asyncio.run(call(app, "POST", "/v1/completions", ask(prompt="x" * 401)))
+    assert too_long.code == "context_length_exceeded"
+    assert in_time(services) == 0
+
+
+def test_token_ids_that_the_model_does_not_have(make: Callable[..., Made]) -> None:
+    app, _ = make()
+    for prompt in ([10**9], [-1], [[5], [10**30]]):
+        answer = asyncio.run(call(app, "POST", "/v1/completions", ask(prompt=prompt)))
+        assert (answer.status, answer.json["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_figures_of_prefixes_are_bounded(make: Callable[..., Made]) -> None:
+    _, services = make()
+    metrics = Metrics(services.worker, services.store, num_slots=1, most_prefixes=2, draining=lambda: False)
+    for number in range(1000):
+        metrics.text_done(f"tenant-{number}", "stop", 1)
+    lines = [line for line in metrics.text().decode().splitlines() if line.startswith("prefixtune_new_tokens_total")]
+    assert sorted(lines) == [
+        'prefixtune_new_tokens_total{prefix="other"} 998.0',
+        'prefixtune_new_tokens_total{prefix="tenant-0"} 1.0',
+        'prefixtune_new_tokens_total{prefix="tenant-1"} 1.0',
+    ]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_prompts_and_outputs_are_logged_only_where_that_is_wanted(
+    make: Callable[..., Made], caplog: pytest.LogCaptureFixture, wanted: bool
+) -> None:
+    app, _ = make(log_prompts=wanted)
+    with caplog.at_level(logging.DEBUG, "prefixtune.server"):
+        output = asyncio.run(call(app, "POST", "/v1/tasks/a", {"name": "a secret", "max_tokens": 20})).json["output"]
+    (record,) = caplog.records
+    assert ("a secret" in str(record.__dict__)) is wanted
+    assert (output in str(record.__dict__["facts"].get("outputs"))) is wanted
+
+
+def test_the_first_signal_drains_and_the_second_ends_it(make: Callable[..., Made]) -> None:
+    from prefixtune.server.serving import _Server
+
+    _, services = make(drain_seconds=1000.0)
+    server = _Server(services)
+
+    async def signals() -> list[tuple[bool, bool, bool]]:
+        seen = []
+        server.loop = asyncio.get_running_loop()
+        with services.admission.enter(1):
+            for _ in range(2):
+                server.handle_exit(signal.SIGTERM, None)
+                await asyncio.sleep(0.01)
+                seen.append((services.draining, server.should_exit, server.force_exit))
+        assert server.stopping is not None
+        await server.stopping
+        return seen
+
+    assert asyncio.run(signals()) == [(True, False, False), (True, True, True)]

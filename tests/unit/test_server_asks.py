@@ -1,0 +1,211 @@
+"""Bodies of requests: what is taken, what is passed over, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from prefixtune.server.asks import Limits, parse_chat, parse_completion, parse_json, parse_task
+from prefixtune.server.replies import ApiError
+
+LIMITS = Limits(max_tokens=100, max_texts=6)
+USER = [{"role": "user", "content": "hi"}]
+
+
+def completion(**body: Any) -> Any:
+    return parse_completion({"model": "m", "prompt": "text", **body}, LIMITS)
+
+
+def chat(**body: Any) -> Any:
+    return parse_chat({"model": "m", "messages": USER, **body}, LIMITS)
+
+
+def task(columns: tuple[str, ...] = ("name", "food"), **body: Any) -> Any:
+    return parse_task(body, LIMITS, columns)
+
+
+def refused(parse: Any, *given: Any, **body: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse(*given, **body)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2], [3]], ((1, 2), (3,))),
+    ],
+)
+def test_prompts(prompt: Any, prompts: Any) -> None:
+    assert completion(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize("prompt", [None, "", [], ["a", 1], [[1], []], [True], [[1], "a"], {"a": 1}, 3, ["a", ""]])
+def test_prompts_that_are_none(prompt: Any) -> None:
+    assert refused(completion, prompt=prompt).param == "prompt"
+
+
+def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
+    plain = completion().sampling
+    assert (plain.temperature, plain.top_p, plain.stop, plain.seed, plain.logprobs) == (1.0, 1.0, (), None, None)
+    assert not completion().says_length
+    ask = completion(
+        max_tokens=7, min_tokens=2, temperature=0, top_p=0.5, top_k=3, seed=-1, stop=["a", "b"], n=2, logprobs=5,
+        repetition_penalty=1.5, stream=True, stream_options={"include_usage": True},
+    )  # fmt: skip
+    sampling = ask.sampling
+    assert (sampling.max_new_tokens, sampling.min_new_tokens, sampling.temperature) == (7, 2, 0.0)
+    assert (sampling.top_p, sampling.top_k, sampling.seed, sampling.stop) == (0.5, 3, -1, ("a", "b"))
+    assert (sampling.logprobs, sampling.repetition_penalty, ask.n) == (5, 1.5, 2)
+    assert ask.stream
+    assert ask.include_usage
+    assert ask.says_length
+    assert completion(stop="end").sampling.stop == ("end",)
+    # Clients send null for what is left out.
+    assert completion(max_tokens=None, temperature=None, stop=None, n=None, stream=None, tools=None) == completion()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0), ("max_tokens", 101), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "5"),
+        ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True),
+        ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("n", 0), ("n", 7), ("logprobs", 21), ("seed", 2**64),
+        ("stop", [""]), ("stop", [1]), ("stop", ["a"] * 17), ("stop", "x" * 257), ("stream", 1), ("stream", "yes"),
+        ("stream_options", {"include_usage": True}), ("repetition_penalty", 0), ("model", 3), ("model", ""),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_name_their_field(field: str, value: Any) -> None:
+    assert refused(completion, **{field: value}).param == field
+
+
+def test_texts_are_bounded_over_all_prompts() -> None:
+    assert completion(prompt=["a", "b", "c"], n=2).n == 2
+    assert refused(completion, prompt=["a", "b", "c"], n=3).param == "n"
+    assert refused(completion, min_tokens=5, max_tokens=4).param == "min_tokens"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
+        ("logit_bias", {"5": 1}), ("presence_penalty", 0.5), ("frequency_penalty", 1), ("best_of", 2), ("echo", True),
+        ("suffix", "x"), ("audio", {}), ("modalities", ["audio"]), ("reasoning_effort", "high"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_output_is_refused_by_name(field: str, value: Any) -> None:
+    error = refused(completion, **{field: value})
+    assert error.param == field
+    assert error.code == "unsupported_field"
+
+
+def test_what_asks_for_nothing_is_passed_over() -> None:
+    neutral = {
+        "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {}, "echo": False,
+        "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "suffix": "", "modalities": ["text"],
+        "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True,
+    }  # fmt: skip
+    assert completion(**neutral) == completion()
+    # In JSON false is no number.
+    assert refused(completion, presence_penalty=False).param == "presence_penalty"
+
+
+def test_unknown_fields_get_a_suggestion() -> None:
+    error = refused(completion, max_token=5)
+    assert error.code == "unknown_field"
+    assert error.param == "max_token"
+    assert "Did you mean 'max_tokens'?" in error.message
+    assert "'include_usage'" in refused(completion, stream=True, stream_options={"include_usages": True}).message
+    # What belongs to the other endpoint.
+    assert refused(completion, messages=USER).param == "messages"
+    assert refused(chat, prompt="a").param == "prompt"
+
+
+def test_messages() -> None:
+    ask = chat(
+        messages=[
+            {"role": "developer", "content": "be brief", "name": "d"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
+        ],
+        max_completion_tokens=9,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert ask.messages == (
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    )
+    assert ask.sampling.max_new_tokens == 9
+    assert ask.sampling.logprobs == 2
+    assert chat(logprobs=True).sampling.logprobs == 0
+    assert chat(logprobs=False).sampling.logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"), ("hi", "messages"), (["hi"], "messages[0]"),
+        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([*USER, {"role": "user"}], "messages[1].content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "messages[0].content[0]"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls"),
+    ],
+)  # fmt: skip
+def test_messages_that_are_none(messages: Any, param: str) -> None:
+    assert refused(chat, messages=messages).param == param
+
+
+def test_top_logprobs_need_logprobs() -> None:
+    assert refused(chat, top_logprobs=2).param == "top_logprobs"
+
+
+def test_a_tasks_fields_stand_beside_the_options() -> None:
+    ask = task(name="Aromi", food="soup", max_tokens=5, stream=True)
+    assert ask.fields == {"name": "Aromi", "food": "soup"}
+    assert ask.sampling.max_new_tokens == 5
+    assert ask.stream
+    # Greedy unless asked otherwise, unlike a completion.
+    assert ask.sampling.temperature == 0
+    assert task(name="a", food="b", temperature=0.5).sampling.temperature == 0.5
+    assert task(source="name is food").source == "name is food"
+
+
+def test_columns_that_are_called_like_an_option_stand_in_fields() -> None:
+    weather = ("temperature", "stop")
+    ask = task(weather, fields={"temperature": "9 C", "stop": "Oldbridge"}, temperature=0.7)
+    assert ask.fields == {"temperature": "9 C", "stop": "Oldbridge"}
+    assert ask.sampling.temperature == 0.7
+
+
+def test_a_tasks_faults() -> None:
+    assert "'food'" in refused(task, name="a", foood="b").message
+    assert refused(task, name="a", source="b").param == "source"
+    assert refused(task).param == "name"
+    assert refused(task, fields={"name": "a"}, food="b").param == "food"
+    assert refused(task, fields=["a"]).param == "fields"
+    assert refused(task, source=3).param == "source"
+    assert refused(task, (), mr="name[a]").param == "mr"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"[]", b"null", b"{", b'{"a": NaN}', b'{"a": Infinity}', b"\xff\xfe", b'{"a": "\\ud800"}',
+        b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_object_of_json(body: bytes) -> None:
+    assert refused(parse_json, body).code == "invalid_json"
+
+
+def test_a_body_is_read_as_it_is() -> None:
+    value = {"a": "é\n€ \U0001f686", "b": [1, 2.5, None, True]}
+    assert parse_json(json.dumps(value).encode()) == value

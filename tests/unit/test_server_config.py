@@ -1,0 +1,114 @@
+"""What a server is told: the file, the environment, flags, and every fault at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefixtune.errors import ConfigError
+from prefixtune.server.config import KeyConfig, ServeConfig
+from prefixtune.server.keys import hash_key
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "serve.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path | None = None, environment: dict[str, str] | None = None, **flags: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        ServeConfig.from_sources(path, environment, flags)
+    return caught.value.message
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, 'port = 1\nnum_slots = 1\ndtype = "bfloat16"\ncors_origins = ["https://a.example"]\n')
+    environment = {
+        "PREFIXTUNE_SERVE_PORT": "2",
+        "PREFIXTUNE_SERVE_NUM_SLOTS": "2",
+        "PREFIXTUNE_SERVE_PLAYGROUND": "false",
+        # Of other programs, and of Kubernetes for a service called prefixtune.
+        "PREFIXTUNE_PORT": "tcp://10.0.0.1:80",
+        "PREFIXTUNE_HOME": "/somewhere",
+    }
+    config = ServeConfig.from_sources(path, environment, {"port": 3})
+    assert (config.port, config.num_slots, config.dtype, config.playground) == (3, 2, "bfloat16", False)
+    assert config.cors_origins == ("https://a.example",)
+    listed = ServeConfig.from_sources(None, {"PREFIXTUNE_SERVE_CORS_ORIGINS": "https://a.example, https://b.example"})
+    assert listed.cors_origins == ("https://a.example", "https://b.example")
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, 'prot = 1\nnum_slots = "many"\nmax_texts = 0\ndeadline = nan\ncors_origins = ["a.example"]\n'
+    )
+    message = refusal(path, {"PREFIXTUNE_SERVE_PORT": "eighty", "PREFIXTUNE_SERVE_HOTS": "x"}, dtype="flaot32")
+    for part in (
+        "unknown key 'prot' (did you mean 'port'?)",
+        "num_slots is 'many', but must be of type int",
+        "max_texts is 0, but must be between 1",
+        "deadline is nan",
+        "cors_origins has 'a.example'",
+        "PREFIXTUNE_SERVE_PORT is 'eighty', but must be a whole number",
+        "unknown variable PREFIXTUNE_SERVE_HOTS (did you mean 'PREFIXTUNE_SERVE_HOST'?)",
+        "did you mean 'float32'?",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "server.example"])
+def test_without_a_key_only_loopback(host: str) -> None:
+    assert "--new-key" in refusal(None, None, host=host)
+    key = KeyConfig(hash_key("pt-a"))
+    assert not ServeConfig(host=host, keys={"a": key}).is_loopback
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert ServeConfig(host=host).is_loopback
+
+
+def test_keys_come_from_tables(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        f'host = "0.0.0.0"\n[keys.alice]\nhash = "{hash_key("pt-alice")}"\nprefixes = ["a-*"]\n'
+        f'requests_per_minute = 60\n[keys."bob b"]\nhash = "{hash_key("pt-bob")}"\nadmin = true\n',
+    )
+    keys = ServeConfig.from_sources(path).keys
+    assert keys["alice"] == KeyConfig(hash_key("pt-alice"), ("a-*",), 60)
+    assert keys["bob b"].admin
+    assert not keys["alice"].admin
+
+
+def test_faults_of_keys_are_told_without_the_keys_themselves(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        'host = "0.0.0.0"\n[keys.a]\nhash = "pt-in-the-clear"\n[keys.b]\nadmni = true\nconcurrent = -1\n'
+        f'[keys.c]\nhash = "{hash_key("x")}"\nprefixes = "a-*"\n[keys.d]\nhash = "{hash_key("x")}"\n',
+    )
+    message = refusal(path)
+    assert "pt-in-the-clear" not in message
+    assert "no key is configured" not in message
+    for part in (
+        "keys.a.hash is not 'sha256:'",
+        "keys.b has the unknown key 'admni' (did you mean 'admin'?)",
+        "keys.b.concurrent is -1",
+        "keys.b has no hash",
+        "keys.c.prefixes is 'a-*', but must be a list of texts",
+    ):
+        assert part in message
+    twice = f'[keys.a]\nhash = "{hash_key("x")}"\n[keys.b]\nhash = "{hash_key("x")}"\n'
+    assert "two keys have the same hash" in refusal(write(tmp_path, twice))
+
+
+def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
+    assert "cannot read" in refusal(tmp_path / "none.toml")
+    assert "is no TOML" in refusal(write(tmp_path, "port = "))
+
+
+def test_the_backbones_name_is_no_path() -> None:
+    assert ServeConfig(backbone="/srv/models/tiny").model_id == "tiny"
+    assert ServeConfig(backbone="/srv/models/tiny.gguf").model_id == "tiny"
+    assert ServeConfig(backbone="/srv/models/tiny", backbone_id="base").model_id == "base"
