@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Backbone": "backbone",
+    "Engine": "engine",
     "Example": "tasks",
     "Prefix": "prefix",
     "PrefixError": "errors",
@@ -25,7 +25,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "Backbone",
+    "Engine",
     "Example",
     "Prefix",
     "PrefixError",
@@ -40,9 +40,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from prefixtune.backbone import Backbone, load_backbone
+    from prefixtune.backbone import load_backbone
     from prefixtune.checkpoint import load_prefix, save_prefix
     from prefixtune.config import TrainConfig
+    from prefixtune.engine import Engine
     from prefixtune.errors import PrefixError
     from prefixtune.evaluation import evaluate
     from prefixtune.generation import generate
