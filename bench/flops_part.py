@@ -171,7 +171,7 @@ def count_attention(side: OurSide, batch: Sequence[Encoded]) -> tuple[int, int]:
     forward = backward = 0
     for group in pack(batch).packing.groups:
         length = group.stop - group.start
-        pairs = heads * length * (side.module.prefix_length + length)
+        pairs = heads * length * (side.module.bake().length() + length)
         for number, shape in enumerate(side.backbone.geometry["decoder"]):
             scores, mix = 2 * pairs * shape.key_dim, 2 * pairs * shape.value_dim
             forward += scores + mix
