@@ -19,6 +19,8 @@ import os
 import shlex
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +130,7 @@ def main() -> int:
     console.info(
         f"{reached} goals reached, {missed} missed, in {format_seconds(time.monotonic() - began)}; {options.json}"
     )
-    return 0
+    return 1 if any(line.value is None and line.what == "everything" for line in lines) else 0
 
 
 def measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Line]]:
@@ -147,19 +149,28 @@ def measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, An
     }
     found: dict[str, Any] = {"data": read.describe()}
     lines: list[Line] = []
+    measures: dict[str, Callable[[], tuple[dict[str, Any], list[Line]]]] = {
+        "train": lambda: train_part.run(read, settings=settings, **common),
+        "seq2seq": lambda: seq2seq_part.run(
+            read, settings=settings, quick=options.quick, adapters_python=options.adapters_python, **common
+        ),
+        "flops": lambda: flops_part.run(read, setting=settings[0], quick=options.quick, **common),
+        "generate": lambda: generate_part.run(
+            read,
+            num_texts=QUICK_TEXTS if options.quick else TEXTS,
+            new_tokens=QUICK_NEW_TOKENS if options.quick else NEW_TOKENS,
+            **common,
+        ),
+    }
     for part in options.parts:
-        if part == "train":
-            figures, more = train_part.run(read, settings=settings, **common)
-        elif part == "seq2seq":
-            figures, more = seq2seq_part.run(
-                read, settings=settings, quick=options.quick, adapters_python=options.adapters_python, **common
-            )
-        elif part == "flops":
-            figures, more = flops_part.run(read, setting=settings[0], quick=options.quick, **common)
-        else:
-            texts, new = (QUICK_TEXTS, QUICK_NEW_TOKENS) if options.quick else (TEXTS, NEW_TOKENS)
-            figures, more = generate_part.run(read, num_texts=texts, new_tokens=new, **common)
-        found[part] = figures
+        try:
+            found[part], more = measures[part]()
+        except (PrefixError, DifferenceError, PeerError):
+            raise
+        except Exception as error:
+            # What was measured before, in half an hour perhaps, is not lost.
+            traceback.print_exc()
+            more = [Line(part, "everything", None, reason=f"{type(error).__name__}: {error}")]
         lines += more
     return found, lines
 

@@ -133,6 +133,7 @@ class OurSide:
             bottleneck_size=BOTTLENECK_SIZE,
         )
         self.optimizer = make_optimizer(self.weights())
+        self.checkpointing: Any = None
 
     def loss(self, batch: Sequence[Encoded]) -> Tensor:
         """Mean loss over target tokens."""
@@ -175,9 +176,11 @@ def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BAC
     if library == "PEFT":
         return PeftSide(backbone_name, dtype, prefix_length)
     backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
-    # For as long as the process lives.
-    attach.checkpointing(backbone.model, variant.endswith(RECOMPUTED)).__enter__()
-    return OurSide(backbone, prefix_length, kv_width(backbone))
+    side = OurSide(backbone, prefix_length, kv_width(backbone))
+    # For as long as the side lives: without a name to hold it, it would end at once.
+    side.checkpointing = attach.checkpointing(backbone.model, variant.endswith(RECOMPUTED))
+    side.checkpointing.__enter__()
+    return side
 
 
 def num_target_tokens(batch: Sequence[Encoded]) -> int:
