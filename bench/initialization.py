@@ -62,7 +62,7 @@ def main() -> None:
                 result = pt.train(config, backbone=backbone, examples=train, dev_examples=dev)
                 trained = time.perf_counter() - began
                 decoding = GenerateConfig(max_new_tokens=80, batch_size=50)
-                score = pt.evaluate(backbone, dev, result.prefix, config=decoding).scores["bleu"]
+                score = pt.evaluate(backbone, dev, result.prefix, config=decoding, protocol="e2e").scores["bleu"]
             losses = [event["loss_per_token"] for event in result.events if event["event"] == "step"]
             rows.append(
                 {

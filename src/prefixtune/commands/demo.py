@@ -113,7 +113,7 @@ def show_demo(console: Console, figures: Mapping[str, Any]) -> None:
         f"{count} held-out tables",
         ["", "before", "after"],
         [
-            ["BLEU (sacrebleu, lower-case, 13a)", f"{figures['bleu_before']:.2f}", f"{figures['bleu_after']:.2f}"],
+            ["BLEU (sacrebleu, 13a)", f"{figures['bleu_before']:.2f}", f"{figures['bleu_after']:.2f}"],
             ["word for word right", f"{figures['exact_before']} of {count}", f"{figures['exact_after']} of {count}"],
         ],
         result=True,
