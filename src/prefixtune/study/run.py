@@ -475,7 +475,7 @@ class _Study:
         facts = {
             "kind": "study",
             "name": config.name,
-            "title": f"{config.kind.description}: {config.task}, {config.backbone}",
+            "title": f"{config.kind.description[0].upper()}{config.kind.description[1:]}: {config.task}, {config.backbone}",
             "task": config.task,
             "backbone": config.backbone,
             "factors": list(config.kind.factors),
