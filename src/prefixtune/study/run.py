@@ -472,10 +472,11 @@ class _Study:
         path = self.folder / STUDY_FILE
         before = _read_json(path) if path.exists() else {}
         config = self.config
+        about = config.kind.description
         facts = {
             "kind": "study",
             "name": config.name,
-            "title": f"{config.kind.description[0].upper()}{config.kind.description[1:]}: {config.task}, {config.backbone}",
+            "title": f"{about[0].upper()}{about[1:]}: {config.task}, {config.backbone}",
             "task": config.task,
             "backbone": config.backbone,
             "factors": list(config.kind.factors),
