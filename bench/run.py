@@ -107,6 +107,19 @@ def main() -> int:
     except PeerError as error:
         console.error(f"a peer stopped: {error}", "leave it out, or its part; nothing was written.")
         return 1
+    conclude(options, console, neighbours, began, found, lines)
+    return 1 if any(line.value is None and line.what == "everything" for line in lines) else 0
+
+
+def conclude(
+    options: argparse.Namespace,
+    console: Console,
+    neighbours: machine.Neighbours,
+    began: float,
+    found: dict[str, Any],
+    lines: list[Line],
+) -> None:
+    """Show the table, and write every figure with what it was measured on; `bench/serve.py` ends so, too."""
     others = neighbours.cores()
     console.table("", ["part", "figure", "value", "goal", ""], [line.cells() for line in lines], result=True)
     if others is not None and others > machine.BUSY_CORES:
@@ -130,7 +143,6 @@ def main() -> int:
     console.info(
         f"{reached} goals reached, {missed} missed, in {format_seconds(time.monotonic() - began)}; {options.json}"
     )
-    return 1 if any(line.value is None and line.what == "everything" for line in lines) else 0
 
 
 def measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Line]]:

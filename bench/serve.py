@@ -18,11 +18,9 @@ Needs `prefixtune prepare` once, and PEFT.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import itertools
 import random
-import shlex
 import sys
 import tempfile
 import threading
@@ -38,13 +36,13 @@ import machine
 import torch
 from data import Data
 from results import Line
-from run import write
+from run import conclude
 from sides import DifferenceError
 
 from prefixtune import attach
 from prefixtune.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
 from prefixtune.checkpoint import make_header, save_prefix
-from prefixtune.console import Console, format_seconds
+from prefixtune.console import Console
 from prefixtune.engine import Engine, EngineConfig, EngineWorker, Output, PrefixStore, Request, Sampling
 from prefixtune.errors import PrefixError
 from prefixtune.generation import GenerateConfig, generate_ids
@@ -205,29 +203,7 @@ def main() -> int:
     except DifferenceError as error:
         console.error(str(error), "a comparison of speed would mean nothing; nothing was written.")
         return 1
-    others = neighbours.cores()
-    console.table("", ["part", "figure", "value", "goal", ""], [line.cells() for line in lines], result=True)
-    if others is not None and others > machine.BUSY_CORES:
-        console.warn(f"other processes kept {others:.1f} cores busy meanwhile; do not take the figures seriously.")
-    written = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "quick": options.quick,
-        "repeats": options.repeats,
-        "backbone": options.backbone,
-        "seconds": round(time.monotonic() - began, 1),
-        "load_average_at_start": neighbours.load,
-        "cores_used_by_others": others,
-        **machine.describe(),
-        **found,
-        "summary": [line.to_dict() for line in lines],
-    }
-    write(options.json, written)
-    missed = sum(line.reached is False for line in lines)
-    reached = sum(line.reached is True for line in lines)
-    console.info(
-        f"{reached} goals reached, {missed} missed, in {format_seconds(time.monotonic() - began)}; {options.json}"
-    )
+    conclude(options, console, neighbours, began, found, lines)
     return 0
 
 
