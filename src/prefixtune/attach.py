@@ -51,6 +51,7 @@ __all__ = [
     "check_fits",
     "checkpointing",
     "cuts_empty_layers",
+    "encode",
     "forward",
     "growing_cache",
     "injecting",
@@ -58,6 +59,7 @@ __all__ = [
     "prefilled_cache",
     "record",
     "register",
+    "relative_bias",
     "serve",
     "stack",
     "visible_slots",
@@ -107,12 +109,12 @@ class Serving(Protocol):
         self,
         place: tuple[str, int],
         query: Float[Tensor, "1 Hq T Dk"],
-        key: Float[Tensor, "1 H T Dk"],
-        value: Float[Tensor, "1 H T Dv"],
+        key: Float[Tensor, "1 H S Dk"],
+        value: Float[Tensor, "1 H S Dv"],
         special: Special,
         window: int | None,
     ) -> Float[Tensor, "1 T Hq Dv"]:
-        """Note the tokens' keys and values, and attend to all that each of them sees."""
+        """Note keys and values (the tokens' own, at `cross` those of sources), and attend to all that is seen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -666,7 +668,8 @@ def forward(
     elif packing is None:
         _tell_positions(call, model, mask, decoder_attention_mask)
     beside = contextlib.nullcontext() if layout.carries else injecting(injection)
-    with beside, _packed_positions(model, layout, packing):
+    packed = {} if packing is None else {site: packing.positions(site)[0] for site in ("encoder", "decoder")}
+    with beside, _telling(model, layout, packed):
         if layout.kind != "encoder-decoder":
             return model(input_ids=input_ids, attention_mask=mask, **call)
         call["decoder_input_ids"] = decoder_input_ids
@@ -686,32 +689,96 @@ def serve(
     position_ids: Int[Tensor, "1 T"],
     serving: Serving,
     logits_to_keep: Int[Tensor, " N"] | None,
+    encoded: Float[Tensor, "1 S E"] | None = None,
 ) -> Float[Tensor, "1 _N V"]:
-    """Run a decoder-only model on the next tokens of many texts, which stand side by side in one row.
+    """Run a model that writes on the next tokens of many texts, which stand side by side in one row.
 
     Args:
         model: The frozen model, probed before; its rows can be packed.
         layout: What `probe` found.
-        input_ids: The tokens.
-        position_ids: Where each stands in its text, counted from the prefix's start.
+        input_ids: The tokens; those of the decoder.
+        position_ids: Where each stands in its text, counted from where the backbone's positions start: from the
+            prefix's start in a decoder-only model.
         serving: Keeps the texts' keys and values.
         logits_to_keep: At which places of the row logits are wanted; None: at all.
+        encoded: Encoder-decoder only: encoded sources (see `encode`), side by side, whose keys and values are to be
+            kept; where there are none, any single position.
     """
     injection = Injection(layout.places, serving=serving)
-    call: dict[str, Any] = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
     # A ready-made 4-D mask stops transformers from building one.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    with contextlib.nullcontext() if layout.carries else injecting(injection):
-        output = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,
-            prefix_injection=injection,
-            **call,
-        )
-    logits: Tensor = output.logits
+    call: dict[str, Any] = {"attention_mask": mask, "use_cache": False, "prefix_injection": injection}
+    if logits_to_keep is not None:
+        call["logits_to_keep"] = logits_to_keep
+    if layout.kind == "encoder-decoder":
+        from transformers.modeling_outputs import BaseModelOutput
+
+        call |= {"decoder_input_ids": input_ids, "decoder_attention_mask": mask}
+        call["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded)
+        # Mixtures of experts look for it.
+        call["encoder_outputs"].router_logits = None
+    else:
+        call |= {"input_ids": input_ids, "position_ids": position_ids}
+    beside = contextlib.nullcontext() if layout.carries else injecting(injection)
+    with beside, _telling(model, layout, {"decoder": position_ids[0]}):
+        logits: Tensor = model(**call).logits
     return logits
+
+
+def encode(model: Any, layout: Layout, input_ids: Int[Tensor, "1 S"], prefix: Prefix | None) -> Float[Tensor, "1 S E"]:
+    """What an encoder-decoder's encoder makes of a source, with the prefix in front at the site `encoder`."""
+    made = stack([prefix], layout.geometry, model.dtype, main_device(model))
+    injection = Injection(layout.places, made.layers, made.visible)
+    with contextlib.nullcontext() if layout.carries else injecting(injection):
+        output = model.get_encoder()(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            prefix_injection=injection,
+            return_dict=True,
+        )
+    encoded: Tensor = output.last_hidden_state
+    return encoded
+
+
+def relative_bias(
+    model: Any, layout: Layout, length: int, encoded: Float[Tensor, "1 S E"]
+) -> dict[int, Float[Tensor, "Hq N"]]:
+    """What an encoder-decoder's decoder adds to scores at each distance, from 0 on: by layer, where it adds anything.
+
+    Found by running a row of so many tokens; beyond `relative_attention_max_distance`, where the model's settings name
+    one, all distances are alike, so that the row need be no longer.
+    """
+    farthest = getattr(model.config, "relative_attention_max_distance", None)
+    count = length if farthest is None else min(length, farthest + 1)
+    noted = _BiasNotes()
+    # A row of one token tells whether there is any; where there is none, positions may be few.
+    for tokens in (1, count):
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=main_device(model))
+        serve(model, layout, ids, torch.arange(tokens, device=ids.device)[None], noted, None, encoded)
+        if not noted.found:
+            break
+    return noted.found
+
+
+class _BiasNotes:
+    """Notes position biases as the last token of a row sees them, in place of attending."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Float[Tensor, "Hq N"]] = {}
+
+    def attend(
+        self,
+        place: tuple[str, int],
+        query: Float[Tensor, "1 Hq T Dk"],
+        key: Float[Tensor, "1 H S Dk"],
+        value: Float[Tensor, "1 H S Dv"],
+        special: Special,
+        window: int | None,
+    ) -> Float[Tensor, "1 T Hq Dv"]:
+        """Note the bias; what is returned has the right shape only."""
+        if place[0] == "decoder" and special.position_bias is not None:
+            self.found[place[1]] = special.position_bias[0, :, -1].flip(-1)
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
 def _tell_positions(call: dict[str, Any], model: Any, mask: Tensor, decoder_mask: Tensor | None) -> None:
@@ -729,18 +796,17 @@ def _tell_positions(call: dict[str, Any], model: Any, mask: Tensor, decoder_mask
 
 
 @contextlib.contextmanager
-def _packed_positions(model: Any, layout: Layout, packing: Packing | None) -> Iterator[None]:
-    """While the block runs, an encoder-decoder's position embeddings are told the packed row's positions.
+def _telling(model: Any, layout: Layout, positions: Mapping[str, Int[Tensor, " T"]]) -> Iterator[None]:
+    """While the block runs, an encoder-decoder's position embeddings are told where the tokens of a row stand, by site.
 
     Such models take no `position_ids`, but their position embeddings do. Models with a relative bias have none of
-    these, and need nothing: within a source or a target, a packed row's distances are right. Only calls of this context
-    are told; another thread may use the model meanwhile.
+    these. Only calls of this context are told; another thread may use the model meanwhile.
     """
-    if packing is None or layout.kind != "encoder-decoder":
+    if not positions or layout.kind != "encoder-decoder":
         yield
         return
     device = main_device(model)
-    token = _told.set({site: packing.positions(site)[0].to(device) for site in ("encoder", "decoder")})
+    token = _told.set({site: places.to(device) for site, places in positions.items()})
     handles = []
     for site, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
         embedding = getattr(part, "embed_positions", None)
@@ -748,7 +814,7 @@ def _packed_positions(model: Any, layout: Layout, packing: Packing | None) -> It
 
             def tell(module: nn.Module, args: Any, given: dict[str, Any], site: str = site) -> Any:
                 told = _told.get({})
-                return (args, {**given, "position_ids": told[site]}) if told else None
+                return (args, {**given, "position_ids": told[site]}) if site in told else None
 
             handles.append(embedding.register_forward_pre_hook(tell, with_kwargs=True))
     try:

@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,28 @@ from safetensors import SafetensorError
 
 from prefixtune import attach
 from prefixtune.attach import Layout
-from prefixtune.errors import BackboneError, ConfigError, did_you_mean
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
 from prefixtune.prefix import Geometry, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
 from prefixtune.probe import probe
 from prefixtune.variants import add_adapter, load_adapter, require, weights
 from prefixtune.variants import quantize as quantize_weights
 
-__all__ = ["DEFAULT_BACKBONE", "DTYPES", "Backbone", "choose_dtype", "fingerprints_match", "load_backbone"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "DEFAULT_BACKBONE",
+    "DTYPES",
+    "Backbone",
+    "adapter_config",
+    "choose_dtype",
+    "fingerprints_match",
+    "load_backbone",
+]
 
 DEFAULT_BACKBONE = "smollm2-135m"
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What a folder of PEFT says of itself."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -169,6 +181,12 @@ class Backbone:
         ids: list[int] = self.tokenizer(text_target="")["input_ids"]
         other = [token for token in ids if token != self.end_id]
         return other[-1] if other else self.pad_id
+
+    @property
+    def first_id(self) -> int | None:
+        """What an encoder-decoder's output begins with, whatever its scores (a language, in mBART); None: nothing."""
+        forced = getattr(self.model.generation_config, "forced_bos_token_id", None)
+        return None if forced is None or self.kind != "encoder-decoder" else int(forced)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with nothing added."""
@@ -332,7 +350,8 @@ def load_backbone(
 
     Args:
         name_or_path: `smollm2-135m` (embedded; run `prefixtune prepare` once), a hub id, a local folder in
-            transformers' format, or a `.gguf` file.
+            transformers' format, a `.gguf` file, or the folder of a LoRA adapter (PEFT): its base model is loaded, and
+            the adapter put on it.
         dtype: A torch dtype or its name; `auto` takes bfloat16 where the hardware is fast at it.
         device: `cpu`, `cuda`, or `auto`.
         quantize: `int8` or `int4`: round the weights of linear layers (torchao); a prefix's fingerprint is that of the
@@ -348,12 +367,22 @@ def load_backbone(
 
     Raises:
         BackboneError: There is no such model, or it cannot carry a prefix; the message says why.
-        ConfigError: An unknown dtype or device.
+        CheckpointError: The adapter's configuration cannot be read.
+        ConfigError: An unknown dtype or device, or options that do not go together.
     """
-    name = str(name_or_path)
+    name = base = str(name_or_path)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    source, options = _locate(name)
+    if _is_adapter(Path(name)):
+        if adapter is not None:
+            raise ConfigError(
+                f"{name!r} is a LoRA adapter itself, but another one, {str(adapter)!r}, was asked for.",
+                hint="merge one of them into its base model first.",
+            )
+        base, adapter = _base_model(Path(name)), name
+    if adapter is not None:
+        _check_lora(Path(adapter))
+    source, options = _locate(base)
     spread: dict[str, Any] = {}
     if device_map is not None:
         require("accelerate", "device_map")
@@ -445,6 +474,57 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     return name, safe
 
 
+def adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What PEFT wrote of an adapter.
+
+    Raises:
+        CheckpointError: There is no such file in the folder, or it is no JSON object.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {ADAPTER_CONFIG}.", hint="give the folder that PEFT's save_pretrained wrote."
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}.", hint="get the adapter again.") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{str(path)!r} is no JSON object.", hint="get the adapter again.")
+    return facts
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _base_model(folder: Path) -> str:
+    """The model that an adapter was trained on, by its configuration."""
+    _check_lora(folder)
+    base = adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise BackboneError(
+            f"the adapter {str(folder)!r} names no base model.",
+            hint="load that model yourself, with adapter=FOLDER (--adapter FOLDER).",
+        )
+    return base
+
+
+def _check_lora(folder: Path) -> None:
+    """Refuse PEFT's other adapters: those in front of the text would be passed over in silence."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    kind = adapter_config(folder).get("peft_type")
+    if kind == "LORA":
+        return
+    hint = "only LORA adapters are part of a backbone."
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        hint = (
+            "it is a prefix: `prefixtune convert FOLDER prefix.safetensors --to prefixtune`, and load its base model."
+        )
+    raise BackboneError(f"the adapter {str(folder)!r} is of type {kind!r}, not LORA.", hint=hint)
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
@@ -475,7 +555,8 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
 
     Returns:
         `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
-        spread over all parameters, as bfloat16. Compare with `fingerprints_match`, which allows for rounding.
+        spread over all parameters (half of them over a LoRA adapter's, whose scaling counts too), as bfloat16. Compare
+        with `fingerprints_match`, which allows for rounding.
     """
     embeddings = model.get_input_embeddings().weight
     config = model.config.get_text_config(decoder=True)
@@ -486,19 +567,27 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
         "window": getattr(config, "sliding_window", None),
         "embeddings": list(embeddings.shape),
         "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
+        **_adapter_facts(model),
     }
     shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    parameters = [p for _, p in sorted(weights(model), key=lambda pair: pair[0])]
+    named = sorted(weights(model), key=lambda pair: pair[0])
+    # An adapter's few and small tensors get half of the samples, wherever they stand among the model's.
+    pools = [pool for pool in ([p for _, p in named], [p for name, p in named if "lora_" in name]) if pool]
     picked = []
     for number in range(_SAMPLES):
-        flat = parameters[
-            number * len(parameters) // _SAMPLES if len(parameters) > _SAMPLES else number % len(parameters)
-        ]
+        pool = pools[number % len(pools)]
+        flat = pool[number * len(pool) // _SAMPLES if len(pool) > _SAMPLES else number // len(pools) % len(pool)]
         # Golden-ratio steps spread the samples over each tensor.
         place = int((number * 0.6180339887498949 % 1.0) * flat.numel())
         picked.append(flat.detach().reshape(-1)[place])
     samples = torch.stack([value.float().cpu() for value in picked]).to(torch.bfloat16).view(torch.int16)
     return f"{shape}:{base64.b64encode(samples.numpy().astype('<i2').tobytes()).decode()}"
+
+
+def _adapter_facts(model: Any) -> Mapping[str, Any]:
+    """What a LoRA adapter's effect depends on besides its weights; empty where there is none."""
+    scalings = [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]
+    return {"adapter": scalings} if scalings else {}
 
 
 def fingerprints_match(one: str, other: str) -> bool:

@@ -432,9 +432,8 @@ def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
     }
     if backbone.kind == "encoder-decoder":
         values["decoder_start_token_id"] = backbone.start_id
-        forced = getattr(backbone.model.generation_config, "forced_bos_token_id", None)
-        if forced is not None:
-            values["forced_bos_token_id"] = forced
+        if backbone.first_id is not None:
+            values["forced_bos_token_id"] = backbone.first_id
     if config.cache == "static" and backbone.layout.cache_layers is None:
         values["cache_implementation"] = "static"
     if config.compile:

@@ -253,10 +253,9 @@ def allowed(backbone: Backbone, scores: Tensor, step: int = 0) -> Tensor:
     """
     scores = scores.clone()
     scores[:, backbone.end_id] = float("-inf")
-    forced = getattr(backbone.model.generation_config, "forced_bos_token_id", None)
-    if step == 0 and forced is not None and backbone.kind == "encoder-decoder":
+    if step == 0 and backbone.first_id is not None:
         scores[0] = float("-inf")
-        scores[0, forced] = 0
+        scores[0, backbone.first_id] = 0
     return scores
 
 

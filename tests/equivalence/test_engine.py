@@ -323,6 +323,38 @@ def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], lla
     assert ids(Engine(llama).run([other])[0][0]) not in lonely
 
 
+def test_texts_of_one_request_compute_its_prompt_once(
+    llama: Backbone, random_ids: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
+):
+    rules = Sampling(max_new_tokens=NEW, min_new_tokens=NEW, temperature=1.0, seed=3)
+    prefix = random_prefix(llama, 5, 5).detach()
+    prompt = tuple(random_ids(40, 40))
+
+    def computed(n: int) -> tuple[list[list[int]], int]:
+        count = 0
+        serve = attach.serve
+
+        def watch(model: Any, layout: Any, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+            nonlocal count
+            count += input_ids.shape[1]
+            return serve(model, layout, input_ids, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(attach, "serve", watch)
+            engine = Engine(llama, EngineConfig(prefill_tokens=7))
+            # Another request beside, so that pieces of the prompt come with running texts.
+            others = [Request((1, 2), None, Sampling(max_new_tokens=30, min_new_tokens=30))]
+            texts = engine.run([*others, Request(prompt, prefix, rules, n=n)])[1]
+        return [ids(output) for output in texts], count
+
+    (one,), once = computed(1)
+    several, together = computed(4)
+    assert several[0] == one
+    assert len({tuple(text) for text in several}) == 4
+    # Of each further text: the prompt's last token and all that it writes but the last.
+    assert together - once == 3 * NEW
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -501,7 +533,7 @@ def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
         patch.setattr(torch, "zeros", scarce)
         (short,), (failed,) = engine.run([small, long])
     assert failed.finished == "error"
-    assert ids(short) == alone(llama, small)
+    assert ids(short) == alone(llama, small), short.error
     assert [ids(output) for (output,) in engine.run([small, long])] == [alone(llama, r) for r in (small, long)]
 
 
@@ -535,7 +567,7 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         engine.add(Request((1,), random_prefix(made("gpt2"), 2)))
     assert len(finish(engine)) == 16
     with pytest.raises(BackboneError):
-        Engine(tiny_backbone("bart"))
+        Engine(tiny_backbone("bert"))
     with pytest.raises(ConfigError, match=r"num_slots.*prefill_tokens"):
         EngineConfig(num_slots=0, prefill_tokens=0)
 

@@ -1,7 +1,9 @@
 """The engine: requests in, pieces of text out, one step of the model at a time.
 
 Every step computes the next token of all running texts, and pieces of new prompts beside them, in one forward pass over
-one row. Requests join and leave between steps; each has its own prefix, or none.
+one row. Requests join and leave between steps; each has its own prefix, or none. An encoder-decoder reads a request's
+prompt with its encoder when the request gets a slot, and writes from there on. Texts that share a request share what
+was computed of its prompt.
 
     engine = Engine(backbone)
     engine.add(Request(prompt, prefix))
@@ -24,18 +26,21 @@ from dataclasses import dataclass
 import torch
 
 from prefixtune import attach
-from prefixtune.attach import check_fits
+from prefixtune.attach import Serving, check_fits
 from prefixtune.backbone import Backbone
 from prefixtune.engine.request import FullError, Output, Request, TextSoFar, Token, TokenSequence
 from prefixtune.engine.sampler import choose
 from prefixtune.engine.scheduler import Scheduler, Work
 from prefixtune.engine.slots import SlotCache, Span, Step
+from prefixtune.engine.sources import Sources
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 
 __all__ = ["Engine", "EngineConfig", "RunningText"]
 
 _ENOUGH = 4096
 """Positions of a slot where the backbone names no limit."""
+_ANY = 2**31
+"""Positions of an encoder-decoder's slots, which are bounded where requests are taken: prefixes do not count there."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class EngineConfig:
 
     Attributes:
         num_slots: Texts that run at once.
-        max_length: Most positions of a text, prefix included; 0: the backbone's.
+        max_length: Most positions of a text, prefix included (for an encoder-decoder: of what it reads, and of what it
+            writes, without the prefix); 0: the backbone's.
         prefill_tokens: Most prompt tokens computed in a step beside the running texts: bounds how long a long prompt
             holds them up.
         max_waiting: Texts that may wait for a slot; a request beyond them is refused.
@@ -80,7 +86,7 @@ class RunningText:
         tenant: For whom.
         prefix_name: What its prefix is called; empty: nobody said, or it has none.
         prompt_tokens: Of the prompt.
-        computed: Of prompt and text: how many have their keys and values in the slot.
+        computed: Of prompt and text: how many tokens were computed.
         new_tokens: Written so far.
     """
 
@@ -95,7 +101,7 @@ class RunningText:
 
 
 class Engine:
-    """Continuous batching over one frozen decoder-only model.
+    """Continuous batching over one frozen model, decoder-only or encoder-decoder.
 
     Args:
         backbone: The model.
@@ -110,7 +116,12 @@ class Engine:
 
     def __init__(self, backbone: Backbone, config: EngineConfig | None = None) -> None:
         self.backbone, self.config = backbone, config or EngineConfig()
-        if backbone.kind != "decoder" or not backbone.layout.packable:
+        if backbone.kind == "encoder":
+            raise BackboneError(
+                f"{backbone.name!r} is an encoder, which reads text and writes none.",
+                hint="use it for classification or tagging, or choose a model that generates.",
+            )
+        if not backbone.layout.packable:
             raise BackboneError(
                 f"{backbone.name!r} (kind {backbone.kind}) cannot run texts side by side in one row.",
                 hint="use `generate`, which batches whole requests.",
@@ -120,10 +131,11 @@ class Engine:
         self.cache = SlotCache(
             backbone.geometry["decoder"],
             self.config.num_slots,
-            self.max_length,
+            self.max_length if backbone.kind == "decoder" else _ANY,
             backbone.dtype,
             backbone.device,
         )
+        self.sources = Sources(backbone, self.config.num_slots) if backbone.kind == "encoder-decoder" else None
         self.scheduler = Scheduler(self.config.num_slots, self.config.prefill_tokens)
         self.batch_size = 0
         self._vocabulary = int(backbone.model.get_input_embeddings().weight.shape[0])
@@ -150,11 +162,15 @@ class Engine:
                     hint="use `generate` for it.",
                 )
         stop = request.sampling.stop
-        made = [TokenSequence(request, index, TextSoFar(self.backbone.decode, stop)) for index in range(request.n)]
-        if made[0].positions_needed > self.max_length:
+        start, first = (None, None) if self.sources is None else (self.backbone.start_id, self.backbone.first_id)
+        made = [
+            TokenSequence(request, index, TextSoFar(self.backbone.decode, stop), start, first)
+            for index in range(request.n)
+        ]
+        sizes = len(request.prompt), request.prefix_length
+        if request.sampling.max_new_tokens > self.room(*sizes):
             raise RequestError(
-                f"the request needs {request.prefix_length} (prefix) + {len(request.prompt)} (text) + "
-                f"{request.sampling.max_new_tokens} (new) positions, but {self.max_length} are there.",
+                f"the request needs {self.needs(*sizes, request.sampling.max_new_tokens)}.",
                 hint="shorten the text or lower max_new_tokens.",
             )
         # In a step with others, an unknown token would fail them all.
@@ -174,6 +190,24 @@ class Engine:
                 )
             self._sequences[request.id] = made
             self.scheduler.add(made)
+
+    def room(self, prompt_tokens: int, prefix_length: int) -> int:
+        """Most tokens that can be written after a prompt; 0 or below: the prompt is too long itself."""
+        if self.sources is None:
+            # The last token takes no position.
+            return self.max_length - prefix_length - prompt_tokens + 1
+        return self.max_length - 1 if prompt_tokens <= self.max_length else 0
+
+    def needs(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> str:
+        """What a request takes and what there is, in words."""
+        if self.sources is None:
+            return (
+                f"{prefix_length} (prefix) + {prompt_tokens} (text) + {new_tokens} (new) positions, but "
+                f"{self.max_length} are there"
+            )
+        return (
+            f"{prompt_tokens} (text) and {new_tokens} (new) positions, but {self.max_length} are there on either side"
+        )
 
     def cancel(self, request_id: str, reason: str = "cancelled") -> None:
         """Give a request up: its slots are free before the next step. Unknown names are passed over."""
@@ -208,7 +242,7 @@ class Engine:
                     s.request.tenant,
                     s.request.prefix_name,
                     len(s.request.prompt),
-                    s.computed,
+                    s.num_read,
                     s.num_new,
                 )
                 for s in running
@@ -258,6 +292,15 @@ class Engine:
             except Exception as error:
                 outputs.append(self._fail(sequence, error))
         with self._lock:
+            sources = self.scheduler.sources()
+        for sequence in sources:
+            try:
+                self._read(sequence)
+            except Exception as error:
+                outputs.append(self._fail(sequence, error))
+        with self._lock:
+            for sequence, other in self.scheduler.followers():
+                self._share(sequence, other)
             singles, prompts = self.scheduler.plan()
         singles, prompts = self._make_room(singles, outputs), self._make_room(prompts, outputs)
         self.batch_size = len(singles) + len(prompts)
@@ -272,6 +315,23 @@ class Engine:
         for work in (*singles, *prompts):
             work.sequence.computed += work.count
         return outputs + [self._take(sequence, token) for sequence, token in zip(decided, tokens, strict=True)]
+
+    def _read(self, sequence: TokenSequence) -> None:
+        """Let the encoder read a text's source."""
+        if self.sources is None:
+            raise RuntimeError("no encoder")
+        self.sources.read(sequence)
+        sequence.to_encode = 0
+
+    def _share(self, sequence: TokenSequence, other: TokenSequence) -> None:
+        """Give a text what was computed of its prompt for another one of the same request."""
+        if self.sources is not None:
+            self.sources.share(sequence, other)
+            sequence.to_encode = 0
+            return
+        # The prompt's last token stays: what follows from it is each text's own.
+        sequence.computed = sequence.num_given - 1
+        self.cache.copy(other.slot, sequence.slot, sequence.request.prefix_length + sequence.computed)
 
     def _make_room(self, works: Sequence[Work], outputs: list[Output]) -> list[Work]:
         """Let the slots grow where a text needs it; a text for which memory does not suffice ends."""
@@ -295,11 +355,16 @@ class Engine:
             sequence, first = work.sequence, work.sequence.computed
             start = sequence.request.prefix_length + first
             ids.extend(sequence.ids[first : first + work.count])
-            positions.extend(range(start, start + work.count))
+            counted = start if self.sources is None else first
+            positions.extend(range(counted, counted + work.count))
             spans.append(Span(sequence.slot, start, work.count, sequence.request.prefix_length))
             if work.wants_logits:
                 ends.append(len(ids) - 1)
         step = Step(self.cache, spans[: len(singles)], spans[len(singles) :])
+        serving: Serving = step
+        encoded = None
+        if self.sources is not None:
+            serving, encoded = self.sources.begin(step, [work.sequence for work in singles])
         device = self.backbone.device
         chosen = torch.tensor(ends or [len(ids) - 1], device=device)
         keeps = chosen if self.backbone.chooses_logits else None
@@ -309,8 +374,9 @@ class Engine:
                 self.backbone.layout,
                 torch.tensor([ids], device=device),
                 torch.tensor([positions], device=device),
-                step,
+                serving,
                 keeps,
+                encoded,
             )[0]
         return logits if keeps is not None else logits[chosen]
 
@@ -347,6 +413,8 @@ class Engine:
             # A failed step may have written behind what counts as computed.
             length = sequence.request.prefix_length + len(sequence.ids)
             self.cache.wipe(sequence.slot, min(length, self.cache.capacity))
+            if self.sources is not None:
+                self.sources.wipe(sequence.slot)
         self.scheduler.release(sequence)
 
     def _fail(self, sequence: TokenSequence, error: Exception) -> Output:

@@ -43,6 +43,8 @@ def choose(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], end
     ):
         if not math.isfinite(score):
             chosen.append("the model gave numbers that are not finite; the prefix may be broken, or too large.")
+        elif sequence.first is not None and sequence.num_new == 0:
+            chosen.append(_told(sequence.first, logits[row], sequence))
         else:
             chosen.append(Token(token) if _plain(sequence) else _choose_one(logits[row], allowed[row], sequence))
     return chosen
@@ -57,8 +59,8 @@ def _plain(sequence: TokenSequence) -> bool:
 def _choose_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
     rules = sequence.request.sampling
     scores = allowed.float().clone()
-    if rules.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(sequence.ids)), device=scores.device)
+    if rules.repetition_penalty != 1 and sequence.own_ids:
+        seen = torch.tensor(sorted(set(sequence.own_ids)), device=scores.device)
         given = scores[seen]
         scores[seen] = torch.where(given > 0, given / rules.repetition_penalty, given * rules.repetition_penalty)
     if rules.banned:
@@ -69,6 +71,12 @@ def _choose_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], seque
     token = int(best.indices)
     if rules.temperature > 0:
         token = _draw((scores - best.values) / max(rules.temperature, _LOWEST_TEMPERATURE), sequence)
+    return _told(token, logits, sequence)
+
+
+def _told(token: int, logits: Float[Tensor, " V"], sequence: TokenSequence) -> Token:
+    """A chosen token, with the log-probabilities that were asked for."""
+    rules = sequence.request.sampling
     if rules.logprobs is None:
         return Token(token)
     logarithms = logits.float().log_softmax(-1)

@@ -81,8 +81,11 @@ class Scheduler:
         Up to half of the room for prompts goes to the oldest; the rest to the shortest first, which need not wait
         behind long ones.
         """
-        singles = sorted((s for s in self.running if s.rest == 1), key=lambda s: s.slot)
-        prompts = [s for s in self.running if s.rest > 1]
+        ready = [s for s in self.running if not s.to_encode]
+        singles = sorted((s for s in ready if s.rest == 1), key=lambda s: s.slot)
+        # Of texts with one prompt, the first computes it, and the others wait for it (see `followers`).
+        firsts = {s.request.id: s for s in reversed(ready) if s.rest > 1}
+        prompts = [s for s in ready if firsts.get(s.request.id) is s]
         counts = dict.fromkeys(prompts, 0)
         room = self.prefill_tokens
         if prompts:
@@ -93,6 +96,33 @@ class Scheduler:
             counts[sequence] += more
             room -= more
         return [Work(s, 1) for s in singles], [Work(s, count) for s, count in counts.items() if count]
+
+    def followers(self) -> list[tuple[TokenSequence, TokenSequence]]:
+        """Texts that still lack what another text of the same request has computed of their prompt, each with that."""
+        known: dict[str, TokenSequence] = {}
+        lacking = []
+        for sequence in self.running:
+            if sequence.to_encode or sequence.rest > 1:
+                if sequence.request.n > 1:
+                    lacking.append(sequence)
+            elif sequence.computed >= sequence.num_given - 1:
+                known.setdefault(sequence.request.id, sequence)
+        return [(sequence, known[sequence.request.id]) for sequence in lacking if sequence.request.id in known]
+
+    def sources(self) -> list[TokenSequence]:
+        """Texts whose sources an encoder reads next: the oldest first, one of a request, as many as there is room for.
+
+        A source is read in one piece; one at least is read, however long it is.
+        """
+        chosen: dict[str, TokenSequence] = {}
+        room = self.prefill_tokens
+        for sequence in self.running:
+            if sequence.to_encode and sequence.request.id not in chosen:
+                if chosen and sequence.to_encode > room:
+                    break
+                chosen[sequence.request.id] = sequence
+                room -= sequence.to_encode
+        return list(chosen.values())
 
     def release(self, sequence: TokenSequence) -> None:
         """Take a text out, wherever it is; its slot is free at once."""

@@ -366,11 +366,14 @@ class PrefixStore:
 
     def _fits(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         expected = {}
-        for number, shape in enumerate(self.backbone.geometry["decoder"]):
-            for part, size in (("key", shape.key_dim), ("value", shape.value_dim)):
-                expected[f"decoder.{number}.{part}"] = (shape.num_kv_heads, size)
-        return shapes.keys() == expected.keys() and all(
-            len(given) == 3 and (given[0], given[2]) == expected[name] for name, given in shapes.items()
+        for site in {name.partition(".")[0] for name in shapes} & self.backbone.geometry.keys():
+            for number, shape in enumerate(self.backbone.geometry[site]):
+                for part, size in (("key", shape.key_dim), ("value", shape.value_dim)):
+                    expected[f"{site}.{number}.{part}"] = (shape.num_kv_heads, size)
+        return (
+            bool(shapes)
+            and shapes.keys() == expected.keys()
+            and all(len(given) == 3 and (given[0], given[2]) == expected[name] for name, given in shapes.items())
         )
 
     def _trained_for(self, header: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """OpenAI's `/v1/completions` and `/v1/chat/completions`, whole and as streams.
 
 A completion's prompt goes to the model as it is. A chat goes through the backbone's own template; templates are never
-taken from artifacts.
+taken from artifacts. What comes back is what the model wrote, white space around it included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ async def complete(call: Call) -> ASGIApp:
     served = await call.services.catalog.open(ask.model, call.caller)
     backbone = call.services.backbone
     prompts = [
-        await encode(call, partial(backbone.encode, prompt)) if isinstance(prompt, str) else prompt
+        await encode(call, partial(_encode_text, backbone, prompt)) if isinstance(prompt, str) else prompt
         for prompt in ask.prompts
     ]
     if call.services.config.log_prompts:
@@ -52,6 +52,10 @@ async def chat(call: Call) -> ASGIApp:
         call.facts["messages"] = ask.messages
     job = begin(call, ask, served, [prompt], call.services.config.default_max_tokens)
     return await _answer(call, ask, job, _Chat(call.services.backbone))
+
+
+def _encode_text(backbone: Backbone, text: str) -> list[int]:
+    return backbone.encode_sources([text])[0]
 
 
 def _encode_chat(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -80,7 +84,7 @@ async def _answer(call: Call, ask: Ask, job: Job, shape: _Completion | _Chat) ->
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": job.model}
     if ask.stream:
         return stream(call, _events(call, ask, job, shape, head))
-    written = [text for texts in await collect(call, job) for text in texts]
+    written = [text for texts in await collect(call, job, verbatim=True) for text in texts]
     if call.services.config.log_prompts:
         call.facts["outputs"] = [text.text for text in written]
     choices = [shape.choice(number, text) for number, text in enumerate(written)]
@@ -95,7 +99,7 @@ async def _events(
     for number in range(len(job.requests) * ask.n):
         for choice in shape.opening(number):
             yield event({**head, "choices": [choice], **unsaid})
-    async for heard in follow(call, job):
+    async for heard in follow(call, job, verbatim=True):
         if heard is None:
             yield ALIVE
             continue

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from prefixtune.backbone import Backbone
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.store import PrefixStore
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.asks import Limits
@@ -51,9 +52,9 @@ class Services:
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
 
     @property
-    def max_length(self) -> int:
-        """Positions of a text, prefix included."""
-        return self.worker.engine.max_length
+    def engine(self) -> Engine:
+        """The running engine, which may be another one later."""
+        return self.worker.engine
 
     async def drain(self, seconds: float) -> bool:
         """Take no more requests, and wait until the running ones are answered; False: some were not in time."""

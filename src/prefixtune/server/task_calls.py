@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from prefixtune.batching import encode_prompts
 from prefixtune.errors import DataError
 from prefixtune.generation import newline_tokens
 from prefixtune.server.asks import Ask, parse_json, parse_task
@@ -53,7 +54,7 @@ async def do_task(call: Call) -> ASGIApp:
             raise wrong(error.message, hint=error.hint) from None
     text_format = services.catalog.text_format(served.header)
     backbone = services.backbone
-    prompt = await encode(call, lambda: backbone.encode(text_format.format_prompt(source, backbone.separator)))
+    prompt = await encode(call, lambda: encode_prompts(backbone, text_format, [source])[0])
     ask, length = await _with_customs(call, ask, served)
     if services.config.log_prompts:
         call.facts["source"] = source
@@ -67,7 +68,7 @@ async def do_task(call: Call) -> ASGIApp:
 
 def _in_the_format_of(call: Call, served: Served, prefix: Any) -> Served:
     """The bare backbone with a prefix's header: the same text without the prefix, to compare with."""
-    if not prefix:
+    if prefix in (None, ""):
         return served
     if served.prefix is not None or not isinstance(prefix, str):
         raise wrong("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")

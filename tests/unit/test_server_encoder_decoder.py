@@ -1,0 +1,74 @@
+"""The application over an encoder-decoder: completions and tasks as `generate` gives them, chats refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.backbone import Backbone
+from prefixtune.batching import default_format, encode_prompts
+from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.engine import Engine, EngineConfig, EngineWorker, PrefixStore
+from prefixtune.generation import GenerateConfig, generate
+from prefixtune.prefix import Prefix
+from prefixtune.server.app import make_app
+from prefixtune.server.config import ServeConfig
+from prefixtune.server.services import Services
+from test_server_app import Answer, call
+
+SOURCE = "name : Aromi | area : city centre"
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_encoder_decoder_is_served(
+    family: str, tiny_models: Any, enclosing_tokenizer: Any, random_prefix: Callable[..., Any], tmp_path: Path
+) -> None:
+    backbone = Backbone.from_model(tiny_models(family), enclosing_tokenizer, "tiny")
+    prefixes: dict[str, Prefix | None] = {"tiny": None}
+    for name, sites in {"all": {"encoder": 4, "decoder": 3, "cross": 5}, "one": {"encoder": 6}}.items():
+        prefixes[name] = Prefix(random_prefix(backbone, sites, len(name)).layers, make_header(backbone, task="records"))
+        save_prefix(tmp_path / f"{name}.safetensors", prefixes[name])
+    engine = Engine(backbone, EngineConfig(num_slots=4))
+    config = ServeConfig(backbone="tiny", prefixes=str(tmp_path))
+    services = Services(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
+    app = make_app(services)
+
+    async def ask_all() -> list[Answer]:
+        short = {"max_tokens": 8, "temperature": 0}
+        return list(
+            await asyncio.gather(
+                *(
+                    call(app, "POST", "/v1/completions", {"model": name, "prompt": SOURCE, **short})
+                    for name in prefixes
+                ),
+                *(call(app, "POST", f"/v1/tasks/{name}", {"source": SOURCE, **short}) for name in prefixes),
+            )
+        )
+
+    try:
+        answers = asyncio.run(ask_all())
+        assert [answer.status for answer in answers] == [200] * 6, [answer.body for answer in answers]
+        form = default_format(backbone)
+        (ids,) = encode_prompts(backbone, form, [SOURCE])
+        assert ids[-1] == backbone.end_id, "the encoder's own special tokens"
+        for number, (name, prefix) in enumerate(prefixes.items()):
+            (expected,) = generate(
+                backbone, [SOURCE], prefix, text_format=form, config=GenerateConfig(max_new_tokens=8)
+            )
+            completion, task = answers[number].json, answers[number + 3].json
+            assert completion["choices"][0]["text"].strip() == task["output"] == expected, name
+            assert completion["usage"]["prompt_tokens"] == len(ids)
+        chat = {"model": "all", "messages": [{"role": "user", "content": "hello"}]}
+        refused = asyncio.run(call(app, "POST", "/v1/chat/completions", chat))
+        assert (refused.status, refused.code) == (400, "no_chat_template")
+        long = {"model": "all", "prompt": "word " * 3000, "max_tokens": 5} if family == "bart" else None
+        if long:
+            refused = asyncio.run(call(app, "POST", "/v1/completions", long))
+            assert (refused.status, refused.code) == (400, "context_length_exceeded")
+            assert "on either side" in refused.json["error"]["message"]
+    finally:
+        services.close()
