@@ -14,7 +14,7 @@ PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 OLDEST := 5.20.2
 ADAPTERS := 1.3.0
 
-.PHONY: demo test test-oldest check system bench bench-serve e2e initialization studies docs clean help
+.PHONY: demo test test-oldest check system bench bench-serve bench-load e2e initialization studies docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -65,6 +65,10 @@ bench: $(VENV)/.tested  ## measure speed and memory, against PEFT and adapters t
 bench-serve: $(VENV)/.tested  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
 	$(BIN)/prefixtune prepare
 	$(BIN)/python bench/serve.py $(BENCH_ARGS)
+
+bench-load: $(VENV)/.tested  ## five minutes of mixed load on a real server with 200 prefixes
+	$(BIN)/prefixtune prepare
+	$(BIN)/python bench/load.py $(BENCH_ARGS)
 
 e2e: $(VENV)/.installed  ## train on E2E (25 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare

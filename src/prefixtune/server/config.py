@@ -87,7 +87,11 @@ class ServeConfig:
     prefill_tokens: int = _option(256, "most prompt tokens computed in a step beside the running texts", "engine")
     cache_mib: int = _option(1024, "memory for loaded prefixes, in MiB", "engine")
 
-    max_queue: int = _option(256, "texts that may wait for a slot; requests beyond are answered with 429", "limits")
+    max_queue: int = _option(
+        256,
+        "texts that may wait for a slot; beyond them, who holds his share of them already is answered with 429",
+        "limits",
+    )
     max_body_kib: int = _option(1024, "size of a request, in KiB", "limits")
     max_upload_mib: int = _option(256, "size of an uploaded prefix, in MiB", "limits")
     max_prompt_tokens: int = _option(0, "tokens of a prompt; 0: what fits the model", "limits")

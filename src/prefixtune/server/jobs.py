@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,9 @@ class Full(Exception):
 class Admission:
     """Counts the texts that run or wait, so that the queue is bounded; and says when all are done.
 
+    A queue that one tenant has filled is not closed to the others: whoever holds less than an equal share of it gets
+    in. So together they may come to hold more, until the first one's are done.
+
     Args:
         num_slots: Texts that run at once.
         max_queue: Texts that may wait.
@@ -44,22 +48,25 @@ class Admission:
     def __init__(self, num_slots: int, max_queue: int) -> None:
         self.num_slots, self.most = num_slots, num_slots + max_queue
         self.texts = 0
+        self._held: Counter[str] = Counter()
         self._seconds = 1.0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextlib.contextmanager
-    def enter(self, texts: int) -> Iterator[None]:
-        """Count some texts while the block runs.
+    def enter(self, texts: int, tenant: str = "") -> Iterator[None]:
+        """Count some texts of a tenant while the block runs.
 
         Raises:
             Full: There is no room for them.
         """
-        if self.texts + texts > self.most:
+        share = self.most // len(self._held.keys() | {tenant})
+        if self.texts + texts > self.most and self._held[tenant] + texts > share:
             # When the texts that are there will be done, if they take as long as the last ones.
             rounds = self.texts / self.num_slots
             raise Full(f"{self.texts} texts run or wait already", min(60.0, max(1.0, rounds * self._seconds)))
         self.texts += texts
+        self._held[tenant] += texts
         self._idle.clear()
         begun = time.monotonic()
         try:
@@ -67,6 +74,9 @@ class Admission:
         finally:
             self._seconds += 0.1 * (time.monotonic() - begun - self._seconds)
             self.texts -= texts
+            self._held[tenant] -= texts
+            if not self._held[tenant]:
+                del self._held[tenant]
             if not self.texts:
                 self._idle.set()
 

@@ -92,8 +92,9 @@ def _load(config: ServeConfig, console: Console) -> Services:
             num_slots=config.num_slots,
             max_length=config.max_length,
             prefill_tokens=config.prefill_tokens,
-            # All that are admitted may come between two steps.
-            max_waiting=config.num_slots + config.max_queue,
+            # All that are admitted may come between two steps; with their shares, tenants may hold several times the
+            # queue (a thousand of them, 1 + 1/2 + ... + 1/1000 = 7.5 times).
+            max_waiting=8 * (config.num_slots + config.max_queue),
         ),
     )
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)

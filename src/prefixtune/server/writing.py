@@ -56,7 +56,9 @@ class Verbatim:
         stop: Strings that end it.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], before: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
         self.decode, self.before, self.stop = decode, list(before), tuple(stop)
         self.ids: list[int] = []
         self.text = ""
@@ -133,7 +135,7 @@ def begin(call: Call, ask: Ask, served: Served, prompts: Sequence[tuple[int, ...
         )
         for prompt in prompts
     ]
-    call.stack.enter_context(services.admission.enter(len(prompts) * ask.n))
+    call.stack.enter_context(services.admission.enter(len(prompts) * ask.n, call.caller.name))
     job = Job(services.worker, requests, served.name, services.config.deadline, services.metrics)
     call.stack.callback(_end, call, job)
     try:
