@@ -126,6 +126,7 @@ class Injection:
         layers: Site -> per layer, keys and values of shape (B or 1, H, P, D).
         visible: Site -> which prefix slots are real, (B, P); None: all are.
         packing: The structure of a packed row; None: an ordinary batch.
+        several: In a packed row whose groups have prefixes of their own: for each prefix what `layers` is for one.
         infix: In a packed row, the sources do not see the prefix, only the targets do.
         recorded: When set, every layer's own keys and values are noted here.
         serving: When set, it keeps all keys and values itself, the prefixes' too, and computes the attention.
@@ -135,6 +136,7 @@ class Injection:
     layers: Mapping[str, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     visible: Mapping[str, Tensor | None] = field(default_factory=dict)
     packing: Packing | None = None
+    several: Sequence[Mapping[str, Sequence[tuple[Tensor, Tensor]]]] = ()
     infix: bool = False
     recorded: list[tuple[nn.Module, Tensor, Tensor]] | None = None
     serving: Serving | None = None
@@ -143,6 +145,14 @@ class Injection:
         """The keys and values that stand in front at an attention layer."""
         site, number = self.places.get(module, ("", 0))
         return self.layers[site][number] if site in self.layers else None
+
+    def fronts(self, module: nn.Module, packing: Packing) -> list[tuple[Tensor, Tensor] | None]:
+        """The keys and values that stand in front of each group of a packed row at an attention layer."""
+        if packing.owners is None:
+            return [self.front(module)] * len(packing.groups)
+        site, number = self.places.get(module, ("", 0))
+        each = [layers[site][number] if site in layers else None for layers in self.several]
+        return [each[owner] for owner in packing.owners]
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,16 +284,16 @@ def attend(
         if injection.serving is not None:
             return injection.serving.attend(injection.places[module], query, key, value, special, window), None
         if injection.packing is not None:
-            site = injection.places[module][0]
+            site, fronts = injection.places[module][0], injection.fronts(module, injection.packing)
             biases = injection.packing.bias(
                 site,
-                0 if front is None else front[0].shape[2],
+                [0 if each is None else each[0].shape[2] for each in fronts],
                 window,
                 query.dtype,
                 query.device,
                 infix=injection.infix,
             )
-            return _attend_packed(injection.packing, site, front, query, key, value, special, biases), None
+            return _attend_packed(injection.packing, site, fronts, query, key, value, special, biases), None
     by_hand = kernel != "sdpa" or softcap is not None or s_aux is not None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -437,7 +447,7 @@ def _flex(device_type: str) -> Callable[..., Any]:
 def _attend_packed(
     packing: Packing,
     site: str,
-    front: tuple[Tensor, Tensor] | None,
+    fronts: Sequence[tuple[Tensor, Tensor] | None],
     query: Float[Tensor, "1 Hq T Dk"],
     key: Float[Tensor, "1 H S Dk"],
     value: Float[Tensor, "1 H S Dv"],
@@ -445,13 +455,13 @@ def _attend_packed(
     biases: Sequence[Tensor | None],
 ) -> Float[Tensor, "1 T Hq Dv"]:
     """Attention of a packed row, group by group, so that nothing is computed across groups."""
-    length = 0 if front is None else front[0].shape[2]
     # `split` and `squeeze`, not slices and indices: their backward passes write each gradient once.
     ours, theirs = packing.sizes(site)
-    parts = zip(biases, query.split(ours, dim=2), key.split(theirs, dim=2), value.split(theirs, dim=2), strict=True)
+    split = query.split(ours, dim=2), key.split(theirs, dim=2), value.split(theirs, dim=2)
     outputs = []
     row, column = 0, 0
-    for bias, group_query, group_key, group_value in parts:
+    for front, bias, group_query, group_key, group_value in zip(fronts, biases, *split, strict=True):
+        length = 0 if front is None else front[0].shape[2]
         queries, keys = group_query.shape[2], group_key.shape[2]
         if front is not None:
             group_key = torch.cat([front[0].to(key), group_key], dim=2)
@@ -604,7 +614,7 @@ def forward(
         input_ids: A batch, padded on either side; or one packed row. For an encoder-decoder, the sources.
         attention_mask: (B, T), nonzero where a token is real; None: all are. Not with `packing`.
         prefixes: One for all rows, or one per row, of any lengths; None: no prefix (in a list: for that row).
-        packing: The structure of a packed row (B = 1).
+        packing: The structure of a packed row (B = 1). Where it names owners, `prefixes` has one for each of them.
         decoder_input_ids: Encoder-decoder only: what the decoder reads.
         decoder_attention_mask: (R, Td), nonzero where one is real.
         source_rows: Which source each of the decoder's rows looks at, where several share one (then with one prefix for
@@ -621,12 +631,23 @@ def forward(
     """
     rows = [prefixes] if prefixes is None or isinstance(prefixes, Prefix) else list(prefixes)
     batch = input_ids.shape[0]
-    if len(rows) not in (1, batch) or (source_rows is not None and len(rows) > 1):
+    owned = packing is not None and packing.owners is not None
+    if packing is not None and owned:
+        last = max(packing.owners or (0,))
+        if last >= len(rows):
+            raise ConfigError(
+                f"{len(rows)} prefixes, but a group's owner is {last}.",
+                hint="give one prefix for each owner, counted from 0.",
+            )
+    elif len(rows) not in (1, batch) or (source_rows is not None and len(rows) > 1):
         raise ConfigError(
             f"{len(rows)} prefixes for {batch} rows.", hint="give one for all rows, or one (or None) per row."
         )
-    if packing is not None and (attention_mask is not None or len(rows) > 1 or batch > 1):
-        raise ConfigError("a packed row stands alone, without a mask, with one prefix.", hint="use a padded batch.")
+    if packing is not None and (attention_mask is not None or (len(rows) > 1 and not owned) or batch > 1):
+        raise ConfigError(
+            "a packed row stands alone, without a mask, with one prefix, or with owners of its groups.",
+            hint="use a padded batch.",
+        )
     if (decoder_input_ids is None) == (layout.kind == "encoder-decoder"):
         raise ConfigError(
             f"{type(model).__name__} is of kind {layout.kind!r}: decoder_input_ids go with an encoder-decoder only.",
@@ -642,14 +663,21 @@ def forward(
         if prefix is not None:
             check_fits(prefix, layout.geometry, type(model).__name__)
     infix = any(prefix is not None and prefix.placement == "infix" for prefix in rows)
+    if infix and owned:
+        raise ConfigError("an infix stands in a row by itself.", hint="run it without other prefixes.")
     if infix and (packing is None or layout.kind != "decoder"):
         raise ConfigError(
             "an infix stands between source and target, which only a packed row tells apart.",
             hint="use `collate` with a decoder-only model.",
         )
     # In float32 until a layer casts it: so the gradients of a row's groups gather in float32 too.
-    made = stack(rows, layout.geometry, torch.float32, main_device(model))
-    injection = Injection(layout.places, made.layers, made.visible, packing, infix)
+    place = layout.geometry, torch.float32, main_device(model)
+    if owned:
+        several = [stack([row], *place).layers for row in rows]
+        injection = Injection(layout.places, packing=packing, several=several, infix=infix)
+    else:
+        made = stack(rows, *place)
+        injection = Injection(layout.places, made.layers, made.visible, packing, infix=infix)
     call: dict[str, Any] = {**kwargs, "prefix_injection": injection}
     if layout.kind != "encoder":
         call["use_cache"] = False
@@ -659,16 +687,18 @@ def forward(
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     if layout.kind == "decoder":
         lengths = [0 if prefix is None else prefix.length() for prefix in rows]
-        shift = torch.tensor(lengths, device=input_ids.device)[:, None]
         if packing is not None:
-            shifted = packing.in_targets().to(input_ids.device) if infix else 1
-            call["position_ids"] = packing.positions().to(input_ids.device) + shift * shifted
+            shift = packing.shifts(lengths) * (packing.in_targets() if infix else 1)
+            call["position_ids"] = (packing.positions() + shift).to(input_ids.device)
         else:
+            shift = torch.tensor(lengths, device=input_ids.device)[:, None]
             call["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0) + shift
     elif packing is None:
         _tell_positions(call, model, mask, decoder_attention_mask)
     beside = contextlib.nullcontext() if layout.carries else injecting(injection)
-    packed = {} if packing is None else {site: packing.positions(site)[0] for site in ("encoder", "decoder")}
+    packed = {}
+    if packing is not None and layout.kind == "encoder-decoder":
+        packed = {site: packing.positions(site)[0] for site in ("encoder", "decoder")}
     with beside, _telling(model, layout, packed):
         if layout.kind != "encoder-decoder":
             return model(input_ids=input_ids, attention_mask=mask, **call)

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.backbone import Backbone
-from prefixtune.errors import DataError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.packing import Group, Packing
 from prefixtune.tasks import Example, TextFormat
 
@@ -37,6 +37,7 @@ __all__ = [
     "encode_examples",
     "encode_prompts",
     "ending_length",
+    "join",
     "pack",
     "pack_pairs",
     "pad",
@@ -341,6 +342,42 @@ def pack_pairs(examples: Sequence[Encoded], *, start_id: int) -> Batch:
         torch.tensor([number for number, target in enumerate(targets) for _ in target]),
         Packing(tuple(groups), tuple(len(example.prompt) for example in examples)),
         decoder_input_ids=torch.tensor([[token for target in targets for token in (start_id, *target[:-1])]]),
+    )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Lay packed rows side by side as one, in which each of them has a prefix of its own.
+
+    Args:
+        batches: Packed, of one kind. The groups of the first have the first prefix in front, and so on.
+
+    Raises:
+        ConfigError: One of them is padded, or for a head.
+    """
+    if any(batch.packing is None or batch.labelled for batch in batches):
+        raise ConfigError("only packed rows that predict tokens stand side by side.", hint="run them one by one.")
+    groups: list[Group] = []
+    sources: list[int] = []
+    owners: list[int] = []
+    positions: list[Tensor] = []
+    sentences: list[Tensor] = []
+    width = count = 0
+    for number, batch in enumerate(batches):
+        packing = batch.packing or Packing(())
+        groups.extend(dataclasses.replace(group, start=group.start + width) for group in packing.groups)
+        sources.extend(packing.sources or ())
+        owners.extend([number] * len(packing.groups))
+        positions.append(batch.label_positions + width)
+        sentences.append(batch.sentences + count)
+        width, count = width + batch.width, count + batch.num_sentences
+    rows = [batch.decoder_input_ids for batch in batches if batch.decoder_input_ids is not None]
+    return Batch(
+        torch.cat([batch.input_ids for batch in batches], dim=1),
+        torch.cat(positions),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat(sentences),
+        Packing(tuple(groups), tuple(sources) if rows else None, tuple(owners)),
+        decoder_input_ids=torch.cat(rows, dim=1) if rows else None,
     )
 
 

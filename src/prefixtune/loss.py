@@ -5,6 +5,7 @@ The gradient is made in the same pass over the logits. Knows nothing of steps, o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,14 +61,20 @@ def token_losses(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Flo
     return losses
 
 
-def batch_loss(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> Tensor:
-    """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,)."""
+def batch_loss(backbone: Backbone, prefix: Prefix | Sequence[Prefix | None] | None, batch: Batch) -> Tensor:
+    """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,).
+
+    Args:
+        backbone: The frozen model.
+        prefix: One for all; or one for each owner of a row that `join` made.
+        batch: Labels and what they are predicted from.
+    """
     positions = batch.label_positions.to(backbone.device)
     rows, columns = positions // batch.width, positions % batch.width
     labels = batch.labels.to(backbone.device)
     arguments = {**batch.inputs(backbone.device), "prefixes": prefix}
     if batch.labelled:
-        if prefix is None or prefix.head is None:
+        if not isinstance(prefix, Prefix) or prefix.head is None:
             raise ConfigError("labels need a prefix that was trained with a head.", hint="train one first.")
         return token_losses(prefix.head(backbone.hidden_states(**arguments)[rows, columns]), labels)
     if backbone.chooses_logits:

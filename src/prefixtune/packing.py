@@ -72,10 +72,12 @@ class Packing:
     Attributes:
         groups: In the order of the row; for an encoder-decoder, of the decoder's row, with sources of length 0.
         sources: Encoder-decoder only: positions of each group's source in the encoder's row.
+        owners: Which of several prefixes stands in front of each group; None: there is one for all.
     """
 
     groups: tuple[Group, ...]
     sources: tuple[int, ...] | None = None
+    owners: tuple[int, ...] | None = None
     _bias: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def positions(self, site: str = "decoder") -> Int[Tensor, "1 T"]:
@@ -83,6 +85,12 @@ class Packing:
         if site == "encoder":
             return torch.cat([torch.arange(length) for length in self.sources or ()])[None]
         return torch.cat([group.positions() for group in self.groups])[None]
+
+    def shifts(self, lengths: Sequence[int]) -> Int[Tensor, "1 T"]:
+        """How far the prefix before each position of the row moves it, for prefixes of these lengths."""
+        owners = self.owners or (0,) * len(self.groups)
+        sizes = torch.tensor([group.stop - group.start for group in self.groups])
+        return torch.repeat_interleave(torch.tensor([lengths[owner] for owner in owners]), sizes)[None]
 
     def in_targets(self) -> Int[Tensor, "1 T"]:
         """1 where a position of the row belongs to a target, 0 in a source."""
@@ -97,7 +105,7 @@ class Packing:
     def bias(
         self,
         site: str,
-        prefix_length: int,
+        prefix_lengths: Sequence[int],
         window: int | None,
         dtype: torch.dtype,
         device: torch.device,
@@ -107,13 +115,22 @@ class Packing:
         """Per group, an additive mask (N, P + S); made once per row, not once per layer. None: all is visible.
 
         An infix is visible to the targets alone.
+
+        Args:
+            site: Where.
+            prefix_lengths: P before each group.
+            window: Only the nearest `window` text positions are visible; None: all.
+            dtype: Of the masks.
+            device: Where they are.
+            infix: What stands in front is hidden from the sources.
         """
         if site != "decoder":
             return [None] * len(self.groups)
-        key = (prefix_length, window, dtype, device, infix)
+        key = (tuple(prefix_lengths), window, dtype, device, infix)
         if key not in self._bias:
             self._bias[key] = [
-                self._bias_of(group, prefix_length, window, dtype, infix).to(device) for group in self.groups
+                self._bias_of(group, length, window, dtype, infix).to(device)
+                for group, length in zip(self.groups, prefix_lengths, strict=True)
             ]
         return self._bias[key]
 

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from prefixtune import __version__, attach
 from prefixtune.backbone import Backbone, fingerprints_match, load_backbone
-from prefixtune.batching import Batch, Encoded, Encoding, collate, default_format, encode_examples, plan_epoch
+from prefixtune.batching import Batch, Encoded, Encoding, collate, default_format, encode_examples, join, plan_epoch
 from prefixtune.checkpoint import (
     load_prefix,
     load_state,
@@ -313,6 +313,47 @@ def _labels(
     return None
 
 
+@dataclass(eq=False)
+class _Pending:
+    """An optimizer step whose losses are to be computed.
+
+    Attributes:
+        began: When, in seconds.
+        batches: Of the step, one after the other.
+        weights: Each label's weight in the loss, per batch.
+        live: The prefix, as the module makes it; None: the model's own weights train.
+        leaf: The same numbers, at which the gradients gather.
+        sentences: Targets of the step.
+        tokens: Labels of the step.
+        loss: The step's, once it is computed.
+    """
+
+    began: float
+    batches: Sequence[Batch]
+    weights: Sequence[Tensor]
+    live: Prefix | None
+    leaf: Prefix | None
+    sentences: int
+    tokens: int
+    loss: float = 0.0
+
+
+def _compute(backbone: Backbone, pendings: Sequence[_Pending]) -> None:
+    """Losses and gradients of the steps of one or several runs, each batch together with those of the others."""
+    for number in range(max(len(pending.batches) for pending in pendings)):
+        those = [pending for pending in pendings if number < len(pending.batches)]
+        batches = [pending.batches[number] for pending in those]
+        if len(those) == 1:
+            losses = batch_loss(backbone, those[0].leaf, batches[0])
+        else:
+            losses = batch_loss(backbone, [pending.leaf for pending in those], join(batches))
+        weights = [pending.weights[number].to(losses.device) for pending in those]
+        weighted = losses * torch.cat(weights)
+        weighted.sum().backward()
+        for pending, part in zip(those, weighted.detach().split([len(each) for each in weights]), strict=True):
+            pending.loss += float(part.sum())
+
+
 class _Run:
     """The mutable state of one run: module, optimizer, and where it stands."""
 
@@ -407,6 +448,17 @@ class _Run:
 
     def events(self, stopping: threading.Event, *, fresh: bool) -> Iterator[Event]:
         """Run to the end, saving on the way."""
+        with contextlib.closing(self.steps(stopping, fresh=fresh)) as steps:
+            for told in steps:
+                if isinstance(told, _Pending):
+                    _compute(self.backbone, [told])
+                else:
+                    yield told
+        if stopping.is_set():
+            raise KeyboardInterrupt("the state is saved")
+
+    def steps(self, stopping: threading.Event, *, fresh: bool) -> Generator[Event | _Pending]:
+        """Everything that happens, and before each optimizer step what is to be computed for it, by whoever asks."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if fresh:
             write_text(self.folder / CONFIG_FILE, self.config.to_toml())
@@ -414,18 +466,19 @@ class _Run:
             # From the very start on, a kill can be resumed from.
             self.save()
         with open(self.folder / EVENTS_FILE, "a", encoding="utf-8") as log:
-            for event in self._events(stopping, fresh):
-                log.write(json.dumps(event) + "\n")
-                log.flush()
-                yield event
-        if stopping.is_set():
-            raise KeyboardInterrupt("the state is saved")
+            for told in self._steps(stopping, fresh):
+                if not isinstance(told, _Pending):
+                    log.write(json.dumps(told) + "\n")
+                    log.flush()
+                yield told
 
-    def _events(self, stopping: threading.Event, fresh: bool) -> Iterator[Event]:
+    def _steps(self, stopping: threading.Event, fresh: bool) -> Iterator[Event | _Pending]:
         yield self._start_event() if fresh else {"event": "resume", "step": self.step, "total_steps": self.total_steps}
         every = self.config.eval_every
         for batches in () if self.ended else self._batches():
-            yield self._optimize(batches)
+            pending = self._begin(batches)
+            yield pending
+            yield self._optimize(pending)
             if self.step == self.total_steps or (every and self.step % every == 0):
                 yield self._evaluate()
             leaving = self.ended or stopping.is_set()
@@ -462,12 +515,8 @@ class _Run:
         prefix = self.bake()
         return list(self.adapter.values()) if prefix is None else prefix.stored_tensors()
 
-    def _optimize(self, batches: Sequence[Batch]) -> Event:
-        """One optimizer step.
-
-        Raises:
-            TrainingError: Loss or gradient is not finite; nothing was moved.
-        """
+    def _begin(self, batches: Sequence[Batch]) -> _Pending:
+        """Prepare an optimizer step."""
         began = time.perf_counter()
         sentences = sum(batch.num_sentences for batch in batches)
         tokens = sum(len(batch.labels) for batch in batches)
@@ -475,13 +524,16 @@ class _Run:
         # The reparameterization runs once: rows' gradients gather at the prefix, then flow back through it together.
         live: Prefix | None = None if self.module is None else self.module()
         leaf = None if live is None else Prefix(live.leaves().layers, self._placement, live.head)
-        loss = 0.0
-        for batch in batches:
-            losses = batch_loss(self.backbone, leaf, batch)
-            weights = batch.weights(self.config.loss_reduction, sentences, tokens).to(losses.device)
-            weighted = (losses * weights).sum()
-            weighted.backward()
-            loss += float(weighted.detach())
+        weights = [batch.weights(self.config.loss_reduction, sentences, tokens) for batch in batches]
+        return _Pending(began, batches, weights, live, leaf, sentences, tokens)
+
+    def _optimize(self, pending: _Pending) -> Event:
+        """Take the optimizer step whose losses are computed.
+
+        Raises:
+            TrainingError: Loss or gradient is not finite; nothing was moved.
+        """
+        live, leaf, loss = pending.live, pending.leaf, pending.loss
         if live is not None and leaf is not None:
             torch.autograd.backward(live.tensors(), [tensor.grad for tensor in leaf.tensors()])
         limit = self.config.max_grad_norm or math.inf
@@ -498,15 +550,16 @@ class _Run:
             group["lr"] = rate
         self.optimizer.step()
         self.step += 1
+        by_token = pending.sentences / pending.tokens if self.config.loss_reduction == "sentence" else 1.0
         return {
             "event": "step",
             "step": self.step,
             "loss": loss,
-            "loss_per_token": loss * (sentences / tokens if self.config.loss_reduction == "sentence" else 1.0),
+            "loss_per_token": loss * by_token,
             "lr": rate,
             "grad_norm": norm,
-            "target_tokens": tokens,
-            "seconds": round(time.perf_counter() - began, 4),
+            "target_tokens": pending.tokens,
+            "seconds": round(time.perf_counter() - pending.began, 4),
         }
 
     def _evaluate(self) -> Event:
