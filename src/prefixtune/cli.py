@@ -13,7 +13,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from prefixtune import __version__
-from prefixtune.commands import demo, evaluate, examine, generate, report, score, serve, study, tasks, train
+from prefixtune.commands import (
+    convert,
+    demo,
+    evaluate,
+    examine,
+    export,
+    generate,
+    report,
+    score,
+    serve,
+    study,
+    tasks,
+    train,
+)
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError, PrefixError, did_you_mean
@@ -103,6 +116,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     _study(command)
     _report(command)
     _inspect(command)
+    _convert(command)
+    _export(command)
     _doctor(command)
     return parser, made
 
@@ -151,10 +166,17 @@ examples:
   prefixtune train --task e2e --train trainset.csv --dev devset.csv --output runs/e2e
   prefixtune train --train my.jsonl --source "{name} is {food}" --target text
   prefixtune train --config run.toml --learning-rate 2e-3
-  prefixtune train --resume --output runs/e2e""",
+  prefixtune train --resume --output runs/e2e
+  prefixtune train --together pubs.toml trains.toml""",
     )
     parser.add_argument("--config", help="TOML file with the keys below (prefix_length = 10); flags win over it")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument(
+        "--together",
+        nargs="+",
+        metavar="FILE",
+        help="TOML files, each of a run with its own output: trained at once, sharing every pass over the backbone",
+    )
     parser.add_argument(
         "--preset",
         metavar="NAME",
@@ -323,6 +345,36 @@ def _inspect(command: _Command) -> None:
     parser = command("inspect", examine.inspect, "show a prefix file: header, sizes, norms per layer")
     parser.add_argument("file", help="a .safetensors file of `prefixtune train`")
     _json_and_quiet(parser, "all of it")
+
+
+def _convert(command: _Command) -> None:
+    parser = command(
+        "convert",
+        convert.convert,
+        "take a prefix from PEFT or from the method's authors, or give one to PEFT",
+        """What IN is, is seen.
+
+examples:
+  prefixtune convert runs/e2e/prefix.safetensors adapter --to peft
+  prefixtune convert adapter prefix.safetensors --to prefixtune --backbone smollm2-135m
+  prefixtune convert authors.safetensors prefix.safetensors --to prefixtune --backbone gpt2-medium""",
+    )
+    convert.add_arguments(parser)
+
+
+def _export(command: _Command) -> None:
+    parser = command(
+        "export",
+        export.export,
+        "write a prefix for llama.cpp, or with its backbone as an ONNX graph",
+        """
+
+examples:
+  prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported
+  prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported --patch slots/placeholders.bin
+  prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported --baked""",
+    )
+    export.add_arguments(parser)
 
 
 def _doctor(command: _Command) -> None:

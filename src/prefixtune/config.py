@@ -127,6 +127,11 @@ class TrainConfig:
         "sentence", "sentence: sum over a target, mean over the batch (the paper); token: mean over tokens", "training"
     )
     gradient_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory", "training")
+    shard: bool = _option(
+        False,
+        "with several processes: split the backbone's weights among them (FSDP), for one larger than a device",
+        "training",
+    )
     seed: int = _option(0, "of the start and the order of the data", "training")
 
     output: str = _option("runs/prefix", "folder of the run", "output")

@@ -12,6 +12,7 @@ Knows nothing of consoles and of what the examples mean.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -46,12 +47,22 @@ from prefixtune.files import write_text
 from prefixtune.initialize import from_prefix, from_words, word_ids
 from prefixtune.labelling import Labels, choose_labels, encode_labelled, sample_hidden, worded
 from prefixtune.loss import batch_loss
+from prefixtune.parallel import ALONE, World, joined, shard
 from prefixtune.prefix import Prefix
 from prefixtune.reparam import PrefixModule, PromptModule, fit
 from prefixtune.tasks import TASKS, Example, TextFormat, limit_targets, read_task
 from prefixtune.tuning import Tuning, load_tuned_weights, settle, tune, tuned_weights
 
-__all__ = ["Event", "TrainResult", "batch_loss", "build_module", "evaluation_loss", "load_tuned", "train"]
+__all__ = [
+    "Event",
+    "TrainResult",
+    "batch_loss",
+    "build_module",
+    "evaluation_loss",
+    "load_tuned",
+    "train",
+    "train_together",
+]
 
 Event = dict[str, Any]
 """What happened: `event` is start, resume, step, evaluation, save or end; the rest are figures."""
@@ -67,7 +78,7 @@ WEIGHTS_FILE = "weights.safetensors"
 ADAPTER_FOLDER = "adapter"
 
 
-_MAY_CHANGE = ("output", "save_every", "device", "dtype")
+_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard")
 """What a resumed run may be told otherwise; the dtype in force is compared by itself."""
 
 
@@ -176,15 +187,32 @@ def choose_sites(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
 
 @torch.no_grad()
 def evaluation_loss(
-    backbone: Backbone, prefix: Prefix | None, examples: Sequence[Encoded], batch_size: int = 64
+    backbone: Backbone,
+    prefix: Prefix | None,
+    examples: Sequence[Encoded],
+    batch_size: int = 64,
+    world: World = ALONE,
 ) -> float:
-    """Mean loss per target token, in nats, over all targets of `examples`."""
-    total, count = 0.0, 0
+    """Mean loss per target token, in nats, over all targets of `examples`, shared among processes."""
+    total, count = 0.0, 0.0
     for hands in plan_epoch(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None):
-        batch = collate(backbone, hands)
-        total += float(batch_loss(backbone, prefix, batch).sum())
-        count += len(batch.labels)
-    return total / count
+        batch, is_own = _share(world, backbone, hands)
+        losses = batch_loss(backbone, prefix, batch)
+        if is_own:
+            total += float(losses.sum())
+            count += len(batch.labels)
+    total, targets = world.sum(total, count)
+    return total / targets
+
+
+def _share(world: World, backbone: Backbone, hands: Sequence[Encoded]) -> tuple[Batch, bool]:
+    """This process's part of a batch, and whether it is any.
+
+    Where there is none, it computes something of others', which counts for nothing: with a split backbone all processes
+    must go through it.
+    """
+    own = world.share(hands)
+    return collate(backbone, own or hands[:1]), bool(own)
 
 
 def train(
@@ -195,6 +223,7 @@ def train(
     dev_examples: Sequence[Example] | None = None,
     resume: bool = False,
     on_event: Callable[[Event], None] | None = None,
+    world: World | None = None,
 ) -> TrainResult:
     """Train a prefix and store it in `config.output`.
 
@@ -204,7 +233,10 @@ def train(
         examples: Already read; None: `config.train` is read.
         dev_examples: Already read; None: `config.dev` is read, if given.
         resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run.
-        on_event: Called with every event, as it happens.
+        on_event: Called with every event, as it happens; in the first process alone.
+        world: The processes that share the work; None: those that this one was started with, by `torchrun` or
+            `accelerate launch`. All of them must see the output folder. The losses are those of one process with the
+            same batch size; a run may be resumed with another number of processes.
 
     Raises:
         ConfigError: A contradiction in the configuration, or with the state to resume.
@@ -212,8 +244,125 @@ def train(
         TrainingError: The loss is not finite; the last good state is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined(config.device)) if world is None else world
+        run = _prepare(config, backbone, examples, dev_examples, world, resume=resume)
+        events: list[Event] = run.resume() if resume else []
+        stopping = stack.enter_context(_stop_requests())
+        stack.enter_context(attach.checkpointing(run.backbone.model, config.gradient_checkpointing))
+        for event in run.events(stopping, fresh=not resume):
+            events.append(event)
+            if on_event is not None and world.leads:
+                on_event(event)
+        return _result(run, events)
+
+
+def train_together(
+    configs: Sequence[TrainConfig],
+    *,
+    backbone: Backbone | None = None,
+    examples: Sequence[Sequence[Example] | None] | None = None,
+    dev_examples: Sequence[Sequence[Example] | None] | None = None,
+    resume: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+    world: World | None = None,
+) -> list[TrainResult]:
+    """Train several prefixes at once: the same as one after the other, but every pass over the backbone serves all.
+
+    Each run has its own data, length, start, rate and seed, and its own folder, as if it were trained alone; its
+    gradients are those that it has alone, but for rounding. A run whose steps are taken, or whose loss is not finite,
+    leaves the others to go on.
+
+    Args:
+        configs: The runs. They share the backbone and its dtype.
+        backbone: Already loaded; None: the one that they all name is loaded.
+        examples: Per run, already read; None: its `train` is read.
+        dev_examples: Per run, already read; None: its `dev` is read, if given.
+        resume: Go on from the states in the folders; what is done stays as it is.
+        on_event: Called with every event, with the run's folder added as `run`.
+        world: As in `train`.
+
+    Raises:
+        ConfigError: The runs cannot share a pass, or one of them is wrong.
+        DataError: The data cannot be read or does not fit.
+        TrainingError: A loss was not finite; the other runs have ended well.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the states are saved.
+    """
+    _check_together(configs)
+    given = examples or [None] * len(configs), dev_examples or [None] * len(configs)
+    # A run that was stopped before its first save begins anew.
+    begun = [resume and (Path(config.output) / STATE_FILE).exists() for config in configs]
+    events: list[list[Event]] = []
+    failed: list[TrainingError] = []
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(joined(configs[0].device)) if world is None else world
+        backbone = backbone or _load(configs[0], world)
+        if not backbone.layout.packable:
+            raise ConfigError(
+                f"{backbone.name!r} takes no packed rows, so that its runs cannot share a pass.",
+                hint="train them one after the other.",
+            )
+        runs = [
+            _prepare(config, backbone, data, dev, world, resume=resume)
+            for config, data, dev in zip(configs, *given, strict=True)
+        ]
+        if any(run.labels is not None and run.labels.by == "head" for run in runs):
+            raise ConfigError("a head is trained alone.", hint="use classifier = 'words', or train it by itself.")
+        events = [run.resume() if old else [] for run, old in zip(runs, begun, strict=True)]
+
+        def tell(number: int, event: Event) -> None:
+            events[number].append(event)
+            if on_event is not None and world.leads:
+                on_event({**event, "run": str(runs[number].folder)})
+
+        stopping = stack.enter_context(_stop_requests())
+        stack.enter_context(attach.checkpointing(backbone.model, configs[0].gradient_checkpointing))
+        going = {
+            number: stack.enter_context(contextlib.closing(run.steps(stopping, fresh=not begun[number])))
+            for number, run in enumerate(runs)
+        }
+        while going:
+            pendings: list[_Pending] = []
+            for number, steps in list(going.items()):
+                try:
+                    pending = _until_pending(steps, functools.partial(tell, number))
+                except TrainingError as error:
+                    failed.append(error)
+                    pending = None
+                if pending is None:
+                    del going[number]
+                else:
+                    pendings.append(pending)
+            if pendings:
+                _compute(backbone, pendings)
+        if stopping.is_set():
+            raise KeyboardInterrupt("the states are saved")
+        if failed:
+            raise failed[0]
+        return [_result(run, found) for run, found in zip(runs, events, strict=True)]
+
+
+def _until_pending(steps: Iterator[Event | _Pending], tell: Callable[[Event], None]) -> _Pending | None:
+    """Let a run go on to where something is to be computed for it; None: it has ended."""
+    for told in steps:
+        if isinstance(told, _Pending):
+            return told
+        tell(told)
+    return None
+
+
+def _prepare(
+    config: TrainConfig,
+    backbone: Backbone | None,
+    examples: Sequence[Example] | None,
+    dev_examples: Sequence[Example] | None,
+    world: World,
+    *,
+    resume: bool,
+) -> _Run:
+    """Read what is not given, and check that all of it goes together."""
     folder = Path(config.output)
-    if not resume and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE)):
+    if not resume and world.leads and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE)):
         raise ConfigError(
             f"{str(folder)!r} already holds a run.", hint="go on with --resume, choose another --output, or delete it."
         )
@@ -224,19 +373,15 @@ def train(
         examples = _read(config, config.train or (*parts, "")[0], "train")
     if dev_examples is None and config.dev:
         dev_examples = _read(config, config.dev, "dev")
-    if backbone is None:
-        backbone = load_backbone(
-            config.backbone,
-            dtype=config.dtype,
-            device=config.device,
-            quantize=config.quantize,
-            adapter=config.adapter or None,
-            train_adapter=config.train_adapter,
-            adapter_rank=config.adapter_rank,
-        )
+    backbone = backbone or _load(config, world)
     if not config.trains_prefix:
         backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
     dev = limit_targets(dev_examples or (), config.dev_limit)
+    if config.shard and (world.size == 1 or not config.trains_prefix or config.train_adapter):
+        raise ConfigError(
+            "shard splits a frozen backbone among several processes.",
+            hint="start them with torchrun or accelerate launch, and train a prefix.",
+        )
     if config.gradient_checkpointing and not backbone.layout.carries:
         raise ConfigError(
             f"{backbone.name!r} hands no argument down to its attention: recomputed layers would lose the prefix.",
@@ -246,22 +391,58 @@ def train(
         raise ConfigError(
             "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
         )
-    run = _Run(config, backbone, limit_targets(examples, config.limit), dev)
-    events: list[Event] = run.resume() if resume else []
-    with _stop_requests() as stopping, attach.checkpointing(backbone.model, config.gradient_checkpointing):
-        for event in run.events(stopping, fresh=not resume):
-            events.append(event)
-            if on_event is not None:
-                on_event(event)
-    path = folder / (PREFIX_FILE if config.trains_prefix else WEIGHTS_FILE)
+    return _Run(config, backbone, limit_targets(examples, config.limit), dev, world)
+
+
+def _load(config: TrainConfig, world: World) -> Backbone:
+    """The backbone of a run, where this process computes."""
+    backbone = load_backbone(
+        config.backbone,
+        dtype=config.dtype,
+        # Layer by layer, what is split moves from here to where it is computed.
+        device="cpu" if config.shard else world.device or config.device,
+        quantize=config.quantize,
+        adapter=config.adapter or None,
+        train_adapter=config.train_adapter,
+        adapter_rank=config.adapter_rank,
+    )
+    if config.shard:
+        shard(backbone.model)
+    return backbone
+
+
+def _result(run: _Run, events: Sequence[Event]) -> TrainResult:
+    """What a run leaves."""
+    path = run.folder / (PREFIX_FILE if run.config.trains_prefix else WEIGHTS_FILE)
+    # The first process has written it.
+    run.world.wait()
     return TrainResult(
-        load_prefix(path) if config.trains_prefix else None,
+        load_prefix(path) if run.config.trains_prefix else None,
         path,
         run.step,
         run.best_loss,
         sum(parameter.numel() for parameter in run.trained),
         tuple(events),
     )
+
+
+def _check_together(configs: Sequence[TrainConfig]) -> None:
+    """Refuse runs that cannot share a pass; all faults at once."""
+    faults = [] if configs else ["there is no run"]
+    for name in ("backbone", "dtype", "device", "quantize", "gradient_checkpointing"):
+        values = sorted({str(getattr(config, name)) for config in configs})
+        if len(values) > 1:
+            faults.append(f"{name} is {' and '.join(map(repr, values))}, but all runs share one backbone")
+    folders = [Path(config.output).resolve() for config in configs]
+    twice = sorted({str(config.output) for config in configs if folders.count(Path(config.output).resolve()) > 1})
+    if twice:
+        faults.append(f"several runs would write to {', '.join(map(repr, twice))}")
+    for config in configs:
+        if config.method not in ("prefix", "prompt") or config.adapter or config.train_adapter:
+            what = f"method {config.method!r}" if config.method not in ("prefix", "prompt") else "an adapter"
+            faults.append(f"the run in {config.output!r} has {what}, but only prefixes and prompts share a backbone")
+    if faults:
+        raise ConfigError("; ".join(faults) + ".", hint="give each its own output, and train what differs by itself.")
 
 
 def _read(config: TrainConfig, path: str, split: str) -> list[Example]:
@@ -358,9 +539,14 @@ class _Run:
     """The mutable state of one run: module, optimizer, and where it stands."""
 
     def __init__(
-        self, config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        examples: Sequence[Example],
+        dev_examples: Sequence[Example],
+        world: World = ALONE,
     ) -> None:
-        self.config, self.backbone, self.folder = config, backbone, Path(config.output)
+        self.config, self.backbone, self.folder, self.world = config, backbone, Path(config.output), world
         self.labels = _labels(config, backbone, examples, dev_examples)
         by_head = self.labels is not None and self.labels.by == "head"
         usual = default_format(backbone, for_head=by_head)
@@ -423,8 +609,8 @@ class _Run:
             epoch=epoch,
         )
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        """The batches of every optimizer step still to come."""
+    def _batches(self) -> Iterator[list[tuple[Batch, bool]]]:
+        """This process's part of the batches of every optimizer step still to come, and whether it is any."""
         step = 0
         for epoch in range(self.total_steps):
             chosen: list[list[Encoded]] = []
@@ -434,7 +620,7 @@ class _Run:
                 if len(chosen) == self.config.gradient_accumulation or number == len(plan) - 1:
                     step += 1
                     if step > self.step:
-                        yield [collate(self.backbone, hands) for hands in chosen]
+                        yield [_share(self.world, self.backbone, hands) for hands in chosen]
                     if step == self.total_steps:
                         return
                     chosen = []
@@ -460,14 +646,14 @@ class _Run:
     def steps(self, stopping: threading.Event, *, fresh: bool) -> Generator[Event | _Pending]:
         """Everything that happens, and before each optimizer step what is to be computed for it, by whoever asks."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
+        if fresh and self.world.leads:
             write_text(self.folder / CONFIG_FILE, self.config.to_toml())
             write_text(self.folder / EVENTS_FILE, "")
             # From the very start on, a kill can be resumed from.
             self.save()
         with open(self.folder / EVENTS_FILE, "a", encoding="utf-8") as log:
             for told in self._steps(stopping, fresh):
-                if not isinstance(told, _Pending):
+                if self.world.leads and not isinstance(told, _Pending):
                     log.write(json.dumps(told) + "\n")
                     log.flush()
                 yield told
@@ -478,6 +664,10 @@ class _Run:
         for batches in () if self.ended else self._batches():
             pending = self._begin(batches)
             yield pending
+            # One signal to one process stops all, after the same step.
+            pending.loss, asked = self.world.sum(pending.loss, float(stopping.is_set()))
+            if asked:
+                stopping.set()
             yield self._optimize(pending)
             if self.step == self.total_steps or (every and self.step % every == 0):
                 yield self._evaluate()
@@ -515,17 +705,20 @@ class _Run:
         prefix = self.bake()
         return list(self.adapter.values()) if prefix is None else prefix.stored_tensors()
 
-    def _begin(self, batches: Sequence[Batch]) -> _Pending:
+    def _begin(self, shares: Sequence[tuple[Batch, bool]]) -> _Pending:
         """Prepare an optimizer step."""
         began = time.perf_counter()
-        sentences = sum(batch.num_sentences for batch in batches)
-        tokens = sum(len(batch.labels) for batch in batches)
+        own = [batch for batch, is_own in shares if is_own]
+        counts = sum(batch.num_sentences for batch in own), sum(len(batch.labels) for batch in own)
+        sentences, tokens = map(int, self.world.sum(*map(float, counts)))
         self.optimizer.zero_grad(set_to_none=True)
         # The reparameterization runs once: rows' gradients gather at the prefix, then flow back through it together.
         live: Prefix | None = None if self.module is None else self.module()
         leaf = None if live is None else Prefix(live.leaves().layers, self._placement, live.head)
-        weights = [batch.weights(self.config.loss_reduction, sentences, tokens) for batch in batches]
-        return _Pending(began, batches, weights, live, leaf, sentences, tokens)
+        weights = [
+            batch.weights(self.config.loss_reduction, sentences, tokens) * float(is_own) for batch, is_own in shares
+        ]
+        return _Pending(began, [batch for batch, _ in shares], weights, live, leaf, sentences, tokens)
 
     def _optimize(self, pending: _Pending) -> Event:
         """Take the optimizer step whose losses are computed.
@@ -534,6 +727,10 @@ class _Run:
             TrainingError: Loss or gradient is not finite; nothing was moved.
         """
         live, leaf, loss = pending.live, pending.leaf, pending.loss
+        # What other processes add: at the prefix, not at its reparameterization, which each runs by itself.
+        head = None if self.module is None else self.module.head
+        met = [*(() if leaf is None else leaf.tensors()), *self.adapter.values()]
+        self.world.sum_gradients([*met, *(() if head is None else head.parameters())])
         if live is not None and leaf is not None:
             torch.autograd.backward(live.tensors(), [tensor.grad for tensor in leaf.tensors()])
         limit = self.config.max_grad_norm or math.inf
@@ -568,7 +765,7 @@ class _Run:
         event: Event = {"event": "evaluation", "step": self.step}
         better = True
         if self.dev is not None:
-            loss = evaluation_loss(self.backbone, prefix, self.dev.examples, self.config.batch_size)
+            loss = evaluation_loss(self.backbone, prefix, self.dev.examples, self.config.batch_size, self.world)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the development loss is {loss} at step {self.step}; the best prefix so far is kept.",
@@ -584,6 +781,8 @@ class _Run:
         return {**event, "best_loss": _number(self.best_loss), "best_step": self.best_step}
 
     def _save_artifact(self, prefix: Prefix | None) -> None:
+        if not self.world.leads:
+            return
         config, backbone = self.config, self.backbone
         if self.adapter and prefix is not None:
             backbone = backbone.save_adapter(self.folder / ADAPTER_FOLDER)
@@ -630,6 +829,8 @@ class _Run:
 
     def save(self) -> None:
         """Write the resumable state."""
+        if not self.world.leads:
+            return
         tensors = {} if self.module is None else {f"module.{n}": t for n, t in self.module.state_dict().items()}
         tensors |= {f"adapter.{name}": parameter for name, parameter in self.adapter.items()}
         for number, values in self.optimizer.state_dict()["state"].items():
@@ -701,7 +902,10 @@ class _Run:
         self.step, self.misses, self.best_step = facts["step"], facts["misses"], facts["best_step"]
         self.best_loss = math.nan if facts["best_loss"] is None else facts["best_loss"]
         kept = _events_until(self.folder / EVENTS_FILE, self.step)
-        write_text(self.folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
+        # All have read it before the first process changes anything.
+        self.world.wait()
+        if self.world.leads:
+            write_text(self.folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
         return kept
 
 

@@ -21,6 +21,7 @@ from prefixtune.backbone import load_backbone
 from prefixtune.checkpoint import load_prefix
 from prefixtune.engine import Engine, Request, Sampling
 from prefixtune.generation import generate
+from prefixtune.server.keys import hash_key
 from prefixtune.tasks.e2e import linearize
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} "}
@@ -75,10 +76,12 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
 
 
 def alone(backbone: Any, folder: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
-    """What the engine writes with nobody else in the batch."""
+    """What is written with nobody else in the batch; white space around it included."""
     prefix = None if name is None else load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
     ((output,),) = Engine(backbone).run([Request(tuple(prompt), prefix, Sampling(**sampling))])
-    return output.text
+    text = str(backbone.decode([token.id for token in output.tokens]))
+    assert text.strip() == output.text
+    return text
 
 
 # --- OpenAI's client --------------------------------------------------------------------------------------------------
@@ -134,6 +137,22 @@ def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
     assert whole.choices[0].text != whole.choices[1].text
 
 
+def test_white_space_around_a_text_is_the_models_own(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "pubs", "prompt": "Hello", "max_tokens": 6, "n": 32, "temperature": 2}
+    spaced = set()
+    for seed in range(20):
+        whole = [choice.text for choice in client.completions.create(**options, seed=seed).choices]
+        pieces = [""] * len(whole)
+        for chunk in client.completions.create(**options, seed=seed, stream=True):
+            for choice in chunk.choices:
+                pieces[choice.index] += choice.text
+        assert pieces == whole
+        spaced |= {side for text in whole for side in ("lstrip", "rstrip") if getattr(text, side)() != text}
+        if len(spaced) == 2:
+            break
+    assert spaced == {"lstrip", "rstrip"}
+
+
 def test_a_chat_goes_through_the_backbones_template(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
     messages: Any = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hello!"}]
     options: dict[str, Any] = {"model": "facts", "messages": messages, "max_tokens": 30, "temperature": 0}
@@ -163,7 +182,7 @@ def test_logprobs_stops_and_seeds(client: openai.OpenAI) -> None:
     assert len(plain.choices[0].logprobs.tokens or []) == 30
     text = plain.choices[0].text
     stopped = client.completions.create(model="pubs", prompt="a", max_tokens=30, temperature=0, stop=[text[5:8]])
-    assert stopped.choices[0].text == text[: text.index(text[5:8])].strip()
+    assert stopped.choices[0].text == text[: text.index(text[5:8])]
     assert stopped.choices[0].finish_reason == "stop"
     drawn = [
         client.completions.create(model="pubs", prompt="a", max_tokens=20, seed=seed).choices[0].text
@@ -203,6 +222,46 @@ def test_a_stream_that_the_client_closes_stops_the_engine(server: LiveServer, cl
     assert len(server.get("/v1/status")[1]["running"]) == 8
     stream.close()
     server.until(lambda: not server.get("/v1/status")[1]["running"], 5)
+
+
+# --- LangChain's clients ----------------------------------------------------------------------------------------------
+
+
+def test_langchain_completes_and_chats_whole_and_in_pieces(
+    server: LiveServer, backbone: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    monkeypatch.setenv("LANGSMITH_TRACING", "false")
+    options: dict[str, Any] = {
+        "base_url": f"{server.url}/v1",
+        "api_key": "unused",
+        "max_retries": 0,
+        "temperature": 0,
+        "max_tokens": 20,
+    }
+    prompt = "Two trains to Oldbridge"
+    model = langchain.OpenAI(model="pubs", **options)
+    wanted = alone(backbone, folder, backbone.encode(prompt), "pubs", max_new_tokens=20)
+    assert model.invoke(prompt) == wanted
+    pieces = list(model.stream(prompt))
+    assert len(pieces) > 10
+    assert "".join(pieces) == wanted
+    assert model.batch([prompt, "x"])[0] == wanted
+
+    talker = langchain.ChatOpenAI(model="facts", stream_usage=True, **options)
+    messages = [("system", "be kind"), ("human", "Hello!")]
+    ids = backbone.encode("[system]be kind</s>[user]Hello!</s>[assistant]")
+    said = alone(backbone, folder, ids, "facts", max_new_tokens=20)
+    answer = talker.invoke(messages)
+    assert answer.content == said
+    assert answer.usage_metadata["output_tokens"] == 20
+    assert answer.response_metadata["finish_reason"] == "length"
+    chunks = list(talker.stream(messages))
+    assert len(chunks) > 10
+    assert "".join(chunk.content for chunk in chunks) == said
+    assert [chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata] == [20]
+    with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
+        talker.bind(tools=[{"type": "function", "function": {"name": "f"}}]).invoke(messages)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -263,6 +322,70 @@ def test_a_task_tells_its_fields_and_their_faults(server: LiveServer) -> None:
         assert status == 400
         assert part in answer["error"]["message"]
     assert server.post("/v1/tasks/nobody", {"source": "x"})[0] == 404
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with a file system of its own, of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_uploads_to_a_full_disk_leave_all_as_it_was(
+    small_disk: Path, folder: Path, backbone: Any, tmp_path: Path
+) -> None:
+    old, new = (
+        make_prefix(backbone, tmp_path / f"{seed}.safetensors", seed, length=160).read_bytes() for seed in (60, 61)
+    )
+    (small_disk / "held.safetensors").write_bytes(old)
+    (tmp_path / "serve.toml").write_text(f'[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n')
+    server = LiveServer(folder / MODEL, small_disk, "--config", str(tmp_path / "serve.toml"))
+    filler = small_disk / "filler"
+
+    def put(name: str) -> tuple[int, Any]:
+        octets = {"Content-Type": "application/octet-stream"}
+        return server.ask("PUT", f"/admin/prefixes/{name}", new, key="pt-me", headers=octets)[:2]
+
+    def written() -> tuple[int, str]:
+        body = {"model": "held", "prompt": "abc", "max_tokens": 20, "temperature": 0}
+        status, answer, _ = server.post("/v1/completions", body, key="pt-me")
+        return status, answer["choices"][0]["text"]
+
+    try:
+        server.wait()
+        before = written()
+        # Not even room for what comes in; then for that, but not for its checked copy.
+        for room in (len(new) // 2, len(new) * 3 // 2):
+            filler.write_bytes(b"")
+            filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - room))
+            listed = {path.name: path.read_bytes() for path in small_disk.iterdir()}
+            for name in ("held", "fresh"):
+                status, answer = put(name)
+                assert (status, answer["error"]["code"]) == (507, "no_space")
+                assert set(answer["error"]) == {"message", "type", "param", "code"}
+                assert str(small_disk) not in answer["error"]["message"]
+            assert {path.name: path.read_bytes() for path in small_disk.iterdir()} == listed
+            assert written() == before
+            told = server.get("/admin/prefixes", key="pt-me")[1]
+            assert (told["prefixes"], told["refused"]) == (["held"], {})
+        filler.unlink()
+        assert put("held")[0] == 200
+        assert put("fresh")[0] == 201
+        assert written()[1] != before[1]
+        assert not [line for line in server.lines if line["level"] == "error"]
+    finally:
+        server.stop()
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import io
 import json
 import logging
+import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -14,10 +18,12 @@ import pytest
 import torch
 
 from prefixtune.checkpoint import make_header, save_prefix
-from prefixtune.engine import Engine, EngineConfig, EngineWorker, Output, PrefixStore
+from prefixtune.engine import Engine, EngineConfig, EngineWorker, Output, PrefixStore, Token
+from prefixtune.engine.request import TextSoFar
 from prefixtune.prefix import Prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.config import KeyConfig, ServeConfig
+from prefixtune.server.jobs import Admission, Full
 from prefixtune.server.keys import hash_key
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.services import Services
@@ -59,11 +65,13 @@ async def call(
         "headers": [(name.encode(), value.encode()) for name, value in given.items()], "root_path": "",
     }  # fmt: skip
 
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+
     async def receive() -> dict[str, Any]:
         nonlocal sent
         if not sent:
             sent = True
-            return {"type": "http.request", "body": b"" if body is None else json.dumps(body).encode()}
+            return {"type": "http.request", "body": data}
         await gone.wait()
         return {"type": "http.disconnect"}
 
@@ -440,6 +448,104 @@ def test_prompts_and_outputs_are_logged_only_where_that_is_wanted(
     assert (output in str(record.__dict__["facts"].get("outputs"))) is wanted
 
 
+@pytest.mark.parametrize(("stop", "wanted"), [([], " \n one  two \n"), (["two"], " \n one  "), (["one"], " \n ")])
+def test_white_space_around_a_text_is_told_but_for_tasks(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, stop: list[str], wanted: str
+) -> None:
+    app, services = make()
+
+    def submit(request: Any, on_output: Any, deadline: Any = None) -> None:
+        text = TextSoFar(services.backbone.decode, request.sampling.stop)
+        for token in services.backbone.encode(" \n one  two \n"):
+            piece = text.add(token)
+            on_output(Output(request.id, 0, (Token(token),), piece, "stop" if text.stopped else None))
+            if text.stopped:
+                return
+        on_output(Output(request.id, 0, (), text.end(), "stop"))
+
+    monkeypatch.setattr(services.worker, "submit", submit)
+    monkeypatch.setattr(services.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    talk = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "stop": stop}
+
+    def events(path: str, body: dict[str, Any]) -> list[Any]:
+        told = asyncio.run(call(app, "POST", path, {**body, "stream": True})).body.decode()
+        return [json.loads(part[6:]) for part in told.split("\n\n")[:-2]]
+
+    whole = asyncio.run(call(app, "POST", "/v1/completions", ask(stop=stop))).json["choices"][0]["text"]
+    assert whole == wanted == "".join(each["choices"][0]["text"] for each in events("/v1/completions", ask(stop=stop)))
+    said = asyncio.run(call(app, "POST", "/v1/chat/completions", talk)).json["choices"][0]["message"]["content"]
+    deltas = [each["choices"][0]["delta"] for each in events("/v1/chat/completions", talk)]
+    assert said == wanted == "".join(delta.get("content", "") for delta in deltas)
+    # A task's output is what is compared with references.
+    task = {"name": "x", "stop": stop}
+    output = asyncio.run(call(app, "POST", "/v1/tasks/a", task)).json["output"]
+    assert output == wanted.strip() == "".join(each.get("delta", "") for each in events("/v1/tasks/a", task))
+
+
+@pytest.mark.parametrize("where", ["receive", "close", "make", "copy"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_an_upload_to_a_full_disk_changes_nothing(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, number: int
+) -> None:
+    app, services = make(keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)})
+    folder = tmp_path / "prefixes"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first = asyncio.run(call(app, "POST", "/v1/completions", ask(), headers=bearer("boss"))).json["choices"]
+    raised: list[str] = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raised.append(where)
+        raise OSError(number, os.strerror(number), str(folder / "a.safetensors"))
+
+    class FullFile(io.BytesIO):
+        def write(self, data: Any) -> int:
+            return fail() if where == "receive" else len(data)
+
+        def __exit__(self, *_: Any) -> None:
+            fail()
+
+    if where == "make":
+        monkeypatch.setattr("prefixtune.server.admin.tempfile.mkstemp", fail)
+    elif where == "copy":
+        monkeypatch.setattr("prefixtune.engine.store.shutil.copyfile", fail)
+    else:
+        monkeypatch.setattr("prefixtune.server.admin.open", lambda *_: FullFile(), raising=False)
+    for name in ("a", "fresh"):
+        body = before["b.safetensors"]
+        answer = asyncio.run(call(app, "PUT", f"/admin/prefixes/{name}", body, headers=bearer("boss")))
+        assert (answer.status, answer.code, answer.json["error"]["type"]) == (507, "no_space", "server_error")
+        assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+        assert str(folder) not in answer.body.decode()
+    assert len(raised) >= 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    again = asyncio.run(call(app, "POST", "/v1/completions", ask(), headers=bearer("boss")))
+    assert again.json["choices"] == first
+    assert services.store.names() == ["a", "b"]
+    assert services.store.refused == {}
+
+
+def test_the_document_tells_of_every_route_and_of_no_other(make: Callable[..., Made]) -> None:
+    for playground in (True, False):
+        app, _ = make(playground=playground)
+        document = asyncio.run(call(app, "GET", "/openapi.json")).json
+        told = {path: {method.upper() for method in methods} for path, methods in document["paths"].items()}
+        routes = {route.endpoint.route: set(route.endpoint.methods) - {"HEAD"} for route in app.app.routes}
+        assert told == routes
+        assert ("/" in told) is playground
+    keys = {"me": KeyConfig(hash_key("pt-me"), ()), "boss": KeyConfig(hash_key("pt-boss"), admin=True)}
+    app, _ = make(keys=keys)
+    # Whoever has a key may read it, as the list of models.
+    assert asyncio.run(call(app, "GET", "/openapi.json")).code == "invalid_api_key"
+    document = asyncio.run(call(app, "GET", "/openapi.json", headers=bearer("me"))).json
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            answer = asyncio.run(call(app, method.upper(), path.replace("{name}", "a")))
+            assert (answer.status == 401) is bool(operation.get("security")), path
+            weak = asyncio.run(call(app, method.upper(), path.replace("{name}", "a"), headers=bearer("me")))
+            if "right" in operation.get("description", ""):
+                assert weak.code in ("admin_key_needed", "metrics_not_allowed")
+
+
 def test_the_first_signal_drains_and_the_second_ends_it(make: Callable[..., Made]) -> None:
     from prefixtune.server.serving import _Server
 
@@ -459,3 +565,26 @@ def test_the_first_signal_drains_and_the_second_ends_it(make: Callable[..., Made
         return seen
 
     assert asyncio.run(signals()) == [(True, False, False), (True, True, True)]
+
+
+def test_a_queue_that_one_tenant_has_filled_is_open_to_the_others() -> None:
+    admission = Admission(num_slots=2, max_queue=8)
+
+    def enter(tenant: str, texts: int = 1) -> bool:
+        try:
+            stack.enter_context(admission.enter(texts, tenant))
+        except Full:
+            return False
+        return True
+
+    with contextlib.ExitStack() as stack:
+        assert [enter("heavy") for _ in range(11)] == [True] * 10 + [False]
+        # Half of the queue is another one's, and a third each where there are three.
+        assert [enter("light") for _ in range(6)] == [True] * 5 + [False]
+        assert [enter("late") for _ in range(4)] == [True] * 3 + [False]
+        assert not enter("heavy")
+        assert not enter("new", texts=4)
+        assert admission.texts == 18
+    assert admission.texts == 0
+    with contextlib.ExitStack() as stack:
+        assert enter("light", texts=10)

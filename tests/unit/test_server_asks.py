@@ -76,6 +76,8 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
     [
         ("max_tokens", 0), ("max_tokens", 101), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "5"),
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True),
+        ("repetition_penalty", 5e-324), ("temperature", 10**400), ("top_p", 10**400), ("max_tokens", 10**400),
+        ("max_tokens", 1e300),
         ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("n", 0), ("n", 7), ("logprobs", 21), ("seed", 2**64),
         ("stop", [""]), ("stop", [1]), ("stop", ["a"] * 17), ("stop", "x" * 257), ("stream", 1), ("stream", "yes"),
         ("stream_options", {"include_usage": True}), ("repetition_penalty", 0), ("model", 3), ("model", ""),
@@ -163,6 +165,16 @@ def test_messages_that_are_none(messages: Any, param: str) -> None:
     assert refused(chat, messages=messages).param == param
 
 
+def test_whole_numbers_are_whole_however_they_are_written() -> None:
+    assert completion(max_tokens=5.0, prompt=[1.0, 2], seed=-1.0) == completion(max_tokens=5, prompt=[1, 2], seed=-1)
+
+
+def test_the_older_name_of_the_length_is_checked_beside_the_newer() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=9).sampling.max_new_tokens == 9
+    assert refused(chat, max_tokens="x", max_completion_tokens=9).param == "max_tokens"
+    assert refused(chat, max_completion_tokens=101).param == "max_completion_tokens"
+
+
 def test_top_logprobs_need_logprobs() -> None:
     assert refused(chat, top_logprobs=2).param == "top_logprobs"
 
@@ -192,6 +204,7 @@ def test_a_tasks_faults() -> None:
     assert refused(task, fields={"name": "a"}, food="b").param == "food"
     assert refused(task, fields=["a"]).param == "fields"
     assert refused(task, source=3).param == "source"
+    assert all(refused(task, source="a", format_of=value).param == "format_of" for value in (0, False, [], {}))
     assert refused(task, (), mr="name[a]").param == "mr"
 
 

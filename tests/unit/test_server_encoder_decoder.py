@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_server_app import Answer, call
 
 from prefixtune.backbone import Backbone
 from prefixtune.batching import default_format, encode_prompts
@@ -18,7 +19,6 @@ from prefixtune.prefix import Prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.config import ServeConfig
 from prefixtune.server.services import Services
-from test_server_app import Answer, call
 
 SOURCE = "name : Aromi | area : city centre"
 

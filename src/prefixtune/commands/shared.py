@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from prefixtune.generation import GenerateConfig
     from prefixtune.prefix import Prefix
 
-__all__ = ["DEFAULT_BACKBONE", "generate_config", "load", "load_with_prefixes", "print_json", "run_training"]
+__all__ = [
+    "DEFAULT_BACKBONE",
+    "generate_config",
+    "load",
+    "load_with_prefixes",
+    "print_json",
+    "run_training",
+    "run_training_together",
+]
 
 DEFAULT_BACKBONE = "smollm2-135m"
 
@@ -120,11 +128,47 @@ def run_training(
             raise KeyboardInterrupt("nothing was trained yet.") from None
 
 
+def run_training_together(
+    console: Console, configs: Sequence[TrainConfig], *, resume: bool = False, as_json: bool = False
+) -> Any:
+    """`training.train_together` with its events shown."""
+    from prefixtune.training import train_together as run
+
+    console.info(f"loading {configs[0].backbone} for {len(configs)} runs ...")
+    totals: dict[str, int] = {}
+    steps: dict[str, int] = {}
+    with ExitStack() as stack:
+        bar: list[Any] = []
+
+        def show(event: dict[str, Any]) -> None:
+            if as_json:
+                with suppress(BrokenPipeError):
+                    print_json(event)
+                return
+            name = event["run"]
+            if event["event"] in ("start", "resume"):
+                totals[name], steps[name] = event["total_steps"], event.get("step", 0)
+            if event["event"] == "step":
+                if not bar:
+                    title = f"training {len(configs)} prefixes"
+                    bar.append(
+                        stack.enter_context(console.progress(title, sum(totals.values()), start=sum(steps.values())))
+                    )
+                steps[name] = event["step"]
+                bar[0].update(sum(steps.values()), loss=round(event["loss_per_token"], 4))
+            if event["event"] == "evaluation" and "loss" in event:
+                console.info(f"{name}: step {event['step']}: development loss {event['loss']:.4f} per token")
+
+        try:
+            return run(configs, resume=resume, on_event=show)
+        except KeyboardInterrupt as stopped:
+            told = str(stopped) or "stopped at once; the last saves are kept"
+            raise KeyboardInterrupt(f"{told}; go on with the same command and --resume.") from None
+
+
 @contextmanager
 def _shown(console: Console, as_json: bool) -> Iterator[Any]:
     """Show a run's events: as JSON lines, or as a progress bar and messages."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         bar: list[Any] = []
         total = [0]

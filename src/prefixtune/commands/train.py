@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefixtune.commands.shared import print_json, run_training
+from prefixtune.commands.shared import print_json, run_training, run_training_together
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
-from prefixtune.errors import CheckpointError
+from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.presets import preset
 
 __all__ = ["train"]
@@ -20,9 +20,16 @@ __all__ = ["train"]
 
 def train(options: argparse.Namespace) -> int:
     """`prefixtune train`."""
+    # Heavy.
+    from prefixtune.parallel import is_leader
+
+    console = Console(quiet=options.quiet or options.json or not is_leader())
+    if options.together:
+        return _train_together(options, console)
     config = _train_config(options)
-    console = Console(quiet=options.quiet or options.json)
     result = run_training(console, config, resume=options.resume, as_json=options.json)
+    if not is_leader():
+        return 0
     if options.json:
         print_json({"event": "result", "path": str(result.path), "file_bytes": result.path.stat().st_size})
         return 0
@@ -33,6 +40,30 @@ def train(options: argparse.Namespace) -> int:
         console.info(f"score it: prefixtune evaluate --run {config.output} --data FILE")
     else:
         console.info(f'try it: prefixtune generate --prefix {result.path} "..."')
+    return 0
+
+
+def _train_together(options: argparse.Namespace, console: Console) -> int:
+    """Several runs in one process, each by a TOML file of its own; other flags hold for all."""
+    from prefixtune.parallel import is_leader
+
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    flags = {name: value for name, value in vars(options).items() if name in names}
+    wrong = [f"--{name}" for name in ("config", "preset") if getattr(options, name) is not None]
+    wrong += ["--output"] if "output" in flags else []
+    if wrong:
+        raise ConfigError(
+            f"{' and '.join(wrong)} cannot go with --together: each run is told by its own file.",
+            hint="write it into the files.",
+        )
+    configs = [TrainConfig.from_toml(path, **flags) for path in options.together]
+    results = run_training_together(console, configs, resume=options.resume, as_json=options.json)
+    for config, result in zip(configs, results, strict=True) if is_leader() else ():
+        if options.json:
+            print_json({"event": "result", "run": config.output, "path": str(result.path)})
+            continue
+        best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
+        print(f"{result.path}: {result.num_trained:,} parameters trained{best}")
     return 0
 
 

@@ -69,8 +69,8 @@ async def upload_prefix(call: Call) -> ASGIApp:
             size = await _receive(call, path, most)
             await _in_thread(call, services.store.put, name, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ApiError(507, "there is no space for the prefix.", code="no_space") from None
+        if _is_full(error):
+            raise _no_space() from None
         raise
     call.facts |= {"prefix": name, "bytes": size}
     return reply({"name": name, "bytes": size, "replaced": existed}, 200 if existed else 201)
@@ -105,7 +105,23 @@ async def _in_thread(call: Call, do: Any, *given: Any) -> Any:
     except CheckpointError as error:
         raise wrong(error.message, "file", "invalid_prefix", hint=error.hint) from None
     except PrefixError as error:
+        if _is_full(error):
+            raise _no_space() from None
         raise ApiError(507, error.message, code="storage_failed") from None
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether the disk or a quota is full, by an error or what it came from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _no_space() -> ApiError:
+    return ApiError(507, "there is no space for the prefix; what was there is untouched.", code="no_space")
 
 
 def _check_known(call: Call) -> None:

@@ -13,6 +13,7 @@ from prefixtune.server import admin, watch
 from prefixtune.server.completions import chat, complete
 from prefixtune.server.edge import Edge
 from prefixtune.server.endpoint import Call, Endpoint
+from prefixtune.server.openapi import describe
 from prefixtune.server.page import Page
 from prefixtune.server.replies import ApiError, reply
 from prefixtune.server.services import Services
@@ -39,6 +40,9 @@ def make_app(services: Services) -> ASGIApp:
     def counted(handle: Callable[[Call], Awaitable[ASGIApp]]) -> Endpoint:
         return Endpoint(handle, services, counted=True)
 
+    async def show_interface(_: Call) -> ASGIApp:
+        return interface
+
     upload = Endpoint(admin.upload_prefix, services, needs="admin")
     paths: dict[str, dict[str, ASGIApp]] = {
         "/v1/models": {"GET": Endpoint(list_models, services)},
@@ -58,9 +62,11 @@ def make_app(services: Services) -> ASGIApp:
         "/healthz": {"GET": watch.Health(services, ready=False)},
         "/readyz": {"GET": watch.Health(services, ready=True)},
         "/metrics": {"GET": Endpoint(watch.metrics, services, needs="metrics")},
+        "/openapi.json": {"GET": Endpoint(show_interface, services)},
     }
     if services.config.playground:
         paths["/"] = {"GET": Page()}
+    interface = reply(describe(paths, services.config, services.limits))
     routes = [Route(path, _ByMethod(path, methods)) for path, methods in paths.items()]
     app: ASGIApp = Router(routes, redirect_slashes=False, default=_unknown)
     origins = services.config.cors_origins

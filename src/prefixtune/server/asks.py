@@ -7,7 +7,6 @@ over; one that would change the output, and that this server cannot do, is refus
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,17 +15,32 @@ from prefixtune.engine import Sampling
 from prefixtune.errors import RequestError, did_you_mean
 from prefixtune.server.replies import ApiError, wrong
 
-__all__ = ["Ask", "Limits", "parse_chat", "parse_completion", "parse_json", "parse_task"]
+__all__ = [
+    "FIELDS",
+    "MAX_STOPS",
+    "MAX_STOP_LENGTH",
+    "MESSAGE_FIELDS",
+    "PASSED_OVER",
+    "ROLES",
+    "UNSUPPORTED",
+    "Ask",
+    "Limits",
+    "Range",
+    "parse_chat",
+    "parse_completion",
+    "parse_json",
+    "parse_task",
+]
 
 Prompt = str | tuple[int, ...]
 
-_PASSED_OVER = {
+PASSED_OVER = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     "parallel_tool_calls",
-}
+)
 """Fields of OpenAI's that are about the service and not about the output."""
 
-_UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
+UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "tools": ("tools are not supported", ([],)),
     "tool_choice": ("tools are not supported", ("none", "auto")),
     "functions": ("functions are not supported", ([],)),
@@ -49,13 +63,35 @@ _UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 _SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
 _SHARED = ("model", *_SAMPLING, "n", "stream", "stream_options", "logprobs")
-_KNOWN = {
-    "completion": {*_SHARED, "prompt"},
-    "chat": {*_SHARED, "messages", "max_completion_tokens", "top_logprobs"},
-    "task": {*_SAMPLING, "stream", "fields", "source", "format_of"},
+FIELDS = {
+    "completion": ("prompt", *_SHARED),
+    "chat": ("messages", *_SHARED, "max_completion_tokens", "top_logprobs"),
+    "task": ("source", "fields", "format_of", *_SAMPLING, "stream"),
 }
-_ROLES = ("system", "developer", "user", "assistant")
-_MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
+"""Fields that are read, by the kind of request; a task's own come besides."""
+ROLES = ("system", "developer", "user", "assistant")
+MESSAGE_FIELDS = ("role", "content", "name", "refusal")
+"""Of a message; others may be there as long as they say nothing."""
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be.
+
+    Attributes:
+        least: Allowed itself, unless `above`.
+        most: Allowed itself.
+        default: Where nothing is said; None: what `Sampling` or the server's configuration says.
+        whole: Whether only whole numbers are.
+        above: Whether it must be more than `least`.
+    """
+
+    least: int | float
+    most: int | float
+    default: int | None = None
+    whole: bool = True
+    above: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +105,24 @@ class Limits:
 
     max_tokens: int
     max_texts: int
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """What each field that is a number may be."""
+        return {
+            "max_tokens": Range(1, self.max_tokens),
+            "max_completion_tokens": Range(1, self.max_tokens),
+            "min_tokens": Range(0, self.max_tokens, 0),
+            "temperature": Range(0, 2, 1, whole=False),
+            "top_p": Range(0, 1, 1, whole=False, above=True),
+            "top_k": Range(0, 1_000_000, 0),
+            # Scores divided by much less would overflow.
+            "repetition_penalty": Range(0.01, 10, 1, whole=False),
+            "seed": Range(-(2**63), 2**63 - 1),
+            "n": Range(1, self.max_texts, 1),
+            "logprobs": Range(0, 20),
+            "top_logprobs": Range(0, 20),
+        }
 
 
 @dataclass(frozen=True)
@@ -135,7 +189,7 @@ def parse_completion(body: Mapping[str, Any], limits: Limits) -> Ask:
     """
     _check_fields(body, "completion")
     prompts = _prompts(body.get("prompt"))
-    logprobs = _whole(body, "logprobs", 0, 20)
+    logprobs = _whole(body, "logprobs", limits)
     return _ask(body, limits, len(prompts), logprobs=logprobs, model=_model(body), prompts=prompts)
 
 
@@ -147,12 +201,14 @@ def parse_chat(body: Mapping[str, Any], limits: Limits) -> Ask:
     """
     _check_fields(body, "chat")
     messages = _messages(body.get("messages"))
-    top = _whole(body, "top_logprobs", 0, 20)
+    top = _whole(body, "top_logprobs", limits)
     if top is not None and not _truth(body, "logprobs"):
         raise wrong("top_logprobs needs logprobs to be true.", "top_logprobs")
     logprobs = (top or 0) if _truth(body, "logprobs") else None
-    if body.get("max_completion_tokens") is not None:
-        body = {**body, "max_tokens": body["max_completion_tokens"]}
+    length = _whole(body, "max_completion_tokens", limits)
+    if length is not None:
+        _whole(body, "max_tokens", limits)
+        body = {**body, "max_tokens": length}
     return _ask(body, limits, 1, logprobs=logprobs, model=_model(body), messages=messages)
 
 
@@ -168,7 +224,7 @@ def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) 
         ApiError: A field is wrong or unknown; names it.
     """
     inner, source = body.get("fields"), body.get("source")
-    beside = {name: value for name, value in body.items() if name not in _KNOWN["task"]}
+    beside = {name: value for name, value in body.items() if name not in FIELDS["task"]}
     if inner is not None and not isinstance(inner, dict):
         raise wrong("'fields' must be an object.", "fields")
     if inner is not None and beside:
@@ -177,7 +233,7 @@ def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) 
     own: Mapping[str, Any] = beside if inner is None else inner
     for name in own:
         if name not in columns:
-            known = [*columns, *(_KNOWN["task"] if inner is None else ())]
+            known = [*columns, *(FIELDS["task"] if inner is None else ())]
             raise wrong(f"unknown field {name!r}.", name, "unknown_field", hint=did_you_mean(name, known))
     if source is not None and not isinstance(source, str):
         raise wrong("'source' must be a text.", "source")
@@ -186,37 +242,36 @@ def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) 
         raise wrong("the request has none of the task's fields.", columns[0] if columns else "source", hint=hint)
     if source is not None and own:
         raise wrong("give either 'source' or the task's fields, not both.", "source")
-    format_of = body.get("format_of") or ""
-    if not isinstance(format_of, str):
+    format_of = body.get("format_of")
+    if format_of is not None and not isinstance(format_of, str):
         raise wrong("'format_of' must be the name of a prefix.", "format_of")
     # Without a word on it the likeliest text is wanted, as in the task's evaluation.
     decoding = {"temperature": 0.0, **{name: body[name] for name in _SAMPLING if body.get(name) is not None}}
     shared = {**decoding, "stream": body.get("stream")}
-    return _ask(shared, limits, 1, fields=own, source=source, format_of=format_of)
+    return _ask(shared, limits, 1, fields=own, source=source, format_of=format_of or "")
 
 
 # --- parts of a body --------------------------------------------------------------------------------------------------
 
 
 def _ask(body: Mapping[str, Any], limits: Limits, count: int, *, logprobs: int | None = None, **more: Any) -> Ask:
-    n = _whole(body, "n", 1, limits.max_texts) or 1
+    n = _whole(body, "n", limits) or 1
     if count * n > limits.max_texts:
         raise wrong(f"{count} prompts times n = {n} are more than {limits.max_texts} texts.", "n")
-    length = _whole(body, "max_tokens", 1, limits.max_tokens)
-    least = _whole(body, "min_tokens", 0, limits.max_tokens) or 0
+    length = _whole(body, "max_tokens", limits)
+    least = _whole(body, "min_tokens", limits) or 0
     if length is not None and least > length:
         raise wrong(f"min_tokens is {least}, which is more than max_tokens ({length}).", "min_tokens")
-    temperature = _number(body, "temperature", 0, 2)
     stream = _truth(body, "stream")
     try:
         sampling = Sampling(
             max_new_tokens=length or limits.max_tokens,
             min_new_tokens=least,
-            temperature=1.0 if temperature is None else temperature,
-            top_p=_number(body, "top_p", 0, 1, above=True) or 1.0,
-            top_k=_whole(body, "top_k", 0, 1_000_000) or 0,
-            repetition_penalty=_number(body, "repetition_penalty", 0, 10, above=True) or 1.0,
-            seed=_whole(body, "seed", -(2**63), 2**63 - 1),
+            temperature=_number(body, "temperature", limits),
+            top_p=_number(body, "top_p", limits),
+            top_k=_whole(body, "top_k", limits) or 0,
+            repetition_penalty=_number(body, "repetition_penalty", limits),
+            seed=_whole(body, "seed", limits),
             stop=_stop(body.get("stop")),
             logprobs=logprobs,
         )
@@ -234,13 +289,13 @@ def _ask(body: Mapping[str, Any], limits: Limits, count: int, *, logprobs: int |
 
 
 def _check_fields(body: Mapping[str, Any], kind: str) -> None:
-    known = _KNOWN[kind]
+    known = FIELDS[kind]
     for name, value in body.items():
-        if name in known or name in _PASSED_OVER:
+        if name in known or name in PASSED_OVER:
             continue
-        if name not in _UNSUPPORTED:
+        if name not in UNSUPPORTED:
             raise wrong(f"unknown field {name!r}.", name, "unknown_field", hint=did_you_mean(name, known))
-        why, neutral = _UNSUPPORTED[name]
+        why, neutral = UNSUPPORTED[name]
         # False is no 0 here, but 0.0 is.
         asks = not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
         if value is not None and asks:
@@ -261,11 +316,17 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     if isinstance(value, list) and value:
         if all(isinstance(each, str) for each in value):
             return tuple(_text_prompt(each) for each in value)
-        if all(type(each) is int for each in value):
-            return (tuple(value),)
-        if all(isinstance(each, list) and each and all(type(one) is int for one in each) for each in value):
-            return tuple(tuple(each) for each in value)
+        several = isinstance(value[0], list)
+        ids = tuple(_token_ids(each) for each in (value if several else [value]))
+        if all(ids):
+            return ids
     raise wrong("'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists.", "prompt")
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """Token ids; empty where there are none, or anything else."""
+    ids = tuple(_as_whole(each) for each in value) if isinstance(value, list) else ()
+    return tuple(each for each in ids if each is not None) if None not in ids else ()
 
 
 def _text_prompt(text: str) -> str:
@@ -285,10 +346,10 @@ def _message(value: Any, number: int) -> dict[str, str]:
     if not isinstance(value, dict):
         raise wrong(f"{where} must be an object with 'role' and 'content'.", where)
     role, content = value.get("role"), value.get("content")
-    if role not in _ROLES:
-        raise wrong(f"{where}.role is {role!r}, but must be one of {', '.join(_ROLES)}.", f"{where}.role")
+    if role not in ROLES:
+        raise wrong(f"{where}.role is {role!r}, but must be one of {', '.join(ROLES)}.", f"{where}.role")
     for name in value:
-        if name not in ("role", "content", "name", "refusal") and value[name] not in (None, []):
+        if name not in MESSAGE_FIELDS and value[name] not in (None, []):
             raise wrong(f"{where}.{name} is not supported: only text is read.", f"{where}.{name}", "unsupported_field")
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
@@ -308,8 +369,8 @@ def _stop(value: Any) -> tuple[str, ...]:
     strings = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(each, str) and each for each in strings):
         raise wrong("'stop' must be a text or a list of texts, none of them empty.", "stop")
-    if len(strings) > _MAX_STOPS or any(len(each) > _MAX_STOP_LENGTH for each in strings):
-        raise wrong(f"'stop' may have {_MAX_STOPS} texts of {_MAX_STOP_LENGTH} characters.", "stop")
+    if len(strings) > MAX_STOPS or any(len(each) > MAX_STOP_LENGTH for each in strings):
+        raise wrong(f"'stop' may have {MAX_STOPS} texts of {MAX_STOP_LENGTH} characters.", "stop")
     return tuple(strings)
 
 
@@ -336,23 +397,33 @@ def _truth(body: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _whole(body: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
-    value = body.get(name)
+def _whole(body: Mapping[str, Any], name: str, limits: Limits) -> int | None:
+    value, allowed = body.get(name), limits.ranges[name]
     if value is None:
-        return None
-    if type(value) is not int or not least <= value <= most:
-        raise wrong(f"{name!r} is {_short(value)}, but must be a whole number between {least} and {most}.", name)
-    return value
+        return allowed.default
+    whole = _as_whole(value)
+    if whole is None or not allowed.least <= whole <= allowed.most:
+        told = f"must be a whole number between {allowed.least} and {allowed.most}"
+        raise wrong(f"{name!r} is {_short(value)}, but {told}.", name)
+    return whole
 
 
-def _number(body: Mapping[str, Any], name: str, least: int, most: int, *, above: bool = False) -> float | None:
-    value = body.get(name)
+def _as_whole(value: Any) -> int | None:
+    """A whole number, which JSON may write as 5 and as 5.0; None: it is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
+def _number(body: Mapping[str, Any], name: str, limits: Limits) -> float:
+    value, allowed = body.get(name), limits.ranges[name]
     if value is None:
-        return None
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not least <= value <= most or (above and value == least):
-        allowed = f"above {least} and at most {most}" if above else f"between {least} and {most}"
-        raise wrong(f"{name!r} is {_short(value)}, but must be a number {allowed}.", name)
+        return float(allowed.default or 0)
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not allowed.least <= value <= allowed.most or (allowed.above and value == allowed.least):
+        least, most = allowed.least, allowed.most
+        told = f"above {least} and at most {most}" if allowed.above else f"between {least} and {most}"
+        raise wrong(f"{name!r} is {_short(value)}, but must be a number {told}.", name)
     return float(value)
 
 

@@ -127,7 +127,8 @@ class Catalog:
             return {**told, "description": "the bare backbone", "task": None}
         task = header.get("task") if isinstance(header.get("task"), str) else None
         known = TASKS[task].description if task in TASKS else "a prefix"
-        facts = {key: header[key] for key in ("prefix_length", "license") if header.get(key)}
+        kinds = {"prefix_length": dict, "license": str}
+        facts = {key: header[key] for key, kind in kinds.items() if header.get(key) and isinstance(header[key], kind)}
         described = header.get("description")
         return {**told, "description": described if isinstance(described, str) else known, "task": task, **facts}
 
@@ -141,7 +142,7 @@ class Catalog:
         form, decoding = form_of(header), decoding_of(header)
         return {
             "id": name,
-            "task": header.get("task"),
+            "task": header["task"] if isinstance(header.get("task"), str) else None,
             "fields": form.describe() if form else [],
             "max_tokens": decoding.get("max_new_tokens"),
         }

@@ -39,6 +39,7 @@ from prefixtune.evaluation import DECODED_FILE, evaluate, with_shots, write_eval
 from prefixtune.files import write_text
 from prefixtune.generation import GenerateConfig
 from prefixtune.machine import describe_machine, forget_peak, peak_memory_mib, versions
+from prefixtune.parallel import ALONE
 from prefixtune.prefix import Prefix
 from prefixtune.study.config import StudyConfig
 from prefixtune.study.grid import Cell, plan
@@ -375,6 +376,8 @@ class _Study:
             dev_examples=dev,
             resume=resume,
             on_event=told,
+            # However many processes there are: each does cells of its own.
+            world=ALONE,
         )
         peak = peak_memory_mib()
         steps = [event for event in result.events if event["event"] == "step"]

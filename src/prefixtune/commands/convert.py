@@ -1,0 +1,124 @@
+"""`prefixtune convert`: prefixes from and to other projects' formats.
+
+Knows nothing of the formats but how to tell them apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefixtune.commands.shared import print_json
+from prefixtune.console import Console
+from prefixtune.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from prefixtune.backbone import Backbone
+    from prefixtune.prefix import Prefix
+
+__all__ = ["add_arguments", "convert"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `prefixtune convert` takes."""
+    parser.add_argument(
+        "input",
+        metavar="IN",
+        help="a prefix file, the folder of a PEFT adapter, or a checkpoint of the method's authors as safetensors",
+    )
+    parser.add_argument("output", metavar="OUT", help="a .safetensors file (prefixtune) or a folder (peft)")
+    parser.add_argument("--to", required=True, choices=("peft", "prefixtune"), help="the format to write")
+    parser.add_argument(
+        "--backbone", metavar="ID", help="check that it fits this model; a checkpoint of the authors needs it"
+    )
+    parser.add_argument(
+        "--peft-type",
+        choices=("PREFIX_TUNING", "CARTRIDGE"),
+        help="kind of PEFT adapter to write (default: what it came from, or else PREFIX_TUNING)",
+    )
+    parser.add_argument(
+        "--frozen-tokens",
+        type=int,
+        metavar="N",
+        help="CARTRIDGE: first positions that PEFT is not to train (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
+
+
+def convert(options: argparse.Namespace) -> int:
+    """`prefixtune convert`."""
+    import torch
+
+    from prefixtune.checkpoint import save_prefix
+    from prefixtune.interop import export_peft
+
+    given, output = Path(options.input), Path(options.output)
+    if options.to != "peft" and (options.peft_type or options.frozen_tokens is not None):
+        raise ConfigError("--peft-type and --frozen-tokens go with --to peft only.", hint="leave them out.")
+    kind = _kind(given)
+    if kind == "authors" and options.backbone is None:
+        raise ConfigError(
+            f"{options.input!r} is a checkpoint of the authors, which tells neither heads nor layers.",
+            hint="name its model: --backbone gpt2-medium, or the like.",
+        )
+    backbone = None
+    if options.backbone is not None:
+        from prefixtune.backbone import load_backbone
+
+        Console(quiet=options.quiet or options.json).info(f"loading {options.backbone} ...")
+        backbone = load_backbone(options.backbone, dtype="auto", device="cpu")
+    prefix = _read(given, kind, backbone)
+    if options.to == "peft":
+        export_peft(prefix, output, backbone, peft_type=options.peft_type, num_frozen_tokens=options.frozen_tokens)
+    else:
+        save_prefix(output, prefix, dtype=torch.bfloat16 if prefix.dtype == torch.bfloat16 else torch.float32)
+    if options.json:
+        origin = prefix.header.get("backbone") or {}
+        print_json(
+            {
+                "from": kind,
+                "to": options.to,
+                "input": str(given),
+                "output": str(output),
+                "backbone": origin.get("name") or None,
+                "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+                "parameters": prefix.num_parameters,
+            }
+        )
+    else:
+        print(f"{output}: {prefix!r}, from {kind}")
+    return 0
+
+
+def _kind(path: Path) -> str:
+    """The format of a file or folder: `peft`, `prefixtune` or `authors`."""
+    from prefixtune.interop import is_authors
+    from prefixtune.interop.tensors import read_tensors
+
+    if path.is_dir():
+        if not (path / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"the folder {str(path)!r} holds no adapter_config.json.",
+                hint="give the folder that PEFT's save_pretrained wrote, or a file.",
+            )
+        return "peft"
+    tensors, metadata = read_tensors(path)
+    if "prefixtune" in metadata:
+        return "prefixtune"
+    if is_authors(tensors):
+        return "authors"
+    hint = "give a prefix of `prefixtune train`, a PEFT adapter's folder, or the authors' state dict."
+    if "prompt_embeddings" in tensors:
+        hint = f"it is one of the two files of a PEFT adapter: give its folder, {str(path.parent)!r}."
+    raise CheckpointError(f"{str(path)!r} is a safetensors file, but no prefix that is known here.", hint=hint)
+
+
+def _read(path: Path, kind: str, backbone: Backbone | None) -> Prefix:
+    from prefixtune.checkpoint import load_prefix
+    from prefixtune.interop import import_authors, import_peft
+
+    if kind == "authors" and backbone is not None:
+        return import_authors(path, backbone)
+    return import_peft(path, backbone) if kind == "peft" else load_prefix(path, backbone)

@@ -1,0 +1,261 @@
+"""PEFT's prefix adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT keeps one tensor, `prompt_embeddings` of shape (P, L * 2 * H * D): a row per position, layer by layer, keys before
+values. These are the rows of `prefix.flatten`, so nothing is computed, and a prefix that goes there and back is the
+same bit for bit. An MLP (`prefix_projection`) is run once when PEFT saves; its file holds the outcome. `PREFIX_TUNING`
+and `CARTRIDGE` differ only in that the latter tells how many first positions PEFT is not to train.
+
+In PEFT too the text starts at position P. PEFT itself is not needed. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prefixtune.attach import check_fits
+from prefixtune.backbone import ADAPTER_CONFIG, Backbone, adapter_config, fingerprints_match
+from prefixtune.checkpoint import make_header
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
+from prefixtune.files import write_text
+from prefixtune.interop.tensors import conversion, read_tensors, write_tensors
+from prefixtune.prefix import LayerShape, Prefix, describe, flatten, unflatten
+
+__all__ = ["PEFT_TYPES", "export_peft", "import_peft"]
+
+PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+
+_WEIGHTS, _PICKLE, _TENSOR = "adapter_model.safetensors", "adapter_model.bin", "prompt_embeddings"
+_HEADER = "prefixtune_header"
+"""In the tensors' metadata, which PEFT passes over: what our own file says of the prefix."""
+
+_SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
+
+
+# --- in --------------------------------------------------------------------------------------------------------------
+
+
+def import_peft(folder: str | Path, backbone: Backbone | None = None) -> Prefix:
+    """Read a prefix that PEFT saved, or that `export_peft` wrote.
+
+    Its header tells the base model, and the text format: PEFT puts nothing around a text. What `export_peft` wrote has
+    the header that it was given.
+
+    Args:
+        folder: Written by PEFT's `save_pretrained`.
+        backbone: Also check that it fits this model, and name it in the header.
+
+    Raises:
+        CheckpointError: A file is missing, broken or a pickle; the adapter is of another type or task, its shapes
+            disagree, or it holds NaN or infinity.
+        BackboneError: It does not fit the backbone.
+    """
+    folder = Path(folder)
+    facts = adapter_config(folder)
+    _check_kind(facts, folder)
+    flat, stored = _read_rows(folder)
+    shapes = _shapes(facts, flat, folder)
+    made = Prefix({"decoder": tuple((k.contiguous(), v.contiguous()) for k, v in unflatten(flat, shapes))})
+    if not made.is_finite():
+        raise CheckpointError(
+            f"{str(folder)!r} holds NaN or infinity.", hint="get the adapter again, or train it again."
+        )
+    header: dict[str, Any] = stored or {
+        "backbone": {"name": str(facts.get("base_model_name_or_path") or ""), "kind": "decoder"},
+        "text_format": {"prompt": "{source}", "target": "{target}"},
+    }
+    if backbone is not None:
+        _check_backbone(made, header, backbone)
+        header |= make_header(backbone)
+    origin = {name: facts[name] for name in ("peft_type", "num_frozen_tokens") if name in facts}
+    return Prefix(made.layers, {**header, "peft": origin})
+
+
+def _check_kind(facts: Mapping[str, Any], folder: Path) -> None:
+    kind, task = facts.get("peft_type"), facts.get("task_type")
+    if kind not in PEFT_TYPES:
+        hint = "only adapters that are keys and values of every layer are prefixes."
+        if kind == "LORA":
+            hint = f"it is part of a backbone: load_backbone({str(folder)!r}), or --backbone {folder}."
+        raise CheckpointError(
+            f"{str(folder)!r} is an adapter of type {kind!r}, not {' or '.join(PEFT_TYPES)}.", hint=hint
+        )
+    if task == "SEQ_2_SEQ_LM" or facts.get("num_transformer_submodules") == 2:
+        raise CheckpointError(
+            f"{str(folder)!r} is for an encoder-decoder, where PEFT moves the decoder's text P positions on, or biases "
+            "the prefix by its distance; here neither is done, so that the same numbers would mean another prefix.",
+            hint="train it here: `prefixtune train --backbone NAME`, with prefixes at all three sites.",
+        )
+    if task not in (None, "CAUSAL_LM"):
+        raise CheckpointError(
+            f"{str(folder)!r} is for the task {task!r}; only prefixes of CAUSAL_LM are read.",
+            hint="for labels, train here with --task classification or tagging.",
+        )
+
+
+def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
+    """The tensor, and our own header where the file has one."""
+    if not (folder / _WEIGHTS).is_file() and (folder / _PICKLE).is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds its tensors as {_PICKLE}, a pickle, which could run code; only {_WEIGHTS} is read.",
+            hint=f"convert it, if you trust where it is from: {conversion(folder / _PICKLE)}",
+        )
+    tensors, metadata = read_tensors(folder / _WEIGHTS)
+    if _TENSOR not in tensors or len(tensors) > 1:
+        raise CheckpointError(
+            f"{str(folder / _WEIGHTS)!r} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not {_TENSOR!r} alone.",
+            hint="modules_to_save and other adapters' weights are no part of a prefix.",
+        )
+    try:
+        header = json.loads(metadata.get(_HEADER, "{}"))
+    except ValueError:
+        header = {}
+    return tensors[_TENSOR], header if isinstance(header, dict) else {}
+
+
+def _shapes(facts: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple[LayerShape, ...]:
+    """The layers that a configuration tells of, which must be those of the tensor."""
+    sizes = {name: facts.get(name) for name in _SIZES}
+    wrong = [f"{name} is {size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
+    if wrong:
+        raise CheckpointError(
+            f"{str(folder / ADAPTER_CONFIG)!r}: {', '.join(wrong)}, but must be a whole number of at least 1.",
+            hint="save the adapter again with PEFT, which fills them in.",
+        )
+    positions, layers, heads, width = (int(facts[name]) for name in _SIZES)
+    if width % heads or tuple(flat.shape) != (positions, layers * 2 * width) or not flat.is_floating_point():
+        raise CheckpointError(
+            f"{_TENSOR} in {str(folder)!r} has shape {tuple(flat.shape)} and type {flat.dtype}, but its configuration "
+            f"says {positions} positions of {layers} layers x 2 x {width} numbers, over {heads} heads.",
+            hint="its two files are not of one adapter; get it again.",
+        )
+    return (LayerShape(heads, width // heads, width // heads),) * layers
+
+
+def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse a prefix that is another model's, and a model in whose cache PEFT would put it elsewhere."""
+    if backbone.kind != "decoder":
+        raise BackboneError(
+            f"{backbone.name!r} is of kind {backbone.kind!r}; PEFT's prefixes are for decoder-only models here.",
+            hint="load the model that the adapter's configuration names.",
+        )
+    check_fits(prefix, backbone.geometry, backbone.name)
+    count = len(prefix.layers["decoder"])
+    there = getattr(backbone.model.config.get_text_config(decoder=True), "num_hidden_layers", count)
+    if backbone.layout.cache_layers != tuple(range(count)) or count != there:
+        raise BackboneError(
+            f"not every layer of {backbone.name!r} keeps keys and values of its own: PEFT would put the prefix into "
+            "other layers than those it is for.",
+            hint="hybrids, and models whose layers share keys, carry a prefix here only.",
+        )
+    named = header.get("backbone")
+    origin = named if isinstance(named, Mapping) else {}
+    if "fingerprint" in origin and not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
+        raise BackboneError(
+            f"the prefix was trained for {origin.get('name')!r} with other weights than {backbone.name!r}.",
+            hint="load the backbone that its header names.",
+        )
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def export_peft(
+    prefix: Prefix,
+    folder: str | Path,
+    backbone: Backbone | None = None,
+    *,
+    peft_type: str | None = None,
+    num_frozen_tokens: int | None = None,
+) -> Path:
+    """Write a prefix as PEFT would have saved it; `PeftModel.from_pretrained(model, folder)` loads it.
+
+    Args:
+        prefix: Of a decoder-only model.
+        folder: Made where it is missing; its two files are replaced.
+        backbone: Also check that the prefix is for this model, and that PEFT puts it where it belongs; and name it.
+        peft_type: `PREFIX_TUNING` or `CARTRIDGE`; None: what it came from, or else `PREFIX_TUNING`.
+        num_frozen_tokens: For `CARTRIDGE`: first positions that PEFT is not to train; None: as it came, or else 1.
+
+    Raises:
+        ConfigError: The prefix has what PEFT has no place for, or an option is wrong.
+        CheckpointError: It holds NaN or infinity.
+        BackboneError: It is not for the backbone.
+        PrefixError: A file cannot be written.
+    """
+    folder = Path(folder)
+    shape = _only_shape(prefix)
+    if not prefix.is_finite():
+        raise CheckpointError(f"the prefix for {str(folder)!r} holds NaN or infinity.", hint="train it again.")
+    header = dict(prefix.header)
+    if backbone is not None:
+        _check_backbone(prefix, header, backbone)
+        header |= make_header(backbone)
+    origin = header.pop("peft", {})
+    kind = peft_type or origin.get("peft_type", PEFT_TYPES[0])
+    if kind not in PEFT_TYPES:
+        raise ConfigError(f"unknown peft_type {kind!r}.", hint=did_you_mean(kind, PEFT_TYPES))
+    named = header.get("backbone")
+    facts: dict[str, Any] = {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": (named.get("name") or None) if isinstance(named, Mapping) else None,
+        "inference_mode": True,
+        "num_virtual_tokens": prefix.length(),
+        "num_layers": len(prefix.layers["decoder"]),
+        "num_attention_heads": shape.num_kv_heads,
+        "token_dim": shape.num_kv_heads * shape.key_dim,
+        "num_transformer_submodules": 1,
+    }
+    if kind == "CARTRIDGE":
+        facts["num_frozen_tokens"] = _frozen(prefix, num_frozen_tokens, origin)
+    elif num_frozen_tokens:
+        raise ConfigError(
+            f"num_frozen_tokens is {num_frozen_tokens}, which goes with peft_type CARTRIDGE only.", hint="leave it out."
+        )
+    else:
+        facts |= {"prefix_projection": False, "encoder_hidden_size": facts["token_dim"]}
+    rows = flatten(prefix.layers["decoder"]).detach().to("cpu").contiguous()
+    metadata = {"format": "pt", **({_HEADER: json.dumps(header, ensure_ascii=False)} if header else {})}
+    write_tensors(folder / _WEIGHTS, {_TENSOR: rows}, metadata)
+    write_text(folder / ADAPTER_CONFIG, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return folder
+
+
+def _only_shape(prefix: Prefix) -> LayerShape:
+    """The shape of all layers, of a prefix that PEFT has a place for."""
+    origin = prefix.header.get("backbone")
+    kind = origin.get("kind", "decoder") if isinstance(origin, Mapping) else "decoder"
+    shapes = set(prefix.geometry.get("decoder", ()))
+    dtypes = {tensor.dtype for tensor in prefix.tensors()}
+    faults = {
+        f"it is for a model of kind {kind!r}": kind != "decoder",
+        f"it stands at {', '.join(prefix.sites)}, and only decoder self-attention has a place": prefix.sites
+        != ("decoder",),
+        "it is an infix, and PEFT's stand before the text": prefix.placement != "front",
+        "it has a head for labels": prefix.head is not None,
+        "it was trained together with a LoRA adapter, and belongs behind it": bool(prefix.header.get("adapter")),
+        f"its layers differ ({describe(prefix.geometry)})": len(shapes) > 1 or len(dtypes) > 1,
+        "its keys and values differ in size": any(shape.key_dim != shape.value_dim for shape in shapes),
+    }
+    found = [fault for fault, there in faults.items() if there]
+    if found:
+        raise ConfigError(
+            f"PEFT's format cannot hold this prefix: {'; '.join(found)}.", hint="keep it as prefixtune's own file."
+        )
+    return shapes.pop()
+
+
+def _frozen(prefix: Prefix, given: int | None, origin: Mapping[str, Any]) -> int:
+    """How many first positions of a cartridge are not trained."""
+    count = int(origin.get("num_frozen_tokens", min(1, prefix.length()))) if given is None else given
+    if not 0 <= count <= prefix.length():
+        raise ConfigError(
+            f"num_frozen_tokens is {count}, but must be from 0 to the prefix's length, {prefix.length()}.",
+            hint="1 keeps the first position, which models attend to by default.",
+        )
+    return count

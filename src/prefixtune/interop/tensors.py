@@ -1,0 +1,75 @@
+"""Tensors by name, to and from safetensors files; a pickle is refused, with the line that converts it.
+
+Knows nothing of what the tensors are.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prefixtune.errors import CheckpointError
+from prefixtune.files import atomic_path
+
+__all__ = ["conversion", "is_pickle", "read_tensors", "write_tensors"]
+
+_PICKLES = (b"PK\x03\x04", b"\x80")
+"""How files of `torch.save` begin: zip archives since 1.6, bare pickles before."""
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file was made by `torch.save`, whatever its name."""
+    with open(path, "rb") as handle:
+        return handle.read(4).startswith(_PICKLES)
+
+
+def conversion(path: Path) -> str:
+    """The command that turns a pickle of tensors into safetensors, reading nothing of it but tensors."""
+    new = str(path.with_suffix(".safetensors"))
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"save_file({{name: t.detach().clone().contiguous() for name, t in "
+        f"torch.load({str(path)!r}, map_location='cpu', weights_only=True).items()}}, {new!r})"
+    )
+    return f"python -c {shlex.quote(code)}"
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors, and its metadata.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or a pickle, which could run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
+    if is_pickle(path):
+        raise CheckpointError(
+            f"{str(path)!r} is a pickle, which could run code; only safetensors files are read.",
+            hint=f"convert it, if you trust where it is from: {conversion(path)}",
+        )
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is no whole safetensors file: {error}.", hint="it may be truncated; get it again."
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Store tensors, atomically.
+
+    Raises:
+        PrefixError: The file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:
+            # The library wraps the system's error, such as a full disk, into one of its own.
+            raise OSError(str(error)) from error

@@ -1,0 +1,116 @@
+"""Training in two processes, started as users start them: the same losses and the same prefix as in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.checkpoint import load_prefix
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> Path:
+    for name in ("llama", "bart"):
+        tiny_models(name).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    # Targets of unequal length, and fewer hands in the last batch than there are processes.
+    names = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus")
+    for part, some in (("train", names), ("dev", names[:3])):
+        lines = [{"s": f"name : {n}", "t": f"{n} eats" + " and eats" * (len(n) % 3) + "."} for n in some]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(folder: Path) -> Run:
+    def start(output: str, *flags: str, launcher: Sequence[str] = (), model: str = "llama", wait: bool = True) -> Any:
+        arguments = [
+            *(
+                "--backbone",
+                str(folder / model),
+                "--train",
+                str(folder / "train.jsonl"),
+                "--output",
+                str(folder / output),
+            ),
+            *("--dev", str(folder / "dev.jsonl"), "--source", "s", "--target", "t", "--prefix-length", "4"),
+            *("--init-text", "Say it", "--batch-size", "4", "--gradient-accumulation", "2", "--max-steps", "6"),
+            *("--eval-every", "3", "--save-every", "2", "--bottleneck-size", "16", "--dtype", "float32"),
+        ]
+        command = [sys.executable, *launcher, "-m", "prefixtune", "train", *arguments, *flags]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        if not wait:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return start
+
+
+def events(folder: Path, output: str, kind: str) -> list[float]:
+    lines = (folder / output / "events.jsonl").read_text().splitlines()
+    return [event["loss"] for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def same(folder: Path, one: str, other: str) -> None:
+    for kind in ("step", "evaluation"):
+        assert events(folder, other, kind) == pytest.approx(events(folder, one, kind), rel=1e-5)
+    first, second = (load_prefix(folder / name / "prefix.safetensors") for name in (one, other))
+    for mine, theirs in zip(first.tensors(), second.tensors(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["llama", "bart"])
+def test_two_processes_give_what_one_gives(model: str, folder: Path, run: Run) -> None:
+    run("one", model=model)
+    told = run("two", model=model, launcher=TORCHRUN)
+    same(folder, "one", "two")
+    assert told.stdout.count("prefix.safetensors") == 1, "one process speaks for all"
+    if model == "llama":
+        run("sharded", "--shard", launcher=TORCHRUN)
+        same(folder, "one", "sharded")
+
+
+def test_accelerate_launch_needs_no_other_option(folder: Path, run: Run) -> None:
+    pytest.importorskip("accelerate")
+    run("one")
+    told = run("two", launcher=ACCELERATE)
+    same(folder, "one", "two")
+    assert told.stdout.count("prefix.safetensors") == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(folder: Path, run: Run) -> None:
+    run("one", "--max-steps", "40", "--reparameterization", "none")
+    started = run("two", "--max-steps", "40", "--reparameterization", "none", "--json", launcher=TORCHRUN, wait=False)
+    assert started.stdout is not None
+    for line in started.stdout:
+        if json.loads(line)["event"] == "step" and json.loads(line)["step"] >= 5:
+            break
+    started.send_signal(signal.SIGTERM)
+    started.communicate(timeout=120)
+    assert 5 <= len(events(folder, "two", "step")) < 40
+    # Alone, where the two left off.
+    run("two", "--max-steps", "40", "--reparameterization", "none", "--resume")
+    same(folder, "one", "two")
+
+
+def test_splitting_needs_several_processes(folder: Path, run: Run) -> None:
+    with pytest.raises(AssertionError, match="split"):
+        run("one", "--shard")

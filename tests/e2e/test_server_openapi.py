@@ -1,0 +1,215 @@
+"""A real server against its own document: routes, replies, and what is made up to break it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from schemathesis.config import SchemathesisConfig
+from schemathesis.specs.openapi import checks as openapi_checks
+
+from live_server import MODEL, LiveServer, make_model, make_prefix
+from prefixtune.backbone import load_backbone
+from prefixtune.server import openapi
+from prefixtune.server.keys import hash_key, new_key
+
+KEY = new_key()
+FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
+EXAMPLES = 40
+"""For each operation, good ones and bad ones: half a minute in all."""
+GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+CASES = [
+    pytest.param(method, path, mode, id=f"{method} {path} {mode.value}")
+    for (method, path), operation in openapi._OPERATIONS.items()
+    # Where nothing is said, nothing can be wrong.
+    for mode in ([GOOD, BAD] if operation.body or "{name}" in path else [GOOD])
+]
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_headers_conformance,
+    openapi_checks.response_schema_conformance,
+    openapi_checks.negative_data_rejection,
+    openapi_checks.unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interface")
+    make_model(folder / MODEL)
+    (folder / "prefixes").mkdir()
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    for seed, (name, task) in enumerate((("mine", "records"), ("spare", "records"), ("pubs", "e2e"))):
+        text_format = FORMAT if task == "records" else {**FORMAT, "source": ""}
+        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, task=task, text_format=text_format)
+    (folder / "serve.toml").write_text(
+        "max_tokens = 6\ndefault_max_tokens = 6\nmax_texts = 4\nmax_body_kib = 64\n"
+        f'[keys.me]\nhash = "{hash_key(KEY)}"\nadmin = true\n'
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LiveServer]:
+    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml")).wait()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def document(server: LiveServer) -> dict[str, Any]:
+    status, document, headers = server.get("/openapi.json", key=KEY)
+    assert (status, headers["content-type"]) == (200, "application/json")
+    return document
+
+
+@pytest.fixture(scope="module")
+def hostile(document: dict[str, Any]) -> Any:
+    """The document, narrowed to names that there are, and to replies that hold nothing besides."""
+    narrow = copy.deepcopy(document)
+    schemas = narrow["components"]["schemas"]
+    for schema in schemas.values():
+        close(schema)
+    for name in ("CompletionRequest", "ChatRequest"):
+        schemas[name]["properties"]["model"] = {"enum": ["mine", "pubs", MODEL]}
+    # Whatever JSON has, as a field of a task.
+    task = schemas["TaskRequest"]
+    options = {name: task["properties"][name] for name in task["properties"] if name not in ("source", "fields")}
+    options.pop("format_of")
+    task |= {"properties": {**options, "name": {}, "food": {}}, "required": ["name", "food"]}
+    task["additionalProperties"] = False
+    for path, methods in narrow["paths"].items():
+        for operation in methods.values():
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"] = {"enum": ["spare", "new"] if "admin" in path else ["mine"]}
+    config = SchemathesisConfig.from_dict(
+        {"generation": {"with-security-parameters": False, "database": "none"}, "seed": 1}
+    )
+    return schemathesis.openapi.from_dict(narrow, config=config)
+
+
+def close(schema: Any) -> None:
+    """Allow nothing in objects but the properties that are told."""
+    if isinstance(schema, dict):
+        if "properties" in schema:
+            schema.setdefault("additionalProperties", False)
+        for each in schema.values():
+            close(each)
+    elif isinstance(schema, list):
+        for each in schema:
+            close(each)
+
+
+def test_the_document_is_openapi(document: dict[str, Any]) -> None:
+    OpenAPIV31SpecValidator(document).validate()
+
+
+def test_real_replies_are_those_of_the_document(document: dict[str, Any], server: LiveServer, folder: Path) -> None:
+    closed = copy.deepcopy(document)
+    close(closed["components"]["schemas"])
+    seen = set()
+
+    def check(method: str, path: str, status: int, body: Any = None, *, key: str = KEY, **more: Any) -> None:
+        place = path
+        for prefix in ("/v1/models/", "/v1/tasks/", "/admin/prefixes/"):
+            place = f"{prefix}{{name}}" if path.startswith(prefix) else place
+        got, answer, headers = server.ask(method, path, body, key=key, headers=more)
+        assert got == status, answer
+        told = closed["paths"][place][method.lower()]["responses"][str(status)]
+        if "$ref" in told:
+            told = closed["components"]["responses"][told["$ref"].rpartition("/")[2]]
+        kind = headers.get("content-type", "").partition(";")[0]
+        assert (kind in told.get("content", ())) == (status != 204)
+        seen.add((method, place, status, kind))
+        if kind == "application/json":
+            fits(told["content"][kind]["schema"], answer)
+        elif kind == "text/event-stream":
+            (event,) = told["content"][kind]["schema"]["properties"].values()
+            *events, last = [part for part in answer.split("\n\n") if part]
+            assert last == "data: [DONE]"
+            assert len(events) > 1
+            for part in events:
+                fits(event["anyOf"][1]["contentSchema"], json.loads(part.removeprefix("data: ")))
+
+    def fits(schema: dict[str, Any], value: Any) -> None:
+        Draft202012Validator({**schema, "components": closed["components"]}).validate(value)
+
+    for path in (
+        "/v1/models",
+        "/v1/status",
+        "/admin/prefixes",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/",
+        "/openapi.json",
+    ):
+        check("GET", path, 200)
+    for name in ("mine", "pubs", MODEL):
+        check("GET", f"/v1/models/{name}", 200)
+        check("GET", f"/v1/tasks/{name}", 200)
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    for more in ({}, {"logprobs": 2}, {"logprobs": 0, **usage}, {"n": 2, "stream": True, "stop": ["e"]}):
+        check("POST", "/v1/completions", 200, {"model": "mine", "prompt": "a", "seed": 3, **more})
+    talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    for more in ({}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2, **usage}, {"n": 2, "stream": True}):
+        check("POST", "/v1/chat/completions", 200, {"model": "pubs", "messages": talk, "seed": 3, **more})
+    for more in ({}, {"stream": True}):
+        check("POST", "/v1/tasks/mine", 200, {"name": "Aromi", "food": "soup", "min_tokens": 6, **more})
+    check("POST", f"/v1/tasks/{MODEL}", 200, {"source": "a", "format_of": "pubs"})
+    file = (folder / "prefixes" / "pubs.safetensors").read_bytes()
+    for first, second in (("PUT", "POST"), ("POST", "PUT")):
+        check(first, "/admin/prefixes/fresh", 201, file)
+        check(second, "/admin/prefixes/fresh", 200, file)
+        check("GET", "/admin/prefixes/fresh", 200)
+        check("DELETE", "/admin/prefixes/fresh", 204)
+    check("POST", "/admin/reload", 200, {})
+
+    check("PUT", "/admin/prefixes/fresh", 400, file[:-1])
+    check("POST", "/v1/completions", 400, {"model": "mine"})
+    check("POST", "/v1/completions", 400, b"{")
+    check("POST", "/v1/completions", 413, {"model": "mine", "prompt": "a" * 70_000})
+    check("POST", "/v1/completions", 415, b"a=b", **{"Content-Type": "text/plain"})
+    for method, path in (
+        ("GET", "/v1/models"),
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+        ("POST", "/admin/reload"),
+    ):
+        check(method, path, 401, {} if method == "POST" else None, key="pt-none")
+    for path in ("/v1/models/no", "/v1/tasks/no", "/admin/prefixes/no"):
+        check("GET", path, 404)
+    # Everything that goes well was seen.
+    every = {
+        (method.upper(), path, int(status), kind)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        for status, told in operation["responses"].items()
+        if int(status) < 400
+        for kind in told.get("content", {"": None})
+    }
+    assert every <= seen
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), CASES)
+def test_what_is_made_up_gets_an_answer_of_the_document(
+    hostile: Any, server: LiveServer, method: str, path: str, mode: schemathesis.GenerationMode
+) -> None:
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=HealthCheck)
+    @given(case=hostile[path][method].as_strategy(generation_mode=mode))
+    def one(case: schemathesis.Case) -> None:
+        response = case.call(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"})
+        case.validate_response(response, checks=CHECKS)
+
+    one()
+    assert server.get("/healthz")[0] == 200

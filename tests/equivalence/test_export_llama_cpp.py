@@ -1,0 +1,424 @@
+"""Exported prefixes in a real llama.cpp (wheels that hold it compiled): logits and tokens are those of `generate`.
+
+Tiny random models, written as float GGUF files here, so that nothing but the prefix can differ.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prefixtune.errors import CheckpointError
+from prefixtune.export.llama_cpp import (
+    KV_TYPES,
+    encode_blob,
+    encode_file,
+    export_llama_cpp,
+    patch_file,
+    placeholders_for,
+    rows_of,
+)
+from prefixtune.export.llama_cpp_check import NotInEffectError, check
+from prefixtune.generation import GenerateConfig, generate, generate_ids
+from zoo import MAX_POSITIONS
+
+Make = Callable[..., Any]
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
+"""Model type -> what llama.cpp calls it."""
+
+CHANGES: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
+
+GELU = 5e-3
+"""llama.cpp looks GPT-2's GELU up in a table of half precision: its logits are so far off without a prefix, too."""
+
+Q8_0 = 8
+
+
+def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
+    """A float GGUF file of a tiny model, as llama.cpp's converter would write it."""
+    import gguf
+
+    config = model.config
+    architecture = ARCHITECTURES[config.model_type]
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", 4 * config.hidden_size))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    if architecture == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(size)
+    special = set(tokenizer.all_special_ids)
+    kinds = [gguf.TokenType.CONTROL if n in special else gguf.TokenType.NORMAL for n in range(len(tokenizer))]
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    writer.add_token_types([int(kind) for kind in kinds])
+    # llama.cpp wants at least one; its product is no token, so that it is never used.
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(True)
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if architecture == "llama" and "q_proj" in name:
+            tensor = interleave(tensor, heads)
+        elif architecture == "llama" and "k_proj" in name:
+            tensor = interleave(tensor, kv_heads)
+        elif architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            tensor = tensor.T
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def interleave(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head: first half and second half alternate."""
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return torch.stack([halves[:, 0], halves[:, 1]], dim=2).reshape(weight.shape)
+
+
+_kept: list[Any] = []
+
+
+class Runtime:
+    """A context of llama.cpp through its C interface."""
+
+    def __init__(self, path: Path, *, kv_type: int = 0, flash: bool = False, sequences: int = 1) -> None:
+        bindings = pytest.importorskip(
+            "llama_cpp_py_sync._cffi_bindings", reason="llama-cpp-py-sync is not installed (test group)"
+        )
+        self.lib, self.ffi = bindings.get_lib(), bindings.get_ffi()
+        if not _kept:
+            _kept.append(self.ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None))
+        self.lib.llama_log_set(_kept[0], self.ffi.NULL)
+        self.lib.llama_backend_init()
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
+        assert self.model != self.ffi.NULL
+        params = self.lib.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.kv_unified = MAX_POSITIONS * sequences, sequences, False
+        params.n_threads = params.n_threads_batch = 1
+        params.type_k = params.type_v = kv_type
+        params.flash_attn_type = int(flash)
+        self.context = self.lib.llama_init_from_model(self.model, params)
+        assert self.context != self.ffi.NULL
+        self.vocabulary = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
+
+    def close(self) -> None:
+        self.lib.llama_free(self.context)
+        self.lib.llama_model_free(self.model)
+
+    def clear(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def decode(self, ids: list[int], position: int, sequence: int = 0) -> Tensor:
+        """The logits of tokens that stand from a position on, (T, vocabulary)."""
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for number, token in enumerate(ids):
+            batch.token[number], batch.pos[number] = token, position + number
+            batch.n_seq_id[number], batch.seq_id[number][0], batch.logits[number] = 1, sequence, 1
+        assert self.lib.llama_decode(self.context, batch) == 0
+        raw = self.ffi.buffer(self.lib.llama_get_logits(self.context), 4 * self.vocabulary * len(ids))
+        logits = torch.from_numpy(np.frombuffer(raw, np.float32).reshape(len(ids), -1).copy())
+        self.lib.llama_batch_free(batch)
+        return logits
+
+    def greedy(self, prompt: list[int], position: int, count: int, end: int) -> list[int]:
+        output: list[int] = []
+        logits = self.decode(prompt, position)
+        while len(output) < count and (token := int(logits[-1].argmax())) != end:
+            output.append(token)
+            logits = self.decode([token], position + len(prompt) + len(output) - 1)
+        return output
+
+    def save(self, path: Path, tokens: list[int], sequence: int = 0) -> bytes:
+        given = self.ffi.new("llama_token[]", tokens)
+        assert self.lib.llama_state_seq_save_file(self.context, str(path).encode(), sequence, given, len(tokens))
+        return path.read_bytes()
+
+    def load(self, path: Path, sequence: int = 0) -> list[int] | None:
+        """The tokens of a file that was taken; None: it was refused."""
+        tokens, count = self.ffi.new("llama_token[]", MAX_POSITIONS), self.ffi.new("size_t *")
+        name = str(path).encode()
+        read = self.lib.llama_state_seq_load_file(self.context, name, sequence, tokens, MAX_POSITIONS, count)
+        return list(tokens[0 : count[0]]) if read else None
+
+    def load_blob(self, blob: bytes) -> bool:
+        return self.lib.llama_state_seq_set_data(self.context, blob, len(blob), 0) == len(blob)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama-cpp")
+
+
+@pytest.fixture(scope="module")
+def make(folder: Path, tiny_backbone: Make) -> Make:
+    """A factory: `make(model_type)` gives a backbone and its GGUF file."""
+    made: dict[str, Any] = {}
+
+    def one(name: str, **changes: Any) -> tuple[Any, Path]:
+        key = f"{name}{changes}"
+        if key not in made:
+            backbone = tiny_backbone(name, **{**CHANGES.get(name, {}), **changes})
+            made[key] = backbone, write_gguf(folder / f"{len(made)}.gguf", backbone.model, backbone.tokenizer)
+        return made[key]
+
+    return one
+
+
+@pytest.fixture
+def run() -> Iterator[Make]:
+    """A factory of runtimes that are closed afterwards."""
+    made: list[Runtime] = []
+
+    def one(*args: Any, **options: Any) -> Runtime:
+        made.append(Runtime(*args, **options))
+        return made[-1]
+
+    yield one
+    for runtime in made:
+        runtime.close()
+
+
+def version_of(runtime: Runtime, folder: Path) -> int:
+    """The layout that this build writes."""
+    runtime.decode([1], 0)
+    (version,) = struct.unpack_from("<I", runtime.save(folder / "version.bin", [1]), 4)
+    runtime.clear()
+    return int(version)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_logits_and_tokens_are_the_backbones(
+    name: str, make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
+) -> None:
+    backbone, path = make(name)
+    runtime = run(path)
+    version, prefix = version_of(runtime, tmp_path), random_prefix(backbone, 7, seed=1)
+    # Without flash attention, values are kept transposed.
+    file = tmp_path / "prefix.bin"
+    tokens = placeholders_for(prefix, backbone)
+    file.write_bytes(encode_file(rows_of(prefix, backbone), tokens, version=version, kv_type="f32", transposed=True))
+    prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 5, 14))]
+    expected = generate_ids(backbone, prompts, [prefix] * 4, config=GenerateConfig(max_new_tokens=12))
+    assert expected != generate_ids(backbone, prompts, [None] * 4, config=GenerateConfig(max_new_tokens=12))
+    for prompt, output in zip(prompts, expected, strict=True):
+        runtime.clear()
+        assert runtime.load(file) == tokens
+        logits = runtime.decode(prompt, 7)
+        wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=GELU if name == "gpt2" else 1e-4)
+        runtime.clear()
+        runtime.load(file)
+        assert runtime.greedy(prompt, 7, 12, backbone.end_id) == output
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@torch.no_grad()
+def test_half_precision_and_flash_attention(
+    name: str, make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
+) -> None:
+    backbone, path = make(name)
+    prefix, prompt = random_prefix(backbone, 7, seed=1), random_ids(9)
+    rows, tokens = rows_of(prefix, backbone), placeholders_for(prefix, backbone)
+    wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
+    for flash in (True, False):
+        runtime = run(path, kv_type=KV_TYPES["f16"][0], flash=flash)
+        version = version_of(runtime, tmp_path)
+        file = tmp_path / f"{flash}.bin"
+        file.write_bytes(encode_file(rows, tokens, version=version, transposed=not flash))
+        assert runtime.load(file) == tokens
+        logits = runtime.decode(prompt, 7)
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=0.02)
+        runtime.clear()
+        assert runtime.load_blob(encode_blob(rows, version=version, transposed=not flash))
+        assert torch.equal(runtime.decode(prompt, 7), logits)
+        # A file of the other layout of values is refused, not misread.
+        file.write_bytes(encode_file(rows, tokens, version=version, transposed=flash))
+        runtime.clear()
+        assert runtime.load(file) is None
+
+
+@torch.no_grad()
+def test_keys_that_are_not_interleaved_are_seen(
+    make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
+) -> None:
+    backbone, path = make("llama")
+    prefix, prompt = random_prefix(backbone, 7, seed=1), random_ids(9)
+    runtime, file = run(path), tmp_path / "prefix.bin"
+    plain = [tuple(part.transpose(0, 1).flatten(1).detach() for part in pair) for pair in prefix.layers["decoder"]]
+    version = version_of(runtime, tmp_path)
+    file.write_bytes(encode_file(plain, [1] * 7, version=version, kv_type="f32", transposed=True))
+    assert runtime.load(file) == [1] * 7
+    wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
+    assert float((runtime.decode(prompt, 7) - wanted).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("flash", [True, False])
+@torch.no_grad()
+def test_a_patched_slot_is_what_we_write(
+    kv_type: str, flash: bool, make: Make, run: Make, random_prefix: Make, tmp_path: Path
+) -> None:
+    backbone, path = make("llama")
+    prefix = random_prefix(backbone, 5, seed=2)
+    rows, tokens = rows_of(prefix, backbone), placeholders_for(prefix, backbone)
+    runtime = run(path, kv_type=KV_TYPES[kv_type][0], flash=flash)
+    runtime.decode(tokens, 0)
+    saved = runtime.save(tmp_path / "saved.bin", tokens)
+    patched, found = patch_file(saved, rows, tokens)
+    assert (found["kv_type"], found["transposed"]) == (kv_type, not flash)
+    assert patched != saved
+    version = found["state_version"]
+    assert patched == encode_file(rows, tokens, version=version, kv_type=kv_type, transposed=not flash)
+
+
+@torch.no_grad()
+def test_a_slot_among_several_is_patched(
+    make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
+) -> None:
+    backbone, path = make("qwen2")
+    prefix, prompt, file = random_prefix(backbone, 5, seed=2), random_ids(6), tmp_path / "slot.bin"
+    tokens = placeholders_for(prefix, backbone)
+    runtime = run(path, sequences=3)
+    runtime.decode([4, 5, 6], 0, sequence=0)
+    runtime.decode(tokens, 0, sequence=1)
+    patched, _ = patch_file(runtime.save(file, tokens, sequence=1), rows_of(prefix, backbone), tokens)
+    file.write_bytes(patched)
+    assert runtime.load(file, sequence=2) == tokens
+    wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
+    torch.testing.assert_close(runtime.decode(prompt, 5, sequence=2), wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_quantized_cache_is_refused(make: Make, run: Make, random_prefix: Make, tmp_path: Path) -> None:
+    backbone, path = make("qwen3", head_dim=32)
+    prefix = random_prefix(backbone, 5)
+    tokens = placeholders_for(prefix, backbone)
+    runtime = run(path, kv_type=Q8_0, flash=True)
+    runtime.decode(tokens, 0)
+    with pytest.raises(CheckpointError, match="ggml type 8") as caught:
+        patch_file(runtime.save(tmp_path / "slot.bin", tokens), rows_of(prefix, backbone), tokens)
+    assert "--cache-type-k f16" in caught.value.hint
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def serve(folder: Path) -> Make:
+    """A factory: `serve(gguf, slots)` starts llama.cpp's own server in this process, and gives its address."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (test group)")
+    made: list[Any] = []
+
+    def start(path: Path, slots: Path, parallel: int) -> str:
+        slots.mkdir()
+        params = xllamacpp.CommonParams()
+        params.model.path, params.slot_save_path = str(path), f"{slots}/"
+        params.n_ctx, params.n_parallel, params.port = MAX_POSITIONS * parallel, parallel, 0
+        params.cpuparams.n_threads, params.warmup, params.verbosity = 1, False, 0
+        made.append(xllamacpp.Server(params))
+        return str(made[-1].listening_address)
+
+    return start
+
+
+def post(url: str, path: str, body: Any) -> Any:
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+def ask(url: str, facts: Any, text: str, count: int) -> Any:
+    prompt = [*facts["placeholders"], facts["text_format"]["prompt"].replace("{source}", text)]
+    body = {"prompt": prompt, "id_slot": 0, "cache_prompt": True, "temperature": 0, "n_predict": count}
+    return post(url, "/completion", body)
+
+
+TEXTS = ["name : Aromi | food : soup", "a", "<s> and </s>"]
+
+
+def test_the_server_writes_what_generate_writes(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
+    backbone, path = make("llama")
+    prefix, slots, exported = random_prefix(backbone, 6, seed=3), tmp_path / "slots", tmp_path / "exported"
+    url = serve(path, slots, 1)
+    facts = export_llama_cpp(prefix, backbone, exported)
+    shutil.copy(exported / "prefix.bin", slots)
+    done = subprocess.run([sys.executable, exported / "check.py", url], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "n_restored 6, timings.cache_n 6" in done.stdout
+    assert done.stdout.endswith("the prefix is in effect\n")
+    expected = generate(backbone, TEXTS, prefix, max_new_tokens=10)
+    for text, output in zip(TEXTS, expected, strict=True):
+        reply = ask(url, facts, text, 10)
+        assert reply["timings"]["cache_n"] >= 6
+        assert reply["tokens_evaluated"] == 6 + len(backbone.encode(f" {text} <s>"))
+        assert reply["content"].strip() == output
+
+
+def test_a_slot_of_the_users_build_is_patched(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
+    """The recipe of README.md, with several slots, whose files are laid out differently."""
+    backbone, path = make("llama")
+    prefix, slots, exported = random_prefix(backbone, 6, seed=4), tmp_path / "slots", tmp_path / "exported"
+    url = serve(path, slots, 2)
+    facts = export_llama_cpp(prefix, backbone, exported)
+    shutil.copy(exported / "prefix.bin", slots)
+    with pytest.raises(NotInEffectError, match="400"):
+        check(url, facts)
+    post(url, "/slots/0?action=erase", {})
+    post(url, "/completion", json.loads((exported / "placeholders.json").read_text()))
+    assert post(url, "/slots/0?action=save", {"filename": "placeholders.bin"})["n_saved"] == 6
+    # Restored as it was saved, the slot answers to the placeholders without any error.
+    with pytest.raises(NotInEffectError, match="changes nothing"):
+        check(url, {**facts, "file": "placeholders.bin"})
+    facts = export_llama_cpp(prefix, backbone, exported, slot_file=slots / "placeholders.bin")
+    assert facts["patched"]
+    shutil.copy(exported / "prefix.bin", slots)
+    assert check(url, facts)[0] == "n_restored 6, timings.cache_n 6"
+    assert ask(url, facts, TEXTS[0], 10)["content"].strip() == generate(backbone, TEXTS, prefix, max_new_tokens=10)[0]
+
+
+def test_a_lost_prefix_is_noticed(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
+    backbone, path = make("llama")
+    prefix, slots, exported = random_prefix(backbone, 6, seed=3), tmp_path / "slots", tmp_path / "exported"
+    url = serve(path, slots, 1)
+    facts = export_llama_cpp(prefix, backbone, exported)
+    shutil.copy(exported / "prefix.bin", slots)
+    # Nothing was restored: an answer all the same, and only `cache_n` tells.
+    assert ask(url, facts, TEXTS[0], 4)["timings"]["cache_n"] < 6
+    longer = {**facts, "prefix_length": 7, "placeholders": [*facts["placeholders"], 1]}
+    with pytest.raises(NotInEffectError, match="n_restored is 6, but the prefix has 7"):
+        check(url, longer)
+    with pytest.raises(NotInEffectError, match=r"cache_n is \d, but must be 6"):
+        check(url, {**facts, "placeholders": facts["placeholders"][::-1]})

@@ -1,0 +1,157 @@
+"""Exported graphs in ONNX Runtime and OpenVINO: logits and tokens are those of `generate`, alone and padded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from prefixtune.export.onnx_run import generate, pad, past_names, start, step
+from prefixtune.generation import GenerateConfig, generate_ids
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+
+from prefixtune.export import onnx as target  # noqa: E402
+
+Make = Callable[..., Any]
+
+LAYERS = {"gpt2": {"n_layer": 2}, "llama": {"num_hidden_layers": 2}, "qwen2": {"num_hidden_layers": 2}}
+
+LENGTH, NEW = 6, 10
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:openvino")
+
+
+class Exported:
+    """A backbone, a prefix, and the folder that both were exported to."""
+
+    def __init__(self, backbone: Any, prefix: Any, folder: Path, *, baked: bool) -> None:
+        self.backbone, self.prefix, self.folder = backbone, prefix, folder
+        self.facts = target.export_onnx(prefix, backbone, folder, baked=baked)
+        assert json.loads((folder / "export.json").read_text()) == self.facts
+        self.past = None if baked else load_file(folder / "prefix.safetensors")
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+    def run(self, feed: dict[str, Any]) -> Any:
+        return self.session.run(None, feed)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2", "llama-baked", "gpt2-baked"])
+def exported(
+    request: pytest.FixtureRequest, tiny_backbone: Make, random_prefix: Make, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    name, _, baked = request.param.partition("-")
+    backbone = tiny_backbone(name, **LAYERS[name])
+    prefix = random_prefix(backbone, LENGTH, seed=1)
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "qwen2":
+            # As for large models: weights in a file of their own.
+            patch.setattr(target, "_ONE_FILE", 0)
+        made = Exported(backbone, prefix, folder, baked=bool(baked))
+    assert (folder / "model.onnx.data").exists() == (name == "qwen2")
+    return made
+
+
+@torch.no_grad()
+def test_logits_are_the_backbones(exported: Exported, random_ids: Make) -> None:
+    """A padded batch, then more of it: read at once or one after another, with the mask as it grows."""
+    prompts = [random_ids(n, seed) for seed, n in enumerate((7, 2, 5))]
+    ids, mask = pad(prompts, exported.backbone.pad_id)
+    more = np.array([random_ids(3, seed) for seed in (7, 8, 9)])
+    state = start(exported.facts, exported.past, mask)
+    found = [step(exported.run, state, ids), *(step(exported.run, state, more[:, [n]]) for n in range(3))]
+    all_ids, all_mask = torch.from_numpy(np.concatenate([ids, more], axis=1)), torch.from_numpy(mask)
+    all_mask = torch.nn.functional.pad(all_mask, (0, 3), value=1)
+    wanted = exported.backbone.forward(all_ids, all_mask, prefixes=exported.prefix).logits
+    bare = exported.backbone.forward(all_ids, all_mask).logits
+    logits, real = torch.from_numpy(np.concatenate(found, axis=1)), all_mask.bool()
+    torch.testing.assert_close(logits[real], wanted[real], rtol=0, atol=1e-4)
+    assert float((wanted[real] - bare[real]).abs().max()) > 0.1
+    # The mask is that of the token to come.
+    assert state.mask.shape[1] == all_mask.shape[1] + 1 + (0 if exported.facts["baked"] else LENGTH)
+
+
+def test_tokens_are_those_of_generate(exported: Exported, random_ids: Make) -> None:
+    prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 4, 12, 6))]
+    backbone, config = exported.backbone, GenerateConfig(max_new_tokens=NEW)
+    expected = generate_ids(backbone, prompts, [exported.prefix] * 5, config=config)
+    assert expected != generate_ids(backbone, prompts, [None] * 5, config=config)
+    assert generate(exported.run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
+    for prompt, output in zip(prompts, expected, strict=True):
+        assert generate(exported.run, exported.facts, exported.past, [prompt], max_new_tokens=NEW) == [output]
+
+
+def test_without_its_past_the_graph_is_the_bare_backbone(exported: Exported, random_ids: Make) -> None:
+    prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1))]
+    which = exported.prefix if exported.facts["baked"] else None
+    expected = generate_ids(exported.backbone, prompts, [which] * 2, config=GenerateConfig(max_new_tokens=NEW))
+    assert generate(exported.run, exported.facts, None, prompts, max_new_tokens=NEW) == expected
+
+
+def test_the_script_runs_by_itself(exported: Exported) -> None:
+    from prefixtune.generation import generate as ours
+
+    texts = ["name : Aromi", "a longer text | with more"]
+    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['prefixtune'] = None;"
+    code += "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(exported.folder / "run.py"), "--max-new-tokens", str(NEW), *texts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = ours(exported.backbone, texts, exported.prefix, max_new_tokens=NEW)
+    assert [line.strip() for line in done.stdout.split("\n")[:-1]] == "\n".join(expected).split("\n")
+
+
+def test_openvino_reads_the_graph(exported: Exported, random_ids: Make) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install openvino)")
+    compiled = openvino.Core().compile_model(exported.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 4))]
+    config = GenerateConfig(max_new_tokens=NEW)
+    expected = generate_ids(exported.backbone, prompts, [exported.prefix] * 3, config=config)
+
+    def run(feed: dict[str, Any]) -> Any:
+        return list(compiled(feed).values())
+
+    assert generate(run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
+
+
+def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make) -> None:
+    """The recipe of docs/export.md: the past moves into the model's states, which begin with the prefix."""
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install openvino)")
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    model = openvino.Core().read_model(exported.folder / "model.onnx")
+    names = past_names(exported.facts)
+    pairs = {name: name.replace("past_key_values", "present") for name in names}
+    apply_make_stateful_transformation(model, pairs)
+    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"})
+    request = compiled.create_infer_request()
+    prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 4))]
+    ids, mask = pad(prompts, exported.backbone.pad_id)
+    state = start(exported.facts, exported.past, mask)
+    for variable in request.query_state():
+        name = next(name for name in names if variable.name.startswith(name))
+        variable.state = openvino.Tensor(state.past[name])
+
+    def run(feed: dict[str, Any]) -> Any:
+        given = {name: value for name, value in feed.items() if name not in names}
+        return [request.infer(given)["logits"]]
+
+    outputs = []
+    for _ in range(NEW):
+        state.past = {}
+        ids = step(run, state, ids)[:, -1].argmax(axis=-1)[:, None]
+        outputs.append(ids[:, 0])
+    config = GenerateConfig(max_new_tokens=NEW)
+    expected = generate_ids(exported.backbone, prompts, [exported.prefix] * 3, config=config)
+    for row, output in zip(np.stack(outputs, axis=1).tolist(), expected, strict=True):
+        assert row[: len(output)] == output

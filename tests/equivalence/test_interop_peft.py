@@ -1,0 +1,229 @@
+"""PEFT's own model as an oracle, both ways: what it loads of ours and what we load of its give the same logits."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prefixtune.backbone import Backbone
+from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.interop import export_peft, import_peft
+from prefixtune.prefix import Prefix, unflatten
+from zoo import exists, make_model
+
+peft = pytest.importorskip("peft")
+
+# PEFT warns of arguments that transformers renamed.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # It looks for the base model that an adapter names, and these models lie in memory only.
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
+
+P = 6
+NAMES = ("gpt2", "llama", "qwen3", "opt", "gpt_neox", "gptj", "phi", "stablelm", "gemma", "olmo2")
+KINDS = ["PREFIX_TUNING", *(["CARTRIDGE"] if hasattr(peft, "CartridgeConfig") else [])]
+Make = Callable[..., Any]
+
+
+@pytest.fixture(params=[name for name in NAMES if exists(name)])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def bare(name: str, tiny_tokenizer: Any) -> Callable[[], Any]:
+    """Makes the same random model each time."""
+    return lambda: make_model(name, tiny_tokenizer)
+
+
+@pytest.fixture
+def carrier(bare: Callable[[], Any], name: str, tiny_tokenizer: Any) -> Backbone:
+    try:
+        return Backbone.from_model(bare(), tiny_tokenizer, name)
+    except BackboneError as error:
+        pytest.skip(f"this transformers' {name} carries no prefix: {error.message}")
+
+
+@pytest.fixture
+def batch(random_ids: Make, tiny_tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Texts of unequal length, padded on the right."""
+    texts = [random_ids(9, 1), random_ids(6, 2), random_ids(9, 3)]
+    ids, mask = torch.full((3, 9), tiny_tokenizer.pad_token_id), torch.zeros(3, 9, dtype=torch.long)
+    for number, text in enumerate(texts):
+        ids[number, : len(text)], mask[number, : len(text)] = torch.tensor(text), 1
+    return ids, mask
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def logits(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """PEFT's, where no token is padding."""
+    ids, mask = batch
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    return found
+
+
+def ours(backbone: Backbone, prefix: Prefix, batch: tuple[Tensor, Tensor]) -> Tensor:
+    ids, mask = batch
+    with torch.no_grad():
+        found: Tensor = backbone.forward(ids, mask, prefixes=prefix).logits[mask.bool()]
+    return found
+
+
+def settings(kind: str, **changes: Any) -> Any:
+    made = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": getattr(peft, "CartridgeConfig", None)}[kind]
+    return made(task_type="CAUSAL_LM", num_virtual_tokens=P, **changes)
+
+
+def train_a_step(model: Any, batch: tuple[Tensor, Tensor]) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    ids, mask = batch
+    model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_what_is_exported(
+    kind: str, bare: Make, carrier: Backbone, random_prefix: Make, batch: Any, assert_same: Make, tmp_path: Path
+) -> None:
+    prefix = random_prefix(carrier, P).detach()
+    with warnings.catch_warnings():
+        # A key that this PEFT does not know would be warned of.
+        warnings.filterwarnings("error", message=".*nexpected keyword")
+        theirs = peft.PeftModel.from_pretrained(bare(), export_peft(prefix, tmp_path, carrier, peft_type=kind)).eval()
+    found = logits(theirs, batch)
+    assert_same(ours(carrier, prefix, batch), found)
+    with torch.no_grad():
+        without = carrier.forward(*batch).logits[batch[1].bool()]
+    assert float((without - found).abs().max()) > 1e-2 * float(found.abs().max())
+    # And what PEFT then saves is the same again.
+    theirs.save_pretrained(tmp_path / "again")
+    assert import_peft(tmp_path / "again", carrier).equal(prefix)
+
+
+@pytest.mark.parametrize(("kind", "projected"), [("PREFIX_TUNING", True), *((kind, False) for kind in KINDS)])
+def test_what_peft_trained_is_imported(
+    kind: str, projected: bool, bare: Make, carrier: Backbone, batch: Any, assert_same: Make, tmp_path: Path
+) -> None:
+    changes = {"prefix_projection": True, "encoder_hidden_size": 12} if projected else {}
+    theirs = peft.get_peft_model(bare(), settings(kind, **changes))
+    theirs.eval()
+    before = theirs.get_prompt_embedding_to_save("default").clone()
+    train_a_step(theirs, batch)
+    theirs.save_pretrained(tmp_path)
+    prefix = import_peft(tmp_path, carrier)
+    rows = theirs.get_prompt_embedding_to_save("default")
+    assert not torch.equal(rows, before)
+    assert prefix.equal(Prefix({"decoder": unflatten(rows, carrier.geometry["decoder"])}))
+    assert_same(ours(carrier, prefix, batch), logits(theirs, batch))
+    # Back to PEFT, which reads it as its own.
+    again = peft.PeftModel.from_pretrained(bare(), export_peft(prefix, tmp_path / "again")).eval()
+    assert torch.equal(logits(again, batch), logits(peft.PeftModel.from_pretrained(bare(), tmp_path).eval(), batch))
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, tmp_path / "again"))
+    assert torch.equal(one["prompt_embeddings"], other["prompt_embeddings"])
+
+
+@pytest.mark.skipif("CARTRIDGE" not in KINDS, reason="this PEFT has no cartridges")
+def test_a_cartridges_frozen_positions_stay_frozen_in_peft(
+    tiny_backbone: Make, tiny_models: Make, random_prefix: Make, batch: Any, tmp_path: Path
+) -> None:
+    llama = tiny_backbone("llama")
+    prefix = random_prefix(llama, P).detach()
+    folder = export_peft(prefix, tmp_path, peft_type="CARTRIDGE", num_frozen_tokens=2)
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    theirs = peft.get_peft_model(tiny_models("llama"), config)
+    encoder = theirs.prompt_encoder["default"]
+    encoder.load_prompt_embeddings(load_file(folder / "adapter_model.safetensors")["prompt_embeddings"])
+    assert len(encoder.frozen_embedding) == 2
+    train_a_step(theirs, batch)
+    theirs.save_pretrained(tmp_path / "trained")
+    trained = import_peft(tmp_path / "trained", llama)
+    assert trained[:2].equal(prefix[:2])
+    assert not trained[2:3].equal(prefix[2:3])
+    assert trained.header["peft"] == {"peft_type": "CARTRIDGE", "num_frozen_tokens": 2}
+
+
+def test_without_a_header_the_weights_are_pefts_file_to_the_byte(
+    tiny_backbone: Make, tiny_models: Make, tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(tiny_models("llama"), settings("PREFIX_TUNING"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    prefix = import_peft(tmp_path / "theirs", tiny_backbone("llama"))
+    export_peft(Prefix(prefix.layers), tmp_path / "ours")
+    one, other = ((tmp_path / part / "adapter_model.safetensors").read_bytes() for part in ("ours", "theirs"))
+    assert one == other
+
+
+def test_a_model_with_windows_keeps_the_prefix_here(
+    tiny_backbone: Make, tiny_models: Make, random_prefix: Make, batch: Any, tmp_path: Path
+) -> None:
+    """The format is the same; PEFT's prefix is out of sight beyond the window, so only the first logits agree."""
+    mistral = tiny_backbone("mistral", sliding_window=P + 1)
+    prefix = random_prefix(mistral, P).detach()
+    model = tiny_models("mistral", sliding_window=P + 1)
+    theirs = peft.PeftModel.from_pretrained(model, export_peft(prefix, tmp_path, mistral)).eval()
+    ids, mask = batch
+    with torch.no_grad():
+        found, wanted = (
+            theirs(input_ids=ids, attention_mask=mask).logits,
+            mistral.forward(ids, mask, prefixes=prefix).logits,
+        )
+    assert float((found[:, 0] - wanted[:, 0]).abs().max()) < 1e-4
+    assert float((found[:, 5] - wanted[:, 5]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_an_encoder_decoders_adapter_would_not_mean_the_same(
+    name: str, tiny_tokenizer: Any, assert_same: Make, tmp_path: Path
+) -> None:
+    """Why it is refused: PEFT shares a prefix between layers, and moves the text on."""
+    changes = {
+        "bart": {"encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4},
+        "t5": {"num_layers": 2, "num_decoder_layers": 2, "d_kv": 8},
+    }[name]
+
+    def model() -> Any:
+        return make_model(name, tiny_tokenizer, **changes)
+
+    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    theirs = peft.get_peft_model(model(), config).eval()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="encoder-decoder"):
+        import_peft(tmp_path)
+    backbone = Backbone.from_model(model(), tiny_tokenizer, name)
+    layers = unflatten(theirs.get_prompt_embedding_to_save("default"), backbone.geometry["decoder"])
+    shared = Prefix({"decoder": (layers[0], layers[0])})
+    ids, written = torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[1, 9, 8, 7]])
+    with torch.no_grad():
+        found = theirs(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            decoder_input_ids=written,
+            decoder_attention_mask=torch.ones_like(written),
+        ).logits
+        here = backbone.forward(ids, prefixes=shared, decoder_input_ids=written).logits
+        assert float((found - here).abs().max()) > 0.1
+        if name == "bart":
+            positions = backbone.model.get_decoder().embed_positions
+            assert "position_ids" in inspect.signature(positions.forward).parameters
+            positions.register_forward_pre_hook(
+                lambda module, args, given: (args, {**given, "position_ids": torch.arange(written.shape[1]) + P}),
+                with_kwargs=True,
+            )
+            assert_same(backbone.forward(ids, prefixes=shared, decoder_input_ids=written).logits, found)

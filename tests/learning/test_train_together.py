@@ -1,0 +1,243 @@
+"""Many prefixes trained at once: each as it would be alone, whatever is trained beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune.training
+from prefixtune.backbone import Backbone
+from prefixtune.batching import Encoded, collate, join
+from prefixtune.cli import main
+from prefixtune.config import TrainConfig
+from prefixtune.errors import ConfigError, TrainingError
+from prefixtune.loss import batch_loss
+from prefixtune.prefix import Prefix
+from prefixtune.tasks import Example
+from prefixtune.training import train, train_together
+from zoo import ZOO, make_model
+
+NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo")
+EATS = [Example(f"name : {name}", (f"{name} eats.", f"Eat, {name}!")) for name in NAMES]
+GOES = [Example(f"who : {name} | where : home", (f"{name} goes home.",)) for name in NAMES[:3]]
+HELD_OUT = [Example("name : Zed", ("Zed eats.",))]
+
+
+@pytest.fixture
+def config_for(tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(folder: str, **changes: Any) -> TrainConfig:
+        values = {
+            "prefix_length": 4,
+            "reparameterization": "none",
+            "bottleneck_size": 16,
+            "init_text": "Say it",
+            "batch_size": 4,
+            "max_steps": 6,
+            "warmup_steps": 2,
+            "save_every": 2,
+            "learning_rate": 1e-2,
+            "output": str(tmp_path / folder),
+            **changes,
+        }
+        return TrainConfig(**values)
+
+    return make
+
+
+def runs_of(make: Callable[..., TrainConfig], where: str) -> list[TrainConfig]:
+    """Other lengths, rates, seeds, steps, reparameterizations and accumulations."""
+    return [
+        make(f"{where}/a"),
+        make(f"{where}/b", prefix_length=7, learning_rate=3e-3, seed=1, max_steps=9),
+        make(f"{where}/c", prefix_length=2, reparameterization="mlp", batch_size=2, gradient_accumulation=2),
+        make(f"{where}/d", initialization="random", seed=2, max_steps=3, loss_reduction="token"),
+    ]
+
+
+DATA = [EATS, GOES, EATS[::-1], GOES]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bart", "t5", "gemma2", "gpt_oss"])
+def test_gradients_are_those_of_each_alone(
+    family: str, tiny_backbone: Any, tiny_tokenizer: Any, random_prefix: Any, random_ids: Any
+) -> None:
+    if family in ("gemma2", "gpt_oss"):
+        backbone = Backbone.from_model(make_model(ZOO[family].name, tiny_tokenizer), tiny_tokenizer, family)
+    else:
+        backbone = tiny_backbone(family)
+    lengths: list[Any] = [3, 6, 1]
+    if backbone.kind == "encoder-decoder":
+        lengths = [{"encoder": 3, "decoder": 2, "cross": 4}, {"decoder": 5}, {"encoder": 1, "cross": 2}]
+    prefixes = [random_prefix(backbone, length, seed) for seed, length in enumerate(lengths)]
+    batches = [
+        collate(
+            backbone,
+            [
+                Encoded(tuple(random_ids(count, seed + 10)), (tuple(random_ids(4, 1)), tuple(random_ids(3, seed))))
+                for count in (5, 2 + seed)
+            ],
+        )
+        for seed in range(3)
+    ]
+
+    def gradients(prefix: Prefix) -> list[torch.Tensor]:
+        return [tensor.grad for tensor in prefix.tensors() if tensor.grad is not None]
+
+    alone, expected = [], []
+    for prefix, batch in zip(prefixes, batches, strict=True):
+        leaf = prefix.leaves()
+        losses = batch_loss(backbone, leaf, batch)
+        losses.sum().backward()
+        alone.append(losses.detach())
+        expected.append(gradients(leaf))
+    leaves = [prefix.leaves() for prefix in prefixes]
+    losses = batch_loss(backbone, leaves, join(batches))
+    losses.sum().backward()
+    assert torch.allclose(losses, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    for leaf, found in zip(leaves, expected, strict=True):
+        assert len(gradients(leaf)) == len(found) == len(leaf.tensors())
+        for one, other in zip(gradients(leaf), found, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_runs_together_are_each_run_alone(
+    family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
+) -> None:
+    backbone = tiny_backbone(family)
+    before = {name: parameter.clone() for name, parameter in backbone.model.named_parameters()}
+    dev = [HELD_OUT, None, HELD_OUT, None]
+    alone = [
+        train(config, backbone=backbone, examples=data, dev_examples=held)
+        for config, data, held in zip(runs_of(config_for, "alone"), DATA, dev, strict=True)
+    ]
+    events: list[dict[str, Any]] = []
+    configs = runs_of(config_for, "together")
+    together = train_together(configs, backbone=backbone, examples=DATA, dev_examples=dev, on_event=events.append)
+    for one, other, config in zip(alone, together, configs, strict=True):
+        assert one.steps == other.steps == config.max_steps
+        losses = [[event["loss"] for event in result.events if event["event"] == "step"] for result in (one, other)]
+        assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+        assert one.prefix is not None
+        assert other.prefix is not None
+        for mine, theirs in zip(one.prefix.tensors(), other.prefix.tensors(), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
+        assert other.prefix.header["training"]["seed"] == config.seed
+        told = [event for event in events if event["run"] == config.output]
+        assert [{k: v for k, v in event.items() if k != "run"} for event in told] == list(other.events)
+        logged = (Path(config.output) / "events.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in logged] == list(other.events)
+    assert all(torch.equal(before[name], p) for name, p in backbone.model.named_parameters())
+
+
+def test_all_share_one_pass(
+    tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    own = prefixtune.training.batch_loss
+
+    def watch(backbone: Any, prefix: Any, batch: Any) -> Any:
+        calls.append(len(prefix) if isinstance(prefix, list) else 1)
+        return own(backbone, prefix, batch)
+
+    monkeypatch.setattr(prefixtune.training, "batch_loss", watch)
+    train_together(
+        [config_for(name, max_steps=3) for name in "abc"], backbone=tiny_backbone("llama"), examples=DATA[:3]
+    )
+    assert calls == [3, 3, 3]
+
+
+def test_a_run_whose_loss_is_not_finite_leaves_the_others(
+    tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, good = tiny_backbone("llama"), config_for("good")
+    own = prefixtune.training._compute
+
+    def spoil(backbone: Any, pendings: Any) -> None:
+        own(backbone, pendings)
+        if len(pendings) == 2 and spoil.steps == 3:  # type: ignore[attr-defined]
+            pendings[1].loss = float("nan")
+        spoil.steps += 1  # type: ignore[attr-defined]
+
+    spoil.steps = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(prefixtune.training, "_compute", spoil)
+    with pytest.raises(TrainingError, match="step 4"):
+        train_together([good, config_for("bad", seed=1)], backbone=backbone, examples=[EATS, GOES])
+    monkeypatch.undo()
+    alone = train(config_for("alone"), backbone=backbone, examples=EATS)
+    ended = (Path(good.output) / "events.jsonl").read_text().splitlines()[-1]
+    assert json.loads(ended)["event"] == "end"
+    assert (Path(good.output) / "prefix.safetensors").exists()
+    # What the bad one had saved is there to look at.
+    resumed = train(config_for("bad", seed=1), backbone=backbone, examples=GOES, resume=True)
+    assert resumed.steps == alone.steps
+
+
+def test_stopped_runs_go_on_to_the_same_end(
+    tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone("llama")
+    whole = train_together(runs_of(config_for, "whole"), backbone=backbone, examples=DATA)
+    own = prefixtune.training._compute
+    count = 0
+
+    def kill(backbone: Any, pendings: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise MemoryError
+        own(backbone, pendings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefixtune.training, "_compute", kill)
+        with pytest.raises(MemoryError):
+            train_together(runs_of(config_for, "cut"), backbone=backbone, examples=DATA)
+    again = train_together(runs_of(config_for, "cut"), backbone=backbone, examples=DATA, resume=True)
+    for one, other in zip(whole, again, strict=True):
+        assert one.prefix is not None
+        assert other.prefix is not None
+        assert one.steps == other.steps
+        for mine, theirs in zip(one.prefix.tensors(), other.prefix.tensors(), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_share_a_pass_is_refused(
+    tiny_backbone: Any, config_for: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("llama")
+    with pytest.raises(ConfigError, match="no run"):
+        train_together([], backbone=backbone)
+    wrong = [config_for("a"), config_for("a"), config_for("b", method="lora"), config_for("c", dtype="bfloat16")]
+    with pytest.raises(ConfigError, match=r"dtype.*several runs would write.*'lora'") as caught:
+        train_together(wrong, backbone=backbone)
+    assert caught.value.hint
+    with pytest.raises(ConfigError, match="no packed rows"):
+        train_together([config_for("a")], backbone=tiny_backbone("m2m_100"), examples=[EATS])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_trains_files_together(
+    tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny"
+    tiny_models("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"source": e.source, "target": e.targets[0]}) + "\n" for e in EATS))
+    for name, length in (("one", 3), ("two", 5)):
+        (tmp_path / f"{name}.toml").write_text(
+            f'backbone = "{folder}"\ntrain = "{data}"\noutput = "{tmp_path / name}"\nprefix_length = {length}\n'
+            'source = "source"\ntarget = "target"\ndtype = "float32"\n'
+            'init_text = "Say it"\nreparameterization = "none"\n'
+        )
+    files = [str(tmp_path / f"{name}.toml") for name in ("one", "two")]
+    assert main(["train", "--together", *files, "--max-steps", "3", "--batch-size", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(tmp_path / n / "prefix.safetensors") for n in ("one", "two")]
+    assert main(["train", "--together", *files, "--output", "x"]) == 2
+    assert "--output cannot go with --together" in capsys.readouterr().err

@@ -1,0 +1,396 @@
+"""A prefix inside transformers' Trainer and TRL's SFTTrainer: the same losses as our own loop, and the same care."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.utils.data import SequentialSampler
+
+import prefixtune as pt
+from prefixtune.backbone import Backbone
+from prefixtune.batching import default_format, encode_examples, pad, plan_epoch
+from prefixtune.config import TrainConfig
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import Example, TextFormat
+from prefixtune.trainer import PrefixModel
+from prefixtune.training import train
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+
+# transformers renamed some of its own arguments, which TRL still sets.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
+
+# Targets of very unequal lengths: a mean of the batches' means is not the mean over their tokens.
+EXAMPLES = [Example(f"item {n}", ("ab c " * (1 + 3 * (n % 3)) + f"{n}",)) for n in range(8)]
+STEPS, RATE = 6, 1e-2
+Make = Callable[..., Any]
+
+
+def settings(**changes: Any) -> TrainConfig:
+    usual = {"prefix_length": 3, "bottleneck_size": 8, "init_text": "some words", "seed": 1}
+    return TrainConfig(**{**usual, **changes})
+
+
+def arguments(folder: Path, cls: Any = None, **changes: Any) -> Any:
+    from transformers import TrainingArguments
+
+    usual: dict[str, Any] = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": RATE,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return (cls or TrainingArguments)(str(folder), **{**usual, **changes})
+
+
+def in_order(cls: Any) -> Any:
+    """A trainer that takes the data as they come."""
+
+    class InOrder(cls):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    return InOrder
+
+
+def trainer(model: PrefixModel, folder: Path, data: Sequence[Any], **changes: Any) -> Any:
+    from transformers import Trainer
+
+    given = {name: changes.pop(name) for name in ("eval_dataset", "callbacks") if name in changes}
+    return in_order(Trainer)(
+        model, arguments(folder, **changes), train_dataset=data, data_collator=model.collator(), **given
+    )
+
+
+def logged(run: Any, name: str = "loss") -> list[float]:
+    return [row[name] for row in run.state.log_history if name in row]
+
+
+def as_our_loop_takes_them(backbone: Backbone, config: TrainConfig) -> list[dict[str, list[int]]]:
+    """The targets of all epochs as token ids, in the order of our own loop."""
+    encoding = encode_examples(backbone, EXAMPLES, default_format(backbone), prefix_length=config.prefix_length)
+    rows = []
+    for epoch in range(math.ceil(STEPS * 4 / len(EXAMPLES))):
+        plan = plan_epoch(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
+        for hand in (hand for hands in plan for hand in hands):
+            (target,) = hand.targets
+            if backbone.kind == "decoder":
+                labels = [-100] * len(hand.prompt) + list(target)
+                rows.append({"input_ids": [*hand.prompt, *target], "labels": labels})
+            else:
+                rows.append({"input_ids": list(hand.prompt), "labels": list(target)})
+    return rows
+
+
+def own_loop(backbone: Backbone, config: TrainConfig, folder: Path) -> Any:
+    config = config.replace(
+        output=str(folder),
+        loss_reduction="token",
+        warmup_steps=0,
+        batch_size=2,
+        gradient_accumulation=2,
+        max_steps=STEPS,
+        learning_rate=RATE,
+    )
+    return train(config, backbone=backbone, examples=EXAMPLES)
+
+
+def steps_of(result: Any, name: str) -> list[float]:
+    return [event[name] for event in result.events if event["event"] == "step"]
+
+
+def weights_of(backbone: Backbone) -> dict[str, torch.Tensor]:
+    parts = (*backbone.model.named_parameters(), *backbone.model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in parts}
+
+
+# --- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reparameterization"),
+    [
+        ("llama", "residual"),
+        ("llama", "mlp"),
+        ("gpt2", "none"),
+        ("bart", "residual"),
+        ("t5", "none"),
+        ("qwen3", "none"),
+    ],
+)
+def test_the_losses_are_those_of_our_own_loop(
+    name: str, reparameterization: str, tiny_backbone: Make, tmp_path: Path
+) -> None:
+    backbone, config = tiny_backbone(name), settings(reparameterization=reparameterization)
+    own = own_loop(backbone, config, tmp_path / "own")
+    before, told = weights_of(backbone), backbone.model.config.to_dict()
+    model = PrefixModel(backbone, config)
+    start = model.prefix()
+    run = trainer(model, tmp_path / "theirs", as_our_loop_takes_them(backbone, config))
+    run.train()
+    assert logged(run) == pytest.approx(steps_of(own, "loss"), rel=1e-5)
+    assert logged(run, "learning_rate") == pytest.approx(steps_of(own, "lr"))
+    assert logged(run, "grad_norm") == pytest.approx(steps_of(own, "grad_norm"), rel=1e-3)
+    assert len(set(logged(run))) == STEPS
+    for got, wanted in zip(model.prefix().tensors(), own.prefix.tensors(), strict=True):
+        assert float((got - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+    assert not any(torch.equal(*pair) for pair in zip(model.prefix().tensors(), start.tensors(), strict=True))
+    # The backbone is as it was, to the bit, and so is what it says of itself.
+    after = weights_of(backbone)
+    assert all(torch.equal(after[part], tensor) for part, tensor in before.items())
+    assert not backbone.model.training
+    assert backbone.model.config.to_dict() == told
+
+
+def test_the_number_of_labels_of_a_step_is_honoured(tiny_backbone: Make) -> None:
+    model = PrefixModel(tiny_backbone("llama"), settings())
+    batch = model.collator()(EXAMPLES[:3])
+    learned = int((batch["labels"] != -100).sum())
+    alone = model(**batch).loss.detach()
+    for count in (2 * learned, torch.tensor(2 * learned)):
+        assert float(model(**batch, num_items_in_batch=count).loss.detach()) == pytest.approx(float(alone) / 2)
+    logits = model(**batch).logits.detach()
+    assert float(alone) == pytest.approx(
+        float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())), rel=1e-5
+    )
+    assert model(batch["input_ids"], batch["attention_mask"]).get("loss") is None
+    nothing = model(**{**batch, "labels": torch.full_like(batch["labels"], -100)}).loss
+    assert float(nothing.detach()) == 0
+    nothing.backward()
+
+
+def test_a_first_label_is_not_counted(tiny_backbone: Make, tmp_path: Path) -> None:
+    """Where every token is learned, a row of n has n - 1 labels."""
+    backbone = tiny_backbone("llama")
+    rows = [{"input_ids": row, "labels": row} for row in ([3, 4, 5, 6, 7, 8], [5, 6], [9, 8, 7], [1, 2])]
+    model = PrefixModel(backbone, settings())
+    with torch.no_grad():
+        batches = [model.collator()(rows[:2]), model.collator()(rows[2:])]
+        wanted = sum(float(model(**batch, num_items_in_batch=1).loss) for batch in batches) / (5 + 1 + 2 + 1)
+    run = trainer(model, tmp_path, rows, max_steps=1)
+    if not hasattr(run, "_loss_shifts_labels"):
+        pytest.skip("this transformers counts first labels too")
+    run.train()
+    assert logged(run) == pytest.approx([wanted], rel=1e-5)
+
+
+def test_only_the_prefix_is_there_to_a_trainer(tiny_backbone: Make) -> None:
+    model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
+    assert {name for name, _ in model.named_parameters()} == set(model.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == model.trained.num_trained
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.train()
+    assert model.training
+    assert not model.backbone.model.training
+    model.to(torch.float64)
+    assert {t.dtype for t in (*model.parameters(), *model.backbone.model.parameters())} == {torch.float64}
+
+
+def test_training_goes_on_from_a_checkpoint(tiny_backbone: Make, tmp_path: Path) -> None:
+    def start() -> PrefixModel:
+        return PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
+
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer(start(), tmp_path / "whole", EXAMPLES, **saving)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert set(load_file(checkpoint / "model.safetensors")) == set(whole.model.state_dict())
+    resumed = trainer(start(), tmp_path / "resumed", EXAMPLES, **saving)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed)[-3:] == logged(whole)[-3:]
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name])
+    # A checkpoint is turned into a prefix without a trainer.
+    other = start()
+    other.load_state_dict(load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors"))
+    assert other.prefix().equal(whole.model.prefix())
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tiny_backbone: Make, tmp_path: Path) -> None:
+    model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
+    run = trainer(
+        model,
+        tmp_path,
+        EXAMPLES,
+        eval_dataset=EXAMPLES[:3],
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        # Large enough that it does not get better all the time.
+        learning_rate=3.0,
+        lr_scheduler_type="constant",
+    )
+    run.train()
+    losses = logged(run, "eval_loss")
+    best = 2 * (losses.index(min(losses)) + 1)
+    stored = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_the_artifact_is_all_that_is_saved(tiny_backbone: Make, tmp_path: Path) -> None:
+    backbone = tiny_backbone("gpt2")
+    model = PrefixModel(backbone, settings(license="CC0", prompt_format="{source}{separator}"))
+    path = model.save_pretrained(tmp_path / "run")
+    assert [one.name for one in path.parent.iterdir()] == ["prefix.safetensors"]
+    stored = pt.load_prefix(path, backbone)
+    assert stored.equal(model.prefix())
+    assert stored.header["text_format"]["prompt"] == "{source}{separator}"
+    assert (stored.header["license"], stored.header["initialization"]["kind"]) == ("CC0", "words")
+    assert pt.generate(backbone, ["ab"], stored, max_new_tokens=3)
+
+
+def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
+    model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
+    made: list[torch.dtype] = []
+    model.trained.register_forward_hook(lambda module, given, prefix: made.append(prefix.dtype))
+    batch = model.collator()(EXAMPLES[:3])
+    exact = float(model(**batch).loss.detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert set(made) == {torch.float32}
+    assert float(loss.detach()) == pytest.approx(exact, rel=0.05)
+    assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in model.parameters())
+
+
+def test_layers_are_recomputed_when_asked(tiny_backbone: Make, tmp_path: Path) -> None:
+    backbone = tiny_backbone("llama")
+    calls: list[int] = []
+    backbone.model.model.layers[1].mlp.register_forward_pre_hook(lambda *given: calls.append(1))
+
+    def losses(name: str, **changes: Any) -> list[float]:
+        run = trainer(PrefixModel(backbone, settings()), tmp_path / name, EXAMPLES, **changes)
+        calls.clear()
+        run.train()
+        return logged(run)
+
+    plain = losses("plain")
+    assert len(calls) == 2 * STEPS
+    assert losses("recomputed", gradient_checkpointing=True) == pytest.approx(plain, rel=1e-6)
+    assert len(calls) == 4 * STEPS
+    # Nothing of it is left on the backbone.
+    assert not any(module.training for module in backbone.model.modules())
+
+
+# --- the collator ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_the_collator_lays_examples_as_our_batches_do(name: str, tiny_backbone: Make) -> None:
+    model = PrefixModel(tiny_backbone(name), settings())
+    backbone = model.backbone
+    examples = [Example("a source", ("one", "another one")), Example("b", ("three",))]
+    batch = model.collator()(examples)
+    apart = name == "bart"
+    encoded = encode_examples(backbone, examples, model.text_format, prefix_length=3).examples
+    wanted = pad(encoded, pad_id=backbone.pad_id, start_id=backbone.start_id if apart else None)
+    logits = model(**batch).logits
+    ours = backbone.forward(**wanted.inputs(backbone.device) | {"prefixes": model.trained()}).logits
+    learned = batch["labels"] != -100
+    if not apart:
+        learned, logits = learned[:, 1:], logits[:, :-1]
+        batch["labels"] = batch["labels"][:, 1:]
+    rows, columns = wanted.label_positions // wanted.width, wanted.label_positions % wanted.width
+    assert batch["labels"][learned].tolist() == wanted.labels.tolist()
+    assert float((logits[learned] - ours[rows, columns]).detach().abs().max()) < 1e-4
+
+
+def test_rows_of_a_table_and_too_long_sources(tiny_backbone: Make) -> None:
+    model = PrefixModel(tiny_backbone("llama"), settings(max_length=30))
+    lay = model.collator()
+    one = lay([{"source": "item", "target": "ab"}, {"source": "item", "target": ["cd", "ef"]}])
+    assert len(one["labels"]) == 3
+    assert lay([Example("x" * 200, ("ab",))])["input_ids"].shape[1] == 30
+    with pytest.raises(DataError, match="columns 'text'"):
+        lay([{"text": "a"}])
+    with pytest.raises(DataError, match="none"):
+        lay([{}])
+    with pytest.raises(DataError, match="targets are never cut"):
+        lay([Example("a", ("b" * 50,))])
+    strict = PrefixModel(tiny_backbone("llama"), settings(on_too_long="error")).collator()
+    with pytest.raises(DataError, match="positions are allowed"):
+        strict([Example("x" * 200, ("ab",))])
+    bare = PrefixModel(tiny_backbone("llama"), settings(prompt_format="{source}")).collator()
+    with pytest.raises(DataError, match="empty prompt"):
+        bare([Example("", ("ab",))])
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
+    llama = tiny_backbone("llama")
+    with pytest.raises(ConfigError, match="method is 'infix'"):
+        PrefixModel(llama, settings(method="infix"))
+    with pytest.raises(ConfigError, match="an encoder"):
+        PrefixModel(tiny_backbone("bert"))
+    model = PrefixModel(llama, settings())
+    ids = torch.tensor([[3, 4, 5]])
+    with pytest.raises(ConfigError, match="position_ids came with a batch"):
+        model(ids, labels=ids, position_ids=torch.tensor([[0, 1, 0]]))
+    with pytest.raises(DataError, match="160 positions, of which the prefix takes 3"):
+        model(torch.zeros(1, 158, dtype=torch.long))
+    with pytest.raises(ConfigError, match="without reentrance"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+    model._is_replica = True
+    with pytest.raises(ConfigError, match="DataParallel"):
+        model(ids)
+    llama.model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match="weights that are to be trained"):
+        PrefixModel(llama)
+
+
+# --- SFTTrainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_trl_trains_it_with_the_losses_of_our_own_loop(name: str, tiny_backbone: Make, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets")
+    backbone = tiny_backbone(name)
+    # TRL puts nothing around prompt and completion but the end token.
+    config = settings(prompt_format="{source}", target_format="{target}")
+    own = own_loop(backbone, config, tmp_path / "own")
+    encoding = encode_examples(backbone, EXAMPLES, TextFormat("{source}", "{target}"), prefix_length=3)
+    texts = {encoded.prompt: example for encoded, example in zip(encoding.examples, EXAMPLES, strict=True)}
+    rows = [
+        {"prompt": texts[hand.prompt].source, "completion": texts[hand.prompt].targets[0]}
+        for epoch in range(3)
+        for hands in plan_epoch(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
+        for hand in hands
+    ]
+    before = weights_of(backbone)
+    model = PrefixModel(backbone, config)
+    run = in_order(trl.SFTTrainer)(
+        model,
+        # It recomputes layers unless told otherwise.
+        arguments(tmp_path / "theirs", trl.SFTConfig, max_length=100, bf16=False, save_strategy="steps", save_steps=3),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=backbone.tokenizer,
+    )
+    assert run.args.gradient_checkpointing
+    run.train()
+    assert logged(run) == pytest.approx(steps_of(own, "loss"), rel=1e-4)
+    for got, wanted in zip(model.prefix().tensors(), own.prefix.tensors(), strict=True):
+        assert float((got - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+    after = weights_of(backbone)
+    assert all(torch.equal(after[part], tensor) for part, tensor in before.items())
+    stored = load_file(tmp_path / "theirs" / "checkpoint-6" / "model.safetensors")
+    assert set(stored) == set(model.state_dict())
+    with pytest.raises(ConfigError, match="no packing"):
+        model.base_model(torch.tensor([[3, 4]]), position_ids=torch.tensor([[0, 0]]))

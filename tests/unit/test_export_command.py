@@ -1,0 +1,108 @@
+"""`prefixtune export`: what it writes and prints, and what it refuses with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.backbone import load_backbone
+from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.cli import main
+from prefixtune.prefix import Prefix
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_models: Make, tiny_tokenizer: Any, random_prefix: Make
+) -> Path:
+    """A prefix file that names its backbone's folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny_models("llama").save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    backbone = load_backbone(folder / "model", device="cpu")
+    prefix = random_prefix(backbone, 4)
+    return save_prefix(folder / "pubs.safetensors", Prefix(prefix.layers, make_header(backbone, task="e2e")))
+
+
+def export(trained: Path, *arguments: object) -> int:
+    return main(["export", str(trained), *map(str, arguments)])
+
+
+def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out"
+    assert export(trained, "--to", "llama.cpp", "--output", folder, "--kv-type", "f32", "--state-version", 3) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{folder / 'pubs.bin'}; run {folder / 'check.py'} against the server")
+    assert "exporting to llama.cpp" in shown.err
+    facts = json.loads((folder / "export.json").read_text())
+    assert (facts["kv_type"], facts["state_version"], facts["task"]) == ("f32", 3, "e2e")
+    assert export(trained, "--to", "llama.cpp", "--output", folder, "--patch", folder / "pubs.bin", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["patched"], told["kv_type"], told["folder"]) == (True, "f32", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "llamacpp"], "there is no target 'llamacpp'"),
+        (["--to", "llama.cpp", "--baked"], "--baked is for onnx, but the target is llama.cpp"),
+        (["--to", "onnx", "--patch", "a.bin"], "--patch is for llama.cpp, but the target is onnx"),
+        (["--to", "onnx", "--kv-type", "f16"], "--kv-type is for llama.cpp"),
+        (["--to", "llama.cpp", "--patch", "a.bin", "--state-version", "3"], "with --patch the slot file decides"),
+        (["--to", "llama.cpp", "--patch", "none.bin"], "cannot read the slot file 'none.bin'"),
+        (["--to", "llama.cpp", "--state-version", "9"], "state version 9"),
+        (["--to", "onnx", "--dtype", "bfloat16"], "the backbone is in torch.bfloat16"),
+    ],
+)
+def test_mistakes_exit_with_2(
+    arguments: list[str], message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "onnx" in arguments and "--dtype" in arguments:
+        pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+        pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    assert export(trained, "--output", tmp_path / "out", *arguments) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert message in shown
+    assert "hint:" in shown
+    assert not (tmp_path / "out" / "export.json").exists()
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_says_the_install_line(
+    module: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for present in {"onnx", "onnxscript", "onnxruntime"} - {module}:
+        monkeypatch.setitem(sys.modules, present, sys.modules[__name__])
+    assert export(trained, "--to", "onnx", "--output", tmp_path / "out") == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"an export to ONNX needs {module}, which is not installed" in shown
+    assert "pip install 'prefixtune[onnx]'" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export(trained, "--to", "llama.cpp", "--output", trained) == 2
+    assert "which is a file" in capsys.readouterr().err
+
+
+def test_another_backbone_of_other_weights(
+    trained: Path, tmp_path: Path, tiny_models: Make, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_models("llama", seed=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    arguments = ["--to", "llama.cpp", "--output", tmp_path / "out", "--backbone", tmp_path / "other"]
+    assert export(trained, *arguments) == 2
+    assert "with other weights" in " ".join(capsys.readouterr().err.split())
+    assert export(trained, *arguments, "--allow-other-backbone", "--quiet") == 0

@@ -1,0 +1,109 @@
+"""Exports to ONNX that fail, and the loop over a graph, without any runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prefixtune.errors import BackboneError
+from prefixtune.export import onnx as target
+from prefixtune.export.onnx_run import generate, pad, past_names, start, step
+
+Make = Callable[..., Any]
+
+FACTS = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 3, "pad_id": 0, "end_id": 9}
+
+PREFIX = {name: np.ones((1, 2, 4, 3), dtype=np.float32) for name in past_names(FACTS)}
+
+
+class Graph:
+    """Notes what it is given; says that the token after t is t + 1."""
+
+    def __init__(self) -> None:
+        self.fed: list[dict[str, Any]] = []
+
+    def __call__(self, feed: dict[str, Any]) -> list[Any]:
+        self.fed.append(feed)
+        ids = feed["input_ids"]
+        grown = [np.pad(feed[name], ((0, 0), (0, 0), (0, ids.shape[1]), (0, 0))) for name in past_names(FACTS)]
+        return [np.eye(12, dtype=np.float32)[ids + 1], *grown]
+
+
+def test_masks_positions_and_past_of_a_padded_batch() -> None:
+    graph = Graph()
+    assert generate(graph, FACTS, PREFIX, [[1, 2, 6], [4]], max_new_tokens=3) == [[7, 8], [5, 6, 7]]
+    first, second, third = graph.fed
+    assert first["input_ids"].tolist() == [[1, 2, 6], [0, 0, 4]]
+    assert first["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 1, 0, 0, 1]]
+    assert first["position_ids"].tolist() == [[4, 5, 6], [4, 4, 4]]
+    assert first["past_key_values.0.key"].shape == (2, 2, 4, 3)
+    assert second["input_ids"].tolist() == [[7], [5]]
+    assert second["position_ids"].tolist() == [[7], [5]]
+    assert third["attention_mask"].tolist() == [[1] * 9, [1, 1, 1, 1, 0, 0, 1, 1, 1]]
+    assert third["past_key_values.0.value"].shape == (2, 2, 8, 3)
+
+
+def test_without_a_prefix_the_past_is_empty() -> None:
+    graph = Graph()
+    assert generate(graph, FACTS, None, [[1]], max_new_tokens=20) == [[2, 3, 4, 5, 6, 7, 8]]
+    assert graph.fed[0]["past_key_values.0.key"].shape == (1, 2, 0, 3)
+    assert graph.fed[0]["position_ids"].tolist() == [[0]]
+    # All texts have ended: nothing more is asked for.
+    assert len(graph.fed) == 8
+
+
+def test_a_step_goes_on_to_the_next_token() -> None:
+    ids, mask = pad([[1, 2], [3]], 0)
+    state = start(FACTS, PREFIX, mask)
+    logits = step(Graph(), state, ids)
+    assert logits.shape == (2, 2, 12)
+    assert state.positions.tolist() == [[6], [5]]
+    assert state.mask.sum(axis=1).tolist() == [7, 6]
+
+
+@pytest.fixture
+def runtime() -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason="the extra onnx is not installed")
+
+
+def test_a_model_that_cannot_be_traced(
+    runtime: None, tiny_backbone: Make, random_prefix: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone("llama")
+
+    def export(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("\nno such operator: aten::strange\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(BackboneError, match=r"cannot write 'tiny-llama' .*: no such operator: aten::strange"):
+        target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(
+    runtime: None, tiny_backbone: Make, random_prefix: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    backbone = tiny_backbone("llama")
+    size = len(backbone.tokenizer)
+
+    class Session:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            pass
+
+        def run(self, names: None, feed: dict[str, Any]) -> list[Any]:
+            past = [feed[f"past_key_values.{n}.{part}"] for n in range(3) for part in ("key", "value")]
+            return [np.zeros((*feed["input_ids"].shape, size), dtype=np.float32), *past]
+
+    monkeypatch.setattr(target, "_trace", lambda backbone, baked, facts, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    with pytest.raises(BackboneError, match="ONNX Runtime computes other logits than 'tiny-llama'"):
+        target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,89 @@
+"""What no export takes: the reason is told, and nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.export.llama_cpp import export_llama_cpp
+from prefixtune.export.shared import check_exportable, describe_origin
+from prefixtune.prefix import Head, Prefix
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bart", {}, "is of kind 'encoder-decoder'"),
+        ("bert", {}, "is of kind 'encoder'"),
+        ("mistral", {}, "looks back 4 positions only"),
+        ("gemma3_text", {}, "looks back 4 positions only"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, "looks back 5 positions"),
+        ("gemma4_text", {}, "differ in KV heads or head sizes"),
+        ("deepseek_v3", {}, "differ in KV heads or head sizes"),
+        ("gemma3n_text", {}, "looks back 4 positions only"),
+        ("modernbert-decoder", {}, "positions only"),
+        ("jamba", {}, "does not hold every layer's own"),
+        ("llama4_text", {}, "looks back 8 positions only"),
+    ],
+)
+def test_backbones_that_no_runtime_gets(
+    name: str, changes: dict[str, Any], message: str, tiny_backbone: Make, random_prefix: Make
+) -> None:
+    backbone = tiny_backbone(name, **changes)
+    for target in ("llama.cpp", "ONNX"):
+        with pytest.raises(BackboneError, match=message) as caught:
+            check_exportable(random_prefix(backbone, 3), backbone, target)
+        assert target in caught.value.message
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"sliding_window": 5, "use_sliding_window": False}),
+        ("gpt2", {}),
+    ],
+)
+def test_backbones_that_see_the_whole_text(
+    name: str, changes: dict[str, Any], tiny_backbone: Make, random_prefix: Make
+) -> None:
+    backbone = tiny_backbone(name, **changes)
+    check_exportable(random_prefix(backbone, 3), backbone, "llama.cpp")
+
+
+def test_prefixes_that_no_runtime_gets(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) -> None:
+    backbone = tiny_backbone("llama")
+    good = random_prefix(backbone, 3).detach()
+    empty = Prefix({"decoder": tuple((key[:, :0], value[:, :0]) for key, value in good.layers["decoder"])})
+    infinite = Prefix({"decoder": tuple((key / 0, value) for key, value in good.layers["decoder"])})
+    cases = [
+        (dataclasses.replace(good, header={"placement": "infix"}), "is an infix"),
+        (dataclasses.replace(good, head=Head(torch.zeros(2, 32), torch.zeros(2))), "a head of 2 labels"),
+        (empty, "P = 0"),
+        (infinite, "NaN or infinity"),
+    ]
+    for prefix, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            export_llama_cpp(prefix, backbone, tmp_path / "out")
+    with pytest.raises(BackboneError, match="the prefix has"):
+        export_llama_cpp(random_prefix(tiny_backbone("qwen3"), 3), backbone, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_origin_holds_the_text_format(tiny_backbone: Make, random_prefix: Make) -> None:
+    backbone = tiny_backbone("llama")
+    prefix = random_prefix(backbone, 3)
+    form = {"prompt": "Q: {source}{separator}A:", "target": " {target}"}
+    told = describe_origin(dataclasses.replace(prefix, header={"text_format": form, "task": "e2e"}), backbone)
+    assert told["text_format"] == {"prompt": "Q: {source}<s>A:", "target": " {target}"}
+    assert (told["task"], told["end"], told["prefix_length"]) == ("e2e", "</s>", 3)
+    assert describe_origin(prefix, backbone)["text_format"]["prompt"] == " {source} <s>"

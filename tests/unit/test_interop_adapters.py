@@ -1,0 +1,228 @@
+"""PEFT's files without PEFT: there and back bit for bit, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from prefixtune.backbone import Backbone
+from prefixtune.checkpoint import load_prefix, make_header, save_prefix
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
+from prefixtune.interop import export_peft, import_peft
+from prefixtune.prefix import Head, Prefix
+from zoo import make_model
+
+P = 4
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_backbone: Make) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def prefix(llama: Any, random_prefix: Make) -> Prefix:
+    return Prefix(random_prefix(llama, P).detach().layers, make_header(llama, task="toy", text_format={"prompt": "x"}))
+
+
+@pytest.fixture
+def folder(prefix: Prefix, tmp_path: Path) -> Path:
+    return export_peft(prefix, tmp_path / "adapter")
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return facts
+
+
+def change(folder: Path, **changes: Any) -> Path:
+    (folder / "adapter_config.json").write_text(json.dumps({**facts_of(folder), **changes}))
+    return folder
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prefix_comes_back_bit_for_bit(prefix: Prefix, llama: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    given = prefix.to(dtype)
+    back = import_peft(export_peft(given, tmp_path / "adapter", llama), llama)
+    assert back.equal(given)
+    # Also what the file says of it.
+    assert {name: back.header[name] for name in prefix.header} == prefix.header
+
+
+def test_the_files_are_those_of_peft(folder: Path, prefix: Prefix) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    facts = facts_of(folder)
+    assert facts["peft_type"] == "PREFIX_TUNING"
+    assert (facts["num_virtual_tokens"], facts["num_layers"], facts["num_attention_heads"]) == (P, 3, 2)
+    assert (facts["token_dim"], facts["base_model_name_or_path"]) == (16, "tiny-llama")
+    rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    assert rows.shape == (P, 3 * 2 * 2 * 8)
+    # Position 1, layer 2, values, head 1.
+    assert torch.equal(rows.view(P, 3, 2, 2, 8)[1, 2, 1, 1], prefix.layers["decoder"][2][1][1, 1])
+    with safe_open(folder / "adapter_model.safetensors", "pt") as handle:
+        assert handle.metadata()["format"] == "pt"
+
+
+def test_what_peft_trained_becomes_our_file(folder: Path, prefix: Prefix, llama: Any, tmp_path: Path) -> None:
+    rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    rewrite(folder, {"prompt_embeddings": rows})
+    made = import_peft(folder, llama)
+    assert made.equal(prefix)
+    # PEFT puts nothing around a text.
+    assert made.header["text_format"] == {"prompt": "{source}", "target": "{target}"}
+    stored = load_prefix(save_prefix(tmp_path / "p.safetensors", made), llama)
+    assert stored.equal(prefix)
+    assert stored.header["backbone"] == make_header(llama)["backbone"]
+    alone = import_peft(folder).header["backbone"]
+    assert alone == {"name": "tiny-llama", "kind": "decoder"}
+
+
+def test_a_cartridge_keeps_its_frozen_positions(prefix: Prefix, tmp_path: Path) -> None:
+    first = export_peft(prefix, tmp_path / "a", peft_type="CARTRIDGE", num_frozen_tokens=2)
+    assert (facts_of(first)["peft_type"], facts_of(first)["num_frozen_tokens"]) == ("CARTRIDGE", 2)
+    stored = load_prefix(save_prefix(tmp_path / "p.safetensors", import_peft(first)))
+    second = facts_of(export_peft(stored, tmp_path / "b"))
+    assert (second["peft_type"], second["num_frozen_tokens"]) == ("CARTRIDGE", 2)
+    assert import_peft(tmp_path / "b").equal(prefix)
+    assert facts_of(export_peft(prefix, tmp_path / "c", peft_type="CARTRIDGE"))["num_frozen_tokens"] == 1
+
+
+# --- what PEFT has no place for --------------------------------------------------------------------------------------
+
+
+def test_prefixes_that_do_not_go_out(
+    prefix: Prefix, llama: Any, tiny_backbone: Make, random_prefix: Make, tmp_path: Path
+) -> None:
+    def refused(made: Prefix, text: str, *options: Any, **named: Any) -> None:
+        with pytest.raises(PrefixError, match=text):
+            export_peft(made, tmp_path / "adapter", *options, **named)
+
+    bart = tiny_backbone("bart")
+    three = Prefix(random_prefix(bart, 2).detach().layers, make_header(bart))
+    refused(three, "kind 'encoder-decoder'.*stands at encoder, decoder, cross")
+    refused(Prefix({"decoder": three.layers["decoder"]}, make_header(bart)), "kind 'encoder-decoder'")
+    refused(Prefix(prefix.layers, {"placement": "infix"}), "an infix")
+    refused(Prefix(prefix.layers, head=Head(torch.zeros(2, 32), torch.zeros(2))), "a head for labels")
+    refused(Prefix(prefix.layers, {"adapter": "adapter"}), "LoRA")
+    (key, value), *others = prefix.layers["decoder"]
+    refused(Prefix({"decoder": ((key[:1], value[:1]), *others)}), "layers differ")
+    refused(Prefix({"decoder": ((key, value[..., :4]),)}), "keys and values differ in size")
+    refused(Prefix({"decoder": ((key / 0, value), *others)}), "NaN or infinity")
+    refused(prefix, "PREFIX_TUNNING", peft_type="PREFIX_TUNNING")
+    refused(prefix, "goes with peft_type CARTRIDGE", num_frozen_tokens=1)
+    refused(prefix, "from 0 to the prefix's length, 4", peft_type="CARTRIDGE", num_frozen_tokens=5)
+    refused(prefix, "2 KV heads", tiny_backbone("gpt2"))
+    refused(prefix, "other weights", tiny_backbone("llama", seed=1))
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("name", ["lfm2", "gemma3n_text"])
+def test_models_in_which_peft_would_miss_the_layers(
+    name: str, random_prefix: Make, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
+    made = random_prefix(backbone, P).detach()
+    with pytest.raises(BackboneError, match="into other layers"):
+        export_peft(made, tmp_path / "adapter", backbone)
+    with pytest.raises(BackboneError, match="into other layers"):
+        import_peft(export_peft(made, tmp_path / "adapter"), backbone)
+
+
+# --- adapters that do not come in ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"peft_type": "LORA"}, "type 'LORA'.*part of a backbone"),
+        ({"peft_type": "PROMPT_TUNING"}, "type 'PROMPT_TUNING', not PREFIX_TUNING or CARTRIDGE"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "moves the decoder's text P positions on"),
+        ({"num_transformer_submodules": 2}, "for an encoder-decoder"),
+        ({"task_type": "SEQ_CLS"}, "task 'SEQ_CLS'"),
+        ({"num_virtual_tokens": 5}, r"shape \(4, 96\).* 5 positions of 3 layers"),
+        ({"num_layers": 4}, "4 layers"),
+        ({"num_attention_heads": 3}, "over 3 heads"),
+        ({"token_dim": None}, "token_dim is None"),
+        ({"num_layers": 0}, "num_layers is 0"),
+    ],
+)
+def test_configurations_that_are_refused(folder: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        import_peft(change(folder, **changes))
+
+
+def test_tensors_that_are_refused(folder: Path, llama: Any, tiny_backbone: Make) -> None:
+    rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    with pytest.raises(BackboneError, match="KV heads"):
+        import_peft(folder, tiny_backbone("gpt2"))
+    with pytest.raises(BackboneError, match="other weights"):
+        import_peft(folder, tiny_backbone("llama", seed=1))
+    with pytest.raises(BackboneError, match="decoder-only"):
+        import_peft(folder, tiny_backbone("bart"))
+    for broken in (torch.nan, torch.inf):
+        with pytest.raises(CheckpointError, match="NaN or infinity"):
+            import_peft(rewrite(folder, {"prompt_embeddings": rows.clone().fill_(broken)}))
+    with pytest.raises(CheckpointError, match=r"torch\.int64"):
+        import_peft(rewrite(folder, {"prompt_embeddings": rows.long()}))
+    with pytest.raises(CheckpointError, match="modules_to_save"):
+        import_peft(rewrite(folder, {"prompt_embeddings": rows, "score.weight": rows.clone()}))
+    with pytest.raises(CheckpointError, match="not 'prompt_embeddings' alone"):
+        import_peft(rewrite(folder, {"lora_A": rows}))
+    (folder / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        import_peft(folder)
+
+
+def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
+        import_peft(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="there is no file"):
+        import_peft(folder)
+    for text in ("{", "[]"):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+            import_peft(folder)
+
+
+def test_a_pickle_is_refused_with_the_line_that_converts_it(folder: Path, prefix: Prefix) -> None:
+    stored = folder / "adapter_model.safetensors"
+    torch.save(load_file(stored), folder / "adapter_model.bin")
+    stored.unlink()
+    with pytest.raises(CheckpointError, match="a pickle, which could run code") as error:
+        import_peft(folder)
+    program, *words = shlex.split(error.value.hint.split(": ", 1)[1])
+    assert program == "python"
+    assert "weights_only=True" in words[1]
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    assert import_peft(folder).equal(prefix)
+    # Whatever its name is.
+    (folder / "adapter_model.bin").replace(stored)
+    with pytest.raises(CheckpointError, match="a pickle, which could run code"):
+        import_peft(folder)
+
+
+def test_options_are_told_apart_from_faults(prefix: Prefix, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        export_peft(Prefix(prefix.layers, {"placement": "infix", "adapter": "x"}), tmp_path / "adapter")
+    assert error.value.message.count(";") == 1
+    assert error.value.hint

@@ -1,0 +1,132 @@
+"""`prefixtune convert`: the input is recognized, the outcome is right, and mistakes end with 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from prefixtune.checkpoint import load_prefix, make_header, save_prefix
+from prefixtune.cli import main
+from prefixtune.interop import export_peft, import_peft
+from prefixtune.prefix import Prefix, flatten
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: Make, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    tiny_models("gpt2").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prefix(tiny_backbone: Make, random_prefix: Make) -> Prefix:
+    backbone = tiny_backbone("gpt2")
+    return Prefix(random_prefix(backbone, 4).detach().layers, make_header(backbone, task="toy"))
+
+
+@pytest.fixture
+def ours(prefix: Prefix, tmp_path: Path) -> Path:
+    return save_prefix(tmp_path / "p.safetensors", prefix)
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert main(["convert", *map(str, words), "--json"]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return printed
+
+
+def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, back = tmp_path / "adapter", tmp_path / "back.safetensors"
+    assert told(capsys, ours, adapter, "--to", "peft") == {
+        "from": "prefixtune",
+        "to": "peft",
+        "input": str(ours),
+        "output": str(adapter),
+        "backbone": "tiny-gpt2",
+        "prefix_length": {"decoder": 4},
+        "parameters": prefix.num_parameters,
+    }
+    assert told(capsys, adapter, back, "--to", "prefixtune")["from"] == "peft"
+    assert load_prefix(back).equal(prefix)
+    assert load_prefix(back).header["task"] == "toy"
+
+
+def test_the_backbone_is_checked_and_named(
+    ours: Path, model: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = export_peft(Prefix(prefix.layers), tmp_path / "bare")
+    made = told(capsys, bare, tmp_path / "q.safetensors", "--to", "prefixtune", "--backbone", model)
+    assert made["backbone"] == str(model)
+    assert load_prefix(tmp_path / "q.safetensors").header["backbone"]["fingerprint"]
+    told(capsys, ours, tmp_path / "adapter", "--to", "peft", "--backbone", model)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        model
+    )
+
+
+def test_a_checkpoint_of_the_authors(
+    prefix: Prefix, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = flatten(prefix.layers["decoder"])
+    given = tmp_path / "authors.safetensors"
+    save_file({"control_trans": rows.flatten()}, given)
+    made = told(capsys, given, tmp_path / "q.safetensors", "--to", "prefixtune", "--backbone", model)
+    assert made["from"] == "authors"
+    assert load_prefix(tmp_path / "q.safetensors").equal(prefix)
+    # And from there to PEFT at once.
+    assert told(capsys, given, tmp_path / "adapter", "--to", "peft", "--backbone", model)["from"] == "authors"
+    assert import_peft(tmp_path / "adapter").equal(prefix)
+
+
+def test_cartridges_and_half_precision(ours: Path, tmp_path: Path, prefix: Prefix) -> None:
+    options = ("--to", "peft", "--peft-type", "CARTRIDGE", "--frozen-tokens", "2", "--quiet")
+    assert main(["convert", str(ours), str(tmp_path / "adapter"), *options]) == 0
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["num_frozen_tokens"] == 2
+    half = export_peft(prefix.to(torch.bfloat16), tmp_path / "half")
+    assert main(["convert", str(half), str(tmp_path / "half.safetensors"), "--to", "prefixtune"]) == 0
+    assert load_prefix(tmp_path / "half.safetensors").equal(prefix.to(torch.bfloat16))
+
+
+def test_what_is_printed(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(ours), str(tmp_path / "adapter"), "--to", "peft"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{tmp_path / 'adapter'}: Prefix(P=4, ")
+    assert printed.err == ""
+
+
+def test_mistakes_end_with_2(
+    ours: Path, prefix: Prefix, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(text: str, *words: object) -> None:
+        assert main(["convert", *map(str, words)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert text in " ".join(printed.err.split())
+        assert "hint:" in printed.err
+
+    out = tmp_path / "out.safetensors"
+    refused("there is no file", tmp_path / "none", out, "--to", "prefixtune")
+    refused("holds no adapter_config.json", tmp_path, out, "--to", "prefixtune")
+    refused("--to", ours, out)
+    refused("onnx", ours, out, "--to", "onnx")
+    refused("does not end with .safetensors", ours, tmp_path / "out.bin", "--to", "prefixtune")
+    refused("go with --to peft only", ours, out, "--to", "prefixtune", "--frozen-tokens", "1")
+    adapter = export_peft(prefix, tmp_path / "adapter")
+    refused("give its folder", adapter / "adapter_model.safetensors", out, "--to", "prefixtune")
+    save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
+    refused("no prefix that is known here", tmp_path / "other.safetensors", out, "--to", "prefixtune")
+    save_file({"control_trans": torch.zeros(2)}, tmp_path / "authors.safetensors")
+    refused("--backbone", tmp_path / "authors.safetensors", out, "--to", "prefixtune")
+    refused("yields", tmp_path / "authors.safetensors", out, "--to", "prefixtune", "--backbone", model)
+    torch.save({}, tmp_path / "pickle.bin")
+    refused("a pickle", tmp_path / "pickle.bin", out, "--to", "prefixtune")
+    assert not out.exists()

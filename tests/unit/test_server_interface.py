@@ -1,0 +1,149 @@
+"""The document of the interface: whole, secret-free, and of one mind with what the server really takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from prefixtune.server import openapi
+from prefixtune.server.asks import PASSED_OVER, Limits, parse_chat, parse_completion, parse_task
+from prefixtune.server.config import KeyConfig, ServeConfig
+from prefixtune.server.keys import hash_key
+from prefixtune.server.replies import ApiError
+
+LIMITS = Limits(max_tokens=100, max_texts=6)
+HUGE = 10**400
+USER = {"role": "user", "content": "hi"}
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "", "more": 1}]
+
+VALUES: list[Any] = [
+    None, True, False, 0, 0.0, 1, 1.0, -1, 0.5, 1.5, 2, 2.5, 5, 6, 7, 10, 10.5, 20, 21, 100, 101, 100.0, 1_000_000,
+    1_000_001, 2**63 - 1, 2**63, -(2**63), -(2**63) - 1, HUGE, -HUGE, 1e300, "", "a", "5", "none", "auto", "medium",
+    "x" * 256, "x" * 257, "\U0001f686" * 256, [], [""], ["a"], ["a", ""], ["a"] * 6, ["a"] * 7, ["a"] * 16, ["a"] * 17,
+    ["x" * 257], [1], [1.0, 2], [1.5], [1] * 50, [True], [None], [1, "a"], [[]], [[1], [2]], [[1], []], [[1], 2],
+    [[1], ["a"]], [[1.0]], [[1]] * 6, [[1]] * 7, ["text"], ["audio"], {}, {"a": 1}, {"type": "text"},
+    {"type": "json_object"}, {"include_usage": True}, {"include_usage": None}, {"include_usage": 1},
+    {"include_obfuscation": 3}, {"include_usages": True}, [USER], [USER, {}], [USER, USER], ["hi"],
+    [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": None}],
+    [{"role": "developer", "content": PARTS, "name": 3, "refusal": {}}], [{"role": "user", "content": []}],
+    [{"role": "user", "content": [{"type": "image_url"}]}], [{"role": "user", "content": [{"type": "text"}]}],
+    [{**USER, "tool_calls": []}], [{**USER, "tool_calls": None}], [{**USER, "tool_calls": [{}]}], [{**USER, "x": 0}],
+    [{"role": ["user"], "content": ""}],
+]  # fmt: skip
+
+# What a field needs beside it: that fields go together is told in words only.
+BESIDE: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
+COLUMNS = ("name", "food")
+
+
+async def nothing(*_: Any) -> None:
+    """An application, of which nothing is asked."""
+
+
+def document(**options: Any) -> dict[str, Any]:
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path in openapi._OPERATIONS:
+        paths.setdefault(path, {})[method] = nothing
+    return openapi.describe(paths, ServeConfig(**options), LIMITS)
+
+
+def validator(name: str) -> Draft202012Validator:
+    return Draft202012Validator({**document(), "$ref": f"#/components/schemas/{name}"})
+
+
+def takes(kind: str, body: Mapping[str, Any]) -> bool:
+    try:
+        if kind == "TaskRequest":
+            parse_task(body, LIMITS, COLUMNS)
+        else:
+            {"CompletionRequest": parse_completion, "ChatRequest": parse_chat}[kind](body, LIMITS)
+    except ApiError:
+        return False
+    return True
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "CompletionRequest": {"model": "m", "prompt": "text"},
+    "ChatRequest": {"model": "m", "messages": [USER]},
+    "TaskRequest": {"source": "text"},
+}
+
+
+def body_with(kind: str, name: str, value: Any) -> dict[str, Any]:
+    """A body that is good but for a field, perhaps."""
+    if name == "fields" and value and isinstance(value, dict):
+        return {"fields": dict.fromkeys(COLUMNS, value)}
+    if name == "source":
+        return {name: value} if isinstance(value, str) else {"food": "soup", name: value}
+    return {**NEEDED[kind], **BESIDE.get(name, {}), name: value}
+
+
+@pytest.mark.parametrize("kind", NEEDED)
+def test_the_document_allows_what_is_taken_and_nothing_else(kind: str) -> None:
+    names, allows = list(document()["components"]["schemas"][kind]["properties"]), validator(kind)
+    # What is no option of a task may be a field of its own.
+    for name in (*names, *(() if kind == "TaskRequest" else ("unknown", "max_token"))):
+        outcomes = set()
+        for value in VALUES:
+            body = body_with(kind, name, value)
+            assert takes(kind, body) == allows.is_valid(body), (name, value)
+            outcomes.add(takes(kind, body))
+        assert True in outcomes or name not in names
+        assert False in outcomes or name in PASSED_OVER
+    if kind != "TaskRequest":
+        for name in NEEDED[kind]:
+            body = {each: value for each, value in NEEDED[kind].items() if each != name}
+            assert not takes(kind, body)
+            assert not allows.is_valid(body)
+
+
+def test_a_tasks_own_fields_stand_beside_the_options() -> None:
+    allows = validator("TaskRequest")
+    for body in ({"name": "Aromi", "food": 3}, {"fields": {"name": "Aromi"}, "max_tokens": 5}, {"source": "a"}):
+        assert takes("TaskRequest", body)
+        assert allows.is_valid(body)
+
+
+def test_defaults_are_those_that_hold() -> None:
+    schemas = document()["components"]["schemas"]
+    plain = parse_completion(NEEDED["CompletionRequest"], LIMITS)
+    told = {
+        name: field["default"]
+        for name, field in schemas["CompletionRequest"]["properties"].items()
+        if "default" in field
+    }
+    assert told == {
+        "min_tokens": plain.sampling.min_new_tokens,
+        "temperature": plain.sampling.temperature,
+        "top_p": plain.sampling.top_p,
+        "top_k": plain.sampling.top_k,
+        "repetition_penalty": plain.sampling.repetition_penalty,
+        "n": plain.n,
+    }
+    assert told == {"min_tokens": 0, "temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "n": 1}
+    task = parse_task(NEEDED["TaskRequest"], LIMITS, ())
+    assert schemas["TaskRequest"]["properties"]["temperature"]["default"] == task.sampling.temperature
+
+
+def test_it_is_openapi_and_tells_the_limits() -> None:
+    told = document(max_body_kib=3, max_upload_mib=5)
+    OpenAPIV31SpecValidator(told).validate()
+    assert "3,072 bytes" in told["paths"]["/v1/completions"]["post"]["requestBody"]["description"]
+    assert "5,242,880 bytes" in told["paths"]["/admin/prefixes/{name}"]["put"]["requestBody"]["description"]
+    schemas = told["components"]["schemas"]
+    assert schemas["ChatRequest"]["properties"]["max_completion_tokens"]["maximum"] == 100
+    assert schemas["CompletionRequest"]["properties"]["n"]["maximum"] == 6
+    names = [operation["operationId"] for methods in told["paths"].values() for operation in methods.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_it_holds_nothing_secret() -> None:
+    keys = {"acme": KeyConfig(hash_key("pt-x"), ("acme-*",)), "boss": KeyConfig(hash_key("pt-y"), admin=True)}
+    told = json.dumps(document(keys=keys, backbone="/srv/models/tiny", prefixes="/srv/prefixes", host="10.1.2.3"))
+    for secret in ("acme", "boss", "sha256", "/srv", "tiny", "10.1.2.3"):
+        assert secret not in told
