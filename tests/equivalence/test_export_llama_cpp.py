@@ -21,16 +21,9 @@ import torch
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError
-from prefixtune.export.llama_cpp import (
-    KV_TYPES,
-    encode_blob,
-    encode_file,
-    export_llama_cpp,
-    patch_file,
-    placeholders_for,
-    rows_of,
-)
+from prefixtune.export.llama_cpp import export_llama_cpp, placeholders_for, rows_of
 from prefixtune.export.llama_cpp_check import NotInEffectError, check
+from prefixtune.export.llama_cpp_state import KV_TYPES, encode_blob, encode_file, patch_file
 from prefixtune.generation import GenerateConfig, generate, generate_ids
 from zoo import MAX_POSITIONS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def by_words(ids: list[int]) -> str:
     return text.removeprefix(" ")
 
 
-def pieces(decode: Decode, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    text = TextSoFar(decode, stop)
+def pieces(decode: Decode, ids: list[int], stop: tuple[str, ...] = (), **options: Any) -> list[str]:
+    text = TextSoFar(decode, stop, **options)
     found = []
     for token in ids:
         found.append(text.add(token))
@@ -167,3 +168,32 @@ def test_all_faults_of_a_request_at_once():
     with pytest.raises(RequestError, match=r"max_new_tokens.*top_k.*banned.*logprobs") as error:
         Sampling(max_new_tokens=0, top_k=-1, logprobs=21, banned=(-1,))
     assert error.value.hint
+
+
+# --- verbatim --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_verbatim_pieces_joined_are_the_whole_text(decode: Decode, size: int, data: st.DataObject) -> None:
+    tokens = st.integers(0, size - 1) | st.sampled_from(b" \n" if decode is by_bytes else [3, 5])
+    ids = data.draw(st.lists(tokens, max_size=20))
+    stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é", "\n"]), max_size=2)))
+    assert "".join(pieces(decode, ids, stop, verbatim=True)) == cut(decode(ids), stop)
+
+
+def test_outer_white_space_is_told_where_it_is_wanted() -> None:
+    assert "".join(pieces(by_bytes, list(b" \n one two \n"), verbatim=True)) == " \n one two \n"
+    assert "".join(pieces(by_bytes, list(b" \n "), verbatim=True)) == " \n "
+    assert "".join(pieces(by_bytes, list(b" one \nEnd"), stop=("End",), verbatim=True)) == " one \n"
+    # Told as soon as it is certain, and once.
+    assert pieces(by_bytes, list(b"  a b "), verbatim=True) == [" ", " ", "a", " ", "b", " ", ""]
+
+
+def test_a_text_goes_on_from_the_prompt() -> None:
+    # By itself, the first word would lose the space that divides it from the prompt.
+    assert "".join(pieces(by_words, [1, 0], verbatim=True)) == "the a"
+    assert "".join(pieces(by_words, [1, 0], verbatim=True, before=(2,))) == " the a"
+    # A prompt that ends within a character is no place to go on from.
+    assert "".join(pieces(by_bytes, [0xA9, *b" x"], verbatim=True, before=(0xC3,))) == "\ufffd x"

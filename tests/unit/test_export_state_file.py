@@ -16,15 +16,9 @@ import torch
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.export import llama_cpp_check
-from prefixtune.export.llama_cpp import (
-    encode_blob,
-    encode_file,
-    export_llama_cpp,
-    patch_file,
-    placeholders_for,
-    rows_of,
-)
+from prefixtune.export.llama_cpp import export_llama_cpp, placeholders_for, rows_of
 from prefixtune.export.llama_cpp_check import NotInEffectError, check
+from prefixtune.export.llama_cpp_state import encode_blob, encode_file, patch_file
 
 Make = Callable[..., Any]
 

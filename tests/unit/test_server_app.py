@@ -455,7 +455,7 @@ def test_white_space_around_a_text_is_told_but_for_tasks(
     app, services = make()
 
     def submit(request: Any, on_output: Any, deadline: Any = None) -> None:
-        text = TextSoFar(services.backbone.decode, request.sampling.stop)
+        text = TextSoFar(services.backbone.decode, request.sampling.stop, verbatim=request.verbatim)
         for token in services.backbone.encode(" \n one  two \n"):
             piece = text.add(token)
             on_output(Output(request.id, 0, (Token(token),), piece, "stop" if text.stopped else None))

@@ -39,6 +39,8 @@ __all__ = ["Engine", "EngineConfig", "RunningText"]
 
 _ENOUGH = 4096
 """Positions of a slot where the backbone names no limit."""
+_CONTEXT = 4
+"""Tokens of a prompt beside which a text is decoded."""
 _ANY = 2**31
 """Positions of an encoder-decoder's slots, which are bounded where requests are taken: prefixes do not count there."""
 
@@ -161,12 +163,6 @@ class Engine:
                     f"the prefix stands as {request.prefix.placement}, which the engine does not serve.",
                     hint="use `generate` for it.",
                 )
-        stop = request.sampling.stop
-        start, first = (None, None) if self.sources is None else (self.backbone.start_id, self.backbone.first_id)
-        made = [
-            TokenSequence(request, index, TextSoFar(self.backbone.decode, stop), start, first)
-            for index in range(request.n)
-        ]
         sizes = len(request.prompt), request.prefix_length
         if request.sampling.max_new_tokens > self.room(*sizes):
             raise RequestError(
@@ -180,6 +176,8 @@ class Engine:
                 f"there is no token {unknown[0]}: the model has {self._vocabulary:,}.",
                 hint="encode the text with the backbone's own tokenizer.",
             )
+        start, first = (None, None) if self.sources is None else (self.backbone.start_id, self.backbone.first_id)
+        made = [TokenSequence(request, index, self._text_of(request), start, first) for index in range(request.n)]
         with self._lock:
             if request.id in self._sequences:
                 raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
@@ -190,6 +188,11 @@ class Engine:
                 )
             self._sequences[request.id] = made
             self.scheduler.add(made)
+
+    def _text_of(self, request: Request) -> TextSoFar:
+        # What a decoder writes after an encoder has read begins anew.
+        before = request.prompt[-_CONTEXT:] if self.sources is None else ()
+        return TextSoFar(self.backbone.decode, request.sampling.stop, verbatim=request.verbatim, before=before)
 
     def room(self, prompt_tokens: int, prefix_length: int) -> int:
         """Most tokens that can be written after a prompt; 0 or below: the prompt is too long itself."""

@@ -84,6 +84,7 @@ class Request:
         n: Texts to write; each draws from a seed of its own.
         tenant: For whom; the engine admits tenants in turn.
         prefix_name: What the prefix is called, for who looks at the running batch.
+        verbatim: Tell the white space around a text, too.
         id: A name; made where none is given.
 
     Raises:
@@ -96,6 +97,7 @@ class Request:
     n: int = 1
     tenant: str = ""
     prefix_name: str = ""
+    verbatim: bool = False
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
 
     def __post_init__(self) -> None:
@@ -159,16 +161,28 @@ class TextSoFar:
     Args:
         decode: Token ids -> text.
         stop: Strings that end the text.
+        verbatim: Tell the white space around the text, too.
+        before: Verbatim only: token ids of what the text goes on from. By itself, a first word may lose its space.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
-        self.decode, self.stop = decode, tuple(stop)
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        *,
+        verbatim: bool = False,
+        before: Sequence[int] = (),
+    ) -> None:
+        self.decode, self.stop, self.verbatim = decode, tuple(stop), verbatim
         self.longest = max(map(len, self.stop), default=0)
         self.whole = ""
         self.given = 0
         self.stopped = False
         # Tokens whose text is in `whole`, kept as what the new ones are decoded beside; and the new ones.
         self.known: list[int] = []
+        # What ends within a character is no place to go on from.
+        if verbatim and before and not decode(list(before)).endswith("\ufffd"):
+            self.known = list(before)
         self.new: list[int] = []
 
     def add(self, token: int) -> str:
@@ -202,7 +216,7 @@ class TextSoFar:
 
     def _give(self, text: str) -> str:
         # White space at the start is no part of the text; nothing was given before it.
-        text = text.strip()
+        text = text if self.verbatim else text.strip()
         piece = text[self.given :]
         self.given = max(self.given, len(text))
         return piece

@@ -39,7 +39,7 @@ async def complete(call: Call) -> ASGIApp:
     ]
     if call.services.config.log_prompts:
         call.facts["prompts"] = ask.prompts
-    job = begin(call, ask, served, prompts, call.services.config.default_max_tokens)
+    job = begin(call, ask, served, prompts, call.services.config.default_max_tokens, verbatim=True)
     return await _answer(call, ask, job, _Completion(backbone, ask.n))
 
 
@@ -50,7 +50,7 @@ async def chat(call: Call) -> ASGIApp:
     prompt = await encode(call, lambda: _encode_chat(call.services.backbone, ask.messages))
     if call.services.config.log_prompts:
         call.facts["messages"] = ask.messages
-    job = begin(call, ask, served, [prompt], call.services.config.default_max_tokens)
+    job = begin(call, ask, served, [prompt], call.services.config.default_max_tokens, verbatim=True)
     return await _answer(call, ask, job, _Chat(call.services.backbone))
 
 
@@ -84,7 +84,7 @@ async def _answer(call: Call, ask: Ask, job: Job, shape: _Completion | _Chat) ->
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": job.model}
     if ask.stream:
         return stream(call, _events(call, ask, job, shape, head))
-    written = [text for texts in await collect(call, job, verbatim=True) for text in texts]
+    written = [text for texts in await collect(call, job) for text in texts]
     if call.services.config.log_prompts:
         call.facts["outputs"] = [text.text for text in written]
     choices = [shape.choice(number, text) for number, text in enumerate(written)]
@@ -99,7 +99,7 @@ async def _events(
     for number in range(len(job.requests) * ask.n):
         for choice in shape.opening(number):
             yield event({**head, "choices": [choice], **unsaid})
-    async for heard in follow(call, job, verbatim=True):
+    async for heard in follow(call, job):
         if heard is None:
             yield ALIVE
             continue

@@ -58,7 +58,7 @@ async def do_task(call: Call) -> ASGIApp:
     ask, length = await _with_customs(call, ask, served)
     if services.config.log_prompts:
         call.facts["source"] = source
-    job = begin(call, ask, served, [prompt], length)
+    job = begin(call, ask, served, [prompt], length, verbatim=False)
     head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
     if ask.stream:
         return stream(call, _events(call, job, text_format, source, head))

@@ -20,10 +20,7 @@ from prefixtune.server.endpoint import Call, read_body
 from prefixtune.server.jobs import Full, Heard, Job
 from prefixtune.server.replies import ApiError, EventStream, unavailable, unless_gone, wrong
 
-__all__ = ["Verbatim", "Written", "begin", "collect", "encode", "follow", "read_json_body", "stream", "usage"]
-
-_CONTEXT = 4
-"""Tokens of the prompt beside which a text is decoded: some tokenizers leave out the space that begins a text."""
+__all__ = ["Written", "begin", "collect", "encode", "follow", "read_json_body", "stream", "usage"]
 
 
 @dataclass(eq=False)
@@ -45,44 +42,6 @@ class Written:
         self.text += output.text
         self.tokens.extend(output.tokens)
         self.finished = output.finished
-
-
-class Verbatim:
-    """A text as the model wrote it, with the white space around it, which the engine leaves out.
-
-    Args:
-        decode: Token ids -> text.
-        before: Token ids of what the text goes on from.
-        stop: Strings that end it.
-    """
-
-    def __init__(
-        self, decode: Callable[[list[int]], str], before: Sequence[int] = (), stop: Sequence[str] = ()
-    ) -> None:
-        self.decode, self.before, self.stop = decode, list(before), tuple(stop)
-        self.ids: list[int] = []
-        self.text = ""
-
-    def add(self, output: Output) -> Output:
-        """News of the text, with what the engine left out of its piece."""
-        self.ids.extend(token.id for token in output.tokens)
-        piece = output.text
-        if output.finished is not None:
-            whole = self._whole(self.stop if output.finished == "stop" else ())
-            # A tokenizer may tell all at once otherwise than a few at a time: what was told stands.
-            if whole.startswith(self.text) and whole.strip() == (self.text + piece).strip():
-                piece = whole[len(self.text) :]
-        elif piece and not self.text:
-            whole = self._whole()
-            piece = whole[: len(whole) - len(whole.lstrip())] + piece
-        self.text += piece
-        return replace(output, text=piece)
-
-    def _whole(self, stop: Sequence[str] = ()) -> str:
-        start, text = self.decode(self.before), self.decode([*self.before, *self.ids])
-        text = text[len(start) :] if text.startswith(start) else self.decode(self.ids)
-        places = [place for place in map(text.find, stop) if place >= 0]
-        return text[: min(places)] if places else text
 
 
 async def read_json_body(call: Call) -> bytes:
@@ -107,7 +66,15 @@ async def encode(call: Call, encoding: Callable[[], Sequence[int]]) -> tuple[int
     return tuple(await loop.run_in_executor(call.services.tokenizing, encoding))
 
 
-def begin(call: Call, ask: Ask, served: Served, prompts: Sequence[tuple[int, ...]], default_length: int) -> Job:
+def begin(
+    call: Call,
+    ask: Ask,
+    served: Served,
+    prompts: Sequence[tuple[int, ...]],
+    default_length: int,
+    *,
+    verbatim: bool,
+) -> Job:
     """Hand the prompts to the engine, within the limits; they are given up when the call ends.
 
     Args:
@@ -116,6 +83,7 @@ def begin(call: Call, ask: Ask, served: Served, prompts: Sequence[tuple[int, ...
         served: With which prefix.
         prompts: Token ids.
         default_length: New tokens where the ask says nothing of them, as far as they fit.
+        verbatim: The white space around the texts belongs to them.
 
     Raises:
         ApiError: A prompt is too long, or the engine takes nothing now.
@@ -131,6 +99,7 @@ def begin(call: Call, ask: Ask, served: Served, prompts: Sequence[tuple[int, ...
             n=ask.n,
             tenant=call.caller.name,
             prefix_name=served.name,
+            verbatim=verbatim,
             id=uuid.uuid4().hex,
         )
         for prompt in prompts
@@ -182,44 +151,21 @@ def _sampling(call: Call, ask: Ask, served: Served, length: int, default_length:
     return replace(ask.sampling, max_new_tokens=chosen, min_new_tokens=min(ask.sampling.min_new_tokens, chosen))
 
 
-async def follow(call: Call, job: Job, *, verbatim: bool = False) -> AsyncGenerator[Heard | None]:
+async def follow(call: Call, job: Job) -> AsyncGenerator[Heard | None]:
     """News of a job's texts, until all have ended; None where there is none for long.
-
-    Args:
-        call: The call.
-        job: Handed in.
-        verbatim: With the white space around the texts.
 
     Raises:
         ApiError: One of them could not be written.
     """
-    texts: dict[tuple[int, int], Verbatim] = {}
     async with contextlib.aclosing(job.heard()) as news:
         async for heard in news:
             if heard is not None and heard.output.finished not in (None, "stop", "length"):
                 raise _failure(call, heard.output)
-            if heard is not None and verbatim:
-                place = (heard.prompt, heard.output.index)
-                if place not in texts:
-                    texts[place] = _verbatim(call, job.requests[heard.prompt])
-                heard = replace(heard, output=texts[place].add(heard.output))
             yield heard
 
 
-def _verbatim(call: Call, request: Request) -> Verbatim:
-    backbone = call.services.backbone
-    # What a decoder writes after an encoder has read begins anew.
-    before = request.prompt[-_CONTEXT:] if backbone.kind == "decoder" else ()
-    return Verbatim(backbone.decode, before, request.sampling.stop)
-
-
-async def collect(call: Call, job: Job, *, verbatim: bool = False) -> list[list[Written]]:
+async def collect(call: Call, job: Job) -> list[list[Written]]:
     """For each prompt, its texts; given up when the client goes away.
-
-    Args:
-        call: The call.
-        job: Handed in.
-        verbatim: With the white space around the texts.
 
     Raises:
         ApiError: One of them could not be written.
@@ -228,7 +174,7 @@ async def collect(call: Call, job: Job, *, verbatim: bool = False) -> list[list[
 
     async def work() -> list[list[Written]]:
         written = [[Written() for _ in range(request.n)] for request in job.requests]
-        async for heard in follow(call, job, verbatim=verbatim):
+        async for heard in follow(call, job):
             if heard is not None:
                 written[heard.prompt][heard.output.index].add(heard.output)
         return written
