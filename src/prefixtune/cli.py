@@ -20,6 +20,7 @@ from prefixtune.commands import (
     examine,
     export,
     generate,
+    hub,
     report,
     score,
     serve,
@@ -117,6 +118,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     _report(command)
     _inspect(command)
     _convert(command)
+    _hub(command)
     _export(command)
     _doctor(command)
     return parser, made
@@ -345,6 +347,30 @@ def _inspect(command: _Command) -> None:
     parser = command("inspect", examine.inspect, "show a prefix file: header, sizes, norms per layer")
     parser.add_argument("file", help="a .safetensors file of `prefixtune train`")
     _json_and_quiet(parser, "all of it")
+
+
+def _hub(command: _Command) -> None:
+    push = command(
+        "push",
+        hub.push,
+        "upload a prefix to the Hugging Face hub, with a model card made from its header and scores",
+        """
+
+examples:
+  prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --evaluation runs/e2e/evaluation
+  prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --card""",
+    )
+    hub.add_push_arguments(push)
+    pull = command(
+        "pull",
+        hub.pull,
+        "download a prefix from the Hugging Face hub, and check it",
+        """
+
+example:
+  prefixtune pull me/e2e-prefix e2e.safetensors""",
+    )
+    hub.add_pull_arguments(pull)
 
 
 def _convert(command: _Command) -> None:

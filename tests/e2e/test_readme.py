@@ -12,7 +12,7 @@ import pytest
 from prefixtune.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-GUIDES = ("training", "labels", "tasks", "evaluation", "metrics", "studies", "serving", "convert")
+GUIDES = ("training", "labels", "tasks", "evaluation", "metrics", "studies", "serving", "convert", "export")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 RUN = [page for page in PAGES if page.stem in ("README", "training", "labels", "evaluation", "metrics")]
 """What their Python needs is there: other pages name files of the reader's own."""

@@ -285,7 +285,7 @@ Without it the graph is the bare backbone."""
     return f"""# A prefix of {length} positions in ONNX
 
 `{GRAPH}` is `{facts["backbone"]["name"]}` ({facts["model_type"]}) in float32. In ONNX Runtime its logits were up to
-{facts["max_difference"]:.2g} from the backbone's. Quantize it, and evaluate again what comes out.
+{facts["max_difference"]:.2g} from the backbone's. If you quantize it, evaluate again.
 
 {past}
 

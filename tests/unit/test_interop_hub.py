@@ -1,0 +1,241 @@
+"""Pushing and pulling against a local stand-in of the hub's HTTP calls."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+
+from prefixtune.checkpoint import load_prefix, make_header, save_prefix
+from prefixtune.cli import main
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError
+from prefixtune.interop import hub
+from prefixtune.prefix import Prefix
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as an upload and a download need: repositories of small files, one commit."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.created: list[dict[str, Any]] = []
+        self.refuse: int | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes | dict[str, Any] = b"", **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def read_body(self) -> bytes:
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def do_POST(self) -> None:
+        body = self.read_body()
+        self.server.calls.append(("POST", self.path))
+        if self.server.refuse:
+            self.answer(self.server.refuse, {"error": "not today"}, X_Error_Message="not today")
+            return
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            self.server.created.append(asked)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.server.repos.setdefault(name, {})
+            self.answer(200, {"url": f"{self.server.url}/{name}"})
+            return
+        if self.path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+            return
+        name, _, what = self.path.removeprefix("/api/models/").partition("/preupload/")
+        if what:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            self.answer(200, {"files": files})
+            return
+        name = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                self.server.repos[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        self.answer(
+            200, {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        )
+
+    def do_GET(self) -> None:
+        self.server.calls.append((self.command, self.path))
+        name, _, rest = self.path.lstrip("/").partition("/resolve/")
+        file = rest.partition("/")[2]
+        data = self.server.repos.get(name, {}).get(file)
+        if name not in self.server.repos:
+            self.answer(404, X_Error_Code="RepoNotFound")
+        elif data is None:
+            self.answer(404, X_Error_Code="EntryNotFound")
+        else:
+            self.answer(200, data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_local")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def artifact(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any], tmp_path: Path) -> Path:
+    backbone = tiny_backbone("llama")
+    header = make_header(backbone, task="e2e", license="CC-BY-4.0", training={"steps": 9, "num_targets": 5})
+    return save_prefix(tmp_path / "mine.safetensors", Prefix(random_prefix(backbone, 4).layers, header))
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    scores = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
+    facts = {"kind": "evaluation", "task": "e2e", "data": "e2e", "split": "test", "num_examples": 300, "scores": scores}
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_what_was_pushed_is_pulled(stand_in: Hub, artifact: Path, evaluation: Path, tmp_path: Path) -> None:
+    url = hub.push(artifact, "me/pubs", evaluation=evaluation)
+    assert url == f"{stand_in.url}/me/pubs/commit/{COMMIT}"
+    assert stand_in.created[0].get("private") is True or stand_in.created[0].get("visibility") == "private"
+    assert stand_in.repos["me/pubs"].keys() == {"prefix.safetensors", "README.md"}
+    pulled = hub.pull("me/pubs", tmp_path / "theirs.safetensors")
+    assert (tmp_path / "theirs.safetensors").read_bytes() == artifact.read_bytes()
+    for mine, theirs in zip(load_prefix(artifact).tensors(), pulled.tensors(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert pulled.header["task"] == "e2e"
+
+
+def test_the_card_says_what_the_hub_reads(artifact: Path, evaluation: Path) -> None:
+    prefix = load_prefix(artifact)
+    card = hub.make_card(prefix, "me/pubs", hub.read_evaluation(evaluation))
+    _, front, page = card.split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert facts["base_model"] == "tiny-llama"
+    assert facts["library_name"] == "prefixtune"
+    assert facts["license"] == "CC-BY-4.0"
+    assert {"prefix-tuning", "e2e"} <= set(facts["tags"])
+    (model,) = facts["model-index"]
+    (result,) = model["results"]
+    assert model["name"] == "pubs"
+    assert result["dataset"] == {"name": "e2e", "type": "e2e", "split": "test"}
+    assert result["metrics"][0]["type"] == "bleu"
+    assert result["metrics"][0]["value"] == 60.3338
+    assert "| bleu | 60.33 | 58.52 to 62.13 | sacrebleu 2.6.0 |" in page
+    assert f"{prefix.num_parameters:,}" in page
+    assert "prefixtune pull me/pubs pubs.safetensors" in page
+
+
+def test_a_card_names_no_folder_of_a_machine(artifact: Path) -> None:
+    prefix = load_prefix(artifact)
+    prefix.header["backbone"]["name"] = "/home/somebody/models/llama"
+    card = hub.make_card(prefix, "me/pubs")
+    assert "somebody" not in card
+    assert "base_model" not in card
+    assert "model-index" not in card
+
+
+def test_the_commands(
+    stand_in: Hub, artifact: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", str(artifact), "me/pubs", "--card", "--evaluation", str(evaluation)]) == 0
+    assert capsys.readouterr().out.startswith("---\n")
+    assert stand_in.calls == [], "a card is only shown"
+    assert main(["push", str(artifact), "me/pubs", "--public", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["repo"] == "me/pubs"
+    out = tmp_path / "new" / "theirs.safetensors"
+    assert main(["pull", "me/pubs", str(out), "--quiet"]) == 0
+    assert "theirs.safetensors" in capsys.readouterr().out
+    assert out.exists()
+
+
+def test_what_goes_wrong_is_told_and_changes_nothing(stand_in: Hub, artifact: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old.safetensors"
+    old.write_bytes(artifact.read_bytes())
+    with pytest.raises(PrefixError, match="no such repository"):
+        hub.pull("me/nothing", old)
+    stand_in.repos["me/empty"] = {}
+    with pytest.raises(PrefixError, match="no such file"):
+        hub.pull("me/empty", old)
+    stand_in.repos["me/broken"] = {hub.FILE: b"not a prefix"}
+    with pytest.raises(CheckpointError):
+        hub.pull("me/broken", old)
+    with pytest.raises(CheckpointError, match="does not end with"):
+        hub.pull("me/empty", tmp_path / "x.bin")
+    with pytest.raises(ConfigError, match="OWNER/NAME"):
+        hub.push(artifact, "me//pubs")
+    with pytest.raises(CheckpointError):
+        hub.push(tmp_path / "missing.safetensors", "me/pubs")
+    with pytest.raises(ConfigError, match="holds no scores"):
+        hub.push(artifact, "me/pubs", evaluation=tmp_path)
+    assert not [call for call in stand_in.calls if call[0] == "POST"], "nothing left this machine"
+    stand_in.refuse = 403
+    with pytest.raises(PrefixError, match=r"403: .*not today"):
+        hub.push(artifact, "me/pubs")
+    assert old.read_bytes() == artifact.read_bytes()
+
+
+def test_without_the_hub_it_says_so(
+    stand_in: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PrefixError, match="cannot upload"):
+        hub.push(artifact, "me/pubs")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PrefixError, match="cannot download"):
+        hub.pull("me/pubs", tmp_path / "x.safetensors")
