@@ -4,7 +4,7 @@
     python bench/load.py --seconds 20 --prefixes 30   # only to see that it works
 
 The server runs in a process of its own (`prefixtune serve`, float32, so that a text is the same alone and in any mix).
-Before the load, every prefix is asked once alone; afterwards each answer is compared with that: nobody may see
+What each prefix writes is worked out beforehand by `generate`, and each answer is compared with that: nobody may see
 another's text or prefix. Three tenants ask as often as they are let; one of them has six times the connections of each
 of the others. The calls: completions of several lengths, whole and streamed, tasks, long prompts, two texts at once,
 streams that the client leaves in the middle; and an administrator who replaces prefixes.
@@ -36,6 +36,11 @@ from typing import Any
 
 import httpx
 import machine
+
+from prefixtune.backbone import Backbone, load_backbone
+from prefixtune.checkpoint import load_prefix
+from prefixtune.generation import GenerateConfig, generate_ids
+from prefixtune.server.keys import hash_key, new_key
 
 TENANTS = {"heavy": 6, "light": 1, "other": 1}
 """Tenant -> connections, in units of `--connections`."""
@@ -77,8 +82,6 @@ class Server:
     def __init__(
         self, command: Sequence[str], backbone: str, folder: Path, keys: dict[str, str], slots: int, queue: int
     ) -> None:
-        from prefixtune.server.keys import hash_key
-
         rules = "".join(
             f'[keys.{name}]\nhash = "{hash_key(key)}"\n{"admin = true" if name == "admin" else ""}\n'
             for name, key in keys.items()
@@ -123,7 +126,7 @@ class Server:
         return code
 
 
-def make_prefixes(backbone: Any, folder: Path, count: int, length: int) -> list[str]:
+def make_prefixes(backbone: Backbone, folder: Path, count: int, length: int) -> list[str]:
     """Random prefixes whose texts differ: what stands at the backbone's own words, shifted at random."""
     import torch
 
@@ -148,31 +151,38 @@ def make_prefixes(backbone: Any, folder: Path, count: int, length: int) -> list[
     return names
 
 
+def write_all(backbone: Backbone, folder: Path, names: Sequence[str]) -> dict[tuple[str, str], str]:
+    """What each prefix writes after two prompts, a short one and a long one, greedily."""
+    pairs = [(name, p) for number, name in enumerate(names) for p in (SOURCES[number % len(SOURCES)], LONG)]
+    prefixes = {name: load_prefix(folder / f"{name}.safetensors", backbone) for name in names}
+    prompts = [backbone.encode(prompt) for _, prompt in pairs]
+    config = GenerateConfig(max_new_tokens=max(LENGTHS), batch_size=32)
+    written = generate_ids(backbone, prompts, [prefixes[name] for name, _ in pairs], config=config)
+    known = {}
+    for pair, prompt, ids in zip(pairs, prompts, written, strict=True):
+        # Beside the prompt's end: by itself, a first word may lose its space.
+        known[pair] = backbone.decode([*prompt[-4:], *ids])[len(backbone.decode(prompt[-4:])) :]
+    return known
+
+
 class Load:
     """The callers.
 
     Args:
         server: Whom they call.
         keys: Tenant -> key.
-        names: The prefixes.
+        known: Prefix and prompt -> what it writes.
         seconds: How long.
     """
 
-    def __init__(self, server: Server, keys: dict[str, str], names: Sequence[str], seconds: float) -> None:
-        self.server, self.keys, self.names, self.seconds = server, keys, names, seconds
+    def __init__(self, server: Server, keys: dict[str, str], known: dict[tuple[str, str], str], seconds: float) -> None:
+        self.server, self.keys, self.known, self.seconds = server, keys, known, seconds
+        self.names = sorted({name for name, _ in known})
         self.tally = Tally()
-        self.known: dict[tuple[str, str], str] = {}
         self.limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
-    async def run(self, connections: int, tell: Callable[[str], None]) -> Tally:
-        """Ask each prefix alone, then put the load on."""
-        async with self._client("light") as client:
-            for name in self.names:
-                for prompt in (SOURCES[len(self.known) % len(SOURCES)], LONG):
-                    answer = await client.post("/v1/completions", json=self._ask(name, prompt, max(LENGTHS)))
-                    answer.raise_for_status()
-                    self.known[name, prompt] = answer.json()["choices"][0]["text"]
-        tell(f"{len(set(self.known.values()))} different texts of {len(self.known)} asked alone")
+    async def run(self, connections: int) -> Tally:
+        """Put the load on."""
         self.begun = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
             callers: list[Awaitable[None]] = [self._watch(), self._administer()]
@@ -375,19 +385,17 @@ def put_load(
         slots: Texts that run at once.
         queue: Texts that may wait.
     """
-    from prefixtune.backbone import load_backbone
-    from prefixtune.server.keys import new_key
-
     keys = {name: new_key() for name in (*TENANTS, "admin")}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        names = make_prefixes(
-            load_backbone(backbone_name, dtype="float32", device="cpu"), folder / "prefixes", prefixes, length
-        )
+        backbone = load_backbone(backbone_name, dtype="float32", device="cpu")
+        names = make_prefixes(backbone, folder / "prefixes", prefixes, length)
+        known = write_all(backbone, folder / "prefixes", names)
+        tell(f"{len(set(known.values()))} different texts of {len(known)}")
         server = Server(command, backbone_name, folder, keys, slots, queue)
         try:
             server.wait()
-            tally = asyncio.run(Load(server, keys, names, seconds).run(connections, tell))
+            tally = asyncio.run(Load(server, keys, known, seconds).run(connections))
         finally:
             code = server.stop()
         if code:

@@ -91,7 +91,7 @@ def main() -> int:
     """Measure, print, and write the figures down."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--data", type=Path, default=None, help="an E2E folder")
+    parser.add_argument("--data", type=Path, default=None, help="E2E's training file")
     parser.add_argument("--runs", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
