@@ -34,6 +34,7 @@ from prefixtune.engine.scheduler import Scheduler, Work
 from prefixtune.engine.slots import SlotCache, Span, Step
 from prefixtune.engine.sources import Sources
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.prepack import prepack
 
 __all__ = ["Engine", "EngineConfig", "RunningText"]
 
@@ -56,6 +57,7 @@ class EngineConfig:
         prefill_tokens: Most prompt tokens computed in a step beside the running texts: bounds how long a long prompt
             holds them up.
         max_waiting: Texts that may wait for a slot; a request beyond them is refused.
+        prepack: On a CPU, keep a copy of a bf16 backbone's matrices as its products want them (see `prepack`).
 
     Raises:
         ConfigError: A value is out of range.
@@ -65,6 +67,7 @@ class EngineConfig:
     max_length: int = 0
     prefill_tokens: int = 256
     max_waiting: int = 10_000
+    prepack: bool = True
 
     def __post_init__(self) -> None:
         least = {"num_slots": 1, "max_length": 0, "prefill_tokens": 1, "max_waiting": 1}
@@ -110,6 +113,7 @@ class Engine:
         config: How much at once.
 
     Attributes:
+        backbone: The model that it runs: the given one, or what was made of it to be quicker.
         batch_size: Texts that the last step computed something of.
 
     Raises:
@@ -117,7 +121,7 @@ class Engine:
     """
 
     def __init__(self, backbone: Backbone, config: EngineConfig | None = None) -> None:
-        self.backbone, self.config = backbone, config or EngineConfig()
+        self.config = config or EngineConfig()
         if backbone.kind == "encoder":
             raise BackboneError(
                 f"{backbone.name!r} is an encoder, which reads text and writes none.",
@@ -128,6 +132,9 @@ class Engine:
                 f"{backbone.name!r} (kind {backbone.kind}) cannot run texts side by side in one row.",
                 hint="use `generate`, which batches whole requests.",
             )
+        if self.config.prepack:
+            backbone = prepack(backbone)
+        self.backbone = backbone
         limits = (self.config.max_length, backbone.max_positions, _steady_length(backbone))
         self.max_length = min((limit for limit in limits if limit), default=_ENOUGH)
         self.cache = SlotCache(

@@ -97,6 +97,8 @@ def _load(config: ServeConfig, console: Console) -> Services:
             max_waiting=8 * (config.num_slots + config.max_queue),
         ),
     )
+    # The given one may be let go.
+    backbone = engine.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
     services = Services(config, backbone, store, EngineWorker(engine))
