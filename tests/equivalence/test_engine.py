@@ -487,7 +487,7 @@ def test_a_broken_prefix_fails_its_own_request_alone(value: float, num_slots: in
 
 def test_a_broken_prefix_leaves_nothing_when_given_up_early(llama: Backbone, requests: Any):
     long, short, beside = (requests(llama)[n] for n in (1, 4, 6))
-    engine = Engine(llama, EngineConfig(num_slots=2, prefill_tokens=16))
+    engine = Engine(llama, EngineConfig(num_slots=2, prefill_tokens=4))
     bad = Request(long.prompt, broken(long.prefix, float("nan")), long.sampling)
     engine.add(bad)
     engine.add(beside)

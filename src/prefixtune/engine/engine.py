@@ -54,8 +54,8 @@ class EngineConfig:
         num_slots: Texts that run at once.
         max_length: Most positions of a text, prefix included (for an encoder-decoder: of what it reads, and of what it
             writes, without the prefix); 0: the backbone's.
-        prefill_tokens: Most prompt tokens computed in a step beside the running texts: bounds how long a long prompt
-            holds them up.
+        prefill_tokens: Most prompt tokens computed in a step beside texts that are being written: bounds how long a
+            long prompt holds them up. Where none is, four times as many.
         max_waiting: Texts that may wait for a slot; a request beyond them is refused.
         prepack: On a CPU, keep a copy of a bf16 backbone's matrices as its products want them (see `prepack`).
 

@@ -15,6 +15,9 @@ from prefixtune.engine.request import TokenSequence
 
 __all__ = ["Scheduler", "Work"]
 
+_UNHURRIED = 4
+"""How much larger pieces of prompts are where no text is held up by them: larger products are quicker."""
+
 
 @dataclass(frozen=True, eq=False)
 class Work:
@@ -39,7 +42,8 @@ class Scheduler:
 
     Args:
         num_slots: Texts that run at once.
-        prefill_tokens: Most prompt tokens computed in a step beside the running texts.
+        prefill_tokens: Most prompt tokens computed in a step beside texts that are being written, which wait meanwhile;
+            where there are none, four times as many.
     """
 
     def __init__(self, num_slots: int, prefill_tokens: int) -> None:
@@ -87,7 +91,7 @@ class Scheduler:
         firsts = {s.request.id: s for s in reversed(ready) if s.rest > 1}
         prompts = [s for s in ready if firsts.get(s.request.id) is s]
         counts = dict.fromkeys(prompts, 0)
-        room = self.prefill_tokens
+        room = self._room(bool(singles))
         if prompts:
             counts[prompts[0]] = min(prompts[0].rest, (room + 1) // 2)
             room -= counts[prompts[0]]
@@ -115,7 +119,7 @@ class Scheduler:
         A source is read in one piece; one at least is read, however long it is.
         """
         chosen: dict[str, TokenSequence] = {}
-        room = self.prefill_tokens
+        room = self._room(any(not s.to_encode for s in self.running))
         for sequence in self.running:
             if sequence.to_encode and sequence.request.id not in chosen:
                 if chosen and sequence.to_encode > room:
@@ -123,6 +127,9 @@ class Scheduler:
                 chosen[sequence.request.id] = sequence
                 room -= sequence.to_encode
         return list(chosen.values())
+
+    def _room(self, someone_waits: bool) -> int:
+        return self.prefill_tokens * (1 if someone_waits else _UNHURRIED)
 
     def release(self, sequence: TokenSequence) -> None:
         """Take a text out, wherever it is; its slot is free at once."""

@@ -84,7 +84,11 @@ class ServeConfig:
 
     num_slots: int = _option(32, "texts that are written at once", "engine")
     max_length: int = _option(0, "most positions of a text, prefix included; 0: the backbone's", "engine")
-    prefill_tokens: int = _option(256, "most prompt tokens computed in a step beside the running texts", "engine")
+    prefill_tokens: int = _option(
+        256,
+        "most prompt tokens computed in a step beside running texts; four times as many where there are none",
+        "engine",
+    )
     cache_mib: int = _option(1024, "memory for loaded prefixes, in MiB", "engine")
 
     max_queue: int = _option(
