@@ -612,8 +612,9 @@ def test_padded_targets_that_look_at_another_source(tiny_backbone: Make, monkeyp
 def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = attach._attend_packed
 
-    def cut(packing: Any, site: str, front: Any, *args: Any) -> Any:
-        return packed(packing, site, None if front is None else (front[0].detach(), front[1]), *args)
+    def cut(packing: Any, site: str, fronts: Any, *args: Any) -> Any:
+        fronts = [None if front is None else (front[0].detach(), front[1]) for front in fronts]
+        return packed(packing, site, fronts, *args)
 
     monkeypatch.setattr(attach, "_attend_packed", cut)
     assert failed(tiny_backbone("llama")).keys() == {PACKING}
