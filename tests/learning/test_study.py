@@ -354,7 +354,7 @@ def test_other_settings_are_refused_and_places_may_change(configure: Make, tmp_p
     config = configure(tmp_path / "study", methods=("zero-shot",))
     run_study(config)
     before = (config.folder / "study.json").read_bytes()
-    for changes in ({"tries": 3}, {"test_limit": 2}, {"methods": ("zero-shot", "prefix")}):
+    for changes in ({"tries": 1}, {"test_limit": 2}, {"methods": ("zero-shot", "prefix")}):
         with pytest.raises(ConfigError, match="begun otherwise: ") as error:
             run_study(dataclasses.replace(config, **changes))
         (name,) = changes
@@ -434,3 +434,44 @@ def test_the_budget_leaves_what_it_has_no_time_for_and_says_so(configure: Make, 
     more = dataclasses.replace(config, budget=60.0)
     assert len(run_study(more).done) == 2
     assert not any("not done" in text for text in read(config.folder / "study.json")["cut"])
+
+
+# --- more rates, later -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_more_tries_train_what_is_new_alone(
+    better: bool, configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"methods": ("prefix", "full"), "name": "low-data", "sizes": (8,), "subsets": 2, "seeds": 1}
+    values |= {"steps_by_size": {}, "dev_share": 0.0, "patience": 0}
+    first = configure(tmp_path / "study", tries=2, **values)
+    assert not run_study(first).left
+    cells = {cell.id: json.loads((first.folder / "cells" / cell.id / "cell.json").read_text()) for cell in plan(first)}
+    real, trained = running.train, Counter[tuple[str, float]]()
+
+    def watch(config: Any, **given: Any) -> Any:
+        trained[config.method, config.learning_rate] += 1
+        result = real(config, **given)
+        # Whether the further rate is the best is settled here, not by chance.
+        if config.learning_rate not in first.rates(config.method):
+            result = dataclasses.replace(result, best_loss=0.001 if better else 99.0)
+        return result
+
+    monkeypatch.setattr(running, "train", watch)
+    more = configure(tmp_path / "study", tries=3, **values)
+    outcome = run_study(more)
+    assert len(outcome.done) == len(cells)
+    new = {method: set(more.rates(method)) - set(first.rates(method)) for method in ("prefix", "full")}
+    # Once to try; and once more for the second sample, where it has become the rate of both.
+    assert trained == {(method, rate): 2 if better else 1 for method, rates in new.items() for rate in rates}
+    for cell in plan(more):
+        facts = json.loads((more.folder / "cells" / cell.id / "cell.json").read_text())
+        tuning = json.loads((more.folder / "tuning" / f"{cell.group}.json").read_text())
+        assert len(tuning["learning_rate"]) == 3
+        assert facts["figures"]["learning_rate"] == tuning["chosen"]
+        if better:
+            assert {tuning["chosen"]} == new[cell.method]
+            assert facts != cells[cell.id]
+        else:
+            assert facts == cells[cell.id], "what was done stays"

@@ -171,6 +171,9 @@ class _Study:
             stored = _read_json(path).get("config", {})
             now = self.config.to_dict()
             changed = [key for key in now if stored.get(key) != now[key] and key not in _MAY_CHANGE]
+            if "tries" in changed and stored.get("tries", 0) < now["tries"]:
+                # More rates: those that were tried stand.
+                changed.remove("tries")
             if changed:
                 listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
                 raise ConfigError(
@@ -251,9 +254,15 @@ class _Study:
         return self.folder / "cells" / cell.id
 
     def state(self, cell: Cell) -> str:
-        """`done`, `failed` or `waiting`."""
+        """`done`, `failed` or `waiting`; a cell that was done at a rate which is no more the chosen one waits."""
         path = self.path(cell) / CELL_FILE
-        return str(_read_json(path)["status"]) if path.exists() else "waiting"
+        if not path.exists():
+            return "waiting"
+        facts = _read_json(path)
+        status = str(facts["status"])
+        if status == "done" and cell.trains and facts["figures"].get("learning_rate") != self.rate(cell):
+            return "waiting"
+        return status
 
     def _attempt(self, cell: Cell) -> None:
         """Do a cell; what goes wrong in it is kept beside it, and the others go on."""
@@ -291,23 +300,46 @@ class _Study:
             figures: dict[str, Any] = {"trained_parameters": 0, "stored_parameters": 0, "file_bytes": 0}
             return {**figures, **self._score(cell)}
         rate = self.rate(cell)
+        before = self._figures(cell)
         if rate is None:
             rate = self._choose_rate(cell)
         for tried in (self.folder / "tries").glob(f"{cell.id}@*"):
             shutil.rmtree(tried, ignore_errors=True)
+        if before.get("learning_rate") == rate:
+            # Done before, and no further rate was better.
+            return before
         figures = self._train(cell, rate, self.path(cell))
         return {**figures, "learning_rate": rate, **self._score(cell)}
 
+    def _figures(self, cell: Cell) -> dict[str, Any]:
+        """The figures of a cell that was done; empty where it was not."""
+        facts = _read_json(self.path(cell) / CELL_FILE)
+        return dict(facts["figures"]) if facts["status"] == "done" else {}
+
     def rate(self, cell: Cell) -> float | None:
-        """The learning rate that was chosen for a cell's group; None: not yet."""
+        """The learning rate that was chosen for a cell's group; None: not yet, or not of all that are to be tried."""
         path = self.folder / "tuning" / f"{cell.group}.json"
-        return float(_read_json(path)["chosen"]) if path.exists() else None
+        if not path.exists():
+            return None
+        facts = _read_json(path)
+        complete = {f"{rate:g}" for rate in self.config.rates(cell.method)} <= facts["learning_rate"].keys()
+        return float(facts["chosen"]) if complete else None
+
+    def _tried(self, cell: Cell) -> dict[float, float | None]:
+        """The development loss at each rate that was tried for a cell's group."""
+        path = self.folder / "tuning" / f"{cell.group}.json"
+        tried = _read_json(path)["learning_rate"] if path.exists() else {}
+        return {float(rate): loss for rate, loss in tried.items()}
 
     def _choose_rate(self, cell: Cell) -> float:
         """Train at every rate; the run with the lowest development loss becomes the cell's own."""
-        rates = self.config.rates(cell.method)
+        rates, old = self.config.rates(cell.method), self._tried(cell)
         losses: dict[float, float | None] = {}
         for rate in rates:
+            known_as = float(f"{rate:g}")
+            if known_as in old:
+                losses[rate] = old[known_as]
+                continue
             # One rate is no choice: its run is the cell's from the start.
             folder = self.path(cell) if len(rates) == 1 else self.folder / "tries" / f"{cell.id}@{rate:g}"
             try:
@@ -325,7 +357,7 @@ class _Study:
                 hint="give lower ones in learning_rates.",
             )
         best = min(known, key=known.__getitem__)
-        if len(rates) > 1:
+        if float(f"{best:g}") not in old and len(rates) > 1:
             _clear(self.path(cell))
             # Copied, not moved: the tries go only after the choice is written down.
             shutil.copytree(self.folder / "tries" / f"{cell.id}@{best:g}", self.path(cell), dirs_exist_ok=True)
@@ -354,7 +386,11 @@ class _Study:
         """A cell's training in a folder, from where it was; returns its figures."""
         done = folder / "figures.json"
         if done.exists():
-            return _read_json(done)
+            known = _read_json(done)
+            if known.get("learning_rate", rate) == rate:
+                return known
+            # The cell's own, at a rate that was the best before more were tried.
+            _clear(folder)
         examples, dev = self.data_of(cell)
         config = self._train_config(cell, rate, folder, sum(len(example.targets) for example in examples))
         resume = (folder / STATE_FILE).exists()
@@ -389,6 +425,7 @@ class _Study:
             "steps": result.steps,
             "peak_memory_mib": None if peak is None else round(peak),
             "dev_loss": None if math.isnan(result.best_loss) else result.best_loss,
+            "learning_rate": rate,
         }
         write_text(done, json.dumps(figures) + "\n")
         return figures
