@@ -91,6 +91,7 @@ studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (a
 docs: $(VENV)/.tested  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/support.py
+	$(BIN)/python docs/scale.py
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-adapters build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
