@@ -187,8 +187,8 @@ def routing_table() -> list[str]:
 
 TEXT = """# From one machine to a fleet
 
-Worked out by `python docs/scale.py`, which writes this page. Sizes follow from published shapes. Speeds are those measured
-on two CPU cores; nothing on this page was run on a GPU, and none of it on more than one machine.
+Worked out by `python docs/scale.py`, which writes this page. Sizes follow from published shapes. Speeds are those
+measured on two CPU cores; nothing on this page was run on a GPU, and none of it on more than one machine.
 
 ## What it takes
 
@@ -197,24 +197,25 @@ P = 10 cost what two texts of 512 positions do.
 
 {sizes}
 
-So many tasks of P = 10 does a device hold in its own memory, beside the weights and 64 running texts of 512 positions,
-with a tenth kept free. All others wait in the machine's memory or on its disk, and are copied in when asked for.
+So many tasks of P = 10 does a device hold in its own memory, beside the weights and 64 running texts of 512
+positions, with a tenth kept free. All others wait in the machine's memory or on its disk, and are copied in when
+asked for.
 
 {room}
 
-Where even the weights do not fit, shard the backbone (tensor parallelism: each device takes its KV heads of every prefix)
-before anything else; prefixes are never the reason to.
+Where even the weights do not fit, shard the backbone (tensor parallelism: each device takes its KV heads of every
+prefix) before anything else; prefixes are never the reason to.
 
 ## How throughput moves
 
-Tokens a second by `bench/decode.py`: SmolLM2-135M in bfloat16, texts of about 80 positions besides the prefix, each with
-a prefix of its own, nothing read meanwhile.
+Tokens a second by `bench/decode.py`: SmolLM2-135M in bfloat16, texts of about 80 positions besides the prefix, each
+with a prefix of its own, nothing read meanwhile.
 
 {speeds}
 
-A step of one text costs nearly what one of eight does; from about 32 on the products themselves take the time. A prefix
-lengthens attention alone. The number of different tasks in a batch does not enter: 32 prefixes ran as fast as one
-(`bench/serve.py`). What it costs to have many tasks is memory, and the misses of a cache.
+A step of one text costs nearly what one of eight does; from about 32 on the products themselves take the time. A
+prefix lengthens attention alone. The number of different tasks in a batch does not enter: 32 prefixes ran as fast as
+one (`bench/serve.py`). What it costs to have many tasks is memory, and the misses of a cache.
 
 ## Routing
 
@@ -223,15 +224,15 @@ drops what was used least recently. The share of requests that find their prefix
 
 {routing}
 
-So a plain load balancer will do while the caches hold what is asked for, and that is cheap: 10,000 prefixes of P = 10 for
-an 8B model take 12 GiB of a machine's memory. Below that, hash the model's name (`hash` in nginx, `consistentHash` in
-Envoy) and let the hottest go anywhere, or one replica has them all to itself.
+So a plain load balancer will do while the caches hold what is asked for, and that is cheap: 10,000 prefixes of P = 10
+for an 8B model take 12 GiB of a machine's memory. Below that, hash the model's name (`hash` in nginx,
+`consistentHash` in Envoy) and let the hottest go anywhere, or one replica has them all to itself.
 
 ## A prefix that is not there
 
 From object storage, at 50 ms to the first byte and 100 MB a second (assumed): {cold}. From a disk beside it, a few
-milliseconds. A miss delays its own request and nobody else's: `prefixtune serve` loads in a thread, and checks a file as a
-whole before it is used.
+milliseconds. A miss delays its own request and nobody else's: `prefixtune serve` loads in a thread, and checks a file
+as a whole before it is used.
 
 ## Which tool, when
 
