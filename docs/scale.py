@@ -219,8 +219,8 @@ one (`bench/serve.py`). What it costs to have many tasks is memory, and the miss
 
 ## Routing
 
-{replicas} replicas, {tasks:,} tasks asked for by Zipf's law, {requests:,} requests, each replica with a cache of its own that
-drops what was used least recently. The share of requests that find their prefix there:
+{replicas} replicas, {tasks:,} tasks asked for by Zipf's law, {requests:,} requests, each replica with a cache of its
+own that drops what was used least recently. The share of requests that find their prefix there:
 
 {routing}
 
@@ -242,8 +242,8 @@ as a whole before it is used.
 | more requests than one machine takes | replicas behind nginx or any load balancer, and one folder of prefixes; \
 `deploy/nginx.conf` is tested with two |
 | a backbone larger than a device | train with `--shard`; serve with an engine that has tensor parallelism |
-| studies and many training runs | `prefixtune study` in as many processes as there are devices; `train --together` for \
-small batches on one |
+| studies and many training runs | `prefixtune study` in as many processes as there are devices; `train --together` \
+for small batches on one |
 """
 
 
