@@ -5,8 +5,8 @@
 
 All sides write the same number of tokens after the same prompts (the end token is held back), greedily, on one machine,
 in turn in one run; a ratio is the median of the paired ratios. The sides: the engine with 32 prefixes, with one and
-with none; transformers' batched `generate` with one prefix; and PEFT with 32 adapters on one model, switched for every
-request.
+with none; transformers' batched `generate` with one prefix; PEFT with 32 adapters on one model, switched for every
+request; and, where `--vllm-python` names an environment with it, vLLM's server without prefixes.
 
 PEFT 0.21 ignores its prefix in `generate()` under transformers 5.24, which renamed an argument. So that it does the
 same work, its own prompt (`set_adapter`, then `get_prompt`) is handed to the model's `generate` as a filled cache: what
@@ -18,15 +18,23 @@ Needs `prefixtune prepare` once, and PEFT.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
+import json
+import os
 import random
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -64,12 +72,15 @@ NAMES = {
     "none": "engine, no prefix",
     "generate": "transformers' batched generate, one prefix",
     "peft": "PEFT, an adapter for each request, switched",
+    "vllm": "vLLM's server, no prefix",
 }
 GOALS = (
     ("different", "one", 0.95),
     ("different", "none", 0.95),
     ("different", "generate", 1.35),
     ("different", "peft", 8),
+    # Reported, without a goal of its own.
+    ("different", "vllm", None),
 )
 
 Tokens = list[list[int]]
@@ -168,12 +179,69 @@ class PeftSide:
         return written
 
 
+class VllmSide:
+    """vLLM's own server in its own environment, without prefixes; all requests at once over loopback."""
+
+    def __init__(self, python: Path, backbone_name: str, requests: int, new: int) -> None:
+        self.new = new
+        folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else Path(backbone_name)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        options = ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "512"]
+        options += ["--max-num-seqs", str(requests), "--port", str(port), "--host", "127.0.0.1"]
+        self.process = subprocess.Popen(
+            [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            start_new_session=True,
+        )
+        end = time.monotonic() + 300
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+            time.sleep(1)
+        self.close()
+        raise SystemExit(f"vLLM did not start:\n{Path(self.log.name).read_text(encoding='utf-8')[-3000:]}")
+
+    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
+        """All requests."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(self._ask, prompts))
+
+    def _ask(self, prompt: Sequence[int]) -> list[int]:
+        asked = {"model": "m", "prompt": list(prompt), "max_tokens": self.new, "temperature": 0, "ignore_eos": True}
+        body = json.dumps({**asked, "return_token_ids": True}).encode()
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions", body, {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            ids: list[int] = json.load(answer)["choices"][0]["token_ids"]
+        return ids
+
+    def close(self) -> None:
+        """End the server and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, help="timed rounds; a further one warms up (default 7; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="tiny settings, to see that it works; no figure counts")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="name, hub id or folder (default %(default)s)")
     parser.add_argument("--without-peft", action="store_true", help="leave that side out")
+    parser.add_argument(
+        "--vllm-python", type=Path, help="Python of an environment with vLLM: its server is measured, too"
+    )
     parser.add_argument(
         "--json",
         type=Path,
@@ -228,7 +296,13 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[di
         }
         if not options.without_peft:
             sides["peft"] = PeftSide(options.backbone, backbone.dtype, prefixes, new)
-        seconds, agreeing, first, between = take_turns(sides, prompts, requests, new, say)
+        if options.vllm_python is not None:
+            sides["vllm"] = VllmSide(options.vllm_python, options.backbone, requests, new)
+        try:
+            seconds, agreeing, first, between = take_turns(sides, prompts, requests, new, say)
+        finally:
+            if "vllm" in sides:
+                sides["vllm"].close()
         slots = worker.engine.cache.num_bytes
     speeds = {side: requests * new / median(taken) for side, taken in seconds.items()}
     ratios = {
@@ -324,7 +398,7 @@ def take_turns(
         if number:
             say(f"  {number}: " + ", ".join(f"{side} {taken[-1]:.2f} s" for side, taken in seconds.items()))
     agreeing = {}
-    for one, other in (("different", "peft"), ("one", "generate")):
+    for one, other in (("different", "peft"), ("one", "generate"), ("none", "vllm")):
         if one in heads and other in heads:
             same = sum(a == b for a, b in zip(heads[one], heads[other], strict=True)) / len(heads[one])
             agreeing[f"{one} and {other}"] = same
