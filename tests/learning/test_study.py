@@ -439,6 +439,38 @@ def test_the_budget_leaves_what_it_has_no_time_for_and_says_so(configure: Make, 
 # --- more rates, later -----------------------------------------------------------------------------------------------
 
 
+def test_short_tries_choose_the_rate_and_the_run_is_made_anew(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", methods=("prefix",), try_steps=2)
+    log = Log()
+    assert not run_study(config, on_event=log.events.append).left
+    (cell,) = plan(config)
+    starts = [(event["learning_rate"], event["total_steps"]) for event in log.of("start")]
+    tried = {event["learning_rate"]: event["dev_loss"] for event in log.of("try")}
+    best = min(tried, key=tried.__getitem__)
+    assert starts == [*((rate, 2) for rate in config.rates("prefix")), (best, 4)]
+    figures = read(cell_folder(config, "prefix") / "cell.json")["figures"]
+    assert (figures["learning_rate"], figures["steps"]) == (best, 4)
+    # The try's own schedule ran down to its end, and its loss is its own.
+    assert read(config.folder / "tuning" / f"{cell.group}.json")["learning_rate"] == {
+        f"{rate:g}": loss for rate, loss in tried.items()
+    }
+    assert figures["dev_loss"] != tried[best]
+    assert "learning rates chosen by runs of 2 steps" in read(config.folder / "study.json")["cut"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"max_steps": 100, "warmup_steps": 20, "patience": 3}, {"max_steps": 25, "warmup_steps": 5}),
+        ({"max_steps": 10, "warmup_steps": 2}, {"max_steps": 10, "warmup_steps": 2}),
+        ({"epochs": 5.0}, {"epochs": 5.0, "max_steps": 25, "warmup_steps": 6}),
+    ],
+)
+def test_a_try_warms_up_over_the_same_share_of_its_steps(values: dict[str, Any], expected: dict[str, Any]):
+    shortened = running._shortened(values, 25)
+    assert shortened == {**expected, "eval_every": expected["max_steps"], "patience": 0}
+
+
 @pytest.mark.parametrize("better", [False, True])
 def test_more_tries_train_what_is_new_alone(
     better: bool, configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -139,6 +139,10 @@ class StudyConfig:
     tries: int = _option(
         3, "learning rates tried for each method, by factors of 3 around its default; the same number for all"
     )
+    try_steps: int = _option(
+        0,
+        "optimizer steps of a try, with a whole schedule of its own; the chosen rate then trains anew; 0: a whole run",
+    )
     test_limit: int = _option(0, "score a fixed random sample of N sources; 0: the whole test set")
     num_beams: int = _option(0, "beams; 0: the task's default")
     decode_batch: int = _option(32, "texts decoded together")
@@ -185,6 +189,7 @@ class StudyConfig:
         for name, least in (
             *(("subsets", 1), ("seeds", 1), ("tries", 1), ("decode_batch", 1), ("shots", 1)),
             *(("test_limit", 0), ("num_beams", 0), ("dev_limit", 0), ("dev_share", 0), ("patience", 0), ("budget", 0)),
+            ("try_steps", 0),
         ):
             value = getattr(self, name)
             if not math.isfinite(value) or value < least:

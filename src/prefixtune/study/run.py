@@ -1,8 +1,8 @@
 """Run a study: cell by cell, each kept when done, any number of processes on one folder.
 
 A cell is trained at a learning rate that was chosen for its point of the grid, by development loss among as many tries
-as every other method gets; the best try is the first repetition itself. A cell belongs to the process that holds its
-lock, which a process that dies lets go.
+as every other method gets; the best try is the first repetition itself, unless tries are shorter than runs. A cell
+belongs to the process that holds its lock, which a process that dies lets go.
 
     FOLDER/study.json             the study and its settings, what was cut
     FOLDER/tuning/GROUP.json      the rates tried and the one chosen
@@ -332,8 +332,9 @@ class _Study:
         return {float(rate): loss for rate, loss in tried.items()}
 
     def _choose_rate(self, cell: Cell) -> float:
-        """Train at every rate; the run with the lowest development loss becomes the cell's own."""
+        """Train at every rate; a whole run with the lowest development loss becomes the cell's own."""
         rates, old = self.config.rates(cell.method), self._tried(cell)
+        short = self.config.try_steps > 0 and len(rates) > 1
         losses: dict[float, float | None] = {}
         for rate in rates:
             known_as = float(f"{rate:g}")
@@ -343,7 +344,7 @@ class _Study:
             # One rate is no choice: its run is the cell's from the start.
             folder = self.path(cell) if len(rates) == 1 else self.folder / "tries" / f"{cell.id}@{rate:g}"
             try:
-                losses[rate] = self._train(cell, rate, folder)["dev_loss"]
+                losses[rate] = self._train(cell, rate, folder, short=short)["dev_loss"]
             except PrefixError as error:
                 self.on_event({"event": "try", "cell": cell.id, "learning_rate": rate, "error": error.message})
                 losses[rate] = None
@@ -357,7 +358,7 @@ class _Study:
                 hint="give lower ones in learning_rates.",
             )
         best = min(known, key=known.__getitem__)
-        if float(f"{best:g}") not in old and len(rates) > 1:
+        if float(f"{best:g}") not in old and len(rates) > 1 and not short:
             _clear(self.path(cell))
             # Copied, not moved: the tries go only after the choice is written down.
             shutil.copytree(self.folder / "tries" / f"{cell.id}@{best:g}", self.path(cell), dirs_exist_ok=True)
@@ -366,7 +367,9 @@ class _Study:
         write_text(self.folder / "tuning" / f"{cell.group}.json", json.dumps(facts, indent=1) + "\n")
         return best
 
-    def _train_config(self, cell: Cell, rate: float, folder: Path, num_targets: int) -> TrainConfig:
+    def _train_config(
+        self, cell: Cell, rate: float, folder: Path, num_targets: int, *, short: bool = False
+    ) -> TrainConfig:
         config = self.config
         values: dict[str, Any] = {"patience": config.patience, **config.settings_of(cell.method)}
         steps = config.steps_by_size.get(str(num_targets))
@@ -378,12 +381,14 @@ class _Study:
             values |= {"initialization": "random"} if words is None else {"init_text": words}
         own = {"method": cell.method.partition(":")[0], "learning_rate": rate, "seed": cell.seed, "output": str(folder)}
         where = {"backbone": config.backbone, "dtype": config.dtype, "device": config.device, "task": config.task}
+        if short:
+            values = _shortened(values, config.try_steps)
         return TrainConfig.from_mapping(
             {"save_dtype": _stored_as(cell, config), **values, **own, **where}, where="the study"
         )
 
-    def _train(self, cell: Cell, rate: float, folder: Path) -> dict[str, Any]:
-        """A cell's training in a folder, from where it was; returns its figures."""
+    def _train(self, cell: Cell, rate: float, folder: Path, *, short: bool = False) -> dict[str, Any]:
+        """A cell's training (or a short try of it) in a folder, from where it was; returns its figures."""
         done = folder / "figures.json"
         if done.exists():
             known = _read_json(done)
@@ -392,7 +397,8 @@ class _Study:
             # The cell's own, at a rate that was the best before more were tried.
             _clear(folder)
         examples, dev = self.data_of(cell)
-        config = self._train_config(cell, rate, folder, sum(len(example.targets) for example in examples))
+        total = sum(len(example.targets) for example in examples)
+        config = self._train_config(cell, rate, folder, total, short=short)
         resume = (folder / STATE_FILE).exists()
         if not resume:
             # A run that was stopped before its first save.
@@ -555,7 +561,10 @@ class _Study:
             if size:
                 cut.append(f"trained on samples of {size:,} targets")
         if config.num_beams and config.num_beams != self.task.decoding.get("num_beams", 1):
-            cut.append(f"decoded with {config.num_beams} beams instead of {self.task.decoding.get('num_beams', 1)}")
+            how = f"{config.num_beams} beams" if config.num_beams > 1 else "no beams"
+            cut.append(f"decoded with {how} instead of {self.task.decoding.get('num_beams', 1)}")
+        if config.try_steps:
+            cut.append(f"learning rates chosen by runs of {config.try_steps} steps")
         usual = config.kind.defaults
         for name in ("subsets", "seeds"):
             if getattr(config, name) < usual.get(name, 1):
@@ -571,6 +580,15 @@ def _stored_as(cell: Cell, config: StudyConfig) -> str:
     """Whole layers are scored in the backbone's dtype; so they are stored in it, too."""
     half = choose_dtype(config.dtype, choose_device(config.device)) == torch.bfloat16
     return "bfloat16" if half and cell.method.partition(":")[0] in ("full", "top") else "float32"
+
+
+def _shortened(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The settings of a try: no more than `steps`, warmed up over the same share of them, scored at the end."""
+    whole = int(values.get("max_steps", 0))
+    steps = min(steps, whole) if whole else steps
+    warmup = int(values.get("warmup_steps", TrainConfig.warmup_steps))
+    warmup = round(warmup * steps / whole) if whole else min(warmup, steps // 4)
+    return {**values, "warmup_steps": warmup, "max_steps": steps, "eval_every": steps, "patience": 0}
 
 
 def _clear(folder: Path) -> None:
