@@ -7,7 +7,6 @@ that nobody turns it on by accident. Knows nothing of prefixes' contents, traini
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import inspect
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from prefixtune import attach
 from prefixtune.attach import Layout
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
+from prefixtune.fingerprints import sample_weights
 from prefixtune.prefix import Geometry, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
 from prefixtune.probe import probe
@@ -40,7 +40,6 @@ __all__ = [
     "Backbone",
     "adapter_config",
     "choose_dtype",
-    "fingerprints_match",
     "load_backbone",
 ]
 
@@ -53,9 +52,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
 _POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
-_SAMPLES = 256
-_SLACK = 0.15
-"""Sampled weights that may differ in the last bfloat16 bit: rounding through float16 moves about one in sixteen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -556,7 +552,7 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
     Returns:
         `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
         spread over all parameters (half of them over a LoRA adapter's, whose scaling counts too), as bfloat16. Compare
-        with `fingerprints_match`, which allows for rounding.
+        with `fingerprints.fingerprints_match`, which allows for rounding.
     """
     embeddings = model.get_input_embeddings().weight
     config = model.config.get_text_config(decoder=True)
@@ -570,47 +566,12 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
         **_adapter_facts(model),
     }
     shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    named = sorted(weights(model), key=lambda pair: pair[0])
-    # An adapter's few and small tensors get half of the samples, wherever they stand among the model's.
-    pools = [pool for pool in ([p for _, p in named], [p for name, p in named if "lora_" in name]) if pool]
-    picked = []
-    for number in range(_SAMPLES):
-        pool = pools[number % len(pools)]
-        flat = pool[number * len(pool) // _SAMPLES if len(pool) > _SAMPLES else number // len(pools) % len(pool)]
-        # Golden-ratio steps spread the samples over each tensor.
-        place = int((number * 0.6180339887498949 % 1.0) * flat.numel())
-        picked.append(flat.detach().reshape(-1)[place])
-    samples = torch.stack([value.float().cpu() for value in picked]).to(torch.bfloat16).view(torch.int16)
-    return f"{shape}:{base64.b64encode(samples.numpy().astype('<i2').tobytes()).decode()}"
+    named = dict(weights(model))
+    sizes = [(name, parameter.numel()) for name, parameter in named.items()]
+    return f"{shape}:{sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])}"
 
 
 def _adapter_facts(model: Any) -> Mapping[str, Any]:
     """What a LoRA adapter's effect depends on besides its weights; empty where there is none."""
     scalings = [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]
     return {"adapter": scalings} if scalings else {}
-
-
-def fingerprints_match(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same model: same shape, and weights equal up to rounding.
-
-    Rounding through another dtype may move a weight by one unit of bfloat16's last bit; more, or more than 15 % of
-    the samples moving, means another model (fine-tuned ones included).
-    """
-    if one == other:
-        return True
-    (shape, first), (other_shape, second) = _parse(one), _parse(other)
-    if shape != other_shape or first.shape != second.shape or first.numel() == 0:
-        return False
-    # bfloat16 bits of one sign are ordered like the numbers themselves.
-    steps = (first - second).abs()
-    return bool((steps <= 1).all() and (steps > 0).float().mean() <= _SLACK)
-
-
-def _parse(text: str) -> tuple[str, torch.Tensor]:
-    """A fingerprint's hash and its samples' bits; no samples where the text is no fingerprint."""
-    shape, _, samples = text.partition(":")
-    try:
-        bits = base64.b64decode(samples, validate=True)
-        return shape, torch.frombuffer(bytearray(bits), dtype=torch.int16).int()
-    except ValueError:
-        return shape, torch.empty(0, dtype=torch.int32)

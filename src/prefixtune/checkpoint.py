@@ -1,32 +1,31 @@
 """Files: the serving artifact (one small safetensors file) and the resumable training state.
 
-An artifact holds `SITE.LAYER.key` and `SITE.LAYER.value` tensors of shape (H, P, D), `head.weight` and `head.bias`
-where a head was trained, and a JSON header under the metadata key `prefixtune`. A state holds the trained module, the
-optimizer and where the run stood. Both are written atomically; neither is ever a pickle.
+What an artifact holds is told in `artifact`, which reads it; here it is written, and checked against a backbone. A
+state holds the trained module, the optimizer and where the run stood. Both are written atomically; neither is ever a
+pickle.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefixtune.artifact import FORMAT_VERSION, HEADER_KEY, describe_tensors, read_artifact, read_file, read_json
 from prefixtune.attach import check_fits
-from prefixtune.backbone import Backbone, fingerprints_match
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.backbone import Backbone
+from prefixtune.errors import BackboneError, CheckpointError
 from prefixtune.files import atomic_path
-from prefixtune.prefix import Head, KeyValue, Prefix
+from prefixtune.fingerprints import fingerprints_match
+from prefixtune.prefix import Prefix
 
 __all__ = [
-    "FORMAT_VERSION",
-    "POSITIONS",
     "load_prefix",
     "load_state",
     "load_weights",
@@ -36,18 +35,7 @@ __all__ = [
     "save_weights",
 ]
 
-FORMAT_VERSION = 1
-
-POSITIONS = {
-    "decoder": "text starts at position P",
-    "encoder-decoder": "text positions are not shifted",
-    "encoder": "text positions are not shifted",
-    "infix": "the source starts at position 0, the target P behind it",
-}
-"""The position convention by kind of model, recorded in every artifact for each site."""
-
-_HEADER, _STATE, _WEIGHTS = "prefixtune", "prefixtune_state", "prefixtune_weights"
-_NAME = re.compile(r"^(encoder|decoder|cross)\.(\d{1,5})\.(key|value)$")
+_STATE, _WEIGHTS = "prefixtune_state", "prefixtune_weights"
 
 
 def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
@@ -59,29 +47,6 @@ def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
     """
     origin = {"name": backbone.name, "fingerprint": backbone.fingerprint, "kind": backbone.kind}
     return {"backbone": origin, **facts}
-
-
-def _describe_tensors(prefix: Prefix) -> dict[str, Any]:
-    origin = prefix.header.get("backbone")
-    kind = origin.get("kind", "decoder") if isinstance(origin, Mapping) else "decoder"
-    shifts = kind == "decoder" and prefix.sites == ("decoder",)
-    if prefix.placement == "infix" and shifts:
-        kind = "infix"
-    return {
-        "sites": list(prefix.sites),
-        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
-        "positions": {site: POSITIONS[kind if shifts and site == "decoder" else "encoder"] for site in prefix.sites},
-        "geometry": {
-            site: {
-                "num_layers": len(shapes),
-                "num_kv_heads": [s.num_kv_heads for s in shapes],
-                "head_dim": [s.key_dim for s in shapes],
-            }
-            for site, shapes in prefix.geometry.items()
-        },
-        "dtype": str(prefix.dtype).removeprefix("torch."),
-        **({} if prefix.head is None else {"head": {"num_labels": len(prefix.head.bias)}}),
-    }
 
 
 def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -104,7 +69,7 @@ def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.
     stored = prefix.detach().to(dtype, "cpu")
     if not stored.is_finite():
         raise CheckpointError(f"the prefix for {str(path)!r} holds NaN or infinity.", hint="train it again.")
-    header = {**prefix.header, "format_version": FORMAT_VERSION, **_describe_tensors(stored)}
+    header = {**prefix.header, "format_version": FORMAT_VERSION, **describe_tensors(stored)}
     tensors = {
         f"{site}.{number}.{part}": tensor.contiguous()
         for site, layers in stored.layers.items()
@@ -114,7 +79,7 @@ def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.
     if stored.head is not None:
         tensors |= {"head.weight": stored.head.weight.contiguous(), "head.bias": stored.head.bias.contiguous()}
     with atomic_path(path) as temporary:
-        _save(tensors, temporary, {_HEADER: json.dumps(header, ensure_ascii=False)})
+        _save(tensors, temporary, {HEADER_KEY: json.dumps(header, ensure_ascii=False)})
     return path
 
 
@@ -131,38 +96,17 @@ def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_oth
             header and its tensors disagree.
         BackboneError: Its shapes are not the backbone's, or it was trained for other weights.
     """
-    tensors, metadata = _read(path)
-    if _HEADER not in metadata:
-        raise CheckpointError(
-            f"{str(path)!r} is a safetensors file, but not a prefix.", hint="give a file that `prefixtune train` wrote."
-        )
-    header = _json(metadata[_HEADER], path)
-    version = header.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION or version < 1:
-        raise CheckpointError(
-            f"{str(path)!r} has format version {version!r}, but this prefixtune reads up to {FORMAT_VERSION}.",
-            hint="upgrade prefixtune.",
-        )
-    head = _head(tensors, path)
-    prefix = Prefix(_layers(tensors, path), header, head)
-    for key, fact in _describe_tensors(prefix).items():
-        if key in header and header[key] != fact:
-            what = key.replace("_", " ")
-            raise CheckpointError(
-                f"the header of {str(path)!r} says {what} {header[key]!r}, but its tensors say {fact!r}.",
-                hint="the file was altered or made otherwise; get it again.",
-            )
-    if not prefix.is_finite():
-        raise CheckpointError(f"{str(path)!r} holds NaN or infinity.", hint="get the file again, or train it again.")
+    prefix = read_artifact(path)
     if backbone is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
+        head = prefix.head
         if head is not None and head.weight.shape[1] != backbone.hidden_size:
             raise BackboneError(
                 f"the head in {str(path)!r} is for hidden states of {head.weight.shape[1]}, but {backbone.name!r} has "
                 f"{backbone.hidden_size}.",
                 hint="load the backbone that its header names.",
             )
-        _check_fingerprint(header, backbone, path, allow_other_backbone)
+        _check_fingerprint(prefix.header, backbone, path, allow_other_backbone)
     return prefix
 
 
@@ -182,41 +126,6 @@ def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, path: str 
 def _short(fingerprint: object) -> str:
     shape, _, samples = str(fingerprint).partition(":")
     return f"{shape[:8]}:{samples[:8]}"
-
-
-def _head(tensors: dict[str, Tensor], path: str | Path) -> Head | None:
-    """Take the head out of the tensors, where there is one."""
-    weight, bias = tensors.pop("head.weight", None), tensors.pop("head.bias", None)
-    if weight is None and bias is None:
-        return None
-    fits = weight is not None and bias is not None and weight.dim() == 2 and bias.shape == weight.shape[:1]
-    if not fits or weight is None or bias is None or not (weight.is_floating_point() and bias.is_floating_point()):
-        raise CheckpointError(f"{str(path)!r} holds a head that is not whole.", hint="get the file again.")
-    return Head(weight, bias)
-
-
-def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[KeyValue, ...]]:
-    """Tensors by name -> per site the layers in order; every fault is named."""
-    found: dict[str, dict[int, dict[str, Tensor]]] = {}
-    for name, tensor in tensors.items():
-        match = _NAME.match(name)
-        if match is None or not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{str(path)!r} holds {name!r} of type {tensor.dtype}, which is no part of a prefix.",
-                hint="give a file that `prefixtune train` wrote.",
-            )
-        site, number, part = match.groups()
-        found.setdefault(site, {}).setdefault(int(number), {})[part] = tensor
-    layers: dict[str, tuple[KeyValue, ...]] = {}
-    for site, numbered in found.items():
-        if sorted(numbered) != list(range(len(numbered))) or any(len(pair) != 2 for pair in numbered.values()):
-            raise CheckpointError(f"{str(path)!r} lacks some layers of site {site!r}.", hint="get the file again.")
-        layers[site] = tuple((numbered[n]["key"], numbered[n]["value"]) for n in range(len(numbered)))
-    try:
-        Prefix(layers)
-    except ConfigError as error:
-        raise CheckpointError(f"{str(path)!r}: {error.message}", hint="get the file again.") from error
-    return layers
 
 
 # --- the weights of other methods ------------------------------------------------------------------------------------
@@ -246,13 +155,13 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: The file is missing, truncated, something else or of a newer format.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_file(path)
     if _WEIGHTS not in metadata:
         raise CheckpointError(
             f"{str(path)!r} holds no weights of another method.",
             hint="give the weights.safetensors that `prefixtune train --method full` (or another) wrote.",
         )
-    header = _json(metadata[_WEIGHTS], path)
+    header = read_json(metadata[_WEIGHTS], path)
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -287,12 +196,12 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: The file is missing, truncated or no state.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_file(path)
     if _STATE not in metadata:
         raise CheckpointError(
             f"{str(path)!r} is not a training state.", hint="resume a folder that `prefixtune train` made."
         )
-    facts = _json(metadata[_STATE], path)
+    facts = read_json(metadata[_STATE], path)
     if facts.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{str(path)!r} has state version {facts.get('format_version')!r}, not {FORMAT_VERSION}.",
@@ -307,28 +216,3 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
     except SafetensorError as error:
         # The library wraps the system's error, such as a full disk, into one of its own.
         raise OSError(str(error)) from error
-
-
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is no whole safetensors file: {error}.", hint="it may be truncated; get it again."
-        ) from error
-
-
-def _json(text: str, path: str | Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"the header of {str(path)!r} is no JSON: {error}.", hint="get the file again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"the header of {str(path)!r} is no JSON object.", hint="get the file again.")
-    return value

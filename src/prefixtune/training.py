@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from prefixtune import __version__, attach
-from prefixtune.backbone import Backbone, fingerprints_match, load_backbone
+from prefixtune.backbone import Backbone, load_backbone
 from prefixtune.batching import Batch, Encoded, Encoding, collate, default_format, encode_examples, join, plan_epoch
 from prefixtune.checkpoint import (
     load_prefix,
@@ -44,6 +44,7 @@ from prefixtune.checkpoint import (
 from prefixtune.config import TrainConfig
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, TrainingError
 from prefixtune.files import write_text
+from prefixtune.fingerprints import fingerprints_match
 from prefixtune.initialize import from_prefix, from_words, word_ids
 from prefixtune.labelling import Labels, choose_labels, encode_labelled, sample_hidden, worded
 from prefixtune.loss import batch_loss

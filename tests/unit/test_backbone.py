@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from prefixtune.backbone import Backbone, choose_dtype, fingerprint, fingerprints_match, load_backbone
+from prefixtune.backbone import Backbone, choose_dtype, fingerprint, load_backbone
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.fingerprints import fingerprints_match
 from prefixtune.prefix import LayerShape
 
 SHAPES = {"gpt2": (4, 8), "llama": (2, 8), "opt": (4, 8), "gpt_neox": (4, 8), "qwen3": (2, 16), "mistral": (2, 8)}

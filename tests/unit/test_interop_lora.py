@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import prefixtune as pt
-from prefixtune.backbone import fingerprints_match, load_backbone
+from prefixtune.backbone import load_backbone
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.fingerprints import fingerprints_match
 from prefixtune.initialize import from_words
 from prefixtune.interop import export_peft
 

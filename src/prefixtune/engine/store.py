@@ -8,12 +8,10 @@ keeps it. Knows nothing of requests.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 import stat
-import struct
 import tempfile
 import threading
 from collections import OrderedDict
@@ -21,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixtune.backbone import Backbone, fingerprints_match
+from prefixtune.artifact import read_outline, reasons_against
+from prefixtune.backbone import Backbone
 from prefixtune.checkpoint import load_prefix
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
 from prefixtune.files import atomic_path
@@ -31,10 +30,6 @@ __all__ = ["PrefixStore", "StoreStats"]
 
 _ENDING = ".safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_TENSOR = re.compile(r"(encoder|decoder|cross)\.\d{1,5}\.(key|value)|head\.(weight|bias)")
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_HEADER_BYTES = 2**18
-"""Longest header that is read: an ordinary one has a few thousand bytes."""
 _REASON_LENGTH = 500
 
 _Signature = tuple[int, int, int]
@@ -318,69 +313,16 @@ class PrefixStore:
             raise CheckpointError("it is no ordinary file.", hint="put a file there.")
 
     def _parse(self, path: Path) -> str:
-        """Read and check a file's header alone; returns what it says of itself, as JSON.
-
-        Plain reading, no mapping into memory: a file that is cut short meanwhile must not end the process.
-        """
-        with open(path, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            start = handle.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(_HEADER_BYTES, size - 8):
-                raise _broken(f"its header would take {length} bytes")
-            text = handle.read(length)
-        try:
-            tensors = json.loads(text)
-            header = json.loads(tensors.pop("__metadata__")["prefixtune"], parse_constant=_no_number)
-            shapes = {name: tuple(map(_whole, fact["shape"])) for name, fact in tensors.items()}
-            told = sum(math.prod(shapes[name]) * _ITEM_BYTES[fact["dtype"]] for name, fact in tensors.items())
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise _broken("its header is not that of a prefix") from error
-        if not isinstance(header, dict):
-            raise _broken("its header is no JSON object")
-        if told != size - 8 - length:
-            raise _broken(f"its header tells of {told} bytes, but {size - 8 - length} follow")
-        self._check_use(header, shapes)
-        return json.dumps(header, ensure_ascii=False)
-
-    def _check_use(self, header: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse prefixes that the engine does not serve on this backbone."""
-        reasons = []
-        if "head.weight" in shapes or header.get("labels"):
-            reasons.append("it classifies, and writes no text")
-        if header.get("adapter"):
-            reasons.append("it was trained together with a LoRA adapter")
-        if header.get("placement", "front") != "front":
-            reasons.append(f"it stands as {header['placement']!r}, and not in front of the text")
-        if any(not _TENSOR.fullmatch(name) for name in shapes):
-            reasons.append("it holds tensors that are no part of a prefix")
-        elif not reasons and not self._fits(shapes):
-            reasons.append(f"its shapes are not those of {self.backbone.name!r}")
-        elif not reasons and not self._trained_for(header):
-            reasons.append(f"it was trained for other weights than those of {self.backbone.name!r}")
-        needed = sum(map(math.prod, shapes.values())) * self.backbone.dtype.itemsize
+        """Read and check a file's header alone; returns what it says of itself, as JSON."""
+        outline = read_outline(path)
+        wanted = None if self.allow_other_backbone else self.backbone.fingerprint
+        reasons = reasons_against(outline, self.backbone.geometry, self.backbone.name, wanted)
+        needed = outline.num_elements * self.backbone.dtype.itemsize
         if needed > self.max_bytes:
             reasons.append(f"it takes {needed:,} bytes, but all prefixes together may take {self.max_bytes:,}")
         if reasons:
             raise CheckpointError(f"{'; '.join(reasons)}.", hint="use `prefixtune inspect` to see what it is.")
-
-    def _fits(self, shapes: dict[str, tuple[int, ...]]) -> bool:
-        expected = {}
-        for site in {name.partition(".")[0] for name in shapes} & self.backbone.geometry.keys():
-            for number, shape in enumerate(self.backbone.geometry[site]):
-                for part, size in (("key", shape.key_dim), ("value", shape.value_dim)):
-                    expected[f"{site}.{number}.{part}"] = (shape.num_kv_heads, size)
-        return (
-            bool(shapes)
-            and shapes.keys() == expected.keys()
-            and all(len(given) == 3 and (given[0], given[2]) == expected[name] for name, given in shapes.items())
-        )
-
-    def _trained_for(self, header: dict[str, Any]) -> bool:
-        origin = header.get("backbone")
-        if self.allow_other_backbone or not isinstance(origin, dict) or "fingerprint" not in origin:
-            return True
-        return fingerprints_match(str(origin["fingerprint"]), self.backbone.fingerprint)
+        return json.dumps(outline.header, ensure_ascii=False)
 
     def _read(self, path: Path, name: str) -> Prefix:
         """Read and wholly check a file, from a copy: it may be written to meanwhile."""
@@ -456,17 +398,3 @@ def _check_name(name: str) -> None:
 
 def _unreadable(error: OSError) -> PrefixError:
     return PrefixError(f"the folder of prefixes cannot be read: {error.strerror}.", hint="check its permissions.")
-
-
-def _broken(what: str) -> CheckpointError:
-    return CheckpointError(f"it is no whole prefix: {what}.", hint="get the file again.")
-
-
-def _whole(size: object) -> int:
-    if not isinstance(size, int) or size < 0:
-        raise ValueError(size)
-    return size
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON.")

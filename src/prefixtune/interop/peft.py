@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from prefixtune.attach import check_fits
-from prefixtune.backbone import ADAPTER_CONFIG, Backbone, adapter_config, fingerprints_match
+from prefixtune.backbone import ADAPTER_CONFIG, Backbone, adapter_config
 from prefixtune.checkpoint import make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
 from prefixtune.files import write_text
+from prefixtune.fingerprints import fingerprints_match
 from prefixtune.interop.tensors import conversion, read_tensors, write_tensors
 from prefixtune.prefix import LayerShape, Prefix, describe, flatten, unflatten
 
