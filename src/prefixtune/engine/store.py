@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import stat
 import tempfile
 import threading
 from collections import OrderedDict
@@ -24,15 +22,12 @@ from prefixtune.backbone import Backbone
 from prefixtune.checkpoint import load_prefix
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
 from prefixtune.files import atomic_path
+from prefixtune.folder import ENDING, Signature, check_name, check_place, list_names, path_of, signature_of
 from prefixtune.prefix import Prefix
 
 __all__ = ["PrefixStore", "StoreStats"]
 
-_ENDING = ".safetensors"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _REASON_LENGTH = 500
-
-_Signature = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class StoreStats:
 class _Known:
     """A file as it was when its header was read; the header as text, which takes the least memory."""
 
-    signature: _Signature
+    signature: Signature
     header: str
 
 
@@ -85,8 +80,8 @@ class PrefixStore:
         self.folder, self.backbone = Path(folder).absolute(), backbone
         self.max_bytes, self.allow_other_backbone = max_bytes, allow_other_backbone
         self._known: dict[str, _Known] = {}
-        self._refused: dict[str, tuple[_Signature | None, str]] = {}
-        self._cache: OrderedDict[str, tuple[_Signature, Prefix]] = OrderedDict()
+        self._refused: dict[str, tuple[Signature | None, str]] = {}
+        self._cache: OrderedDict[str, tuple[Signature, Prefix]] = OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
         # Held for moments only: whoever asks for what is at hand never waits for a disk.
         self._lock = threading.Lock()
@@ -108,11 +103,9 @@ class PrefixStore:
         """
         with self._files:
             try:
-                with os.scandir(self.folder) as entries:
-                    files = [e.name for e in entries if e.name.endswith(_ENDING) and not e.name.startswith(".")]
+                found = list_names(self.folder)
             except OSError as error:
                 raise _unreadable(error) from error
-            found = {name.removesuffix(_ENDING) for name in files}
             for name in sorted(found):
                 self._look(name)
             with self._lock:
@@ -198,7 +191,7 @@ class PrefixStore:
             self._keep(name, known.signature, prefix)
             return prefix
 
-    def _at_hand(self, name: str, signature: _Signature | None) -> Prefix | None:
+    def _at_hand(self, name: str, signature: Signature | None) -> Prefix | None:
         with self._lock:
             held = self._cache.get(name)
             if held is None or held[0] != signature:
@@ -207,7 +200,7 @@ class PrefixStore:
             self._cache.move_to_end(name)
             return held[1]
 
-    def _keep(self, name: str, signature: _Signature, prefix: Prefix) -> None:
+    def _keep(self, name: str, signature: Signature, prefix: Prefix) -> None:
         with self._lock:
             self._drop(name)
             self._cache[name] = (signature, prefix)
@@ -226,7 +219,7 @@ class PrefixStore:
             CheckpointError: The file is broken or does not fit the backbone; nothing was changed.
             PrefixError: It cannot be read, or the folder cannot be written; nothing was changed.
         """
-        _check_name(name)
+        check_name(name)
         with self._files:
             try:
                 self._parse(Path(source))
@@ -267,15 +260,10 @@ class PrefixStore:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}{_ENDING}"
+        return path_of(self.folder, name)
 
-    def _signature(self, name: str) -> _Signature | None:
-        """What tells a file from the one before it; None: it is gone."""
-        try:
-            found = os.stat(self._path(name))
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+    def _signature(self, name: str) -> Signature | None:
+        return signature_of(self._path(name))
 
     def _look(self, name: str) -> None:
         """Read a file's header if the file is new or another one; never raises for what is in it."""
@@ -287,8 +275,8 @@ class PrefixStore:
             if same:
                 return
         try:
-            _check_name(name)
-            self._check_place(name)
+            check_name(name)
+            check_place(self.folder, name)
             header = self._parse(self._path(name))
         except FileNotFoundError:
             with self._lock:
@@ -303,14 +291,6 @@ class PrefixStore:
                 with self._lock:
                     self._forget(name)
                     self._known[name] = _Known(signature, header)
-
-    def _check_place(self, name: str) -> None:
-        """Refuse what is no ordinary file of this folder."""
-        path = self._path(name)
-        if path.is_symlink() and path.resolve().parent != self.folder.resolve():
-            raise CheckpointError("it is a link that leads out of the folder.", hint="copy the file into the folder.")
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError("it is no ordinary file.", hint="put a file there.")
 
     def _parse(self, path: Path) -> str:
         """Read and check a file's header alone; returns what it says of itself, as JSON."""
@@ -328,7 +308,7 @@ class PrefixStore:
         """Read and wholly check a file, from a copy: it may be written to meanwhile."""
         try:
             with tempfile.TemporaryDirectory(prefix="prefixtune-") as folder:
-                copy = Path(folder) / f"{name}{_ENDING}"
+                copy = Path(folder) / f"{name}{ENDING}"
                 shutil.copyfile(path, copy)
                 return self._load(copy, name)
         except OSError as error:
@@ -366,7 +346,7 @@ class PrefixStore:
         hint = did_you_mean(told, self._known) if 0 < len(self._known) <= 50 else "ask for the list of names."
         return RequestError(f"there is no prefix {told!r}.", hint=hint)
 
-    def _refuse(self, name: str, signature: _Signature | None, reason: str) -> None:
+    def _refuse(self, name: str, signature: Signature | None, reason: str) -> None:
         with self._lock:
             self._forget(name)
             self._refused[name] = (signature, self._without_paths(reason)[:_REASON_LENGTH])
@@ -386,14 +366,6 @@ class PrefixStore:
         if source is not None:
             message = message.replace(str(source), name or Path(source).stem)
         return message.replace(f"{self.folder}{os.sep}", "").replace(str(self.folder), "the folder")
-
-
-def _check_name(name: str) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RequestError(
-            f"{str(name)[:128]!r} is no name of a prefix.",
-            hint="use 1 to 128 letters, digits, '.', '_' and '-', not starting with a dot.",
-        )
 
 
 def _unreadable(error: OSError) -> PrefixError:

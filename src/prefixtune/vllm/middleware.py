@@ -1,0 +1,400 @@
+"""The middleware of vLLM's server: prefixes of a folder are models there.
+
+A request for one is rewritten into one for the backbone: placeholders in front of its tokens, the prefix in the
+connector's parameters, a salt of its own for the cache. In what comes back the prefix's name stands again, and the
+placeholders are not counted. All else passes through untouched. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import CheckpointError
+from prefixtune.vllm.served import Known, PrefixFolder, Settings, geometry_of, weights_of
+
+__all__ = ["TEMPLATE_VARIABLE", "PrefixMiddleware"]
+
+TEMPLATE_VARIABLE = "prefixtune_placeholders"
+"""What a chat template begins with, so that the server can put placeholders in front of a chat."""
+
+_COMPLETIONS, _CHAT, _MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"
+_REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "echo": ("the prompt is not repeated", (None, False)),
+    "prompt_logprobs": ("the prompt's tokens are not told", (None,)),
+    "return_token_ids": ("the prompt's tokens are not told", (None, False)),
+    "truncate_prompt_tokens": ("the prefix would be cut off", (None,)),
+    "prompt_embeds": ("tokens are needed", (None,)),
+    "use_beam_search": ("beams do not carry it", (None, False)),
+    "kv_transfer_params": ("the server sets them", (None,)),
+    "chat_template": ("the server sets it", (None,)),
+}
+"""Fields that do not go with a prefix: why, and the values that ask for nothing."""
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class _Refusal(Exception):
+    """A request that is answered here, in OpenAI's shape."""
+
+    def __init__(self, message: str, parameter: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.status, self.message, self.parameter = status, message, parameter
+
+    def body(self) -> bytes:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        told = {"message": self.message, "type": kind, "param": self.parameter, "code": self.status}
+        return json.dumps({"error": told}).encode()
+
+
+@dataclass(frozen=True)
+class _Serving:
+    """What is known once vLLM has started."""
+
+    settings: Settings
+    prefixes: PrefixFolder
+    base: str
+    own_names: frozenset[str]
+    tokenizer: Any
+    placeholder: int
+    has_template: bool
+
+    @property
+    def placeholder_text(self) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(self.placeholder))
+
+
+class PrefixMiddleware:
+    """Named in vLLM's `--middleware`.
+
+    Args:
+        app: vLLM's own.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self._serving: _Serving | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path, method = scope["path"].removeprefix(scope.get("root_path", "")), scope["method"]
+        if method == "GET" and path == _MODELS:
+            serving = await self._ready(scope)
+            found = await asyncio.to_thread(serving.prefixes.all)
+            return await self.app(scope, receive, _Rewriter(send, lambda value: _with_models(value, found, serving)))
+        if method != "POST" or path not in (_COMPLETIONS, _CHAT):
+            return await self.app(scope, receive, send)
+        serving = await self._ready(scope)
+        body = await _read(receive, serving.settings.max_body_bytes)
+        try:
+            if body is None:
+                raise _Refusal(f"the request is longer than {serving.settings.max_body_bytes} bytes.", status=413)
+            rewritten = await asyncio.to_thread(_rewrite, serving, body, path == _CHAT)
+        except _Refusal as refusal:
+            return await self._refuse(scope, receive, send, refusal)
+        if rewritten is None:
+            return await self.app(scope, _replay(body, receive), send)
+        return await self.app(
+            _with_length(scope, len(rewritten.body)),
+            _replay(rewritten.body, receive),
+            _Rewriter(send, lambda value: _as_told(value, rewritten)),
+        )
+
+    async def _ready(self, scope: Scope) -> _Serving:
+        if self._serving is None:
+            self._serving = await asyncio.to_thread(_begin, scope["app"].state)
+        return self._serving
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: _Refusal) -> None:
+        """Answer with an error, unless vLLM would not let the client in at all: names are not told to strangers."""
+        status = 0
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+
+        body = refusal.body()
+        if scope.get("headers") and refusal.status != 413:
+            await self.app({**scope, "method": "GET", "path": _MODELS, "raw_path": _MODELS.encode()}, receive, watch)
+        if status in (401, 403):
+            body, refused = _Refusal("Unauthorized", status=status).body(), status
+        else:
+            refused = refusal.status
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": refused, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+def _begin(state: Any) -> _Serving:
+    """Read what vLLM runs.
+
+    Raises:
+        ConfigError: It is not set up for prefixes.
+    """
+    config = state.vllm_config
+    settings = Settings.from_vllm(config.kv_transfer_config)
+    model = config.model_config
+    folder = Path(str(model.model))
+    tied = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
+    weights = weights_of(folder, tied) if folder.is_dir() else None
+    names = tuple(state.args.served_model_name or [state.args.model])
+    tokenizer = state.engine_client.get_tokenizer()
+    template = getattr(state.online_renderer, "chat_template", None)
+    return _Serving(
+        settings,
+        PrefixFolder(settings, geometry_of(model), names[0], weights),
+        names[0],
+        frozenset(names),
+        tokenizer,
+        _placeholder(tokenizer),
+        TEMPLATE_VARIABLE in str(template or ""),
+    )
+
+
+def _placeholder(tokenizer: Any) -> int:
+    """A token that stands for a prefix's position: it is never computed, but penalties of repetition see it."""
+    ending = tokenizer.eos_token_id
+    ids = [tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    return int(next((each for each in ids if each is not None and each != ending), ending or 0))
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A request for the backbone.
+
+    Attributes:
+        body: As vLLM reads it.
+        known: The prefix.
+        prompts: How many there are.
+        streams: Whether the reply comes in pieces.
+    """
+
+    body: bytes
+    known: Known
+    prompts: int
+    streams: bool
+
+
+def _rewrite(serving: _Serving, body: bytes, chat: bool) -> _Rewritten | None:
+    """The request for the backbone that a request for a prefix becomes; None: it is for something else.
+
+    Raises:
+        _Refusal: It cannot be served.
+    """
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    name = asked.get("model") if isinstance(asked, dict) else None
+    if not isinstance(name, str) or name in serving.own_names:
+        return None
+    try:
+        known = serving.prefixes.find(name)
+    except CheckpointError as error:
+        raise _Refusal(f"{error.message} {error.hint}".strip(), "model", 503) from None
+    if known is None:
+        return None
+    for field, (why, neutral) in _REFUSED.items():
+        if field in asked and asked[field] not in neutral:
+            raise _Refusal(f"{field!r} does not go with a prefix: {why}.", field)
+    salt = asked.get("cache_salt")
+    if salt is not None and not isinstance(salt, str):
+        raise _Refusal("'cache_salt' must be a text.", "cache_salt")
+    secret = serving.settings.secret
+    asked |= {
+        "model": serving.base,
+        "cache_salt": known.asked.salt(secret, salt),
+        "kv_transfer_params": known.asked.parameters(secret),
+    }
+    count = 1
+    if chat:
+        _with_placeholders_in_chat(serving, asked, known.asked.length)
+    else:
+        prompts = _prompts(serving, asked)
+        front = [serving.placeholder] * known.asked.length
+        count = len(prompts)
+        asked["prompt"] = [front + ids for ids in prompts] if count > 1 else front + prompts[0]
+        asked.pop("add_special_tokens", None)
+    return _Rewritten(json.dumps(asked).encode(), known, count, bool(asked.get("stream")))
+
+
+def _with_placeholders_in_chat(serving: _Serving, asked: dict[str, Any], length: int) -> None:
+    if not serving.has_template:
+        raise _Refusal(
+            "this server takes no chats for prefixes: its chat template has no place for them. "
+            "`prefixtune serve --engine vllm` starts it with one that has; /v1/completions works.",
+            "messages",
+        )
+    if asked.get("add_special_tokens"):
+        raise _Refusal("'add_special_tokens' does not go with a prefix: they would stand before it.", "messages")
+    options = asked.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, dict):
+        raise _Refusal("'chat_template_kwargs' must be an object.", "chat_template_kwargs")
+    asked["chat_template_kwargs"] = {**(options or {}), TEMPLATE_VARIABLE: serving.placeholder_text * length}
+
+
+def _prompts(serving: _Serving, asked: dict[str, Any]) -> list[list[int]]:
+    """Token ids of every prompt; of texts, as training had them: nothing added unless asked for."""
+    value, special = asked.get("prompt"), bool(asked.get("add_special_tokens"))
+    given = value if isinstance(value, list) and value and not _is_whole(value[0]) else [value]
+    prompts = []
+    for each in given:
+        if isinstance(each, str):
+            ids = serving.tokenizer(each, add_special_tokens=special, verbose=False)["input_ids"]
+        elif isinstance(each, list) and all(map(_is_whole, each)):
+            ids = each
+        else:
+            raise _Refusal("'prompt' must be a text, token ids, or a list of either.", "prompt")
+        if not ids:
+            raise _Refusal("'prompt' is empty; some text is needed.", "prompt")
+        prompts.append(list(ids))
+    return prompts
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int
+
+
+# --- replies ----------------------------------------------------------------------------------------------------------
+
+
+def _as_told(value: Any, rewritten: _Rewritten) -> Any:
+    """A reply, or a piece of one, as the client is told it."""
+    if not isinstance(value, dict):
+        return value
+    if "model" in value:
+        value["model"] = rewritten.known.asked.name
+    value.pop("kv_transfer_params", None)
+    usage = value.get("usage")
+    if isinstance(usage, dict):
+        # A piece with text counts the prompt that it belongs to; a whole reply and a stream's end count them all.
+        prompts = 1 if rewritten.streams and value.get("choices") else rewritten.prompts
+        placeholders = rewritten.known.asked.length * prompts
+        for key in ("prompt_tokens", "total_tokens"):
+            if isinstance(usage.get(key), int):
+                usage[key] -= placeholders
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
+            details["cached_tokens"] = max(details["cached_tokens"] - placeholders, 0)
+    return value
+
+
+def _with_models(value: Any, found: dict[str, Known], serving: _Serving) -> Any:
+    """The list of models, prefixes included."""
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value["data"] += [
+            {
+                "id": name,
+                "object": "model",
+                "created": known.created,
+                "owned_by": "prefixtune",
+                "root": serving.base,
+                "parent": serving.base,
+                "description": known.description,
+                "prefix_length": known.asked.length,
+            }
+            for name, known in found.items()
+            if name not in serving.own_names
+        ]
+    return value
+
+
+class _Rewriter:
+    """Sends a reply on, every JSON value in it changed: a whole body, or the events of a stream.
+
+    Args:
+        send: Where to.
+        change: Value -> value.
+    """
+
+    def __init__(self, send: Send, change: Callable[[Any], Any]) -> None:
+        self.send, self.change = send, change
+        self.start: Message = {}
+        self.held = b""
+        self.streams = False
+
+    async def __call__(self, message: Message) -> None:
+        """A part of the reply."""
+        if message["type"] == "http.response.start":
+            self.start = message
+            kinds = [value for key, value in message["headers"] if key.lower() == b"content-type"]
+            self.streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            if self.streams:
+                await self.send(message)
+            return
+        if message["type"] != "http.response.body":
+            await self.send(message)
+            return
+        self.held += message.get("body", b"")
+        more = bool(message.get("more_body"))
+        if self.streams:
+            whole, mark, rest = self.held.rpartition(b"\n\n")
+            done, self.held = (whole + mark, rest) if more else (self.held, b"")
+            if done or not more:
+                changed = b"\n".join(map(self._line, done.split(b"\n")))
+                await self.send({"type": "http.response.body", "body": changed, "more_body": more})
+        elif not more:
+            body = self._value(self.held)
+            headers = [pair for pair in self.start["headers"] if pair[0].lower() != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            await self.send({**self.start, "headers": headers})
+            await self.send({"type": "http.response.body", "body": body})
+
+    def _line(self, line: bytes) -> bytes:
+        field, colon, value = line.partition(b": ")
+        return field + colon + self._value(value) if field == b"data" and value.startswith(b"{") else line
+
+    def _value(self, text: bytes) -> bytes:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            return text
+        return json.dumps(self.change(value), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def _read(receive: Receive, most: int) -> bytes | None:
+    """A request's body; None: it is too long."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b""
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            return None
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _replay(body: bytes | None, receive: Receive) -> Receive:
+    """What gives a body that was read, or another in its place, and then what else comes (a client's leaving)."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body or b"", "more_body": False}
+
+    return replay
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    headers = [pair for pair in scope["headers"] if pair[0].lower() not in (b"content-length", b"transfer-encoding")]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}

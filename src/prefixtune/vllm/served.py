@@ -1,0 +1,320 @@
+"""What the plugin knows of the model that vLLM runs, and the folder of prefixes beside it.
+
+Everything is read from vLLM's own configuration, so that the server, the scheduler and the workers agree without a word
+between them. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prefixtune.artifact import Outline, read_outline, reasons_against
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
+from prefixtune.fingerprints import fingerprints_match, sample_weights
+from prefixtune.folder import Signature, check_name, check_place, list_names, path_of, signature_of
+from prefixtune.prefix import Geometry, LayerShape
+
+__all__ = ["PARAMETER", "Asked", "Known", "PrefixFolder", "Settings", "geometry_of", "heads_of_rank", "weights_of"]
+
+PARAMETER = "prefixtune"
+"""Under which key of `kv_transfer_params` a request names its prefix."""
+
+_OPTIONS = ("prefixes", "cache_mib", "secret", "allow_other_backbone", "max_body_mib")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `kv_connector_extra_config` says.
+
+    Attributes:
+        folder: Of the prefixes.
+        secret: What proves that a request's prefix was named by the server itself.
+        cache_bytes: Most that a worker's loaded prefixes may take.
+        allow_other_backbone: Accept prefixes of a sister model whose shapes fit.
+        max_body_bytes: Longest request that is read.
+    """
+
+    folder: Path
+    secret: bytes
+    cache_bytes: int = 2**30
+    allow_other_backbone: bool = False
+    max_body_bytes: int = 2**24
+
+    @classmethod
+    def from_vllm(cls, transfer: Any) -> Settings:
+        """Read vLLM's `KVTransferConfig`.
+
+        Raises:
+            ConfigError: An option is unknown, missing or wrong, or vLLM is told to compute again what cannot be loaded.
+        """
+        extra: Mapping[str, Any] = transfer.kv_connector_extra_config
+        faults = [f"unknown option {key!r} (known: {', '.join(_OPTIONS)})" for key in extra if key not in _OPTIONS]
+        folder = extra.get("prefixes")
+        if not isinstance(folder, str) or not Path(folder).is_dir():
+            faults.append(f"prefixes is {folder!r}, but must be an existing folder")
+        numbers = {key: extra.get(key, usual) for key, usual in (("cache_mib", 1024), ("max_body_mib", 16))}
+        for key, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                faults.append(f"{key} is {value!r}, but must be a whole number of MiB")
+        other = extra.get("allow_other_backbone", False)
+        if not isinstance(other, bool):
+            faults.append(f"allow_other_backbone is {other!r}, but must be true or false")
+        if transfer.kv_load_failure_policy != "fail":
+            # Placeholders would run as ordinary tokens.
+            faults.append("kv_load_failure_policy must be 'fail', or a prefix that cannot be loaded would go unnoticed")
+        if faults:
+            raise ConfigError(f"kv_transfer_config: {'; '.join(faults)}.", hint="see docs/serving.md.")
+        # vLLM draws an id for every start, and adds the replica's number to it where there are several.
+        secret = str(extra.get("secret") or re.sub(r"_dp\d+$", "", str(transfer.engine_id)))
+        cache, body = numbers["cache_mib"] * 2**20, numbers["max_body_mib"] * 2**20
+        return cls(Path(str(folder)).absolute(), secret.encode(), cache, other, body)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prefix that a request is to have.
+
+    Attributes:
+        name: Of the prefix.
+        signature: Of the file that it was when the request came.
+        length: P.
+    """
+
+    name: str
+    signature: Signature
+    length: int
+
+    def parameters(self, secret: bytes) -> dict[str, Any]:
+        """As `kv_transfer_params`, signed."""
+        facts = [self.name, list(self.signature), self.length]
+        return {PARAMETER: {"prefix": facts, "proof": _sign(secret, "load", facts)}}
+
+    def salt(self, secret: bytes, given: str | None) -> str:
+        """Of the cache of blocks: no other prefix, version or request of somebody else's making shares it.
+
+        Args:
+            secret: The server's.
+            given: The client's own salt.
+        """
+        return _sign(secret, "salt", [self.name, list(self.signature), given])
+
+    @classmethod
+    def from_parameters(cls, parameters: object, secret: bytes) -> Asked | None:
+        """The reverse of `parameters`; None where the server has asked for no prefix, whatever a client wrote there."""
+        told = parameters.get(PARAMETER) if isinstance(parameters, Mapping) else None
+        facts, proof = (told.get("prefix"), told.get("proof")) if isinstance(told, Mapping) else (None, None)
+        if not isinstance(proof, str) or not hmac.compare_digest(proof, _sign(secret, "load", facts)):
+            return None
+        name, (changed, size, inode), length = facts  # type: ignore[misc]  # Signed by ourselves.
+        return cls(name, (changed, size, inode), length)
+
+
+def _sign(secret: bytes, purpose: str, facts: object) -> str:
+    try:
+        text = json.dumps([purpose, facts], sort_keys=True)
+    except (TypeError, ValueError):
+        return ""
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def geometry_of(model_config: Any) -> Geometry:
+    """The shapes of the model that vLLM's `ModelConfig` describes.
+
+    Raises:
+        ConfigError: It is one that this plugin cannot put a prefix in front of; the message says why.
+    """
+    reasons = []
+    if model_config.is_encoder_decoder:
+        reasons.append("it is an encoder-decoder")
+    if model_config.use_mla:
+        reasons.append("its attention is latent (MLA), without keys and values of its own")
+    if model_config.is_hybrid or model_config.is_attention_free:
+        reasons.append("not all of its layers are attention")
+    if model_config.is_multimodal_model:
+        reasons.append("it reads more than text, and its positions follow from that")
+    if reasons:
+        raise ConfigError(
+            f"vLLM cannot serve prefixes with {model_config.model!r}: {'; '.join(reasons)}.",
+            hint="serve it with `prefixtune serve --engine embedded`.",
+        )
+    size = model_config.get_head_size()
+    shape = LayerShape(model_config.get_total_num_kv_heads(), size, size)
+    return {"decoder": (shape,) * model_config.get_total_num_hidden_layers()}
+
+
+def heads_of_rank(num_kv_heads: int, ranks: int, rank: int) -> slice:
+    """Which KV heads a tensor-parallel rank holds: a share of them, or one of them where there are more ranks.
+
+    >>> [heads_of_rank(8, 4, rank) for rank in (0, 3)], heads_of_rank(2, 4, 3)
+    ([slice(0, 2, None), slice(6, 8, None)], slice(1, 2, None))
+
+    Raises:
+        ConfigError: They cannot be shared out evenly.
+    """
+    if num_kv_heads % ranks and ranks % num_kv_heads:
+        raise ConfigError(
+            f"{num_kv_heads} KV heads cannot be shared out over {ranks} devices.",
+            hint="choose a tensor-parallel size that divides their number, or is a multiple of it.",
+        )
+    count = max(num_kv_heads // ranks, 1)
+    first = rank * num_kv_heads // ranks
+    return slice(first, first + count)
+
+
+def weights_of(folder: Path, tied: bool) -> str | None:
+    """Samples of a checkpoint's weights, as fingerprints have them; None: it is no folder of safetensors.
+
+    Args:
+        folder: Of the model.
+        tied: Whether the output layer is the embedding matrix, and counts once.
+    """
+    places: dict[str, Path] = {}
+    sizes: list[tuple[str, int]] = []
+    try:
+        for shard in sorted(folder.glob("*.safetensors")):
+            with safe_open(shard, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    part = handle.get_slice(name)
+                    if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+                        continue
+                    count = 1
+                    for size in part.get_shape():
+                        count *= size
+                    places[name] = shard
+                    sizes.append((name, count))
+        return sample_weights(sizes, lambda name, place: _one_weight(places[name], name, place)) if sizes else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _one_weight(shard: Path, name: str, place: int) -> Tensor:
+    with safe_open(shard, framework="pt") as handle:
+        part = handle.get_slice(name)
+        row = 1
+        for size in part.get_shape()[1:]:
+            row *= size
+        values: Tensor = part[place // row : place // row + 1]
+        return values.reshape(-1)[place % row]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A prefix that can be served.
+
+    Attributes:
+        asked: What a request for it names.
+        description: For people.
+        created: When its file was changed, in seconds since 1970.
+    """
+
+    asked: Asked
+    description: str
+    created: int
+
+
+class PrefixFolder:
+    """Prefixes by name, as they are in a folder now. May be used from any thread.
+
+    Headers alone are read, and checked against the model; a file that was changed is looked at again.
+
+    Args:
+        settings: Where it is, and what is accepted.
+        geometry: The model's.
+        name: The model's, for messages.
+        weights: Samples of the model's, as `weights_of` gives them; None: they are not compared.
+    """
+
+    def __init__(self, settings: Settings, geometry: Geometry, name: str, weights: str | None = None) -> None:
+        self.settings, self.geometry, self.name = settings, geometry, name
+        self.weights = None if settings.allow_other_backbone else weights
+        self._seen: dict[str, tuple[Signature, Known | str]] = {}
+        self._lock = threading.Lock()
+
+    def find(self, name: object) -> Known | None:
+        """The prefix of that name; None: there is none.
+
+        Raises:
+            CheckpointError: Its file is not served; the message says why.
+        """
+        try:
+            check_name(name)
+        except RequestError:
+            return None
+        return self._look(str(name))
+
+    def all(self) -> dict[str, Known]:
+        """Every prefix that can be served, by name; reads all headers that are new."""
+        try:
+            names = sorted(list_names(self.settings.folder))
+        except OSError:
+            return {}
+        found = {}
+        for name in names:
+            try:
+                known = self.find(name)
+            except CheckpointError:
+                continue
+            if known is not None:
+                found[name] = known
+        with self._lock:
+            for name in self._seen.keys() - set(names):
+                del self._seen[name]
+        return found
+
+    def _look(self, name: str) -> Known | None:
+        path = path_of(self.settings.folder, name)
+        signature = signature_of(path)
+        if signature is None:
+            with self._lock:
+                self._seen.pop(name, None)
+            return None
+        with self._lock:
+            seen = self._seen.get(name)
+        if seen is None or seen[0] != signature:
+            try:
+                seen = signature, self._read(name, path, signature)
+            except OSError as error:
+                # May be of the moment only: looked at again the next time.
+                raise CheckpointError(f"the prefix {name!r} cannot be read now.", hint="try again.") from error
+            with self._lock:
+                self._seen[name] = seen
+        if isinstance(seen[1], str):
+            raise CheckpointError(f"the prefix {name!r} is not served: {seen[1]}", hint="replace its file.")
+        return seen[1]
+
+    def _read(self, name: str, path: Path, signature: Signature) -> Known | str:
+        try:
+            check_place(self.settings.folder, name)
+            outline = read_outline(path)
+        except PrefixError as error:
+            return error.message
+        reasons = reasons_against(outline, self.geometry, self.name)
+        if not reasons and not self._same_weights(outline):
+            reasons.append(f"it was trained for other weights than those of {self.name!r}")
+        needed = outline.num_elements * 4
+        if needed > self.settings.cache_bytes:
+            reasons.append(f"it takes {needed:,} bytes, but all together may take {self.settings.cache_bytes:,}")
+        if reasons:
+            return f"{'; '.join(reasons)}."
+        length = next(iter(outline.shapes.values()))[1]
+        about = str(outline.header.get("description") or outline.header.get("task") or "")
+        return Known(Asked(name, signature, length), about, signature[0] // 10**9)
+
+    def _same_weights(self, outline: Outline) -> bool:
+        origin = outline.header.get("backbone")
+        told = str(origin.get("fingerprint", "")) if isinstance(origin, dict) else ""
+        if self.weights is None or not told:
+            return True
+        # What else a fingerprint tells are shapes, which were compared.
+        return fingerprints_match(told, f"{told.partition(':')[0]}:{self.weights}")

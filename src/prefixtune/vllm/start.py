@@ -1,0 +1,79 @@
+"""The command line that starts vLLM's server with prefixes, and the chat template that it needs.
+
+Knows nothing of how it is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixtune.files import write_text
+from prefixtune.vllm.middleware import TEMPLATE_VARIABLE
+
+__all__ = ["Start", "write_template"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A server to be started.
+
+    Attributes:
+        model: Folder or hub id.
+        prefixes: Folder of the prefixes.
+        model_id: The bare model's name in the interface.
+        host: Address to listen on.
+        port: Port to listen on.
+        dtype: Of the weights; `auto`: vLLM's choice.
+        max_length: Most positions of a text, the prefix included; 0: the model's.
+        num_slots: Texts that are written at once; 0: vLLM's choice.
+        cache_mib: Memory for a worker's loaded prefixes.
+        template: File of a chat template with a place for the placeholders; None: no chats for prefixes.
+        more: Options of vLLM's own, put last.
+    """
+
+    model: str
+    prefixes: Path
+    model_id: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dtype: str = "auto"
+    max_length: int = 0
+    num_slots: int = 0
+    cache_mib: int = 1024
+    template: Path | None = None
+    more: Sequence[str] = ()
+
+    def arguments(self) -> list[str]:
+        """After `python`."""
+        transfer = {
+            "kv_connector": "PrefixConnector",
+            "kv_connector_module_path": "prefixtune.vllm.connector",
+            "kv_role": "kv_consumer",
+            "kv_connector_extra_config": {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib},
+        }
+        options = {
+            "--model": self.model,
+            "--served-model-name": self.model_id,
+            "--host": self.host,
+            "--port": str(self.port),
+            "--dtype": self.dtype,
+            "--middleware": "prefixtune.vllm.middleware.PrefixMiddleware",
+            "--kv-transfer-config": json.dumps(transfer),
+            "--max-model-len": str(self.max_length or ""),
+            "--max-num-seqs": str(self.num_slots or ""),
+            "--chat-template": str(self.template or ""),
+        }
+        given = [part for option, value in options.items() if value for part in (option, value)]
+        return ["-m", "vllm.entrypoints.openai.api_server", *given, *self.more]
+
+
+def write_template(path: Path, template: str) -> None:
+    """A model's chat template, with a place for placeholders in front of it.
+
+    Raises:
+        PrefixError: The file cannot be written.
+    """
+    write_text(path, "{{ " + TEMPLATE_VARIABLE + " | default('') }}" + template)

@@ -1,0 +1,353 @@
+"""vLLM with this project's plugin against `generate`: the same tokens, whatever is mixed in its batch.
+
+Needs vLLM, in an environment of its own: `make test-vllm` makes one, or PREFIXTUNE_VLLM_PYTHON names its Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone import load_backbone
+from prefixtune.checkpoint import load_prefix, make_header, save_prefix
+from prefixtune.generation import GenerateConfig, generate_ids
+from prefixtune.initialize import from_words
+from prefixtune.prefix import Prefix
+
+openai = pytest.importorskip("openai", reason="openai is not installed (test group)")
+
+_ROOT = Path(__file__).resolve().parents[2]
+PYTHON = Path(os.environ.get("PREFIXTUNE_VLLM_PYTHON") or _ROOT / ".venv-vllm" / "bin" / "python")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed (`make test-vllm`)"),
+]
+
+BASE, NEW_TOKENS = "smollm2-135m", 24
+LENGTHS = (10, 16, 37, 64, 128, 200)
+PROMPTS = (
+    "The Eagle is a cheap pub near",
+    "name : Blue Spice | Type : restaurant | food : Chinese",
+    "Once upon a time",
+    "In 1969, the first men on the Moon",
+)
+MESSAGES = [{"role": "user", "content": "Where can I eat fish near the river?"}]
+SETTINGS = GenerateConfig(max_new_tokens=NEW_TOKENS)
+
+
+def make_prefix(backbone: Any, length: int, seed: int = 0) -> Prefix:
+    """A prefix that changes what is written: the activations of words, with noise."""
+    words = "Describe the restaurant in one sentence for a guest who has never been to this town. " * 30
+    start = from_words(backbone, words[length % 60 :], length)
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+
+    def noisy(part: torch.Tensor, scale: float) -> torch.Tensor:
+        return part + scale * torch.randn(part.shape, generator=generator)
+
+    layers = {
+        site: tuple((noisy(key, 0.1), noisy(value, 0.05)) for key, value in pairs)
+        for site, pairs in start.layers.items()
+    }
+    return Prefix(layers, make_header(backbone, task="e2e", description=f"of {length}"))
+
+
+@dataclass
+class Server:
+    """A running server, and what its outputs must be."""
+
+    url: str
+    folder: Path
+    backbone: Any
+    prefixes: dict[str, Prefix]
+    log: Path
+    kept: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
+
+    @property
+    def client(self) -> Any:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def expected(self, model: str, ids: Sequence[int]) -> str:
+        """What `generate` writes after these tokens, alone."""
+        asked = model, tuple(ids)
+        if asked not in self.kept:
+            (written,) = generate_ids(self.backbone, [list(ids)], [self.prefixes.get(model)], config=SETTINGS)
+            self.kept[asked] = self.backbone.decode(written)
+        return self.kept[asked]
+
+    def complete(self, model: str, prompt: Any, **options: Any) -> Any:
+        options = {"max_tokens": NEW_TOKENS, "temperature": 0, **options}
+        return self.client.completions.create(model=model, prompt=prompt, **options)
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        request = urllib.request.Request(
+            f"{self.url}{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+
+@contextlib.contextmanager
+def serving(
+    backbone: Any, name: str, prefixes: dict[str, Prefix], folder: Path, more: str, **flags: Any
+) -> Iterator[Server]:
+    """`prefixtune serve --engine vllm` in float32, with some options of its own and some of vLLM's."""
+    (folder / "prefixes").mkdir()
+    for each, prefix in prefixes.items():
+        save_prefix(folder / "prefixes" / f"{each}.safetensors", prefix)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "server.log"
+    flags |= {"backbone": name, "backbone_id": BASE, "prefixes": folder / "prefixes", "dtype": "float32", "port": port}
+    command = [sys.executable, "-m", "prefixtune", "serve", "--engine", "vllm", "--vllm-python", str(PYTHON)]
+    command += [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT / "src"), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    # Left to itself it wants a socket of the machine for each process.
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [*command, f"--vllm-args={more}"], stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            if process.poll() is not None:
+                pytest.fail(f"vLLM did not start: {log.read_text()[-3000:]}")
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(1)
+        yield Server(url, folder / "prefixes", backbone, prefixes, log)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """vLLM over the embedded backbone, with room for some of the prefixes and of the texts, and not for all at once."""
+    prefixes = {f"p{length}": make_prefix(default_backbone, length) for length in LENGTHS}
+    more = "--enforce-eager --block-size 32 --num-gpu-blocks-override 40"
+    folder = tmp_path_factory.mktemp("vllm")
+    with serving(default_backbone, BASE, prefixes, folder, more, max_length=512, cache_mib=12) as running:
+        yield running
+
+
+def test_mixed_requests_equal_generate_one_by_one(server: Server):
+    cases = [(model, prompt) for prompt in PROMPTS for model in (BASE, *server.prefixes)]
+    assert len(cases) == 28
+    with ThreadPoolExecutor(len(cases)) as pool:
+        replies = list(pool.map(lambda case: server.complete(*case), cases))
+    for (model, prompt), reply in zip(cases, replies, strict=True):
+        ids = server.backbone.encode(prompt)
+        assert reply.choices[0].text == server.expected(model, ids), (model, prompt)
+        assert reply.model == model
+        assert reply.usage.prompt_tokens == len(ids)
+        assert reply.usage.total_tokens == len(ids) + reply.usage.completion_tokens
+    # Prefixes change what is written, or equality would say nothing.
+    assert len({server.expected(model, server.backbone.encode(PROMPTS[0])) for model in (BASE, *server.prefixes)}) > 3
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as reply:
+        told = [
+            line.split() for line in reply.read().decode().splitlines() if line.startswith("vllm:num_preemptions_total")
+        ]
+    assert float(told[0][-1]) > 0, "texts were to be set aside and begun again"
+
+
+def test_the_same_again_from_cached_blocks(server: Server):
+    ids = server.backbone.encode(PROMPTS[1])
+    for _ in range(2):
+        for model in ("p64", "p128", BASE):
+            assert server.complete(model, PROMPTS[1]).choices[0].text == server.expected(model, ids)
+
+
+def test_several_prompts_and_texts(server: Server):
+    prompts = [server.backbone.encode(text) for text in PROMPTS[:3]]
+    reply = server.complete("p37", prompts)
+    assert [choice.text for choice in reply.choices] == [server.expected("p37", ids) for ids in prompts]
+    assert reply.usage.prompt_tokens == sum(map(len, prompts))
+    twice = server.complete("p37", PROMPTS[0], n=2, temperature=0.5, seed=1)
+    assert len(twice.choices) == 2
+    assert twice.usage.prompt_tokens == len(prompts[0])
+
+
+def test_streams(server: Server):
+    ids = server.backbone.encode(PROMPTS[0])
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    pieces = list(server.complete("p16", PROMPTS[0], **options))
+    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == server.expected("p16", ids)
+    assert {piece.model for piece in pieces} == {"p16"}
+    assert {piece.usage.prompt_tokens for piece in pieces} == {len(ids)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chats(server: Server, stream: bool):
+    tokenizer = server.backbone.tokenizer
+    ids = tokenizer.apply_chat_template(MESSAGES, tokenize=True, add_generation_prompt=True, return_dict=False)
+    for model in (BASE, "p10", "p37", "p200"):
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        reply = server.client.chat.completions.create(
+            model=model, messages=MESSAGES, max_tokens=NEW_TOKENS, temperature=0, **options
+        )
+        if stream:
+            pieces = list(reply)
+            text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+            usage = pieces[-1].usage
+        else:
+            text, usage = reply.choices[0].message.content, reply.usage
+        assert text == server.expected(model, ids), model
+        assert usage.prompt_tokens == len(ids)
+
+
+def test_models_are_listed(server: Server):
+    listed = {model.id: model for model in server.client.models.list().data}
+    assert set(listed) == {BASE, *server.prefixes}
+    assert listed["p37"].description == "of 37"
+    assert listed["p37"].prefix_length == 37
+
+
+def test_what_is_not_there_and_what_is_broken(server: Server):
+    with pytest.raises(openai.NotFoundError):
+        server.complete("p11", "Hello")
+    (server.folder / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    other = make_prefix(server.backbone, 5)
+    origin = {**other.header["backbone"], "fingerprint": other.header["backbone"]["fingerprint"][:-8] + "AAAAAAA="}
+    save_prefix(server.folder / "other.safetensors", Prefix(other.layers, {**other.header, "backbone": origin}))
+    try:
+        with pytest.raises(openai.InternalServerError, match="no whole prefix"):
+            server.complete("broken", "Hello")
+        with pytest.raises(openai.InternalServerError, match="other weights"):
+            server.complete("other", "Hello")
+        assert {model.id for model in server.client.models.list().data} == {BASE, *server.prefixes}
+    finally:
+        (server.folder / "broken.safetensors").unlink()
+        (server.folder / "other.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv_transfer_params": {"prefixtune": {}}},
+        {"echo": True},
+        {"prompt_logprobs": 1},
+        {"return_token_ids": True},
+        {"truncate_prompt_tokens": 3},
+        {"use_beam_search": True},
+        {"prompt": ""},
+        {"prompt": [["a"]]},
+    ],
+)
+def test_what_does_not_go_with_a_prefix_is_refused(server: Server, fields: dict[str, Any]):
+    status, told = server.post("/v1/completions", {"model": "p10", "prompt": "Hello", "max_tokens": 3, **fields})
+    assert status == 400
+    assert next(iter(fields)) in told["error"]["message"]
+
+
+def test_a_client_cannot_reach_a_prefix_by_itself(server: Server):
+    ids = server.backbone.encode(PROMPTS[0])
+    server.complete("p64", PROMPTS[0])
+    asked = {"prefix": ["p64", [1, 2, 3], 64], "proof": ""}
+    for more in ({}, {"kv_transfer_params": {"prefixtune": asked}}, {"kv_transfer_params": {"prefixtune": 3}}):
+        front = [0] * 64 + ids
+        body = {"model": BASE, "prompt": front, "max_tokens": NEW_TOKENS, "temperature": 0, **more}
+        status, told = server.post("/v1/completions", body)
+        assert status == 200
+        assert told["choices"][0]["text"] == server.expected(BASE, front)
+        assert "kv_transfer_params" not in told or told["kv_transfer_params"] is None
+
+
+def test_a_replaced_file_counts_for_new_requests(server: Server, tmp_path: Path):
+    ids = server.backbone.encode(PROMPTS[2])
+    first, second = make_prefix(server.backbone, 20, seed=1), make_prefix(server.backbone, 33, seed=2)
+    written = []
+    for prefix in (first, second):
+        new = save_prefix(tmp_path / "new.safetensors", prefix)
+        os.replace(shutil.copy(new, server.folder / ".new"), server.folder / "changing.safetensors")
+        server.prefixes["changing"] = load_prefix(server.folder / "changing.safetensors", server.backbone)
+        server.kept.pop(("changing", tuple(ids)), None)
+        reply = server.complete("changing", PROMPTS[2])
+        assert reply.choices[0].text == server.expected("changing", ids)
+        assert reply.usage.prompt_tokens == len(ids)
+        written.append(reply.choices[0].text)
+    del server.prefixes["changing"]
+    (server.folder / "changing.safetensors").unlink()
+    with pytest.raises(openai.NotFoundError):
+        server.complete("changing", "Hello")
+    assert written[0] != written[1]
+
+
+def test_a_text_that_does_not_fit(server: Server):
+    with pytest.raises(openai.BadRequestError):
+        server.complete("p200", server.backbone.encode(PROMPTS[0]) * 60)
+    assert server.complete("p200", PROMPTS[0]).choices[0].text
+
+
+def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
+    """Tensor parallelism: each of two processes takes its half of the KV heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    ends = {"bos_token_id": tiny_tokenizer.bos_token_id, "eos_token_id": tiny_tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny_tokenizer), **shape, **heads, **ends))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    backbone = load_backbone(tmp_path / "model", dtype="float32", device="cpu")
+    prefixes = {f"p{length}": random_prefix(backbone, length) for length in (5, 32, 40)}
+    more = "--enforce-eager --tensor-parallel-size 2 --distributed-executor-backend mp"
+    with serving(backbone, str(tmp_path / "model"), prefixes, tmp_path, more, max_length=256) as running:
+        cases = [(name, text) for name in (BASE, *prefixes) for text in ("some text", "another one, longer", "x")]
+        with ThreadPoolExecutor(len(cases)) as pool:
+            replies = list(pool.map(lambda case: running.complete(*case), cases))
+        for (name, text), reply in zip(cases, replies, strict=True):
+            # Half a character at the end of a text is told by one side alone.
+            written, expected = (
+                each.rstrip("\ufffd") for each in (reply.choices[0].text, running.expected(name, backbone.encode(text)))
+            )
+            assert written == expected, (name, text)
+        assert len({running.expected(name, backbone.encode("some text")) for name in (BASE, *prefixes)}) == 4
+
+
+def random_prefix(backbone: Any, length: int) -> Prefix:
+    """Random numbers in the shapes of a tiny backbone."""
+    generator = torch.Generator().manual_seed(length)
+    layers = tuple(
+        (
+            torch.randn(s.num_kv_heads, length, s.key_dim, generator=generator),
+            torch.randn(s.num_kv_heads, length, s.value_dim, generator=generator),
+        )
+        for s in backbone.geometry["decoder"]
+    )
+    return Prefix({"decoder": layers}, make_header(backbone))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu(server: Server):
+    """The same server chose the GPU by itself; its parity tests above are the test, in float32."""
+    assert "cuda" in server.log.read_text().lower()

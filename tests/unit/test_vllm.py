@@ -1,0 +1,476 @@
+"""The vLLM plugin's parts that need no vLLM: settings, signed requests, the folder, and the server's middleware."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prefixtune.backbone import load_backbone
+from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.prefix import LayerShape, Prefix
+from prefixtune.vllm.middleware import TEMPLATE_VARIABLE, PrefixMiddleware
+from prefixtune.vllm.served import Asked, PrefixFolder, Settings, geometry_of, heads_of_rank, weights_of
+from prefixtune.vllm.start import Start, write_template
+
+Make = Callable[..., Any]
+
+
+def transfer(folder: Path, policy: str = "fail", **extra: Any) -> Any:
+    """vLLM's KVTransferConfig, as far as it is read."""
+    options = {"prefixes": str(folder), **extra}
+    return SimpleNamespace(kv_connector_extra_config=options, engine_id="drawn", kv_load_failure_policy=policy)
+
+
+def model_config(**changes: Any) -> Any:
+    """vLLM's ModelConfig of a tiny LLaMA."""
+    facts = {
+        "model": "tiny",
+        **dict.fromkeys(("is_encoder_decoder", "use_mla", "is_hybrid", "is_attention_free"), False),
+        "is_multimodal_model": False,
+        "get_head_size": lambda: 8,
+        "get_total_num_kv_heads": lambda: 2,
+        "get_total_num_hidden_layers": lambda: 3,
+        "hf_text_config": SimpleNamespace(tie_word_embeddings=False),
+    }
+    return SimpleNamespace(**{**facts, **changes})
+
+
+# --- settings, and what a request carries -----------------------------------------------------------------------------
+
+
+def test_settings_come_from_one_place(tmp_path: Path):
+    settings = Settings.from_vllm(transfer(tmp_path, cache_mib=2))
+    assert (settings.folder, settings.cache_bytes, settings.secret) == (tmp_path, 2**21, b"drawn")
+    replica = transfer(tmp_path)
+    replica.engine_id = "drawn_dp3"
+    assert Settings.from_vllm(replica).secret == b"drawn", "replicas of one start share the secret"
+    assert Settings.from_vllm(transfer(tmp_path, secret="own")).secret == b"own"
+
+
+def test_wrong_settings_are_all_told(tmp_path: Path):
+    wrong = transfer(tmp_path / "none", "recompute", cache_mib=0, cach=1, allow_other_backbone="yes")
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_vllm(wrong)
+    for fault in ("unknown option 'cach'", "existing folder", "cache_mib is 0", "'yes'", "must be 'fail'"):
+        assert fault in caught.value.message
+
+
+def test_a_request_is_known_by_its_proof_alone():
+    asked = Asked("pubs", (1, 2, 3), 10)
+    sent = json.loads(json.dumps(asked.parameters(b"secret")))
+    assert Asked.from_parameters(sent, b"secret") == asked
+    assert Asked.from_parameters(sent, b"another") is None
+    sent["prefixtune"]["prefix"][0] = "trains"
+    assert Asked.from_parameters(sent, b"secret") is None
+    for forged in (None, {}, 3, {"prefixtune": 3}, {"prefixtune": {"prefix": None, "proof": ""}}, {"prefixtune": {}}):
+        assert Asked.from_parameters(forged, b"secret") is None
+
+
+def test_no_two_prefixes_versions_or_clients_share_blocks():
+    asked = [Asked("a", (1, 2, 3), 10), Asked("b", (1, 2, 3), 10), Asked("a", (1, 2, 4), 10)]
+    salts = [each.salt(b"secret", given) for each in asked for given in (None, "mine", "other")]
+    assert len(set(salts)) == len(salts)
+    assert asked[0].salt(b"secret", None) == asked[0].salt(b"secret", None) != asked[0].salt(b"another", None)
+    # What vLLM takes as a salt.
+    assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(8, 1), (8, 2), (8, 8), (2, 4), (1, 2), (3, 3)])
+def test_ranks_share_out_all_heads(heads: int, ranks: int):
+    shares = [list(range(heads))[heads_of_rank(heads, ranks, rank)] for rank in range(ranks)]
+    assert sorted({head for share in shares for head in share}) == list(range(heads))
+    assert len({len(share) for share in shares}) == 1
+    # Query heads are dealt out in order, and each must meet its own KV head.
+    queries = [rank * heads // ranks for rank in range(ranks)]
+    assert [share[0] for share in shares] == queries
+
+
+def test_heads_that_cannot_be_shared_out():
+    with pytest.raises(ConfigError, match="3 KV heads"):
+        heads_of_rank(3, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"use_mla": True}, "latent"),
+        ({"is_hybrid": True}, "not all of its layers"),
+        ({"is_multimodal_model": True}, "more than text"),
+    ],
+)
+def test_models_that_cannot_carry_a_prefix_are_refused(change: dict[str, bool], reason: str):
+    assert geometry_of(model_config()) == {"decoder": (LayerShape(2, 8, 8),) * 3}
+    with pytest.raises(ConfigError, match=reason):
+        geometry_of(model_config(**change))
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, tiny_models: Make, tiny_tokenizer: Any) -> Path:
+    """A tiny LLaMA on disk."""
+    folder = tmp_path_factory.mktemp("stored")
+    tiny_models("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_on_disk_are_told_as_in_memory(tied: bool, tiny_models: Make, tiny_tokenizer: Any, tmp_path: Path):
+    tiny_models("llama", tie_word_embeddings=tied).save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    fingerprint = load_backbone(tmp_path, dtype="float32", device="cpu").fingerprint
+    assert weights_of(tmp_path, tied) == fingerprint.partition(":")[2]
+    assert weights_of(tmp_path / "none", tied) is None
+
+
+@pytest.fixture
+def folder(stored: Path, random_prefix: Make, tmp_path: Path) -> PrefixFolder:
+    """A folder with one prefix, `pubs`, of 5 positions."""
+    backbone = load_backbone(stored, dtype="float32", device="cpu")
+    put(backbone, random_prefix(backbone, 5), tmp_path / "pubs.safetensors")
+    return PrefixFolder(Settings.from_vllm(transfer(tmp_path)), backbone.geometry, "tiny", weights_of(stored, False))
+
+
+def put(backbone: Any, prefix: Prefix, path: Path, **header: Any) -> None:
+    save_prefix(path, Prefix(prefix.layers, {**make_header(backbone, task="e2e"), **header}, prefix.head))
+
+
+def test_a_prefix_is_found_and_followed(folder: PrefixFolder, stored: Path, random_prefix: Make):
+    first = folder.find("pubs")
+    assert first is not None
+    assert (first.asked.name, first.asked.length, first.description) == ("pubs", 5, "e2e")
+    assert folder.find("pubs") is first, "an unchanged file is not read again"
+    assert folder.find("trains") is None
+    assert folder.find("../pubs") is None
+    backbone = load_backbone(stored, dtype="float32", device="cpu")
+    put(backbone, random_prefix(backbone, 7), folder.settings.folder / "pubs.safetensors", description="new")
+    second = folder.find("pubs")
+    assert second is not None
+    assert (second.asked.length, second.description) == (7, "new")
+    assert list(folder.all()) == ["pubs"]
+    (folder.settings.folder / "pubs.safetensors").unlink()
+    assert folder.find("pubs") is None
+    assert folder.all() == {}
+
+
+def test_files_that_are_not_served(folder: PrefixFolder, stored: Path, random_prefix: Make, tiny_backbone: Make):
+    place = folder.settings.folder
+    backbone, other = load_backbone(stored, dtype="float32", device="cpu"), tiny_backbone("llama", seed=3)
+    (place / "cut.safetensors").write_bytes((place / "pubs.safetensors").read_bytes()[:-9])
+    put(other, random_prefix(other, 3), place / "foreign.safetensors")
+    put(backbone, random_prefix(backbone, 3), place / "infix.safetensors", placement="infix")
+    wide = tiny_backbone("llama", num_hidden_layers=2)
+    put(wide, random_prefix(wide, 3), place / "shallow.safetensors")
+    (place / "link.safetensors").symlink_to("/etc/hostname")
+    (place / "folder.safetensors").mkdir()
+    reasons = {
+        "cut": "no whole prefix",
+        "foreign": "other weights",
+        "infix": "stands as 'infix'",
+        "shallow": "shapes",
+        "link": "out of the folder",
+        "folder": "no ordinary file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(CheckpointError, match=reason):
+            folder.find(name)
+    assert list(folder.all()) == ["pubs"]
+    sisters = PrefixFolder(Settings.from_vllm(transfer(place, allow_other_backbone=True)), folder.geometry, "tiny", "x")
+    assert set(sisters.all()) == {"pubs", "foreign"}
+
+
+# --- the middleware ---------------------------------------------------------------------------------------------------
+
+
+class Inner:
+    """Stands for vLLM's application: keeps what it is given, and answers with what it is told to."""
+
+    def __init__(self, folder: Path, tokenizer: Any, stored: Path) -> None:
+        config = SimpleNamespace(kv_transfer_config=transfer(folder), model_config=model_config(model=str(stored)))
+        self.state = SimpleNamespace(
+            vllm_config=config,
+            args=SimpleNamespace(served_model_name=["base"], model=str(stored)),
+            engine_client=SimpleNamespace(get_tokenizer=lambda: tokenizer),
+            online_renderer=SimpleNamespace(chat_template="{{ " + TEMPLATE_VARIABLE + " }}"),
+        )
+        self.bodies: list[Any] = []
+        self.headers: list[dict[bytes, bytes]] = []
+        self.reply: Any = {}
+        self.pieces: list[bytes] = []
+        self.status = 200
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while scope["method"] == "POST":
+            message = await receive()
+            body += message["body"]
+            if not message["more_body"]:
+                break
+        if scope["method"] == "POST":
+            self.headers.append(dict(scope["headers"]))
+            try:
+                self.bodies.append(json.loads(body))
+            except ValueError:
+                self.bodies.append(body)
+        kind = b"text/event-stream; charset=utf-8" if self.pieces else b"application/json"
+        whole = json.dumps(self.reply).encode()
+        headers = [(b"content-type", kind)] + ([] if self.pieces else [(b"content-length", b"%d" % len(whole))])
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        pieces = self.pieces or [whole[:3], whole[3:]]
+        for number, piece in enumerate(pieces):
+            await send({"type": "http.response.body", "body": piece, "more_body": number < len(pieces) - 1})
+
+
+@pytest.fixture
+def inner(folder: PrefixFolder, tiny_tokenizer: Any, stored: Path) -> Inner:
+    shape = load_backbone(stored, dtype="float32", device="cpu").geometry["decoder"]
+    made = Inner(folder.settings.folder, tiny_tokenizer, stored)
+    made.state.vllm_config.model_config = model_config(
+        model=str(stored),
+        get_head_size=lambda: shape[0].key_dim,
+        get_total_num_kv_heads=lambda: shape[0].num_kv_heads,
+        get_total_num_hidden_layers=lambda: len(shape),
+    )
+    return made
+
+
+def call(inner: Inner, path: str, body: Any = None, method: str = "POST") -> tuple[int, Any]:
+    """Send a request through the middleware; returns status, and the value or the raw stream."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    halves = [(data[:5], True), (data[5:], False)]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        part, more = halves.pop(0)
+        return {"type": "http.request", "body": part, "more_body": more}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = SimpleNamespace(state=inner.state)
+    scope = {"type": "http", "method": method, "path": path, "root_path": "", "app": app}
+    scope["headers"] = [(b"content-length", str(len(data)).encode()), (b"authorization", b"Bearer x")]
+    asyncio.run(PrefixMiddleware(inner)(scope, receive, send))
+    starts = [message for message in sent if message["type"] == "http.response.start"]
+    assert len(starts) == 1
+    text = b"".join(message.get("body", b"") for message in sent[1:])
+    headers = dict(starts[0]["headers"])
+    if b"content-length" in headers:
+        assert int(headers[b"content-length"]) == len(text)
+    return starts[0]["status"], text if inner.pieces else json.loads(text)
+
+
+def encode(inner: Inner, text: str) -> list[int]:
+    ids: list[int] = inner.state.engine_client.get_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def test_a_completion_becomes_one_of_the_backbone(inner: Inner, folder: PrefixFolder):
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 3,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 8},
+    }
+    inner.reply = {"model": "base", "choices": [{"text": "x"}], "usage": usage, "kv_transfer_params": None}
+    body = {"model": "pubs", "prompt": "name", "temperature": 0, "cache_salt": "mine", "add_special_tokens": False}
+    status, told = call(inner, "/v1/completions", body)
+    (given,) = inner.bodies
+    ids = encode(inner, "name")
+    assert given["model"] == "base"
+    assert given["prompt"][5:] == ids
+    assert len(set(given["prompt"][:5])) == 1
+    tokenizer = inner.state.engine_client.get_tokenizer()
+    assert given["prompt"][0] in tokenizer.all_special_ids
+    assert given["prompt"][0] != tokenizer.eos_token_id
+    known = folder.find("pubs")
+    assert known is not None
+    assert Asked.from_parameters(given["kv_transfer_params"], b"drawn") == known.asked
+    assert given["cache_salt"] == known.asked.salt(b"drawn", "mine")
+    assert given["temperature"] == 0
+    assert int(inner.headers[0][b"content-length"]) == len(json.dumps(given).encode())
+    assert status == 200
+    assert told["model"] == "pubs"
+    assert told["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 3,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
+    assert "kv_transfer_params" not in told
+
+
+@pytest.mark.parametrize(
+    "prompt", ["ab", ["ab", "cde"], [5, 6, 7], [[5, 6], [7]]], ids=["text", "texts", "ids", "lists of ids"]
+)
+def test_every_form_of_prompt(inner: Inner, prompt: Any):
+    inner.reply = {"model": "base", "choices": [{}], "usage": {"prompt_tokens": 100, "total_tokens": 100}}
+    _, told = call(inner, "/v1/completions", {"model": "pubs", "prompt": prompt})
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    given = inner.bodies[0]["prompt"] if several else [inner.bodies[0]["prompt"]]
+    wanted = prompt if several else [prompt]
+    assert [ids[5:] for ids in given] == [encode(inner, each) if isinstance(each, str) else each for each in wanted]
+    assert told["usage"]["prompt_tokens"] == 100 - 5 * len(wanted)
+
+
+def test_a_stream_is_changed_piece_by_piece(inner: Inner):
+    def piece(number: int, **more: Any) -> bytes:
+        usage = {"prompt_tokens": 9, "completion_tokens": number, "total_tokens": 9 + number}
+        return b"data: " + json.dumps({"id": number, "model": "base", "usage": usage, **more}).encode() + b"\n\n"
+
+    sent = piece(1, choices=[{"text": "ä"}]) + b": alive\n\n" + piece(2, choices=[]) + b"data: [DONE]\n\n"
+    # Pieces of the network end anywhere.
+    inner.pieces = [sent[:20], sent[20:21], sent[21:90], sent[90:-3], sent[-3:]]
+    _, told = call(inner, "/v1/completions", {"model": "pubs", "prompt": ["a", "b"], "stream": True})
+    events = told.decode().split("\n\n")
+    assert [event for event in events if not event.startswith("data: {")] == [": alive", "data: [DONE]", ""]
+    first, last = (json.loads(event[6:]) for event in events if event.startswith("data: {"))
+    assert first["model"] == last["model"] == "pubs"
+    assert first["choices"] == [{"text": "ä"}]
+    # A piece counts its own prompt; the end counts both.
+    assert (first["usage"]["prompt_tokens"], last["usage"]["prompt_tokens"]) == (4, -1)
+
+
+def test_a_chat_gets_placeholders_from_the_template(inner: Inner):
+    inner.reply = {"model": "base", "choices": [], "usage": None}
+    messages = [{"role": "user", "content": "hello"}]
+    call(inner, "/v1/chat/completions", {"model": "pubs", "messages": messages, "chat_template_kwargs": {"x": 1}})
+    (given,) = inner.bodies
+    assert given["messages"] == messages
+    options = given["chat_template_kwargs"]
+    assert options["x"] == 1
+    assert len(set(encode(inner, options[TEMPLATE_VARIABLE]))) == 1
+    assert len(encode(inner, options[TEMPLATE_VARIABLE])) == 5
+    inner.state.online_renderer.chat_template = None
+    status, told = call(inner, "/v1/chat/completions", {"model": "pubs", "messages": messages})
+    assert status == 400
+    assert "no place" in told["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "base", "prompt": "a", "cache_salt": "s"},
+        {"model": "unknown", "prompt": "a"},
+        {"model": 3},
+        {"prompt": "a"},
+        [1, 2],
+        b"{no json",
+    ],
+)
+def test_what_is_not_for_a_prefix_passes_untouched(inner: Inner, body: Any):
+    call(inner, "/v1/completions", body)
+    assert inner.bodies == [body]
+
+
+def test_models_are_listed_with_the_prefixes(inner: Inner):
+    inner.reply = {"object": "list", "data": [{"id": "base"}]}
+    _, told = call(inner, "/v1/models", method="GET")
+    assert [(model["id"], model.get("prefix_length")) for model in told["data"]] == [("base", None), ("pubs", 5)]
+    inner.reply, inner.status = {"error": "Unauthorized"}, 401
+    assert call(inner, "/v1/models", method="GET") == (401, {"error": "Unauthorized"})
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"echo": True}),
+        ("/v1/completions", {"prompt_logprobs": 0}),
+        ("/v1/completions", {"return_token_ids": True}),
+        ("/v1/completions", {"truncate_prompt_tokens": 9}),
+        ("/v1/completions", {"kv_transfer_params": {"a": 1}}),
+        ("/v1/completions", {"cache_salt": 3}),
+        ("/v1/completions", {"prompt": ""}),
+        ("/v1/completions", {"prompt": {"a": 1}}),
+        ("/v1/completions", {"prompt": [True]}),
+        ("/v1/chat/completions", {"chat_template": "x"}),
+        ("/v1/chat/completions", {"chat_template_kwargs": 3}),
+        ("/v1/chat/completions", {"add_special_tokens": True}),
+    ],
+)
+def test_what_does_not_go_with_a_prefix(inner: Inner, path: str, fields: dict[str, Any]):
+    status, told = call(inner, path, {"model": "pubs", "prompt": "a", **fields})
+    assert (status, inner.bodies) == (400, [])
+    assert next(iter(fields)) in told["error"]["message"]
+    # Who may not come in at all learns nothing.
+    inner.status = 401
+    assert call(inner, path, {"model": "pubs", "prompt": "a", **fields}) == (
+        401,
+        {"error": {"message": "Unauthorized", "type": "invalid_request_error", "param": None, "code": 401}},
+    )
+
+
+def test_a_body_that_is_too_long(inner: Inner):
+    inner.state.vllm_config.kv_transfer_config.kv_connector_extra_config["max_body_mib"] = 1
+    status, told = call(inner, "/v1/completions", {"model": "pubs", "prompt": "a" * 2**20})
+    assert (status, inner.bodies) == (413, [])
+    assert "longer" in told["error"]["message"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line(tmp_path: Path):
+    start = Start("model", tmp_path, "base", max_length=512, template=tmp_path / "t.jinja", more=("--x", "1"))
+    given = start.arguments()
+    assert given[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert given[-2:] == ["--x", "1"]
+    told = dict(zip(given[2::2], given[3::2], strict=True))
+    assert told["--served-model-name"] == "base"
+    assert told["--max-model-len"] == "512"
+    assert "--max-num-seqs" not in told
+    config = json.loads(told["--kv-transfer-config"])
+    assert config["kv_connector_extra_config"] == {"prefixes": str(tmp_path), "cache_mib": 1024}
+    write_template(tmp_path / "t.jinja", "{{ messages[0] }}")
+    from jinja2 import Template
+
+    template = Template((tmp_path / "t.jinja").read_text())
+    assert template.render(messages=["a"]) == "a"
+    assert template.render(messages=["a"], **{TEMPLATE_VARIABLE: "##"}) == "##a"
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "prefixtune", "serve", "--engine", "vllm", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"}, check=False)
+
+
+def test_the_command_is_shown_and_refused(stored: Path, tmp_path: Path):
+    shown = serve(
+        "--backbone", str(stored), "--prefixes", str(tmp_path), "--show-command", "--vllm-args=--enforce-eager"
+    )
+    assert shown.returncode == 0
+    assert f"--model {stored}" in shown.stdout
+    assert shown.stdout.endswith("--enforce-eager\n")
+    refused = serve("--backbone", str(stored), "--prefixes", str(tmp_path), "--quantize", "int8", "--device", "cpu")
+    assert refused.returncode == 2
+    assert "quantize" in refused.stderr
+    assert "device" in refused.stderr
+    missing = serve("--backbone", str(stored), "--prefixes", str(tmp_path))
+    assert missing.returncode == 2
+    assert "does not find vllm" in missing.stderr
+    assert "hint: pip install vllm" in missing.stderr
+    assert "no folder" in serve("--backbone", str(stored), "--prefixes", str(tmp_path / "none")).stderr
+
+
+def test_the_plugin_needs_none_of_the_libraries_that_vllm_pins():
+    code = (
+        "import sys; import prefixtune.vllm.served, prefixtune.vllm.middleware, prefixtune.vllm.start;"
+        "loaded = {name.partition('.')[0] for name in sys.modules};"
+        "print(sorted(loaded & {'transformers', 'peft', 'starlette', 'gguf'}))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "[]\n"
