@@ -6,7 +6,8 @@
 All sides write the same number of tokens after the same prompts (the end token is held back), greedily, on one machine,
 in turn in one run; a ratio is the median of the paired ratios. The sides: the engine with 32 prefixes, with one and
 with none; transformers' batched `generate` with one prefix; PEFT with 32 adapters on one model, switched for every
-request; and, where `--vllm-python` names an environment with it, vLLM's server without prefixes.
+request; and, where `--vllm-python` names an environment with it, vLLM's server with this project's plugin, behind the
+same 32 prefixes and without any, over loopback.
 
 PEFT 0.21 ignores its prefix in `generate()` under transformers 5.24, which renamed an argument. So that it does the
 same work, its own prompt (`set_adapter`, then `get_prompt`) is handed to the model's `generate` as a filled cache: what
@@ -73,6 +74,7 @@ NAMES = {
     "generate": "transformers' batched generate, one prefix",
     "peft": "PEFT, an adapter for each request, switched",
     "vllm": "vLLM's server, no prefix",
+    "vllm-different": "vLLM's server and the plugin, a prefix for each request",
 }
 GOALS = (
     ("different", "one", 0.95),
@@ -81,7 +83,12 @@ GOALS = (
     ("different", "peft", 8),
     # Reported, without a goal of its own.
     ("different", "vllm", None),
+    ("different", "vllm-different", None),
+    ("vllm-different", "vllm", None),
 )
+
+_SAME = (("different", "peft"), ("one", "generate"), ("none", "vllm"), ("different", "vllm-different"))
+"""Sides that write the same, but for rounding."""
 
 Tokens = list[list[int]]
 
@@ -179,24 +186,27 @@ class PeftSide:
         return written
 
 
-class VllmSide:
-    """vLLM's own server in its own environment, without prefixes; all requests at once over loopback."""
+class VllmServer:
+    """`prefixtune serve --engine vllm`, in vLLM's own environment, over prefixes in a folder of its own."""
 
-    def __init__(self, python: Path, backbone_name: str, requests: int, new: int) -> None:
-        self.new = new
-        folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else Path(backbone_name)
+    def __init__(self, python: Path, backbone: Backbone, prefixes: Sequence[Prefix]) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.names = [f"p{number}" for number in range(len(prefixes))]
+        for name, prefix in zip(self.names, prefixes, strict=True):
+            save_prefix(Path(self.folder.name) / f"{name}.safetensors", Prefix(prefix.layers, make_header(backbone)))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        options = ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "512"]
-        options += ["--max-num-seqs", str(requests), "--port", str(port), "--host", "127.0.0.1"]
+        options = ["--engine", "vllm", "--vllm-python", str(python), "--backbone", backbone.name, "--backbone-id", "m"]
+        options += ["--prefixes", self.folder.name, "--dtype", "bfloat16", "--max-length", "512", "--port", str(port)]
+        source = Path(__file__).resolve().parents[1] / "src"
         self.process = subprocess.Popen(
-            [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options],
+            [sys.executable, "-m", "prefixtune", "serve", *options, f"--vllm-args=--max-num-seqs {len(prefixes)}"],
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(source)},
             start_new_session=True,
         )
         end = time.monotonic() + 300
@@ -208,21 +218,6 @@ class VllmSide:
         self.close()
         raise SystemExit(f"vLLM did not start:\n{Path(self.log.name).read_text(encoding='utf-8')[-3000:]}")
 
-    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
-        """All requests."""
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(self._ask, prompts))
-
-    def _ask(self, prompt: Sequence[int]) -> list[int]:
-        asked = {"model": "m", "prompt": list(prompt), "max_tokens": self.new, "temperature": 0, "ignore_eos": True}
-        body = json.dumps({**asked, "return_token_ids": True}).encode()
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", body, {"Content-Type": "application/json"}, method="POST"
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            ids: list[int] = json.load(answer)["choices"][0]["token_ids"]
-        return ids
-
     def close(self) -> None:
         """End the server and what it started."""
         with contextlib.suppress(ProcessLookupError):
@@ -231,6 +226,29 @@ class VllmSide:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.folder.cleanup()
+
+
+class VllmSide:
+    """Requests to vLLM's server, all at once, each for a model of its own."""
+
+    def __init__(self, server: VllmServer, models: Sequence[str], new: int) -> None:
+        self.server, self.models, self.new = server, models, new
+
+    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
+        """All requests."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(self._ask, self.models, prompts))
+
+    def _ask(self, model: str, prompt: Sequence[int]) -> list[int]:
+        asked = {"model": model, "prompt": list(prompt), "max_tokens": self.new, "temperature": 0, "ignore_eos": True}
+        body = json.dumps({**asked, "return_token_ids": True}).encode()
+        request = urllib.request.Request(
+            f"{self.server.url}/v1/completions", body, {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            ids: list[int] = json.load(answer)["choices"][0]["token_ids"]
+        return ids
 
 
 def parse() -> argparse.Namespace:
@@ -297,12 +315,14 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[di
         if not options.without_peft:
             sides["peft"] = PeftSide(options.backbone, backbone.dtype, prefixes, new)
         if options.vllm_python is not None:
-            sides["vllm"] = VllmSide(options.vllm_python, options.backbone, requests, new)
+            vllm = VllmServer(options.vllm_python, backbone, prefixes)
+            sides["vllm"] = VllmSide(vllm, ["m"] * requests, new)
+            sides["vllm-different"] = VllmSide(vllm, vllm.names, new)
         try:
             seconds, agreeing, first, between = take_turns(sides, prompts, requests, new, say)
         finally:
             if "vllm" in sides:
-                sides["vllm"].close()
+                vllm.close()
         slots = worker.engine.cache.num_bytes
     speeds = {side: requests * new / median(taken) for side, taken in seconds.items()}
     ratios = {
@@ -398,7 +418,7 @@ def take_turns(
         if number:
             say(f"  {number}: " + ", ".join(f"{side} {taken[-1]:.2f} s" for side, taken in seconds.items()))
     agreeing = {}
-    for one, other in (("different", "peft"), ("one", "generate"), ("none", "vllm")):
+    for one, other in _SAME:
         if one in heads and other in heads:
             same = sum(a == b for a, b in zip(heads[one], heads[other], strict=True)) / len(heads[one])
             agreeing[f"{one} and {other}"] = same

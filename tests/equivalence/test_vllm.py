@@ -188,6 +188,10 @@ def test_several_prompts_and_texts(server: Server):
     reply = server.complete("p37", prompts)
     assert [choice.text for choice in reply.choices] == [server.expected("p37", ids) for ids in prompts]
     assert reply.usage.prompt_tokens == sum(map(len, prompts))
+    _, told = server.post(
+        "/v1/completions", {"model": "p37", "prompt": PROMPTS[0], "max_tokens": 3, "return_token_ids": True}
+    )
+    assert told["choices"][0]["prompt_token_ids"] == prompts[0]
     twice = server.complete("p37", PROMPTS[0], n=2, temperature=0.5, seed=1)
     assert len(twice.choices) == 2
     assert twice.usage.prompt_tokens == len(prompts[0])
@@ -252,7 +256,6 @@ def test_what_is_not_there_and_what_is_broken(server: Server):
         {"kv_transfer_params": {"prefixtune": {}}},
         {"echo": True},
         {"prompt_logprobs": 1},
-        {"return_token_ids": True},
         {"truncate_prompt_tokens": 3},
         {"use_beam_search": True},
         {"prompt": ""},

@@ -286,7 +286,8 @@ def test_a_completion_becomes_one_of_the_backbone(inner: Inner, folder: PrefixFo
         "total_tokens": 12,
         "prompt_tokens_details": {"cached_tokens": 8},
     }
-    inner.reply = {"model": "base", "choices": [{"text": "x"}], "usage": usage, "kv_transfer_params": None}
+    choice = {"text": "x", "prompt_token_ids": [9] * 5 + [1, 2], "token_ids": [3]}
+    inner.reply = {"model": "base", "choices": [choice], "usage": usage, "kv_transfer_params": None}
     body = {"model": "pubs", "prompt": "name", "temperature": 0, "cache_salt": "mine", "add_special_tokens": False}
     status, told = call(inner, "/v1/completions", body)
     (given,) = inner.bodies
@@ -312,6 +313,7 @@ def test_a_completion_becomes_one_of_the_backbone(inner: Inner, folder: PrefixFo
         "prompt_tokens_details": {"cached_tokens": 3},
     }
     assert "kv_transfer_params" not in told
+    assert told["choices"] == [{**choice, "prompt_token_ids": [1, 2]}]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,6 @@ def test_models_are_listed_with_the_prefixes(inner: Inner):
     [
         ("/v1/completions", {"echo": True}),
         ("/v1/completions", {"prompt_logprobs": 0}),
-        ("/v1/completions", {"return_token_ids": True}),
         ("/v1/completions", {"truncate_prompt_tokens": 9}),
         ("/v1/completions", {"kv_transfer_params": {"a": 1}}),
         ("/v1/completions", {"cache_salt": 3}),

@@ -26,7 +26,6 @@ _COMPLETIONS, _CHAT, _MODELS = "/v1/completions", "/v1/chat/completions", "/v1/m
 _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "echo": ("the prompt is not repeated", (None, False)),
     "prompt_logprobs": ("the prompt's tokens are not told", (None,)),
-    "return_token_ids": ("the prompt's tokens are not told", (None, False)),
     "truncate_prompt_tokens": ("the prefix would be cut off", (None,)),
     "prompt_embeds": ("tokens are needed", (None,)),
     "use_beam_search": ("beams do not carry it", (None, False)),
@@ -279,6 +278,9 @@ def _as_told(value: Any, rewritten: _Rewritten) -> Any:
     if "model" in value:
         value["model"] = rewritten.known.asked.name
     value.pop("kv_transfer_params", None)
+    for each in (value, *_objects(value.get("choices"))):
+        if isinstance(each.get("prompt_token_ids"), list):
+            each["prompt_token_ids"] = each["prompt_token_ids"][rewritten.known.asked.length :]
     usage = value.get("usage")
     if isinstance(usage, dict):
         # A piece with text counts the prompt that it belongs to; a whole reply and a stream's end count them all.
@@ -291,6 +293,10 @@ def _as_told(value: Any, rewritten: _Rewritten) -> Any:
         if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
             details["cached_tokens"] = max(details["cached_tokens"] - placeholders, 0)
     return value
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def _with_models(value: Any, found: dict[str, Known], serving: _Serving) -> Any:
