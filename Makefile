@@ -101,6 +101,7 @@ docs: $(VENV)/.tested  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/support.py
 	$(BIN)/python docs/scale.py
+	$(BIN)/python docs/deploy.py
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-adapters $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

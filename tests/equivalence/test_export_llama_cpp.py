@@ -211,6 +211,7 @@ def version_of(runtime: Runtime, folder: Path) -> int:
     return int(version)
 
 
+@pytest.mark.deploys("llama.cpp", "tokens, and logits to 1e-4 (GPT-2: to its own GELU)", by="name")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_logits_and_tokens_are_the_backbones(
@@ -314,6 +315,7 @@ def test_a_slot_among_several_is_patched(
     torch.testing.assert_close(runtime.decode(prompt, 5, sequence=2), wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.deploys("llama.cpp", "a quantized KV cache", model="any", refused=True)
 @torch.no_grad()
 def test_a_quantized_cache_is_refused(make: Make, run: Make, random_prefix: Make, tmp_path: Path) -> None:
     backbone, path = make("qwen3", head_dim=32)
@@ -362,6 +364,7 @@ def ask(url: str, facts: Any, text: str, count: int) -> Any:
 TEXTS = ["name : Aromi | food : soup", "a", "<s> and </s>"]
 
 
+@pytest.mark.deploys("llama.cpp", "texts of `llama-server`, by the restored slot", model="llama")
 def test_the_server_writes_what_generate_writes(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
     backbone, path = make("llama")
     prefix, slots, exported = random_prefix(backbone, 6, seed=3), tmp_path / "slots", tmp_path / "exported"
@@ -380,6 +383,7 @@ def test_the_server_writes_what_generate_writes(make: Make, serve: Make, random_
         assert reply["content"].strip() == output
 
 
+@pytest.mark.deploys("llama.cpp", "texts of `llama-server`, by a slot of its own that was patched", model="llama")
 def test_a_slot_of_the_users_build_is_patched(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
     """The recipe of README.md, with several slots, whose files are laid out differently."""
     backbone, path = make("llama")

@@ -81,6 +81,7 @@ def test_logits_are_the_backbones(exported: Exported, random_ids: Make) -> None:
     assert state.mask.shape[1] == all_mask.shape[1] + 1 + (0 if exported.facts["baked"] else LENGTH)
 
 
+@pytest.mark.deploys("ONNX Runtime", "tokens, alone and padded; logits to 1e-4", by="exported")
 def test_tokens_are_those_of_generate(exported: Exported, random_ids: Make) -> None:
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 4, 12, 6))]
     backbone, config = exported.backbone, GenerateConfig(max_new_tokens=NEW)
@@ -111,6 +112,7 @@ def test_the_script_runs_by_itself(exported: Exported) -> None:
     assert [line.strip() for line in done.stdout.split("\n")[:-1]] == "\n".join(expected).split("\n")
 
 
+@pytest.mark.deploys("OpenVINO", "tokens of the exported graph", by="exported")
 def test_openvino_reads_the_graph(exported: Exported, random_ids: Make) -> None:
     openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install openvino)")
     compiled = openvino.Core().compile_model(exported.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -124,6 +126,7 @@ def test_openvino_reads_the_graph(exported: Exported, random_ids: Make) -> None:
     assert generate(run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
 
 
+@pytest.mark.deploys("OpenVINO", "tokens, with the prefix as first states", by="exported")
 def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make) -> None:
     """The recipe of docs/export.md: the past moves into the model's states, which begin with the prefix."""
     openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install openvino)")
@@ -155,3 +158,16 @@ def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make)
     expected = generate_ids(exported.backbone, prompts, [exported.prefix] * 3, config=config)
     for row, output in zip(np.stack(outputs, axis=1).tolist(), expected, strict=True):
         assert row[: len(output)] == output
+
+
+@pytest.mark.slow
+@pytest.mark.deploys("ONNX Runtime", "tokens of the real weights, in float32", model="SmolLM2-135M (llama)")
+def test_the_embedded_backbone(default_backbone: Any, tmp_path: Path) -> None:
+    from prefixtune.initialize import from_words
+
+    prefix = from_words(default_backbone, "Describe the restaurant in one sentence for a guest:", 10)
+    made = Exported(default_backbone, prefix, tmp_path, baked=False)
+    prompts = [default_backbone.encode(text) for text in ("The Eagle is", "name : Aromi | food : Chinese", "Once")]
+    expected = generate_ids(default_backbone, prompts, [prefix] * 3, config=GenerateConfig(max_new_tokens=16))
+    assert expected != generate_ids(default_backbone, prompts, [None] * 3, config=GenerateConfig(max_new_tokens=16))
+    assert generate(made.run, made.facts, made.past, prompts, max_new_tokens=16) == expected

@@ -97,6 +97,7 @@ def train_a_step(model: Any, batch: tuple[Tensor, Tensor]) -> None:
     optimizer.step()
 
 
+@pytest.mark.deploys("PEFT", "logits of PEFT's own forward; the file comes back bit for bit", by="name")
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_loads_what_is_exported(
     kind: str, bare: Make, carrier: Backbone, random_prefix: Make, batch: Any, assert_same: Make, tmp_path: Path
@@ -188,6 +189,7 @@ def test_a_model_with_windows_keeps_the_prefix_here(
     assert float((found[:, 5] - wanted[:, 5]).abs().max()) > 1e-2
 
 
+@pytest.mark.deploys("PEFT", "its format shares one prefix between the layers' sites", by="name", refused=True)
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_an_encoder_decoders_adapter_would_not_mean_the_same(
     name: str, tiny_tokenizer: Any, assert_same: Make, tmp_path: Path

@@ -47,6 +47,7 @@ PROMPTS = (
     "Once upon a time",
     "In 1969, the first men on the Moon",
 )
+MODEL = "SmolLM2-135M (llama)"
 MESSAGES = [{"role": "user", "content": "Where can I eat fish near the river?"}]
 SETTINGS = GenerateConfig(max_new_tokens=NEW_TOKENS)
 
@@ -131,7 +132,7 @@ def serving(
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
             if process.poll() is not None:
-                pytest.fail(f"vLLM did not start: {log.read_text()[-3000:]}")
+                pytest.fail(f"vLLM did not start: {log.read_text()[-20000:]}")
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
                 break
@@ -156,6 +157,9 @@ def server(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
+@pytest.mark.deploys(
+    "vLLM", "28 mixed requests of 7 prefixes, token for token, some set aside and begun again", model=MODEL
+)
 def test_mixed_requests_equal_generate_one_by_one(server: Server):
     cases = [(model, prompt) for prompt in PROMPTS for model in (BASE, *server.prefixes)]
     assert len(cases) == 28
@@ -206,6 +210,7 @@ def test_streams(server: Server):
     assert {piece.usage.prompt_tokens for piece in pieces} == {len(ids)}
 
 
+@pytest.mark.deploys("vLLM", "chats, whole and streamed, token for token", model=MODEL)
 @pytest.mark.parametrize("stream", [False, True])
 def test_chats(server: Server, stream: bool):
     tokenizer = server.backbone.tokenizer
@@ -307,6 +312,7 @@ def test_a_text_that_does_not_fit(server: Server):
     assert server.complete("p200", PROMPTS[0]).choices[0].text
 
 
+@pytest.mark.deploys("vLLM", "12 mixed requests over two tensor-parallel processes, token for token", model="llama")
 def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
     """Tensor parallelism: each of two processes takes its half of the KV heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -335,6 +341,22 @@ def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
             )
             assert written == expected, (name, text)
         assert len({running.expected(name, backbone.encode("some text")) for name in (BASE, *prefixes)}) == 4
+
+
+@pytest.mark.deploys("vLLM", "layers that look through a sliding window", model="mistral", refused=True)
+def test_sliding_windows_are_refused(tiny_tokenizer: Any, tmp_path: Path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64}
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tiny_tokenizer), **shape, **heads))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    with (
+        pytest.raises(pytest.fail.Exception, match="sliding window, out of which the prefix would fall"),
+        serving(None, str(tmp_path / "model"), {}, tmp_path, "--enforce-eager", max_length=256),
+    ):
+        pass
 
 
 def random_prefix(backbone: Any, length: int) -> Prefix:

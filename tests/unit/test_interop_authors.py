@@ -56,6 +56,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
+@pytest.mark.deploys("the authors' checkpoints, read", "their MLP's output, from a state dict", model="gpt2")
 @pytest.mark.parametrize("depth", [1, 2])
 def test_gpt2s_mlp_is_baked(gpt2: Any, tmp_path: Path, depth: int, assert_same: Make) -> None:
     size, layers, heads = sizes(gpt2)
@@ -70,6 +71,7 @@ def test_gpt2s_mlp_is_baked(gpt2: Any, tmp_path: Path, depth: int, assert_same: 
     assert stored.header["positions"] == {"decoder": "text starts at position P"}
 
 
+@pytest.mark.deploys("the authors' checkpoints, read", "all three sites, from a state dict", model="bart")
 def test_barts_three_prefixes(tiny_backbone: Make, tmp_path: Path, assert_same: Make) -> None:
     # The authors take the decoder's depth and heads for all three, which in their BART is the encoder's too.
     bart = tiny_backbone("bart", encoder_layers=2, decoder_layers=2, decoder_attention_heads=4)

@@ -100,6 +100,12 @@ def test_heads_that_cannot_be_shared_out():
         heads_of_rank(3, 2, 0)
 
 
+@pytest.mark.deploys(
+    "vLLM",
+    "at the start, with the reason",
+    model="encoder-decoders, latent attention, hybrids, multimodal",
+    refused=True,
+)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
