@@ -166,6 +166,37 @@ def test_kill_minus_nine_then_the_same_scores(shared: Shared, flags: tuple[str, 
     assert found == {name: whole[name] for name in found}
 
 
+def test_workers_of_ray_share_a_study_that_is_killed_and_goes_on(
+    shared: Shared, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    folder = tmp_path / "study"
+    spread = (*flags, "--output", str(folder), "--seeds", "2", "--ray", "2", "--json")
+    # Ray makes its workers nice to others, and would wait for all other tests.
+    eager = {"environment": {"RAY_worker_niceness": "0"}}
+    with start(*spread, **eager) as process:
+        until(process, lambda event: event["event"] == "cell" and event["status"] == "done")
+        process.send_signal(signal.SIGKILL)
+    out = run(*spread, **eager)[0]
+    events = events_of(out)
+    assert len(events[-1]["done"]) == 5
+    assert {event["worker"] for event in events if "worker" in event} == {0, 1}
+    begun = Counter(cells(events, "begun"))
+    assert set(begun.values()) == {1}
+    assert len(begun) <= 4, "what was done before is not done again"
+    found, whole = scores_of(folder), scores_of(shared[0])
+    assert found == whole
+    # Nothing is left to do now.
+    assert events_of(run(*spread, **eager)[0])[-1]["done"] == events[-1]["done"]
+
+
+def test_a_cluster_that_is_not_there(flags: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    told = run(*flags, "--output", str(tmp_path / "s"), "--ray", "2", "--ray-address", "127.0.0.1:1", code=2)[1]
+    assert "cannot start or reach the cluster '127.0.0.1:1'" in told
+    assert "hint: " in told
+
+
 def test_a_run_of_another_method_is_evaluated_into_a_folder(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="only show the runs that it takes")
     parser.add_argument("--json", action="store_true", help="print every event as JSON, one a line")
     parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
+    parser.add_argument(
+        "--ray", type=int, metavar="N", default=0, help="share the runs out over N workers of a Ray cluster"
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="TEXT",
+        help="the cluster, as ray.init takes it: auto, or HOST:PORT (default: this machine)",
+    )
     group = parser.add_argument_group("study", "tables can stand in the file alone: " + ", ".join(_tables()))
     varying = {key for kind in STUDIES.values() for key in kind.defaults}
     for each in dataclasses.fields(StudyConfig):
@@ -73,7 +81,12 @@ def study(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         shown = print_json if options.json else _Shown(console, stack, len(cells)).show
         try:
-            outcome = run_study(config, on_event=shown)
+            if options.ray or options.ray_address:
+                from prefixtune.study.cluster import run_on_ray
+
+                outcome = run_on_ray(config, options.ray or 1, address=options.ray_address, on_event=shown)
+            else:
+                outcome = run_study(config, on_event=shown)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("what is done is kept; go on with the same command.") from None
     told = {
@@ -106,6 +119,9 @@ class _Shown:
     def show(self, event: Mapping[str, Any]) -> None:
         """Tell an event."""
         kind = event["event"]
+        if "worker" in event and kind in ("start", "step", "decoded"):
+            # Of several at once a bar would say nothing.
+            return
         if kind == "cell" and event["status"] == "begun":
             self._close()
             self.console.info(f"[{event['number']}/{self.total}] {event['cell']}")

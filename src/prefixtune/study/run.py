@@ -47,7 +47,7 @@ from prefixtune.study.sampling import sample_examples, sample_pairs, sample_sour
 from prefixtune.tasks import TASKS, Example, TextFormat, read_task
 from prefixtune.training import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, train
 
-__all__ = ["Outcome", "run_study"]
+__all__ = ["Outcome", "outcome_of", "run_study"]
 
 STUDY_FILE, CELL_FILE = "study.json", "cell.json"
 _MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
@@ -101,6 +101,11 @@ def run_study(
     finally:
         study.write()
     return study.outcome()
+
+
+def outcome_of(config: StudyConfig) -> Outcome:
+    """How far a study has come, without doing anything."""
+    return _Study(config, None, lambda event: None, "").outcome()
 
 
 class _Study:
