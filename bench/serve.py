@@ -34,7 +34,7 @@ import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median, quantiles
@@ -213,15 +213,26 @@ class VllmServer:
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 if answer.status == 200:
+                    os.killpg(self.process.pid, signal.SIGSTOP)
                     return
             time.sleep(1)
         self.close()
         raise SystemExit(f"vLLM did not start:\n{Path(self.log.name).read_text(encoding='utf-8')[-3000:]}")
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let it run for the length of a block: even idle it would keep a core busy that another side needs."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
     def close(self) -> None:
         """End the server and what it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, signal.SIGCONT)
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
@@ -237,7 +248,7 @@ class VllmSide:
 
     def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
         """All requests."""
-        with ThreadPoolExecutor(len(prompts)) as pool:
+        with self.server.awake(), ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(self._ask, self.models, prompts))
 
     def _ask(self, model: str, prompt: Sequence[int]) -> list[int]:

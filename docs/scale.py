@@ -242,8 +242,8 @@ as a whole before it is used.
 | more requests than one machine takes | replicas behind nginx or any load balancer, and one folder of prefixes; \
 `deploy/nginx.conf` is tested with two |
 | a backbone larger than a device | train with `--shard`; serve with `--engine vllm` and its tensor parallelism |
-| studies and many training runs | `prefixtune study` in as many processes as there are devices, or `--ray N` over a cluster; `train --together` \
-for small batches on one |
+| studies and many training runs | `prefixtune study` in as many processes as there are devices, or `--ray N` over a \
+cluster; `train --together` for small batches on one |
 """
 
 
