@@ -255,6 +255,27 @@ def test_what_is_not_there_and_what_is_broken(server: Server):
         (server.folder / "other.safetensors").unlink()
 
 
+def test_a_prefix_that_cannot_be_loaded_fails_alone(server: Server):
+    """Its header is whole, but its numbers are not: that is seen by the worker, after all checks of the server."""
+    path = save_prefix(server.folder / "nan.safetensors", make_prefix(server.backbone, 40))
+    raw = bytearray(path.read_bytes())
+    raw[-4:] = b"\xff\xff\xff\xff"
+    path.write_bytes(raw)
+    try:
+        ids = server.backbone.encode(PROMPTS[3])
+        with ThreadPoolExecutor(2) as pool:
+            broken, whole = (
+                pool.submit(server.complete, "nan", PROMPTS[3]),
+                pool.submit(server.complete, "p37", PROMPTS[3]),
+            )
+            assert whole.result().choices[0].text == server.expected("p37", ids)
+            with pytest.raises(openai.InternalServerError):
+                broken.result()
+        assert server.complete("p128", PROMPTS[3]).choices[0].text == server.expected("p128", ids)
+    finally:
+        path.unlink()
+
+
 @pytest.mark.parametrize(
     "fields",
     [

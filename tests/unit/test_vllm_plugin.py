@@ -26,9 +26,10 @@ Make = Callable[..., Any]
 
 
 def transfer(folder: Path, policy: str = "fail", **extra: Any) -> Any:
-    """vLLM's KVTransferConfig, as far as it is read."""
+    """vLLM's VllmConfig, as far as settings are read from it."""
     options = {"prefixes": str(folder), **extra}
-    return SimpleNamespace(kv_connector_extra_config=options, engine_id="drawn", kv_load_failure_policy=policy)
+    made = SimpleNamespace(kv_connector_extra_config=options, engine_id="drawn", kv_load_failure_policy=policy)
+    return SimpleNamespace(kv_transfer_config=made, parallel_config=SimpleNamespace(data_parallel_size=1))
 
 
 def model_config(**changes: Any) -> Any:
@@ -51,10 +52,17 @@ def model_config(**changes: Any) -> Any:
 def test_settings_come_from_one_place(tmp_path: Path):
     settings = Settings.from_vllm(transfer(tmp_path, cache_mib=2))
     assert (settings.folder, settings.cache_bytes, settings.secret) == (tmp_path, 2**21, b"drawn")
-    replica = transfer(tmp_path)
-    replica.engine_id = "drawn_dp3"
-    assert Settings.from_vllm(replica).secret == b"drawn", "replicas of one start share the secret"
     assert Settings.from_vllm(transfer(tmp_path, secret="own")).secret == b"own"
+
+
+@pytest.mark.parametrize("several", [{"data_parallel_size": 2}, {"data_parallel_size": 1, "_api_process_count": 2}])
+def test_several_processes_share_a_secret(several: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = transfer(tmp_path)
+    config.parallel_config = SimpleNamespace(**several)
+    with pytest.raises(ConfigError, match="one secret"):
+        Settings.from_vllm(config)
+    monkeypatch.setenv("PREFIXTUNE_VLLM_SECRET", "shared")
+    assert Settings.from_vllm(config).secret == b"shared"
 
 
 def test_wrong_settings_are_all_told(tmp_path: Path):
@@ -206,7 +214,8 @@ class Inner:
     """Stands for vLLM's application: keeps what it is given, and answers with what it is told to."""
 
     def __init__(self, folder: Path, tokenizer: Any, stored: Path) -> None:
-        config = SimpleNamespace(kv_transfer_config=transfer(folder), model_config=model_config(model=str(stored)))
+        config = transfer(folder)
+        config.model_config = model_config(model=str(stored))
         self.state = SimpleNamespace(
             vllm_config=config,
             args=SimpleNamespace(served_model_name=["base"], model=str(stored)),

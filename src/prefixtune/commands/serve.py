@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -117,9 +118,12 @@ def _start_vllm(config: ServeConfig, options: argparse.Namespace) -> int:
     if unused:
         console.warn(f"vLLM has limits and logs of its own; not used: {', '.join(unused)}.")
     _check_vllm(options.vllm_python)
+    from prefixtune.vllm.served import SECRET_VARIABLE
+
     console.info(f"starting vLLM: {shlex.join(command)}")
     # No network access that was not asked for.
-    return os.execvpe(command[0], command, {"VLLM_NO_USAGE_STATS": "1", **os.environ})
+    own = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16)}
+    return os.execvpe(command[0], command, {**own, **os.environ})
 
 
 def _vllm_start(config: ServeConfig, options: argparse.Namespace) -> Start:

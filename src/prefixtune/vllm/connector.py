@@ -59,7 +59,7 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        self.settings = Settings.from_vllm(vllm_config.kv_transfer_config)
+        self.settings = Settings.from_vllm(vllm_config)
         self.geometry = geometry_of(vllm_config.model_config)["decoder"]
         _check_cache(vllm_config, kv_cache_config)
         self.block_size = int(vllm_config.cache_config.block_size)
@@ -199,6 +199,9 @@ def _check_cache(vllm_config: Any, kv_cache_config: Any) -> None:
         reasons.append("some of its layers look through a sliding window, out of which the prefix would fall")
     if any(getattr(spec, "attention_chunk_size", None) for spec in specs):
         reasons.append("some of its layers attend in chunks")
+    drafts = getattr(vllm_config.speculative_config, "method", None)
+    if drafts not in (None, "ngram"):
+        reasons.append(f"its guesses come from a model of their own ({drafts}), which has no prefix")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         reasons.append("decode context parallelism deals out positions")
     if reasons:

@@ -142,22 +142,26 @@ def _begin(state: Any) -> _Serving:
         ConfigError: It is not set up for prefixes.
     """
     config = state.vllm_config
-    settings = Settings.from_vllm(config.kv_transfer_config)
+    settings = Settings.from_vllm(config)
     model = config.model_config
     folder = Path(str(model.model))
     tied = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
     weights = weights_of(folder, tied) if folder.is_dir() else None
     names = tuple(state.args.served_model_name or [state.args.model])
     tokenizer = state.engine_client.get_tokenizer()
-    template = getattr(state.online_renderer, "chat_template", None)
+    placeholder = _placeholder(tokenizer)
+    template = str(getattr(state.online_renderer, "chat_template", None) or "")
+    # In a chat the placeholders are text first.
+    text = tokenizer.convert_ids_to_tokens(placeholder) * 3
+    spelt = tokenizer(text, add_special_tokens=False)["input_ids"] == [placeholder] * 3
     return _Serving(
         settings,
         PrefixFolder(settings, geometry_of(model), names[0], weights),
         names[0],
         frozenset(names),
         tokenizer,
-        _placeholder(tokenizer),
-        TEMPLATE_VARIABLE in str(template or ""),
+        placeholder,
+        TEMPLATE_VARIABLE in template and spelt,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import re
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,20 @@ from prefixtune.fingerprints import fingerprints_match, sample_weights
 from prefixtune.folder import Signature, check_name, check_place, list_names, path_of, signature_of
 from prefixtune.prefix import Geometry, LayerShape
 
-__all__ = ["PARAMETER", "Asked", "Known", "PrefixFolder", "Settings", "geometry_of", "heads_of_rank", "weights_of"]
+__all__ = [
+    "PARAMETER",
+    "SECRET_VARIABLE",
+    "Asked",
+    "Known",
+    "PrefixFolder",
+    "Settings",
+    "geometry_of",
+    "heads_of_rank",
+    "weights_of",
+]
+
+SECRET_VARIABLE = "PREFIXTUNE_VLLM_SECRET"
+"""The environment variable of a secret that processes share."""
 
 PARAMETER = "prefixtune"
 """Under which key of `kv_transfer_params` a request names its prefix."""
@@ -52,12 +65,13 @@ class Settings:
     max_body_bytes: int = 2**24
 
     @classmethod
-    def from_vllm(cls, transfer: Any) -> Settings:
-        """Read vLLM's `KVTransferConfig`.
+    def from_vllm(cls, config: Any) -> Settings:
+        """Read vLLM's `VllmConfig`.
 
         Raises:
             ConfigError: An option is unknown, missing or wrong, or vLLM is told to compute again what cannot be loaded.
         """
+        transfer, parallel = config.kv_transfer_config, config.parallel_config
         extra: Mapping[str, Any] = transfer.kv_connector_extra_config
         faults = [f"unknown option {key!r} (known: {', '.join(_OPTIONS)})" for key in extra if key not in _OPTIONS]
         folder = extra.get("prefixes")
@@ -73,10 +87,14 @@ class Settings:
         if transfer.kv_load_failure_policy != "fail":
             # Placeholders would run as ordinary tokens.
             faults.append("kv_load_failure_policy must be 'fail', or a prefix that cannot be loaded would go unnoticed")
+        secret = extra.get("secret") or os.environ.get(SECRET_VARIABLE) or ""
+        if not secret and (parallel.data_parallel_size > 1 or getattr(parallel, "_api_process_count", 1) > 1):
+            # Each would have one of its own, and prefixes would be left out.
+            faults.append(f"several servers or engines need one secret: set it here, or {SECRET_VARIABLE} for all")
         if faults:
             raise ConfigError(f"kv_transfer_config: {'; '.join(faults)}.", hint="see docs/serving.md.")
-        # vLLM draws an id for every start, and adds the replica's number to it where there are several.
-        secret = str(extra.get("secret") or re.sub(r"_dp\d+$", "", str(transfer.engine_id)))
+        # vLLM draws an id for every start.
+        secret = str(secret or transfer.engine_id)
         cache, body = numbers["cache_mib"] * 2**20, numbers["max_body_mib"] * 2**20
         return cls(Path(str(folder)).absolute(), secret.encode(), cache, other, body)
 
