@@ -297,14 +297,18 @@ def test_what_does_not_go_with_a_prefix_is_refused(server: Server, fields: dict[
 def test_a_client_cannot_reach_a_prefix_by_itself(server: Server):
     ids = server.backbone.encode(PROMPTS[0])
     server.complete("p64", PROMPTS[0])
-    asked = {"prefix": ["p64", [1, 2, 3], 64], "proof": ""}
-    for more in ({}, {"kv_transfer_params": {"prefixtune": asked}}, {"kv_transfer_params": {"prefixtune": 3}}):
-        front = [0] * 64 + ids
-        body = {"model": BASE, "prompt": front, "max_tokens": NEW_TOKENS, "temperature": 0, **more}
-        status, told = server.post("/v1/completions", body)
-        assert status == 200
-        assert told["choices"][0]["text"] == server.expected(BASE, front)
-        assert "kv_transfer_params" not in told or told["kv_transfer_params"] is None
+    front = [0] * 64 + ids
+    body = {"model": BASE, "prompt": front, "max_tokens": NEW_TOKENS, "temperature": 0}
+    status, told = server.post("/v1/completions", body)
+    assert status == 200
+    assert told["choices"][0]["text"] == server.expected(BASE, front)
+    facts = ["p64", [1, 2], 64]
+    for number, forged in enumerate((3, {"prefix": facts, "proof": ""}, {"prefix": facts, "proof": "\u00e9"})):
+        # What pretends to be the server's fails, and it alone.
+        more = {"kv_transfer_params": {"prefixtune": forged}, "cache_salt": f"own{number}"}
+        status, told = server.post("/v1/completions", {**body, **more})
+        assert status == 500
+    assert server.complete("p64", PROMPTS[0]).choices[0].text == server.expected("p64", ids)
 
 
 def test_a_replaced_file_counts_for_new_requests(server: Server, tmp_path: Path):

@@ -74,18 +74,34 @@ def test_wrong_settings_are_all_told(tmp_path: Path):
 
 
 def test_a_request_is_known_by_its_proof_alone():
-    asked = Asked("pubs", (1, 2, 3), 10)
+    asked = Asked("pubs", (1, 2), 10)
     sent = json.loads(json.dumps(asked.parameters(b"secret")))
     assert Asked.from_parameters(sent, b"secret") == asked
-    assert Asked.from_parameters(sent, b"another") is None
-    sent["prefixtune"]["prefix"][0] = "trains"
-    assert Asked.from_parameters(sent, b"secret") is None
-    for forged in (None, {}, 3, {"prefixtune": 3}, {"prefixtune": {"prefix": None, "proof": ""}}, {"prefixtune": {}}):
-        assert Asked.from_parameters(forged, b"secret") is None
+    for none in (None, {}, 3, {"other": 1}):
+        assert Asked.from_parameters(none, b"secret") is None
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    facts = sent["prefixtune"]
+    for forged in (
+        3,
+        {},
+        {"prefix": None, "proof": ""},
+        {"prefix": ["pubs", [1, 2], 10], "proof": "é"},
+        {"prefix": ["pubs", [1, 2], 10], "proof": "\ud800"},
+        {"prefix": deep, "proof": "x"},
+        {**facts, "prefix": ["trains", *facts["prefix"][1:]]},
+    ):
+        made = Asked.from_parameters({"prefixtune": forged}, b"secret")
+        assert made is not None
+        assert not made.is_proven
+    made = Asked.from_parameters(sent, b"another")
+    assert made is not None
+    assert not made.is_proven
 
 
 def test_no_two_prefixes_versions_or_clients_share_blocks():
-    asked = [Asked("a", (1, 2, 3), 10), Asked("b", (1, 2, 3), 10), Asked("a", (1, 2, 4), 10)]
+    asked = [Asked("a", (1, 2), 10), Asked("b", (1, 2), 10), Asked("a", (1, 3), 10)]
     salts = [each.salt(b"secret", given) for each in asked for given in (None, "mine", "other")]
     assert len(set(salts)) == len(salts)
     assert asked[0].salt(b"secret", None) == asked[0].salt(b"secret", None) != asked[0].salt(b"another", None)
@@ -147,8 +163,13 @@ def test_weights_on_disk_are_told_as_in_memory(tied: bool, tiny_models: Make, ti
     tiny_tokenizer.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     fingerprint = load_backbone(tmp_path, dtype="float32", device="cpu").fingerprint
-    assert weights_of(tmp_path, tied) == fingerprint.partition(":")[2]
-    assert weights_of(tmp_path / "none", tied) is None
+    assert weights_of(tmp_path) == fingerprint.partition(":")[2]
+    assert weights_of(tmp_path / "none") is None
+    # Of files that were not written as they are loaded nothing can be said.
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change in ({"transformers_version": "4.50.0"}, {"quantization_config": {}}, {"num_local_experts": 2}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        assert weights_of(tmp_path) is None
 
 
 @pytest.fixture
@@ -156,7 +177,7 @@ def folder(stored: Path, random_prefix: Make, tmp_path: Path) -> PrefixFolder:
     """A folder with one prefix, `pubs`, of 5 positions."""
     backbone = load_backbone(stored, dtype="float32", device="cpu")
     put(backbone, random_prefix(backbone, 5), tmp_path / "pubs.safetensors")
-    return PrefixFolder(Settings.from_vllm(transfer(tmp_path)), backbone.geometry, "tiny", weights_of(stored, False))
+    return PrefixFolder(Settings.from_vllm(transfer(tmp_path)), backbone.geometry, "tiny", weights_of(stored))
 
 
 def put(backbone: Any, prefix: Prefix, path: Path, **header: Any) -> None:
@@ -218,7 +239,7 @@ class Inner:
         config.model_config = model_config(model=str(stored))
         self.state = SimpleNamespace(
             vllm_config=config,
-            args=SimpleNamespace(served_model_name=["base"], model=str(stored)),
+            args=SimpleNamespace(served_model_name=["base"], model=str(stored), api_key=None),
             engine_client=SimpleNamespace(get_tokenizer=lambda: tokenizer),
             online_renderer=SimpleNamespace(chat_template="{{ " + TEMPLATE_VARIABLE + " }}"),
         )
@@ -413,6 +434,9 @@ def test_models_are_listed_with_the_prefixes(inner: Inner):
         ("/v1/completions", {"prompt": ""}),
         ("/v1/completions", {"prompt": {"a": 1}}),
         ("/v1/completions", {"prompt": [True]}),
+        ("/v1/completions", {"prompt": ["a"] * 1025}),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"truncation": True}}),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"tokenize": True}}),
         ("/v1/chat/completions", {"chat_template": "x"}),
         ("/v1/chat/completions", {"chat_template_kwargs": 3}),
         ("/v1/chat/completions", {"add_special_tokens": True}),
@@ -423,11 +447,24 @@ def test_what_does_not_go_with_a_prefix(inner: Inner, path: str, fields: dict[st
     assert (status, inner.bodies) == (400, [])
     assert next(iter(fields)) in told["error"]["message"]
     # Who may not come in at all learns nothing.
-    inner.status = 401
-    assert call(inner, path, {"model": "pubs", "prompt": "a", **fields}) == (
-        401,
-        {"error": {"message": "Unauthorized", "type": "invalid_request_error", "param": None, "code": 401}},
-    )
+    inner.state.args.api_key = ["secret"]
+    inner.reply, inner.status = {"error": "Unauthorized"}, 401
+    assert call(inner, path, {"model": "pubs", "prompt": "a", **fields}) == (401, {"error": "Unauthorized"})
+    assert call(inner, path, {"model": "unknown"}) == (401, {"error": "Unauthorized"})
+    assert inner.bodies == []
+
+
+def test_half_a_character_is_no_text(inner: Inner):
+    status, told = call(inner, "/v1/completions", b'{"model": "pubs", "prompt": "\\ud800"}')
+    assert (status, inner.bodies) == (400, [])
+    assert "surrogate" in told["error"]["message"]
+
+
+def test_a_file_of_a_newer_format(folder: PrefixFolder):
+    path = folder.settings.folder / "pubs.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'format_version\\": 1', b'format_version\\": 9'))
+    with pytest.raises(CheckpointError, match="format version is 9"):
+        folder.find("pubs")
 
 
 def test_a_body_that_is_too_long(inner: Inner):

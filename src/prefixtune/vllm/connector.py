@@ -7,8 +7,11 @@ written with the attention layer's own cache update, as the layout of the blocks
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,25 +25,34 @@ from vllm.logger import init_logger
 
 from prefixtune.artifact import read_artifact
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
-from prefixtune.folder import path_of, signature_of
+from prefixtune.folder import path_of
 from prefixtune.prefix import Prefix
-from prefixtune.vllm.served import Asked, Settings, geometry_of, heads_of_rank
+from prefixtune.vllm.served import Asked, Settings, geometry_of, heads_of_rank, version_of
 
 __all__ = ["PrefixConnector"]
 
 logger = init_logger(__name__)
 _LAYER = re.compile(r"\.(\d+)\.")
+_REMEMBERED = 4096
 
 _Pairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class _Load:
-    """A prefix, from a position on, into the blocks of a request."""
+    """A prefix, from a position on, into the blocks of a request.
+
+    Attributes:
+        asked: Which.
+        start: First position that is not there yet.
+        blocks: Of the prefix's positions.
+        fault: Why it must not be: the request fails.
+    """
 
     asked: Asked
     start: int
     blocks: list[int]
+    fault: str = ""
 
 
 @dataclass
@@ -68,6 +80,8 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._cache: OrderedDict[Asked, tuple[_Pairs, int]] = OrderedDict()
         self._bytes = 0
         self._failed: set[int] = set()
+        self._bad: OrderedDict[Asked, str] = OrderedDict()
+        self._together: OrderedDict[int, list[int]] = OrderedDict()
         if role == KVConnectorRole.WORKER:
             from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
@@ -77,21 +91,47 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --- in the scheduler ---------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many of the prefix's positions are not in vLLM's own blocks already."""
+        """How many of the prefix's positions are not in vLLM's own blocks already.
+
+        Never the last token, which the model itself must compute: a request without text behind its prefix is no
+        request of the server's making, and fails.
+        """
         asked = self._asked(request)
-        return (0 if asked is None else max(asked.length - num_computed_tokens, 0)), False
+        wanted = 0 if asked is None else min(asked.length, request.num_tokens - 1)
+        return max(wanted - num_computed_tokens, 0), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note which blocks are to be filled."""
         asked = self._asked(request)
-        if num_external_tokens > 0 and asked is not None:
-            taken = blocks.get_block_ids()[0][: -(-asked.length // self.block_size)]
-            self._pending.append(_Load(asked, asked.length - num_external_tokens, list(taken)))
+        if num_external_tokens <= 0 or asked is None:
+            return
+        fault = ""
+        if not asked.is_proven:
+            fault = "the request's proof is not this engine's: all servers and engines need one secret"
+        elif asked.length >= request.num_tokens:
+            fault = f"the request has {request.num_tokens} tokens, no more than the prefix has positions"
+        every = list(blocks.get_block_ids()[0])
+        taken = every[: -(-asked.length // self.block_size)]
+        start = min(asked.length, request.num_tokens - 1) - num_external_tokens
+        self._pending.append(_Load(asked, start, taken, fault))
+        for block in taken:
+            self._together[block] = every
+            self._together.move_to_end(block)
+        while len(self._together) > _REMEMBERED:
+            self._together.popitem(last=False)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """Hand what was noted to the workers."""
         told, self._pending = _Loads(self._pending), []
         return told
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Let nobody share what was computed behind a prefix that could not be loaded, even if its client has left."""
+        failed = connector_output.invalid_block_ids or ()
+        if failed and self._kv_cache_manager is not None:
+            self._kv_cache_manager.evict_blocks(
+                {each for block in failed for each in self._together.get(block, [block])}
+            )
 
     def _asked(self, request: Any) -> Asked | None:
         return Asked.from_parameters(request.kv_transfer_params, self.settings.secret)
@@ -105,9 +145,11 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
         slots: list[int] = []
         for load in told.loads:
             try:
+                if load.fault:
+                    raise CheckpointError(load.fault)
                 pairs = self._pairs(load.asked)
-            except PrefixError as error:
-                logger.error("prefix %r: %s", load.asked.name, error.message)
+            except (PrefixError, OSError, RuntimeError, MemoryError) as error:
+                logger.error("prefix %r: %s", load.asked.name, error)
                 self._failed.update(load.blocks[load.start // self.block_size :])
                 continue
             ready.append((pairs, load.start))
@@ -149,12 +191,23 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if held is not None:
             self._cache.move_to_end(asked)
             return held[0]
-        path = path_of(self.settings.folder, asked.name)
-        before = signature_of(path)
-        prefix = read_artifact(path).detach()
-        if not before == asked.signature == signature_of(path):
-            raise CheckpointError("its file was replaced while the request waited.", hint="send it again.")
-        pairs = self._fitted(prefix)
+        if asked in self._bad:
+            raise CheckpointError(self._bad[asked])
+        with tempfile.TemporaryDirectory(prefix="prefixtune-") as private:
+            # A copy, as reading maps the file, which may be written to meanwhile.
+            source, copy = path_of(self.settings.folder, asked.name), Path(private) / "prefix.safetensors"
+            before = version_of(source)
+            shutil.copyfile(source, copy)
+            if not before == asked.version == version_of(source):
+                raise CheckpointError("its file was replaced while the request waited.", hint="send it again.")
+            try:
+                pairs = self._fitted(read_artifact(copy).detach())
+            except PrefixError as error:
+                # The next request is not to read it once more.
+                self._bad[asked] = error.message.replace(str(copy), "its file")
+                if len(self._bad) > _REMEMBERED:
+                    self._bad.popitem(last=False)
+                raise
         size = sum(part.numel() * part.element_size() for pair in pairs for part in pair)
         self._cache[asked] = pairs, size
         self._bytes += size
@@ -200,7 +253,7 @@ def _check_cache(vllm_config: Any, kv_cache_config: Any) -> None:
     if any(getattr(spec, "attention_chunk_size", None) for spec in specs):
         reasons.append("some of its layers attend in chunks")
     drafts = getattr(vllm_config.speculative_config, "method", None)
-    if drafts not in (None, "ngram"):
+    if drafts not in (None, "ngram", "ngram_gpu", "suffix"):
         reasons.append(f"its guesses come from a model of their own ({drafts}), which has no prefix")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         reasons.append("decode context parallelism deals out positions")

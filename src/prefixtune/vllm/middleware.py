@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "chat_template": ("the server sets it", (None,)),
 }
 """Fields that do not go with a prefix: why, and the values that ask for nothing."""
+
+_OF_TOKENIZERS = ("tokenize", "truncation", "max_length", "padding", "tokenizer_kwargs", "add_special_tokens")
+"""Arguments of a chat template's that could cut placeholders off."""
+_MOST_PROMPTS = 1024
+"""Of one request, as vLLM has it."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -65,6 +71,7 @@ class _Serving:
     tokenizer: Any
     placeholder: int
     has_template: bool
+    has_keys: bool
 
     @property
     def placeholder_text(self) -> str:
@@ -94,13 +101,18 @@ class PrefixMiddleware:
         if method != "POST" or path not in (_COMPLETIONS, _CHAT):
             return await self.app(scope, receive, send)
         serving = await self._ready(scope)
+        if serving.has_keys and await self._turned_away(scope, receive, send):
+            return None
         body = await _read(receive, serving.settings.max_body_bytes)
         try:
             if body is None:
                 raise _Refusal(f"the request is longer than {serving.settings.max_body_bytes} bytes.", status=413)
             rewritten = await asyncio.to_thread(_rewrite, serving, body, path == _CHAT)
         except _Refusal as refusal:
-            return await self._refuse(scope, receive, send, refusal)
+            told = refusal.body()
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(told)).encode())]
+            await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+            return await send({"type": "http.response.body", "body": told})
         if rewritten is None:
             return await self.app(scope, _replay(body, receive), send)
         return await self.app(
@@ -114,25 +126,19 @@ class PrefixMiddleware:
             self._serving = await asyncio.to_thread(_begin, scope["app"].state)
         return self._serving
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send, refusal: _Refusal) -> None:
-        """Answer with an error, unless vLLM would not let the client in at all: names are not told to strangers."""
-        status = 0
+    async def _turned_away(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Whether vLLM does not let the client in; then its own answer was sent. It stands behind this middleware."""
+        held: list[Message] = []
 
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+        async def hold(message: Message) -> None:
+            held.append(message)
 
-        body = refusal.body()
-        if scope.get("headers") and refusal.status != 413:
-            await self.app({**scope, "method": "GET", "path": _MODELS, "raw_path": _MODELS.encode()}, receive, watch)
-        if status in (401, 403):
-            body, refused = _Refusal("Unauthorized", status=status).body(), status
-        else:
-            refused = refusal.status
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": refused, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await self.app({**scope, "method": "GET", "path": _MODELS, "raw_path": _MODELS.encode()}, receive, hold)
+        if held[0]["type"] == "http.response.start" and held[0]["status"] not in (401, 403):
+            return False
+        for message in held:
+            await send(message)
+        return True
 
 
 def _begin(state: Any) -> _Serving:
@@ -145,8 +151,7 @@ def _begin(state: Any) -> _Serving:
     settings = Settings.from_vllm(config)
     model = config.model_config
     folder = Path(str(model.model))
-    tied = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
-    weights = weights_of(folder, tied) if folder.is_dir() else None
+    weights = weights_of(folder) if folder.is_dir() else None
     names = tuple(state.args.served_model_name or [state.args.model])
     tokenizer = state.engine_client.get_tokenizer()
     placeholder = _placeholder(tokenizer)
@@ -162,6 +167,7 @@ def _begin(state: Any) -> _Serving:
         tokenizer,
         placeholder,
         TEMPLATE_VARIABLE in template and spelt,
+        bool(state.args.api_key or os.environ.get("VLLM_API_KEY")),
     )
 
 
@@ -211,6 +217,11 @@ def _rewrite(serving: _Serving, body: bytes, chat: bool) -> _Rewritten | None:
         raise _Refusal(f"{error.message} {error.hint}".strip(), "model", 503) from None
     if known is None:
         return None
+    try:
+        # Half a surrogate pair is legal in JSON, but no tokenizer takes it.
+        json.dumps(asked, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _Refusal("the body holds half a surrogate pair, which is no text.") from None
     for field, (why, neutral) in _REFUSED.items():
         if field in asked and asked[field] not in neutral:
             raise _Refusal(f"{field!r} does not go with a prefix: {why}.", field)
@@ -239,7 +250,7 @@ def _with_placeholders_in_chat(serving: _Serving, asked: dict[str, Any], length:
     if not serving.has_template:
         raise _Refusal(
             "this server takes no chats for prefixes: its chat template has no place for them. "
-            "`prefixtune serve --engine vllm` starts it with one that has; /v1/completions works.",
+            "`prefixtune serve --engine vllm` gives it one, of models with a template; /v1/completions works.",
             "messages",
         )
     if asked.get("add_special_tokens"):
@@ -247,6 +258,9 @@ def _with_placeholders_in_chat(serving: _Serving, asked: dict[str, Any], length:
     options = asked.get("chat_template_kwargs")
     if options is not None and not isinstance(options, dict):
         raise _Refusal("'chat_template_kwargs' must be an object.", "chat_template_kwargs")
+    for field in options or {}:
+        if field in _OF_TOKENIZERS or field.startswith("return_"):
+            raise _Refusal(f"{field!r} in 'chat_template_kwargs' does not go with a prefix.", "chat_template_kwargs")
     asked["chat_template_kwargs"] = {**(options or {}), TEMPLATE_VARIABLE: serving.placeholder_text * length}
 
 
@@ -254,6 +268,8 @@ def _prompts(serving: _Serving, asked: dict[str, Any]) -> list[list[int]]:
     """Token ids of every prompt; of texts, as training had them: nothing added unless asked for."""
     value, special = asked.get("prompt"), bool(asked.get("add_special_tokens"))
     given = value if isinstance(value, list) and value and not _is_whole(value[0]) else [value]
+    if len(given) > _MOST_PROMPTS:
+        raise _Refusal(f"'prompt' has {len(given)} prompts, but at most {_MOST_PROMPTS} are taken.", "prompt")
     prompts = []
     for each in given:
         if isinstance(each, str):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prefixtune.artifact import Outline, read_outline, reasons_against
+from prefixtune.artifact import FORMAT_VERSION, Outline, read_outline, reasons_against
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
 from prefixtune.fingerprints import fingerprints_match, sample_weights
 from prefixtune.folder import Signature, check_name, check_place, list_names, path_of, signature_of
@@ -34,6 +35,7 @@ __all__ = [
     "Settings",
     "geometry_of",
     "heads_of_rank",
+    "version_of",
     "weights_of",
 ]
 
@@ -42,6 +44,9 @@ SECRET_VARIABLE = "PREFIXTUNE_VLLM_SECRET"
 
 PARAMETER = "prefixtune"
 """Under which key of `kv_transfer_params` a request names its prefix."""
+
+Version = tuple[int, int]
+"""Time of change in nanoseconds, and size in bytes. No inode: it may differ between machines."""
 
 _OPTIONS = ("prefixes", "cache_mib", "secret", "allow_other_backbone", "max_body_mib")
 
@@ -105,17 +110,19 @@ class Asked:
 
     Attributes:
         name: Of the prefix.
-        signature: Of the file that it was when the request came.
+        version: Of the file that it was when the request came.
         length: P.
+        is_proven: Whether the server itself has said so; if not, the request must fail.
     """
 
     name: str
-    signature: Signature
+    version: Version
     length: int
+    is_proven: bool = True
 
     def parameters(self, secret: bytes) -> dict[str, Any]:
         """As `kv_transfer_params`, signed."""
-        facts = [self.name, list(self.signature), self.length]
+        facts = [self.name, list(self.version), self.length]
         return {PARAMETER: {"prefix": facts, "proof": _sign(secret, "load", facts)}}
 
     def salt(self, secret: bytes, given: str | None) -> str:
@@ -125,24 +132,37 @@ class Asked:
             secret: The server's.
             given: The client's own salt.
         """
-        return _sign(secret, "salt", [self.name, list(self.signature), given])
+        return _sign(secret, "salt", [self.name, list(self.version), given])
 
     @classmethod
     def from_parameters(cls, parameters: object, secret: bytes) -> Asked | None:
-        """The reverse of `parameters`; None where the server has asked for no prefix, whatever a client wrote there."""
-        told = parameters.get(PARAMETER) if isinstance(parameters, Mapping) else None
-        facts, proof = (told.get("prefix"), told.get("proof")) if isinstance(told, Mapping) else (None, None)
-        if not isinstance(proof, str) or not hmac.compare_digest(proof, _sign(secret, "load", facts)):
+        """The reverse of `parameters`; None where no prefix is asked for.
+
+        What a client wrote there by itself, or a server with another secret, is not proven. Raises nothing, whatever
+        it is: it runs in vLLM's scheduler.
+        """
+        if not isinstance(parameters, Mapping) or PARAMETER not in parameters:
             return None
-        name, (changed, size, inode), length = facts  # type: ignore[misc]  # Signed by ourselves.
-        return cls(name, (changed, size, inode), length)
+        told = parameters[PARAMETER]
+        facts, proof = (told.get("prefix"), told.get("proof")) if isinstance(told, Mapping) else (None, None)
+        try:
+            expected = _sign(secret, "load", facts)
+            if hmac.compare_digest(str(proof).encode("utf-8", "replace"), expected.encode()):
+                name, (changed, size), length = facts  # type: ignore[misc]  # Signed by ourselves.
+                return cls(name, (changed, size), length)
+        except (TypeError, ValueError, RecursionError):
+            pass
+        return cls("", (0, 0), 1, is_proven=False)
+
+
+def version_of(path: Path) -> Version | None:
+    """Which version of a file is there; None: it is gone. The same on every machine that shares the folder."""
+    signature = signature_of(path)
+    return None if signature is None else signature[:2]
 
 
 def _sign(secret: bytes, purpose: str, facts: object) -> str:
-    try:
-        text = json.dumps([purpose, facts], sort_keys=True)
-    except (TypeError, ValueError):
-        return ""
+    text = json.dumps([purpose, facts], sort_keys=True)
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
@@ -190,38 +210,44 @@ def heads_of_rank(num_kv_heads: int, ranks: int, rank: int) -> slice:
     return slice(first, first + count)
 
 
-def weights_of(folder: Path, tied: bool) -> str | None:
-    """Samples of a checkpoint's weights, as fingerprints have them; None: it is no folder of safetensors.
+def weights_of(folder: Path) -> str | None:
+    """Samples of a checkpoint's weights, as fingerprints have them.
 
-    Args:
-        folder: Of the model.
-        tied: Whether the output layer is the embedding matrix, and counts once.
+    A fingerprint samples a loaded model's parameters, and a file may name and cut its tensors otherwise. So weights are
+    sampled only where transformers 5 wrote them as it loads them: no quantized ones, and no experts.
+
+    Returns:
+        The samples; None where weights on disk cannot be compared with a fingerprint.
     """
-    places: dict[str, Path] = {}
-    sizes: list[tuple[str, int]] = []
     try:
-        for shard in sorted(folder.glob("*.safetensors")):
-            with safe_open(shard, framework="pt") as handle:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not str(config.get("transformers_version", "")).startswith("5."):
+            return None
+        if "quantization_config" in config or any("experts" in key for key in config):
+            return None
+        index = folder / "model.safetensors.index.json"
+        shards = {"model.safetensors"}
+        if index.exists():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        places: dict[str, Path] = {}
+        sizes: list[tuple[str, int]] = []
+        for shard in sorted(shards):
+            with safe_open(folder / shard, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118
-                    part = handle.get_slice(name)
-                    if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+                    shape = handle.get_slice(name).get_shape()
+                    if not shape or (config.get("tie_word_embeddings") and name == "lm_head.weight"):
                         continue
-                    count = 1
-                    for size in part.get_shape():
-                        count *= size
-                    places[name] = shard
-                    sizes.append((name, count))
+                    places[name] = folder / shard
+                    sizes.append((name, math.prod(shape)))
         return sample_weights(sizes, lambda name, place: _one_weight(places[name], name, place)) if sizes else None
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None
 
 
 def _one_weight(shard: Path, name: str, place: int) -> Tensor:
     with safe_open(shard, framework="pt") as handle:
         part = handle.get_slice(name)
-        row = 1
-        for size in part.get_shape()[1:]:
-            row *= size
+        row = math.prod(part.get_shape()[1:])
         values: Tensor = part[place // row : place // row + 1]
         return values.reshape(-1)[place % row]
 
@@ -318,6 +344,9 @@ class PrefixFolder:
         except PrefixError as error:
             return error.message
         reasons = reasons_against(outline, self.geometry, self.name)
+        if outline.header.get("format_version") not in range(1, FORMAT_VERSION + 1):
+            told = outline.header.get("format_version")
+            reasons.append(f"its format version is {told!r}, but this prefixtune reads up to {FORMAT_VERSION}")
         if not reasons and not self._same_weights(outline):
             reasons.append(f"it was trained for other weights than those of {self.name!r}")
         needed = outline.num_elements * 4
@@ -327,7 +356,7 @@ class PrefixFolder:
             return f"{'; '.join(reasons)}."
         length = next(iter(outline.shapes.values()))[1]
         about = str(outline.header.get("description") or outline.header.get("task") or "")
-        return Known(Asked(name, signature, length), about, signature[0] // 10**9)
+        return Known(Asked(name, signature[:2], length), about, signature[0] // 10**9)
 
     def _same_weights(self, outline: Outline) -> bool:
         origin = outline.header.get("backbone")
