@@ -463,11 +463,14 @@ def test_short_tries_choose_the_rate_and_the_run_is_made_anew(configure: Make, t
     [
         ({"max_steps": 100, "warmup_steps": 20, "patience": 3}, {"max_steps": 25, "warmup_steps": 5}),
         ({"max_steps": 10, "warmup_steps": 2}, {"max_steps": 10, "warmup_steps": 2}),
-        ({"epochs": 5.0}, {"epochs": 5.0, "max_steps": 25, "warmup_steps": 6}),
+        # 80 targets in batches of 16, five times over, are 25 steps; eight times are 40.
+        ({"epochs": 5.0, "batch_size": 16}, {"epochs": 5.0, "batch_size": 16, "max_steps": 25, "warmup_steps": 20}),
+        ({"epochs": 8.0, "batch_size": 16}, {"epochs": 8.0, "batch_size": 16, "max_steps": 25, "warmup_steps": 12}),
+        ({"epochs": 1.0, "batch_size": 16}, {"epochs": 1.0, "batch_size": 16, "max_steps": 5, "warmup_steps": 20}),
     ],
 )
 def test_a_try_warms_up_over_the_same_share_of_its_steps(values: dict[str, Any], expected: dict[str, Any]):
-    shortened = running._shortened(values, 25)
+    shortened = running._shortened(values, 25, 80)
     assert shortened == {**expected, "eval_every": expected["max_steps"], "patience": 0}
 
 

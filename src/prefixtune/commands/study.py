@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -84,7 +85,10 @@ def study(options: argparse.Namespace) -> int:
             if options.ray or options.ray_address:
                 from prefixtune.study.cluster import run_on_ray
 
-                outcome = run_on_ray(config, options.ray or 1, address=options.ray_address, on_event=shown)
+                command = " ".join(["prefixtune", *sys.argv[1:]])
+                outcome = run_on_ray(
+                    config, options.ray or 1, address=options.ray_address, on_event=shown, command=command
+                )
             else:
                 outcome = run_study(config, on_event=shown)
         except KeyboardInterrupt:

@@ -62,6 +62,9 @@ class ServeConfig:
         ConfigError: One or more values are not allowed; all faults are listed at once.
     """
 
+    engine: Literal["embedded", "vllm"] = _option(
+        "embedded", "what runs the model: this program, or vLLM with this program's plugin", "model"
+    )
     backbone: str = _option("smollm2-135m", "embedded name, hub id, local folder or .gguf file", "model")
     backbone_id: str = _option(
         "", "the bare backbone's name in the interface; empty: the last part of its name", "model"
@@ -132,7 +135,8 @@ class ServeConfig:
             yield f"default_max_tokens is {self.default_max_tokens}, which is more than max_tokens ({self.max_tokens})"
         if not self.prefixes:
             yield "prefixes is empty, but must name a folder"
-        if not self.keys and not self.is_loopback:
+        # vLLM has a key of its own.
+        if not self.keys and not self.is_loopback and self.engine == "embedded":
             yield (
                 f"host is {self.host!r} and no key is configured, so that anybody could use the server: without keys "
                 "only loopback (127.0.0.1) is allowed; `prefixtune serve --new-key` makes a key"

@@ -7,10 +7,11 @@ must lie on a disk that all machines see under the same path, with working file 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from prefixtune.study.config import StudyConfig
 from prefixtune.study.run import Outcome, outcome_of, run_study
 from prefixtune.variants import require
 
-__all__ = ["run_on_ray"]
+__all__ = ["run_on_ray", "share"]
 
 Event = dict[str, Any]
 _RETRIES = 3
@@ -63,10 +64,10 @@ def run_on_ray(
     if began:
         _connect(ray, address, workers)
     try:
-        cpus, gpus = _share(ray.cluster_resources(), workers)
+        cpus, gpus = share([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
         heard = queues.Queue(actor_options={"num_cpus": 0})
         work = ray.remote(_work).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
-        running = [work.remote(shared, number, heard, command) for number in range(workers)]
+        running = [work.remote(shared, number, heard, command, os.getcwd()) for number in range(workers)]
         try:
             _follow(ray, running, heard, tell)
         except BaseException:
@@ -79,8 +80,10 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _work(config: StudyConfig, number: int, heard: Any, command: str) -> None:
-    """One worker, in a process of its own."""
+def _work(config: StudyConfig, number: int, heard: Any, command: str, place: str) -> None:
+    """One worker, in a process of its own, as if it had been started where the study was."""
+    with contextlib.suppress(OSError):
+        os.chdir(place)
     run_study(config, on_event=lambda event: heard.put({**event, "worker": number}), command=command)
 
 
@@ -98,20 +101,26 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
         raise ConfigError(f"cannot start or reach {where}: {told}", hint="see `ray status` and `ray start`.") from error
 
 
-def _share(resources: dict[str, float], workers: int) -> tuple[int, int]:
-    """CPUs and GPUs of each worker.
+def share(nodes: Sequence[Mapping[str, float]], workers: int) -> tuple[int, int]:
+    """CPUs and GPUs of each worker: as many as leave room for all of them at once, each on one machine.
+
+    >>> share([{"CPU": 8}, {"CPU": 8}, {"CPU": 8}], 2), share([{"CPU": 4, "GPU": 2}, {"CPU": 12}], 2)
+    ((8, 0), (6, 0))
 
     Raises:
         ConfigError: There is not a CPU for each.
     """
-    cpus, gpus = int(resources.get("CPU", 0)) // workers, int(resources.get("GPU", 0)) // workers
-    if cpus < 1:
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    most = max(cpus, default=0)
+    count = next((c for c in range(most, 0, -1) if sum(each // c for each in cpus) >= workers), 0)
+    if not count:
         raise ConfigError(
-            f"the cluster has {int(resources.get('CPU', 0))} CPUs, too few for {workers} workers.",
+            f"the cluster has {sum(cpus)} CPUs, too few for {workers} workers.",
             hint="ask for fewer workers, or add machines.",
         )
     # A training runs on one device.
-    return cpus, min(gpus, 1)
+    places = sum(min(int(node.get("CPU", 0)) // count, int(node.get("GPU", 0))) for node in nodes)
+    return count, int(places >= workers)
 
 
 def _follow(ray: Any, running: list[Any], heard: Any, tell: Callable[[Event], None]) -> None:

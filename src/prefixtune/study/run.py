@@ -175,7 +175,9 @@ class _Study:
         if path.exists():
             stored = _read_json(path).get("config", {})
             now = self.config.to_dict()
-            changed = [key for key in now if stored.get(key) != now[key] and key not in _MAY_CHANGE]
+            # What an older version did not know was as it is by default.
+            usual = StudyConfig().to_dict()
+            changed = [key for key in now if stored.get(key, usual[key]) != now[key] and key not in _MAY_CHANGE]
             if "tries" in changed and stored.get("tries", 0) < now["tries"]:
                 # More rates: those that were tried stand.
                 changed.remove("tries")
@@ -387,7 +389,7 @@ class _Study:
         own = {"method": cell.method.partition(":")[0], "learning_rate": rate, "seed": cell.seed, "output": str(folder)}
         where = {"backbone": config.backbone, "dtype": config.dtype, "device": config.device, "task": config.task}
         if short:
-            values = _shortened(values, config.try_steps)
+            values = _shortened(values, config.try_steps, num_targets)
         return TrainConfig.from_mapping(
             {"save_dtype": _stored_as(cell, config), **values, **own, **where}, where="the study"
         )
@@ -587,12 +589,13 @@ def _stored_as(cell: Cell, config: StudyConfig) -> str:
     return "bfloat16" if half and cell.method.partition(":")[0] in ("full", "top") else "float32"
 
 
-def _shortened(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def _shortened(values: Mapping[str, Any], steps: int, num_targets: int) -> dict[str, Any]:
     """The settings of a try: no more than `steps`, warmed up over the same share of them, scored at the end."""
-    whole = int(values.get("max_steps", 0))
-    steps = min(steps, whole) if whole else steps
-    warmup = int(values.get("warmup_steps", TrainConfig.warmup_steps))
-    warmup = round(warmup * steps / whole) if whole else min(warmup, steps // 4)
+    usual: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(TrainConfig)} | dict(values)
+    batch = usual["batch_size"] * usual["gradient_accumulation"]
+    whole = int(usual["max_steps"]) or math.ceil(usual["epochs"] * math.ceil(num_targets / batch))
+    steps = max(min(steps, whole), 1)
+    warmup = round(int(usual["warmup_steps"]) * steps / max(whole, 1))
     return {**values, "warmup_steps": warmup, "max_steps": steps, "eval_every": steps, "patience": 0}
 
 
