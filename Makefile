@@ -90,7 +90,7 @@ initialization: $(VENV)/.installed  ## compare starts and reparameterizations on
 	$(BIN)/prefixtune prepare
 	$(BIN)/python bench/initialization.py --data $(E2E)
 
-studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 8 hours on two cores; goes on where it was)
+studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 3 hours on two cores; goes on where it was)
 	$(BIN)/prefixtune prepare
 	for name in methods initialization low-data length; do \
 		$(BIN)/prefixtune study $$name --config studies/$$(echo $$name | tr - _).toml --data $(E2E) $(STUDY_ARGS) || exit; done
