@@ -9,10 +9,11 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefixtune.artifact import read_file
 from prefixtune.errors import CheckpointError
 from prefixtune.files import atomic_path
 
@@ -45,20 +46,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: The file is missing, truncated, or a pickle, which could run code.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
-    if is_pickle(path):
+    if path.is_file() and is_pickle(path):
         raise CheckpointError(
             f"{str(path)!r} is a pickle, which could run code; only safetensors files are read.",
             hint=f"convert it, if you trust where it is from: {conversion(path)}",
         )
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is no whole safetensors file: {error}.", hint="it may be truncated; get it again."
-        ) from error
+    return read_file(path)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
