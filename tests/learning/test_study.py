@@ -354,7 +354,7 @@ def test_other_settings_are_refused_and_places_may_change(configure: Make, tmp_p
     config = configure(tmp_path / "study", methods=("zero-shot",))
     run_study(config)
     before = (config.folder / "study.json").read_bytes()
-    for changes in ({"tries": 1}, {"test_limit": 2}, {"methods": ("zero-shot", "prefix")}):
+    for changes in ({"num_beams": 2}, {"test_limit": 2}, {"methods": ("prefix",)}):
         with pytest.raises(ConfigError, match="begun otherwise: ") as error:
             run_study(dataclasses.replace(config, **changes))
         (name,) = changes
@@ -366,6 +366,41 @@ def test_other_settings_are_refused_and_places_may_change(configure: Make, tmp_p
     log = Log()
     assert run_study(moved, on_event=log.events.append).done
     assert log.events == []
+
+
+def test_a_study_grows_and_what_was_done_stands(configure: Make, tmp_path: Path):
+    settings: dict[str, Any] = {"name": "low-data", "seeds": 1, "dev_share": 0.0, "patience": 0}
+    rates, steps = [1e-3, 3e-3], {"8": 2}
+    first = configure(
+        tmp_path / "study",
+        **settings,
+        methods=("prefix",),
+        subsets=1,
+        steps_by_size=steps,
+        learning_rates={"prefix": rates},
+    )
+    run_study(first)
+    (known,) = plan(first)
+    before = results(first)
+    larger = configure(
+        tmp_path / "study",
+        **settings,
+        methods=("full", "prefix"),
+        sizes=(8, 12),
+        subsets=2,
+        steps_by_size={**steps, "12": 3},
+        learning_rates={"prefix": rates, "full": [1e-4, 3e-4]},
+    )
+    log = Log()
+    outcome = run_study(larger, on_event=log.events.append)
+    assert (outcome.failed, outcome.left, len(outcome.done)) == ({}, (), 8)
+    assert known.id not in {event["cell"] for event in log.events}
+    after = results(larger)
+    assert after[known.id] == before[known.id]
+    assert after["full-n12-subset1-seed0"][1]["steps"] == 3
+    assert read(first.folder / "study.json")["config"]["sizes"] == [8, 12]
+    with pytest.raises(ConfigError, match="begun otherwise: "):
+        run_study(first)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -500,6 +535,8 @@ def test_more_tries_train_what_is_new_alone(
     new = {method: set(more.rates(method)) - set(first.rates(method)) for method in ("prefix", "full")}
     # Once to try; and once more for the second sample, where it has become the rate of both.
     assert trained == {(method, rate): 2 if better else 1 for method, rates in new.items() for rate in rates}
+    with pytest.raises(ConfigError, match="begun otherwise: tries was 3, is 2"):
+        run_study(first)
     for cell in plan(more):
         facts = json.loads((more.folder / "cells" / cell.id / "cell.json").read_text())
         tuning = json.loads((more.folder / "tuning" / f"{cell.group}.json").read_text())

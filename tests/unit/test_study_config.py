@@ -181,6 +181,35 @@ def test_given_rates_are_taken_and_must_be_equally_many():
     assert StudyConfig.from_mapping("methods", {**unequal, "tries": 1})
 
 
+@pytest.mark.parametrize(
+    ("key", "before", "now", "grows"),
+    [
+        ("methods", ["prefix"], ["full", "prefix"], True),
+        ("methods", ["prefix", "full"], ["prefix"], False),
+        ("sizes", [50], [20, 50], True),
+        ("seeds", 1, 2, True),
+        ("subsets", 3, 2, False),
+        ("tries", 2, 3, True),
+        ("tries", 3, 2, False),
+        ("learning_rates", {"prefix": [1e-3, 3e-3]}, {"prefix": [1e-3, 3e-3, 9e-3]}, True),
+        ("learning_rates", {"prefix": [1e-3, 3e-3]}, {"prefix": [3e-3, 9e-3]}, False),
+        # Rates around the default, written out.
+        ("learning_rates", {}, {"prefix": [*StudyConfig().rates("prefix"), 0.1]}, True),
+        ("learning_rates", {}, {"prefix": [0.1, 0.2, 0.3]}, False),
+        # Of the size that the study has; of another one.
+        ("steps_by_size", {}, {"2000": 50}, False),
+        ("steps_by_size", {}, {"500": 50}, True),
+        ("steps_by_size", {"2000": 50}, {"2000": 60}, False),
+        ("shots", 3, 4, False),
+        ("test_limit", 100, 200, False),
+    ],
+)
+def test_a_study_grows_where_what_was_done_still_stands(key: str, before: Any, now: Any, grows: bool):
+    usual = {"methods": ["prefix"], "sizes": [2000]}
+    old = StudyConfig.from_mapping("methods", {**usual, key: before})
+    assert StudyConfig.from_mapping("methods", {**usual, key: now}).grows(old.to_dict(), key) is grows
+
+
 def test_settings_are_for_all_runs_or_for_one_method():
     settings = {"batch_size": 8, "full": {"batch_size": 2}, "adapter": {"max_steps": 5}}
     config = StudyConfig.from_mapping("methods", {"train_settings": settings})

@@ -24,6 +24,7 @@ UNTRAINED = ("zero-shot", "few-shot")
 """Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
 METHODS = ("prefix", "prompt", "infix", "full", "top", "adapter", "lora", *UNTRAINED)
 _SIZED = ("top", "adapter", "lora")
+_COUNTS = ("subsets", "seeds")
 STARTS = ("task", "unrelated", "random")
 _LISTS = {"methods": str, "sizes": int, "lengths": int, "starts": str}
 _OWN_KEYS = (
@@ -259,6 +260,42 @@ class StudyConfig:
         return tuple(
             float(f"{middle * 3.0**power:.2g}") for power in range(-((self.tries - 1) // 2), self.tries // 2 + 1)
         )
+
+    def grows(self, before: Mapping[str, Any], key: str) -> bool:
+        """Whether this study has all that another one's key stood for, and more: what was done of that one stands.
+
+        Args:
+            before: All values of the other study, as of `to_dict`.
+            key: Which of them.
+
+        >>> study = StudyConfig(methods=("prefix", "full"), tries=3)
+        >>> study.grows(StudyConfig(methods=("full",)).to_dict(), "methods")
+        True
+        >>> study.grows(StudyConfig(methods=("lora",)).to_dict(), "methods")
+        False
+        """
+        if key in _LISTS:
+            return set(before[key]) <= set(getattr(self, key))
+        if key in ("tries", "learning_rates"):
+            # What counts are the rates that come of both.
+            known = {each.name for each in dataclasses.fields(self)}
+            try:
+                other = StudyConfig.from_mapping(
+                    self.name, {name: value for name, value in before.items() if name in known}
+                )
+            except ConfigError:
+                return False
+            trained = [method for method in other.methods if method not in UNTRAINED]
+            return all(set(other.rates(method)) <= set(self.rates(method)) for method in trained)
+        if key in _COUNTS:
+            return bool(before[key] <= getattr(self, key))
+        if key == "steps_by_size":
+            # Of sizes that are new.
+            done = {str(size) for size in before["sizes"]}
+            return before[key].items() <= self.steps_by_size.items() and not done & (
+                self.steps_by_size.keys() - before[key].keys()
+            )
+        return False
 
     @property
     def folder(self) -> Path:

@@ -176,16 +176,15 @@ class _Study:
             stored = _read_json(path).get("config", {})
             now = self.config.to_dict()
             # What an older version did not know was as it is by default.
-            usual = StudyConfig().to_dict()
-            changed = [key for key in now if stored.get(key, usual[key]) != now[key] and key not in _MAY_CHANGE]
-            if "tries" in changed and stored.get("tries", 0) < now["tries"]:
-                # More rates: those that were tried stand.
-                changed.remove("tries")
+            before = {**StudyConfig().to_dict(), **stored}
+            changed = [key for key in now if before[key] != now[key] and key not in _MAY_CHANGE]
+            changed = [key for key in changed if not self.config.grows(before, key)]
             if changed:
-                listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
+                listed = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed)
                 raise ConfigError(
                     f"the study in {str(self.folder)!r} was begun otherwise: {listed}.",
-                    hint="go on with the same settings, or choose another output.",
+                    hint="go on with the same settings or with more of them (methods, sizes, lengths, starts, subsets, "
+                    "seeds, learning rates), or choose another output.",
                 )
         # Wrong settings and broken data are told at once, not run by run.
         left = [cell for cell in self.cells if self.state(cell) != "done"]
