@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from prefixtune.checkpoint import load_prefix, load_weights
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.metrics import compute
+from prefixtune.metrics import compare, compute
 from prefixtune.report import read_folder
 from prefixtune.study import StudyConfig, plan, run_study
 from prefixtune.study import run as running
@@ -175,6 +176,40 @@ def test_the_studys_own_file(whole: tuple[StudyConfig, Log]):
     study = read_folder(config.folder)
     assert {cell.id: cell.status for cell in study.cells} == {cell.id: "done" for cell in plan(config)}
     assert all(cell.run is not None and cell.run.evaluation is not None for cell in study.cells)
+
+
+def test_runs_are_compared_item_by_item(whole: tuple[StudyConfig, Log], tmp_path: Path):
+    config, _ = whole
+    facts = read(config.folder / "comparisons.json")
+    texts, scores = {}, {}
+    for cell in plan(config):
+        rows = (config.folder / "cells" / cell.id / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
+        texts[cell.id] = [json.loads(row) for row in rows]
+        scores[cell.id] = read(config.folder / "cells" / cell.id / "evaluation.json")["scores"]["bleu"]["score"]
+    first = cell_folder(config, "prefix").name
+    assert [(pair["run"], pair["reference"]) for pair in facts["pairs"]] == [
+        (cell.id, first) for cell in plan(config) if cell.method != "prefix"
+    ]
+    for pair in facts["pairs"]:
+        assert pair["difference"] == scores[pair["run"]] - scores[first]
+        outputs, others = ([row["output"] for row in texts[name]] for name in (pair["run"], first))
+        references = [row["references"] for row in texts[first]]
+        assert pair["p_value"] == compare(outputs, others, references, "bleu", "plain").p_value
+    assert [point["differences"] for point in facts["points"]] == [[pair["difference"]] for pair in facts["pairs"]]
+    # Without the outputs what was found stands; and where a score is another one, it does not.
+    copied = dataclasses.replace(config, output=str(tmp_path / "copied"))
+    shutil.copytree(config.folder, copied.folder)
+    for path in copied.folder.glob("cells/*/outputs.jsonl"):
+        path.unlink()
+    run_study(copied)
+    assert read(copied.folder / "comparisons.json") == facts
+    path = cell_folder(copied, "zero-shot") / "evaluation.json"
+    changed = read(path)
+    changed["scores"]["bleu"]["score"] += 1.0
+    path.write_text(json.dumps(changed), encoding="utf-8")
+    run_study(copied)
+    again = read(copied.folder / "comparisons.json")["pairs"]
+    assert [pair["p_value"] is None for pair in again] == [pair["run"].startswith("zero-shot") for pair in again]
 
 
 def test_the_best_of_the_tries_becomes_the_cell(whole: tuple[StudyConfig, Log]):

@@ -124,6 +124,45 @@ def test_a_study_shows_scores_costs_and_the_best(tmp_path: Path) -> None:
     assert "unfinished" not in shown
 
 
+def test_differences_of_points_from_their_counterparts(tmp_path: Path) -> None:
+    study = low_data_study(tmp_path / "study")
+    point = {
+        "point": "fine-tuning-50",
+        "reference": "prefix-50",
+        "part": "",
+        "differences": [1.5, -0.25],
+        "p_values": [0.0312, None],
+        "mean": 0.625,
+        "standard_error": 0.875,
+    }
+    names = {f"{method}-50-{subset}-0": method for method in ("prefix", "fine-tuning") for subset in range(3)}
+    for old, method in names.items():
+        path = study / "cells" / old / "cell.json"
+        facts = json.loads(path.read_text())
+        write(path, {**facts, "id": f"{method}-50-subset{facts['factors']['subset']}-seed0"})
+    write(study / "comparisons.json", {"metric": "bleu", "test": "a test of pairs", "points": [point]})
+    _, text = pages(study)
+    table = next(table for table in markdown_tables(text) if table[0][0] == "of")
+    assert table == [
+        ["of", "less that of", "mean (± standard error)", "each run", "p (each run)"],
+        [
+            "fine-tuning, number of targets 50",
+            "prefix, number of targets 50",
+            "+0.62 (± 0.88)",
+            "+1.50; -0.25",
+            "0.031; n/a",
+        ],
+    ]
+    assert "p: a test of pairs, over the test items" in text
+    parts = [{**point, "part": part, "p_values": [None, None]} for part in ("", "seen")]
+    write(study / "comparisons.json", {"metric": "bleu", "test": "a test of pairs", "points": parts})
+    _, text = pages(study)
+    table = next(table for table in markdown_tables(text) if table[0][0] == "of")
+    assert table[0] == ["of", "less that of", "test items", "mean (± standard error)", "each run"]
+    assert [row[2] for row in table[1:]] == ["all", "seen"]
+    assert "a test of pairs" not in text
+
+
 def test_tuning_tells_what_was_tried_and_what_was_chosen(tmp_path: Path) -> None:
     _, text = pages(methods_study(tmp_path / "methods"))
     rows = next(table for table in markdown_tables(text) if table[0][-1] == "choice")[1:]
@@ -449,6 +488,7 @@ def damaged(folder: Path, name: str, text: str) -> Path:
         (lambda f: damaged(training(f), "events.jsonl", '{"event": "step", "step": "one"}\n'), "must be a number"),
         (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml' is no TOML"),
         (lambda f: damaged(methods_study(f), "study.json", '{"cut": "all"}'), "'cut' in .* must be a list"),
+        (lambda f: damaged(methods_study(f), "comparisons.json", '{"points": [1]}'), "must be an object"),
         (lambda f: damaged(methods_study(f), "cells/lora/cell.json", '{"status": "gone"}'), "must be one of done"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from prefixtune.errors import DataError
 
-__all__ = ["Cell", "Evaluation", "Group", "Measure", "Output", "Run", "Study", "read_folder"]
+__all__ = ["Cell", "Difference", "Evaluation", "Group", "Measure", "Output", "Run", "Study", "read_folder"]
 
 T = TypeVar("T")
 STATUSES = ("done", "failed", "waiting")
@@ -104,6 +104,27 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A point of a study against its counterpart; of every repetition, and over all of them.
+
+    Attributes:
+        point: What the ids of its runs begin with.
+        reference: Likewise, of its counterpart.
+        part: Of the test set; empty: all of it.
+        differences: Of each repetition's score, the point less its counterpart.
+        p_values: Of each; None where it was not tested.
+    """
+
+    point: str
+    reference: str
+    part: str
+    differences: tuple[float, ...]
+    p_values: tuple[float | None, ...]
+    mean: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
 class Study:
     """A `study.json` with its cells; fields as in the file."""
 
@@ -123,6 +144,8 @@ class Study:
     command: str
     date: str
     cells: tuple[Cell, ...]
+    differences: tuple[Difference, ...] = ()
+    difference_test: str = ""
 
 
 def read_folder(path: Path) -> Study | Run:
@@ -332,8 +355,12 @@ def _study(path: Path) -> Study:
         raise DataError(
             f"the study {str(path)!r} has no cells.", hint="run it with `prefixtune study` and this folder first."
         )
+    compared = path / "comparisons.json"
+    comparisons = _json(compared) if compared.is_file() else _Record({}, repr(str(compared)))
     return Study(
         path=path,
+        differences=tuple(_differences(comparisons)),
+        difference_test=comparisons.get("test", str, ""),
         **{
             key: read.get(key, str, "")
             for key in ("name", "title", "task", "backbone", "axis", "metric", "command", "date")
@@ -346,6 +373,25 @@ def _study(path: Path) -> Study:
         versions=read.get("versions", dict, {}),
         cells=tuple(map(_cell, folders)),
     )
+
+
+def _differences(record: _Record) -> Iterator[Difference]:
+    for number, values in enumerate(record.get("points", list, [])):
+        point = _Record(values, f"point {number} of {record.where}")
+        differences = [
+            _finite(value, f"'differences' in {point.where}") for value in point.get("differences", list, [])
+        ]
+        p_values = [_finite(value, f"'p_values' in {point.where}") for value in point.get("p_values", list, [])]
+        mean = point.number("mean")
+        if mean is None or None in differences or len(p_values) != len(differences):
+            continue
+        yield Difference(
+            **{key: point.get(key, str, "") for key in ("point", "reference", "part")},
+            differences=tuple(value for value in differences if value is not None),
+            p_values=tuple(p_values),
+            mean=mean,
+            standard_error=point.number("standard_error"),
+        )
 
 
 def _cell(folder: Path) -> Cell:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 from prefixtune.report.axis import axis_section
@@ -81,6 +82,7 @@ def study_part(study: Study, identity: str) -> Part:
     sections = [
         _unfinished(study),
         scores_section(systems, main, study.axis, what),
+        _differences(study, systems),
         axis_section(systems, study.axis, main, identity),
         Section("Left out or made smaller", [Listing(study.cut)]) if study.cut else None,
         groups_section(shown, main, identity),
@@ -116,8 +118,7 @@ def _systems(study: Study) -> list[System]:
     cells: dict[tuple[str, float | None], list[Cell]] = {}
     for cell in study.cells:
         if cell.factors:
-            name = ", ".join(_factor(key, cell.factors[key]) for key in names if _says_something(cell.factors.get(key)))
-            cells.setdefault((name or study.name, _place(cell, study.axis)), []).append(cell)
+            cells.setdefault((_name(study, cell, names), _place(cell, study.axis)), []).append(cell)
     keys = sorted(cells, key=lambda key: (-1.0 if key[1] is None else key[1], natural(key[0])))
     styles = {name: number for number, name in enumerate(sorted({name for name, _ in keys}, key=natural))}
     systems = []
@@ -136,6 +137,12 @@ def _systems(study: Study) -> list[System]:
             )
         )
     return systems
+
+
+def _name(study: Study, cell: Cell, factors: Sequence[str]) -> str:
+    """What a cell's system is called, wherever on the axis it is."""
+    told = [_factor(key, cell.factors[key]) for key in factors if _says_something(cell.factors.get(key))]
+    return ", ".join(told) or study.name
 
 
 def _factor(key: str, value: Any) -> str:
@@ -188,6 +195,51 @@ def _representatives(systems: Sequence[System], axis: str) -> tuple[list[System]
     return [replace(system, name=system.label, style=number) for number, system in enumerate(shown)], ""
 
 
+def _differences(study: Study, systems: Sequence[System]) -> Section | None:
+    """How far each point is from its counterpart, on the same test items."""
+    if not study.differences:
+        return None
+    factors, names = _factors(study), dict[str, str]()
+    for cell in study.cells:
+        place = cell.factors.get(study.axis)
+        at = f", {words(study.axis)} {plain(place)}" if _says_something(place) else ""
+        names[cell.id.rpartition("-subset")[0]] = _name(study, cell, factors) + at
+    decimals = decimals_for([spread.mean for system in systems if (spread := system.spread(study.metric)) is not None])
+    rows = []
+    for each in study.differences:
+        error = f"± {fixed(each.standard_error, decimals)}" if each.standard_error is not None else ""
+        rows.append(
+            [
+                Value(names.get(each.point, each.point)),
+                Value(names.get(each.reference, each.reference)),
+                Value(each.part or "all"),
+                Value(_signed(each.mean, decimals), error, number=each.mean),
+                Value("; ".join(_signed(value, decimals) for value in each.differences)),
+                Value("; ".join(fixed(value, 3) for value in each.p_values)),
+            ]
+        )
+    columns = [Column("of", numeric=False), Column("less that of", numeric=False), Column("test items", numeric=False)]
+    columns += [Column("mean", "± standard error"), Column("each run"), Column("p", "each run")]
+    parted = any(each.part for each in study.differences)
+    tested = any(value is not None for each in study.differences for value in each.p_values)
+    kept = [True, True, parted, True, True, tested]
+    table = Table(
+        f"Differences in {metric_name(study.metric)}",
+        list(compress(columns, kept)),
+        [list(compress(row, kept)) for row in rows],
+        num_headers=2,
+    )
+    notes = [
+        f"p: {study.difference_test}, over the test items: how often chance alone gives so large a difference. It is "
+        "of these runs; how far another seed or sample moves a score is in the standard error, where there are several."
+    ]
+    return Section("Differences", [table, Listing(notes)] if tested else [table])
+
+
+def _signed(value: float, decimals: int) -> str:
+    return f"{'+' * (value >= 0)}{fixed(value, decimals)}"
+
+
 # --- what was run ----------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +256,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         ("scored on", "; ".join(data) if len(data) <= 3 else f"{len(data)} files"),
         ("varied", ", ".join(words(factor) for factor in study.factors)),
         ("cells", f"{done} of {len(study.cells)} done"),
-        ("budget", "" if study.budget_minutes is None else f"{duration(60 * study.budget_minutes)} a cell"),
+        ("budget", "" if study.budget_minutes is None else f"{duration(60 * study.budget_minutes)} of each process"),
         (
             "left out",
             f"{len(study.cut)} {'thing' if len(study.cut) == 1 else 'things'}, listed below" * bool(study.cut),

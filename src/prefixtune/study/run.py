@@ -5,6 +5,7 @@ as every other method gets; the best try is the first repetition itself, unless 
 belongs to the process that holds its lock, which a process that dies lets go.
 
     FOLDER/study.json             the study and its settings, what was cut
+    FOLDER/comparisons.json       differences between runs, and whether they are more than chance
     FOLDER/tuning/GROUP.json      the rates tried and the one chosen
     FOLDER/cells/ID/              a training run and its evaluation, with cell.json
 
@@ -41,6 +42,7 @@ from prefixtune.generation import GenerateConfig
 from prefixtune.machine import describe_machine, forget_peak, peak_memory_mib, versions
 from prefixtune.parallel import ALONE
 from prefixtune.prefix import Prefix
+from prefixtune.study.comparing import compare_runs
 from prefixtune.study.config import StudyConfig
 from prefixtune.study.grid import Cell, plan
 from prefixtune.study.sampling import sample_examples, sample_pairs, sample_sources, sample_targets
@@ -49,7 +51,7 @@ from prefixtune.training import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tune
 
 __all__ = ["Outcome", "outcome_of", "run_study"]
 
-STUDY_FILE, CELL_FILE = "study.json", "cell.json"
+STUDY_FILE, CELL_FILE, COMPARISONS_FILE = "study.json", "cell.json", "comparisons.json"
 _MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
 _POLL_SECONDS = 2.0
 
@@ -100,6 +102,7 @@ def run_study(
         study.run()
     finally:
         study.write()
+    study.compare()
     return study.outcome()
 
 
@@ -547,6 +550,14 @@ class _Study:
         for cell in self.cells:
             if not (self.path(cell) / CELL_FILE).exists():
                 self._write_waiting(cell)
+
+    def compare(self) -> None:
+        """Write down how the runs that are done differ."""
+        path = self.folder / COMPARISONS_FILE
+        known = _read_json(path) if path.exists() else None
+        done = self.outcome().done
+        facts = compare_runs(self.config, self.task.metrics[0], self.task.protocol, done, known)
+        write_text(path, json.dumps(facts, indent=1) + "\n")
 
     def _write_waiting(self, cell: Cell) -> None:
         """Make a cell that is still to be done known to reports, without touching a run in its folder."""
