@@ -20,7 +20,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 KEPT, RUNS, PAGE = DOCS / "results", DOCS.parent / "runs", DOCS / "RESULTS.md"
-PATTERNS = ("study.json", "tuning/*.json", "cells/*/cell.json", "cells/*/evaluation.json")
+PATTERNS = ("study.json", "comparisons.json", "tuning/*.json", "cells/*/cell.json", "cells/*/evaluation.json")
 """All but outputs (they hold the data's references), weights, states and tries."""
 
 
@@ -63,6 +63,25 @@ def table_of(study: Path) -> str:
         ]
         losses = [cell["figures"]["dev_loss"] for cell, _ in found if cell["figures"].get("dev_loss") is not None]
         row += [f"{mean(losses):.3f}" if losses else "", f"{first['figures']['trained_parameters']:,}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def differences_of(study: Path) -> str:
+    """How far a study's points are from their counterparts, one row for each."""
+    path = study / "comparisons.json"
+    if not path.exists():
+        return "None yet."
+    points = json.loads(path.read_text(encoding="utf-8"))["points"]
+    lines = ["| BLEU of | less that of | test items | each run (p) | mean ± standard error |", "|---|---|---|---|---|"]
+    for point in points:
+        runs = [
+            f"{difference:+.1f}" + (f" ({p_value:.3f})" if p_value is not None else "")
+            for difference, p_value in zip(point["differences"], point["p_values"], strict=True)
+        ]
+        error = point["standard_error"]
+        spread = f"{point['mean']:+.1f} ± {error:.1f}" if error is not None else ""
+        row = [point["point"], point["reference"], point["part"] or "all", "; ".join(runs), spread]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -111,11 +130,15 @@ def main() -> int:
     if not restore and PAGE.exists():
         text = PAGE.read_text(encoding="utf-8")
         for study in sorted(KEPT.glob("*/study.json")):
-            name = re.escape(study.parent.name)
-            made = table_of(study.parent)
-            text = re.sub(
-                rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=made: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S
-            )
+            for what, make in (("", table_of), (": differences", differences_of)):
+                mark = re.escape(study.parent.name + what)
+                made = make(study.parent)
+                text = re.sub(
+                    rf"(<!-- {mark} -->\n).*?(<!-- end -->)",
+                    lambda m, t=made: f"{m[1]}\n{t}\n\n{m[2]}",
+                    text,
+                    flags=re.S,
+                )
         PAGE.write_text(text, encoding="utf-8")
     return 0
 

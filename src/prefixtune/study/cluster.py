@@ -104,7 +104,7 @@ def _connect(ray: Any, address: str | None, workers: int) -> None:
 def share(nodes: Sequence[Mapping[str, float]], workers: int) -> tuple[int, int]:
     """CPUs and GPUs of each worker: as many as leave room for all of them at once, each on one machine.
 
-    >>> share([{"CPU": 8}, {"CPU": 8}, {"CPU": 8}], 2), share([{"CPU": 4, "GPU": 2}, {"CPU": 12}], 2)
+    >>> share([{"CPU": 8.0}] * 3, 2), share([{"CPU": 4.0, "GPU": 2.0}, {"CPU": 12.0}], 2)
     ((8, 0), (6, 0))
 
     Raises:
