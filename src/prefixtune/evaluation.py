@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from prefixtune.backbone import Backbone
+from prefixtune.batching import default_format
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.files import write_text
 from prefixtune.generation import GenerateConfig, generate
@@ -151,6 +152,30 @@ def with_shots(form: TextFormat, examples: Sequence[Example], separator: str, en
     """
     shots = "".join(form.format_prompt(e.source, separator) + form.format_target(e.targets[0]) + end for e in examples)
     return dataclasses.replace(form, prompt=shots + form.prompt)
+
+
+def ask(backbone: Backbone, words: str, examples: Sequence[Example] = ()) -> TextFormat:
+    """A text format that tells the bare model in words what to do, and shows it a few solved examples.
+
+    As a chat where the tokenizer has a template for one; else words and examples stand before the source, which is as
+    it is for a prefix.
+
+    Args:
+        backbone: Who is asked.
+        words: The instruction.
+        examples: To show; the first target of each.
+    """
+    tokenizer = backbone.tokenizer
+    if backbone.kind == "decoder" and tokenizer.chat_template:
+        turns = []
+        for example in examples:
+            turns += [("user", f"{words}\n{example.source}"), ("assistant", example.targets[0])]
+        turns.append(("user", f"{words}\n{{source}}"))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return TextFormat(str(prompt), "{target}")
+    form = with_shots(default_format(backbone), examples, backbone.separator, backbone.end)
+    return dataclasses.replace(form, prompt=f"{words}\n{form.prompt}")
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------

@@ -242,6 +242,25 @@ def test_few_shots_of_the_training_file(
     assert "has 6 examples with a target" in capsys.readouterr().err
 
 
+def test_the_bare_model_is_asked_in_words(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--instruction", "Describe it:", "--metrics", "bleu", "--num-beams", "1", "--max-new-tokens", "6")
+    flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data, "--split", "test", *words)
+    assert main([*flags, "--output", str(tmp_path / "plain")]) == 0
+    found = read_folder(tmp_path / "plain").evaluation
+    assert (found.method, found.settings["text_format"]["prompt"]) == (
+        "zero-shot",
+        "Describe it:\n {source} {separator}",
+    )
+    shown = ("--shots", "1", "--train", data)
+    assert main([*flags, *shown, "--output", str(tmp_path / "shown")]) == 0
+    prompt = read_folder(tmp_path / "shown").evaluation.settings["text_format"]["prompt"]
+    assert prompt == ("Describe it:\n name : Aromi | food : soup <s> Aromi has soup. </s> {source} {separator}")
+    assert main([*flags, "--prefix", "any.safetensors"]) == 2
+    assert "a prefix needs none" in capsys.readouterr().err
+
+
 def papers_values(folder: Path) -> tuple[float, float, int]:
     """Learning rate, epochs and batch size: columns of the paper's table 8."""
     stored = tomllib.loads((folder / "config.toml").read_text())

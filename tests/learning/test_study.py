@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prefixtune.checkpoint import load_prefix, load_weights
 from prefixtune.errors import ConfigError, DataError
@@ -169,7 +170,11 @@ def test_the_studys_own_file(whole: tuple[StudyConfig, Log]):
     assert (told["kind"], told["name"], told["task"], told["metric"]) == ("study", "methods", "toy", "bleu")
     assert (told["factors"], told["axis"], told["command"]) == (["method"], None, "the command")
     assert (told["backbone"], told["budget_minutes"], told["config"]) == (config.backbone, None, config.to_dict())
-    assert told["cut"] == ["scored on a fixed random sample of 3 test sources", "trained on samples of 8 targets"]
+    assert told["cut"] == [
+        "scored on a fixed random sample of 3 test sources",
+        "trained on samples of 8 targets",
+        "2 tries instead of 3",
+    ]
     assert told["machine"]["cores"] >= 1
     assert told["versions"]["torch"]
     assert len(told["date"]) == 10
@@ -438,7 +443,128 @@ def test_a_study_grows_and_what_was_done_stands(configure: Make, tmp_path: Path)
         run_study(first)
 
 
+def test_runs_at_a_rate_that_is_no_more_chosen_wait(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"methods": ("full",), "name": "low-data", "subsets": 3, "seeds": 1, "steps_by_size": {}, "sizes": (8,)}
+    values |= {"dev_share": 0.0, "patience": 0, "lengths": (3,)}
+    first = configure(tmp_path / "study", learning_rates={"full": [1e-4]}, **values)
+    run_study(first)
+    more = configure(tmp_path / "study", learning_rates={"full": [1e-4, 3e-4]}, **values)
+    real = running.train
+
+    def better(config: Any, **given: Any) -> Any:
+        return dataclasses.replace(real(config, **given), best_loss=0.001 if config.learning_rate == 3e-4 else 9.0)
+
+    def kill_the_second(event: Event) -> None:
+        if a_step(event) and "subset1" in event["cell"] and event["step"] == 3:
+            raise Killed
+
+    monkeypatch.setattr(running, "train", better)
+    with pytest.raises(Killed):
+        run_study(more, on_event=kill_the_second)
+    cells = read_folder(more.folder).cells
+    assert [(cell.status, cell.figures.get("learning_rate")) for cell in cells] == [
+        ("done", 3e-4),
+        ("waiting", None),
+        ("waiting", 1e-4),
+    ], "reports count none at another rate"
+    # A third rate becomes the best one while the second sample's run is half done.
+    most = configure(tmp_path / "study", learning_rates={"full": [1e-4, 3e-4, 9e-4]}, **values)
+
+    def best(config: Any, **given: Any) -> Any:
+        return dataclasses.replace(real(config, **given), best_loss=0.0001 if config.learning_rate == 9e-4 else 9.0)
+
+    monkeypatch.setattr(running, "train", best)
+    outcome = run_study(most)
+    assert (outcome.failed, outcome.left) == ({}, ())
+    assert {cell.figures["learning_rate"] for cell in read_folder(most.folder).cells} == {9e-4}
+    tuning = read(next((most.folder / "tuning").iterdir()))
+    assert list(tuning["learning_rate"]) == ["0.0001", "0.0003", "0.0009"]
+
+
+def test_what_a_study_leaves_of_its_own_protocol_is_told(configure: Make, tmp_path: Path):
+    values = {"name": "low-data", "methods": ("prefix",), "subsets": 1, "sizes": (50, 500), "patience": 2}
+    config = configure(tmp_path / "study", **values, steps_by_size={"50": 60}, max_steps=100, learning_rates={})
+    cut = running._Study(config, None, lambda event: None, "")._cut()
+    assert cut[1:] == [
+        "trained on samples of 50 targets",
+        "trained on samples of 500 targets",
+        "1 subset instead of 5",
+        "2 tries instead of 3",
+        "patience 2 instead of 5",
+        "methods without full",
+        "sizes without 100, 200",
+        "60 steps on 50 targets instead of 200",
+        "100 steps on 500 targets instead of 400",
+        cut[-1],
+    ]
+    assert cut[-1].startswith("4 of 4 runs are not done")
+
+
+def test_a_process_of_the_smaller_study_does_not_undo_growth(configure: Make, tmp_path: Path):
+    small = configure(tmp_path / "study", methods=("zero-shot", "few-shot"), shots=1)
+    large = dataclasses.replace(small, methods=("zero-shot", "few-shot", "prefix"))
+    before: list[Any] = []
+
+    def grow(event: Event) -> None:
+        if event["event"] == "cell" and event["status"] == "done" and not before:
+            run_study(large)
+            before.extend([read(small.folder / "study.json"), read(small.folder / "comparisons.json")])
+
+    run_study(small, on_event=grow)
+    assert [read(small.folder / "study.json"), read(small.folder / "comparisons.json")] == before
+    assert before[0]["config"]["methods"] == ["zero-shot", "few-shot", "prefix"]
+
+
+def test_other_data_under_the_same_settings_are_refused(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", methods=("zero-shot",))
+    run_study(config)
+    grown = dataclasses.replace(config, methods=("zero-shot", "few-shot"), test="train")
+    with pytest.raises(DataError, match="the test data is not what the study in") as error:
+        run_study(grown)
+    assert "choose another output" in error.value.hint
+    assert not run_study(dataclasses.replace(grown, test="held_out")).left
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_any_error_of_a_run_is_told_and_the_others_go_on(
+    configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = configure(tmp_path / "study"), running.train
+
+    def too_large(given: Any, **options: Any) -> Any:
+        if given.method == "full":
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB\nand more")
+        return real(given, **options)
+
+    monkeypatch.setattr(running, "train", too_large)
+    outcome = run_study(config)
+    assert [*outcome.failed] == [cell_folder(config, "full").name]
+    assert "OutOfMemoryError: Tried to allocate 2 GiB. The traceback is in error.txt." in [*outcome.failed.values()]
+    assert "in too_large" in (cell_folder(config, "full") / "error.txt").read_text()
+    assert outcome.done == (cell_folder(config, "prefix").name,)
+    monkeypatch.setattr(running, "train", real)
+    assert not run_study(config).failed
+    assert not (cell_folder(config, "full") / "error.txt").exists()
+
+
+def test_outputs_with_odd_line_ends_are_compared(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", methods=("prefix", "zero-shot"), tries=1)
+    run_study(config)
+    found = read(config.folder / "comparisons.json")
+    path = cell_folder(config, "zero-shot") / "outputs.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows[0]["source"] += "\u2028"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (config.folder / "comparisons.json").unlink()
+    run_study(config)
+    again = read(config.folder / "comparisons.json")
+    assert again["pairs"][0]["difference"] == found["pairs"][0]["difference"]
+    assert found["pairs"][0]["p_value"] is not None
+    assert again["pairs"][0]["p_value"] is None, "of another item"
 
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(configure: Make, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from prefixtune import evaluation
 from prefixtune.batching import default_format, encode_examples, encode_prompts
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.evaluation import Evaluation, evaluate, references_of, summarize, with_shots, write_evaluation
+from prefixtune.evaluation import Evaluation, ask, evaluate, references_of, summarize, with_shots, write_evaluation
 from prefixtune.generation import GenerateConfig, generate
 from prefixtune.metrics import METRICS, Unavailable, compute
 from prefixtune.report import read_folder
@@ -351,3 +352,15 @@ def test_texts_of_any_script_and_with_line_ends_stay_one_line_each(tmp_path: Pat
     rows = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [strict(row)["output"] for row in rows] == list(outputs)
     assert [output.output for output in read_folder(tmp_path).evaluation.outputs] == list(outputs)
+
+
+def test_a_model_with_a_chat_template_is_asked_in_turns(tiny_backbone: Make, tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    backbone: Any = dataclasses.replace(tiny_backbone("llama"), tokenizer=tokenizer)
+    shown = [Example("name : Aromi", ("Aromi is here.", "Here is Aromi."))]
+    assert ask(backbone, "Say it:").format_prompt("name : Zizzi", "<s>") == ("[user]Say it:\nname : Zizzi[assistant]")
+    assert ask(backbone, "Say it:", shown).format_prompt("name : Zizzi", "<s>") == (
+        "[user]Say it:\nname : Aromi[assistant]Aromi is here.[user]Say it:\nname : Zizzi[assistant]"
+    )
+    assert ask(backbone, "Say it:").target == "{target}"

@@ -200,6 +200,7 @@ def test_given_rates_are_taken_and_must_be_equally_many():
         ("steps_by_size", {}, {"2000": 50}, False),
         ("steps_by_size", {}, {"500": 50}, True),
         ("steps_by_size", {"2000": 50}, {"2000": 60}, False),
+        ("sizes", [0], [0, 50], True),
         ("shots", 3, 4, False),
         ("test_limit", 100, 200, False),
     ],
@@ -208,6 +209,14 @@ def test_a_study_grows_where_what_was_done_still_stands(key: str, before: Any, n
     usual = {"methods": ["prefix"], "sizes": [2000]}
     old = StudyConfig.from_mapping("methods", {**usual, key: before})
     assert StudyConfig.from_mapping("methods", {**usual, key: now}).grows(old.to_dict(), key) is grows
+
+
+def test_steps_of_the_whole_set_are_not_growth():
+    whole = {"methods": ["prefix"], "sizes": [0]}
+    before = StudyConfig.from_mapping("methods", whole).to_dict()
+    assert not StudyConfig.from_mapping("methods", {**whole, "steps_by_size": {"640": 3}}).grows(
+        before, "steps_by_size"
+    )
 
 
 def test_settings_are_for_all_runs_or_for_one_method():

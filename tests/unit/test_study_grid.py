@@ -97,3 +97,14 @@ def test_counterparts_are_of_the_same_sample_seed_and_size():
     }
     length = StudyConfig.from_mapping("length", {"lengths": [2, 5]})
     assert [(run.prefix_length, other.prefix_length) for run, other in counterparts(length)] == [(5, 2)]
+
+
+def test_all_targets_are_not_taken_for_none():
+    low = StudyConfig.from_mapping(
+        "low-data", {"methods": ["zero-shot", "prefix", "full"], "sizes": [0], "subsets": 2, "seeds": 2}
+    )
+    assert [(run.id, other.id) for run, other in counterparts(low)] == [
+        ("zero-shot-all-subset0-seed0", "prefix-all-P10-task-subset0-seed0"),
+        ("full-all-subset0-seed0", "prefix-all-P10-task-subset0-seed0"),
+        ("full-all-subset0-seed1", "prefix-all-P10-task-subset0-seed1"),
+    ]

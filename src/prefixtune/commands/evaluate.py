@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shots", type=int, default=0, metavar="N", help="show N solved examples of --train before each"
     )
     parser.add_argument("--train", metavar="PATH", help="where the examples of --shots come from")
+    parser.add_argument(
+        "--instruction",
+        metavar="TEXT",
+        default="",
+        help="ask the bare model in words, in its chat template where it has one",
+    )
     parser.add_argument("--metrics", metavar="NAMES", help="such as bleu,nist,meteor (default: the task's)")
     parser.add_argument("--intervals", action="store_true", help="also give 95 %% bootstrap intervals")
     parser.add_argument(
@@ -59,6 +65,10 @@ def evaluate(options: argparse.Namespace) -> int:
             f"--shots {options.shots} shows the bare model examples of --train FILE.",
             hint="give --train, without --prefix and --run.",
         )
+    if options.instruction and (options.prefix or options.run_folder):
+        raise ConfigError(
+            "--instruction is for the bare model; a prefix needs none.", hint="leave out --prefix and --run."
+        )
     from prefixtune.evaluation import DECODED_FILE, summarize, write_evaluation
     from prefixtune.evaluation import evaluate as run
     from prefixtune.files import write_text
@@ -74,8 +84,8 @@ def evaluate(options: argparse.Namespace) -> int:
         source = stored.get("source") or None
     examples = read_task(task, options.data, source=source, target=options.target, split=options.split)
     examples = examples[: options.limit or None]
-    if options.shots:
-        form = _with_shots(options, backbone, form, task, source)
+    if options.shots or options.instruction:
+        form = _asked(options, backbone, form, task, source)
     config = generate_config(options, [prefix] if prefix else [], task)
     chosen = TASKS[task]
     metrics: Sequence[str] = chosen.metrics
@@ -164,21 +174,25 @@ def _what(
     return (backbone, loaded[0], None, loaded[0].header) if loaded else (backbone, None, None, {})
 
 
-def _with_shots(
+def _asked(
     options: argparse.Namespace, backbone: Backbone, form: TextFormat | None, task: str, source: str | None
 ) -> TextFormat:
-    """The text format with some solved examples of the training file in front."""
+    """The text format with an instruction, or some solved examples of the training file, or both in front."""
     from prefixtune.batching import default_format
-    from prefixtune.evaluation import with_shots
+    from prefixtune.evaluation import ask, with_shots
     from prefixtune.tasks import read_task
 
-    shown: list[Example] = read_task(task, options.train, source=source, target=options.target, split="train")
-    shown = [example for example in shown if example.targets][: options.shots]
+    shown: list[Example] = []
+    if options.shots:
+        read = read_task(task, options.train, source=source, target=options.target, split="train")
+        shown = [example for example in read if example.targets][: options.shots]
     if len(shown) < options.shots:
         raise ConfigError(
             f"--shots is {options.shots}, but {options.train!r} has {len(shown)} examples with a target.",
             hint="show fewer.",
         )
+    if options.instruction:
+        return ask(backbone, options.instruction, shown)
     return with_shots(form or default_format(backbone), shown, backbone.separator, backbone.end)
 
 

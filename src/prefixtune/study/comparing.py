@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from prefixtune.errors import DataError
 from prefixtune.evaluation import EVALUATION_FILE, OUTPUTS_FILE
 from prefixtune.metrics import measure, randomize
 from prefixtune.metrics.base import Measurement
@@ -37,22 +39,27 @@ def counterparts(config: StudyConfig) -> Iterator[tuple[Cell, Cell]]:
     ('full-n50-subset0-seed0', 'prefix-n50-P10-task-subset0-seed0')
     """
     cells = plan(config)
-    # The first factor is what is compared; the others must be the same.
-    others = config.kind.factors[1:]
+    by_place = {(cell.group, cell.subset, cell.seed): cell for cell in cells}
     for cell in cells:
-        if not cell.trains and len(config.sizes) > 1:
-            # At which of them?
-            continue
-        for other in cells:
-            same = [cell.subset == other.subset, cell.seed == other.seed]
-            # What trains nothing has no size; a method without a prefix has no length.
-            same.append(cell.num_targets == other.num_targets or not cell.trains)
-            if "prefix_length" in others:
-                same.append(cell.prefix_length in (0, other.prefix_length))
-            if all(same):
-                if other != cell:
-                    yield cell, other
-                break
+        reference = _reference(config, cell, cells)
+        other = by_place.get((reference, cell.subset, cell.seed))
+        if other is not None and other != cell:
+            yield cell, other
+
+
+def _reference(config: StudyConfig, cell: Cell, cells: Sequence[Cell]) -> str:
+    """The point that a cell's point is held against; empty where there is none."""
+    if not cell.trains and len(config.sizes) > 1:
+        # At which of them?
+        return ""
+    for other in cells:
+        # The first factor is what is compared; the others must be the same, where a method has them.
+        same = [other.trains, other.num_targets == cell.num_targets or not cell.trains]
+        if "prefix_length" in config.kind.factors[1:]:
+            same.append(cell.prefix_length in (0, other.prefix_length))
+        if all(same):
+            return other.group
+    return ""
 
 
 def compare_runs(
@@ -79,7 +86,7 @@ def compare_runs(
     folder = config.folder / "cells"
 
     @cache
-    def measured(cell: Cell) -> tuple[Measurement, tuple[str, ...]] | None:
+    def measured(cell: Cell) -> _Measured | None:
         return _measured(folder / cell.id, metric, protocol)
 
     pairs: list[dict[str, Any]] = []
@@ -125,7 +132,12 @@ def _scores(folder: Path, metric: str) -> dict[str, tuple[float, int]]:
     path = folder / EVALUATION_FILE
     if not path.exists():
         return {}
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.", hint="delete the run's folder, and run the study again."
+        ) from error
     parts = {"": facts, **facts.get("groups", {}).get(_PARTED_BY, {})}
     return {
         name: (part["scores"][metric]["score"], part["num_examples"])
@@ -134,30 +146,37 @@ def _scores(folder: Path, metric: str) -> dict[str, tuple[float, int]]:
     }
 
 
-def _measured(folder: Path, metric: str, protocol: str) -> tuple[Measurement, tuple[str, ...]] | None:
-    """A run's outputs by the metric, and the part that each item is of; None where they are missing."""
-    path = folder / OUTPUTS_FILE
-    if not path.exists():
-        return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    outputs, references = [row["output"] for row in rows], [row["references"] for row in rows]
-    found = measure(outputs, references, protocol=protocol, metrics=[metric], left_out={}).get(metric)
-    return None if found is None else (found, tuple(row["groups"].get(_PARTED_BY, "") for row in rows))
+@dataclass(frozen=True)
+class _Measured:
+    """A run's outputs by the metric, with what they were written for and the part that each item is of."""
+
+    measurement: Measurement
+    items: tuple[tuple[str, tuple[str, ...]], ...]
+    parts: tuple[str, ...]
 
 
-def _test(
-    ours: tuple[Measurement, Sequence[str]] | None,
-    theirs: tuple[Measurement, Sequence[str]] | None,
-    part: str,
-    expected: tuple[float, float],
-) -> float | None:
-    """The p-value of a difference; None where outputs are missing or are not those that were scored."""
-    if ours is None or theirs is None or ours[1] != theirs[1]:
+def _measured(folder: Path, metric: str, protocol: str) -> _Measured | None:
+    """A run, measured; None where its outputs are missing or broken."""
+    try:
+        lines = (folder / OUTPUTS_FILE).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        items = tuple((row["source"], tuple(row["references"])) for row in rows)
+        outputs, parts = [row["output"] for row in rows], tuple(row["groups"].get(_PARTED_BY, "") for row in rows)
+        references = [references for _, references in items]
+        found = measure(outputs, references, protocol=protocol, metrics=[metric], left_out={}).get(metric)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    first, second = ours[0], theirs[0]
+    return None if found is None else _Measured(found, items, parts)
+
+
+def _test(ours: _Measured | None, theirs: _Measured | None, part: str, expected: tuple[float, float]) -> float | None:
+    """The p-value of a difference; None where outputs are missing, are of other items, or are not those scored."""
+    if ours is None or theirs is None or ours.items != theirs.items:
+        return None
+    first, second = ours.measurement, theirs.measurement
     if part:
-        items = [number for number, name in enumerate(ours[1]) if name == part]
-        first, second = first.part(items), second.part(items)
+        numbers = [number for number, name in enumerate(ours.parts) if name == part]
+        first, second = first.part(numbers), second.part(numbers)
     if not all(math.isclose(one.score, known) for one, known in zip((first, second), expected, strict=True)):
         return None
     return randomize(first, second, samples=SAMPLES).p_value

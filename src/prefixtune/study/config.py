@@ -66,7 +66,7 @@ STUDIES: dict[str, StudyKind] = {
         {"methods": ("prefix", "full", "top", "adapter", "lora", "prompt", "few-shot", "zero-shot"), "sizes": (2000,)},
     ),
     "low-data": StudyKind(
-        "few training examples: a prefix against full fine-tuning (section 6.3: 5 subsets, 2 seeds)",
+        "few training examples: a prefix against full fine-tuning (section 6.3)",
         ("method", "num_targets"),
         "num_targets",
         {
@@ -133,7 +133,10 @@ class StudyConfig:
     subsets: int = _option(1, "how many samples of the training set, where it is not taken whole")
     seeds: int = _option(1, "how many seeds for each")
     sample: str = _option("sources", "draw pairs one by one, or sources with all of their targets: pairs or sources")
-    task_words: str = _option("Describe the following data in one sentence:", "words of the start 'task'")
+    task_words: str = _option(
+        "Describe the following data in one sentence:",
+        "words of the start 'task'; what zero-shot and few-shot are asked for",
+    )
     unrelated_words: str = _option("elephant quarrel tin whistle overcoat", "words of the start 'unrelated'")
     shots: int = _option(3, "solved examples that few-shot shows")
 
@@ -290,8 +293,10 @@ class StudyConfig:
         if key in _COUNTS:
             return bool(before[key] <= getattr(self, key))
         if key == "steps_by_size":
-            # Of sizes that are new.
+            # Of sizes that are new; how many targets the whole set has is not known here.
             done = {str(size) for size in before["sizes"]}
+            if "0" in done:
+                return False
             return before[key].items() <= self.steps_by_size.items() and not done & (
                 self.steps_by_size.keys() - before[key].keys()
             )

@@ -18,12 +18,15 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import hashlib
 import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,11 +35,10 @@ from typing import Any
 import torch
 
 from prefixtune.backbone import Backbone, choose_device, choose_dtype, load_backbone
-from prefixtune.batching import default_format
 from prefixtune.checkpoint import load_prefix
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, DataError, PrefixError
-from prefixtune.evaluation import DECODED_FILE, evaluate, with_shots, write_evaluation
+from prefixtune.evaluation import DECODED_FILE, ask, evaluate, write_evaluation
 from prefixtune.files import write_text
 from prefixtune.generation import GenerateConfig
 from prefixtune.machine import describe_machine, forget_peak, peak_memory_mib, versions
@@ -47,11 +49,11 @@ from prefixtune.study.config import StudyConfig
 from prefixtune.study.grid import Cell, plan
 from prefixtune.study.sampling import sample_examples, sample_pairs, sample_sources, sample_targets
 from prefixtune.tasks import TASKS, Example, TextFormat, read_task
-from prefixtune.training import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, train
+from prefixtune.training import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, train
 
 __all__ = ["Outcome", "outcome_of", "run_study"]
 
-STUDY_FILE, CELL_FILE, COMPARISONS_FILE = "study.json", "cell.json", "comparisons.json"
+STUDY_FILE, CELL_FILE, COMPARISONS_FILE, ERROR_FILE = "study.json", "cell.json", "comparisons.json", "error.txt"
 _MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
 _POLL_SECONDS = 2.0
 
@@ -122,6 +124,7 @@ class _Study:
         self.folder, self.cells, self.task = config.folder, plan(config), TASKS[config.task]
         self.began = time.monotonic()
         self.over_budget = False
+        self.data_digests: dict[str, str] = {}
 
     # --- what is needed, when it is needed --------------------------------------------------------------------------
 
@@ -174,21 +177,9 @@ class _Study:
 
     def begin(self) -> None:
         """Make the folder, or see that it is this study's."""
-        path = self.folder / STUDY_FILE
-        if path.exists():
-            stored = _read_json(path).get("config", {})
-            now = self.config.to_dict()
-            # What an older version did not know was as it is by default.
-            before = {**StudyConfig().to_dict(), **stored}
-            changed = [key for key in now if before[key] != now[key] and key not in _MAY_CHANGE]
-            changed = [key for key in changed if not self.config.grows(before, key)]
-            if changed:
-                listed = ", ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in changed)
-                raise ConfigError(
-                    f"the study in {str(self.folder)!r} was begun otherwise: {listed}.",
-                    hint="go on with the same settings or with more of them (methods, sizes, lengths, starts, subsets, "
-                    "seeds, learning rates), or choose another output.",
-                )
+        stored = self._stored()
+        if stored is not None:
+            self._check_same(stored)
         # Wrong settings and broken data are told at once, not run by run.
         left = [cell for cell in self.cells if self.state(cell) != "done"]
         for cell in left:
@@ -199,10 +190,48 @@ class _Study:
             elif cell.method == "few-shot":
                 self._shown()
         if left:
-            self.test_examples  # noqa: B018
+            self._check_data((stored or {}).get("data_digests") or {})
         for part in ("cells", "tuning", "tries"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         self.write()
+
+    def _stored(self) -> dict[str, Any] | None:
+        """What `study.json` says; None where there is none."""
+        path = self.folder / STUDY_FILE
+        return _read_json(path, "config") if path.exists() else None
+
+    def _changed(self, stored: Mapping[str, Any]) -> dict[str, str]:
+        """What is otherwise than in the study as it was begun, and more than growth."""
+        # What an older version did not know was as it is by default.
+        before, now = {**StudyConfig().to_dict(), **stored["config"]}, self.config.to_dict()
+        return {
+            key: f"{key} was {before[key]!r}, is {now[key]!r}"
+            for key in now
+            if before[key] != now[key] and key not in _MAY_CHANGE and not self.config.grows(before, key)
+        }
+
+    def _check_same(self, stored: Mapping[str, Any]) -> None:
+        changed = self._changed(stored)
+        if changed:
+            raise ConfigError(
+                f"the study in {str(self.folder)!r} was begun otherwise: {', '.join(changed.values())}.",
+                hint="go on with the same settings or with more of them (methods, sizes, lengths, starts, subsets, "
+                "seeds, learning rates), or choose another output.",
+            )
+
+    def _check_data(self, known: Mapping[str, str]) -> None:
+        """Files may move, but runs on other examples do not compare."""
+        self.data_digests = {
+            "train": _digest(self.train_examples),
+            "dev": _digest(self.dev_examples),
+            "test": _digest(self.test_examples),
+        }
+        other = [split for split, digest in self.data_digests.items() if known.get(split, digest) != digest]
+        if other:
+            raise DataError(
+                f"the {' and '.join(other)} data is not what the study in {str(self.folder)!r} was begun on.",
+                hint="give the same data, or choose another output.",
+            )
 
     def run(self) -> None:
         """Do cells until none is left that this process could do."""
@@ -267,7 +296,7 @@ class _Study:
         path = self.path(cell) / CELL_FILE
         if not path.exists():
             return "waiting"
-        facts = _read_json(path)
+        facts = _read_json(path, "status", "figures")
         status = str(facts["status"])
         if status == "done" and cell.trains and facts["figures"].get("learning_rate") != self.rate(cell):
             return "waiting"
@@ -278,10 +307,16 @@ class _Study:
         self.on_event({"event": "cell", "cell": cell.id, "status": "begun", "number": self._count("done") + 1})
         try:
             figures = self._do(cell)
-        except PrefixError as error:
-            self._write_cell(cell, "failed", {}, f"{error.message} {error.hint}".strip())
-            self.on_event({"event": "cell", "cell": cell.id, "status": "failed", "error": error.message})
+        except Exception as error:
+            told = _told(error)
+            if not isinstance(error, PrefixError):
+                # Such as a model that does not fit the device; where it came from is kept for whoever looks for it.
+                write_text(self.path(cell) / ERROR_FILE, "".join(traceback.format_exception(error)))
+                error.__traceback__ = None
+            self._write_cell(cell, "failed", {}, told)
+            self.on_event({"event": "cell", "cell": cell.id, "status": "failed", "error": told})
         else:
+            (self.path(cell) / ERROR_FILE).unlink(missing_ok=True)
             self._write_cell(cell, "done", figures, None)
             self._tidy(cell)
             self.on_event({"event": "cell", "cell": cell.id, "status": "done", "figures": figures})
@@ -295,7 +330,7 @@ class _Study:
         """How far it came."""
         states = {cell.id: self.state(cell) for cell in self.cells}
         errors = {
-            cell.id: str(_read_json(self.path(cell) / CELL_FILE)["error"])
+            cell.id: str(_read_json(self.path(cell) / CELL_FILE, "error")["error"])
             for cell in self.cells
             if states[cell.id] == "failed"
         }
@@ -317,27 +352,29 @@ class _Study:
         if before.get("learning_rate") == rate:
             # Done before, and no further rate was better.
             return before
+        if before:
+            # From here on nothing of it counts.
+            self._write_cell(cell, "waiting", {}, None)
         figures = self._train(cell, rate, self.path(cell))
         return {**figures, "learning_rate": rate, **self._score(cell)}
 
     def _figures(self, cell: Cell) -> dict[str, Any]:
-        """The figures of a cell that was done; empty where it was not."""
-        facts = _read_json(self.path(cell) / CELL_FILE)
-        return dict(facts["figures"]) if facts["status"] == "done" else {}
+        """The figures of a cell that was done, at whatever rate; empty where it was not."""
+        return dict(_read_json(self.path(cell) / CELL_FILE, "figures")["figures"])
 
     def rate(self, cell: Cell) -> float | None:
         """The learning rate that was chosen for a cell's group; None: not yet, or not of all that are to be tried."""
         path = self.folder / "tuning" / f"{cell.group}.json"
         if not path.exists():
             return None
-        facts = _read_json(path)
+        facts = _read_json(path, "learning_rate", "chosen")
         complete = {f"{rate:g}" for rate in self.config.rates(cell.method)} <= facts["learning_rate"].keys()
         return float(facts["chosen"]) if complete else None
 
     def _tried(self, cell: Cell) -> dict[float, float | None]:
         """The development loss at each rate that was tried for a cell's group."""
         path = self.folder / "tuning" / f"{cell.group}.json"
-        tried = _read_json(path)["learning_rate"] if path.exists() else {}
+        tried = _read_json(path, "learning_rate")["learning_rate"] if path.exists() else {}
         return {float(rate): loss for rate, loss in tried.items()}
 
     def _choose_rate(self, cell: Cell) -> float:
@@ -371,9 +408,11 @@ class _Study:
             _clear(self.path(cell))
             # Copied, not moved: the tries go only after the choice is written down.
             shutil.copytree(self.folder / "tries" / f"{cell.id}@{best:g}", self.path(cell), dirs_exist_ok=True)
-        tried = {f"{rate:g}": loss for rate, loss in losses.items()}
+        # Those of a study that was larger stay, too.
+        tried = {f"{rate:g}": loss for rate, loss in (old | losses).items()}
         facts = {"group": cell.group, "learning_rate": tried, "chosen": best}
         write_text(self.folder / "tuning" / f"{cell.group}.json", json.dumps(facts, indent=1) + "\n")
+        self._set_back()
         return best
 
     def _train_config(
@@ -408,9 +447,9 @@ class _Study:
         examples, dev = self.data_of(cell)
         total = sum(len(example.targets) for example in examples)
         config = self._train_config(cell, rate, folder, total, short=short)
-        resume = (folder / STATE_FILE).exists()
+        resume = (folder / STATE_FILE).exists() and _rate_of(folder) == rate
         if not resume:
-            # A run that was stopped before its first save.
+            # A run that was stopped before its first save, or at a rate that is no more the chosen one.
             _clear(folder)
         if not config.trains_prefix:
             # It loads a model of its own; a second one beside it would count as its memory.
@@ -438,6 +477,7 @@ class _Study:
             "file_bytes": result.path.stat().st_size,
             "train_seconds": round(sum(event["seconds"] for event in steps), 3),
             "steps": result.steps,
+            "num_targets": total,
             "peak_memory_mib": None if peak is None else round(peak),
             "dev_loss": None if math.isnan(result.best_loss) else result.best_loss,
             "learning_rate": rate,
@@ -479,7 +519,7 @@ class _Study:
                 "protocol": self.task.protocol,
                 "test_limit": self.config.test_limit,
                 "dtype": str(backbone.dtype).removeprefix("torch."),
-                **({"shots": self.config.shots} if cell.method == "few-shot" else {}),
+                **({} if cell.trains or form is None else {"prompt": form.prompt}),
             },
         }
         write_evaluation(folder, outcome, self.test_examples, facts, protocol=self.task.protocol)
@@ -487,11 +527,9 @@ class _Study:
 
     def _model_of(self, cell: Cell) -> tuple[Backbone, Prefix | None, TextFormat | None]:
         folder = self.path(cell)
-        if cell.method == "zero-shot":
-            return self.backbone, None, None
-        if cell.method == "few-shot":
-            form = default_format(self.backbone)
-            return self.backbone, None, with_shots(form, self._shown(), self.backbone.separator, self.backbone.end)
+        if not cell.trains:
+            shown = self._shown() if cell.method == "few-shot" else ()
+            return self.backbone, None, ask(self.backbone, self.config.task_words, shown)
         if (folder / WEIGHTS_FILE).exists():
             backbone, trained_form = load_tuned(
                 folder / WEIGHTS_FILE,
@@ -503,11 +541,15 @@ class _Study:
         return self.backbone, load_prefix(folder / PREFIX_FILE, self.backbone), None
 
     def _shown(self) -> list[Example]:
-        """What few-shot shows."""
-        shots, available = self.config.shots, len(self.train_examples)
-        if shots > available:
-            raise DataError(f"{shots} solved examples are to be shown, but there are {available}.", hint="lower shots.")
-        return sample_examples(self.train_examples, shots, "shots")
+        """What few-shot shows: of the smallest sample that other methods train on."""
+        size = min((size for size in self.config.sizes if size), default=0)
+        known = sample_targets(self.train_examples, size, self.config.sample, "train/0")
+        shots = self.config.shots
+        if shots > len(known):
+            raise DataError(
+                f"{shots} solved examples are to be shown, but there are {len(known)}.", hint="lower shots."
+            )
+        return sample_examples(known, shots, "shots")
 
     def _tidy(self, cell: Cell) -> None:
         """Remove what a cell that is done needs no more."""
@@ -524,8 +566,15 @@ class _Study:
 
     def write(self) -> None:
         """Write down the study as it stands."""
-        path = self.folder / STUDY_FILE
-        before = _read_json(path) if path.exists() else {}
+        for cell in self.cells:
+            if not (self.path(cell) / CELL_FILE).exists():
+                # Made known to reports, without touching a run in its folder.
+                self._write_cell(cell, "waiting", {}, None)
+        self._set_back()
+        before = self._stored() or {}
+        if before and self._changed(before):
+            # It has grown since this process began.
+            return
         config = self.config
         about = config.kind.description
         facts = {
@@ -544,26 +593,31 @@ class _Study:
             "versions": versions(),
             "command": self.command,
             "date": before.get("date") or datetime.date.today().isoformat(),
+            "data_digests": {**before.get("data_digests", {}), **self.data_digests},
             "config": config.to_dict(),
         }
-        write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        write_text(self.folder / STUDY_FILE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+    def _set_back(self) -> None:
+        """Cells that were done at a rate which is no more the chosen one wait again; their figures are kept."""
         for cell in self.cells:
-            if not (self.path(cell) / CELL_FILE).exists():
-                self._write_waiting(cell)
+            tuning = self.folder / "tuning" / f"{cell.group}.json"
+            if not (cell.trains and tuning.exists() and (self.path(cell) / CELL_FILE).exists()):
+                continue
+            facts = _read_json(self.path(cell) / CELL_FILE, "status", "figures")
+            chosen = _read_json(tuning, "chosen")["chosen"]
+            if facts["status"] == "done" and facts["figures"].get("learning_rate") != chosen:
+                self._write_cell(cell, "waiting", facts["figures"], None)
 
     def compare(self) -> None:
         """Write down how the runs that are done differ."""
+        stored = self._stored()
+        if stored is None or self._changed(stored):
+            return
         path = self.folder / COMPARISONS_FILE
-        known = _read_json(path) if path.exists() else None
-        done = self.outcome().done
-        facts = compare_runs(self.config, self.task.metrics[0], self.task.protocol, done, known)
+        known = _read_json(path, "pairs") if path.exists() else None
+        facts = compare_runs(self.config, self.task.metrics[0], self.task.protocol, self.outcome().done, known)
         write_text(path, json.dumps(facts, indent=1) + "\n")
-
-    def _write_waiting(self, cell: Cell) -> None:
-        """Make a cell that is still to be done known to reports, without touching a run in its folder."""
-        facts = {"id": cell.id, "factors": cell.factors(), "status": "waiting", "error": None, "figures": {}}
-        self.path(cell).mkdir(parents=True, exist_ok=True)
-        write_text(self.path(cell) / CELL_FILE, json.dumps(facts, indent=1) + "\n")
 
     def _tuning(self) -> dict[str, Any]:
         found = [_read_json(path) for path in sorted((self.folder / "tuning").glob("*.json"))]
@@ -582,10 +636,24 @@ class _Study:
             cut.append(f"decoded with {how} instead of {self.task.decoding.get('num_beams', 1)}")
         if config.try_steps:
             cut.append(f"learning rates chosen by runs of {config.try_steps} steps")
-        usual = config.kind.defaults
-        for name in ("subsets", "seeds"):
-            if getattr(config, name) < usual.get(name, 1):
-                cut.append(f"{getattr(config, name)} {name} instead of {usual[name]}")
+        usual = {**StudyConfig().to_dict(), **config.kind.defaults}
+        counts = {"subsets": "subset", "seeds": "seed", "tries": "try", "patience": ""}
+        for name, singular in counts.items():
+            tried = len(next(iter(config.learning_rates.values()), ())) if name == "tries" else 0
+            now = tried or getattr(config, name)
+            if now < usual[name]:
+                told = f"patience {now}" if name == "patience" else f"{now} {name if now != 1 else singular}"
+                cut.append(f"{told} instead of {usual[name]}")
+        for name in ("methods", "sizes", "lengths", "starts"):
+            given = {str(value).partition(":")[0] for value in getattr(config, name)}
+            meant = config.kind.defaults.get(name, ())
+            absent = [str(value) for value in meant if str(value) not in given]
+            if absent and len(meant) > 1:
+                cut.append(f"{name} without {', '.join(absent)}")
+        for size, steps in config.kind.defaults.get("steps_by_size", {}).items():
+            now = config.steps_by_size.get(size, config.train_settings.get("max_steps", steps))
+            if int(size) in config.sizes and now < steps:
+                cut.append(f"{now} steps on {size} targets instead of {steps}")
         left = [cell.id for cell in self.cells if self.state(cell) == "waiting"]
         if left:
             why = f" within {config.budget:g} minutes" if self.over_budget else ""
@@ -618,9 +686,44 @@ def _clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _digest(examples: Sequence[Example]) -> str:
+    """Of what runs learn from and are scored by, wherever it was read from."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.source, *example.targets]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _rate_of(folder: Path) -> float | None:
+    """The learning rate of the training that is in a folder."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    rate = values.get("learning_rate")
+    return float(rate) if isinstance(rate, int | float) else None
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, PrefixError):
+        return f"{error.message} {error.hint}".strip()
+    first, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {first}. The traceback is in {ERROR_FILE}."
+
+
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object that has some keys.
+
+    Raises:
+        DataError: It cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}.", hint="delete it, and run the study again.") from error
+    missing = [key for key in keys if not isinstance(value, dict) or value.get(key, ...) is ...]
+    if not isinstance(value, dict) or missing:
+        what = f"has no {', '.join(missing)}" if missing else "is no JSON object"
+        raise DataError(f"{path} {what}.", hint="delete it, and run the study again.")
     return value
