@@ -95,7 +95,7 @@ def bar_chart(
     low, high = min(0.0, *ends), max(0.0, *ends)
     ticks = _ticks(low, high, 5)
     # Room at the right for the figures.
-    axis = _Axis(min(low, ticks[0]), max(high, ticks[-1], low + 1e-9), 8, WIDTH - 64)
+    axis = _Axis(min(low, ticks[0]), max(high, ticks[-1], low + 1e-9), 8, WIDTH - 76)
     tall = 11 if len(groups[0][1]) > 2 else 14
     y, parts = 42.0, list[Safe]()
     for name, group in groups:

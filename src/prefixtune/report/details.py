@@ -30,6 +30,7 @@ from prefixtune.report.systems import System
 
 __all__ = ["losses_section", "outputs_section", "settings_section", "spread_out"]
 
+TWO_COLUMNS = [Column("setting", numeric=False), Column("value", numeric=False)]
 MOST_CHARTS, MOST_POINTS, MOST_ROWS, MOST_SYSTEMS, SAMPLE = 6, 240, 24, 6, 20
 
 
@@ -155,8 +156,10 @@ def _item(number: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> It
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def settings_section(systems: Sequence[System], facts: Sequence[tuple[str, str]] = ()) -> Section | None:
-    """What every run was set to: what differs as a table, what is equal folded away."""
+def settings_section(
+    systems: Sequence[System], facts: Sequence[tuple[str, str]] = (), study: Mapping[str, Any] | None = None
+) -> Section | None:
+    """What every run was set to: what differs as a table, what is equal folded away; and a study's own settings."""
     columns: list[tuple[str, list[dict[str, str]]]] = [
         (system.label, [_settings(run) for run in system.runs]) for system in systems if system.runs
     ]
@@ -171,13 +174,12 @@ def settings_section(systems: Sequence[System], facts: Sequence[tuple[str, str]]
     equal = [key for key in keys if key not in differing]
     if equal:
         rows = [[Value(key), Value(values[key][0])] for key in equal]
-        table = Table(
-            "Equal everywhere" if len(everything) > 1 else "All settings",
-            [Column("setting", numeric=False), Column("value", numeric=False)],
-            rows,
-        )
+        table = Table("Equal everywhere" if len(everything) > 1 else "All settings", TWO_COLUMNS, rows)
         of = f"that {len(everything)} runs share" if len(everything) > 1 else "of the run"
         blocks.append(Details(f"{len(equal)} settings {of}", [table]))
+    if study:
+        rows = [[Value(key), Value(plain(value) or '""')] for key, value in _flat(study, "")]
+        blocks.append(Details(f"{len(rows)} settings of the study", [Table("The study's settings", TWO_COLUMNS, rows)]))
     return Section("Settings", blocks) if blocks else None
 
 

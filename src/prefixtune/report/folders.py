@@ -143,6 +143,7 @@ class Study:
     versions: Mapping[str, Any]
     command: str
     date: str
+    config: Mapping[str, Any]
     cells: tuple[Cell, ...]
     differences: tuple[Difference, ...] = ()
     difference_test: str = ""
@@ -371,6 +372,7 @@ def _study(path: Path) -> Study:
         tuning=read.get("tuning", dict, {}),
         machine=read.get("machine", dict, {}),
         versions=read.get("versions", dict, {}),
+        config=read.get("config", dict, {}),
         cells=tuple(map(_cell, folders)),
     )
 

@@ -5,6 +5,7 @@ Knows folders' contents and the document's blocks; nothing of how either is writ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from prefixtune.report.charts import Bar, bar_chart, swatch
@@ -51,13 +52,15 @@ def _group_metrics(systems: Sequence[System], main: str, kind: str) -> list[str]
 def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping[str, int], identity: str) -> Chart:
     spreads = {(s.style, name): s.spread(main, (kind, name)) for s in systems for name in sizes}
     decimals = decimals_for([spread.mean for spread in spreads.values() if spread is not None])
+    # Colours alone tell nothing to some eyes, and there are more systems than colours.
+    letters = [f"{_letters(number)} " if len(systems) > 1 else "" for number in range(len(systems))]
     groups = []
     for name, number in sizes.items():
         bars = []
-        for system in systems:
+        for letter, system in zip(letters, systems, strict=True):
             spread = spreads[system.style, name]
             mean = None if spread is None else spread.mean
-            bars.append(Bar(mean, fixed(mean, decimals), system.style, system.span(main, (kind, name))))
+            bars.append(Bar(mean, letter + fixed(mean, decimals), system.style, system.span(main, (kind, name))))
         groups.append((f"{name} ({number:,})", bars))
     title = f"{metric_name(main)} by {_KINDS.get(kind, words(kind))}"
     text = f"Bars of {metric_name(main)} for each of {len(sizes)} parts; the table below tells the figures."
@@ -75,10 +78,24 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
     return Chart(
         title=title,
         description=text,
-        svg=bar_chart(groups, x_label=metric_name(main), identity=f"{identity}-{kind}", title=title, text=text),
-        legend=[(system.name, swatch(system.style, "bar")) for system in systems],
+        svg=bar_chart(groups, x_label=metric_name(main), identity=_slug(f"{identity}-{kind}"), title=title, text=text),
+        legend=[(letter + s.name, swatch(s.style, "bar")) for letter, s in zip(letters, systems, strict=True)],
         table=Table(f"{title}: the figures", columns, rows),
     )
+
+
+def _letters(number: int) -> str:
+    """The letters of a series.
+
+    >>> [_letters(number) for number in (0, 25, 26)]
+    ['A', 'Z', 'AA']
+    """
+    return (_letters(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
+
+
+def _slug(text: str) -> str:
+    """An id without spaces, which would make it two where another element points to it."""
+    return re.sub(r"\s+", "_", text)
 
 
 def _group_table(systems: Sequence[System], metrics: Sequence[str], kind: str, names: Sequence[str]) -> Table:

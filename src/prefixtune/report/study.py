@@ -5,6 +5,7 @@ Knows folders' contents and the document's blocks; nothing of how either is writ
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ def study_part(study: Study, identity: str) -> Part:
         _tuning(study.tuning),
         losses_section(systems, identity),
         outputs_section(shown, f"Each system{at}: its first finished run." if len(systems) > 1 else ""),
-        settings_section(systems, _origin(study)),
+        settings_section(systems, _origin(study), study.config),
         Section("Cells", [Details(f"All {len(study.cells)} cells", [_cells_table(study.cells, main)])]),
     ]
     return Part(
@@ -116,9 +117,11 @@ def _systems(study: Study) -> list[System]:
     """Cells with equal factors, but those that are repeated, as one system."""
     names = _factors(study)
     cells: dict[tuple[str, float | None], list[Cell]] = {}
+    # Runs on all targets know how many they are when they are done; those that wait are at the same place.
+    places = {_point(cell): place for cell in study.cells if (place := _place(cell, study.axis)) is not None}
     for cell in study.cells:
         if cell.factors:
-            cells.setdefault((_name(study, cell, names), _place(cell, study.axis)), []).append(cell)
+            cells.setdefault((_name(study, cell, names), places.get(_point(cell))), []).append(cell)
     keys = sorted(cells, key=lambda key: (-1.0 if key[1] is None else key[1], natural(key[0])))
     styles = {name: number for number, name in enumerate(sorted({name for name, _ in keys}, key=natural))}
     systems = []
@@ -155,12 +158,17 @@ def _says_something(value: Any) -> bool:
     return value is not None and (isinstance(value, bool) or value != 0)
 
 
+def _point(cell: Cell) -> str:
+    """What its repetitions have in common."""
+    return json.dumps({key: value for key, value in cell.factors.items() if key not in REPETITIONS}, sort_keys=True)
+
+
 def _place(cell: Cell, axis: str) -> float | None:
     """Where on the axis a cell is; the bare model is nowhere, and is drawn as a level.
 
-    A run on all targets has 0 in its factors; how many they are is in its log.
+    A run on all targets has 0 in its factors; how many they are is among its figures, or in its log.
     """
-    value = cell.factors.get(axis)
+    value = cell.factors.get(axis) or cell.figures.get(axis)
     if not value and cell.run is not None:
         value = next((event.get(axis) for event in cell.run.events if event.get("event") == "start"), None)
     return float(value) if isinstance(value, int | float) and value else None
