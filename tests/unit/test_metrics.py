@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixtune.metrics import accuracy, bleu, macro_f1, span_f1
+from prefixtune.metrics import PROTOCOLS, accuracy, bleu, compute, macro_f1, span_f1
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -178,3 +179,39 @@ def test_label_scores_do_not_depend_on_order_and_agree_when_perfect(pairs: list[
 def test_misuse_of_label_and_span_scores_is_told(call: Callable[[], Any], says: str):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_an_order_without_a_match_is_no_bleu_where_the_script_does_not_smooth():
+    texts: tuple[list[str], list[list[str]]] = (["the cat is here"], [["the cat was there today"]])
+    for protocol in ("webnlg", "dart"):
+        assert compute(*texts, protocol=protocol, metrics=["bleu"])["bleu"].score == 0
+    assert compute(*texts, protocol="e2e", metrics=["bleu"])["bleu"].score > 0
+
+
+def test_webnlg_counts_an_absent_reference_as_an_empty_one_up_to_the_longest_item():
+    outputs = ["a b c d e"] * 2
+    long = "a b c d e f g h i j k l m n"
+    alone = compute(outputs, [[long], [long]], protocol="webnlg", metrics=["bleu"])["bleu"]
+    assert alone.score == pytest.approx(100 * math.exp(1 - 14 / 5)), "no item has a second reference"
+    padded = compute(outputs, [[long], [long, long]], protocol="webnlg", metrics=["bleu", "bleu_sound"])
+    # To the first item the empty text is closest in length.
+    assert padded["bleu"].score == pytest.approx(100 * math.exp(1 - 14 / 10))
+    assert padded["bleu_sound"].score == pytest.approx(alone.score)
+    assert "absent references counted as empty" in padded["bleu"].implementation
+
+
+def test_e2e_ignores_the_case_of_ascii_letters_alone():
+    reference = [["The CAFE at the riverside is cheap"]]
+    assert compute(["the cafe AT the RIVERSIDE is cheap"], reference, protocol="e2e", metrics=["bleu"])[
+        "bleu"
+    ].score == pytest.approx(100)
+    accented: tuple[list[str], list[list[str]]] = (["CAFÉ"], [["café"]])
+    assert compute(*accented, protocol="e2e", metrics=["nist"])["nist"].score == 0
+    assert "case:lc" in compute(*accented, protocol="e2e", metrics=["bleu"])["bleu"].implementation
+
+
+def test_webnlgs_references_go_to_ascii_last():
+    """What a sign becomes there is not split again, as it is in outputs."""
+    protocol = PROTOCOLS["webnlg"]
+    assert (protocol.prepare("5 °C"), protocol.prepare_reference("5 °C")) == ("5 degc", "5 deg c")
+    assert (protocol.prepare("well…"), protocol.prepare_reference("well…")) == ("well . . .", "well ...")

@@ -53,7 +53,8 @@ def treebank_words(texts: Sequence[str]) -> list[str]:
     jar = _jar(_TOKENIZER, "the Penn Treebank tokenizer")
     name = "edu.stanford.nlp.process.PTBTokenizer"
     lines = _run(["-cp", str(jar), name, "-preserveLines", "-lowerCase"], [squeeze(text) for text in texts])
-    return [" ".join(word for word in line.split() if word not in _PUNCTUATION) for line in lines]
+    # Spaces alone part words: the tokenizer keeps "2 1/2" together by a no-break space.
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in _PUNCTUATION) for line in lines]
 
 
 def meteor_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[float]]:

@@ -9,6 +9,7 @@ Knows nothing of files and tasks.
 from __future__ import annotations
 
 import math
+import string
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,13 @@ from prefixtune.metrics.ter import edits
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from prefixtune.metrics.protocols import Protocol
     from prefixtune.metrics.texts import Texts
 
 __all__ = ["bleu", "chrf", "nist", "rouge", "sound_bleu", "ter"]
 
 _ORDER = 5
+_SMALL = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 # A text two thirds as long as its references loses half of its NIST score (Doddington 2002).
 _BREVITY = math.log(0.5) / math.log(1.5) ** 2
 
@@ -38,24 +41,37 @@ def bleu(texts: Texts) -> Rows:
 
 def sound_bleu(texts: Texts) -> Rows:
     """Corpus BLEU, 0 to 100; an absent reference counts as absent."""
-    return _bleu(texts, pads=False)
+    return _bleu(texts, pads="")
 
 
-def _bleu(texts: Texts, pads: bool) -> Rows:
+def _bleu(texts: Texts, pads: str) -> Rows:
     import sacrebleu
 
     protocol = texts.protocol
-    # `force`: no warning on stderr where texts are meant to be tokenized.
-    metric = sacrebleu.BLEU(lowercase=protocol.lowercase, tokenize=protocol.tokenize, force=protocol.tokenize == "none")
-    width = max(protocol.max_references or 0, max(map(len, texts.references))) if pads else 0
-    references = [item + [""] * (width - len(item)) for item in texts.references]
-    rows = metric._extract_corpus_statistics(texts.hypotheses, _streams(references))
+    metric = sacrebleu.BLEU(
+        tokenize=protocol.tokenize,
+        smooth_method=protocol.smooth,
+        # No warning on stderr where texts are meant to be tokenized.
+        force=protocol.tokenize == "none",
+    )
+    longest = max(map(len, texts.references))
+    width = {"": 0, "longest": longest, "all": max(protocol.max_references or 0, longest)}[pads]
+    hypotheses = [_cased(protocol, text) for text in texts.hypotheses]
+    references = [
+        [*(_cased(protocol, text) for text in item), *[""] * (width - len(item))] for item in texts.references
+    ]
+    rows = metric._extract_corpus_statistics(hypotheses, _streams(references))
     how = ", absent references counted as empty" if pads else ""
 
     def total(sums: Array) -> float:
         return float(metric._compute_score_from_stats(sums.tolist()).score)
 
     return Rows(np.array(rows, dtype=float), total, _by_sacrebleu(metric, texts, how))
+
+
+def _cased(protocol: Protocol, text: str) -> str:
+    """A text for BLEU and NIST: with A to Z small where the protocol ignores case, and other letters as they are."""
+    return text.translate(_SMALL) if protocol.lowercase else text
 
 
 def chrf(texts: Texts) -> Rows:
@@ -80,7 +96,10 @@ def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
 def _by_sacrebleu(metric: Any, texts: Texts, how: str = "") -> str:
     import sacrebleu
 
-    return f"sacrebleu {sacrebleu.__version__} ({metric.get_signature()}){how}; protocol {texts.protocol.name}"
+    signature = str(metric.get_signature())
+    if texts.protocol.lowercase and isinstance(metric, sacrebleu.BLEU):
+        signature = signature.replace("case:mixed", "case:lc")
+    return f"sacrebleu {sacrebleu.__version__} ({signature}){how}; protocol {texts.protocol.name}"
 
 
 def ter(texts: Texts) -> Rows:
@@ -111,8 +130,8 @@ def nist(texts: Texts) -> Rows:
     import sacrebleu
 
     tokenizer = sacrebleu.BLEU(tokenize=texts.protocol.tokenize).tokenizer
-    words = [tokenizer(text.lower()).split() for text in texts.hypotheses]
-    others = [[tokenizer(text.lower()).split() for text in item] for item in texts.references]
+    words = [tokenizer(text.translate(_SMALL)).split() for text in texts.hypotheses]
+    others = [[tokenizer(text.translate(_SMALL)).split() for text in item] for item in texts.references]
     grams = [[_grams(reference) for reference in item] for item in others]
     counts: Counter[tuple[str, ...]] = Counter()
     for item in grams:

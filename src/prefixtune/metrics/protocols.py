@@ -33,13 +33,23 @@ def _split_words(text: str) -> str:
 
 
 def _split_ascii_words(text: str) -> str:
+    """As the script does with outputs: to ASCII first, so that what a sign becomes is split, too."""
+    return _split_words(_to_ascii(text))
+
+
+def _ascii_split_words(text: str) -> str:
+    """As it does with references: to ASCII last."""
+    return squeeze(_to_ascii(_split_words(text)))
+
+
+def _to_ascii(text: str) -> str:
     try:
         from unidecode import unidecode
     except ImportError as error:
         raise Unavailable(
             "unidecode is not installed, and WebNLG's normalization needs it", "pip install 'prefixtune[scores]'"
         ) from error
-    return _split_words(unidecode(text))
+    return str(unidecode(text))
 
 
 @dataclass(frozen=True)
@@ -51,10 +61,13 @@ class Protocol:
         description: One line for people.
         metrics: Reported unless others are asked for, in this order.
         normalize: Applied to every text first.
-        lowercase: Whether BLEU ignores case.
+        lowercase: Whether BLEU and NIST ignore the case of A to Z (other letters keep it, as in the official script).
         tokenize: sacrebleu's name of BLEU's tokenization; `none` where normalizing is tokenizing.
         max_references: More than these first ones are left out; None: all count.
-        pads: Whether BLEU counts absent references as empty texts (which makes it higher), up to `max_references`.
+        normalize_reference: Likewise for references; None: as for outputs.
+        pads: Whether BLEU counts absent references as empty texts (which makes it higher for short outputs): empty: no;
+            `longest`: up to as many as any item has; `all`: up to `max_references`.
+        smooth: sacrebleu's name of BLEU's smoothing where an n-gram order has no match.
         captions: Whether METEOR and ROUGE-L are those of image captioning: on Penn Treebank tokens without punctuation.
     """
 
@@ -65,12 +78,18 @@ class Protocol:
     lowercase: bool = False
     tokenize: str = "13a"
     max_references: int | None = None
-    pads: bool = False
+    normalize_reference: Callable[[str], str] | None = None
+    pads: str = ""
+    smooth: str = "exp"
     captions: bool = False
 
     def prepare(self, text: str) -> str:
-        """A text as this protocol counts it."""
+        """An output as this protocol counts it."""
         return _prepared(self.normalize, text)
+
+    def prepare_reference(self, text: str) -> str:
+        """A reference as this protocol counts it."""
+        return _prepared(self.normalize_reference or self.normalize, text)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -96,11 +115,14 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "webnlg",
-            "WebNLG 2017 challenge: ASCII, lower-case, words and signs apart; three references",
+            "WebNLG 2017 challenge: as dart, in ASCII",
             ("bleu", "meteor", "ter"),
             normalize=_split_ascii_words,
+            normalize_reference=_ascii_split_words,
             tokenize="none",
             max_references=3,
+            pads="longest",
+            smooth="none",
         ),
         Protocol(
             "dart",
@@ -109,7 +131,8 @@ PROTOCOLS: dict[str, Protocol] = {
             normalize=_split_words,
             tokenize="none",
             max_references=3,
-            pads=True,
+            pads="all",
+            smooth="none",
         ),
         Protocol(
             "summarization",

@@ -48,7 +48,7 @@ class Texts:
     @cached_property
     def references(self) -> list[list[str]]:
         """Prepared."""
-        return [[self.protocol.prepare(text) for text in item] for item in self.raw_references]
+        return [[self.protocol.prepare_reference(text) for text in item] for item in self.raw_references]
 
     @cached_property
     def treebank(self) -> tuple[list[str], list[list[str]]]:
