@@ -19,8 +19,8 @@ import torch
 
 from prefixtune.backbone import Backbone
 from prefixtune.batching import default_format
-from prefixtune.errors import ConfigError, DataError, did_you_mean
-from prefixtune.files import write_text
+from prefixtune.errors import ConfigError, DataError, PrefixError, did_you_mean
+from prefixtune.files import check_writable, write_text
 from prefixtune.generation import GenerateConfig, generate
 from prefixtune.labelling import Labels, classify, labels_of, tag
 from prefixtune.machine import describe_machine, versions
@@ -124,6 +124,8 @@ def evaluate(
         return _evaluate_labels(backbone, examples, prefix, labels, shared)
     # Before the work and not after it.
     _check_names(protocol, metrics)
+    if kept is not None:
+        check_writable(kept)
     outputs, seconds = _decode(backbone, examples, prefix, text_format, config or GenerateConfig(), kept, on_batch)
     left_out: dict[str, str] = {}
     measured = _measure(outputs, examples, protocol, metrics, left_out)
@@ -250,28 +252,41 @@ def _sample(weight: torch.Tensor) -> list[float]:
 
 def _read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
     """What an evaluation that was stopped had decoded; a last line that was cut off by a kill is left out."""
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    hint = "choose another output folder, or delete it."
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {str(path)!r}: {error}.", hint=hint) from error
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             row = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(row, dict) or not {"digest", "number", "output", "seconds"} <= row.keys():
+            raise DataError(f"line {number} of {str(path)!r} is not what an evaluation writes.", hint=hint)
         if row["digest"] != digest:
             raise ConfigError(
                 f"{str(path)!r} keeps outputs that were decoded otherwise (another prefix, model, data or settings).",
-                hint="choose another output folder, or delete it.",
+                hint=hint,
             )
         yield row
 
 
 def _append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"number": number, "output": output, "seconds": round(seconds / len(outputs), 6), "digest": digest}
         for number, output in outputs.items()
     ]
-    with open(path, "a", encoding="utf-8") as file:
-        # A line that a kill cut off stays alone on its line.
-        file.write("\n" + "\n".join(json.dumps(row) for row in rows) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            # A line that a kill cut off stays alone on its line.
+            file.write("\n" + "\n".join(json.dumps(row) for row in rows) + "\n")
+    except OSError as error:
+        raise PrefixError(
+            f"cannot write {str(path)!r}: {error.strerror or error}.",
+            hint="make room or choose another output folder; what was written before is kept.",
+        ) from error
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -366,7 +381,6 @@ def write_evaluation(
     Raises:
         PrefixError: A file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
             "number": number,

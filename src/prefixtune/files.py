@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from prefixtune.errors import PrefixError
 
-__all__ = ["atomic_path", "write_text"]
+__all__ = ["atomic_path", "check_writable", "write_text"]
 
 
 @contextlib.contextmanager
@@ -54,6 +55,23 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """See to it, before long work, that its outcome can be written; the file's folder is made when missing.
+
+    Raises:
+        PrefixError: The path is a folder, or its folder cannot be made or written.
+    """
+    hint = "choose another place."
+    if path.is_dir():
+        raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint=hint)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise PrefixError(f"cannot write {str(path)!r}: {error.strerror or error}.", hint=hint) from error
 
 
 def _umask() -> int:

@@ -261,6 +261,29 @@ def test_the_bare_model_is_asked_in_words(
     assert "a prefix needs none" in capsys.readouterr().err
 
 
+def test_what_is_wrong_is_told_before_the_model_loads(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data)
+    (tmp_path / "file").write_text("")
+    for more, says in (
+        (("--split", "tset"), "tset"),
+        (("--split", "test", "--metrics", "blue"), "no metric 'blue'"),
+        (("--split", "test", "--metrics", "bertscore"), "bertscore needs it"),
+        (("--split", "test", "--outputs", str(tmp_path)), "it is a folder"),
+        (("--split", "test", "--output", str(tmp_path / "file")), "cannot write"),
+        (("--split", "test", "--batch-size", "0"), "batch_size"),
+        (("--split", "test", "--shots", "7", "--train", data), "has 6 examples with a target"),
+    ):
+        assert main([*flags, *more]) == 2
+        told = capsys.readouterr().err
+        assert says in told
+        assert "loading" not in told
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main([*flags, "--split", "test", "--metrics", "meteor"]) == 2
+    assert "install one (Debian and Ubuntu: apt install default-jre-headless), or leave" in capsys.readouterr().err
+
+
 def papers_values(folder: Path) -> tuple[float, float, int]:
     """Learning rate, epochs and batch size: columns of the paper's table 8."""
     stored = tomllib.loads((folder / "config.toml").read_text())

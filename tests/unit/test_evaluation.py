@@ -14,7 +14,7 @@ import torch
 
 from prefixtune import evaluation
 from prefixtune.batching import default_format, encode_examples, encode_prompts
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation import Evaluation, ask, evaluate, references_of, summarize, with_shots, write_evaluation
 from prefixtune.generation import GenerateConfig, generate
 from prefixtune.metrics import METRICS, Unavailable, compute
@@ -256,6 +256,36 @@ def test_outputs_of_another_evaluation_are_refused(
             evaluate(*arguments, kept=kept, **{"config": CONFIG, **changes})
         assert "another output folder" in error.value.hint, name
     assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.mkdir(), "it is a folder"),
+        (lambda path: path.write_bytes(b"\xff\n"), "cannot read"),
+        (lambda path: path.write_text("3\n"), "line 1 of .* is not what an evaluation writes"),
+        (lambda path: path.write_text('\n{"number": 0}\n'), "line 2 of .* is not what an evaluation writes"),
+    ],
+)
+def test_what_was_kept_and_is_broken_is_told_before_anything_is_decoded(
+    model: Any, tmp_path: Path, damage: Callable[[Path], Any], says: str
+):
+    kept = tmp_path / "decoded.jsonl"
+    damage(kept)
+    batches: list[int] = []
+    with pytest.raises(PrefixError, match=says) as error:
+        evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept, on_batch=batches.append)
+    assert error.value.hint
+    assert batches == []
+
+
+def test_a_place_that_cannot_be_is_told_before_anything_is_decoded(model: Any, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    batches: list[int] = []
+    kept = tmp_path / "file" / "decoded.jsonl"
+    with pytest.raises(PrefixError, match=r"cannot write .*file/decoded\.jsonl"):
+        evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept, on_batch=batches.append)
+    assert batches == []
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -201,14 +201,42 @@ def test_wrong_options_are_told(tmp_path: Path, references: str, hypotheses: str
         (["--metrics", ","], "no metric ','"),
         (["--protocol", "e3e"], "no protocol 'e3e'.*did you mean 'e2e'"),
         (["--weights", "bertscore"], "must be METRIC=FOLDER"),
+        (["--weights", "bertscor=w"], "names the metric 'bertscor'.*did you mean 'bertscore'"),
+        (["--samples", "1"], "--samples is 1"),
+        (["--intervals", "--seed", "-1"], "--seed is -1"),
     ):
         with pytest.raises(ConfigError, match=says):
             run(*options, *more)
-    with pytest.raises(DataError, match="samples is 1"):
-        run(*options, "--metrics", "bleu", "--intervals", "--samples", "1")
+    whole = write(tmp_path / "outputs.json", json.dumps(OUTPUTS))
+    with pytest.raises(DataError, match=r"outputs.json is JSON, but outputs are read from lines.*\.jsonl"):
+        run("--task", "e2e", "--hypotheses", whole, "--references", references)
+    damaged = write(tmp_path / "damaged.txt", "Aromi is a pub.\nBlue\0Spice.\nThe Mill.\n")
+    with pytest.raises(DataError, match=r"damaged\.txt, line 2: there is a NUL character"):
+        run("--task", "e2e", "--hypotheses", damaged, "--references", references)
     with pytest.raises(DataError, match="does not exist"):
         run("--task", "e2e", "--hypotheses", str(tmp_path / "nowhere.txt"), "--references", references)
     bare = write(tmp_path / "bare.csv", "mr\nname[A]\n")
     one = write(tmp_path / "one.txt", "A.\n")
     with pytest.raises(DataError, match=r"example 1 of .* \('name : A'\) has no reference"):
         run("--task", "e2e", "--hypotheses", one, "--references", bare)
+
+
+def test_outputs_may_be_of_all_entries_also_of_those_without_a_good_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    entries = [
+        {"category": "Food", "triples": [["a", "r", str(number)]], "references": [text], "comments": [comment]}
+        for number, (text, comment) in enumerate((("It is none.", "good"), ("It.", "bad"), ("It is two.", "good")))
+    ]
+    file = write(tmp_path / "dev.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    options = ("--task", "webnlg", "--references", file, "--metrics", "bleu")
+    examples = write(tmp_path / "examples.txt", "it is none\nit is two\n")
+    whole = write(tmp_path / "whole.txt", "it is none\nwhatever\nit is two\n")
+    first, second = (run_json(capsys, *options, "--hypotheses", name) for name in (examples, whole))
+    assert first == second
+    assert first["num_examples"] == 2
+    assert run(*options, "--hypotheses", whole) == 0
+    assert "1 of 3 entries have no text to compare with" in capsys.readouterr().err
+    other = write(tmp_path / "other.txt", "it is none\n" * 4)
+    with pytest.raises(DataError, match=r"has 4 outputs, but .* has 2 examples \(or 3, with the entries"):
+        run(*options, "--hypotheses", other)

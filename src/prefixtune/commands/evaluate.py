@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from prefixtune.commands.shared import generate_config, load_with_prefixes, print_json
 from prefixtune.console import Console
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
     from prefixtune.evaluation import Evaluation
     from prefixtune.prefix import Prefix
-    from prefixtune.tasks import Example, TextFormat
+    from prefixtune.tasks import Example, Task, TextFormat
 
 __all__ = ["add_arguments", "evaluate"]
 
@@ -69,13 +69,15 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(
             "--instruction is for the bare model; a prefix needs none.", hint="leave out --prefix and --run."
         )
-    from prefixtune.evaluation import DECODED_FILE, summarize, write_evaluation
+    from prefixtune.batching import default_format
+    from prefixtune.evaluation import DECODED_FILE, ask, summarize, with_shots, write_evaluation
     from prefixtune.evaluation import evaluate as run
-    from prefixtune.files import write_text
+    from prefixtune.files import check_writable, write_text
     from prefixtune.tasks import TASKS, read_task
 
     console = Console(quiet=options.quiet or options.json)
-    backbone, prefix, form, header = _what(console, options)
+    # All that can be wrong is told before the model loads.
+    file, weights, header = _artifact(options)
     task = options.task or header.get("task") or "records"
     stored = header.get("text_format") or {}
     source = options.source
@@ -84,19 +86,20 @@ def evaluate(options: argparse.Namespace) -> int:
         source = stored.get("source") or None
     examples = read_task(task, options.data, source=source, target=options.target, split=options.split)
     examples = examples[: options.limit or None]
-    if options.shots or options.instruction:
-        form = _asked(options, backbone, form, task, source)
-    config = generate_config(options, [prefix] if prefix else [], task)
     chosen = TASKS[task]
     metrics: Sequence[str] = chosen.metrics
     if options.metrics is not None:
-        metrics = [name.strip() for name in options.metrics.split(",")]
-        if chosen.kind != "generation" and metrics != [*chosen.metrics]:
-            raise ConfigError(
-                f"--metrics is for texts, but the task {task!r} is {chosen.kind}.",
-                hint=f"leave it out for {', '.join(chosen.metrics)}.",
-            )
+        metrics = _asked_for(options.metrics, chosen)
+    config = generate_config(options, [], task)
     folder = Path(options.output) if options.output else None
+    for place in [*([Path(options.outputs)] if options.outputs else []), *([folder / DECODED_FILE] if folder else [])]:
+        check_writable(place)
+    shown = _shots(options, task, source)
+    backbone, prefix, form = _load(console, options, file, weights)
+    if options.instruction:
+        form = ask(backbone, options.instruction, shown)
+    elif shown:
+        form = with_shots(form or default_format(backbone), shown, backbone.separator, backbone.end)
     with console.progress("generating", len(examples)) as bar:
         outcome = run(
             backbone,
@@ -141,59 +144,84 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _what(
-    console: Console, options: argparse.Namespace
-) -> tuple[Backbone, Prefix | None, TextFormat | None, Mapping[str, Any]]:
-    """The model, prefix and text format that are evaluated, and what their artifact says."""
-    from prefixtune.training import PREFIX_FILE, WEIGHTS_FILE, load_tuned
+def _artifact(options: argparse.Namespace) -> tuple[str | None, Path | None, Mapping[str, Any]]:
+    """The file of the prefix, or that of trained weights, and what either says; neither: the bare model."""
+    from prefixtune.checkpoint import load_prefix, load_weights
+    from prefixtune.training import PREFIX_FILE, WEIGHTS_FILE
 
     file = options.prefix
     if options.run_folder:
         folder = Path(options.run_folder)
         weights = folder / WEIGHTS_FILE
         if weights.is_file():
-            from prefixtune.checkpoint import load_weights
-
             for name in ("quantize", "adapter"):
                 if getattr(options, name):
                     raise ConfigError(
                         f"--{name} is {getattr(options, name)!r}, but {str(weights)!r} holds weights of its own.",
                         hint=f"leave --{name} out; it goes with a prefix or the bare model.",
                     )
-            console.info(f"loading {weights} ...")
-            chosen = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
-            backbone, form = load_tuned(weights, **chosen)
-            return backbone, None, form, load_weights(weights)[1]
+            return None, weights, load_weights(weights)[1]
         if not (folder / PREFIX_FILE).is_file():
             raise ConfigError(
                 f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
                 hint="give the --output folder of a `prefixtune train` that came to its end.",
             )
         file = str(folder / PREFIX_FILE)
+    return (file, None, load_prefix(file).header) if file else (None, None, {})
+
+
+def _load(
+    console: Console, options: argparse.Namespace, file: str | None, weights: Path | None
+) -> tuple[Backbone, Prefix | None, TextFormat | None]:
+    """The model, prefix and text format that are evaluated."""
+    if weights is not None:
+        from prefixtune.training import load_tuned
+
+        console.info(f"loading {weights} ...")
+        chosen = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
+        backbone, form = load_tuned(weights, **chosen)
+        return backbone, None, form
     backbone, loaded = load_with_prefixes(console, options, [file] if file else [])
-    return (backbone, loaded[0], None, loaded[0].header) if loaded else (backbone, None, None, {})
+    return backbone, loaded[0] if loaded else None, None
 
 
-def _asked(
-    options: argparse.Namespace, backbone: Backbone, form: TextFormat | None, task: str, source: str | None
-) -> TextFormat:
-    """The text format with an instruction, or some solved examples of the training file, or both in front."""
-    from prefixtune.batching import default_format
-    from prefixtune.evaluation import ask, with_shots
+def _asked_for(names: str, task: Task) -> list[str]:
+    """The metrics that were named, all of which can be computed here."""
+    from prefixtune.metrics import METRICS, Unavailable, measure
+
+    metrics = [name.strip() for name in names.split(",") if name.strip()]
+    if task.kind != "generation":
+        if metrics != [*task.metrics]:
+            raise ConfigError(
+                f"--metrics is for texts, but the task {task.name!r} is {task.kind}.",
+                hint=f"leave it out for {', '.join(task.metrics)}.",
+            )
+        return metrics
+    unknown = next((name for name in metrics if name not in METRICS), None if metrics else names)
+    if unknown is not None:
+        raise ConfigError(f"there is no metric {unknown!r}.", hint=did_you_mean(unknown, METRICS))
+    try:
+        # What is missing shows on any text.
+        measure(["a word"], [["a word"]], protocol=task.protocol, metrics=metrics)
+    except Unavailable as error:
+        raise ConfigError(f"{error.reason}.", hint=f"{error.remedy}, or leave the metric out.") from error
+    return metrics
+
+
+def _shots(options: argparse.Namespace, task: str, source: str | None) -> list[Example]:
+    """The solved examples that the bare model is shown."""
     from prefixtune.tasks import read_task
 
-    shown: list[Example] = []
-    if options.shots:
-        read = read_task(task, options.train, source=source, target=options.target, split="train")
-        shown = [example for example in read if example.targets][: options.shots]
+    if not options.shots:
+        return []
+    read = read_task(task, options.train, source=source, target=options.target, split="train")
+    shown = [example for example in read if example.targets][: options.shots]
     if len(shown) < options.shots:
         raise ConfigError(
             f"--shots is {options.shots}, but {options.train!r} has {len(shown)} examples with a target.",
             hint="show fewer.",
         )
-    if options.instruction:
-        return ask(backbone, options.instruction, shown)
-    return with_shots(form or default_format(backbone), shown, backbone.separator, backbone.end)
+    return shown
 
 
 def _title(options: argparse.Namespace, task: str) -> str:

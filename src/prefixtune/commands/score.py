@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def score(options: argparse.Namespace) -> int:
     """`prefixtune score`."""
-    from prefixtune.tasks import TASKS, read_task
+    from prefixtune.tasks import TASKS, read_entries, read_task
 
+    if options.samples < 2 or options.seed < 0:
+        raise ConfigError(
+            f"--samples is {options.samples} and --seed is {options.seed}, but must be at least 2 and 0.",
+            hint="1,000 samples are usual.",
+        )
+    console = Console(quiet=options.quiet)
     examples = read_task(
         options.task, options.references, source=options.source, target=options.target, split=options.split
     )
@@ -72,18 +78,26 @@ def score(options: argparse.Namespace) -> int:
                 f"example {number} of {options.references} ({example.source[:60]!r}) has no reference.",
                 hint="name a file with references, or the column with --target.",
             )
-    systems = [
-        _read_outputs(Path(name), len(examples), options.references)
-        for name in (options.hypotheses, options.against)
-        if name is not None
-    ]
+    systems = []
+    for name in (options.hypotheses, options.against):
+        if name is None:
+            continue
+        outputs = _read_outputs(Path(name))
+        if len(outputs) != len(examples):
+            # Maybe of all entries, also of those that are no examples.
+            entries = read_entries(options.task, options.references, split=options.split)
+            if len(outputs) != len(entries):
+                raise _other_count(name, len(outputs), len(examples), len(entries), options.references)
+            outputs = [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
+            told = f"{len(entries) - len(examples)} of {len(entries):,} entries have no text to compare with"
+            console.info(f"{name}: {told}; the outputs for them are left out")
+        systems.append(outputs)
     kind = TASKS[options.task].kind
     if kind == "generation":
         result = _score_texts(options, examples, systems)
     else:
         result = _score_labels(options, examples, systems[0], kind)
     result.update(num_examples=len(examples), task=options.task)
-    console = Console(quiet=options.quiet)
     for name, reason in result.get("left_out", {}).items():
         console.warn(f"{name} is left out: {reason}")
     if options.json:
@@ -93,12 +107,18 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_outputs(path: Path, wanted: int, references: str) -> list[str]:
+def _read_outputs(path: Path) -> list[str]:
     """One text an item: lines as they are, blank ones too, or the outputs of JSON lines."""
     from prefixtune.tasks.reading import check_file, read_rows, read_text
 
     check_file(path)
-    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".json"):
+        raise DataError(
+            f"{path} is JSON, but outputs are read from lines.",
+            hint='write one output a line (.txt), or lines of {"output": "..."} (.jsonl).',
+        )
+    if name.endswith(".jsonl"):
         outputs = []
         for row in read_rows(path, (".jsonl",)):
             output = row.values.get("output")
@@ -110,12 +130,15 @@ def _read_outputs(path: Path, wanted: int, references: str) -> list[str]:
     else:
         # Only "\n" ends a line; the last one's is no further, empty output.
         outputs = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
-    if len(outputs) != wanted:
-        raise DataError(
-            f"{path} has {len(outputs):,} outputs, but {references} has {wanted:,} examples; the counts must agree.",
-            hint="write one output a line, in the order of the examples; an empty output is an empty line.",
-        )
     return outputs
+
+
+def _other_count(name: str, found: int, wanted: int, entries: int, references: str) -> DataError:
+    or_entries = f" (or {entries:,}, with the entries that have no text to compare with)" if entries > wanted else ""
+    return DataError(
+        f"{name} has {found:,} outputs, but {references} has {wanted:,} examples{or_entries}; the counts must agree.",
+        hint="write one output a line, in the order of the examples; an empty output is an empty line.",
+    )
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -131,7 +154,7 @@ def _score_texts(
     if protocol not in PROTOCOLS:
         raise ConfigError(f"there is no protocol {protocol!r}.", hint=did_you_mean(protocol, PROTOCOLS))
     names = _asked(options.metrics, list(METRICS))
-    weights = dict(_weight(text) for text in options.weights)
+    weights = dict(_weight(text, METRICS) for text in options.weights)
     references = [references_of(example, protocol) for example in examples]
     left_out: dict[str, str] = {}
     try:
@@ -185,8 +208,10 @@ def _asked(given: str | None, known: Sequence[str]) -> list[str] | None:
     return names
 
 
-def _weight(text: str) -> tuple[str, str]:
+def _weight(text: str, known: Iterable[str]) -> tuple[str, str]:
     metric, sign, folder = text.partition("=")
+    if sign and metric not in known:
+        raise ConfigError(f"--weights names the metric {metric!r}.", hint=did_you_mean(metric, known))
     if not sign or not folder:
         raise ConfigError(f"--weights is {text!r}, but must be METRIC=FOLDER.", hint="as in bertscore=models/roberta.")
     return metric, folder

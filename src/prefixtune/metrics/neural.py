@@ -37,8 +37,14 @@ _BATCH = 32
 def bertscore(texts: Texts) -> Rows:
     """BERTScore F1, 0 to 1, of each item its best reference; neither idf weights nor rescaling."""
     version, folder = _package("bert-score", texts, "bertscore", "roberta-large for the usual figures")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    depth = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        depth = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise Unavailable(
+            f"the weights of bertscore in {str(folder)!r} have no config.json that can be read ({error})",
+            "name the folder of a transformers model",
+        ) from error
     layer = _LAYERS.get(depth, depth)
     package = _load("bert_score")
     # An empty text scores 0, as the package means it to; with newer versions of transformers it stumbles over one.

@@ -6,7 +6,7 @@ tokenizers, tensors or training.
 
 from prefixtune.tasks.classification import check_labels, label_names
 from prefixtune.tasks.examples import Example, TextFormat, limit_targets, references_of
-from prefixtune.tasks.registry import TASKS, Task, read_task
+from prefixtune.tasks.registry import TASKS, Task, read_entries, read_task
 from prefixtune.tasks.tagging import check_tags, tag_names
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_tags",
     "label_names",
     "limit_targets",
+    "read_entries",
     "read_task",
     "references_of",
     "tag_names",

@@ -22,7 +22,7 @@ from prefixtune.tasks.hub import is_set
 from prefixtune.tasks.reading import Row, file_format, read_rows
 from prefixtune.tasks.triples import Triple, check_triples, commented_texts, read_benchmark, references_of
 
-__all__ = ["DART_FORMATS", "linearize", "read_dart"]
+__all__ = ["DART_FORMATS", "dart_entries", "linearize", "read_dart"]
 
 DART_FORMATS = (".json", ".jsonl", ".xml")
 
@@ -48,15 +48,20 @@ def read_dart(path: Path) -> list[Example]:
         ConfigError: The `datasets` library is needed, and not installed.
         DataError: The file or one of its entries is wrong; the message names file and line.
     """
+    examples = [example for example in dart_entries(path) if example is not None]
+    if not examples:
+        raise DataError(f"{path} has no text: all are empty.", hint="check that it was written to the end.")
+    return examples
+
+
+def dart_entries(path: Path) -> list[Example | None]:
+    """Every entry, as `read_dart` reads it; None for those that it leaves out, as they have empty texts alone."""
     path = Path(path)
     if not is_set(path) and file_format(path, DART_FORMATS) == ".xml":
         rows = [_with_texts(row, row.values.pop("lexicalizations")) for row in read_benchmark(path)]
     else:
         rows = [_from_release(row) for row in read_rows(path, DART_FORMATS)]
-    examples = [_example(row) for row in rows if row is not None]
-    if not examples:
-        raise DataError(f"{path} has no text: all are empty.", hint="check that it was written to the end.")
-    return examples
+    return [None if row is None else _example(row) for row in rows]
 
 
 def _example(row: Row) -> Example:

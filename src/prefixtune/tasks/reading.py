@@ -88,6 +88,12 @@ def read_text(path: Path) -> str:
             f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; only UTF-8 text is allowed.",
             hint="convert the file, as with `iconv -f OLD -t UTF-8`, or save it anew as UTF-8.",
         ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            f"{path}, line {line}: there is a NUL character, as in files that are damaged or no text.",
+            hint="write the file anew, or remove it.",
+        )
     if not text.strip():
         raise DataError(f"{path} is empty; at least one row is needed.", hint="check that it was written to the end.")
     return text

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.tasks.classification import read_classification
-from prefixtune.tasks.dart import DART_FORMATS, read_dart
+from prefixtune.tasks.dart import DART_FORMATS, dart_entries, read_dart
 from prefixtune.tasks.e2e import E2E_FORMATS, read_e2e
 from prefixtune.tasks.examples import Example
 from prefixtune.tasks.folders import locate
@@ -23,9 +23,9 @@ from prefixtune.tasks.tagging import TAGGING_FORMATS, read_tagging
 from prefixtune.tasks.toy import make_toy
 from prefixtune.tasks.toy_labels import make_toy_labels
 from prefixtune.tasks.toy_tags import make_toy_tags
-from prefixtune.tasks.webnlg import WEBNLG_FORMATS, read_webnlg
+from prefixtune.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
 
-__all__ = ["TASKS", "Task", "read_task"]
+__all__ = ["TASKS", "Task", "read_entries", "read_task"]
 
 _PARTS = ("train", "held_out")
 
@@ -50,6 +50,8 @@ class Task:
         release: Split -> patterns of the names that its files have in the original release (see `folders.locate`).
         takes_columns: Whether source and target may name columns (templates).
         max_source_length: Tokens of a source that the paper's models read; 0: all. For people and presets.
+        entries: Of a set some of whose entries are no examples (they have no good text): path -> every entry, and None
+            for those that are left out.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Task:
     release: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     takes_columns: bool = False
     max_source_length: int = 0
+    entries: Callable[[Path], list[Example | None]] | None = None
 
 
 def read_task(
@@ -97,6 +100,20 @@ def read_task(
     # A part of a made set is no path, even where a folder has its name.
     place = Path(path) if chosen.parts else locate(Path(path), split, chosen.formats, chosen.release)
     return chosen.read(place, source, target)
+
+
+def read_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
+    """Every entry of a set that `read_task` reads, None for those that it leaves out; empty: it leaves none out.
+
+    Args:
+        task: A name of `TASKS`.
+        path: As in `read_task`, like `split`.
+        split: Likewise.
+    """
+    chosen = TASKS[task]
+    if chosen.entries is None:
+        return []
+    return chosen.entries(locate(Path(path), split, chosen.formats, chosen.release))
 
 
 def _no_templates(task: str, source: str | None, target: str | None) -> None:
@@ -198,6 +215,7 @@ TASKS: dict[str, Task] = {
             "WebNLG challenge 2017: texts about triples; the release's XML, or JSON lines",
             _own_format("webnlg", read_webnlg),
             _TABLE,
+            entries=webnlg_entries,
             metrics=("bleu", "meteor", "ter"),
             protocol="webnlg",
             groups=("category", "seen", "triples"),
@@ -213,6 +231,7 @@ TASKS: dict[str, Task] = {
             "DART: texts about triples of many tables; the release's JSON and XML, or JSON lines",
             _own_format("dart", read_dart),
             _TABLE,
+            entries=dart_entries,
             metrics=("bleu", "meteor", "ter"),
             protocol="dart",
             groups=("triples", "source"),

@@ -22,7 +22,7 @@ from prefixtune.tasks.hub import is_set
 from prefixtune.tasks.reading import Row, file_format, read_rows
 from prefixtune.tasks.triples import Triple, check_triples, commented_texts, read_benchmark, references_of, split_triple
 
-__all__ = ["SEEN_CATEGORIES", "WEBNLG_FORMATS", "linearize", "read_webnlg"]
+__all__ = ["SEEN_CATEGORIES", "WEBNLG_FORMATS", "linearize", "read_webnlg", "webnlg_entries"]
 
 WEBNLG_FORMATS = (".xml", ".jsonl")
 
@@ -54,6 +54,14 @@ def read_webnlg(path: Path) -> list[Example]:
         ConfigError: The `datasets` library is needed, and not installed.
         DataError: The file or one of its entries is wrong; the message names file and line.
     """
+    kept = [example for example in webnlg_entries(path) if example is not None]
+    if not kept:
+        raise DataError(f"{path} has no text whose comment is 'good'.", hint="check the comments of its texts.")
+    return kept
+
+
+def webnlg_entries(path: Path) -> list[Example | None]:
+    """Every entry, as `read_webnlg` reads it; None for those that it leaves out."""
     path = Path(path)
     if path.is_dir() and not is_set(path):
         rows = [row for file in _xml_files(path) for row in _from_xml(file)]
@@ -62,15 +70,8 @@ def read_webnlg(path: Path) -> list[Example]:
     else:
         rows = _from_xml(path)
     has_unseen = any(row.values.get("category", SEEN_CATEGORIES[0]) not in SEEN_CATEGORIES for row in rows)
-    examples = [_example(row, has_unseen) for row in rows]
-    kept = [
-        example
-        for example, row in zip(examples, rows, strict=True)
-        if example.targets or "references" not in row.values
-    ]
-    if not kept:
-        raise DataError(f"{path} has no text whose comment is 'good'.", hint="check the comments of its texts.")
-    return kept
+    examples = [(_example(row, has_unseen), "references" in row.values) for row in rows]
+    return [example if example.targets or not has_texts else None for example, has_texts in examples]
 
 
 def _example(row: Row, tell_seen: bool) -> Example:
