@@ -96,10 +96,11 @@ initialization: $(VENV)/.installed  ## compare starts and reparameterizations on
 
 studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 3 hours on two cores; goes on where it was)
 	$(BIN)/prefixtune prepare
-	for name in methods initialization low-data length; do \
+	for name in methods initialization low-data length position; do \
 		$(BIN)/prefixtune study $$name --config studies/$$(echo $$name | tr - _).toml --data $(E2E) $(STUDY_ARGS) || exit; done
 	$(BIN)/prefixtune study unseen --config studies/unseen.toml --data $(WEBNLG) $(STUDY_ARGS)
-	$(BIN)/prefixtune report runs/methods runs/initialization runs/low-data runs/length runs/unseen --output runs/report.html
+	$(BIN)/prefixtune report runs/methods runs/initialization runs/low-data runs/length runs/position runs/unseen \
+		--output runs/report.html
 
 docs: $(VENV)/.tested  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py
