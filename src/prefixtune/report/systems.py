@@ -250,7 +250,8 @@ def implementations(systems: Sequence[System]) -> list[str]:
 
 def scores_section(systems: Sequence[System], main: str, axis: str = "", what: str = "system") -> Section:
     """The table of scores, and how to read it."""
-    measures = [m for system in systems for metric in metric_keys(systems, "") for m in system.measures(metric)]
+    single = [system for system in systems if len(system.runs) == 1]
+    measures = [m for system in single for metric in metric_keys(systems, "") for m in system.measures(metric)]
     blocks: list[Block] = [scores_table(systems, main, "Scores, and what they cost", axis, what)]
     notes = []
     if any(value.best for row in blocks[0].rows for value in row):  # type: ignore[union-attr]
