@@ -13,7 +13,7 @@ from pathlib import Path
 
 from prefixtune.errors import PrefixError
 
-__all__ = ["atomic_path", "check_writable", "write_text"]
+__all__ = ["atomic_path", "check_writable", "process_lives", "write_text"]
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             # Left by a process that was killed while it wrote.
-            if not _alive(stale.name.split(".")[-2]):
+            if not process_lives(stale.name.split(".")[-2]):
                 stale.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb+") as handle:
@@ -81,8 +81,8 @@ def _umask() -> int:
     return mask
 
 
-def _alive(process: str) -> bool:
-    """Whether a process of this id runs on this machine."""
+def process_lives(process: str) -> bool:
+    """Whether a process of this id runs on this machine; what a killed one left behind may go."""
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,3 +110,19 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     with pytest.raises(BackboneError, match="ONNX Runtime computes other logits than 'tiny-llama'"):
         target.export_onnx(random_prefix(backbone, 3), backbone, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_work_folder_goes_and_what_a_killed_process_left(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    left = tmp_path / f".export-{gone.pid}-abc"
+    mine = tmp_path / f".export-{os.getpid()}-abc"
+    other = tmp_path / ".export-of-mine"
+    for folder in (left, mine, other):
+        folder.mkdir()
+    with target._beside(tmp_path) as made:
+        assert made.parent == tmp_path
+        assert not left.exists()
+    assert not made.exists()
+    assert other.exists()
+    assert mine.exists(), "another export of this process may be at work"

@@ -15,6 +15,7 @@ import importlib
 import importlib.resources
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from prefixtune.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.export.onnx_run import pad, past_names, start, step
 from prefixtune.export.shared import check_exportable, describe_origin, write_manifest
-from prefixtune.files import atomic_path, write_text
+from prefixtune.files import atomic_path, process_lives, write_text
 from prefixtune.prefix import Prefix
 from prefixtune.pretrained import silence
 
@@ -167,7 +168,10 @@ def _beside(folder: Path) -> Iterator[Path]:
     made = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
+        for left in folder.glob(".export-[0-9]*-*"):
+            if not process_lives(left.name.split("-")[1]):
+                shutil.rmtree(left, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(dir=folder, prefix=f".export-{os.getpid()}-"))
         yield made
     except OSError as error:
         raise ConfigError(
