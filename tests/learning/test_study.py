@@ -527,6 +527,12 @@ def test_other_data_under_the_same_settings_are_refused(configure: Make, tmp_pat
     assert not run_study(dataclasses.replace(grown, test="held_out")).left
 
 
+def test_a_study_of_the_bare_model_needs_a_test_set_alone(configure: Make, tmp_path: Path):
+    config = configure(tmp_path / "study", methods=("zero-shot",), train="", dev="")
+    assert not run_study(config).left
+    assert list(read(config.folder / "study.json")["data_digests"]) == ["test"]
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -549,6 +555,28 @@ def test_any_error_of_a_run_is_told_and_the_others_go_on(
     monkeypatch.setattr(running, "train", real)
     assert not run_study(config).failed
     assert not (cell_folder(config, "full") / "error.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("study.json", '{"config": null}', "has no config"),
+        ("cells/{cell}/cell.json", "{}", "has no status, figures"),
+        ("cells/{cell}/cell.json", '{"status": "done", "figures": null}', "has no figures"),
+        ("cells/{cell}/cell.json", "[]", "has no status, figures"),
+        ("tuning/{group}.json", "{}", "has no"),
+    ],
+)
+def test_a_file_of_something_else_is_named(
+    name: str, text: str, says: str, whole: tuple[StudyConfig, Log], tmp_path: Path
+):
+    config = dataclasses.replace(whole[0], output=str(tmp_path / "copied"))
+    shutil.copytree(whole[0].folder, config.folder)
+    cell = next(cell for cell in plan(config) if cell.method == "prefix")
+    (config.folder / name.format(cell=cell.id, group=cell.group)).write_text(text)
+    with pytest.raises(DataError, match=says) as error:
+        run_study(config)
+    assert error.value.hint == "delete it, and run the study again."
 
 
 def test_outputs_with_odd_line_ends_are_compared(configure: Make, tmp_path: Path):
