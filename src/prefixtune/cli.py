@@ -1,12 +1,14 @@
 """The command line: parse, call, and turn mistakes into one line with a hint.
 
-Exit codes: 0 good, 1 a check failed or a bug (with its traceback), 2 the user's mistake, 130 interrupted.
+Exit codes: 0 good, 1 a check failed or a bug (with its traceback), 2 the user's mistake, 130 interrupted. With `--json`
+a mistake is one JSON object on stderr, and nothing else is written there.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,26 +53,37 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    console = Console()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Mistakes in the arguments, too, are reported as they ask for.
+    as_json = "--json" in (given[: given.index("--")] if "--" in given else given)
     try:
-        options = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        options = _parse(given)
         code: int = options.run(options)
         sys.stdout.flush()
         return code
     except PrefixError as error:
-        console.error(error.message, error.hint)
-        return 2
+        return _print_error(error.message, error.hint, type(error).__name__, 2, as_json)
     except KeyboardInterrupt as stopped:
-        console.error("interrupted.", str(stopped))
-        return 130
+        return _print_error("interrupted.", str(stopped), "Interrupted", 130, as_json)
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; keep Python from complaining while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
+def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -> int:
+    """Print why a command failed on stderr, for people or programs; returns the exit code."""
+    if as_json:
+        print(json.dumps({"error": message, "hint": hint, "kind": kind, "exit_code": code}), file=sys.stderr)
+    else:
+        Console().error(message, hint)
+    return code
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser, commands_by_name = build_parser()
+    if not arguments:
+        arguments = ["--help"]
     names = [word for word in arguments if not word.startswith("-")]
     if names and arguments[0] == names[0] and names[0] not in commands_by_name:
         raise ConfigError(f"there is no command {names[0]!r}.", hint=did_you_mean(names[0], commands_by_name))
@@ -81,6 +94,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if word.startswith("-"):
             raise ConfigError(f"unknown option {word!r}.", hint=did_you_mean(word, command.options()))
         raise ConfigError(f"unexpected argument {word!r}.", hint=f"`{command.prog} --help` explains the options.")
+    if getattr(options, "json", False):
+        # Programs read stderr, too.
+        options.quiet = True
     return options
 
 
@@ -89,7 +105,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     parser = _Parser(
         prog="prefixtune",
         description="Train, evaluate and use prefixes for frozen language models (prefix-tuning).",
-        epilog="Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`.",
+        epilog="Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`. Mistakes exit "
+        "with 2, failed checks and bugs with 1; with --json a mistake is one JSON object on stderr.",
     )
     parser.add_argument("--version", action="version", version=f"prefixtune {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)

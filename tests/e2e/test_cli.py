@@ -223,7 +223,7 @@ def test_doctor_passes_on_a_good_backbone(model: str) -> None:
 
 
 MISTAKES = {
-    "no command": ((), "required", "--help"),
+    "no command": (("--quiet",), "required", "--help"),
     "unknown command": (("trian",), "'trian'", "did you mean 'train'?"),
     "unknown option": (("train", "--prefix-lenght", "3"), "--prefix-lenght", "did you mean '--prefix-length'?"),
     "unknown option with a value": (("train", "--sead=3"), "--sead", "did you mean '--seed'?"),

@@ -1,0 +1,76 @@
+"""What the command line says of mistakes: a line with a hint to people, JSON to programs; and with no argument."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefixtune import cli
+
+
+def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: prefixtune")
+    assert "demo" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "told", "hint"),
+    [
+        (["trian", "--json"], "ConfigError", "'trian'", "did you mean 'train'?"),
+        (["--json"], "ConfigError", "COMMAND", "prefixtune --help"),
+        (["train", "--json", "--seed", "x"], "ConfigError", "invalid int value: 'x'", "prefixtune train --help"),
+        (["train", "--json", "--sead=3"], "ConfigError", "'--sead'", "did you mean '--seed'?"),
+        (["train", "--json"], "ConfigError", "no training file", "--train"),
+        (["inspect", "/nowhere.safetensors", "--json"], "CheckpointError", "/nowhere.safetensors", "check the path"),
+        (["report", "/nowhere", "--json"], "DataError", "/nowhere", ""),
+    ],
+)
+def test_with_json_a_mistake_is_one_object_on_stderr(
+    arguments: list[str], kind: str, told: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    error = json.loads(err)
+    assert error.keys() == {"error", "hint", "kind", "exit_code"}
+    assert error["kind"] == kind
+    assert error["exit_code"] == 2
+    assert told in error["error"]
+    assert hint in error["hint"]
+
+
+def test_json_that_is_a_text_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "--", "--json"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_an_interruption_is_json_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt("the state is saved")
+
+    monkeypatch.setattr("prefixtune.checkpoint.load_prefix", stopped)
+    assert cli.main(["inspect", "any.safetensors", "--json"]) == 130
+    told = json.loads(capsys.readouterr().err)
+    assert told == {"error": "interrupted.", "hint": "the state is saved", "kind": "Interrupted", "exit_code": 130}
+
+
+def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:
+    code = (
+        "import prefixtune.checkpoint as c, sys, prefixtune.cli as cli\n"
+        "def broken(*a, **k): raise ZeroDivisionError('a bug')\n"
+        "c.load_prefix = broken\n"
+        "sys.exit(cli.main(['inspect', 'any', '--json']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError: a bug" in done.stderr
