@@ -68,6 +68,7 @@ class Backbone:
         computes_in: The dtype of its products, where some weights are kept in float32 to be trained; None: that of the
             weights.
         memo: What others worked out about the tokenizer, to keep.
+        unused_weights: Names of the checkpoint's weights for which the model has no use, such as another task's head.
     """
 
     model: Any
@@ -78,6 +79,7 @@ class Backbone:
     adapter: Any = field(default=None, repr=False)
     computes_in: torch.dtype | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    unused_weights: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def geometry(self) -> Geometry:
@@ -362,7 +364,8 @@ def load_backbone(
             out, to compare with).
 
     Raises:
-        BackboneError: There is no such model, or it cannot carry a prefix; the message says why.
+        BackboneError: There is no such model, its checkpoint lacks weights, or it cannot carry a prefix; the message
+            says why.
         CheckpointError: The adapter's configuration cannot be read.
         ConfigError: An unknown dtype or device, or options that do not go together.
     """
@@ -403,7 +406,7 @@ def load_backbone(
                 hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
             ) from error
         try:
-            model = _auto_class(config).from_pretrained(source, dtype=kind, **spread, **options)
+            model, unused = _load_model(_auto_class(config), name, source, {"dtype": kind, **spread, **options})
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
             raise BackboneError(
@@ -420,6 +423,7 @@ def load_backbone(
             tuned = add_adapter(model, adapter_rank)
     trains = train_adapter or adapter_rank > 0
     backbone = Backbone.from_model(model, tokenizer, name, adapter=tuned, train_adapter=trains, attention=attention)
+    backbone = replace(backbone, unused_weights=unused)
     if quantize:
         with silence():
             quantize_weights(model, quantize)
@@ -444,6 +448,50 @@ def _auto_class(config: Any) -> Any:
         # Some encoders (BERT) can be built as decoders too, but were not trained as such.
         return transformers.AutoModel
     return transformers.AutoModelForCausalLM
+
+
+def _load_model(auto: Any, name: str, source: str, options: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """Load a model, and see to it that the checkpoint holds all of its weights.
+
+    A pooler that is missing is left out: an encoder's own hidden states are used, never what its pooler makes of them.
+
+    Returns:
+        The model, and the names of the checkpoint's weights that it does not use.
+
+    Raises:
+        BackboneError: Weights are missing or of another shape, which transformers would fill at random.
+    """
+
+    def load(**more: Any) -> tuple[Any, Mapping[str, Any]]:
+        # Weights of other shapes are then named in the loading information, not in an error of many lines.
+        strict: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(source, **strict, **options, **more)
+        return loaded
+
+    model, told = load()
+    missing = sorted(told["missing_keys"])
+    no_pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+    if no_pooler and missing and all("pooler" in key.split(".") for key in missing):
+        model, told = load(add_pooling_layer=False)
+        missing = sorted(told["missing_keys"])
+    faults = []
+    if missing:
+        faults.append(f"missing: {_some(missing)}")
+    other = [f"{key} ({list(here)} instead of {list(wanted)})" for key, here, wanted in sorted(told["mismatched_keys"])]
+    if other:
+        faults.append(f"of another shape: {_some(other)}")
+    if faults:
+        raise BackboneError(
+            f"the checkpoint of {name!r} does not hold all weights of {type(model).__name__}, which would be filled at "
+            f"random: {'; '.join(faults)}.",
+            hint="get the whole checkpoint, with the config.json that it was stored with.",
+        )
+    return model, tuple(sorted(told["unexpected_keys"]))
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    """The first few names."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:

@@ -74,7 +74,7 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
         PEFT's view of the model, which can store the adapter again; the model itself now holds the adapter's layers.
 
     Raises:
-        BackboneError: There is no such adapter, it is a pickle, or it does not fit.
+        BackboneError: There is no such adapter, it is a pickle, it lacks weights, or it does not fit.
     """
     peft = require("peft", "adapter")
     folder = Path(path)
@@ -84,10 +84,19 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
             hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
         )
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+        tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+        # PEFT only warns of weights that are missing, and leaves those layers as they were.
+        stored = peft.load_peft_weights(str(folder), device="cpu").keys()
+        missing = sorted(key for key in peft.get_peft_model_state_dict(tuned) if "lora_" in key and key not in stored)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackboneError(f"the adapter {path!r} does not fit: {first}", hint="load its own base model.") from error
+    if missing:
+        raise BackboneError(
+            f"the adapter {path!r} lacks {len(missing)} weights that its configuration asks for, such as {missing[0]}.",
+            hint="get the whole adapter, and load its own base model.",
+        )
+    return tuned
 
 
 def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:

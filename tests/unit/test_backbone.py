@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from prefixtune.backbone import Backbone, choose_dtype, fingerprint, load_backbone
 from prefixtune.errors import BackboneError, ConfigError
@@ -173,6 +174,73 @@ def test_dtype_and_device_are_checked(folder: Path):
         with pytest.raises(ConfigError, match="no CUDA"):
             load_backbone(folder, device="cuda")
     assert choose_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+# --- checkpoints that lack weights -----------------------------------------------------------------------------------
+
+
+def edit_weights(folder: Path, change: Any) -> None:
+    """Pass the tensors of a stored model through a function."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def without(*parts: str) -> Any:
+    return lambda tensors: {name: t for name, t in tensors.items() if not any(part in name for part in parts)}
+
+
+def store(folder: Path, model: Any, tokenizer: Any) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_missing_weights_are_refused_by_name(folder: Path):
+    edit_weights(folder, without("lm_head"))
+    with pytest.raises(BackboneError, match=r"missing: lm_head\.weight\.") as error:
+        load_backbone(folder, device="cpu")
+    assert "whole checkpoint" in error.value.hint
+    edit_weights(folder, without("layers.1."))
+    with pytest.raises(BackboneError, match=r"layers\.1\.input_layernorm\.weight, .* and 5 more\."):
+        load_backbone(folder, device="cpu")
+
+
+def test_weights_of_another_shape_are_refused_by_name(folder: Path):
+    edit_weights(folder, lambda tensors: {n: t[:-1].clone() if "norm" in n else t for n, t in tensors.items()})
+    with pytest.raises(
+        BackboneError, match=r"layers\.0\.input_layernorm\.weight \(\[31\] instead of \[32\]\)"
+    ) as error:
+        load_backbone(folder, device="cpu")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart", "t5"])
+def test_tied_weights_are_not_missing(kind: str, tiny_models: Any, tiny_tokenizer: Any, tmp_path: Path):
+    model = tiny_models(kind, tie_word_embeddings=True)
+    loaded = load_backbone(store(tmp_path, model, tiny_tokenizer), device="cpu")
+    assert torch.equal(loaded.model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_missing_pooler_is_left_out(kind: str, tiny_models: Any, enclosing_tokenizer: Any, tmp_path: Path):
+    expected = load_backbone(store(tmp_path / "whole", tiny_models(kind), enclosing_tokenizer), device="cpu")
+    folder = store(tmp_path / "part", tiny_models(kind), enclosing_tokenizer)
+    edit_weights(folder, without("pooler"))
+    one, other = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu")
+    assert not any("pooler" in name for name, _ in one.model.named_parameters())
+    assert one.fingerprint == other.fingerprint
+    ids = torch.tensor([one.encode("Some text.")])
+    assert torch.equal(one.hidden_states(ids), expected.hidden_states(ids))
+    edit_weights(folder, without("layer.1."))
+    with pytest.raises(BackboneError, match=r"missing: encoder\.layer\.1\."):
+        load_backbone(folder, device="cpu")
+
+
+def test_weights_without_a_use_are_listed(tiny_models: Any, enclosing_tokenizer: Any, tmp_path: Path):
+    model = transformers.RobertaForMaskedLM(tiny_models("roberta").config)
+    backbone = load_backbone(store(tmp_path, model, enclosing_tokenizer), device="cpu")
+    assert "lm_head.dense.weight" in backbone.unused_weights
+    assert all(name.startswith("lm_head.") for name in backbone.unused_weights)
 
 
 # --- models that cannot carry a prefix -------------------------------------------------------------------------------

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AttentionInterface
 
 from prefixtune import attach, trial
 from prefixtune.backbone import Backbone
+from prefixtune.cli import main
 from prefixtune.doctor import Check, examine
 from prefixtune.errors import BackboneError, ConfigError
 from zoo import make_model, make_tokenizer
@@ -122,6 +126,19 @@ def test_a_tokenizer_without_an_end_token(tiny_models: Make) -> None:
     backbone = Backbone.from_model(tiny_models("bert"), tokenizer, "bert")
     tokenizer.eos_token = None
     assert MIXED in passing(backbone)
+
+
+def test_unused_weights_are_listed(
+    tiny_models: Make, enclosing_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers.BertForMaskedLM(tiny_models("bert").config).save_pretrained(tmp_path)
+    enclosing_tokenizer.save_pretrained(tmp_path)
+    main(["doctor", str(tmp_path), "--device", "cpu", "--quiet"])
+    assert "weights of the checkpoint are not used: cls.predictions." in capsys.readouterr().out
+    main(["doctor", str(tmp_path), "--device", "cpu", "--quiet", "--json"])
+    unused = json.loads(capsys.readouterr().out)["unused_weights"]
+    assert "cls.predictions.transform.dense.weight" in unused
+    assert all(name.startswith("cls.") for name in unused)
 
 
 def test_every_check_is_told(tiny_backbone: Make) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import prefixtune as pt
 from prefixtune.backbone import Backbone, load_backbone
@@ -125,6 +126,15 @@ def test_a_prefix_on_a_tuned_backbone(folder: Path, lora: Path, tiny_models: Mak
     # Other weights: a prefix of the one is refused on the other.
     assert tuned.fingerprint != plain.fingerprint
     assert not tuned.adapter_parameters
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_an_adapter_that_lacks_weights_is_refused(folder: Path, lora: Path) -> None:
+    file = lora / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"lacks 6 weights .*layers\.1\.mlp"):
+        load_backbone(folder, device="cpu", adapter=lora)
 
 
 def test_a_prefix_and_an_adapter_train_together(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from prefixtune.console import Console
 
 __all__ = ["doctor", "inspect", "prepare"]
 
+_SHOWN_WEIGHTS = 10
+"""How many names of unused weights `doctor` prints; `--json` gives all."""
+
 
 def prepare(options: argparse.Namespace) -> int:
     """`prefixtune prepare`."""
@@ -85,11 +88,13 @@ def doctor(options: argparse.Namespace) -> int:
         backbone, on_check=lambda check: console.info(f"{'ok  ' if check.passed else 'FAIL'} {check.name}")
     )
     failed = [check for check in checks if not check.passed]
+    unused = backbone.unused_weights
     if options.json:
         print_json(
             {
                 "backbone": backbone.name,
                 "passed": not failed,
+                "unused_weights": list(unused),
                 "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks],
             }
         )
@@ -101,4 +106,7 @@ def doctor(options: argparse.Namespace) -> int:
             rows,
             result=True,
         )
+        if unused:
+            shown = ", ".join(unused[:_SHOWN_WEIGHTS]) + (", ..." if len(unused) > _SHOWN_WEIGHTS else "")
+            print(f"{len(unused)} weights of the checkpoint are not used: {shown}")
     return 1 if failed else 0
