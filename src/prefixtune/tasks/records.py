@@ -39,14 +39,15 @@ def check_template(template: str) -> tuple[str, ...]:
     if "{" not in template and "}" not in template:
         columns = [template] if template.strip() else []
     else:
-        parts = list(_PART.finditer(template))
-        for part in parts:
+        columns = []
+        for part in _PART.finditer(template):
             if part[0] in ("{", "}") or part[1] == "":
                 raise ConfigError(
                     f"template {template!r}: {part[0]!r} at position {part.start()} names no column.",
                     hint="write {column}, and {{ or }} for a literal brace.",
                 )
-        columns = [part[1] for part in parts if part[1] is not None]
+            if part[1] is not None:
+                columns.append(part[1])
     if not columns:
         raise ConfigError(
             f"template {template!r} names no column; at least one is needed.",

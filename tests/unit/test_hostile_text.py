@@ -1,0 +1,84 @@
+"""Time that work on outside text takes: it grows with the text's length, and not with its square."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefixtune.errors import PrefixError
+from prefixtune.metrics.protocols import PROTOCOLS
+from prefixtune.report.markdown import _inline
+from prefixtune.tasks.e2e import parse_mr
+from prefixtune.tasks.reading import join_lines, read_rows
+from prefixtune.tasks.records import check_template, render
+
+SIZE = 50_000
+"""Characters of the short text; the long one has four times as many."""
+TEXTS = {
+    "blanks": lambda n: "a" + " " * n + "b",
+    "blanks and line breaks": lambda n: "a" + " \n" * (n // 2) + "b",
+    "tabs and returns": lambda n: "a" + "\t\r\t\t" * (n // 4) + "b",
+    "open brackets": lambda n: "[" * n,
+    "open braces": lambda n: "{a" * (n // 2),
+    "closed braces": lambda n: "{a}" * (n // 3),
+    "digits": lambda n: "1" * n,
+    "points": lambda n: "1." * (n // 2),
+    "signs": lambda n: "i\u0307" * (n // 2),
+    "one word": lambda n: "x" * n,
+}
+WORK: dict[str, Callable[[str], object]] = {
+    "join_lines": join_lines,
+    "parse_mr": parse_mr,
+    "parse_mr's value": lambda text: parse_mr(f"name[{text}"),
+    "check_template": check_template,
+    "render": lambda text: render("{column} and {column}", {"column": text}, "the request"),
+    "Markdown": _inline,
+    **{f"protocol {name}": PROTOCOLS[name].normalize for name in ("plain", "dart")},
+}
+
+
+def seconds(do: Callable[[str], object], text: str) -> float:
+    """The least of three times; refusing the text is work, too."""
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        with contextlib.suppress(PrefixError):
+            do(text)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("work", WORK)
+def test_time_grows_with_the_length_and_not_with_its_square(work: str, text: str) -> None:
+    short, long = (seconds(WORK[work], TEXTS[text](size)) for size in (SIZE, 4 * SIZE))
+    # Linear: 4 times; quadratic: 16 times. What takes next to no time is no danger, whatever the noise.
+    assert long < max(10 * short, 0.05), f"{short:.4f} s, then {long:.4f} s"
+
+
+def test_blanks_in_a_row_are_read_at_once() -> None:
+    assert seconds(join_lines, "a" + " " * 400_000 + "b") < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "joined"),
+    [
+        (" a \n b ", "a b"), ("a  b", "a  b"), ("a\t \r\n\t\n b  c", "a b  c"), ("a\u2028b", "a\u2028b"),
+        ("a \r b", "a b"), (" \n ", ""), ("a \x0b\n\x0c b", "a b"), ("a\u00a0\nb", "a b"),
+    ],
+)  # fmt: skip
+def test_line_breaks_become_one_space_each(text: str, joined: str) -> None:
+    assert join_lines(text) == joined
+
+
+def test_a_header_of_many_columns_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "wide.csv"
+    columns = [f"c{number}" for number in range(20_000)]
+    path.write_text(",".join(columns) + "\n" + ",".join("1" for _ in columns) + "\n", encoding="utf-8")
+    begun = time.perf_counter()
+    assert len(read_rows(path)[0].values) == len(columns)
+    assert time.perf_counter() - begun < 2
