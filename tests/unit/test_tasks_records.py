@@ -107,7 +107,7 @@ def test_a_malformed_template_is_refused_before_the_file_is_read(template: str, 
         ("online.json", '[{"q": "x",\n"a" "y"}]', "line 2, column 5: not JSON"),
         ("a.json", "[]", "no rows"),
         ("a.jsonll", "{}", r"did you mean '\.jsonl'"),
-        ("a.parquet", "x", r"allowed: \.jsonl, \.json, \.csv, \.tsv, each with or without \.gz"),
+        ("a.xlsx", "x", r"allowed: \.jsonl, \.json, \.csv, \.tsv, \.parquet, each with or without \.gz"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str | None):

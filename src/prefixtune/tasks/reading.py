@@ -1,8 +1,9 @@
 """Opening a data file and cutting it into rows, with errors that name the file and the line.
 
 Formats: `.jsonl` (one object a line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
-where needed), each also gzipped (`.gz`). Text is UTF-8, with or without a byte order mark. A file is read whole. A set
-of the `datasets` library (see `hub`) may stand wherever a file of rows does.
+where needed; the fields of a `.csv` may be separated by `;`, too) and `.parquet`, each also gzipped (`.gz`). Text is
+UTF-8, with or without a byte order mark, or UTF-16 with one. A file is read whole. A set of the `datasets` library (see
+`hub`) may stand wherever a file of rows does.
 
 Knows nothing of what a row means: no task, no column name, no template.
 """
@@ -25,13 +26,18 @@ from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
 from prefixtune.tasks.hub import is_set, set_rows
+from prefixtune.tasks.parquet import parquet_rows
 
 __all__ = ["FORMATS", "Row", "check_file", "file_format", "join_lines", "one_line", "read_rows", "read_text"]
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _GZIP_MAGIC = b"\x1f\x8b"
 # A pattern such as `\s*\n\s*` takes time quadratic in the blanks of a text: runs of white space are found as a whole.
 _WHITE_SPACE = re.compile(r"\s+")
+_MOST_BYTES = 2**32
+"""What is read of a file, unzipped."""
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+"""Byte order mark -> how the text after it is encoded; as of Windows' editors and spreadsheets."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +80,20 @@ def read_text(path: Path) -> str:
     """The whole text of a file, unzipped where its name ends with `.gz`, without a byte order mark.
 
     Raises:
-        DataError: The file is missing, a folder, unreadable, empty, not the gzip that its name promises, or not UTF-8.
+        DataError: The file is missing, a folder, unreadable, empty, too large, not the gzip that its name promises, or
+            not UTF-8 (nor UTF-16 with a byte order mark).
     """
-    data = _read_bytes(path)
-    if path.suffix.lower() == ".gz":
-        data = _unzip(path, data)
-    elif data.startswith(_GZIP_MAGIC):
-        raise DataError(f"{path} is gzipped, but its name does not end with .gz.", hint="add .gz to its name.")
-    data = data.removeprefix(codecs.BOM_UTF8)
+    data = _read_whole(path)
+    mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
+    data, encoding = data[len(mark) :], _MARKS.get(mark, "utf-8")
     try:
-        text = data.decode("utf-8")
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; only UTF-8 text is allowed.",
-            hint="convert the file, as with `iconv -f OLD -t UTF-8`, or save it anew as UTF-8.",
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not {encoding.upper()}; "
+            "only UTF-8 text is allowed.",
+            hint="save it anew as UTF-8, or convert it from what it is, as in `iconv -f WINDOWS-1252 -t UTF-8`.",
         ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -117,13 +122,16 @@ def read_rows(path: Path, formats: Sequence[str] = FORMATS) -> list[Row]:
         return [Row(where, values) for where, values in set_rows(path)]
     check_file(path)
     form = file_format(path, formats)
-    text = read_text(path)
-    if form == ".jsonl":
-        rows = list(_json_lines(text, path))
+    if form == ".parquet":
+        found = parquet_rows(_read_whole(path), path, _MOST_BYTES)
+        rows = [Row(f"{path}, row {number}", values) for number, values in enumerate(found, start=1)]
+    elif form == ".jsonl":
+        rows = list(_json_lines(read_text(path), path))
     elif form == ".json":
-        rows = list(_json_list(text, path))
+        rows = list(_json_list(read_text(path), path))
     else:
-        rows = list(_table(text, path, "," if form == ".csv" else "\t"))
+        text = read_text(path)
+        rows = list(_table(text, path, _separator(text) if form == ".csv" else "\t"))
     if not rows:
         raise DataError(f"{path} has no rows; at least one is needed.", hint="check that it was written to the end.")
     return rows
@@ -168,9 +176,20 @@ def _folder(path: Path) -> DataError:
     return DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
 
 
+def _read_whole(path: Path) -> bytes:
+    """A file's bytes, unzipped where its name ends with `.gz`."""
+    data = _read_bytes(path)
+    if path.suffix.lower() == ".gz":
+        return _unzip(path, data)
+    if data.startswith(_GZIP_MAGIC):
+        raise DataError(f"{path} is gzipped, but its name does not end with .gz.", hint="add .gz to its name.")
+    return data
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return _limited(file, path)
     except FileNotFoundError as error:
         near = [item.name for item in path.parent.glob("*")]
         hint = did_you_mean(path.name, near)
@@ -183,13 +202,26 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.", hint="check its permissions.") from error
 
 
+def _limited(file: io.BufferedIOBase, path: Path) -> bytes:
+    """All that a file holds, as long as that is not too much."""
+    pieces: list[bytes] = []
+    size = 0
+    while piece := file.read(2**20):
+        pieces.append(piece)
+        size += len(piece)
+        if size > _MOST_BYTES:
+            raise DataError(f"{path} holds more than {_MOST_BYTES:,} bytes.", hint="split the file.")
+    return b"".join(pieces)
+
+
 def _unzip(path: Path, data: bytes) -> bytes:
     if not data.startswith(_GZIP_MAGIC):
         raise DataError(
             f"{path} ends with .gz but is not a gzip file.", hint="drop .gz from its name, or compress it with `gzip`."
         )
     try:
-        return gzip.decompress(data)
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            return _limited(file, path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is a broken gzip file: {error}.", hint="copy or download it again.") from error
 
@@ -252,6 +284,22 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
+def _separator(text: str) -> str:
+    """What stands between the fields of a `.csv`: a comma, unless its header has none of it, but has semicolons.
+
+    So do spreadsheets write where the comma is the decimal mark.
+    """
+    for mark in (",", ";"):
+        try:
+            records = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+            header = next((cells for cells in records if any(cell.strip() for cell in cells)), [])
+        except csv.Error:
+            continue
+        if len(header) > 1:
+            return mark
+    return ","
+
+
 def _table(text: str, path: Path, delimiter: str) -> Iterator[Row]:
     lines = _table_lines(text, path, delimiter)
     number, header = next(lines, (1, [""]))
@@ -266,7 +314,7 @@ def _table(text: str, path: Path, delimiter: str) -> Iterator[Row]:
         if len(cells) != len(columns):
             raise DataError(
                 f"{path}, line {number} has {len(cells)} fields; the header has {len(columns)}: {', '.join(columns)}.",
-                hint='put a field that holds the delimiter in quotes, "like this".',
+                hint=f'put a field that holds the delimiter, {delimiter!r}, in quotes, "like this".',
             )
         yield Row(f"{path}, line {number}", dict(zip(columns, cells, strict=True)))
 

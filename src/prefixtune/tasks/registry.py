@@ -242,8 +242,8 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "summarization",
-            "documents and summaries: JSON lines, JSON, CSV or TSV, columns document and summary (or article and "
-            "highlights) unless named",
+            "documents and summaries: JSON lines, JSON, CSV, TSV or Parquet, columns document and summary (or article "
+            "and highlights) unless named",
             read_summaries,
             takes_columns=True,
             **_SUMMARIES,
@@ -264,7 +264,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "records",
-            "your own records: JSON lines, JSON, CSV or TSV, with templates",
+            "your own records: JSON lines, JSON, CSV, TSV or Parquet, with templates",
             _read_records,
             _TEXT,
             takes_columns=True,
@@ -278,7 +278,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "classification",
-            "a text and its label: JSON lines, JSON, CSV or TSV, columns text and label unless named",
+            "a text and its label: JSON lines, JSON, CSV, TSV or Parquet, columns text and label unless named",
             read_classification,
             _LABEL,
             "classification",

@@ -1,0 +1,141 @@
+"""Opening data files: what separates fields, encodings, Parquet; what is refused says why in one line."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.tasks import parquet, reading
+from prefixtune.tasks.reading import read_rows
+from prefixtune.tasks.records import read_records
+
+
+def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return [row.values for row in read_rows(path)]
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        # Semicolons, decimal commas, quoted semicolons, blank lines first.
+        ("name;price\nAromi;1,50\n", [{"name": "Aromi", "price": "1,50"}]),
+        ('\n;\nname;text\nAromi;"Eat; go."\n', [{"name": "Aromi", "text": "Eat; go."}]),
+        ('"name, first";text\nAromi;Eat.\n', [{"name, first": "Aromi", "text": "Eat."}]),
+        # Commas win wherever the header has one; what is quoted separates nothing.
+        ("name;x,text\nAromi,a;b\n", [{"name;x": "Aromi", "text": "a;b"}]),
+        ('"a;b"\nx;y\n', [{"a;b": "x;y"}]),
+        # One column.
+        ("text\nEat; go.\n", [{"text": "Eat; go."}]),
+    ],
+)
+def test_what_separates_the_fields_of_a_csv(text: str, rows: list[dict[str, str]], tmp_path: Path) -> None:
+    assert rows_of(tmp_path / "a.csv", text) == rows
+
+
+def test_a_row_of_another_length_names_the_separator(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.csv, line 2 has 3 fields; the header has 2: name, text") as raised:
+        rows_of(tmp_path / "a.csv", "name;text\nAromi;Eat; go.\n")
+    assert "';'" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ],
+)
+def test_text_with_a_byte_order_mark_is_read(mark: bytes, encoding: str, tmp_path: Path) -> None:
+    data = mark + "name,text\nCafé,日本\n".encode(encoding)
+    assert rows_of(tmp_path / "a.csv", data) == [{"name": "Café", "text": "日本"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "told", "hint"),
+    [
+        ("a.csv", "name\nCafé\n".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8", "iconv -f WINDOWS-1252"),
+        ("a.csv", "name\nx\n".encode("utf-16-le"), "line 1: there is a NUL character", ""),
+        ("a.csv", codecs.BOM_UTF16_LE + b"a\x00b", "is not UTF-16-LE", "UTF-8"),
+        ("a.csv.gz", b"name\nx\n", "ends with .gz but is not a gzip file", "drop .gz"),
+        ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "is a broken gzip file", "again"),
+        ("a.csv", gzip.compress(b"name\nx\n", mtime=0), "does not end with .gz", "add .gz"),
+        ("a.parquet", b"PAR1 and nothing else", "is no whole Parquet file", "again"),
+        ("a.xlsx", b"PK", "has the ending '.xlsx'; allowed: .jsonl, .json, .csv, .tsv, .parquet", ""),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line(
+    name: str, data: bytes, told: str, hint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as raised:
+        rows_of(tmp_path / name, data)
+    assert told in raised.value.message
+    assert hint in raised.value.hint
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        read_rows(tmp_path / "a.csv")
+
+
+def test_what_unzips_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_MOST_BYTES", 2**22)
+    with pytest.raises(DataError, match="holds more than 4,194,304 bytes"):
+        rows_of(tmp_path / "a.csv.gz", gzip.compress(b"x" * 2**24))
+
+
+def write_parquet(path: Path) -> None:
+    arrow, files = pytest.importorskip("pyarrow"), importlib.import_module("pyarrow.parquet")
+    import datetime
+    import decimal
+
+    table = arrow.table(
+        {
+            "name": ["Aromi", None],
+            "stars": [1, 2],
+            "texts": [["Eat.", "Go."], []],
+            "day": [datetime.date(2024, 2, 29), None],
+            "price": [decimal.Decimal("1.50"), None],
+        }
+    )
+    files.write_table(table, path)
+
+
+def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    first, second = (row.values for row in read_rows(path))
+    assert first == {"name": "Aromi", "stars": 1, "texts": ["Eat.", "Go."], "day": "2024-02-29", "price": "1.50"}
+    assert second == {"name": None, "stars": 2, "texts": [], "day": None, "price": None}
+    assert [row.where for row in read_rows(path)] == [f"{path}, row 1", f"{path}, row 2"]
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: .*nothing \(null\)"):
+        read_records(path, "name")
+
+
+def test_parquet_that_holds_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    monkeypatch.setattr(reading, "_MOST_BYTES", 50)
+    with pytest.raises(DataError, match="50"):
+        read_rows(path)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(parquet.importlib, "import_module", missing)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="pyarrow, which is not installed") as raised:
+        read_rows(tmp_path / "a.parquet")
+    assert "prefixtune[datasets]" in raised.value.hint
