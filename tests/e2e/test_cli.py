@@ -1,7 +1,13 @@
-"""The real command line in subprocesses, on a tiny model folder, with the hub switched off."""
+"""The command line on a tiny model folder, with the hub switched off.
+
+Programs of their own are started where that is the point: to be killed, piped to, or to import nothing. All else is
+`main` within this process, which spares each command the seconds of importing torch and transformers anew.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -13,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from prefixtune.cli import main
 
 TABLES = [
     {"name": name, "food": food, "text": [f"{name} has {food}.", f"Eat {food} at {name}."]}
@@ -75,12 +83,28 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -> tuple[str, str]:
+def run_apart(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -> tuple[str, str]:
+    """A command as a program of its own; its stdout and stderr."""
     process = start(*arguments, **options)
     out, err = process.communicate(stdin, timeout=120)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     assert "Traceback" not in err
     return out, err
+
+
+def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None) -> tuple[str, str]:
+    """A command within this process; its stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        returned = main(arguments)
+    assert returned == code, f"exit code {returned}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +120,7 @@ def train_flags(model: str, data: str) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
-    out, err = run(*train_flags(folder / "run", "--max-steps", "30", "--dev", str(folder / "data.jsonl")))
+    out, err = run_apart(*train_flags(folder / "run", "--max-steps", "30", "--dev", str(folder / "data.jsonl")))
     path = folder / "run" / "prefix.safetensors"
     assert str(path) in out
     assert "24 targets of 12 sources" in err
@@ -116,7 +140,8 @@ def test_train_generate_evaluate_inspect(trained: Path, data: str) -> None:
     assert run_losses[-1] < run_losses[0]
     out, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", "Aromi is soup", "Bibi is cake")
     assert len(out.splitlines()) == 2
-    piped, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", stdin="Aromi is soup\nBibi is cake\n")
+    sources = "Aromi is soup\nBibi is cake\n"
+    piped, _ = run_apart("generate", "--prefix", str(trained), "--max-new-tokens", "5", stdin=sources)
     assert piped == out
     as_json, _ = run(
         "generate", "--prefix", str(trained), "--max-new-tokens", "5", "--json", "Aromi is soup", "Bibi is cake"
@@ -267,7 +292,7 @@ def test_bad_rows_name_file_and_line(folder: Path, model: str) -> None:
 
 
 def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path) -> None:
-    _, err = run("generate", "x", code=2, environment={"PREFIXTUNE_HOME": str(tmp_path)})
+    _, err = run_apart("generate", "x", code=2, environment={"PREFIXTUNE_HOME": str(tmp_path)})
     assert "not prepared" in err
     assert "prefixtune prepare" in err
 
@@ -275,7 +300,7 @@ def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path) -> None:
 def test_help_of_every_command_answers_without_torch() -> None:
     for command in ("demo", "prepare", "train", "generate", "evaluate", "inspect", "doctor"):
         began = time.monotonic()
-        out, _ = run(command, "--help")
+        out, _ = run_apart(command, "--help")
         assert "usage: prefixtune" in out
         assert time.monotonic() - began < 3, "help should not load torch"
 
