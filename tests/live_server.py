@@ -91,6 +91,18 @@ def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **head
     return save_prefix(path, Prefix({"decoder": layers}, make_header(backbone, **header)))
 
 
+def alone(backbone: Any, prefixes: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
+    """What is written with nobody else in the batch; white space around it included."""
+    from prefixtune.checkpoint import load_prefix
+    from prefixtune.engine import Engine, Request, Sampling
+
+    prefix = None if name is None else load_prefix(prefixes / f"{name}.safetensors", backbone)
+    ((output,),) = Engine(backbone).run([Request(tuple(prompt), prefix, Sampling(**sampling))])
+    text = str(backbone.decode([token.id for token in output.tokens]))
+    assert text.strip() == output.text
+    return text
+
+
 class Address:
     """Somewhere to ask."""
 

@@ -1,13 +1,7 @@
-"""The command line on a tiny model folder, with the hub switched off.
-
-Programs of their own are started where that is the point: to be killed, piped to, or to import nothing. All else is
-`main` within this process, which spares each command the seconds of importing torch and transformers anew.
-"""
+"""The real command line on a tiny model folder, with the hub switched off."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import signal
@@ -20,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli import main
+from command_line import run, run_apart, start
 
 TABLES = [
     {"name": name, "food": food, "text": [f"{name} has {food}.", f"Eat {food} at {name}."]}
@@ -62,49 +56,6 @@ def data(folder: Path) -> str:
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in TABLES))
     return str(path)
-
-
-def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "error::FutureWarning",
-    }
-    environment.update(options.pop("environment", {}))
-    return subprocess.Popen(
-        [sys.executable, "-m", "prefixtune", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,
-    )
-
-
-def run_apart(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -> tuple[str, str]:
-    """A command as a program of its own; its stdout and stderr."""
-    process = start(*arguments, **options)
-    out, err = process.communicate(stdin, timeout=120)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    assert "Traceback" not in err
-    return out, err
-
-
-def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None) -> tuple[str, str]:
-    """A command within this process; its stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.chdir(cwd or Path.cwd()),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
-        returned = main(arguments)
-    assert returned == code, f"exit code {returned}\n{out.getvalue()}\n{err.getvalue()}"
-    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

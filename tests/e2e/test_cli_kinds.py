@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import TABLES, run
+from test_cli import TABLES
 
+from command_line import run
 from zoo import make_model, make_tokenizer
 
 

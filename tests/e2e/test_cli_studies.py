@@ -6,16 +6,15 @@ import json
 import signal
 import tomllib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import run, start
 
+from command_line import events_of, run, start, until
 from prefixtune.cli import main
 from prefixtune.report import read_folder
-from zoo import make_model, make_tokenizer
+from small_study import cells, scores_of, store_model, write_config
 
 ROWS = [
     {"mr": f"name[{name}], food[{food}]", "references": [f"{name} has {food}.", f"Eat {food} at {name}."]}
@@ -26,23 +25,13 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path, tokenizer = tmp_path_factory.mktemp("studies") / "model", make_tokenizer()
-    make_model("llama", tokenizer, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return str(store_model(tmp_path_factory.mktemp("studies") / "model"))
 
 
 @pytest.fixture(scope="module")
 def config(model: str) -> str:
     """A study of the toy set as a file."""
-    path = Path(model).parent / "study.toml"
-    path.write_text(
-        f'backbone = "{model}"\ndtype = "float32"\ntask = "toy"\n'
-        'train = "train"\ndev = "held_out"\ntest = "held_out"\n'
-        "sizes = [8]\nlengths = [3]\ndev_limit = 4\ntest_limit = 3\ntries = 2\ndecode_batch = 1\n"
-        "[train_settings]\nbatch_size = 4\nmax_steps = 4\neval_every = 2\nsave_every = 1\nwarmup_steps = 0\n"
-    )
-    return str(path)
+    return str(write_config(Path(model).parent / "study.toml", Path(model)))
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +42,6 @@ def data(model: str) -> str:
     for part in ("train", "dev", "test"):
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return str(folder)
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def scores_of(folder: Path) -> dict[str, Any]:
-    found = {}
-    for cell in read_folder(folder).cells:
-        assert cell.status == "done"
-        assert cell.run is not None
-        assert cell.run.evaluation is not None
-        found[cell.id] = cell.run.evaluation.scores, [o.output for o in cell.run.evaluation.outputs]
-    return found
 
 
 def test_a_plan_is_told_without_doing_anything(config: str, tmp_path: Path) -> None:
@@ -81,20 +56,6 @@ def test_a_plan_is_told_without_doing_anything(config: str, tmp_path: Path) -> N
     assert told["runs"][1] == {**told["runs"][1], "method": "adapter:8", "num_targets": 8, "subset": 0, "seed": 0}
     assert run(*flags, cwd=tmp_path)[0].split() == [cell["id"] for cell in told["runs"]]
     assert list(tmp_path.iterdir()) == []
-
-
-def until(process: Any, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Read a process's events up to the first one that is wanted."""
-    events = []
-    for line in process.stdout:
-        events.append(json.loads(line))
-        if wanted(events[-1]):
-            return events
-    raise AssertionError(f"it ended before: {process.stderr.read()}")
-
-
-def cells(events: list[dict[str, Any]], status: str) -> list[str]:
-    return [event["cell"] for event in events if event["event"] == "cell" and event["status"] == status]
 
 
 @pytest.fixture(scope="module")
@@ -164,37 +125,6 @@ def test_kill_minus_nine_then_the_same_scores(shared: Shared, flags: tuple[str, 
     assert f"prefixtune report {folder}" in err
     found, whole = scores_of(folder), scores_of(shared[0])
     assert found == {name: whole[name] for name in found}
-
-
-def test_workers_of_ray_share_a_study_that_is_killed_and_goes_on(
-    shared: Shared, flags: tuple[str, ...], tmp_path: Path
-) -> None:
-    pytest.importorskip("ray", reason="the extra ray is not installed")
-    folder = tmp_path / "study"
-    spread = (*flags, "--output", str(folder), "--seeds", "2", "--ray", "2", "--json")
-    # Ray makes its workers nice to others, and would wait for all other tests.
-    eager = {"environment": {"RAY_worker_niceness": "0"}}
-    with start(*spread, **eager) as process:
-        until(process, lambda event: event["event"] == "cell" and event["status"] == "done")
-        process.send_signal(signal.SIGKILL)
-    out = run(*spread, **eager)[0]
-    events = events_of(out)
-    assert len(events[-1]["done"]) == 5
-    assert {event["worker"] for event in events if "worker" in event} == {0, 1}
-    begun = Counter(cells(events, "begun"))
-    assert set(begun.values()) == {1}
-    assert len(begun) <= 4, "what was done before is not done again"
-    found, whole = scores_of(folder), scores_of(shared[0])
-    assert found == whole
-    # Nothing is left to do now.
-    assert events_of(run(*spread, **eager)[0])[-1]["done"] == events[-1]["done"]
-
-
-def test_a_cluster_that_is_not_there(flags: tuple[str, ...], tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra ray is not installed")
-    told = run(*flags, "--output", str(tmp_path / "s"), "--ray", "2", "--ray-address", "127.0.0.1:1", code=2)[1]
-    assert "cannot start or reach the cluster '127.0.0.1:1'" in told
-    assert "hint: " in told
 
 
 def test_a_run_of_another_method_is_evaluated_into_a_folder(

@@ -89,7 +89,6 @@ def test_two_processes_give_what_one_gives(model: str, folder: Path, run: Run) -
 
 
 def test_accelerate_launch_needs_no_other_option(folder: Path, run: Run) -> None:
-    pytest.importorskip("accelerate")
     run("one")
     told = run("two", launcher=ACCELERATE)
     same(folder, "one", "two")

@@ -16,10 +16,9 @@ from typing import Any
 import openai
 import pytest
 
-from live_server import MODEL, POSITIONS, LiveServer, make_model, make_prefix
+from live_server import MODEL, POSITIONS, LiveServer, alone, make_model, make_prefix
 from prefixtune.backbone import load_backbone
 from prefixtune.checkpoint import load_prefix
-from prefixtune.engine import Engine, Request, Sampling
 from prefixtune.generation import generate
 from prefixtune.server.keys import hash_key
 from prefixtune.tasks.e2e import linearize
@@ -75,15 +74,6 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def alone(backbone: Any, folder: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
-    """What is written with nobody else in the batch; white space around it included."""
-    prefix = None if name is None else load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
-    ((output,),) = Engine(backbone).run([Request(tuple(prompt), prefix, Sampling(**sampling))])
-    text = str(backbone.decode([token.id for token in output.tokens]))
-    assert text.strip() == output.text
-    return text
-
-
 # --- OpenAI's client --------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +92,9 @@ def test_a_completion_is_what_the_engine_writes_alone(client: openai.OpenAI, bac
     prompt = "Two trains to Oldbridge"
     for name in ("pubs", "facts", MODEL):
         answer = client.completions.create(model=name, prompt=prompt, max_tokens=20, temperature=0)
-        wanted = alone(backbone, folder, backbone.encode(prompt), None if name == MODEL else name, max_new_tokens=20)
+        wanted = alone(
+            backbone, folder / "prefixes", backbone.encode(prompt), None if name == MODEL else name, max_new_tokens=20
+        )
         assert answer.choices[0].text == wanted
         assert answer.choices[0].finish_reason == "length"
         # The prefix's positions are not counted.
@@ -158,7 +150,7 @@ def test_a_chat_goes_through_the_backbones_template(client: openai.OpenAI, backb
     options: dict[str, Any] = {"model": "facts", "messages": messages, "max_tokens": 30, "temperature": 0}
     whole = client.chat.completions.create(**options)
     prompt = "[system]be kind</s>[user]Hello!</s>[assistant]"
-    text = alone(backbone, folder, backbone.encode(prompt), "facts", max_new_tokens=30)
+    text = alone(backbone, folder / "prefixes", backbone.encode(prompt), "facts", max_new_tokens=30)
     assert whole.choices[0].message.content == text
     assert whole.choices[0].message.role == "assistant"
     chunks = list(client.chat.completions.create(**options, stream=True))
@@ -222,46 +214,6 @@ def test_a_stream_that_the_client_closes_stops_the_engine(server: LiveServer, cl
     assert len(server.get("/v1/status")[1]["running"]) == 8
     stream.close()
     server.until(lambda: not server.get("/v1/status")[1]["running"], 5)
-
-
-# --- LangChain's clients ----------------------------------------------------------------------------------------------
-
-
-def test_langchain_completes_and_chats_whole_and_in_pieces(
-    server: LiveServer, backbone: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
-    monkeypatch.setenv("LANGSMITH_TRACING", "false")
-    options: dict[str, Any] = {
-        "base_url": f"{server.url}/v1",
-        "api_key": "unused",
-        "max_retries": 0,
-        "temperature": 0,
-        "max_tokens": 20,
-    }
-    prompt = "Two trains to Oldbridge"
-    model = langchain.OpenAI(model="pubs", **options)
-    wanted = alone(backbone, folder, backbone.encode(prompt), "pubs", max_new_tokens=20)
-    assert model.invoke(prompt) == wanted
-    pieces = list(model.stream(prompt))
-    assert len(pieces) > 10
-    assert "".join(pieces) == wanted
-    assert model.batch([prompt, "x"])[0] == wanted
-
-    talker = langchain.ChatOpenAI(model="facts", stream_usage=True, **options)
-    messages = [("system", "be kind"), ("human", "Hello!")]
-    ids = backbone.encode("[system]be kind</s>[user]Hello!</s>[assistant]")
-    said = alone(backbone, folder, ids, "facts", max_new_tokens=20)
-    answer = talker.invoke(messages)
-    assert answer.content == said
-    assert answer.usage_metadata["output_tokens"] == 20
-    assert answer.response_metadata["finish_reason"] == "length"
-    chunks = list(talker.stream(messages))
-    assert len(chunks) > 10
-    assert "".join(chunk.content for chunk in chunks) == said
-    assert [chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata] == [20]
-    with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
-        talker.bind(tools=[{"type": "function", "function": {"name": "f"}}]).invoke(messages)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

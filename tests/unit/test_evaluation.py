@@ -288,23 +288,6 @@ def test_a_place_that_cannot_be_is_told_before_anything_is_decoded(model: Any, t
     assert batches == []
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantized_model_is_told_apart_too(tiny_backbone: Make, tmp_path: Path, kind: str):
-    pytest.importorskip("torchao")
-    from prefixtune.pretrained import silence
-    from prefixtune.variants import quantize
-
-    kept = tmp_path / "decoded.jsonl"
-    model = tiny_backbone("llama")
-    whole = evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept)
-    with silence():
-        quantize(model.model, kind)
-    with pytest.raises(ConfigError, match="decoded otherwise"):
-        evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept)
-    kept.unlink()
-    assert len(evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept).outputs) == len(whole.outputs)
-
-
 # --- shots -----------------------------------------------------------------------------------------------------------
 
 

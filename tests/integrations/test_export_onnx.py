@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file
 
+from prefixtune.export import onnx as target
 from prefixtune.export.onnx_run import generate, pad, past_names, start, step
 from prefixtune.generation import GenerateConfig, generate_ids
-
-onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
-
-from prefixtune.export import onnx as target  # noqa: E402
 
 Make = Callable[..., Any]
 
@@ -114,7 +111,8 @@ def test_the_script_runs_by_itself(exported: Exported) -> None:
 
 @pytest.mark.deploys("OpenVINO", "tokens of the exported graph", by="exported")
 def test_openvino_reads_the_graph(exported: Exported, random_ids: Make) -> None:
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install openvino)")
+    import openvino
+
     compiled = openvino.Core().compile_model(exported.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 4))]
     config = GenerateConfig(max_new_tokens=NEW)
@@ -129,7 +127,7 @@ def test_openvino_reads_the_graph(exported: Exported, random_ids: Make) -> None:
 @pytest.mark.deploys("OpenVINO", "tokens, with the prefix as first states", by="exported")
 def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make) -> None:
     """The recipe of docs/export.md: the past moves into the model's states, which begin with the prefix."""
-    openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install openvino)")
+    import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     model = openvino.Core().read_model(exported.folder / "model.onnx")

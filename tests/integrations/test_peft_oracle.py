@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch.nn import functional as F
@@ -20,7 +21,6 @@ P = 6
 def test_the_same_tensors_train_the_same(
     family: str, tiny_models: Any, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
 ):
-    peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=False)
     theirs = peft.get_peft_model(tiny_models(family), config).eval()
     backbone = tiny_backbone(family)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,8 +17,12 @@ import prefixtune as pt
 from prefixtune.backbone import Backbone, load_backbone
 from prefixtune.config import TrainConfig
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.evaluation import evaluate
+from prefixtune.generation import GenerateConfig
 from prefixtune.initialize import from_words
+from prefixtune.pretrained import silence
 from prefixtune.tasks import Example
+from prefixtune.variants import quantize
 
 Make = Callable[..., Any]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -47,7 +52,6 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("kind", "near"), [("int8", 0.05), ("int4", 0.5)])
 def test_quantized_weights_carry_the_prefix_and_its_gradients(folder: Path, kind: str, near: float) -> None:
-    pytest.importorskip("torchao")
     plain, rounded = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", quantize=kind)
     prefix = from_words(plain, "some words", 5)
     with torch.no_grad():
@@ -64,18 +68,29 @@ def test_quantized_weights_carry_the_prefix_and_its_gradients(folder: Path, kind
 
 
 def test_quantized_weights_are_smaller(folder: Path) -> None:
-    pytest.importorskip("torchao")
     rounded = load_backbone(folder, device="cpu", quantize="int8")
     weight = rounded.model.model.layers[0].mlp.up_proj.weight
     assert type(weight).__module__.startswith("torchao")
     assert rounded.model.get_output_embeddings().weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_other_weights_decoded_is_no_part_of_an_evaluation(tiny_backbone: Make, tmp_path: Path, kind: str) -> None:
+    kept, config = tmp_path / "decoded.jsonl", GenerateConfig(max_new_tokens=6, batch_size=2)
+    model = tiny_backbone("llama")
+    whole = evaluate(model, EXAMPLES[:2], config=config, kept=kept)
+    with silence():
+        quantize(model.model, kind)
+    with pytest.raises(ConfigError, match="decoded otherwise"):
+        evaluate(model, EXAMPLES[:2], config=config, kept=kept)
+    kept.unlink()
+    assert len(evaluate(model, EXAMPLES[:2], config=config, kept=kept).outputs) == len(whole.outputs)
+
+
 # --- spread ----------------------------------------------------------------------------------------------------------
 
 
 def test_layers_on_disk_compute_the_same(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     plain = load_backbone(folder, device="cpu")
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
@@ -90,7 +105,6 @@ def test_layers_on_disk_compute_the_same(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_automatic_map(folder: Path) -> None:
-    pytest.importorskip("accelerate")
     spread = load_backbone(folder, device_map="auto")
     assert spread.device.type in ("cpu", "cuda")
     assert pt.generate(spread, ["ab"], from_words(spread, "some words", 5), max_new_tokens=4)
@@ -101,7 +115,6 @@ def test_an_automatic_map(folder: Path) -> None:
 
 @pytest.fixture
 def lora(tiny_models: Make, tmp_path: Path) -> Path:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     path = tmp_path / "lora"
     with warnings.catch_warnings():
@@ -113,8 +126,6 @@ def lora(tiny_models: Make, tmp_path: Path) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_a_prefix_on_a_tuned_backbone(folder: Path, lora: Path, tiny_models: Make, tiny_tokenizer: Any) -> None:
-    import peft
-
     plain, tuned = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", adapter=lora)
     merged = peft.PeftModel.from_pretrained(tiny_models("llama"), lora).merge_and_unload()
     wanted = Backbone.from_model(merged, tiny_tokenizer, "merged")
@@ -138,7 +149,6 @@ def test_an_adapter_that_lacks_weights_is_refused(folder: Path, lora: Path) -> N
 
 
 def test_a_prefix_and_an_adapter_train_together(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     options: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "device": "cpu", "adapter_rank": 2}
     options |= {"prefix_length": 3, "bottleneck_size": 8, "epochs": 3.0, "batch_size": 2, "learning_rate": 1e-2}
     config = TrainConfig(**options, output=str(tmp_path / "run"), save_every=1)
@@ -160,7 +170,6 @@ def test_a_prefix_and_an_adapter_train_together(folder: Path, tmp_path: Path) ->
 def test_training_together_resumes_with_the_same_losses(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("peft")
     options: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "device": "cpu", "adapter_rank": 2}
     options |= {"prefix_length": 3, "bottleneck_size": 8, "max_steps": 6, "batch_size": 2, "save_every": 3}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -34,7 +35,6 @@ def base(tiny_models: Make, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def make_lora(base: Path, tmp_path: Path) -> Make:
     """Writes an adapter as PEFT does, random in its effect."""
-    peft = pytest.importorskip("peft")
     import transformers
 
     def make(name: str, **changes: Any) -> Path:
@@ -58,7 +58,6 @@ def change(folder: Path, **changes: Any) -> Path:
 
 
 def test_the_folder_is_its_base_model_with_the_adapter(make_lora: Make, base: Path) -> None:
-    import peft
     import transformers
 
     folder = make_lora("lora")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,8 +19,6 @@ from prefixtune.errors import BackboneError, CheckpointError
 from prefixtune.interop import export_peft, import_peft
 from prefixtune.prefix import Prefix, unflatten
 from zoo import exists, make_model
-
-peft = pytest.importorskip("peft")
 
 # PEFT warns of arguments that transformers renamed.
 pytestmark = [

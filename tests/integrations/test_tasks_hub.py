@@ -11,12 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.tasks import read_task
-
-datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
 
 MR = "name[Aromi], eatType[pub]"
 TRIPLE = "Aarhus | leaderName | Jacob_Bundsgaard"

@@ -22,8 +22,6 @@ from prefixtune.tasks import Example, TextFormat
 from prefixtune.trainer import PrefixModel
 from prefixtune.training import train
 
-pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
-
 # transformers renamed some of its own arguments, which TRL still sets.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 
@@ -360,8 +358,9 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_trl_trains_it_with_the_losses_of_our_own_loop(name: str, tiny_backbone: Make, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import trl
+
     backbone = tiny_backbone(name)
     # TRL puts nothing around prompt and completion but the end token.
     config = settings(prompt_format="{source}", target_format="{target}")

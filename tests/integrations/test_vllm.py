@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 
@@ -29,8 +30,6 @@ from prefixtune.checkpoint import load_prefix, make_header, save_prefix
 from prefixtune.generation import GenerateConfig, generate_ids
 from prefixtune.initialize import from_words
 from prefixtune.prefix import Prefix
-
-openai = pytest.importorskip("openai", reason="openai is not installed (test group)")
 
 _ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("PREFIXTUNE_VLLM_PYTHON") or _ROOT / ".venv-vllm" / "bin" / "python")

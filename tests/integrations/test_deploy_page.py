@@ -6,13 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).parents[2] / "docs" / "deploy.py"
 
 
 def test_the_page_is_up_to_date() -> None:
-    for module in ("onnxruntime", "onnxscript", "peft", "openai"):
-        pytest.importorskip(module, reason=f"{module} is not installed, so that its tests are not seen")
     done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -107,7 +107,7 @@ class Runtime:
 
     def __init__(self, path: Path, *, kv_type: int = 0, flash: bool = False, sequences: int = 1) -> None:
         bindings = pytest.importorskip(
-            "llama_cpp_py_sync._cffi_bindings", reason="llama-cpp-py-sync is not installed (test group)"
+            "llama_cpp_py_sync._cffi_bindings", reason="llama-cpp-py-sync is installed on Linux (x86_64) only"
         )
         self.lib, self.ffi = bindings.get_lib(), bindings.get_ffi()
         if not _kept:
@@ -334,7 +334,7 @@ def test_a_quantized_cache_is_refused(make: Make, run: Make, random_prefix: Make
 @pytest.fixture(scope="module")
 def serve(folder: Path) -> Make:
     """A factory: `serve(gguf, slots)` starts llama.cpp's own server in this process, and gives its address."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (test group)")
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is installed on Linux (x86_64) only")
     made: list[Any] = []
 
     def start(path: Path, slots: Path, parallel: int) -> str:
