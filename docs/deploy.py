@@ -37,7 +37,7 @@ INTRODUCTION = """# Where a prefix goes
 A prefix is keys and values of P positions. Whatever lets them stand in its cache can use it. The table is made by
 `python docs/deploy.py` from the suite's own tests: each row is a test that compares with this project's `generate` or
 forward pass on the same prefix. Models in small letters are tiny ones of that type with random weights, made by the
-test. Tests whose program is not installed are skipped, with the line that installs it: vLLM's run by `make test-vllm`.
+test. They run by `make test-integrations`, which installs the programs, and vLLM's by `make test-vllm`.
 All ran on CPUs; nothing here was seen on a GPU.
 """
 

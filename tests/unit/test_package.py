@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import prefixtune as pt
@@ -26,3 +28,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_command_line_page_is_current() -> None:
     done = subprocess.run([sys.executable, ROOT / "docs" / "build.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_test_is_run_by_make_test_or_by_a_target_of_its_own() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    plain = [ROOT / path for path in settings["testpaths"]]
+    others = {"test-integrations": ROOT / "tests" / "integrations", "clean-install": ROOT / "tests" / "clean"}
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        assert any(file.is_relative_to(path) for path in (*plain, *others.values())), f"nothing runs {file}"
+    for path in plain:
+        for file in [path] if path.is_file() else path.rglob("test_*.py"):
+            # A package that is missing must not turn into a test that is skipped; `resource` is not on every system.
+            skipped = re.findall(r"importorskip\(.(\w+)", file.read_text(encoding="utf-8"))
+            assert set(skipped) <= {"resource"}, f"{file} belongs into tests/integrations"
