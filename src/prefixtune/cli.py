@@ -192,7 +192,9 @@ examples:
   prefixtune train --together pubs.toml trains.toml""",
     )
     parser.add_argument("--config", help="TOML file with the keys below (prefix_length = 10); flags win over it")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output; with more --max-steps it is extended"
+    )
     parser.add_argument(
         "--together",
         nargs="+",

@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 from array import array
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 Event = dict[str, Any]
-"""What happened: `event` is start, resume, step, evaluation, save or end; the rest are figures."""
+"""What happened: `event` is start, resume, extend, step, evaluation, save or end; the rest are figures."""
 
 PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = (
     "prefix.safetensors",
@@ -79,8 +79,19 @@ WEIGHTS_FILE = "weights.safetensors"
 ADAPTER_FOLDER = "adapter"
 
 
-_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard")
+_LENGTHS = ("max_steps", "epochs", "patience")
+"""How long a run goes on: a resumed run may be given more of it, and its schedule is then that of the new length."""
+_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", *_LENGTHS)
 """What a resumed run may be told otherwise; the dtype in force is compared by itself."""
+
+
+_STATE_FACTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "best_step", "misses"), (int,)),
+    **dict.fromkeys(("fingerprint", "dtype", "data"), (str,)),
+    "best_loss": (float, int, type(None)),
+    "config": (dict,),
+}
+"""What a state tells of its run."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +244,9 @@ def train(
         backbone: Already loaded; None: `config.backbone` is loaded. A method that trains weights changes it.
         examples: Already read; None: `config.train` is read.
         dev_examples: Already read; None: `config.dev` is read, if given.
-        resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run.
+        resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run. With more
+            `max_steps` (or `epochs`, `patience`) than before, the run is extended: from here on, the learning rate is
+            that of a run planned with the new number of steps.
         on_event: Called with every event, as it happens; in the first process alone.
         world: The processes that share the work; None: those that this one was started with, by `torchrun` or
             `accelerate launch`. All of them must see the output folder. The losses are those of one process with the
@@ -247,6 +260,9 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(config.device)) if world is None else world
+        if resume:
+            # Before the backbone loads.
+            _read_state(config)
         run = _prepare(config, backbone, examples, dev_examples, world, resume=resume)
         events: list[Event] = run.resume() if resume else []
         stopping = stack.enter_context(_stop_requests())
@@ -293,6 +309,10 @@ def train_together(
     given = examples or [None] * len(configs), dev_examples or [None] * len(configs)
     # A run that was stopped before its first save begins anew.
     begun = [resume and (Path(config.output) / STATE_FILE).exists() for config in configs]
+    for config, old in zip(configs, begun, strict=True):
+        if old:
+            # Before the backbone loads.
+            _read_state(config)
     events: list[list[Event]] = []
     failed: list[TrainingError] = []
     with contextlib.ExitStack() as stack:
@@ -571,8 +591,13 @@ class _Run:
         self.trained = [*(() if self.module is None else self.module.parameters()), *self.adapter.values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
         self.steps_per_epoch = math.ceil(sum(1 for _ in self._plan(epoch=0)) / config.gradient_accumulation)
-        self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.total_steps = self._planned(config.max_steps, config.epochs)
+        self.extended_from: int | None = None
         self.step, self.best_loss, self.best_step, self.misses = 0, math.nan, 0, 0
+
+    def _planned(self, max_steps: int, epochs: float) -> int:
+        """The steps that a configuration plans."""
+        return max_steps or max(1, round(epochs * self.steps_per_epoch))
 
     def _encode(self, examples: Sequence[Example]) -> Encoding:
         room: dict[str, Any] = {
@@ -661,6 +686,9 @@ class _Run:
 
     def _steps(self, stopping: threading.Event, fresh: bool) -> Iterator[Event | _Pending]:
         yield self._start_event() if fresh else {"event": "resume", "step": self.step, "total_steps": self.total_steps}
+        if self.extended_from is not None:
+            extended = {"step": self.step, "total_steps": self.total_steps, "planned": self.extended_from}
+            yield {"event": "extend", **extended}
         every = self.config.eval_every
         for batches in () if self.ended else self._batches():
             pending = self._begin(batches)
@@ -858,20 +886,7 @@ class _Run:
             CheckpointError: There is no state, or it is broken.
             ConfigError: The state belongs to another configuration or backbone.
         """
-        path = self.folder / STATE_FILE
-        if not path.exists():
-            raise CheckpointError(
-                f"there is no run to resume in {str(self.folder)!r}.", hint="start it without --resume."
-            )
-        tensors, facts = load_state(path)
-        stored, now = dict(facts["config"]), self.config.to_dict()
-        changed = [k for k in now if stored.get(k) != now[k] and k not in _MAY_CHANGE]
-        if changed:
-            listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
-            raise ConfigError(
-                f"the run in {str(self.folder)!r} was started otherwise: {listed}.",
-                hint="resume with the same options, or start anew in another --output.",
-            )
+        tensors, facts = _read_state(self.config)
         if not fingerprints_match(facts["fingerprint"], self.backbone.fingerprint):
             raise ConfigError(
                 f"the run in {str(self.folder)!r} was started on another backbone.", hint="load that one."
@@ -887,6 +902,28 @@ class _Run:
                 f"the run in {str(self.folder)!r} was started on other data.",
                 hint="give it the same files, or start anew in another --output.",
             )
+        try:
+            self._load(tensors)
+        except (RuntimeError, LookupError, ValueError) as error:
+            raise CheckpointError(
+                f"the state in {str(self.folder)!r} does not fit the run: {str(error).splitlines()[0]}",
+                hint="start anew in another --output.",
+            ) from error
+        self.step, self.misses, self.best_step = facts["step"], facts["misses"], facts["best_step"]
+        self.best_loss = math.nan if facts["best_loss"] is None else facts["best_loss"]
+        relengthened = self._extend(facts["config"])
+        kept = _events_until(self.folder / EVENTS_FILE, self.step)
+        # All have read it before the first process changes anything.
+        self.world.wait()
+        if self.world.leads:
+            write_text(self.folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
+            if relengthened:
+                # What is resumed without options goes on as far as this run.
+                write_text(self.folder / CONFIG_FILE, self.config.to_toml())
+        return kept
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the parameters and the optimizer's moments from a state."""
         if self.module is not None:
             self.module.load_state_dict(
                 {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
@@ -900,14 +937,63 @@ class _Run:
                 _, number, key = name.split(".", 2)
                 slots.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.step, self.misses, self.best_step = facts["step"], facts["misses"], facts["best_step"]
-        self.best_loss = math.nan if facts["best_loss"] is None else facts["best_loss"]
-        kept = _events_until(self.folder / EVENTS_FILE, self.step)
-        # All have read it before the first process changes anything.
-        self.world.wait()
-        if self.world.leads:
-            write_text(self.folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
-        return kept
+
+    def _extend(self, stored: Mapping[str, Any]) -> bool:
+        """Whether the run is to end otherwise than was planned, and that it can.
+
+        Raises:
+            ConfigError: All of the steps asked for are taken, or the patience is.
+        """
+        config = self.config
+        if all(stored[name] == getattr(config, name) for name in _LENGTHS):
+            return False
+        planned = self._planned(stored["max_steps"], stored["epochs"])
+        if self.total_steps != planned and self.total_steps <= self.step:
+            raise ConfigError(
+                f"{self.total_steps} steps are asked for, but the run in {str(self.folder)!r} has taken {self.step}.",
+                hint=f"give more, as in --max-steps {2 * self.step}.",
+            )
+        if self.total_steps > planned and 0 < config.patience <= self.misses:
+            raise ConfigError(
+                f"the run in {str(self.folder)!r} stopped at step {self.step}, as {self.misses} evaluations brought no "
+                "better loss; more steps alone do not make it go on.",
+                hint=f"give more patience, too, as in --patience {2 * self.misses}, or 0 for any number.",
+            )
+        self.extended_from = None if planned == self.total_steps else planned
+        return True
+
+
+def _read_state(config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of the run that a configuration goes on with.
+
+    Raises:
+        CheckpointError: There is no state, or it is broken.
+        ConfigError: It belongs to another configuration.
+    """
+    path = Path(config.output) / STATE_FILE
+    if not path.exists():
+        raise CheckpointError(f"there is no run to resume in {str(path.parent)!r}.", hint="start it without --resume.")
+    tensors, facts = load_state(path)
+    faults = [name for name, kinds in _STATE_FACTS.items() if not isinstance(facts.get(name), kinds)]
+    if faults:
+        raise CheckpointError(
+            f"{str(path)!r} lacks or spoils {', '.join(faults)}.", hint="start anew in another --output."
+        )
+    # What an older version did not know was as it is by default.
+    stored, now = {**TrainConfig().to_dict(), **facts["config"]}, config.to_dict()
+    changed = [k for k in now if stored.get(k) != now[k] and k not in _MAY_CHANGE]
+    if changed:
+        listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
+        raise ConfigError(
+            f"the run in {str(path.parent)!r} was started otherwise: {listed}.",
+            hint="resume with the same options, or start anew in another --output.",
+        )
+    if 0 < config.max_steps < facts["step"]:
+        raise ConfigError(
+            f"max_steps is {config.max_steps}, but the run in {str(path.parent)!r} has taken {facts['step']} steps.",
+            hint=f"give more, as in --max-steps {2 * facts['step']}.",
+        )
+    return tensors, {**facts, "config": stored}
 
 
 def _digest(*data: Encoding | None) -> str:
@@ -934,7 +1020,9 @@ def _events_until(path: Path, step: int) -> list[Event]:
             event = json.loads(line)
         except ValueError:
             break
-        if event.get("step", 0) <= step and event["event"] not in ("end", "resume"):
+        # An extension at this very step was stopped before it was saved, and is done anew.
+        undone = event["event"] in ("end", "resume") or (event["event"] == "extend" and event["step"] == step)
+        if event.get("step", 0) <= step and not undone:
             events.append(event)
     return events
 

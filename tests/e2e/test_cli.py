@@ -187,8 +187,8 @@ def test_a_run_is_not_overwritten(trained: Path, train_flags: Callable[..., list
 
 
 def test_resuming_with_other_options_is_refused(trained: Path, train_flags: Callable[..., list[str]]) -> None:
-    _, err = run(*train_flags(trained.parent, "--max-steps", "31", "--resume"), code=2)
-    assert "max_steps was 30, is 31" in err
+    _, err = run(*train_flags(trained.parent, "--batch-size", "7", "--resume"), code=2)
+    assert "batch_size was 16, is 7" in err
 
 
 def test_doctor_passes_on_a_good_backbone(model: str) -> None:

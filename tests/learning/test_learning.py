@@ -17,7 +17,7 @@ from torch import Tensor
 
 import prefixtune.checkpoint
 import prefixtune.training
-from prefixtune.checkpoint import load_prefix, load_state, save_prefix
+from prefixtune.checkpoint import load_prefix, load_state, save_prefix, save_state
 from prefixtune.config import TrainConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
 from prefixtune.generation import generate
@@ -320,6 +320,100 @@ def test_a_finished_run_can_be_resumed_without_effect(backbone: Any, config_for:
     assert again.steps == first.steps == 6
     assert losses(again) == losses(first)
     assert again.prefix.equal(first.prefix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_can_be_extended(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
+    data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
+    options = {"reparameterization": kind, "initialization": "random", "eval_every": 2, "warmup_steps": 2}
+    first = train(config_for(max_steps=6, **options), **data)
+    longer = train(config_for(max_steps=14, **options), **data, resume=True)
+    assert longer.steps == 14
+    assert losses(longer)[:6] == losses(first)
+    assert not longer.prefix.equal(first.prefix), "it has trained on"
+    # The rates are those of a run planned with 14 steps, and so is the order of the data.
+    planned = train(config_for("planned", max_steps=14, **options), **data)
+    steps, wanted = ([e for e in run.events if e["event"] == "step"] for run in (longer, planned))
+    assert [e["lr"] for e in steps[6:]] == [e["lr"] for e in wanted[6:]]
+    assert steps[6]["lr"] > 2 * steps[5]["lr"]
+    assert [e["target_tokens"] for e in steps] == [e["target_tokens"] for e in wanted]
+    evaluations = [e for e in longer.events if e["event"] == "evaluation"]
+    assert [e["step"] for e in evaluations] == [2, 4, 6, 8, 10, 12, 14]
+    assert longer.best_loss == min(e["loss"] for e in evaluations)
+    # Log and configuration are those of the longer run, which can be resumed without a word.
+    folder = Path(config_for().output)
+    logged = list(map(json.loads, (folder / "events.jsonl").read_text().splitlines()))
+    assert [e for e in logged if e["event"] == "extend"] == [
+        {"event": "extend", "step": 6, "total_steps": 14, "planned": 6}
+    ]
+    assert [e["step"] for e in logged if e["event"] == "step"] == list(range(1, 15))
+    assert [e["event"] for e in logged].count("end") == 1
+    stored = TrainConfig.from_toml(folder / "config.toml")
+    assert stored.max_steps == 14
+    assert train(stored, **data, resume=True).prefix.equal(longer.prefix)
+
+
+def test_a_run_stopped_in_its_warm_up_and_extended_is_the_run_planned_so(
+    backbone: Any, config_for: Callable[..., TrainConfig]
+):
+    data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
+    options = {"warmup_steps": 4, "eval_every": 2}
+    with pytest.raises(Killed):
+        train(config_for(max_steps=8, **options), **data, on_event=at("save", 3, kill))
+    extended = train(config_for(max_steps=12, **options), **data, resume=True)
+    planned = train(config_for("planned", max_steps=12, **options), **data)
+    assert losses(extended) == losses(planned)
+    assert extended.prefix.equal(planned.prefix)
+
+
+def test_an_extension_keeps_the_best_and_survives_a_kill(backbone: Any, config_for: Callable[..., TrainConfig]):
+    # A rate so high that later evaluations are worse than the first ones.
+    options = {"learning_rate": 0.5, "max_grad_norm": 0.0, "eval_every": 2}
+    data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
+    first = train(config_for(max_steps=20, **options), **data)
+    with pytest.raises(Killed):
+        # Before the first save of the extension.
+        train(config_for(max_steps=26, **options), **data, resume=True, on_event=at("step", 21, kill))
+    extended = train(config_for(max_steps=26, **options), **data, resume=True)
+    assert extended.steps == 26
+    assert extended.best_loss <= first.best_loss
+    assert [e["event"] for e in extended.events].count("extend") == 1
+    whole = train(config_for("whole", max_steps=20, **options), **data)
+    again = train(config_for("whole", max_steps=26, **options), **data, resume=True)
+    assert whole.prefix.equal(first.prefix)
+    assert losses(again) == losses(extended)
+    assert again.prefix.equal(extended.prefix)
+
+
+def test_what_cannot_be_extended_is_told(backbone: Any, config_for: Callable[..., TrainConfig]):
+    data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
+    train(config_for(), **data)
+    before = {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()}
+    with pytest.raises(ConfigError, match=r"max_steps is 3, but the run in .* has taken 6 steps"):
+        train(config_for(max_steps=3), examples=EIGHT[:2], resume=True)  # and no backbone was loaded
+    with pytest.raises(ConfigError, match=r"1 steps are asked for, but the run in .* has taken 6"):
+        train(config_for(max_steps=0, epochs=1.0), **data, resume=True)
+    assert {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()} == before
+
+    early = {"learning_rate": 0.5, "max_grad_norm": 0.0, "eval_every": 2, "patience": 3}
+    stopped = train(config_for("early", max_steps=40, **early), **data)
+    assert stopped.steps < 40
+    with pytest.raises(ConfigError, match="3 evaluations brought no better loss"):
+        train(config_for("early", max_steps=60, **early), **data, resume=True)
+    patient = train(config_for("early", max_steps=60, **{**early, "patience": 0}), **data, resume=True)
+    assert patient.steps == 60
+
+
+def test_a_state_that_lacks_something_is_refused(backbone: Any, config_for: Callable[..., TrainConfig]):
+    train(config_for(), backbone=backbone, examples=SHARED)
+    path = Path(config_for().output) / "state.safetensors"
+    tensors, facts = load_state(path)
+    save_state(path, tensors, {name: fact for name, fact in facts.items() if name != "misses"})
+    with pytest.raises(CheckpointError, match="lacks or spoils misses"):
+        train(config_for(), backbone=backbone, examples=SHARED, resume=True)
+    save_state(path, dict(list(tensors.items())[1:]), facts)
+    with pytest.raises(CheckpointError, match="does not fit the run"):
+        train(config_for(), backbone=backbone, examples=SHARED, resume=True)
 
 
 def test_changed_options_are_refused_by_name(backbone: Any, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):

@@ -190,6 +190,11 @@ def _shown(console: Console, as_json: bool) -> Iterator[Any]:
             if event["event"] == "resume":
                 total[0] = event["total_steps"]
                 console.info(f"resuming after step {event['step']} of {event['total_steps']}")
+            if event["event"] == "extend":
+                console.info(
+                    f"the run was planned with {event['planned']} steps; from here on the learning rate is that of "
+                    f"{event['total_steps']}"
+                )
             if event["event"] == "step":
                 if not bar:
                     bar.append(
