@@ -212,7 +212,8 @@ def test_a_tasks_faults() -> None:
     "body",
     [
         b"", b"[]", b"null", b"{", b'{"a": NaN}', b'{"a": Infinity}', b"\xff\xfe", b'{"a": "\\ud800"}',
-        b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}",
+        b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b'{"a": 1e999}', b'{"a": [{"b": -1e999}]}',
+        b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"a":' * 40 + b"1" + b"}" * 40,
     ],
 )  # fmt: skip
 def test_bodies_that_are_no_object_of_json(body: bytes) -> None:
@@ -220,5 +221,5 @@ def test_bodies_that_are_no_object_of_json(body: bytes) -> None:
 
 
 def test_a_body_is_read_as_it_is() -> None:
-    value = {"a": "é\n€ \U0001f686", "b": [1, 2.5, None, True]}
+    value = {"a": "é\n€ \U0001f686", "b": [1, 2.5, None, True, 1e308, 10**4000], "c": [[[[[[[[[[{"d": []}]]]]]]]]]]}
     assert parse_json(json.dumps(value).encode()) == value

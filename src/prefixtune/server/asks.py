@@ -7,6 +7,7 @@ over; one that would change the output, and that this server cannot do, is refus
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +74,8 @@ ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_FIELDS = ("role", "content", "name", "refusal")
 """Of a message; others may be there as long as they say nothing."""
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_DEPTH = 32
+"""Lists and objects within each other; a chat's parts take six."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +165,15 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """The object that a body holds.
 
     Raises:
-        ApiError: It is no JSON, no object, or holds what is no text.
+        ApiError: It is no JSON, no object, nested too deeply, or holds what is no text or no finite number.
     """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        _check_depth(value)
         # Half a surrogate pair is legal in JSON, but no tokenizer takes it.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise wrong("the body is nested too deeply.", code="invalid_json") from None
+        raise wrong(f"the body is nested more than {MAX_DEPTH} levels deep.", code="invalid_json") from None
     except UnicodeEncodeError:
         raise wrong("the body holds half a surrogate pair, which is no text.", code="invalid_json") from None
     except UnicodeDecodeError:
@@ -434,3 +438,29 @@ def _short(value: Any) -> str:
 
 def _refuse_constant(name: str) -> ApiError:
     raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what no request needs: whatever walks through it later, such as a message with it, may recurse.
+
+    Raises:
+        RecursionError: Lists and objects stand too deeply within each other.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise RecursionError

@@ -16,11 +16,11 @@ from starlette.types import ASGIApp
 
 from prefixtune.backbone import Backbone
 from prefixtune.engine import Output, Token
-from prefixtune.server.asks import Ask, parse_chat, parse_completion, parse_json
+from prefixtune.server.asks import Ask, parse_chat, parse_completion
 from prefixtune.server.endpoint import Call
 from prefixtune.server.jobs import Job
 from prefixtune.server.replies import ALIVE, DONE, event, reply, wrong
-from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json_body, stream, usage
+from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json, stream, usage
 
 __all__ = ["chat", "complete"]
 
@@ -30,7 +30,7 @@ _LOWEST = -9999.0
 
 async def complete(call: Call) -> ASGIApp:
     """`POST /v1/completions`."""
-    ask = parse_completion(parse_json(await read_json_body(call)), call.services.limits)
+    ask = parse_completion(await read_json(call), call.services.limits)
     served = await call.services.catalog.open(ask.model, call.caller)
     backbone = call.services.backbone
     prompts = [
@@ -45,7 +45,7 @@ async def complete(call: Call) -> ASGIApp:
 
 async def chat(call: Call) -> ASGIApp:
     """`POST /v1/chat/completions`."""
-    ask = parse_chat(parse_json(await read_json_body(call)), call.services.limits)
+    ask = parse_chat(await read_json(call), call.services.limits)
     served = await call.services.catalog.open(ask.model, call.caller)
     prompt = await encode(call, lambda: _encode_chat(call.services.backbone, ask.messages))
     if call.services.config.log_prompts:

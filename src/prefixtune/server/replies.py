@@ -40,6 +40,9 @@ ALIVE = ": waiting\n\n"
 DONE = "data: [DONE]\n\n"
 """How a stream ends."""
 
+_LONGEST = 1000
+"""Characters of a message about what was sent."""
+
 T = TypeVar("T")
 
 
@@ -110,8 +113,13 @@ def as_api_error(error: PrefixError) -> ApiError:
     Only for messages that hold no path: those of the engine, its store, and the tasks.
     """
     if isinstance(error, RequestError | DataError):
-        return wrong(error.message, hint=error.hint)
+        # Messages repeat what was sent.
+        return wrong(_shortened(error.message), hint=_shortened(error.hint))
     return unavailable(error.message, "not_served")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def _sentence(text: str) -> str:

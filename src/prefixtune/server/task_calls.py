@@ -18,13 +18,13 @@ from starlette.types import ASGIApp
 from prefixtune.batching import encode_prompts
 from prefixtune.errors import DataError
 from prefixtune.generation import newline_tokens
-from prefixtune.server.asks import Ask, parse_json, parse_task
+from prefixtune.server.asks import Ask, parse_task
 from prefixtune.server.catalog import Served
 from prefixtune.server.endpoint import Call
 from prefixtune.server.forms import decoding_of, form_of
 from prefixtune.server.jobs import Job
 from prefixtune.server.replies import ALIVE, DONE, event, reply, wrong
-from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json_body, stream, usage
+from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json, stream, usage
 from prefixtune.tasks import TextFormat
 
 __all__ = ["describe_task", "do_task"]
@@ -39,7 +39,7 @@ async def describe_task(call: Call) -> ASGIApp:
 async def do_task(call: Call) -> ASGIApp:
     """`POST /v1/tasks/{prefix}`."""
     services, name = call.services, call.name
-    body = parse_json(await read_json_body(call))
+    body = await read_json(call)
     served = await services.catalog.open(name, call.caller)
     served = _in_the_format_of(call, served, body.get("format_of"))
     form = form_of(served.header)

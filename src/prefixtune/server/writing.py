@@ -14,13 +14,16 @@ from typing import Any
 
 from prefixtune.engine import FullError, Output, Request, Sampling, Token
 from prefixtune.errors import PrefixError
-from prefixtune.server.asks import Ask
+from prefixtune.server.asks import Ask, parse_json
 from prefixtune.server.catalog import Served
 from prefixtune.server.endpoint import Call, read_body
 from prefixtune.server.jobs import Full, Heard, Job
 from prefixtune.server.replies import ApiError, EventStream, unavailable, unless_gone, wrong
 
-__all__ = ["Written", "begin", "collect", "encode", "follow", "read_json_body", "stream", "usage"]
+__all__ = ["Written", "begin", "collect", "encode", "follow", "read_json", "stream", "usage"]
+
+_SMALL = 16 * 1024
+"""Bytes of a body that is read where it arrives; a larger one in a thread, so that nobody's stream waits for it."""
 
 
 @dataclass(eq=False)
@@ -44,14 +47,15 @@ class Written:
         self.finished = output.finished
 
 
-async def read_json_body(call: Call) -> bytes:
-    """The body of a call, within the server's limits.
+async def read_json(call: Call) -> dict[str, Any]:
+    """The object that the body of a call holds, within the server's limits.
 
     Raises:
         ApiError: It is no JSON, too large or too slow.
     """
     config = call.services.config
-    return await read_body(call.request, most=1024 * config.max_body_kib, patience=config.client_timeout)
+    body = await read_body(call.request, most=1024 * config.max_body_kib, patience=config.client_timeout)
+    return parse_json(body) if len(body) <= _SMALL else await asyncio.to_thread(parse_json, body)
 
 
 def stream(call: Call, events: AsyncGenerator[str]) -> EventStream:
