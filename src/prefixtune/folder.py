@@ -64,10 +64,11 @@ def check_place(folder: Path, name: str) -> None:
 
     Raises:
         CheckpointError: It is none.
-        OSError: It cannot be seen.
+        OSError: It cannot be seen, as a link to itself cannot.
     """
     path = path_of(folder, name)
+    mode = os.stat(path).st_mode
     if path.is_symlink() and path.resolve().parent != folder.resolve():
         raise CheckpointError("it is a link that leads out of the folder.", hint="copy the file into the folder.")
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not stat.S_ISREG(mode):
         raise CheckpointError("it is no ordinary file.", hint="put a file there.")

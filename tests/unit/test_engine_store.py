@@ -211,11 +211,13 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: A
     (folder / "good.safetensors").symlink_to("real.safetensors")
     (folder / "bad.safetensors").symlink_to(save("outside"))
     (folder / "nowhere.safetensors").symlink_to(folder / "missing")
+    (folder / "itself.safetensors").symlink_to("itself.safetensors")
     (folder / "folder.safetensors").mkdir()
     os.mkfifo(folder / "pipe.safetensors")
     store = PrefixStore(folder, llama)
     assert store.names() == ["good", "real"]
     assert "leads out" in store.refused["bad"]
+    assert "cannot be read" in store.refused["itself"]
     assert "ordinary" in store.refused["folder"]
     assert "ordinary" in store.refused["pipe"]
     store.get("good")

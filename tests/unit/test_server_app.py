@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import errno
 import io
+import itertools
 import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from prefixtune.checkpoint import make_header, save_prefix
 from prefixtune.engine import Engine, EngineConfig, EngineWorker, Output, PrefixStore, Token
 from prefixtune.engine.request import TextSoFar
+from prefixtune.errors import PrefixError
 from prefixtune.prefix import Prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.config import KeyConfig, ServeConfig
@@ -27,6 +30,7 @@ from prefixtune.server.jobs import Admission, Full
 from prefixtune.server.keys import hash_key
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.services import Services
+from prefixtune.server.watch import look_for_files
 
 Made = tuple[Any, Services]
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}"}
@@ -544,6 +548,65 @@ def test_the_document_tells_of_every_route_and_of_no_other(make: Callable[..., M
             weak = asyncio.run(call(app, method.upper(), path.replace("{name}", "a"), headers=bearer("me")))
             if "right" in operation.get("description", ""):
                 assert weak.code in ("admin_key_needed", "metrics_not_allowed")
+
+
+def test_a_link_to_itself_is_one_bad_file_and_the_watch_goes_on(make: Callable[..., Made], tmp_path: Path) -> None:
+    _, services = make(reload_seconds=0.02)
+    folder = tmp_path / "prefixes"
+
+    async def watch() -> None:
+        looking = asyncio.ensure_future(look_for_files(services))
+        (folder / "loop.safetensors").symlink_to("loop.safetensors")
+        async with asyncio.timeout(10):
+            while "loop" not in services.store.refused:
+                await asyncio.sleep(0.01)
+            (folder / "c.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+            while "c" not in services.store:
+                await asyncio.sleep(0.01)
+        assert not looking.done()
+        looking.cancel()
+
+    asyncio.run(watch())
+    assert services.store.names() == ["a", "b", "c"]
+    assert list(services.store.refused) == ["loop"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("/srv/x"), PrefixError("/srv/x"), RecursionError(), MemoryError()])
+def test_a_watch_that_fails_for_any_reason_goes_on_with_pauses_and_health_tells_of_it(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    app, services = make(reload_seconds=0.01)
+    reload, times = services.store.reload, list[float]()
+
+    def failing() -> None:
+        times.append(time.monotonic())
+        if len(times) <= 4:
+            raise error
+        reload()
+
+    monkeypatch.setattr(services.store, "reload", failing)
+
+    async def watch() -> list[Any]:
+        looking, told = asyncio.ensure_future(look_for_files(services)), []
+        async with asyncio.timeout(10):
+            while len(times) < 4:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
+            told.append([(await call(app, "GET", path)) for path in ("/healthz", "/readyz")])
+            while len(times) < 7:
+                await asyncio.sleep(0.001)
+            told.append([(await call(app, "GET", path)) for path in ("/healthz", "/readyz")])
+        looking.cancel()
+        return told
+
+    with caplog.at_level(logging.WARNING, "prefixtune.server"):
+        bad, good = asyncio.run(watch())
+    # What is in memory is served on.
+    assert [(answer.status, answer.json) for answer in bad] == [(200, {"status": "ok", "folder": "cannot be read"})] * 2
+    assert [(answer.status, answer.json) for answer in good] == [(200, {"status": "ok", "folder": "ok"})] * 2
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert all(pause > 0.018 * 2**number for number, pause in enumerate(pauses[:4])), "each is twice the one before"
+    assert [record.getMessage() for record in caplog.records] == ["reload_failed"] * 4
 
 
 def test_the_first_signal_drains_and_the_second_ends_it(make: Callable[..., Made]) -> None:

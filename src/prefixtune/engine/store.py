@@ -8,6 +8,7 @@ keeps it. Knows nothing of requests.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from prefixtune.prefix import Prefix
 
 __all__ = ["PrefixStore", "StoreStats"]
 
+_log = logging.getLogger(__name__)
 _REASON_LENGTH = 500
 
 
@@ -286,6 +288,10 @@ class PrefixStore:
             self._refuse(name, None, f"it cannot be read: {error.strerror or error}")
         except PrefixError as error:
             self._refuse(name, signature, error.message)
+        except Exception as error:
+            # Whatever one file is, the others are looked at.
+            _log.exception("a file of the folder of prefixes cannot be read.")
+            self._refuse(name, signature, f"it cannot be read: {type(error).__name__}")
         else:
             if signature is not None:
                 with self._lock:

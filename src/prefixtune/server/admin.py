@@ -51,6 +51,7 @@ async def reload_prefixes(call: Call) -> ASGIApp:
     """`POST /admin/reload`."""
     before = set(call.services.store.names())
     await _in_thread(call, call.services.store.reload)
+    call.services.folder_error = ""
     now = set(call.services.store.names())
     store = call.services.store
     return reply({"added": sorted(now - before), "removed": sorted(before - now), "refused": store.refused})

@@ -266,7 +266,7 @@ _REPLIES: dict[str, Schema] = {
         })),
         "cache": _object(dict.fromkeys(("prefixes", "bytes", "hits", "misses"), _WHOLE)),
     }),
-    "Health": _object({"status": _TEXT}),
+    "Health": _object({"status": _TEXT, "folder": _TEXT}),
     "Prefixes": _object({
         "prefixes": _list(_TEXT), "refused": _REASONS, "cache": _object(dict.fromkeys(_CACHE, _WHOLE)),
     }),

@@ -41,6 +41,8 @@ class Services:
         self.admission = Admission(config.num_slots, config.max_queue)
         self.limits = Limits(config.max_tokens, config.max_texts)
         self.draining = False
+        # Why the folder of prefixes was not read the last time; without paths, as anybody is told.
+        self.folder_error = ""
         self.metrics = Metrics(
             worker,
             store,

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from prefixtune.console import Console
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import ConfigError
 from prefixtune.server.config import ServeConfig
 from prefixtune.server.logs import log, set_up_logs
+from prefixtune.server.watch import look_for_files
 
 if TYPE_CHECKING:
     from prefixtune.server.services import Services
@@ -152,18 +153,9 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop."""
         self.loop = asyncio.get_running_loop()
-        looking = asyncio.ensure_future(self._look_for_files())
+        looking = asyncio.ensure_future(look_for_files(self.services))
         await super().serve(sockets)
         looking.cancel()
-
-    async def _look_for_files(self) -> None:
-        """See from time to time what others, such as another replica, did to the folder."""
-        while seconds := self.services.config.reload_seconds:
-            await asyncio.sleep(seconds)
-            try:
-                await asyncio.to_thread(self.services.store.reload)
-            except PrefixError as error:
-                log("reload_failed", level=logging.WARNING, reason=error.message)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal: the first begins the end, the second is the end."""

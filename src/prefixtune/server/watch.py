@@ -1,19 +1,26 @@
-"""How the server fares: for load balancers, for Prometheus, and for who looks at the page."""
+"""How the server fares: for load balancers, for Prometheus, and for the page; and the watch over its folder."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from prefixtune.errors import PrefixError
 from prefixtune.server.endpoint import Call
+from prefixtune.server.logs import log
 from prefixtune.server.metrics import CONTENT_TYPE
 from prefixtune.server.replies import reply
 from prefixtune.server.services import Services
 
-__all__ = ["Health", "metrics", "status"]
+__all__ = ["Health", "look_for_files", "metrics", "status"]
+
+_LONGEST_PAUSE = 60.0
+"""Seconds between looks at a folder that cannot be read, unless they are longer anyway."""
 
 
 class Health:
@@ -34,7 +41,25 @@ class Health:
             word = "the engine is being made anew"
         elif self.ready and self.services.draining:
             good, word = False, "about to stop"
-        await reply({"status": word}, 200 if good else 503)(scope, receive, send)
+        # What is in memory is served on: a folder that cannot be read is no reason to be taken out of service.
+        folder = self.services.folder_error or "ok"
+        await reply({"status": word, "folder": folder}, 200 if good else 503)(scope, receive, send)
+
+
+async def look_for_files(services: Services) -> None:
+    """See from time to time what others, such as another replica, did to the folder; whatever fails, go on."""
+    pause = seconds = services.config.reload_seconds
+    while seconds:
+        await asyncio.sleep(pause)
+        try:
+            await asyncio.to_thread(services.store.reload)
+        except Exception as error:
+            services.folder_error = "cannot be read"
+            pause = max(seconds, min(2 * pause, _LONGEST_PAUSE))
+            told = error if not isinstance(error, PrefixError) else None
+            log("reload_failed", level=logging.WARNING, error=told, reason=str(error), next_try_seconds=pause)
+        else:
+            services.folder_error, pause = "", seconds
 
 
 async def metrics(call: Call) -> ASGIApp:
