@@ -12,9 +12,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "engine",
+    "EngineConfig": "engine",
     "Example": "tasks",
+    "GenerateConfig": "generation",
     "Prefix": "prefix",
     "PrefixError": "errors",
+    "ServeConfig": "server.config",
+    "StudyConfig": "study.config",
     "TrainConfig": "config",
     "evaluate": "evaluation",
     "generate": "generation",
@@ -26,9 +30,13 @@ _HOMES = {
 
 __all__ = [
     "Engine",
+    "EngineConfig",
     "Example",
+    "GenerateConfig",
     "Prefix",
     "PrefixError",
+    "ServeConfig",
+    "StudyConfig",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -43,11 +51,13 @@ if TYPE_CHECKING:
     from prefixtune.backbone import load_backbone
     from prefixtune.checkpoint import load_prefix, save_prefix
     from prefixtune.config import TrainConfig
-    from prefixtune.engine import Engine
+    from prefixtune.engine import Engine, EngineConfig
     from prefixtune.errors import PrefixError
     from prefixtune.evaluation import evaluate
-    from prefixtune.generation import generate
+    from prefixtune.generation import GenerateConfig, generate
     from prefixtune.prefix import Prefix
+    from prefixtune.server.config import ServeConfig
+    from prefixtune.study.config import StudyConfig
     from prefixtune.tasks import Example
     from prefixtune.training import train
 

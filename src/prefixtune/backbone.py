@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from prefixtune import attach
 from prefixtune.attach import Layout
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
 from prefixtune.fingerprints import sample_weights
 from prefixtune.prefix import Geometry, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
@@ -38,7 +38,9 @@ __all__ = [
     "DEFAULT_BACKBONE",
     "DTYPES",
     "Backbone",
+    "BackboneLike",
     "adapter_config",
+    "as_backbone",
     "choose_dtype",
     "load_backbone",
 ]
@@ -287,6 +289,45 @@ class Backbone:
         return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry), adapter)
 
 
+BackboneLike = Backbone | str | os.PathLike[str] | tuple[Any, Any]
+"""What stands for a backbone: itself, a name or path, or a transformers model with its tokenizer."""
+
+
+def as_backbone(given: BackboneLike) -> Backbone:
+    """The backbone that a caller means.
+
+    Args:
+        given: A `Backbone`; a name, hub id or path, which is loaded (in every call: keep the result of `load_backbone`
+            for several); or a (model, tokenizer) pair of transformers: that very model is frozen, as by
+            `Backbone.from_model`.
+
+    Raises:
+        BackboneError: It cannot be loaded, or cannot carry a prefix.
+        ConfigError: It is nothing of these.
+    """
+    if isinstance(given, Backbone):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return load_backbone(given)
+    if isinstance(given, torch.nn.Module):
+        raise ConfigError(
+            f"the backbone is {describe_value(given)}, a model without its tokenizer.",
+            hint="give the pair (model, tokenizer).",
+        )
+    pair = tuple(given) if isinstance(given, tuple | list) else ()
+    if len(pair) == 2 and isinstance(pair[0], torch.nn.Module) and callable(pair[1]) and hasattr(pair[1], "decode"):
+        model, tokenizer = pair
+        config = getattr(model, "config", None)
+        name = str(getattr(config, "name_or_path", "") or getattr(config, "model_type", "") or type(model).__name__)
+        return _with_end(Backbone.from_model(model, tokenizer, name))
+    shown = f"a {type(given).__name__} of {', '.join(type(one).__name__ for one in pair)}" if pair else None
+    raise ConfigError(
+        f"the backbone is {shown or describe_value(given)}, but must be a name, a path, a Backbone or a pair "
+        "(model, tokenizer) of transformers.",
+        hint='give load_backbone("smollm2-135m"), say, or (model, tokenizer) in this order.',
+    )
+
+
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype meant by a name; `auto` is bfloat16 where the hardware multiplies it faster, else float32.
 
@@ -295,6 +336,10 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """
     if isinstance(dtype, torch.dtype):
         return dtype
+    if not isinstance(dtype, str):
+        raise ConfigError(
+            f"dtype is {describe_value(dtype)}, but must be a torch dtype or a name.", hint=f"use {', '.join(DTYPES)}."
+        )
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -322,7 +367,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"unknown device {device!r}.", hint="use cpu, cuda, cuda:0 or auto.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
@@ -332,7 +377,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def load_backbone(
-    name_or_path: str | os.PathLike[str] = DEFAULT_BACKBONE,
+    name_or_path: BackboneLike = DEFAULT_BACKBONE,
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "auto",
@@ -349,7 +394,7 @@ def load_backbone(
     Args:
         name_or_path: `smollm2-135m` (embedded; run `prefixtune prepare` once), a hub id, a local folder in
             transformers' format, a `.gguf` file, or the folder of a LoRA adapter (PEFT): its base model is loaded, and
-            the adapter put on it.
+            the adapter put on it. Also a (model, tokenizer) pair of transformers, as it is: without other options.
         dtype: A torch dtype or its name; `auto` takes bfloat16 where the hardware is fast at it.
         device: `cpu`, `cuda`, or `auto`.
         quantize: `int8` or `int4`: round the weights of linear layers (torchao); a prefix's fingerprint is that of the
@@ -367,9 +412,17 @@ def load_backbone(
         BackboneError: There is no such model, its checkpoint lacks weights, or it cannot carry a prefix; the message
             says why.
         CheckpointError: The adapter's configuration cannot be read.
-        ConfigError: An unknown dtype or device, or options that do not go together.
+        ConfigError: An unknown dtype or device, something that is no backbone, or options that do not go together.
     """
-    name = base = str(name_or_path)
+    if not isinstance(name_or_path, str | os.PathLike):
+        usual = (dtype, str(device)) == ("float32", "auto") and attention == "sdpa"
+        if not usual or quantize or device_map or adapter or train_adapter or adapter_rank:
+            raise ConfigError(
+                f"the backbone is {describe_value(name_or_path)}, which is taken as it is, but options were given too.",
+                hint="give a name or path with them, or set dtype and device on the model itself.",
+            )
+        return as_backbone(name_or_path)
+    name = base = os.fspath(name_or_path)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     if _is_adapter(Path(name)):
@@ -430,9 +483,18 @@ def load_backbone(
     if quantize:
         with silence():
             quantize_weights(model, quantize)
-    if backbone.kind != "encoder" and tokenizer.eos_token_id is None:
+    return _with_end(backbone)
+
+
+def _with_end(backbone: Backbone) -> Backbone:
+    """The same backbone, which can end a target.
+
+    Raises:
+        BackboneError: It cannot.
+    """
+    if backbone.kind != "encoder" and backbone.tokenizer.eos_token_id is None:
         raise BackboneError(
-            f"the tokenizer of {name!r} has no end-of-sequence token, which ends every target.",
+            f"the tokenizer of {backbone.name!r} has no end-of-sequence token, which ends every target.",
             hint="set eos_token in its tokenizer_config.json.",
         )
     return backbone

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.backbone import Backbone
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
 from prefixtune.packing import Group, Packing
 from prefixtune.tasks import Example, TextFormat
 
@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "Encoded",
     "Encoding",
+    "check_texts",
     "collate",
     "default_format",
     "encode_examples",
@@ -144,6 +145,21 @@ def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
     if for_head and backbone.kind == "decoder":
         return TextFormat(" {source}", "{target}")
     return TextFormat() if backbone.kind == "decoder" else TextFormat("{source}", "{target}")
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what is no list of strings.
+
+    Raises:
+        RequestError: It is none.
+    """
+    if isinstance(texts, str):
+        raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of them.", hint="write [text].")
+    if isinstance(texts, Mapping) or not (hasattr(texts, "__len__") and hasattr(texts, "__iter__")):
+        raise RequestError(f"texts is {describe_value(texts)}, not a list of strings.", hint="write [text].")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise RequestError(f"text {number} is {describe_value(text)}, not a string.", hint="write a list of texts.")
 
 
 def encode_prompts(backbone: Backbone, text_format: TextFormat, sources: Sequence[str]) -> list[list[int]]:

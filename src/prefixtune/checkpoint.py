@@ -8,6 +8,7 @@ pickle.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from torch import Tensor
 
 from prefixtune.artifact import FORMAT_VERSION, HEADER_KEY, describe_tensors, read_artifact, read_file, read_json
 from prefixtune.attach import check_fits
-from prefixtune.backbone import Backbone
-from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.backbone import DTYPES, Backbone, BackboneLike, as_backbone
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
 from prefixtune.files import atomic_path
 from prefixtune.fingerprints import fingerprints_match
+from prefixtune.hub import FILE, download, is_hub_id
 from prefixtune.prefix import Prefix
 
 __all__ = [
+    "PrefixLike",
+    "as_prefix",
     "load_prefix",
     "load_state",
     "load_weights",
@@ -49,18 +53,28 @@ def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
     return {"backbone": origin, **facts}
 
 
-def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.float32) -> Path:
+def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dtype | str = torch.float32) -> Path:
     """Store a prefix as one file: the tensors and its header.
 
     Args:
         path: Ends with `.safetensors`.
         prefix: With its header; see `make_header`.
-        dtype: float32, or bfloat16 for half the size.
+        dtype: float32, or bfloat16 for half the size; or its name.
 
     Raises:
         CheckpointError: The prefix holds NaN or infinity, or the path has another ending.
+        ConfigError: An argument is something else.
         PrefixError: The file cannot be written.
     """
+    if not isinstance(path, str | os.PathLike) or not isinstance(prefix, Prefix):
+        raise ConfigError(
+            f"path is {describe_value(path)} and prefix {describe_value(prefix)}, but must be a path and a Prefix.",
+            hint="write save_prefix(path, prefix).",
+        )
+    if not isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}.", hint=did_you_mean(str(dtype), DTYPES))
+        dtype = DTYPES[dtype]
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(
@@ -83,11 +97,36 @@ def save_prefix(path: str | Path, prefix: Prefix, *, dtype: torch.dtype = torch.
     return path
 
 
-def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_other_backbone: bool = False) -> Prefix:
+PrefixLike = Prefix | str | os.PathLike[str]
+"""What stands for a prefix: itself, a path, or a repository of the hub."""
+
+
+def as_prefix(given: PrefixLike | None, backbone: Backbone | None = None) -> Prefix | None:
+    """The prefix that a caller means.
+
+    Args:
+        given: A `Prefix`, None, or what `load_prefix` takes; that is read, and checked against the backbone.
+        backbone: What it stands in front of.
+
+    Raises:
+        BackboneError: It was trained for another model.
+        CheckpointError: The file is missing or wrong.
+        ConfigError: It is nothing of these.
+        PrefixError: The hub cannot be reached.
+    """
+    if given is None or isinstance(given, Prefix):
+        return given
+    return load_prefix(given, backbone)
+
+
+def load_prefix(
+    path: PrefixLike, backbone: BackboneLike | None = None, *, allow_other_backbone: bool = False
+) -> Prefix:
     """Read an artifact, checking all of it before any of it is used.
 
     Args:
-        path: The file.
+        path: The file; the folder of a run, which holds one; or a repository of the hub (`OWNER/NAME`), which is
+            downloaded where nothing of that name is here. A `Prefix` is checked and given back.
         backbone: Also check that the prefix was trained for this model.
         allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say).
 
@@ -95,9 +134,13 @@ def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_oth
         CheckpointError: The file is missing, truncated, no prefix, of a newer format, or holds NaN or infinity; its
             header and its tensors disagree.
         BackboneError: Its shapes are not the backbone's, or it was trained for other weights.
+        ConfigError: `path` or `backbone` is something else.
+        PrefixError: The hub cannot be reached, or has no such file.
     """
-    prefix = read_artifact(path)
+    prefix = path if isinstance(path, Prefix) else read_artifact(_file_of(path))
+    path = "the prefix" if isinstance(path, Prefix) else path
     if backbone is not None:
+        backbone = as_backbone(backbone)
         check_fits(prefix, backbone.geometry, backbone.name)
         head = prefix.head
         if head is not None and head.weight.shape[1] != backbone.hidden_size:
@@ -110,7 +153,23 @@ def load_prefix(path: str | Path, backbone: Backbone | None = None, *, allow_oth
     return prefix
 
 
-def _check_fingerprint(header: Mapping[str, Any], backbone: Backbone, path: str | Path, allowed: bool) -> None:
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant by a path, by a run's folder, or by a repository of the hub."""
+    if not isinstance(path, str | os.PathLike):
+        inner = " (its `.prefix` is one)" if isinstance(getattr(path, "prefix", None), Prefix) else ""
+        raise ConfigError(
+            f"the prefix is {describe_value(path)}{inner}, but must be a path, a hub id or a Prefix.",
+            hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
+        )
+    if is_hub_id(path):
+        return download(str(path))
+    inside = Path(path) / FILE
+    return inside if inside.is_file() else Path(path)
+
+
+def _check_fingerprint(
+    header: Mapping[str, Any], backbone: Backbone, path: str | os.PathLike[str], allowed: bool
+) -> None:
     origin = header.get("backbone")
     if allowed or not isinstance(origin, Mapping) or "fingerprint" not in origin:
         return

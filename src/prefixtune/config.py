@@ -7,17 +7,19 @@ Knows nothing of what the values do.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.errors import ConfigError, describe_value, did_you_mean
 
-__all__ = ["TrainConfig", "default_learning_rate"]
+__all__ = ["TrainConfig", "as_config", "check_names", "default_learning_rate", "fit_types", "type_fault"]
 
 
 _AT_LEAST_ONE = (
@@ -31,8 +33,137 @@ _NOT_NEGATIVE = (
 )
 
 
+_HINT = "`prefixtune train --help` explains every option."
+_ELSEWHERE = {
+    "lr": "it is called learning_rate here.",
+    "model": "it is called backbone here.",
+    "model_name_or_path": "it is called backbone here.",
+    "num_train_epochs": "it is called epochs here.",
+    "num_virtual_tokens": "it is called prefix_length here.",
+    "output_dir": "it is called output here.",
+    "per_device_train_batch_size": "it is called batch_size here.",
+    "train_batch_size": "it is called batch_size here.",
+    "gradient_accumulation_steps": "it is called gradient_accumulation here.",
+    "eval_steps": "it is called eval_every here.",
+    "save_steps": "it is called save_every here.",
+    "max_seq_length": "it is called max_length here.",
+    "warmup_ratio": "warmup_steps counts optimizer steps.",
+    "train_dataset": "give examples=[...] (dicts or Example), or train=FILE.",
+    "eval_dataset": "give dev_examples=[...] (dicts or Example), or dev=FILE.",
+}
+"""Names of transformers and PEFT, and what to write here instead."""
+
+_C = TypeVar("_C")
+
+
 def _option(default: Any, text: str, group: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "group": group})
+
+
+def check_names(
+    kind: type, names: Iterable[str], what: str, hint: str, elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Refuse names that a configuration does not have, all at once.
+
+    Args:
+        kind: The configuration's class.
+        names: To be checked.
+        what: The beginning of the message: `the file has unknown keys`, say.
+        hint: Where all names are listed.
+        elsewhere: Names of other programs, and what to write here instead.
+
+    Raises:
+        ConfigError: A name is unknown; with the nearest known one.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]
+    listed = [f"{name!r}: {did_you_mean(name, known, elsewhere)}" for name in names if name not in known]
+    if listed:
+        raise ConfigError(f"{what}: {'; '.join(listed)}", hint=hint)
+
+
+def as_config(kind: type[_C], given: _C | Mapping[str, Any] | None, options: Mapping[str, Any]) -> _C:
+    """What a caller configured: by an object, by a dict, or by keyword options.
+
+    Args:
+        kind: The configuration's class; has `from_mapping`.
+        given: The object or the dict.
+        options: The keyword options.
+
+    Raises:
+        ConfigError: Both were given, or something else; or a name or a value is wrong.
+    """
+    if given is not None and options:
+        raise ConfigError(f"got both a config and {', '.join(options)}.", hint="give one of the two.")
+    if isinstance(given, kind):
+        return given
+    values = options if given is None else given
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"config is {describe_value(given)}, but must be a {kind.__name__} or a dict.",
+            hint=f"write config={kind.__name__}(...), or the options themselves as keywords.",
+        )
+    read: Any = kind
+    made: _C = read.from_mapping(values)
+    return made
+
+
+def fit_types(config: Any) -> dict[str, str]:
+    """See to it that the values of a configuration are of their fields' types.
+
+    Whole numbers become floats and lists become tuples where a field has these.
+
+    Returns:
+        The names of fields whose values are wrong, and what is wrong with each.
+    """
+    kinds, faults = _kinds_of(type(config)), {}
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), kinds[field.name]
+        if kind is float and type(value) is int:
+            object.__setattr__(config, field.name, float(value))
+        elif get_origin(kind) is tuple and isinstance(value, list):
+            object.__setattr__(config, field.name, tuple(value))
+        if fault := type_fault(field.name, getattr(config, field.name), kind):
+            faults[field.name] = fault
+    return faults
+
+
+@functools.cache
+def _kinds_of(kind: type) -> dict[str, Any]:
+    """The types of a configuration's fields."""
+    return get_type_hints(kind)
+
+
+def type_fault(name: str, value: Any, kind: Any) -> str:
+    """What is wrong with the type of a value (or with a value that is none of a few); empty: nothing.
+
+    >>> type_fault("port", "80", int)
+    "port is '80', but must be of type int"
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if isinstance(value, str) and value in parts:
+            return ""
+        shown = repr(value) if isinstance(value, str) else describe_value(value)
+        return f"{name} is {shown}, but must be one of {', '.join(parts)} ({did_you_mean(str(value)[:80], parts)})"
+    if origin in (Union, UnionType):
+        good, wanted = any(not type_fault(name, value, part) for part in parts), _name_of(kind)
+    elif origin is tuple:
+        good = isinstance(value, tuple) and all(not type_fault(name, each, parts[0]) for each in value)
+        wanted = "a list of whole numbers" if parts[0] is int else "a list of texts"
+    elif kind is float:
+        good, wanted = isinstance(value, int | float) and not isinstance(value, bool), "of type float"
+    else:
+        good = isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
+        wanted = _name_of(kind)
+    shown = repr(value) if isinstance(value, str | bool | int | float | list | tuple) else describe_value(value)
+    return "" if good else f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}, but must be {wanted}"
+
+
+def _name_of(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join("None" if part is NoneType else _name_of(part) for part in get_args(kind))
+    plain = get_origin(kind) or kind
+    return {"Mapping": "a table (a dict)", "Sequence": "a list"}.get(plain.__name__, f"of type {plain.__name__}")
 
 
 @dataclass(frozen=True)
@@ -141,26 +272,17 @@ class TrainConfig:
     save_dtype: Literal["float32", "bfloat16"] = _option("float32", "of the stored prefix", "output")
     license: str = _option("", "license note for the prefix's header", "output")
 
+    def __new__(cls, *_: Any, **values: Any) -> TrainConfig:
+        """Refuse unknown names as `from_mapping` does."""
+        check_names(cls, values, "TrainConfig has no such option", _HINT, _ELSEWHERE)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        faults = {name: fault for name in self.to_dict() if (fault := self._wrong_type(name))}
+        faults = fit_types(self)
         for name, fault in self._wrong_values(skip=set(faults)):
             faults.setdefault(name, fault)
         if faults:
-            raise ConfigError("; ".join(faults.values()) + ".", hint="`prefixtune train --help` explains every option.")
-
-    def _wrong_type(self, name: str) -> str:
-        value, kind = getattr(self, name), get_type_hints(type(self))[name]
-        if get_origin(kind) is Literal:
-            allowed = get_args(kind)
-            if value in allowed:
-                return ""
-            return f"{name} is {value!r}, but must be one of {', '.join(allowed)} ({did_you_mean(str(value), allowed)})"
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(self, name, float(value))
-            return ""
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return ""
-        return f"{name} is {value!r}, but must be of type {kind.__name__}"
+            raise ConfigError("; ".join(faults.values()) + ".", hint=_HINT)
 
     def _wrong_values(self, skip: set[str]) -> Iterator[tuple[str, str]]:
         """Names and faults of values out of range, leaving out those of a wrong type."""
@@ -257,11 +379,7 @@ class TrainConfig:
         Raises:
             ConfigError: Unknown keys (with the nearest known one), or values that are not allowed.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            listed = "; ".join(f"{key!r}: {did_you_mean(key, known)}" for key in unknown)
-            raise ConfigError(f"{where} has unknown keys: {listed}", hint="`prefixtune train --help` lists all keys.")
+        check_names(cls, values, f"{where} has unknown keys", _HINT, _ELSEWHERE)
         return cls(**values)
 
     @classmethod

@@ -16,7 +16,7 @@ A message says what failed, the value got, what is allowed, and in `hint` the ne
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "BackboneError",
@@ -26,6 +26,7 @@ __all__ = [
     "PrefixError",
     "RequestError",
     "TrainingError",
+    "describe_value",
     "did_you_mean",
 ]
 
@@ -71,14 +72,37 @@ class RequestError(PrefixError):
     """A generation request cannot be served."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
     """Suggest the nearest known word, as a hint.
 
     >>> did_you_mean("prefix_lenght", ["prefix_length", "seed"])
     "did you mean 'prefix_length'?"
     >>> did_you_mean("zzz", ["prefix_length", "seed"])
     'known: prefix_length, seed.'
+    >>> did_you_mean("lr", ["learning_rate"], {"lr": "it is called learning_rate here."})
+    'it is called learning_rate here.'
+
+    Args:
+        word: What was written.
+        known: What could have been meant.
+        elsewhere: Words of other programs, and what to write here instead.
     """
+    if elsewhere and word in elsewhere:
+        return elsewhere[word]
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}."
+
+
+def describe_value(value: object) -> str:
+    """A value of a wrong type, in a few words for a message.
+
+    >>> describe_value(3), describe_value("a" * 99), describe_value({"a": 1}), describe_value(None)
+    ('3 (of type int)', "of type str, 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'", 'of type dict', 'None')
+    """
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    if isinstance(value, str):
+        return f"of type {kind}, {value if len(value) <= 40 else value[:40] + '...'!r}"
+    return f"{value!r} (of type {kind})" if isinstance(value, bool | int | float) else f"of type {kind}"

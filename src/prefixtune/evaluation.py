@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from prefixtune.backbone import Backbone
+from prefixtune.backbone import Backbone, BackboneLike, as_backbone
 from prefixtune.batching import default_format
+from prefixtune.checkpoint import PrefixLike, as_prefix
+from prefixtune.config import as_config
 from prefixtune.errors import ConfigError, DataError, PrefixError, did_you_mean
 from prefixtune.files import check_writable, write_text
 from prefixtune.generation import GenerateConfig, generate
@@ -26,7 +28,7 @@ from prefixtune.labelling import Labels, classify, labels_of, tag
 from prefixtune.machine import describe_machine, versions
 from prefixtune.metrics import METRICS, PROTOCOLS, Measurement, Score, accuracy, macro_f1, measure, span_f1
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import Example, TextFormat, label_names, references_of
+from prefixtune.tasks import Example, ExampleLike, TextFormat, as_examples, label_names, references_of
 from prefixtune.variants import weights
 
 __all__ = ["Evaluation", "GroupScores", "evaluate", "summarize", "with_shots", "write_evaluation"]
@@ -68,42 +70,47 @@ class Evaluation:
 
 
 def evaluate(
-    backbone: Backbone,
-    examples: Sequence[Example],
-    prefix: Prefix | None = None,
+    backbone: BackboneLike,
+    examples: Sequence[ExampleLike],
+    prefix: PrefixLike | None = None,
     *,
     text_format: TextFormat | None = None,
-    config: GenerateConfig | None = None,
+    config: GenerateConfig | Mapping[str, Any] | None = None,
     kind: str = "generation",
     protocol: str = "plain",
-    metrics: Sequence[str] | None = ("bleu",),
+    metrics: str | Sequence[str] | None = ("bleu",),
     intervals: bool = False,
     kept: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Generate for every example, and score the outputs against its targets.
 
     A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead, whatever `metrics` says.
 
     Args:
-        backbone: The frozen model.
-        examples: Each with one or more targets.
-        prefix: None: the bare model.
+        backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
+        examples: Each with one or more targets: `Example`s, or dicts such as `{"source": "...", "targets": ["..."]}`.
+        prefix: A `Prefix`, a path, or a repository of the hub; None: the bare model.
         text_format: None: what the prefix was trained with.
-        config: How to decode; None: greedy.
+        config: How to decode: a `GenerateConfig`, or a dict of its fields; None: greedy.
         kind: What the bare model is asked for: `generation`, or `classification` by the labels' own words. A prefix
             says itself what it was trained for.
         protocol: Whose rules texts are scored by (`Task.protocol`).
-        metrics: Which scores; None: the protocol's usual ones. What cannot be computed here is left out and said.
+        metrics: Which scores, or one; None: the protocol's usual ones. What cannot be computed here is left out and
+            said.
         intervals: Also give each score's bootstrap interval.
         kept: A file that keeps what is decoded as it comes; an evaluation that finds it goes on from there.
         on_batch: Told after each batch how many examples are done.
+        **options: Fields of `GenerateConfig`, in place of `config`.
 
     Raises:
-        DataError: There is no example, or one has no target.
-        ConfigError: `kept` holds the outputs of another evaluation; a metric or the protocol is unknown; or intervals
-            were asked for of labels or tags.
+        DataError: There is no example, or one is wrong or has no target.
+        ConfigError: `kept` holds the outputs of another evaluation; a metric or the protocol is unknown; intervals
+            were asked for of labels or tags; or an argument is of a wrong type.
     """
+    decoding = as_config(GenerateConfig, config, options)
+    examples = as_examples(examples)
     if not examples:
         raise DataError("there is no example to evaluate on.", hint="check the file.")
     for number, example in enumerate(examples):
@@ -111,6 +118,8 @@ def evaluate(
             raise DataError(
                 f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
             )
+    backbone = as_backbone(backbone)
+    prefix = as_prefix(prefix, backbone)
     labels = labels_of(prefix)
     if labels is None and kind != "generation":
         if kind == "tagging":
@@ -120,13 +129,14 @@ def evaluate(
         if intervals:
             raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
         shared: dict[str, Any] = {"text_format": text_format, "on_batch": on_batch}
-        shared["batch_size"] = 16 if config is None else config.batch_size
+        shared["batch_size"] = decoding.batch_size
         return _evaluate_labels(backbone, examples, prefix, labels, shared)
     # Before the work and not after it.
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
     _check_names(protocol, metrics)
     if kept is not None:
         check_writable(kept)
-    outputs, seconds = _decode(backbone, examples, prefix, text_format, config or GenerateConfig(), kept, on_batch)
+    outputs, seconds = _decode(backbone, examples, prefix, text_format, decoding, kept, on_batch)
     left_out: dict[str, str] = {}
     measured = _measure(outputs, examples, protocol, metrics, left_out)
     level = 0.95 if intervals else None

@@ -7,8 +7,8 @@ stopping are transformers' own. Knows nothing of tasks, files or training.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +19,40 @@ import torch
 
 from prefixtune import attach
 from prefixtune.attach import check_fits
-from prefixtune.backbone import Backbone
-from prefixtune.batching import default_format, encode_prompts
-from prefixtune.errors import ConfigError, RequestError, did_you_mean
+from prefixtune.backbone import Backbone, BackboneLike, as_backbone
+from prefixtune.batching import check_texts, default_format, encode_prompts
+from prefixtune.checkpoint import PrefixLike, as_prefix
+from prefixtune.config import as_config, check_names, fit_types
+from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.prefix import Prefix
 from prefixtune.tasks import TextFormat
 
 __all__ = ["GenerateConfig", "format_of", "generate", "generate_ids", "stream"]
+
+_HINT = "`prefixtune generate --help` explains the options."
+_STOPPING = "`stop` takes strings that end an output; the end token always does."
+_NARROWING = "top_k and top_p narrow what is sampled from."
+_ELSEWHERE = {
+    "do_sample": "set temperature above 0 to sample; 0 (the default) is greedy.",
+    "max_length": "max_new_tokens counts what is generated, without the text before it.",
+    "max_tokens": "it is called max_new_tokens here.",
+    "min_length": "min_new_tokens counts what is generated, without the text before it.",
+    "num_return_sequences": "give a text several times, as in [text] * 3, with a temperature above 0.",
+    "n": "give a text several times, as in [text] * 3, with a temperature above 0.",
+    "early_stopping": "beam search ends when its beams do; length_penalty favours longer or shorter outputs.",
+    "no_repeat_ngram_size": "repetition_penalty above 1 discourages repeating.",
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), "repetition_penalty above 1 discourages repeating."),
+    **dict.fromkeys(("stop_strings", "eos_token_id", "stopping_criteria"), _STOPPING),
+    **dict.fromkeys(("typical_p", "min_p", "epsilon_cutoff", "eta_cutoff"), _NARROWING),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens"), "ban_newlines=True bans line breaks."),
+    "cache_implementation": "cache is 'dynamic' or 'static'.",
+    "prompt_lookup_num_tokens": "it is called prompt_lookup here.",
+    "assistant_model": "give assistant=load_backbone(...).",
+    "streamer": "`prefixtune.generation.stream` yields pieces as they come.",
+    "generation_config": "give config=GenerateConfig(...), or the options themselves.",
+    **dict.fromkeys(("pad_token_id", "use_cache", "tokenizer"), "leave it out: it comes from the backbone."),
+}
+"""Names of transformers (and of OpenAI's interface) for decoding, and what to write here instead."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +97,19 @@ class GenerateConfig:
     compile: bool = False
     prompt_lookup: int = 0
 
+    def __new__(cls, *_: Any, **values: Any) -> GenerateConfig:
+        """Refuse unknown names, with the nearest known one."""
+        check_names(cls, values, "there is no such generation option", _HINT, _ELSEWHERE)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if isinstance(self.stop, str | Sequence):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        wrong = list(fit_types(self).values())
+        if isinstance(self.stop, tuple) and not all(isinstance(s, str) for s in self.stop):
+            wrong.append(f"stop is {self.stop!r}, but must be a string or several")
+        if wrong:
+            raise ConfigError("; ".join(wrong) + ".", hint=_HINT)
         rules = [
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "between 0 and max_new_tokens"),
@@ -95,7 +133,7 @@ class GenerateConfig:
         if self.prompt_lookup and (self.num_beams > 1 or self.cache != "dynamic"):
             faults.append("prompt look-up needs num_beams = 1 and the dynamic cache")
         if faults:
-            raise ConfigError("; ".join(faults) + ".", hint="`prefixtune generate --help` explains the options.")
+            raise ConfigError("; ".join(faults) + ".", hint=_HINT)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> GenerateConfig:
@@ -104,10 +142,7 @@ class GenerateConfig:
         Raises:
             ConfigError: An unknown key, with the nearest known one.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"unknown generation option {key!r}.", hint=did_you_mean(key, known))
+        check_names(cls, values, "there is no such generation option", _HINT, _ELSEWHERE)
         return cls(**values)
 
 
@@ -127,24 +162,25 @@ def _format(backbone: Backbone, prefix: Prefix | None, given: TextFormat | None)
 
 
 def generate(
-    backbone: Backbone,
+    backbone: BackboneLike,
     texts: Sequence[str],
-    prefix: Prefix | Sequence[Prefix | None] | None = None,
+    prefix: PrefixLike | Sequence[PrefixLike | None] | None = None,
     *,
     text_format: TextFormat | None = None,
-    config: GenerateConfig | None = None,
-    assistant: Backbone | None = None,
+    config: GenerateConfig | Mapping[str, Any] | None = None,
+    assistant: BackboneLike | None = None,
     on_batch: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue texts, each with its own prefix.
 
     Args:
-        backbone: The frozen model.
+        backbone: The frozen model: a `Backbone`, a name or path (loaded for this call), or a (model, tokenizer) pair.
         texts: Sources, as in training (linearized, without separators).
-        prefix: One for all texts, one per text, or None; within a list, None leaves that text to the bare model.
+        prefix: One for all texts, one per text, or None; within a list, None leaves that text to the bare model. A
+            prefix is a `Prefix`, a path, or a repository of the hub.
         text_format: The text around a source; None: what each prefix was trained with, by its header.
-        config: How to decode.
+        config: How to decode: a `GenerateConfig`, or a dict of its fields.
         assistant: A smaller model with the same tokenizer that guesses tokens for the backbone to check; the output is
             the same. Texts go one at a time.
         on_batch: Told after each batch how many texts are done.
@@ -157,12 +193,14 @@ def generate(
         RequestError: A text with its prefix does not fit the backbone's positions (before any work is done), or the
             counts differ.
         BackboneError: A prefix does not fit the backbone.
-        ConfigError: A wrong option.
+        CheckpointError: A prefix cannot be read.
+        ConfigError: A wrong option, or an argument of a wrong type.
     """
-    chosen = _config(config, options)
-    if isinstance(texts, str):
-        raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of them.", hint="write [text].")
-    prefixes = _per_text(prefix, len(texts))
+    chosen = as_config(GenerateConfig, config, options)
+    check_texts(texts)
+    backbone = as_backbone(backbone)
+    assistant = None if assistant is None else as_backbone(assistant)
+    prefixes = _per_text(prefix, len(texts), backbone)
     formats = [_format(backbone, p, text_format) for p in prefixes]
     prompts = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
     outputs = generate_ids(backbone, prompts, prefixes, config=chosen, assistant=assistant, on_batch=on_batch)
@@ -173,12 +211,12 @@ def generate(
 
 
 def stream(
-    backbone: Backbone,
+    backbone: BackboneLike,
     text: str,
-    prefix: Prefix | None = None,
+    prefix: PrefixLike | None = None,
     *,
     text_format: TextFormat | None = None,
-    config: GenerateConfig | None = None,
+    config: GenerateConfig | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """Continue one text, yielding pieces as they are decided; the pieces joined equal `generate`'s output.
@@ -188,11 +226,15 @@ def stream(
     Raises:
         ConfigError: Beam search was asked for.
     """
-    chosen = _config(config, options)
+    chosen = as_config(GenerateConfig, config, options)
     if chosen.num_beams > 1:
         raise ConfigError(
             "beam search cannot stream: its best beam is known at the end only.", hint="set num_beams to 1."
         )
+    if not isinstance(text, str):
+        raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
+    backbone = as_backbone(backbone)
+    prefix = as_prefix(prefix, backbone)
     form = _format(backbone, prefix, text_format)
     if form.target.replace("{target}", "").strip():
         # Words around the target can be taken off the whole output only.
@@ -468,20 +510,18 @@ def newline_tokens(backbone: Backbone) -> list[int]:
     return found
 
 
-def _config(config: GenerateConfig | None, options: Mapping[str, Any]) -> GenerateConfig:
-    if config is not None and options:
-        raise ConfigError(f"got both a config and {', '.join(options)}.", hint="give one of the two.")
-    return config if config is not None else GenerateConfig.from_mapping(options)
-
-
-def _per_text(prefix: Prefix | Sequence[Prefix | None] | None, count: int) -> list[Prefix | None]:
-    if prefix is None or isinstance(prefix, Prefix):
-        return [prefix] * count
+def _per_text(
+    prefix: PrefixLike | Sequence[PrefixLike | None] | None, count: int, backbone: Backbone
+) -> list[Prefix | None]:
+    """One prefix per text; each is read once."""
+    if isinstance(prefix, str) or not isinstance(prefix, Sequence):
+        return [as_prefix(prefix, backbone)] * count
     if len(prefix) != count:
         raise RequestError(
             f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text."
         )
-    return list(prefix)
+    read = {str(one): as_prefix(one, backbone) for one in prefix if isinstance(one, str | os.PathLike)}
+    return [read[str(one)] if isinstance(one, str | os.PathLike) else as_prefix(one, backbone) for one in prefix]
 
 
 def _check_requests(

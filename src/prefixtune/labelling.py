@@ -16,18 +16,20 @@ from typing import Any
 import torch
 
 from prefixtune.attach import check_fits
-from prefixtune.backbone import Backbone
+from prefixtune.backbone import Backbone, BackboneLike, as_backbone
 from prefixtune.batching import (
     Batch,
     Encoded,
     Encoding,
+    check_texts,
     collate,
     default_format,
     encode_prompts,
     ending_length,
     position_limit,
 )
-from prefixtune.errors import ConfigError, DataError, RequestError, did_you_mean
+from prefixtune.checkpoint import PrefixLike, as_prefix
+from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, did_you_mean
 from prefixtune.loss import batch_loss
 from prefixtune.prefix import Prefix
 from prefixtune.tasks import Example, TextFormat, check_labels, check_tags, label_names, tag_names
@@ -229,9 +231,9 @@ def _prompt(
 
 
 def classify(
-    backbone: Backbone,
+    backbone: BackboneLike,
     texts: Sequence[str],
-    prefix: Prefix | None = None,
+    prefix: PrefixLike | None = None,
     *,
     labels: Sequence[str] | None = None,
     text_format: TextFormat | None = None,
@@ -241,9 +243,10 @@ def classify(
     """Tell each text's label, and how likely every label is.
 
     Args:
-        backbone: The frozen model.
+        backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
         texts: Sources, as in training.
-        prefix: Trained for classification; None: the bare model, by the labels' own words.
+        prefix: Trained for classification: a `Prefix`, a path, or a repository of the hub; None: the bare model, by the
+            labels' own words.
         labels: For the bare model: what to tell apart.
         text_format: The text around a source; None: what the prefix was trained with.
         batch_size: Texts per batch.
@@ -254,8 +257,11 @@ def classify(
         RequestError: A text does not fit the backbone's positions.
         BackboneError: The prefix does not fit the backbone.
     """
-    if isinstance(texts, str):
-        raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of them.", hint="write [text].")
+    check_texts(texts)
+    if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
+        raise ConfigError(f"labels is {describe_value(labels)}, but must be a list of strings.", hint="write [a, b].")
+    backbone = as_backbone(backbone)
+    prefix = as_prefix(prefix, backbone)
     chosen = _labels("classification", prefix, labels)
     form = _format(backbone, prefix, text_format)
     if prefix is not None:
@@ -283,9 +289,9 @@ def classify(
 
 
 def tag(
-    backbone: Backbone,
+    backbone: BackboneLike,
     texts: Sequence[Sequence[str]],
-    prefix: Prefix,
+    prefix: PrefixLike,
     *,
     text_format: TextFormat | None = None,
     batch_size: int = 16,
@@ -294,9 +300,9 @@ def tag(
     """Tell each token's tag, and how likely every tag is.
 
     Args:
-        backbone: The frozen model.
+        backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
         texts: Each a list of tokens without inner space, as in training.
-        prefix: Trained for tagging.
+        prefix: Trained for tagging: a `Prefix`, a path, or a repository of the hub.
         text_format: The text around a source; None: what the prefix was trained with.
         batch_size: Texts per batch.
         on_batch: Told after each batch how many texts are done.
@@ -306,18 +312,24 @@ def tag(
         RequestError: A text is empty or does not fit the backbone's positions.
         BackboneError: The prefix does not fit the backbone.
     """
-    chosen = _labels("tagging", prefix, None)
-    form = _format(backbone, prefix, text_format)
-    check_fits(prefix, backbone.geometry, backbone.name)
+    if isinstance(texts, str):
+        raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of lists.", hint="write [text.split()].")
+    backbone = as_backbone(backbone)
+    loaded = as_prefix(prefix, backbone)
+    if loaded is None:
+        raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
+    chosen = _labels("tagging", loaded, None)
+    form = _format(backbone, loaded, text_format)
+    check_fits(loaded, backbone.geometry, backbone.name)
     for number, tokens in enumerate(texts):
-        if isinstance(tokens, str) or not tokens:
+        if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
             raise RequestError(f"text {number + 1} is {tokens!r}, not a list of tokens.", hint="write text.split().")
     pairs = [_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
-    _check_lengths(backbone, prefix, [len(prompt) for prompt, _ in pairs])
+    _check_lengths(backbone, loaded, [len(prompt) for prompt, _ in pairs])
     tagged: list[list[Prediction]] = []
     for start in range(0, len(pairs), batch_size):
         chunk = pairs[start : start + batch_size]
-        scores = iter(_score_head(backbone, prefix, [prompt for prompt, _ in chunk], [places for _, places in chunk]))
+        scores = iter(_score_head(backbone, loaded, [prompt for prompt, _ in chunk], [places for _, places in chunk]))
         tagged.extend([_predict(next(scores), chosen.names) for _ in places] for _, places in chunk)
         if on_batch is not None:
             on_batch(len(tagged))

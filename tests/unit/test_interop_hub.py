@@ -161,6 +161,20 @@ def test_what_was_pushed_is_pulled(stand_in: Hub, artifact: Path, evaluation: Pa
     assert pulled.header["task"] == "e2e"
 
 
+def test_a_repository_is_a_prefix_and_a_path_is_never_looked_for_on_the_hub(
+    stand_in: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(artifact, "me/pubs")
+    assert torch.equal(load_prefix("me/pubs").layers["decoder"][0][0], load_prefix(artifact).layers["decoder"][0][0])
+    calls = len(stand_in.calls)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/missing", "./me/missing", "me/missing.safetensors", "missing"):
+        with pytest.raises(CheckpointError, match="there is no file"):
+            load_prefix(name)
+    assert len(stand_in.calls) == calls, "the hub was asked for a path"
+
+
 def test_the_card_says_what_the_hub_reads(artifact: Path, evaluation: Path) -> None:
     prefix = load_prefix(artifact)
     card = hub.make_card(prefix, "me/pubs", hub.read_evaluation(evaluation))

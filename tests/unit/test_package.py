@@ -13,12 +13,26 @@ import prefixtune as pt
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_exports_are_a_dozen_names_that_exist() -> None:
-    assert len(pt.__all__) <= 12
+CONFIGS = ("EngineConfig", "GenerateConfig", "ServeConfig", "StudyConfig", "TrainConfig")
+
+
+def test_exports_are_a_dozen_names_and_the_configurations() -> None:
+    assert len(set(pt.__all__) - set(CONFIGS)) <= 12
+    assert set(CONFIGS) <= set(pt.__all__)
     for name in pt.__all__:
         assert getattr(pt, name) is not None
     # Functions, not the modules of a like name.
     assert all(callable(getattr(pt, name)) for name in ("train", "generate", "evaluate", "load_backbone"))
+
+
+def test_importing_is_quick_and_configurations_need_no_extra() -> None:
+    """Nothing heavy before it is used; a server's configuration needs neither torch nor the server's own packages."""
+    script = (
+        "import sys, prefixtune as pt; pt.TrainConfig(), pt.ServeConfig(), pt.StudyConfig(); "
+        "print([name for name in ('torch', 'transformers', 'starlette', 'uvicorn', 'rich') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

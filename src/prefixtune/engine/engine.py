@@ -20,14 +20,16 @@ a product has other rows beside, which may turn a close choice between two token
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from prefixtune import attach
 from prefixtune.attach import Serving, check_fits
-from prefixtune.backbone import Backbone
+from prefixtune.backbone import Backbone, BackboneLike, as_backbone
+from prefixtune.config import as_config, check_names, fit_types
 from prefixtune.engine.request import FullError, Output, Request, TextSoFar, Token, TokenSequence
 from prefixtune.engine.sampler import choose
 from prefixtune.engine.scheduler import Scheduler, Work
@@ -38,6 +40,7 @@ from prefixtune.prepack import prepack
 
 __all__ = ["Engine", "EngineConfig", "RunningText"]
 
+_HINT = "leave the option out to have its default."
 _ENOUGH = 4096
 """Positions of a slot where the backbone names no limit."""
 _CONTEXT = 4
@@ -69,15 +72,30 @@ class EngineConfig:
     max_waiting: int = 10_000
     prepack: bool = True
 
+    def __new__(cls, *_: Any, **values: Any) -> EngineConfig:
+        """Refuse unknown names, with the nearest known one."""
+        check_names(cls, values, "EngineConfig has no such option", _HINT)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         least = {"num_slots": 1, "max_length": 0, "prefill_tokens": 1, "max_waiting": 1}
-        faults = [
+        wrong = fit_types(self)
+        faults = [*wrong.values()] + [
             f"{name} is {getattr(self, name)}, but must be at least {low}"
             for name, low in least.items()
-            if getattr(self, name) < low
+            if name not in wrong and getattr(self, name) < low
         ]
         if faults:
-            raise ConfigError("; ".join(faults) + ".", hint="leave the option out to have its default.")
+            raise ConfigError("; ".join(faults) + ".", hint=_HINT)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """From keys and values.
+
+        Raises:
+            ConfigError: An unknown key, with the nearest known one, or a value that is not allowed.
+        """
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -109,8 +127,9 @@ class Engine:
     """Continuous batching over one frozen model, decoder-only or encoder-decoder.
 
     Args:
-        backbone: The model.
-        config: How much at once.
+        backbone: The model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
+        config: How much at once: an `EngineConfig` or a dict.
+        **options: Fields of `EngineConfig`, in place of `config`.
 
     Attributes:
         backbone: The model that it runs: the given one, or what was made of it to be quicker.
@@ -118,10 +137,14 @@ class Engine:
 
     Raises:
         BackboneError: The model's texts cannot stand side by side in one row.
+        ConfigError: A wrong option, or something that is no backbone.
     """
 
-    def __init__(self, backbone: Backbone, config: EngineConfig | None = None) -> None:
-        self.config = config or EngineConfig()
+    def __init__(
+        self, backbone: BackboneLike, config: EngineConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.config = as_config(EngineConfig, config, options)
+        backbone = as_backbone(backbone)
         if backbone.kind == "encoder":
             raise BackboneError(
                 f"{backbone.name!r} is an encoder, which reads text and writes none.",

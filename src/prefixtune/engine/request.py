@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from prefixtune.errors import RequestError
+from prefixtune.checkpoint import as_prefix
+from prefixtune.config import check_names, fit_types
+from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.prefix import Prefix
 
 __all__ = ["FullError", "Output", "Request", "Sampling", "TextSoFar", "Token", "TokenSequence"]
@@ -54,7 +58,19 @@ class Sampling:
     logprobs: int | None = None
     banned: tuple[int, ...] = ()
 
+    def __new__(cls, *_: Any, **values: Any) -> Sampling:
+        """Refuse unknown names, with the nearest known one."""
+        try:
+            check_names(cls, values, "there is no such sampling option", "leave it out.")
+        except ConfigError as error:
+            raise RequestError(error.message, hint=error.hint) from None
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if wrong := fit_types(self):
+            raise RequestError("; ".join(wrong.values()) + ".", hint="leave the option out to have its default.")
         rules = [
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "between 0 and max_new_tokens"),
@@ -79,8 +95,8 @@ class Request:
 
     Attributes:
         prompt: Token ids of what stands before.
-        prefix: In front of the prompt; None: the bare model.
-        sampling: How tokens are chosen.
+        prefix: In front of the prompt: a `Prefix`, or a path, which is read; None: the bare model.
+        sampling: How tokens are chosen: a `Sampling`, or a dict of its fields.
         n: Texts to write; each draws from a seed of its own.
         tenant: For whom; the engine admits tenants in turn.
         prefix_name: What the prefix is called, for who looks at the running batch.
@@ -88,7 +104,7 @@ class Request:
         id: A name; made where none is given.
 
     Raises:
-        RequestError: The prompt is empty, or n is below 1.
+        RequestError: The prompt is empty or holds no token ids, n is below 1, or `sampling` is something else.
     """
 
     prompt: tuple[int, ...]
@@ -101,7 +117,21 @@ class Request:
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt", tuple(self.prompt))
+        try:
+            object.__setattr__(self, "prompt", tuple(map(operator.index, self.prompt)))
+        except TypeError:
+            raise RequestError(
+                f"the prompt is {describe_value(self.prompt)}, but must be a list of token ids.",
+                hint="encode a text with the backbone: `backbone.encode(text)`.",
+            ) from None
+        object.__setattr__(self, "prefix", as_prefix(self.prefix))
+        if isinstance(self.sampling, Mapping):
+            object.__setattr__(self, "sampling", Sampling(**self.sampling))
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError(
+                f"sampling is {describe_value(self.sampling)}, but must be a Sampling or a dict.",
+                hint="write Sampling(max_new_tokens=20), say.",
+            )
         if not self.prompt:
             raise RequestError("the prompt has no token.", hint="give some text.")
         if self.n < 1:

@@ -1,29 +1,26 @@
 """Prefixes on the Hugging Face hub: `push` uploads a prefix with a model card, `pull` brings one here.
 
 A repository holds `prefix.safetensors` and `README.md`: a card made from the prefix's header and, where it was
-evaluated, the scores in the hub's model-index form. Nothing goes over the network but on these two calls. Knows nothing
-of backbones.
+evaluated, the scores in the hub's model-index form. Nothing goes over the network but on these two calls, and where a
+prefix is given as `OWNER/NAME` (see `prefixtune.hub`). Knows nothing of backbones.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefixtune import __version__
 from prefixtune.checkpoint import load_prefix
-from prefixtune.errors import CheckpointError, ConfigError, PrefixError
+from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.files import atomic_path
+from prefixtune.hub import FILE, download, hub_errors
 from prefixtune.prefix import Prefix
 
 __all__ = ["FILE", "make_card", "pull", "push", "read_evaluation"]
-
-FILE = "prefix.safetensors"
-"""The prefix's name in a repository."""
 
 _LOCAL = ("/", ".", "~")
 
@@ -62,7 +59,7 @@ def push(
     # Wholly read and checked before any of it leaves.
     prefix = load_prefix(path)
     card = make_card(prefix, repo_id, read_evaluation(evaluation))
-    with _told(f"cannot upload to {repo_id!r}"):
+    with hub_errors(f"cannot upload to {repo_id!r}"):
         api = HfApi(token=token, library_name="prefixtune", library_version=__version__)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(
@@ -93,15 +90,10 @@ def pull(
         CheckpointError: What came is no prefix, or the output has another ending.
         PrefixError: The hub cannot be reached, or has no such file.
     """
-    from huggingface_hub import hf_hub_download
-
     output = Path(output)
     if output.suffix != ".safetensors":
         raise CheckpointError(f"{str(output)!r} does not end with .safetensors.", hint="name such a file.")
-    with _told(f"cannot download {name!r} of {repo_id!r}"):
-        found = hf_hub_download(
-            repo_id, name, revision=revision, token=token, library_name="prefixtune", library_version=__version__
-        )
+    found = download(repo_id, name, revision=revision, token=token)
     prefix = load_prefix(found)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as temporary:
@@ -225,47 +217,3 @@ def read_evaluation(given: str | Path | None) -> dict[str, Any] | None:
         ) from error
     evaluation: dict[str, Any] = read
     return evaluation
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """What goes wrong on the way to the hub, in one line and with a way out."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    hint = "check the name; private repositories need `hf auth login`."
-    try:
-        yield
-    except HFValidationError as error:
-        raise ConfigError(f"{what}: {error}", hint="write OWNER/NAME.") from error
-    except OfflineModeIsEnabled as error:
-        raise ConfigError(f"{what}: the hub is switched off.", hint="unset HF_HUB_OFFLINE.") from error
-    except LocalTokenNotFoundError as error:
-        raise ConfigError(
-            f"{what}: there is no token.", hint="log in with `hf auth login`, or set HF_TOKEN."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise PrefixError(f"{what}: the hub cannot be reached.", hint="check the connection.") from error
-    except RepositoryNotFoundError as error:
-        raise PrefixError(f"{what}: there is no such repository, or it is not yours.", hint=hint) from error
-    except RevisionNotFoundError as error:
-        raise PrefixError(f"{what}: there is no such revision.", hint="leave it out for the main branch.") from error
-    except EntryNotFoundError as error:
-        raise PrefixError(f"{what}: the repository has no such file.", hint="name it with --file.") from error
-    except HfHubHTTPError as error:
-        told = str(error.server_message or error).splitlines()[0]
-        raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {told}", hint=hint) from error
-    except Exception as error:
-        # Of whichever client library this version of huggingface_hub uses.
-        client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
-        if not client and not isinstance(error, OSError):
-            raise
-        raise PrefixError(f"{what}: {str(error).rstrip('.')}.", hint="check the connection.") from error

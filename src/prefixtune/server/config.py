@@ -13,8 +13,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
+from prefixtune.config import check_names, fit_types, type_fault
 from prefixtune.errors import ConfigError, did_you_mean
 
 __all__ = ["ENVIRONMENT", "KeyConfig", "ServeConfig"]
@@ -117,8 +118,14 @@ class ServeConfig:
         default_factory=dict, metadata={"help": "tables [keys.NAME], in the file alone", "group": ""}
     )
 
+    def __new__(cls, *_: Any, **values: Any) -> ServeConfig:
+        """Refuse unknown names, with the nearest known one."""
+        check_names(cls, values, "ServeConfig has no such option", _HINT)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        faults = list(self._faults())
+        # What is said of a value of a wrong type would be false.
+        faults = list(fit_types(self).values()) or list(self._faults())
         if faults:
             raise ConfigError("; ".join(faults) + ".", hint=_HINT)
 
@@ -200,7 +207,7 @@ class ServeConfig:
             values[name] = _parse(value, kinds[name]) if isinstance(value, str) else value
         tables = values.pop("keys", {})
         for name, value in list(values.items()):
-            if fault := _wrong_type(name, value, kinds[name]):
+            if fault := type_fault(name, value, kinds[name]):
                 faults.append(fault)
                 del values[name]
             elif kinds[name] is float:
@@ -224,23 +231,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("deadline", "client_timeout"), (0.1, math.inf)),
     **dict.fromkeys(("drain_seconds", "reload_seconds"), (0.0, math.inf)),
 }
-
-
-def _wrong_type(name: str, value: Any, kind: Any) -> str:
-    """What is wrong with a value's type; empty: nothing."""
-    if get_origin(kind) is Literal:
-        allowed = get_args(kind)
-        if value in allowed:
-            return ""
-        return f"{name} is {value!r}, but must be one of {', '.join(allowed)} ({did_you_mean(str(value), allowed)})"
-    if get_origin(kind) is tuple:
-        good = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
-        return "" if good else f"{name} is {value!r}, but must be a list of texts"
-    if kind is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        good = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    return "" if good else f"{name} is {value!r}, but must be of type {kind.__name__}"
 
 
 def _parse(text: str, kind: Any) -> Any:
@@ -297,7 +287,7 @@ def _read_keys(tables: Any, faults: list[str]) -> dict[str, KeyConfig]:
                 # A key that stands here in the clear is not repeated in a message.
                 if not isinstance(value, str) or not _HASH.fullmatch(value):
                     faults.append(f"{where}.hash is not 'sha256:' and 64 hexadecimal digits")
-            elif fault := _wrong_type(f"{where}.{each}", value, known[each]):
+            elif fault := type_fault(f"{where}.{each}", value, known[each]):
                 faults.append(fault)
             elif known[each] is int and value < 0:
                 faults.append(f"{where}.{each} is {value}, but must be at least 0")

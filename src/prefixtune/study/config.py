@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixtune.config import TrainConfig, default_learning_rate
+from prefixtune.config import TrainConfig, check_names, default_learning_rate, fit_types
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.tasks import TASKS
 
 __all__ = ["METHODS", "STUDIES", "UNTRAINED", "StudyConfig", "StudyKind"]
 
+_HINT = "`prefixtune study --help` explains every option."
 UNTRAINED = ("zero-shot", "few-shot")
 """Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
 METHODS = ("prefix", "prompt", "infix", "full", "top", "adapter", "lora", *UNTRAINED)
@@ -164,10 +165,16 @@ class StudyConfig:
     learning_rates: Mapping[str, Any] = _option({}, "table: method -> list of rates to try, as many for each")
     steps_by_size: Mapping[str, Any] = _option({}, "table: training targets -> optimizer steps")
 
+    def __new__(cls, *_: Any, **values: Any) -> StudyConfig:
+        """Refuse unknown names, with the nearest known one."""
+        check_names(cls, values, "StudyConfig has no such option", _HINT)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        faults = list(self._faults())
+        # What is said of a value of a wrong type would be false.
+        faults = list(fit_types(self).values()) or list(self._faults())
         if faults:
-            raise ConfigError("; ".join(faults) + ".", hint="`prefixtune study --help` explains every option.")
+            raise ConfigError("; ".join(faults) + ".", hint=_HINT)
 
     def _faults(self) -> Iterator[str]:
         if self.name not in STUDIES:
@@ -342,7 +349,7 @@ class StudyConfig:
             except TypeError as error:
                 faults.append(f"{key} is {value!r}, but must be {error}")
         if faults:
-            raise ConfigError(f"{where}: {'; '.join(faults)}.", hint="`prefixtune study --help` explains every option.")
+            raise ConfigError(f"{where}: {'; '.join(faults)}.", hint=_HINT)
         return cls(**merged)
 
     @classmethod

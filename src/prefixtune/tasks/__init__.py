@@ -5,15 +5,18 @@ tokenizers, tensors or training.
 """
 
 from prefixtune.tasks.classification import check_labels, label_names
-from prefixtune.tasks.examples import Example, TextFormat, limit_targets, references_of
+from prefixtune.tasks.examples import Example, ExampleLike, TextFormat, limit_targets, references_of
+from prefixtune.tasks.records import as_examples
 from prefixtune.tasks.registry import TASKS, Task, read_entries, read_task
 from prefixtune.tasks.tagging import check_tags, tag_names
 
 __all__ = [
     "TASKS",
     "Example",
+    "ExampleLike",
     "Task",
     "TextFormat",
+    "as_examples",
     "check_labels",
     "check_tags",
     "label_names",

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = ["Example", "TextFormat", "limit_targets", "references_of"]
+__all__ = ["Example", "ExampleLike", "TextFormat", "limit_targets", "references_of"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Example:
     targets: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
     groups: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+ExampleLike = Example | Mapping[str, Any]
+"""What stands for an example: itself, or a dict of its fields."""
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import ConfigError, DataError, did_you_mean
-from prefixtune.tasks.examples import Example
+from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean
+from prefixtune.tasks.examples import Example, ExampleLike
 from prefixtune.tasks.reading import Row, read_rows
 
-__all__ = ["check_template", "read_records", "render", "targets_of"]
+__all__ = ["as_examples", "check_template", "read_records", "render", "targets_of"]
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -103,9 +103,70 @@ def read_records(path: Path, source: str, target: str | None = None) -> list[Exa
     for template in (source, target):
         if template is not None:
             check_template(template)
+    return _merge(read_rows(path), source, target)
+
+
+def as_examples(
+    given: Sequence[ExampleLike], source: str | None = None, target: str | None = None, what: str = "example"
+) -> list[Example]:
+    """The examples that a caller gave, as `Example`s or as dicts.
+
+    >>> as_examples([{"source": "1+1", "target": "2"}])
+    [Example(source='1+1', targets=('2',), fields={}, groups={})]
+    >>> as_examples([{"name": "Aromi", "food": "Italian", "text": "Eat there."}], "{name} is {food}", "text")[0].source
+    'Aromi is Italian'
+
+    Args:
+        given: Examples. A dict is a record where `source` is given; else it has `source`, `target` or `targets`, and
+            may have `fields` and `groups`.
+        source: Template of the source; equal sources of records are merged, as in `read_records`.
+        target: Template of the target.
+        what: What one is called in messages.
+
+    Raises:
+        ConfigError: A template is malformed.
+        DataError: It is no list of these, or one of them is wrong.
+    """
+    if isinstance(given, str | Mapping) or not (hasattr(given, "__len__") and hasattr(given, "__iter__")):
+        raise DataError(
+            f"the {what}s are {describe_value(given)}, but must be a list of dicts or of Example.",
+            hint='write [{"source": "...", "target": "..."}], or read a file with `prefixtune.tasks.read_task`.',
+        )
+    records = [dict(one) for one in given if isinstance(one, Mapping)]
+    if source is not None and len(records) == len(given):
+        return _merge((Row(f"{what} {n}", record) for n, record in enumerate(records, start=1)), source, target)
+    return [
+        one if isinstance(one, Example) else _as_example(one, f"{what} {n}") for n, one in enumerate(given, start=1)
+    ]
+
+
+def _as_example(given: Any, where: str) -> Example:
+    """One example of a dict of its fields."""
+    hint = 'write {"source": "...", "target": "..."}; `prefixtune.tasks.as_examples` takes templates for other records.'
+    if not isinstance(given, Mapping):
+        raise DataError(f"{where} is {describe_value(given)}, but must be a dict or an Example.", hint=hint)
+    known = ("source", "target", "targets", "fields", "groups")
+    unknown = [str(key) for key in given if key not in known]
+    if unknown or "source" not in given or {"target", "targets"} <= given.keys():
+        why = f"the unknown key {unknown[0]!r}" if unknown else f"the keys {', '.join(map(str, given))}"
+        raise DataError(f"{where} has {why}, but must have source, and target or targets.", hint=hint)
+    targets = given.get("targets", [given["target"]] if "target" in given else [])
+    targets = (targets,) if isinstance(targets, str) else targets
+    if not isinstance(given["source"], str):
+        raise DataError(f"the source of {where} is {describe_value(given['source'])}, not a text.", hint=hint)
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+        raise DataError(f"the targets of {where} are {describe_value(targets)}, not texts.", hint=hint)
+    for key in ("fields", "groups"):
+        if not isinstance(given.get(key, {}), Mapping):
+            raise DataError(f"the {key} of {where} are {describe_value(given[key])}, not a dict.", hint=hint)
+    return Example(given["source"], tuple(targets), given.get("fields", {}), given.get("groups", {}))
+
+
+def _merge(rows: Iterable[Row], source: str, target: str | None) -> list[Example]:
+    """One example for each distinct source of the rows."""
     first: dict[str, Row] = {}
     targets: dict[str, list[str]] = {}
-    for row in read_rows(path):
+    for row in rows:
         text = render(source, row.values, row.where)
         first.setdefault(text, row)
         targets.setdefault(text, []).extend([] if target is None else targets_of(target, row))

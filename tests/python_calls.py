@@ -1,0 +1,148 @@
+"""Calls of the Python interface as users write them, without the tests' checks of types; prints what each gives.
+
+python tests/python_calls.py FOLDER    one JSON object: the call's name -> its value, or its error
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+
+import prefixtune as pt
+from prefixtune.checkpoint import make_header
+from prefixtune.engine import Request, Sampling
+from prefixtune.generation import stream
+from prefixtune.labelling import classify, tag
+from zoo import make_model, make_tokenizer
+
+TEXTS = ["some text", "more"]
+
+
+class Calls:
+    """What every call gave, by name."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> None:
+        try:
+            self.given[name] = {"value": call()}
+        except pt.PrefixError as error:
+            self.given[name] = {"error": type(error).__name__, "text": str(error)}
+        except Exception as error:
+            self.given[name] = {"raw": f"{type(error).__name__}: {error}"}
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Make a tiny model and a prefix in a folder, and call everything."""
+    calls = Calls()
+    tokenizer = make_tokenizer()
+    model = make_model("qwen2", tokenizer)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    backbone = pt.load_backbone(folder / "model", device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    layers = tuple(
+        (torch.randn(s.num_kv_heads, 3, s.key_dim, generator=generator),) * 2 for s in backbone.geometry["decoder"]
+    )
+    prefix = pt.Prefix({"decoder": layers}, make_header(backbone))
+    run = folder / "run"
+    file = pt.save_prefix(run / "prefix.safetensors", prefix, dtype="float32")
+
+    # What users have.
+    def written(one: Any = backbone, what: Any = prefix, **options: Any) -> list[str]:
+        return pt.generate(one, TEXTS, what, **{"max_new_tokens": 4, **options})
+
+    calls("generate", written)
+    calls("bare", lambda: written(what=None))
+    calls("a prefix by text", lambda: written(what=str(file)))
+    calls("a prefix by Path", lambda: written(what=file))
+    calls("a prefix by its run", lambda: written(what=run))
+    calls("several prefixes", lambda: written(what=[str(file), None]))
+    calls("several prefixes, ready-made", lambda: written(what=(prefix, None)))
+    calls("a pair", lambda: written((model, tokenizer)))
+    calls("a name", lambda: written(str(folder / "model")))
+    calls("a path", lambda: written(folder / "model"))
+    calls("a dict", lambda: pt.generate(backbone, TEXTS, prefix, config={"max_new_tokens": 4}))
+    calls("a config", lambda: pt.generate(backbone, TEXTS, prefix, config=pt.GenerateConfig(max_new_tokens=4)))
+    calls("stream", lambda: "".join(stream(backbone, TEXTS[0], str(file), config={"max_new_tokens": 4})))
+    calls("load_prefix", lambda: pt.load_prefix(run, (model, tokenizer)).length())
+    calls("load_backbone", lambda: pt.load_backbone((model, tokenizer)).name)
+    examples = [pt.Example(text, ("a", "b")) for text in TEXTS]
+    scores = {"max_new_tokens": 4, "metrics": "bleu"}
+    calls("evaluate", lambda: list(pt.evaluate(backbone, examples, prefix, **scores).outputs))
+    dicts = [{"source": text, "targets": ["a", "b"]} for text in TEXTS]
+    calls("dicts", lambda: list(pt.evaluate((model, tokenizer), dicts, str(file), **scores).outputs))
+    calls("classify", lambda: [p.label for p in classify((model, tokenizer), TEXTS, labels=["yes", "no"])])
+    calls("engine", lambda: pt.Engine((model, tokenizer), num_slots=2).config.num_slots)
+
+    # What is wrong.
+    calls("a bare model", lambda: written(model))
+    calls("a pair the wrong way round", lambda: written((tokenizer, model)))
+    calls("no backbone", lambda: written(None))
+    calls("a number as backbone", lambda: written(3))
+    calls("a missing folder", lambda: written("./no/such/model"))
+    calls("load_backbone: a model", lambda: pt.load_backbone(model))
+    calls("load_backbone: a pair and options", lambda: pt.load_backbone((model, tokenizer), dtype="bfloat16"))
+    calls("load_backbone: a wrong dtype", lambda: pt.load_backbone(folder / "model", dtype=3))
+    calls("load_backbone: a wrong device", lambda: pt.load_backbone(folder / "model", device=None))
+    calls("a number as prefix", lambda: written(what=3))
+    calls("a number among prefixes", lambda: written(what=[prefix, 3]))
+    calls("a dict as prefix", lambda: written(what={"decoder": layers}))
+    calls("a missing prefix", lambda: written(what=str(folder / "missing.safetensors")))
+    calls("a hub id, offline", lambda: written(what="nobody/such-prefix"))
+    calls("load_prefix: a number", lambda: pt.load_prefix(3))
+    calls("load_prefix: a wrong backbone", lambda: pt.load_prefix(file, 3))
+    calls("save_prefix: the wrong way round", lambda: str(pt.save_prefix(prefix, file)))
+    calls("save_prefix: a wrong dtype", lambda: str(pt.save_prefix(file, prefix, dtype="float33")))
+    calls("one text", lambda: pt.generate(backbone, "some text"))
+    calls("a number as texts", lambda: pt.generate(backbone, 3))
+    calls("a dict among texts", lambda: pt.generate(backbone, ["a", {"source": "b"}]))
+    calls("do_sample", lambda: written(do_sample=True))
+    calls("GenerateConfig: do_sample", lambda: pt.GenerateConfig(do_sample=True))
+    calls("num_return_sequences", lambda: written(num_return_sequences=2))
+    calls("max_length", lambda: written(max_length=20))
+    calls("a mistyped option", lambda: written(num_beam=2))
+    calls("a text as a number", lambda: written(max_new_tokens="4"))
+    calls("a number as config", lambda: pt.generate(backbone, TEXTS, config=3))
+    calls("a number as stop", lambda: written(stop=3))
+    calls("stream: several", lambda: list(stream(backbone, TEXTS)))
+    calls("evaluate: no list", lambda: pt.evaluate(backbone, 3, prefix))
+    calls("evaluate: a number", lambda: pt.evaluate(backbone, [3], prefix))
+    calls("evaluate: another key", lambda: pt.evaluate(backbone, [{"text": "a", "label": "b"}], prefix))
+    calls("evaluate: a wrong option", lambda: pt.evaluate(backbone, examples, prefix, do_sample=True))
+    calls("classify: one text", lambda: classify(backbone, "text", labels=["a", "b"]))
+    calls("classify: labels", lambda: classify(backbone, TEXTS, labels="yes"))
+    calls("classify: a number as prefix", lambda: classify(backbone, TEXTS, 3))
+    calls("tag: one text", lambda: tag(backbone, "text", prefix))
+    calls("tag: a number as prefix", lambda: tag(backbone, [["a"]], 3))
+    calls("Engine: a number", lambda: pt.Engine(3))
+    calls("Engine: a wrong option", lambda: pt.Engine(backbone, num_slot=3))
+    calls("Engine: a text as a number", lambda: pt.Engine(backbone, {"num_slots": "3"}))
+    calls("Request: a text", lambda: bool(Request("some text")))
+    calls("Request: a number as prefix", lambda: bool(Request((1, 2), 3)))
+    calls("Request: a number as sampling", lambda: bool(Request((1, 2), sampling=3)))
+    calls("Sampling: a text as a number", lambda: Sampling(max_new_tokens="3"))
+    calls("TrainConfig: lr", lambda: pt.TrainConfig(lr=1e-3))
+    calls("TrainConfig: a backbone", lambda: pt.TrainConfig(backbone=backbone))
+    calls("StudyConfig: a text as a number", lambda: pt.StudyConfig(subsets="3"))
+    calls("StudyConfig: a mistyped option", lambda: pt.StudyConfig(subset=3))
+    calls("ServeConfig: a text as a number", lambda: pt.ServeConfig(port="80"))
+    calls("ServeConfig: a mistyped option", lambda: pt.ServeConfig(prot=80))
+    return calls.given
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error", FutureWarning)
+    print(json.dumps(main(Path(sys.argv[1]))))
