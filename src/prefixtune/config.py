@@ -115,7 +115,8 @@ def fit_types(config: Any) -> dict[str, str]:
     Returns:
         The names of fields whose values are wrong, and what is wrong with each.
     """
-    kinds, faults = _kinds_of(type(config)), {}
+    owner: Any = type(config)
+    kinds, faults = _kinds_of(owner), {}
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), kinds[field.name]
         if kind is float and type(value) is int:
