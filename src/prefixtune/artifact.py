@@ -1,17 +1,22 @@
 """The artifact: a prefix as one small safetensors file, read and checked without any model.
 
 It holds `SITE.LAYER.key` and `SITE.LAYER.value` tensors of shape (H, P, D), `head.weight` and `head.bias` where a head
-was trained, and a JSON header under the metadata key `prefixtune`. All that reads it needs is torch and safetensors, so
-that engines with libraries of their own can. Knows nothing of backbones but the shapes that it is told.
+was trained, a JSON header under the metadata key `prefixtune`, and a checksum of all of it. `docs/format.md` has the
+whole schema. All that reads it needs is torch and safetensors, so that engines with libraries of their own can. Knows
+nothing of backbones but the shapes that it is told.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixWarning
 from prefixtune.fingerprints import fingerprints_match
 from prefixtune.prefix import Geometry, Head, KeyValue, Prefix
 
@@ -28,15 +33,19 @@ __all__ = [
     "FORMAT_VERSION",
     "HEADER_KEY",
     "Outline",
+    "check_header",
+    "checked_metadata",
     "describe_tensors",
+    "parse_header",
     "read_artifact",
+    "read_checked",
     "read_file",
-    "read_json",
     "read_outline",
     "reasons_against",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of what is written. Version 1 had no checksum; it is read, too."""
 
 _POSITIONS = {
     "decoder": "text starts at position P",
@@ -49,11 +58,46 @@ _POSITIONS = {
 HEADER_KEY = "prefixtune"
 """Where the header stands among the file's metadata."""
 
+_CHECKSUM_KEY = "prefixtune_checksum"
+"""Where the checksum stands, beside the header that it covers."""
+
 _NAME = re.compile(r"^(encoder|decoder|cross)\.(\d{1,5})\.(key|value)$")
 _TENSOR = re.compile(r"(encoder|decoder|cross)\.\d{1,5}\.(key|value)|head\.(weight|bias)")
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _HEADER_BYTES = 2**18
-"""Longest header that an outline is read from: an ordinary one has a few thousand bytes."""
+"""Longest header that is read or written: an ordinary one has a few thousand bytes."""
+_HEADER_DEPTH = 16
+"""Most objects and lists within each other in a header."""
+
+_FIELDS: Mapping[str, type] = {
+    "adapter": str,
+    "backbone": dict,
+    "backbone.fingerprint": str,
+    "backbone.kind": str,
+    "backbone.name": str,
+    "description": str,
+    "initialization": dict,
+    "labels": dict,
+    "labels.by": str,
+    "labels.kind": str,
+    "labels.names": list,
+    "labels.words": list,
+    "license": str,
+    "made_with": dict,
+    "method": str,
+    "peft": dict,
+    "placement": str,
+    "task": str,
+    "text_format": dict,
+    "text_format.end": str,
+    "text_format.prompt": str,
+    "text_format.separator": str,
+    "text_format.source": str,
+    "text_format.target": str,
+    "training": dict,
+}
+"""Types of the header's fields, where they are given; what else stands there is kept as it is."""
+_WORDS = {str: "a text", dict: "an object", list: "a list of texts"}
 
 
 @dataclass(frozen=True)
@@ -92,13 +136,13 @@ def read_outline(path: Path) -> Outline:
         text = handle.read(length)
     try:
         tensors = json.loads(text)
-        header = json.loads(tensors.pop("__metadata__")[HEADER_KEY], parse_constant=_no_number)
+        header = parse_header(tensors.pop("__metadata__")[HEADER_KEY])
         shapes = {name: tuple(map(_whole, fact["shape"])) for name, fact in tensors.items()}
         told = sum(math.prod(shapes[name]) * _ITEM_BYTES[fact["dtype"]] for name, fact in tensors.items())
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _broken("its header is not that of a prefix") from error
-    if not isinstance(header, dict):
-        raise _broken("its header is no JSON object")
+    _check_version(header, "it")
+    check_header(header, "it")
     if told != size - 8 - length:
         raise _broken(f"its header tells of {told} bytes, but {size - 8 - length} follow")
     return Outline(header, shapes)
@@ -155,8 +199,157 @@ def _whole(size: object) -> int:
     return size
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON.")
+# --- the header -------------------------------------------------------------------------------------------------------
+
+
+def _read_header(text: str, path: str | Path) -> dict[str, Any]:
+    """The header that a file's metadata holds, of a version that is known.
+
+    Raises:
+        CheckpointError: It is no JSON object, or of an unknown version.
+    """
+    try:
+        header = parse_header(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the header of {str(path)!r} is no JSON object that can be read: {error}.", hint="get the file again."
+        ) from error
+    _check_version(header, repr(str(path)))
+    return header
+
+
+def parse_header(text: str) -> dict[str, Any]:
+    """A header's JSON, which may come from anybody.
+
+    Raises:
+        ValueError: It is too long or too deep, no object, or holds what is no JSON: NaN, infinity, half a character.
+    """
+    if len(text) > _HEADER_BYTES:
+        raise ValueError(f"it has {len(text):,} characters, but may have {_HEADER_BYTES:,}")
+    try:
+        value = json.loads(text)
+        # Numbers such as 1e999 are read as infinity, and half a character as a text.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"it nests more than {_HEADER_DEPTH} levels") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    if _is_deeper(value, _HEADER_DEPTH):
+        raise ValueError(f"it nests more than {_HEADER_DEPTH} levels")
+    return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(each, levels - 1) for each in inner)
+
+
+def _check_version(header: Mapping[str, Any], what: str) -> None:
+    version = header.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{what} cannot be read: its format version is {version!r}, but this prefixtune reads up to "
+            f"{FORMAT_VERSION}.",
+            hint="upgrade prefixtune, or get the file again.",
+        )
+
+
+def check_header(header: Mapping[str, Any], what: str) -> None:
+    """See to it that the fields which are read by others are of the types that they expect.
+
+    Raises:
+        CheckpointError: One is not.
+    """
+    for field, kind in _FIELDS.items():
+        name, _, inner = field.partition(".")
+        value = header.get(name)
+        if inner:
+            # The object itself was checked before.
+            value = value.get(inner) if isinstance(value, Mapping) else None
+        fits = isinstance(value, Mapping if kind is dict else (list, tuple) if kind is list else kind)
+        if fits and kind is list:
+            fits = all(isinstance(each, str) for each in value or ())
+        if value is not None and not fits:
+            raise CheckpointError(
+                f"the header of {what} says {field} {str(value)[:80]!r}, but it must be {_WORDS[kind]}.",
+                hint="docs/format.md lists the fields; get the file again.",
+            )
+    labels = header.get("labels")
+    if labels is not None and any(labels.get(key) is None for key in ("kind", "by", "names")):
+        raise CheckpointError(
+            f"the header of {what} says labels, but not their kind, by and names.", hint="get the file again."
+        )
+
+
+# --- the checksum -----------------------------------------------------------------------------------------------------
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+    """SHA-256 of the header's text and of every tensor's name, type, shape and bytes, in the order of names."""
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        kept = tensor.detach().cpu().contiguous()
+        shape = ",".join(map(str, kept.shape))
+        digest.update(f"\n{name} {str(kept.dtype).removeprefix('torch.')} {shape}\n".encode())
+        if kept.nbytes:
+            # The numbers where they are: neither a copy nor numpy.
+            digest.update((ctypes.c_char * kept.nbytes).from_address(kept.data_ptr()))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def checked_metadata(key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """A file's metadata: the header as JSON, with the version of the format, and the checksum of it and of the tensors.
+
+    Raises:
+        CheckpointError: The header could not be read again.
+    """
+    text = json.dumps({**header, "format_version": FORMAT_VERSION}, ensure_ascii=False)
+    try:
+        parse_header(text)
+    except ValueError as error:
+        raise CheckpointError(f"the header cannot be stored: {error}.", hint="make it shorter and simpler.") from error
+    return {key: text, _CHECKSUM_KEY: _checksum(tensors, text)}
+
+
+def read_checked(path: str | Path, key: str, otherwise: str, hint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors and header, compared with the checksum that they were stored with.
+
+    Args:
+        path: The file.
+        key: Where its header stands among the metadata.
+        otherwise: What to say of a file that has no such header, and in `hint` what to do about it.
+        hint: See there.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, damaged, something else, or of an unknown version.
+    """
+    tensors, metadata = read_file(path)
+    if key not in metadata:
+        raise CheckpointError(f"{str(path)!r} {otherwise}.", hint=hint)
+    header = _read_header(metadata[key], path)
+    told = metadata.get(_CHECKSUM_KEY)
+    if told is None and header["format_version"] == 1:
+        _note_unverified(Path(path).name)
+    elif told != _checksum(tensors, metadata[key]):
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: it does not have the checksum that it was stored with.",
+            hint="get the file again.",
+        )
+    return tensors, header
+
+
+_unverified = itertools.count()
+
+
+def _note_unverified(name: str) -> None:
+    """Warn of a file without a checksum; once a process, as a server may read thousands."""
+    if next(_unverified) == 0:
+        warnings.warn(
+            f"{name!r} is of format version 1, which has no checksum: damage to it would go unnoticed. Stored again "
+            "(`prefixtune convert OLD NEW --to prefixtune`), a prefix has one. This is said of the first such file.",
+            PrefixWarning,
+            stacklevel=3,
+        )
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -166,21 +359,13 @@ def read_artifact(path: str | Path) -> Prefix:
     """Read a prefix, checking all of it but whether it fits a model.
 
     Raises:
-        CheckpointError: The file is missing, truncated, no prefix, of a newer format, or holds NaN or infinity; its
-            header and its tensors disagree.
+        CheckpointError: The file is missing, truncated, damaged, no prefix, of an unknown version, or holds NaN or
+            infinity; its header and its tensors disagree.
     """
-    tensors, metadata = read_file(path)
-    if HEADER_KEY not in metadata:
-        raise CheckpointError(
-            f"{str(path)!r} is a safetensors file, but not a prefix.", hint="give a file that `prefixtune train` wrote."
-        )
-    header = read_json(metadata[HEADER_KEY], path)
-    version = header.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION or version < 1:
-        raise CheckpointError(
-            f"{str(path)!r} has format version {version!r}, but this prefixtune reads up to {FORMAT_VERSION}.",
-            hint="upgrade prefixtune.",
-        )
+    tensors, header = read_checked(
+        path, HEADER_KEY, "is a safetensors file, but not a prefix", "give a file that `prefixtune train` wrote."
+    )
+    check_header(header, repr(str(path)))
     head = _head(tensors, path)
     prefix = Prefix(_layers(tensors, path), header, head)
     for key, fact in describe_tensors(prefix).items():
@@ -270,20 +455,3 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{str(path)!r} is no whole safetensors file: {error}.", hint="it may be truncated; get it again."
         ) from error
-
-
-def read_json(text: str, path: str | Path) -> dict[str, Any]:
-    """The object that a file's metadata holds.
-
-    Raises:
-        CheckpointError: It is none.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"the header of {str(path)!r} is no JSON: {error}.", hint="get the file again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"the header of {str(path)!r} is no JSON object.", hint="get the file again.")
-    return value

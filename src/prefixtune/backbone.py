@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from prefixtune import attach
+from prefixtune.artifact import parse_header
 from prefixtune.attach import Layout
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
 from prefixtune.fingerprints import sample_weights
@@ -595,12 +596,9 @@ def adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{str(folder)!r} holds no {ADAPTER_CONFIG}.", hint="give the folder that PEFT's save_pretrained wrote."
         )
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        return parse_header(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error}.", hint="get the adapter again.") from error
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{str(path)!r} is no JSON object.", hint="get the adapter again.")
-    return facts
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -7,7 +7,6 @@ pickle.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefixtune.artifact import FORMAT_VERSION, HEADER_KEY, describe_tensors, read_artifact, read_file, read_json
+from prefixtune.artifact import (
+    HEADER_KEY,
+    check_header,
+    checked_metadata,
+    describe_tensors,
+    read_artifact,
+    read_checked,
+)
 from prefixtune.attach import check_fits
 from prefixtune.backbone import DTYPES, Backbone, BackboneLike, as_backbone
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
@@ -83,7 +89,8 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
     stored = prefix.detach().to(dtype, "cpu")
     if not stored.is_finite():
         raise CheckpointError(f"the prefix for {str(path)!r} holds NaN or infinity.", hint="train it again.")
-    header = {**prefix.header, "format_version": FORMAT_VERSION, **describe_tensors(stored)}
+    header = {**prefix.header, **describe_tensors(stored)}
+    check_header(header, f"the prefix for {str(path)!r}")
     tensors = {
         f"{site}.{number}.{part}": tensor.contiguous()
         for site, layers in stored.layers.items()
@@ -93,7 +100,7 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
     if stored.head is not None:
         tensors |= {"head.weight": stored.head.weight.contiguous(), "head.bias": stored.head.bias.contiguous()}
     with atomic_path(path) as temporary:
-        _save(tensors, temporary, {HEADER_KEY: json.dumps(header, ensure_ascii=False)})
+        _save(tensors, temporary, checked_metadata(HEADER_KEY, header, tensors))
     return path
 
 
@@ -131,8 +138,8 @@ def load_prefix(
         allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say).
 
     Raises:
-        CheckpointError: The file is missing, truncated, no prefix, of a newer format, or holds NaN or infinity; its
-            header and its tensors disagree.
+        CheckpointError: The file is missing, truncated, damaged, no prefix, of an unknown version, or holds NaN or
+            infinity; its header and its tensors disagree.
         BackboneError: Its shapes are not the backbone's, or it was trained for other weights.
         ConfigError: `path` or `backbone` is something else.
         PrefixError: The hub cannot be reached, or has no such file.
@@ -203,8 +210,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
     if broken:
         raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
     with atomic_path(path) as temporary:
-        facts = {**header, "format_version": FORMAT_VERSION}
-        _save(kept, temporary, {_WEIGHTS: json.dumps(facts, ensure_ascii=False)})
+        _save(kept, temporary, checked_metadata(_WEIGHTS, header, kept))
     return path
 
 
@@ -212,21 +218,11 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The reverse of `save_weights`.
 
     Raises:
-        CheckpointError: The file is missing, truncated, something else or of a newer format.
+        CheckpointError: The file is missing, truncated, damaged, something else or of an unknown version.
     """
-    tensors, metadata = read_file(path)
-    if _WEIGHTS not in metadata:
-        raise CheckpointError(
-            f"{str(path)!r} holds no weights of another method.",
-            hint="give the weights.safetensors that `prefixtune train --method full` (or another) wrote.",
-        )
-    header = read_json(metadata[_WEIGHTS], path)
-    version = header.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{str(path)!r} has format version {version!r}, but this prefixtune reads {FORMAT_VERSION}.",
-            hint="upgrade prefixtune.",
-        )
+    hint = "give the weights.safetensors that `prefixtune train --method full` (or another) wrote."
+    tensors, header = read_checked(path, _WEIGHTS, "holds no weights of another method", hint)
+    check_header(header, repr(str(path)))
     return tensors, header
 
 
@@ -246,27 +242,17 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(Path(path)) as temporary:
-        _save(kept, temporary, {_STATE: json.dumps({"format_version": FORMAT_VERSION, **facts})})
+        _save(kept, temporary, checked_metadata(_STATE, facts, kept))
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The reverse of `save_state`.
 
     Raises:
-        CheckpointError: The file is missing, truncated or no state.
+        CheckpointError: The file is missing, truncated, damaged, no state, or of an unknown version.
     """
-    tensors, metadata = read_file(path)
-    if _STATE not in metadata:
-        raise CheckpointError(
-            f"{str(path)!r} is not a training state.", hint="resume a folder that `prefixtune train` made."
-        )
-    facts = read_json(metadata[_STATE], path)
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{str(path)!r} has state version {facts.get('format_version')!r}, not {FORMAT_VERSION}.",
-            hint="resume it with the version of prefixtune that wrote it.",
-        )
-    return tensors, facts
+    hint = "resume a folder that `prefixtune train` made."
+    return read_checked(path, _STATE, "is not a training state", hint)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -7,11 +7,13 @@ a mistake is one JSON object on stderr, and nothing else is written there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from prefixtune import __version__
@@ -32,7 +34,7 @@ from prefixtune.commands import (
 )
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
-from prefixtune.errors import ConfigError, PrefixError, did_you_mean
+from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean
 
 __all__ = ["build_parser", "main"]
 
@@ -58,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in (given[: given.index("--")] if "--" in given else given)
     try:
         options = _parse(given)
-        code: int = options.run(options)
+        with _shown_warnings(Console(quiet=as_json)):
+            code: int = options.run(options)
         sys.stdout.flush()
         return code
     except PrefixError as error:
@@ -78,6 +81,23 @@ def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -
     else:
         Console().error(message, hint)
     return code
+
+
+@contextlib.contextmanager
+def _shown_warnings(console: Console) -> Iterator[None]:
+    """Show this project's own warnings as one line, without the place in the code that they come from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", PrefixWarning)
+        show = warnings.showwarning
+
+        def show_plainly(message: Warning | str, category: type[Warning], *given: Any, **more: Any) -> None:
+            if issubclass(category, PrefixWarning):
+                console.warn(str(message))
+            else:
+                show(message, category, *given, **more)
+
+        warnings.showwarning = show_plainly
+        yield
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

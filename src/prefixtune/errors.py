@@ -11,6 +11,8 @@
 
 A message says what failed, the value got, what is allowed, and in `hint` the next step. The command line prints
 `error:` and `hint:` and exits with 2; anything that is not a `PrefixError` is a bug and keeps its traceback.
+
+`PrefixWarning` is for what a user should know though the work goes on.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "PrefixError",
+    "PrefixWarning",
     "RequestError",
     "TrainingError",
     "describe_value",
@@ -46,6 +49,10 @@ class PrefixError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} Hint: {self.hint}" if self.hint else self.message
+
+
+class PrefixWarning(UserWarning):
+    """What a user should know though the work goes on; filter it by this category."""
 
 
 class ConfigError(PrefixError):

@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from file_format import checksum_by_hand
+from prefixtune.artifact import read_outline
 from prefixtune.checkpoint import load_prefix, load_state, make_header, save_prefix, save_state
 from prefixtune.errors import BackboneError, CheckpointError, PrefixError
 from prefixtune.prefix import Prefix
@@ -35,11 +37,15 @@ def path(tmp_path: Path, prefix: Prefix) -> Path:
 
 
 def rewrite(path: Path, tensors: Callable[[dict[str, Any]], Any] = dict, header: Callable[[Any], Any] = dict) -> Path:
-    """Change a file's tensors or header by hand."""
+    """Change a file's tensors or header by hand, with a checksum that fits."""
     with safe_open(path, "pt") as handle:
         stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         facts = json.loads(handle.metadata()["prefixtune"])
-    save_file(tensors(stored), path, {"prefixtune": json.dumps(header(facts))})
+    return write_by_hand(path, tensors(stored), json.dumps(header(facts)))
+
+
+def write_by_hand(path: Path, tensors: dict[str, Any], header: str) -> Path:
+    save_file(tensors, path, {"prefixtune": header, "prefixtune_checksum": checksum_by_hand(tensors, header)})
     return path
 
 
@@ -48,7 +54,7 @@ def rewrite(path: Path, tensors: Callable[[dict[str, Any]], Any] = dict, header:
 
 def test_the_header_tells_where_it_belongs(path: Path, llama: Any):
     header = load_prefix(path).header
-    assert header["format_version"] == 1
+    assert header["format_version"] == 2
     assert header["backbone"] == {
         "name": "tiny-llama",
         "fingerprint": llama.fingerprint,
@@ -89,7 +95,7 @@ def test_a_state_comes_back(tmp_path: Path):
     tensors = {"module.a": torch.randn(3, 2), "optimizer.0.step": torch.tensor(5.0)}
     save_state(tmp_path / "s.safetensors", tensors, {"step": 5, "best_loss": None})
     loaded, facts = load_state(tmp_path / "s.safetensors")
-    assert facts == {"format_version": 1, "step": 5, "best_loss": None}
+    assert facts == {"format_version": 2, "step": 5, "best_loss": None}
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
@@ -143,11 +149,12 @@ def test_numbers_that_are_not_finite_are_refused(bad: float, path: Path, prefix:
     assert not target.exists()
 
 
-@pytest.mark.parametrize("version", [2, 99, 0, None, "1"])
+@pytest.mark.parametrize("version", [3, 99, 0, None, "1", True])
 def test_another_format_version_is_refused(version: Any, path: Path):
     rewrite(path, header=lambda facts: {**facts, "format_version": version})
-    with pytest.raises(CheckpointError, match=rf"format version {version!r}, but .* reads up to 1"):
-        load_prefix(path)
+    for read in (load_prefix, read_outline):
+        with pytest.raises(CheckpointError, match=rf"format version is {version!r}, but .* reads up to 2"):
+            read(path)
 
 
 def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: Path):
@@ -204,7 +211,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path):
 def test_a_header_that_is_no_json_object_is_refused(text: str, path: Path):
     with safe_open(path, "pt") as handle:
         stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    save_file(stored, path, {"prefixtune": text})
+    write_by_hand(path, stored, text)
     with pytest.raises(CheckpointError, match="the header of"):
         load_prefix(path)
 
@@ -224,8 +231,8 @@ def test_paths_are_checked(tmp_path: Path, prefix: Prefix):
 
 def test_a_state_of_another_version_is_refused(tmp_path: Path):
     path = tmp_path / "s.safetensors"
-    save_state(path, {"a": torch.zeros(1)}, {"format_version": 2})
-    with pytest.raises(CheckpointError, match="state version 2, not 1"):
+    save_file({"a": torch.zeros(1)}, path, {"prefixtune_state": '{"format_version": 3}'})
+    with pytest.raises(CheckpointError, match="format version is 3, but"):
         load_state(path)
 
 

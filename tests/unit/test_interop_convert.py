@@ -44,6 +44,18 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
     return printed
 
 
+def test_no_length_of_a_table_makes_a_file_look_like_a_pickle(
+    prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, starts = tmp_path / "p.safetensors", set()
+    for more in range(0, 256, 8):
+        save_prefix(path, Prefix(prefix.layers, {**prefix.header, "note": "a" * more}))
+        starts.add(path.read_bytes()[0])
+        assert told(capsys, path, tmp_path / "new.safetensors", "--to", "prefixtune")["from"] == "prefixtune"
+    # With which pickles begin.
+    assert 0x80 in starts
+
+
 def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter, back = tmp_path / "adapter", tmp_path / "back.safetensors"
     assert told(capsys, ours, adapter, "--to", "peft") == {

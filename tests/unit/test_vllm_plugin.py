@@ -462,7 +462,7 @@ def test_half_a_character_is_no_text(inner: Inner):
 
 def test_a_file_of_a_newer_format(folder: PrefixFolder):
     path = folder.settings.folder / "pubs.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'format_version\\": 1', b'format_version\\": 9'))
+    path.write_bytes(path.read_bytes().replace(b'format_version\\": 2', b'format_version\\": 9'))
     with pytest.raises(CheckpointError, match="format version is 9"):
         folder.find("pubs")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prefixtune.artifact import parse_header
 from prefixtune.attach import check_fits
 from prefixtune.backbone import ADAPTER_CONFIG, Backbone, adapter_config
 from prefixtune.checkpoint import make_header
@@ -112,10 +113,10 @@ def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
             hint="modules_to_save and other adapters' weights are no part of a prefix.",
         )
     try:
-        header = json.loads(metadata.get(_HEADER, "{}"))
+        header = parse_header(metadata.get(_HEADER, "{}"))
     except ValueError:
         header = {}
-    return tensors[_TENSOR], header if isinstance(header, dict) else {}
+    return tensors[_TENSOR], header
 
 
 def _shapes(facts: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple[LayerShape, ...]:

@@ -26,7 +26,9 @@ _PICKLES = (b"PK\x03\x04", b"\x80")
 def is_pickle(path: Path) -> bool:
     """Whether a file was made by `torch.save`, whatever its name."""
     with open(path, "rb") as handle:
-        return handle.read(4).startswith(_PICKLES)
+        start = handle.read(9)
+    # A safetensors file begins with the length of its table, which may look like a pickle, and the table.
+    return start.startswith(_PICKLES) and start[8:] != b"{"
 
 
 def conversion(path: Path) -> str:

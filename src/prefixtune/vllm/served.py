@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prefixtune.artifact import FORMAT_VERSION, Outline, read_outline, reasons_against
+from prefixtune.artifact import Outline, read_outline, reasons_against
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
 from prefixtune.fingerprints import fingerprints_match, sample_weights
 from prefixtune.folder import Signature, check_name, check_place, list_names, path_of, signature_of
@@ -344,9 +344,6 @@ class PrefixFolder:
         except PrefixError as error:
             return error.message
         reasons = reasons_against(outline, self.geometry, self.name)
-        if outline.header.get("format_version") not in range(1, FORMAT_VERSION + 1):
-            told = outline.header.get("format_version")
-            reasons.append(f"its format version is {told!r}, but this prefixtune reads up to {FORMAT_VERSION}")
         if not reasons and not self._same_weights(outline):
             reasons.append(f"it was trained for other weights than those of {self.name!r}")
         needed = outline.num_elements * 4

@@ -1,0 +1,255 @@
+"""Files against damage: the checksum, versions, old files, and headers that anybody may have written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from file_format import checksum_by_hand
+from prefixtune.artifact import read_outline
+from prefixtune.checkpoint import (
+    load_prefix,
+    load_state,
+    load_weights,
+    make_header,
+    save_prefix,
+    save_state,
+    save_weights,
+)
+from prefixtune.cli import main
+from prefixtune.engine import PrefixStore
+from prefixtune.errors import CheckpointError, PrefixWarning
+from prefixtune.prefix import Prefix
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+@pytest.fixture
+def llama(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def prefix(llama: Any, random_prefix: Callable[..., Any]) -> Prefix:
+    form = {"prompt": " {source} {separator}", "target": " {target} ", "separator": "<s>", "end": "</s>", "source": ""}
+    header = make_header(llama, task="toy", method="prefix", text_format=form, license="CC0")
+    return Prefix(random_prefix(llama, 2).detach().layers, header)
+
+
+@pytest.fixture(params=["prefix", "state", "weights"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path, prefix: Prefix) -> tuple[Path, Callable[[Path], Any]]:
+    """A file of each kind, and what reads it."""
+    path = tmp_path / f"{request.param}.safetensors"
+    tensors = {"module.a": torch.randn(3, 5), "optimizer.0.step": torch.tensor(5.0), "b": torch.randn(7).bfloat16()}
+    if request.param == "prefix":
+        return save_prefix(path, prefix), load_prefix
+    if request.param == "state":
+        save_state(path, tensors, {"step": 5, "best_loss": None, "config": {"task": "toy"}})
+        return path, load_state
+    save_weights(path, tensors, {"method": "top", "method_size": 2, **prefix.header})
+    return path, load_weights
+
+
+def test_no_flipped_bit_is_read(kept: tuple[Path, Callable[[Path], Any]]):
+    path, load = kept
+    load(path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    chance = random.Random(0)
+    # One bit of every byte of the header, and of every third byte of the numbers.
+    for place in [*range(header), *range(header, len(whole), 3)]:
+        bit = chance.randrange(8)
+        broken = bytearray(whole)
+        broken[place] ^= 1 << bit
+        path.write_bytes(broken)
+        try:
+            load(path)
+        except CheckpointError:
+            continue
+        # Blanks behind the header, which nobody reads, may become a line break or the like.
+        assert json.loads(broken[8:header]) == json.loads(whole[8:header]), (place, bit)
+        assert broken[header:] == whole[header:], (place, bit)
+
+
+def test_what_is_damaged_is_named(tmp_path: Path, prefix: Prefix):
+    path = save_prefix(tmp_path / "p.safetensors", prefix)
+    broken = bytearray(path.read_bytes())
+    broken[-1] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(CheckpointError, match=r"p\.safetensors' is damaged: .* checksum"):
+        load_prefix(path)
+
+
+def test_a_damaged_file_is_not_served(tmp_path: Path, llama: Any, prefix: Prefix):
+    path = save_prefix(tmp_path / "p.safetensors", prefix)
+    broken = bytearray(path.read_bytes())
+    broken[-1] ^= 1
+    path.write_bytes(broken)
+    store = PrefixStore(tmp_path, llama)
+    with pytest.raises(CheckpointError, match="damaged"):
+        store.get("p")
+    assert "damaged" in store.refused["p"]
+    (tmp_path / "up").write_bytes(broken)
+    with pytest.raises(CheckpointError, match=r"not taken: .*damaged"):
+        store.put("q", tmp_path / "up")
+
+
+def test_the_checksum_is_that_of_the_documentation(tmp_path: Path, prefix: Prefix):
+    path = save_prefix(tmp_path / "p.safetensors", prefix, dtype=torch.bfloat16)
+    with safe_open(path, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        facts = handle.metadata()
+    assert facts["prefixtune_checksum"] == checksum_by_hand(tensors, facts["prefixtune"])
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def as_version_1(path: Path, key: str) -> Path:
+    """The file as it was written before there was a checksum."""
+    with safe_open(path, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        facts = json.loads(handle.metadata()[key])
+    save_file(tensors, path, {key: json.dumps({**facts, "format_version": 1})})
+    return path
+
+
+@pytest.mark.parametrize("kept", ["prefix", "state", "weights"], indirect=True)
+def test_old_files_are_read_with_a_note(
+    kept: tuple[Path, Callable[[Path], Any]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    path, load = kept
+    before = load(path)
+    key = {"prefix": "prefixtune", "state": "prefixtune_state", "weights": "prefixtune_weights"}[path.stem]
+    as_version_1(path, key)
+    monkeypatch.setattr("prefixtune.artifact._unverified", itertools.count())
+    with pytest.warns(PrefixWarning, match=rf"'{path.name}' is of format version 1, which has no checksum") as told:
+        after, _ = load(path), load(path)
+    # Of the first file alone, as a server may read thousands.
+    assert len(told) == 1
+    if path.stem == "prefix":
+        assert before.equal(after)
+        return
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+
+
+def test_a_command_says_so_in_one_line(
+    tmp_path: Path, prefix: Prefix, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = as_version_1(save_prefix(tmp_path / "old.safetensors", prefix), "prefixtune")
+    monkeypatch.setattr("prefixtune.artifact._unverified", itertools.count())
+    assert main(["inspect", str(path)]) == 0
+    told = capsys.readouterr().err
+    assert "'old.safetensors' is of format version 1" in told
+    assert "Warning:" not in told
+    assert main(["convert", str(path), str(tmp_path / "new.safetensors"), "--to", "prefixtune"]) == 0
+    assert load_prefix(tmp_path / "new.safetensors").header["format_version"] == 2
+
+
+def test_a_file_of_version_2_without_its_checksum_is_refused(tmp_path: Path, prefix: Prefix):
+    path = save_prefix(tmp_path / "p.safetensors", prefix)
+    with safe_open(path, "pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        text = handle.metadata()["prefixtune"]
+    save_file(tensors, path, {"prefixtune": text})
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_prefix(path)
+
+
+def test_every_field_is_documented(tmp_path: Path, prefix: Prefix):
+    page = (DOCS / "format.md").read_text(encoding="utf-8")
+    header = load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).header
+    for field in header:
+        assert f"`{field}`" in page, field
+    from prefixtune.artifact import _FIELDS
+
+    for field in _FIELDS:
+        assert f"`{field}`" in page, field
+
+
+# --- headers that anybody may have written ----------------------------------------------------------------------------
+
+
+def with_header(path: Path, prefix: Prefix, header: str) -> Path:
+    tensors = {
+        f"{site}.{number}.{part}": tensor
+        for site, layers in prefix.layers.items()
+        for number, pair in enumerate(layers)
+        for part, tensor in zip(("key", "value"), pair, strict=True)
+    }
+    save_file(tensors, path, {"prefixtune": header, "prefixtune_checksum": checksum_by_hand(tensors, header)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"format_version": 2, "training": {"dev_loss": 1e999}}', "JSON"),
+        ('{"format_version": 2, "training": {"dev_loss": NaN}}', "JSON"),
+        ('{"format_version": 2, "training": {"dev_loss": -Infinity}}', "JSON"),
+        ('{"format_version": 2, "license": "\\ud800"}', "JSON"),
+        ('{"format_version": 2, "deep": ' + "[" * 17 + "]" * 17 + "}", "nests more than 16 levels"),
+        ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests more than 16 levels"),
+        ('{"format_version": 2, "long": "' + "a" * 2**18 + '"}', "characters, but may have 262,144"),
+        ('{"format_version": ' + "9" * 5000 + "}", "JSON"),
+        ('{"format_version": 2, "backbone": "gpt2"}', "says backbone 'gpt2', but it must be an object"),
+        ('{"format_version": 2, "backbone": {"name": 3}}', "says backbone.name '3', but it must be a text"),
+        ('{"format_version": 2, "task": ["toy"]}', "says task"),
+        ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "says text_format.end"),
+        ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a", 2]}}', "labels.names"),
+        ('{"format_version": 2, "labels": {"kind": "tagging"}}', "not their kind, by and names"),
+        ('{"format_version": 2, "placement": 3}', "says placement"),
+    ],
+)
+def test_headers_that_nobody_can_use_are_refused(
+    text: str, told: str, tmp_path: Path, prefix: Prefix, llama: Any, capsys: pytest.CaptureFixture[str]
+):
+    path = with_header(tmp_path / "p.safetensors", prefix, text)
+    with pytest.raises(CheckpointError) as error:
+        load_prefix(path)
+    assert told in str(error.value)
+    with pytest.raises(CheckpointError):
+        read_outline(path)
+    store = PrefixStore(tmp_path, llama)
+    assert store.names() == []
+    assert "p" in store.refused
+    assert main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path: Path, prefix: Prefix):
+    path = tmp_path / "p.safetensors"
+    for header in ({"task": 3}, {"license": "\ud800"}, {"training": {"x": float("inf")}}, {"note": "a" * 2**18}):
+        with pytest.raises(CheckpointError):
+            save_prefix(path, Prefix(prefix.layers, header))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_needs_torch_and_safetensors_only(tmp_path: Path, prefix: Prefix):
+    code = """
+import importlib.abc, sys
+class Refused(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("transformers", "filelock", "psutil", "huggingface_hub"):
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Refused())
+import warnings
+warnings.simplefilter("ignore")
+from prefixtune.artifact import read_artifact
+print(read_artifact(sys.argv[1]).prefix_length)
+"""
+    path = save_prefix(tmp_path / "p.safetensors", prefix)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr
