@@ -115,6 +115,23 @@ def test_train_generate_evaluate_inspect(trained: Path, data: str) -> None:
     assert "fingerprint" in run("inspect", str(trained))[0]
 
 
+def test_evaluate_warns_of_test_sources_that_were_trained_on(trained: Path, folder: Path, data: str) -> None:
+    test = folder / "partly.jsonl"
+    other = [{"name": name, "food": "tea", "text": f"{name} has tea."} for name in ("Yan", "Zed", "Wim")]
+    test.write_text("".join(json.dumps(row) + "\n" for row in [{**TABLES[0], "name": " Aromi"}, *other]))
+    flags = ("evaluate", "--run", str(trained.parent), "--target", "text", "--max-new-tokens", "4")
+    out, err = run(*flags, "--data", str(test), "--output", str(folder / "partly"))
+    assert f"warning: 1 of 4 test sources (25.0%) stand in the training set {data!r}" in err
+    stored = json.loads((folder / "partly" / "evaluation.json").read_text())
+    assert stored["overlap"] == {"count": 1, "share": 0.25, "num_examples": 4, "train": data}
+    _, told = run("report", str(folder / "partly"), "--output", str(folder / "partly.html"))
+    assert "1 of 4 test sources (25.0%) stand in the training set" in told
+    test.write_text("".join(json.dumps(row) + "\n" for row in other))
+    out, err = run(*flags, "--data", str(test), "--json")
+    assert err == ""
+    assert json.loads(out)["overlap"]["count"] == 0
+
+
 def test_train_as_json_prints_events(folder: Path, train_flags: Callable[..., list[str]]) -> None:
     out, err = run(*train_flags(folder / "json", "--max-steps", "3", "--json"))
     events = [json.loads(line) for line in out.splitlines()]

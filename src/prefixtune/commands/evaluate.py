@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.commands.shared import generate_config, load_with_prefixes, print_json
+from prefixtune.config import TrainConfig
 from prefixtune.console import Console
-from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.errors import ConfigError, PrefixError, did_you_mean
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
@@ -95,6 +96,7 @@ def evaluate(options: argparse.Namespace) -> int:
     for place in [*([Path(options.outputs)] if options.outputs else []), *([folder / DECODED_FILE] if folder else [])]:
         check_writable(place)
     shown = _shots(options, task, source)
+    overlap = _overlap(console, examples, options.train if shown else weights or file, shown)
     backbone, prefix, form = _load(console, options, file, weights)
     if options.instruction:
         form = ask(backbone, options.instruction, shown)
@@ -130,13 +132,14 @@ def evaluate(options: argparse.Namespace) -> int:
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "protocol": chosen.protocol,
         },
+        **overlap,
     }
     if folder is not None:
         write_evaluation(folder, outcome, examples, facts, protocol=chosen.protocol)
         console.info(f"scores, outputs and settings: {folder}")
     if options.json:
         told = {"num_examples": len(examples), "task": task, "prefix": options.prefix, "run": options.run_folder}
-        print_json({**summarize(outcome), **told})
+        print_json({**summarize(outcome), **told, **overlap})
     else:
         _show(console, outcome, len(examples), options.data)
     if options.outputs:
@@ -222,6 +225,35 @@ def _shots(options: argparse.Namespace, task: str, source: str | None) -> list[E
             hint="show fewer.",
         )
     return shown
+
+
+def _overlap(
+    console: Console, examples: Sequence[Example], origin: str | Path | None, shown: Sequence[Example]
+) -> dict[str, Any]:
+    """How many of the examples stand in what the model was trained on or shown, where that is known; with a warning."""
+    from prefixtune.tasks.overlap import find_overlap, training_examples
+    from prefixtune.training import CONFIG_FILE
+
+    if origin is None:
+        return {}
+    training: Sequence[Example] | None = shown
+    name = str(origin)
+    if not shown:
+        path = Path(origin).parent / CONFIG_FILE
+        if not path.is_file():
+            return {}
+        try:
+            config = TrainConfig.from_toml(path)
+            name, training = config.train or config.task, training_examples(config)
+        except PrefixError as error:
+            console.info(f"not compared with the training set: {error.message}")
+            return {}
+    if training is None:
+        return {}
+    found = find_overlap(examples, training, name)
+    if found.count:
+        console.warn(f"{found}.")
+    return {"overlap": found.to_dict()}
 
 
 def _title(options: argparse.Namespace, task: str) -> str:

@@ -126,7 +126,9 @@ class _Shown:
         if "worker" in event and kind in ("start", "step", "decoded"):
             # Of several at once a bar would say nothing.
             return
-        if kind == "cell" and event["status"] == "begun":
+        if kind == "overlap":
+            self.console.warn(f"{event['text']}.")
+        elif kind == "cell" and event["status"] == "begun":
             self._close()
             self.console.info(f"[{event['number']}/{self.total}] {event['cell']}")
         elif kind == "cell":

@@ -93,6 +93,7 @@ def _comparison(runs: Sequence[Run], identity: str) -> Part:
         for metric, measure in each.scores.items()
         if measure.score is None
     ]
+    missing += [f"{name}: {each.overlap}." for name, each in zip(names, evaluations, strict=True) if each.overlap]
     missing += [f"{name}: no scores." for name, each in zip(names, evaluations, strict=True) if not each.scores]
     facts = [
         ("task", first.task),

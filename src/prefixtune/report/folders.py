@@ -71,6 +71,7 @@ class Evaluation:
     machine: Mapping[str, Any]
     versions: Mapping[str, Any]
     outputs: tuple[Output, ...] = field(repr=False)
+    overlap: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Study:
     cells: tuple[Cell, ...]
     differences: tuple[Difference, ...] = ()
     difference_test: str = ""
+    overlap: str = ""
 
 
 def read_folder(path: Path) -> Study | Run:
@@ -314,7 +316,17 @@ def _evaluation(path: Path) -> Evaluation:
         machine=read.get("machine", dict, {}),
         versions=read.get("versions", dict, {}),
         outputs=tuple(map(_output, _lines(outputs))) if outputs.is_file() else (),
+        overlap=_overlap(read.record("overlap")),
     )
+
+
+def _overlap(record: _Record) -> str:
+    """How many test sources stand in the training set, in words; empty: none, or it is not known."""
+    count, total = record.get("count", int, 0), record.get("num_examples", int, 0)
+    if count < 1 or total < 1:
+        return ""
+    where = record.get("train", str, "")
+    return f"{count:,} of {total:,} test sources ({count / total:.1%}) stand in the training set {where!r}, too"
 
 
 def _scores(record: _Record) -> dict[str, Measure]:
@@ -374,6 +386,7 @@ def _study(path: Path) -> Study:
         versions=read.get("versions", dict, {}),
         config=read.get("config", dict, {}),
         cells=tuple(map(_cell, folders)),
+        overlap=_overlap(read.record("overlap")),
     )
 
 

@@ -302,6 +302,8 @@ def _warnings(study: Study, main: str) -> list[str]:
     if bare:
         shown = ", ".join(bare[:8]) + (f" and {len(bare) - 8} more" if len(bare) > 8 else "")
         found.append(f"Done, but without a finite {metric_name(main) or 'score'}: {shown}.")
+    if study.overlap:
+        found.append(f"{study.overlap}.")
     return found
 
 

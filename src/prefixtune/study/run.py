@@ -49,6 +49,7 @@ from prefixtune.study.config import StudyConfig
 from prefixtune.study.grid import Cell, plan
 from prefixtune.study.sampling import sample_examples, sample_pairs, sample_sources, sample_targets
 from prefixtune.tasks import TASKS, Example, TextFormat, read_task
+from prefixtune.tasks.overlap import find_overlap
 from prefixtune.training import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, train
 
 __all__ = ["Outcome", "outcome_of", "run_study"]
@@ -90,7 +91,8 @@ def run_study(
         config: The study.
         backbone: Already loaded, for the methods that leave it as it is; None: loaded when needed. Methods that change
             weights load their own.
-        on_event: Called with every event: `cell` (begun, done, failed), `try`, and those of training with `cell` added.
+        on_event: Called with every event: `overlap` (test sources stand in the training set), `cell` (begun, done,
+            failed), `try`, and those of training with `cell` added.
         command: How it was started, for the report.
 
     Raises:
@@ -125,6 +127,7 @@ class _Study:
         self.began = time.monotonic()
         self.over_budget = False
         self.data_digests: dict[str, str] = {}
+        self.overlap: dict[str, Any] = {}
 
     # --- what is needed, when it is needed --------------------------------------------------------------------------
 
@@ -231,6 +234,12 @@ class _Study:
                 f"the {' and '.join(other)} data is not what the study in {str(self.folder)!r} was begun on.",
                 hint="give the same data, or choose another output.",
             )
+        if "train" in needed:
+            name = self.config.train or self.config.data
+            found = find_overlap(self.test_examples, self.train_examples, name)
+            self.overlap = found.to_dict()
+            if found.count:
+                self.on_event({"event": "overlap", "text": str(found), **self.overlap})
 
     def run(self) -> None:
         """Do cells until none is left that this process could do."""
@@ -592,6 +601,7 @@ class _Study:
             "versions": versions(),
             "command": self.command,
             "date": before.get("date") or datetime.date.today().isoformat(),
+            "overlap": self.overlap or before.get("overlap", {}),
             "data_digests": {**before.get("data_digests", {}), **self.data_digests},
             "config": config.to_dict(),
         }

@@ -1,0 +1,76 @@
+"""Test sources that stand in the training set: counted, warned of, and kept with the scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.config import TrainConfig
+from prefixtune.report import compose, read_folder
+from prefixtune.study import StudyConfig, run_study
+from prefixtune.tasks import Example, overlap
+from prefixtune.tasks.overlap import find_overlap, training_examples
+
+
+def write(path: Path, names: list[str]) -> str:
+    path.write_text("".join(json.dumps({"name": name, "text": f"{name} eats."}) + "\n" for name in names))
+    return str(path)
+
+
+def test_sources_are_compared_without_their_white_space() -> None:
+    training = [Example("name : Ann", ("x",)), Example("name : Bo", ("y",))]
+    tested = [Example(" name :\tAnn\n"), Example("name : ann"), Example("name : Bo"), Example("name:Bo")]
+    found = find_overlap(tested, training, "my.csv")
+    assert found.to_dict() == {"count": 2, "share": 0.5, "num_examples": 4, "train": "my.csv"}
+    assert "2 of 4 test sources (50.0%)" in str(found)
+
+
+def test_the_training_set_is_read_as_the_run_read_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", ["Ann", "Bo", "Cy"])
+    config = TrainConfig(train=path, source="Say {name}", target="text", limit=2)
+    read = training_examples(config)
+    assert read is not None
+    assert [example.source for example in read] == ["Say Ann", "Say Bo"]
+    toy = training_examples(TrainConfig(task="toy"))
+    assert toy is not None
+    assert len(toy) == 320
+
+
+def test_a_training_set_that_is_not_at_hand_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "train.jsonl", ["Ann"])
+    assert training_examples(TrainConfig(train="/nowhere.jsonl", source="name")) is None
+    assert training_examples(TrainConfig(train="hub:some/set", source="name")) is None
+    assert training_examples(TrainConfig(source="name")) is None
+    monkeypatch.setattr(overlap, "_MOST_BYTES", 10)
+    assert training_examples(TrainConfig(train=path, source="name")) is None
+
+
+def test_a_study_counts_them_and_its_report_tells(tmp_path: Path, tiny_backbone: Any) -> None:
+    config = StudyConfig.from_mapping(
+        "length",
+        {
+            "task": "records",
+            "train": write(tmp_path / "train.jsonl", ["Ann", "Bo"]),
+            "dev": write(tmp_path / "dev.jsonl", ["Cy"]),
+            "test": write(tmp_path / "test.jsonl", ["Bo ", "Zed"]),
+            "output": str(tmp_path / "study"),
+            "lengths": [2],
+            "sizes": [0],
+            "tries": 1,
+            "task_words": "a",
+            "train_settings": {"source": "name", "target": "text", "max_steps": 1},
+        },
+    )
+    events: list[dict[str, Any]] = []
+    run_study(config, backbone=tiny_backbone("llama"), on_event=events.append)
+    assert [event["count"] for event in events if event["event"] == "overlap"] == [1]
+    stored = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert stored["overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.train}
+    warnings = compose([read_folder(tmp_path / "study")], "").warnings
+    assert any("1 of 2 test sources (50.0%) stand in the training set" in warning for warning in warnings)
+    # A second look at what is done forgets nothing.
+    run_study(config, backbone=tiny_backbone("llama"))
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["overlap"] == stored["overlap"]
