@@ -613,7 +613,7 @@ def test_the_first_signal_drains_and_the_second_ends_it(make: Callable[..., Made
     from prefixtune.server.serving import _Server
 
     _, services = make(drain_seconds=1000.0)
-    server = _Server(services)
+    server = _Server(services, 10)
 
     async def signals() -> list[tuple[bool, bool, bool]]:
         seen = []

@@ -79,15 +79,19 @@ async def upload_prefix(call: Call) -> ASGIApp:
 
 async def _receive(call: Call, path: Path, most: int) -> int:
     """Write the body to a file; returns its size."""
-    size, patience = 0, call.services.config.client_timeout
+    size, config = 0, call.services.config
+    # A piece now and then is not enough: all of it has the time of a request.
+    clock = asyncio.get_running_loop().time
+    end = clock() + config.deadline
     stream = call.request.stream()
     with open(path, "wb") as handle:
         while True:
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(min(config.client_timeout, end - clock())):
                     chunk = await anext(stream, None)
             except TimeoutError:
-                raise ApiError(408, f"nothing arrived within {patience:g} seconds.", code="body_timeout") from None
+                told = f"a piece has {config.client_timeout:g} seconds to arrive, and the file {config.deadline:g}."
+                raise ApiError(408, told, code="body_timeout") from None
             if chunk is None:
                 return size
             size += len(chunk)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 from prefixtune.config import check_names, fit_types, type_fault
 from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.server.addresses import parse_network
 
 __all__ = ["ENVIRONMENT", "KeyConfig", "ServeConfig"]
 
@@ -83,7 +84,22 @@ class ServeConfig:
     cors_origins: tuple[str, ...] = _option(
         (), "origins whose pages may call, as in https://a.example,https://b.example; empty: none", "network"
     )
-    max_connections: int = _option(4096, "connections at once; more are answered with 503", "network")
+    max_connections: int = _option(
+        4096,
+        "connections at once; the one that has waited longest without a request makes room for a new one",
+        "network",
+    )
+    max_connections_per_address: int = _option(
+        1024, "connections at once from one address, the proxies' excepted; 0: any number", "network"
+    )
+    proxies: tuple[str, ...] = _option(
+        (),
+        "addresses or networks of your own proxies, as in 127.0.0.1,10.0.0.0/8: only from them does X-Forwarded-For "
+        "tell the caller's address",
+        "network",
+    )
+    header_timeout: float = _option(15.0, "seconds that a client may take to send a request's header", "network")
+    keep_alive: float = _option(75.0, "seconds that a connection may wait for its next request", "network")
     playground: bool = _option(True, "the page at /", "network")
 
     num_slots: int = _option(32, "texts that are written at once", "engine")
@@ -138,6 +154,11 @@ class ServeConfig:
         for origin in self.cors_origins:
             if not _ORIGIN.fullmatch(origin):
                 yield f"cors_origins has {origin!r}, but needs origins such as https://app.example.org"
+        for proxy in self.proxies:
+            try:
+                parse_network(proxy)
+            except ValueError:
+                yield f"proxies has {proxy!r}, but needs addresses or networks such as 10.0.0.0/8"
         if self.default_max_tokens > self.max_tokens:
             yield f"default_max_tokens is {self.default_max_tokens}, which is more than max_tokens ({self.max_tokens})"
         if not self.prefixes:
@@ -228,7 +249,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_length", "max_prompt_tokens", "max_queue", "metric_prefixes"), (0, _MANY)),
     **dict.fromkeys(("max_connections", "num_slots", "prefill_tokens", "cache_mib", "max_body_kib"), (1, _MANY)),
     **dict.fromkeys(("max_upload_mib", "max_tokens", "default_max_tokens", "max_texts"), (1, _MANY)),
-    **dict.fromkeys(("deadline", "client_timeout"), (0.1, math.inf)),
+    "max_connections_per_address": (0, _MANY),
+    **dict.fromkeys(("deadline", "client_timeout", "header_timeout", "keep_alive"), (0.1, math.inf)),
     **dict.fromkeys(("drain_seconds", "reload_seconds"), (0.0, math.inf)),
 }
 

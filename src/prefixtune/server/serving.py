@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import uvicorn
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError
 from prefixtune.server.config import ServeConfig
+from prefixtune.server.connections import Connections, fit_open_files
 from prefixtune.server.logs import log, set_up_logs
 from prefixtune.server.watch import look_for_files
 
@@ -45,11 +47,17 @@ def run(config: ServeConfig, console: Console) -> int:
             f"there is no folder of prefixes {config.prefixes!r}.",
             hint="make it, and put files NAME.safetensors of `prefixtune train` there.",
         )
+    most, files = fit_open_files(config.max_connections)
+    if most < config.max_connections:
+        console.warn(
+            f"{most} connections at once instead of {config.max_connections}: this process may open {files} files; "
+            "raise that limit (ulimit -n, or LimitNOFILE of systemd), or lower max_connections"
+        )
     with _bind(config) as listener:
         services = _load(config, console)
         set_up_logs(config.log_level)
         _greet(services, console, listener)
-        server = _Server(services)
+        server = _Server(services, most)
         try:
             server.run(sockets=[listener])
         finally:
@@ -128,21 +136,22 @@ def _greet(services: Services, console: Console, listener: socket.socket) -> Non
 class _Server(uvicorn.Server):
     """uvicorn, with a stop that finishes what runs."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, most: int) -> None:
         from prefixtune.server.app import make_app
 
         config = services.config
+        self.connections = Connections.from_config(config, most)
         super().__init__(
             uvicorn.Config(
                 make_app(services),
+                http=self.connections.protocol(),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
                 ws="none",
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=config.max_connections,
-                timeout_keep_alive=75,
+                timeout_keep_alive=math.ceil(config.keep_alive),
                 timeout_graceful_shutdown=int(_FLUSH_SECONDS),
             )
         )
@@ -153,9 +162,13 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop."""
         self.loop = asyncio.get_running_loop()
-        looking = asyncio.ensure_future(look_for_files(self.services))
+        beside = [
+            asyncio.ensure_future(look_for_files(self.services)),
+            asyncio.ensure_future(self.connections.sweep()),
+        ]
         await super().serve(sockets)
-        looking.cancel()
+        for task in beside:
+            task.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal: the first begins the end, the second is the end."""

@@ -1,0 +1,81 @@
+"""Where a request comes from: the socket's own address, or what a proxy says that the configuration names.
+
+Anybody can write a header `X-Forwarded-For`; it counts only where a named proxy sent it, and of its addresses only the
+last one that is no proxy.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # The configuration is read where Starlette may be missing.
+    from starlette.types import Scope
+
+__all__ = ["Addresses", "parse_network"]
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_SITE = 64
+"""Leading bits of an IPv6 address that name a site, which has all addresses behind them."""
+
+
+def parse_network(text: str) -> Network:
+    """An address, or a network such as 10.0.0.0/8.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    return ipaddress.ip_network(text, strict=False)
+
+
+class Addresses:
+    """Tells where requests come from.
+
+    Args:
+        proxies: Addresses and networks of proxies whose word counts.
+    """
+
+    def __init__(self, proxies: Iterable[str] = ()) -> None:
+        self._proxies = [parse_network(each) for each in proxies]
+
+    def is_proxy(self, address: str) -> bool:
+        """Whether an address is that of a named proxy."""
+        parsed = _parse(address)
+        return parsed is not None and any(parsed in network for network in self._proxies)
+
+    def of(self, scope: Scope) -> str:
+        """The caller's address; of IPv6, its network; empty where the socket has none.
+
+        >>> scope = {"client": ("10.0.0.1", 9), "headers": [(b"x-forwarded-for", b"6.6.6.6, 192.0.2.7")]}
+        >>> Addresses(["10.0.0.0/8"]).of(scope), Addresses().of(scope)
+        ('192.0.2.7', '10.0.0.1')
+        """
+        address = str((scope.get("client") or ("",))[0])
+        if self.is_proxy(address):
+            told = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
+            for each in reversed(told.decode("latin-1")[-_LONGEST:].split(",")):
+                parsed = _parse(each.strip())
+                if parsed is None:
+                    break
+                address = str(parsed)
+                if not self.is_proxy(address):
+                    break
+        parsed = _parse(address)
+        if isinstance(parsed, ipaddress.IPv6Address):
+            return str(ipaddress.ip_network((parsed, _SITE), strict=False))
+        return address
+
+
+_LONGEST = 1024
+"""Characters of the header that are read, from its end."""
+
+
+def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        parsed = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return mapped or parsed
