@@ -5,6 +5,8 @@ python tests/python_calls.py FOLDER    one JSON object: the call's name -> its v
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -85,6 +87,41 @@ def main(folder: Path) -> dict[str, Any]:
     dicts = [{"source": text, "targets": ["a", "b"]} for text in TEXTS]
     calls("dicts", lambda: list(pt.evaluate((model, tokenizer), dicts, str(file), **scores).outputs))
     calls("classify", lambda: [p.label for p in classify((model, tokenizer), TEXTS, labels=["yes", "no"])])
+
+    def trained(name: str, config: Any = None, **options: Any) -> list[Any]:
+        """The losses of a short run, and what it showed on stderr."""
+        settings = {
+            "max_steps": 2,
+            "prefix_length": 2,
+            "device": "cpu",
+            "dtype": "float32",
+            "output": str(folder / name),
+        }
+        shown = io.StringIO()
+        with contextlib.redirect_stderr(shown):
+            result = pt.train(config, **({} if config is not None else settings), **options)
+        losses = [event["loss"] for event in result.events if event["event"] == "step"]
+        return [losses, result.prefix is not None, shown.getvalue()]
+
+    settings = {"max_steps": 2, "prefix_length": 2, "device": "cpu", "dtype": "float32"}
+    calls("train", lambda: trained("train", backbone=backbone, examples=examples))
+    calls("train: dicts", lambda: trained("dicts", backbone=(model, tokenizer), examples=dicts))
+    given = {**settings, "output": str(folder / "dict"), "backbone": str(folder / "model")}
+    calls("train: a dict", lambda: trained("", given, examples=dicts))
+    config = pt.TrainConfig(**{**given, "output": str(folder / "config")})
+    calls("train: a config", lambda: trained("", config, examples=dicts))
+    calls("train: a name", lambda: trained("name", backbone=folder / "model", examples=dicts))
+    records = [{"name": text, "text": ["a", "b"]} for text in TEXTS]
+    columns = {"source": "name", "target": "text"}
+    calls("train: records", lambda: trained("records", backbone=backbone, examples=records, **columns))
+    calls("train: silent", lambda: trained("silent", backbone=backbone, examples=examples, progress=False))
+    calls("train: go on", lambda: pt.train(resume=True, output=str(folder / "name"), examples=dicts, max_steps=3).steps)
+    calls("train: again", lambda: trained("train", backbone=backbone, examples=examples))
+    calls("train: a model", lambda: trained("no", backbone=model, examples=examples))
+    calls("train: a number as config", lambda: trained("no", 3))
+    calls("train: a number as examples", lambda: trained("no", backbone=backbone, examples=3))
+    calls("train: a dict without source", lambda: trained("no", backbone=backbone, examples=[{"text": "a"}]))
+    calls("train: nothing to resume", lambda: trained("no", resume=True))
     calls("engine", lambda: pt.Engine((model, tokenizer), num_slots=2).config.num_slots)
 
     # What is wrong.

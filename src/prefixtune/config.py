@@ -17,9 +17,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from prefixtune.errors import ConfigError, describe_value, did_you_mean
+from prefixtune.errors import CheckpointError, ConfigError, describe_value, did_you_mean
 
-__all__ = ["TrainConfig", "as_config", "check_names", "default_learning_rate", "fit_types", "type_fault"]
+__all__ = [
+    "TrainConfig",
+    "as_config",
+    "check_names",
+    "default_learning_rate",
+    "fit_types",
+    "stored_config",
+    "type_fault",
+]
 
 
 _AT_LEAST_ONE = (
@@ -401,6 +409,21 @@ class TrainConfig:
                 f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10."
             ) from error
         return cls.from_mapping({**(beneath or {}), **values, **overrides}, where=repr(str(path)))
+
+
+def stored_config(output: str | Path) -> Path:
+    """The configuration that the run in a folder was started with.
+
+    Raises:
+        CheckpointError: The folder holds no run.
+    """
+    path = Path(output) / "config.toml"
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no run to resume in {str(path.parent)!r}.",
+            hint="name its folder with --output (output), or start it without --resume (resume).",
+        )
+    return path
 
 
 def _site_fault(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The training loop: yields events, prints nothing.
+"""The training loop: yields events; `train` shows them, unless told not to.
 
 The same loop trains a prefix and the methods that it is compared with: same data, same order, same loss, same schedule.
 
@@ -6,7 +6,7 @@ One optimizer step: the reparameterization runs once, packed rows go through the
 front, logits are computed where there is a label, and AdamW moves the prefix's parameters. Everything is a function of
 the configuration and the step's number, so a resumed run goes on as if nothing had happened.
 
-Knows nothing of consoles and of what the examples mean.
+Knows nothing of what the examples mean.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import signal
 import threading
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from prefixtune import __version__, attach
-from prefixtune.backbone import Backbone, load_backbone
+from prefixtune.backbone import Backbone, BackboneLike, as_backbone, load_backbone
 from prefixtune.batching import Batch, Encoded, Encoding, collate, default_format, encode_examples, join, plan_epoch
 from prefixtune.checkpoint import (
     load_prefix,
@@ -41,7 +42,8 @@ from prefixtune.checkpoint import (
     save_state,
     save_weights,
 )
-from prefixtune.config import TrainConfig
+from prefixtune.config import TrainConfig, as_config, stored_config
+from prefixtune.console import Console
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, TrainingError
 from prefixtune.files import write_text
 from prefixtune.fingerprints import fingerprints_match
@@ -50,8 +52,9 @@ from prefixtune.labelling import Labels, choose_labels, encode_labelled, sample_
 from prefixtune.loss import batch_loss
 from prefixtune.parallel import ALONE, World, joined, shard
 from prefixtune.prefix import Prefix
+from prefixtune.progress import show_training
 from prefixtune.reparam import PrefixModule, PromptModule, fit
-from prefixtune.tasks import TASKS, Example, TextFormat, limit_targets, read_task
+from prefixtune.tasks import TASKS, Example, ExampleLike, TextFormat, as_examples, limit_targets, read_task
 from prefixtune.tuning import Tuning, load_tuned_weights, settle, tune, tuned_weights
 
 __all__ = [
@@ -228,50 +231,76 @@ def _share(world: World, backbone: Backbone, hands: Sequence[Encoded]) -> tuple[
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | Mapping[str, Any] | None = None,
     *,
-    backbone: Backbone | None = None,
-    examples: Sequence[Example] | None = None,
-    dev_examples: Sequence[Example] | None = None,
+    backbone: BackboneLike | None = None,
+    examples: Sequence[ExampleLike] | None = None,
+    dev_examples: Sequence[ExampleLike] | None = None,
     resume: bool = False,
+    progress: bool = True,
     on_event: Callable[[Event], None] | None = None,
     world: World | None = None,
+    **options: Any,
 ) -> TrainResult:
     """Train a prefix and store it in `config.output`.
 
+    A folder that holds a run already is refused, unless that is resumed.
+
     Args:
-        config: The run.
-        backbone: Already loaded; None: `config.backbone` is loaded. A method that trains weights changes it.
-        examples: Already read; None: `config.train` is read.
-        dev_examples: Already read; None: `config.dev` is read, if given.
+        config: The run: a `TrainConfig`, or a dict of its fields.
+        backbone: A `Backbone` or a (model, tokenizer) pair, which a method that trains weights changes; a name or path
+            stands for `config.backbone`; None: `config.backbone` is loaded.
+        examples: `Example`s, or dicts: such as `{"source": "...", "target": "..."}`, or records where `config.source`
+            is given; None: `config.train` is read.
+        dev_examples: Likewise; None: `config.dev` is read, if given.
         resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run. With more
             `max_steps` (or `epochs`, `patience`) than before, the run is extended: from here on, the learning rate is
-            that of a run planned with the new number of steps.
+            that of a run planned with the new number of steps. Without `config`, the run's own is taken, with the
+            options over it.
+        progress: Show on stderr how the run goes.
         on_event: Called with every event, as it happens; in the first process alone.
         world: The processes that share the work; None: those that this one was started with, by `torchrun` or
             `accelerate launch`. All of them must see the output folder. The losses are those of one process with the
             same batch size; a run may be resumed with another number of processes.
+        **options: Fields of `TrainConfig`, in place of `config`.
 
     Raises:
-        ConfigError: A contradiction in the configuration, or with the state to resume.
+        CheckpointError: There is no run to resume.
+        ConfigError: A contradiction in the configuration, or with the state to resume; an argument of a wrong type; or
+            the folder holds a run already.
         DataError: The data cannot be read or does not fit.
         TrainingError: The loss is not finite; the last good state is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
+    config = _chosen(config, options, resume=resume)
+    if isinstance(backbone, str | os.PathLike):
+        config, backbone = config.replace(backbone=os.fspath(backbone)), None
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(config.device)) if world is None else world
+        console = Console(quiet=not (progress and world.leads))
+        show = stack.enter_context(show_training(console))
         if resume:
             # Before the backbone loads.
             _read_state(config)
+        if backbone is None:
+            console.info(f"loading {config.backbone} ...")
         run = _prepare(config, backbone, examples, dev_examples, world, resume=resume)
         events: list[Event] = run.resume() if resume else []
         stopping = stack.enter_context(_stop_requests())
         stack.enter_context(attach.checkpointing(run.backbone.model, config.gradient_checkpointing))
         for event in run.events(stopping, fresh=not resume):
             events.append(event)
+            show(event)
             if on_event is not None and world.leads:
                 on_event(event)
         return _result(run, events)
+
+
+def _chosen(config: TrainConfig | Mapping[str, Any] | None, options: Mapping[str, Any], *, resume: bool) -> TrainConfig:
+    """The run that is meant; one that is resumed without a configuration has its own, with the options over it."""
+    if resume and config is None:
+        return TrainConfig.from_toml(stored_config(options.get("output", TrainConfig.output)), **options)
+    return as_config(TrainConfig, config, options)
 
 
 def train_together(
@@ -374,9 +403,9 @@ def _until_pending(steps: Iterator[Event | _Pending], tell: Callable[[Event], No
 
 def _prepare(
     config: TrainConfig,
-    backbone: Backbone | None,
-    examples: Sequence[Example] | None,
-    dev_examples: Sequence[Example] | None,
+    backbone: BackboneLike | None,
+    examples: Sequence[ExampleLike] | None,
+    dev_examples: Sequence[ExampleLike] | None,
     world: World,
     *,
     resume: bool,
@@ -385,19 +414,26 @@ def _prepare(
     folder = Path(config.output)
     if not resume and world.leads and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE)):
         raise ConfigError(
-            f"{str(folder)!r} already holds a run.", hint="go on with --resume, choose another --output, or delete it."
+            f"{str(folder)!r} already holds a run.",
+            hint="go on with --resume (resume=True), choose another --output (output), or delete it.",
         )
-    if examples is None:
+    templates = config.source or None, config.target or None
+    if examples is not None:
+        examples = as_examples(examples, *templates)
+    else:
         parts = TASKS[config.task].parts if config.task in TASKS else ()
         if not config.train and config.task in TASKS and not parts:
             raise ConfigError("no training file is given.", hint="set train (--train FILE).")
         examples = _read(config, config.train or (*parts, "")[0], "train")
-    if dev_examples is None and config.dev:
-        dev_examples = _read(config, config.dev, "dev")
-    backbone = backbone or _load(config, world)
+    dev: list[Example] = []
+    if dev_examples is not None:
+        dev = as_examples(dev_examples, *templates, "development example")
+    elif config.dev:
+        dev = _read(config, config.dev, "dev")
+    backbone = _load(config, world) if backbone is None else as_backbone(backbone)
     if not config.trains_prefix:
         backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
-    dev = limit_targets(dev_examples or (), config.dev_limit)
+    dev = limit_targets(dev, config.dev_limit)
     if config.shard and (world.size == 1 or not config.trains_prefix or config.train_adapter):
         raise ConfigError(
             "shard splits a frozen backbone among several processes.",

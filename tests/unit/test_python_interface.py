@@ -48,7 +48,36 @@ def test_prefixes_of_several_kinds_and_none(calls: dict[str, Any]) -> None:
     assert calls["engine"]["value"] == 2
 
 
+TRAININGS = ("train: dicts", "train: a dict", "train: a config", "train: a name", "train: records", "train: silent")
+"""Runs that are the same, asked for in other ways."""
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_takes_what_users_have(calls: dict[str, Any], name: str) -> None:
+    losses, has_prefix, _ = calls["train"]["value"]
+    assert len(losses) == 2
+    assert has_prefix
+    assert calls[name]["value"][:2] == [losses, has_prefix]
+
+
+def test_training_shows_its_progress_unless_told_not_to(calls: dict[str, Any]) -> None:
+    shown = calls["train"]["value"][2]
+    assert "4 targets of 2 sources" in shown
+    assert "training: 2/2" in shown
+    assert calls["train: silent"]["value"][2] == ""
+
+
+def test_a_run_goes_on_with_its_own_configuration(calls: dict[str, Any]) -> None:
+    assert calls["train: go on"] == {"value": 3}
+
+
 MESSAGES = {
+    "train: again": ("ConfigError", "already holds a run"),
+    "train: a model": ("ConfigError", "(model, tokenizer)"),
+    "train: a number as config": ("ConfigError", "TrainConfig or a dict"),
+    "train: a number as examples": ("DataError", "3 (of type int)"),
+    "train: a dict without source": ("DataError", "unknown key 'text'"),
+    "train: nothing to resume": ("CheckpointError", "no run to resume"),
     "a bare model": ("ConfigError", "(model, tokenizer)"),
     "a pair the wrong way round": ("ConfigError", "in this order"),
     "no backbone": ("ConfigError", "the backbone is None"),
@@ -117,4 +146,5 @@ def test_what_is_wrong_gets_one_line(calls: dict[str, Any], name: str) -> None:
 def test_every_call_is_checked(calls: dict[str, Any]) -> None:
     shown = {"generate", "bare", "stream", "load_prefix", "load_backbone", "classify", "engine"}
     shown |= {"several prefixes", "several prefixes, ready-made"}
+    shown |= {"train", "train: go on", *TRAININGS}
     assert calls.keys() == shown | set(ALIKE) | MESSAGES.keys()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError
+from prefixtune.progress import show_training
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
@@ -118,7 +119,7 @@ def run_training(
     console.info(f"loading {config.backbone} ...")
     with _shown(console, as_json) as show:
         try:
-            return run(config, resume=resume, on_event=show, **given)
+            return run(config, resume=resume, progress=False, on_event=show, **given)
         except KeyboardInterrupt as stopped:
             resume_line = f"go on with `prefixtune train --resume --output {config.output}`."
             if str(stopped):
@@ -167,43 +168,13 @@ def run_training_together(
 
 
 @contextmanager
-def _shown(console: Console, as_json: bool) -> Iterator[Any]:
+def _shown(console: Console, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Show a run's events: as JSON lines, or as a progress bar and messages."""
-    with ExitStack() as stack:
-        bar: list[Any] = []
-        total = [0]
 
-        def show(event: dict[str, Any]) -> None:
-            if as_json:
-                # A reader such as `head` may leave; the training goes on.
-                with suppress(BrokenPipeError):
-                    print_json(event)
-                return
-            if event["event"] == "start":
-                total[0] = event["total_steps"]
-                cut = f", {event['num_cut']} sources cut to fit" if event["num_cut"] else ""
-                console.info(
-                    f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
-                    f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
-                    f"{event['dtype']} on {event['device']}"
-                )
-            if event["event"] == "resume":
-                total[0] = event["total_steps"]
-                console.info(f"resuming after step {event['step']} of {event['total_steps']}")
-            if event["event"] == "extend":
-                console.info(
-                    f"the run was planned with {event['planned']} steps; from here on the learning rate is that of "
-                    f"{event['total_steps']}"
-                )
-            if event["event"] == "step":
-                if not bar:
-                    bar.append(
-                        stack.enter_context(console.progress("training", total[0] or None, start=event["step"] - 1))
-                    )
-                rate = event["target_tokens"] / max(event["seconds"], 1e-9)
-                bar[0].update(event["step"], loss=round(event["loss_per_token"], 4), tokens_per_second=round(rate))
-            if event["event"] == "evaluation" and "loss" in event:
-                best = f"(best {event['best_loss']:.4f})"
-                console.info(f"step {event['step']}: development loss {event['loss']:.4f} per token {best}")
+    def print_event(event: dict[str, Any]) -> None:
+        # A reader such as `head` may leave; the training goes on.
+        with suppress(BrokenPipeError):
+            print_json(event)
 
-        yield show
+    with show_training(console) as show:
+        yield print_event if as_json else show

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.commands.shared import print_json, run_training, run_training_together
-from prefixtune.config import TrainConfig
+from prefixtune.config import TrainConfig, stored_config
 from prefixtune.console import Console
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import ConfigError
 from prefixtune.presets import preset
 
 __all__ = ["train"]
@@ -73,12 +73,7 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
     flags = {name: value for name, value in vars(options).items() if name in names}
     path = options.config
     if options.resume and path is None:
-        path = Path(flags.get("output", TrainConfig.output)) / "config.toml"
-        if not path.exists():
-            raise CheckpointError(
-                f"there is no run to resume in {str(path.parent)!r}.",
-                hint="name its folder with --output, or start it without --resume.",
-            )
+        path = stored_config(flags.get("output", TrainConfig.output))
     config = _read(path, {}, flags)
     if options.preset is None:
         return config

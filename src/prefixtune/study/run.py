@@ -473,6 +473,7 @@ class _Study:
             examples=examples,
             dev_examples=dev,
             resume=resume,
+            progress=False,
             on_event=told,
             # However many processes there are: each does cells of its own.
             world=ALONE,
