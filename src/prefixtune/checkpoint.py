@@ -184,8 +184,8 @@ def _check_fingerprint(
         raise BackboneError(
             f"{str(path)!r} was trained for {origin.get('name')!r} with other weights than {backbone.name!r} "
             f"(fingerprint {_short(origin['fingerprint'])} against {_short(backbone.fingerprint)}).",
-            hint="load the backbone that its header names, or pass allow_other_backbone "
-            "(--allow-other-backbone) if you know that they are close.",
+            hint="load the backbone that its header names; if you know that they are close: allow_other_backbone, or "
+            "--allow-other-backbone of `prefixtune generate`, `evaluate` and `export`.",
         )
 
 

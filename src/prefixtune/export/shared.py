@@ -42,7 +42,7 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
         raise ConfigError(
             f"the prefix is an {prefix.placement}, which stands between source and target; {target} gets prefixes in "
             "front of the text.",
-            hint="use `prefixtune generate`, or train with placement = 'front'.",
+            hint="use `prefixtune generate`, or train with --method prefix.",
         )
     if prefix.head is not None:
         raise ConfigError(

@@ -113,11 +113,13 @@ def _package(name: str, texts: Texts, metric: str, which: str) -> tuple[str, Pat
     except metadata.PackageNotFoundError as error:
         raise Unavailable(
             f"{name} is not installed, and {metric} needs it",
-            f"pip install {name}, and name a folder of model weights ({which}): none are fetched unasked",
+            f"pip install {name}, and name a folder of model weights ({which}) with `prefixtune score --weights "
+            f"{metric}=FOLDER`: none are fetched unasked",
         ) from error
     if metric not in texts.weights:
         raise Unavailable(
-            f"{metric} needs model weights, which are not fetched unasked", f"name their folder ({which})"
+            f"{metric} needs model weights, which are not fetched unasked",
+            f"name their folder ({which}) with `prefixtune score --weights {metric}=FOLDER`",
         )
     folder = Path(texts.weights[metric])
     if not folder.is_dir():
