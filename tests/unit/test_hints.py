@@ -78,15 +78,13 @@ def hints() -> Iterator[tuple[str, int, str]]:
         name = path.relative_to(SOURCE).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             found: list[ast.expr] = []
-            if isinstance(node, ast.keyword) and node.arg in ("hint", "remedy"):
-                found = [node.value]
-            elif isinstance(node, ast.Assign) and any(
-                isinstance(target, ast.Name) and ("hint" in target.id.lower() or target.id == "by_hand")
-                for target in node.targets
-            ):
-                found = [node.value]
-            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Unavailable", "KeyboardInterrupt"):
-                found = node.args[-1:]
+            match node:
+                case ast.keyword(arg="hint" | "remedy"):
+                    found = [node.value]
+                case ast.Assign(targets=[ast.Name(id=target)]) if "hint" in target.lower() or target == "by_hand":
+                    found = [node.value]
+                case ast.Call(func=ast.Name(id="Unavailable" | "KeyboardInterrupt")):
+                    found = node.args[-1:]
             for text in (text for value in found for text in texts_in(value)):
                 yield name, node.lineno if hasattr(node, "lineno") else found[0].lineno, text
 

@@ -42,13 +42,13 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
         raise ConfigError(
             f"the prefix is an {prefix.placement}, which stands between source and target; {target} gets prefixes in "
             "front of the text.",
-            hint="use `prefixtune generate`, or train with --method prefix.",
+            hint="use `prefixtune generate`, or `prefixtune train --method prefix`.",
         )
     if prefix.head is not None:
         raise ConfigError(
             f"the prefix comes with a head of {len(prefix.head.bias)} labels, which reads hidden states; {target} "
             "gives the scores of tokens.",
-            hint="train with --classifier words, whose labels are words that the model writes.",
+            hint="`prefixtune train --classifier words` makes labels of words that the model writes.",
         )
     if prefix.prefix_length == 0:
         raise ConfigError("the prefix has no positions (P = 0).", hint=f"give {target} the backbone alone.")
