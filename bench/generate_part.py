@@ -16,7 +16,7 @@ from prefixtune.backbone import load_backbone
 from prefixtune.batching import encode_prompts
 from prefixtune.generation import GenerateConfig, generate_ids
 from prefixtune.initialize import from_words
-from prefixtune.tasks import TextFormat
+from prefixtune.text_format import TextFormat
 
 WORDS = "Describe the restaurant in one sentence:"
 GOAL = 1.05

@@ -5,6 +5,7 @@ Shape annotations of the whole package are checked at run time, and no model hub
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,6 +126,24 @@ def tiny_backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any, enclosin
         return Backbone.from_model(tiny_models(name, **changes), tokenizer, f"tiny-{name}")
 
     return make
+
+
+@pytest.fixture
+def rewrite_header() -> Callable[..., Path]:
+    """A function: `rewrite_header(path, **fields)` changes a prefix file's header, as another program might."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from prefixtune.artifact import HEADER_KEY, checked_metadata
+
+    def rewrite(path: Path, **fields: Any) -> Path:
+        with safe_open(path, "pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            header = json.loads(handle.metadata()[HEADER_KEY])
+        save_file(tensors, path, checked_metadata(HEADER_KEY, {**header, **fields}, tensors))
+        return path
+
+    return rewrite
 
 
 @pytest.fixture

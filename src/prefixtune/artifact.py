@@ -28,6 +28,7 @@ from torch import Tensor
 from prefixtune.errors import CheckpointError, ConfigError, PrefixWarning
 from prefixtune.fingerprints import fingerprints_match
 from prefixtune.prefix import Geometry, Head, KeyValue, Prefix
+from prefixtune.text_format import read_text_format
 
 __all__ = [
     "FORMAT_VERSION",
@@ -97,7 +98,7 @@ _FIELDS: Mapping[str, type] = {
     "training": dict,
 }
 """Types of the header's fields, where they are given; what else stands there is kept as it is."""
-_WORDS = {str: "a text", dict: "an object", list: "a list of texts"}
+_WORDS: Mapping[type, str] = {str: "a text", dict: "an object", list: "a list of texts"}
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def check_header(header: Mapping[str, Any], what: str) -> None:
     """See to it that the fields which are read by others are of the types that they expect.
 
     Raises:
-        CheckpointError: One is not.
+        CheckpointError: One is not, or the text format cannot be used.
     """
     for field, kind in _FIELDS.items():
         name, _, inner = field.partition(".")
@@ -279,6 +280,10 @@ def check_header(header: Mapping[str, Any], what: str) -> None:
         raise CheckpointError(
             f"the header of {what} says labels, but not their kind, by and names.", hint="get the file again."
         )
+    try:
+        read_text_format(header)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} cannot be used: {error.message}", hint=error.hint) from error
 
 
 # --- the checksum -----------------------------------------------------------------------------------------------------

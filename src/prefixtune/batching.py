@@ -7,7 +7,7 @@ targets in the decoder's, and a source's targets share what the encoder made of 
 
 Models that cannot be packed (state-space layers mix all positions of a row) get padded rows.
 
-Knows the tokenizer through the backbone; knows nothing of prefixes, losses or optimizers.
+Knows the tokenizer through the backbone, and of a prefix its text format; knows nothing of losses or optimizers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.backbone import Backbone
+from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
 from prefixtune.packing import Group, Packing
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.prefix import Prefix
+from prefixtune.tasks import Example
+from prefixtune.text_format import TextFormat, cut_prompt, read_text_format
 
 __all__ = [
     "Batch",
@@ -38,12 +42,16 @@ __all__ = [
     "encode_examples",
     "encode_prompts",
     "ending_length",
+    "fit_prompt",
+    "format_of",
     "join",
     "pack",
     "pack_pairs",
     "pad",
     "plan_epoch",
     "position_limit",
+    "report_cut",
+    "training_format",
 ]
 
 
@@ -75,6 +83,12 @@ class Encoding:
     def num_targets(self) -> int:
         """Targets over all examples."""
         return sum(len(example.targets) for example in self.examples)
+
+    @property
+    def longest_target(self) -> int:
+        """Tokens of the longest target; 0 where labels are predicted."""
+        rows = (example.targets for example in self.examples if example.places is None)
+        return max((len(target) for targets in rows for target in targets), default=0)
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,37 @@ def check_texts(texts: Sequence[str]) -> None:
             raise RequestError(f"text {number} is {describe_value(text)}, not a string.", hint="write a list of texts.")
 
 
+def format_of(backbone: Backbone, prefix: Prefix | None, given: TextFormat | None = None) -> TextFormat:
+    """The text format of a request: as asked for, else the prefix's, else what suits the backbone.
+
+    Raises:
+        CheckpointError: That in the prefix's header cannot be used.
+    """
+    stored = None if prefix is None or given is not None else read_text_format(prefix.header)
+    return given or stored or default_format(backbone)
+
+
+def training_format(config: TrainConfig, backbone: Backbone, *, for_head: bool = False) -> TextFormat:
+    """The text format of a training run, as its header stores it.
+
+    Raises:
+        DataError: A template is one that no header may hold.
+    """
+    usual = default_format(backbone, for_head=for_head)
+    made = TextFormat(
+        config.prompt_format or usual.prompt,
+        config.target_format or usual.target,
+        backbone.separator,
+        backbone.end,
+        config.source,
+        config.target,
+        config.max_length,
+        config.on_too_long,
+    )
+    made.check_stored()
+    return made
+
+
 def encode_prompts(backbone: Backbone, text_format: TextFormat, sources: Sequence[str]) -> list[list[int]]:
     """Token ids of what stands before the targets, or of what an encoder reads."""
     return backbone.encode_sources([text_format.format_prompt(source, backbone.separator) for source in sources])
@@ -222,20 +267,82 @@ def encode_examples(
                     hint="raise max_length, or let on_too_long = 'cut' shorten the source.",
                 )
             cut += 1
-            prompt = prompt[: room - kept_ending] + prompt[len(prompt) - kept_ending :]
+            prompt = cut_prompt(prompt, room, kept_ending)
         encoded.append(Encoded(tuple(prompt), targets))
     return Encoding(tuple(encoded), cut)
 
 
 def ending_length(backbone: Backbone, text_format: TextFormat) -> int:
     """Tokens at a prompt's end that a cut leaves: what the format puts after the source, and special tokens."""
-    ending = text_format.prompt.split("{source}", 1)[1].replace("{separator}", backbone.separator)
+    ending = text_format.around(backbone.separator)[1]
     count = len(backbone.encode(ending))
     if backbone.kind != "decoder":
         special = set(backbone.tokenizer.all_special_ids)
         closing = backbone.encode_sources(["a"])[0][::-1]
         count += next((n for n, token in enumerate(closing) if token not in special), 0)
     return count
+
+
+def fit_prompt(
+    backbone: Backbone,
+    text_format: TextFormat,
+    prompt: Sequence[int],
+    *,
+    prefix_length: int,
+    new_tokens: int,
+    positions: int | None = None,
+    name: str = "the text",
+) -> list[int]:
+    """A prompt's tokens, with a source that is too long treated as in training.
+
+    One that does not fit the backbone is left as it is where its format says `error`: whoever computes it refuses it.
+
+    Args:
+        backbone: Whose tokenizer and positions count.
+        text_format: Says what becomes of long sources, and how long they may be.
+        prompt: As `encode_prompts` makes it.
+        prefix_length: P; the prefix takes as many of a decoder-only backbone's positions.
+        new_tokens: Most tokens that are to be generated.
+        positions: Of the whole, the prefix included; None: the backbone's.
+        name: What to call the text, in messages.
+
+    Raises:
+        RequestError: It is longer than the training allowed, and is not to be cut; or nothing of its source would stay.
+    """
+    whole = backbone.max_positions if positions is None else positions
+    left = None if whole is None else whole - backbone.taken_positions(prefix_length)
+    apart = backbone.kind == "encoder-decoder"
+    room = text_format.source_room(left, new_tokens, apart=apart)
+    if room is None or len(prompt) <= room:
+        return list(prompt)
+    if text_format.on_too_long == "error":
+        allowed = text_format.source_room(None, new_tokens, apart=apart)
+        if allowed is not None and len(prompt) > allowed:
+            raise RequestError(
+                f"{name} takes {len(prompt)} tokens, but max_length {text_format.max_length} allows {allowed}.",
+                hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
+            )
+        return list(prompt)
+    ending = ending_length(backbone, text_format)
+    if room < ending + 1:
+        raise RequestError(
+            f"{name} takes {len(prompt)} tokens, but the positions leave room for {max(room, 0)} beside "
+            f"{new_tokens} new ones, and a cut would leave nothing of its source.",
+            hint="lower max_new_tokens, or raise max_length.",
+        )
+    return cut_prompt(prompt, room, ending)
+
+
+def report_cut(
+    before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], on_cut: Callable[[Sequence[int]], None] | None
+) -> None:
+    """Tell which prompts were cut, counted from 0; by a warning where nobody listens."""
+    cut = [number for number, (whole, ids) in enumerate(zip(before, after, strict=True)) if len(ids) < len(whole)]
+    if cut and on_cut is not None:
+        on_cut(cut)
+    elif cut:
+        # To whoever called `generate` or `classify`.
+        warnings.warn(f"{len(cut)} of {len(after)} sources were cut to fit (on_too_long is 'cut').", stacklevel=4)
 
 
 def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> int:

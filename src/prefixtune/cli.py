@@ -271,6 +271,20 @@ def _decoding(parser: _Parser) -> None:
         "--compile", action="store_true", default=argparse.SUPPRESS, help="compile the decoding step (--cache static)"
     )
     group.add_argument(
+        "--max-length",
+        dest="max_total_length",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="positions of source and target together; longer sources are too long (default: as in training)",
+    )
+    group.add_argument(
+        "--on-too-long",
+        default=argparse.SUPPRESS,
+        metavar="{cut,error}",
+        help="cut a source that is too long (counted), or refuse (default: as in training; bare model: error)",
+    )
+    group.add_argument(
         "--ban-newlines", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="never break the line"
     )
     group = parser.add_argument_group("backbone")

@@ -23,12 +23,13 @@ from prefixtune.checkpoint import PrefixLike, as_prefix
 from prefixtune.config import as_config
 from prefixtune.errors import ConfigError, DataError, PrefixError, did_you_mean
 from prefixtune.files import check_writable, write_text
-from prefixtune.generation import GenerateConfig, generate
+from prefixtune.generation import GenerateConfig, generate, prepare_prompts
 from prefixtune.labelling import Labels, classify, labels_of, tag
 from prefixtune.machine import describe_machine, versions
 from prefixtune.metrics import METRICS, PROTOCOLS, Measurement, Score, accuracy, macro_f1, measure, span_f1
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import Example, ExampleLike, TextFormat, as_examples, label_names, references_of
+from prefixtune.tasks import Example, ExampleLike, as_examples, label_names, references_of
+from prefixtune.text_format import TextFormat
 from prefixtune.variants import weights
 
 __all__ = ["Evaluation", "GroupScores", "evaluate", "summarize", "with_shots", "write_evaluation"]
@@ -60,6 +61,7 @@ class Evaluation:
         groups: Grouping -> group -> its scores, where examples are grouped (category, seen or unseen, ...).
         left_out: Metric -> why it could not be computed here.
         seconds: What decoding took; of one that was stopped and went on, all of it.
+        num_cut: Sources that were cut to fit.
     """
 
     scores: dict[str, Score]
@@ -67,6 +69,7 @@ class Evaluation:
     groups: dict[str, dict[str, GroupScores]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    num_cut: int = 0
 
 
 def evaluate(
@@ -82,6 +85,7 @@ def evaluate(
     intervals: bool = False,
     kept: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
 ) -> Evaluation:
     """Generate for every example, and score the outputs against its targets.
@@ -102,10 +106,12 @@ def evaluate(
         intervals: Also give each score's bootstrap interval.
         kept: A file that keeps what is decoded as it comes; an evaluation that finds it goes on from there.
         on_batch: Told after each batch how many examples are done.
+        on_cut: Told before the work which sources were cut to fit, counted from 0, where any were.
         **options: Fields of `GenerateConfig`, in place of `config`.
 
     Raises:
         DataError: There is no example, or one is wrong or has no target.
+        RequestError: A source is too long, and not to be cut; before any work is done.
         ConfigError: `kept` holds the outputs of another evaluation; a metric or the protocol is unknown; intervals
             were asked for of labels or tags; or an argument is of a wrong type.
     """
@@ -120,6 +126,13 @@ def evaluate(
             )
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
+    cuts: list[int] = []
+
+    def keep_cut(numbers: Sequence[int]) -> None:
+        cuts.extend(numbers)
+        if on_cut is not None:
+            on_cut(numbers)
+
     labels = labels_of(prefix)
     if labels is None and kind != "generation":
         if kind == "tagging":
@@ -130,13 +143,16 @@ def evaluate(
             raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
         shared: dict[str, Any] = {"text_format": text_format, "on_batch": on_batch}
         shared["batch_size"] = decoding.batch_size
-        return _evaluate_labels(backbone, examples, prefix, labels, shared)
+        if labels.kind == "classification":
+            lengths = {"max_total_length": decoding.max_total_length, "on_too_long": decoding.on_too_long}
+            shared |= {**lengths, "on_cut": keep_cut}
+        return dataclasses.replace(_evaluate_labels(backbone, examples, prefix, labels, shared), num_cut=len(cuts))
     # Before the work and not after it.
     metrics = (metrics,) if isinstance(metrics, str) else metrics
     _check_names(protocol, metrics)
     if kept is not None:
         check_writable(kept)
-    outputs, seconds = _decode(backbone, examples, prefix, text_format, decoding, kept, on_batch)
+    outputs, seconds = _decode(backbone, examples, prefix, text_format, decoding, kept, on_batch, keep_cut)
     left_out: dict[str, str] = {}
     measured = _measure(outputs, examples, protocol, metrics, left_out)
     level = 0.95 if intervals else None
@@ -146,6 +162,7 @@ def evaluate(
         _score_groups(measured, examples),
         left_out,
         seconds,
+        len(cuts),
     )
 
 
@@ -201,8 +218,12 @@ def _decode(
     config: GenerateConfig,
     kept: Path | None,
     on_batch: Callable[[int], None] | None,
+    on_cut: Callable[[Sequence[int]], None],
 ) -> tuple[list[str], float]:
     """One output per example, and the seconds that it took; texts of like length share a batch."""
+    sources = [example.source for example in examples]
+    # Every length is checked, and every cut counted, before the first batch.
+    prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
     order = sorted(range(len(examples)), key=lambda number: len(examples[number].source))
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     digest = "" if kept is None else _digest(backbone, examples, prefix, text_format, config)
@@ -212,11 +233,10 @@ def _decode(
     for number, batch in enumerate(batches):
         if any(place not in outputs for place in batch):
             chosen = config if config.seed is None else dataclasses.replace(config, seed=config.seed + number)
-            texts = [examples[place].source for place in batch]
+            shared: dict[str, Any] = {"text_format": text_format, "config": chosen, "on_cut": lambda _: None}
+            texts = [sources[place] for place in batch]
             began = time.perf_counter()
-            made = dict(
-                zip(batch, generate(backbone, texts, prefix, text_format=text_format, config=chosen), strict=True)
-            )
+            made = dict(zip(batch, generate(backbone, texts, prefix, **shared), strict=True))
             took = time.perf_counter() - began
             outputs.update(made)
             seconds += took
@@ -429,6 +449,7 @@ def summarize(outcome: Evaluation) -> dict[str, Any]:
             for grouping, groups in outcome.groups.items()
         },
         "left_out": outcome.left_out,
+        "num_cut": outcome.num_cut,
     }
 
 

@@ -20,21 +20,21 @@ import torch
 from prefixtune import attach
 from prefixtune.attach import check_fits
 from prefixtune.backbone import Backbone, BackboneLike, as_backbone
-from prefixtune.batching import check_texts, default_format, encode_prompts
+from prefixtune.batching import check_texts, encode_prompts, fit_prompt, format_of, report_cut
 from prefixtune.checkpoint import PrefixLike, as_prefix
 from prefixtune.config import as_config, check_names, fit_types
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import TextFormat
+from prefixtune.text_format import POLICIES, TextFormat
 
-__all__ = ["GenerateConfig", "format_of", "generate", "generate_ids", "stream"]
+__all__ = ["GenerateConfig", "Prompts", "generate", "generate_ids", "prepare_prompts", "stream"]
 
 _HINT = "`prefixtune generate --help` explains the options."
 _STOPPING = "`stop` takes strings that end an output; the end token always does."
 _NARROWING = "top_k and top_p narrow what is sampled from."
 _ELSEWHERE = {
     "do_sample": "set temperature above 0 to sample; 0 (the default) is greedy.",
-    "max_length": "max_new_tokens counts what is generated, without the text before it.",
+    "max_length": "max_new_tokens counts what is generated; max_total_length says when a source is too long.",
     "max_tokens": "it is called max_new_tokens here.",
     "min_length": "min_new_tokens counts what is generated, without the text before it.",
     "num_return_sequences": "give a text several times, as in [text] * 3, with a temperature above 0.",
@@ -76,6 +76,8 @@ class GenerateConfig:
         compile: Compile the decoding step with torch.compile; needs the static cache.
         prompt_lookup: Guess up to this many tokens from what the text already holds, and check them in one pass; 0: no
             guessing. Texts go one at a time.
+        max_total_length: Positions of source and target together (of each, for an encoder-decoder); 0: as in training.
+        on_too_long: `cut` a source that is too long, or raise an `error`; empty: as in training.
 
     Raises:
         ConfigError: Values that are not allowed; all faults at once.
@@ -96,6 +98,8 @@ class GenerateConfig:
     cache: str = "dynamic"
     compile: bool = False
     prompt_lookup: int = 0
+    max_total_length: int = 0
+    on_too_long: str = ""
 
     def __new__(cls, *_: Any, **values: Any) -> GenerateConfig:
         """Refuse unknown names, with the nearest known one."""
@@ -124,6 +128,8 @@ class GenerateConfig:
             (self.cache in ("dynamic", "static"), "cache", "dynamic or static"),
             (not self.compile or self.cache == "static", "compile", "False unless cache is 'static'"),
             (self.prompt_lookup >= 0, "prompt_lookup", "0 (none) or above"),
+            (self.max_total_length >= 0, "max_total_length", "0 (as in training) or above"),
+            (self.on_too_long in ("", *POLICIES), "on_too_long", "cut or error"),
         ]
         faults = [
             f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good
@@ -146,19 +152,60 @@ class GenerateConfig:
         return cls(**values)
 
 
-def format_of(prefix: Prefix | None, default: TextFormat | None = None) -> TextFormat:
-    """The text format that a prefix was trained with, from its header."""
-    stored = None if prefix is None else prefix.header.get("text_format")
-    if isinstance(stored, Mapping) and default is None:
-        return TextFormat.from_dict({k: v for k, v in stored.items() if k in ("prompt", "target")})
-    return default or TextFormat()
+@dataclass(frozen=True)
+class Prompts:
+    """Texts as token ids, checked and cut.
+
+    Attributes:
+        ids: Of each text.
+        formats: Of each text.
+    """
+
+    ids: tuple[list[int], ...]
+    formats: tuple[TextFormat, ...]
 
 
-def _format(backbone: Backbone, prefix: Prefix | None, given: TextFormat | None) -> TextFormat:
-    """The text format of a request: as asked for, else the prefix's, else what suits the backbone."""
-    if given is None and (prefix is None or "text_format" not in prefix.header):
-        return default_format(backbone)
-    return format_of(prefix, given)
+def prepare_prompts(
+    backbone: Backbone,
+    texts: Sequence[str],
+    prefixes: Sequence[Prefix | None],
+    config: GenerateConfig,
+    text_format: TextFormat | None = None,
+    *,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
+) -> Prompts:
+    """Format, tokenize, and cut or check all texts, before any of them is computed.
+
+    Args:
+        backbone: The frozen model.
+        texts: Sources, as in training.
+        prefixes: One per text.
+        config: How to decode, and what becomes of long sources.
+        text_format: The text around a source; None: what each prefix was trained with.
+        on_cut: Told which sources were cut to fit, counted from 0, where any were; None: a warning says so.
+
+    Raises:
+        RequestError: A text does not fit, and is not to be cut.
+        BackboneError: A prefix does not fit the backbone.
+        CheckpointError: A prefix's header holds a text format that cannot be used.
+    """
+    by_prefix = {id(prefix): format_of(backbone, prefix, text_format) for prefix in prefixes}
+    formats = [by_prefix[id(prefix)].with_lengths(config.max_total_length, config.on_too_long) for prefix in prefixes]
+    whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
+    ids = [
+        fit_prompt(
+            backbone,
+            form,
+            prompt,
+            prefix_length=0 if prefix is None else prefix.length(),
+            new_tokens=config.max_new_tokens,
+            name=f"text {number}",
+        )
+        for number, (prompt, form, prefix) in enumerate(zip(whole, formats, prefixes, strict=True), start=1)
+    ]
+    _check_requests(backbone, ids, prefixes, config)
+    report_cut(whole, ids, on_cut)
+    return Prompts(tuple(ids), tuple(formats))
 
 
 def generate(
@@ -170,6 +217,7 @@ def generate(
     config: GenerateConfig | Mapping[str, Any] | None = None,
     assistant: BackboneLike | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue texts, each with its own prefix.
@@ -184,6 +232,8 @@ def generate(
         assistant: A smaller model with the same tokenizer that guesses tokens for the backbone to check; the output is
             the same. Texts go one at a time.
         on_batch: Told after each batch how many texts are done.
+        on_cut: Told before the work which sources were cut to fit, counted from 0, where any were; None: a warning
+            says so.
         **options: Fields of `GenerateConfig`, in place of `config`.
 
     Returns:
@@ -201,13 +251,14 @@ def generate(
     backbone = as_backbone(backbone)
     assistant = None if assistant is None else as_backbone(assistant)
     prefixes = _per_text(prefix, len(texts), backbone)
-    formats = [_format(backbone, p, text_format) for p in prefixes]
-    prompts = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
-    outputs = generate_ids(backbone, prompts, prefixes, config=chosen, assistant=assistant, on_batch=on_batch)
-    return [
-        form.extract_target(_cut_at_stop(backbone.decode(ids), chosen.stop))
-        for ids, form in zip(outputs, formats, strict=True)
-    ]
+    prompts = prepare_prompts(backbone, texts, prefixes, chosen, text_format, on_cut=on_cut)
+    outputs = generate_ids(backbone, prompts.ids, prefixes, config=chosen, assistant=assistant, on_batch=on_batch)
+    return [_read_output(backbone, ids, form, chosen) for ids, form in zip(outputs, prompts.formats, strict=True)]
+
+
+def _read_output(backbone: Backbone, ids: list[int], text_format: TextFormat, config: GenerateConfig) -> str:
+    """The target within generated tokens."""
+    return text_format.extract_target(_cut_at_stop(backbone.decode(ids), config.stop))
 
 
 def stream(
@@ -217,6 +268,7 @@ def stream(
     *,
     text_format: TextFormat | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """Continue one text, yielding pieces as they are decided; the pieces joined equal `generate`'s output.
@@ -235,12 +287,13 @@ def stream(
         raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
-    form = _format(backbone, prefix, text_format)
-    if form.target.replace("{target}", "").strip():
+    prompts = prepare_prompts(backbone, [text], [prefix], chosen, text_format, on_cut=on_cut)
+    form, prompt = prompts.formats[0], prompts.ids[0]
+    if any(form.target_words):
         # Words around the target can be taken off the whole output only.
-        yield generate(backbone, [text], prefix, text_format=form, config=chosen)[0]
+        (ids,) = generate_ids(backbone, [prompt], [prefix], config=chosen)
+        yield _read_output(backbone, ids, form, chosen)
         return
-    prompt = encode_prompts(backbone, form, [text])[0]
     streamer = _Streamer(backbone, chosen.stop)
 
     def work() -> None:

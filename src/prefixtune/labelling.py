@@ -23,16 +23,19 @@ from prefixtune.batching import (
     Encoding,
     check_texts,
     collate,
-    default_format,
     encode_prompts,
     ending_length,
+    fit_prompt,
+    format_of,
     position_limit,
+    report_cut,
 )
 from prefixtune.checkpoint import PrefixLike, as_prefix
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value, did_you_mean
 from prefixtune.loss import batch_loss
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import Example, TextFormat, check_labels, check_tags, label_names, tag_names
+from prefixtune.tasks import Example, check_labels, check_tags, label_names, tag_names
+from prefixtune.text_format import TextFormat, cut_prompt
 
 __all__ = [
     "Labels",
@@ -188,13 +191,12 @@ def encode_labelled(
                     hint="raise max_length, or let on_too_long = 'cut' shorten it.",
                 )
             cut += 1
-            ending = ending_length(backbone, text_format)
-            kept = limit - ending
+            kept = limit - ending_length(backbone, text_format)
             if tagging:
                 places = [place for place in places if place < kept]
             else:
                 places = [place if place < kept else place - len(prompt) + limit for place in places]
-            prompt = prompt[:kept] + prompt[len(prompt) - ending :]
+            prompt = cut_prompt(prompt, limit, limit - kept)
         targets = tuple(numbers[name] for name in names[: len(places)])
         encoded.append(Encoded(tuple(prompt), (targets,), tuple(places)))
     return Encoding(tuple(encoded), cut)
@@ -216,8 +218,7 @@ def _prompt(
     made = backbone.tokenizer(
         text, add_special_tokens=backbone.kind != "decoder", return_offsets_mapping=True, verbose=False
     )
-    begin = text_format.prompt.split("{source}", 1)[0].replace("{separator}", backbone.separator)
-    places, start = [], len(begin)
+    places, start = [], len(text_format.around(backbone.separator)[0])
     for token in tokens:
         stop = start + len(token)
         inside = [n for n, (a, b) in enumerate(made["offset_mapping"]) if a < stop and b > start and b > a]
@@ -238,7 +239,10 @@ def classify(
     labels: Sequence[str] | None = None,
     text_format: TextFormat | None = None,
     batch_size: int = 16,
+    max_total_length: int = 0,
+    on_too_long: str = "",
     on_batch: Callable[[int], None] | None = None,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Prediction]:
     """Tell each text's label, and how likely every label is.
 
@@ -250,7 +254,11 @@ def classify(
         labels: For the bare model: what to tell apart.
         text_format: The text around a source; None: what the prefix was trained with.
         batch_size: Texts per batch.
+        max_total_length: Positions of a text; 0: as in training.
+        on_too_long: `cut` a text that is too long, or raise an `error`; empty: as in training.
         on_batch: Told after each batch how many texts are done.
+        on_cut: Told before the work which texts were cut to fit, counted from 0, where any were; None: a warning
+            says so.
 
     Raises:
         ConfigError: The prefix is for something else, or there are no labels.
@@ -263,16 +271,22 @@ def classify(
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     chosen = _labels("classification", prefix, labels)
-    form = _format(backbone, prefix, text_format)
+    form = format_of(backbone, prefix, text_format).with_lengths(max_total_length, on_too_long)
     if prefix is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
-    prompts = encode_prompts(backbone, form, list(texts)) if texts else []
+    whole = encode_prompts(backbone, form, list(texts)) if texts else []
     answers: list[tuple[int, ...]] = []
     if chosen.by == "words":
         if backbone.kind == "encoder":
             raise ConfigError(f"{backbone.name!r} is an encoder and writes no words.", hint="train a head with it.")
         answers = [tuple(ids) for ids in backbone.encode_targets([form.format_target(word) for word in chosen.words])]
     room = max((len(answer) for answer in answers), default=0) if backbone.kind == "decoder" else 0
+    length = 0 if prefix is None else prefix.length()
+    prompts = [
+        fit_prompt(backbone, form, prompt, prefix_length=length, new_tokens=room, name=f"text {number}")
+        for number, prompt in enumerate(whole, start=1)
+    ]
+    report_cut(whole, prompts, on_cut)
     _check_lengths(backbone, prefix, [len(prompt) + room for prompt in prompts])
     predictions: list[Prediction] = []
     for start in range(0, len(prompts), batch_size):
@@ -319,7 +333,7 @@ def tag(
     if loaded is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     chosen = _labels("tagging", loaded, None)
-    form = _format(backbone, loaded, text_format)
+    form = format_of(backbone, loaded, text_format)
     check_fits(loaded, backbone.geometry, backbone.name)
     for number, tokens in enumerate(texts):
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
@@ -348,15 +362,6 @@ def _labels(kind: str, prefix: Prefix | None, given: Sequence[str] | None) -> La
         f"{what} cannot be used for {kind}{' with given labels' if given else ''}.",
         hint=f"give a prefix that was trained for {kind}, or for the bare model a list of labels.",
     )
-
-
-def _format(backbone: Backbone, prefix: Prefix | None, given: TextFormat | None) -> TextFormat:
-    stored = {} if prefix is None else prefix.header.get("text_format") or {}
-    if given is not None:
-        return given
-    if not stored:
-        return default_format(backbone)
-    return TextFormat.from_dict({k: v for k, v in stored.items() if k in ("prompt", "target")})
 
 
 def _check_lengths(backbone: Backbone, prefix: Prefix | None, lengths: Sequence[int]) -> None:

@@ -28,13 +28,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prefixtune import __version__, attach
 from prefixtune.backbone import Backbone
-from prefixtune.batching import default_format, encode_examples
+from prefixtune.batching import encode_examples, training_format
 from prefixtune.checkpoint import make_header, save_prefix
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.loss import token_losses
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks import Example
+from prefixtune.text_format import TextFormat
 from prefixtune.training import PREFIX_FILE, build_module
 
 __all__ = ["Collator", "PrefixModel"]
@@ -80,8 +81,7 @@ class PrefixModel(nn.Module):
         # Trainers write settings of their own into these.
         self.config = copy.deepcopy(backbone.model.config)
         self.generation_config = copy.deepcopy(getattr(backbone.model, "generation_config", None))
-        usual = default_format(backbone)
-        self.text_format = TextFormat(config.prompt_format or usual.prompt, config.target_format or usual.target)
+        self.text_format = training_format(config, backbone)
         if backbone.kind == "decoder":
             # A row's first label is never predicted: tells `Trainer` not to count it.
             self.loss_type = "ForCausalLM"
@@ -206,12 +206,7 @@ class PrefixModel(nn.Module):
             backbone,
             task=config.task,
             method=config.method,
-            text_format={
-                **self.text_format.to_dict(),
-                "separator": backbone.separator,
-                "end": backbone.end,
-                "source": config.source,
-            },
+            text_format=self.text_format.to_dict(),
             initialization=self.initialization,
             training={
                 "backbone_dtype": str(backbone.dtype).removeprefix("torch."),

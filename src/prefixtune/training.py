@@ -12,6 +12,7 @@ Knows nothing of what the examples mean.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -32,7 +33,17 @@ from torch import Tensor
 
 from prefixtune import __version__, attach
 from prefixtune.backbone import Backbone, BackboneLike, as_backbone, load_backbone
-from prefixtune.batching import Batch, Encoded, Encoding, collate, default_format, encode_examples, join, plan_epoch
+from prefixtune.batching import (
+    Batch,
+    Encoded,
+    Encoding,
+    collate,
+    default_format,
+    encode_examples,
+    join,
+    plan_epoch,
+    training_format,
+)
 from prefixtune.checkpoint import (
     load_prefix,
     load_state,
@@ -54,7 +65,8 @@ from prefixtune.parallel import ALONE, World, joined, shard
 from prefixtune.prefix import Prefix
 from prefixtune.progress import show_training
 from prefixtune.reparam import PrefixModule, PromptModule, fit
-from prefixtune.tasks import TASKS, Example, ExampleLike, TextFormat, as_examples, limit_targets, read_task
+from prefixtune.tasks import TASKS, Example, ExampleLike, as_examples, limit_targets, read_task
+from prefixtune.text_format import TextFormat, read_text_format
 from prefixtune.tuning import Tuning, load_tuned_weights, settle, tune, tuned_weights
 
 __all__ = [
@@ -528,8 +540,7 @@ def load_tuned(path: str | Path, **options: Any) -> tuple[Backbone, TextFormat]:
         )
     backbone = tune(backbone, Tuning(header["method"], header["method_size"]))
     load_tuned_weights(backbone, tensors)
-    form = {k: v for k, v in header["text_format"].items() if k in ("prompt", "target")}
-    return settle(backbone), TextFormat.from_dict(form)
+    return settle(backbone), read_text_format(header) or default_format(backbone)
 
 
 def _labels(
@@ -606,9 +617,9 @@ class _Run:
         self.config, self.backbone, self.folder, self.world = config, backbone, Path(config.output), world
         self.labels = _labels(config, backbone, examples, dev_examples)
         by_head = self.labels is not None and self.labels.by == "head"
-        usual = default_format(backbone, for_head=by_head)
-        self.format = TextFormat(config.prompt_format or usual.prompt, config.target_format or usual.target)
+        self.format = training_format(config, backbone, for_head=by_head)
         self.data = self._encode(examples)
+        self.format = dataclasses.replace(self.format, longest_target=self.data.longest_target)
         self.dev = self._encode(dev_examples) if dev_examples else None
         self.data_digest = _digest(self.data, self.dev)
         num_labels = len(self.labels.names) if by_head and self.labels is not None else 0
@@ -856,12 +867,7 @@ class _Run:
             task=config.task,
             method=config.method,
             **self._placement,
-            text_format={
-                **self.format.to_dict(),
-                "separator": self.backbone.separator,
-                "end": self.backbone.end,
-                "source": config.source,
-            },
+            text_format=self.format.to_dict(),
             **({} if self.labels is None else {"labels": self.labels.to_dict()}),
             initialization=self.initialization,
             training={

@@ -21,6 +21,7 @@ from prefixtune.backbone import load_backbone
 from prefixtune.checkpoint import load_prefix
 from prefixtune.generation import generate
 from prefixtune.server.keys import hash_key
+from prefixtune.tasks import TASKS
 from prefixtune.tasks.e2e import linearize
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} "}
@@ -62,6 +63,8 @@ def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
         description="answers in a frame",
         text_format={"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"},
     )
+    # Of one whose file stores no text format, prompts and chats go as they do to the bare backbone.
+    make_prefix(backbone, prefixes / "plain.safetensors", 8)
     (prefixes / "broken.safetensors").write_bytes(b"nothing of the kind")
     server = LiveServer(folder / MODEL, prefixes, "--max-body-kib", "64").wait()
     yield server
@@ -74,12 +77,21 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def target(backbone: Any, folder: Path, source: str, name: str, length: int) -> str:
+    """What `prefixtune generate` gives for a source, greedily."""
+    prefix = load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
+    customs = {name: TASKS[prefix.header["task"]].decoding.get(name) for name in ("min_new_tokens", "ban_newlines")}
+    given = {name: value for name, value in customs.items() if value is not None}
+    (written,) = generate(backbone, [source], prefix, max_new_tokens=length, **given)
+    return written
+
+
 # --- OpenAI's client --------------------------------------------------------------------------------------------------
 
 
 def test_models_are_listed_and_shown(client: openai.OpenAI) -> None:
     models = {model.id: model for model in client.models.list()}
-    assert list(models) == [MODEL, "facts", "mine", "other-pubs", "pubs", "worded"]
+    assert list(models) == [MODEL, "facts", "mine", "other-pubs", "plain", "pubs", "worded"]
     assert models["worded"].model_dump()["description"] == "answers in a frame"
     shown = client.models.retrieve("pubs").model_dump()
     assert shown["task"] == "e2e"
@@ -90,21 +102,59 @@ def test_models_are_listed_and_shown(client: openai.OpenAI) -> None:
 
 def test_a_completion_is_what_the_engine_writes_alone(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
     prompt = "Two trains to Oldbridge"
-    for name in ("pubs", "facts", MODEL):
+    for name in ("plain", MODEL, "pubs", "facts"):
         answer = client.completions.create(model=name, prompt=prompt, max_tokens=20, temperature=0)
-        wanted = alone(
-            backbone, folder / "prefixes", backbone.encode(prompt), None if name == MODEL else name, max_new_tokens=20
-        )
+        if name in ("pubs", "facts"):
+            wanted, read = target(backbone, folder, prompt, name, 20), len(f" {prompt} ") + 1
+        else:
+            given = None if name == MODEL else name
+            wanted, read = (
+                alone(backbone, folder / "prefixes", backbone.encode(prompt), given, max_new_tokens=20),
+                len(prompt),
+            )
         assert answer.choices[0].text == wanted
         assert answer.choices[0].finish_reason == "length"
         # The prefix's positions are not counted.
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens == len(prompt)
+        assert answer.usage.prompt_tokens == read
         assert answer.usage.completion_tokens == 20
     ids = client.completions.create(model="pubs", prompt=backbone.encode(prompt), max_tokens=20, temperature=0)
+    assert ids.choices[0].text == alone(
+        backbone, folder / "prefixes", backbone.encode(prompt), "pubs", max_new_tokens=20
+    )
     texts = client.completions.create(model="pubs", prompt=[prompt, "x"], max_tokens=20, temperature=0, n=2)
     assert [choice.index for choice in texts.choices] == [0, 1, 2, 3]
-    assert texts.choices[0].text == texts.choices[1].text == ids.choices[0].text
+    assert texts.choices[0].text == texts.choices[1].text == target(backbone, folder, prompt, "pubs", 20)
+    assert texts.choices[2].text == target(backbone, folder, "x", "pubs", 20)
+
+
+def test_the_same_source_gives_the_same_text_everywhere(
+    client: openai.OpenAI, server: LiveServer, backbone: Any, folder: Path
+) -> None:
+    source = "Aromi: soup"
+    for name in ("pubs", "facts", "mine", "worded"):
+        wanted = target(backbone, folder, source, name, 24)
+        options: dict[str, Any] = {"model": name, "max_tokens": 24, "temperature": 0}
+        messages: Any = [{"role": "user", "content": source}]
+        assert server.post(f"/v1/tasks/{name}", {"source": source, "max_tokens": 24})[1]["output"] == wanted
+        assert client.completions.create(prompt=source, **options).choices[0].text == wanted
+        assert client.chat.completions.create(messages=messages, **options).choices[0].message.content == wanted
+        pieces = client.completions.create(prompt=source, stream=True, **options)
+        assert "".join(piece.choices[0].text for piece in pieces) == wanted
+        chunks = client.chat.completions.create(messages=messages, stream=True, **options)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+
+
+def test_a_chat_that_a_prefix_cannot_carry(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "pubs", "max_tokens": 5}
+    for before in ({"role": "system", "content": "be kind"}, {"role": "user", "content": "earlier"}):
+        messages: Any = [before, {"role": "user", "content": "a"}]
+        with pytest.raises(openai.BadRequestError, match="1 messages stand before") as caught:
+            client.chat.completions.create(messages=messages, **options)
+        assert (caught.value.param, caught.value.code) == ("messages", "messages_not_carried")
+    wrong: Any = [{"role": "assistant", "content": "a"}]
+    with pytest.raises(openai.BadRequestError, match="must be the user's"):
+        client.chat.completions.create(messages=wrong, **options)
 
 
 def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
@@ -130,7 +180,7 @@ def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
 
 
 def test_white_space_around_a_text_is_the_models_own(client: openai.OpenAI) -> None:
-    options: dict[str, Any] = {"model": "pubs", "prompt": "Hello", "max_tokens": 6, "n": 32, "temperature": 2}
+    options: dict[str, Any] = {"model": "plain", "prompt": "Hello", "max_tokens": 6, "n": 32, "temperature": 2}
     spaced = set()
     for seed in range(20):
         whole = [choice.text for choice in client.completions.create(**options, seed=seed).choices]
@@ -147,10 +197,10 @@ def test_white_space_around_a_text_is_the_models_own(client: openai.OpenAI) -> N
 
 def test_a_chat_goes_through_the_backbones_template(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
     messages: Any = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hello!"}]
-    options: dict[str, Any] = {"model": "facts", "messages": messages, "max_tokens": 30, "temperature": 0}
+    options: dict[str, Any] = {"model": "plain", "messages": messages, "max_tokens": 30, "temperature": 0}
     whole = client.chat.completions.create(**options)
     prompt = "[system]be kind</s>[user]Hello!</s>[assistant]"
-    text = alone(backbone, folder / "prefixes", backbone.encode(prompt), "facts", max_new_tokens=30)
+    text = alone(backbone, folder / "prefixes", backbone.encode(prompt), "plain", max_new_tokens=30)
     assert whole.choices[0].message.content == text
     assert whole.choices[0].message.role == "assistant"
     chunks = list(client.chat.completions.create(**options, stream=True))
@@ -392,9 +442,9 @@ def test_a_body_that_never_comes_is_not_waited_for_by_others(server: LiveServer)
 def test_two_hundred_connections_at_once_get_their_own_answers(server: LiveServer, backbone: Any, folder: Path) -> None:
     names = ("pubs", "other-pubs", "facts", "mine", MODEL)
     wanted = {
-        (name, letter): alone(
-            backbone, folder, backbone.encode(letter * 3), None if name == MODEL else name, max_new_tokens=8
-        )
+        (name, letter): alone(backbone, folder / "prefixes", backbone.encode(letter * 3), None, max_new_tokens=8)
+        if name == MODEL
+        else target(backbone, folder, letter * 3, name, 8)
         for name in names
         for letter in "abcd"
     }
@@ -433,7 +483,7 @@ def test_the_log_is_json_and_holds_no_prompts(server: LiveServer) -> None:
     time.sleep(0.2)
     asked = [line for line in server.lines if line["event"] == "request" and line["path"] == "/v1/completions"]
     assert {"id", "key", "model", "status", "seconds", "prompt_tokens", "completion_tokens"} <= set(asked[-1])
-    assert asked[-1]["prompt_tokens"] == len("a most secret word")
+    assert asked[-1]["prompt_tokens"] == len(" a most secret word ") + 1
     assert "secret" not in json.dumps(server.lines)
     assert not [line for line in server.lines if line["level"] == "error"]
     assert "broken is left out" in "".join(server.errors)

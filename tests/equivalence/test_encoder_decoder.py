@@ -29,7 +29,8 @@ from prefixtune.initialize import from_words
 from prefixtune.loss import batch_loss
 from prefixtune.prefix import LayerShape, Prefix, unflatten
 from prefixtune.reparam import PrefixModule
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks import Example
+from prefixtune.text_format import TextFormat
 from prefixtune.training import evaluation_loss, train
 from zoo import make_tokenizer
 

@@ -18,7 +18,7 @@ from prefixtune.engine import Engine, EngineConfig, Output, Request, Sampling, s
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.generation import GenerateConfig, generate, generate_ids, newline_tokens
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import TextFormat
+from prefixtune.text_format import TextFormat
 from zoo import ZOO, make_model
 
 NEW = 10

@@ -14,7 +14,7 @@ from prefixtune.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.generation import GenerateConfig, generate, generate_ids, stream
 from prefixtune.prefix import Prefix
-from prefixtune.tasks import TextFormat
+from prefixtune.text_format import TextFormat
 
 NEW = 12
 

@@ -21,7 +21,8 @@ from prefixtune.config import TrainConfig
 from prefixtune.generation import GenerateConfig, generate_ids
 from prefixtune.initialize import from_words
 from prefixtune.reparam import PrefixModule, fit
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks import Example
+from prefixtune.text_format import TextFormat
 from prefixtune.training import TrainResult, batch_loss, evaluation_loss, train
 
 GREEDY = GenerateConfig(max_new_tokens=10)

@@ -18,7 +18,8 @@ from prefixtune.backbone import Backbone
 from prefixtune.batching import default_format, encode_examples, pad, plan_epoch
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks import Example
+from prefixtune.text_format import TextFormat
 from prefixtune.trainer import PrefixModel
 from prefixtune.training import train
 

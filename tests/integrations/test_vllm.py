@@ -27,7 +27,7 @@ import torch
 
 from prefixtune.backbone import load_backbone
 from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.generation import GenerateConfig, generate_ids
+from prefixtune.generation import GenerateConfig, generate, generate_ids
 from prefixtune.initialize import from_words
 from prefixtune.prefix import Prefix
 
@@ -227,6 +227,37 @@ def test_chats(server: Server, stream: bool):
             text, usage = reply.choices[0].message.content, reply.usage
         assert text == server.expected(model, ids), model
         assert usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.deploys("vLLM", "a prefix's own text format: completions and chats, whole and streamed", model=MODEL)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"prompt": " {source} {separator}", "target": " {target} ", "separator": "<|endoftext|>"},
+        {"prompt": "{source}\nText:", "target": " The{target}"},
+    ],
+    ids=["the usual one", "with words around the target"],
+)
+def test_a_prefix_has_the_text_format_of_its_training(server: Server, form: dict[str, str]):
+    prefix = server.prefixes["p37"]
+    made = Prefix(prefix.layers, {**prefix.header, "text_format": form})
+    path = save_prefix(server.folder / "formatted.safetensors", made)
+    source, messages = PROMPTS[1], [{"role": "user", "content": PROMPTS[1]}]
+    options = {"model": "formatted", "max_tokens": NEW_TOKENS, "temperature": 0}
+    try:
+        (wanted,) = generate(server.backbone, [source], made, config=SETTINGS)
+        assert wanted
+        assert server.complete("formatted", source).choices[0].text == wanted
+        pieces = server.complete("formatted", source, stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces) == wanted
+        chats = server.client.chat.completions
+        assert chats.create(messages=messages, **options).choices[0].message.content == wanted
+        chunks = chats.create(messages=messages, stream=True, **options)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
+        with pytest.raises(openai.BadRequestError, match="stand before"):
+            chats.create(messages=[{"role": "system", "content": "be kind"}, *messages], **options)
+    finally:
+        path.unlink()
 
 
 def test_models_are_listed(server: Server):

@@ -8,7 +8,8 @@ import pytest
 
 from prefixtune.batching import Encoded, encode_examples, encode_prompts, pack
 from prefixtune.errors import DataError
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks import Example
+from prefixtune.text_format import TextFormat
 
 PLAIN = TextFormat("{source}{separator}", "{target}")
 

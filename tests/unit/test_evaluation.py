@@ -19,7 +19,8 @@ from prefixtune.evaluation import Evaluation, ask, evaluate, references_of, summ
 from prefixtune.generation import GenerateConfig, generate
 from prefixtune.metrics import METRICS, Unavailable, compute
 from prefixtune.report import read_folder
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks import Example
+from prefixtune.text_format import TextFormat
 
 Make = Callable[..., Any]
 WORDS = ("a red fox", "the owl", "one hare at night", "two swans", "a", "badgers of the hill", "an otter")

@@ -33,7 +33,9 @@ def llama(tiny_backbone: Make) -> Any:
 
 @pytest.fixture
 def prefix(llama: Any, random_prefix: Make) -> Prefix:
-    return Prefix(random_prefix(llama, P).detach().layers, make_header(llama, task="toy", text_format={"prompt": "x"}))
+    return Prefix(
+        random_prefix(llama, P).detach().layers, make_header(llama, task="toy", text_format={"prompt": "x {source}"})
+    )
 
 
 @pytest.fixture

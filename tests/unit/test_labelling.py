@@ -14,8 +14,9 @@ from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, DataError, RequestError
 from prefixtune.labelling import choose_labels, classify, encode_labelled, labels_of, tag
 from prefixtune.reparam import HeadParameters
-from prefixtune.tasks import Example, TextFormat
+from prefixtune.tasks import Example
 from prefixtune.tasks.tagging import tagged
+from prefixtune.text_format import TextFormat
 
 Make = Callable[..., Any]
 

@@ -23,6 +23,7 @@ from prefixtune.checkpoint import make_header, save_prefix
 from prefixtune.engine import Engine, EngineConfig, EngineWorker, Output, PrefixStore, Token
 from prefixtune.engine.request import TextSoFar
 from prefixtune.errors import PrefixError
+from prefixtune.generation import generate
 from prefixtune.prefix import Prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.config import KeyConfig, ServeConfig
@@ -399,7 +400,7 @@ def bearer(name: str) -> dict[str, str]:
 
 
 def test_lengths_are_those_that_fit(make: Callable[..., Made]) -> None:
-    app, services = make(default_max_tokens=300, max_tokens=511, max_prompt_tokens=400)
+    app, services = make(default_max_tokens=300, max_tokens=511, max_prompt_tokens=400, raw_completions=True)
     # 512 positions, 4 of them the prefix's; the last new token takes none.
     prompt = "x" * 400
 
@@ -453,10 +454,11 @@ def test_prompts_and_outputs_are_logged_only_where_that_is_wanted(
 
 
 @pytest.mark.parametrize(("stop", "wanted"), [([], " \n one  two \n"), (["two"], " \n one  "), (["one"], " \n ")])
-def test_white_space_around_a_text_is_told_but_for_tasks(
+def test_white_space_around_a_text_is_told_but_for_targets(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, stop: list[str], wanted: str
 ) -> None:
     app, services = make()
+    raw, raw_services = make(raw_completions=True)
 
     def submit(request: Any, on_output: Any, deadline: Any = None) -> None:
         text = TextSoFar(services.backbone.decode, request.sampling.stop, verbatim=request.verbatim)
@@ -467,23 +469,36 @@ def test_white_space_around_a_text_is_told_but_for_tasks(
                 return
         on_output(Output(request.id, 0, (), text.end(), "stop"))
 
-    monkeypatch.setattr(services.worker, "submit", submit)
+    for made in (services, raw_services):
+        monkeypatch.setattr(made.worker, "submit", submit)
     monkeypatch.setattr(services.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
-    talk = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "stop": stop}
 
-    def events(path: str, body: dict[str, Any]) -> list[Any]:
+    def talk(model: str) -> dict[str, Any]:
+        return {"model": model, "messages": [{"role": "user", "content": "hi"}], "stop": stop}
+
+    def events(app: Any, path: str, body: dict[str, Any]) -> list[Any]:
         told = asyncio.run(call(app, "POST", path, {**body, "stream": True})).body.decode()
         return [json.loads(part[6:]) for part in told.split("\n\n")[:-2]]
 
-    whole = asyncio.run(call(app, "POST", "/v1/completions", ask(stop=stop))).json["choices"][0]["text"]
-    assert whole == wanted == "".join(each["choices"][0]["text"] for each in events("/v1/completions", ask(stop=stop)))
-    said = asyncio.run(call(app, "POST", "/v1/chat/completions", talk)).json["choices"][0]["message"]["content"]
-    deltas = [each["choices"][0]["delta"] for each in events("/v1/chat/completions", talk)]
-    assert said == wanted == "".join(delta.get("content", "") for delta in deltas)
-    # A task's output is what is compared with references.
+    def completed(app: Any, **more: Any) -> tuple[str, str]:
+        body = ask(stop=stop, **more)
+        whole = asyncio.run(call(app, "POST", "/v1/completions", body)).json["choices"][0]["text"]
+        return whole, "".join(each["choices"][0]["text"] for each in events(app, "/v1/completions", body))
+
+    def chatted(app: Any, model: str) -> tuple[str, str]:
+        answer = asyncio.run(call(app, "POST", "/v1/chat/completions", talk(model)))
+        deltas = [each["choices"][0]["delta"] for each in events(app, "/v1/chat/completions", talk(model))]
+        said = answer.json["choices"][0]["message"]["content"]
+        return said, "".join(delta.get("content", "") for delta in deltas)
+
+    # What goes as it is: the bare backbone, token ids, and all completions where the server is asked for that.
+    assert set(completed(app, model="tiny")) == set(completed(raw)) == {wanted}
+    assert set(completed(app, prompt=[5, 6])) == set(chatted(app, "tiny")) == {wanted}
+    # A prefix's output is what is compared with references.
+    assert set(completed(app)) == set(chatted(app, "a")) == set(chatted(raw, "a")) == {wanted.strip()}
     task = {"name": "x", "stop": stop}
     output = asyncio.run(call(app, "POST", "/v1/tasks/a", task)).json["output"]
-    assert output == wanted.strip() == "".join(each.get("delta", "") for each in events("/v1/tasks/a", task))
+    assert output == wanted.strip() == "".join(each.get("delta", "") for each in events(app, "/v1/tasks/a", task))
 
 
 @pytest.mark.parametrize("where", ["receive", "close", "make", "copy"])
@@ -651,3 +666,72 @@ def test_a_queue_that_one_tenant_has_filled_is_open_to_the_others() -> None:
     assert admission.texts == 0
     with contextlib.ExitStack() as stack:
         assert enter("light", texts=10)
+
+
+# --- texts for prefixes -----------------------------------------------------------------------------------------------
+
+
+def test_dropped_messages_are_reported(make: Callable[..., Made], caplog: pytest.LogCaptureFixture) -> None:
+    app, _ = make(earlier_messages="drop")
+    talk = {"model": "a", "max_tokens": 6, "temperature": 0}
+    last = {"role": "user", "content": "hello"}
+    alone = asyncio.run(call(app, "POST", "/v1/chat/completions", {**talk, "messages": [last]}))
+    assert "x-prefixtune-dropped-messages" not in alone.headers
+    before = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "more"}]
+    for stream in (False, True):
+        with caplog.at_level(logging.DEBUG, "prefixtune.server"):
+            body = {**talk, "messages": [*before, last], "stream": stream}
+            answer = asyncio.run(call(app, "POST", "/v1/chat/completions", body))
+        assert answer.headers["x-prefixtune-dropped-messages"] == "2"
+        assert caplog.records[-1].__dict__["facts"]["dropped_messages"] == 2
+        if not stream:
+            assert answer.json["choices"][0]["message"] == alone.json["choices"][0]["message"]
+
+
+def test_long_sources_are_treated_as_in_training(
+    make: Callable[..., Made], backbone: Any, random_prefix: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    app, services = make()
+    form = {**FORMAT, "max_length": 60, "on_too_long": "cut", "longest_target": 20}
+    header = make_header(backbone, task="records", text_format=form)
+    prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
+    save_prefix(services.store.folder / "cuts.safetensors", prefix)
+    services.store.reload()
+    source = "abcdefghij" * 9
+    cut: list[Any] = []
+    (wanted,) = generate(backbone, [source], prefix, max_new_tokens=12, on_cut=cut.append)
+    assert cut == [[0]]
+    shared: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+    completion = {"model": "cuts", "prompt": source, **shared}
+    with caplog.at_level(logging.DEBUG, "prefixtune.server"):
+        answer = asyncio.run(call(app, "POST", "/v1/completions", completion))
+    assert answer.json["choices"][0]["text"] == wanted
+    # 93 tokens with the text around it, of which 40 may stay.
+    assert answer.headers["x-prefixtune-cut-tokens"] == "53"
+    assert caplog.records[-1].__dict__["facts"]["cut_tokens"] == 53
+    assert answer.json["usage"]["prompt_tokens"] == 40
+    talk = {"model": "cuts", "messages": [{"role": "user", "content": source}], **shared}
+    chat = asyncio.run(call(app, "POST", "/v1/chat/completions", talk))
+    task = asyncio.run(call(app, "POST", "/v1/tasks/cuts", {"source": source, **shared}))
+    assert chat.json["choices"][0]["message"]["content"] == task.json["output"] == wanted
+    assert chat.headers["x-prefixtune-cut-tokens"] == task.headers["x-prefixtune-cut-tokens"] == "53"
+    # Others refuse, and so does this one where the server is asked to.
+    strict, _ = make(on_too_long="error")
+    refused = asyncio.run(call(strict, "POST", "/v1/completions", completion))
+    assert (refused.status, refused.code) == (400, "context_length_exceeded")
+    assert "max_length 60" in refused.json["error"]["message"]
+    longer = asyncio.run(call(app, "POST", "/v1/completions", ask(prompt="x" * 600)))
+    assert (longer.status, longer.code) == (400, "context_length_exceeded")
+
+
+def test_a_header_whose_format_cannot_be_used_is_not_served(
+    make: Callable[..., Made], rewrite_header: Callable[..., Path]
+) -> None:
+    app, services = make()
+    path = services.store.folder / "bad.safetensors"
+    path.write_bytes((services.store.folder / "a.safetensors").read_bytes())
+    rewrite_header(path, text_format={"prompt": "{source}" * 1500, "target": "{target}"})
+    services.store.reload()
+    answer = asyncio.run(call(app, "POST", "/v1/completions", ask(model="bad")))
+    assert (answer.status, answer.code) == (503, "model_not_served")
+    assert "1,500 times" in services.store.refused["bad"]

@@ -18,7 +18,7 @@ from prefixtune.backbone import load_backbone
 from prefixtune.checkpoint import make_header, save_prefix
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix import LayerShape, Prefix
-from prefixtune.vllm.middleware import TEMPLATE_VARIABLE, PrefixMiddleware
+from prefixtune.vllm.middleware import PROMPT_VARIABLE, TEMPLATE_VARIABLE, PrefixMiddleware
 from prefixtune.vllm.served import Asked, PrefixFolder, Settings, geometry_of, heads_of_rank, weights_of
 from prefixtune.vllm.start import Start, write_template
 
@@ -66,10 +66,19 @@ def test_several_processes_share_a_secret(several: dict[str, int], tmp_path: Pat
 
 
 def test_wrong_settings_are_all_told(tmp_path: Path):
-    wrong = transfer(tmp_path / "none", "recompute", cache_mib=0, cach=1, allow_other_backbone="yes")
+    more = {"raw_completions": 1, "on_too_long": "ignore"}
+    wrong = transfer(tmp_path / "none", "recompute", cache_mib=0, cach=1, allow_other_backbone="yes", **more)
     with pytest.raises(ConfigError) as caught:
         Settings.from_vllm(wrong)
-    for fault in ("unknown option 'cach'", "existing folder", "cache_mib is 0", "'yes'", "must be 'fail'"):
+    for fault in (
+        "unknown option 'cach'",
+        "existing folder",
+        "cache_mib is 0",
+        "'yes'",
+        "must be 'fail'",
+        "raw_completions is 1",
+        "'ignore'",
+    ):
         assert fault in caught.value.message
 
 
@@ -494,6 +503,7 @@ def test_the_command_line(tmp_path: Path):
     template = Template((tmp_path / "t.jinja").read_text())
     assert template.render(messages=["a"]) == "a"
     assert template.render(messages=["a"], **{TEMPLATE_VARIABLE: "##"}) == "##a"
+    assert template.render(messages=["a"], **{TEMPLATE_VARIABLE: "##", PROMPT_VARIABLE: "b"}) == "##b"
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -535,3 +545,142 @@ def test_the_plugin_needs_none_of_the_libraries_that_vllm_pins():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"
+
+
+# --- text formats -----------------------------------------------------------------------------------------------------
+
+FORM = {"prompt": "Q: {source}{separator}", "target": " {target} ", "max_length": 60, "longest_target": 20}
+
+
+@pytest.fixture
+def asking(inner: Inner, folder: PrefixFolder, stored: Path, random_prefix: Make, rewrite_header: Make) -> Inner:
+    """vLLM's application with prefixes that store a text format: `qa`, and `framed` with words around its targets."""
+    backbone = load_backbone(stored, dtype="float32", device="cpu")
+    for name, more in (
+        ("qa", {"on_too_long": "cut"}),
+        ("framed", {"target": "<<{target}>>"}),
+        ("hostile", {"prompt": "{source}" * 1500}),
+    ):
+        path = folder.settings.folder / f"{name}.safetensors"
+        put(backbone, random_prefix(backbone, 5), path)
+        rewrite_header(path, text_format={**FORM, **more})
+    write_template(folder.settings.folder / "t.jinja", "{{ messages[0]['content'] }}")
+    inner.state.online_renderer.chat_template = (folder.settings.folder / "t.jinja").read_text()
+    inner.reply = {"model": "base", "choices": []}
+    return inner
+
+
+def prompts_of(inner: Inner) -> list[list[int]]:
+    """What the model was given last, placeholders left out."""
+    given = inner.bodies[-1]["prompt"]
+    return [ids[5:] for ids in (given if isinstance(given[0], list) else [given])]
+
+
+def test_a_text_gets_the_prefixs_own_format(asking: Inner):
+    call(asking, "/v1/completions", {"model": "qa", "prompt": ["name", "x"]})
+    assert prompts_of(asking) == [encode(asking, "Q: name<s>"), encode(asking, "Q: x<s>")]
+    call(asking, "/v1/completions", {"model": "qa", "prompt": [5, 6, 7]})
+    assert prompts_of(asking) == [[5, 6, 7]]
+    call(asking, "/v1/chat/completions", {"model": "qa", "messages": [{"role": "user", "content": "name"}]})
+    options = asking.bodies[-1]["chat_template_kwargs"]
+    from jinja2 import Template
+
+    text = Template(asking.state.online_renderer.chat_template).render(messages=[{"content": "no"}], **options)
+    assert encode(asking, text)[5:] == encode(asking, "Q: name<s>")
+    with pytest.raises(CheckpointError, match="1,500 times"):
+        PrefixFolder(
+            Settings.from_vllm(asking.state.vllm_config),
+            geometry_of(asking.state.vllm_config.model_config),
+            "tiny",
+        ).find("hostile")
+    assert call(asking, "/v1/completions", {"model": "hostile", "prompt": "a"})[0] == 503
+
+
+def test_completions_are_raw_where_the_server_is_asked(asking: Inner):
+    asking.state.vllm_config.kv_transfer_config.kv_connector_extra_config["raw_completions"] = True
+    asking.reply = {"model": "base", "choices": [{"text": " a "}]}
+    _, told = call(asking, "/v1/completions", {"model": "qa", "prompt": "name"})
+    assert prompts_of(asking) == [encode(asking, "name")]
+    assert told["choices"] == [{"text": " a "}]
+
+
+@pytest.mark.parametrize(("name", "written"), [("qa", "  Aromi is  it. "), ("framed", "<< Aromi is  it. >>")])
+def test_the_target_alone_comes_back(asking: Inner, name: str, written: str):
+    wanted, messages = "Aromi is  it.", [{"role": "user", "content": "name"}]
+    asking.reply = {"model": "base", "choices": [{"index": 0, "text": written, "finish_reason": "stop"}]}
+    _, told = call(asking, "/v1/completions", {"model": name, "prompt": "name"})
+    assert told["choices"][0]["text"] == wanted
+    asking.reply["choices"] = [{"index": 0, "message": {"content": written}, "finish_reason": "stop"}]
+    _, told = call(asking, "/v1/chat/completions", {"model": name, "messages": messages})
+    assert told["choices"][0]["message"]["content"] == wanted
+
+    def events(choice: Callable[[str], Any], ends_alone: bool) -> list[bytes]:
+        parts = [written[at : at + 3] for at in range(0, len(written), 3)]
+        last = len(parts) - 1
+        choices = [
+            {"index": n % 2, **choice(part), "finish_reason": "stop" if at == last and not ends_alone else None}
+            for at, part in enumerate(parts)
+            for n in (0, 1)
+        ]
+        if ends_alone:
+            choices += [{"index": n, "delta": {}, "finish_reason": "stop"} for n in (0, 1)]
+        return [b"data: " + json.dumps({"model": "base", "choices": [each]}).encode() + b"\n\n" for each in choices]
+
+    for path, choice, ends_alone in (
+        ("/v1/completions", lambda part: {"text": part}, False),
+        ("/v1/chat/completions", lambda part: {"delta": {"content": part}}, True),
+    ):
+        asking.pieces = [*events(choice, ends_alone), b"data: [DONE]\n\n"]
+        body = {"model": name, "prompt": "name", "messages": messages, "stream": True, "n": 2}
+        _, stream = call(asking, path, body)
+        told = [json.loads(event[6:]) for event in stream.decode().split("\n\n") if event.startswith("data: {")]
+        for index in (0, 1):
+            mine = [each["choices"][0] for each in told if each["choices"][0]["index"] == index]
+            texts = [each.get("text") or each.get("delta", {}).get("content") or "" for each in mine]
+            assert "".join(texts) == wanted
+
+
+def headers_of(inner: Inner, path: str, body: Any) -> tuple[dict[bytes, bytes], Any]:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    app = SimpleNamespace(state=inner.state)
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": "", "app": app, "headers": []}
+    asyncio.run(PrefixMiddleware(inner)(scope, receive, send))
+    return dict(sent[0]["headers"]), b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def test_messages_that_a_prefix_cannot_carry(asking: Inner):
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "name"}]
+    status, told = call(asking, "/v1/chat/completions", {"model": "qa", "messages": messages})
+    assert (status, asking.bodies) == (400, [])
+    assert "1 messages stand before" in told["error"]["message"]
+    for wrong in ([], [{"role": "assistant", "content": "a"}], [{"role": "user", "content": ""}], "a", [3]):
+        assert call(asking, "/v1/chat/completions", {"model": "qa", "messages": wrong})[0] == 400
+    asking.state.vllm_config.kv_transfer_config.kv_connector_extra_config["earlier_messages"] = "drop"
+    headers, _ = headers_of(asking, "/v1/chat/completions", {"model": "qa", "messages": messages})
+    assert headers[b"x-prefixtune-dropped-messages"] == b"1"
+    # A template from before has no place for the format.
+    asking.state.online_renderer.chat_template = "{{ " + TEMPLATE_VARIABLE + " }}"
+    status, told = call(asking, "/v1/chat/completions", {"model": "qa", "messages": messages[1:]})
+    assert status == 400
+    assert "text format" in told["error"]["message"]
+
+
+def test_long_texts_are_treated_as_in_training(asking: Inner):
+    asking.state.vllm_config.model_config.max_model_len = 512
+    source = "abcdefghij" * 9
+    headers, _ = headers_of(asking, "/v1/completions", {"model": "qa", "prompt": source, "max_tokens": 9})
+    assert headers[b"x-prefixtune-cut-tokens"] == b"54"
+    whole = encode(asking, f"Q: {source}<s>")
+    assert prompts_of(asking) == [[*whole[:39], whole[-1]]]
+    asking.bodies.clear()
+    for path, model in (("/v1/completions", "framed"), ("/v1/chat/completions", "qa")):
+        body = {"model": model, "prompt": source, "messages": [{"role": "user", "content": source}]}
+        assert call(asking, path, body)[0] == 400
+    assert asking.bodies == []

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
     from prefixtune.evaluation import Evaluation
     from prefixtune.prefix import Prefix
-    from prefixtune.tasks import Example, Task, TextFormat
+    from prefixtune.tasks import Example, Task
+    from prefixtune.text_format import TextFormat
 
 __all__ = ["add_arguments", "evaluate"]
 
@@ -31,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="default: the prefix's or the run's task")
     parser.add_argument("--data", required=True, metavar="PATH", help="examples with references: a file, or a folder")
     parser.add_argument("--split", metavar="{train,dev,test}", help="which part of a folder")
-    parser.add_argument("--source", help="records: column or template (default: the prefix's)")
-    parser.add_argument("--target", help="records: column or template")
+    parser.add_argument("--source", help="records: column or template (default: as in training)")
+    parser.add_argument("--target", help="records: column or template (default: as in training)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N examples")
     parser.add_argument(
         "--shots", type=int, default=0, metavar="N", help="show N solved examples of --train before each"
@@ -75,17 +76,18 @@ def evaluate(options: argparse.Namespace) -> int:
     from prefixtune.evaluation import evaluate as run
     from prefixtune.files import check_writable, write_text
     from prefixtune.tasks import TASKS, read_task
+    from prefixtune.text_format import read_text_format
 
     console = Console(quiet=options.quiet or options.json)
     # All that can be wrong is told before the model loads.
     file, weights, header = _artifact(options)
     task = options.task or header.get("task") or "records"
-    stored = header.get("text_format") or {}
-    source = options.source
-    takes_columns = task in TASKS and TASKS[task].takes_columns
-    if source is None and takes_columns and not _is_conll(options.data):
-        source = stored.get("source") or None
-    examples = read_task(task, options.data, source=source, target=options.target, split=options.split)
+    source, target = options.source, options.target
+    trained = read_text_format(header)
+    if trained is not None and task in TASKS and TASKS[task].takes_columns and not _is_conll(options.data):
+        # References are made as the training made its targets.
+        source, target = source or trained.source or None, target or trained.target_template or None
+    examples = read_task(task, options.data, source=source, target=target, split=options.split)
     examples = examples[: options.limit or None]
     chosen = TASKS[task]
     metrics: Sequence[str] = chosen.metrics
@@ -95,7 +97,7 @@ def evaluate(options: argparse.Namespace) -> int:
     folder = Path(options.output) if options.output else None
     for place in [*([Path(options.outputs)] if options.outputs else []), *([folder / DECODED_FILE] if folder else [])]:
         check_writable(place)
-    shown = _shots(options, task, source)
+    shown = _shots(options, task, source, target)
     overlap = _overlap(console, examples, options.train if shown else weights or file, shown)
     backbone, prefix, form = _load(console, options, file, weights)
     if options.instruction:
@@ -115,6 +117,7 @@ def evaluate(options: argparse.Namespace) -> int:
             intervals=options.intervals,
             kept=None if folder is None else folder / DECODED_FILE,
             on_batch=bar.update,
+            on_cut=lambda cut: console.info(f"{len(cut)} of {len(examples)} sources were cut to fit"),
         )
     facts = {
         "title": _title(options, task),
@@ -211,13 +214,13 @@ def _asked_for(names: str, task: Task) -> list[str]:
     return metrics
 
 
-def _shots(options: argparse.Namespace, task: str, source: str | None) -> list[Example]:
+def _shots(options: argparse.Namespace, task: str, source: str | None, target: str | None) -> list[Example]:
     """The solved examples that the bare model is shown."""
     from prefixtune.tasks import read_task
 
     if not options.shots:
         return []
-    read = read_task(task, options.train, source=source, target=options.target, split="train")
+    read = read_task(task, options.train, source=source, target=target, split="train")
     shown = [example for example in read if example.targets][: options.shots]
     if len(shown) < options.shots:
         raise ConfigError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.commands.shared import generate_config, load_with_prefixes, print_json
@@ -13,6 +14,7 @@ from prefixtune.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
+    from prefixtune.generation import GenerateConfig
     from prefixtune.prefix import Prefix
 
 __all__ = ["generate"]
@@ -34,23 +36,27 @@ def generate(options: argparse.Namespace) -> int:
             f"{len(options.prefix)} prefixes for {len(texts)} texts.", hint="give --prefix once, or once per text."
         )
     backbone, loaded = load_with_prefixes(console, options, options.prefix)
-    if any(labels_of(prefix) for prefix in loaded):
-        return _tell_labels(options, console, backbone, loaded, texts)
     config = generate_config(options, loaded)
+    if any(labels_of(prefix) for prefix in loaded):
+        return _tell_labels(options, console, backbone, loaded, texts, config)
+    cut: set[int] = set()
     if options.stream:
-        for piece in generation.stream(backbone, texts[0], loaded[0] if loaded else None, config=config):
+        prefix = loaded[0] if loaded else None
+        for piece in generation.stream(backbone, texts[0], prefix, config=config, on_cut=cut.update):
             print(piece, end="", flush=True)
         print()
+        _report_cut(console, cut, len(texts))
         return 0
     prefixes: Any = None if not loaded else loaded[0] if len(loaded) == 1 else loaded
     with console.progress("generating", len(texts)) as bar:
-        outputs = generation.generate(backbone, texts, prefixes, config=config, on_batch=bar.update)
+        outputs = generation.generate(backbone, texts, prefixes, config=config, on_batch=bar.update, on_cut=cut.update)
     files = [None] * len(texts) if not loaded else options.prefix * len(texts) if len(loaded) == 1 else options.prefix
-    for text, output, file in zip(texts, outputs, files, strict=True):
+    for number, (text, output, file) in enumerate(zip(texts, outputs, files, strict=True)):
         if options.json:
-            print_json({"text": text, "output": output, "prefix": file})
+            print_json({"text": text, "output": output, "prefix": file, "cut": number in cut})
         else:
             print(output.replace("\n", "\\n"))
+    _report_cut(console, cut, len(texts))
     return 0
 
 
@@ -60,6 +66,7 @@ def _tell_labels(
     backbone: Backbone,
     loaded: Sequence[Prefix],
     texts: Sequence[str],
+    config: GenerateConfig,
 ) -> int:
     """`prefixtune generate` with prefixes that classify or tag: labels, and with --json their probabilities."""
     from prefixtune.labelling import classify, labels_of, tag
@@ -76,14 +83,24 @@ def _tell_labels(
     for number, prefix in enumerate(each):
         groups.setdefault(id(prefix), []).append(number)
     results: dict[int, Any] = {}
-    size = getattr(options, "batch_size", 16)
+    cut: set[int] = set()
     with console.progress("labelling", len(texts)) as bar:
         for numbers in groups.values():
             prefix, chosen = each[numbers[0]], [texts[number] for number in numbers]
             if kinds[0] == "tagging":
-                found: Sequence[Any] = tag(backbone, [text.split() for text in chosen], prefix, batch_size=size)
+                found: Sequence[Any] = tag(
+                    backbone, [text.split() for text in chosen], prefix, batch_size=config.batch_size
+                )
             else:
-                found = classify(backbone, chosen, prefix, batch_size=size)
+                found = classify(
+                    backbone,
+                    chosen,
+                    prefix,
+                    batch_size=config.batch_size,
+                    max_total_length=config.max_total_length,
+                    on_too_long=config.on_too_long,
+                    on_cut=partial(_keep_cut, cut, numbers),
+                )
             results.update(zip(numbers, found, strict=True))
             bar.update(len(results))
     for number, (text, file) in enumerate(zip(texts, files, strict=True)):
@@ -94,11 +111,22 @@ def _tell_labels(
             detail["probabilities"] = [_rounded(token.probabilities) for token in result]
         else:
             output, detail = result.label, {"label": result.label, "probabilities": _rounded(result.probabilities)}
+            detail["cut"] = number in cut
         if options.json:
             print_json({"text": text, "output": output, **detail, "prefix": file})
         else:
             print(output)
+    _report_cut(console, cut, len(texts))
     return 0
+
+
+def _keep_cut(cut: set[int], numbers: Sequence[int], places: Sequence[int]) -> None:
+    cut.update(numbers[place] for place in places)
+
+
+def _report_cut(console: Console, cut: Collection[int], total: int) -> None:
+    if cut:
+        console.info(f"{len(cut)} of {total} sources were cut to fit")
 
 
 def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:

@@ -17,14 +17,15 @@ from prefixtune.errors import ConfigError
 from prefixtune.pretrained import PRETRAINED, cache_folder, pretrained_folder
 from prefixtune.server.config import ServeConfig
 from prefixtune.vllm.served import SECRET_VARIABLE
-from prefixtune.vllm.start import Start, write_template
+from prefixtune.vllm.start import TEMPLATE_VERSION, Start, write_template
 
 __all__ = ["start_vllm"]
 
 _PLUGIN = "pip install jaxtyping && pip install --no-deps prefixtune (its other dependencies are not needed there)"
+_TEXTS = ("raw_completions", "earlier_messages", "on_too_long")
 _OF_VLLM = (
     *("engine", "backbone", "backbone_id", "prefixes", "dtype", "host", "port", "max_length", "num_slots"),
-    "cache_mib",
+    *("cache_mib", *_TEXTS),
 )
 """What a server by vLLM takes from the configuration."""
 
@@ -92,13 +93,12 @@ def _start_of(config: ServeConfig, options: argparse.Namespace, console: Console
         raise ConfigError(f"there is no folder {config.prefixes!r} of prefixes.", hint="make it, or name another one.")
     template, written = None, _chat_template(model)
     if "--chat-template" not in more:
-        if written:
-            # Named by what is in it, so that servers of different models may share a machine.
-            name = hashlib.sha256(written.encode()).hexdigest()[:16]
-            template = cache_folder() / "vllm" / f"{name}.jinja"
-            write_template(template, written)
-        else:
-            console.warn("no chat template was found: prefixes take completions, but no chats.")
+        # Named by what is in it, so that servers of different models may share a machine.
+        name = hashlib.sha256(f"{TEMPLATE_VERSION}{written}".encode()).hexdigest()[:16]
+        template = cache_folder() / "vllm" / f"{name}.jinja"
+        write_template(template, written)
+        if not written:
+            console.warn("no chat template was found: chats are for prefixes alone whose files store a text format.")
     # The embedded engine's default says nothing of what vLLM can take.
     slots = 0 if config.num_slots == type(config).num_slots else config.num_slots
     return Start(
@@ -113,6 +113,7 @@ def _start_of(config: ServeConfig, options: argparse.Namespace, console: Console
         config.cache_mib,
         template,
         more,
+        {name: value for name in _TEXTS if (value := getattr(config, name)) != getattr(ServeConfig, name)},
     )
 
 

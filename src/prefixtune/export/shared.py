@@ -12,9 +12,9 @@ from typing import Any
 
 from prefixtune.attach import check_fits
 from prefixtune.backbone import Backbone
+from prefixtune.batching import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.files import write_text
-from prefixtune.generation import format_of
 from prefixtune.prefix import Prefix
 
 __all__ = ["MANIFEST", "check_exportable", "describe_origin", "write_manifest"]
@@ -91,13 +91,13 @@ def _window(config: Any) -> int | None:
 
 def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
     """What a manifest says of where the files come from, and of the text that goes with them."""
-    form = format_of(prefix)
+    form = format_of(backbone, prefix)
     return {
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "model_type": backbone.model.config.model_type,
         "prefix_length": prefix.prefix_length,
         "positions": "text starts at position P",
-        "text_format": {"prompt": form.prompt.replace("{separator}", backbone.separator), "target": form.target},
+        "text_format": {"prompt": form.format_prompt("{source}", backbone.separator), "target": form.target},
         "end": backbone.end,
         **{key: prefix.header[key] for key in ("task", "license") if prefix.header.get(key)},
     }

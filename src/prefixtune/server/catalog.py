@@ -14,12 +14,13 @@ from typing import Any
 from prefixtune.backbone import Backbone
 from prefixtune.batching import default_format
 from prefixtune.engine.store import PrefixStore
-from prefixtune.errors import DataError, PrefixError, RequestError
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.prefix import Prefix
 from prefixtune.server.forms import Form, decoding_of, form_of
 from prefixtune.server.keys import Caller
 from prefixtune.server.replies import ApiError, forbidden, missing, unavailable
-from prefixtune.tasks import TASKS, TextFormat
+from prefixtune.tasks import TASKS
+from prefixtune.text_format import TextFormat, read_text_format
 
 __all__ = ["Catalog", "Served"]
 
@@ -153,13 +154,18 @@ class Catalog:
         Raises:
             ApiError: The header's is none.
         """
-        stored = header.get("text_format")
-        if not isinstance(stored, Mapping):
-            return default_format(self.backbone)
+        return self.trained_format(header) or default_format(self.backbone)
+
+    def trained_format(self, header: Mapping[str, Any]) -> TextFormat | None:
+        """The text format that a prefix was trained with; None: its file stores none, or it is the bare backbone.
+
+        Raises:
+            ApiError: The header's cannot be used.
+        """
         try:
-            return TextFormat.from_dict({name: stored[name] for name in ("prompt", "target") if name in stored})
-        except DataError:
-            raise unavailable("the text format in this model's file is none.", "model_not_served") from None
+            return read_text_format(header)
+        except CheckpointError:
+            raise unavailable("the text format in this model's file cannot be used.", "model_not_served") from None
 
 
 def _not_served(error: PrefixError, name: str) -> ApiError:

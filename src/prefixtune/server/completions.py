@@ -1,7 +1,9 @@
 """OpenAI's `/v1/completions` and `/v1/chat/completions`, whole and as streams.
 
-A completion's prompt goes to the model as it is. A chat goes through the backbone's own template; templates are never
-taken from artifacts. What comes back is what the model wrote, white space around it included.
+Under a prefix's name, a prompt or a chat's last message is a source: it gets the text format that the prefix was
+trained with, and the target alone comes back. Otherwise (the bare backbone, token ids, `raw_completions`, a prefix
+whose file stores no format) a prompt goes to the model as it is, and a chat through the backbone's own template; what
+comes back is what the model wrote, white space around it included.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +20,13 @@ from starlette.types import ASGIApp
 from prefixtune.backbone import Backbone
 from prefixtune.engine import Output, Token
 from prefixtune.server.asks import Ask, parse_chat, parse_completion
+from prefixtune.server.catalog import Served
 from prefixtune.server.endpoint import Call
 from prefixtune.server.jobs import Job
+from prefixtune.server.prompting import encode_source, source_of_chat, with_customs
 from prefixtune.server.replies import ALIVE, DONE, event, reply, wrong
 from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json, stream, usage
+from prefixtune.text_format import TargetStream, TextFormat
 
 __all__ = ["chat", "complete"]
 
@@ -33,12 +39,17 @@ async def complete(call: Call) -> ASGIApp:
     ask = parse_completion(await read_json(call), call.services.limits)
     served = await call.services.catalog.open(ask.model, call.caller)
     backbone = call.services.backbone
+    if call.services.config.log_prompts:
+        call.facts["prompts"] = ask.prompts
+    texts = [prompt for prompt in ask.prompts if isinstance(prompt, str)]
+    raw = call.services.config.raw_completions or not texts
+    text_format = None if raw else call.services.catalog.trained_format(served.header)
+    if text_format is not None:
+        return await _answer_sources(call, ask, served, text_format, texts, _Completion(backbone, ask.n))
     prompts = [
         await encode(call, partial(_encode_text, backbone, prompt)) if isinstance(prompt, str) else prompt
         for prompt in ask.prompts
     ]
-    if call.services.config.log_prompts:
-        call.facts["prompts"] = ask.prompts
     job = begin(call, ask, served, prompts, call.services.config.default_max_tokens, verbatim=True)
     return await _answer(call, ask, job, _Completion(backbone, ask.n))
 
@@ -47,9 +58,13 @@ async def chat(call: Call) -> ASGIApp:
     """`POST /v1/chat/completions`."""
     ask = parse_chat(await read_json(call), call.services.limits)
     served = await call.services.catalog.open(ask.model, call.caller)
-    prompt = await encode(call, lambda: _encode_chat(call.services.backbone, ask.messages))
     if call.services.config.log_prompts:
         call.facts["messages"] = ask.messages
+    text_format = call.services.catalog.trained_format(served.header)
+    if text_format is not None:
+        source = source_of_chat(call, ask.messages)
+        return await _answer_sources(call, ask, served, text_format, [source], _Chat(call.services.backbone))
+    prompt = await encode(call, lambda: _encode_chat(call.services.backbone, ask.messages))
     job = begin(call, ask, served, [prompt], call.services.config.default_max_tokens, verbatim=True)
     return await _answer(call, ask, job, _Chat(call.services.backbone))
 
@@ -80,30 +95,56 @@ def _encode_chat(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list
 # --- the flow, which both share ---------------------------------------------------------------------------------------
 
 
-async def _answer(call: Call, ask: Ask, job: Job, shape: _Completion | _Chat) -> ASGIApp:
+async def _answer_sources(
+    call: Call, ask: Ask, served: Served, text_format: TextFormat, sources: Sequence[str], shape: _Completion | _Chat
+) -> ASGIApp:
+    """Write the targets of sources, as `/v1/tasks` does."""
+    ask, length = await with_customs(call, ask, served)
+    most = ask.sampling.max_new_tokens if ask.says_length else length
+    prompts = [await encode_source(call, served, text_format, source, most) for source in sources]
+    job = begin(call, ask, served, prompts, length, verbatim=False)
+    return await _answer(call, ask, job, shape, text_format)
+
+
+async def _answer(
+    call: Call, ask: Ask, job: Job, shape: _Completion | _Chat, text_format: TextFormat | None = None
+) -> ASGIApp:
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": job.model}
     if ask.stream:
-        return stream(call, _events(call, ask, job, shape, head))
+        return stream(call, _events(call, ask, job, shape, head, text_format))
     written = [text for texts in await collect(call, job) for text in texts]
+    if text_format is not None:
+        for text in written:
+            text.text = text_format.extract_target(text.text)
     if call.services.config.log_prompts:
         call.facts["outputs"] = [text.text for text in written]
     choices = [shape.choice(number, text) for number, text in enumerate(written)]
-    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(job)})
+    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(job)}, headers=call.headers)
 
 
 async def _events(
-    call: Call, ask: Ask, job: Job, shape: _Completion | _Chat, head: dict[str, Any]
+    call: Call,
+    ask: Ask,
+    job: Job,
+    shape: _Completion | _Chat,
+    head: dict[str, Any],
+    text_format: TextFormat | None,
 ) -> AsyncGenerator[str]:
+    count = len(job.requests) * ask.n
+    targets = [] if text_format is None else [TargetStream(text_format) for _ in range(count)]
     head = {**head, "object": shape.pieces}
     unsaid = {"usage": None} if ask.include_usage else {}
-    for number in range(len(job.requests) * ask.n):
+    for number in range(count):
         for choice in shape.opening(number):
             yield event({**head, "choices": [choice], **unsaid})
     async for heard in follow(call, job):
         if heard is None:
             yield ALIVE
             continue
-        for choice in shape.news(heard.prompt * ask.n + heard.output.index, heard.output):
+        number, output = heard.prompt * ask.n + heard.output.index, heard.output
+        if targets:
+            output = replace(output, text=targets[number].add(output.text, last=output.finished is not None))
+        for choice in shape.news(number, output):
             yield event({**head, "choices": [choice], **unsaid})
     if ask.include_usage:
         yield event({**head, "choices": [], "usage": usage(job)})

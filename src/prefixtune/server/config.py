@@ -77,6 +77,14 @@ class ServeConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "of the frozen weights", "model")
     device: str = _option("auto", "cpu, cuda, cuda:0 or auto", "model")
+    raw_completions: bool = _option(
+        False, "/v1/completions gives prompts to prefixes as they are, as lm-eval needs it", "model"
+    )
+    earlier_messages: Literal["refuse", "drop"] = _option(
+        "refuse",
+        "a chat's messages before the last one, where a prefix reads one text: refuse, or drop (said)",
+        "model",
+    )
     quantize: Literal["", "int8", "int4"] = _option("", "round the frozen weights (torchao): int8 or int4", "model")
 
     host: str = _option("127.0.0.1", "address to listen on; any but loopback needs keys", "network")
@@ -119,6 +127,9 @@ class ServeConfig:
     max_body_kib: int = _option(1024, "size of a request, in KiB", "limits")
     max_upload_mib: int = _option(256, "size of an uploaded prefix, in MiB", "limits")
     max_prompt_tokens: int = _option(0, "tokens of a prompt; 0: what fits the model", "limits")
+    on_too_long: Literal["", "cut", "error"] = _option(
+        "", "cut a source that is too long for its prefix or refuse it; empty: as in the prefix's training", "limits"
+    )
     max_tokens: int = _option(1024, "most new tokens that a request may ask for", "limits")
     default_max_tokens: int = _option(256, "new tokens where a request does not say, as far as they fit", "limits")
     max_texts: int = _option(32, "texts of one request: its prompts times its n", "limits")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -36,6 +36,7 @@ class Call:
         caller: Who asks.
         stack: What ends with the reply.
         facts: For the log.
+        headers: Of a reply that is no error.
     """
 
     request: Request
@@ -43,6 +44,7 @@ class Call:
     caller: Caller
     stack: ExitStack
     facts: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -309,7 +309,7 @@ _OPERATIONS = {
     ),
     ("POST", "/v1/chat/completions"): _Operation(
         "chat",
-        "An answer, by the backbone's chat template",
+        "An answer, by the prefix's text format or the backbone's chat template",
         {200: _whole_or_stream("Chat")},
         _json(_ref("ChatRequest")),
     ),

@@ -183,10 +183,13 @@ class EventStream:
         events: From `event`; closed in any case.
         patience: Seconds that the client may take to read a piece.
         limit: Seconds that all may take.
+        headers: Of the reply, besides its own.
     """
 
-    def __init__(self, events: AsyncGenerator[str], patience: float, limit: float) -> None:
-        self.events, self.patience, self.limit = events, patience, limit
+    def __init__(
+        self, events: AsyncGenerator[str], patience: float, limit: float, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.events, self.patience, self.limit, self.headers = events, patience, limit, dict(headers or {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, as long as the client is there."""
@@ -194,6 +197,7 @@ class EventStream:
             (b"content-type", b"text/event-stream; charset=utf-8"),
             # nginx must not gather the pieces.
             (b"x-accel-buffering", b"no"),
+            *((name.encode(), value.encode()) for name, value in self.headers.items()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:

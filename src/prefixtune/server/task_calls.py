@@ -6,26 +6,23 @@ task's, greedy where the task's own is a beam search.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from prefixtune.batching import encode_prompts
 from prefixtune.errors import DataError
-from prefixtune.generation import newline_tokens
-from prefixtune.server.asks import Ask, parse_task
+from prefixtune.server.asks import parse_task
 from prefixtune.server.catalog import Served
 from prefixtune.server.endpoint import Call
-from prefixtune.server.forms import decoding_of, form_of
+from prefixtune.server.forms import form_of
 from prefixtune.server.jobs import Job
+from prefixtune.server.prompting import encode_source, with_customs
 from prefixtune.server.replies import ALIVE, DONE, event, reply, wrong
-from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json, stream, usage
-from prefixtune.tasks import TextFormat
+from prefixtune.server.writing import Written, begin, collect, follow, read_json, stream, usage
+from prefixtune.text_format import TextFormat
 
 __all__ = ["describe_task", "do_task"]
 
@@ -53,9 +50,9 @@ async def do_task(call: Call) -> ASGIApp:
         except DataError as error:
             raise wrong(error.message, hint=error.hint) from None
     text_format = services.catalog.text_format(served.header)
-    backbone = services.backbone
-    prompt = await encode(call, lambda: encode_prompts(backbone, text_format, [source])[0])
-    ask, length = await _with_customs(call, ask, served)
+    ask, length = await with_customs(call, ask, served)
+    most = ask.sampling.max_new_tokens if ask.says_length else length
+    prompt = await encode_source(call, served, text_format, source, most)
     if services.config.log_prompts:
         call.facts["source"] = source
     job = begin(call, ask, served, [prompt], length, verbatim=False)
@@ -63,7 +60,7 @@ async def do_task(call: Call) -> ASGIApp:
     if ask.stream:
         return stream(call, _events(call, job, text_format, source, head))
     ((written,),) = await collect(call, job)
-    return reply(_whole(call, job, text_format, source, head, written))
+    return reply(_whole(call, job, text_format, source, head, written), headers=call.headers)
 
 
 def _in_the_format_of(call: Call, served: Served, prefix: Any) -> Served:
@@ -76,28 +73,11 @@ def _in_the_format_of(call: Call, served: Served, prefix: Any) -> Served:
     return Served(served.name, None, call.services.catalog.header(prefix))
 
 
-async def _with_customs(call: Call, ask: Ask, served: Served) -> tuple[Ask, int]:
-    """The ask with what is customary for the task, where it says nothing itself; and the customary length."""
-    customs, config = decoding_of(served.header), call.services.config
-    length = min(customs.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
-    most = ask.sampling.max_new_tokens if ask.says_length else length
-    changes: dict[str, Any] = {}
-    if "min_tokens" not in ask.given:
-        changes["min_new_tokens"] = min(customs.get("min_new_tokens", 0), most)
-    if customs.get("ban_newlines"):
-        # Kept after the first time, which takes a while.
-        banned = await asyncio.get_running_loop().run_in_executor(
-            call.services.tokenizing, newline_tokens, call.services.backbone
-        )
-        changes["banned"] = tuple(banned)
-    return replace(ask, sampling=replace(ask.sampling, **changes)), length
-
-
 async def _events(
     call: Call, job: Job, text_format: TextFormat, source: str, head: dict[str, Any]
 ) -> AsyncGenerator[str]:
     # Words around the target can be taken off the whole output only.
-    in_pieces = not text_format.target.replace("{target}", "").strip()
+    in_pieces = not any(text_format.target_words)
     written = Written()
     async for heard in follow(call, job):
         if heard is None:

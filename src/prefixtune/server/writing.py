@@ -61,7 +61,7 @@ async def read_json(call: Call) -> dict[str, Any]:
 def stream(call: Call, events: AsyncGenerator[str]) -> EventStream:
     """A reply in pieces, for a client that may be slow within limits."""
     config = call.services.config
-    return EventStream(events, config.client_timeout, config.deadline + config.client_timeout)
+    return EventStream(events, config.client_timeout, config.deadline + config.client_timeout, call.headers)
 
 
 async def encode(call: Call, encoding: Callable[[], Sequence[int]]) -> tuple[int, ...]:

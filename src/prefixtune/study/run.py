@@ -48,8 +48,9 @@ from prefixtune.study.comparing import compare_runs
 from prefixtune.study.config import StudyConfig
 from prefixtune.study.grid import Cell, plan
 from prefixtune.study.sampling import sample_examples, sample_pairs, sample_sources, sample_targets
-from prefixtune.tasks import TASKS, Example, TextFormat, read_task
+from prefixtune.tasks import TASKS, Example, read_task
 from prefixtune.tasks.overlap import find_overlap
+from prefixtune.text_format import TextFormat
 from prefixtune.training import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, train
 
 __all__ = ["Outcome", "outcome_of", "run_study"]

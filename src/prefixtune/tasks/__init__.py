@@ -1,11 +1,11 @@
-"""Files -> examples: the tasks that this project reads, and the text format in which a model sees them.
+"""Files -> examples: the tasks that this project reads.
 
 A task knows its file formats and its linearization (structured fields -> one source string). It knows nothing of
 tokenizers, tensors or training.
 """
 
 from prefixtune.tasks.classification import check_labels, label_names
-from prefixtune.tasks.examples import Example, ExampleLike, TextFormat, limit_targets, references_of
+from prefixtune.tasks.examples import Example, ExampleLike, limit_targets, references_of
 from prefixtune.tasks.records import as_examples
 from prefixtune.tasks.registry import TASKS, Task, read_entries, read_task
 from prefixtune.tasks.tagging import check_tags, tag_names
@@ -15,7 +15,6 @@ __all__ = [
     "Example",
     "ExampleLike",
     "Task",
-    "TextFormat",
     "as_examples",
     "check_labels",
     "check_tags",

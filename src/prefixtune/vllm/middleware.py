@@ -1,27 +1,33 @@
 """The middleware of vLLM's server: prefixes of a folder are models there.
 
-A request for one is rewritten into one for the backbone: placeholders in front of its tokens, the prefix in the
-connector's parameters, a salt of its own for the cache. In what comes back the prefix's name stands again, and the
-placeholders are not counted. All else passes through untouched. Knows nothing of tensors.
+A request for one is rewritten into one for the backbone: its text in the format that the prefix was trained with,
+placeholders in front of its tokens, the prefix in the connector's parameters, a salt of its own for the cache. In what
+comes back the prefix's name stands again, the target alone is left of a text, and the placeholders are not counted. All
+else passes through untouched. Knows nothing of tensors.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import CheckpointError
+from prefixtune.text_format import TargetStream, TextFormat, cut_prompt
 from prefixtune.vllm.served import Known, PrefixFolder, Settings, geometry_of, weights_of
 
-__all__ = ["TEMPLATE_VARIABLE", "PrefixMiddleware"]
+__all__ = ["PROMPT_VARIABLE", "TEMPLATE_VARIABLE", "PrefixMiddleware"]
 
 TEMPLATE_VARIABLE = "prefixtune_placeholders"
 """What a chat template begins with, so that the server can put placeholders in front of a chat."""
+
+PROMPT_VARIABLE = "prefixtune_prompt"
+"""What a chat template gives in place of the messages, so that a chat can have a prefix's text format."""
 
 _COMPLETIONS, _CHAT, _MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"
 _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -71,7 +77,9 @@ class _Serving:
     tokenizer: Any
     placeholder: int
     has_template: bool
+    has_prompt: bool
     has_keys: bool
+    positions: int | None = None
 
     @property
     def placeholder_text(self) -> str:
@@ -118,7 +126,7 @@ class PrefixMiddleware:
         return await self.app(
             _with_length(scope, len(rewritten.body)),
             _replay(rewritten.body, receive),
-            _Rewriter(send, lambda value: _as_told(value, rewritten)),
+            _Rewriter(send, lambda value: _as_told(value, rewritten), rewritten.headers),
         )
 
     async def _ready(self, scope: Scope) -> _Serving:
@@ -167,7 +175,9 @@ def _begin(state: Any) -> _Serving:
         tokenizer,
         placeholder,
         TEMPLATE_VARIABLE in template and spelt,
+        PROMPT_VARIABLE in template,
         bool(state.args.api_key or os.environ.get("VLLM_API_KEY")),
+        getattr(model, "max_model_len", None),
     )
 
 
@@ -190,12 +200,18 @@ class _Rewritten:
         known: The prefix.
         prompts: How many there are.
         streams: Whether the reply comes in pieces.
+        text_format: Of the prompts; None: they went as they were.
+        headers: Of the reply: what was cut or dropped.
+        targets: Of a stream: what is held back of each choice.
     """
 
     body: bytes
     known: Known
     prompts: int
     streams: bool
+    text_format: TextFormat | None = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    targets: dict[int, TargetStream] = dataclasses.field(default_factory=dict)
 
 
 def _rewrite(serving: _Serving, body: bytes, chat: bool) -> _Rewritten | None:
@@ -234,19 +250,122 @@ def _rewrite(serving: _Serving, body: bytes, chat: bool) -> _Rewritten | None:
         "cache_salt": known.asked.salt(secret, salt),
         "kv_transfer_params": known.asked.parameters(secret),
     }
-    count = 1
+    count, headers = 1, dict[str, str]()
+    form = _format_of(serving, known, asked, chat)
     if chat:
-        _with_placeholders_in_chat(serving, asked, known.asked.length)
+        prompt = None if form is None else _chat_prompt(serving, asked, known, form, headers)
+        _with_placeholders_in_chat(serving, asked, known.asked.length, prompt)
     else:
-        prompts = _prompts(serving, asked)
+        prompts = _prompts(serving, asked) if form is None else _source_prompts(serving, asked, known, form, headers)
         front = [serving.placeholder] * known.asked.length
         count = len(prompts)
         asked["prompt"] = [front + ids for ids in prompts] if count > 1 else front + prompts[0]
         asked.pop("add_special_tokens", None)
-    return _Rewritten(json.dumps(asked).encode(), known, count, bool(asked.get("stream")))
+    return _Rewritten(json.dumps(asked).encode(), known, count, bool(asked.get("stream")), form, headers)
 
 
-def _with_placeholders_in_chat(serving: _Serving, asked: dict[str, Any], length: int) -> None:
+def _format_of(serving: _Serving, known: Known, asked: dict[str, Any], chat: bool) -> TextFormat | None:
+    """The text format of a request's texts; None: they go as they are."""
+    prompt = asked.get("prompt")
+    texts = chat or isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str))
+    if known.text_format is None or not texts or (serving.settings.raw_completions and not chat):
+        return None
+    return known.text_format.with_lengths(on_too_long=serving.settings.on_too_long)
+
+
+def _separator(tokenizer: Any) -> str:
+    return str(tokenizer.bos_token or tokenizer.eos_token)
+
+
+def _encode(serving: _Serving, text: str) -> list[int]:
+    ids: list[int] = serving.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _fit(
+    serving: _Serving, known: Known, form: TextFormat, ids: list[int], asked: dict[str, Any]
+) -> tuple[list[int], int]:
+    """A prompt's tokens, and how many of its source's were cut off as in training.
+
+    Raises:
+        _Refusal: It is longer than the training allowed.
+    """
+    # What vLLM takes where a completion says nothing.
+    wanted = asked.get("max_completion_tokens") or asked.get("max_tokens") or 16
+    left = None if serving.positions is None else serving.positions - known.asked.length
+    room = form.source_room(left, wanted if _is_whole(wanted) else 16)
+    trained = form.source_room(None, 0)
+    if room is None or len(ids) <= room:
+        return ids, 0
+    if form.on_too_long == "error":
+        if trained is not None and len(ids) > trained:
+            raise _Refusal(f"the prompt takes {len(ids)} tokens, but the prefix was trained for {trained}.", "prompt")
+        return ids, 0
+    ending = len(_encode(serving, form.around(_separator(serving.tokenizer))[1]))
+    if room < ending + 1:
+        raise _Refusal(f"the prompt takes {len(ids)} tokens, but there is room for {max(room, 0)}.", "prompt")
+    return cut_prompt(ids, room, ending), len(ids) - room
+
+
+def _source_prompts(
+    serving: _Serving, asked: dict[str, Any], known: Known, form: TextFormat, headers: dict[str, str]
+) -> list[list[int]]:
+    """Token ids of sources, each in the prefix's text format."""
+    given = asked["prompt"] if isinstance(asked["prompt"], list) else [asked["prompt"]]
+    if len(given) > _MOST_PROMPTS:
+        raise _Refusal(f"'prompt' has {len(given)} prompts, but at most {_MOST_PROMPTS} are taken.", "prompt")
+    separator, prompts, cut = _separator(serving.tokenizer), [], 0
+    for source in given:
+        if not isinstance(source, str) or not source:
+            raise _Refusal("'prompt' must be a text, token ids, or a list of either; none of them empty.", "prompt")
+        ids, less = _fit(serving, known, form, _encode(serving, form.format_prompt(source, separator)), asked)
+        prompts.append(ids)
+        cut += less
+    if cut:
+        headers["x-prefixtune-cut-tokens"] = str(cut)
+    return prompts
+
+
+def _chat_prompt(
+    serving: _Serving, asked: dict[str, Any], known: Known, form: TextFormat, headers: dict[str, str]
+) -> str:
+    """The text of a chat's last message, in the prefix's text format.
+
+    Raises:
+        _Refusal: It is not the user's or no text, others stand before it, or it is too long.
+    """
+    messages = asked.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(messages, list) or not isinstance(last, dict) or last.get("role") != "user":
+        raise _Refusal("'messages' must end with a message of the user's.", "messages")
+    content = last.get("content")
+    if isinstance(content, list):
+        parts = [part["text"] for part in _objects(content) if isinstance(part.get("text"), str)]
+        content = "".join(parts) if len(parts) == len(content) else None
+    if not isinstance(content, str) or not content.strip():
+        raise _Refusal("the last message must be a text that is not empty.", "messages")
+    if len(messages) > 1 and serving.settings.earlier_messages == "refuse":
+        raise _Refusal(
+            f"this prefix reads one text, but {len(messages) - 1} messages stand before the last one. Send the last "
+            "user message alone, or have the server drop the others (earlier_messages = 'drop').",
+            "messages",
+        )
+    if len(messages) > 1:
+        headers["x-prefixtune-dropped-messages"] = str(len(messages) - 1)
+    if not serving.has_prompt:
+        raise _Refusal(
+            "this server takes no chats for this prefix: its chat template has no place for the prefix's text format. "
+            "`prefixtune serve --engine vllm` gives it one; /v1/completions works.",
+            "messages",
+        )
+    text = form.format_prompt(content, _separator(serving.tokenizer))
+    ids = _encode(serving, text)
+    if _fit(serving, known, form, ids, asked)[1]:
+        raise _Refusal(f"the message takes {len(ids)} tokens and would be cut; /v1/completions does that.", "messages")
+    return text
+
+
+def _with_placeholders_in_chat(serving: _Serving, asked: dict[str, Any], length: int, prompt: str | None) -> None:
     if not serving.has_template:
         raise _Refusal(
             "this server takes no chats for prefixes: its chat template has no place for them. "
@@ -261,7 +380,8 @@ def _with_placeholders_in_chat(serving: _Serving, asked: dict[str, Any], length:
     for field in options or {}:
         if field in _OF_TOKENIZERS or field.startswith("return_"):
             raise _Refusal(f"{field!r} in 'chat_template_kwargs' does not go with a prefix.", "chat_template_kwargs")
-    asked["chat_template_kwargs"] = {**(options or {}), TEMPLATE_VARIABLE: serving.placeholder_text * length}
+    own = {TEMPLATE_VARIABLE: serving.placeholder_text * length, PROMPT_VARIABLE: prompt}
+    asked["chat_template_kwargs"] = {**(options or {}), **{name: text for name, text in own.items() if text}}
 
 
 def _prompts(serving: _Serving, asked: dict[str, Any]) -> list[list[int]]:
@@ -301,6 +421,9 @@ def _as_told(value: Any, rewritten: _Rewritten) -> Any:
     for each in (value, *_objects(value.get("choices"))):
         if isinstance(each.get("prompt_token_ids"), list):
             each["prompt_token_ids"] = each["prompt_token_ids"][rewritten.known.asked.length :]
+    if rewritten.text_format is not None:
+        for number, choice in enumerate(_objects(value.get("choices"))):
+            _with_target(choice, rewritten, number)
     usage = value.get("usage")
     if isinstance(usage, dict):
         # A piece with text counts the prompt that it belongs to; a whole reply and a stream's end count them all.
@@ -313,6 +436,21 @@ def _as_told(value: Any, rewritten: _Rewritten) -> Any:
         if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
             details["cached_tokens"] = max(details["cached_tokens"] - placeholders, 0)
     return value
+
+
+def _with_target(choice: dict[str, Any], rewritten: _Rewritten, number: int) -> None:
+    """Leave the target alone of a choice's text, or of a piece of it."""
+    form = rewritten.text_format
+    inner = next((choice[key] for key in ("message", "delta") if isinstance(choice.get(key), dict)), choice)
+    key = "text" if inner is choice else "content"
+    if form is None or not (isinstance(inner.get(key), str) or (rewritten.streams and choice.get("finish_reason"))):
+        return
+    text = inner.get(key) or ""
+    if not rewritten.streams:
+        inner[key] = form.extract_target(text)
+        return
+    held = rewritten.targets.setdefault(choice.get("index", number), TargetStream(form))
+    inner[key] = held.add(text, last=choice.get("finish_reason") is not None)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
@@ -345,10 +483,12 @@ class _Rewriter:
     Args:
         send: Where to.
         change: Value -> value.
+        headers: Of the reply, besides its own.
     """
 
-    def __init__(self, send: Send, change: Callable[[Any], Any]) -> None:
+    def __init__(self, send: Send, change: Callable[[Any], Any], headers: Mapping[str, str] | None = None) -> None:
         self.send, self.change = send, change
+        self.headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         self.start: Message = {}
         self.held = b""
         self.streams = False
@@ -356,11 +496,11 @@ class _Rewriter:
     async def __call__(self, message: Message) -> None:
         """A part of the reply."""
         if message["type"] == "http.response.start":
-            self.start = message
+            self.start = {**message, "headers": [*message["headers"], *self.headers]}
             kinds = [value for key, value in message["headers"] if key.lower() == b"content-type"]
             self.streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
             if self.streams:
-                await self.send(message)
+                await self.send(self.start)
             return
         if message["type"] != "http.response.body":
             await self.send(message)

@@ -25,6 +25,7 @@ from prefixtune.errors import CheckpointError, ConfigError, PrefixError, Request
 from prefixtune.fingerprints import fingerprints_match, sample_weights
 from prefixtune.folder import Signature, check_name, check_place, list_names, path_of, signature_of
 from prefixtune.prefix import Geometry, LayerShape
+from prefixtune.text_format import TextFormat, read_text_format
 
 __all__ = [
     "PARAMETER",
@@ -48,7 +49,11 @@ PARAMETER = "prefixtune"
 Version = tuple[int, int]
 """Time of change in nanoseconds, and size in bytes. No inode: it may differ between machines."""
 
-_OPTIONS = ("prefixes", "cache_mib", "secret", "allow_other_backbone", "max_body_mib")
+_OPTIONS = (
+    *("prefixes", "cache_mib", "secret", "allow_other_backbone", "max_body_mib"),
+    *("raw_completions", "earlier_messages", "on_too_long"),
+)
+_CHOICES = {"earlier_messages": ("refuse", "drop"), "on_too_long": ("", "cut", "error")}
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class Settings:
         cache_bytes: Most that a worker's loaded prefixes may take.
         allow_other_backbone: Accept prefixes of a sister model whose shapes fit.
         max_body_bytes: Longest request that is read.
+        raw_completions: A completion's prompt goes to a prefix as it is, without its text format.
+        earlier_messages: `refuse` a chat with several messages for a prefix that reads one text, or `drop` all but the
+            last.
+        on_too_long: `cut` a source that is too long, or refuse it (`error`); empty: as in the prefix's training.
     """
 
     folder: Path
@@ -68,6 +77,9 @@ class Settings:
     cache_bytes: int = 2**30
     allow_other_backbone: bool = False
     max_body_bytes: int = 2**24
+    raw_completions: bool = False
+    earlier_messages: str = "refuse"
+    on_too_long: str = ""
 
     @classmethod
     def from_vllm(cls, config: Any) -> Settings:
@@ -86,9 +98,14 @@ class Settings:
         for key, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 faults.append(f"{key} is {value!r}, but must be a whole number of MiB")
-        other = extra.get("allow_other_backbone", False)
-        if not isinstance(other, bool):
-            faults.append(f"allow_other_backbone is {other!r}, but must be true or false")
+        other, raw = (extra.get(key, False) for key in ("allow_other_backbone", "raw_completions"))
+        for key, value in (("allow_other_backbone", other), ("raw_completions", raw)):
+            if not isinstance(value, bool):
+                faults.append(f"{key} is {value!r}, but must be true or false")
+        chosen = {key: extra.get(key, getattr(cls, key)) for key in _CHOICES}
+        for key, allowed in _CHOICES.items():
+            if chosen[key] not in allowed:
+                faults.append(f"{key} is {chosen[key]!r}, but must be one of {', '.join(filter(None, allowed))}")
         if transfer.kv_load_failure_policy != "fail":
             # Placeholders would run as ordinary tokens.
             faults.append("kv_load_failure_policy must be 'fail', or a prefix that cannot be loaded would go unnoticed")
@@ -101,7 +118,7 @@ class Settings:
         # vLLM draws an id for every start.
         secret = str(secret or transfer.engine_id)
         cache, body = numbers["cache_mib"] * 2**20, numbers["max_body_mib"] * 2**20
-        return cls(Path(str(folder)).absolute(), secret.encode(), cache, other, body)
+        return cls(Path(str(folder)).absolute(), secret.encode(), cache, other, body, raw, **chosen)
 
 
 @dataclass(frozen=True)
@@ -260,11 +277,13 @@ class Known:
         asked: What a request for it names.
         description: For people.
         created: When its file was changed, in seconds since 1970.
+        text_format: That it was trained with; None: its file stores none.
     """
 
     asked: Asked
     description: str
     created: int
+    text_format: TextFormat | None = None
 
 
 class PrefixFolder:
@@ -353,7 +372,7 @@ class PrefixFolder:
             return f"{'; '.join(reasons)}."
         length = next(iter(outline.shapes.values()))[1]
         about = str(outline.header.get("description") or outline.header.get("task") or "")
-        return Known(Asked(name, signature[:2], length), about, signature[0] // 10**9)
+        return Known(Asked(name, signature[:2], length), about, signature[0] // 10**9, read_text_format(outline.header))
 
     def _same_weights(self, outline: Outline) -> bool:
         origin = outline.header.get("backbone")

@@ -6,14 +6,18 @@ Knows nothing of how it is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefixtune.files import write_text
-from prefixtune.vllm.middleware import TEMPLATE_VARIABLE
+from prefixtune.vllm.middleware import PROMPT_VARIABLE, TEMPLATE_VARIABLE
 
-__all__ = ["Start", "write_template"]
+__all__ = ["TEMPLATE_VERSION", "Start", "write_template"]
+
+TEMPLATE_VERSION = 2
+"""Of what is put around a model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Start:
         num_slots: Texts that are written at once; 0: vLLM's choice.
         cache_mib: Memory for a worker's loaded prefixes.
         template: File of a chat template with a place for the placeholders; None: no chats for prefixes.
+        texts: What becomes of texts for prefixes: `raw_completions`, `earlier_messages`, `on_too_long`, where given.
         more: Options of vLLM's own, put last.
     """
 
@@ -45,6 +50,7 @@ class Start:
     cache_mib: int = 1024
     template: Path | None = None
     more: Sequence[str] = ()
+    texts: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
         """After `python`."""
@@ -52,7 +58,7 @@ class Start:
             "kv_connector": "PrefixConnector",
             "kv_connector_module_path": "prefixtune.vllm.connector",
             "kv_role": "kv_consumer",
-            "kv_connector_extra_config": {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib},
+            "kv_connector_extra_config": {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib, **self.texts},
         }
         options = {
             "--model": self.model,
@@ -71,9 +77,16 @@ class Start:
 
 
 def write_template(path: Path, template: str) -> None:
-    """A model's chat template, with a place for placeholders in front of it.
+    """A model's chat template, with a place for placeholders in front of it, and for a text in place of the messages.
+
+    Args:
+        path: Where to.
+        template: The model's own; empty: it has none, and takes chats of prefixes alone.
 
     Raises:
         PrefixError: The file cannot be written.
     """
-    write_text(path, "{{ " + TEMPLATE_VARIABLE + " | default('') }}" + template)
+    own = template or "{{ raise_exception('this model has no chat template') }}"
+    front = "{{ " + TEMPLATE_VARIABLE + " | default('') }}"
+    text = "{% if " + PROMPT_VARIABLE + " is defined %}{{ " + PROMPT_VARIABLE + " }}{% else %}"
+    write_text(path, front + text + own + "{% endif %}")
