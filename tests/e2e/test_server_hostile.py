@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
     make_prefix(backbone, folder / "prefixes" / "mine.safetensors", 0, task="records", text_format=FORMAT)
     make_prefix(backbone, folder / "prefixes" / "pubs.safetensors", 1, task="e2e")
+    make_prefix(backbone, folder / "prefixes" / "doc.safetensors", 2, task="summarization")
     (folder / "serve.toml").write_text(
         "max_tokens = 6\ndefault_max_tokens = 6\n"
         f"header_timeout = {HEADER_SECONDS}\nclient_timeout = {CLIENT_SECONDS}\n"
@@ -166,6 +168,47 @@ def test_one_address_cannot_take_all_connections(server: LiveServer) -> None:
         assert b" 503 Service Unavailable" in told
         assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many_connections"
         assert is_served(server)
+
+
+# --- long texts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/tasks/mine", {"name": "a" + " " * 400_000 + "b", "food": "c"}),
+        ("/v1/tasks/doc", {"document": "a" + " " * 400_000 + "b"}),
+        ("/v1/tasks/doc", {"document": "a" + " \t\r\t " * 80_000 + "b"}),
+        ("/v1/tasks/pubs", {"mr": "name[a" + " " * 400_000 + "]"}),
+        ("/v1/tasks/pubs", {"mr": "[" * 400_000}),
+        ("/v1/tasks/doc", {"document": [[]] * 100_000}),
+        ("/v1/completions", {"model": "mine", "prompt": "a" * 900_000}),
+        ("/v1/completions", {"model": "mine", "prompt": "a", "x" * 500_000: 1}),
+        ("/v1/completions", {"model": "mine", "prompt": ["a"] * 200_000}),
+        ("/v1/completions", {"model": "mine", "prompt": [1] * 300_000}),
+        ("/v1/completions", {"model": "mine", "prompt": "a", "stop": ["b" * 1000] * 400}),
+        ("/v1/chat/completions", {"model": "mine", "messages": [{"role": "user", "content": "a"}] * 20_000}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(reversed(value))[:9],
+)
+def test_while_a_hostile_text_is_worked_on_others_are_answered(
+    server: LiveServer, path: str, body: dict[str, Any]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        begun, waits = time.monotonic(), []
+        hostile = pool.submit(server.post, path, body, key="pt-me")
+        while not hostile.done() or len(waits) < 5:
+            asked = time.monotonic()
+            assert server.get("/healthz")[0] == 200
+            waits.append(time.monotonic() - asked)
+        seconds = time.monotonic() - begun
+    status, answer, _ = hostile.result()
+    # Blanks around a value say nothing.
+    assert status in (200, 400), answer
+    assert len(json.dumps(answer)) < 5000
+    # Minutes where the time grows with the square; a slow machine has its seconds.
+    assert seconds < 10
+    assert max(waits) < 1
 
 
 # --- no HTTP ----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from prefixtune.server.services import Services
 from prefixtune.server.watch import look_for_files
 
 Made = tuple[Any, Services]
+NEVER = "a body that does not arrive"
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}"}
 
 
@@ -61,6 +62,7 @@ async def call(
     headers: dict[str, str] | None = None,
     gone: asyncio.Event | None = None,
     slow: Callable[[], Awaitable[None]] | None = None,
+    client: str = "127.0.0.1",
 ) -> Answer:
     """Send a request as uvicorn would; `gone`: when the client goes away; `slow`: how it reads a piece."""
     answer, sent, gone = Answer(), False, gone or asyncio.Event()
@@ -68,13 +70,14 @@ async def call(
     scope = {
         "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
         "headers": [(name.encode(), value.encode()) for name, value in given.items()], "root_path": "",
+        "client": (client, 1),
     }  # fmt: skip
 
-    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    data = body if isinstance(body, bytes) else b"" if body in (None, NEVER) else json.dumps(body).encode()
 
     async def receive() -> dict[str, Any]:
         nonlocal sent
-        if not sent:
+        if not sent and body is not NEVER:
             sent = True
             return {"type": "http.request", "body": data}
         await gone.wait()
@@ -563,6 +566,117 @@ def test_the_document_tells_of_every_route_and_of_no_other(make: Callable[..., M
             weak = asyncio.run(call(app, method.upper(), path.replace("{name}", "a"), headers=bearer("me")))
             if "right" in operation.get("description", ""):
                 assert weak.code in ("admin_key_needed", "metrics_not_allowed")
+
+
+def test_long_texts_of_one_caller_do_not_hold_up_anothers(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, services = make(keys={name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")})
+    encode, seen = type(services.backbone).encode_sources, list[str]()
+
+    def slowly(self: Any, texts: list[str]) -> Any:
+        seen.extend(texts)
+        time.sleep(0.05)
+        return encode(self, texts)
+
+    monkeypatch.setattr(type(services.backbone), "encode_sources", slowly)
+
+    async def both() -> tuple[Answer, int, list[Answer]]:
+        heavy = [
+            asyncio.ensure_future(call(app, "POST", "/v1/completions", ask(prompt="h" * 20), headers=bearer("heavy")))
+            for _ in range(20)
+        ]
+        while not seen:
+            await asyncio.sleep(0.001)
+        light = await call(app, "POST", "/v1/completions", ask(prompt="l"), headers=bearer("light"))
+        before = len([text for text in seen if text[0] == "h"])
+        return light, before, list(await asyncio.gather(*heavy))
+
+    light, before, heavy = asyncio.run(both())
+    assert (light.status, {answer.status for answer in heavy}) == (200, {200})
+    # Of the twenty, the one that was worked on, and those that came while the light one's text was written.
+    assert seen.index("l") <= 2
+    assert before < 20
+
+
+def test_a_caller_who_leaves_while_others_texts_are_worked_on_leaves_nothing(make: Callable[..., Made]) -> None:
+    app, services = make()
+
+    async def leave() -> Answer:
+        gone = asyncio.Event()
+        async with services.turns.turn("somebody"):
+            waiting = asyncio.ensure_future(call(app, "POST", "/v1/completions", ask(), gone=gone))
+            while not services.bodies.total:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            gone.set()
+            left = await waiting
+        # Whoever comes next has its turn.
+        assert (await call(app, "POST", "/v1/completions", ask())).status == 200
+        return left
+
+    assert asyncio.run(leave()).status == 0
+    assert services.bodies.total == 0
+
+
+def test_a_text_whose_turn_does_not_come_is_given_up(make: Callable[..., Made]) -> None:
+    app, services = make(deadline=0.1)
+
+    async def wait() -> Answer:
+        async with services.turns.turn("somebody"):
+            return await call(app, "POST", "/v1/completions", ask())
+
+    assert asyncio.run(wait()).code == "deadline_exceeded"
+
+
+def test_bodies_are_admitted_by_their_bytes_and_fairly(make: Callable[..., Made]) -> None:
+    keys = {name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")}
+    app, services = make(keys=keys, max_pending_mib=1)
+    large, small = ({"content-length": str(kib * 1024)} for kib in (1000, 100))
+
+    async def fill() -> list[Answer]:
+        # Nothing of the body arrives, but so much is announced.
+        held = asyncio.ensure_future(call(app, "POST", "/v1/completions", NEVER, headers=bearer("heavy") | large))
+        while not services.bodies.total:
+            await asyncio.sleep(0.001)
+        answers = [
+            await call(app, "POST", "/v1/completions", ask(), headers=bearer(name) | small)
+            for name in ("heavy", "light")
+        ]
+        held.cancel()
+        await asyncio.gather(held, return_exceptions=True)
+        return answers
+
+    heavy, light = asyncio.run(fill())
+    assert (heavy.status, heavy.code, light.status) == (429, "queue_full", 200)
+    assert int(heavy.headers["retry-after"]) >= 1
+    assert services.bodies.total == 0
+
+
+def test_where_no_key_is_needed_addresses_share_the_room(make: Callable[..., Made]) -> None:
+    app, services = make(proxies=("10.0.0.1",), max_connections_per_address=2)
+    tenants: list[str] = []
+    submit = services.worker.submit
+    services.worker.submit = lambda request, *more, **options: (  # type: ignore[method-assign]
+        tenants.append(request.tenant),
+        submit(request, *more, **options),
+    )
+
+    async def several() -> list[Answer]:
+        def one(client: str, told: str) -> Awaitable[Answer]:
+            headers = {"x-forwarded-for": told}
+            return call(app, "POST", "/v1/completions", ask(), headers=headers, client=client)
+
+        # Three at once of one address behind the proxy: one too many. What others write themselves does not count.
+        behind = [one("10.0.0.1", "192.0.2.7") for _ in range(3)]
+        beside = [one("198.51.100.1", "192.0.2.7") for _ in range(3)]
+        return list(await asyncio.gather(*behind, *beside))
+
+    answers = asyncio.run(several())
+    assert sorted(answer.status for answer in answers[:3]) == [200, 200, 429]
+    assert next(answer.code for answer in answers if answer.status == 429) == "address_limit_exceeded"
+    assert {answer.status for answer in answers[3:]} == {200}
+    assert sorted(tenants) == ["192.0.2.7"] * 2 + ["198.51.100.1"] * 3
 
 
 def test_a_link_to_itself_is_one_bad_file_and_the_watch_goes_on(make: Callable[..., Made], tmp_path: Path) -> None:

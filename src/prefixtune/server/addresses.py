@@ -6,15 +6,17 @@ last one that is no proxy.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # The configuration is read where Starlette may be missing.
     from starlette.types import Scope
 
-__all__ = ["Addresses", "parse_network"]
+__all__ = ["Addresses", "PerAddress", "parse_network"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _SITE = 64
@@ -66,6 +68,29 @@ class Addresses:
         if isinstance(parsed, ipaddress.IPv6Address):
             return str(ipaddress.ip_network((parsed, _SITE), strict=False))
         return address
+
+
+class PerAddress:
+    """Counts requests at once of each address that a proxy tells; of sockets, the connections are counted.
+
+    Args:
+        limit: For one address; 0: any number.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._running: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def request(self, address: str) -> Iterator[bool]:
+        """Count a request while the block runs; tells whether there was room for it."""
+        self._running[address] += 1
+        try:
+            yield not self.limit or self._running[address] <= self.limit
+        finally:
+            self._running[address] -= 1
+            if not self._running[address]:
+                del self._running[address]
 
 
 _LONGEST = 1024

@@ -124,6 +124,11 @@ class ServeConfig:
         "texts that may wait for a slot; beyond them, who holds his share of them already is answered with 429",
         "limits",
     )
+    max_pending_mib: int = _option(
+        64,
+        "bodies of all requests at once, in MiB; beyond them, who holds his share of them already is answered with 429",
+        "limits",
+    )
     max_body_kib: int = _option(1024, "size of a request, in KiB", "limits")
     max_upload_mib: int = _option(256, "size of an uploaded prefix, in MiB", "limits")
     max_prompt_tokens: int = _option(0, "tokens of a prompt; 0: what fits the model", "limits")
@@ -259,7 +264,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
     **dict.fromkeys(("max_length", "max_prompt_tokens", "max_queue", "metric_prefixes"), (0, _MANY)),
     **dict.fromkeys(("max_connections", "num_slots", "prefill_tokens", "cache_mib", "max_body_kib"), (1, _MANY)),
-    **dict.fromkeys(("max_upload_mib", "max_tokens", "default_max_tokens", "max_texts"), (1, _MANY)),
+    **dict.fromkeys(("max_pending_mib", "max_upload_mib", "max_tokens", "default_max_tokens", "max_texts"), (1, _MANY)),
     "max_connections_per_address": (0, _MANY),
     **dict.fromkeys(("deadline", "client_timeout", "header_timeout", "keep_alive"), (0.1, math.inf)),
     **dict.fromkeys(("drain_seconds", "reload_seconds"), (0.0, math.inf)),

@@ -34,6 +34,7 @@ class Call:
         request: The request.
         services: The server's parts.
         caller: Who asks.
+        address: Where from.
         stack: What ends with the reply.
         facts: For the log.
         headers: Of a reply that is no error.
@@ -42,6 +43,7 @@ class Call:
     request: Request
     services: Services
     caller: Caller
+    address: str
     stack: ExitStack
     facts: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
@@ -50,6 +52,11 @@ class Call:
     def name(self) -> str:
         """The name in the path."""
         return str(self.request.path_params.get("name", ""))
+
+    @property
+    def tenant(self) -> str:
+        """Among whom room is shared fairly: keys; without keys, addresses."""
+        return self.address if self.services.keyring.is_open else self.caller.name
 
 
 class Endpoint:
@@ -87,11 +94,15 @@ class Endpoint:
     async def _reply(self, request: Request, stack: ExitStack, facts: dict[str, Any]) -> ASGIApp:
         caller = self._caller(request)
         facts["key"] = caller.name
+        address = self.services.addresses.of(request.scope)
+        forwarded = self.services.addresses.is_proxy(request.client.host if request.client else "")
+        if forwarded and not stack.enter_context(self.services.per_address.request(address)):
+            raise TooMany("address", f"{self.services.per_address.limit} requests of this address run already", 1.0)
         if self.counted:
             if self.services.draining:
                 raise unavailable("the server is about to stop.", "draining", retry_after=5)
             stack.enter_context(caller.request())
-        return await self.handle(Call(request, self.services, caller, stack, facts))
+        return await self.handle(Call(request, self.services, caller, address, stack, facts))
 
     def _caller(self, request: Request) -> Caller:
         keyring = self.services.keyring

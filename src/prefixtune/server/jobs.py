@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from prefixtune.engine import Output, Request
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.metrics import Metrics
 
-__all__ = ["Admission", "Full", "Heard", "Job"]
+__all__ = ["Admission", "Full", "Heard", "Job", "Shares", "Turns"]
 
 _SILENCE = 15.0
 """Seconds without news after which an empty one is given, so that a stream can say that it is alive."""
@@ -34,11 +34,82 @@ class Full(Exception):
         self.retry_after = retry_after
 
 
-class Admission:
-    """Counts the texts that run or wait, so that the queue is bounded; and says when all are done.
+class Shares:
+    """A bounded amount of something, and which tenant holds how much of it.
 
-    A queue that one tenant has filled is not closed to the others: whoever holds less than an equal share of it gets
-    in. So together they may come to hold more, until the first one's are done.
+    What one tenant has filled is not closed to the others: whoever holds less than an equal share of it gets in. So
+    together they may come to hold more, until the first one's are done.
+
+    Attributes:
+        most: Of it all.
+        total: What is held.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.total = most, 0
+        self._held: Counter[str] = Counter()
+
+    def has_room(self, amount: int, tenant: str) -> bool:
+        """Whether a tenant may have so much more."""
+        share = self.most // len(self._held.keys() | {tenant})
+        return self.total + amount <= self.most or self._held[tenant] + amount <= share
+
+    @contextlib.contextmanager
+    def hold(self, amount: int, tenant: str) -> Iterator[None]:
+        """Hold so much while the block runs; `has_room` says whether it may."""
+        self.total += amount
+        self._held[tenant] += amount
+        try:
+            yield
+        finally:
+            self.total -= amount
+            self._held[tenant] -= amount
+            if not self._held[tenant]:
+                del self._held[tenant]
+
+
+class Turns:
+    """One piece of work at a time; tenants in turn, so that one's long pieces hold up another by one piece only."""
+
+    def __init__(self) -> None:
+        self._busy = False
+        # The tenant whose turn was longest ago comes first.
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncGenerator[None]:
+        """Wait for a turn, and have it while the block runs."""
+        if self._busy:
+            mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(tenant, deque()).append(mine)
+            try:
+                await mine
+            except asyncio.CancelledError:
+                if mine.done() and not mine.cancelled():
+                    self._next()
+                raise
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        self._busy = False
+        while self._waiting:
+            tenant, queue = self._waiting.popitem(last=False)
+            first = queue.popleft()
+            if queue:
+                self._waiting[tenant] = queue
+            # Whoever gave up is passed over.
+            if not first.done():
+                self._busy = True
+                first.set_result(None)
+                return
+
+
+class Admission:
+    """Counts the texts that run or wait, so that the queue is bounded and shared; and says when all are done.
 
     Args:
         num_slots: Texts that run at once.
@@ -46,12 +117,16 @@ class Admission:
     """
 
     def __init__(self, num_slots: int, max_queue: int) -> None:
-        self.num_slots, self.most = num_slots, num_slots + max_queue
-        self.texts = 0
-        self._held: Counter[str] = Counter()
+        self.num_slots = num_slots
+        self._shares = Shares(num_slots + max_queue)
         self._seconds = 1.0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def texts(self) -> int:
+        """How many run or wait."""
+        return self._shares.total
 
     @contextlib.contextmanager
     def enter(self, texts: int, tenant: str = "") -> Iterator[None]:
@@ -60,23 +135,17 @@ class Admission:
         Raises:
             Full: There is no room for them.
         """
-        share = self.most // len(self._held.keys() | {tenant})
-        if self.texts + texts > self.most and self._held[tenant] + texts > share:
+        if not self._shares.has_room(texts, tenant):
             # When the texts that are there will be done, if they take as long as the last ones.
             rounds = self.texts / self.num_slots
             raise Full(f"{self.texts} texts run or wait already", min(60.0, max(1.0, rounds * self._seconds)))
-        self.texts += texts
-        self._held[tenant] += texts
         self._idle.clear()
         begun = time.monotonic()
         try:
-            yield
+            with self._shares.hold(texts, tenant):
+                yield
         finally:
             self._seconds += 0.1 * (time.monotonic() - begun - self._seconds)
-            self.texts -= texts
-            self._held[tenant] -= texts
-            if not self._held[tenant]:
-                del self._held[tenant]
             if not self.texts:
                 self._idle.set()
 

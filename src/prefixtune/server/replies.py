@@ -67,7 +67,9 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        # Both may repeat what was sent, however long it was.
+        self.message, self.param = _shortened(message), None if param is None else _shortened(param)
+        self.status, self.code = status, code
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
@@ -113,8 +115,7 @@ def as_api_error(error: PrefixError) -> ApiError:
     Only for messages that hold no path: those of the engine, its store, and the tasks.
     """
     if isinstance(error, RequestError | DataError):
-        # Messages repeat what was sent.
-        return wrong(_shortened(error.message), hint=_shortened(error.hint))
+        return wrong(error.message, hint=error.hint)
     return unavailable(error.message, "not_served")
 
 

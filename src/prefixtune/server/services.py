@@ -13,10 +13,11 @@ from prefixtune.backbone import Backbone
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.store import PrefixStore
 from prefixtune.engine.worker import EngineWorker
+from prefixtune.server.addresses import Addresses, PerAddress
 from prefixtune.server.asks import Limits
 from prefixtune.server.catalog import Catalog
 from prefixtune.server.config import ServeConfig
-from prefixtune.server.jobs import Admission
+from prefixtune.server.jobs import Admission, Shares, Turns
 from prefixtune.server.keys import Keyring
 from prefixtune.server.metrics import Metrics
 
@@ -38,6 +39,10 @@ class Services:
         self.begun = time.time()
         self.catalog = Catalog(store, backbone, config.model_id, int(self.begun))
         self.keyring = Keyring(config.keys)
+        self.addresses = Addresses(config.proxies)
+        self.per_address = PerAddress(config.max_connections_per_address)
+        self.bodies = Shares(config.max_pending_mib * 2**20)
+        self.turns = Turns()
         self.admission = Admission(config.num_slots, config.max_queue)
         self.limits = Limits(config.max_tokens, config.max_texts)
         self.draining = False

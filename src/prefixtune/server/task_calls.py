@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -21,7 +22,7 @@ from prefixtune.server.forms import form_of
 from prefixtune.server.jobs import Job
 from prefixtune.server.prompting import encode_source, with_customs
 from prefixtune.server.replies import ALIVE, DONE, event, reply, wrong
-from prefixtune.server.writing import Written, begin, collect, follow, read_json, stream, usage
+from prefixtune.server.writing import Written, begin, collect, follow, in_turn, read_json, stream, usage
 from prefixtune.text_format import TextFormat
 
 __all__ = ["describe_task", "do_task"]
@@ -46,7 +47,7 @@ async def do_task(call: Call) -> ASGIApp:
         if form is None:
             raise wrong("this model takes no fields.", "source", hint="give 'source'.")
         try:
-            source = form.source(ask.fields)
+            source = await in_turn(call, partial(form.source, ask.fields))
         except DataError as error:
             raise wrong(error.message, hint=error.hint) from None
     text_format = services.catalog.text_format(served.header)

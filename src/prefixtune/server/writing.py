@@ -10,7 +10,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from prefixtune.engine import FullError, Output, Request, Sampling, Token
 from prefixtune.errors import PrefixError
@@ -20,8 +20,9 @@ from prefixtune.server.endpoint import Call, read_body
 from prefixtune.server.jobs import Full, Heard, Job
 from prefixtune.server.replies import ApiError, EventStream, unavailable, unless_gone, wrong
 
-__all__ = ["Written", "begin", "collect", "encode", "follow", "read_json", "stream", "usage"]
+__all__ = ["Written", "begin", "collect", "encode", "follow", "in_turn", "read_json", "stream", "usage"]
 
+T = TypeVar("T")
 _SMALL = 16 * 1024
 """Bytes of a body that is read where it arrives; a larger one in a thread, so that nobody's stream waits for it."""
 
@@ -52,9 +53,17 @@ async def read_json(call: Call) -> dict[str, Any]:
 
     Raises:
         ApiError: It is no JSON, too large or too slow.
+        Full: Too much is being read or worked on.
     """
     config = call.services.config
-    body = await read_body(call.request, most=1024 * config.max_body_kib, patience=config.client_timeout)
+    most = 1024 * config.max_body_kib
+    length = call.request.headers.get("content-length", "")
+    # Counted before it is read, until the call ends: so long it is in memory, and its text may wait to be worked on.
+    size = min(int(length), most) if length.isascii() and length.isdigit() else most
+    if not call.services.bodies.has_room(size, call.tenant):
+        raise Full(f"requests of {call.services.bodies.total:,} bytes are being read or worked on", 1.0)
+    call.stack.enter_context(call.services.bodies.hold(size, call.tenant))
+    body = await read_body(call.request, most=most, patience=config.client_timeout)
     return parse_json(body) if len(body) <= _SMALL else await asyncio.to_thread(parse_json, body)
 
 
@@ -65,9 +74,29 @@ def stream(call: Call, events: AsyncGenerator[str]) -> EventStream:
 
 
 async def encode(call: Call, encoding: Callable[[], Sequence[int]]) -> tuple[int, ...]:
-    """Token ids, worked out in a thread: a long text must not hold up everybody's streams."""
+    """Token ids of one text (see `in_turn`)."""
+    return tuple(await in_turn(call, encoding))
+
+
+async def in_turn(call: Call, work: Callable[[], T]) -> T:
+    """Work on one text, in a thread, as a long one must not hold up everybody's streams; callers take turns.
+
+    Raises:
+        ApiError: It was not its turn in time.
+        ClientDisconnect: The client went away.
+    """
+    services = call.services
     loop = asyncio.get_running_loop()
-    return tuple(await loop.run_in_executor(call.services.tokenizing, encoding))
+
+    async def wait_and_work() -> T:
+        async with services.turns.turn(call.tenant):
+            return await loop.run_in_executor(services.tokenizing, work)
+
+    try:
+        async with asyncio.timeout(services.config.deadline):
+            return await unless_gone(call.request.receive, wait_and_work())
+    except TimeoutError:
+        raise _too_late(services.config.deadline) from None
 
 
 def begin(
@@ -101,14 +130,14 @@ def begin(
             served.prefix,
             _sampling(call, ask, served, len(prompt), default_length),
             n=ask.n,
-            tenant=call.caller.name,
+            tenant=call.tenant,
             prefix_name=served.name,
             verbatim=verbatim,
             id=uuid.uuid4().hex,
         )
         for prompt in prompts
     ]
-    call.stack.enter_context(services.admission.enter(len(prompts) * ask.n, call.caller.name))
+    call.stack.enter_context(services.admission.enter(len(prompts) * ask.n, call.tenant))
     job = Job(services.worker, requests, served.name, services.config.deadline, services.metrics)
     call.stack.callback(_end, call, job)
     try:
@@ -190,10 +219,7 @@ def _failure(call: Call, output: Output) -> ApiError:
     """Why a text was not written."""
     call.facts["finished"] = output.finished
     if output.finished == "timeout":
-        seconds = call.services.config.deadline
-        message = f"the request was not done within {seconds:g} seconds."
-        # Another try, by a client or by a load balancer, would take as long.
-        return ApiError(504, message, code="deadline_exceeded", headers={"x-should-retry": "false"})
+        return _too_late(call.services.config.deadline)
     if output.finished == "cancelled":
         return unavailable("the server is about to stop; the request was given up.", "draining", retry_after=5)
     # What the engine says of it is for the log.
@@ -202,6 +228,12 @@ def _failure(call: Call, output: Output) -> ApiError:
         return unavailable("the engine broke and starts anew; send the request again.", "engine_failed", retry_after=1)
     message = f"the engine failed on this request; the log tells more of the request {call.facts['id']}."
     return ApiError(500, message, code="engine_error")
+
+
+def _too_late(seconds: float) -> ApiError:
+    message = f"the request was not done within {seconds:g} seconds."
+    # Another try, by a client or by a load balancer, would take as long.
+    return ApiError(504, message, code="deadline_exceeded", headers={"x-should-retry": "false"})
 
 
 def usage(job: Job) -> dict[str, Any]:
