@@ -306,15 +306,31 @@ def _generate(command: _Command) -> None:
 examples:
   prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | Type : pub"
   prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
+  prefixtune generate --run runs/full "name : Aromi | Type : pub"
+  prefixtune generate --prefix p.safetensors --escapes "first line\\nsecond line"
   cat sources.txt | prefixtune generate --prefix p.safetensors --json""",
     )
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="source; without any, lines are read from stdin")
     parser.add_argument(
+        "texts",
+        nargs="*",
+        metavar="TEXT",
+        help="source, taken as typed (\\n is two characters: see --escapes); without any, lines are read from stdin, "
+        "one result a line",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--prefix",
         action="append",
         default=[],
         metavar="FILE",
         help="once for all texts, or once per text; none: bare model",
+    )
+    # `run` is what the command line calls.
+    what.add_argument("--run", dest="run_folder", metavar="FOLDER", help="a run of `prefixtune train`, with any method")
+    parser.add_argument(
+        "--escapes",
+        action="store_true",
+        help="read \\n, \\r, \\t, \\\\ and \\uXXXX in the texts as characters",
     )
     parser.add_argument("--stream", action="store_true", help="print pieces as they come (one text)")
     _json_and_quiet(parser, "one object a text")

@@ -279,10 +279,7 @@ def stream(
         ConfigError: Beam search was asked for.
     """
     chosen = as_config(GenerateConfig, config, options)
-    if chosen.num_beams > 1:
-        raise ConfigError(
-            "beam search cannot stream: its best beam is known at the end only.", hint="set num_beams to 1."
-        )
+    check_streams(chosen)
     if not isinstance(text, str):
         raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
     backbone = as_backbone(backbone)
@@ -309,6 +306,19 @@ def stream(
     finally:
         streamer.cancelled = True
         thread.join()
+
+
+def check_streams(config: GenerateConfig) -> None:
+    """Refuse a way of decoding that cannot stream.
+
+    Raises:
+        ConfigError: Beam search was asked for.
+    """
+    if config.num_beams > 1:
+        raise ConfigError(
+            "beam search cannot stream: its best beam is known at the end only.",
+            hint="set num_beams to 1 (--num-beams 1).",
+        )
 
 
 def generate_ids(

@@ -303,8 +303,13 @@ def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[.
     assert "started on other data" in err
 
 
-def test_a_blank_line_of_stdin_is_refused_by_number(trained: Path) -> None:
-    _, err = run("generate", "--prefix", str(trained), stdin="Aromi is soup\n\nBibi is cake\n", code=2)
+def test_a_blank_line_of_stdin_has_an_empty_result_and_a_note(trained: Path) -> None:
+    out, err = run(
+        *("generate", "--prefix", str(trained), "--max-new-tokens", "5"), stdin="Aromi is soup\n\nBibi is cake\n"
+    )
+    alone, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", "Aromi is soup", "Bibi is cake")
+    first, second = alone.removesuffix("\n").split("\n")
+    assert out == f"{first}\n\n{second}\n"
     assert "line 2 of stdin is blank" in err
 
 

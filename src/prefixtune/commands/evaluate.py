@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.commands.shared import generate_config, load_with_prefixes, print_json
+from prefixtune.commands.shared import find_artifact, generate_config, load_artifact, print_json
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError, PrefixError, did_you_mean
 
 if TYPE_CHECKING:
-    from prefixtune.backbone import Backbone
     from prefixtune.evaluation import Evaluation
-    from prefixtune.prefix import Prefix
     from prefixtune.tasks import Example, Task
-    from prefixtune.text_format import TextFormat
 
 __all__ = ["add_arguments", "evaluate"]
 
@@ -80,7 +77,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     console = Console(quiet=options.quiet or options.json)
     # All that can be wrong is told before the model loads.
-    file, weights, header = _artifact(options)
+    file, weights, header = find_artifact(options, options.prefix)
     task = options.task or header.get("task") or "records"
     source, target = options.source, options.target
     trained = read_text_format(header)
@@ -99,7 +96,7 @@ def evaluate(options: argparse.Namespace) -> int:
         check_writable(place)
     shown = _shots(options, task, source, target)
     overlap = _overlap(console, examples, options.train if shown else weights or file, shown)
-    backbone, prefix, form = _load(console, options, file, weights)
+    backbone, prefix, form = load_artifact(console, options, file, weights)
     if options.instruction:
         form = ask(backbone, options.instruction, shown)
     elif shown:
@@ -148,47 +145,6 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.outputs:
         write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
     return 0
-
-
-def _artifact(options: argparse.Namespace) -> tuple[str | None, Path | None, Mapping[str, Any]]:
-    """The file of the prefix, or that of trained weights, and what either says; neither: the bare model."""
-    from prefixtune.checkpoint import load_prefix, load_weights
-    from prefixtune.training import PREFIX_FILE, WEIGHTS_FILE
-
-    file = options.prefix
-    if options.run_folder:
-        folder = Path(options.run_folder)
-        weights = folder / WEIGHTS_FILE
-        if weights.is_file():
-            for name in ("quantize", "adapter"):
-                if getattr(options, name):
-                    raise ConfigError(
-                        f"--{name} is {getattr(options, name)!r}, but {str(weights)!r} holds weights of its own.",
-                        hint=f"leave --{name} out; it goes with a prefix or the bare model.",
-                    )
-            return None, weights, load_weights(weights)[1]
-        if not (folder / PREFIX_FILE).is_file():
-            raise ConfigError(
-                f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
-                hint="give the --output folder of a `prefixtune train` that came to its end.",
-            )
-        file = str(folder / PREFIX_FILE)
-    return (file, None, load_prefix(file).header) if file else (None, None, {})
-
-
-def _load(
-    console: Console, options: argparse.Namespace, file: str | None, weights: Path | None
-) -> tuple[Backbone, Prefix | None, TextFormat | None]:
-    """The model, prefix and text format that are evaluated."""
-    if weights is not None:
-        from prefixtune.training import load_tuned
-
-        console.info(f"loading {weights} ...")
-        chosen = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
-        backbone, form = load_tuned(weights, **chosen)
-        return backbone, None, form
-    backbone, loaded = load_with_prefixes(console, options, [file] if file else [])
-    return backbone, loaded[0] if loaded else None, None
 
 
 def _asked_for(names: str, task: Task) -> list[str]:

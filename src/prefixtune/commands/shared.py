@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
     from prefixtune.generation import GenerateConfig
     from prefixtune.prefix import Prefix
+    from prefixtune.text_format import TextFormat
 
 __all__ = [
     "DEFAULT_BACKBONE",
+    "find_artifact",
     "generate_config",
     "load",
+    "load_artifact",
     "load_with_prefixes",
     "print_json",
     "run_training",
@@ -91,6 +94,51 @@ def _adapter(options: argparse.Namespace, files: Sequence[str], loaded: Sequence
     return named.pop() if named else None
 
 
+def find_artifact(options: argparse.Namespace, file: str | None) -> tuple[str | None, Path | None, Mapping[str, Any]]:
+    """The file of the prefix, or that of trained weights, and what either says; neither: the bare model.
+
+    Args:
+        options: With `--run`, whose prefix or weights are taken.
+        file: The prefix that was named.
+    """
+    from prefixtune.checkpoint import load_prefix, load_weights
+    from prefixtune.training import PREFIX_FILE, WEIGHTS_FILE
+
+    if options.run_folder:
+        folder = Path(options.run_folder)
+        weights = folder / WEIGHTS_FILE
+        if weights.is_file():
+            for name in ("quantize", "adapter"):
+                if getattr(options, name):
+                    raise ConfigError(
+                        f"--{name} is {getattr(options, name)!r}, but {str(weights)!r} holds weights of its own.",
+                        hint=f"leave --{name} out; it goes with a prefix or the bare model.",
+                    )
+            return None, weights, load_weights(weights)[1]
+        if not (folder / PREFIX_FILE).is_file():
+            raise ConfigError(
+                f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
+                hint="give the --output folder of a `prefixtune train` that came to its end.",
+            )
+        file = str(folder / PREFIX_FILE)
+    return (file, None, load_prefix(file).header) if file else (None, None, {})
+
+
+def load_artifact(
+    console: Console, options: argparse.Namespace, file: str | None, weights: Path | None
+) -> tuple[Backbone, Prefix | None, TextFormat | None]:
+    """The model, prefix and text format of what `find_artifact` found."""
+    if weights is not None:
+        from prefixtune.training import load_tuned
+
+        console.info(f"loading {weights} ...")
+        chosen = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
+        backbone, form = load_tuned(weights, **chosen)
+        return backbone, None, form
+    backbone, loaded = load_with_prefixes(console, options, [file] if file else [])
+    return backbone, loaded[0] if loaded else None, None
+
+
 def generate_config(options: argparse.Namespace, prefixes: Sequence[Prefix], task: str | None = None) -> GenerateConfig:
     """The task's decoding defaults, with the given flags over them."""
     import dataclasses
@@ -107,6 +155,14 @@ def generate_config(options: argparse.Namespace, prefixes: Sequence[Prefix], tas
     if given.get("temperature", 0) > 0 and "num_beams" not in given:
         # Sampling was asked for: a task's beam search gives way.
         values.pop("num_beams", None)
+    if {"max_new_tokens", "min_new_tokens"} & given.keys() == {"max_new_tokens"}:
+        fewest = values.get("min_new_tokens", 0)
+        if 1 <= given["max_new_tokens"] < fewest:
+            raise ConfigError(
+                f"--max-new-tokens is {given['max_new_tokens']}, but outputs of the task {named!r} have at least "
+                f"{fewest} tokens.",
+                hint=f"raise it, or lower that too: --min-new-tokens {given['max_new_tokens']}.",
+            )
     return GenerateConfig.from_mapping({**values, **given})
 
 

@@ -1,0 +1,170 @@
+"""`prefixtune generate`: what its texts are, what it takes, and what it refuses before the backbone loads."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.backbone import load_backbone
+from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.cli import main
+from prefixtune.generation import GenerateConfig
+from prefixtune.generation import generate as generate_texts
+from prefixtune.prefix import Prefix
+from prefixtune.training import load_tuned, train
+
+SHORT = ("--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(model: Path) -> Any:
+    return load_backbone(model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prefixes(backbone: Any, random_prefix: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two prefixes, the first of the task e2e, which decodes with five beams and at least five tokens."""
+    folder = tmp_path_factory.mktemp("prefixes")
+    return [
+        str(
+            save_prefix(
+                folder / f"{task}.safetensors",
+                Prefix(random_prefix(backbone, 3, seed).layers, make_header(backbone, task=task)),
+            )
+        )
+        for seed, task in enumerate(("e2e", "records"))
+    ]
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the backbone was loaded before the options were checked")
+
+    monkeypatch.setattr("prefixtune.backbone.load_backbone", load)
+
+
+def outputs(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert main(["generate", *words, *SHORT]) == 0
+    return lines_of(capsys.readouterr().out)
+
+
+def lines_of(text: str) -> list[str]:
+    # The tiny model writes characters that `splitlines` takes for line breaks.
+    return text.removesuffix("\n").split("\n")
+
+
+def in_lines(texts: list[str]) -> list[str]:
+    return [text.replace("\n", "\\n").replace("\r", "\\r") for text in texts]
+
+
+def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["generate", *words]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_text_is_taken_as_typed_and_escapes_are_read_when_asked_for(
+    prefixes: list[str], backbone: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = r"a\nb \\ \u00e9"
+    prefix = ["--prefix", prefixes[1]]
+    as_typed, read = outputs(capsys, typed, *prefix), outputs(capsys, typed, *prefix, "--escapes")
+    config = GenerateConfig(max_new_tokens=4)
+    for text, shown in ((typed, as_typed), ("a\nb \\ \u00e9", read)):
+        assert shown == in_lines(generate_texts(backbone, [text], prefixes[1], config=config))
+    assert as_typed != read, "the texts must differ for the model"
+
+
+@pytest.mark.parametrize("text", [r"a\d", "a\\", r"\ud800", r"\u12"])
+def test_another_escape_is_refused(text: str, capsys: pytest.CaptureFixture[str], no_loading: None) -> None:
+    message = error(capsys, "fine", text, "--escapes")
+    assert "text 2 has the escape \\" in message
+    assert "leave --escapes out" in message
+
+
+def test_blank_lines_have_empty_results_and_a_note(
+    prefixes: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "one\n\ntwo\n  \n"
+    alone = outputs(capsys, "one", "two", "--prefix", prefixes[1])
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(["generate", "--prefix", prefixes[1], *SHORT[:-1]]) == 0
+    shown = capsys.readouterr()
+    assert lines_of(shown.out) == [alone[0], "", alone[1], ""]
+    assert "lines 2, 4 of stdin are blank" in shown.err
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    once_per_line = ["--prefix", prefixes[1]] * 4
+    rows = [json.loads(row) for row in outputs(capsys, "--json", *once_per_line)]
+    assert in_lines([row["output"] for row in rows]) == [alone[0], "", alone[1], ""]
+    assert [row["text"] for row in rows] == ["one", "", "two", "  "]
+    assert "blank" in rows[1]["note"]
+    assert "note" not in rows[0]
+
+
+def test_stdin_of_blank_lines_alone_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_loading: None
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
+    assert "stdin holds no text" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-new-tokens", "3"], "--max-new-tokens is 3, but outputs of the task 'e2e' have at least 5 tokens"),
+        (["--prompt-lookup", "2"], "prompt look-up needs num_beams = 1"),
+        (["--stream"], "beam search cannot stream"),
+        (["--compile"], "compile is True"),
+        (["--top-p", "2"], "top_p is 2.0"),
+    ],
+)
+def test_options_are_checked_with_the_prefixs_own_before_the_backbone_loads(
+    prefixes: list[str], capsys: pytest.CaptureFixture[str], no_loading: None, words: list[str], message: str
+) -> None:
+    assert message in error(capsys, "text", "--prefix", prefixes[0], *words)
+
+
+def test_what_the_hints_say_works(prefixes: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(outputs(capsys, "text", "--prefix", prefixes[0], "--min-new-tokens", "3")) == 1
+    streamed = outputs(capsys, "text", "--prefix", prefixes[0], "--min-new-tokens", "3", "--num-beams", "1", "--stream")
+    assert streamed == outputs(capsys, "text", "--prefix", prefixes[0], "--min-new-tokens", "3", "--num-beams", "1")
+
+
+@pytest.mark.parametrize("method", ["prefix", "top"])
+def test_a_run_of_any_method_generates(
+    method: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = {"source": "one", "targets": ["two", "three"]}
+    settings = {"max_steps": 3, "prefix_length": 2, "learning_rate": 0.1, "dtype": "float32", "device": "cpu"}
+    result = train(
+        backbone=str(model), examples=[example], method=method, output=str(tmp_path), progress=False, **settings
+    )
+    shown = outputs(capsys, "--run", str(tmp_path), "one", "other")
+    if method == "prefix":
+        expected = generate_texts(load_backbone(model, device="cpu"), ["one", "other"], result.path, max_new_tokens=4)
+    else:
+        tuned, form = load_tuned(result.path, device="cpu")
+        expected = generate_texts(tuned, ["one", "other"], text_format=form, max_new_tokens=4)
+    assert shown == in_lines(expected)
+    bare = generate_texts(load_backbone(model, device="cpu"), ["one", "other"], max_new_tokens=4)
+    assert shown != in_lines(bare), "what was trained must show"
+
+
+def test_a_folder_without_a_run_and_a_run_beside_a_prefix_are_refused(
+    tmp_path: Path, prefixes: list[str], capsys: pytest.CaptureFixture[str], no_loading: None
+) -> None:
+    assert "holds neither" in error(capsys, "text", "--run", str(tmp_path))
+    assert "not allowed with" in error(capsys, "text", "--run", str(tmp_path), "--prefix", prefixes[0])
