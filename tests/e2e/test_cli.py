@@ -115,6 +115,39 @@ def test_train_generate_evaluate_inspect(trained: Path, data: str) -> None:
     assert "fingerprint" in run("inspect", str(trained))[0]
 
 
+def test_a_run_is_evaluated_as_it_was_trained(folder: Path, model: str, data: str):
+    options = ("--source", "{name} is {food}", "--target", "{name} has {food} END", "--max-length", "32")
+    output = str(folder / "templates")
+    run(
+        *("train", "--backbone", model, "--train", data, *options, "--output", output, "--max-steps", "1"),
+        *("--prefix-length", "2", "--reparameterization", "none", "--dtype", "float32", "--quiet"),
+    )
+    shared = ("--prefix", f"{output}/prefix.safetensors", "--dtype", "float32", "--max-new-tokens", "4")
+    rows, cut = [], []
+    for target in ((), ("--target", "text")):
+        place = folder / f"evaluated{len(target)}"
+        _, err = run("evaluate", *shared, *target, "--data", data, "--output", str(place), "--metrics", "bleu")
+        rows.append([json.loads(line) for line in (place / "outputs.jsonl").read_text().splitlines()])
+        cut.append(json.loads((place / "evaluation.json").read_text())["num_cut"])
+        assert f"{cut[-1]} of 12 sources were cut to fit" in err
+    assert rows[0][0]["source"] == "Aromi is soup"
+    assert rows[0][0]["references"] == ["Aromi has soup END"]
+    assert rows[1][0]["references"] == ["Aromi has soup.", "Eat soup at Aromi."]
+    # The longest target, `Aromi has soup END`, leaves 11 of 32 positions; its source takes 16 with the text around it.
+    assert cut == [12, 12]
+    _, err = run("evaluate", *shared, "--data", data, "--on-too-long", "error", code=2)
+    assert "text 1 takes 16 tokens, but max_length 32 allows 11" in err
+    written = [
+        json.loads(line) for line in run("generate", *shared, "--json", "Aromi", "Aromi is soup")[0].splitlines()
+    ]
+    assert [each["cut"] for each in written] == [False, True]
+    _, err = run("generate", *shared, "Aromi", "Aromi is soup")
+    assert "1 of 2 sources were cut to fit" in err
+    assert "cut to fit" not in run("generate", *shared, "--max-length", "99", "Aromi is soup")[1]
+    _, err = run("generate", *shared, "--on-too-long", "ignore", "Aromi", code=2)
+    assert "must be cut or error" in err
+
+
 def test_evaluate_warns_of_test_sources_that_were_trained_on(trained: Path, folder: Path, data: str) -> None:
     test = folder / "partly.jsonl"
     other = [{"name": name, "food": "tea", "text": f"{name} has tea."} for name in ("Yan", "Zed", "Wim")]
