@@ -12,8 +12,10 @@ import torch
 
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.export.llama_cpp import export_llama_cpp
+from prefixtune.export.onnx_run import target_of
 from prefixtune.export.shared import check_exportable, describe_origin
 from prefixtune.prefix import Head, Prefix
+from prefixtune.text_format import TextFormat
 
 Make = Callable[..., Any]
 
@@ -87,3 +89,9 @@ def test_the_origin_holds_the_text_format(tiny_backbone: Make, random_prefix: Ma
     assert told["text_format"] == {"prompt": "Q: {source}<s>A:", "target": " {target}"}
     assert (told["task"], told["end"], told["prefix_length"]) == ("e2e", "</s>", 3)
     assert describe_origin(prefix, backbone)["text_format"]["prompt"] == " {source} <s>"
+
+
+@pytest.mark.parametrize("template", [" {target} ", "<<{target}>>", "{target} END"])
+@pytest.mark.parametrize("output", ["  Aromi. ", "<< Aromi >>", "Aromi END", ""])
+def test_the_exported_script_leaves_the_target_as_generate_does(template: str, output: str) -> None:
+    assert target_of(template, output) == TextFormat(target=template).extract_target(output)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["State", "generate", "main", "pad", "past_names", "start", "step"]
+__all__ = ["State", "generate", "main", "pad", "past_names", "start", "step", "target_of"]
 
 Run = Callable[[dict[str, Any]], Sequence[Any]]
 
@@ -114,6 +114,12 @@ def generate(
     return outputs
 
 
+def target_of(template: str, output: str) -> str:
+    """The target within an output: what the text format puts around it, and outer space, taken off."""
+    head, _, tail = template.partition("{target}")
+    return output.strip().removeprefix(head.strip()).removesuffix(tail.strip()).strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate from the command line."""
     parser = argparse.ArgumentParser(description="Generate with an exported graph and its prefix, greedily.")
@@ -136,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda feed: session.run(None, feed), facts, prefix, prompts, max_new_tokens=options.max_new_tokens
     )
     for ids in outputs:
-        print(tokenizer.decode(ids).strip())
+        print(target_of(facts["text_format"]["target"], tokenizer.decode(ids)))
     return 0
 
 
