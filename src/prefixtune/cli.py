@@ -416,8 +416,13 @@ examples:
 
 
 def _inspect(command: _Command) -> None:
-    parser = command("inspect", examine.inspect, "show a prefix file: header, sizes, norms per layer")
-    parser.add_argument("file", help="a .safetensors file of `prefixtune train`")
+    parser = command("inspect", examine.inspect, "show a prefix file: header, sizes, norms per layer; or list a folder")
+    parser.add_argument(
+        "file",
+        metavar="PATH",
+        help="a .safetensors file of `prefixtune train`; or a folder: its prefixes and those of the runs in it are "
+        "listed, broken ones with the reason (exit code 1)",
+    )
     _json_and_quiet(parser, "all of it")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefixtune.commands.shared import load, print_json
 from prefixtune.console import Console
+from prefixtune.errors import CheckpointError, PrefixError
 
 __all__ = ["doctor", "inspect", "prepare"]
 
@@ -36,6 +37,8 @@ def inspect(options: argparse.Namespace) -> int:
     from prefixtune.checkpoint import load_prefix
 
     path = Path(options.file)
+    if path.is_dir():
+        return _list(options, path)
     prefix = load_prefix(path)
     norms = [
         {
@@ -66,6 +69,86 @@ def inspect(options: argparse.Namespace) -> int:
         result=True,
     )
     return 0
+
+
+def _list(options: argparse.Namespace, folder: Path) -> int:
+    """The prefixes of a folder, and of the runs in it; 1 where a file is broken."""
+    try:
+        rows = [_row(folder, path) for path in _prefix_files(folder)]
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the folder {str(folder)!r}: {error.strerror or error}.", hint="check its permissions."
+        ) from error
+    if not rows:
+        raise CheckpointError(
+            f"{str(folder)!r} holds no prefix, and no run with one.",
+            hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
+        )
+    broken = [row for row in rows if "error" in row]
+    if options.json:
+        print_json({"folder": str(folder), "prefixes": rows})
+        return 1 if broken else 0
+    console = Console(quiet=options.quiet)
+    console.table(
+        f"{len(rows) - len(broken)} prefixes in {folder}",
+        ["name", "bytes", "backbone", "length", "task"],
+        [
+            [row["name"], row["file_bytes"], row["backbone"], _in_words(row["prefix_length"]), row["task"]]
+            for row in rows
+            if "error" not in row
+        ],
+        result=True,
+    )
+    if broken:
+        console.table(
+            f"{len(broken)} broken files", ["name", "why"], [[row["name"], row["error"]] for row in broken], result=True
+        )
+    return 1 if broken else 0
+
+
+def _prefix_files(folder: Path) -> list[Path]:
+    """The files NAME.safetensors of a folder, and prefix.safetensors of each folder in it, in order of their names."""
+    from prefixtune.folder import ENDING, list_names, path_of
+    from prefixtune.hub import FILE
+    from prefixtune.training import STATE_FILE, WEIGHTS_FILE
+
+    # Of a run, what is no prefix and is not meant to be one.
+    others = {name.removesuffix(ENDING) for name in (STATE_FILE, WEIGHTS_FILE)}
+    here = [path_of(folder, name) for name in list_names(folder) - others]
+    return sorted([*here, *(run / FILE for run in folder.iterdir() if (run / FILE).is_file())])
+
+
+def _row(folder: Path, path: Path) -> dict[str, Any]:
+    """What a list says of a file: all of it is read, as when it is used."""
+    from prefixtune.checkpoint import load_prefix
+
+    row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
+    try:
+        row["file_bytes"] = path.stat().st_size
+        prefix = load_prefix(path)
+    except PrefixError as error:
+        return {**row, "error": error.message}
+    except OSError as error:
+        return {**row, "error": f"it cannot be read: {error.strerror or error}."}
+    origin = prefix.header.get("backbone")
+    return {
+        **row,
+        "parameters": prefix.num_parameters,
+        "backbone": origin.get("name") if isinstance(origin, Mapping) else None,
+        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+        "task": prefix.header.get("task"),
+    }
+
+
+def _in_words(lengths: Mapping[str, int]) -> str:
+    """A prefix's length at each site.
+
+    >>> _in_words({"decoder": 10}), _in_words({"encoder": 20, "cross": 5})
+    ('10', 'encoder 20, cross 5')
+    """
+    if len(set(lengths.values())) == 1:
+        return str(next(iter(lengths.values())))
+    return ", ".join(f"{site} {length}" for site, length in lengths.items())
 
 
 def _flat(header: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:

@@ -1,0 +1,71 @@
+"""`prefixtune inspect FOLDER`: what is listed, and what is said of broken files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.cli import main
+from prefixtune.prefix import Prefix
+
+
+@pytest.fixture
+def folder(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any], tmp_path: Path) -> Path:
+    """Two prefixes, a run with a third, and two broken files."""
+    decoder, bart = tiny_backbone("llama"), tiny_backbone("bart")
+    pubs = Prefix(random_prefix(decoder, 4).layers, make_header(decoder, task="e2e"))
+    news = Prefix(random_prefix(bart, {"encoder": 3, "cross": 5}).layers, make_header(bart, task="xsum"))
+    save_prefix(tmp_path / "pubs.safetensors", pubs)
+    save_prefix(tmp_path / "news.safetensors", news)
+    save_prefix(tmp_path / "run" / "prefix.safetensors", Prefix(random_prefix(decoder, 2).layers))
+    (tmp_path / "run" / "state.safetensors").write_bytes(b"no prefix, and not meant to be one")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "pubs.safetensors").read_bytes()[:-7])
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    (tmp_path / "notes.txt").write_text("no prefix")
+    return tmp_path
+
+
+def test_a_folder_is_listed_and_broken_files_have_their_reason(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(folder), "--json"]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["prefixes"]}
+    assert list(rows) == sorted(rows)
+    assert rows.keys() == {
+        *("pubs.safetensors", "news.safetensors", "cut.safetensors", "loop.safetensors"),
+        str(Path("run") / "prefix.safetensors"),
+    }
+    pubs = rows["pubs.safetensors"]
+    assert pubs["file_bytes"] == (folder / "pubs.safetensors").stat().st_size
+    assert (pubs["backbone"], pubs["prefix_length"], pubs["task"]) == ("tiny-llama", {"decoder": 4}, "e2e")
+    assert rows["news.safetensors"]["prefix_length"] == {"encoder": 3, "cross": 5}
+    assert rows[str(Path("run") / "prefix.safetensors")]["task"] is None
+    assert {name for name, row in rows.items() if "error" in row} == {"cut.safetensors", "loop.safetensors"}
+    assert "cut.safetensors" in rows["cut.safetensors"]["error"]
+
+
+def test_the_list_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "loop.safetensors").unlink()
+    (folder / "cut.safetensors").unlink()
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    for text in ("3 prefixes in", "tiny-llama", "e2e", "encoder 3, cross 5"):
+        assert text in shown
+    (folder / "cut.safetensors").write_bytes(b"cut")
+    assert main(["inspect", str(folder)]) == 1
+    assert "1 broken files" in capsys.readouterr().out
+
+
+def test_a_run_is_a_folder_of_one_prefix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(folder / "run"), "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["prefixes"]] == ["prefix.safetensors"]
+
+
+def test_a_folder_without_prefixes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "holds no prefix" in capsys.readouterr().err
