@@ -505,9 +505,20 @@ def test_white_space_around_a_text_is_told_but_for_targets(
 
 
 @pytest.mark.parametrize("where", ["receive", "close", "make", "copy"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_an_upload_to_a_full_disk_changes_nothing(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, number: int
+@pytest.mark.parametrize(
+    ("number", "refusal"),
+    [
+        (errno.ENOSPC, (507, "no_space")), (errno.EDQUOT, (507, "no_space")), (errno.EROFS, (507, "storage_failed")),
+        (errno.EACCES, (507, "storage_failed")), (errno.EIO, (507, "storage_failed")), (errno.EMFILE, (503, "busy")),
+    ],
+)  # fmt: skip
+def test_an_upload_to_a_disk_that_takes_nothing_changes_nothing(
+    make: Callable[..., Made],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    where: str,
+    number: int,
+    refusal: tuple[int, str],
 ) -> None:
     app, services = make(keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)})
     folder = tmp_path / "prefixes"
@@ -535,7 +546,7 @@ def test_an_upload_to_a_full_disk_changes_nothing(
     for name in ("a", "fresh"):
         body = before["b.safetensors"]
         answer = asyncio.run(call(app, "PUT", f"/admin/prefixes/{name}", body, headers=bearer("boss")))
-        assert (answer.status, answer.code, answer.json["error"]["type"]) == (507, "no_space", "server_error")
+        assert (answer.status, answer.code, answer.json["error"]["type"]) == (*refusal, "server_error")
         assert set(answer.json["error"]) == {"message", "type", "param", "code"}
         assert str(folder) not in answer.body.decode()
     assert len(raised) >= 2

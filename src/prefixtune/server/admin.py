@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.server.endpoint import Call, check_length, too_large
-from prefixtune.server.replies import ApiError, as_api_error, missing, reply, wrong
+from prefixtune.server.replies import ApiError, as_api_error, missing, reply, unavailable, wrong
 
 __all__ = ["clear_uploads", "delete_prefix", "inspect_prefix", "list_prefixes", "reload_prefixes", "upload_prefix"]
 
@@ -70,9 +70,8 @@ async def upload_prefix(call: Call) -> ASGIApp:
             size = await _receive(call, path, most)
             await _in_thread(call, services.store.put, name, path)
     except OSError as error:
-        if _is_full(error):
-            raise _no_space() from None
-        raise
+        call.facts["storage_error"] = str(error)
+        raise _not_stored(error) from None
     call.facts |= {"prefix": name, "bytes": size}
     return reply({"name": name, "bytes": size, "replaced": existed}, 200 if existed else 201)
 
@@ -110,23 +109,23 @@ async def _in_thread(call: Call, do: Any, *given: Any) -> Any:
     except CheckpointError as error:
         raise wrong(error.message, "file", "invalid_prefix", hint=error.hint) from None
     except PrefixError as error:
-        if _is_full(error):
-            raise _no_space() from None
-        raise ApiError(507, error.message, code="storage_failed") from None
+        call.facts["storage_error"] = error.message
+        raise _not_stored(error) from None
 
 
-def _is_full(error: BaseException) -> bool:
-    """Whether the disk or a quota is full, by an error or what it came from."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        cause = cause.__cause__
-    return False
-
-
-def _no_space() -> ApiError:
-    return ApiError(507, "there is no space for the prefix; what was there is untouched.", code="no_space")
+def _not_stored(error: BaseException) -> ApiError:
+    """What the folder's disk refused, by an error or what it came from: full, or another fault; or too many files."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    if numbers & {errno.ENOSPC, errno.EDQUOT}:
+        return ApiError(507, "there is no space for the prefix; what was there is untouched.", code="no_space")
+    if numbers & {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+        return unavailable("the server has too much open now; try again later.", "busy", retry_after=5)
+    told = next((os.strerror(number) for number in numbers if number), "an unknown fault")
+    message = f"the folder of prefixes cannot be changed ({told}); what was there is untouched."
+    return ApiError(507, message, code="storage_failed")
 
 
 def _check_known(call: Call) -> None:

@@ -351,7 +351,7 @@ _ERRORS = {
     500: "Something failed here; the log tells more of the reply's `x-request-id`.",
     503: "About to stop, the engine is being made anew, or the model's file is broken.",
     504: "Not done in time.",
-    507: "No space; what was there is untouched.",
+    507: "No space, or the folder cannot be written; what was there is untouched.",
 }
 _LATER: Schema = {"Retry-After": {"description": "Seconds, where it is worth it.", "schema": _WHOLE}}
 
