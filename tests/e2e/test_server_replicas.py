@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import shutil
 import signal
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / MODEL)
     (folder / "prefixes").mkdir()
     table = f'[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n'
-    (folder / "serve.toml").write_text(f"reload_seconds = 0.2\n{table}")
+    (folder / "serve.toml").write_text(f'reload_seconds = 0.2\nproxies = ["127.0.0.1"]\n{table}')
     return folder
 
 
@@ -46,12 +47,19 @@ def replicas(folder: Path) -> Iterator[list[LiveServer]]:
 
 @pytest.fixture(scope="module")
 def front(folder: Path, replicas: list[LiveServer]) -> Iterator[Address]:
+    with nginx(folder, replicas) as front:
+        yield front
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, replicas: list[LiveServer]) -> Iterator[Address]:
+    """The configuration of deploy/ with other ports, and nothing but this test's folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    text = CONFIGURATION.read_text().replace("listen 8080;", f"listen {address};")
+    text = CONFIGURATION.read_text().replace("listen 127.0.0.1:8080;", f"listen {address};")
+    assert address in text
     for port, replica in zip((8001, 8002), replicas, strict=True):
         text = text.replace(f"127.0.0.1:{port}", replica.url.removeprefix("http://"))
-    # Nowhere but in this test's folder.
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     places = "".join(f"    {kind}_temp_path {folder / kind};\n" for kind in kinds)
     text = text.replace("http {\n", f"http {{\n    access_log off;\n{places}", 1)
@@ -67,9 +75,11 @@ def front(folder: Path, replicas: list[LiveServer]) -> Iterator[Address]:
             return False
 
     front.until(answers)
-    yield front
-    process.send_signal(signal.SIGQUIT)
-    process.wait(10)
+    try:
+        yield front
+    finally:
+        process.send_signal(signal.SIGQUIT)
+        process.wait(10)
 
 
 def _user() -> str:
@@ -81,6 +91,25 @@ def test_two_replicas(front: Address, replicas: list[LiveServer], folder: Path) 
     pieces_come_as_they_are_written(front, replicas)
     # The last: one of them is gone afterwards.
     while_one_stops_nobody_is_refused(front, replicas)
+
+
+def test_without_keys_a_replica_refuses_whatever_comes_through_nginx(folder: Path, tmp_path: Path) -> None:
+    server = LiveServer(folder / MODEL, folder / "prefixes")
+    try:
+        server.wait()
+        with nginx(tmp_path, [server, server]) as front:
+            for headers in ({}, {"Host": "localhost"}, {"X-Forwarded-For": "127.0.0.1"}, {"Host": "evil.example"}):
+                for method, path, body in (
+                    ("GET", "/v1/models", None),
+                    ("POST", "/v1/completions", {"model": MODEL, "prompt": "a"}),
+                    ("GET", "/admin/prefixes", None),
+                ):
+                    status, answer, _ = front.ask(method, path, body, headers=headers)
+                    assert (status, answer["error"]["code"] in ("key_needed", "host_not_allowed")) == (403, True)
+            # Directly, from this machine, it answers.
+            assert server.get("/v1/models")[0] == 200
+    finally:
+        server.stop()
 
 
 def complete(front: Address, model: str = MODEL, **more: Any) -> tuple[int, Any, dict[str, str]]:

@@ -137,6 +137,21 @@ def test_it_does_not_start_open_to_the_world(folder: Path) -> None:
     assert "--new-key" in told
 
 
+def test_the_shipped_configuration_does_not_start_without_a_key(folder: Path, tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "deploy" / "serve.toml"
+    options = ("--prefixes", str(folder / "prefixes"), "--backbone", str(folder / MODEL), "--port", "0")
+    told = refusal("--config", str(shipped), *options)
+    assert "proxies are named and no key is configured" in told
+    assert "--new-key" in told
+    # As it says itself, a table for a key is all that it lacks.
+    whole = tmp_path / "serve.toml"
+    whole.write_text(f'{shipped.read_text()}\n[keys.me]\nhash = "{hash_key("pt-me")}"\n')
+    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(whole)).wait()
+    assert server.get("/v1/models")[0] == 401
+    assert server.get("/v1/models", key="pt-me")[0] == 200
+    assert server.stop() == 0
+
+
 def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
     assert "there is no folder of prefixes" in refusal("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -9,7 +9,7 @@ import pytest
 
 from prefixtune.errors import ConfigError
 from prefixtune.server.addresses import Addresses
-from prefixtune.server.config import ServeConfig
+from prefixtune.server.config import KeyConfig, ServeConfig
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,10 @@ def test_a_socket_without_an_address() -> None:
 
 
 def test_proxies_are_addresses_or_networks() -> None:
-    assert ServeConfig(proxies=("10.0.0.0/8", "::1")).proxies == ("10.0.0.0/8", "::1")
+    keys = {"me": KeyConfig("sha256:" + "0" * 64)}
+    assert ServeConfig(proxies=("10.0.0.0/8", "::1"), keys=keys).proxies == ("10.0.0.0/8", "::1")
+    with pytest.raises(ConfigError, match=r"proxies are named and no key is configured"):
+        ServeConfig(proxies=("10.0.0.0/8", "::1"))
     with pytest.raises(ConfigError, match=r"proxies has 'nginx', but needs addresses"):
         ServeConfig(proxies=("nginx",))
 

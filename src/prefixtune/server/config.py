@@ -179,6 +179,11 @@ class ServeConfig:
             yield f"default_max_tokens is {self.default_max_tokens}, which is more than max_tokens ({self.max_tokens})"
         if not self.prefixes:
             yield "prefixes is empty, but must name a folder"
+        if self.proxies and not self.keys and self.engine == "embedded":
+            yield (
+                "proxies are named and no key is configured, so that whoever reaches them could use the server; "
+                "`prefixtune serve --new-key` makes a key"
+            )
         # vLLM has a key of its own.
         if not self.keys and not self.is_loopback and self.engine == "embedded":
             yield (

@@ -24,6 +24,8 @@ from prefixtune.server.services import Services
 __all__ = ["Call", "Endpoint", "check_length", "read_body", "too_large"]
 
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
+_OF_PROXIES = ("x-forwarded-for", "x-forwarded-host", "x-real-ip", "forwarded", "via")
+"""Headers that say that a proxy stands between."""
 
 
 @dataclass(eq=False)
@@ -109,6 +111,9 @@ class Endpoint:
         if keyring.is_open and not _is_local(request.headers.get("host", "")):
             # A page of another site could have its own name point here.
             raise forbidden("without keys, the server answers on localhost only.", "host_not_allowed")
+        if keyring.is_open and any(name in request.headers for name in _OF_PROXIES):
+            # Whoever reaches the proxy would reach the server.
+            raise forbidden("without keys, the server answers no proxy; `prefixtune serve --new-key`.", "key_needed")
         caller = keyring.find(request.headers.get("authorization"))
         if caller is None:
             message = "an API key is needed, as in 'Authorization: Bearer pt-...'; none was given, or it is unknown."
