@@ -23,7 +23,7 @@ from prefixtune.checkpoint import PrefixLike, as_prefix
 from prefixtune.config import as_config
 from prefixtune.errors import ConfigError, DataError, PrefixError, did_you_mean
 from prefixtune.files import check_writable, write_text
-from prefixtune.generation import GenerateConfig, generate, prepare_prompts
+from prefixtune.generation import GenerateConfig, check_tagging_lengths, generate, prepare_prompts
 from prefixtune.labelling import Labels, classify, labels_of, tag
 from prefixtune.machine import describe_machine, versions
 from prefixtune.metrics import METRICS, PROTOCOLS, Measurement, Score, accuracy, macro_f1, measure, span_f1
@@ -146,6 +146,8 @@ def evaluate(
         if labels.kind == "classification":
             lengths = {"max_total_length": decoding.max_total_length, "on_too_long": decoding.on_too_long}
             shared |= {**lengths, "on_cut": keep_cut}
+        else:
+            check_tagging_lengths(decoding)
         return dataclasses.replace(_evaluate_labels(backbone, examples, prefix, labels, shared), num_cut=len(cuts))
     # Before the work and not after it.
     metrics = (metrics,) if isinstance(metrics, str) else metrics

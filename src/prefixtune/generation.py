@@ -27,7 +27,15 @@ from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.prefix import Prefix
 from prefixtune.text_format import POLICIES, TextFormat
 
-__all__ = ["GenerateConfig", "Prompts", "generate", "generate_ids", "prepare_prompts", "stream"]
+__all__ = [
+    "GenerateConfig",
+    "Prompts",
+    "check_tagging_lengths",
+    "generate",
+    "generate_ids",
+    "prepare_prompts",
+    "stream",
+]
 
 _HINT = "`prefixtune generate --help` explains the options."
 _STOPPING = "`stop` takes strings that end an output; the end token always does."
@@ -150,6 +158,18 @@ class GenerateConfig:
         """
         check_names(cls, values, "there is no such generation option", _HINT, _ELSEWHERE)
         return cls(**values)
+
+
+def check_tagging_lengths(config: GenerateConfig) -> None:
+    """Refuse options for long sources where texts are tagged: every token gets its tag.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if config.max_total_length or config.on_too_long == "cut":
+        raise ConfigError(
+            "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
+        )
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ def test_a_prefix_learns_tags(family: str, tiny_backbone: Make, options: dict[st
     found = tag(backbone, [["ab", "qc"], ["zz"]], loaded)
     assert [token.label for token in found[0]] == ["O", "B-Q"]
     assert [len(row) for row in found] == [2, 1]
+    with pytest.raises(ConfigError, match="never cut"):
+        pt.evaluate(backbone, TAGGED, loaded, on_too_long="cut")
     for row in found:
         for token in row:
             assert set(token.probabilities) == {"O", "B-Q", "I-Q"}

@@ -160,10 +160,13 @@ def _tell_labels(
     config: GenerateConfig,
 ) -> list[dict[str, Any]]:
     """What prefixes that classify or tag tell of each text: labels, and their probabilities."""
+    from prefixtune.generation import check_tagging_lengths
     from prefixtune.labelling import classify, labels_of, tag
 
     labels = labels_of(loaded[0])
     tagging = labels is not None and labels.kind == "tagging"
+    if tagging:
+        check_tagging_lengths(config)
     each = list(loaded) * len(texts) if len(loaded) == 1 else list(loaded)
     groups: dict[int, list[int]] = {}
     for number, prefix in enumerate(each):
