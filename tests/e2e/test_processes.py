@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from command_line import run, until
 from prefixtune.checkpoint import load_prefix
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -34,34 +35,32 @@ def folder(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> Path:
     return tmp_path
 
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
 @pytest.fixture
-def run(folder: Path) -> Run:
-    def start(output: str, *flags: str, launcher: Sequence[str] = (), model: str = "llama", wait: bool = True) -> Any:
-        arguments = [
-            *(
-                "--backbone",
-                str(folder / model),
-                "--train",
-                str(folder / "train.jsonl"),
-                "--output",
-                str(folder / output),
-            ),
-            *("--dev", str(folder / "dev.jsonl"), "--source", "s", "--target", "t", "--prefix-length", "4"),
+def flags(folder: Path) -> Callable[..., list[str]]:
+    def make(output: str, *more: str, model: str = "llama") -> list[str]:
+        files = [f"--{part}={folder / part}.jsonl" for part in ("train", "dev")]
+        return [
+            *("train", "--backbone", str(folder / model), *files, "--output", str(folder / output)),
+            *("--source", "s", "--target", "t", "--prefix-length", "4"),
             *("--init-text", "Say it", "--batch-size", "4", "--gradient-accumulation", "2", "--max-steps", "6"),
-            *("--eval-every", "3", "--save-every", "2", "--bottleneck-size", "16", "--dtype", "float32"),
+            *("--eval-every", "3", "--save-every", "2", "--bottleneck-size", "16", "--dtype", "float32", *more),
         ]
-        command = [sys.executable, *launcher, "-m", "prefixtune", "train", *arguments, *flags]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        if not wait:
-            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-        return done
 
-    return start
+    return make
+
+
+def launch(launcher: Sequence[str], arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """The command in several processes."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "prefixtune", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out
 
 
 def events(folder: Path, output: str, kind: str) -> list[float]:
@@ -78,38 +77,35 @@ def same(folder: Path, one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["llama", "bart"])
-def test_two_processes_give_what_one_gives(model: str, folder: Path, run: Run) -> None:
-    run("one", model=model)
-    told = run("two", model=model, launcher=TORCHRUN)
+def test_two_processes_give_what_one_gives(model: str, folder: Path, flags: Callable[..., list[str]]) -> None:
+    run(*flags("one", model=model))
+    out = finish(launch(TORCHRUN, flags("two", model=model)))
     same(folder, "one", "two")
-    assert told.stdout.count("prefix.safetensors") == 1, "one process speaks for all"
+    assert out.count("prefix.safetensors") == 1, "one process speaks for all"
     if model == "llama":
-        run("sharded", "--shard", launcher=TORCHRUN)
+        finish(launch(TORCHRUN, flags("sharded", "--shard")))
         same(folder, "one", "sharded")
 
 
-def test_accelerate_launch_needs_no_other_option(folder: Path, run: Run) -> None:
-    run("one")
-    told = run("two", launcher=ACCELERATE)
+def test_accelerate_launch_needs_no_other_option(folder: Path, flags: Callable[..., list[str]]) -> None:
+    run(*flags("one"))
+    out = finish(launch(ACCELERATE, flags("two")))
     same(folder, "one", "two")
-    assert told.stdout.count("prefix.safetensors") == 1
+    assert out.count("prefix.safetensors") == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(folder: Path, run: Run) -> None:
-    run("one", "--max-steps", "40", "--reparameterization", "none")
-    started = run("two", "--max-steps", "40", "--reparameterization", "none", "--json", launcher=TORCHRUN, wait=False)
-    assert started.stdout is not None
-    for line in started.stdout:
-        if json.loads(line)["event"] == "step" and json.loads(line)["step"] >= 5:
-            break
+def test_a_run_goes_on_with_another_number_of_processes(folder: Path, flags: Callable[..., list[str]]) -> None:
+    more = ("--max-steps", "40", "--reparameterization", "none")
+    run(*flags("one", *more))
+    started = launch(TORCHRUN, flags("two", *more, "--json"))
+    until(started, lambda event: event["event"] == "step" and event["step"] >= 5)
     started.send_signal(signal.SIGTERM)
     started.communicate(timeout=120)
     assert 5 <= len(events(folder, "two", "step")) < 40
     # Alone, where the two left off.
-    run("two", "--max-steps", "40", "--reparameterization", "none", "--resume")
+    run(*flags("two", *more, "--resume"))
     same(folder, "one", "two")
 
 
-def test_splitting_needs_several_processes(folder: Path, run: Run) -> None:
-    with pytest.raises(AssertionError, match="split"):
-        run("one", "--shard")
+def test_splitting_needs_several_processes(flags: Callable[..., list[str]]) -> None:
+    assert "split" in run(*flags("one", "--shard"), code=2)[1]

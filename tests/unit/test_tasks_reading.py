@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.tasks import parquet, reading
 from prefixtune.tasks.reading import read_rows
-from prefixtune.tasks.records import read_records
 
 
 def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
@@ -68,7 +66,6 @@ def test_text_with_a_byte_order_mark_is_read(mark: bytes, encoding: str, tmp_pat
         ("a.csv.gz", b"name\nx\n", "ends with .gz but is not a gzip file", "drop .gz"),
         ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "is a broken gzip file", "again"),
         ("a.csv", gzip.compress(b"name\nx\n", mtime=0), "does not end with .gz", "add .gz"),
-        ("a.parquet", b"PAR1 and nothing else", "is no whole Parquet file", "again"),
         ("a.xlsx", b"PK", "has the ending '.xlsx'; allowed: .jsonl, .json, .csv, .tsv, .parquet", ""),
     ],
 )
@@ -92,42 +89,6 @@ def test_what_unzips_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(reading, "_MOST_BYTES", 2**22)
     with pytest.raises(DataError, match="holds more than 4,194,304 bytes"):
         rows_of(tmp_path / "a.csv.gz", gzip.compress(b"x" * 2**24))
-
-
-def write_parquet(path: Path) -> None:
-    arrow, files = pytest.importorskip("pyarrow"), importlib.import_module("pyarrow.parquet")
-    import datetime
-    import decimal
-
-    table = arrow.table(
-        {
-            "name": ["Aromi", None],
-            "stars": [1, 2],
-            "texts": [["Eat.", "Go."], []],
-            "day": [datetime.date(2024, 2, 29), None],
-            "price": [decimal.Decimal("1.50"), None],
-        }
-    )
-    files.write_table(table, path)
-
-
-def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    write_parquet(path)
-    first, second = (row.values for row in read_rows(path))
-    assert first == {"name": "Aromi", "stars": 1, "texts": ["Eat.", "Go."], "day": "2024-02-29", "price": "1.50"}
-    assert second == {"name": None, "stars": 2, "texts": [], "day": None, "price": None}
-    assert [row.where for row in read_rows(path)] == [f"{path}, row 1", f"{path}, row 2"]
-    with pytest.raises(DataError, match=r"a\.parquet, row 2: .*nothing \(null\)"):
-        read_records(path, "name")
-
-
-def test_parquet_that_holds_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.parquet"
-    write_parquet(path)
-    monkeypatch.setattr(reading, "_MOST_BYTES", 50)
-    with pytest.raises(DataError, match="50"):
-        read_rows(path)
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,55 @@
+"""Parquet files, written by pyarrow."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from prefixtune.errors import DataError
+from prefixtune.tasks import reading
+from prefixtune.tasks.reading import read_rows
+from prefixtune.tasks.records import read_records
+
+
+def write_parquet(path: Path) -> None:
+    table = pyarrow.table(
+        {
+            "name": ["Aromi", None],
+            "stars": [1, 2],
+            "texts": [["Eat.", "Go."], []],
+            "day": [datetime.date(2024, 2, 29), None],
+            "price": [decimal.Decimal("1.50"), None],
+        }
+    )
+    pyarrow.parquet.write_table(table, path)
+
+
+def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    first, second = (row.values for row in read_rows(path))
+    assert first == {"name": "Aromi", "stars": 1, "texts": ["Eat.", "Go."], "day": "2024-02-29", "price": "1.50"}
+    assert second == {"name": None, "stars": 2, "texts": [], "day": None, "price": None}
+    assert [row.where for row in read_rows(path)] == [f"{path}, row 1", f"{path}, row 2"]
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: .*nothing \(null\)"):
+        read_records(path, "name")
+
+
+def test_parquet_that_holds_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    monkeypatch.setattr(reading, "_MOST_BYTES", 50)
+    with pytest.raises(DataError, match="50"):
+        read_rows(path)
+
+
+def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DataError, match="is no whole Parquet file") as raised:
+        read_rows(tmp_path / "a.parquet")
+    assert "again" in raised.value.hint
