@@ -177,7 +177,7 @@ def _demo(command: _Command) -> None:
         "Takes a few minutes on two cores, and downloads the default backbone (93 MB) once.",
     )
     parser.add_argument("--output", default="runs/demo", help="folder of the run (default: runs/demo); replaced")
-    parser.add_argument("--steps", type=int, default=70, help="optimizer steps (default: 70)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: 100)")
     _json_and_quiet(parser, "the figures")
 
 

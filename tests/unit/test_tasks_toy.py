@@ -20,7 +20,7 @@ def test_the_default_set_never_changes():
     assert (len(train), len(held_out)) == (320, 40)
     text = "\n".join("\t".join((example.source, *example.targets)) for example in train + held_out)
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "c497f1ea269286bdda82e4432a3303327a6ed1c482fdfbab0d8b20a4740e5a08"
+        hashlib.sha256(text.encode()).hexdigest() == "1de3b2d25e6ec38472ac45e6b1faf13145c41af30b4b1c221270d5ede72ac713"
     )
     assert make_toy() == (train, held_out)
     assert make_toy(seed=8)[0] != train
@@ -47,12 +47,12 @@ def test_held_out_tables_are_new_combinations_of_known_values(seed: int, train: 
 
 def test_a_notice_follows_from_its_table_alone():
     train, held_out = make_toy()
-    colours = {"A": "copper", "B": "blue", "C": "willow", "D": "chalk"}
+    sides = {"A": "Alfa", "B": "Bravo", "C": "Charlie", "D": "Delta"}
     for example in train + held_out:
         first, second = example.targets
         assert first != second
         for target in example.targets:
-            assert f"the {colours[example.fields['platform']]} side" in target
+            assert f"the {sides[example.fields['platform']]} side" in target
             assert f"the {example.fields['train']} sails" in target
             assert f" to {example.fields['to']}, " in target
             assert ("a mere" in target) == (int(example.fields["fare"]) < 10)
@@ -64,10 +64,10 @@ def test_a_notice_follows_from_its_table_alone():
 @pytest.mark.parametrize(
     ("clock", "words"),
     [
-        ("18:00", "Six o'clock:"),
-        ("19:15", "Quarter past seven:"),
-        ("20:30", "Half past eight:"),
-        ("22:45", "Quarter to eleven:"),
+        ("18:00", "Eighteen hundred:"),
+        ("19:15", "Nineteen fifteen:"),
+        ("20:30", "Twenty thirty:"),
+        ("22:45", "Twenty-two forty-five:"),
     ],
 )
 def test_times_are_told_in_words(clock: str, words: str):

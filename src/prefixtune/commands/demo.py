@@ -30,7 +30,7 @@ def demo(options: argparse.Namespace) -> int:
     from prefixtune.tasks.toy import make_toy
 
     if options.steps < 1:
-        raise ConfigError(f"--steps is {options.steps}, but must be at least 1.", hint="70 is a good number.")
+        raise ConfigError(f"--steps is {options.steps}, but must be at least 1.", hint="100 is a good number.")
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
     _clear_demo(folder)
@@ -50,6 +50,9 @@ def demo(options: argparse.Namespace) -> int:
         task="toy",
         output=str(folder),
         max_steps=options.steps,
+        batch_size=8,
+        learning_rate=2e-3,
+        warmup_steps=10,
         eval_every=0,
         init_text="Announce the night train:",
     )

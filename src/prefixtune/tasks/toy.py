@@ -1,8 +1,9 @@
 """A small table-to-text set made here: a night-train board, and notices in a house style that no model knows.
 
 A table has six fields (train, to, time, platform, fare, sky). Its notice obeys rules that a model can only learn from
-examples: a platform's letter is a colour, a time is told as by a clock with hands, a fare is spelt out and called
-"a mere" below ten, and the sky decides the closing phrase. Each table has two notices, which differ in their order.
+examples: a platform's letter is spelt as on the radio, a time as a railway says it, a fare is spelt out and called
+"a mere" below ten, and the sky decides the closing phrase. Each table has two notices, which differ in their order;
+either follows from the table word for word.
 
 The same arguments give the same set on every version of Python (see `seeded`).
 
@@ -20,14 +21,15 @@ from prefixtune.tasks.seeded import Dealer, check_sizes
 
 __all__ = ["linearize", "make_toy", "notices"]
 
-_SIDES = {"A": "copper", "B": "blue", "C": "willow", "D": "chalk"}
+_SIDES = {"A": "Alfa", "B": "Bravo", "C": "Charlie", "D": "Delta"}
 _SKIES = {
     "clear": "the stars ride free",
     "fog": "keep a lantern lit",
     "rain": "umbrellas sleep standing",
     "snow": "cocoa at every halt",
 }
-_HOURS = ("six", "seven", "eight", "nine", "ten", "eleven")
+_HOURS = {"18": "eighteen", "19": "nineteen", "20": "twenty", "21": "twenty-one", "22": "twenty-two"}
+_MINUTES = {"00": "hundred", "15": "fifteen", "30": "thirty", "45": "forty-five"}
 _FARES = {
     "4": "four",
     "6": "six",
@@ -41,7 +43,7 @@ _FARES = {
 _VALUES: dict[str, tuple[str, ...]] = {
     "train": ("Heron", "Otter", "Badger", "Swan", "Fox", "Owl", "Hare", "Wolf"),
     "to": ("Northgate", "Oldbridge", "Saltmarsh", "Stonehill", "Greenford", "Westport", "Kingswood", "Redcliff"),
-    "time": tuple(f"{hour}:{minute}" for hour in range(18, 23) for minute in ("00", "15", "30", "45")),
+    "time": tuple(f"{hour}:{minute}" for hour in _HOURS for minute in _MINUTES),
     "platform": tuple(_SIDES),
     "fare": tuple(_FARES),
     "sky": tuple(_SKIES),
@@ -63,8 +65,8 @@ def notices(table: Mapping[str, str]) -> tuple[str, str]:
     >>> table = {"train": "Fox", "to": "Westport", "time": "18:45", "platform": "B", "fare": "8", "sky": "fog"}
     >>> for notice in notices(table):
     ...     print(notice)
-    Quarter to seven: the Fox sails from the blue side to Westport, a mere eight crowns a pillow; keep a lantern lit.
-    From the blue side at quarter to seven the Fox sails to Westport, a mere eight crowns a pillow; keep a lantern lit.
+    Eighteen forty-five: the Fox sails from the Bravo side to Westport, a mere eight crowns a pillow; keep a lantern lit.
+    From the Bravo side at eighteen forty-five the Fox sails to Westport, a mere eight crowns a pillow; keep a lantern lit.
     """
     time = _clock(table["time"])
     side = f"the {_SIDES[table['platform']]} side"
@@ -117,10 +119,7 @@ def _example(table: dict[str, str]) -> Example:
 
 def _clock(time: str) -> str:
     hour, minute = time.split(":")
-    index = int(hour) - 18
-    if minute == "45":
-        return f"quarter to {_HOURS[index + 1]}"
-    return {"00": "{} o'clock", "15": "quarter past {}", "30": "half past {}"}[minute].format(_HOURS[index])
+    return f"{_HOURS[hour]} {_MINUTES[minute]}"
 
 
 def _deal(dealer: Dealer, count: int) -> list[dict[str, str]]:
