@@ -15,7 +15,7 @@ from prefixtune.prefix import Prefix
 from zoo import make_model, make_tokenizer
 
 tokenizer = make_tokenizer()
-backbone = Backbone.from_model(make_model("mistral", tokenizer), tokenizer, "tiny-mistral")
+backbone = Backbone.from_model(make_model("mistral", tokenizer, num_hidden_layers=2), tokenizer, "tiny-mistral")
 torch.manual_seed(0)
 prefixes = [
     Prefix(

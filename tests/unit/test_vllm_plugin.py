@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from command_line import run
 from prefixtune.backbone import load_backbone
 from prefixtune.checkpoint import make_header, save_prefix
 from prefixtune.errors import CheckpointError, ConfigError
@@ -506,35 +506,26 @@ def test_the_command_line(tmp_path: Path):
     assert template.render(messages=["a"], **{TEMPLATE_VARIABLE: "##", PROMPT_VARIABLE: "b"}) == "##b"
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "prefixtune", "serve", "--engine", "vllm", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"}, check=False)
+def serve(*arguments: str, code: int = 2) -> str:
+    """What is printed, or why it is refused, by exit code."""
+    return run("serve", "--engine", "vllm", *arguments, code=code)[1 if code else 0]
 
 
 def test_the_command_is_shown_and_refused(stored: Path, tmp_path: Path):
-    shown = serve(
-        "--backbone", str(stored), "--prefixes", str(tmp_path), "--show-command", "--vllm-args=--enforce-eager"
-    )
-    assert shown.returncode == 0
-    assert f"--model {stored}" in shown.stdout
-    assert shown.stdout.endswith("--enforce-eager\n")
-    refused = serve("--backbone", str(stored), "--prefixes", str(tmp_path), "--quantize", "int8", "--device", "cpu")
-    assert refused.returncode == 2
-    assert "quantize" in refused.stderr
-    assert "device" in refused.stderr
-    missing = serve("--backbone", str(stored), "--prefixes", str(tmp_path))
-    assert missing.returncode == 2
-    assert "does not find vllm" in missing.stderr
-    assert "hint: pip install vllm" in missing.stderr
-    closed = serve("--backbone", str(stored), "--prefixes", str(tmp_path), "--host", "0.0.0.0")
-    assert closed.returncode == 2
-    assert "VLLM_API_KEY is not set" in closed.stderr
-    quoted = serve("--backbone", str(stored), "--prefixes", str(tmp_path), '--vllm-args="')
-    assert quoted.returncode == 2
-    assert "close every quote" in quoted.stderr
-    twice = serve("--backbone", str(stored), "--prefixes", str(tmp_path), "--vllm-args=--host=0.0.0.0")
-    assert "--vllm-args has --host" in twice.stderr
-    assert "no folder" in serve("--backbone", str(stored), "--prefixes", str(tmp_path / "none")).stderr
+    files = ("--backbone", str(stored), "--prefixes", str(tmp_path))
+    shown = serve(*files, "--show-command", "--vllm-args=--enforce-eager", code=0)
+    assert f"--model {stored}" in shown
+    assert shown.endswith("--enforce-eager\n")
+    refused = serve(*files, "--quantize", "int8", "--device", "cpu")
+    assert "quantize" in refused
+    assert "device" in refused
+    missing = serve(*files)
+    assert "does not find vllm" in missing
+    assert "hint: pip install vllm" in missing
+    assert "VLLM_API_KEY is not set" in serve(*files, "--host", "0.0.0.0")
+    assert "close every quote" in serve(*files, '--vllm-args="')
+    assert "--vllm-args has --host" in serve(*files, "--vllm-args=--host=0.0.0.0")
+    assert "no folder" in serve("--backbone", str(stored), "--prefixes", str(tmp_path / "none"))
 
 
 def test_the_plugin_needs_none_of_the_libraries_that_vllm_pins():
