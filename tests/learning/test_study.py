@@ -29,12 +29,15 @@ METHODS = ("prefix", "full", "adapter:2", "lora:2", "top:1", "prompt", "few-shot
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """A study collects garbage before it measures memory; all that the tests had loaded is none."""
-    gc.collect()
-    gc.freeze()
+def _thaw() -> Iterator[None]:
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _quick_collections(_thaw: None) -> None:
+    """A study collects garbage before it measures memory; all that was loaded before a test is none."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
