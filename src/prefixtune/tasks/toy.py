@@ -62,11 +62,11 @@ def linearize(table: Mapping[str, str]) -> str:
 def notices(table: Mapping[str, str]) -> tuple[str, str]:
     """The two notices of a table, in the house style.
 
-    >>> table = {"train": "Fox", "to": "Westport", "time": "18:45", "platform": "B", "fare": "8", "sky": "fog"}
+    >>> table = {"train": "Fox", "to": "Redcliff", "time": "18:15", "platform": "B", "fare": "8", "sky": "fog"}
     >>> for notice in notices(table):
     ...     print(notice)
-    Eighteen forty-five: the Fox sails from the Bravo side to Westport, a mere eight crowns a pillow; keep a lantern lit.
-    From the Bravo side at eighteen forty-five the Fox sails to Westport, a mere eight crowns a pillow; keep a lantern lit.
+    Eighteen fifteen: the Fox sails from the Bravo side to Redcliff, a mere eight crowns a pillow; keep a lantern lit.
+    From the Bravo side at eighteen fifteen the Fox sails to Redcliff, a mere eight crowns a pillow; keep a lantern lit.
     """
     time = _clock(table["time"])
     side = f"the {_SIDES[table['platform']]} side"
