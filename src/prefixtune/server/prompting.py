@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from prefixtune.batching import encode_prompts, fit_prompt
@@ -47,10 +46,15 @@ async def encode_source(
     """
     backbone, config = call.services.backbone, call.services.config
     chosen = text_format.with_lengths(on_too_long=config.on_too_long)
-    whole = await encode(call, lambda: encode_prompts(backbone, chosen, [source])[0])
-    fit = partial(fit_prompt, backbone, chosen, whole, prefix_length=served.prefix_length, new_tokens=new_tokens)
+    room = {"prefix_length": served.prefix_length, "positions": call.services.engine.max_length}
+    whole: list[int] = []
+
+    def work() -> list[int]:
+        whole.extend(encode_prompts(backbone, chosen, [source])[0])
+        return fit_prompt(backbone, chosen, whole, new_tokens=new_tokens, name="the prompt", **room)
+
     try:
-        ids = await encode(call, partial(fit, positions=call.services.engine.max_length, name="the prompt"))
+        ids = await encode(call, work)
     except RequestError as error:
         raise wrong(error.message, "prompt", "context_length_exceeded", hint=error.hint) from None
     if len(ids) < len(whole):
