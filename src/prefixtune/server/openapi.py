@@ -115,7 +115,9 @@ def _whole_or_stream(name: str) -> Schema:
 
 _NOTES = {
     "model": "A name that /v1/models lists.",
-    "max_tokens": "Most new tokens; unless given, {length}, as far as they fit.",
+    "prompt": "With a prefix, a text is a source, in the text format of its training; token ids go as they are.",
+    "messages": "With a prefix, the last one is the source, and must be the user's.",
+    "max_tokens": "Most new tokens; unless given, those of the prefix's task or {length}, as far as they fit.",
     "max_completion_tokens": "The newer name of max_tokens, before which it goes.",
     "min_tokens": "Fewest new tokens; at most max_tokens.",
     "temperature": "0: the likeliest token each time.",
