@@ -7,6 +7,7 @@ stopping are transformers' own. Knows nothing of tasks, files or training.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import queue
@@ -401,11 +402,27 @@ def _generate_batch(
     if assistant is not None:
         arguments["assistant_model"] = assistant.model
     _own_rules(arguments, backbone, prompts, config, start)
-    with ours, backbone.computing():
+    with ours, backbone.computing(), _compiler_errors():
         output = backbone.model.generate(**arguments, generation_config=_transformers_config(backbone, config))
     new = output[:, start:].tolist()
     rows = [row[: row.index(backbone.end_id)] if backbone.end_id in row else row for row in new]
     return [_stopped(backbone, row, config.stop) for row in rows]
+
+
+@contextlib.contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """Report a compiler that is missing or fails as what it is: nothing is wrong with the request."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        if not isinstance(error, BackendCompilerFailed):
+            raise
+        raise ConfigError(
+            f"the decoding step cannot be compiled here: {str(error).strip().splitlines()[0]}.",
+            hint="install a C++ compiler (on Debian and Ubuntu: apt install g++), or leave compile out.",
+        ) from error
 
 
 def _inputs(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -41,6 +41,20 @@ def test_a_compiled_step() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_without_a_compiler_it_is_said(tmp_path: Path) -> None:
+    program = Path(__file__).parents[1] / "compiled_step.py"
+    # Torch keeps what it compiled: an empty folder makes it compile again.
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
+    environment |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("prefixtune.errors.")]
+    assert said.startswith(
+        "prefixtune.errors.ConfigError: the decoding step cannot be compiled here: InvalidCxxCompiler"
+    )
+    assert "or leave compile out" in said
+
+
 def test_prompt_look_up(backbone: Any, random_ids: Make, random_prefix: Make) -> None:
     prompts, prefixes = ways(backbone, random_ids, random_prefix)
     # A text that repeats itself, so that there is something to look up.
