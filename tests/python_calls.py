@@ -26,6 +26,7 @@ from prefixtune.checkpoint import make_header
 from prefixtune.engine import Request, Sampling
 from prefixtune.generation import stream
 from prefixtune.labelling import classify, tag
+from prefixtune.text_format import TextFormat
 from zoo import make_model, make_tokenizer
 
 TEXTS = ["some text", "more"]
@@ -124,7 +125,23 @@ def main(folder: Path) -> dict[str, Any]:
     calls("train: nothing to resume", lambda: trained("no", resume=True))
     calls("engine", lambda: pt.Engine((model, tokenizer), num_slots=2).config.num_slots)
 
+    form = {"prompt": "Q: {source} A:", "target": "{target}"}
+    calls("a text format", lambda: written(what=None, text_format=TextFormat(**form)))
+    calls("a text format as a dict", lambda: written(what=None, text_format=form))
+
+    calls("Example: one target", lambda: list(pt.Example("a source", "two words").targets))
+
     # What is wrong.
+    calls("a number as text format", lambda: written(text_format=3))
+    calls("a mistyped text format", lambda: written(text_format={"promt": "{source}"}))
+    calls("evaluate: a number as metrics", lambda: pt.evaluate(backbone, examples, prefix, metrics=3))
+    calls("evaluate: another kind", lambda: pt.evaluate(backbone, examples, prefix, kind="texts"))
+    calls("Example: a number", lambda: pt.Example(3))
+    calls("Example: a number as target", lambda: pt.Example("a", (3,)))
+    calls("Prefix: no dict", lambda: pt.Prefix(None))
+    calls("Prefix: no tensors", lambda: pt.Prefix({"decoder": ((1, 2),)}))
+    calls("train: no target", lambda: trained("no", backbone=backbone, examples=[{"source": "a"}]))
+    calls("Engine.add: a text", lambda: pt.Engine(backbone).add("text"))
     calls("a bare model", lambda: written(model))
     calls("a pair the wrong way round", lambda: written((tokenizer, model)))
     calls("no backbone", lambda: written(None))

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.backbone import Backbone
-from prefixtune.config import TrainConfig
+from prefixtune.config import TrainConfig, check_names, type_fault
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
 from prefixtune.packing import Group, Packing
 from prefixtune.prefix import Prefix
@@ -36,6 +36,8 @@ __all__ = [
     "Batch",
     "Encoded",
     "Encoding",
+    "TextFormatLike",
+    "as_text_format",
     "check_texts",
     "collate",
     "default_format",
@@ -176,6 +178,32 @@ def check_texts(texts: Sequence[str]) -> None:
             raise RequestError(f"text {number} is {describe_value(text)}, not a string.", hint="write a list of texts.")
 
 
+TextFormatLike = TextFormat | Mapping[str, Any]
+"""What stands for a text format: itself, or a dict of its fields."""
+
+
+def as_text_format(given: TextFormatLike | None) -> TextFormat | None:
+    """The text format that a caller means; None: none was given.
+
+    >>> as_text_format({"prompt": "{source} ="}).prompt
+    '{source} ='
+
+    Raises:
+        ConfigError: It is neither a `TextFormat` nor a dict of its fields.
+        DataError: A template lacks its text.
+    """
+    hint = 'write {"prompt": "{source} =", "target": " {target}"}, say.'
+    if given is None or isinstance(given, TextFormat):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"text_format is {describe_value(given)}, but must be a TextFormat or a dict.", hint=hint)
+    check_names(TextFormat, given, "text_format has unknown keys", hint)
+    for name, value in given.items():
+        if fault := type_fault(f"text_format.{name}", value, type(getattr(TextFormat, name))):
+            raise ConfigError(f"{fault}.", hint=hint)
+    return TextFormat(**given)
+
+
 def format_of(backbone: Backbone, prefix: Prefix | None, given: TextFormat | None = None) -> TextFormat:
     """The text format of a request: as asked for, else the prefix's, else what suits the backbone.
 
@@ -238,6 +266,11 @@ def encode_examples(
     """
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
+    for number, example in enumerate(examples):
+        if not example.targets:
+            raise DataError(
+                f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
+            )
     limit = position_limit(backbone, prefix_length, max_length)
     prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
     flat = backbone.encode_targets([text_format.format_target(t) for example in examples for t in example.targets])
@@ -247,10 +280,6 @@ def encode_examples(
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         targets = tuple(tuple(ids) for ids in flat[place : place + len(example.targets)])
         place += len(targets)
-        if not targets:
-            raise DataError(
-                f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
-            )
         longest = max(len(target) for target in targets)
         room = limit if apart else limit - longest
         if room < kept_ending + 1 or longest > limit:

@@ -107,7 +107,7 @@ def as_config(kind: type[_C], given: _C | Mapping[str, Any] | None, options: Map
     values = options if given is None else given
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"config is {describe_value(given)}, but must be a {kind.__name__} or a dict.",
+            f"config is {describe_value(given)}, but must be of type {kind.__name__}, or a dict.",
             hint=f"write config={kind.__name__}(...), or the options themselves as keywords.",
         )
     read: Any = kind

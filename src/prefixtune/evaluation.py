@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from prefixtune.backbone import Backbone, BackboneLike, as_backbone
-from prefixtune.batching import default_format
+from prefixtune.batching import TextFormatLike, as_text_format, default_format
 from prefixtune.checkpoint import PrefixLike, as_prefix
 from prefixtune.config import as_config
-from prefixtune.errors import ConfigError, DataError, PrefixError, did_you_mean
+from prefixtune.errors import ConfigError, DataError, PrefixError, describe_value, did_you_mean
 from prefixtune.files import check_writable, write_text
 from prefixtune.generation import GenerateConfig, check_tagging_lengths, generate, prepare_prompts
 from prefixtune.labelling import Labels, classify, labels_of, tag
@@ -35,6 +35,7 @@ from prefixtune.variants import weights
 __all__ = ["Evaluation", "GroupScores", "evaluate", "summarize", "with_shots", "write_evaluation"]
 
 _SAMPLES = 64
+_KINDS = ("generation", "classification", "tagging")
 EVALUATION_FILE, OUTPUTS_FILE, DECODED_FILE = "evaluation.json", "outputs.jsonl", "decoded.jsonl"
 
 
@@ -77,13 +78,13 @@ def evaluate(
     examples: Sequence[ExampleLike],
     prefix: PrefixLike | None = None,
     *,
-    text_format: TextFormat | None = None,
+    text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
     kind: str = "generation",
     protocol: str = "plain",
     metrics: str | Sequence[str] | None = ("bleu",),
     intervals: bool = False,
-    kept: Path | None = None,
+    kept: str | Path | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
@@ -117,6 +118,10 @@ def evaluate(
     """
     decoding = as_config(GenerateConfig, config, options)
     examples = as_examples(examples)
+    form = as_text_format(text_format)
+    kept = None if kept is None else Path(kept)
+    if kind not in _KINDS:
+        raise ConfigError(f"kind is {kind!r}, but must be one of {', '.join(_KINDS)}.", hint="leave it out for texts.")
     if not examples:
         raise DataError("there is no example to evaluate on.", hint="check the file.")
     for number, example in enumerate(examples):
@@ -141,7 +146,7 @@ def evaluate(
     if labels is not None:
         if intervals:
             raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
-        shared: dict[str, Any] = {"text_format": text_format, "on_batch": on_batch}
+        shared: dict[str, Any] = {"text_format": form, "on_batch": on_batch}
         shared["batch_size"] = decoding.batch_size
         if labels.kind == "classification":
             lengths = {"max_total_length": decoding.max_total_length, "on_too_long": decoding.on_too_long}
@@ -151,10 +156,12 @@ def evaluate(
         return dataclasses.replace(_evaluate_labels(backbone, examples, prefix, labels, shared), num_cut=len(cuts))
     # Before the work and not after it.
     metrics = (metrics,) if isinstance(metrics, str) else metrics
+    if metrics is not None and not isinstance(metrics, Sequence):
+        raise ConfigError(f"metrics is {describe_value(metrics)}, but must be a list of names.", hint='write ["bleu"].')
     _check_names(protocol, metrics)
     if kept is not None:
         check_writable(kept)
-    outputs, seconds = _decode(backbone, examples, prefix, text_format, decoding, kept, on_batch, keep_cut)
+    outputs, seconds = _decode(backbone, examples, prefix, form, decoding, kept, on_batch, keep_cut)
     left_out: dict[str, str] = {}
     measured = _measure(outputs, examples, protocol, metrics, left_out)
     level = 0.95 if intervals else None

@@ -21,7 +21,15 @@ import torch
 from prefixtune import attach
 from prefixtune.attach import check_fits
 from prefixtune.backbone import Backbone, BackboneLike, as_backbone
-from prefixtune.batching import check_texts, encode_prompts, fit_prompt, format_of, report_cut
+from prefixtune.batching import (
+    TextFormatLike,
+    as_text_format,
+    check_texts,
+    encode_prompts,
+    fit_prompt,
+    format_of,
+    report_cut,
+)
 from prefixtune.checkpoint import PrefixLike, as_prefix
 from prefixtune.config import as_config, check_names, fit_types
 from prefixtune.errors import ConfigError, RequestError, describe_value
@@ -125,7 +133,11 @@ class GenerateConfig:
             raise ConfigError("; ".join(wrong) + ".", hint=_HINT)
         rules = [
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
-            (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "between 0 and max_new_tokens"),
+            (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "min_new_tokens",
+                "between 0 and max_new_tokens",
+            ),
             (self.num_beams >= 1, "num_beams", "at least 1"),
             (math.isfinite(self.length_penalty), "length_penalty", "a finite number"),
             (self.temperature >= 0 and math.isfinite(self.temperature), "temperature", "0 (greedy) or above"),
@@ -143,6 +155,8 @@ class GenerateConfig:
         faults = [
             f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good
         ]
+        if self.min_new_tokens > self.max_new_tokens:
+            faults.append(f"max_new_tokens is {self.max_new_tokens}")
         if self.num_beams > 1 and self.temperature > 0:
             faults.append("beam search and sampling exclude each other here: set temperature to 0 or num_beams to 1")
         if self.prompt_lookup and (self.num_beams > 1 or self.cache != "dynamic"):
@@ -234,7 +248,7 @@ def generate(
     texts: Sequence[str],
     prefix: PrefixLike | Sequence[PrefixLike | None] | None = None,
     *,
-    text_format: TextFormat | None = None,
+    text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
     assistant: BackboneLike | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -248,7 +262,8 @@ def generate(
         texts: Sources, as in training (linearized, without separators).
         prefix: One for all texts, one per text, or None; within a list, None leaves that text to the bare model. A
             prefix is a `Prefix`, a path, or a repository of the hub.
-        text_format: The text around a source; None: what each prefix was trained with, by its header.
+        text_format: The text around a source: a `TextFormat`, or a dict of its fields; None: what each prefix was
+            trained with, by its header.
         config: How to decode: a `GenerateConfig`, or a dict of its fields.
         assistant: A smaller model with the same tokenizer that guesses tokens for the backbone to check; the output is
             the same. Texts go one at a time.
@@ -272,7 +287,7 @@ def generate(
     backbone = as_backbone(backbone)
     assistant = None if assistant is None else as_backbone(assistant)
     prefixes = _per_text(prefix, len(texts), backbone)
-    prompts = prepare_prompts(backbone, texts, prefixes, chosen, text_format, on_cut=on_cut)
+    prompts = prepare_prompts(backbone, texts, prefixes, chosen, as_text_format(text_format), on_cut=on_cut)
     outputs = generate_ids(backbone, prompts.ids, prefixes, config=chosen, assistant=assistant, on_batch=on_batch)
     return [_read_output(backbone, ids, form, chosen) for ids, form in zip(outputs, prompts.formats, strict=True)]
 
@@ -287,7 +302,7 @@ def stream(
     text: str,
     prefix: PrefixLike | None = None,
     *,
-    text_format: TextFormat | None = None,
+    text_format: TextFormatLike | None = None,
     config: GenerateConfig | Mapping[str, Any] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
@@ -305,7 +320,7 @@ def stream(
         raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
-    prompts = prepare_prompts(backbone, [text], [prefix], chosen, text_format, on_cut=on_cut)
+    prompts = prepare_prompts(backbone, [text], [prefix], chosen, as_text_format(text_format), on_cut=on_cut)
     form, prompt = prompts.formats[0], prompts.ids[0]
     if any(form.target_words):
         # Words around the target can be taken off the whole output only.

@@ -21,6 +21,8 @@ from prefixtune.batching import (
     Batch,
     Encoded,
     Encoding,
+    TextFormatLike,
+    as_text_format,
     check_texts,
     collate,
     encode_prompts,
@@ -237,7 +239,7 @@ def classify(
     prefix: PrefixLike | None = None,
     *,
     labels: Sequence[str] | None = None,
-    text_format: TextFormat | None = None,
+    text_format: TextFormatLike | None = None,
     batch_size: int = 16,
     max_total_length: int = 0,
     on_too_long: str = "",
@@ -271,7 +273,7 @@ def classify(
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     chosen = _labels("classification", prefix, labels)
-    form = format_of(backbone, prefix, text_format).with_lengths(max_total_length, on_too_long)
+    form = format_of(backbone, prefix, as_text_format(text_format)).with_lengths(max_total_length, on_too_long)
     if prefix is not None:
         check_fits(prefix, backbone.geometry, backbone.name)
     whole = encode_prompts(backbone, form, list(texts)) if texts else []
@@ -307,7 +309,7 @@ def tag(
     texts: Sequence[Sequence[str]],
     prefix: PrefixLike,
     *,
-    text_format: TextFormat | None = None,
+    text_format: TextFormatLike | None = None,
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[Prediction]]:
@@ -333,7 +335,7 @@ def tag(
     if loaded is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     chosen = _labels("tagging", loaded, None)
-    form = format_of(backbone, loaded, text_format)
+    form = format_of(backbone, loaded, as_text_format(text_format))
     check_fits(loaded, backbone.geometry, backbone.name)
     for number, tokens in enumerate(texts):
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, describe_value
 
 __all__ = ["SITES", "Geometry", "Head", "KeyValue", "LayerShape", "Prefix", "describe", "flatten", "unflatten"]
 
@@ -93,6 +93,10 @@ class Head:
         return Head(self.weight.detach().clone(), self.bias.detach().clone())
 
 
+def _is_pair(given: object) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(one, Tensor) for one in given)
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """Per site and layer, keys and values of P virtual tokens.
@@ -111,6 +115,9 @@ class Prefix:
     head: Head | None = None
 
     def __post_init__(self) -> None:
+        hint = "give (H, P, D) tensors of one P per site."
+        if not isinstance(self.layers, Mapping):
+            raise ConfigError(f"not a prefix: its layers are {describe_value(self.layers)}, not a dict.", hint=hint)
         faults = []
         if not self.layers:
             faults.append("it has no site")
@@ -120,6 +127,9 @@ class Prefix:
             if not layers:
                 faults.append(f"site {site!r} has no layer")
             lengths = set()
+            if not isinstance(layers, Sequence) or not all(_is_pair(pair) for pair in layers):
+                faults.append(f"site {site!r} is no list of (key, value) pairs of tensors")
+                continue
             for number, (key, value) in enumerate(layers):
                 if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
                     faults.append(
@@ -131,7 +141,7 @@ class Prefix:
             if len(lengths) > 1:
                 faults.append(f"the layers of site {site!r} have different lengths {sorted(lengths)}")
         if faults:
-            raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint="give (H, P, D) tensors of one P per site.")
+            raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint=hint)
         # One order, whatever a file or a caller had them in.
         object.__setattr__(self, "layers", {site: self.layers[site] for site in SITES if site in self.layers})
 

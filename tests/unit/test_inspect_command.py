@@ -58,7 +58,7 @@ def test_the_list_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -
         assert text in shown
     (folder / "cut.safetensors").write_bytes(b"cut")
     assert main(["inspect", str(folder)]) == 1
-    assert "1 broken files" in capsys.readouterr().out
+    assert "1 broken file" in capsys.readouterr().out
 
 
 def test_a_run_is_a_folder_of_one_prefix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

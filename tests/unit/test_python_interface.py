@@ -37,6 +37,15 @@ def test_what_users_have_is_taken(calls: dict[str, Any], name: str) -> None:
     assert calls[name] == calls["generate"]
 
 
+def test_a_text_format_may_be_a_dict(calls: dict[str, Any]) -> None:
+    assert calls["a text format"] == calls["a text format as a dict"]
+    assert calls["a text format"] != calls["bare"], "the format must show"
+
+
+def test_one_target_is_one(calls: dict[str, Any]) -> None:
+    assert calls["Example: one target"]["value"] == ["two words"]
+
+
 def test_prefixes_of_several_kinds_and_none(calls: dict[str, Any]) -> None:
     with_prefix, bare = calls["generate"]["value"], calls["bare"]["value"]
     assert with_prefix != bare, "the prefix must show"
@@ -74,7 +83,7 @@ def test_a_run_goes_on_with_its_own_configuration(calls: dict[str, Any]) -> None
 MESSAGES = {
     "train: again": ("ConfigError", "already holds a run"),
     "train: a model": ("ConfigError", "(model, tokenizer)"),
-    "train: a number as config": ("ConfigError", "TrainConfig or a dict"),
+    "train: a number as config": ("ConfigError", "TrainConfig, or a dict"),
     "train: a number as examples": ("DataError", "3 (of type int)"),
     "train: a dict without source": ("DataError", "unknown key 'text'"),
     "train: nothing to resume": ("CheckpointError", "no run to resume"),
@@ -105,13 +114,23 @@ MESSAGES = {
     "max_length": ("ConfigError", "max_new_tokens"),
     "a mistyped option": ("ConfigError", "did you mean 'num_beams'?"),
     "a text as a number": ("ConfigError", "max_new_tokens is '4'"),
-    "a number as config": ("ConfigError", "GenerateConfig or a dict"),
+    "a number as config": ("ConfigError", "GenerateConfig, or a dict"),
     "a number as stop": ("ConfigError", "stop is 3"),
     "stream: several": ("RequestError", "of type list"),
     "evaluate: no list": ("DataError", "3 (of type int)"),
     "evaluate: a number": ("DataError", "example 1 is 3"),
     "evaluate: another key": ("DataError", "unknown key 'text'"),
     "evaluate: a wrong option": ("ConfigError", "set temperature above 0"),
+    "evaluate: a number as metrics": ("ConfigError", "metrics is 3"),
+    "evaluate: another kind": ("ConfigError", "one of generation"),
+    "a number as text format": ("ConfigError", "TextFormat or a dict"),
+    "a mistyped text format": ("ConfigError", "did you mean 'prompt'?"),
+    "Example: a number": ("DataError", "3 (of type int)"),
+    "Example: a number as target": ("DataError", "not texts"),
+    "Prefix: no dict": ("ConfigError", "not a prefix"),
+    "Prefix: no tensors": ("ConfigError", "(key, value) pairs"),
+    "train: no target": ("DataError", "has no target"),
+    "Engine.add: a text": ("RequestError", "not a Request"),
     "classify: one text": ("RequestError", "write [text]"),
     "classify: labels": ("ConfigError", "list of strings"),
     "classify: a number as prefix": ("ConfigError", "3 (of type int)"),
@@ -146,5 +165,5 @@ def test_what_is_wrong_gets_one_line(calls: dict[str, Any], name: str) -> None:
 def test_every_call_is_checked(calls: dict[str, Any]) -> None:
     shown = {"generate", "bare", "stream", "load_prefix", "load_backbone", "classify", "engine"}
     shown |= {"several prefixes", "several prefixes, ready-made"}
-    shown |= {"train", "train: go on", *TRAININGS}
+    shown |= {"Example: one target", "a text format", "a text format as a dict", "train", "train: go on", *TRAININGS}
     assert calls.keys() == shown | set(ALIKE) | MESSAGES.keys()

@@ -90,7 +90,7 @@ def _list(options: argparse.Namespace, folder: Path) -> int:
         return 1 if broken else 0
     console = Console(quiet=options.quiet)
     console.table(
-        f"{len(rows) - len(broken)} prefixes in {folder}",
+        f"{_counted(len(rows) - len(broken), 'prefix', 'prefixes')} in {folder}",
         ["name", "bytes", "backbone", "length", "task"],
         [
             [row["name"], row["file_bytes"], row["backbone"], _in_words(row["prefix_length"]), row["task"]]
@@ -101,7 +101,10 @@ def _list(options: argparse.Namespace, folder: Path) -> int:
     )
     if broken:
         console.table(
-            f"{len(broken)} broken files", ["name", "why"], [[row["name"], row["error"]] for row in broken], result=True
+            _counted(len(broken), "broken file", "broken files"),
+            ["name", "why"],
+            [[row["name"], row["error"]] for row in broken],
+            result=True,
         )
     return 1 if broken else 0
 
@@ -138,6 +141,10 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
         "prefix_length": {site: prefix.length(site) for site in prefix.sites},
         "task": prefix.header.get("task"),
     }
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _in_words(lengths: Mapping[str, int]) -> str:

@@ -35,7 +35,7 @@ from prefixtune.engine.sampler import choose
 from prefixtune.engine.scheduler import Scheduler, Work
 from prefixtune.engine.slots import SlotCache, Span, Step
 from prefixtune.engine.sources import Sources
-from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, describe_value
 from prefixtune.prepack import prepack
 
 __all__ = ["Engine", "EngineConfig", "RunningText"]
@@ -186,6 +186,11 @@ class Engine:
                 its id is in use.
             BackboneError: Its prefix does not fit the backbone.
         """
+        if not isinstance(request, Request):
+            raise RequestError(
+                f"the request is {describe_value(request)}, not a Request.",
+                hint="write Request(tuple(engine.backbone.encode(text)), prefix).",
+            )
         if request.prefix is not None:
             check_fits(request.prefix, self.backbone.geometry, self.backbone.name)
             if request.prefix.placement != "front":

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prefixtune.errors import DataError, describe_value
+
 __all__ = ["Example", "ExampleLike", "limit_targets", "references_of"]
 
 
@@ -15,15 +17,34 @@ class Example:
 
     Attributes:
         source: The linearized input, as the model reads it, without separators.
-        targets: The wanted outputs; empty where only generation is meant.
+        targets: The wanted outputs, or the only one; empty where only generation is meant.
         fields: The record that the source was made from, for reports and templates.
         groups: What scores are split by: the name of a grouping -> this example's group, as in `{"category": "Food"}`.
+
+    Raises:
+        DataError: Source or targets are no texts.
     """
 
     source: str
     targets: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
     groups: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str):
+            raise DataError(
+                f"the source of an example is {describe_value(self.source)}, not a text.",
+                hint='write Example("source", ("target",)).',
+            )
+        if not isinstance(self.targets, tuple):
+            # A single text would be taken for as many targets as it has characters.
+            given = (self.targets,) if isinstance(self.targets, str) else self.targets
+            object.__setattr__(self, "targets", tuple(given) if isinstance(given, Sequence) else given)
+        if not isinstance(self.targets, tuple) or not all(isinstance(target, str) for target in self.targets):
+            raise DataError(
+                f"the targets of the example {self.source[:60]!r} are {describe_value(self.targets)}, not texts.",
+                hint='write Example("source", ("target",)).',
+            )
 
 
 ExampleLike = Example | Mapping[str, Any]
