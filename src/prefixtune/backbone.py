@@ -28,10 +28,10 @@ from prefixtune.artifact import parse_header
 from prefixtune.attach import Layout
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
 from prefixtune.fingerprints import sample_weights
-from prefixtune.prefix import Geometry, describe
+from prefixtune.prefix import Geometry, LayerShape, Prefix, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
 from prefixtune.probe import probe
-from prefixtune.variants import add_adapter, load_adapter, require, weights
+from prefixtune.variants import QUANTIZATIONS, add_adapter, load_adapter, require, weights
 from prefixtune.variants import quantize as quantize_weights
 
 __all__ = [
@@ -42,6 +42,9 @@ __all__ = [
     "BackboneLike",
     "adapter_config",
     "as_backbone",
+    "check_loadable",
+    "check_size",
+    "choose_device",
     "choose_dtype",
     "load_backbone",
 ]
@@ -54,6 +57,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
+_UNIFORM = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3")
+"""Model types whose layers all have the KV heads and head size that `config.json` says."""
 _POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 
 
@@ -423,23 +428,10 @@ def load_backbone(
                 hint="give a name or path with them, or set dtype and device on the model itself.",
             )
         return as_backbone(name_or_path)
-    name = base = os.fspath(name_or_path)
+    name = os.fspath(name_or_path)
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    if _is_adapter(Path(name)):
-        if adapter is not None:
-            raise ConfigError(
-                f"{name!r} is a LoRA adapter itself, but another one, {str(adapter)!r}, was asked for.",
-                hint="merge one of them into its base model first.",
-            )
-        base, adapter = _base_model(Path(name)), name
-    if adapter is not None:
-        _check_lora(Path(adapter))
-    if quantize:
-        require("torchao", f"quantize = {quantize!r}")
-    if adapter is not None or adapter_rank:
-        require("peft", "an adapter")
-    source, options = _locate(base)
+    source, options, adapter = _resolve(name, quantize, adapter, adapter_rank)
     spread: dict[str, Any] = {}
     if device_map is not None:
         spread = {"device_map": device_map, "offload_folder": offload_folder}
@@ -485,6 +477,76 @@ def load_backbone(
         with silence():
             quantize_weights(model, quantize)
     return _with_end(backbone)
+
+
+def check_loadable(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: str = "",
+    adapter: str | None = None,
+    adapter_rank: int = 0,
+) -> None:
+    """Refuse what can be refused at once, before other work and the load itself; arguments as for `load_backbone`.
+
+    Raises:
+        PrefixError: As `load_backbone`; a name on the hub is not looked up.
+    """
+    choose_dtype(dtype, choose_device(device))
+    source, options, _ = _resolve(name, quantize, adapter, adapter_rank)
+    if Path(source).is_dir() and "gguf_file" not in options and not (Path(source) / "config.json").is_file():
+        raise BackboneError(
+            f"cannot load the backbone {name!r}: the folder has no config.json.",
+            hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
+        )
+
+
+def check_size(prefix: Prefix, name: str) -> None:
+    """Refuse a prefix that a model's `config.json` shows not to fit, before the model loads.
+
+    Only of model types whose layers are all alike; others, and names on the hub, are checked when they are loaded.
+
+    Raises:
+        BackboneError: Layers, KV heads or head sizes differ.
+    """
+    try:
+        source, options = _locate(name)
+        config: Any = parse_header((Path(source) / "config.json").read_text(encoding="utf-8"))
+        heads = config.get("num_attention_heads", config.get("n_head"))
+        size = config.get("head_dim") or config.get("hidden_size", config.get("n_embd")) // heads
+        shape = LayerShape(int(config.get("num_key_value_heads") or heads), int(size), int(size))
+        layers = int(config.get("num_hidden_layers", config.get("n_layer")))
+    except (BackboneError, OSError, ValueError, TypeError, ZeroDivisionError):
+        return
+    if config.get("model_type") in _UNIFORM and "gguf_file" not in options and prefix.sites == ("decoder",):
+        attach.check_fits(prefix, {"decoder": (shape,) * layers}, name)
+
+
+def _resolve(
+    name: str, quantize: str, adapter: str | os.PathLike[str] | None, adapter_rank: int
+) -> tuple[str, dict[str, Any], str | os.PathLike[str] | None]:
+    """Where a backbone is, the options to load it with, and its adapter; the libraries that it needs are there."""
+    base = name
+    if _is_adapter(Path(name)):
+        if adapter is not None:
+            raise ConfigError(
+                f"{name!r} is a LoRA adapter itself, but another one, {str(adapter)!r}, was asked for.",
+                hint="merge one of them into its base model first.",
+            )
+        base, adapter = _base_model(Path(name)), name
+    if adapter is not None:
+        if Path(adapter).is_dir():
+            adapter_config(adapter)
+        _check_lora(Path(adapter))
+    if quantize and quantize not in QUANTIZATIONS:
+        raise ConfigError(f"unknown quantization {quantize!r}.", hint=did_you_mean(quantize, QUANTIZATIONS))
+    if quantize:
+        require("torchao", f"quantize = {quantize!r}")
+    if adapter is not None or adapter_rank:
+        require("peft", "an adapter")
+    source, options = _locate(base)
+    return source, options, adapter
 
 
 def _with_end(backbone: Backbone) -> Backbone:

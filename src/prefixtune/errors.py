@@ -18,7 +18,7 @@ A message says what failed, the value got, what is allowed, and in `hint` the ne
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 __all__ = [
     "BackboneError",
@@ -29,6 +29,7 @@ __all__ = [
     "PrefixWarning",
     "RequestError",
     "TrainingError",
+    "check_all",
     "describe_value",
     "did_you_mean",
 ]
@@ -113,3 +114,22 @@ def describe_value(value: object) -> str:
     if isinstance(value, str):
         return f"of type {kind}, {value if len(value) <= 40 else value[:40] + '...'!r}"
     return f"{value!r} (of type {kind})" if isinstance(value, bool | int | float) else f"of type {kind}"
+
+
+def check_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Run every check, so that all mistakes are reported at once.
+
+    Raises:
+        PrefixError: The only mistake, as it is; of several, a `ConfigError` that lists them.
+    """
+    found: list[PrefixError] = []
+    for check in checks:
+        try:
+            check()
+        except PrefixError as error:
+            found.append(error)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        hints = dict.fromkeys(error.hint for error in found if error.hint)
+        raise ConfigError(" ".join(error.message for error in found), hint=" ".join(hints))

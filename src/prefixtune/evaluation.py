@@ -32,7 +32,16 @@ from prefixtune.tasks import Example, ExampleLike, as_examples, label_names, ref
 from prefixtune.text_format import TextFormat
 from prefixtune.variants import weights
 
-__all__ = ["Evaluation", "GroupScores", "evaluate", "summarize", "with_shots", "write_evaluation"]
+__all__ = [
+    "Evaluation",
+    "GroupScores",
+    "check_examples",
+    "check_kind",
+    "evaluate",
+    "summarize",
+    "with_shots",
+    "write_evaluation",
+]
 
 _SAMPLES = 64
 _KINDS = ("generation", "classification", "tagging")
@@ -122,13 +131,7 @@ def evaluate(
     kept = None if kept is None else Path(kept)
     if kind not in _KINDS:
         raise ConfigError(f"kind is {kind!r}, but must be one of {', '.join(_KINDS)}.", hint="leave it out for texts.")
-    if not examples:
-        raise DataError("there is no example to evaluate on.", hint="check the file.")
-    for number, example in enumerate(examples):
-        if not any(target.strip() for target in example.targets):
-            raise DataError(
-                f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
-            )
+    check_examples(examples)
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     cuts: list[int] = []
@@ -139,13 +142,10 @@ def evaluate(
             on_cut(numbers)
 
     labels = labels_of(prefix)
+    check_kind(kind, labelled=labels is not None, intervals=intervals)
     if labels is None and kind != "generation":
-        if kind == "tagging":
-            raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
         labels = Labels(kind, "words", label_names(examples))
     if labels is not None:
-        if intervals:
-            raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
         shared: dict[str, Any] = {"text_format": form, "on_batch": on_batch}
         shared["batch_size"] = decoding.batch_size
         if labels.kind == "classification":
@@ -173,6 +173,38 @@ def evaluate(
         seconds,
         len(cuts),
     )
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Refuse what cannot be scored, before any decoding.
+
+    Raises:
+        DataError: There is no example, or one has no target.
+    """
+    if not examples:
+        raise DataError("there is no example to evaluate on.", hint="check the file.")
+    for number, example in enumerate(examples):
+        if not any(target.strip() for target in example.targets):
+            raise DataError(
+                f"example {number + 1} ({example.source[:60]!r}) has no target.", hint="name the target column."
+            )
+
+
+def check_kind(kind: str, *, labelled: bool, intervals: bool) -> None:
+    """Refuse what does not go with labels and tags.
+
+    Args:
+        kind: Of the task.
+        labelled: Whether the prefix was trained to classify or tag.
+        intervals: Whether they are asked for.
+
+    Raises:
+        ConfigError: Tags of the bare model, or intervals of labels or tags.
+    """
+    if kind == "tagging" and not labelled:
+        raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
+    if intervals and (labelled or kind != "generation"):
+        raise ConfigError("intervals are for texts, not for labels and tags.", hint="leave them out.")
 
 
 def with_shots(form: TextFormat, examples: Sequence[Example], separator: str, end: str) -> TextFormat:

@@ -42,6 +42,7 @@ from prefixtune.text_format import TextFormat, cut_prompt
 __all__ = [
     "Labels",
     "Prediction",
+    "check_choice",
     "choose_labels",
     "classify",
     "encode_labelled",
@@ -117,8 +118,7 @@ def choose_labels(
         ConfigError: The backbone cannot do it that way, or `words` names an unknown label or gives two one word.
         DataError: There are fewer than two labels, or the development examples have others.
     """
-    names = tag_names(examples) if kind == "tagging" else label_names(examples)
-    (check_tags if kind == "tagging" else check_labels)(dev_examples, names)
+    names = check_choice(kind, examples, dev_examples, by=by, words=words)
     if by == "auto":
         by = "head" if kind == "tagging" or backbone.kind == "encoder" else "words"
     if by == "head" and backbone.kind == "encoder-decoder":
@@ -126,11 +126,39 @@ def choose_labels(
             f"{backbone.name!r} is an encoder-decoder, on which no head is trained.",
             hint="use classifier = 'words' for classification; for tagging choose an encoder or a decoder-only model.",
         )
-    if by == "words" and (kind == "tagging" or backbone.kind == "encoder"):
-        why = "tags are too many words" if kind == "tagging" else f"{backbone.name!r} is an encoder and writes none"
+    if by == "words" and backbone.kind == "encoder":
+        why = f"{backbone.name!r} is an encoder and writes none"
         raise ConfigError(f"classifier is 'words', but {why}.", hint="use classifier = 'head'.")
     if by == "head":
         return Labels(kind, by, names)
+    return Labels(kind, by, names, _words(names, words))
+
+
+def check_choice(
+    kind: str,
+    examples: Sequence[Example],
+    dev_examples: Sequence[Example] = (),
+    *,
+    by: str = "auto",
+    words: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """The names of a run's labels; all that can be wrong with them whatever the backbone is refused.
+
+    Raises:
+        ConfigError: Tags by words, or `words` names an unknown label or gives two one word.
+        DataError: There are fewer than two labels, or the development examples have others.
+    """
+    names = tag_names(examples) if kind == "tagging" else label_names(examples)
+    (check_tags if kind == "tagging" else check_labels)(dev_examples, names)
+    if by == "words" and kind == "tagging":
+        raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
+    if by != "head":
+        _words(names, words)
+    return names
+
+
+def _words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Each label's word."""
     given = dict(words or {})
     for name in given:
         if name not in names:
@@ -138,7 +166,7 @@ def choose_labels(
     chosen = tuple(given.get(name, name) for name in names)
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"two labels share a word: {', '.join(chosen)}.", hint="give every label its own.")
-    return Labels(kind, by, names, chosen)
+    return chosen
 
 
 def worded(examples: Sequence[Example], labels: Labels) -> list[Example]:

@@ -32,7 +32,13 @@ import torch
 from torch import Tensor
 
 from prefixtune import __version__, attach
-from prefixtune.backbone import Backbone, BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone import (
+    Backbone,
+    BackboneLike,
+    as_backbone,
+    check_loadable,
+    load_backbone,
+)
 from prefixtune.batching import (
     Batch,
     Encoded,
@@ -55,11 +61,11 @@ from prefixtune.checkpoint import (
 )
 from prefixtune.config import TrainConfig, as_config, stored_config
 from prefixtune.console import Console
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, TrainingError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, TrainingError, check_all
 from prefixtune.files import write_text
 from prefixtune.fingerprints import fingerprints_match
 from prefixtune.initialize import from_prefix, from_words, word_ids
-from prefixtune.labelling import Labels, choose_labels, encode_labelled, sample_hidden, worded
+from prefixtune.labelling import Labels, check_choice, choose_labels, encode_labelled, sample_hidden, worded
 from prefixtune.loss import batch_loss
 from prefixtune.parallel import ALONE, World, joined, shard
 from prefixtune.prefix import Prefix
@@ -294,9 +300,11 @@ def train(
         if resume:
             # Before the backbone loads.
             _read_state(config)
+        data = _read_data(config, examples, dev_examples, world, resume=resume, loads=backbone is None)
         if backbone is None:
             console.info(f"loading {config.backbone} ...")
-        run = _prepare(config, backbone, examples, dev_examples, world, resume=resume)
+        loaded = _load(config, world) if backbone is None else as_backbone(backbone)
+        run = _make_run(config, loaded, data, world)
         events: list[Event] = run.resume() if resume else []
         stopping = stack.enter_context(_stop_requests())
         stack.enter_context(attach.checkpointing(run.backbone.model, config.gradient_checkpointing))
@@ -358,16 +366,17 @@ def train_together(
     failed: list[TrainingError] = []
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(configs[0].device)) if world is None else world
+        data = [
+            _read_data(config, some, dev, world, resume=resume, loads=backbone is None)
+            for config, some, dev in zip(configs, *given, strict=True)
+        ]
         backbone = backbone or _load(configs[0], world)
         if not backbone.layout.packable:
             raise ConfigError(
                 f"{backbone.name!r} takes no packed rows, so that its runs cannot share a pass.",
                 hint="train them one after the other.",
             )
-        runs = [
-            _prepare(config, backbone, data, dev, world, resume=resume)
-            for config, data, dev in zip(configs, *given, strict=True)
-        ]
+        runs = [_make_run(config, backbone, each, world) for config, each in zip(configs, data, strict=True)]
         if any(run.labels is not None and run.labels.by == "head" for run in runs):
             raise ConfigError("a head is trained alone.", hint="use classifier = 'words', or train it by itself.")
         events = [run.resume() if old else [] for run, old in zip(runs, begun, strict=True)]
@@ -413,54 +422,114 @@ def _until_pending(steps: Iterator[Event | _Pending], tell: Callable[[Event], No
     return None
 
 
-def _prepare(
+def _read_data(
     config: TrainConfig,
-    backbone: BackboneLike | None,
     examples: Sequence[ExampleLike] | None,
     dev_examples: Sequence[ExampleLike] | None,
     world: World,
     *,
     resume: bool,
-) -> _Run:
-    """Read what is not given, and check that all of it goes together."""
+    loads: bool,
+) -> tuple[list[Example], list[Example]]:
+    """Read what is not given, and check all that can be without a backbone, which takes long to load.
+
+    Returns:
+        The examples to train on and those to choose by, as far as they are used.
+    """
     folder = Path(config.output)
     if not resume and world.leads and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE)):
         raise ConfigError(
             f"{str(folder)!r} already holds a run.",
             hint="go on with --resume (resume=True), choose another --output (output), or delete it.",
         )
-    templates = config.source or None, config.target or None
-    if examples is not None:
-        examples = as_examples(examples, *templates)
-    else:
-        parts = TASKS[config.task].parts if config.task in TASKS else ()
-        if not config.train and config.task in TASKS and not parts:
-            raise ConfigError("no training file is given.", hint="set train (--train FILE).")
-        examples = _read(config, config.train or (*parts, "")[0], "train")
+    chosen: list[Example] = []
     dev: list[Example] = []
-    if dev_examples is not None:
-        dev = as_examples(dev_examples, *templates, "development example")
-    elif config.dev:
-        dev = _read(config, config.dev, "dev")
-    backbone = _load(config, world) if backbone is None else as_backbone(backbone)
-    if not config.trains_prefix:
-        backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
-    dev = limit_targets(dev, config.dev_limit)
+    kind = TASKS[config.task].kind if config.task in TASKS else "generation"
+
+    def check_labels() -> None:
+        # What could not be read is reported by itself.
+        if kind != "generation" and chosen and (dev or not config.dev):
+            check_choice(kind, chosen, dev, by=config.classifier, words=config.words_by_label)
+
+    check_all(
+        [
+            lambda: chosen.extend(limit_targets(_training_data(config, examples), config.limit)),
+            lambda: dev.extend(limit_targets(_development_data(config, dev_examples), config.dev_limit)),
+            check_labels,
+            *_early_checks(config, world, has_dev=bool(dev_examples or config.dev), loads=loads),
+        ]
+    )
+    return chosen, dev
+
+
+def _training_data(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
+    if examples is not None:
+        return as_examples(examples, config.source or None, config.target or None)
+    parts = TASKS[config.task].parts if config.task in TASKS else ()
+    if not config.train and config.task in TASKS and not parts:
+        raise ConfigError("no training file is given.", hint="set train (--train FILE).")
+    return _read(config, config.train or (*parts, "")[0], "train")
+
+
+def _development_data(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
+    if examples is not None:
+        return as_examples(examples, config.source or None, config.target or None, "development example")
+    return _read(config, config.dev, "dev") if config.dev else []
+
+
+def _early_checks(config: TrainConfig, world: World, *, has_dev: bool, loads: bool) -> Iterator[Callable[[], object]]:
+    """What can be wrong with a configuration on this machine, whatever the data is and before a backbone loads."""
+    if loads:
+        yield lambda: check_loadable(
+            config.backbone,
+            dtype=config.dtype,
+            device=config.device,
+            quantize=config.quantize,
+            adapter=config.adapter or None,
+            adapter_rank=config.adapter_rank,
+        )
+    yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
+    if config.initialization == "prefix" and config.trains_prefix:
+        yield lambda: _check_start(config)
+    yield lambda: _check_combination(config, world, has_dev)
+
+
+def _check_start(config: TrainConfig) -> None:
+    """The prefix that a run starts from."""
+    if config.method == "prompt":
+        raise ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
+    load_prefix(config.init_prefix)
+
+
+def _check_combination(config: TrainConfig, world: World, has_dev: bool) -> None:
+    """Options that do not go together."""
     if config.shard and (world.size == 1 or not config.trains_prefix or config.train_adapter):
         raise ConfigError(
             "shard splits a frozen backbone among several processes.",
             hint="start them with torchrun or accelerate launch, and train a prefix.",
         )
+    if config.patience and not has_dev:
+        raise ConfigError(
+            "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
+        )
+    if config.classifier == "head" and not config.trains_prefix:
+        raise ConfigError(
+            f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
+        )
+
+
+def _make_run(
+    config: TrainConfig, backbone: Backbone, data: tuple[Sequence[Example], Sequence[Example]], world: World
+) -> _Run:
+    """A run on a backbone that can carry it."""
+    if not config.trains_prefix:
+        backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
     if config.gradient_checkpointing and not backbone.layout.carries:
         raise ConfigError(
             f"{backbone.name!r} hands no argument down to its attention: recomputed layers would lose the prefix.",
             hint="train without gradient_checkpointing.",
         )
-    if config.patience and not dev:
-        raise ConfigError(
-            "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
-        )
-    return _Run(config, backbone, limit_targets(examples, config.limit), dev, world)
+    return _Run(config, backbone, *data, world)
 
 
 def _load(config: TrainConfig, world: World) -> Backbone:

@@ -51,25 +51,46 @@ def convert(options: argparse.Namespace) -> int:
     """`prefixtune convert`."""
     import torch
 
+    from prefixtune.backbone import check_loadable, check_size
     from prefixtune.checkpoint import save_prefix
+    from prefixtune.files import check_writable
     from prefixtune.interop import export_peft
 
     given, output = Path(options.input), Path(options.output)
+    if options.frozen_tokens is not None and options.frozen_tokens < 0:
+        raise ConfigError(
+            f"--frozen-tokens is {options.frozen_tokens}, but must be 0 or above.", hint="1 keeps the first position."
+        )
     if options.to != "peft" and (options.peft_type or options.frozen_tokens is not None):
         raise ConfigError("--peft-type and --frozen-tokens go with --to peft only.", hint="leave them out.")
+    if options.to == "prefixtune" and output.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{options.output!r} does not end with .safetensors.",
+            hint=f"write to {output.stem or 'prefix'}.safetensors.",
+        )
+    if options.to == "peft" and output.exists() and not output.is_dir():
+        raise ConfigError(f"{options.output!r} is a file, but an adapter is a folder.", hint="name a folder.")
     kind = _kind(given)
     if kind == "authors" and options.backbone is None:
         raise ConfigError(
             f"{options.input!r} is a checkpoint of the authors, which tells neither heads nor layers.",
             hint="name its model: --backbone gpt2-medium, or the like.",
         )
+    if kind != "authors":
+        # Read now: a wrong file is reported before the model loads.
+        prefix = _read(given, kind, None)
+        if options.backbone is not None:
+            check_size(prefix, options.backbone)
+    check_writable(output if options.to == "prefixtune" else output / "adapter_config.json")
     backbone = None
     if options.backbone is not None:
         from prefixtune.backbone import load_backbone
 
+        check_loadable(options.backbone, device="cpu")
         Console(quiet=options.quiet or options.json).info(f"loading {options.backbone} ...")
         backbone = load_backbone(options.backbone, dtype="auto", device="cpu")
-    prefix = _read(given, kind, backbone)
+    if backbone is not None:
+        prefix = _read(given, kind, backbone)
     if options.to == "peft":
         export_peft(prefix, output, backbone, peft_type=options.peft_type, num_frozen_tokens=options.frozen_tokens)
     else:

@@ -69,7 +69,15 @@ def evaluate(options: argparse.Namespace) -> int:
             "--instruction is for the bare model; a prefix needs none.", hint="leave out --prefix and --run."
         )
     from prefixtune.batching import default_format
-    from prefixtune.evaluation import DECODED_FILE, ask, summarize, with_shots, write_evaluation
+    from prefixtune.evaluation import (
+        DECODED_FILE,
+        ask,
+        check_examples,
+        check_kind,
+        summarize,
+        with_shots,
+        write_evaluation,
+    )
     from prefixtune.evaluation import evaluate as run
     from prefixtune.files import check_writable, write_text
     from prefixtune.tasks import TASKS, read_task
@@ -90,6 +98,8 @@ def evaluate(options: argparse.Namespace) -> int:
     metrics: Sequence[str] = chosen.metrics
     if options.metrics is not None:
         metrics = _asked_for(options.metrics, chosen)
+    check_examples(examples)
+    check_kind(chosen.kind, labelled=weights is None and bool(header.get("labels")), intervals=options.intervals)
     config = generate_config(options, [], task)
     folder = Path(options.output) if options.output else None
     for place in [*([Path(options.outputs)] if options.outputs else []), *([folder / DECODED_FILE] if folder else [])]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixtune.commands.shared import load_with_prefixes
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from prefixtune.prefix import Prefix
 
 __all__ = ["add_arguments", "export"]
 
@@ -58,8 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def export(options: argparse.Namespace) -> int:
     """`prefixtune export`."""
     _check(options)
+    from prefixtune.files import check_writable
+
     folder, console = Path(options.output), Console(quiet=options.quiet)
-    backbone, (prefix,) = load_with_prefixes(console, options, [options.prefix])
+    check_writable(folder / "export.json")
+    backbone, (prefix,) = load_with_prefixes(console, options, [options.prefix], partial(_check_prefix, options.to))
     console.info(f"exporting to {options.to} ...")
     if options.to == "onnx":
         from prefixtune.export.onnx import export_onnx
@@ -86,6 +94,13 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_prefix(target: str, loaded: Sequence[Prefix]) -> None:
+    from prefixtune.export.shared import check_prefix
+
+    for prefix in loaded:
+        check_prefix(prefix, "ONNX" if target == "onnx" else target)
+
+
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that do not go together, before anything loads."""
     if options.to not in TARGETS:
@@ -98,6 +113,14 @@ def _check(options: argparse.Namespace) -> None:
         if options.patch is not None and getattr(options, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} was given, but with --patch the slot file decides.", hint=f"leave {flag} out.")
+    if options.to == "llama.cpp":
+        from prefixtune.export.llama_cpp_state import STATE_VERSIONS, check_choice
+
+        check_choice(options.state_version or STATE_VERSIONS[-1], options.kv_type or "f16")
+        if options.patch is not None and not Path(options.patch).is_file():
+            raise ConfigError(
+                f"cannot read the slot file {options.patch!r}: there is no such file.", hint="check the path."
+            )
     if Path(options.output).exists() and not Path(options.output).is_dir():
         raise ConfigError(f"--output is {options.output!r}, which is a file.", hint="name a folder.")
     if options.to == "onnx":

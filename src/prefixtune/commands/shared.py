@@ -10,12 +10,13 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, check_all
 from prefixtune.progress import show_training
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def load(console: Console, name: str, options: argparse.Namespace, adapter: str 
     """Load a backbone as the options of decoding say, telling so."""
     from prefixtune.backbone import load_backbone
 
+    _check_loadable(options, name, adapter)
     with_adapter = f" with the adapter {adapter}" if adapter else ""
     console.info(f"loading {name}{with_adapter} ...")
     backbone = load_backbone(
@@ -58,10 +60,22 @@ def load(console: Console, name: str, options: argparse.Namespace, adapter: str 
 
 
 def load_with_prefixes(
-    console: Console, options: argparse.Namespace, files: Sequence[str]
+    console: Console,
+    options: argparse.Namespace,
+    files: Sequence[str],
+    check: Callable[[Sequence[Prefix]], object] | None = None,
 ) -> tuple[Backbone, list[Prefix]]:
-    """The backbone that the prefixes name (or that was asked for), and the prefixes, checked against it."""
+    """The backbone that the prefixes name (or that was asked for), and the prefixes, checked against it.
+
+    Args:
+        console: Says what is loaded.
+        options: Of the command.
+        files: The prefixes'.
+        check: What else could be wrong with the prefixes and options; called before the backbone loads.
+    """
+    from prefixtune.backbone import check_size
     from prefixtune.checkpoint import load_prefix
+    from prefixtune.text_format import read_text_format
 
     # Read first: a wrong file is told at once, before the model loads.
     loaded = [load_prefix(file) for file in files]
@@ -72,9 +86,24 @@ def load_with_prefixes(
             hint="generate for one at a time, or pass --backbone.",
         )
     name = options.backbone or next(iter(names), DEFAULT_BACKBONE)
-    backbone = load(console, name, options, _adapter(options, files, loaded))
+    adapter = _adapter(options, files, loaded)
+    check_all(
+        [
+            partial(_check_loadable, options, name, adapter),
+            *(partial(read_text_format, prefix.header) for prefix in loaded),
+            *(partial(check_size, prefix, name) for prefix in loaded),
+            *([] if check is None else [partial(check, loaded)]),
+        ]
+    )
+    backbone = load(console, name, options, adapter)
     checked = [load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in files]
     return backbone, checked
+
+
+def _check_loadable(options: argparse.Namespace, name: str, adapter: str | None = None) -> None:
+    from prefixtune.backbone import check_loadable
+
+    check_loadable(name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter)
 
 
 def _adapter(options: argparse.Namespace, files: Sequence[str], loaded: Sequence[Prefix]) -> str | None:
@@ -129,8 +158,10 @@ def load_artifact(
 ) -> tuple[Backbone, Prefix | None, TextFormat | None]:
     """The model, prefix and text format of what `find_artifact` found."""
     if weights is not None:
+        from prefixtune.backbone import choose_device, choose_dtype
         from prefixtune.training import load_tuned
 
+        choose_dtype(options.dtype, choose_device(options.device))
         console.info(f"loading {weights} ...")
         chosen = {"name_or_path": options.backbone, "dtype": options.dtype, "device": options.device}
         backbone, form = load_tuned(weights, **chosen)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefixtune.errors import CheckpointError, ConfigError
 
-__all__ = ["KV_TYPES", "STATE_VERSIONS", "Rows", "encode_blob", "encode_file", "patch_file"]
+__all__ = ["KV_TYPES", "STATE_VERSIONS", "Rows", "check_choice", "encode_blob", "encode_file", "patch_file"]
 
 STATE_VERSIONS = (2, 3, 4)
 
@@ -58,13 +58,22 @@ def encode_blob(rows: Sequence[Rows], *, version: int = 4, kv_type: str = "f16",
     return struct.pack("<Ii", _BLOB, 0) + _encode_cells(rows, version, kv_type, transposed)
 
 
-def _encode_cells(rows: Sequence[Rows], version: int, kv_type: str, transposed: bool) -> bytes:
+def check_choice(version: int, kv_type: str) -> None:
+    """Refuse a layout that is not known here.
+
+    Raises:
+        ConfigError: The version or the type is unknown.
+    """
     if version not in STATE_VERSIONS or kv_type not in KV_TYPES:
         raise ConfigError(
             f"state version {version!r} with a cache of {kv_type!r}; known are versions "
             f"{', '.join(map(str, STATE_VERSIONS))} with {', '.join(KV_TYPES)}.",
             hint="let your own build save a slot, and give it with --patch.",
         )
+
+
+def _encode_cells(rows: Sequence[Rows], version: int, kv_type: str, transposed: bool) -> bytes:
+    check_choice(version, kv_type)
     number, dtype = KV_TYPES[kv_type]
     count = rows[0][0].shape[0]
     parts = [struct.pack("<II", 1, count)]

@@ -17,7 +17,7 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.files import write_text
 from prefixtune.prefix import Prefix
 
-__all__ = ["MANIFEST", "check_exportable", "describe_origin", "write_manifest"]
+__all__ = ["MANIFEST", "check_exportable", "check_prefix", "describe_origin", "write_manifest"]
 
 MANIFEST = "export.json"
 
@@ -38,6 +38,16 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
             hint="use `prefixtune generate` or `prefixtune serve` for it.",
         )
     check_fits(prefix, backbone.geometry, name)
+    check_prefix(prefix, target)
+    _check_layers(backbone, target)
+
+
+def check_prefix(prefix: Prefix, target: str) -> None:
+    """Refuse a prefix that another runtime would carry wrongly, whatever the backbone.
+
+    Raises:
+        ConfigError: It is empty, an infix, or holds NaN, or comes with a head.
+    """
     if prefix.placement != "front":
         raise ConfigError(
             f"the prefix is an {prefix.placement}, which stands between source and target; {target} gets prefixes in "
@@ -54,7 +64,6 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
         raise ConfigError("the prefix has no positions (P = 0).", hint=f"give {target} the backbone alone.")
     if not prefix.is_finite():
         raise ConfigError("the prefix holds NaN or infinity.", hint="train it again.")
-    _check_layers(backbone, target)
 
 
 def _check_layers(backbone: Backbone, target: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from prefixtune import __version__
 from prefixtune.checkpoint import load_prefix
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.files import atomic_path
+from prefixtune.files import atomic_path, check_writable
 from prefixtune.hub import FILE, download, hub_errors
 from prefixtune.prefix import Prefix
 
@@ -93,6 +93,7 @@ def pull(
     output = Path(output)
     if output.suffix != ".safetensors":
         raise CheckpointError(f"{str(output)!r} does not end with .safetensors.", hint="name such a file.")
+    check_writable(output)
     found = download(repo_id, name, revision=revision, token=token)
     prefix = load_prefix(found)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -34,12 +34,12 @@ from typing import Any
 
 import torch
 
-from prefixtune.backbone import Backbone, choose_device, choose_dtype, load_backbone
+from prefixtune.backbone import Backbone, check_loadable, choose_device, choose_dtype, load_backbone
 from prefixtune.checkpoint import load_prefix
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation import DECODED_FILE, ask, evaluate, write_evaluation
-from prefixtune.files import write_text
+from prefixtune.files import check_writable, write_text
 from prefixtune.generation import GenerateConfig
 from prefixtune.machine import describe_machine, forget_peak, peak_memory_mib, versions
 from prefixtune.parallel import ALONE
@@ -186,6 +186,8 @@ class _Study:
             self._check_same(stored)
         # Wrong settings and broken data are told at once, not run by run.
         left = [cell for cell in self.cells if self.state(cell) != "done"]
+        if left and self.given is None:
+            check_loadable(self.config.backbone, dtype=self.config.dtype, device=self.config.device)
         for cell in left:
             if cell.trains:
                 self._train_config(cell, self.config.rates(cell.method)[0], self.path(cell), cell.num_targets)
@@ -195,6 +197,7 @@ class _Study:
                 self._shown()
         if left:
             self._check_data((stored or {}).get("data_digests") or {})
+        check_writable(self.folder / STUDY_FILE)
         for part in ("cells", "tuning", "tries"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         self.write()

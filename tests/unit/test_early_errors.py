@@ -1,0 +1,225 @@
+"""Mistakes that need no model are reported before one loads, by every command; several of them at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune.backbone
+import prefixtune.study.run
+import prefixtune.training
+from prefixtune import cli
+from prefixtune.checkpoint import save_prefix
+from prefixtune.prefix import Prefix
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+}
+
+
+def prefix_for(path: Path, layers: int = 3, **header: Any) -> str:
+    """A prefix file of a model with two KV heads of size 8."""
+    pair = torch.zeros(2, 4, 8), torch.ones(2, 4, 8)
+    facts = {"backbone": {"name": "model", "kind": "decoder", "fingerprint": "a:b"}, **header}
+    return str(save_prefix(path, Prefix({"decoder": (pair,) * layers}, facts)))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data, prefixes and what looks like a model; nobody may load it."""
+
+    def loaded(*given: Any, **more: Any) -> Any:
+        pytest.fail("the backbone was loaded")
+
+    for module in (prefixtune.backbone, prefixtune.training, prefixtune.study.run):
+        monkeypatch.setattr(module, "load_backbone", loaded)
+    monkeypatch.setattr(prefixtune.study.run, "train", loaded)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    rows = [{"name": name, "text": f"{name} eats.", "label": label} for name, label in (("Ann", "a"), ("Bo", "b"))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "tags.jsonl").write_text('{"tokens": ["a"], "tags": ["B-X"]}\n')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    prefix_for(tmp_path / "p.safetensors")
+    prefix_for(tmp_path / "q.safetensors", backbone={"name": "other", "kind": "decoder"})
+    prefix_for(tmp_path / "deep.safetensors", layers=4)
+    prefix_for(tmp_path / "labels.safetensors", labels={"kind": "classification", "by": "words", "names": ["a", "b"]})
+    return tmp_path
+
+
+TRAIN = "train --backbone model --train rows.jsonl --source name --target text --output run "
+LABELS = "train --backbone model --task classification --train rows.jsonl --source text --target label --output run "
+STUDY = "study length --backbone model --task records --train rows.jsonl --dev rows.jsonl --test rows.jsonl "
+MISTAKES = [
+    # Files.
+    ("train --task e2e --train nowhere.csv", "nowhere.csv does not exist"),
+    ("train --task e2e --train rows.jsonl --dev nowhere.csv", "nowhere.csv does not exist"),
+    (TRAIN.replace("rows.jsonl", "empty.jsonl"), "empty.jsonl is empty"),
+    (TRAIN.replace("rows.jsonl", "model"), "is a folder"),
+    (TRAIN.replace("rows.jsonl", "file"), "has no ending"),
+    (TRAIN.replace("--backbone model", "--backbone adapter"), "no config.json"),
+    (TRAIN.replace("--backbone model", "--backbone ./nowhere"), "no folder of a model"),
+    (TRAIN.replace("--backbone model", "--backbone nowhere.gguf"), "there is no GGUF file"),
+    (TRAIN + "--adapter adapter", "holds no adapter_config.json"),
+    (TRAIN + "--initialization prefix --init-prefix nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
+    (TRAIN + "--initialization prefix --init-prefix rows.jsonl", "rows.jsonl"),
+    (TRAIN + "--resume", "no run to resume"),
+    (TRAIN + "--config nowhere.toml", "nowhere.toml"),
+    ("train --together nowhere.toml", "nowhere.toml"),
+    # Columns, templates, labels.
+    (TRAIN.replace("--source name", "--source nam"), "there is no column 'nam'"),
+    (TRAIN.replace("--source name", "--source {name"), "names no column"),
+    (TRAIN + "--prompt-format Say", "does not contain {source}"),
+    (TRAIN + "--target-format Say", "does not contain {target}"),
+    (LABELS.replace("rows.jsonl", "one.jsonl"), "at least two labels are needed"),
+    (LABELS + "--label-words c=word", "label_words names 'c'"),
+    (LABELS + "--label-words a=x,b=x", "two labels share a word"),
+    (LABELS + "--method full --classifier head", "trains no head"),
+    (LABELS + "--dev one.jsonl --label-words c=word", "label_words names 'c'"),
+    ("train --backbone model --task tagging --train tags.jsonl --classifier words", "too many words"),
+    # Options.
+    (TRAIN + "--device gpu", "unknown device 'gpu'"),
+    (TRAIN + "--patience 3", "patience needs a development file"),
+    (TRAIN + "--shard", "among several processes"),
+    (TRAIN + "--method prompt --initialization prefix --init-prefix p.safetensors", "cannot start from a prefix"),
+    (TRAIN + "--preset papper", "'papper'"),
+    # generate
+    ("generate --prefix nowhere.safetensors x", "there is no file 'nowhere.safetensors'"),
+    ("generate --prefix rows.jsonl x", "rows.jsonl"),
+    ("generate --prefix p.safetensors --prefix q.safetensors x y", "different backbones"),
+    ("generate --prefix p.safetensors --prefix p.safetensors x", "2 prefixes for 1 texts"),
+    ("generate --prefix deep.safetensors x", "4 layers"),
+    ("generate --prefix p.safetensors --backbone adapter x", "no config.json"),
+    ("generate --prefix p.safetensors --adapter adapter x", "holds no adapter_config.json"),
+    ("generate --prefix p.safetensors --device gpu x", "unknown device 'gpu'"),
+    ("generate --prefix p.safetensors --dtype bf16 x", "'bf16'"),
+    ("generate --prefix p.safetensors --quantize int3 x", "unknown quantization 'int3'"),
+    ("generate --stream x y", "--stream shows one text"),
+    ("generate --prefix p.safetensors --num-beams 0 x", "num_beams is 0"),
+    ("generate --prefix p.safetensors --prefix labels.safetensors x y", "classification, generation"),
+    ("generate --prefix labels.safetensors --stream x", "--stream"),
+    # evaluate
+    ("evaluate --prefix nowhere.safetensors --data rows.jsonl", "there is no file"),
+    ("evaluate --prefix p.safetensors --data nowhere.jsonl --source name --target text", "nowhere.jsonl"),
+    ("evaluate --prefix p.safetensors --data rows.jsonl --source name", "has no target"),
+    ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target nam", "no column 'nam'"),
+    ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --metrics blue", "'blue'"),
+    ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --device gpu", "'gpu'"),
+    ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --output file", "file"),
+    ("evaluate --prefix p.safetensors --data rows.jsonl --source name --target text --outputs model", "a folder"),
+    ("evaluate --prefix deep.safetensors --data rows.jsonl --source name --target text", "4 layers"),
+    ("evaluate --run model --data rows.jsonl --source name --target text", "holds neither"),
+    ("evaluate --data tags.jsonl --task tagging --backbone model", "the bare model cannot tag"),
+    (
+        "evaluate --prefix labels.safetensors --data rows.jsonl --task classification --source text --target label "
+        "--intervals",
+        "intervals are for texts",
+    ),
+    # convert, export, push, pull, inspect
+    ("convert nowhere out.safetensors --to prefixtune --backbone model", "nowhere"),
+    ("convert p.safetensors out.bin --to prefixtune --backbone model", "does not end with .safetensors"),
+    ("convert p.safetensors file/out.safetensors --to prefixtune --backbone model", "cannot write"),
+    ("convert p.safetensors file --to peft --backbone model", "is a file"),
+    ("convert p.safetensors out --to peft --backbone model --frozen-tokens -1", "--frozen-tokens is -1"),
+    ("convert deep.safetensors out --to peft --backbone model", "4 layers"),
+    ("convert p.safetensors out --to peft --backbone adapter", "no config.json"),
+    ("convert adapter out.safetensors --to prefixtune --backbone model", "adapter_config.json"),
+    ("export p.safetensors --to onx --output out", "'onx'"),
+    ("export p.safetensors --to llama.cpp --output file", "is a file"),
+    ("export p.safetensors --to llama.cpp --output out --baked", "--baked is for onnx"),
+    ("export p.safetensors --to llama.cpp --output out --kv-type f8", "f8"),
+    ("export p.safetensors --to llama.cpp --output out --state-version 9", "9"),
+    ("export p.safetensors --to llama.cpp --output out --patch nowhere.bin", "nowhere.bin"),
+    ("export nowhere.safetensors --to llama.cpp --output out", "there is no file"),
+    ("export deep.safetensors --to llama.cpp --output out", "4 layers"),
+    ("push nowhere.safetensors me/it", "there is no file"),
+    ("push p.safetensors me/it --evaluation nowhere", "holds no scores"),
+    ("pull me/it out.bin", "does not end with .safetensors"),
+    ("pull me/it file/out.safetensors", "cannot write"),
+    ("inspect rows.jsonl", "rows.jsonl"),
+    # doctor, demo, prepare, serve
+    ("doctor model --device gpu", "unknown device 'gpu'"),
+    ("doctor model --quantize int3", "unknown quantization 'int3'"),
+    ("doctor adapter", "no config.json"),
+    ("demo --steps 0", "--steps is 0"),
+    ("demo --output file", "holds something else"),
+    ("demo --output file/demo", "cannot write"),
+    ("prepare smollm3", "'smollm3'"),
+    ("serve --backbone model --prefixes nowhere", "there is no folder"),
+    ("serve --backbone model --port 99999", "99999"),
+    ("serve --config nowhere.toml", "nowhere.toml"),
+    # study, report, score
+    (STUDY + "--dev nowhere.jsonl", "needs a source template"),
+    ("study length --backbone model --task toy --train train --dev held_out --sizes 0", "no test data"),
+    ("study length --backbone model --task toy --train train --dev held_out --test held --sizes 0", "'held'"),
+    ("study length --backbone model --task toy --train train --dev held_out --test held_out --sizes 999999", "999999"),
+    (
+        "study length --backbone adapter --task toy --train train --dev held_out --test held_out --sizes 0",
+        "config.json",
+    ),
+    (
+        "study length --backbone model --device gpu --task toy --train train --dev held_out --test held_out --sizes 0",
+        "unknown device 'gpu'",
+    ),
+    (
+        "study length --backbone model --output file --task toy --train train --dev held_out --test held_out --sizes 0",
+        "file",
+    ),
+    ("study lenght", "'lenght'"),
+    ("report nowhere", "nowhere"),
+    ("score --task e2e --hypotheses file --references nowhere.csv", "nowhere.csv"),
+    ("tasks --jsn", "--jsn"),
+]
+
+
+@pytest.mark.parametrize(("command", "told"), MISTAKES)
+def test_a_mistake_is_reported_before_the_model_loads(
+    command: str, told: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert "error: " in err
+
+
+def test_every_command_has_a_mistake_in_the_table() -> None:
+    assert {command.split()[0] for command, _ in MISTAKES} == set(cli.build_parser()[1])
+
+
+def test_several_mistakes_are_reported_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = TRAIN.replace("rows.jsonl", "nowhere.jsonl") + "--device gpu --dev lost.jsonl --prompt-format Say"
+    assert cli.main(command.split()) == 2
+    err = capsys.readouterr().err
+    for told in ("nowhere.jsonl does not exist", "lost.jsonl does not exist", "unknown device 'gpu'", "{source}"):
+        assert told in err
+    assert not (place / "run").exists()
+
+
+def test_runs_that_share_a_backbone_are_checked_before_it_loads(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = 'backbone = "model"\nsource = "name"\ntarget = "text"\n'
+    (place / "a.toml").write_text(good + 'train = "rows.jsonl"\noutput = "a"\n')
+    (place / "b.toml").write_text(good + 'train = "nowhere.jsonl"\noutput = "b"\n')
+    assert cli.main(["train", "--together", "a.toml", "b.toml"]) == 2
+    assert "nowhere.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_a_model_without_a_mistake_would_be_loaded(place: Path) -> None:
+    """The table's commands fail for the mistake in them, and for nothing else."""
+    for command in (TRAIN, "generate --prefix p.safetensors x", "convert p.safetensors out --to peft --backbone model"):
+        with pytest.raises(pytest.fail.Exception, match="the backbone was loaded"):
+            cli.main(command.split())
