@@ -175,6 +175,29 @@ def test_a_repository_is_a_prefix_and_a_path_is_never_looked_for_on_the_hub(
     assert len(stand_in.calls) == calls, "the hub was asked for a path"
 
 
+def test_the_commands_take_a_repository_for_a_prefix(
+    stand_in: Hub,
+    artifact: Path,
+    tiny_models: Callable[..., Any],
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub.push(artifact, "me/pubs")
+    tiny_models("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"source": "a text", "target": "another"}\n')
+    shared = ("--backbone", str(tmp_path / "model"), "--dtype", "float32", "--device", "cpu", "--quiet")
+    outputs = []
+    for prefix in (str(artifact), "me/pubs"):
+        assert main(["generate", "a text", "--prefix", prefix, *shared]) == 0
+        records = ("--task", "records", "--source", "source", "--target", "target")
+        assert main(["evaluate", "--data", str(data), "--prefix", prefix, *records, *shared]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
 def test_the_card_says_what_the_hub_reads(artifact: Path, evaluation: Path) -> None:
     prefix = load_prefix(artifact)
     card = hub.make_card(prefix, "me/pubs", hub.read_evaluation(evaluation))
