@@ -1,0 +1,356 @@
+"""A real server against what a fuzzer makes up: by its document (schemathesis), and byte by byte, on this machine only.
+
+    make fuzz
+
+PREFIXTUNE_FUZZ_SECONDS (600) is the time of all fuzzing, half of it this file's; PREFIXTUNE_FUZZ_SEED (a new one each
+time, and printed) makes a run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, seed, settings
+from schemathesis.config import SchemathesisConfig
+
+from live_server import MODEL, LiveServer, make_model, make_prefix
+from prefixtune.backbone import load_backbone
+from prefixtune.server import openapi
+from prefixtune.server.keys import hash_key
+
+SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
+SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+MOST = 100_000
+"""Requests of one kind, however much time there is."""
+KEY = "pt-fuzz"
+FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
+TASKS = {
+    "mine": "records",
+    "spare": "records",
+    "pubs": "e2e",
+    "facts": "webnlg",
+    "table": "toy",
+    "doc": "summarization",
+}
+# Where nothing is said, nothing can be wrong.
+OPERATIONS = [
+    pytest.param(method, path, id=f"{method} {path}")
+    for (method, path), operation in openapi._OPERATIONS.items()
+    if operation.body or "{name}" in path
+]
+ATTACKS: list[Callable[[random.Random, LiveServer], None]] = []
+# Of the time, half goes to the document's operations and half to the attacks.
+SECONDS_EACH = SECONDS / 2 / len(OPERATIONS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    make_model(folder / MODEL)
+    (folder / "prefixes").mkdir()
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    for number, (name, task) in enumerate(TASKS.items()):
+        text_format = FORMAT if task == "records" else {key: FORMAT[key] for key in ("prompt", "target")}
+        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", number, task=task, text_format=text_format)
+    (folder / "serve.toml").write_text(
+        "max_tokens = 4\ndefault_max_tokens = 4\nmax_texts = 4\n"
+        "header_timeout = 0.4\nclient_timeout = 0.4\nkeep_alive = 0.4\n"
+        f'max_connections = 200\n[keys.me]\nhash = "{hash_key(KEY)}"\nadmin = true\n'
+    )
+    print(f"PREFIXTUNE_FUZZ_SEED={SEED}")
+    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml")).wait()
+    yield server
+    assert server.stop() == 0
+    errors = [line for line in server.lines if line["level"] == "error"]
+    assert not errors, errors[0].get("traceback")
+    assert "Traceback" not in "".join(server.errors)
+
+
+# --- by the document --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def document(server: LiveServer) -> Any:
+    """The server's own document, whose names are such as there are, among others."""
+    document = copy.deepcopy(server.get("/openapi.json", key=KEY)[1])
+    anything = {"type": "string", "minLength": 1, "maxLength": 200}
+    names = {"anyOf": [{"enum": [*TASKS, MODEL]}, anything]}
+    # What the attacks need is not deleted.
+    changed = {"anyOf": [{"enum": ["spare", "new", MODEL]}, anything]}
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            for parameter in operation.get("parameters", ()):
+                parameter["schema"] = changed if path.startswith("/admin") else names
+    for name in ("CompletionRequest", "ChatRequest"):
+        document["components"]["schemas"][name]["properties"]["model"] = names
+    config = {"generation": {"with-security-parameters": False, "database": "none"}, "seed": SEED}
+    return schemathesis.openapi.from_dict(document, config=SchemathesisConfig.from_dict(config))
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_what_the_document_gives_rise_to_is_never_a_fault_of_the_server(
+    document: Any, server: LiveServer, method: str, path: str
+) -> None:
+    end, count = time.monotonic() + SECONDS_EACH, 0
+    modes = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
+    while time.monotonic() < end and count < MOST:
+        for mode in modes:
+            strategy = document[path][method].as_strategy(generation_mode=mode)
+
+            @seed(SEED + count)
+            @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(case=strategy)
+            def one(case: schemathesis.Case) -> None:
+                answer = case.call(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+                assert answer.status_code < 500, (answer.status_code, answer.text[:500], case.as_curl_command())
+
+            one()
+            count += 30
+    assert count
+    print(f"{method} {path}: at most {count:,} requests")
+    assert server.get("/healthz")[0] == 200
+
+
+# --- byte by byte -----------------------------------------------------------------------------------------------------
+
+
+def attack(make: Callable[[random.Random, LiveServer], None]) -> Callable[[random.Random, LiveServer], None]:
+    """Add a kind of attack: one call is one connection."""
+    ATTACKS.append(make)
+    return make
+
+
+def head(method: str, path: str, *headers: tuple[str, str], last: bool = True) -> bytes:
+    """The lines of a request's header; after the last request the server ends the connection."""
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: localhost",
+        f"Authorization: Bearer {KEY}",
+        *(["Connection: close"] * last),
+    ]
+    return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers), "", ""]).encode("utf-8")
+
+
+def say(server: LiveServer, *pieces: bytes, pause: float = 0.0, answer: bool = True) -> bytes:
+    """Send pieces over one connection, and hear what comes of it; whatever the server says, it is no 5xx."""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    told = b""
+    with contextlib.suppress(ConnectionError), socket.create_connection((host, int(port)), timeout=10) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(pause)
+        if answer:
+            while piece := connection.recv(65536):
+                told += piece
+    for line in told.split(b"HTTP/1.1 ")[1:]:
+        assert line[:1] != b"5", (told[:1000], b"".join(pieces)[:1000])
+    return told
+
+
+def some_json(random: random.Random, depth: int = 0) -> Any:
+    """A value of any kind, with a taste for edges."""
+    kind = random.randrange(9 if depth < 4 else 6)
+    if kind == 0:
+        return random.choice([None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 0.5, 1e308, -1e-320])
+    if kind == 1:
+        return random.randint(-5, 400)
+    if kind == 2:
+        return "".join(
+            chr(random.choice([random.randrange(128), random.randrange(0x2FFF)])) for _ in range(random.randrange(40))
+        )
+    if kind == 3:
+        return random.choice(
+            ["", " ", "\n" * random.randrange(1, 5000), "\0", "{source}", "name[a], food[b]", "é" * 300]
+        )
+    if kind in (4, 5):
+        return random.choice([*TASKS, MODEL, "user", "system", "stop", "text", "json_object"])
+    if kind == 6:
+        return {random.choice(FIELDS): some_json(random, depth + 1) for _ in range(random.randrange(4))}
+    return [some_json(random, depth + 1) for _ in range(random.randrange(4))]
+
+
+FIELDS = (
+    *("model", "prompt", "messages", "role", "content", "type", "text", "n", "max_tokens", "min_tokens", "temperature"),
+    *("top_p", "top_k", "repetition_penalty", "seed", "stop", "logprobs", "top_logprobs", "stream", "stream_options"),
+    *("include_usage", "echo", "tools", "response_format", "source", "fields", "format_of", "name", "food", "mr"),
+    *("triples", "document", "suffix", "user", "metadata", "logit_bias", "max_completion_tokens", "x"),
+)
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "mine", "prompt": "a"},
+    "/v1/chat/completions": {"model": "pubs", "messages": [{"role": "user", "content": "name[a]"}]},
+    "/v1/tasks/mine": {"name": "a", "food": "b"},
+    "/v1/tasks/pubs": {"mr": "name[a]"},
+    "/v1/tasks/facts": {"triples": [["a", "b", "c"]]},
+    "/v1/tasks/table": {"source": "a"},
+    "/v1/tasks/doc": {"document": "a"},
+    f"/v1/tasks/{MODEL}": {"source": "a", "format_of": "pubs"},
+}
+
+
+def body_of(random: random.Random, path: str) -> bytes:
+    value = dict(BODIES[path])
+    for _ in range(random.randrange(3)):
+        value[random.choice(FIELDS)] = some_json(random)
+    if random.random() < 0.1:
+        value.pop(random.choice(list(value)))
+    text = json.dumps(value, ensure_ascii=random.random() < 0.5).encode("utf-8", "surrogatepass")
+    if random.random() < 0.2:
+        # Numbers and nesting that `json.dumps` does not write.
+        odd = [b"1e999", b"-1e999", b"NaN", b"9" * random.choice([30, 5000]), b"[" * 2000 + b"]" * 2000, b'"\\ud800"']
+        text = text[:-1] + b', "%s": %s}' % (random.choice(FIELDS).encode(), random.choice(odd))
+    return text
+
+
+@attack
+def bodies(random: random.Random, server: LiveServer) -> None:
+    path = random.choice(list(BODIES))
+    data = body_of(random, path)
+    kind = random.choice(["application/json"] * 8 + ["text/plain", "application/json; charset=latin-1", ""])
+    say(server, head("POST", path, ("Content-Type", kind), ("Content-Length", str(len(data)))) + data)
+
+
+@attack
+def flipped_bodies(random: random.Random, server: LiveServer) -> None:
+    path = random.choice(list(BODIES))
+    data = bytearray(body_of(random, path))
+    for _ in range(random.randrange(1, 6)):
+        data[random.randrange(len(data))] = random.randrange(256)
+    say(
+        server,
+        head("POST", path, ("Content-Type", "application/json"), ("Content-Length", str(len(data)))) + bytes(data),
+    )
+
+
+METHODS = (
+    *("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "CONNECT", "PROPFIND", "get", "G\0T", ""),
+)
+PARTS = (
+    *("v1", "models", "tasks", "completions", "admin", "prefixes", "healthz", "readyz", "metrics", "openapi.json"),
+    *("status", "mine", ".", "..", "%2e%2e", "%00", "%ff", "%", "*", "#", "é", "", "a" * 500, "?x=" + "y" * 100),
+)
+NAMES = (
+    *("Expect", "Connection", "Upgrade", "Transfer-Encoding", "Content-Length", "Content-Type", "X-Request-Id", "Host"),
+    *("X-Forwarded-For", "Authorization", "Origin", "Cookie", "Range", "Accept-Encoding", "TE", "Trailer", "Via"),
+)
+VALUES = (
+    *("100-continue", "close", "websocket", "h2c", "chunked", "gzip", "0", "-1", "1, 1", "bytes=0-", "\t", "é"),
+    *("http://evil.example", "Bearer", "Bearer " + "x" * 2000, "Basic eA==", "application/json", "a" * 3000),
+)
+
+
+@attack
+def methods_paths_and_headers(random: random.Random, server: LiveServer) -> None:
+    method = random.choice([*METHODS, "X" * 300])
+    path = random.choice(["/", "", "http://localhost/", "//", "*"]) + "/".join(
+        random.choices(PARTS, k=random.randrange(5))
+    )
+    headers = [(random.choice(NAMES), random.choice(VALUES)) for _ in range(random.randrange(5))]
+    say(server, head(method, path, *headers) + b"{}")
+
+
+@attack
+def garbage(random: random.Random, server: LiveServer) -> None:
+    data = bytearray(random.randbytes(random.randrange(1, 3000)))
+    if random.random() < 0.7:
+        good = head("POST", "/v1/completions", ("Content-Type", "application/json"), ("Content-Length", "2")) + b"{}"
+        data = bytearray(good)
+        for _ in range(random.randrange(1, 8)):
+            data[random.randrange(len(data))] = random.randrange(256)
+    say(server, bytes(data))
+
+
+@attack
+def chunks(random: random.Random, server: LiveServer) -> None:
+    path = random.choice(list(BODIES))
+    data, pieces = body_of(random, path), []
+    while data:
+        size = random.randrange(1, 50)
+        pieces.append(
+            b"%x%s\r\n%s\r\n" % (len(data[:size]), random.choice([b"", b"", b";a=b", b";" + b"x" * 200]), data[:size])
+        )
+        data = data[size:]
+    pieces.append(
+        random.choice([b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\n", b"-1\r\n\r\n", b"zz\r\n", b"fffffffff\r\n"])
+    )
+    if random.random() < 0.3:
+        random.shuffle(pieces)
+    say(server, head("POST", path, ("Content-Type", "application/json"), ("Transfer-Encoding", "chunked")), *pieces)
+
+
+@attack
+def pipelines(random: random.Random, server: LiveServer) -> None:
+    requests = []
+    for _ in range(random.randrange(2, 12)):
+        path = random.choice([*BODIES, "/healthz", "/v1/models", "/none"])
+        data = body_of(random, path) if path in BODIES else b""
+        method = "POST" if data else random.choice(["GET", "HEAD", "DELETE"])
+        length = ("Content-Length", str(len(data) + random.choice([0] * 20 + [1, -1])))
+        requests.append(head(method, path, ("Content-Type", "application/json"), length, last=False) + data)
+    whole = b"".join([*requests, head("GET", "/healthz")])
+    cut = random.randrange(len(whole))
+    say(server, whole[:cut], whole[cut:], pause=random.choice([0, 0.01]))
+
+
+@attack
+def broken_off(random: random.Random, server: LiveServer) -> None:
+    path = random.choice(list(BODIES))
+    data = json.dumps({**BODIES[path], "stream": random.random() < 0.7, "max_tokens": 4}).encode()
+    whole = head("POST", path, ("Content-Type", "application/json"), ("Content-Length", str(len(data)))) + data
+    cut = random.choice([len(whole), random.randrange(1, len(whole))])
+    say(server, whole[:cut], pause=random.choice([0, 0, 0.005, 0.05]), answer=False)
+
+
+@attack
+def uploads(random: random.Random, server: LiveServer) -> None:
+    lengths = [0, 2, 10, 2**18 + 1, 2**40, 2**64 - 1]
+    stored = [
+        "{}",
+        '{"a":1e999}',
+        '{"prefix_length":{"decoder":1e999}}',
+        '{"task":' + "[" * 3000 + "]" * 3000 + "}",
+        "[",
+    ]
+    headers = [json.dumps({"__metadata__": {"prefixtune": each}}) for each in stored]
+    headers += ["{}", "[" * 5000, '{"a":' * 2000, '{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}']
+    text = random.choice(headers).encode()
+    length = random.choice([len(text)] * 3 + lengths)
+    data = length.to_bytes(8, "little") + text + random.randbytes(random.randrange(100))
+    name = random.choice(["spare", "new", "..", "%2e%2e%2fx", "a" * 200, "a%00b", "\u00e9", MODEL])
+    told = random.choice([len(data)] * 4 + [len(data) + 1, 2**40])
+    answer = say(
+        server, head(random.choice(["PUT", "POST"]), f"/admin/prefixes/{name}", ("Content-Length", str(told))) + data
+    )
+    assert b"HTTP/1.1 20" not in answer
+
+
+@pytest.mark.parametrize("kind", ATTACKS, ids=lambda kind: kind.__name__)
+def test_no_bytes_are_a_fault_of_the_server(server: LiveServer, kind: Any) -> None:
+    made = random.Random(f"{SEED} {kind.__name__}")
+    end, count = time.monotonic() + SECONDS / 2 / len(ATTACKS), 0
+    while time.monotonic() < end and count < MOST:
+        kind(made, server)
+        count += 1
+        if count % 50 == 0:
+            begun = time.monotonic()
+            assert server.get("/healthz")[0] == 200
+            assert time.monotonic() - begun < 5
+    assert count
+    print(f"{kind.__name__}: {count:,} connections")
+    body = {"model": "mine", "prompt": "a", "max_tokens": 2, "temperature": 0}
+    assert server.post("/v1/completions", body, key=KEY)[0] == 200
+
+    def is_idle() -> bool:
+        told = server.get("/v1/status", key=KEY)[1]
+        return not told["running"] and not told["waiting"]
+
+    server.until(is_idle, 10)
