@@ -94,7 +94,7 @@ def test_every_command_has_help(machine: Machine) -> None:
 
 def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) -> None:
     out, _ = machine.prefixtune("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian")
-    assert json.loads(out)["text"]
+    assert json.loads(out)["output"]
     evaluate = ("evaluate", "--prefix", prefix, "--data", "places.jsonl", "--target", "text", "--max-new-tokens", "4")
     out, _ = machine.prefixtune(*evaluate, "--outputs", "runs/places/outputs.txt", "--json")
     assert json.loads(out)["num_examples"] == len(PLACES)
@@ -112,9 +112,10 @@ def test_commands_on_files(machine: Machine, prefix: Path) -> None:
     out, _ = machine.prefixtune(*SCORE, "--metrics", "bleu,chrf", "--json")
     assert json.loads(out)["scores"]["bleu"]["score"] == pytest.approx(100)
     assert "webnlg" in machine.prefixtune("tasks")[0]
-    machine.prefixtune("convert", prefix, "--to", "peft", "--output", "peft")
+    machine.prefixtune("convert", prefix, "peft", "--to", "peft")
     assert (machine.work / "peft" / "adapter_config.json").exists()
-    machine.prefixtune("convert", "peft", "--to", "prefixtune", "--output", "back.safetensors")
+    machine.prefixtune("convert", "peft", "back.safetensors", "--to", "prefixtune", "--backbone", "smollm2-135m")
+    assert (machine.work / "back.safetensors").stat().st_size < 600_000
     machine.prefixtune("export", prefix, "--to", "llama.cpp", "--output", "exported-llama")
     assert (machine.work / "exported-llama" / "check.py").exists()
 
