@@ -149,7 +149,7 @@ def test_a_chat_that_a_prefix_cannot_carry(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": "pubs", "max_tokens": 5}
     for before in ({"role": "system", "content": "be kind"}, {"role": "user", "content": "earlier"}):
         messages: Any = [before, {"role": "user", "content": "a"}]
-        with pytest.raises(openai.BadRequestError, match="1 messages stand before") as caught:
+        with pytest.raises(openai.BadRequestError, match="the chat has 2 messages") as caught:
             client.chat.completions.create(messages=messages, **options)
         assert (caught.value.param, caught.value.code) == ("messages", "messages_not_carried")
     wrong: Any = [{"role": "assistant", "content": "a"}]

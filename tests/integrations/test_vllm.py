@@ -254,7 +254,7 @@ def test_a_prefix_has_the_text_format_of_its_training(server: Server, form: dict
         assert chats.create(messages=messages, **options).choices[0].message.content == wanted
         chunks = chats.create(messages=messages, stream=True, **options)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
-        with pytest.raises(openai.BadRequestError, match="stand before"):
+        with pytest.raises(openai.BadRequestError, match="the chat has 2 messages"):
             chats.create(messages=[{"role": "system", "content": "be kind"}, *messages], **options)
     finally:
         path.unlink()

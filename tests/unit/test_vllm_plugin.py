@@ -650,7 +650,7 @@ def test_messages_that_a_prefix_cannot_carry(asking: Inner):
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "name"}]
     status, told = call(asking, "/v1/chat/completions", {"model": "qa", "messages": messages})
     assert (status, asking.bodies) == (400, [])
-    assert "1 messages stand before" in told["error"]["message"]
+    assert "the chat has 2 messages" in told["error"]["message"]
     for wrong in ([], [{"role": "assistant", "content": "a"}], [{"role": "user", "content": ""}], "a", [3]):
         assert call(asking, "/v1/chat/completions", {"model": "qa", "messages": wrong})[0] == 400
     asking.state.vllm_config.kv_transfer_config.kv_connector_extra_config["earlier_messages"] = "drop"

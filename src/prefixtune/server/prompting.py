@@ -76,7 +76,7 @@ def source_of_chat(call: Call, messages: Sequence[dict[str, str]]) -> str:
         raise wrong("the last message is empty; some text is needed.", "messages")
     if others and call.services.config.earlier_messages == "refuse":
         raise wrong(
-            f"this prefix reads one text, but {others} messages stand before the last one.",
+            f"this prefix reads one text, but the chat has {len(messages)} messages.",
             "messages",
             "messages_not_carried",
             hint="send the last user message alone, or have the server drop the others (earlier_messages = 'drop').",

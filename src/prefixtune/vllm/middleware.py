@@ -346,7 +346,7 @@ def _chat_prompt(
         raise _Refusal("the last message must be a text that is not empty.", "messages")
     if len(messages) > 1 and serving.settings.earlier_messages == "refuse":
         raise _Refusal(
-            f"this prefix reads one text, but {len(messages) - 1} messages stand before the last one. Send the last "
+            f"this prefix reads one text, but the chat has {len(messages)} messages. Send the last "
             "user message alone, or have the server drop the others (earlier_messages = 'drop').",
             "messages",
         )
