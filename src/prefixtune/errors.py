@@ -80,6 +80,9 @@ class RequestError(PrefixError):
     """A generation request cannot be served."""
 
 
+_LONGEST_WORD = 1000
+
+
 def did_you_mean(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
     """Suggest the nearest known word, as a hint.
 
@@ -98,7 +101,8 @@ def did_you_mean(word: str, known: Iterable[str], elsewhere: Mapping[str, str] |
     if elsewhere and word in elsewhere:
         return elsewhere[word]
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
+    # A word may come from outside; one that is much longer resembles none, and comparing it takes long.
+    close = difflib.get_close_matches(word[:_LONGEST_WORD], names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}."
 
 

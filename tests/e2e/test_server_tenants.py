@@ -239,6 +239,9 @@ def hostile(backbone: Any, folder: Path, good: bytes) -> dict[str, bytes]:
         save_file({**tensors, **changed}, path, facts if metadata is None else metadata)
         return path.read_bytes()
 
+    def with_field(value: str) -> str:
+        return json.dumps(prefix.header)[:-1] + f', "description": {value}}}'
+
     length = struct.unpack("<Q", good[:8])[0]
     header = json.loads(good[8 : 8 + length])
     huge = dict(header)
@@ -264,6 +267,11 @@ def hostile(backbone: Any, folder: Path, good: bytes) -> dict[str, bytes]:
         "header no JSON": file({}, {"prefixtune": "{"}),
         "newer format": file({}, {"prefixtune": json.dumps({**prefix.header, "format_version": 99})}),
         "other weights": file({}, {"prefixtune": json.dumps(other)}),
+        "infinity in the header": file({}, {"prefixtune": with_field("1e999")}),
+        "no number in the header": file({}, {"prefixtune": with_field("NaN")}),
+        "nesting in the header": file({}, {"prefixtune": with_field("[" * 900 + "]" * 900)}),
+        "much nesting in the header": file({}, {"prefixtune": with_field("[" * 9000 + "]" * 9000)}),
+        "half a character in the header": file({}, {"prefixtune": with_field(r'"\ud800"')}),
         "pickle": b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.errors import PrefixError
+from prefixtune.errors import PrefixError, did_you_mean
 from prefixtune.metrics.protocols import PROTOCOLS
 from prefixtune.report.markdown import _inline
 from prefixtune.tasks.e2e import parse_mr
@@ -35,6 +35,7 @@ WORK: dict[str, Callable[[str], object]] = {
     "parse_mr": parse_mr,
     "parse_mr's value": lambda text: parse_mr(f"name[{text}"),
     "check_template": check_template,
+    "did_you_mean": lambda text: did_you_mean(text, ["prompt", "model", text[:9]]),
     "render": lambda text: render("{column} and {column}", {"column": text}, "the request"),
     "Markdown": _inline,
     **{f"protocol {name}": PROTOCOLS[name].normalize for name in ("plain", "dart")},
@@ -42,13 +43,13 @@ WORK: dict[str, Callable[[str], object]] = {
 
 
 def seconds(do: Callable[[str], object], text: str) -> float:
-    """The least of three times; refusing the text is work, too."""
+    """The least of three times of this process; refusing the text is work, too."""
     times = []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun = time.process_time()
         with contextlib.suppress(PrefixError):
             do(text)
-        times.append(time.perf_counter() - begun)
+        times.append(time.process_time() - begun)
     return min(times)
 
 
@@ -57,7 +58,7 @@ def seconds(do: Callable[[str], object], text: str) -> float:
 def test_time_grows_with_the_length_and_not_with_its_square(work: str, text: str) -> None:
     short, long = (seconds(WORK[work], TEXTS[text](size)) for size in (SIZE, 4 * SIZE))
     # Linear: 4 times; quadratic: 16 times. What takes next to no time is no danger, whatever the noise.
-    assert long < max(10 * short, 0.05), f"{short:.4f} s, then {long:.4f} s"
+    assert long < max(10 * short, 0.25), f"{short:.4f} s, then {long:.4f} s"
 
 
 def test_blanks_in_a_row_are_read_at_once() -> None:

@@ -610,6 +610,41 @@ def test_long_texts_of_one_caller_do_not_hold_up_anothers(
     assert before < 20
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_likeliest_tokens_are_put_into_words_beside_the_event_loop(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    app, services = make()
+
+    def slowly(token: int) -> str:
+        time.sleep(0.002)
+        return str(token)
+
+    monkeypatch.setattr("prefixtune.server.completions._token_text", lambda _: slowly)
+    monkeypatch.setattr(services.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    body = ask(model="tiny", max_tokens=20)
+    if "chat" in path:
+        body = {**body, "messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 20}
+        del body["prompt"]
+    else:
+        body["logprobs"] = 20
+
+    async def both() -> tuple[Answer, list[float]]:
+        waits = []
+        running = asyncio.ensure_future(call(app, "POST", path, body))
+        while not running.done():
+            begun = time.monotonic()
+            await call(app, "GET", "/healthz")
+            waits.append(time.monotonic() - begun)
+            await asyncio.sleep(0.001)
+        return await running, waits
+
+    answer, waits = asyncio.run(both())
+    assert answer.status == 200
+    # In one go it would take 0.002 s times 20 * 20, at least.
+    assert max(waits) < 0.5
+
+
 def test_a_caller_who_leaves_while_others_texts_are_worked_on_leaves_nothing(make: Callable[..., Made]) -> None:
     app, services = make()
 

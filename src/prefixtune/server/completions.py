@@ -8,6 +8,8 @@ comes back is what the model wrote, white space around it included.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -118,8 +120,13 @@ async def _answer(
             text.text = text_format.extract_target(text.text)
     if call.services.config.log_prompts:
         call.facts["outputs"] = [text.text for text in written]
-    choices = [shape.choice(number, text) for number, text in enumerate(written)]
-    return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(job)}, headers=call.headers)
+
+    def whole() -> ASGIApp:
+        choices = [shape.choice(number, text) for number, text in enumerate(written)]
+        return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(job)}, headers=call.headers)
+
+    # Thousands of tokens, each with its likeliest ones in words, take seconds.
+    return whole() if ask.sampling.logprobs is None else await asyncio.to_thread(whole)
 
 
 async def _events(
@@ -261,8 +268,13 @@ class _Chat:
 
 
 def _token_text(backbone: Backbone) -> Callable[[int], str]:
-    """Token -> its text, special tokens by their names."""
-    return lambda token: str(backbone.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    """Token -> its text, special tokens by their names; the same ones come again and again."""
+
+    @functools.lru_cache(maxsize=10_000)
+    def decode(token: int) -> str:
+        return str(backbone.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    return decode
 
 
 def _finite(value: float | None) -> float:

@@ -238,6 +238,8 @@ def _rewrite(serving: _Serving, body: bytes, chat: bool) -> _Rewritten | None:
         json.dumps(asked, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise _Refusal("the body holds half a surrogate pair, which is no text.") from None
+    except RecursionError:
+        raise _Refusal("the body is nested too deeply.") from None
     for field, (why, neutral) in _REFUSED.items():
         if field in asked and asked[field] not in neutral:
             raise _Refusal(f"{field!r} does not go with a prefix: {why}.", field)
