@@ -12,9 +12,7 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from prefixtune import attach
 from prefixtune.artifact import parse_header
 from prefixtune.attach import Layout
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
+from prefixtune.files import atomic_files
 from prefixtune.fingerprints import sample_weights
 from prefixtune.prefix import Geometry, LayerShape, Prefix, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
@@ -230,15 +229,8 @@ class Backbone:
 
     def save_adapter(self, folder: Path) -> Backbone:
         """Store the LoRA adapter as PEFT does, and return the backbone as it now is, with its present fingerprint."""
-        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter-"))
-        before = made.with_name(f"{made.name}-before")
-        with silence():
+        with atomic_files(folder) as made, silence():
             self.adapter.save_pretrained(made)
-        # The old one stays until the new one is whole.
-        if folder.exists():
-            folder.rename(before)
-        made.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
         return replace(self, fingerprint=fingerprint(self.model, self.layout.geometry))
 
     def __repr__(self) -> str:

@@ -1,54 +1,76 @@
-"""Writing files so that nothing is ever half-written: a temporary neighbour, flushed to disk, then renamed.
+"""Writing files so that nothing is ever half-written: in a hidden folder beside, flushed to disk, then moved in place.
 
-Knows nothing of prefixes, models or formats.
+Every file that matters is written through here, so that one test can show what happens when any write fails. Locks end
+with their process, however that ends, and hold among containers that share a folder. Knows nothing of prefixes, models
+or formats.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
+import platform
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefixtune.errors import PrefixError
 
-__all__ = ["atomic_path", "check_writable", "process_lives", "write_text"]
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+__all__ = [
+    "appending",
+    "atomic_files",
+    "atomic_path",
+    "check_folder_writable",
+    "check_writable",
+    "claim_folder",
+    "locked",
+    "remove_abandoned",
+    "sync",
+    "work_folder",
+    "write_text",
+    "writing",
+]
+
+_LOCK = ".lock"
+"""The lock's name in a folder that a process has for itself."""
+_PATIENCE = 0.3
+"""Seconds that a lock is tried for: its file may just have been removed by whoever had it."""
+_ATTEMPTS = 20
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, and rename it onto `path` when the block ends well.
+    """Give a temporary path to write to, and move it onto `path` when the block ends well.
 
     A reader sees the old file or the new one, never a part, even after `kill -9` or a power cut. On any error the
     temporary file is removed and the old file stays.
 
     Args:
         path: The final file; its folder is made when missing.
+
     Raises:
         PrefixError: The disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):
-            # Left by a process that was killed while it wrote.
-            if not process_lives(stale.name.split(".")[-2]):
-                stale.unlink(missing_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise PrefixError(
-            f"cannot write {str(path)!r}: {error.strerror or error}.",
-            hint="free some space or choose another folder; the previous file, if any, is untouched.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with work_folder(path.parent, path.name) as folder:
+            temporary = folder / path.name
+            yield temporary
+            _finish(temporary, _usual_mode(folder))
+            os.replace(temporary, path)
+            sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,36 +79,300 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[Callable[[str], None]]:
+    """Give a function that appends a line to a text file, to be seen at once.
+
+    Raises:
+        PrefixError: It cannot be written.
+    """
+    with writing(path):
+        handle = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def append(line: str) -> None:
+        with writing(path):
+            handle.write(f"{line}\n")
+            handle.flush()
+
+    try:
+        yield append
+    finally:
+        # What could not be written was reported.
+        with contextlib.suppress(OSError):
+            handle.close()
+
+
+# --- several files ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder, and move the files in it into `folder` when the block ends well.
+
+    Each replaces the one of its name, in the reverse order of their names; others stay. Where one cannot be moved, what
+    was there is put back, so that the files are all old or all new.
+
+    Raises:
+        PrefixError: The disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with work_folder(folder, "files") as made, work_folder(folder, "before") as before:
+            yield made
+            mode = _usual_mode(before)
+            names = sorted((p.relative_to(made) for p in made.rglob("*") if p.is_file()), reverse=True)
+            names = [name for name in names if name != Path(_LOCK)]
+            for name in names:
+                _finish(made / name, mode)
+            _move(names, made, folder, before)
+            sync(folder)
+
+
+def _move(names: list[Path], made: Path, folder: Path, before: Path) -> None:
+    """Move files from one folder into another; on an error, put back what was there."""
+    moved: list[Path] = []
+    try:
+        for name in names:
+            for parent in (folder, before):
+                (parent / name).parent.mkdir(parents=True, exist_ok=True)
+            if (folder / name).exists():
+                # Never away from its place: a kill leaves the old one or the new one there.
+                shutil.copy2(folder / name, before / name)
+            os.replace(made / name, folder / name)
+            moved.append(name)
+    except OSError:
+        for name in moved:
+            if (before / name).exists():
+                os.replace(before / name, folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+
+
+@contextlib.contextmanager
+def work_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in `parent`, `.NAME.RANDOM.tmp`, for this process alone; gone when the block ends.
+
+    What killed processes left of that name is removed before.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    remove_abandoned(parent, name)
+    for _ in range(_ATTEMPTS):
+        made = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
+        try:
+            with locked(made / _LOCK) as mine:
+                if mine and made.is_dir():
+                    yield made
+                    return
+                # Another process took it for abandoned before it was locked.
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(parent))
+
+
+def remove_abandoned(parent: Path, name: str) -> int:
+    """Remove what killed processes left of a `work_folder`; returns how many there were."""
+    count = 0
+    for left in parent.glob(f".{glob.escape(name)}.*.tmp"):
+        lock = None
+        # Where it cannot be locked, it may be in use.
+        with contextlib.suppress(OSError):
+            lock = _acquire(left / _LOCK, 0.0)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
+            count += 1
+    return count
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Bring a file that others wrote to disk, with the rights of any new file."""
+    path.chmod(mode)
+    sync(path)
+
+
+def _usual_mode(folder: Path) -> int:
+    """The rights of a new file; libraries may make theirs readable by their owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
+
+
+def sync(path: Path) -> None:
+    """Bring a file to disk, or a folder's names where the system can.
+
+    Raises:
+        OSError: A file cannot be brought there.
+    """
+    if not path.is_dir():
+        with open(path, "rb+") as handle:
+            os.fsync(handle.fileno())
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# --- locks ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = _PATIENCE) -> Iterator[bool]:
+    """Hold a lock file while the block runs; yields whether it could be had.
+
+    Where the file cannot be made or the system has no locks, everybody has it: whoever writes there meets the error.
+
+    Args:
+        path: The file; removed with the lock.
+        timeout: Most seconds to wait; below 0: as long as it takes.
+    """
+    lock, free = None, True
+    try:
+        lock = _acquire(path, timeout)
+        free = lock is not None
+    except PermissionError:
+        # Another user's.
+        free = not path.exists()
+    except OSError:
+        pass
+    try:
+        yield free
+    finally:
+        if lock is not None:
+            # While it is held: who waits for it makes another one.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            with contextlib.suppress(OSError):
+                lock.release()
+
+
+def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
+    """The lock, or None where another one has it."""
+    # Not needed by whoever only reads.
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        return None
+    except NotImplementedError as error:
+        raise OSError(errno.ENOLCK, str(error)) from error
+    return lock
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """Have a folder for this process alone while the block runs; it is made when missing.
+
+    Raises:
+        PrefixError: Another process has it, or it cannot be written.
+    """
+    existed = folder.exists()
+    check_folder_writable(folder)
+    try:
+        with locked(folder / _LOCK) as mine:
+            if not mine:
+                raise PrefixError(
+                    f"{str(folder)!r} is in use by {_holder(folder / _LOCK)}.",
+                    hint="wait until that ends, or choose another folder.",
+                )
+            _sign(folder / _LOCK)
+            yield
+    finally:
+        if not existed:
+            # Only where nothing was written.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _sign(path: Path) -> None:
+    """Write into a lock who has it, for messages alone."""
+    import filelock
+    import psutil
+
+    # Soft locks, of systems without any, say so by themselves.
+    if filelock.FileLock is not filelock.SoftFileLock:
+        with contextlib.suppress(OSError, psutil.Error):
+            began = psutil.Process().create_time()
+            path.write_text(f"{os.getpid()}\n{platform.node()}\n{began}\n", encoding="utf-8")
+
+
+def _holder(path: Path) -> str:
+    """Who has a lock, as far as that is known."""
+    import psutil
+
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        number, host, began = path.read_text(encoding="utf-8").split()
+        if host != platform.node():
+            return f"another process (on {host})"
+        process = psutil.Process(int(number))
+        # Another process may have got the number of one that was killed.
+        if process.create_time() == float(began):
+            return f"process {process.pid} ({process.name()})"
+    return "another process"
+
+
+# --- before the work --------------------------------------------------------------------------------------------------
+
+
 def check_writable(path: Path) -> None:
     """See to it, before long work, that its outcome can be written; the file's folder is made when missing.
 
     Raises:
         PrefixError: The path is a folder, or its folder cannot be made or written.
     """
-    hint = "choose another place."
     if path.is_dir():
-        raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint=hint)
+        raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint="choose another place.")
+    _try_folder(path.parent, path)
+
+
+def check_folder_writable(folder: Path) -> None:
+    """See to it, before long work, that files can be written to a folder; it is made when missing.
+
+    Raises:
+        PrefixError: The path is a file, or the folder cannot be made or written.
+    """
+    _try_folder(folder, folder)
+
+
+def _try_folder(folder: Path, wanted: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # A full disk shows in the first byte.
+            file.write(b"0")
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise PrefixError(f"cannot write {str(wanted)!r}: {reason}.", hint="choose another place.") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Report what goes wrong while a file is written, in one line.
+
+    Raises:
+        PrefixError: The system refuses.
+    """
+    hint = "free some space or choose another folder; the previous file, if any, is untouched."
+    try:
+        yield
+    except PrefixError:
+        raise
     except OSError as error:
         raise PrefixError(f"cannot write {str(path)!r}: {error.strerror or error}.", hint=hint) from error
-
-
-def _umask() -> int:
-    """The process's file mode mask; the system tells it only by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def process_lives(process: str) -> bool:
-    """Whether a process of this id runs on this machine; what a killed one left behind may go."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except OSError:
-        return True
-    return True
+    except Exception as error:
+        # Libraries in Rust wrap the system's errors into some of their own.
+        found = re.search(r"\(os error (\d{1,4})\)", str(error))
+        if found is None:
+            raise
+        cause = OSError(int(found[1]), os.strerror(int(found[1])))
+        raise PrefixError(f"cannot write {str(path)!r}: {cause.strerror}.", hint=hint) from cause

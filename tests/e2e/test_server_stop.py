@@ -90,11 +90,11 @@ def test_killed_during_an_upload_then_told_to_stop_within_a_limit(
     with socket.create_connection((host, int(port))) as half:
         head = "PUT /admin/prefixes/half HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer pt-me\r\n"
         half.sendall(f"{head}Content-Length: {len(file)}\r\n\r\n".encode() + file[:-1])
-        server.until(lambda: list(prefixes.glob(".upload-*")))
+        server.until(lambda: list(prefixes.glob(".upload.*")))
         server.stop(signal.SIGKILL)
     # Nobody takes it for a prefix, and the next start removes it.
     assert [path.name for path in prefixes.glob("*.safetensors")] == ["one.safetensors"]
-    assert list(prefixes.glob(".upload-*"))
+    assert list(prefixes.glob(".upload.*"))
 
     # The environment wins over the file, and flags over both.
     environment = {"PREFIXTUNE_SERVE_DRAIN_SECONDS": "0.2", "PREFIXTUNE_SERVE_PLAYGROUND": "yes"}

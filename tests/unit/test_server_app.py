@@ -538,7 +538,7 @@ def test_an_upload_to_a_disk_that_takes_nothing_changes_nothing(
             fail()
 
     if where == "make":
-        monkeypatch.setattr("prefixtune.server.admin.tempfile.mkstemp", fail)
+        monkeypatch.setattr("prefixtune.files.tempfile.mkdtemp", fail)
     elif where == "copy":
         monkeypatch.setattr("prefixtune.engine.store.shutil.copyfile", fail)
     else:

@@ -24,7 +24,7 @@ from prefixtune.backbone import Backbone
 from prefixtune.errors import BackboneError, CheckpointError
 from prefixtune.export.llama_cpp_state import Rows, encode_blob, encode_file, patch_file
 from prefixtune.export.shared import check_exportable, describe_origin, write_manifest
-from prefixtune.files import atomic_path, write_text
+from prefixtune.files import atomic_files
 from prefixtune.prefix import Prefix
 
 __all__ = ["LAYOUTS", "export_llama_cpp", "placeholders_for", "rows_of"]
@@ -120,13 +120,10 @@ def export_llama_cpp(
         found = {"state_version": state_version, "kv_type": kv_type, "transposed": False}
         files[f"{name}.bin"] = encode_file(rows, tokens, version=state_version, kv_type=kv_type)
         files[f"{name}.blob"] = encode_blob(rows, version=state_version, kv_type=kv_type)
-    for file, content in files.items():
-        with atomic_path(folder / file) as temporary:
-            temporary.write_bytes(content)
+    states = sorted(files)
     ask = {"prompt": tokens, "n_predict": 0, "cache_prompt": True, "id_slot": 0}
-    write_text(folder / "placeholders.json", json.dumps(ask) + "\n")
-    check = importlib.resources.files("prefixtune.export") / "llama_cpp_check.py"
-    write_text(folder / "check.py", check.read_text(encoding="utf-8"))
+    files["placeholders.json"] = f"{json.dumps(ask)}\n".encode()
+    files["check.py"] = (importlib.resources.files("prefixtune.export") / "llama_cpp_check.py").read_bytes()
     facts = {
         "target": "llama.cpp",
         "file": f"{name}.bin",
@@ -135,8 +132,11 @@ def export_llama_cpp(
         "patched": slot_file is not None,
         "placeholders": tokens,
     }
-    write_text(folder / "README.md", _readme(facts, sorted(files)))
-    write_manifest(folder, facts)
+    files["README.md"] = _readme(facts, states).encode()
+    with atomic_files(folder) as made:
+        for file, content in files.items():
+            (made / file).write_bytes(content)
+        write_manifest(made, facts)
     return facts
 
 

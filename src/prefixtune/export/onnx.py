@@ -14,9 +14,6 @@ import contextlib
 import importlib.resources
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from prefixtune.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.export.onnx_run import pad, past_names, start, step
 from prefixtune.export.shared import check_exportable, describe_origin, write_manifest
-from prefixtune.files import atomic_path, process_lives, write_text
+from prefixtune.files import atomic_files
 from prefixtune.prefix import Prefix
 from prefixtune.pretrained import silence
 from prefixtune.variants import require
@@ -132,24 +129,20 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
         name: tensor.detach().float().cpu()[None].contiguous()
         for name, tensor in zip(past_names(facts), prefix.tensors(), strict=True)
     }
-    with _beside(folder) as made:
+    with atomic_files(folder) as made:
         _trace(backbone, list(past.values()) if baked else [], facts, made / GRAPH)
         facts["max_difference"] = _compare(runtime, made / GRAPH, prefix, backbone, facts, past)
         facts["versions"] = {"torch": str(torch.__version__), "onnxruntime": runtime.__version__}
-        # Weights first: a graph is never seen without them.
-        for file in sorted(made.iterdir(), reverse=True):
-            file.replace(folder / file.name)
+        if not baked:
+            save_file(past, made / PAST)
+        with silence():
+            backbone.tokenizer.save_pretrained(made)
+        script = importlib.resources.files("prefixtune.export") / "onnx_run.py"
+        (made / "run.py").write_bytes(script.read_bytes())
+        (made / "README.md").write_text(_readme(facts), encoding="utf-8")
+        write_manifest(made, facts)
     if baked:
         (folder / PAST).unlink(missing_ok=True)
-    else:
-        with atomic_path(folder / PAST) as temporary:
-            save_file(past, temporary)
-    with silence():
-        backbone.tokenizer.save_pretrained(folder)
-    script = importlib.resources.files("prefixtune.export") / "onnx_run.py"
-    write_text(folder / "run.py", script.read_text(encoding="utf-8"))
-    write_text(folder / "README.md", _readme(facts))
-    write_manifest(folder, facts)
     return facts
 
 
@@ -160,27 +153,6 @@ def require_onnx() -> Any:
         ConfigError: A library of the extra `onnx` is missing.
     """
     return [require(name, "an export to ONNX") for name in ("onnx", "onnxscript", "onnxruntime")][-1]
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A folder within `folder` to work in, gone afterwards."""
-    made = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".export-[0-9]*-*"):
-            if not process_lives(left.name.split("-")[1]):
-                shutil.rmtree(left, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(dir=folder, prefix=f".export-{os.getpid()}-"))
-        yield made
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {str(folder)!r}: {error.strerror or error}.",
-            hint="free some space, or choose another folder with --output.",
-        ) from error
-    finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
 
 
 def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], path: Path) -> None:

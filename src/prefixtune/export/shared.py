@@ -14,7 +14,6 @@ from prefixtune.attach import check_fits
 from prefixtune.backbone import Backbone
 from prefixtune.batching import format_of
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.files import write_text
 from prefixtune.prefix import Prefix
 
 __all__ = ["MANIFEST", "check_exportable", "check_prefix", "describe_origin", "write_manifest"]
@@ -114,4 +113,4 @@ def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Store what was exported beside the files, as JSON."""
-    write_text(folder / MANIFEST, json.dumps(facts, ensure_ascii=False, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

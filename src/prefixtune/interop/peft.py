@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prefixtune.artifact import parse_header
@@ -22,9 +23,9 @@ from prefixtune.attach import check_fits
 from prefixtune.backbone import ADAPTER_CONFIG, Backbone, adapter_config
 from prefixtune.checkpoint import make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
-from prefixtune.files import write_text
+from prefixtune.files import atomic_files
 from prefixtune.fingerprints import fingerprints_match
-from prefixtune.interop.tensors import conversion, read_tensors, write_tensors
+from prefixtune.interop.tensors import conversion, read_tensors
 from prefixtune.prefix import LayerShape, Prefix, describe, flatten, unflatten
 
 __all__ = ["PEFT_TYPES", "export_peft", "import_peft"]
@@ -223,8 +224,9 @@ def export_peft(
         facts |= {"prefix_projection": False, "encoder_hidden_size": facts["token_dim"]}
     rows = flatten(prefix.layers["decoder"]).detach().to("cpu").contiguous()
     metadata = {"format": "pt", **({_HEADER: json.dumps(header, ensure_ascii=False)} if header else {})}
-    write_tensors(folder / _WEIGHTS, {_TENSOR: rows}, metadata)
-    write_text(folder / ADAPTER_CONFIG, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    with atomic_files(folder) as made:
+        save_file({_TENSOR: rows}, made / _WEIGHTS, metadata)
+        (made / ADAPTER_CONFIG).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 
 

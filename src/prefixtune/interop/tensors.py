@@ -1,4 +1,4 @@
-"""Tensors by name, to and from safetensors files; a pickle is refused, with the line that converts it.
+"""Tensors by name, from safetensors files; a pickle is refused, with the line that converts it.
 
 Knows nothing of what the tensors are.
 """
@@ -6,18 +6,14 @@ Knows nothing of what the tensors are.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prefixtune.artifact import read_file
 from prefixtune.errors import CheckpointError
-from prefixtune.files import atomic_path
 
-__all__ = ["conversion", "is_pickle", "read_tensors", "write_tensors"]
+__all__ = ["conversion", "is_pickle", "read_tensors"]
 
 _PICKLES = (b"PK\x03\x04", b"\x80")
 """How files of `torch.save` begin: zip archives since 1.6, bare pickles before."""
@@ -54,17 +50,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             hint=f"convert it, if you trust where it is from: {conversion(path)}",
         )
     return read_file(path)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Store tensors, atomically.
-
-    Raises:
-        PrefixError: The file cannot be written.
-    """
-    with atomic_path(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, dict(metadata))
-        except SafetensorError as error:
-            # The library wraps the system's error, such as a full disk, into one of its own.
-            raise OSError(str(error)) from error

@@ -1,18 +1,14 @@
 """`/admin/...`: upload, list, inspect, delete and reload prefixes. For keys with the right `admin`.
 
-An upload is streamed to a hidden file beside the prefixes, checked as a whole, and only then moved into place: whoever
-looks sees the old prefix or the new one. Knows nothing of what makes a prefix good; the store does.
+An upload is streamed to a hidden folder beside the prefixes, checked as a whole, and only then moved into place:
+whoever looks sees the old prefix or the new one. Knows nothing of what makes a prefix good; the store does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import fcntl
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +16,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.files import remove_abandoned, work_folder
 from prefixtune.server.endpoint import Call, check_length, too_large
 from prefixtune.server.replies import ApiError, as_api_error, missing, reply, unavailable, wrong
 
 __all__ = ["clear_uploads", "delete_prefix", "inspect_prefix", "list_prefixes", "reload_prefixes", "upload_prefix"]
 
-_UPLOAD = ".upload-"
+_UPLOAD = "upload"
+"""Name of the hidden folders that uploads are received in."""
 
 
 async def list_prefixes(call: Call) -> ASGIApp:
@@ -66,9 +64,9 @@ async def upload_prefix(call: Call) -> ASGIApp:
     most = services.config.max_upload_mib * 2**20
     check_length(call.request, most)
     try:
-        with _temporary(services.store.folder) as path:
-            size = await _receive(call, path, most)
-            await _in_thread(call, services.store.put, name, path)
+        with work_folder(services.store.folder, _UPLOAD) as folder:
+            size = await _receive(call, folder / "received", most)
+            await _in_thread(call, services.store.put, name, folder / "received")
     except OSError as error:
         call.facts["storage_error"] = str(error)
         raise _not_stored(error) from None
@@ -133,27 +131,9 @@ def _check_known(call: Call) -> None:
         raise missing("prefix", call.name, call.services.store.names())
 
 
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A hidden file in the folder, locked as long as the block runs, then removed."""
-    number, name = tempfile.mkstemp(prefix=_UPLOAD, suffix=".tmp", dir=folder)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-        os.close(number)
-
-
 def clear_uploads(folder: Path) -> int:
     """Remove what uploads left behind whose process was killed; returns how many there were.
 
-    A file that is locked belongs to another replica that serves the same folder.
+    What is locked belongs to another replica that serves the same folder.
     """
-    count = 0
-    for path in folder.glob(f"{_UPLOAD}*.tmp"):
-        with contextlib.suppress(OSError), open(path, "rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            count += 1
-    return count
+    return remove_abandoned(folder, _UPLOAD)

@@ -39,7 +39,7 @@ from prefixtune.checkpoint import load_prefix
 from prefixtune.config import TrainConfig
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation import DECODED_FILE, ask, evaluate, write_evaluation
-from prefixtune.files import check_writable, write_text
+from prefixtune.files import check_writable, locked, write_text
 from prefixtune.generation import GenerateConfig
 from prefixtune.machine import describe_machine, forget_peak, peak_memory_mib, versions
 from prefixtune.parallel import ALONE
@@ -286,18 +286,8 @@ class _Study:
     @contextlib.contextmanager
     def _claim(self, cell: Cell) -> Iterator[bool]:
         """Hold a cell's lock while the block runs; yields whether it could be had."""
-        try:
-            import fcntl
-        except ImportError:  # No locks on this system: one process at a time.
-            yield True
-            return
-        with open(self.folder / "cells" / f".{cell.id}.lock", "w", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            yield True
+        with locked(self.folder / "cells" / f".{cell.id}.lock") as mine:
+            yield mine
 
     def path(self, cell: Cell) -> Path:
         """A cell's folder."""
