@@ -356,20 +356,26 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device meant by a name; `auto` is CUDA when present, else the CPU.
+    """The device meant by a name; `auto` is CUDA when present, else Apple's MPS when present, else the CPU.
 
     Raises:
         ConfigError: The name is unknown, or the device is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        return torch.device(next((name for name, found in there.items() if found), "cpu"))
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"unknown device {device!r}.", hint="use cpu, cuda, cuda:0 or auto.") from error
+        raise ConfigError(f"unknown device {device!r}.", hint="use cpu, cuda, cuda:0, mps or auto.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device {str(device)!r} was asked for, but this machine has no CUDA.", hint="use --device cpu."
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(
+            f"device {str(device)!r} was asked for, but this machine has no MPS (Apple's GPUs).",
+            hint="use --device cpu.",
         )
     return chosen
 
@@ -394,7 +400,7 @@ def load_backbone(
             transformers' format, a `.gguf` file, or the folder of a LoRA adapter (PEFT): its base model is loaded, and
             the adapter put on it. Also a (model, tokenizer) pair of transformers, as it is: without other options.
         dtype: A torch dtype or its name; `auto` takes bfloat16 where the hardware is fast at it.
-        device: `cpu`, `cuda`, or `auto`.
+        device: `cpu`, `cuda`, `mps` or `auto`. MPS was never measured.
         quantize: `int8` or `int4`: round the weights of linear layers (torchao); a prefix's fingerprint is that of the
             weights before.
         device_map: Spread the model over devices, memory and disk (Accelerate): `auto`, or module -> place; in place of

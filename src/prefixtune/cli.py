@@ -290,7 +290,7 @@ def _decoding(parser: _Parser) -> None:
     group = parser.add_argument_group("backbone")
     group.add_argument("--backbone", help="default: the one in the prefix's header")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     group.add_argument("--quantize", default="", metavar="{int8,int4}", help="round the frozen weights (torchao)")
     group.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter (PEFT); default: the one of the prefix")
     group.add_argument("--allow-other-backbone", action="store_true", help="accept other weights of the same shapes")
@@ -491,7 +491,7 @@ def _doctor(command: _Command) -> None:
     parser.add_argument(
         "--dtype", default="float32", help="float32 (strictest, the default), bfloat16, float16 or auto"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     parser.add_argument("--quantize", default="", metavar="{int8,int4}", help="round the frozen weights (torchao)")
     _json_and_quiet(parser, "every check")
 

@@ -187,7 +187,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "of the frozen weights; the prefix always trains in float32", "backbone"
     )
-    device: str = _option("auto", "cpu, cuda, cuda:0 or auto", "backbone")
+    device: str = _option("auto", "cpu, cuda, cuda:0, mps or auto", "backbone")
     quantize: Literal["", "int8", "int4"] = _option("", "round the frozen weights (torchao): int8 or int4", "backbone")
     adapter: str = _option("", "folder of a LoRA adapter (PEFT) to put on the backbone first", "backbone")
     train_adapter: bool = _option(False, "train that adapter together with the prefix", "backbone")

@@ -1155,7 +1155,10 @@ def _events_until(path: Path, step: int) -> list[Event]:
         CheckpointError: Another line is damaged.
     """
     events: list[Event] = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}.", hint="check its permissions.") from error
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)

@@ -94,7 +94,9 @@ def _clear_demo(folder: Path) -> None:
     if not folder.exists():
         return
     known = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", "loss.png", "demo.json"}
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    # What a killed one left is hidden.
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    found = {name for name in names if not name.startswith(".")}
     config = folder / "config.toml"
     if found - known or (config.exists() and 'task = "toy"' not in config.read_text(encoding="utf-8")):
         raise ConfigError(f"{str(folder)!r} holds something else than a demo.", hint="choose another --output.")

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("backbone")
     group.add_argument("--backbone", help="default: the one in the prefix's header")
     group.add_argument("--dtype", default="float32", help="to load it in; onnx: float32 (default: float32)")
-    group.add_argument("--device", default="cpu", help="auto, cpu, cuda (default: cpu)")
+    group.add_argument("--device", default="cpu", help="auto, cpu, cuda, mps (default: cpu)")
     group.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter (PEFT); default: the one of the prefix")
     group.add_argument("--allow-other-backbone", action="store_true", help="accept other weights of the same shapes")
     parser.add_argument("--json", action="store_true", help="print what export.json says on stdout")

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def report(options: argparse.Namespace) -> int:
     """`prefixtune report`."""
-    from prefixtune.files import write_text
+    from prefixtune.files import check_writable, write_text
     from prefixtune.report import compose, read_folder, to_html, to_markdown
 
     page = Path(options.output)
@@ -42,6 +42,8 @@ def report(options: argparse.Namespace) -> int:
             f"--output is {options.output!r}, but must be the name of an .html file.",
             hint="the Markdown file beside it gets the same name with .md.",
         )
+    for file in (page, page.with_suffix(".md")):
+        check_writable(file)
     document = compose([read_folder(Path(run)) for run in options.runs], options.title)
     text = page.with_suffix(".md")
     write_text(page, to_html(document))

@@ -96,7 +96,6 @@ def pull(
     check_writable(output)
     found = download(repo_id, name, revision=revision, token=token)
     prefix = load_prefix(found)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as temporary:
         shutil.copyfile(found, temporary)
     return prefix

@@ -76,7 +76,7 @@ class ServeConfig:
         0.0, "look for new and replaced files so often; 0: when told to (POST /admin/reload)", "model"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "of the frozen weights", "model")
-    device: str = _option("auto", "cpu, cuda, cuda:0 or auto", "model")
+    device: str = _option("auto", "cpu, cuda, cuda:0, mps or auto", "model")
     raw_completions: bool = _option(
         False, "/v1/completions gives prompts to prefixes as they are, as lm-eval needs it", "model"
     )

@@ -119,7 +119,7 @@ class StudyConfig:
     name: str = _option("methods", f"which study: {', '.join(STUDIES)}")
     backbone: str = _option("smollm2-135m", "embedded name, hub id or local folder")
     dtype: str = _option("auto", "of the frozen weights: auto, float32, bfloat16 or float16")
-    device: str = _option("auto", "cpu, cuda, cuda:0 or auto")
+    device: str = _option("auto", "cpu, cuda, cuda:0, mps or auto")
     task: str = _option("e2e", "how to read the data")
     data: str = _option("", "a folder that holds all three parts; or name them one by one:")
     train: str = _option("", "training file")

@@ -181,6 +181,7 @@ class _Study:
 
     def begin(self) -> None:
         """Make the folder, or see that it is this study's."""
+        check_writable(self.folder / STUDY_FILE)
         stored = self._stored()
         if stored is not None:
             self._check_same(stored)
@@ -197,7 +198,6 @@ class _Study:
                 self._shown()
         if left:
             self._check_data((stored or {}).get("data_digests") or {})
-        check_writable(self.folder / STUDY_FILE)
         for part in ("cells", "tuning", "tries"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         self.write()

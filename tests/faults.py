@@ -1,0 +1,247 @@
+"""Runs commands and uploads again and again, each time with another write, fsync or rename failing.
+
+Started by `unit/test_faults.py` as a program of its own, with the library of `faults.c` preloaded:
+
+    LD_PRELOAD=faults.so python faults.py FOLDER
+
+Prints a line of JSON for every operation: how many failures it was tried with, and what was wrong afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from live_server import make_model, make_prefix
+from prefixtune.backbone import load_backbone
+from prefixtune.checkpoint import load_prefix, load_state
+from prefixtune.cli import main
+from prefixtune.engine import Engine, EngineConfig, EngineWorker, PrefixStore
+from prefixtune.server.app import make_app
+from prefixtune.server.config import KeyConfig, ServeConfig
+from prefixtune.server.keys import hash_key
+from prefixtune.server.services import Services
+
+FAULTS = ctypes.CDLL(None)
+Files = dict[str, bytes]
+
+
+def snapshot(folder: Path) -> Files:
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def ordered(files: Files) -> Files:
+    """The same, with the tables of safetensors files in order: the library writes their metadata in any."""
+    made = dict(files)
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            end = 8 + int.from_bytes(content[:8], "little")
+            made[name] = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+    return made
+
+
+def command(*words: object) -> tuple[int, str]:
+    """Run a command here; returns its exit code, and what it printed on stderr."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+        code = main([*map(str, words), "--quiet"])
+    return code, printed.getvalue()
+
+
+@contextlib.contextmanager
+def failing(folder: Path, nth: int, error: int) -> Iterator[None]:
+    FAULTS.faults_arm(str(folder).encode(), ctypes.c_long(nth), error)
+    try:
+        yield
+    finally:
+        FAULTS.faults_arm(b"", ctypes.c_long(0), 0)
+
+
+def is_one_line_of_error(code: int, printed: str) -> bool:
+    lines = printed.splitlines()
+    return code == 2 and len(lines) <= 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: ")
+
+
+class Operation:
+    """Something that is done to a folder, over what an earlier time left there.
+
+    Args:
+        folder: Where it writes.
+        act: Does it; returns None, or what is wrong with how it ended.
+        after: Looks at the folder after a failure; returns what is wrong with it.
+    """
+
+    def __init__(self, folder: Path, act: Callable[[], str | None], after: Callable[[Files], str | None]) -> None:
+        self.folder, self.act, self.after = folder, act, after
+
+    def run(self, name: str) -> None:
+        before, wrong, tried = snapshot(self.folder), [], 0
+        for error in (errno.ENOSPC, errno.EIO):
+            for nth in range(1, 1000):
+                with failing(self.folder, nth, error):
+                    told = self.act()
+                    if FAULTS.faults_left() > 0:
+                        # Nothing failed: there are no more.
+                        break
+                tried += 1
+                found = snapshot(self.folder)
+                hidden = [name for name in found if "/." in f"/{name}"]
+                told = told or self.after(found) or (f"left {hidden}" if hidden else None)
+                if told:
+                    wrong.append(f"{errno.errorcode[error]} at {nth}: {told}")
+                shutil.rmtree(self.folder)
+                for name_, content in before.items():
+                    (self.folder / name_).parent.mkdir(parents=True, exist_ok=True)
+                    (self.folder / name_).write_bytes(content)
+                self.folder.mkdir(exist_ok=True)
+        print(json.dumps({"operation": name, "failures": tried, "wrong": wrong}), flush=True)
+
+
+FAULTS.faults_left.restype = ctypes.c_long
+
+
+def of_command(*words: object) -> Callable[[], str | None]:
+    def act() -> str | None:
+        code, printed = command(*words)
+        # What is not needed may fail, such as bringing a folder's names to disk.
+        return None if code == 0 or is_one_line_of_error(code, printed) else f"exit code {code}, {printed!r}"
+
+    return act
+
+
+def all_or_nothing(old: Files, new: Files) -> Callable[[Files], str | None]:
+    def after(found: Files) -> str | None:
+        if ordered(found) in (ordered(old), ordered(new)):
+            return None
+        changed = [name for name in old.keys() | new.keys() | found.keys() if found.get(name) != old.get(name)]
+        return f"{sorted(changed)} of {sorted(new)} are new"
+
+    return after
+
+
+def writes_all_or_nothing(folder: Path, output: Path, old: tuple[object, ...], new: tuple[object, ...]) -> Operation:
+    """A command that replaces what another call of it wrote."""
+    for words in (new, old):
+        assert command(*words)[0] == 0
+        if words is new:
+            made = snapshot(folder)
+            shutil.rmtree(output) if output.is_dir() else output.unlink()
+    assert ordered(snapshot(folder)).keys() == made.keys()
+    return Operation(folder, of_command(*new), all_or_nothing(snapshot(folder), made))
+
+
+def training(folder: Path, backbone: Path, data: Path) -> Operation:
+    run = folder / "run"
+    words = ["train", "--backbone", backbone, "--train", data, "--dev", data, "--source", "s", "--target", "t"]
+    words += ["--output", run, "--max-steps", 2, "--save-every", 1, "--eval-every", 1, "--prefix-length", 2]
+    words += ["--init-text", "ab", "--device", "cpu", "--dtype", "float32"]
+    assert command(*words)[0] == 0
+    wanted = load_prefix(run / "prefix.safetensors")
+    shutil.rmtree(run)
+
+    def after(found: Files) -> str | None:
+        prefix, state = run / "prefix.safetensors", run / "state.safetensors"
+        if prefix.exists():
+            load_prefix(prefix)
+        if state.exists():
+            load_state(state)
+        # The next run goes on, or begins anew.
+        code, printed = command(*words, *(["--resume"] if state.exists() else []))
+        if code != 0:
+            return f"the next run ended with {code}: {printed}"
+        return None if load_prefix(prefix).equal(wanted) else "the next run came to something else"
+
+    return Operation(folder, of_command(*words), after)
+
+
+def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
+    folder.mkdir()
+    shutil.copyfile(one, folder / "p.safetensors")
+    backbone = load_backbone(model, device="cpu")
+    config = ServeConfig(
+        backbone="tiny", prefixes=str(folder), num_slots=1, keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)}
+    )
+    store = PrefixStore(folder, backbone)
+    services = Services(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
+    app, body = make_app(services), other.read_bytes()
+
+    def act() -> str | None:
+        status, told = asyncio.run(put(app, "/admin/prefixes/p", body))
+        good = status in (200, 201) or (status == 507 and isinstance(json.loads(told)["error"]["message"], str))
+        return None if good else f"{status}, {told!r}"
+
+    def after(found: Files) -> str | None:
+        if found not in ({"p.safetensors": one.read_bytes()}, {"p.safetensors": body}):
+            return f"the folder holds {sorted(found)}"
+        file = load_prefix(folder / "p.safetensors", backbone)
+        return None if store.get("p").equal(file) else "another prefix is served than the file's"
+
+    return Operation(folder, act, after)
+
+
+async def put(app: Any, path: str, body: bytes) -> tuple[int, bytes]:
+    """An upload, as the server hands it to the application."""
+    headers = {"host": "127.0.0.1:8000", "authorization": "Bearer pt-boss", "content-type": "application/octet-stream"}
+    scope = {
+        "type": "http", "method": "PUT", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "root_path": "",
+    }  # fmt: skip
+    status, told, sent = 0, b"", False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if sent:
+            await asyncio.Event().wait()
+        sent = True
+        return {"type": "http.request", "body": body}
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status, told
+        status = message.get("status", status)
+        told += message.get("body", b"")
+
+    await asyncio.wait_for(app(scope, receive, send), 30)
+    return status, told
+
+
+def run(work: Path) -> None:
+    model = make_model(work / "model")
+    backbone = load_backbone(model, device="cpu")
+    one, other = (make_prefix(backbone, work / f"{n}.safetensors", n, task="records") for n in (1, 2))
+    data = work / "data.jsonl"
+    data.write_text("".join(json.dumps({"s": f"n : {c}", "t": f"{c}{c} it is"}) + "\n" for c in "abcd"))
+    # The same tiny model each time.
+    with (
+        mock.patch("prefixtune.training.load_backbone", return_value=backbone),
+        mock.patch("prefixtune.commands.shared.load", return_value=backbone),
+    ):
+        (work / "train").mkdir()
+        training(work / "train", model, data).run("train")
+        upload(work / "served", model, one, other).run("upload")
+        for to, name in (("prefixtune", "out.safetensors"), ("peft", "adapter")):
+            folder = work / f"convert-{to}"
+            words = [("convert", given, folder / name, "--to", to) for given in (one, other)]
+            writes_all_or_nothing(folder, folder / name, *words).run(f"convert --to {to}")
+        folder = work / "exported"
+        (work / "other").mkdir()
+        shutil.copyfile(other, work / "other" / one.name)
+        words = [
+            ("export", given, "--to", "llama.cpp", "--output", folder / "out")
+            for given in (one, work / "other" / one.name)
+        ]
+        writes_all_or_nothing(folder, folder / "out", *words).run("export --to llama.cpp")
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
