@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError, ConfigError, PrefixWarning
@@ -43,6 +44,7 @@ __all__ = [
     "read_file",
     "read_outline",
     "reasons_against",
+    "save_file",
 ]
 
 FORMAT_VERSION = 2
@@ -314,6 +316,20 @@ def checked_metadata(key: str, header: Mapping[str, Any], tensors: Mapping[str, 
     except ValueError as error:
         raise CheckpointError(f"the header cannot be stored: {error}.", hint="make it shorter and simpler.") from error
     return {key: text, _CHECKSUM_KEY: _checksum(tensors, text)}
+
+
+def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Store tensors, with the metadata in the order of their names, so that what is equal is stored as equal files.
+
+    The library itself writes metadata in an order that changes from call to call.
+    """
+    safetensors.save_file(tensors, path, metadata)
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def read_checked(path: str | Path, key: str, otherwise: str, hint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prefixtune.artifact import (
@@ -25,6 +24,7 @@ from prefixtune.artifact import (
     describe_tensors,
     read_artifact,
     read_checked,
+    save_file,
 )
 from prefixtune.attach import check_fits
 from prefixtune.backbone import DTYPES, Backbone, BackboneLike, as_backbone

@@ -52,6 +52,15 @@ def write_by_hand(path: Path, tensors: dict[str, Any], header: str) -> Path:
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
+def test_equal_prefixes_are_equal_files(path: Path, prefix: Prefix):
+    described = Prefix(prefix.layers, {**prefix.header, "description": 'é \x1f\x7f \\ / "\n\u2028 😀'})
+    for made in (prefix, described):
+        files = {save_prefix(path.parent / f"{number}.safetensors", made).read_bytes() for number in range(12)}
+        assert len(files) == 1
+        assert load_prefix(path.parent / "0.safetensors").equal(prefix)
+    assert load_prefix(path.parent / "0.safetensors").header["description"] == described.header["description"]
+
+
 def test_the_header_tells_where_it_belongs(path: Path, llama: Any):
     header = load_prefix(path).header
     assert header["format_version"] == 2
