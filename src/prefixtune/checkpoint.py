@@ -7,9 +7,7 @@ pickle.
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +99,7 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
     if stored.head is not None:
         tensors |= {"head.weight": stored.head.weight.contiguous(), "head.bias": stored.head.bias.contiguous()}
     with atomic_path(path) as temporary:
-        _save(tensors, temporary, checked_metadata(HEADER_KEY, header, tensors))
+        save_file(tensors, temporary, checked_metadata(HEADER_KEY, header, tensors))
     return path
 
 
@@ -211,7 +209,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
     if broken:
         raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
     with atomic_path(path) as temporary:
-        _save(kept, temporary, checked_metadata(_WEIGHTS, header, kept))
+        save_file(kept, temporary, checked_metadata(_WEIGHTS, header, kept))
     return path
 
 
@@ -243,7 +241,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(Path(path)) as temporary:
-        _save(kept, temporary, checked_metadata(_STATE, facts, kept))
+        save_file(kept, temporary, checked_metadata(_STATE, facts, kept))
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -254,16 +252,3 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     hint = "resume a folder that `prefixtune train` made."
     return read_checked(path, _STATE, "is not a training state", hint)
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a file whose bytes are the same each time: safetensors writes its metadata in any order."""
-    save_file(tensors, path, metadata)
-    with open(path, "rb+") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        facts = json.loads(handle.read(length))
-        facts["__metadata__"] = dict(sorted(facts["__metadata__"].items()))
-        ordered = json.dumps(facts, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(ordered) <= length:
-            handle.seek(8)
-            handle.write(ordered.ljust(length))

@@ -129,7 +129,7 @@ MESSAGES = {
     "Example: a number as target": ("DataError", "not texts"),
     "Prefix: no dict": ("ConfigError", "not a prefix"),
     "Prefix: no tensors": ("ConfigError", "(key, value) pairs"),
-    "train: no target": ("DataError", "has no target"),
+    "train: no target": ("DataError", "none has a target"),
     "Engine.add: a text": ("RequestError", "not a Request"),
     "classify: one text": ("RequestError", "write [text]"),
     "classify: labels": ("ConfigError", "list of strings"),
