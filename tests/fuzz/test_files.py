@@ -1,0 +1,467 @@
+"""Files that a fuzzer makes up or spoils, through everything that reads one: a good result or a `PrefixError`.
+
+    make fuzz
+
+PREFIXTUNE_FUZZ_SECONDS (600) is the time of all fuzzing, half of it this file's; PREFIXTUNE_FUZZ_SEED (a new one each
+time, and printed) makes a run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gzip
+import io
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import made_up_runs
+from prefixtune import cli
+from prefixtune.artifact import HEADER_KEY, read_artifact, read_outline
+from prefixtune.backbone import adapter_config, check_size
+from prefixtune.checkpoint import load_prefix, load_state, load_weights, save_prefix, save_state, save_weights
+from prefixtune.config import TrainConfig
+from prefixtune.errors import PrefixError
+from prefixtune.evaluation import _read_decoded
+from prefixtune.interop.hub import read_evaluation
+from prefixtune.labelling import labels_of
+from prefixtune.prefix import Prefix
+from prefixtune.report import compose, read_folder, to_html, to_markdown
+from prefixtune.server.config import ServeConfig
+from prefixtune.study import StudyConfig
+from prefixtune.study.run import outcome_of
+from prefixtune.tasks import TASKS, read_entries, read_task
+from prefixtune.tasks.records import check_template, render
+from prefixtune.text_format import read_text_format
+from prefixtune.training import _events_until
+
+SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
+SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+MOST = 100_000
+"""Inputs of one kind, however much time there is."""
+SLOWEST = 10.0
+"""Seconds that no input of these sizes may take, on a machine that has other work, too."""
+KINDS = 12
+"""Tests below, which share the time."""
+
+AT_ONCE = 10
+# Shrinking an input that fails could take longer than all the rest.
+_SETTINGS = settings(
+    max_examples=AT_ONCE,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["", "\ud800", "{source}" * 50, "1e999", "../..", "a" * 1000, 2**70, -1, 10**400, "\0"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(autouse=True)
+def told_seed() -> None:
+    print(f"PREFIXTUNE_FUZZ_SEED={SEED}")
+
+
+def fuzzed(**strategies: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Run a test with made-up inputs, until its share of the time is over."""
+
+    def decorate(test: Callable[..., Any]) -> Any:
+        def whole(tmp_path: Path) -> None:
+            def timed(**inputs: Any) -> None:
+                began = time.monotonic()
+                test(tmp_path, **inputs)
+                took = time.monotonic() - began
+                assert took < SLOWEST, f"an input of this size took {took:.1f} seconds"
+
+            ends = time.monotonic() + SECONDS / KINDS
+            for number in range(MOST // AT_ONCE):
+                if time.monotonic() < ends:
+                    seed(SEED + number)(_SETTINGS(given(**strategies)(timed)))()
+
+        whole.__name__ = whole.__qualname__ = test.__name__
+        return whole
+
+    return decorate
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, good: bytes) -> bytes:
+    """A good file with a few edits: bytes flipped, cut, repeated, put in; or something else altogether."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=200))
+    data = bytearray(good)
+    for _ in range(draw(st.integers(1, 6))):
+        at = draw(st.integers(0, max(len(data) - 1, 0)))
+        until = min(len(data), at + draw(st.integers(1, 30)))
+        kind = draw(st.sampled_from(["flip", "cut", "repeat", "put", "end", "word"]))
+        if kind == "flip" and data:
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "cut":
+            del data[at:until]
+        elif kind == "repeat":
+            data[at:at] = data[at:until] * draw(st.sampled_from([1, 2, 50]))
+        elif kind == "put":
+            data[at:at] = draw(st.binary(max_size=8))
+        elif kind == "end":
+            del data[at:]
+        else:
+            words = [b"1e999", b"NaN", b"null", b"-1", b'"', b"[" * 2000, b"{", b"\xff\xfe", b"\\ud800", b"\n\n", b"0"]
+            data[at:until] = draw(st.sampled_from([*words, b"9" * 5000, b"true", b"[]", b"{}", b";", b",", b"\t"]))
+    return bytes(data)
+
+
+@st.composite
+def altered(draw: st.DrawFn, good: Any) -> Any:
+    """A good JSON value with some of its values replaced, removed or joined by others."""
+    value = copy.deepcopy(good)
+    for _ in range(draw(st.integers(1, 4))):
+        holder, key = value, None
+        while isinstance(holder, dict | list) and holder and (key is None or draw(st.booleans())):
+            if key is not None:
+                inner = holder[key]
+                if not (isinstance(inner, dict | list) and inner):
+                    break
+                holder = inner
+            key = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
+        if key is None:
+            return draw(JSON)
+        if isinstance(holder, dict) and draw(st.integers(0, 4)) == 0:
+            del holder[key]
+        else:
+            holder[key] = draw(JSON)
+    return value
+
+
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """A `PrefixError` is an answer, in one line; any other exception is a fault."""
+    told = ""
+    try:
+        yield
+    except PrefixError as error:
+        told = str(error)
+    assert len(told) < 20_000, f"an error of {len(told)} characters"
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+# --- prefixes, weights, states ----------------------------------------------------------------------------------------
+
+HEADER: dict[str, Any] = {
+    "backbone": {"name": "gpt2", "fingerprint": "a:b", "kind": "decoder"},
+    "task": "records",
+    "method": "prefix",
+    "text_format": {"prompt": " {source} {separator}", "target": " {target} ", "separator": "<s>", "end": "</s>"},
+    "labels": {"kind": "classification", "by": "words", "names": ["a", "b"], "words": ["a", "b"]},
+    "training": {"steps": 3, "dev_loss": 1.5},
+    "adapter": "adapter",
+}
+
+
+def good_files() -> dict[str, bytes]:
+    """Every file of tensors, as this project writes it."""
+    import tempfile
+
+    pair = torch.linspace(-1, 1, 24).reshape(2, 3, 4), torch.linspace(0, 2, 24).reshape(2, 3, 4)
+    facts = {"step": 1, "best_loss": None, "best_step": 1, "misses": 0, "fingerprint": "a", "dtype": "float32"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_prefix(folder / "prefix.safetensors", Prefix({"decoder": (pair, pair)}, HEADER))
+        save_weights(folder / "weights.safetensors", {"w": pair[0]}, {"method": "full", "backbone": HEADER["backbone"]})
+        save_state(
+            folder / "state.safetensors", {"module.a": pair[0]}, {**facts, "data": "x", "config": {"max_steps": 3}}
+        )
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+TENSORS = good_files()
+
+
+def read_tensors_of_any_kind(path: Path) -> None:
+    for read in (read_artifact, read_outline, load_prefix, load_state, load_weights):
+        with refused():
+            read(path)
+
+
+@fuzzed(
+    name=st.sampled_from(sorted(TENSORS)), data=st.sampled_from(sorted(TENSORS)).flatmap(lambda n: spoiled(TENSORS[n]))
+)
+def test_files_of_tensors(folder: Path, name: str, data: bytes) -> None:
+    read_tensors_of_any_kind(write(folder / name, data))
+
+
+@fuzzed(header=altered(HEADER), names=st.lists(st.sampled_from(["decoder", "encoder", "cross", "x"]), max_size=2))
+def test_headers_of_prefixes(folder: Path, header: Any, names: list[str]) -> None:
+    path = folder / "prefix.safetensors"
+    tensors = {f"{site}.0.{part}": torch.ones(2, 3, 4) for site in names or ["decoder"] for part in ("key", "value")}
+    save_file(tensors, path, {HEADER_KEY: json.dumps(header)})
+    read_tensors_of_any_kind(path)
+    with refused():
+        prefix = read_artifact(path)
+        labels_of(prefix)
+        form = read_text_format(prefix.header)
+        if form is not None:
+            assert len(form.format_prompt("x" * 1000, "<s>")) < 200_000
+        check_size(prefix, str(folder))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main(["inspect", str(path)]) in (0, 2)
+        assert cli.main(["inspect", str(path), "--json"]) in (0, 2)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+TRIPLES = [["Aromi", "food", "Italian"]]
+EXAMPLES: dict[str, list[tuple[str, bytes]]] = {
+    "e2e": [
+        ("a.csv", b'mr,ref\n"name[Aromi], food[Italian]",Eat.\n'),
+        ("a.jsonl", b'{"mr": "name[Aromi]", "references": ["Eat."]}\n'),
+    ],
+    "webnlg": [
+        (
+            "a.xml",
+            b'<benchmark><entries><entry category="Food" eid="1" size="1"><modifiedtripleset><mtriple>a | b | c'
+            b'</mtriple></modifiedtripleset><lex comment="good" lid="1">Text.</lex></entry></entries></benchmark>',
+        ),
+        ("a.jsonl", json.dumps({"category": "Food", "triples": TRIPLES, "references": ["Eat."]}).encode()),
+    ],
+    "dart": [
+        (
+            "a.json",
+            json.dumps([{"tripleset": TRIPLES, "annotations": [{"source": "x", "text": "Eat."}]}]).encode(),
+        ),
+        ("a.jsonl", json.dumps({"triples": TRIPLES, "references": ["Eat."]}).encode()),
+        (
+            "a.xml",
+            b'<benchmark><entries><entry category="MISC" eid="1" size="1"><modifiedtripleset><mtriple>a | b | c'
+            b'</mtriple></modifiedtripleset><lex comment="x" lid="1">Text.</lex></entry></entries></benchmark>',
+        ),
+    ],
+    "summarization": [("a.csv", b"document,summary\nLong text.,Short.\n")],
+    "xsum": [("a.jsonl", b'{"document": "Long text.", "summary": "Short."}\n')],
+    "scitldr": [("a.jsonl", b'{"source": ["One.", "Two."], "target": ["Short."]}\n')],
+    "records": [
+        ("a.jsonl", b'{"name": "Ann", "text": ["a", "b"]}\n{"name": "Bo", "text": "c"}\n'),
+        ("a.csv", b'name;text\nAnn;"a;b"\nBo;c\n'),
+        ("a.tsv", b"name\ttext\nAnn\ta\n"),
+        ("a.json", b'[{"name": "Ann", "text": 1.5}]'),
+        ("a.csv.gz", gzip.compress(b"name,text\nAnn,a\n", mtime=0)),
+    ],
+    "classification": [("a.jsonl", b'{"text": "Good.", "label": "a"}\n{"text": "Bad.", "label": "b"}\n')],
+    "tagging": [
+        ("a.conll", b"Ann B-X\nBo I-X\n\nCy O\n"),
+        ("a.jsonl", b'{"tokens": ["Ann"], "tags": ["B-X"]}\n'),
+    ],
+}
+FILES = [(task, name, data) for task, files in EXAMPLES.items() for name, data in files]
+
+
+def test_every_task_that_reads_files_is_tried(tmp_path: Path) -> None:
+    assert set(EXAMPLES) == {name for name, task in TASKS.items() if not task.parts}
+    for number, (task, name, data) in enumerate(FILES):
+        templates = ("name", "text") if task == "records" else (None, None)
+        path = write(tmp_path / str(number) / name, data)
+        assert read_task(task, path, source=templates[0], target=templates[1]), (task, name)
+
+
+@fuzzed(
+    chosen=st.sampled_from(FILES).flatmap(lambda file: st.tuples(st.just(file[:2]), spoiled(file[2]))),
+    source=st.sampled_from(["name", "{name} is {text}", None]) | st.text(max_size=12),
+)
+def test_data_files(folder: Path, chosen: tuple[tuple[str, str], bytes], source: str | None) -> None:
+    (task, name), data = chosen
+    path = write(folder / name, data)
+    takes = TASKS[task].takes_columns
+    with refused():
+        for example in read_task(task, path, source=source if takes else None, target="text" if takes else None):
+            assert isinstance(example.source, str)
+            example.source.encode("utf-8")
+            assert len(example.source) < 100 * (len(data) + 1000)
+    with refused():
+        read_entries(task, path)
+
+
+@fuzzed(template=st.text(max_size=300) | st.text("{}ab \n", max_size=300), record=st.dictionaries(st.text(), JSON))
+def test_templates(folder: Path, template: str, record: dict[str, Any]) -> None:
+    with refused():
+        check_template(template)
+    with refused():
+        render(template, record, "line 1")
+    with refused():
+        form = read_text_format({"text_format": {"prompt": template, "target": template}})
+        assert form is not None
+        assert len(form.format_prompt("x" * 1000, "</s>")) < 100_000
+    with refused():
+        TrainConfig(prompt_format=template, source=template, label_words=template, sites=template)
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+TOML = b"""task = "records"
+train = "my.jsonl"
+source = "{name}"
+prefix_length = 10
+learning_rate = 1e-3
+max_steps = 5
+sites = "encoder=20,cross"
+methods = ["prefix", "full"]
+sizes = [50, 100]
+learning_rates = { full = [1e-4] }
+port = 8000
+
+[train_settings.full]
+epochs = 2.0
+
+[keys.alice]
+hash = "sha256:00"
+prefixes = ["*"]
+"""
+
+
+@fuzzed(data=spoiled(TOML))
+def test_configurations(folder: Path, data: bytes) -> None:
+    path = write(folder / "run.toml", data)
+    for read in (TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_sources):
+        with refused():
+            read(path)
+
+
+@fuzzed(
+    values=st.dictionaries(
+        st.sampled_from(sorted({*TrainConfig().to_dict(), *StudyConfig().to_dict(), "port", "host", "keys"})),
+        JSON,
+        max_size=4,
+    )
+)
+def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
+    with refused():
+        config = TrainConfig.from_mapping(values)
+        path = write(folder / "again.toml", config.to_toml().encode("utf-8"))
+        assert TrainConfig.from_toml(path) == config
+    with refused():
+        StudyConfig.from_mapping("low-data", values)
+    with refused():
+        known = ServeConfig.__dataclass_fields__.keys()
+        ServeConfig.from_sources(None, {}, {name: value for name, value in values.items() if name in known})
+
+
+# --- folders of runs --------------------------------------------------------------------------------------------------
+
+
+def made_folders() -> dict[str, bytes]:
+    """Every text file of runs, evaluations and studies, by its path."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        made_up_runs.training(root / "run", steps=4)
+        made_up_runs.evaluation(root / "evaluation")
+        for make in (made_up_runs.methods_study, made_up_runs.low_data_study, made_up_runs.length_study):
+            make(root / make.__name__)
+        files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".safetensors"]
+        return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+FOLDERS = made_folders()
+
+
+def report_on(folder: Path) -> None:
+    with refused():
+        document = compose([read_folder(folder)], "")
+        assert len(to_html(document)) < 20_000_000
+        to_markdown(document)
+
+
+@fuzzed(chosen=st.sampled_from(sorted(FOLDERS)).flatmap(lambda n: st.tuples(st.just(n), spoiled(FOLDERS[n]))))
+def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
+    name, data = chosen
+    top = name.split("/")[0]
+    for other, content in FOLDERS.items():
+        if other.startswith(f"{top}/") and not (folder / other).exists():
+            write(folder / other, content)
+    write(folder / name, data)
+    report_on(folder / top)
+    if name.endswith("events.jsonl"):
+        with refused():
+            _events_until(folder / name, 3)
+    if name.endswith(".jsonl"):
+        with refused():
+            list(_read_decoded(folder / name, "digest"))
+    with refused():
+        read_evaluation(folder / top)
+    write(folder / name, FOLDERS[name])
+
+
+JSONS = {name: json.loads(data) for name, data in FOLDERS.items() if name.endswith(".json")}
+
+
+@fuzzed(chosen=st.sampled_from(sorted(JSONS)).flatmap(lambda n: st.tuples(st.just(n), altered(JSONS[n]))))
+def test_altered_folders(folder: Path, chosen: tuple[str, Any]) -> None:
+    name, value = chosen
+    top = name.split("/")[0]
+    for other, content in FOLDERS.items():
+        if other.startswith(f"{top}/") and not (folder / other).exists():
+            write(folder / other, content)
+    write(folder / name, json.dumps(value).encode())
+    report_on(folder / top)
+    with refused():
+        read_evaluation(folder / top)
+    if (folder / top / "study.json").exists():
+        with refused():
+            outcome_of(StudyConfig(name="methods", output=str(folder / top)))
+    write(folder / name, FOLDERS[name])
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@fuzzed(data=spoiled(b"Eat at Aromi.\nGo to Bibi.\n"), ending=st.sampled_from([".txt", ".jsonl", ".txt.gz", ""]))
+def test_outputs_to_score(folder: Path, data: bytes, ending: str) -> None:
+    write(folder / "refs.jsonl", b'{"name": "a", "text": "Eat at Aromi."}\n{"name": "b", "text": "Go to Bibi."}\n')
+    path = write(folder / f"out{ending}", data)
+    command = f"score --task records --source name --target text --metrics bleu --references {folder / 'refs.jsonl'}"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main([*command.split(), "--hypotheses", str(path), "--json"]) in (0, 2)
+
+
+ADAPTER = json.dumps({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "base_model_name_or_path": "gpt2"})
+
+
+@fuzzed(
+    config=spoiled(ADAPTER.encode()),
+    data=st.sampled_from(sorted(TENSORS)).flatmap(lambda n: spoiled(TENSORS[n])),
+    whole=st.booleans(),
+)
+def test_what_is_converted(folder: Path, config: bytes, data: bytes, whole: bool) -> None:
+    write(folder / "adapter" / "adapter_config.json", config)
+    write(folder / "adapter" / "adapter_model.safetensors", data)
+    write(folder / "one.safetensors", data)
+    with refused():
+        adapter_config(folder / "adapter")
+    given = folder / ("adapter" if whole else "one.safetensors")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert cli.main(["convert", str(given), str(folder / "out.safetensors"), "--to", "prefixtune"]) in (0, 2)
