@@ -22,6 +22,7 @@ from prefixtune.errors import CheckpointError, ConfigError, describe_value, did_
 __all__ = [
     "TrainConfig",
     "as_config",
+    "as_float",
     "check_names",
     "default_learning_rate",
     "fit_types",
@@ -128,12 +129,20 @@ def fit_types(config: Any) -> dict[str, str]:
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), kinds[field.name]
         if kind is float and type(value) is int:
-            object.__setattr__(config, field.name, float(value))
+            object.__setattr__(config, field.name, as_float(value))
         elif get_origin(kind) is tuple and isinstance(value, list):
             object.__setattr__(config, field.name, tuple(value))
         if fault := type_fault(field.name, getattr(config, field.name), kind):
             faults[field.name] = fault
     return faults
+
+
+def as_float(number: int) -> float:
+    """A whole number as a float; infinite where it is too large for one, and so out of every range."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 @functools.cache
@@ -404,7 +413,7 @@ class TrainConfig:
             raise ConfigError(
                 f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path."
             ) from error
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10."
             ) from error

@@ -1163,15 +1163,17 @@ def _events_until(path: Path, step: int) -> list[Event]:
         try:
             event = json.loads(line)
             # An unknown step would stay, too.
-            kept = event["event"] not in ("end", "resume") and int(event.get("step", 0)) <= step
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            kind, reached = event["event"], int(event.get("step", 0))
+        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise CheckpointError(
                 f"line {number} of {str(path)!r} is no event of a training: {line[:40]!r}.",
                 hint="delete the file: the run goes on from its state, and its log begins anew.",
             ) from error
-        if kept:
+        # An extension at this very step was stopped before it was saved, and is done anew.
+        undone = kind in ("end", "resume") or (kind == "extend" and reached == step)
+        if reached <= step and not undone:
             events.append(event)
     return events
 

@@ -243,7 +243,7 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> _Record:
     try:
         return _Record(json.loads(_text(path)), repr(str(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{str(path)!r} is no JSON: {error}.", hint="write it again with the command that made it."
         ) from error
@@ -258,7 +258,7 @@ def _lines(path: Path, *, may_be_cut: bool = False) -> Iterator[_Record]:
         where = f"line {number} of {str(path)!r}"
         try:
             yield _Record(json.loads(line), where)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             if may_be_cut and number == len(lines):
                 return
             raise DataError(f"{where} is no JSON: {error}.", hint="remove the line, or the file.") from error
@@ -269,7 +269,7 @@ def _run(path: Path) -> Run | None:
     if (path / "config.toml").is_file():
         try:
             config = tomllib.loads(_text(path / "config.toml"))
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{str(path / 'config.toml')!r} is no TOML: {error}.", hint="mend the line.") from error
     has_events, has_scores = (path / "events.jsonl").is_file(), (path / "evaluation.json").is_file()
     if not (has_events or has_scores):

@@ -303,7 +303,7 @@ def _read_toml(path: str | Path | None) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{str(path)!r} is no TOML: {error}.", hint="write lines such as port = 8000.") from error
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixtune.config import TrainConfig, check_names, default_learning_rate, fit_types
+from prefixtune.config import TrainConfig, as_float, check_names, default_learning_rate, fit_types
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.tasks import TASKS
 
@@ -363,7 +363,7 @@ class StudyConfig:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read {str(path)!r}: {error}.", hint="check the path.") from error
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{str(path)!r} is no TOML: {error}.", hint='write lines such as task = "e2e".'
             ) from error
@@ -380,7 +380,7 @@ def _as_typed(key: str, value: Any, default: Any) -> Any:
         return _as_tuple(_LISTS[key], value)
     wanted: Any = Mapping if default is dataclasses.MISSING else type(default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return as_float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise TypeError("a table" if wanted is Mapping else f"of type {wanted.__name__}")
     return value

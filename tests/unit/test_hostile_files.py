@@ -1,0 +1,58 @@
+"""Files that a fuzzer made up and that once ended in a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.config import TrainConfig
+from prefixtune.errors import CheckpointError, ConfigError, DataError
+from prefixtune.report import read_folder
+from prefixtune.server.config import ServeConfig
+from prefixtune.study import StudyConfig
+from prefixtune.training import _events_until
+
+READERS = [TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_sources]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000, "{a=" * 5000])
+def test_a_configuration_that_cannot_be_read(read: Callable[[Path], Any], value: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f"seed = {value}\n")
+    with pytest.raises(ConfigError, match=r"run\.toml"):
+        read(path)
+
+
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f"learning_rate = {sign}{'9' * 400}\n")
+    with pytest.raises(ConfigError, match=f"learning_rate is {sign}inf, but must be"):
+        TrainConfig.from_toml(path)
+    path.write_text(f"budget = {sign}{'9' * 400}\n")
+    with pytest.raises(ConfigError, match=f"budget is {sign}inf, but must be"):
+        StudyConfig.from_toml("methods", path)
+
+
+@pytest.mark.parametrize("step", ["1e999", "NaN", '"x"', "null", "[" * 5000])
+def test_a_log_with_a_step_that_is_none(step: str, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(f'{{"event": "step", "step": {step}}}\n{{"event": "step", "step": 2}}\n')
+    with pytest.raises(CheckpointError, match="line 1"):
+        _events_until(path, 3)
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000])
+def test_a_folder_that_no_report_can_be_made_of(value: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(f'{{"scores": {value}}}')
+    with pytest.raises(DataError, match=r"evaluation\.json"):
+        read_folder(tmp_path)
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "events.jsonl").write_text("\n")
+    (tmp_path / "config.toml").write_text(f"seed = {value}\n")
+    with pytest.raises(DataError, match=r"config\.toml"):
+        read_folder(tmp_path)
