@@ -87,24 +87,24 @@ class Operation:
 
     def run(self, name: str) -> None:
         before, wrong, tried = snapshot(self.folder), [], 0
-        for error in (errno.ENOSPC, errno.EIO):
-            for nth in range(1, 1000):
-                with failing(self.folder, nth, error):
-                    told = self.act()
-                    if FAULTS.faults_left() > 0:
-                        # Nothing failed: there are no more.
-                        break
-                tried += 1
-                found = snapshot(self.folder)
-                hidden = [name for name in found if "/." in f"/{name}"]
-                told = told or self.after(found) or (f"left {hidden}" if hidden else None)
-                if told:
-                    wrong.append(f"{errno.errorcode[error]} at {nth}: {told}")
-                shutil.rmtree(self.folder)
-                for name_, content in before.items():
-                    (self.folder / name_).parent.mkdir(parents=True, exist_ok=True)
-                    (self.folder / name_).write_bytes(content)
-                self.folder.mkdir(exist_ok=True)
+        for nth in range(1, 1000):
+            error = (errno.ENOSPC, errno.EIO)[nth % 2]
+            with failing(self.folder, nth, error):
+                told = self.act()
+                if FAULTS.faults_left() > 0:
+                    # Nothing failed: there are no more.
+                    break
+            tried += 1
+            found = snapshot(self.folder)
+            hidden = [path for path in found if "/." in f"/{path}"]
+            told = told or self.after(found) or (f"left {hidden}" if hidden else None)
+            if told:
+                wrong.append(f"{errno.errorcode[error]} at {nth}: {told}")
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            for path, content in before.items():
+                (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / path).write_bytes(content)
         print(json.dumps({"operation": name, "failures": tried, "wrong": wrong}), flush=True)
 
 
