@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,13 @@ def test_outputs_may_be_of_all_entries_also_of_those_without_a_good_text(
     other = write(tmp_path / "other.txt", "it is none\n" * 4)
     with pytest.raises(DataError, match=r"has 4 outputs, but .* has 2 examples \(or 3, with the entries"):
         run(*options, "--hypotheses", other)
+
+
+def test_a_protocol_whose_library_is_missing_names_the_extra(
+    references: str, hypotheses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "unidecode", None)
+    arguments = ("--task", "e2e", "--hypotheses", hypotheses, "--references", references, "--protocol", "webnlg")
+    with pytest.raises(ConfigError, match="no metric can be computed here: unidecode is not installed") as caught:
+        run(*arguments)
+    assert caught.value.hint == "pip install 'prefixtune[scores]'."

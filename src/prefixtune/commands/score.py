@@ -171,7 +171,8 @@ def _score_texts(
         ]
         first = measured[0]
         if not first:
-            raise ConfigError(f"no metric can be computed here: {next(iter(left_out.values()))}.")
+            reason, _, remedy = next(iter(left_out.values())).partition("; ")
+            raise ConfigError(f"no metric can be computed here: {reason}.", hint=f"{remedy}.")
         draws: dict[str, Any] = {"samples": options.samples, "seed": options.seed}
         level = _LEVEL if options.intervals else None
         result: dict[str, Any] = {
