@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from prefixtune import attach
 from prefixtune.artifact import parse_header
 from prefixtune.attach import Layout
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, RequestError, describe_value, did_you_mean
 from prefixtune.files import atomic_files
 from prefixtune.fingerprints import sample_weights
 from prefixtune.prefix import Geometry, LayerShape, Prefix, describe
@@ -200,6 +200,14 @@ class Backbone:
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of what a model is given; with the tokenizer's special tokens where an encoder reads it."""
+        for number, text in enumerate(texts, start=1):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"text {number} holds half a surrogate pair at position {error.start}, which is no character.",
+                    hint="write UTF-8 text.",
+                ) from error
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)[
             "input_ids"
         ]

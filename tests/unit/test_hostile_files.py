@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefixtune.config import TrainConfig
-from prefixtune.errors import CheckpointError, ConfigError, DataError
+from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.report import read_folder
 from prefixtune.server.config import ServeConfig
 from prefixtune.study import StudyConfig
@@ -44,6 +44,11 @@ def test_a_log_with_a_step_that_is_none(step: str, tmp_path: Path) -> None:
     path.write_text(f'{{"event": "step", "step": {step}}}\n{{"event": "step", "step": 2}}\n')
     with pytest.raises(CheckpointError, match="line 1"):
         _events_until(path, 3)
+
+
+def test_half_a_character_is_no_text(tiny_backbone: Any) -> None:
+    with pytest.raises(RequestError, match="text 2 holds half a surrogate pair at position 1"):
+        tiny_backbone("llama").encode_sources(["good", "a\udcffb"])
 
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000])

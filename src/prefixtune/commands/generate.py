@@ -33,6 +33,7 @@ def generate(options: argparse.Namespace) -> int:
 
     console = Console(quiet=options.quiet or options.json)
     lines = options.texts or _stdin_lines(console)
+    _check_texts(lines)
     if options.escapes:
         lines = [unescape(line, number) for number, line in enumerate(lines, start=1)]
     if options.stream and (len(lines) != 1 or options.json):
@@ -74,6 +75,15 @@ def generate(options: argparse.Namespace) -> int:
         row["prefix"] = None if not files else files[0] if len(files) == 1 else files[number]
     _print_rows(options, lines, dict(zip(kept, rows, strict=True)))
     return 0
+
+
+def _check_texts(lines: Sequence[str]) -> None:
+    """Refuse arguments whose bytes are no UTF-8, which the system hands over as half characters."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"text {number} is no UTF-8 text: {line[:40]!r}.", hint="convert it to UTF-8.") from error
 
 
 def _is_labelling(prefixes: Sequence[Prefix], options: argparse.Namespace) -> bool:
