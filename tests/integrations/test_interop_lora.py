@@ -142,4 +142,4 @@ def test_a_missing_peft_is_named(make_lora: Make, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match="needs peft") as error:
         load_backbone(folder, device="cpu")
-    assert error.value.hint == "pip install peft"
+    assert error.value.hint == "pip install 'prefixtune[lora]'."
