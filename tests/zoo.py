@@ -31,6 +31,7 @@ __all__ = [
     "exists",
     "make_model",
     "make_tokenizer",
+    "random_model",
 ]
 
 Kind = Literal["decoder", "hybrid", "encoder-decoder", "encoder"]
@@ -713,9 +714,20 @@ def make_model(model_type: str, tokenizer: Any, seed: int = 0, **changes: Any) -
     }[entry.kind]
     if entry.model_type == "whisper":
         auto = transformers.AutoModelForSpeechSeq2Seq
+    return random_model(auto, entry.config(tokenizer, **changes), seed)
+
+
+def random_model(auto: Any, config: Any, seed: int = 0) -> Any:
+    """A random model of a configuration, in evaluation mode.
+
+    Args:
+        auto: Which of transformers' classes makes it.
+        config: Its configuration.
+        seed: Of its weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = auto.from_config(entry.config(tokenizer, **changes))
+        model = auto.from_config(config)
         # Weights large enough that attention is far from uniform, and no bias or norm at its neutral start.
         with torch.no_grad():
             for parameter in model.parameters():

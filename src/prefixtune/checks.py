@@ -28,6 +28,7 @@ __all__ = ["CHECKS", "LONGER", "Finding", "Subject", "draw"]
 LONGER = 2
 """Positions that the second prefix has more than the first."""
 _BEAMS = 3
+_INFINITE = float("inf")
 _LONGEST_WINDOW = 512
 _STATE_BOUND = 5e-3
 """How far apart steps and full passes may be in float32 where layers keep a state: some of transformers' state-space
@@ -41,10 +42,11 @@ class Subject:
     Attributes:
         backbone: The backbone.
         tolerance: How far apart equal things may be.
-        effect: What a prefix must change at least.
+        effect: What a prefix must change in the outputs at least.
         first: A prefix of P positions at every site.
         second: A longer one.
-        layer_effects: Site and number of a layer -> what replacing that layer of `first` changes in the outputs.
+        layer_effects: Site and number of a layer -> what replacing that layer of `first` changes in its output.
+        layer_bounds: The same -> what it must change at least.
         strength: What the values were multiplied by for that.
         vocabulary: Ordinary token ids.
         generator: Draws them.
@@ -57,6 +59,7 @@ class Subject:
     first: Prefix
     second: Prefix
     layer_effects: dict[tuple[str, int], float]
+    layer_bounds: dict[tuple[str, int], float]
     strength: float
     vocabulary: Tensor
     generator: torch.Generator
@@ -135,17 +138,25 @@ def _own_attention(subject: Subject) -> Finding:
 
 
 def _layers(subject: Subject) -> Finding:
-    effects = {
-        str(number) if len(subject.sites) == 1 else f"{site} {number}": effect
-        for (site, number), effect in subject.layer_effects.items()
-    }
-    weakest = min(effects, key=effects.__getitem__)
-    dead = [name for name, effect in effects.items() if not effect >= subject.effect]
+    dead, weakest = _too_weak(subject, subject.layer_effects)
     detail = (
-        f"replacing one layer's prefix moves the {subject.outputs} by {effects[weakest]:.1e} or more (layer {weakest}; "
-        f"at least {subject.effect:g}; strength {subject.strength:g})"
+        f"replacing one layer's prefix moves what that layer gives by {subject.layer_effects[weakest]:.1e} or more "
+        f"(layer {_layer_name(subject, weakest)}; at least {subject.layer_bounds[weakest]:.1e}, by the float noise; "
+        f"strength {subject.strength:g})"
     )
-    return not dead, detail + (f"; too little in layers {', '.join(dead)}" if dead else "")
+    words = ", ".join(_layer_name(subject, place) for place in dead)
+    return not dead, detail + (f"; too little in layers {words}" if dead else "")
+
+
+def _too_weak(subject: Subject, effects: dict[tuple[str, int], float]) -> tuple[list[tuple[str, int]], tuple[str, int]]:
+    """The layers whose change does not exceed the float noise, and the one that is nearest to it."""
+    bounds = subject.layer_bounds
+    dead = [place for place, effect in effects.items() if not bounds[place] <= effect < _INFINITE]
+    return dead, min(effects, key=lambda place: effects[place] / bounds[place])
+
+
+def _layer_name(subject: Subject, place: tuple[str, int]) -> str:
+    return str(place[1]) if len(subject.sites) == 1 else f"{place[0]} {place[1]}"
 
 
 def _slots(gradients: Sequence[Tensor]) -> Tensor:
@@ -173,16 +184,20 @@ def _single_sites(subject: Subject) -> Finding:
         return None
     backbone = subject.backbone
     rows = subject.texts(6)
-    bare = trial.alone(backbone, rows, [None])
+    bare = trial.attended(backbone, rows, [None])
     words, passed = [], True
     for site in subject.sites:
-        found, gradients = trial.gradients(backbone, rows, [trial.only(subject.first, site)])
-        effect = subject.distance(found, bare)
+        prefix = trial.only(subject.first, site)
+        _, gradients = trial.gradients(backbone, rows, [prefix])
+        found = trial.attended(backbone, rows, [prefix])
+        effects = {place: subject.distance([found[place]], [bare[place]]) for place in bare if place[0] == site}
+        dead, weakest = _too_weak(subject, effects)
         slots = _slots(gradients)
         live = int((slots > 0).sum())
-        passed = passed and subject.effect <= effect < float("inf") and live == len(slots)
-        words.append(f"{site} {effect:.1e}, {live} of {len(slots)} slots")
-    return passed, f"alone it moves the {subject.outputs} by (at least {subject.effect:g}): {'; '.join(words)}"
+        passed = passed and not dead and live == len(slots)
+        bound = subject.layer_bounds[weakest]
+        words.append(f"{site} {effects[weakest]:.1e}, {live} of {len(slots)} slots (at least {bound:.1e}, all)")
+    return passed, f"alone it moves what its layers give by: {'; '.join(words)}"
 
 
 def _order(subject: Subject) -> Finding:
@@ -337,10 +352,10 @@ def _in_generation(subject: Subject) -> Finding:
     effect = min(subject.distance([a], [b]) for a, b in zip(prefixed.logits[0], bare.logits[0], strict=True))
     changed = sum(one != other for one, other in zip(prefixed.tokens, bare.tokens, strict=True))
     detail = (
-        f"logits differ from the bare backbone's by {effect:.1e} (at least {subject.effect:g}); "
+        f"logits differ from the bare backbone's by {effect:.1e} (at least {subject.effect:.1e}); "
         f"{changed} of 3 outputs differ"
     )
-    return subject.effect <= effect < float("inf"), detail
+    return subject.effect <= effect < _INFINITE, detail
 
 
 def _compare_decoding(

@@ -3,6 +3,9 @@
 A prefix that is ignored raises no error: training goes on, text comes out. So every way of using one is run here on the
 real model with random prefixes, and compared with the plainest way: one unpadded row, computed in full, no cache.
 
+Whether a prefix takes part is seen where it stands: in what the attention layer itself gives. The change must exceed
+the float noise, which is measured there: the same run twice, and the same row in a padded batch.
+
 In float32 the largest difference is compared, relative to the largest number of the reference, and decoded tokens must
 be the same. In bfloat16 and float16 the root mean square of the differences is, relative to the reference's, since
 single numbers stray far by rounding; decoded tokens are not compared, since near ties may flip, but the scores of the
@@ -35,13 +38,18 @@ from prefixtune.trial import Text
 __all__ = ["Check", "examine"]
 
 _STRENGTHS = (1.0, 4.0, 16.0)
-"""What the prefixes' values are multiplied by, until every layer's prefix shows in the outputs."""
+"""What the prefixes' values are multiplied by, until every layer's prefix shows where it stands and in the outputs."""
+_ABOVE_NOISE = 10.0
+"""How many times the float noise a change must be."""
 _ROOM = 24
 """Positions that the longest of the short texts here and its continuation may take, and some more."""
 
-_BOUNDS = {torch.bfloat16: (5e-2, 4e-3), torch.float16: (1e-2, 1e-3)}
-"""Half-precision dtype -> how far apart equal things may be, and what a prefix must change at least."""
-_FLOAT32_BOUNDS = (1e-4, 1e-3)
+_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Half-precision dtype -> how far apart equal things may be."""
+_FLOAT32_TOLERANCE = 1e-4
+_SHOWN = {torch.bfloat16: 4e-3}
+"""Dtype -> the change of the outputs up to which prefixes are strengthened, where it is not `_SHOWN_ELSE`."""
+_SHOWN_ELSE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,6 @@ def _prepare(backbone: Backbone, prefix_length: int, seed: int) -> Subject:
     Raises:
         BackboneError: Not every layer that was found at loading attends through the registry now.
     """
-    tolerance, effect = _BOUNDS.get(backbone.dtype, _FLOAT32_BOUNDS)
     generator = torch.Generator().manual_seed(seed)
     size = min(int(backbone.model.get_input_embeddings().weight.shape[0]), len(backbone.tokenizer))
     special = set(backbone.tokenizer.all_special_ids)
@@ -149,28 +156,70 @@ def _prepare(backbone: Backbone, prefix_length: int, seed: int) -> Subject:
         return attach.record(backbone.model, backbone.layout, ids).to(device=backbone.device)
 
     first, second, other = (recorded(length) for length in (prefix_length, prefix_length + LONGER, prefix_length))
-    effects: dict[tuple[str, int], float] = {}
-    strength = _STRENGTHS[0]
     for strength in _STRENGTHS:
-        strong, replacement = trial.strengthened(first, strength), trial.strengthened(other, strength)
-        whole = trial.outputs(backbone, [text], [strong])
-        for site, layers in first.layers.items():
-            for number in range(len(layers)):
-                changed = trial.outputs(backbone, [text], [trial.replaced(strong, replacement, site, number)])
-                effects[site, number] = trial.distance(changed, whole, backbone.dtype)
-        if min(effects.values()) >= effect:
+        # Values of the opposite sign: those of two texts may be much the same.
+        strong, replacement = trial.strengthened(first, strength), trial.strengthened(other, -strength)
+        effects = _effects(backbone, text, strong, replacement)
+        if effects.shown:
             break
     return Subject(
         backbone,
-        tolerance,
-        effect,
-        trial.strengthened(first, strength),
+        _TOLERANCES.get(backbone.dtype, _FLOAT32_TOLERANCE),
+        effects.outputs_bound,
+        strong,
         trial.strengthened(second, strength),
-        effects,
+        effects.layers,
+        effects.bounds,
         strength,
         vocabulary,
         generator,
         before,
+    )
+
+
+@dataclass(frozen=True)
+class _Effects:
+    """What replacing one layer's prefix by another changes.
+
+    Attributes:
+        layers: Site and number of a layer -> the change of what that layer gives.
+        bounds: The same -> how large it must be: so many times the float noise there.
+        outputs_bound: How large a change of the model's outputs must be.
+        shown: Whether every layer's change is that large, and shows in the model's outputs.
+    """
+
+    layers: dict[tuple[str, int], float]
+    bounds: dict[tuple[str, int], float]
+    outputs_bound: float
+    shown: bool
+
+
+def _effects(backbone: Backbone, text: Text, prefix: Prefix, replacement: Prefix) -> _Effects:
+    """Replace one layer's prefix after the other, and compare with the float noise."""
+
+    def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+        return trial.distance([one], [other], backbone.dtype)
+
+    whole, final = trial.attended(backbone, [text], [prefix]), trial.outputs(backbone, [text], [prefix])[0]
+    noise, final_noise = dict.fromkeys(whole, 0.0), 0.0
+    for count, extra in ((1, 0), (2, 3)):
+        rows, prefixes = [text] * count, [prefix] * count
+        again = trial.attended(backbone, rows, prefixes, extra=extra)
+        noise = {place: max(noise[place], apart(again[place][: len(one)], one)) for place, one in whole.items()}
+        final_noise = max(final_noise, apart(trial.outputs(backbone, rows, prefixes, extra=extra)[0], final))
+    layers, in_outputs = {}, []
+    for site, number in whole:
+        changed = trial.replaced(prefix, replacement, site, number)
+        layers[site, number] = apart(trial.attended(backbone, [text], [changed])[site, number], whole[site, number])
+        in_outputs.append(apart(trial.outputs(backbone, [text], [changed])[0], final))
+    least = float(torch.finfo(backbone.dtype).eps)
+    bounds = {place: max(_ABOVE_NOISE * each, least) for place, each in noise.items()}
+    shown = min(in_outputs) >= _SHOWN.get(backbone.dtype, _SHOWN_ELSE)
+    return _Effects(
+        layers,
+        bounds,
+        max(_ABOVE_NOISE * final_noise, least),
+        shown and all(layers[place] >= bounds[place] for place in layers),
     )
 
 

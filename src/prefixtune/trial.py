@@ -6,6 +6,7 @@ it. Knows nothing of what should hold.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "Text",
     "allowed",
     "alone",
+    "attended",
     "continued",
     "decode",
     "distance",
@@ -129,6 +131,26 @@ def outputs(
     output = backbone.forward(ids, prefixes=list(prefixes), **arguments)
     whole = output.last_hidden_state if backbone.kind == "encoder" else output.logits
     return [row[real.bool()] for row, real in zip(whole, shown, strict=True)]
+
+
+def attended(
+    backbone: Backbone, rows: Sequence[Text], prefixes: Sequence[Prefix | None], *, extra: int = 0
+) -> dict[tuple[str, int], Tensor]:
+    """What each attention layer gives for the first row, (T, E): by site and number, at its first call.
+
+    Arguments as for `outputs`; padding counts as positions here.
+    """
+    found: dict[tuple[str, int], Tensor] = {}
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        given = output[0] if isinstance(output, tuple) else output
+        found.setdefault(backbone.layout.places[module], given[0].detach())
+
+    with contextlib.ExitStack() as stack:
+        for module in backbone.layout.places:
+            stack.callback(module.register_forward_hook(keep).remove)
+        outputs(backbone, rows, prefixes, extra=extra)
+    return found
 
 
 def alone(backbone: Backbone, rows: Sequence[Text], prefixes: Sequence[Prefix | None]) -> list[Tensor]:

@@ -72,6 +72,28 @@ def patch_attention(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Any])
     monkeypatch.setitem(AttentionInterface._global_mapping, attach.ATTENTION, attend)
 
 
+def barely_moved(name: str) -> Any:
+    """An encoder-decoder as transformers makes it, whose encoder hardly matters to the logits."""
+    tokenizer = make_tokenizer()
+    tokens = {f"{part}_token_id": getattr(tokenizer, f"{part}_token_id") for part in ("bos", "eos", "pad")}
+    sizes = {"encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        **tokens,
+        **sizes,
+        vocab_size=len(tokenizer),
+        d_model=64,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_position_embeddings=160,
+        decoder_start_token_id=tokenizer.bos_token_id,
+        forced_eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    return model.eval()
+
+
 # --- sound backbones -------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +195,31 @@ def test_small_weights_are_met_with_stronger_prefixes(tiny_models: Make, tiny_to
             parameter.data.mul_(1e-3)
     checks = examine(Backbone.from_model(model, tiny_tokenizer, "weak"))
     assert [c for c in checks if not c.passed] == []
-    assert "strength 1)" not in checks[1].detail
+    assert "strength 1)" not in next(c.detail for c in checks if c.name == LAYERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Bart", "Pegasus"])
+def test_sound_models_whose_logits_hardly_move_pass(name: str, dtype: torch.dtype, tiny_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(barely_moved(name).to(dtype), tiny_tokenizer, name)
+    assert LAYERS in passing(backbone)
+
+
+@pytest.mark.parametrize(("site", "number"), [("encoder", 2), ("decoder", 0), ("cross", 1)])
+def test_one_dead_layer_of_a_model_whose_logits_hardly_move(
+    site: str, number: int, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        injection = kwargs.get("prefix_injection") or attach._current.get()
+        if injection is not None and injection.layers and injection.places[module] == (site, number):
+            kwargs["prefix_injection"] = attach.Injection({})
+        return attach.attend(module, *args, **kwargs)
+
+    backbone = Backbone.from_model(barely_moved("Bart"), tiny_tokenizer, "bart")
+    patch_attention(monkeypatch, attend)
+    faults = failed(backbone)
+    assert faults[LAYERS].endswith(f"too little in layers {site} {number}")
+    assert {GRADIENTS, SITES} <= faults.keys()
 
 
 def test_a_window_in_some_layers_only(tiny_backbone: Make) -> None:
