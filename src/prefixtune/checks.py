@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixtune import attach, trial
+from prefixtune import attach, selfcheck, trial
 from prefixtune.backbone import Backbone
 from prefixtune.batching import Batch, Encoded, collate, pack, pack_pairs, pad
 from prefixtune.loss import batch_loss, token_losses
@@ -121,6 +121,12 @@ def _registry(subject: Subject) -> Finding:
     return True, ", ".join(counts)
 
 
+def _quickly(subject: Subject) -> Finding:
+    found = selfcheck.compare(subject.backbone.model, subject.backbone.layout)
+    detail = f"{subject.outputs} differ by {found.difference:.1e} (at most {found.bound:g}); effect {found.effect:.1e}"
+    return found.passed, detail + ("" if found.differentiable else "; no gradient reaches it in some layer")
+
+
 def _own_attention(subject: Subject) -> Finding:
     backbone = subject.backbone
     if not subject.exact:
@@ -128,12 +134,15 @@ def _own_attention(subject: Subject) -> Finding:
         return None
     rows, prefixes = subject.texts(6, 9), [None, None]
     ours = trial.outputs(backbone, rows, prefixes)
-    chosen = backbone.model.config._attn_implementation
+    # Of every part: transformers may refuse to set a part back that it has set.
+    configs = {id(m.config): m.config for m in backbone.model.modules() if hasattr(m, "config")}.values()
+    chosen = [(config, config._attn_implementation) for config in configs]
     try:
         backbone.model.set_attn_implementation("eager")
         theirs = trial.outputs(backbone, rows, prefixes)
     finally:
-        backbone.model.set_attn_implementation(chosen)
+        for config, name in chosen:
+            config._attn_implementation = name
     return subject.same(f"{subject.outputs} of 2 rows", subject.distance(ours, theirs))
 
 
@@ -425,7 +434,8 @@ def _window(model: Any) -> int:
         kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
         for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
             if kind in kinds:
-                sizes.append(int(getattr(config, name, None) or 0))
+                size = attach.setting(config, name)
+                sizes.extend(int(one or 0) for one in (size if isinstance(size, list) else [size]))
     return max(size for size in sizes if size <= _LONGEST_WINDOW)
 
 
@@ -525,6 +535,7 @@ def _untouched(subject: Subject) -> Finding:
 
 CHECKS: tuple[tuple[str, Callable[[Subject], Finding]], ...] = (
     ("every layer attends through the registry", _registry),
+    ("the self-check of loading passes", _quickly),
     ("no prefix = transformers' own attention", _own_attention),
     ("every layer receives the prefix", _layers),
     ("every prefix slot receives a gradient", _gradients),

@@ -4,7 +4,7 @@ A prefix that is ignored raises no error: training goes on, text comes out. So e
 real model with random prefixes, and compared with the plainest way: one unpadded row, computed in full, no cache.
 
 Whether a prefix takes part is seen where it stands: in what the attention layer itself gives. The change must exceed
-the float noise, which is measured there: the same run twice, and the same row in a padded batch.
+the float noise, which is measured there: the same run twice, and the same row in a batch.
 
 In float32 the largest difference is compared, relative to the largest number of the reference, and decoded tokens must
 be the same. In bfloat16 and float16 the root mean square of the differences is, relative to the reference's, since
@@ -202,11 +202,11 @@ def _effects(backbone: Backbone, text: Text, prefix: Prefix, replacement: Prefix
 
     whole, final = trial.attended(backbone, [text], [prefix]), trial.outputs(backbone, [text], [prefix])[0]
     noise, final_noise = dict.fromkeys(whole, 0.0), 0.0
-    for count, extra in ((1, 0), (2, 3)):
+    for count in (1, 2):
         rows, prefixes = [text] * count, [prefix] * count
-        again = trial.attended(backbone, rows, prefixes, extra=extra)
-        noise = {place: max(noise[place], apart(again[place][: len(one)], one)) for place, one in whole.items()}
-        final_noise = max(final_noise, apart(trial.outputs(backbone, rows, prefixes, extra=extra)[0], final))
+        again = trial.attended(backbone, rows, prefixes)
+        noise = {place: max(noise[place], apart(again[place], one)) for place, one in whole.items()}
+        final_noise = max(final_noise, apart(trial.outputs(backbone, rows, prefixes)[0], final))
     layers, in_outputs = {}, []
     for site, number in whole:
         changed = trial.replaced(prefix, replacement, site, number)

@@ -26,7 +26,7 @@ from prefixtune.attach import (
     register,
     watching,
 )
-from prefixtune.errors import BackboneError, ConfigError, did_you_mean
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean
 from prefixtune.prefix import LayerShape
 
 __all__ = ["probe"]
@@ -40,7 +40,6 @@ _UNDERSTOOD = frozenset(
 """Arguments of the attention function that are computed, or that change nothing about it."""
 
 
-@torch.no_grad()
 def probe(model: Any, attention: str = "sdpa") -> Layout:
     """Choose this project's attention function for a model and find the layers that can carry a prefix.
 
@@ -51,8 +50,22 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
     Raises:
         ConfigError: There is no such attention.
         BackboneError: The model attends through code of its own, takes no positions, or does more in its attention
-            than is computed here.
+            than is computed here, or fails on a few tokens.
     """
+    try:
+        return _probe(model, attention)
+    except PrefixError:
+        raise
+    except Exception as error:
+        raise BackboneError(
+            f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r}) fails on a few tokens: "
+            f"{_first_line(error)}",
+            hint="choose another backbone.",
+        ) from error
+
+
+@torch.no_grad()
+def _probe(model: Any, attention: str) -> Layout:
     register()
     if attention not in ATTENTIONS:
         flash = " flash kernels are used through 'sdpa', where the mask allows;" if "flash" in attention else ""
@@ -67,7 +80,13 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
     if not getattr(model, "_supports_sdpa", True):
         # Its own layers (sparse encoders, routers) know masks to be added only, and not all mark causality.
         attention = "eager"
-    before = _plain_logits(model)
+    try:
+        before = _plain_logits(model)
+    except Exception as error:
+        # Whatever it wants besides token ids, or finds wrong with its configuration.
+        raise BackboneError(
+            f"{name} does not run on token ids alone: {_first_line(error)}", hint="choose another backbone."
+        ) from error
     try:
         model.set_attn_implementation(ATTENTIONS[attention])
     except (ValueError, ImportError) as error:
@@ -102,10 +121,17 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
     if mixing:
         _check_padding(model, name)
     chunked = "chunked_attention" in _layer_types(model)
-    packable = not mixing and not chunked
+    # A mask that a model computes from its values covers the text alone.
+    weighing = any(call.weighs for call in calls)
+    packable = not mixing and not chunked and not weighing
     # Prefix slots in the cache would move the borders of chunks.
-    cache_layers = None if mixing or chunked else _cache_layers(model)
+    cache_layers = None if not packable else _cache_layers(model, len(shapes))
     return Layout({kind: shapes}, places, kind, packable, _carries(calls), cache_layers, notes)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _carries(calls: Sequence[Call]) -> bool:
@@ -140,25 +166,33 @@ def _check_causal(model: Any, calls: Sequence[Call], name: str) -> None:
 
 
 def _check_padding(model: Any, name: str) -> None:
-    """Refuse a hybrid in which a row that is padded on the left differs from the row alone, in one pass or by steps."""
+    """Refuse a hybrid in which a row of a batch differs from the row alone, in one pass or by steps.
+
+    The row is padded on the left, and changes its place between two steps, as beams do.
+    """
     ids = torch.arange(4, device=main_device(model))[None]
-    padded = torch.cat([ids[:, 1:3], ids], dim=1)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1]], device=ids.device)
+    rows = torch.cat([torch.cat([ids[:, 1:3], ids], dim=1), torch.arange(6, device=ids.device).flip(0)[None]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=ids.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    turned = torch.tensor([1, 0], device=ids.device)
     whole = model(input_ids=ids, use_cache=False)[0][:, -2:].float()
     try:
         last = {"position_ids": positions[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
-        first = model(input_ids=padded[:, :-1], **last)
-        last = {"position_ids": positions[:, -1:], "attention_mask": mask, "use_cache": True}
+        first = model(input_ids=rows[:, :-1], **last)
+        last = {"position_ids": positions[turned, -1:], "attention_mask": mask[turned], "use_cache": True}
         cache = cache_argument(model)
-        second = model(input_ids=padded[:, -1:], **last, **{cache: first[cache]})
-        found = torch.cat([first[0][:, -1:], second[0]], dim=1).float()
+        kept = first[cache]
+        kept.reorder_cache(turned)
+        second = model(input_ids=rows[turned, -1:], **last, **{cache: kept})
+        found = torch.cat([first[0][:1, -1:], second[0][1:]], dim=1).float()
         same = float((found - whole).norm()) <= 0.05 * float(whole.norm())
-    except (RuntimeError, KeyError):
+    except (RuntimeError, KeyError, AttributeError):
         same = False
     if not same:
         raise BackboneError(
-            f"{name} lets padding change what follows it, so that texts cannot share a batch.", hint=_HINT
+            f"{name} lets padding or the order of rows change what follows, so that texts and beams cannot share a "
+            "batch.",
+            hint=_HINT,
         )
 
 
@@ -171,11 +205,13 @@ def _run(model: Any, name: str) -> list[Call]:
         inputs = {"input_ids": decoder[:, :_ENCODER_TOKENS], "decoder_input_ids": decoder}
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         inputs["use_cache"] = False
-    with watching() as calls:
+    with watching(model) as calls:
         try:
             model(**inputs, prefix_injection=Injection({}))
-        except TypeError as error:
-            raise BackboneError(f"{name} does not pass arguments on to its attention: {error}", hint=_HINT) from error
+        except Exception as error:
+            raise BackboneError(
+                f"{name} does not pass arguments on to its attention: {_first_line(error)}", hint=_HINT
+            ) from error
     return calls
 
 
@@ -259,12 +295,21 @@ def _has_no_attention(kind: str) -> bool:
     return any(word in kind for word in ("mamba", "linear", "conv", "recurrent", "ssm", "rwkv", "moe", "mlp"))
 
 
-def _cache_layers(model: Any) -> tuple[int, ...] | None:
-    """Where each layer's keys and values lie in the cache; None where they are not kept as they are attended to."""
+def _cache_layers(model: Any, count: int) -> tuple[int, ...] | None:
+    """Where each layer's keys and values lie in the cache; None where they are not kept as they are attended to.
+
+    Args:
+        model: The model.
+        count: How many layers have keys and values of their own.
+    """
     cache = growing_cache(model)
     ids = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     with watching() as cached:
-        model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+        try:
+            model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+            # It keeps more than keys and values, in a cache of its own.
+            return None
     found: list[int] = []
     seen: set[int] = set()
     for call in cached:
@@ -278,7 +323,8 @@ def _cache_layers(model: Any) -> tuple[int, ...] | None:
         if keys is None or values is None or keys.shape != call.key.shape or values.shape != call.value.shape:
             return None
         found.append(number)
-    return tuple(found)
+    # A layer that is run several times has as many places in the cache.
+    return tuple(found) if len(found) == count else None
 
 
 def _encoder_decoder(model: Any, name: str, calls: Sequence[Call]) -> Layout:

@@ -128,18 +128,17 @@ def outputs(
         targets, shown = _padded([row.target for row in rows], "right", extra, device)
         arguments |= {"decoder_attention_mask": shown} if arguments else {}
         arguments["decoder_input_ids"] = targets
-    output = backbone.forward(ids, prefixes=list(prefixes), **arguments)
-    whole = output.last_hidden_state if backbone.kind == "encoder" else output.logits
+    if backbone.kind == "encoder":
+        whole = backbone.hidden_states(ids, prefixes=list(prefixes), **arguments)
+    else:
+        whole = backbone.forward(ids, prefixes=list(prefixes), **arguments).logits
     return [row[real.bool()] for row, real in zip(whole, shown, strict=True)]
 
 
 def attended(
-    backbone: Backbone, rows: Sequence[Text], prefixes: Sequence[Prefix | None], *, extra: int = 0
+    backbone: Backbone, rows: Sequence[Text], prefixes: Sequence[Prefix | None]
 ) -> dict[tuple[str, int], Tensor]:
-    """What each attention layer gives for the first row, (T, E): by site and number, at its first call.
-
-    Arguments as for `outputs`; padding counts as positions here.
-    """
+    """What each attention layer gives for the first row, (T, E): by site and number, at its first call."""
     found: dict[tuple[str, int], Tensor] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -149,7 +148,7 @@ def attended(
     with contextlib.ExitStack() as stack:
         for module in backbone.layout.places:
             stack.callback(module.register_forward_hook(keep).remove)
-        outputs(backbone, rows, prefixes, extra=extra)
+        outputs(backbone, rows, prefixes)
     return found
 
 

@@ -22,6 +22,7 @@ from prefixtune.errors import BackboneError, ConfigError
 from zoo import make_model, make_tokenizer
 
 REGISTRY = "every layer attends through the registry"
+QUICKLY = "the self-check of loading passes"
 OWN = "no prefix = transformers' own attention"
 LAYERS = "every layer receives the prefix"
 GRADIENTS = "every prefix slot receives a gradient"
@@ -44,8 +45,8 @@ CHECKPOINTING = "gradient checkpointing changes nothing"
 UNTOUCHED = "the backbone is untouched"
 
 ALL = [
-    REGISTRY, OWN, LAYERS, GRADIENTS, SITES, ORDER, CAUSALITY, ROUTES, PADDING, BATCH, MIXED, PACKING, PAIRS, LABELS,
-    IN_GENERATION, GREEDY, BEAMS, WINDOW, EVALUATION, CHECKPOINTING, UNTOUCHED,
+    REGISTRY, QUICKLY, OWN, LAYERS, GRADIENTS, SITES, ORDER, CAUSALITY, ROUTES, PADDING, BATCH, MIXED, PACKING, PAIRS,
+    LABELS, IN_GENERATION, GREEDY, BEAMS, WINDOW, EVALUATION, CHECKPOINTING, UNTOUCHED,
 ]  # fmt: skip
 OF_ENCODER_DECODERS_ONLY = {SITES}
 OF_DECODERS_ONLY = {ROUTES}

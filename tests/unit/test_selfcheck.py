@@ -1,0 +1,240 @@
+"""The quick check at loading: which models it looks at, what it remembers, and that faults are found."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune import attach, selfcheck
+from prefixtune.backbone import Backbone
+from prefixtune.doctor import examine
+from prefixtune.errors import BackboneError
+from zoo import make_model
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder, and no type that counts as verified."""
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(selfcheck.SWITCH, raising=False)
+    monkeypatch.setattr(selfcheck, "VERIFIED", frozenset())
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The model types that were compared."""
+    compared: list[str] = []
+    compare = selfcheck.compare
+
+    def watched(model: Any, layout: Any) -> Any:
+        compared.append(model.config.model_type)
+        return compare(model, layout)
+
+    monkeypatch.setattr(selfcheck, "compare", watched)
+    return compared
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart", "t5", "bert", "modernbert"])
+def test_sound_models_pass_quickly(name: str, tiny_models: Make) -> None:
+    backbone = Backbone.from_model(tiny_models(name), None, name)
+    began = time.monotonic()
+    found = selfcheck.compare(backbone.model, backbone.layout)
+    assert time.monotonic() - began < 5
+    assert found.passed
+    assert found.difference < 1e-4 < found.effect
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "lfm2", "stablelm", "t5gemma", "longt5-local"])
+def test_peculiar_models_pass(name: str, tiny_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
+    assert selfcheck.compare(backbone.model, backbone.layout).passed
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "bert"])
+def test_half_precision_passes(name: str, tiny_models: Make) -> None:
+    backbone = Backbone.from_model(tiny_models(name).to(torch.bfloat16), None, name)
+    assert selfcheck.compare(backbone.model, backbone.layout).passed
+
+
+def test_a_type_is_checked_once(cache: Path, runs: list[str], tiny_models: Make) -> None:
+    for _ in range(2):
+        Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
+    assert runs == ["gpt2"]
+    (note,) = (cache / "checked").iterdir()
+    facts = json.loads(note.read_text())
+    assert facts["model_type"] == "gpt2"
+    assert {"transformers", "torch", "prefixtune", "attention", "dtype", "device"} <= facts.keys()
+
+
+def test_what_matters_is_checked_anew(cache: Path, runs: list[str], tiny_models: Make) -> None:
+    Backbone.from_model(tiny_models("llama"), None, "llama")
+    Backbone.from_model(tiny_models("llama").to(torch.bfloat16), None, "llama")
+    Backbone.from_model(tiny_models("llama"), None, "llama", attention="eager")
+    Backbone.from_model(tiny_models("llama", num_hidden_layers=2), None, "llama")
+    Backbone.from_model(tiny_models("llama", seed=1), None, "llama")
+    assert runs == ["llama"] * 4
+
+
+def test_a_verified_type_is_not_checked(
+    cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(selfcheck, "VERIFIED", frozenset({"gpt2"}))
+    monkeypatch.setattr(selfcheck, "VERIFIED_WITH", transformers.__version__)
+    Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
+    assert not runs
+    # With another version it may be another matter.
+    monkeypatch.setattr(selfcheck, "VERIFIED_WITH", "5.1.0")
+    Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
+    assert runs == ["gpt2"]
+
+
+def test_it_can_be_turned_off(cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(selfcheck.SWITCH, "0")
+    Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
+    assert not runs
+
+
+def test_where_nothing_can_be_written_it_runs_each_time(cache: Path, runs: list[str], tiny_models: Make) -> None:
+    cache.write_text("a file where the folder should be")
+    for _ in range(2):
+        Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
+    assert runs == ["gpt2", "gpt2"]
+
+
+def test_a_cache_that_drops_the_prefix_is_refused_each_time(
+    cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled = attach.prefilled_cache
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        made, visible = prefilled(*args, **options)
+        for layer in made.layers:
+            layer.values.zero_()
+        return made, visible
+
+    monkeypatch.setattr(attach, "prefilled_cache", wrong)
+    for _ in range(2):
+        with pytest.raises(BackboneError, match=r"'llama'.* cached decoding in a padded batch differs") as error:
+            Backbone.from_model(tiny_models("llama"), None, "llama")
+    assert f"{selfcheck.SWITCH}=0" in error.value.hint
+    assert not (cache / "checked").exists()
+
+
+def test_a_prefix_without_gradient_is_refused(cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = attach.stack
+
+    def cut(*args: Any) -> Any:
+        made = stack(*args)
+        layers = {site: [(k.detach(), v.detach()) for k, v in pairs] for site, pairs in made.layers.items()}
+        return attach.Injection(made.places, layers, made.visible)
+
+    monkeypatch.setattr(attach, "stack", cut)
+    with pytest.raises(BackboneError, match="no gradient reaches it"):
+        Backbone.from_model(tiny_models("bert"), None, "bert")
+
+
+def test_an_error_on_the_way_is_one_line(cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("shapes differ\nand more of it")
+
+    monkeypatch.setattr(attach, "prefilled_cache", broken)
+    with pytest.raises(BackboneError, match=r"cannot run with a prefix: shapes differ$|shapes differ Hint"):
+        Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
+
+
+# --- types that ended in tracebacks or wrong numbers -----------------------------------------------------------------
+
+
+def test_a_model_that_does_not_run_on_token_ids_is_refused(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models("gpt2")
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise ValueError("You must specify exactly one of input_features or encoder_inputs_embeds")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(BackboneError, match="does not run on token ids alone: You must specify"):
+        Backbone.from_model(model, None, "gpt2")
+
+
+def test_a_decoder_without_a_head_is_refused(tiny_models: Make) -> None:
+    with pytest.raises(BackboneError, match="has no output head"):
+        Backbone.from_model(tiny_models("llama").model, None, "llama")
+
+
+# --- disentangled attention, which has code of its own ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("deberta", {}),
+        ("deberta", {"relative_attention": False}),
+        ("deberta-v2", {}),
+        ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
+    ],
+)
+def test_deberta_carries_prefixes(name: str, changes: dict[str, Any], enclosing_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(make_model(name, enclosing_tokenizer, **changes), enclosing_tokenizer, name)
+    assert [check.detail for check in examine(backbone) if not check.passed] == []
+
+
+@pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
+def test_deberta_attends_as_if_by_hand(name: str, enclosing_tokenizer: Any, random_prefix: Callable[..., Any]) -> None:
+    # Without positions, its attention is the plain one, which the prefix joins by eq. 3 of the paper.
+    changes = {"relative_attention": False, "pos_att_type": None}
+    backbone = Backbone.from_model(make_model(name, enclosing_tokenizer, **changes), enclosing_tokenizer, name)
+    prefix = random_prefix(backbone, 3)
+    layer = backbone.model.encoder.layer[0].attention.self
+    seen: list[Any] = []
+    # Noted from outside: what enters and what leaves.
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+        backbone.model.encoder.layer[0].attention.output.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        ),
+    ]
+    with torch.no_grad():
+        backbone.hidden_states(torch.tensor([[5, 6, 7, 8]]), prefixes=prefix)
+        for handle in handles:
+            handle.remove()
+        states, given = seen
+        if name == "deberta":
+            query, key, value = layer.in_proj(states).unflatten(-1, (4, -1)).transpose(1, 2).chunk(3, dim=-1)
+            query, value = (x + b.view(4, 1, -1) for x, b in ((query, layer.q_bias), (value, layer.v_bias)))
+        else:
+            parts = (layer.query_proj, layer.key_proj, layer.value_proj)
+            query, key, value = (part(states).unflatten(-1, (4, -1)).transpose(1, 2) for part in parts)
+        front = prefix.layers["encoder"][0]
+        key, value = (torch.cat([f[None], x], dim=2) for f, x in zip(front, (key, value), strict=True))
+        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(-1)
+        wanted = (weights @ value).transpose(1, 2).flatten(2)
+    assert torch.allclose(given, wanted, atol=1e-5)
+
+
+def test_two_threads_use_a_deberta_with_prefixes_of_their_own(
+    enclosing_tokenizer: Any, random_prefix: Callable[..., Any]
+) -> None:
+    backbone = Backbone.from_model(make_model("deberta-v2", enclosing_tokenizer), enclosing_tokenizer, "deberta")
+    prefixes = [random_prefix(backbone, 3, seed=1), None, random_prefix(backbone, 5, seed=2)]
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def run(prefix: Any) -> Any:
+        with torch.no_grad():
+            return backbone.hidden_states(ids, prefixes=prefix)
+
+    wanted = [run(prefix) for prefix in prefixes]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, prefixes * 20))
+    assert all(torch.allclose(one, wanted[n % 3], atol=1e-6) for n, one in enumerate(found))
