@@ -551,7 +551,7 @@ def test_an_error_is_a_failed_check(tiny_backbone: Make, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(attach, "prefilled_cache", broken)
     faults = failed(tiny_backbone("gpt2"))
-    assert faults.keys() == {ROUTES, IN_GENERATION, GREEDY, BEAMS}
+    assert faults.keys() == {QUICKLY, ROUTES, IN_GENERATION, GREEDY, BEAMS}
     assert set(faults.values()) == {"BackboneError: no cache today."}
 
 
@@ -601,7 +601,7 @@ def test_a_site_that_is_dead_in_generation_only(tiny_backbone: Make, monkeypatch
 
     backbone = tiny_backbone("bart")
     patch_attention(monkeypatch, of_site("cross", change))
-    assert failed(backbone).keys() == {GREEDY, BEAMS}
+    assert failed(backbone).keys() == {QUICKLY, GREEDY, BEAMS}
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
@@ -708,13 +708,13 @@ def test_attention_that_is_not_the_models_own(tiny_backbone: Make, monkeypatch: 
 def test_an_encoder_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("bert")
     patch_attention(monkeypatch, of_site("encoder", bare))
-    assert failed(backbone).keys() == {LAYERS, GRADIENTS}
+    assert failed(backbone).keys() == {QUICKLY, LAYERS, GRADIENTS}
 
 
 def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("bert")
     patch_attention(monkeypatch, of_site("encoder", sees_all))
-    assert failed(backbone).keys() == {OWN, PADDING, BATCH, MIXED, LABELS}
+    assert failed(backbone).keys() == {QUICKLY, OWN, PADDING, BATCH, MIXED, LABELS}
 
 
 def test_an_encoder_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
