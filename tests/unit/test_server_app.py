@@ -675,6 +675,49 @@ def test_a_text_whose_turn_does_not_come_is_given_up(make: Callable[..., Made]) 
     assert asyncio.run(wait()).code == "deadline_exceeded"
 
 
+def test_all_texts_of_a_request_share_its_time(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, services = make(deadline=1.0)
+    encode = type(services.backbone).encode_sources
+    given: list[float] = []
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.25)
+        return encode(*arguments)
+
+    def submit(request: Any, on_output: Any, deadline: float) -> None:
+        given.append(deadline)
+        on_output(Output(request.id, 0, (), "", "length"))
+
+    monkeypatch.setattr(type(services.backbone), "encode_sources", slowly)
+    monkeypatch.setattr(services.worker, "submit", submit)
+    few = asyncio.run(call(app, "POST", "/v1/completions", ask(model="tiny", prompt=["x", "y"])))
+    assert few.status == 200
+    # What the texts took is not the engine's any more.
+    assert len(given) == 2
+    assert all(seconds <= 0.5 for seconds in given)
+    many = asyncio.run(call(app, "POST", "/v1/completions", ask(model="tiny", prompt=["x"] * 8)))
+    assert (many.status, many.code) == (504, "deadline_exceeded")
+    assert len(given) == 2
+
+
+def test_a_body_of_unknown_length_is_counted_as_long_as_it_is_once_it_is_there(make: Callable[..., Made]) -> None:
+    app, services = make(max_pending_mib=1, max_body_kib=512)
+
+    async def several() -> list[Answer]:
+        # All wait for the same turn, with their bodies in memory.
+        async with services.turns.turn("somebody"):
+            running = []
+            for _ in range(3):
+                running.append(asyncio.ensure_future(call(app, "POST", "/v1/completions", ask())))
+                await asyncio.sleep(0.05)
+            held = services.bodies.total
+        assert held == 3 * len(json.dumps(ask()).encode())
+        return list(await asyncio.gather(*running))
+
+    assert [answer.status for answer in asyncio.run(several())] == [200, 200, 200]
+    assert services.bodies.total == 0
+
+
 def test_bodies_are_admitted_by_their_bytes_and_fairly(make: Callable[..., Made]) -> None:
     keys = {name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")}
     app, services = make(keys=keys, max_pending_mib=1)
@@ -884,6 +927,44 @@ def test_long_sources_are_treated_as_in_training(
     assert "max_length 60" in refused.json["error"]["message"]
     longer = asyncio.run(call(app, "POST", "/v1/completions", ask(prompt="x" * 600)))
     assert (longer.status, longer.code) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("target", [" {target} ", "<<{target}>>"])
+def test_offsets_of_tokens_count_within_the_target(
+    make: Callable[..., Made],
+    backbone: Any,
+    random_prefix: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+) -> None:
+    app, services = make()
+    header = make_header(backbone, task="records", text_format={**FORMAT, "target": target})
+    save_prefix(services.store.folder / "p.safetensors", Prefix(random_prefix(backbone, 4, 5).layers, header))
+    services.store.reload()
+    wanted = "Aromi is  it."
+    ids = backbone.encode_sources(["  " + target.replace("{target}", wanted) + "  "])[0]
+    pieces = [backbone.tokenizer.decode([token]) for token in ids]
+
+    def write(request: Any, on_output: Any, deadline: Any = None) -> None:
+        for number, (token, piece) in enumerate(zip(ids, pieces, strict=True), 1):
+            finished = "length" if number == len(ids) else None
+            on_output(Output(request.id, 0, (Token(token, -1.0),), piece, finished))
+
+    monkeypatch.setattr(services.worker, "submit", write)
+    begin = "".join(pieces).index(wanted)
+    starts = [len("".join(pieces[:number])) - begin for number in range(len(pieces))]
+    offsets = [min(max(start, 0), len(wanted)) for start in starts]
+    whole = asyncio.run(call(app, "POST", "/v1/completions", ask(model="p", logprobs=0))).json["choices"][0]
+    assert whole["text"] == wanted
+    assert whole["logprobs"]["tokens"] == pieces
+    assert whole["logprobs"]["text_offset"] == offsets
+    streamed = asyncio.run(call(app, "POST", "/v1/completions", ask(model="p", logprobs=0, stream=True)))
+    events = [json.loads(event[6:]) for event in streamed.body.decode().split("\n\n") if event.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    assert "".join(choice["text"] for choice in choices) == wanted
+    parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    assert [token for part in parts for token in part["tokens"]] == pieces
+    assert [offset for part in parts for offset in part["text_offset"]] == offsets
 
 
 def test_a_header_whose_format_cannot_be_used_is_not_served(

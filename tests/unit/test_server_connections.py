@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from uvicorn import Config
+from uvicorn.server import ServerState
 
 from prefixtune.errors import ConfigError
 from prefixtune.server.addresses import Addresses
 from prefixtune.server.config import KeyConfig, ServeConfig
+from prefixtune.server.connections import Connections
 
 
 @pytest.mark.parametrize(
@@ -26,6 +31,10 @@ from prefixtune.server.config import KeyConfig, ServeConfig
         (("10.0.0.0/8",), "::ffff:10.0.0.1", "::ffff:192.0.2.7", "192.0.2.7"),
         (("::1",), "::1", "2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
         ((), "2001:db8:1:2:3:4:5:6", "", "2001:db8:1:2::/64"),
+        # Some proxies write ports.
+        (("10.0.0.0/8",), "10.0.0.1", "192.0.2.7:51234", "192.0.2.7"),
+        (("10.0.0.0/8",), "10.0.0.1", "6.6.6.6, [2001:db8:1:2:3:4:5:6]:443, 10.0.0.9:80", "2001:db8:1:2::/64"),
+        (("10.0.0.0/8",), "10.0.0.1", "[2001:db8:1:2::6]", "2001:db8:1:2::/64"),
     ],
 )
 def test_the_callers_address(proxies: tuple[str, ...], client: str, forwarded: str, address: str) -> None:
@@ -35,6 +44,53 @@ def test_the_callers_address(proxies: tuple[str, ...], client: str, forwarded: s
 
 def test_a_socket_without_an_address() -> None:
     assert Addresses(["10.0.0.1"]).of({"client": None, "headers": []}) == ""
+
+
+@pytest.mark.parametrize(
+    ("proxies", "limited"), [((), True), (("2001:db8:1:2::/64",), False), (("2001:db8:1:3::/64",), True)]
+)
+def test_connections_of_one_ipv6_network_count_together(proxies: tuple[str, ...], limited: bool) -> None:
+    async def connect() -> list[bool]:
+        connections = Connections(10, 2, 15.0, 30.0, 600.0, Addresses(proxies))
+        config = Config(app=lambda: None, log_config=None)
+        config.load()
+        made = connections.protocol()
+        closed = []
+        for number in range(1, 4):
+            transport = Transport((f"2001:db8:1:2::{number}", 9))
+            connection = made(config, ServerState(), {})  # type: ignore[call-arg]
+            connection.connection_made(transport)
+            # Those that wait make room for others, but these have requests.
+            connections.waiting.clear()
+            closed.append(transport.is_closing())
+        return closed
+
+    assert asyncio.run(connect()) == [False, False, limited]
+
+
+class Transport(asyncio.Transport):
+    """A socket of an address, which takes what is written."""
+
+    def __init__(self, client: tuple[str, int]) -> None:
+        super().__init__({"peername": client, "sockname": ("::1", 1)})
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        """Drop it."""
+
+    def close(self) -> None:
+        """Close."""
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        """Whether it was closed."""
+        return self.closed
+
+
+def test_a_body_that_is_allowed_is_admitted() -> None:
+    with pytest.raises(ConfigError, match=r"max_pending_mib is 1, which is less than one request may have \(max_body"):
+        ServeConfig(max_body_kib=1025, max_pending_mib=1)
+    assert ServeConfig(max_body_kib=1024, max_pending_mib=1).max_pending_mib == 1
 
 
 def test_proxies_are_addresses_or_networks() -> None:

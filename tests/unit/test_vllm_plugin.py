@@ -631,6 +631,34 @@ def test_the_target_alone_comes_back(asking: Inner, name: str, written: str):
             assert "".join(texts) == wanted
 
 
+@pytest.mark.parametrize(("name", "head", "tail"), [("qa", "  ", " "), ("framed", "<< ", " >>")])
+def test_offsets_of_tokens_count_within_the_target(asking: Inner, name: str, head: str, tail: str):
+    tokens = [*head, "Aro", "mi", " ", "is", " ", " ", "it", ".", *tail]
+    raw, logprobs = [len("".join(tokens[:number])) for number in range(len(tokens))], [-1.0] * len(tokens)
+    wanted, written = "Aromi is  it.", "".join(tokens)
+    offsets = [min(max(offset - len(head), 0), len(wanted)) for offset in raw]
+    given = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": [None] * len(tokens), "text_offset": raw}
+    choice = {"index": 0, "text": written, "logprobs": given, "finish_reason": "stop"}
+    asking.reply = {"model": "base", "choices": [choice]}
+    _, told = call(asking, "/v1/completions", {"model": name, "prompt": "name", "logprobs": 0})
+    assert told["choices"][0]["text"] == wanted
+    assert told["choices"][0]["logprobs"] == {**given, "text_offset": offsets}
+    pieces = []
+    for at in range(0, len(tokens), 2):
+        part = {key: values[at : at + 2] for key, values in given.items()}
+        finished = "stop" if at + 2 >= len(tokens) else None
+        choice = {"index": 0, "text": "".join(part["tokens"]), "logprobs": part, "finish_reason": finished}
+        pieces.append(b"data: " + json.dumps({"model": "base", "choices": [choice]}).encode() + b"\n\n")
+    asking.pieces = [*pieces, b"data: [DONE]\n\n"]
+    _, stream = call(asking, "/v1/completions", {"model": name, "prompt": "name", "logprobs": 0, "stream": True})
+    events = [json.loads(event[6:]) for event in stream.decode().split("\n\n") if event.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    assert "".join(choice["text"] for choice in choices) == wanted
+    parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    assert [token for part in parts for token in part["tokens"]] == tokens
+    assert [offset for part in parts for offset in part["text_offset"]] == offsets
+
+
 def headers_of(inner: Inner, path: str, body: Any) -> tuple[dict[bytes, bytes], Any]:
     sent: list[Any] = []
 

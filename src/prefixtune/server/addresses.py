@@ -33,14 +33,14 @@ def parse_network(text: str) -> Network:
 
 
 class Addresses:
-    """Tells where requests come from.
+    """Where requests come from.
 
     Args:
         proxies: Addresses and networks of proxies whose word counts.
     """
 
     def __init__(self, proxies: Iterable[str] = ()) -> None:
-        self._proxies = [parse_network(each) for each in proxies]
+        self._proxies = [parse_network(proxy) for proxy in proxies]
 
     def is_proxy(self, address: str) -> bool:
         """Whether an address is that of a named proxy."""
@@ -56,9 +56,9 @@ class Addresses:
         """
         address = str((scope.get("client") or ("",))[0])
         if self.is_proxy(address):
-            told = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
-            for each in reversed(told.decode("latin-1")[-_LONGEST:].split(",")):
-                parsed = _parse(each.strip())
+            forwarded = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
+            for entry in reversed(forwarded.decode("latin-1")[-_LONGEST:].split(",")):
+                parsed = _parse(_without_port(entry.strip()))
                 if parsed is None:
                     break
                 address = str(parsed)
@@ -71,7 +71,7 @@ class Addresses:
 
 
 class PerAddress:
-    """Counts requests at once of each address that a proxy tells; of sockets, the connections are counted.
+    """Counts requests at once of each address that a proxy names; of sockets, the connections are counted.
 
     Args:
         limit: For one address; 0: any number.
@@ -83,7 +83,7 @@ class PerAddress:
 
     @contextlib.contextmanager
     def request(self, address: str) -> Iterator[bool]:
-        """Count a request while the block runs; tells whether there was room for it."""
+        """Count a request while the block runs; yields whether there was room for it."""
         self._running[address] += 1
         try:
             yield not self.limit or self._running[address] <= self.limit
@@ -95,6 +95,14 @@ class PerAddress:
 
 _LONGEST = 1024
 """Characters of the header that are read, from its end."""
+
+
+def _without_port(entry: str) -> str:
+    """The address of `192.0.2.7`, `192.0.2.7:80`, `2001:db8::1`, `[2001:db8::1]` and `[2001:db8::1]:80`."""
+    if entry.startswith("["):
+        return entry[1:].partition("]")[0]
+    address, _, rest = entry.partition(":")
+    return entry if ":" in rest else address
 
 
 def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

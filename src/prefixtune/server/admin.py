@@ -87,8 +87,8 @@ async def _receive(call: Call, path: Path, most: int) -> int:
                 async with asyncio.timeout(min(config.client_timeout, end - clock())):
                     chunk = await anext(stream, None)
             except TimeoutError:
-                told = f"a piece has {config.client_timeout:g} seconds to arrive, and the file {config.deadline:g}."
-                raise ApiError(408, told, code="body_timeout") from None
+                limits = f"a piece has {config.client_timeout:g} seconds to arrive, and the file {config.deadline:g}."
+                raise ApiError(408, limits, code="body_timeout") from None
             if chunk is None:
                 return size
             size += len(chunk)
@@ -121,8 +121,8 @@ def _not_stored(error: BaseException) -> ApiError:
         return ApiError(507, "there is no space for the prefix; what was there is untouched.", code="no_space")
     if numbers & {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
         return unavailable("the server has too much open now; try again later.", "busy", retry_after=5)
-    told = next((os.strerror(number) for number in numbers if number), "an unknown fault")
-    message = f"the folder of prefixes cannot be changed ({told}); what was there is untouched."
+    reason = next((os.strerror(number) for number in numbers if number), "an unknown fault")
+    message = f"the folder of prefixes cannot be changed ({reason}); what was there is untouched."
     return ApiError(507, message, code="storage_failed")
 
 

@@ -13,7 +13,6 @@ import functools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from prefixtune.server.prompting import encode_source, source_of_chat, with_cust
 from prefixtune.server.replies import ALIVE, DONE, event, reply, wrong
 from prefixtune.server.writing import Written, begin, collect, encode, follow, read_json, stream, usage
 from prefixtune.text_format import TargetStream, TextFormat
+from prefixtune.token_offsets import TargetOffsets
 
 __all__ = ["chat", "complete"]
 
@@ -47,7 +47,7 @@ async def complete(call: Call) -> ASGIApp:
     raw = call.services.config.raw_completions or not texts
     text_format = None if raw else call.services.catalog.trained_format(served.header)
     if text_format is not None:
-        return await _answer_sources(call, ask, served, text_format, texts, _Completion(backbone, ask.n))
+        return await _answer_sources(call, ask, served, text_format, texts, _Completion(backbone, ask.n, text_format))
     prompts = [
         await encode(call, partial(_encode_text, backbone, prompt)) if isinstance(prompt, str) else prompt
         for prompt in ask.prompts
@@ -115,14 +115,13 @@ async def _answer(
     if ask.stream:
         return stream(call, _events(call, ask, job, shape, head, text_format))
     written = [text for texts in await collect(call, job) for text in texts]
-    if text_format is not None:
-        for text in written:
-            text.text = text_format.extract_target(text.text)
+    targets = [text.text if text_format is None else text_format.extract_target(text.text) for text in written]
     if call.services.config.log_prompts:
-        call.facts["outputs"] = [text.text for text in written]
+        call.facts["outputs"] = targets
 
     def whole() -> ASGIApp:
-        choices = [shape.choice(number, text) for number, text in enumerate(written)]
+        pairs = zip(written, targets, strict=True)
+        choices = [shape.choice(number, text, target) for number, (text, target) in enumerate(pairs)]
         return reply({**head, "object": shape.whole, "choices": choices, "usage": usage(job)}, headers=call.headers)
 
     # Thousands of tokens, each with its likeliest ones in words, take seconds.
@@ -149,9 +148,9 @@ async def _events(
             yield ALIVE
             continue
         number, output = heard.prompt * ask.n + heard.output.index, heard.output
-        if targets:
-            output = replace(output, text=targets[number].add(output.text, last=output.finished is not None))
-        for choice in shape.news(number, output):
+        ended = output.finished is not None
+        target = targets[number].add(output.text, last=ended) if targets else output.text
+        for choice in shape.news(number, output, target):
             yield event({**head, "choices": [choice], **unsaid})
     if ask.include_usage:
         yield event({**head, "choices": [], "usage": usage(job)})
@@ -164,30 +163,43 @@ class _Completion:
     Args:
         backbone: Whose tokens they are.
         n: Texts for each prompt.
+        text_format: That targets are taken out of; None: texts are given as they are.
     """
 
     prefix, whole, pieces = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, backbone: Backbone, n: int) -> None:
+    def __init__(self, backbone: Backbone, n: int, text_format: TextFormat | None = None) -> None:
         self.decode = _token_text(backbone)
         self.n = n
-        self.offsets: dict[int, int] = {}
+        self.text_format = text_format
+        self.ends: dict[int, int] = {}
+        self.offsets: dict[int, TargetOffsets] = {}
 
-    def choice(self, number: int, written: Written) -> dict[str, Any]:
+    def choice(self, number: int, written: Written, target: str) -> dict[str, Any]:
         """A whole text."""
-        logprobs = self._logprobs(number, written.tokens)
-        return {"index": number, "text": written.text, "logprobs": logprobs, "finish_reason": written.finished}
+        logprobs = self._in_target(number, written.text, target, self._logprobs(number, written.tokens), last=True)
+        return {"index": number, "text": target, "logprobs": logprobs, "finish_reason": written.finished}
 
     def opening(self, number: int) -> list[dict[str, Any]]:
         """Nothing."""
         return []
 
-    def news(self, number: int, output: Output) -> list[dict[str, Any]]:
+    def news(self, number: int, output: Output, target: str) -> list[dict[str, Any]]:
         """A piece, with the reason of the end where it is the last."""
         logprobs = self._logprobs(number, output.tokens)
-        if not output.text and logprobs is None and output.finished is None:
+        logprobs = self._in_target(number, output.text, target, logprobs, last=output.finished is not None)
+        if not target and logprobs is None and output.finished is None:
             return []
-        return [{"index": number, "text": output.text, "logprobs": logprobs, "finish_reason": output.finished}]
+        return [{"index": number, "text": target, "logprobs": logprobs, "finish_reason": output.finished}]
+
+    def _in_target(
+        self, number: int, output: str, target: str, logprobs: dict[str, Any] | None, *, last: bool
+    ) -> dict[str, Any] | None:
+        """The same with offsets that count within the target."""
+        if self.text_format is None:
+            return logprobs
+        offsets = self.offsets.setdefault(number, TargetOffsets(self.text_format))
+        return offsets.add(output, target, logprobs, last=last)
 
     def _logprobs(self, number: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not any(token.logprob is not None for token in tokens):
@@ -195,8 +207,8 @@ class _Completion:
         texts = [self.decode(token.id) for token in tokens]
         offsets = []
         for text in texts:
-            offsets.append(self.offsets.get(number, 0))
-            self.offsets[number] = offsets[-1] + len(text)
+            offsets.append(self.ends.get(number, 0))
+            self.ends[number] = offsets[-1] + len(text)
         likeliest = []
         for token, text in zip(tokens, texts, strict=True):
             pairs: dict[str, float] = {}
@@ -223,9 +235,9 @@ class _Chat:
     def __init__(self, backbone: Backbone) -> None:
         self.decode = _token_text(backbone)
 
-    def choice(self, number: int, written: Written) -> dict[str, Any]:
+    def choice(self, number: int, written: Written, target: str) -> dict[str, Any]:
         """A whole message."""
-        message = {"role": "assistant", "content": written.text, "refusal": None}
+        message = {"role": "assistant", "content": target, "refusal": None}
         logprobs = self._logprobs(written.tokens)
         return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": written.finished}
 
@@ -233,12 +245,12 @@ class _Chat:
         """Who speaks."""
         return [self._piece(number, {"role": "assistant", "content": ""})]
 
-    def news(self, number: int, output: Output) -> list[dict[str, Any]]:
+    def news(self, number: int, output: Output, target: str) -> list[dict[str, Any]]:
         """A piece, and the end by itself."""
         logprobs = self._logprobs(output.tokens)
         pieces = []
-        if output.text or logprobs is not None:
-            pieces.append(self._piece(number, {"content": output.text}, logprobs))
+        if target or logprobs is not None:
+            pieces.append(self._piece(number, {"content": target}, logprobs))
         if output.finished is not None:
             pieces.append(self._piece(number, {}, finished=output.finished))
         return pieces

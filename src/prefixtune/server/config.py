@@ -103,7 +103,7 @@ class ServeConfig:
     proxies: tuple[str, ...] = _option(
         (),
         "addresses or networks of your own proxies, as in 127.0.0.1,10.0.0.0/8: only from them does X-Forwarded-For "
-        "tell the caller's address",
+        "give the caller's address",
         "network",
     )
     header_timeout: float = _option(15.0, "seconds that a client may take to send a request's header", "network")
@@ -138,7 +138,7 @@ class ServeConfig:
     max_tokens: int = _option(1024, "most new tokens that a request may ask for", "limits")
     default_max_tokens: int = _option(256, "new tokens where a request does not say, as far as they fit", "limits")
     max_texts: int = _option(32, "texts of one request: its prompts times its n", "limits")
-    deadline: float = _option(300.0, "seconds that a request may take, waiting included", "limits")
+    deadline: float = _option(300.0, "seconds that a request may take from its header on, waiting included", "limits")
     client_timeout: float = _option(30.0, "seconds that a client may take to send, or to read a piece", "limits")
     drain_seconds: float = _option(30.0, "seconds that running requests have after SIGTERM", "limits")
 
@@ -177,6 +177,11 @@ class ServeConfig:
                 yield f"proxies has {proxy!r}, but needs addresses or networks such as 10.0.0.0/8"
         if self.default_max_tokens > self.max_tokens:
             yield f"default_max_tokens is {self.default_max_tokens}, which is more than max_tokens ({self.max_tokens})"
+        if 1024 * self.max_pending_mib < self.max_body_kib:
+            yield (
+                f"max_pending_mib is {self.max_pending_mib}, which is less than one request may have "
+                f"(max_body_kib, {self.max_body_kib})"
+            )
         if not self.prefixes:
             yield "prefixes is empty, but must name a folder"
         if self.proxies and not self.keys and self.engine == "embedded":

@@ -35,12 +35,12 @@ class Connections:
 
     Attributes:
         most: At once.
-        per_address: At once from one address of a socket, proxies excepted; 0: any number.
+        per_address: At once from one address of a socket (of IPv6, one network), proxies excepted; 0: any number.
         header_seconds: What a client has for a request's header, from its first byte on; for the first one, from the
             connection on. And for the rest of a body whose answer is sent already.
         client_seconds: What it may take to read a piece of an answer.
         request_seconds: What a request may take in all, whatever happens.
-        addresses: Tells which are proxies.
+        addresses: Which of them count as one, and which are proxies.
     """
 
     most: int
@@ -76,7 +76,7 @@ class Connections:
     def admit(self, new: Connection) -> bool:
         """Take a connection in, in the place of one that only waits where all are taken; False: there is no room."""
         limit, address = self.per_address, new.address
-        if limit and self.by_address[address] >= limit and not self.addresses.is_proxy(address):
+        if limit and self.by_address[address] >= limit and not new.of_proxy:
             if not self._cut_off_oldest(lambda other: other.address == address):
                 return False
         elif len(self.open) >= self.most and not self._cut_off_oldest(lambda _: True):
@@ -107,7 +107,7 @@ class Connections:
         while True:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.header_seconds / 4, self.client_seconds / 4))
             now = loop.time()
-            for connection in [each for each in self.open if each.is_overdue(now)]:
+            for connection in [one for one in self.open if one.is_overdue(now)]:
                 connection.cut_off()
 
 
@@ -116,16 +116,21 @@ class Connection(H11Protocol):
 
     Attributes:
         shared: All of them, and their limits.
-        address: Of the socket's other end.
+        address: Of the socket's other end; of IPv6, its network.
+        of_proxy: Whether it is a named proxy's.
     """
 
     shared: Connections
     address: str = ""
+    of_proxy: bool = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there: it is to send a header now."""
         super().connection_made(transport)
-        self.address = self.client[0] if self.client else ""
+        addresses = self.shared.addresses
+        # Headers count for requests, not for connections.
+        self.address = addresses.of({"client": self.client, "headers": []})
+        self.of_proxy = addresses.is_proxy(self.client[0] if self.client else "")
         self._header_since: float | None = self.loop.time()
         self._request_since: float | None = None
         self._stalled_since: float | None = None

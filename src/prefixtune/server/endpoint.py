@@ -7,6 +7,7 @@ happens: counts go down and the engine's requests are given up, even where the c
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class Call:
         stack: What ends with the reply.
         facts: For the log.
         headers: Of a reply that is no error.
+        begun: When its header was there, by the monotonic clock.
     """
 
     request: Request
@@ -49,6 +51,12 @@ class Call:
     stack: ExitStack
     facts: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left of the time of a request (`deadline`), whatever it waits for or works on."""
+        return max(0.0, self.begun + self.services.config.deadline - time.monotonic())
 
     @property
     def name(self) -> str:

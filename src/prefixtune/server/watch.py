@@ -56,8 +56,8 @@ async def look_for_files(services: Services) -> None:
         except Exception as error:
             services.folder_error = "cannot be read"
             pause = max(seconds, min(2 * pause, _LONGEST_PAUSE))
-            told = error if not isinstance(error, PrefixError) else None
-            log("reload_failed", level=logging.WARNING, error=told, reason=str(error), next_try_seconds=pause)
+            bug = error if not isinstance(error, PrefixError) else None
+            log("reload_failed", level=logging.WARNING, error=bug, reason=str(error), next_try_seconds=pause)
         else:
             services.folder_error, pause = "", seconds
 

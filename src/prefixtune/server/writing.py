@@ -58,12 +58,14 @@ async def read_json(call: Call) -> dict[str, Any]:
     config = call.services.config
     most = 1024 * config.max_body_kib
     length = call.request.headers.get("content-length", "")
-    # Counted before it is read, until the call ends: so long it is in memory, and its text may wait to be worked on.
+    # Counted before it is read, one without a length as the largest that is allowed.
     size = min(int(length), most) if length.isascii() and length.isdigit() else most
     if not call.services.bodies.has_room(size, call.tenant):
         raise Full(f"requests of {call.services.bodies.total:,} bytes are being read or worked on", 1.0)
-    call.stack.enter_context(call.services.bodies.hold(size, call.tenant))
-    body = await read_body(call.request, most=most, patience=config.client_timeout)
+    with call.services.bodies.hold(size, call.tenant):
+        body = await read_body(call.request, most=most, patience=config.client_timeout)
+    # And as long as it is until the call ends: so long it is in memory, and its text may wait to be worked on.
+    call.stack.enter_context(call.services.bodies.hold(len(body), call.tenant))
     return parse_json(body) if len(body) <= _SMALL else await asyncio.to_thread(parse_json, body)
 
 
@@ -82,7 +84,7 @@ async def in_turn(call: Call, work: Callable[[], T]) -> T:
     """Work on one text, in a thread, as a long one must not hold up everybody's streams; callers take turns.
 
     Raises:
-        ApiError: It was not its turn in time.
+        ApiError: The call's time is over.
         ClientDisconnect: The client went away.
     """
     services = call.services
@@ -93,7 +95,7 @@ async def in_turn(call: Call, work: Callable[[], T]) -> T:
             return await loop.run_in_executor(services.tokenizing, work)
 
     try:
-        async with asyncio.timeout(services.config.deadline):
+        async with asyncio.timeout(call.remaining):
             return await unless_gone(call.request.receive, wait_and_work())
     except TimeoutError:
         raise _too_late(services.config.deadline) from None
@@ -138,7 +140,7 @@ def begin(
         for prompt in prompts
     ]
     call.stack.enter_context(services.admission.enter(len(prompts) * ask.n, call.tenant))
-    job = Job(services.worker, requests, served.name, services.config.deadline, services.metrics)
+    job = Job(services.worker, requests, served.name, call.remaining, services.metrics)
     call.stack.callback(_end, call, job)
     try:
         job.submit()

@@ -19,6 +19,7 @@ from typing import Any
 
 from prefixtune.errors import CheckpointError
 from prefixtune.text_format import TargetStream, TextFormat, cut_prompt
+from prefixtune.token_offsets import TargetOffsets
 from prefixtune.vllm.served import Known, PrefixFolder, Settings, geometry_of, weights_of
 
 __all__ = ["PROMPT_VARIABLE", "TEMPLATE_VARIABLE", "PrefixMiddleware"]
@@ -203,6 +204,7 @@ class _Rewritten:
         text_format: Of the prompts; None: they went as they were.
         headers: Of the reply: what was cut or dropped.
         targets: Of a stream: what is held back of each choice.
+        offsets: Of each choice's tokens within its target.
     """
 
     body: bytes
@@ -212,6 +214,7 @@ class _Rewritten:
     text_format: TextFormat | None = None
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     targets: dict[int, TargetStream] = dataclasses.field(default_factory=dict)
+    offsets: dict[int, TargetOffsets] = dataclasses.field(default_factory=dict)
 
 
 def _rewrite(serving: _Serving, body: bytes, chat: bool) -> _Rewritten | None:
@@ -447,12 +450,15 @@ def _with_target(choice: dict[str, Any], rewritten: _Rewritten, number: int) -> 
     key = "text" if inner is choice else "content"
     if form is None or not (isinstance(inner.get(key), str) or (rewritten.streams and choice.get("finish_reason"))):
         return
-    text = inner.get(key) or ""
-    if not rewritten.streams:
+    text, index = inner.get(key) or "", choice.get("index", number)
+    last = not rewritten.streams or choice.get("finish_reason") is not None
+    if rewritten.streams:
+        inner[key] = rewritten.targets.setdefault(index, TargetStream(form)).add(text, last=last)
+    else:
         inner[key] = form.extract_target(text)
-        return
-    held = rewritten.targets.setdefault(choice.get("index", number), TargetStream(form))
-    inner[key] = held.add(text, last=choice.get("finish_reason") is not None)
+    if key == "text" and "logprobs" in choice:
+        offsets = rewritten.offsets.setdefault(index, TargetOffsets(form))
+        choice["logprobs"] = offsets.add(text, inner[key], choice["logprobs"], last=last)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
