@@ -612,16 +612,18 @@ def _load_model(auto: Any, name: str, source: str, options: Mapping[str, Any]) -
         loaded: tuple[Any, Mapping[str, Any]] = auto.from_pretrained(source, **strict, **options, **more)
         return loaded
 
-    model, told = load()
-    missing = sorted(told["missing_keys"])
+    model, report = load()
+    missing = sorted(report["missing_keys"])
     no_pooler = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
     if no_pooler and missing and all("pooler" in key.split(".") for key in missing):
-        model, told = load(add_pooling_layer=False)
-        missing = sorted(told["missing_keys"])
+        model, report = load(add_pooling_layer=False)
+        missing = sorted(report["missing_keys"])
     faults = []
     if missing:
         faults.append(f"missing: {_some(missing)}")
-    other = [f"{key} ({list(here)} instead of {list(wanted)})" for key, here, wanted in sorted(told["mismatched_keys"])]
+    other = [
+        f"{key} ({list(here)} instead of {list(wanted)})" for key, here, wanted in sorted(report["mismatched_keys"])
+    ]
     if other:
         faults.append(f"of another shape: {_some(other)}")
     if faults:
@@ -630,7 +632,7 @@ def _load_model(auto: Any, name: str, source: str, options: Mapping[str, Any]) -
             f"random: {'; '.join(faults)}.",
             hint="get the whole checkpoint, with the config.json that it was stored with.",
         )
-    return model, tuple(sorted(told["unexpected_keys"]))
+    return model, tuple(sorted(report["unexpected_keys"]))
 
 
 def _some(names: Sequence[str], count: int = 5) -> str:

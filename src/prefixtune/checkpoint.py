@@ -29,7 +29,7 @@ from prefixtune.backbone import DTYPES, Backbone, BackboneLike, as_backbone
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, did_you_mean
 from prefixtune.files import atomic_path
 from prefixtune.fingerprints import fingerprints_match
-from prefixtune.hub import FILE, download, is_hub_id
+from prefixtune.hub import FILE, download, is_repository, repository_of
 from prefixtune.prefix import Prefix
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "load_state",
     "load_weights",
     "make_header",
+    "prefix_file",
     "save_prefix",
     "save_state",
     "save_weights",
@@ -104,7 +105,7 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
 
 
 PrefixLike = Prefix | str | os.PathLike[str]
-"""What stands for a prefix: itself, a path, or a repository of the hub."""
+"""What stands for a prefix: itself, a path, or `hub:OWNER/NAME`."""
 
 
 def as_prefix(given: PrefixLike | None, backbone: Backbone | None = None) -> Prefix | None:
@@ -131,8 +132,8 @@ def load_prefix(
     """Read an artifact, checking all of it before any of it is used.
 
     Args:
-        path: The file; the folder of a run, which holds one; or a repository of the hub (`OWNER/NAME`), which is
-            downloaded where nothing of that name is here. A `Prefix` is checked and given back.
+        path: The file; the folder of a run, which holds one; or `hub:OWNER/NAME`, a repository of the hub, which is
+            downloaded. A `Prefix` is checked and given back.
         backbone: Also check that the prefix was trained for this model.
         allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say).
 
@@ -143,7 +144,7 @@ def load_prefix(
         ConfigError: `path` or `backbone` is something else.
         PrefixError: The hub cannot be reached, or has no such file.
     """
-    prefix = path if isinstance(path, Prefix) else read_artifact(_file_of(path))
+    prefix = path if isinstance(path, Prefix) else read_artifact(prefix_file(path))
     path = "the prefix" if isinstance(path, Prefix) else path
     if backbone is not None:
         backbone = as_backbone(backbone)
@@ -159,18 +160,37 @@ def load_prefix(
     return prefix
 
 
-def _file_of(path: str | os.PathLike[str]) -> Path:
-    """The file that is meant by a path, by a run's folder, or by a repository of the hub."""
+def prefix_file(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant by a path, by a run's folder, or by `hub:OWNER/NAME`, which is downloaded.
+
+    Raises:
+        CheckpointError: There is nothing of that name, or a folder without a prefix.
+        ConfigError: `path` is no path.
+        PrefixError: The hub cannot be reached, or has no such file.
+    """
     if not isinstance(path, str | os.PathLike):
         inner = " (its `.prefix` is one)" if isinstance(getattr(path, "prefix", None), Prefix) else ""
         raise ConfigError(
-            f"the prefix is {describe_value(path)}{inner}, but must be a path, a hub id or a Prefix.",
+            f"the prefix is {describe_value(path)}{inner}, but must be a path, hub:OWNER/NAME or a Prefix.",
             hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
         )
-    if is_hub_id(path):
-        return download(str(path))
-    inside = Path(path) / FILE
-    return inside if inside.is_file() else Path(path)
+    repository = repository_of(path)
+    if repository is not None:
+        return download(repository)
+    file = Path(path)
+    if file.is_dir():
+        if not (file / FILE).is_file():
+            raise CheckpointError(
+                f"there is no file {FILE} in the folder {str(path)!r}.",
+                hint="give a file, or the --output folder of a training that came to its end; runs of other methods go "
+                "with --run of `prefixtune generate` and `evaluate`.",
+            )
+        return file / FILE
+    if is_repository(path) and file.suffix != ".safetensors" and not file.exists():
+        raise CheckpointError(
+            f"there is no file or folder {str(path)!r}.", hint=f"check the path; hub:{path} is fetched from the hub."
+        )
+    return file
 
 
 def _check_fingerprint(

@@ -323,7 +323,7 @@ examples:
         action="append",
         default=[],
         metavar="FILE",
-        help="once for all texts, or once per text; none: bare model",
+        help="a file, the folder of a run, or hub:OWNER/NAME; once for all texts, or once per text; none: bare model",
     )
     # `run` is what the command line calls.
     what.add_argument("--run", dest="run_folder", metavar="FOLDER", help="a run of `prefixtune train`, with any method")

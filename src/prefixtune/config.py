@@ -255,7 +255,7 @@ class TrainConfig:
     init_text: str = _option(
         "Describe the following data in one sentence:", "words to start from; cycled or cut to P tokens", "prefix"
     )
-    init_prefix: str = _option("", "prefix file to start from", "prefix")
+    init_prefix: str = _option("", "prefix to start from: a file, the folder of a run, or hub:OWNER/NAME", "prefix")
 
     learning_rate: float = _option(
         0.0,

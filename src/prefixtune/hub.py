@@ -1,6 +1,7 @@
 """Files of the Hugging Face hub: which texts name a repository, and bringing a file of one here.
 
-Nothing goes over the network but in `download`. Knows nothing of what is in the files.
+What is to be fetched is written `hub:OWNER/NAME`; a name without `hub:` is a path on this machine. Nothing goes over
+the network but in `download`. Knows nothing of what is in the files.
 """
 
 from __future__ import annotations
@@ -14,26 +15,44 @@ from pathlib import Path
 from prefixtune import __version__
 from prefixtune.errors import ConfigError, PrefixError
 
-__all__ = ["FILE", "download", "hub_errors", "is_hub_id"]
+__all__ = ["FILE", "HUB", "download", "hub_errors", "is_repository", "repository_of"]
 
 FILE = "prefix.safetensors"
 """A prefix's name in a repository."""
 
+HUB = "hub:"
+"""What stands before the name of what is to be fetched."""
+
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
-def is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Whether a text names a repository of the hub, and nothing on this machine.
+def is_repository(name: str | os.PathLike[str]) -> bool:
+    """Whether a text has the form of a repository's name, `OWNER/NAME`; a path on this machine may have it, too.
 
-    Where the part before the slash is a folder here, the text is a path, even of a file that is missing: a mistyped
-    path is never looked for elsewhere.
-
-    >>> is_hub_id("me/e2e-prefix"), is_hub_id("runs/prefix.safetensors"), is_hub_id("./me/prefix"), is_hub_id("prefix")
-    (True, False, False, False)
+    >>> is_repository("me/e2e-prefix"), is_repository("./me/prefix"), is_repository("prefix")
+    (True, False, False)
     """
-    if not isinstance(name, str) or not _ID.fullmatch(name) or name.endswith((".safetensors", ".gguf", ".json")):
-        return False
-    return not Path(name).exists() and not Path(name).parent.exists()
+    return _ID.fullmatch(os.fspath(name)) is not None
+
+
+def repository_of(name: str | os.PathLike[str]) -> str | None:
+    """The repository that `hub:OWNER/NAME` names; None: the text is a path on this machine.
+
+    A path that is missing is never looked for elsewhere.
+
+    >>> repository_of("hub:me/e2e-prefix"), repository_of("me/e2e-prefix")
+    ('me/e2e-prefix', None)
+
+    Raises:
+        ConfigError: What follows `hub:` is no repository's name.
+    """
+    text = os.fspath(name)
+    if not text.startswith(HUB):
+        return None
+    repository = text.removeprefix(HUB)
+    if not is_repository(repository):
+        raise ConfigError(f"{text!r} names no repository.", hint="write hub:OWNER/NAME, as in hub:me/e2e-prefix.")
+    return repository
 
 
 def download(repo_id: str, name: str = FILE, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -93,8 +112,8 @@ def hub_errors(what: str) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise PrefixError(f"{what}: the repository has no such file.", hint="name it with --file.") from error
     except HfHubHTTPError as error:
-        told = str(error.server_message or error).splitlines()[0]
-        raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {told}", hint=hint) from error
+        reason = str(error.server_message or error).splitlines()[0]
+        raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {reason}", hint=hint) from error
     except Exception as error:
         # Of whichever client library this version of huggingface_hub uses.
         client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.checkpoint import load_prefix, make_header, save_prefix
 from prefixtune.cli import main
 from prefixtune.generation import GenerateConfig
 from prefixtune.generation import generate as generate_texts
@@ -168,3 +169,29 @@ def test_a_folder_without_a_run_and_a_run_beside_a_prefix_are_refused(
 ) -> None:
     assert "holds neither" in error(capsys, "text", "--run", str(tmp_path))
     assert "not allowed with" in error(capsys, "text", "--run", str(tmp_path), "--prefix", prefixes[0])
+
+
+def test_a_run_folder_stands_for_its_prefix_and_the_adapter_beside_it(
+    prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(*_: Any, adapter: str | None = None, **__: Any) -> None:
+        raise Loaded(adapter)
+
+    prefix = load_prefix(prefixes[1])
+    prefix.header["adapter"] = "adapter"
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    save_prefix(tmp_path / "run" / "prefix.safetensors", prefix)
+    monkeypatch.setattr("prefixtune.backbone.check_loadable", lambda *_, **__: None)
+    monkeypatch.setattr("prefixtune.backbone.load_backbone", load)
+    for name in (tmp_path / "run", tmp_path / "run" / "prefix.safetensors"):
+        with pytest.raises(Loaded, match=re.escape(str(tmp_path / "run" / "adapter"))):
+            main(["generate", "a text", "--prefix", str(name), *SHORT])
+
+
+def test_a_folder_without_a_prefix_is_no_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = error(capsys, "a text", "--prefix", str(tmp_path))
+    assert "no file prefix.safetensors in the folder" in told
+    assert "--run" in told

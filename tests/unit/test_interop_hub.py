@@ -165,14 +165,33 @@ def test_a_repository_is_a_prefix_and_a_path_is_never_looked_for_on_the_hub(
     stand_in: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.push(artifact, "me/pubs")
-    assert torch.equal(load_prefix("me/pubs").layers["decoder"][0][0], load_prefix(artifact).layers["decoder"][0][0])
+    fetched = load_prefix("hub:me/pubs")
+    assert torch.equal(fetched.layers["decoder"][0][0], load_prefix(artifact).layers["decoder"][0][0])
     calls = len(stand_in.calls)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for name in ("runs/missing", "./me/missing", "me/missing.safetensors", "missing"):
+    for name in ("runs/missing", "./me/missing", "me/missing.safetensors", "missing", "me/pubs"):
         with pytest.raises(CheckpointError, match="there is no file"):
             load_prefix(name)
+    with pytest.raises(CheckpointError) as raised:
+        load_prefix("me/pubs")
+    assert "hub:me/pubs" in raised.value.hint
+    for name in ("hub:pubs", "hub:", "hub:me/pubs/prefix.safetensors", "hub:../pubs"):
+        with pytest.raises(ConfigError, match="names no repository"):
+            load_prefix(name)
     assert len(stand_in.calls) == calls, "the hub was asked for a path"
+
+
+def test_a_run_is_pushed_and_a_repository_inspected(
+    stand_in: Hub, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / hub.FILE).write_bytes(artifact.read_bytes())
+    hub.push(run, "me/pubs")
+    assert stand_in.repos["me/pubs"][hub.FILE] == artifact.read_bytes()
+    assert main(["inspect", "hub:me/pubs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["header"]["task"] == "e2e"
 
 
 def test_the_commands_take_a_repository_for_a_prefix(
@@ -190,7 +209,7 @@ def test_the_commands_take_a_repository_for_a_prefix(
     data.write_text('{"source": "a text", "target": "another"}\n')
     shared = ("--backbone", str(tmp_path / "model"), "--dtype", "float32", "--device", "cpu", "--quiet")
     outputs = []
-    for prefix in (str(artifact), "me/pubs"):
+    for prefix in (str(artifact), "hub:me/pubs"):
         assert main(["generate", "a text", "--prefix", prefix, *shared]) == 0
         records = ("--task", "records", "--source", "source", "--target", "target")
         assert main(["evaluate", "--data", str(data), "--prefix", prefix, *records, *shared]) == 0

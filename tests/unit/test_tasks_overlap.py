@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from prefixtune.cli import main
 from prefixtune.config import TrainConfig
 from prefixtune.report import compose, read_folder
 from prefixtune.study import StudyConfig, run_study
 from prefixtune.tasks import Example, overlap
 from prefixtune.tasks.overlap import find_overlap, training_examples
+from prefixtune.training import train
 
 
 def write(path: Path, names: list[str]) -> str:
@@ -74,3 +76,25 @@ def test_a_study_counts_them_and_its_report_tells(tmp_path: Path, tiny_backbone:
     # A second look at what is done forgets nothing.
     run_study(config, backbone=tiny_backbone("llama"))
     assert json.loads((tmp_path / "study" / "study.json").read_text())["overlap"] == stored["overlap"]
+
+
+def test_evaluate_warns_whatever_names_the_prefix(
+    tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_models("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    test = write(tmp_path / "test.jsonl", ["Bo", "Zed"])
+    config = TrainConfig(
+        train=write(tmp_path / "train.jsonl", ["Ann", "Bo"]),
+        source="name",
+        target="text",
+        backbone=str(tmp_path / "model"),
+        device="cpu",
+        max_steps=1,
+        output=str(tmp_path / "run"),
+    )
+    train(config, progress=False)
+    for named in (("--prefix", "run"), ("--prefix", "run/prefix.safetensors"), ("--run", "run")):
+        words = ["evaluate", named[0], str(tmp_path / named[1]), "--data", test, "--target", "text"]
+        assert main([*words, "--max-new-tokens", "2", "--device", "cpu", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["overlap"]["count"] == 1, named

@@ -23,7 +23,11 @@ __all__ = ["add_arguments", "evaluate"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `prefixtune evaluate` takes, besides how to decode."""
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prefix", metavar="FILE", help="the prefix; without it and --run: the bare model")
+    what.add_argument(
+        "--prefix",
+        metavar="FILE",
+        help="the prefix: a file, the folder of its run, or hub:OWNER/NAME; without it and --run: the bare model",
+    )
     # `run` is what the command line calls.
     what.add_argument("--run", dest="run_folder", metavar="FOLDER", help="a run of `prefixtune train`, with any method")
     parser.add_argument("--task", help="default: the prefix's or the run's task")
@@ -84,7 +88,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from prefixtune.text_format import read_text_format
 
     console = Console(quiet=options.quiet or options.json)
-    # All that can be wrong is told before the model loads.
+    # All that can be wrong is reported before the model loads.
     file, weights, header = find_artifact(options, options.prefix)
     task = options.task or header.get("task") or "records"
     source, target = options.source, options.target
@@ -102,8 +106,9 @@ def evaluate(options: argparse.Namespace) -> int:
     check_kind(chosen.kind, labelled=weights is None and bool(header.get("labels")), intervals=options.intervals)
     config = generate_config(options, [], task)
     folder = Path(options.output) if options.output else None
-    for place in [*([Path(options.outputs)] if options.outputs else []), *([folder / DECODED_FILE] if folder else [])]:
-        check_writable(place)
+    written = [Path(options.outputs)] if options.outputs else []
+    for path in [*written, *([folder / DECODED_FILE] if folder else [])]:
+        check_writable(path)
     shown = _shots(options, task, source, target)
     overlap = _overlap(console, examples, options.train if shown else weights or file, shown)
     backbone, prefix, form = load_artifact(console, options, file, weights)
@@ -148,8 +153,8 @@ def evaluate(options: argparse.Namespace) -> int:
         write_evaluation(folder, outcome, examples, facts, protocol=chosen.protocol)
         console.info(f"scores, outputs and settings: {folder}")
     if options.json:
-        told = {"num_examples": len(examples), "task": task, "prefix": options.prefix, "run": options.run_folder}
-        print_json({**summarize(outcome), **told, **overlap})
+        asked = {"num_examples": len(examples), "task": task, "prefix": options.prefix, "run": options.run_folder}
+        print_json({**summarize(outcome), **asked, **overlap})
     else:
         _show(console, outcome, len(examples), options.data)
     if options.outputs:

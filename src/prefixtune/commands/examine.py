@@ -34,11 +34,12 @@ def prepare(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """`prefixtune inspect`."""
-    from prefixtune.checkpoint import load_prefix
+    from prefixtune.checkpoint import load_prefix, prefix_file
 
     path = Path(options.file)
     if path.is_dir():
         return _list(options, path)
+    path = prefix_file(options.file)
     prefix = load_prefix(path)
     norms = [
         {

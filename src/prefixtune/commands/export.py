@@ -26,7 +26,11 @@ _ONLY = {"state_version": "llama.cpp", "kv_type": "llama.cpp", "patch": "llama.c
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `prefixtune export` takes."""
-    parser.add_argument("prefix", metavar="PREFIX", help="a .safetensors file of `prefixtune train`")
+    parser.add_argument(
+        "prefix",
+        metavar="PREFIX",
+        help="a .safetensors file of `prefixtune train`, the folder of its run, or hub:OWNER/NAME",
+    )
     parser.add_argument("--to", required=True, metavar="{" + ",".join(TARGETS) + "}", help="the runtime")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of what is written")
     group = parser.add_argument_group("llama.cpp")

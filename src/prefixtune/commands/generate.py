@@ -29,7 +29,7 @@ _PLAIN = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 def generate(options: argparse.Namespace) -> int:
     """`prefixtune generate`."""
     from prefixtune import generation
-    from prefixtune.checkpoint import load_prefix
+    from prefixtune.checkpoint import load_prefix, prefix_file
 
     console = Console(quiet=options.quiet or options.json)
     lines = options.texts or _stdin_lines(console)
@@ -47,13 +47,14 @@ def generate(options: argparse.Namespace) -> int:
     # A blank line of stdin has an empty result, so that results stand beside their sources.
     kept = [number for number, line in enumerate(lines) if options.texts or line.strip()]
     texts = [lines[number] for number in kept]
-    files = [options.prefix[number] for number in kept] if len(options.prefix) > 1 else list(options.prefix)
+    names = [options.prefix[number] for number in kept] if len(options.prefix) > 1 else list(options.prefix)
+    files = [str(prefix_file(name)) for name in names]
     weights: Path | None = None
     header: Mapping[str, Any] = {}
     if options.run_folder:
         file, weights, header = find_artifact(options, None)
-        files = [file] if file else []
-    # All that can be wrong is told before the model loads.
+        names = files = [file] if file else []
+    # All that can be wrong is reported before the model loads.
     read = [load_prefix(file) for file in files]
     config = generate_config(options, read, header.get("task"))
     labelling = _is_labelling(read, options)
@@ -72,7 +73,7 @@ def generate(options: argparse.Namespace) -> int:
     else:
         rows = _continue(console, backbone, texts, loaded, form, config)
     for number, row in enumerate(rows):
-        row["prefix"] = None if not files else files[0] if len(files) == 1 else files[number]
+        row["prefix"] = None if not names else names[0] if len(names) == 1 else names[number]
     _print_rows(options, lines, dict(zip(kept, rows, strict=True)))
     return 0
 
@@ -217,8 +218,8 @@ def _tell_labels(
     return rows
 
 
-def _keep_cut(cut: set[int], numbers: Sequence[int], places: Sequence[int]) -> None:
-    cut.update(numbers[place] for place in places)
+def _keep_cut(cut: set[int], numbers: Sequence[int], indices: Sequence[int]) -> None:
+    cut.update(numbers[index] for index in indices)
 
 
 def _report_cut(console: Console, cut: Collection[int], total: int) -> None:

@@ -70,14 +70,15 @@ def load_with_prefixes(
     Args:
         console: Says what is loaded.
         options: Of the command.
-        files: The prefixes'.
+        files: The prefixes': paths, folders of runs or `hub:OWNER/NAME`.
         check: What else could be wrong with the prefixes and options; called before the backbone loads.
     """
     from prefixtune.backbone import check_size
-    from prefixtune.checkpoint import load_prefix
+    from prefixtune.checkpoint import load_prefix, prefix_file
     from prefixtune.text_format import read_text_format
 
-    # Read first: a wrong file is told at once, before the model loads.
+    # Read first: a wrong file is reported at once, before the model loads.
+    files = [str(prefix_file(file)) for file in files]
     loaded = [load_prefix(file) for file in files]
     names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in loaded} - {""}
     if options.backbone is None and len(names) > 1:
@@ -128,9 +129,9 @@ def find_artifact(options: argparse.Namespace, file: str | None) -> tuple[str | 
 
     Args:
         options: With `--run`, whose prefix or weights are taken.
-        file: The prefix that was named.
+        file: The prefix that was named: a path, the folder of a run or `hub:OWNER/NAME`.
     """
-    from prefixtune.checkpoint import load_prefix, load_weights
+    from prefixtune.checkpoint import load_prefix, load_weights, prefix_file
     from prefixtune.training import PREFIX_FILE, WEIGHTS_FILE
 
     if options.run_folder:
@@ -150,7 +151,10 @@ def find_artifact(options: argparse.Namespace, file: str | None) -> tuple[str | 
                 hint="give the --output folder of a `prefixtune train` that came to its end.",
             )
         file = str(folder / PREFIX_FILE)
-    return (file, None, load_prefix(file).header) if file else (None, None, {})
+    if not file:
+        return None, None, {}
+    file = str(prefix_file(file))
+    return file, None, load_prefix(file).header
 
 
 def load_artifact(

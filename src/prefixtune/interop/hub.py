@@ -2,7 +2,7 @@
 
 A repository holds `prefix.safetensors` and `README.md`: a card made from the prefix's header and, where it was
 evaluated, the scores in the hub's model-index form. Nothing goes over the network but on these two calls, and where a
-prefix is given as `OWNER/NAME` (see `prefixtune.hub`). Knows nothing of backbones.
+prefix is given as `hub:OWNER/NAME` (see `prefixtune.hub`). Knows nothing of backbones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune import __version__
-from prefixtune.checkpoint import load_prefix
+from prefixtune.checkpoint import load_prefix, prefix_file
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.files import atomic_path, check_writable
 from prefixtune.hub import FILE, download, hub_errors
@@ -38,7 +38,7 @@ def push(
     """Upload a prefix with its card; the repository is made where there is none.
 
     Args:
-        path: The artifact.
+        path: The artifact, or the folder of its run.
         repo_id: `OWNER/NAME`.
         evaluation: `evaluation.json` of `prefixtune evaluate`, or its folder: its scores go into the card.
         private: A new repository can be seen by its owner alone.
@@ -57,6 +57,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     # Wholly read and checked before any of it leaves.
+    path = prefix_file(path)
     prefix = load_prefix(path)
     card = make_card(prefix, repo_id, read_evaluation(evaluation))
     with hub_errors(f"cannot upload to {repo_id!r}"):

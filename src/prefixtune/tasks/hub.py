@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.hub import HUB
 
 __all__ = ["HUB", "is_set", "set_rows", "set_splits", "split_of_set"]
 
-HUB = "hub:"
 _ONE, _SEVERAL = "dataset_info.json", "dataset_dict.json"
 
 

@@ -72,8 +72,8 @@ def training_examples(config: TrainConfig) -> list[Example] | None:
     if not task.parts:
         if not Path(path).exists():
             return None
-        place = locate(Path(path), "train", task.formats, task.release)
-        files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+        found = locate(Path(path), "train", task.formats, task.release)
+        files = [found] if found.is_file() else [file for file in found.rglob("*") if file.is_file()]
         # Zipped text is about an eighth of its size.
         if sum(file.stat().st_size * (8 if file.suffix == ".gz" else 1) for file in files) > _MOST_BYTES:
             return None

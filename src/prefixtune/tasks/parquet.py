@@ -48,8 +48,8 @@ def parquet_rows(data: bytes, path: Path, most_bytes: int) -> Iterator[dict[str,
     except DataError:
         raise
     except Exception as error:  # the library raises many kinds
-        told = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is no whole Parquet file: {told}.", hint="copy or export it again.") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{path} is no whole Parquet file: {reason}.", hint="copy or export it again.") from error
 
 
 def _plain(value: Any) -> Any:
