@@ -14,6 +14,7 @@ import prefixtune.study.run
 import prefixtune.training
 from prefixtune import cli
 from prefixtune.checkpoint import save_prefix
+from prefixtune.errors import ConfigError
 from prefixtune.prefix import Prefix
 
 LLAMA = {
@@ -224,3 +225,27 @@ def test_a_model_without_a_mistake_would_be_loaded(place: Path) -> None:
     for command in (TRAIN, "generate --prefix p.safetensors x", "convert p.safetensors out --to peft --backbone model"):
         with pytest.raises(pytest.fail.Exception, match="the backbone was loaded"):
             cli.main(command.split())
+
+
+def test_train_says_that_it_loads_when_it_does(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--backbone", "model", "--source", "{name}", "--target", "text", "--device", "cpu"]
+    assert cli.main([*words, "--train", "nowhere.csv", "--output", "a"]) == 2
+    assert "loading" not in capsys.readouterr().err
+    (place / "one.toml").write_text(
+        'backbone = "model"\nsource = "{name}"\ntarget = "text"\ntrain = "nowhere.csv"\noutput = "one"\n'
+    )
+    (place / "two.toml").write_text((place / "one.toml").read_text().replace('"one"', '"two"'))
+    assert cli.main(["train", "--together", "one.toml", "two.toml"]) == 2
+    assert "loading" not in capsys.readouterr().err
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise ConfigError("it was about to load.")
+
+    monkeypatch.setattr(prefixtune.training, "load_backbone", load)
+    for more, shown in (((), 1), (("--quiet",), 0), (("--json",), 0)):
+        assert cli.main([*words, "--train", "rows.jsonl", "--output", "b", *more]) == 2
+        captured = capsys.readouterr().err
+        assert captured.count("loading model ...") == shown
+        assert "about to load" in captured

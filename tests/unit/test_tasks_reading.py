@@ -26,8 +26,21 @@ def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
         ("name;price\nAromi;1,50\n", [{"name": "Aromi", "price": "1,50"}]),
         ('\n;\nname;text\nAromi;"Eat; go."\n', [{"name": "Aromi", "text": "Eat; go."}]),
         ('"name, first";text\nAromi;Eat.\n', [{"name, first": "Aromi", "text": "Eat."}]),
-        # Commas win wherever the header has one; what is quoted separates nothing.
+        # Where a header has both, the first row tells, then the number of columns; what is quoted separates nothing.
         ("name;x,text\nAromi,a;b\n", [{"name;x": "Aromi", "text": "a;b"}]),
+        ("name;x,text\nAromi,Eat.\n", [{"name;x": "Aromi", "text": "Eat."}]),
+        ("name;text, long\nAromi;Eat.\n", [{"name": "Aromi", "text, long": "Eat."}]),
+        (
+            'name;"price, EUR";text\nAromi;1,50;Eat.\nBibi;2,50;"Eat; go."\n',
+            [
+                {"name": "Aromi", "price, EUR": "1,50", "text": "Eat."},
+                {"name": "Bibi", "price, EUR": "2,50", "text": "Eat; go."},
+            ],
+        ),
+        # Excel's first line, in the forms in which it is met.
+        ("sep=;\nname;text\nAromi;Eat, go.\n", [{"name": "Aromi", "text": "Eat, go."}]),
+        ('"sep=,"\r\nname,text;long\r\nAromi,Eat.\r\n', [{"name": "Aromi", "text;long": "Eat."}]),
+        ("SEP=\t\nname\ttext\nAromi\tEat, go.\n", [{"name": "Aromi", "text": "Eat, go."}]),
         ('"a;b"\nx;y\n', [{"a;b": "x;y"}]),
         # One column.
         ("text\nEat; go.\n", [{"text": "Eat; go."}]),
@@ -35,6 +48,14 @@ def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
 )
 def test_what_separates_the_fields_of_a_csv(text: str, rows: list[dict[str, str]], tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.csv", text) == rows
+
+
+def test_a_declared_separator_is_one_that_is_read_and_keeps_the_numbers_of_the_lines(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.csv, line 1 says that '\|' separates the fields"):
+        rows_of(tmp_path / "a.csv", "sep=|\nname|text\nAromi|Eat.\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 3 has 3 fields; the header has 2: name, text"):
+        rows_of(tmp_path / "a.csv", "sep=;\nname;text\nAromi;Eat;go.\n")
+    assert rows_of(tmp_path / "a.tsv", "sep=\t\nname\ttext\nAromi\tEat.\n") == [{"name": "Aromi", "text": "Eat."}]
 
 
 def test_a_row_of_another_length_names_the_separator(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from prefixtune.config import TrainConfig
 from prefixtune.console import Console
 from prefixtune.errors import ConfigError, check_all
-from prefixtune.progress import show_training
 
 if TYPE_CHECKING:
     from prefixtune.backbone import Backbone
@@ -204,20 +203,24 @@ def generate_config(options: argparse.Namespace, prefixes: Sequence[Prefix], tas
 def run_training(
     console: Console, config: TrainConfig, *, resume: bool = False, as_json: bool = False, **given: Any
 ) -> Any:
-    """`training.train` with its events shown."""
+    """`training.train` with its progress shown, or with its events as JSON lines."""
     from prefixtune.training import train as run
 
-    console.info(f"loading {config.backbone} ...")
-    with _shown(console, as_json) as show:
-        try:
-            return run(config, resume=resume, progress=False, on_event=show, **given)
-        except KeyboardInterrupt as stopped:
-            resume_line = f"go on with `prefixtune train --resume --output {config.output}`."
-            if str(stopped):
-                raise KeyboardInterrupt(f"{stopped}; {resume_line}") from None
-            if (Path(config.output) / "state.safetensors").exists():
-                raise KeyboardInterrupt(f"stopped at once; the last save is kept; {resume_line}") from None
-            raise KeyboardInterrupt("nothing was trained yet.") from None
+    try:
+        return run(
+            config,
+            resume=resume,
+            progress=not (console.quiet or as_json),
+            on_event=_print_event if as_json else None,
+            **given,
+        )
+    except KeyboardInterrupt as stopped:
+        resume_line = f"go on with `prefixtune train --resume --output {config.output}`."
+        if str(stopped):
+            raise KeyboardInterrupt(f"{stopped}; {resume_line}") from None
+        if (Path(config.output) / "state.safetensors").exists():
+            raise KeyboardInterrupt(f"stopped at once; the last save is kept; {resume_line}") from None
+        raise KeyboardInterrupt("nothing was trained yet.") from None
 
 
 def run_training_together(
@@ -226,7 +229,7 @@ def run_training_together(
     """`training.train_together` with its events shown."""
     from prefixtune.training import train_together as run
 
-    console.info(f"loading {configs[0].backbone} for {len(configs)} runs ...")
+    console.info(f"{len(configs)} runs share the backbone {configs[0].backbone}")
     totals: dict[str, int] = {}
     steps: dict[str, int] = {}
     with ExitStack() as stack:
@@ -234,8 +237,7 @@ def run_training_together(
 
         def show(event: dict[str, Any]) -> None:
             if as_json:
-                with suppress(BrokenPipeError):
-                    print_json(event)
+                _print_event(event)
                 return
             name = event["run"]
             if event["event"] in ("start", "resume"):
@@ -254,18 +256,11 @@ def run_training_together(
         try:
             return run(configs, resume=resume, on_event=show)
         except KeyboardInterrupt as stopped:
-            told = str(stopped) or "stopped at once; the last saves are kept"
-            raise KeyboardInterrupt(f"{told}; go on with the same command and --resume.") from None
+            kept = str(stopped) or "stopped at once; the last saves are kept"
+            raise KeyboardInterrupt(f"{kept}; go on with the same command and --resume.") from None
 
 
-@contextmanager
-def _shown(console: Console, as_json: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show a run's events: as JSON lines, or as a progress bar and messages."""
-
-    def print_event(event: dict[str, Any]) -> None:
-        # A reader such as `head` may leave; the training goes on.
-        with suppress(BrokenPipeError):
-            print_json(event)
-
-    with show_training(console) as show:
-        yield print_event if as_json else show
+def _print_event(event: dict[str, Any]) -> None:
+    # A reader such as `head` may leave; the training goes on.
+    with suppress(BrokenPipeError):
+        print_json(event)

@@ -1,9 +1,9 @@
 """Opening a data file and cutting it into rows, with errors that name the file and the line.
 
 Formats: `.jsonl` (one object a line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
-where needed; the fields of a `.csv` may be separated by `;`, too) and `.parquet`, each also gzipped (`.gz`). Text is
-UTF-8, with or without a byte order mark, or UTF-16 with one. A file is read whole. A set of the `datasets` library (see
-`hub`) may stand wherever a file of rows does.
+where needed; the fields of a `.csv` may be separated by `;`, too, and a first line such as `sep=;` may say by what) and
+`.parquet`, each also gzipped (`.gz`). Text is UTF-8, with or without a byte order mark, or UTF-16 with one. A file is
+read whole. A set of the `datasets` library (see `hub`) may stand wherever a file of rows does.
 
 Knows nothing of what a row means: no task, no column name, no template.
 """
@@ -11,9 +11,11 @@ Knows nothing of what a row means: no task, no column name, no template.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -34,6 +36,8 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _GZIP_MAGIC = b"\x1f\x8b"
 # A pattern such as `\s*\n\s*` takes time quadratic in the blanks of a text: runs of white space are found as a whole.
 _WHITE_SPACE = re.compile(r"\s+")
+_SEPARATORS = (",", ";")
+_DECLARATION = re.compile(r'"?sep=([^\r\n"])"?[ \t]*(?:\r?\n|\r|$)', re.IGNORECASE)
 _MOST_BYTES = 2**32
 """What is read of a file, unzipped."""
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
@@ -131,7 +135,8 @@ def read_rows(path: Path, formats: Sequence[str] = FORMATS) -> list[Row]:
         rows = list(_json_list(read_text(path), path))
     else:
         text = read_text(path)
-        rows = list(_table(text, path, _separator(text) if form == ".csv" else "\t"))
+        separator, text = _separator(text, path, "\t" if form == ".tsv" else "")
+        rows = list(_table(text, path, separator))
     if not rows:
         raise DataError(f"{path} has no rows; at least one is needed.", hint="check that it was written to the end.")
     return rows
@@ -284,20 +289,39 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def _separator(text: str) -> str:
-    """What stands between the fields of a `.csv`: a comma, unless its header has none of it, but has semicolons.
+def _separator(text: str, path: Path, usual: str) -> tuple[str, str]:
+    """What stands between the fields of a table, and the table.
 
-    So do spreadsheets write where the comma is the decimal mark.
+    A first line `sep=;`, as Excel has it, says so, and is no row. Otherwise it is `usual`, where there is one; or a
+    comma or a semicolon, which spreadsheets write where the comma is the decimal mark: the one that cuts the first row
+    into as many fields as the header, or else the one that cuts the header into more. The comma if both do the same.
     """
-    for mark in (",", ";"):
-        try:
-            records = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-            header = next((cells for cells in records if any(cell.strip() for cell in cells)), [])
-        except csv.Error:
-            continue
-        if len(header) > 1:
-            return mark
-    return ","
+    declared = _DECLARATION.match(text)
+    if declared is not None:
+        if declared[1] not in (*_SEPARATORS, "\t"):
+            raise DataError(
+                f"{path}, line 1 says that {declared[1]!r} separates the fields; only ',', ';' and a tab do.",
+                hint="write the file anew with one of these.",
+            )
+        # An empty line in its place: the lines keep their numbers.
+        return declared[1], "\n" + text[declared.end() :]
+    if usual:
+        return usual, text
+    counts = {mark: _first_counts(text, mark) for mark in _SEPARATORS}
+    return max(
+        counts, key=lambda mark: (counts[mark][0] > 1, counts[mark][0] == counts[mark][1], counts[mark][0])
+    ), text
+
+
+def _first_counts(text: str, separator: str) -> tuple[int, int]:
+    """How many fields a header and its first row have; 0 where there is none, or none that can be read."""
+    counts = [0, 0]
+    records = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    with contextlib.suppress(csv.Error):
+        rows = (cells for cells in records if any(cell.strip() for cell in cells))
+        for number, cells in enumerate(itertools.islice(rows, 2)):
+            counts[number] = len(cells)
+    return counts[0], counts[1]
 
 
 def _table(text: str, path: Path, delimiter: str) -> Iterator[Row]:
