@@ -21,7 +21,7 @@ class TargetOffsets:
 
     >>> offsets = TargetOffsets(TextFormat(target="<<{target}>>"))
     >>> logprobs = {"tokens": ["<<", "Aro", "mi", ">>"], "text_offset": [0, 2, 5, 7]}
-    >>> offsets.add("<<Aromi>>", "Aromi", logprobs, last=True)
+    >>> offsets.add("Aromi", logprobs, last=True)
     {'tokens': ['<<', 'Aro', 'mi', '>>'], 'text_offset': [0, 0, 3, 5]}
 
     Args:
@@ -29,29 +29,25 @@ class TargetOffsets:
     """
 
     def __init__(self, text_format: TextFormat) -> None:
-        self._format = text_format
-        self._output, self._given = "", 0
+        self._format, self._given = text_format, 0
         self._taken_off: int | None = None
         self._held: dict[str, list[Any]] = {}
 
-    def add(self, output: str, target: str, logprobs: dict[str, Any] | None, *, last: bool) -> dict[str, Any] | None:
+    def add(self, target: str, logprobs: dict[str, Any] | None, *, last: bool) -> dict[str, Any] | None:
         """The entries whose text is given now; None: there are none.
 
         Args:
-            output: A piece of the output.
-            target: What is given of the target with it.
-            logprobs: Lists of equal lengths, `text_offset` among them, for the piece's tokens.
+            target: A piece of the target.
+            logprobs: Lists of equal lengths for the tokens that came with it, `tokens` and `text_offset` among them.
             last: Nothing follows.
         """
         self._given += len(target)
-        if self._taken_off is None:
-            self._output += output
-            if self._given or last:
-                self._taken_off = self._begin()
         for name, values in (logprobs or {}).items():
             self._held.setdefault(name, []).extend(values)
-        if self._taken_off is None or not self._held:
+        if not self._held or not (self._given or last):
             return None
+        if self._taken_off is None:
+            self._taken_off = self._begin("".join(self._held["tokens"]))
         offsets = [max(offset - self._taken_off, 0) for offset in self._held["text_offset"]]
         count = len(offsets) if last else sum(offset < self._given for offset in offsets)
         ready = {name: values[:count] for name, values in self._held.items()}
@@ -59,7 +55,10 @@ class TargetOffsets:
         self._held = {name: values[count:] for name, values in self._held.items()}
         return ready if count else None
 
-    def _begin(self) -> int:
-        """How many characters of the output stand before the target (see `TextFormat.extract_target`)."""
-        output = self._output.rstrip()
+    def _begin(self, output: str) -> int:
+        """How many characters of the output stand before the target (see `TextFormat.extract_target`).
+
+        The output is that of the tokens, which the offsets count in; an engine's text may lack its outer space.
+        """
+        output = output.rstrip()
         return len(output) - len(output.lstrip().removeprefix(self._format.target_words[0]).lstrip())

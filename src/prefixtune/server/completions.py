@@ -177,7 +177,7 @@ class _Completion:
 
     def choice(self, number: int, written: Written, target: str) -> dict[str, Any]:
         """A whole text."""
-        logprobs = self._in_target(number, written.text, target, self._logprobs(number, written.tokens), last=True)
+        logprobs = self._in_target(number, target, self._logprobs(number, written.tokens), last=True)
         return {"index": number, "text": target, "logprobs": logprobs, "finish_reason": written.finished}
 
     def opening(self, number: int) -> list[dict[str, Any]]:
@@ -187,19 +187,19 @@ class _Completion:
     def news(self, number: int, output: Output, target: str) -> list[dict[str, Any]]:
         """A piece, with the reason of the end where it is the last."""
         logprobs = self._logprobs(number, output.tokens)
-        logprobs = self._in_target(number, output.text, target, logprobs, last=output.finished is not None)
+        logprobs = self._in_target(number, target, logprobs, last=output.finished is not None)
         if not target and logprobs is None and output.finished is None:
             return []
         return [{"index": number, "text": target, "logprobs": logprobs, "finish_reason": output.finished}]
 
     def _in_target(
-        self, number: int, output: str, target: str, logprobs: dict[str, Any] | None, *, last: bool
+        self, number: int, target: str, logprobs: dict[str, Any] | None, *, last: bool
     ) -> dict[str, Any] | None:
         """The same with offsets that count within the target."""
         if self.text_format is None:
             return logprobs
         offsets = self.offsets.setdefault(number, TargetOffsets(self.text_format))
-        return offsets.add(output, target, logprobs, last=last)
+        return offsets.add(target, logprobs, last=last)
 
     def _logprobs(self, number: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not any(token.logprob is not None for token in tokens):

@@ -458,7 +458,7 @@ def _with_target(choice: dict[str, Any], rewritten: _Rewritten, number: int) -> 
         inner[key] = form.extract_target(text)
     if key == "text" and "logprobs" in choice:
         offsets = rewritten.offsets.setdefault(index, TargetOffsets(form))
-        choice["logprobs"] = offsets.add(text, inner[key], choice["logprobs"], last=last)
+        choice["logprobs"] = offsets.add(inner[key], choice["logprobs"], last=last)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
