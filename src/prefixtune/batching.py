@@ -30,20 +30,20 @@ from prefixtune.errors import ConfigError, DataError, RequestError, describe_val
 from prefixtune.packing import Group, Packing
 from prefixtune.prefix import Prefix
 from prefixtune.tasks import Example
-from prefixtune.text_format import TextFormat, cut_prompt, read_text_format
+from prefixtune.text_format import TextFormat, cut_prompt, fit_ids, read_text_format
 
 __all__ = [
     "Batch",
     "Encoded",
     "Encoding",
     "TextFormatLike",
+    "around_lengths",
     "as_text_format",
     "check_texts",
     "collate",
     "default_format",
     "encode_examples",
     "encode_prompts",
-    "ending_length",
     "fit_prompt",
     "format_of",
     "join",
@@ -76,10 +76,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Encoded examples, and how many sources had to be cut to fit."""
+    """Encoded examples, how many sources had to be cut to fit, and the tokens of the longest prompt that was not."""
 
     examples: tuple[Encoded, ...]
     num_cut: int
+    longest_prompt: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -274,18 +275,19 @@ def encode_examples(
     limit = position_limit(backbone, prefix_length, max_length)
     prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
     flat = backbone.encode_targets([text_format.format_target(t) for example in examples for t in example.targets])
-    kept_ending = ending_length(backbone, text_format)
+    before, after = around_lengths(backbone, text_format)
     apart = backbone.kind == "encoder-decoder"
-    encoded, cut, place = [], 0, 0
+    encoded, cut, place, longest_prompt = [], 0, 0, 0
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         targets = tuple(tuple(ids) for ids in flat[place : place + len(example.targets)])
         place += len(targets)
         longest = max(len(target) for target in targets)
         room = limit if apart else limit - longest
-        if room < kept_ending + 1 or longest > limit:
+        if longest > limit or (len(prompt) > room and room <= before + after):
             raise DataError(
                 f"a target of example {number + 1} ({example.source[:60]!r}) takes {longest} tokens, but only {limit} "
-                f"positions are there for {'it' if apart else 'source and target'}.",
+                f"positions are there for {'it' if apart else 'source and target'}, and the text around a source takes "
+                f"{before + after}.",
                 hint="shorten it or raise max_length; targets are never cut.",
             )
         if len(prompt) > room:
@@ -296,20 +298,27 @@ def encode_examples(
                     hint="raise max_length, or let on_too_long = 'cut' shorten the source.",
                 )
             cut += 1
-            prompt = cut_prompt(prompt, room, kept_ending)
+            prompt = cut_prompt(prompt, room, after)
+        else:
+            longest_prompt = max(longest_prompt, len(prompt))
         encoded.append(Encoded(tuple(prompt), targets))
-    return Encoding(tuple(encoded), cut)
+    return Encoding(tuple(encoded), cut, longest_prompt)
 
 
-def ending_length(backbone: Backbone, text_format: TextFormat) -> int:
-    """Tokens at a prompt's end that a cut leaves: what the format puts after the source, and special tokens."""
-    ending = text_format.around(backbone.separator)[1]
-    count = len(backbone.encode(ending))
+def around_lengths(backbone: Backbone, text_format: TextFormat) -> tuple[int, int]:
+    """Tokens before and after a prompt's source: what the format puts there, and special tokens.
+
+    A cut leaves them, and is refused where it would leave nothing else.
+    """
+    before, after = (len(backbone.encode(text)) for text in text_format.around(backbone.separator))
     if backbone.kind != "decoder":
         special = set(backbone.tokenizer.all_special_ids)
-        closing = backbone.encode_sources(["a"])[0][::-1]
-        count += next((n for n, token in enumerate(closing) if token not in special), 0)
-    return count
+        ids = backbone.encode_sources(["a"])[0]
+        before, after = (
+            count + next((n for n, token in enumerate(row) if token not in special), 0)
+            for count, row in ((before, ids), (after, ids[::-1]))
+        )
+    return before, after
 
 
 def fit_prompt(
@@ -339,27 +348,15 @@ def fit_prompt(
         RequestError: It is longer than the training allowed, and is not to be cut; or nothing of its source would stay.
     """
     whole = backbone.max_positions if positions is None else positions
-    left = None if whole is None else whole - backbone.taken_positions(prefix_length)
-    apart = backbone.kind == "encoder-decoder"
-    room = text_format.source_room(left, new_tokens, apart=apart)
-    if room is None or len(prompt) <= room:
-        return list(prompt)
-    if text_format.on_too_long == "error":
-        allowed = text_format.source_room(None, new_tokens, apart=apart)
-        if allowed is not None and len(prompt) > allowed:
-            raise RequestError(
-                f"{name} takes {len(prompt)} tokens, but max_length {text_format.max_length} allows {allowed}.",
-                hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
-            )
-        return list(prompt)
-    ending = ending_length(backbone, text_format)
-    if room < ending + 1:
-        raise RequestError(
-            f"{name} takes {len(prompt)} tokens, but the positions leave room for {max(room, 0)} beside "
-            f"{new_tokens} new ones, and a cut would leave nothing of its source.",
-            hint="lower max_new_tokens, or raise max_length.",
-        )
-    return cut_prompt(prompt, room, ending)
+    return fit_ids(
+        text_format,
+        prompt,
+        positions=None if whole is None else whole - backbone.taken_positions(prefix_length),
+        new_tokens=new_tokens,
+        around=lambda: around_lengths(backbone, text_format),
+        apart=backbone.kind == "encoder-decoder",
+        name=name,
+    )
 
 
 def report_cut(

@@ -116,7 +116,8 @@ def evaluate(
         intervals: Also give each score's bootstrap interval.
         kept: A file that keeps what is decoded as it comes; an evaluation that finds it goes on from there.
         on_batch: Told after each batch how many examples are done.
-        on_cut: Told before the work which sources were cut to fit, counted from 0, where any were.
+        on_cut: Called before the work with the numbers of the sources that were cut to fit, counted from 0, where any
+            were.
         **options: Fields of `GenerateConfig`, in place of `config`.
 
     Raises:
@@ -219,7 +220,11 @@ def with_shots(form: TextFormat, examples: Sequence[Example], separator: str, en
         examples: To show; the first target of each.
         separator: What the format's `{separator}` stands for.
         end: What closes a target.
+
+    Raises:
+        DataError: An example holds what stands for the source or the separator.
     """
+    _check_shown(examples)
     shots = "".join(form.format_prompt(e.source, separator) + form.format_target(e.targets[0]) + end for e in examples)
     return dataclasses.replace(form, prompt=shots + form.prompt)
 
@@ -234,7 +239,12 @@ def ask(backbone: Backbone, words: str, examples: Sequence[Example] = ()) -> Tex
         backbone: Who is asked.
         words: The instruction.
         examples: To show; the first target of each.
+
+    Raises:
+        DataError: The instruction or an example holds what stands for the source or the separator.
     """
+    _check_literal(words, f"the instruction {words[:60]!r}", "word it otherwise.")
+    _check_shown(examples)
     tokenizer = backbone.tokenizer
     if backbone.kind == "decoder" and tokenizer.chat_template:
         turns = []
@@ -246,6 +256,23 @@ def ask(backbone: Backbone, words: str, examples: Sequence[Example] = ()) -> Tex
         return TextFormat(str(prompt), "{target}")
     form = with_shots(default_format(backbone), examples, backbone.separator, backbone.end)
     return dataclasses.replace(form, prompt=f"{words}\n{form.prompt}")
+
+
+def _check_shown(examples: Sequence[Example]) -> None:
+    """Refuse examples that would change the template that they are shown in.
+
+    Raises:
+        DataError: One holds what stands for the source or the separator.
+    """
+    for number, example in enumerate(examples, start=1):
+        for text in (example.source, example.targets[0]):
+            _check_literal(text, f"example {number} ({example.source[:60]!r})", "show others, or leave it out.")
+
+
+def _check_literal(text: str, name: str, hint: str) -> None:
+    for place in ("{source}", "{separator}"):
+        if place in text:
+            raise DataError(f"{name} contains {place}, which means something else in a text format.", hint=hint)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------

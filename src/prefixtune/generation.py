@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -194,10 +194,12 @@ class Prompts:
     Attributes:
         ids: Of each text.
         formats: Of each text.
+        new_tokens: Most tokens to generate for each.
     """
 
     ids: tuple[list[int], ...]
     formats: tuple[TextFormat, ...]
+    new_tokens: tuple[int, ...]
 
 
 def prepare_prompts(
@@ -217,7 +219,8 @@ def prepare_prompts(
         prefixes: One per text.
         config: How to decode, and what becomes of long sources.
         text_format: The text around a source; None: what each prefix was trained with.
-        on_cut: Told which sources were cut to fit, counted from 0, where any were; None: a warning says so.
+        on_cut: Called with the numbers of the sources that were cut to fit, counted from 0, where any were; None: a
+            warning says so.
 
     Raises:
         RequestError: A text does not fit, and is not to be cut.
@@ -227,20 +230,27 @@ def prepare_prompts(
     by_prefix = {id(prefix): format_of(backbone, prefix, text_format) for prefix in prefixes}
     formats = [by_prefix[id(prefix)].with_lengths(config.max_total_length, config.on_too_long) for prefix in prefixes]
     whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
+    lengths = [0 if prefix is None else prefix.length() for prefix in prefixes]
+    rows = list(zip(whole, formats, lengths, strict=True))
+    new_tokens = [_new_tokens(backbone, form, prompt, length, config) for prompt, form, length in rows]
     ids = [
-        fit_prompt(
-            backbone,
-            form,
-            prompt,
-            prefix_length=0 if prefix is None else prefix.length(),
-            new_tokens=config.max_new_tokens,
-            name=f"text {number}",
-        )
-        for number, (prompt, form, prefix) in enumerate(zip(whole, formats, prefixes, strict=True), start=1)
+        fit_prompt(backbone, form, prompt, prefix_length=length, new_tokens=most, name=f"text {number}")
+        for number, ((prompt, form, length), most) in enumerate(zip(rows, new_tokens, strict=True), start=1)
     ]
-    _check_requests(backbone, ids, prefixes, config)
+    _check_requests(backbone, ids, prefixes, new_tokens)
     report_cut(whole, ids, on_cut)
-    return Prompts(tuple(ids), tuple(formats))
+    return Prompts(tuple(ids), tuple(formats), tuple(new_tokens))
+
+
+def _new_tokens(
+    backbone: Backbone, text_format: TextFormat, prompt: Sequence[int], prefix_length: int, config: GenerateConfig
+) -> int:
+    """Most tokens to generate: where training left a prompt of this length whole, no more than fit behind it."""
+    limit = backbone.max_positions
+    if backbone.kind != "decoder" or limit is None or len(prompt) > text_format.longest_prompt:
+        return config.max_new_tokens
+    left = limit - backbone.taken_positions(prefix_length) - len(prompt)
+    return min(left, config.max_new_tokens) if left > 0 else config.max_new_tokens
 
 
 def generate(
@@ -268,8 +278,8 @@ def generate(
         assistant: A smaller model with the same tokenizer that guesses tokens for the backbone to check; the output is
             the same. Texts go one at a time.
         on_batch: Told after each batch how many texts are done.
-        on_cut: Told before the work which sources were cut to fit, counted from 0, where any were; None: a warning
-            says so.
+        on_cut: Called before the work with the numbers of the sources that were cut to fit, counted from 0, where any
+            were; None: a warning says so.
         **options: Fields of `GenerateConfig`, in place of `config`.
 
     Returns:
@@ -288,7 +298,15 @@ def generate(
     assistant = None if assistant is None else as_backbone(assistant)
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, chosen, as_text_format(text_format), on_cut=on_cut)
-    outputs = generate_ids(backbone, prompts.ids, prefixes, config=chosen, assistant=assistant, on_batch=on_batch)
+    outputs = generate_ids(
+        backbone,
+        prompts.ids,
+        prefixes,
+        config=chosen,
+        new_tokens=prompts.new_tokens,
+        assistant=assistant,
+        on_batch=on_batch,
+    )
     return [_read_output(backbone, ids, form, chosen) for ids, form in zip(outputs, prompts.formats, strict=True)]
 
 
@@ -322,16 +340,17 @@ def stream(
     prefix = as_prefix(prefix, backbone)
     prompts = prepare_prompts(backbone, [text], [prefix], chosen, as_text_format(text_format), on_cut=on_cut)
     form, prompt = prompts.formats[0], prompts.ids[0]
+    shared: dict[str, Any] = {"config": chosen, "new_tokens": prompts.new_tokens}
     if any(form.target_words):
         # Words around the target can be taken off the whole output only.
-        (ids,) = generate_ids(backbone, [prompt], [prefix], config=chosen)
+        (ids,) = generate_ids(backbone, [prompt], [prefix], **shared)
         yield _read_output(backbone, ids, form, chosen)
         return
     streamer = _Streamer(backbone, chosen.stop)
 
     def work() -> None:
         try:
-            generate_ids(backbone, [prompt], [prefix], config=chosen, streamer=streamer)
+            generate_ids(backbone, [prompt], [prefix], streamer=streamer, **shared)
         except BaseException as error:
             streamer.fail(error)
 
@@ -363,27 +382,34 @@ def generate_ids(
     prefixes: Sequence[Prefix | None],
     *,
     config: GenerateConfig,
+    new_tokens: Sequence[int] | None = None,
     assistant: Backbone | None = None,
     streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """`generate` on token ids: what follows each prompt, without the end token and padding.
 
-    Texts of like length share a batch; the order of the results is that of the prompts.
+    Texts of like length share a batch; the order of the results is that of the prompts. `new_tokens` are the most of
+    each prompt, where not all have `config.max_new_tokens`.
     """
-    _check_requests(backbone, prompts, prefixes, config)
+    most = [config.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
+    _check_requests(backbone, prompts, prefixes, most)
     _check_guessing(backbone, config, assistant)
     size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
     infix = [prefix is not None and prefix.placement == "infix" for prefix in prefixes]
-    order = sorted(range(len(prompts)), key=lambda n: (infix[n], len(prompts[n])))
+    # Rows of a batch are alike in these.
+    kinds = list(zip(infix, most, strict=True))
+    order = sorted(range(len(prompts)), key=lambda n: (infix[n], -most[n], len(prompts[n])))
     results: list[list[int]] = [[] for _ in prompts]
     done = 0
     with _sampling_seed(config.seed, backbone.device):
         while done < len(order):
             rows = order[done : done + size]
-            rows = [n for n in rows if infix[n] == infix[rows[0]]]
+            rows = [n for n in rows if kinds[n] == kinds[rows[0]]]
+            limit = most[rows[0]]
+            chosen = replace(config, max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
             outputs = _generate_batch(
-                backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], config, assistant, streamer
+                backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], chosen, assistant, streamer
             )
             for number, ids in zip(rows, outputs, strict=True):
                 results[number] = ids
@@ -640,7 +666,7 @@ def _per_text(
 
 
 def _check_requests(
-    backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], config: GenerateConfig
+    backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], new_tokens: Sequence[int]
 ) -> None:
     """Refuse what cannot work before any of it is done."""
     for given in {id(p): p for p in prefixes if p is not None}.values():
@@ -652,13 +678,13 @@ def _check_requests(
         )
     limit = backbone.max_positions
     apart = backbone.kind == "encoder-decoder"
-    for number, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+    for number, (prompt, prefix, most) in enumerate(zip(prompts, prefixes, new_tokens, strict=True)):
         if not prompt:
             raise RequestError(f"text {number + 1} has no token.", hint="use a prompt format with a separator.")
         taken = backbone.taken_positions(0 if prefix is None else prefix.length())
-        needed = max(len(prompt), config.max_new_tokens + 1) if apart else taken + len(prompt) + config.max_new_tokens
+        needed = max(len(prompt), most + 1) if apart else taken + len(prompt) + most
         if limit is not None and needed > limit:
-            both = f"{len(prompt)} (text) and {config.max_new_tokens} (new)"
+            both = f"{len(prompt)} (text) and {most} (new)"
             raise RequestError(
                 f"text {number + 1} needs {both if apart else f'{taken} (prefix) + {both}'.replace(' and ', ' + ')} "
                 f"positions, but {backbone.name!r} has {limit}{' on either side' if apart else ''}.",

@@ -22,11 +22,11 @@ from prefixtune.batching import (
     Encoded,
     Encoding,
     TextFormatLike,
+    around_lengths,
     as_text_format,
     check_texts,
     collate,
     encode_prompts,
-    ending_length,
     fit_prompt,
     format_of,
     position_limit,
@@ -206,7 +206,8 @@ def encode_labelled(
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
     limit = position_limit(backbone, prefix_length, max_length)
     numbers = {name: number for number, name in enumerate(labels.names)}
-    encoded, cut = [], 0
+    before, after = around_lengths(backbone, text_format)
+    encoded, cut, longest_prompt = [], 0, 0
     for number, example in enumerate(examples):
         tagging = labels.kind == "tagging"
         prompt, places = _prompt(
@@ -220,16 +221,24 @@ def encode_labelled(
                     "are allowed.",
                     hint="raise max_length, or let on_too_long = 'cut' shorten it.",
                 )
+            if limit <= before + after:
+                raise DataError(
+                    f"the text around example {number + 1} ({example.source[:60]!r}) takes {before + after} tokens, "
+                    f"but {limit} positions are allowed, and a cut would leave nothing of the example.",
+                    hint="raise max_length.",
+                )
             cut += 1
-            kept = limit - ending_length(backbone, text_format)
+            kept = limit - after
             if tagging:
                 places = [place for place in places if place < kept]
             else:
                 places = [place if place < kept else place - len(prompt) + limit for place in places]
-            prompt = cut_prompt(prompt, limit, limit - kept)
+            prompt = cut_prompt(prompt, limit, after)
+        else:
+            longest_prompt = max(longest_prompt, len(prompt))
         targets = tuple(numbers[name] for name in names[: len(places)])
         encoded.append(Encoded(tuple(prompt), (targets,), tuple(places)))
-    return Encoding(tuple(encoded), cut)
+    return Encoding(tuple(encoded), cut, longest_prompt)
 
 
 def _prompt(
@@ -287,8 +296,8 @@ def classify(
         max_total_length: Positions of a text; 0: as in training.
         on_too_long: `cut` a text that is too long, or raise an `error`; empty: as in training.
         on_batch: Told after each batch how many texts are done.
-        on_cut: Told before the work which texts were cut to fit, counted from 0, where any were; None: a warning
-            says so.
+        on_cut: Called before the work with the numbers of the texts that were cut to fit, counted from 0, where any
+            were; None: a warning says so.
 
     Raises:
         ConfigError: The prefix is for something else, or there are no labels.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.errors import CheckpointError, DataError
+from prefixtune.errors import CheckpointError, DataError, RequestError
 
-__all__ = ["MAX_TEMPLATE_CHARS", "POLICIES", "TargetStream", "TextFormat", "cut_prompt", "read_text_format"]
+__all__ = ["MAX_TEMPLATE_CHARS", "POLICIES", "TargetStream", "TextFormat", "cut_prompt", "fit_ids", "read_text_format"]
 
 MAX_TEMPLATE_CHARS = 2**14
 """Longest template that a header may hold."""
@@ -47,9 +47,11 @@ class TextFormat:
         max_length: Positions of source and target together (of each, for an encoder-decoder); 0: the backbone's.
         on_too_long: `cut` a too long source at its end, or refuse it (`error`).
         longest_target: Tokens of the longest target in training, its end token included; 0: unknown.
+        longest_prompt: Tokens of the longest prompt that training, development data included, did not cut; 0: unknown.
 
     Raises:
-        DataError: A template lacks its text or repeats it, or the separator stands there too often.
+        DataError: A template lacks its text or repeats it, the separator stands there too often, or a length or
+            `on_too_long` is none.
     """
 
     prompt: str = " {source} {separator}"
@@ -61,8 +63,10 @@ class TextFormat:
     max_length: int = 0
     on_too_long: str = "error"
     longest_target: int = 0
+    longest_prompt: int = 0
 
     def __post_init__(self) -> None:
+        _check_lengths(dataclasses.asdict(self))
         for name, needed in (("prompt", "{source}"), ("target", "{target}")):
             template = getattr(self, name)
             count = template.count(needed)
@@ -101,8 +105,10 @@ class TextFormat:
         >>> TextFormat().around("<sep>"), TextFormat(separator="<s>").around("<sep>")
         ((' ', ' <sep>'), (' ', ' <s>'))
         """
-        before, after = self.prompt.replace("{separator}", self.separator or separator).split("{source}")
-        return before, after
+        # Split first: what a separator makes of the words around it is text, and never a place for the source.
+        before, after = self.prompt.split("{source}")
+        text = self.separator or separator
+        return before.replace("{separator}", text), after.replace("{separator}", text)
 
     def format_target(self, target: str) -> str:
         """The text that is learned, without its end token.
@@ -131,28 +137,44 @@ class TextFormat:
         head, tail = self.target_words
         return output.strip().removeprefix(head).removesuffix(tail).strip()
 
-    def source_room(self, positions: int | None, new_tokens: int, *, apart: bool = False) -> int | None:
-        """Most tokens of a prompt; None: any number.
+    def source_room(self, length: int, positions: int | None, new_tokens: int, *, apart: bool = False) -> int | None:
+        """Most tokens that are kept of a prompt; None: all.
 
-        >>> TextFormat(max_length=100, longest_target=30).source_room(1000, 50), TextFormat().source_room(1000, 50)
-        (70, 950)
+        A prompt that is no longer than one that training left whole stays whole. Another gets the room that training
+        gave a source with the longest target.
+
+        >>> form = TextFormat(max_length=100, longest_target=30, longest_prompt=80)
+        >>> form.source_room(80, 1000, 50), form.source_room(81, 1000, 50), TextFormat().source_room(80, 1000, 50)
+        (950, 70, 950)
 
         Args:
+            length: The prompt's tokens.
             positions: The model's, without those that the prefix takes; None: any number.
             new_tokens: Most tokens that are to be generated.
             apart: An encoder reads the source, so that the target takes none of its positions.
         """
-        rooms = []
-        if positions is not None:
-            rooms.append(positions if apart else positions - new_tokens)
-        if self.max_length:
-            rooms.append(self.max_length if apart else self.max_length - self.longest_target)
+        rooms = [] if positions is None else [positions if apart else positions - new_tokens]
+        if length > self.longest_prompt:
+            limits = [self.max_length] if self.max_length else []
+            if positions is not None and self.longest_prompt:
+                # Training was held to them too.
+                limits.append(positions)
+            rooms += [limit if apart else limit - self.longest_target for limit in limits]
         return min(rooms, default=None)
 
     def with_lengths(self, max_length: int = 0, on_too_long: str = "") -> TextFormat:
-        """The same with another treatment of long sources, where one is given."""
+        """The same with another treatment of long sources, where one is given.
+
+        Raises:
+            DataError: The length or the treatment is none.
+        """
+        narrower = max_length and (not self.max_length or max_length < self.max_length)
         return dataclasses.replace(
-            self, max_length=max_length or self.max_length, on_too_long=on_too_long or self.on_too_long
+            self,
+            max_length=max_length or self.max_length,
+            on_too_long=on_too_long or self.on_too_long,
+            # What training left whole need not fit there.
+            longest_prompt=0 if narrower else self.longest_prompt,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,17 +227,13 @@ def _check_values(values: Mapping[str, Any]) -> None:
         if type(value) is not _KINDS[name]:
             expected = "a text" if _KINDS[name] is str else "a whole number"
             raise DataError(f"text format: {name} is {_short(value)}, but must be {expected}.")
-        if isinstance(value, int) and not 0 <= value < _MAX_POSITIONS:
-            raise DataError(f"text format: {name} is {value}, but must be between 0 and {_MAX_POSITIONS - 1}.")
         most = _MAX_TOKEN_CHARS if name in ("separator", "end") else MAX_TEMPLATE_CHARS
         if isinstance(value, str) and len(value) > most:
             raise DataError(
                 f"text format: {name} has {len(value):,} characters, but at most {most:,} are allowed.",
                 hint="shorten it.",
             )
-    policy = values.get("on_too_long", "error")
-    if policy not in POLICIES:
-        raise DataError(f"text format: on_too_long is {_short(policy)}, but must be {' or '.join(POLICIES)}.")
+    _check_lengths(values)
     for name in ("source", "target_template"):
         for column, count in Counter(_COLUMN.findall(values.get(name, ""))).items():
             if count > _MAX_REPEATS:
@@ -224,6 +242,24 @@ def _check_values(values: Mapping[str, Any]) -> None:
                     f"{_MAX_REPEATS} are allowed.",
                     hint="write every column once.",
                 )
+
+
+def _check_lengths(values: Mapping[str, Any]) -> None:
+    """Refuse lengths that are none, and an unknown treatment of long sources.
+
+    Raises:
+        DataError: What is wrong.
+    """
+    for name in ("max_length", "longest_target", "longest_prompt"):
+        value = values.get(name, 0)
+        if type(value) is not int or not 0 <= value < _MAX_POSITIONS:
+            raise DataError(
+                f"text format: {name} is {_short(value)}, but must be a whole number between 0 and "
+                f"{_MAX_POSITIONS - 1}."
+            )
+    policy = values.get("on_too_long", "error")
+    if policy not in POLICIES:
+        raise DataError(f"text format: on_too_long is {_short(policy)}, but must be {' or '.join(POLICIES)}.")
 
 
 def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:
@@ -235,6 +271,54 @@ def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:
     if len(ids) <= room:
         return list(ids)
     return [*ids[: room - ending], *ids[len(ids) - ending :]]
+
+
+def fit_ids(
+    text_format: TextFormat,
+    ids: Sequence[int],
+    *,
+    positions: int | None,
+    new_tokens: int,
+    around: Callable[[], tuple[int, int]],
+    apart: bool = False,
+    name: str = "the text",
+) -> list[int]:
+    """A prompt's tokens, with a source that is too long treated as in training.
+
+    One that does not fit the model is left as it is where its format says `error`: whoever computes it refuses it.
+
+    Args:
+        text_format: Says what becomes of long sources, and how long they may be.
+        ids: The prompt's.
+        positions: The model's, without those that the prefix takes; None: any number.
+        new_tokens: Most tokens that are to be generated.
+        around: Gives how many tokens stand before and after the source; called where a source is to be cut.
+        apart: An encoder reads the source, so that the target takes none of its positions.
+        name: What to call the text, in messages.
+
+    Raises:
+        RequestError: It is longer than the training allowed, and is not to be cut; or nothing of its source would stay.
+    """
+    room = text_format.source_room(len(ids), positions, new_tokens, apart=apart)
+    if room is None or len(ids) <= room:
+        return list(ids)
+    if text_format.on_too_long == "error":
+        allowed = text_format.source_room(len(ids), None, new_tokens, apart=apart)
+        if allowed is not None and len(ids) > allowed:
+            raise RequestError(
+                f"{name} takes {len(ids)} tokens, but max_length {text_format.max_length} allows "
+                f"{max(allowed, text_format.longest_prompt)}.",
+                hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
+            )
+        return list(ids)
+    before, after = around()
+    if room <= before + after:
+        raise RequestError(
+            f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
+            f"for {max(room, 0)} beside {new_tokens} new ones, and a cut would leave nothing of the source.",
+            hint="lower max_new_tokens, or raise max_length.",
+        )
+    return cut_prompt(ids, room, after)
 
 
 class TargetStream:

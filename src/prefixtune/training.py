@@ -714,8 +714,12 @@ class _Run:
         by_head = self.labels is not None and self.labels.by == "head"
         self.format = training_format(config, backbone, for_head=by_head)
         self.data = self._encode(examples)
-        self.format = dataclasses.replace(self.format, longest_target=self.data.longest_target)
         self.dev = self._encode(dev_examples) if dev_examples else None
+        self.format = dataclasses.replace(
+            self.format,
+            longest_target=self.data.longest_target,
+            longest_prompt=max(data.longest_prompt for data in (self.data, self.dev) if data is not None),
+        )
         self.data_digest = _digest(self.data, self.dev)
         num_labels = len(self.labels.names) if by_head and self.labels is not None else 0
         self.module: PrefixModule | PromptModule | None = None

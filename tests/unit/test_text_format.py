@@ -15,9 +15,9 @@ from prefixtune.checkpoint import load_prefix, make_header, save_prefix
 from prefixtune.config import TrainConfig
 from prefixtune.engine import PrefixStore
 from prefixtune.errors import CheckpointError, DataError, RequestError
-from prefixtune.evaluation import evaluate
+from prefixtune.evaluation import ask, evaluate, with_shots
 from prefixtune.generation import GenerateConfig, generate, prepare_prompts, stream
-from prefixtune.labelling import classify
+from prefixtune.labelling import Labels, classify, encode_labelled
 from prefixtune.prefix import Prefix
 from prefixtune.tasks import Example
 from prefixtune.text_format import MAX_TEMPLATE_CHARS, TargetStream, TextFormat, cut_prompt, read_text_format
@@ -36,7 +36,7 @@ def llama(tiny_backbone: Make) -> Any:
 
 
 def test_what_is_stored_is_read_again():
-    made = TextFormat("[{source}{separator}", "<{target}>", "<s>", "</s>", "{a}", "{b} END", 128, "cut", 20)
+    made = TextFormat("[{source}{separator}", "<{target}>", "<s>", "</s>", "{a}", "{b} END", 128, "cut", 20, 90)
     assert read_text_format({"text_format": json.loads(json.dumps(made.to_dict()))}) == made
 
 
@@ -120,6 +120,27 @@ def test_the_stored_separator_counts(llama: Any, random_prefix: Make):
     assert prompts.ids == (llama.encode("ab#"),)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "separator", "text"),
+    [("{source}{sou{separator}rce}", "", "a{source}"), ("{source}{sou{separator}", "rce}", "a{source}")],
+)
+def test_a_separator_makes_no_place_for_the_source(prompt: str, separator: str, text: str):
+    made = read_text_format({"text_format": {"prompt": prompt, "separator": separator}})
+    assert made is not None
+    assert made.format_prompt("a", "") == text
+
+
+@pytest.mark.parametrize("place", ["{source}", "{separator}"])
+def test_shown_examples_stand_as_they_are_or_are_refused(llama: Any, place: str):
+    shown = [Example("1+1", ("2",)), Example("a", (f"write {place}",))]
+    with pytest.raises(DataError, match=r"example 2 \('a'\) contains " + place):
+        with_shots(TextFormat(), shown, "<s>", "</s>")
+    with pytest.raises(DataError, match="example 2"):
+        ask(llama, "Add.", shown)
+    with pytest.raises(DataError, match="the instruction 'Say"):
+        ask(llama, f"Say {place}.")
+
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,25 +178,107 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     sources = [example.source for example in LONG]
     told: list[Any] = []
     prompts = prepare_prompts(llama, sources, [prefix] * 4, GenerateConfig(max_new_tokens=5), on_cut=told.append)
-    # The longest target left the least room; whatever is to be written, no source gets more than that.
-    assert prompts.ids[3] == list(encoding.examples[3].prompt)
-    assert [len(ids) for ids in prompts.ids] == [13, 23, 29, 29]
+    # What training left whole stays whole. The longest target left the least room, and whatever else is cut gets that.
+    assert prompts.ids == tuple(list(example.prompt) for example in encoding.examples)
+    assert [len(ids) for ids in prompts.ids] == [13, 23, 33, 29]
     assert {ids[-1] for ids in prompts.ids} == {llama.tokenizer.bos_token_id}
-    assert told == [[2, 3]]
-    with pytest.warns(UserWarning, match="2 of 4 sources were cut"):
+    assert told == [[3]]
+    with pytest.warns(UserWarning, match="1 of 4 sources were cut"):
         outputs = generate(llama, sources, prefix, max_new_tokens=5)
     pieces: list[Any] = []
     assert "".join(stream(llama, sources[3], prefix, max_new_tokens=5, on_cut=pieces.append)) == outputs[3]
     assert pieces == [[0]]
 
 
+@pytest.mark.parametrize("policy", ["cut", "error"])
+def test_what_training_left_whole_is_neither_cut_nor_refused(llama: Any, tmp_path: Path, policy: str):
+    """Each source had the room that its own target left; generation knows no target."""
+    examples = [Example("a" * 80, ("x" * 5,)), Example("b" * 10, ("y" * 60,))]
+    dev = [Example("c" * 84, ("z" * 3,)), Example("d" * 5, ("y" * 80,))]
+    if policy == "cut":
+        examples.append(Example("e" * 99, ("y" * 60,)))
+    config = TrainConfig(
+        output=str(tmp_path), max_steps=1, prefix_length=2, reparameterization="none", dtype="float32", max_length=100,
+        on_too_long=policy,
+    )  # fmt: skip
+    prefix = train(config, backbone=llama, examples=examples, dev_examples=dev).prefix
+    form = read_text_format(prefix.header) if prefix is not None else None
+    assert form is not None
+    room: dict[str, Any] = {"prefix_length": 2, "max_length": 100, "on_too_long": policy}
+    for data in (examples, dev):
+        wanted = encode_examples(llama, data, form, **room)
+        sources = [example.source for example in data]
+        prompts = prepare_prompts(llama, sources, [prefix] * len(data), GenerateConfig(), on_cut=lambda _: None)
+        assert prompts.ids == tuple(list(example.prompt) for example in wanted.examples)
+        assert evaluate(llama, data, prefix, max_new_tokens=2).num_cut == wanted.num_cut
+    older = {key: value for key, value in prefix.header["text_format"].items() if key != "longest_prompt"}
+    with_older = Prefix(prefix.layers, {**prefix.header, "text_format": older})
+    cut: list[Any] = []
+    shared: dict[str, Any] = {"on_too_long": "cut", "max_new_tokens": 2, "on_cut": cut.append}
+    generate(llama, [example.source for example in examples[:2]], with_older, **shared)
+    assert cut == [[0]]
+
+
+def test_the_backbones_positions_cut_as_in_training(llama: Any, tmp_path: Path):
+    positions = llama.max_positions
+    examples = [Example("a" * (positions - 40), ("x" * 5,)), Example("b" * positions, ("y" * 60,))]
+    config = TrainConfig(output=str(tmp_path), max_steps=1, prefix_length=2, reparameterization="none", dtype="float32")
+    prefix = train(config, backbone=llama, examples=examples).prefix
+    form = read_text_format(prefix.header) if prefix is not None else None
+    assert form is not None
+    wanted = encode_examples(llama, examples, form, prefix_length=2)
+    assert wanted.num_cut == 1
+    sources = [example.source for example in examples]
+    room = positions - 2 - len(wanted.examples[0].prompt)
+    for most in (20, 60):
+        config = GenerateConfig(max_new_tokens=most)
+        prompts = prepare_prompts(llama, sources, [prefix] * 2, config, on_cut=lambda _: None)
+        assert prompts.ids == tuple(list(example.prompt) for example in wanted.examples)
+        assert prompts.new_tokens == (min(most, room), most)
+    # The first has fewer positions left than tokens may come; both are written as they would be alone.
+    shared: dict[str, Any] = {"max_new_tokens": 60, "min_new_tokens": 60, "on_cut": lambda _: None}
+    outputs = generate(llama, sources, prefix, **shared)
+    assert outputs == [*generate(llama, sources[:1], prefix, **shared), *generate(llama, sources[1:], prefix, **shared)]
+    assert "".join(stream(llama, sources[0], prefix, **shared)) == outputs[0]
+    assert evaluate(llama, examples, prefix, max_new_tokens=60).num_cut == 1
+
+
+def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
+    form = TextFormat("instruction instruction: {source}#", "{target}", max_length=28, on_too_long="cut")
+    around = len("instruction instruction: #")
+    prompts = prepare_prompts(llama, ["abcdef"], [None], GenerateConfig(max_new_tokens=2), form, on_cut=lambda _: None)
+    assert llama.decode(prompts.ids[0]) == "instruction instruction: ab#"
+    with pytest.raises(RequestError, match=f"{around} of them around its source"):
+        generate(llama, ["abcdef"], None, text_format=form, max_new_tokens=2, max_total_length=around)
+    example = Example("abcdef", ("xy",))
+    (kept,) = encode_examples(llama, [example], form, prefix_length=0, max_length=around + 1 + 3).examples
+    assert llama.decode(list(kept.prompt)) == "instruction instruction: a#"
+    with pytest.raises(DataError, match=f"the text around a source takes {around}"):
+        encode_examples(llama, [example], form, prefix_length=0, max_length=around + 3)
+    labels = Labels("classification", "head", ("xy", "z"))
+    with pytest.raises(DataError, match="nothing of the example"):
+        encode_labelled(llama, [example], labels, form, prefix_length=0, max_length=around)
+
+
+def test_a_misspelt_treatment_of_long_sources_is_refused(llama: Any):
+    with pytest.raises(DataError, match="on_too_long is 'eror', but must be cut or error"):
+        classify(llama, ["a"], labels=["x", "y"], on_too_long="eror")
+    with pytest.raises(DataError, match="on_too_long is 'eror'"):
+        generate(llama, ["a"], text_format={"on_too_long": "eror"})
+    with pytest.raises(DataError, match="max_length is -3"):
+        classify(llama, ["a"], labels=["x", "y"], max_total_length=-3)
+
+
 def test_options_win_over_the_header(llama: Any, tmp_path: Path):
     prefix = trained(llama, tmp_path, max_length=50)
     sources = [example.source for example in LONG]
-    with pytest.raises(RequestError, match="text 3 takes 33 tokens, but max_length 50 allows 29"):
+    with pytest.raises(RequestError, match="text 4 takes 63 tokens, but max_length 50 allows 33"):
         generate(llama, sources, prefix, max_new_tokens=5, on_too_long="error")
     with pytest.warns(UserWarning, match="1 of 4"):
         generate(llama, sources, prefix, max_new_tokens=5, max_total_length=54)
+    # Less than in training: what fitted there need not fit.
+    with pytest.warns(UserWarning, match="2 of 4"):
+        generate(llama, sources, prefix, max_new_tokens=5, max_total_length=49)
     # The bare model refuses, unless it is asked to cut.
     longer = ["a" * 2 * (llama.max_positions or 0)]
     with pytest.raises(RequestError, match="positions"):
@@ -209,7 +312,7 @@ def test_evaluation_checks_all_lengths_before_it_decodes(llama: Any, tmp_path: P
     done: list[int] = []
     settings = {"max_new_tokens": 3, "batch_size": 1}
     outcome = evaluate(llama, LONG, prefix, config=GenerateConfig(**settings), on_batch=done.append)
-    assert (outcome.num_cut, done) == (2, [1, 2, 3, 4])
+    assert (outcome.num_cut, done) == (1, [1, 2, 3, 4])
     done.clear()
     with pytest.raises(RequestError, match="max_length 50"):
         evaluate(llama, LONG, prefix, config=GenerateConfig(**settings, on_too_long="error"), on_batch=done.append)

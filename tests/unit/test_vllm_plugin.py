@@ -549,6 +549,8 @@ def asking(inner: Inner, folder: PrefixFolder, stored: Path, random_prefix: Make
     backbone = load_backbone(stored, dtype="float32", device="cpu")
     for name, more in (
         ("qa", {"on_too_long": "cut"}),
+        ("whole", {"on_too_long": "cut", "longest_prompt": 94}),
+        ("wordy", {"on_too_long": "cut", "prompt": "w" * 39 + "{source}{separator}"}),
         ("framed", {"target": "<<{target}>>"}),
         ("hostile", {"prompt": "{source}" * 1500}),
     ):
@@ -698,6 +700,14 @@ def test_long_texts_are_treated_as_in_training(asking: Inner):
     assert headers[b"x-prefixtune-cut-tokens"] == b"54"
     whole = encode(asking, f"Q: {source}<s>")
     assert prompts_of(asking) == [[*whole[:39], whole[-1]]]
+    # As long as one that training left whole.
+    headers, _ = headers_of(asking, "/v1/completions", {"model": "whole", "prompt": source, "max_tokens": 9})
+    assert b"x-prefixtune-cut-tokens" not in headers
+    assert prompts_of(asking) == [whole]
+    # A cut would leave nothing of the source.
+    body = {"model": "wordy", "prompt": source, "max_tokens": 9}
+    status, told = call(asking, "/v1/completions", body)
+    assert (status, "nothing of the source" in told["error"]["message"]) == (400, True)
     asking.bodies.clear()
     for path, model in (("/v1/completions", "framed"), ("/v1/chat/completions", "qa")):
         body = {"model": model, "prompt": source, "messages": [{"role": "user", "content": source}]}

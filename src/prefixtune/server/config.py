@@ -78,7 +78,7 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "of the frozen weights", "model")
     device: str = _option("auto", "cpu, cuda, cuda:0, mps or auto", "model")
     raw_completions: bool = _option(
-        False, "/v1/completions gives prompts to prefixes as they are, as lm-eval needs it", "model"
+        False, "/v1/completions gives prompts to prefixes as they are, as lm-eval's generation tasks need it", "model"
     )
     earlier_messages: Literal["refuse", "drop"] = _option(
         "refuse",

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import CheckpointError
-from prefixtune.text_format import TargetStream, TextFormat, cut_prompt
+from prefixtune.errors import CheckpointError, RequestError
+from prefixtune.text_format import TargetStream, TextFormat, fit_ids
 from prefixtune.token_offsets import TargetOffsets
 from prefixtune.vllm.served import Known, PrefixFolder, Settings, geometry_of, weights_of
 
@@ -297,19 +297,23 @@ def _fit(
     """
     # What vLLM takes where a completion says nothing.
     wanted = asked.get("max_completion_tokens") or asked.get("max_tokens") or 16
-    left = None if serving.positions is None else serving.positions - known.asked.length
-    room = form.source_room(left, wanted if _is_whole(wanted) else 16)
-    trained = form.source_room(None, 0)
-    if room is None or len(ids) <= room:
-        return ids, 0
-    if form.on_too_long == "error":
-        if trained is not None and len(ids) > trained:
-            raise _Refusal(f"the prompt takes {len(ids)} tokens, but the prefix was trained for {trained}.", "prompt")
-        return ids, 0
-    ending = len(_encode(serving, form.around(_separator(serving.tokenizer))[1]))
-    if room < ending + 1:
-        raise _Refusal(f"the prompt takes {len(ids)} tokens, but there is room for {max(room, 0)}.", "prompt")
-    return cut_prompt(ids, room, ending), len(ids) - room
+
+    def around() -> tuple[int, int]:
+        before, after = form.around(_separator(serving.tokenizer))
+        return len(_encode(serving, before)), len(_encode(serving, after))
+
+    try:
+        fitting = fit_ids(
+            form,
+            ids,
+            positions=None if serving.positions is None else serving.positions - known.asked.length,
+            new_tokens=wanted if _is_whole(wanted) else 16,
+            around=around,
+            name="the prompt",
+        )
+    except RequestError as error:
+        raise _Refusal(f"{error.message} {error.hint}", "prompt") from None
+    return fitting, len(ids) - len(fitting)
 
 
 def _source_prompts(
