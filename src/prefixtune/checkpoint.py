@@ -177,20 +177,28 @@ def prefix_file(path: str | os.PathLike[str]) -> Path:
     repository = repository_of(path)
     if repository is not None:
         return download(repository)
-    file = Path(path)
-    if file.is_dir():
-        if not (file / FILE).is_file():
+    try:
+        return _on_this_machine(Path(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
+        ) from error
+
+
+def _on_this_machine(path: Path) -> Path:
+    if path.is_dir():
+        if not (path / FILE).is_file():
             raise CheckpointError(
                 f"there is no file {FILE} in the folder {str(path)!r}.",
                 hint="give a file, or the --output folder of a training that came to its end; runs of other methods go "
                 "with --run of `prefixtune generate` and `evaluate`.",
             )
-        return file / FILE
-    if is_repository(path) and file.suffix != ".safetensors" and not file.exists():
+        return path / FILE
+    if is_repository(path) and path.suffix != ".safetensors" and not path.exists():
         raise CheckpointError(
             f"there is no file or folder {str(path)!r}.", hint=f"check the path; hub:{path} is fetched from the hub."
         )
-    return file
+    return path
 
 
 def _check_fingerprint(

@@ -420,8 +420,8 @@ def _inspect(command: _Command) -> None:
     parser.add_argument(
         "file",
         metavar="PATH",
-        help="a .safetensors file of `prefixtune train`; or a folder: its prefixes and those of the runs in it are "
-        "listed, broken ones with the reason (exit code 1)",
+        help="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
+        "method, are listed, broken ones with the reason (exit code 1)",
     )
     _json_and_quiet(parser, "all of it")
 

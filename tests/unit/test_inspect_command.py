@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.checkpoint import make_header, save_prefix, save_weights
 from prefixtune.cli import main
 from prefixtune.prefix import Prefix
 
@@ -59,6 +62,44 @@ def test_the_list_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -
     (folder / "cut.safetensors").write_bytes(b"cut")
     assert main(["inspect", str(folder)]) == 1
     assert "1 broken file" in capsys.readouterr().out
+
+
+def test_runs_of_other_methods_are_listed(
+    folder: Path, tiny_backbone: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = make_header(tiny_backbone("llama"), task="records", method="bias")
+    save_weights(folder / "tuned" / "weights.safetensors", {"a.bias": torch.zeros(5)}, header)
+    (folder / "tuned" / "state.safetensors").write_bytes(b"the state")
+    assert main(["inspect", str(folder), "--json"]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["prefixes"]}
+    tuned = rows[str(Path("tuned") / "weights.safetensors")]
+    assert (tuned["method"], tuned["parameters"], tuned["backbone"]) == ("bias", 5, "tiny-llama")
+    assert rows["pubs.safetensors"]["method"] == "prefix"
+    assert main(["inspect", str(folder / "tuned")]) == 0
+    assert "0 prefixes and 1 run of other methods" in capsys.readouterr().out
+    (folder / "tuned" / "weights.safetensors").write_bytes(b"cut")
+    assert main(["inspect", str(folder / "tuned")]) == 1
+
+
+def test_a_folder_that_nobody_may_look_into_hides_no_other(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "closed").mkdir()
+    stat = Path.stat
+
+    def refuse(path: Path, **more: Any) -> Any:
+        # The superuser, who may run the tests, may look into every folder.
+        if path.parent.name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert main(["inspect", str(folder), "--json"]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["prefixes"]}
+    assert rows["pubs.safetensors"]["task"] == "e2e"
+    assert "Permission denied" in rows["closed"]["error"]
+    assert main(["inspect", str(folder / "closed" / "prefix.safetensors")]) == 2
+    assert "Permission denied" in capsys.readouterr().err
 
 
 def test_a_run_is_a_folder_of_one_prefix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

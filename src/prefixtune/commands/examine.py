@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,8 @@ def inspect(options: argparse.Namespace) -> int:
     """`prefixtune inspect`."""
     from prefixtune.checkpoint import load_prefix, prefix_file
 
-    path = Path(options.file)
-    if path.is_dir():
-        return _list(options, path)
+    if os.path.isdir(options.file):  # Path.is_dir raises where the parent folder is closed to us
+        return _list(options, Path(options.file))
     path = prefix_file(options.file)
     prefix = load_prefix(path)
     norms = [
@@ -73,33 +73,31 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace, folder: Path) -> int:
-    """The prefixes of a folder, and of the runs in it; 1 where a file is broken."""
+    """The prefixes of a folder, and the runs in it; 1 where a file is broken."""
     try:
-        rows = [_row(folder, path) for path in _prefix_files(folder)]
+        rows = [_row(folder, path) for path in _artifacts(folder)]
     except OSError as error:
         raise CheckpointError(
             f"cannot read the folder {str(folder)!r}: {error.strerror or error}.", hint="check its permissions."
         ) from error
     if not rows:
         raise CheckpointError(
-            f"{str(folder)!r} holds no prefix, and no run with one.",
+            f"{str(folder)!r} holds no prefix, and no run that came to its end.",
             hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
         )
     broken = [row for row in rows if "error" in row]
+    good = [row for row in rows if "error" not in row]
     if options.json:
         print_json({"folder": str(folder), "prefixes": rows})
         return 1 if broken else 0
     console = Console(quiet=options.quiet)
-    console.table(
-        f"{_counted(len(rows) - len(broken), 'prefix', 'prefixes')} in {folder}",
-        ["name", "bytes", "backbone", "length", "task"],
-        [
-            [row["name"], row["file_bytes"], row["backbone"], _in_words(row["prefix_length"]), row["task"]]
-            for row in rows
-            if "error" not in row
-        ],
-        result=True,
-    )
+    others = sum(not row["prefix_length"] for row in good)
+    title = _counted(len(good) - others, "prefix", "prefixes")
+    if others:
+        title += f" and {_counted(others, 'run', 'runs')} of other methods"
+    columns = ("name", "bytes", "method", "backbone", "length", "task")
+    shown = [{**row, "bytes": row["file_bytes"], "length": _in_words(row["prefix_length"])} for row in good]
+    console.table(f"{title} in {folder}", columns, [[row[name] for name in columns] for row in shown], result=True)
     if broken:
         console.table(
             _counted(len(broken), "broken file", "broken files"),
@@ -110,38 +108,57 @@ def _list(options: argparse.Namespace, folder: Path) -> int:
     return 1 if broken else 0
 
 
-def _prefix_files(folder: Path) -> list[Path]:
-    """The files NAME.safetensors of a folder, and prefix.safetensors of each folder in it, in order of their names."""
+def _artifacts(folder: Path) -> list[Path]:
+    """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
     from prefixtune.folder import ENDING, list_names, path_of
-    from prefixtune.hub import FILE
-    from prefixtune.training import STATE_FILE, WEIGHTS_FILE
+    from prefixtune.training import STATE_FILE
 
-    # Of a run, what is no prefix and is not meant to be one.
-    others = {name.removesuffix(ENDING) for name in (STATE_FILE, WEIGHTS_FILE)}
-    here = [path_of(folder, name) for name in list_names(folder) - others]
-    return sorted([*here, *(run / FILE for run in folder.iterdir() if (run / FILE).is_file())])
+    here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
+    return sorted([*here, *(path for run in folder.iterdir() for path in _trained_in(run))])
+
+
+def _trained_in(run: Path) -> list[Path]:
+    """The prefix or the weights in a folder; of one that nobody may look into, the folder, for `_row` to say so."""
+    from prefixtune.hub import FILE
+    from prefixtune.training import WEIGHTS_FILE
+
+    try:
+        return [run / name for name in (FILE, WEIGHTS_FILE) if (run / name).is_file()]
+    except OSError:
+        return [run]
 
 
 def _row(folder: Path, path: Path) -> dict[str, Any]:
     """What a list says of a file: all of it is read, as when it is used."""
-    from prefixtune.checkpoint import load_prefix
-
     row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
     try:
         row["file_bytes"] = path.stat().st_size
-        prefix = load_prefix(path)
+        header, facts = _read(path)
     except PrefixError as error:
         return {**row, "error": error.message}
     except OSError as error:
         return {**row, "error": f"it cannot be read: {error.strerror or error}."}
-    origin = prefix.header.get("backbone")
+    origin = header.get("backbone")
     return {
         **row,
-        "parameters": prefix.num_parameters,
+        **facts,
+        "method": header.get("method", "prefix"),
         "backbone": origin.get("name") if isinstance(origin, Mapping) else None,
-        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
-        "task": prefix.header.get("task"),
+        "task": header.get("task"),
     }
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The header of a prefix, or of the weights of another method, and the sizes of what it stands for."""
+    from prefixtune.checkpoint import load_prefix, load_weights
+    from prefixtune.training import WEIGHTS_FILE
+
+    if path.name == WEIGHTS_FILE:
+        tensors, header = load_weights(path)
+        return header, {"parameters": sum(tensor.numel() for tensor in tensors.values()), "prefix_length": {}}
+    prefix = load_prefix(path)
+    lengths = {site: prefix.length(site) for site in prefix.sites}
+    return prefix.header, {"parameters": prefix.num_parameters, "prefix_length": lengths}
 
 
 def _counted(number: int, one: str, several: str) -> str:
