@@ -36,6 +36,7 @@ __all__ = [
     "HEADER_KEY",
     "Outline",
     "check_header",
+    "check_storable",
     "checked_metadata",
     "describe_tensors",
     "parse_header",
@@ -67,8 +68,12 @@ _CHECKSUM_KEY = "prefixtune_checksum"
 _NAME = re.compile(r"^(encoder|decoder|cross)\.(\d{1,5})\.(key|value)$")
 _TENSOR = re.compile(r"(encoder|decoder|cross)\.\d{1,5}\.(key|value)|head\.(weight|bias)")
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_HEADER_BYTES = 2**18
-"""Longest header that is read or written: an ordinary one has a few thousand bytes."""
+_HEADER_BYTES = 2**20
+"""Longest header that is read or written, as it stands in a file: an ordinary one has a few thousand bytes."""
+_TENSORS_BYTES = 2**18
+"""Most bytes of a prefix's table of tensors, which has about a hundred for each."""
+_ROOM = 2**12
+"""Bytes that a header may grow by while its prefix is trained."""
 _HEADER_DEPTH = 16
 """Most objects and lists within each other in a header."""
 
@@ -134,20 +139,20 @@ def read_outline(path: Path) -> Outline:
         size = os.fstat(handle.fileno()).st_size
         start = handle.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_HEADER_BYTES, size - 8):
+        if not 2 <= length <= min(_HEADER_BYTES + _TENSORS_BYTES, size - 8):
             raise _broken(f"its header would take {length} bytes")
         text = handle.read(length)
     try:
         tensors = json.loads(text)
         header = parse_header(tensors.pop("__metadata__")[HEADER_KEY])
         shapes = {name: tuple(map(_whole, fact["shape"])) for name, fact in tensors.items()}
-        told = sum(math.prod(shapes[name]) * _ITEM_BYTES[fact["dtype"]] for name, fact in tensors.items())
+        expected = sum(math.prod(shapes[name]) * _ITEM_BYTES[fact["dtype"]] for name, fact in tensors.items())
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _broken("its header is not that of a prefix") from error
     _check_version(header, "it")
     check_header(header, "it")
-    if told != size - 8 - length:
-        raise _broken(f"its header tells of {told} bytes, but {size - 8 - length} follow")
+    if expected != size - 8 - length:
+        raise _broken(f"its header tells of {expected} bytes, but {size - 8 - length} follow")
     return Outline(header, shapes)
 
 
@@ -173,8 +178,8 @@ def reasons_against(outline: Outline, geometry: Geometry, name: str, fingerprint
         reasons.append(f"its shapes are not those of {name!r}")
     elif not reasons and fingerprint is not None:
         origin = header.get("backbone")
-        told = origin.get("fingerprint", fingerprint) if isinstance(origin, dict) else fingerprint
-        if not fingerprints_match(str(told), fingerprint):
+        stored = origin.get("fingerprint", fingerprint) if isinstance(origin, dict) else fingerprint
+        if not fingerprints_match(str(stored), fingerprint):
             reasons.append(f"it was trained for other weights than those of {name!r}")
     return reasons
 
@@ -227,8 +232,10 @@ def parse_header(text: str) -> dict[str, Any]:
     Raises:
         ValueError: It is too long or too deep, no object, or holds what is no JSON: NaN, infinity, half a character.
     """
-    if len(text) > _HEADER_BYTES:
-        raise ValueError(f"it has {len(text):,} characters, but may have {_HEADER_BYTES:,}")
+    # As a text within the JSON of the file; half a character, which is refused below, counts as what it would be.
+    size = len(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > _HEADER_BYTES:
+        raise ValueError(f"it takes {size:,} bytes, but may take {_HEADER_BYTES:,}")
     try:
         value = json.loads(text)
         # Numbers such as 1e999 are read as infinity, and half a character as a text.
@@ -310,12 +317,29 @@ def checked_metadata(key: str, header: Mapping[str, Any], tensors: Mapping[str, 
     Raises:
         CheckpointError: The header could not be read again.
     """
+    text = _header_text(header)
+    return {key: text, _CHECKSUM_KEY: _checksum(tensors, text)}
+
+
+def check_storable(header: Mapping[str, Any]) -> None:
+    """See to it, before long work, that a header can be stored, with some room for the figures of the outcome.
+
+    Raises:
+        CheckpointError: It is too long, or could not be read again.
+    """
+    _header_text({**header, "room": "0" * _ROOM})
+
+
+def _header_text(header: Mapping[str, Any]) -> str:
+    """A header as JSON, with the version of the format; it can be read again."""
     text = json.dumps({**header, "format_version": FORMAT_VERSION}, ensure_ascii=False)
     try:
         parse_header(text)
     except ValueError as error:
-        raise CheckpointError(f"the header cannot be stored: {error}.", hint="make it shorter and simpler.") from error
-    return {key: text, _CHECKSUM_KEY: _checksum(tensors, text)}
+        raise CheckpointError(
+            f"the header cannot be stored: {error}.", hint="make labels, templates and descriptions shorter."
+        ) from error
+    return text
 
 
 def save_file(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
@@ -348,10 +372,10 @@ def read_checked(path: str | Path, key: str, otherwise: str, hint: str) -> tuple
     if key not in metadata:
         raise CheckpointError(f"{str(path)!r} {otherwise}.", hint=hint)
     header = _read_header(metadata[key], path)
-    told = metadata.get(_CHECKSUM_KEY)
-    if told is None and header["format_version"] == 1:
+    checksum = metadata.get(_CHECKSUM_KEY)
+    if checksum is None and header["format_version"] == 1:
         _note_unverified(Path(path).name)
-    elif told != _checksum(tensors, metadata[key]):
+    elif checksum != _checksum(tensors, metadata[key]):
         raise CheckpointError(
             f"{str(path)!r} is damaged: it does not have the checksum that it was stored with.",
             hint="get the file again.",

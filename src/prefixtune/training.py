@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from prefixtune import __version__, attach
+from prefixtune.artifact import check_storable, describe_tensors
 from prefixtune.backbone import (
     Backbone,
     BackboneLike,
@@ -181,7 +182,7 @@ def build_module(
 def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptModule, dict[str, Any]]:
     """A prompt at the input layer, from words' embeddings or at random, and what to record of the initialization."""
     if config.initialization == "prefix":
-        raise ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
+        raise _no_start()
     table = backbone.model.get_input_embeddings()
     facts: dict[str, Any] = {"kind": config.initialization}
     if config.initialization == "words":
@@ -298,15 +299,15 @@ def train(
         console = Console(quiet=not (progress and world.leads))
         show = stack.enter_context(show_training(console))
         _claim([config], world, stack)
-        if resume:
-            # Before the backbone loads.
-            _read_state(config)
+        # Before the backbone loads.
+        states = [_read_state(config)] if resume else []
         data = _read_data(config, examples, dev_examples, world, resume=resume, loads=backbone is None)
         if backbone is None:
             console.info(f"loading {config.backbone} ...")
         loaded = _load(config, world) if backbone is None else as_backbone(backbone)
         run = _make_run(config, loaded, data, world)
-        events: list[Event] = run.resume() if resume else []
+        # Not kept: it may be as large as the model.
+        events: list[Event] = run.resume(*states.pop()) if states else []
         stopping = stack.enter_context(_stop_requests())
         stack.enter_context(attach.checkpointing(run.backbone.model, config.gradient_checkpointing))
         for event in run.events(stopping, fresh=not resume):
@@ -357,17 +358,15 @@ def train_together(
     """
     _check_together(configs)
     given = examples or [None] * len(configs), dev_examples or [None] * len(configs)
-    # A run that was stopped before its first save begins anew.
-    begun = [resume and (Path(config.output) / STATE_FILE).exists() for config in configs]
-    for config, old in zip(configs, begun, strict=True):
-        if old:
-            # Before the backbone loads.
-            _read_state(config)
     events: list[list[Event]] = []
     failed: list[TrainingError] = []
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(joined(configs[0].device)) if world is None else world
         _claim(configs, world, stack)
+        # A run that was stopped before its first save begins anew.
+        begun = [resume and (Path(config.output) / STATE_FILE).exists() for config in configs]
+        # Before the backbone loads.
+        states = [_read_state(config) for config, old in zip(configs, begun, strict=True) if old]
         data = [
             _read_data(config, some, dev, world, resume=resume, loads=backbone is None)
             for config, some, dev in zip(configs, *given, strict=True)
@@ -381,7 +380,7 @@ def train_together(
         runs = [_make_run(config, backbone, each, world) for config, each in zip(configs, data, strict=True)]
         if any(run.labels is not None and run.labels.by == "head" for run in runs):
             raise ConfigError("a head is trained alone.", hint="use classifier = 'words', or train it by itself.")
-        events = [run.resume() if old else [] for run, old in zip(runs, begun, strict=True)]
+        events = [run.resume(*states.pop(0)) if old else [] for run, old in zip(runs, begun, strict=True)]
 
         def tell(number: int, event: Event) -> None:
             events[number].append(event)
@@ -523,8 +522,18 @@ def _early_checks(config: TrainConfig, world: World, *, has_dev: bool, loads: bo
 def _check_start(config: TrainConfig) -> None:
     """The prefix that a run starts from."""
     if config.method == "prompt":
-        raise ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
+        raise _no_start()
     load_prefix(config.init_prefix)
+
+
+def _no_start() -> ConfigError:
+    return ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
+
+
+def _no_head(config: TrainConfig) -> ConfigError:
+    return ConfigError(
+        f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
+    )
 
 
 def _check_combination(config: TrainConfig, world: World, has_dev: bool) -> None:
@@ -539,9 +548,7 @@ def _check_combination(config: TrainConfig, world: World, has_dev: bool) -> None
             "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
         )
     if config.classifier == "head" and not config.trains_prefix:
-        raise ConfigError(
-            f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
-        )
+        raise _no_head(config)
 
 
 def _make_run(
@@ -729,9 +736,7 @@ class _Run:
             if self.module.head is not None:
                 self.module.head.standardize(sample_hidden(backbone, self.module.bake(), self.data.examples))
         elif num_labels:
-            raise ConfigError(
-                f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
-            )
+            raise _no_head(config)
         # The model's own weights that train: a LoRA adapter's, or what another method trains; empty otherwise.
         self.adapter = backbone.adapter_parameters
         self.trained = [*(() if self.module is None else self.module.parameters()), *self.adapter.values()]
@@ -740,6 +745,9 @@ class _Run:
         self.total_steps = self._planned(config.max_steps, config.epochs)
         self.extended_from: int | None = None
         self.step, self.best_loss, self.best_step, self.misses = 0, math.nan, 0, 0
+        start = self.bake()
+        # Not after the work.
+        check_storable({**self._header(backbone, start), **({} if start is None else describe_tensors(start))})
 
     def _planned(self, max_steps: int, epochs: float) -> int:
         """The steps that a configuration plans."""
@@ -960,7 +968,19 @@ class _Run:
         config, backbone = self.config, self.backbone
         if self.adapter and prefix is not None:
             backbone = backbone.save_adapter(self.folder / ADAPTER_FOLDER)
-        header = make_header(
+        header = self._header(backbone, prefix)
+        dtype = torch.float32 if config.save_dtype == "float32" else torch.bfloat16
+        if prefix is None:
+            size = Tuning(config.method, config.method_size).size
+            weights = {name: tensor.to(dtype) for name, tensor in tuned_weights(self.backbone).items()}
+            save_weights(self.folder / WEIGHTS_FILE, weights, {**header, "method_size": size})
+            return
+        save_prefix(self.folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
+
+    def _header(self, backbone: Backbone, prefix: Prefix | None) -> dict[str, Any]:
+        """What the artifact says of this run."""
+        config = self.config
+        return make_header(
             backbone,
             task=config.task,
             method=config.method,
@@ -988,13 +1008,6 @@ class _Run:
             license=config.license,
             made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        dtype = torch.float32 if config.save_dtype == "float32" else torch.bfloat16
-        if prefix is None:
-            size = Tuning(config.method, config.method_size).size
-            weights = {name: tensor.to(dtype) for name, tensor in tuned_weights(self.backbone).items()}
-            save_weights(self.folder / WEIGHTS_FILE, weights, {**header, "method_size": size})
-            return
-        save_prefix(self.folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
 
     def save(self) -> None:
         """Write the resumable state."""
@@ -1019,14 +1032,17 @@ class _Run:
             },
         )
 
-    def resume(self) -> list[Event]:
-        """Load the state, and cut the log back to it; returns the events up to it.
+    def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> list[Event]:
+        """Go on from a state, and cut the log back to it; returns the events up to it.
+
+        Args:
+            tensors: As `_read_state` gives them.
+            facts: Likewise.
 
         Raises:
-            CheckpointError: There is no state, or it is broken.
-            ConfigError: The state belongs to another configuration or backbone.
+            CheckpointError: The state does not fit the run, or the log is damaged.
+            ConfigError: The state belongs to another backbone or other data.
         """
-        tensors, facts = _read_state(self.config)
         if not fingerprints_match(facts["fingerprint"], self.backbone.fingerprint):
             raise ConfigError(
                 f"the run in {str(self.folder)!r} was started on another backbone.", hint="load that one."
@@ -1127,6 +1143,12 @@ def _read_state(config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise ConfigError(
             f"the run in {str(path.parent)!r} was started otherwise: {listed}.",
             hint="resume with the same options, or start anew in another --output.",
+        )
+    if config.max_steps and stored["epochs"] != config.epochs:
+        raise ConfigError(
+            f"epochs is {config.epochs:g}, but the run in {str(path.parent)!r} is set by max_steps = "
+            f"{config.max_steps}, which overrides it.",
+            hint="give --max-steps N (max_steps=N) alone, or --max-steps 0, too.",
         )
     if 0 < config.max_steps < facts["step"]:
         raise ConfigError(

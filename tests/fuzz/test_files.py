@@ -52,7 +52,7 @@ MOST = 100_000
 """Inputs of one kind, however much time there is."""
 SLOWEST = 10.0
 """Seconds of processor time that no input of these sizes may take, with types checked at every call."""
-KINDS = 12
+KINDS: list[str] = []
 """Tests below, which share the time."""
 
 AT_ONCE = 10
@@ -79,7 +79,7 @@ JSON = st.recursive(
 
 
 @pytest.fixture(autouse=True)
-def told_seed() -> None:
+def shown_seed() -> None:
     print(f"PREFIXTUNE_FUZZ_SEED={SEED}")
 
 
@@ -94,12 +94,13 @@ def fuzzed(**strategies: Any) -> Callable[[Callable[..., Any]], Any]:
                 took = time.process_time() - began
                 assert took < SLOWEST, f"an input of this size took {took:.1f} seconds"
 
-            ends = time.monotonic() + SECONDS / KINDS
+            ends = time.monotonic() + SECONDS / len(KINDS)
             for number in range(MOST // AT_ONCE):
                 if time.monotonic() < ends:
                     seed(SEED + number)(_SETTINGS(given(**strategies)(timed)))()
 
         whole.__name__ = whole.__qualname__ = test.__name__
+        KINDS.append(test.__name__)
         return whole
 
     return decorate
@@ -156,12 +157,12 @@ def altered(draw: st.DrawFn, good: Any) -> Any:
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
     """A `PrefixError` is an answer, in one line; any other exception is a fault."""
-    told = ""
+    message = ""
     try:
         yield
     except PrefixError as error:
-        told = str(error)
-    assert len(told) < 20_000, f"an error of {len(told)} characters"
+        message = str(error)
+    assert len(message) < 20_000, f"an error of {len(message)} characters"
 
 
 def write(path: Path, data: bytes) -> Path:

@@ -243,6 +243,81 @@ def test_another_process_of_the_same_number_is_not_named(tmp_path: Path) -> None
         assert files._holder(path) == "another process"
 
 
+def test_a_folder_that_was_made_goes_again_with_its_parents(tmp_path: Path) -> None:
+    with claim_folder(tmp_path / "a" / "b" / "c"):
+        assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert names(tmp_path) == []
+    with claim_folder(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "mine").touch()
+    assert names(tmp_path / "a") == ["mine"]
+
+
+def test_a_lock_of_another_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has it, but it cannot be opened, and so it would block the folder for ever."""
+
+    def denied(path: Path, timeout: float) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "_acquire", denied)
+    (tmp_path / ".lock").touch()
+    with (
+        pytest.raises(PrefixError, match=r"the lock '.*\.lock' belongs to another user") as told,
+        claim_folder(tmp_path),
+    ):
+        pass
+    assert "delete it if nobody works there" in told.value.hint
+    assert names(tmp_path) == [".lock"]
+    # Where none can be made, whoever writes there meets the error.
+    (tmp_path / ".lock").unlink()
+    with locked(tmp_path / ".lock") as mine:
+        assert mine
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root becomes another user")
+def test_a_lock_that_root_left_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.chmod(0o777)
+    (folder / ".lock").touch(0o644)
+    code = """
+try:
+    with claim_folder(Path(sys.argv[1])):
+        print("claimed")
+except Exception as error:
+    print(error)
+"""
+    program = f"import sys\nfrom pathlib import Path\nimport filelock, psutil\nfrom prefixtune.files import *\n{code}"
+    program = program.replace("\ntry:", "\nimport os\nos.setuid(12345)\ntry:", 1)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, env=environment)
+    assert "belongs to another user" in done.stdout, done.stderr
+
+
+def test_what_stands_in_a_lock_is_left_alone(tmp_path: Path) -> None:
+    """Where a system lacks locks, the library keeps the holder in the file, and reads it again."""
+    with claim_folder(tmp_path):
+        assert (tmp_path / ".lock").read_bytes() == b""
+        with pytest.raises(PrefixError, match=rf"in use by process {os.getpid()} "), claim_folder(tmp_path):
+            pass
+    assert names(tmp_path) == []
+
+
+def test_what_is_open_cannot_be_removed_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_windows(path: Path, ignore_errors: bool) -> None:
+        for inner in path.iterdir():
+            if inner.name != ".lock":
+                inner.unlink()
+
+    (tmp_path / ".a.left.tmp").mkdir()
+    (tmp_path / ".a.left.tmp" / "half").touch()
+    monkeypatch.setattr(files, "_KEEPS_OPEN_FILES", True)
+    monkeypatch.setattr(files.shutil, "rmtree", as_on_windows)
+    assert remove_abandoned(tmp_path, "a") == 1
+    assert names(tmp_path) == []
+
+
 def test_who_waits_for_a_lock_gets_it(tmp_path: Path) -> None:
     path, order = tmp_path / "lock", list[str]()
 
@@ -285,9 +360,13 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
             check_writable(path)
     with pytest.raises(PrefixError, match=r"cannot write .*file': it is a file"):
         check_folder_writable(tmp_path / "file")
-    check_writable(tmp_path / "new" / "a")
-    check_folder_writable(tmp_path / "new")
-    assert names(tmp_path / "new") == []
+    check_writable(tmp_path / "new" / "deep" / "a")
+    check_folder_writable(tmp_path / "new" / "deep")
+    # As it was.
+    assert names(tmp_path) == ["file"]
+    (tmp_path / "old").mkdir()
+    check_writable(tmp_path / "old" / "deep" / "a")
+    assert names(tmp_path / "old") == []
 
 
 def test_errors_of_others_are_left_as_they_are(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -202,7 +203,7 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
         ('{"format_version": 2, "license": "\\ud800"}', "JSON"),
         ('{"format_version": 2, "deep": ' + "[" * 17 + "]" * 17 + "}", "nests more than 16 levels"),
         ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests more than 16 levels"),
-        ('{"format_version": 2, "long": "' + "a" * 2**18 + '"}', "characters, but may have 262,144"),
+        ('{"format_version": 2, "long": "' + "a" * 2**20 + '"}', "bytes, but may take 1,048,576"),
         ('{"format_version": ' + "9" * 5000 + "}", "JSON"),
         ('{"format_version": 2, "backbone": "gpt2"}', "says backbone 'gpt2', but it must be an object"),
         ('{"format_version": 2, "backbone": {"name": 3}}', "says backbone.name '3', but it must be a text"),
@@ -231,10 +232,31 @@ def test_headers_that_nobody_can_use_are_refused(
 
 def test_what_could_not_be_read_is_not_written(tmp_path: Path, prefix: Prefix):
     path = tmp_path / "p.safetensors"
-    for header in ({"task": 3}, {"license": "\ud800"}, {"training": {"x": float("inf")}}, {"note": "a" * 2**18}):
+    for header in ({"task": 3}, {"license": "\ud800"}, {"training": {"x": float("inf")}}, {"note": "a" * 2**20}):
         with pytest.raises(CheckpointError):
             save_prefix(path, Prefix(prefix.layers, header))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("letter", ["a", '"', "\\", "日", "🙂", "\n"])
+def test_every_header_that_is_written_can_be_listed(letter: str, tmp_path: Path, prefix: Prefix):
+    path = tmp_path / "p.safetensors"
+    longest = 0
+    for count in (2**16, 2**17, 2**18, 2**19):
+        with contextlib.suppress(CheckpointError):
+            save_prefix(path, Prefix(prefix.layers, {"task": letter * count}))
+            longest = count
+    # The last one that could be written.
+    assert longest
+    assert read_outline(path).header["task"] == load_prefix(path).header["task"] == letter * longest
+    with pytest.raises(CheckpointError, match="bytes, but may take 1,048,576"):
+        save_prefix(path, Prefix(prefix.layers, {"task": letter * 2**20}))
+
+
+def test_many_labels_in_another_script_are_stored_and_listed(tmp_path: Path, prefix: Prefix):
+    labels = {"kind": "classification", "by": "words", "names": [f"日本語のラベル第{n}号" for n in range(10_000)]}
+    path = save_prefix(tmp_path / "p.safetensors", Prefix(prefix.layers, {"labels": labels}))
+    assert read_outline(path).header["labels"] == load_prefix(path).header["labels"] == labels
 
 
 def test_reading_needs_torch_and_safetensors_only(tmp_path: Path, prefix: Prefix):

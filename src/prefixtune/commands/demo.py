@@ -23,7 +23,7 @@ def demo(options: argparse.Namespace) -> int:
     """`prefixtune demo`: the main job on a small set, before and after."""
     from prefixtune.backbone import load_backbone
     from prefixtune.evaluation import evaluate as run
-    from prefixtune.files import check_writable, write_text
+    from prefixtune.files import claim_folder, write_text
     from prefixtune.generation import GenerateConfig
     from prefixtune.pretrained import prepare as prepare_backbone
     from prefixtune.report import loss_plot
@@ -33,8 +33,9 @@ def demo(options: argparse.Namespace) -> int:
         raise ConfigError(f"--steps is {options.steps}, but must be at least 1.", hint="100 is a good number.")
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
-    _clear_demo(folder)
-    check_writable(folder / "demo.json")
+    # A demo that runs there keeps its files.
+    with claim_folder(folder):
+        _clear_demo(folder)
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
