@@ -3,7 +3,7 @@
 A request for one is rewritten into one for the backbone: its text in the format that the prefix was trained with,
 placeholders in front of its tokens, the prefix in the connector's parameters, a salt of its own for the cache. In what
 comes back the prefix's name stands again, the target alone is left of a text, and the placeholders are not counted. All
-else passes through untouched. Knows nothing of tensors.
+else passes through untouched: decoding is vLLM's own, whatever the prefix's task. Knows nothing of tensors.
 """
 
 from __future__ import annotations
