@@ -283,15 +283,15 @@ class Backbone:
             parameter.requires_grad_(train_adapter and "lora_" in parameter_name)
         model.eval()
         silence_dropout(model)
-        # Decoding is told by `GenerateConfig` alone: a penalty or ban that the model's files bring along would apply
+        # Decoding follows `GenerateConfig` alone: a penalty or ban that the model's files bring along would apply
         # silently, and count the padding.
         from transformers import GenerationConfig
 
-        told = getattr(model, "generation_config", None)
-        if told is not None:
+        stored = getattr(model, "generation_config", None)
+        if stored is not None:
             # How an encoder-decoder's output begins belongs to the model.
             kept = ("decoder_start_token_id", "forced_bos_token_id")
-            begins = {name: getattr(told, name, None) or getattr(model.config, name, None) for name in kept}
+            begins = {name: getattr(stored, name, None) or getattr(model.config, name, None) for name in kept}
             model.generation_config = GenerationConfig(**{k: v for k, v in begins.items() if v is not None})
         layout = probe(model, attention)
         if layout.kind != "encoder" and model.get_output_embeddings() is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +191,23 @@ def test_a_run_folder_stands_for_its_prefix_and_the_adapter_beside_it(
     for name in (tmp_path / "run", tmp_path / "run" / "prefix.safetensors"):
         with pytest.raises(Loaded, match=re.escape(str(tmp_path / "run" / "adapter"))):
             main(["generate", "a text", "--prefix", str(name), *SHORT])
+
+
+def test_a_run_in_a_folder_that_nobody_may_look_into_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stat, closed = Path.stat, tmp_path / "closed"
+    closed.mkdir()
+
+    def refuse(path: Path, **more: Any) -> Any:
+        # The superuser, who may run the tests, may look into every folder.
+        if closed in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert "holds neither" in error(capsys, "a text", "--run", str(closed / "run"))
+    assert "Permission denied" in error(capsys, "a text", "--prefix", str(closed / "run"))
 
 
 def test_a_folder_without_a_prefix_is_no_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -136,7 +137,7 @@ def find_artifact(options: argparse.Namespace, file: str | None) -> tuple[str | 
     if options.run_folder:
         folder = Path(options.run_folder)
         weights = folder / WEIGHTS_FILE
-        if weights.is_file():
+        if os.path.isfile(weights):  # Path.is_file raises where the folder is closed to us
             for name in ("quantize", "adapter"):
                 if getattr(options, name):
                     raise ConfigError(
@@ -144,7 +145,7 @@ def find_artifact(options: argparse.Namespace, file: str | None) -> tuple[str | 
                         hint=f"leave --{name} out; it goes with a prefix or the bare model.",
                     )
             return None, weights, load_weights(weights)[1]
-        if not (folder / PREFIX_FILE).is_file():
+        if not os.path.isfile(folder / PREFIX_FILE):
             raise ConfigError(
                 f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
                 hint="give the --output folder of a `prefixtune train` that came to its end.",

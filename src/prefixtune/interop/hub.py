@@ -147,8 +147,8 @@ def _page(prefix: Prefix, repo_id: str, base: str, task: str, evaluation: Mappin
     name = repo_id.rpartition("/")[2]
     sites = ", ".join(f"{site} (P = {prefix.length(site)})" for site in prefix.sites)
     model = base or "the model that its header names"
-    told = prefix.header.get("training")
-    training = told if isinstance(told, Mapping) else {}
+    stored = prefix.header.get("training")
+    training = stored if isinstance(stored, Mapping) else {}
     facts = {
         "model": model,
         "task": task or "not told",
