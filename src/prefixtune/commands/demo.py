@@ -33,9 +33,11 @@ def demo(options: argparse.Namespace) -> int:
         raise ConfigError(f"--steps is {options.steps}, but must be at least 1.", hint="100 is a good number.")
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
+    _earlier_files(folder)
     # A demo that runs there keeps its files.
     with claim_folder(folder):
-        _clear_demo(folder)
+        for path in _earlier_files(folder):
+            path.unlink()
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
@@ -86,14 +88,14 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _clear_demo(folder: Path) -> None:
-    """Remove an earlier demo's files, and nothing else.
+def _earlier_files(folder: Path) -> list[Path]:
+    """The files of an earlier demo.
 
     Raises:
         ConfigError: The path holds anything that no demo wrote.
     """
     if not folder.exists():
-        return
+        return []
     known = {"config.toml", "events.jsonl", "prefix.safetensors", "state.safetensors", "loss.png", "demo.json"}
     # What a killed one left is hidden.
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
@@ -101,8 +103,7 @@ def _clear_demo(folder: Path) -> None:
     config = folder / "config.toml"
     if found - known or (config.exists() and 'task = "toy"' not in config.read_text(encoding="utf-8")):
         raise ConfigError(f"{str(folder)!r} holds something else than a demo.", hint="choose another --output.")
-    for name in found:
-        (folder / name).unlink()
+    return [folder / name for name in sorted(found)]
 
 
 def _exact(outputs: Sequence[str], examples: Sequence[Any]) -> int:
