@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import httpx
+import httpx2
 import machine
 
 from prefixtune.backbone import Backbone, load_backbone
@@ -105,8 +105,8 @@ class Server:
                     if event["event"] == "started":
                         self.url = event["url"]
             if self.url:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{self.url}/readyz").status_code == 200:
+                with contextlib.suppress(httpx2.HTTPError):
+                    if httpx2.get(f"{self.url}/readyz").status_code == 200:
                         return
             time.sleep(0.1)
         raise SystemExit(f"the server did not start:\n{Path(self.log.name).read_text(encoding='utf-8')}")
@@ -179,7 +179,7 @@ class Load:
         self.server, self.keys, self.known, self.seconds = server, keys, known, seconds
         self.names = sorted({name for name, _ in known})
         self.tally = Tally()
-        self.limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self.limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 
     async def run(self, connections: int) -> Tally:
         """Put the load on."""
@@ -197,14 +197,14 @@ class Load:
         """Whether callers go on."""
         return time.monotonic() - self.begun < self.seconds
 
-    def _client(self, tenant: str) -> httpx.AsyncClient:
+    def _client(self, tenant: str) -> httpx2.AsyncClient:
         headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
-        return httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=120, limits=self.limits)
+        return httpx2.AsyncClient(base_url=self.server.url, headers=headers, timeout=120, limits=self.limits)
 
     def _ask(self, name: str, prompt: str, length: int, **more: Any) -> dict[str, Any]:
         return {"model": name, "prompt": prompt, "max_tokens": length, "temperature": 0, **more}
 
-    async def _call(self, client: httpx.AsyncClient, tenant: str, number: int) -> None:
+    async def _call(self, client: httpx2.AsyncClient, tenant: str, number: int) -> None:
         """One connection: call after call."""
         draw = random.Random(f"{tenant}/{number}")
         kinds = (self._whole, self._streamed, self._task, self._two, self._leave)
@@ -214,7 +214,7 @@ class Load:
             began = time.monotonic()
             try:
                 pause = await kind(client, tenant, name, prompt, draw.choice(LENGTHS))
-            except (httpx.HTTPError, ValueError, KeyError) as error:
+            except (httpx2.HTTPError, ValueError, KeyError) as error:
                 self.tally.faults.append(f"{kind.__name__[1:]} of {name}: {type(error).__name__}: {error}")
                 pause = 0.0
             if pause:
@@ -222,7 +222,7 @@ class Load:
             else:
                 self.tally.seconds.setdefault(kind.__name__[1:], []).append(time.monotonic() - began)
 
-    def _refused(self, answer: httpx.Response, tenant: str) -> float:
+    def _refused(self, answer: httpx2.Response, tenant: str) -> float:
         """How long to wait, where the server is busy; 0: it answered."""
         if answer.status_code == 429:
             self.tally.busy[tenant] += 1
@@ -236,7 +236,7 @@ class Load:
             expected = self.known[name, prompt]
             self.tally.faults.append(f"{what} of {name} is {text!r}, but alone it is {expected!r}")
 
-    async def _whole(self, client: httpx.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
+    async def _whole(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
         answer = await client.post("/v1/completions", json=self._ask(name, prompt, length))
         pause = self._refused(answer, tenant)
         if not pause:
@@ -244,7 +244,7 @@ class Load:
             self._got(tenant, answer.json()["usage"]["completion_tokens"])
         return pause
 
-    async def _two(self, client: httpx.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
+    async def _two(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
         answer = await client.post("/v1/completions", json=self._ask(name, prompt, length, n=2))
         pause = self._refused(answer, tenant)
         if not pause:
@@ -253,7 +253,7 @@ class Load:
             self._got(tenant, answer.json()["usage"]["completion_tokens"])
         return pause
 
-    async def _task(self, client: httpx.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
+    async def _task(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
         body = {"source": prompt, "max_tokens": length, "temperature": 0}
         answer = await client.post(f"/v1/tasks/{name}", json=body)
         pause = self._refused(answer, tenant)
@@ -261,14 +261,14 @@ class Load:
             self._got(tenant, answer.json()["usage"]["completion_tokens"])
         return pause
 
-    async def _streamed(self, client: httpx.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
+    async def _streamed(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
         return await self._stream(client, tenant, name, prompt, length, leave=False)
 
-    async def _leave(self, client: httpx.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
+    async def _leave(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
         return await self._stream(client, tenant, name, prompt, max(LENGTHS), leave=True)
 
     async def _stream(
-        self, client: httpx.AsyncClient, tenant: str, name: str, prompt: str, length: int, *, leave: bool
+        self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int, *, leave: bool
     ) -> float:
         body = self._ask(name, prompt, length, stream=True, stream_options={"include_usage": True})
         began, text, first = time.monotonic(), "", True
@@ -320,7 +320,7 @@ class Load:
             await asyncio.sleep(min(1.0, self.seconds / 20))
 
 
-async def _events(answer: httpx.Response) -> AsyncIterator[Any]:
+async def _events(answer: httpx2.Response) -> AsyncIterator[Any]:
     async for line in answer.aiter_lines():
         if line.startswith("data: ") and line != "data: [DONE]":
             event = json.loads(line.removeprefix("data: "))

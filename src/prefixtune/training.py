@@ -435,6 +435,8 @@ def _claim(configs: Sequence[TrainConfig], world: World, stack: contextlib.ExitS
 
 def _with_targets(examples: list[Example], what: str) -> list[Example]:
     """The examples, of which some must have a target."""
+    if not examples:
+        raise DataError(f"the {what} data has no example.", hint="check the file and `limit`.")
     if not any(example.targets for example in examples):
         raise DataError(
             f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
