@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -274,25 +275,27 @@ def test_a_lock_of_another_user_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root becomes another user")
-def test_a_lock_that_root_left_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    folder.chmod(0o777)
-    (folder / ".lock").touch(0o644)
+def test_a_lock_that_root_left_is_named() -> None:
     code = """
+import os, sys
+from pathlib import Path
+import filelock, psutil
+from prefixtune.files import claim_folder
+os.setuid(12345)
 try:
     with claim_folder(Path(sys.argv[1])):
         print("claimed")
 except Exception as error:
     print(error)
 """
-    program = f"import sys\nfrom pathlib import Path\nimport filelock, psutil\nfrom prefixtune.files import *\n{code}"
-    program = program.replace("\ntry:", "\nimport os\nos.setuid(12345)\ntry:", 1)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, env=environment)
-    assert "belongs to another user" in done.stdout, done.stderr
+    # Not in pytest's own folder, into which root alone may look.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        (folder / ".lock").touch(0o644)
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=environment)
+    assert "belongs to another user" in done.stdout, done.stdout + done.stderr
 
 
 def test_what_stands_in_a_lock_is_left_alone(tmp_path: Path) -> None:
