@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
     parser.add_argument("--folder", default=str(Path(__file__).resolve().parent), help="default: that of this file")
     options = parser.parse_args(arguments)
-    import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+    import onnxruntime
     from safetensors.numpy import load_file
     from tokenizers import Tokenizer
 
