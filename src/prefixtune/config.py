@@ -173,8 +173,19 @@ def type_fault(name: str, value: Any, kind: Any) -> str:
     else:
         good = isinstance(value, origin or kind) and not (kind is int and isinstance(value, bool))
         wanted = _name_of(kind)
+        if good and isinstance(value, str) and not _is_utf8(value):
+            good, wanted = False, "UTF-8 text"
     shown = repr(value) if isinstance(value, str | bool | int | float | list | tuple) else describe_value(value)
     return "" if good else f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}, but must be {wanted}"
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a file can hold it: half a surrogate pair, which JSON and arguments can bring, is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _name_of(kind: Any) -> str:

@@ -38,6 +38,12 @@ def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> 
         StudyConfig.from_toml("methods", path)
 
 
+@pytest.mark.parametrize("field", ["prompt_format", "output", "train"])
+def test_half_a_character_is_no_value_of_a_configuration(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} is '.*ud800', but must be UTF-8 text"):
+        TrainConfig.from_mapping({field: "\ud800"})
+
+
 @pytest.mark.parametrize("step", ["1e999", "NaN", '"x"', "null", "[" * 5000])
 def test_a_log_with_a_step_that_is_none(step: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
