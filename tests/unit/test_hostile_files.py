@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from prefixtune.config import TrainConfig
+from prefixtune.engine import EngineConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.report import read_folder
 from prefixtune.server.config import ServeConfig
@@ -36,6 +37,14 @@ def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> 
     path.write_text(f"budget = {sign}{'9' * 400}\n")
     with pytest.raises(ConfigError, match=f"budget is {sign}inf, but must be"):
         StudyConfig.from_toml("methods", path)
+
+
+@pytest.mark.parametrize("value", [2**63, -(10**400)])
+@pytest.mark.parametrize("kind", [TrainConfig, ServeConfig, EngineConfig])
+def test_a_whole_number_has_a_bound(kind: Any, value: int) -> None:
+    field = {TrainConfig: "batch_size", ServeConfig: "port", EngineConfig: "num_slots"}[kind]
+    with pytest.raises(ConfigError, match=f"{field} is .*, but must be between"):
+        kind(**{field: value})
 
 
 @pytest.mark.parametrize("field", ["prompt_format", "output", "train"])
