@@ -43,8 +43,8 @@ _NOT_NEGATIVE = (
 
 
 _HINT = "`prefixtune train --help` explains every option."
-_MOST = 2**63 - 1
-"""The largest whole number of a configuration: TOML has none above it."""
+_LEAST, _MOST = -(2**63), 2**63 - 1
+"""Whole numbers of a configuration are TOML's: of 64 bits, with a sign."""
 _ELSEWHERE = {
     "lr": "it is called learning_rate here.",
     "model": "it is called backbone here.",
@@ -177,8 +177,8 @@ def type_fault(name: str, value: Any, kind: Any) -> str:
         wanted = _name_of(kind)
         if good and isinstance(value, str) and not _is_utf8(value):
             good, wanted = False, "UTF-8 text"
-        if good and isinstance(value, int) and not -_MOST <= value <= _MOST:
-            good, wanted = False, f"between -{_MOST} and {_MOST}"
+        if good and isinstance(value, int) and not _LEAST <= value <= _MOST:
+            good, wanted = False, f"between {_LEAST} and {_MOST}"
     shown = repr(value) if isinstance(value, str | bool | int | float | list | tuple) else describe_value(value)
     return "" if good else f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}, but must be {wanted}"
 
