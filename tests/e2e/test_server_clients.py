@@ -465,6 +465,9 @@ def test_two_hundred_connections_at_once_get_their_own_answers(server: LiveServe
 
 
 def test_figures_can_be_read_by_prometheus(server: LiveServer) -> None:
+    # The first request reads the prefix, the next ones find it; and somebody asks for what is not there.
+    server.post("/v1/completions", {"model": "facts", "prompt": "abc", "max_tokens": 2, "temperature": 0})
+    assert server.get("/nowhere")[0] == 404
     before = server.figure("prefixtune_new_tokens_total", prefix="facts")
     texts = server.figure("prefixtune_texts_total", prefix="facts", finished="length")
     server.post("/v1/completions", {"model": "facts", "prompt": "abc", "max_tokens": 11, "n": 2, "temperature": 0})
