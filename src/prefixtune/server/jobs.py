@@ -101,7 +101,7 @@ class Turns:
             first = queue.popleft()
             if queue:
                 self._waiting[tenant] = queue
-            # Whoever gave up is passed over.
+            # Callers that left are skipped.
             if not first.done():
                 self._busy = True
                 first.set_result(None)
