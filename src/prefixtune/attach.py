@@ -902,9 +902,10 @@ def _telling(model: Any, layout: Layout, positions: Mapping[str, Int[Tensor, " T
         embedding = getattr(part, "embed_positions", None)
         if embedding is not None:
 
-            def tell(module: nn.Module, args: Any, given: dict[str, Any], site: str = site) -> Any:
+            def tell(module: nn.Module, args: Any, given: dict[str, Any] | None = None, *, site: str = site) -> Any:
                 told = _told.get({})
-                return (args, {**given, "position_ids": told[site]}) if site in told else None
+                # While torch registers or removes a hook, another thread's call meets it without keyword arguments.
+                return None if given is None or site not in told else (args, {**given, "position_ids": told[site]})
 
             handles.append(embedding.register_forward_pre_hook(tell, with_kwargs=True))
     try:

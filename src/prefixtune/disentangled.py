@@ -73,9 +73,12 @@ class _Call:
         """P."""
         return 0 if self.given is None else int(self.given[0].shape[2])
 
-    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Lengthen text, mask and distances by P positions in front."""
-        if not self.active():
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        """Lengthen text, mask and distances by P positions in front.
+
+        While torch registers or removes a hook, another thread's call meets it without keyword arguments.
+        """
+        if kwargs is None or not self.active():
             return None
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         given = bound.arguments

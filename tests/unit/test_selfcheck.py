@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,3 +239,32 @@ def test_two_threads_use_a_deberta_with_prefixes_of_their_own(
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(run, prefixes * 20))
     assert all(torch.allclose(one, wanted[n % 3], atol=1e-6) for n, one in enumerate(found))
+
+
+def test_a_call_in_another_thread_meets_a_hook_that_torch_has_half_registered(
+    enclosing_tokenizer: Any, random_prefix: Callable[..., Any]
+) -> None:
+    backbone = Backbone.from_model(make_model("deberta-v2", enclosing_tokenizer), enclosing_tokenizer, "deberta")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        wanted = backbone.hidden_states(ids)
+    found: list[Any] = []
+
+    def plain() -> None:
+        with torch.no_grad():
+            found.append(backbone.model(ids).last_hidden_state)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        class Between(OrderedDict[int, bool]):
+            """Another thread uses the model after a hook was registered, and before it is known to take keywords."""
+
+            def __setitem__(self, key: int, value: bool) -> None:
+                pool.submit(plain).result(60)
+                super().__setitem__(key, value)
+
+        backbone.model.encoder.layer[0].attention.self._forward_pre_hooks_with_kwargs = Between()
+        with torch.no_grad():
+            backbone.hidden_states(ids, prefixes=random_prefix(backbone, 3))
+    assert len(found) == 1
+    assert torch.allclose(found[0], wanted, atol=1e-6)
