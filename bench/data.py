@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
-from prefixtune.backbone import Backbone
-from prefixtune.batching import Encoded, default_format, encode_examples, plan_epoch
-from prefixtune.tasks import Example, read_task
+from prefixtune.backbone.backbone import Backbone
+
+from prefixtune.data import Example, read_task
+from prefixtune.data.batching import epoch_batches
+from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "train.jsonl.gz"
 """Where E2E is looked for: beside the repository."""
@@ -52,19 +54,19 @@ def read(path: Path | None) -> Data:
     return Data(f"E2E ({chosen.parent.name}/{chosen.name})", read_task("e2e", chosen))
 
 
-def encode(backbone: Backbone, data: Data, prefix_length: int) -> tuple[Encoded, ...]:
+def encode(backbone: Backbone, data: Data, prefix_length: int) -> tuple[TokenizedExample, ...]:
     """All examples as token ids, formatted as in training."""
     return encode_examples(backbone, data.examples, default_format(backbone), prefix_length=prefix_length).examples
 
 
 def deal(
-    encoded: Sequence[Encoded], *, batch_size: int, targets_per_source: int, number: int, seed: int
-) -> list[list[Encoded]]:
+    encoded: Sequence[TokenizedExample], *, batch_size: int, targets_per_source: int, number: int, seed: int
+) -> list[list[TokenizedExample]]:
     """The first full batches of training, as the planner deals them."""
     batches = (
         batch
         for epoch in count()
-        for batch in plan_epoch(
+        for batch in epoch_batches(
             encoded, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch
         )
         if sum(len(hand.targets) for hand in batch) == batch_size
@@ -72,11 +74,13 @@ def deal(
     return list(islice(batches, number))
 
 
-def to_lists(batches: list[list[Encoded]]) -> list[list[list[object]]]:
+def to_lists(batches: list[list[TokenizedExample]]) -> list[list[list[object]]]:
     """Batches as JSON takes them."""
     return [[[list(hand.prompt), [list(target) for target in hand.targets]] for hand in batch] for batch in batches]
 
 
-def from_lists(batches: list[list[list[list[object]]]]) -> list[list[Encoded]]:
+def from_lists(batches: list[list[list[list[object]]]]) -> list[list[TokenizedExample]]:
     """The reverse of `to_lists`."""
-    return [[Encoded(tuple(prompt), tuple(map(tuple, targets))) for prompt, targets in batch] for batch in batches]
+    return [
+        [TokenizedExample(tuple(prompt), tuple(map(tuple, targets))) for prompt, targets in batch] for batch in batches
+    ]

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import prefixtune as pt
-from prefixtune.console import Console
-from prefixtune.files import write_text
-from prefixtune.generation import GenerateConfig
-from prefixtune.tasks import read_task
+from prefixtune.data import read_task
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.utils.console import Console
+from prefixtune.utils.files import write_text
 
 SIZES = {100: 80, 2000: 100}
 """Training targets -> optimizer steps (of 16 targets)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.console import format_figure
+from prefixtune.utils.console import format_figure
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ import machine
 import seq2seq_part
 import train_part
 from adapters_peer import PeerError
+from prefixtune.backbone.load import DEFAULT_BACKBONE
 from results import Line
 from sides import DifferenceError
 
-from prefixtune.backbone import DEFAULT_BACKBONE
-from prefixtune.console import Console, format_seconds
 from prefixtune.errors import PrefixError
+from prefixtune.utils.console import Console, format_seconds
 
 PARTS = ("train", "seq2seq", "flops", "generate")
 PREFIX_LENGTH = 10

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from prefixtune.backbone import Backbone
-    from prefixtune.doctor import Check
+    from prefixtune.backbone.backbone import Backbone
+    from prefixtune.doctor.examine import Check
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "models.md"
@@ -230,8 +230,8 @@ def make(name: str, tokenizer: object) -> Any:
         ValueError: It is not tiny.
     """
     import torch
+    from prefixtune.backbone.load import auto_class
 
-    from prefixtune.backbone import auto_class
     from tiny_config import tiny_config
     from zoo import ZOO, make_model, random_model
 
@@ -247,8 +247,9 @@ def make(name: str, tokenizer: object) -> Any:
 
 def examine_one(name: str, tokenizer: object) -> Result:
     """Make a tiny model, load it as a backbone, and run the doctor's checks on it."""
-    from prefixtune.backbone import Backbone
-    from prefixtune.doctor import examine
+    from prefixtune.backbone.backbone import Backbone
+    from prefixtune.doctor.examine import examine
+
     from prefixtune.errors import PrefixError
     from zoo import ZOO, exists
 
@@ -296,7 +297,7 @@ def restrictions(backbone: Backbone) -> list[str]:
         notes.append("rows are padded, not packed")
     if layout.cache_layers is None and layout.kind == "decoder":
         notes.append("generation injects the prefix")
-    if not layout.carries:
+    if not layout.forwards_kwargs:
         notes.append("no gradient checkpointing")
     return notes
 

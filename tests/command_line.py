@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli import main
+from prefixtune.cli.main import main
 
 
 def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None) -> tuple[str, str]:

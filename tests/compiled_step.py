@@ -9,9 +9,10 @@ import sys
 
 import torch
 
-from prefixtune.backbone import Backbone
-from prefixtune.generation import GenerateConfig, generate_ids
-from prefixtune.prefix import Prefix
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.prefix import Prefix
 from zoo import make_model, make_tokenizer
 
 tokenizer = make_tokenizer()

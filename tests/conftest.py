@@ -22,8 +22,8 @@ from torch import Tensor
 
 # Imported before the hook, as they hold no tensors: `config` checks its values' types itself, and users are to see what
 # it says of them; `console` takes streams, which the checker knows too narrowly.
-import prefixtune.config
-import prefixtune.console  # noqa: F401
+import prefixtune.training.config
+import prefixtune.utils.console  # noqa: F401
 from zoo import MAX_POSITIONS, NUM_BYTES, make_model, make_tokenizer
 
 install_import_hook("prefixtune", "beartype.beartype")
@@ -119,7 +119,7 @@ def tiny_models(tiny_tokenizer: Any) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any, enclosing_tokenizer: Any) -> Callable[..., Any]:
     """A factory: `tiny_backbone(family, seed=0, **changes)` makes a frozen `Backbone`."""
-    from prefixtune.backbone import Backbone
+    from prefixtune.backbone.backbone import Backbone
 
     def make(name: str, **changes: Any) -> Any:
         tokenizer = enclosing_tokenizer if name in ENCODERS else tiny_tokenizer
@@ -134,7 +134,7 @@ def rewrite_header() -> Callable[..., Path]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from prefixtune.artifact import HEADER_KEY, checked_metadata
+    from prefixtune.prefix.artifact import HEADER_KEY, checked_metadata
 
     def rewrite(path: Path, **fields: Any) -> Path:
         with safe_open(path, "pt") as handle:
@@ -170,7 +170,7 @@ def random_prefix() -> Callable[..., Any]:
 
     P may also be given by site, as in `{"encoder": 3, "cross": 5}`: then it stands at these sites only.
     """
-    from prefixtune.prefix import Prefix
+    from prefixtune.prefix.prefix import Prefix
 
     def make(backbone: Any, length: int | dict[str, int], seed: int = 0, scale: float = 1.0) -> Any:
         generator = torch.Generator().manual_seed(seed)
@@ -232,8 +232,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def default_backbone() -> Any:
     """The embedded backbone, where it is prepared."""
-    from prefixtune.backbone import load_backbone
-    from prefixtune.pretrained import pretrained_folder
+    from prefixtune.backbone.load import load_backbone
+    from prefixtune.backbone.packaged import pretrained_folder
 
     if pretrained_folder("smollm2-135m") is None:
         pytest.skip("the embedded backbone is not prepared here (`prefixtune prepare`)")

@@ -23,14 +23,17 @@ from typing import Any
 from unittest import mock
 
 from live_server import make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import load_prefix, load_state
-from prefixtune.cli import main
-from prefixtune.engine import Engine, EngineConfig, EngineWorker, PrefixStore
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.cli.main import main
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.app import make_app
-from prefixtune.server.config import KeyConfig, ServeConfig
-from prefixtune.server.keys import hash_key
-from prefixtune.server.services import Services
+from prefixtune.server.auth import hash_key
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.server.state import ServerState
+from prefixtune.training.checkpoint import load_state
 
 FAULTS = ctypes.CDLL(None)
 Files = dict[str, bytes]
@@ -173,7 +176,7 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
         backbone="tiny", prefixes=str(folder), num_slots=1, keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)}
     )
     store = PrefixStore(folder, backbone)
-    services = Services(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
+    services = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
     app, body = make_app(services), other.read_bytes()
 
     def act() -> str | None:
@@ -223,8 +226,8 @@ def run(work: Path) -> None:
     data.write_text("".join(json.dumps({"s": f"n : {c}", "t": f"{c}{c} it is"}) + "\n" for c in "abcd"))
     # The same tiny model each time.
     with (
-        mock.patch("prefixtune.training.load_backbone", return_value=backbone),
-        mock.patch("prefixtune.commands.shared.load", return_value=backbone),
+        mock.patch("prefixtune.training.train.load_backbone", return_value=backbone),
+        mock.patch("prefixtune.cli.common.load", return_value=backbone),
     ):
         (work / "train").mkdir()
         training(work / "train", model, data).run("train")

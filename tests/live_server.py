@@ -28,8 +28,8 @@ TEMPLATE = (
 # The code runs the command as `prefixtune serve` does.
 COMMAND = """
 import argparse, sys
-from prefixtune.commands.serve import add_arguments, serve
-from prefixtune.console import Console
+from prefixtune.cli.commands.serve import add_arguments, serve
+from prefixtune.utils.console import Console
 from prefixtune.errors import PrefixError
 parser = argparse.ArgumentParser()
 add_arguments(parser)
@@ -67,7 +67,7 @@ def make_model(folder: Path, *, template: bool = True) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
-            # Special tokens are never the likeliest, so that a text is as long as was asked for.
+            # ScoreOptions tokens are never the likeliest, so that a text is as long as was asked for.
             model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"])] = 0.0
     if template:
         tokenizer.chat_template = TEMPLATE
@@ -80,8 +80,9 @@ def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **head
     """A random prefix as an artifact."""
     import torch
 
-    from prefixtune.checkpoint import make_header, save_prefix
-    from prefixtune.prefix import Prefix
+    from prefixtune.backbone.prefixes import make_header
+    from prefixtune.prefix.artifact import save_prefix
+    from prefixtune.prefix.prefix import Prefix
 
     generator = torch.Generator().manual_seed(seed)
     layers = tuple(
@@ -93,11 +94,12 @@ def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **head
 
 def alone(backbone: Any, prefixes: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
     """What is written with nobody else in the batch; white space around it included."""
-    from prefixtune.checkpoint import load_prefix
-    from prefixtune.engine import Engine, Request, Sampling
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.engine.engine import Engine
+    from prefixtune.engine.request import Request, SamplingParams
 
     prefix = None if name is None else load_prefix(prefixes / f"{name}.safetensors", backbone)
-    ((output,),) = Engine(backbone).run([Request(tuple(prompt), prefix, Sampling(**sampling))])
+    ((output,),) = Engine(backbone).run([Request(tuple(prompt), prefix, SamplingParams(**sampling))])
     text = str(backbone.decode([token.id for token in output.tokens]))
     assert text.strip() == output.text
     return text

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 
 import prefixtune as pt
-from prefixtune.checkpoint import make_header
-from prefixtune.engine import Request, Sampling
-from prefixtune.generation import stream
-from prefixtune.labelling import classify, tag
-from prefixtune.text_format import TextFormat
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.inference.classify import classify, tag
+from prefixtune.inference.streaming import stream
+from prefixtune.prefix.text_format import TextFormat
 from zoo import make_model, make_tokenizer
 
 TEXTS = ["some text", "more"]
@@ -188,7 +188,7 @@ def main(folder: Path) -> dict[str, Any]:
     calls("Request: a text", lambda: bool(Request("some text")))
     calls("Request: a number as prefix", lambda: bool(Request((1, 2), 3)))
     calls("Request: a number as sampling", lambda: bool(Request((1, 2), sampling=3)))
-    calls("Sampling: a text as a number", lambda: Sampling(max_new_tokens="3"))
+    calls("Sampling: a text as a number", lambda: SamplingParams(max_new_tokens="3"))
     calls("TrainConfig: lr", lambda: pt.TrainConfig(lr=1e-3))
     calls("TrainConfig: a backbone", lambda: pt.TrainConfig(backbone=backbone))
     calls("StudyConfig: a text as a number", lambda: pt.StudyConfig(subsets="3"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import prefixtune as pt
-from prefixtune.generation import GenerateConfig
+from prefixtune.inference.config import GenerateConfig
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.",)) for letter in "abcdefgh"]
 

@@ -8,26 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "Engine": "engine",
-    "EngineConfig": "engine",
-    "Example": "tasks",
-    "GenerateConfig": "generation",
-    "Prefix": "prefix",
-    "PrefixError": "errors",
-    "ServeConfig": "server.config",
-    "StudyConfig": "study.config",
-    "TrainConfig": "config",
-    "evaluate": "evaluation",
-    "generate": "generation",
-    "load_backbone": "backbone",
-    "load_prefix": "checkpoint",
-    "save_prefix": "checkpoint",
-    "train": "training",
-}
-
 __all__ = [
     "Engine",
     "EngineConfig",
@@ -47,19 +27,42 @@ __all__ = [
     "train",
 ]
 
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "engine",
+    "EngineConfig": "engine",
+    "Example": "data",
+    "GenerateConfig": "inference.config",
+    "Prefix": "prefix.prefix",
+    "PrefixError": "errors",
+    "ServeConfig": "server.settings",
+    "StudyConfig": "studies.config",
+    "TrainConfig": "training.config",
+    "evaluate": "evaluation.evaluate",
+    "generate": "inference.generate",
+    "load_backbone": "backbone.load",
+    "load_prefix": "backbone.prefixes",
+    "save_prefix": "prefix.artifact",
+    "train": "training.train",
+}
+
 if TYPE_CHECKING:
-    from prefixtune.backbone import load_backbone
-    from prefixtune.checkpoint import load_prefix, save_prefix
-    from prefixtune.config import TrainConfig
+    from prefixtune.backbone.load import load_backbone
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.data import Example
     from prefixtune.engine import Engine, EngineConfig
     from prefixtune.errors import PrefixError
-    from prefixtune.evaluation import evaluate
-    from prefixtune.generation import GenerateConfig, generate
-    from prefixtune.prefix import Prefix
-    from prefixtune.server.config import ServeConfig
-    from prefixtune.study.config import StudyConfig
-    from prefixtune.tasks import Example
-    from prefixtune.training import train
+    from prefixtune.evaluation.evaluate import evaluate
+    from prefixtune.inference.config import GenerateConfig
+    from prefixtune.inference.generate import generate
+    from prefixtune.prefix.artifact import save_prefix
+    from prefixtune.prefix.prefix import Prefix
+    from prefixtune.server.settings import ServeConfig
+    from prefixtune.studies.config import StudyConfig
+    from prefixtune.training.config import TrainConfig
+    from prefixtune.training.train import train
 
 
 def __getattr__(name: str) -> Any:

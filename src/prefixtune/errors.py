@@ -7,7 +7,7 @@
     ├── DataError         an input file, a row or an example is wrong
     ├── TrainingError     a run cannot go on (the loss is not finite, the disk is full)
     └── RequestError      a generation request cannot be served (context overflow, ...)
-        └── FullError     it could be another time: too many wait (in `engine.request`)
+        └── EngineFull     it could be another time: too many wait (in `engine.request`)
 
 A message says what failed, the value got, what is allowed, and in `hint` the next step. The command line prints
 `error:` and `hint:` and exits with 2; anything that is not a `PrefixError` is a bug and keeps its traceback.

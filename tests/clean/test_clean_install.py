@@ -71,7 +71,7 @@ def test_every_module_imports_without_the_extras(machine: Machine) -> None:
     out, _ = machine.run("python", "-c", IMPORTS)
     missing = json.loads(out)
     assert set(missing.values()) <= {"starlette", "uvicorn", "prometheus_client", "vllm"}
-    assert all(name.startswith(("prefixtune.server.", "prefixtune.vllm.")) for name in missing)
+    assert all(name.startswith(("prefixtune.server.", "prefixtune.interop.vllm.")) for name in missing)
 
 
 def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) -> None:
@@ -83,7 +83,7 @@ def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) 
 
 
 def test_every_command_has_help(machine: Machine) -> None:
-    out, _ = machine.run("python", "-c", "from prefixtune.cli import build_parser; print(*build_parser()[1])")
+    out, _ = machine.run("python", "-c", "from prefixtune.cli.main import build_parser; print(*build_parser()[1])")
     names = out.split()
     assert len(names) > 10
     for name in names:

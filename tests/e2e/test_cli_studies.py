@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from command_line import events_of, run, start, until
-from prefixtune.cli import main
+from prefixtune.cli.main import main
 from prefixtune.report import read_folder
 from small_study import cells, scores_of, store_model, write_config
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from command_line import run, until
-from prefixtune.checkpoint import load_prefix
+from prefixtune.backbone.prefixes import load_prefix
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli import build_parser
+from prefixtune.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ("training", "labels", "tasks", "evaluation", "metrics", "studies", "serving", "convert", "export")

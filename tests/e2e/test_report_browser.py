@@ -33,8 +33,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(one / "outputs.jsonl", rows)
     made = (methods_study(folder / "methods"), low_data_study(folder / "low"), length_study(folder / "length"), one)
     code = (
-        "import argparse, sys\nfrom prefixtune.commands.report import add_arguments, report\n"
-        "parser = argparse.ArgumentParser()\nadd_arguments(parser)\nsys.exit(report(parser.parse_args()))"
+        "import argparse, sys\nfrom prefixtune.cli.commands.report import add_arguments, run\n"
+        "parser = argparse.ArgumentParser()\nadd_arguments(parser)\nsys.exit(run(parser.parse_args()))"
     )
     path = folder / "report.html"
     subprocess.run([sys.executable, "-c", code, *map(str, made), "--output", str(path), "--quiet"], check=True)

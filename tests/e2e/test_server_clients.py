@@ -17,12 +17,12 @@ import openai
 import pytest
 
 from live_server import MODEL, POSITIONS, LiveServer, alone, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import load_prefix
-from prefixtune.generation import generate
-from prefixtune.server.keys import hash_key
-from prefixtune.tasks import TASKS
-from prefixtune.tasks.e2e import linearize
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import TASKS
+from prefixtune.data.tasks.e2e import linearize
+from prefixtune.inference.generate import generate
+from prefixtune.server.auth import hash_key
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} "}
 MR = "name[The Vaults], eatType[pub], area[riverside]"

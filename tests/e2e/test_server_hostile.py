@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.server.keys import hash_key
+from prefixtune.backbone.load import load_backbone
+from prefixtune.server.auth import hash_key
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
 HEADER_SECONDS, CLIENT_SECONDS, KEEP_ALIVE, DEADLINE = 1.0, 1.5, 3.0, 4.0

@@ -17,9 +17,9 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi import checks as openapi_checks
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.server import openapi
-from prefixtune.server.keys import hash_key, new_key
+from prefixtune.backbone.load import load_backbone
+from prefixtune.server.api import openapi
+from prefixtune.server.auth import hash_key, new_key
 
 KEY = new_key()
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}

@@ -10,8 +10,8 @@ import pytest
 
 from browser import CHROMIUM, NO_CHROMIUM, Browser
 from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.server.keys import hash_key
+from prefixtune.backbone.load import load_backbone
+from prefixtune.server.auth import hash_key
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 

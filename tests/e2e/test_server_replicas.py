@@ -17,8 +17,8 @@ import openai
 import pytest
 
 from live_server import MODEL, Address, LiveServer, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.server.keys import hash_key
+from prefixtune.backbone.load import load_backbone
+from prefixtune.server.auth import hash_key
 
 NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx on the PATH; on Debian: apt install nginx-light")

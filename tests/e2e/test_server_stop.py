@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from live_server import COMMAND, MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.server.keys import hash_key
+from prefixtune.backbone.load import load_backbone
+from prefixtune.server.auth import hash_key
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_a_new_key_is_printed_with_its_table(tmp_path: Path) -> None:
     key = next(line.strip() for line in done.stdout.splitlines() if line.strip().startswith("pt-"))
     table = done.stdout[done.stdout.index("[keys") :]
     (tmp_path / "serve.toml").write_text(table)
-    from prefixtune.server.config import ServeConfig
+    from prefixtune.server.settings import ServeConfig
 
     keys = ServeConfig.from_sources(tmp_path / "serve.toml").keys
     assert keys["al ice"].hash == hash_key(key)

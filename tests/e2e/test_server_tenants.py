@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import load_prefix, make_header
-from prefixtune.engine import Engine, Request, Sampling
-from prefixtune.server.keys import hash_key, new_key
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.server.auth import hash_key, new_key
 
 NAMES = ("admin", "alice", "bob", "slow", "busy", "scrape")
 KEYS = {name: new_key() for name in NAMES}
@@ -161,7 +162,9 @@ def test_tenants_see_their_own_outputs_only(server: LiveServer, backbone: Any, f
     prefixes = {name: load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone) for name in models.values()}
     engine = Engine(backbone)
     wanted = {
-        (who, prompt): engine.run([Request(tuple(backbone.encode(prompt)), prefixes[model], Sampling(30))])[0][0].text
+        (who, prompt): engine.run([Request(tuple(backbone.encode(prompt)), prefixes[model], SamplingParams(30))])[0][
+            0
+        ].text
         for who, model in models.items()
         for prompt in prompts
     }

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune import attach
-from prefixtune.backbone import Backbone
+from patching import replace_everywhere
+from prefixtune.attention.kernels import _flex
+from prefixtune.attention.registry import ATTENTIONS
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
-from prefixtune.generation import GenerateConfig, generate_ids
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
 
 Make = Callable[..., Any]
 MODELS = ("gpt2", "llama", "mistral", "gemma2", "bart", "t5", "bert")
@@ -42,7 +45,7 @@ def run(backbone: Backbone, prefixes: list[Any], random_ids: Make) -> Tensor:
     return hidden if backbone.kind == "encoder-decoder" else hidden[mask.bool()]
 
 
-@pytest.mark.parametrize("kernel", [name for name in attach.ATTENTIONS if name != "sdpa"])
+@pytest.mark.parametrize("kernel", [name for name in ATTENTIONS if name != "sdpa"])
 @pytest.mark.parametrize("name", MODELS)
 def test_kernels_agree(
     name: str, kernel: str, with_kernel: Make, random_prefix: Make, random_ids: Make, assert_same: Make
@@ -61,13 +64,13 @@ def test_kernels_agree(
 
 def test_flex_attention_is_what_computes(with_kernel: Make, random_ids: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = attach._flex("cpu")
+    real = _flex("cpu")
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(attach, "_flex", lambda device_type: noted)
+    replace_everywhere(monkeypatch, _flex, lambda device_type: noted)
     backbone = with_kernel("llama", "flex")
     calls.clear()
     with torch.no_grad():
@@ -76,7 +79,7 @@ def test_flex_attention_is_what_computes(with_kernel: Make, random_ids: Make, mo
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("kernel", [name for name in attach.ATTENTIONS if name != "sdpa"])
+@pytest.mark.parametrize("kernel", [name for name in ATTENTIONS if name != "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_kernels_generate_the_same(
     name: str, kernel: str, beams: int, with_kernel: Make, random_prefix: Make, random_ids: Make

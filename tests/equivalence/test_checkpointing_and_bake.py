@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune import attach
-from prefixtune.batching import Encoded, pack
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.prefix import LayerShape, Prefix
-from prefixtune.reparam import KINDS, PrefixModule
-from prefixtune.training import batch_loss
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.data.batching import pack
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.encoder import KINDS, PrefixEncoder
+from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix
 
 
-def build(backbone: Any, kind: str, start: Any = None) -> PrefixModule:
+def build(backbone: Any, kind: str, start: Any = None) -> PrefixEncoder:
     torch.manual_seed(0)
-    return PrefixModule(
+    return PrefixEncoder(
         kind, backbone.geometry, 5, embedding_size=backbone.hidden_size, bottleneck_size=16, start=start
     )
 
@@ -26,10 +29,10 @@ def build(backbone: Any, kind: str, start: Any = None) -> PrefixModule:
 @pytest.mark.parametrize("packed", [True, False])
 def test_checkpointing_changes_no_number(packed: bool, backbone: Any, random_prefix: Any, random_ids: Any):
     prefix = random_prefix(backbone, 5)
-    example = Encoded(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
+    example = TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
     ids = torch.tensor([random_ids(9, 4), random_ids(9, 5)])
     layer_calls: list[int] = []
-    first_layer = next(iter(backbone.layout.places))
+    first_layer = next(iter(backbone.layout.layer_of))
     first_layer.register_forward_pre_hook(lambda *_: layer_calls.append(1))
 
     def loss_and_gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -41,7 +44,7 @@ def test_checkpointing_changes_no_number(packed: bool, backbone: Any, random_pre
 
     loss, gradients = loss_and_gradients()
     assert len(layer_calls) == 1
-    with attach.checkpointing(backbone.model):
+    with gradient_checkpointing(backbone.model):
         again, recomputed = loss_and_gradients()
         assert len(layer_calls) == 3, "the layer must run twice: forward, and again in the backward pass"
     assert torch.equal(again, loss)
@@ -91,7 +94,7 @@ def test_saved_is_loaded_bit_for_bit(
 
 
 def test_a_prefix_for_gpt2_medium_takes_two_megabytes(tmp_path: Path):
-    module = PrefixModule(
+    module = PrefixEncoder(
         "mlp", {"decoder": (LayerShape(16, 64, 64),) * 24}, 10, embedding_size=1024, bottleneck_size=512
     )
     assert module.num_trained > 25_000_000

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune import attach
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, RequestError
-from prefixtune.generation import generate, stream
-from prefixtune.initialize import from_words
-from prefixtune.prefix import Prefix
+from prefixtune.inference.generate import generate
+from prefixtune.inference.streaming import stream
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.initialize import from_words
 
 P = 5
 
@@ -207,8 +209,8 @@ def test_checkpointing_changes_no_number(encoder: Any, random_prefix: Any, rando
 
     state, gradients = state_and_gradients()
     calls: list[int] = []
-    handle = next(iter(encoder.layout.places)).register_forward_pre_hook(lambda *_: calls.append(1))
-    with attach.checkpointing(encoder.model):
+    handle = next(iter(encoder.layout.layer_of)).register_forward_pre_hook(lambda *_: calls.append(1))
+    with gradient_checkpointing(encoder.model):
         again, recomputed = state_and_gradients()
     handle.remove()
     assert len(calls) == 2, "the layer must run twice: forward, and again in the backward pass"
@@ -239,8 +241,8 @@ def test_an_encoder_reads_a_text_within_its_special_tokens(encoder: Any):
     ids = encoder.encode("ab")
     assert len(ids) == 2
     assert encoder.encode_sources(["ab", ""]) == [
-        [encoder.tokenizer.bos_token_id, *ids, encoder.end_id],
-        [encoder.tokenizer.bos_token_id, encoder.end_id],
+        [encoder.tokenizer.bos_token_id, *ids, encoder.eos_id],
+        [encoder.tokenizer.bos_token_id, encoder.eos_id],
     ]
 
 

@@ -18,20 +18,28 @@ from tokenizers import processors
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune import attach
-from prefixtune.backbone import Backbone, load_backbone
-from prefixtune.batching import Batch, Encoded, collate, encode_examples, pad
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.config import TrainConfig
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.data import Example
+from prefixtune.data.batching import collate, pad
+from prefixtune.data.encoding import TokenizedExample, encode_examples
 from prefixtune.errors import BackboneError, ConfigError, DataError, PrefixError, RequestError
-from prefixtune.generation import GenerateConfig, generate, generate_ids, stream
-from prefixtune.initialize import from_words
-from prefixtune.loss import batch_loss
-from prefixtune.prefix import LayerShape, Prefix, unflatten
-from prefixtune.reparam import PrefixModule
-from prefixtune.tasks import Example
-from prefixtune.text_format import TextFormat
-from prefixtune.training import evaluation_loss, train
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.streaming import stream
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.encoder import PrefixEncoder
+from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix, unflatten
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.initialize import from_words
+from prefixtune.training.loop import evaluation_loss
+from prefixtune.training.train import train
 from zoo import make_tokenizer
 
 SITES = {"encoder": 4, "decoder": 3, "cross": 5}
@@ -274,11 +282,11 @@ def test_every_slot_of_every_site_and_layer_changes_the_logits(
 
 
 @pytest.fixture
-def examples(random_ids: Any) -> list[Encoded]:
+def examples(random_ids: Any) -> list[TokenizedExample]:
     """Sources shared by several targets, and of one token."""
     shapes = [(7, (3, 6, 1)), (1, (4,)), (12, (5, 2)), (3, (9,))]
     return [
-        Encoded(
+        TokenizedExample(
             tuple(random_ids(prompt, seed=prompt)),
             tuple(tuple(random_ids(count, seed=100 * prompt + count)) for count in targets),
         )
@@ -286,29 +294,33 @@ def examples(random_ids: Any) -> list[Encoded]:
     ]
 
 
-def losses_one_by_one(backbone: Any, prefix: Any, examples: list[Encoded]) -> Tensor:
+def losses_one_by_one(backbone: Any, prefix: Any, examples: list[TokenizedExample]) -> Tensor:
     """Each target's losses, each pair run by itself, without a mask."""
     losses = []
     for example in examples:
         for target in example.targets:
-            read = torch.tensor([[backbone.start_id, *target[:-1]]])
+            read = torch.tensor([[backbone.decoder_start_id, *target[:-1]]])
             given = torch.tensor([example.prompt])
             logits = backbone.forward(given, decoder_input_ids=read, prefixes=prefix).logits[0]
             losses.append(F.cross_entropy(logits, torch.tensor(target), reduction="none"))
     return torch.cat(losses)
 
 
-def batches(backbone: Any, examples: list[Encoded]) -> Iterator[Batch]:
+def batches(backbone: Any, examples: list[TokenizedExample]) -> Iterator[Batch]:
     """What training makes of the examples, and padded rows."""
     chosen = collate(backbone, examples)
     assert (chosen.packing is not None) == backbone.layout.packable == ("m2m" not in backbone.name)
     yield chosen
-    yield pad(examples, pad_id=backbone.pad_id, start_id=backbone.start_id)
+    yield pad(examples, pad_id=backbone.pad_id, decoder_start_id=backbone.decoder_start_id)
 
 
 @pytest.mark.parametrize("lengths", [SITES, {"encoder": 3}, {"decoder": 3}, {"cross": 3}], ids="-".join)
 def test_packed_and_padded_rows_are_one_pair_at_a_time(
-    lengths: dict[str, int], encoder_decoder: Any, random_prefix: Any, examples: list[Encoded], assert_same: Any
+    lengths: dict[str, int],
+    encoder_decoder: Any,
+    random_prefix: Any,
+    examples: list[TokenizedExample],
+    assert_same: Any,
 ):
     prefix = random_prefix(encoder_decoder, lengths)
     expected = losses_one_by_one(encoder_decoder, prefix, examples)
@@ -317,12 +329,14 @@ def test_packed_and_padded_rows_are_one_pair_at_a_time(
     for batch in batches(encoder_decoder, examples):
         losses = batch_loss(encoder_decoder, prefix, batch)
         assert_same(losses, expected)
-        assert batch.sentences.tolist() == [n for n, size in enumerate((3, 6, 1, 4, 5, 2, 9)) for _ in range(size)]
+        assert batch.target_index.tolist() == [n for n, size in enumerate((3, 6, 1, 4, 5, 2, 9)) for _ in range(size)]
         assert_same(torch.autograd.grad((losses * weights).sum(), prefix.tensors()), wanted)
 
 
 @torch.no_grad()
-def test_packed_and_padded_rows_without_a_prefix(encoder_decoder: Any, examples: list[Encoded], assert_same: Any):
+def test_packed_and_padded_rows_without_a_prefix(
+    encoder_decoder: Any, examples: list[TokenizedExample], assert_same: Any
+):
     expected = losses_one_by_one(encoder_decoder, None, examples)
     for batch in batches(encoder_decoder, examples):
         assert_same(batch_loss(encoder_decoder, None, batch), expected)
@@ -331,7 +345,7 @@ def test_packed_and_padded_rows_without_a_prefix(encoder_decoder: Any, examples:
         assert loss == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-def test_a_source_is_read_once_for_all_of_its_targets(encoder_decoder: Any, examples: list[Encoded]):
+def test_a_source_is_read_once_for_all_of_its_targets(encoder_decoder: Any, examples: list[TokenizedExample]):
     positions = sum(len(example.prompt) for example in examples)
     chosen, rows = batches(encoder_decoder, examples)
     assert rows.input_ids.shape == (4, 12)
@@ -403,11 +417,11 @@ def cut(ids: list[int], end: int) -> list[int]:
 @torch.no_grad()
 def greedy_by_recomputation(backbone: Any, prompt: list[int], prefix: Any, count: int = NEW) -> list[int]:
     """The likeliest token again and again, each time running source and target anew with the prefix injected."""
-    ids = [backbone.start_id]
+    ids = [backbone.decoder_start_id]
     for _ in range(count):
         logits = backbone.forward(torch.tensor([prompt]), decoder_input_ids=torch.tensor([ids]), prefixes=prefix).logits
         ids.append(int(logits[0, -1].argmax()))
-    return cut(ids[1:], backbone.end_id)
+    return cut(ids[1:], backbone.eos_id)
 
 
 def beams_by_recomputation(
@@ -429,13 +443,13 @@ def beams_by_recomputation(
             input_ids=torch.tensor([prompt]),
             use_cache=False,
             do_sample=False,
-            decoder_start_token_id=backbone.start_id,
+            decoder_start_token_id=backbone.decoder_start_id,
             pad_token_id=backbone.pad_id,
-            eos_token_id=backbone.end_id,
+            eos_token_id=backbone.eos_id,
             **options,
         )
     assert widths == list(range(1, len(widths) + 1)), "the oracle must have seen the whole target at every step"
-    return cut(output[0, 1:].tolist(), backbone.end_id)
+    return cut(output[0, 1:].tolist(), backbone.eos_id)
 
 
 def test_greedy_is_recomputation(encoder_decoder: Any, prefixes: list[Any], random_ids: Any):
@@ -449,7 +463,7 @@ def make_end_likely(backbone: Any) -> None:
     """An end token that is now and then likely lets beams end at different lengths."""
     with torch.no_grad():
         head = backbone.model.get_output_embeddings().weight
-        head[backbone.end_id] += 0.5 * head.norm(dim=1).mean() * head.mean(0) / head.mean(0).norm()
+        head[backbone.eos_id] += 0.5 * head.norm(dim=1).mean() * head.mean(0) / head.mean(0).norm()
 
 
 @pytest.mark.parametrize("family", ["bart", "mbart", "pegasus", "t5", "mt5", "m2m_100"])
@@ -482,11 +496,11 @@ def test_streamed_pieces_joined_are_the_whole(by_hand: Any, random_prefix: Any):
 def test_what_a_tokenizer_adds_is_learned_and_not_shown(tiny_models: Any, enclosing_tokenizer: Any):
     """BART's tokenizer puts <s> and </s> around a target; the decoder reads its start token before both."""
     backbone = Backbone.from_model(tiny_models("bart"), enclosing_tokenizer, "tiny")
-    begin, end = enclosing_tokenizer.bos_token_id, backbone.end_id
+    begin, end = enclosing_tokenizer.bos_token_id, backbone.eos_id
     ids = tuple(backbone.encode("ab"))
     encoding = encode_examples(backbone, [Example("ab", ("ab",))], TextFormat("{source}", "{target}"), prefix_length=9)
-    assert encoding.examples == (Encoded((begin, *ids, end), ((begin, *ids, end),)),)
-    assert collate(backbone, encoding.examples).decoder_input_ids.tolist() == [[backbone.start_id, begin, *ids]]
+    assert encoding.examples == (TokenizedExample((begin, *ids, end), ((begin, *ids, end),)),)
+    assert collate(backbone, encoding.examples).decoder_input_ids.tolist() == [[backbone.decoder_start_id, begin, *ids]]
     assert backbone.decode([begin, *ids, end]) == "ab"
 
 
@@ -498,10 +512,10 @@ def test_where_none_is_configured_a_language_token_comes_first(tiny_models: Any,
         single="$A </s> @", special_tokens=[("</s>", tokenizer.eos_token_id), ("@", language)]
     )
     backbone = Backbone.from_model(tiny_models("mbart", decoder_start_token_id=None), tokenizer, "tiny")
-    assert backbone.start_id == language
-    ids, end = tuple(backbone.encode("ab")), backbone.end_id
+    assert backbone.decoder_start_id == language
+    ids, end = tuple(backbone.encode("ab")), backbone.eos_id
     encoding = encode_examples(backbone, [Example("ab", ("ab",))], TextFormat("{source}", "{target}"), prefix_length=1)
-    assert encoding.examples == (Encoded((*ids, end, language), ((*ids, end),)),)
+    assert encoding.examples == (TokenizedExample((*ids, end, language), ((*ids, end),)),)
     prompt = random_ids(5)
     assert generate_ids(backbone, [prompt], [None], config=GenerateConfig(max_new_tokens=NEW)) == [
         greedy_by_recomputation(backbone, prompt, None)
@@ -583,10 +597,10 @@ def test_words_give_the_keys_and_values_of_their_forward(
 # --- checkpointing, precision, the frozen model ----------------------------------------------------------------------
 
 
-def test_checkpointing_changes_no_number(encoder_decoder: Any, random_prefix: Any, examples: list[Encoded]):
+def test_checkpointing_changes_no_number(encoder_decoder: Any, random_prefix: Any, examples: list[TokenizedExample]):
     prefix = random_prefix(encoder_decoder, SITES)
     calls: list[int] = []
-    watched = [next(m for m, place in encoder_decoder.layout.places.items() if place == (site, 0)) for site in SITES]
+    watched = [next(m for m, place in encoder_decoder.layout.layer_of.items() if place == (site, 0)) for site in SITES]
     handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in watched]
 
     def loss_and_gradients(batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -598,7 +612,7 @@ def test_checkpointing_changes_no_number(encoder_decoder: Any, random_prefix: An
             calls.clear()
             loss, gradients = loss_and_gradients(batch)
             assert len(calls) == 3
-            with attach.checkpointing(encoder_decoder.model):
+            with gradient_checkpointing(encoder_decoder.model):
                 again, recomputed = loss_and_gradients(batch)
             assert len(calls) == 9, "each layer must run again in the backward pass"
             assert torch.equal(again, loss)
@@ -611,7 +625,12 @@ def test_checkpointing_changes_no_number(encoder_decoder: Any, random_prefix: An
 
 @pytest.mark.parametrize("family", ["bart", "t5", "m2m_100"])
 def test_bfloat16_is_float32_up_to_rounding(
-    family: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any, examples: list[Encoded], assert_same: Any
+    family: str,
+    tiny_backbone: Any,
+    random_prefix: Any,
+    random_ids: Any,
+    examples: list[TokenizedExample],
+    assert_same: Any,
 ):
     backbone = tiny_backbone(family)
     prefix = random_prefix(backbone, SITES)
@@ -628,7 +647,7 @@ def test_bfloat16_is_float32_up_to_rounding(
 
 
 def test_nothing_stays_behind_on_the_model(
-    tiny_backbone: Any, random_prefix: Any, examples: list[Encoded], random_ids: Any
+    tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample], random_ids: Any
 ):
     for family in ("bart", "t5", "m2m_100"):
         backbone = tiny_backbone(family)
@@ -636,7 +655,7 @@ def test_nothing_stays_behind_on_the_model(
         prefix = random_prefix(backbone, SITES)
         for batch in batches(backbone, examples):
             batch_loss(backbone, prefix, batch).sum().backward()
-            with attach.checkpointing(backbone.model):
+            with gradient_checkpointing(backbone.model):
                 batch_loss(backbone, prefix, batch).sum().backward()
         for beams in (1, 3):
             generate_ids(backbone, [random_ids(5)], [prefix], config=GenerateConfig(max_new_tokens=4, num_beams=beams))
@@ -650,7 +669,7 @@ def test_nothing_stays_behind_on_the_model(
 
 
 def test_another_thread_may_use_the_model_meanwhile(
-    by_hand: Any, random_prefix: Any, random_ids: Any, examples: list[Encoded], assert_same: Any
+    by_hand: Any, random_prefix: Any, random_ids: Any, examples: list[TokenizedExample], assert_same: Any
 ):
     """While a packed row is trained on, the same model serves: each call keeps its own positions and prefix."""
     backbone, _ = by_hand
@@ -672,7 +691,7 @@ def test_another_thread_may_use_the_model_meanwhile(
             thread.start()
             thread.join()
 
-    handle = next(iter(backbone.layout.places)).register_forward_pre_hook(interrupt)
+    handle = next(iter(backbone.layout.layer_of)).register_forward_pre_hook(interrupt)
     try:
         again = batch_loss(backbone, packed, batch)
     finally:
@@ -730,7 +749,7 @@ def test_a_prefix_for_bart_large_has_the_papers_size(length: int, tmp_path: Path
     assert 2 * 3 * per_site < size < 2 * 3 * per_site + 20_000
 
     with torch.device("meta"):
-        module = PrefixModule("mlp", BART_LARGE, length, embedding_size=1024, bottleneck_size=800)
+        module = PrefixEncoder("mlp", BART_LARGE, length, embedding_size=1024, bottleneck_size=800)
     wide = 2 * 12 * 1024
     assert module.num_trained == 3 * (length * 1024 + (1024 + 1) * 800 + (800 + 1) * wide)
 
@@ -874,5 +893,5 @@ def test_a_cut_source_keeps_the_closing_token(tiny_models: Any, enclosing_tokeni
     assert backbone.max_positions is None
     plain = TextFormat("{source}", "{target}")
     (example,) = encode_examples(backbone, [Example("abcdef", ("x",))], plain, prefix_length=4, max_length=5).examples
-    begin, end = enclosing_tokenizer.bos_token_id, backbone.end_id
+    begin, end = enclosing_tokenizer.bos_token_id, backbone.eos_id
     assert example.prompt == (begin, *backbone.encode("abc"), end)

@@ -11,14 +11,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefixtune import attach
-from prefixtune.backbone import Backbone
-from prefixtune.batching import encode_prompts
-from prefixtune.engine import Engine, EngineConfig, Output, Request, Sampling, slots
+from patching import replace_everywhere
+from prefixtune.attention.forward import forward_with_backend
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import encode_prompts
+from prefixtune.engine.attention import SlotAttention
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.request import Output, Request, SamplingParams
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.generation import GenerateConfig, generate, generate_ids, newline_tokens
-from prefixtune.prefix import Prefix
-from prefixtune.text_format import TextFormat
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.decoding import newline_tokens
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
 from zoo import ZOO, make_model
 
 NEW = 10
@@ -52,7 +57,7 @@ def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]
     def make(backbone: Backbone, **rules: Any) -> list[Request]:
         lengths = {6: (7, 30), 3: (2,), 0: (9, 1), 1: (5, 14)}
         prefixes = {P: random_prefix(backbone, P, P).detach() if P else None for P in lengths}
-        sampling = Sampling(**{"max_new_tokens": NEW, **rules})
+        sampling = SamplingParams(**{"max_new_tokens": NEW, **rules})
         return [
             Request(tuple(random_ids(count, count)), prefixes[P], sampling)
             for P, counts in lengths.items()
@@ -106,18 +111,18 @@ def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests
 def test_a_far_longer_text_may_be_attended_to_by_itself(
     name: str, call: int, made: Any, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(slots, "_CALL", call)
+    monkeypatch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
     backbone = made(name)
-    asked = [*requests(backbone), Request(tuple(random_ids(120, 9)), None, Sampling(max_new_tokens=NEW))]
+    asked = [*requests(backbone), Request(tuple(random_ids(120, 9)), None, SamplingParams(max_new_tokens=NEW))]
     expected = [alone(backbone, request) for request in asked]
     seen = []
-    whole = slots.Step.__post_init__
+    whole = SlotAttention.__post_init__
 
-    def watch(step: slots.Step) -> None:
+    def watch(step: SlotAttention) -> None:
         whole(step)
         seen.append((bool(step.alone), bool(step.common)))
 
-    monkeypatch.setattr(slots.Step, "__post_init__", watch)
+    monkeypatch.setattr(SlotAttention, "__post_init__", watch)
     found = Engine(backbone, EngineConfig(num_slots=8)).run(asked)
     assert [ids(texts[0]) for texts in found] == expected
     assert any(by_itself and together for by_itself, together in seen) == (call < 100)
@@ -127,7 +132,7 @@ def test_slots_that_ended_leave_holes_which_change_nothing(llama: Backbone, requ
     asked = requests(llama)
     # Every other text is short, so that slots between those in use are empty.
     asked = [
-        Request(r.prompt, r.prefix, Sampling(max_new_tokens=2 if n % 2 else 20), id=f"hole-{n}")
+        Request(r.prompt, r.prefix, SamplingParams(max_new_tokens=2 if n % 2 else 20), id=f"hole-{n}")
         for n, r in enumerate(asked)
     ]
     engine = Engine(llama, EngineConfig(num_slots=len(asked)))
@@ -167,7 +172,7 @@ def pool(made: Any, random_ids: Any, random_prefix: Any) -> Callable[..., Any]:
     @functools.cache
     def look_up(name: str, prompt: int, length: int) -> tuple[tuple[int, ...], Prefix | None, list[int]]:
         text = tuple(random_ids(prompt, prompt))
-        request = Request(text, prefix(name, length), Sampling(max_new_tokens=NEW))
+        request = Request(text, prefix(name, length), SamplingParams(max_new_tokens=NEW))
         return text, request.prefix, alone(made(name), request)
 
     return look_up
@@ -198,15 +203,15 @@ def test_any_schedule_gives_what_each_text_gives_alone(
 ):
     with pytest.MonkeyPatch.context() as patch:
         # Slots so short at first that they must grow while texts run.
-        patch.setattr(slots, "_FIRST_CAPACITY", 4)
-        patch.setattr(slots, "_CALL", call)
+        patch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 4)
+        patch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
         engine = Engine(made(name), EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
         outputs, cancelled, expected = [], {}, {}
         for number, one in enumerate(asked):
             for _ in range(one["wait"]):
                 outputs += engine.step()
             text, prefix, written = pool(name, one["prompt"], one["prefix"])
-            sampling = Sampling(max_new_tokens=one["new"])
+            sampling = SamplingParams(max_new_tokens=one["new"])
             engine.add(Request(text, prefix, sampling, n=one["n"], tenant=one["tenant"], id=f"r{number}"))
             for index in range(one["n"]):
                 expected[f"r{number}", index] = written[: one["new"]]
@@ -277,7 +282,7 @@ def ending(made: Any, random_ids: Any) -> Request:
     """A request whose text the model ends by itself."""
     backbone = made("llama")
     for seed in range(200):
-        request = Request(tuple(random_ids(6, seed)), None, Sampling(max_new_tokens=NEW))
+        request = Request(tuple(random_ids(6, seed)), None, SamplingParams(max_new_tokens=NEW))
         if 1 < len(alone(backbone, request)) < NEW:
             return request
     raise AssertionError("no text of the tiny model ends")
@@ -287,7 +292,7 @@ def test_the_end_token_ends_a_text_and_is_not_told(llama: Backbone, ending: Requ
     (output,) = Engine(llama).run([ending])[0]
     assert output.finished == "stop"
     assert ids(output) == alone(llama, ending)
-    assert llama.end_id not in ids(output)
+    assert llama.eos_id not in ids(output)
 
 
 def test_rules_give_what_generate_gives_with_them(llama: Backbone, ending: Request, requests: Any):
@@ -300,11 +305,11 @@ def test_rules_give_what_generate_gives_with_them(llama: Backbone, ending: Reque
     asked, expected = [], []
     for ours, theirs in [({}, {}), *rules]:
         for request in (*requests(llama)[:4], ending):
-            asked.append(Request(request.prompt, request.prefix, Sampling(max_new_tokens=NEW, **ours)))
+            asked.append(Request(request.prompt, request.prefix, SamplingParams(max_new_tokens=NEW, **ours)))
             expected.append(alone(llama, request, **theirs))
     assert len({tuple(row) for row in expected}) > len(expected) / 2, "the rules must change something"
     assert [ids(output) for (output,) in Engine(llama).run(asked)] == expected
-    (exactly,) = Engine(llama).run([Request(ending.prompt, None, Sampling(max_new_tokens=25, min_new_tokens=25))])
+    (exactly,) = Engine(llama).run([Request(ending.prompt, None, SamplingParams(max_new_tokens=25, min_new_tokens=25))])
     assert len(exactly[0].tokens) == 25
 
 
@@ -319,20 +324,20 @@ def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], lla
     mixed = Engine(llama, EngineConfig(num_slots=4, prefill_tokens=5)).run(others)[-1]
     assert [ids(output) for output in mixed] == lonely
     assert len({tuple(row) for row in lonely}) == 3, "each of a request's texts draws by itself"
-    other = Request(drawn.prompt, drawn.prefix, Sampling(max_new_tokens=NEW, **{**rules, "seed": 12}))
+    other = Request(drawn.prompt, drawn.prefix, SamplingParams(max_new_tokens=NEW, **{**rules, "seed": 12}))
     assert ids(Engine(llama).run([other])[0][0]) not in lonely
 
 
 def test_texts_of_one_request_compute_its_prompt_once(
     llama: Backbone, random_ids: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    rules = Sampling(max_new_tokens=NEW, min_new_tokens=NEW, temperature=1.0, seed=3)
+    rules = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW, temperature=1.0, seed=3)
     prefix = random_prefix(llama, 5, 5).detach()
     prompt = tuple(random_ids(40, 40))
 
     def computed(n: int) -> tuple[list[list[int]], int]:
         count = 0
-        serve = attach.serve
+        serve = forward_with_backend
 
         def watch(model: Any, layout: Any, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
             nonlocal count
@@ -340,10 +345,10 @@ def test_texts_of_one_request_compute_its_prompt_once(
             return serve(model, layout, input_ids, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(attach, "serve", watch)
+            replace_everywhere(patch, forward_with_backend, watch)
             engine = Engine(llama, EngineConfig(prefill_tokens=7))
             # Another request beside, so that pieces of the prompt come with running texts.
-            others = [Request((1, 2), None, Sampling(max_new_tokens=30, min_new_tokens=30))]
+            others = [Request((1, 2), None, SamplingParams(max_new_tokens=30, min_new_tokens=30))]
             texts = engine.run([*others, Request(prompt, prefix, rules, n=n)])[1]
         return [ids(output) for output in texts], count
 
@@ -380,7 +385,7 @@ def test_pieces_joined_are_what_generate_returns(llama: Backbone, random_prefix:
     wanted = texts_of(llama, random_prefix)
     expected = [generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=40)[0] for text, prefix, _ in wanted]
     asked = [
-        Request(tuple(encode_prompts(llama, PLAIN, [text])[0]), prefix, Sampling(max_new_tokens=40))
+        Request(tuple(encode_prompts(llama, PLAIN, [text])[0]), prefix, SamplingParams(max_new_tokens=40))
         for text, prefix, _ in wanted
     ]
     news = streamed(llama, asked, num_slots=5)
@@ -401,7 +406,7 @@ def test_stop_strings_stop_where_generate_stops(llama: Backbone, random_prefix: 
             if not stop or "\ufffd" in stop:
                 continue
             expected = generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=30, stop=stop)[0]
-            request = Request(prompt, prefix, Sampling(max_new_tokens=30, stop=(stop, "never there")))
+            request = Request(prompt, prefix, SamplingParams(max_new_tokens=30, stop=(stop, "never there")))
             news = streamed(llama, [request])[request.id]
             assert "".join(output.text for output in news) == expected
             assert all(stop not in "".join(o.text for o in news[:n]) for n in range(len(news) + 1))
@@ -416,7 +421,7 @@ def test_stop_strings_stop_where_generate_stops(llama: Backbone, random_prefix: 
 
 def test_several_texts_of_one_request(llama: Backbone, requests: Any):
     one = requests(llama)[0]
-    asked = Request(one.prompt, one.prefix, Sampling(max_new_tokens=NEW, temperature=1.5), n=4)
+    asked = Request(one.prompt, one.prefix, SamplingParams(max_new_tokens=NEW, temperature=1.5), n=4)
     outputs = Engine(llama, EngineConfig(num_slots=3)).run([asked])[0]
     assert [output.index for output in outputs] == [0, 1, 2, 3]
     assert len({tuple(ids(output)) for output in outputs}) == 4
@@ -445,7 +450,7 @@ def test_a_step_that_fails_ends_its_texts_and_no_others(
 ):
     asked = requests(llama)
     calls = 0
-    whole = attach.serve
+    whole = forward_with_backend
 
     def sometimes(*args: Any) -> Any:
         nonlocal calls
@@ -454,7 +459,7 @@ def test_a_step_that_fails_ends_its_texts_and_no_others(
             raise RuntimeError("out of luck")
         return whole(*args)
 
-    monkeypatch.setattr(attach, "serve", sometimes)
+    replace_everywhere(monkeypatch, forward_with_backend, sometimes)
     found = Engine(llama, EngineConfig(num_slots=3)).run(asked)
     failed = [number for number, (output,) in enumerate(found) if output.finished == "error"]
     assert len(failed) == 3
@@ -504,7 +509,7 @@ def test_a_broken_prefix_leaves_nothing_when_given_up_early(llama: Backbone, req
 def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests: Any):
     one, two = requests(llama)[:2]
     everything = tuple(range(llama.model.get_input_embeddings().weight.shape[0]))
-    none = Request(one.prompt, None, Sampling(banned=everything))
+    none = Request(one.prompt, None, SamplingParams(banned=everything))
     found = Engine(llama).run([none, two])
     assert (found[0][0].finished, found[0][0].tokens) == ("error", ())
     assert ids(found[1][0]) == alone(llama, two)
@@ -513,8 +518,8 @@ def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests
 def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
     llama: Backbone, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(slots, "_FIRST_CAPACITY", 16)
-    few = Sampling(max_new_tokens=4)
+    monkeypatch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 16)
+    few = SamplingParams(max_new_tokens=4)
     small, long = Request(requests(llama)[3].prompt, None, few), Request(tuple(random_ids(100)), None, few)
     engine = Engine(llama, EngineConfig(num_slots=2))
     zeros = torch.zeros
@@ -544,20 +549,20 @@ def test_what_cannot_be_served_is_refused_before_any_work(
     llama: Backbone, made: Any, random_prefix: Any, tiny_backbone: Any
 ):
     engine = Engine(llama, EngineConfig(max_length=40, max_waiting=3))
-    few = Sampling(max_new_tokens=3)
-    last = Request((1,) * 20, random_prefix(llama, 5), Sampling(max_new_tokens=16))
+    few = SamplingParams(max_new_tokens=3)
+    last = Request((1,) * 20, random_prefix(llama, 5), SamplingParams(max_new_tokens=16))
     engine.add(last)
     wrong: list[tuple[Callable[[], Request], str]] = [
-        (lambda: Request((1,) * 20, random_prefix(llama, 5), Sampling(max_new_tokens=17)), "40"),
+        (lambda: Request((1,) * 20, random_prefix(llama, 5), SamplingParams(max_new_tokens=17)), "40"),
         (lambda: Request((1, 10_000), sampling=few), "10000"),
         (lambda: Request((1, -1), sampling=few), "-1"),
-        (lambda: Request((1,), sampling=Sampling(max_new_tokens=3, banned=(10_000,))), "10000"),
+        (lambda: Request((1,), sampling=SamplingParams(max_new_tokens=3, banned=(10_000,))), "10000"),
         (lambda: Request((1,), n=3, sampling=few), "may"),
         (lambda: Request((1,), id=last.id, sampling=few), "running"),
         (lambda: Request(()), "no token"),
         (lambda: Request((1,), n=0), "n is 0"),
         (lambda: Request((1,), Prefix(random_prefix(llama, 2).layers, {"placement": "infix"})), "infix"),
-        (lambda: Request((1,), sampling=Sampling(temperature=-1.0, top_p=0.0, max_new_tokens=0)), "top_p"),
+        (lambda: Request((1,), sampling=SamplingParams(temperature=-1.0, top_p=0.0, max_new_tokens=0)), "top_p"),
     ]
     for make, told in wrong:
         with pytest.raises(RequestError, match=told) as error:

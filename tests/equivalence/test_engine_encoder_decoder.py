@@ -11,12 +11,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefixtune import attach
-from prefixtune.backbone import Backbone
-from prefixtune.engine import Engine, EngineConfig, Output, Request, Sampling, slots
+from patching import replace_everywhere
+from prefixtune.attention.forward import run_encoder
+from prefixtune.attention.relative_bias import relative_bias
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.request import Output, Request, SamplingParams
 from prefixtune.errors import BackboneError, RequestError
-from prefixtune.generation import GenerateConfig, generate_ids
-from prefixtune.prefix import Prefix
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.prefix import Prefix
 from zoo import ZOO, make_model
 
 NEW = 10
@@ -44,7 +48,7 @@ def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]
     """Nine requests: sources of 1 to 30 tokens, prefixes at all sites, at one of them, and none."""
 
     def make(backbone: Backbone, n: int = 1, **rules: Any) -> list[Request]:
-        sampling = Sampling(**{"max_new_tokens": NEW, **rules})
+        sampling = SamplingParams(**{"max_new_tokens": NEW, **rules})
         return [
             Request(
                 tuple(random_ids(count, count)),
@@ -77,8 +81,8 @@ def test_a_mixed_running_batch_is_each_text_alone(
     name: str, call: int, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
     # Slots so short at first that they must grow; texts attended to together, and each by itself.
-    monkeypatch.setattr(slots, "_FIRST_CAPACITY", 4)
-    monkeypatch.setattr(slots, "_CALL", call)
+    monkeypatch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 4)
+    monkeypatch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
     backbone = made(name)
     asked = requests(backbone)
     expected = [alone(backbone, request) for request in asked]
@@ -101,9 +105,7 @@ def test_a_long_text_goes_beyond_the_farthest_distance_that_a_bias_tells(made: A
 def test_the_bias_at_each_distance_is_the_models_own(made: Any):
     backbone = made("t5")
     with torch.no_grad():
-        found = attach.relative_bias(
-            backbone.model, backbone.layout, 40, torch.zeros(1, 1, backbone.model.config.d_model)
-        )
+        found = relative_bias(backbone.model, backbone.layout, 40, torch.zeros(1, 1, backbone.model.config.d_model))
         own = backbone.model.get_decoder().block[0].layer[0].SelfAttention.compute_bias(40, 40)
     assert sorted(found) == [0, 1, 2]
     for distance in (0, 1, 17, 39):
@@ -120,13 +122,13 @@ def test_the_encoder_reads_a_request_of_many_texts_once(
     asked = requests(backbone, n=3, temperature=1.0, seed=5)
     lonely = [[ids(output) for output in Engine(backbone).run([Request(**_fields(r))])[0]] for r in asked]
     read = []
-    encode = attach.encode
+    encode = run_encoder
 
     def watch(model: Any, layout: Any, input_ids: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
         read.append(input_ids.shape[1])
         return encode(model, layout, input_ids, prefix)
 
-    monkeypatch.setattr(attach, "encode", watch)
+    replace_everywhere(monkeypatch, run_encoder, watch)
     found = Engine(backbone, EngineConfig(num_slots=27)).run(asked)
     assert [[ids(output) for output in texts] for texts in found] == lonely
     assert sorted(read) == sorted(len(request.prompt) for request in asked)
@@ -178,7 +180,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
 ):
     backbone = made(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots, "_FIRST_CAPACITY", 4)
+        patch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 4)
         engine = Engine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
         outputs, cancelled, expected = [], {}, {}
         for number, one in enumerate(asked):
@@ -189,7 +191,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
             request = Request(
                 tuple(random_ids(one["prompt"], one["prompt"])),
                 prefix,
-                Sampling(max_new_tokens=one["new"]),
+                SamplingParams(max_new_tokens=one["new"]),
                 n=one["n"],
                 id=f"r{number}",
             )
@@ -242,7 +244,7 @@ def test_rules_give_what_generate_gives_with_them(made: Any, requests: Any):
     asked, expected = [], []
     for ours, theirs in rules:
         for request in requests(backbone)[:5]:
-            asked.append(Request(request.prompt, request.prefix, Sampling(max_new_tokens=NEW, **ours)))
+            asked.append(Request(request.prompt, request.prefix, SamplingParams(max_new_tokens=NEW, **ours)))
             expected.append(alone(backbone, request, **theirs))
     assert [ids(output) for (output,) in Engine(backbone).run(asked)] == expected
 
@@ -267,12 +269,12 @@ def test_too_long_a_source_or_text_is_refused(made: Any, random_ids: Any, random
     limit = backbone.max_positions
     engine = Engine(backbone)
     with pytest.raises(RequestError, match=rf"{limit + 1} \(text\) and 5 \(new\).*{limit} are there on either side"):
-        engine.add(Request(tuple(random_ids(limit + 1)), None, Sampling(max_new_tokens=5)))
+        engine.add(Request(tuple(random_ids(limit + 1)), None, SamplingParams(max_new_tokens=5)))
     with pytest.raises(RequestError, match="on either side"):
-        engine.add(Request((1,), None, Sampling(max_new_tokens=limit)))
+        engine.add(Request((1,), None, SamplingParams(max_new_tokens=limit)))
     # A prefix takes none of the positions.
     prefix = random_prefix(backbone, {"encoder": 4, "decoder": 9, "cross": 5}).detach()
-    request = Request(tuple(random_ids(limit)), prefix, Sampling(max_new_tokens=limit - 1))
+    request = Request(tuple(random_ids(limit)), prefix, SamplingParams(max_new_tokens=limit - 1))
     assert ids(engine.run([request])[0][0]) == alone(backbone, request)
 
 
@@ -280,14 +282,14 @@ def test_a_source_that_cannot_be_read_fails_alone(made: Any, requests: Any, monk
     backbone = made("bart")
     asked = requests(backbone)
     expected = [alone(backbone, request) for request in asked]
-    encode = attach.encode
+    encode = run_encoder
 
     def watch(model: Any, layout: Any, input_ids: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
         if input_ids.shape[1] == 30:
             raise MemoryError("no room")
         return encode(model, layout, input_ids, prefix)
 
-    monkeypatch.setattr(attach, "encode", watch)
+    replace_everywhere(monkeypatch, run_encoder, watch)
     found = [texts[0] for texts in Engine(backbone, EngineConfig(num_slots=3)).run(asked)]
     assert found[1].finished == "error"
     assert "no room" in found[1].error

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from prefixtune.errors import ConfigError
-from prefixtune.generation import GenerateConfig, generate_ids
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
 
 Make = Callable[..., Any]
 PLAIN = GenerateConfig(max_new_tokens=12)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune import attach
-from prefixtune.backbone import Backbone
+from prefixtune.attention.forward import forward_with_prefixes
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError, RequestError
-from prefixtune.generation import GenerateConfig, generate, generate_ids, stream
-from prefixtune.prefix import Prefix
-from prefixtune.text_format import TextFormat
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.streaming import stream
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
 
 NEW = 12
 
@@ -29,9 +31,9 @@ def greedy_by_recomputation(backbone: Any, prompt: list[int], prefix: Any, count
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(backbone.forward(torch.tensor([ids]), prefixes=prefix).logits[0, -1].argmax()))
-        if ids[-1] == backbone.end_id:
+        if ids[-1] == backbone.eos_id:
             break
-    return cut(ids[len(prompt) :], backbone.end_id)
+    return cut(ids[len(prompt) :], backbone.eos_id)
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def beams_by_recomputation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
             calls.append(input_ids.shape)
             with monkeypatch.context() as patch:
                 patch.setattr(model, "forward", original)
-                return attach.forward(model, backbone.layout, input_ids, attention_mask, prefixes=prefix)
+                return forward_with_prefixes(model, backbone.layout, input_ids, attention_mask, prefixes=prefix)
 
         ids = torch.tensor([prompt])
         with monkeypatch.context() as patch, torch.no_grad():
@@ -56,11 +58,11 @@ def beams_by_recomputation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
                 use_cache=False,
                 do_sample=False,
                 pad_token_id=backbone.pad_id,
-                eos_token_id=backbone.end_id,
+                eos_token_id=backbone.eos_id,
                 **options,
             )
         assert calls[-1][1] > len(prompt), "the oracle must have seen the whole text at every step"
-        return cut(output[0, len(prompt) :].tolist(), backbone.end_id)
+        return cut(output[0, len(prompt) :].tolist(), backbone.eos_id)
 
     return search
 
@@ -104,7 +106,7 @@ def test_beams_are_recomputation(
 def make_end_likely(backbone: Any, strength: float) -> None:
     with torch.no_grad():
         head = backbone.model.get_output_embeddings().weight
-        head[backbone.end_id] += strength * head.norm(dim=1).mean() * head.mean(0) / head.mean(0).norm()
+        head[backbone.eos_id] += strength * head.norm(dim=1).mean() * head.mean(0) / head.mean(0).norm()
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def log_probability(backbone: Any, prompt: list[int], output: list[int], prefix:
 def test_beams_find_what_is_at_least_as_likely_as_greedy(backbone: Any, requests: Any):
     prompts, prefixes = requests
     with torch.no_grad():
-        backbone.model.get_output_embeddings().weight[backbone.end_id] = 0.0
+        backbone.model.get_output_embeddings().weight[backbone.eos_id] = 0.0
     wide = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=2, num_beams=105))
     for prompt, prefix, beams in zip(prompts, prefixes, wide, strict=True):
         # With as many beams as tokens, two steps of beam search are an exhaustive search.
@@ -125,7 +127,7 @@ def test_beams_find_what_is_at_least_as_likely_as_greedy(backbone: Any, requests
         pairs = torch.tensor([[*prompt, token] for token in range(105)])
         second = backbone.forward(pairs, prefixes=prefix).logits[:, -1].log_softmax(-1)
         total = first[:, None] + second
-        total[:, backbone.end_id] = total[backbone.end_id] = -torch.inf
+        total[:, backbone.eos_id] = total[backbone.eos_id] = -torch.inf
         assert log_probability(backbone, prompt, beams, prefix) == pytest.approx(float(total.detach().max()), rel=1e-4)
 
 
@@ -179,7 +181,7 @@ def test_min_new_tokens_holds_the_end_back(llama: Any, random_prefix: Any, rando
     with torch.no_grad():
         last = llama.forward(torch.tensor([prompt]), prefixes=prefix).logits[0, -1]
         head = llama.model.get_output_embeddings().weight
-        head[llama.end_id] = 20 * head[int(last.argmax())]
+        head[llama.eos_id] = 20 * head[int(last.argmax())]
     assert generate_ids(llama, [prompt], [prefix], config=GenerateConfig(max_new_tokens=9)) == [[]]
     (held,) = generate_ids(llama, [prompt], [prefix], config=GenerateConfig(max_new_tokens=9, min_new_tokens=5))
     assert 5 <= len(held) <= 9
@@ -240,7 +242,7 @@ def test_repetition_penalty_does_not_see_the_padding(
     llama: Any, random_prefix: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """Where padding is the end token, as in GPT-2, a penalized end token would make outputs longer."""
-    monkeypatch.setattr(Backbone, "pad_id", llama.end_id)
+    monkeypatch.setattr(Backbone, "pad_id", llama.eos_id)
     prompts = [random_ids(count, count) for count in (3, 11)]
     prefixes = [random_prefix(llama, 5, 1), random_prefix(llama, 2, 2)]
     penalty, count = 1.3, 15
@@ -254,9 +256,9 @@ def test_repetition_penalty_does_not_see_the_padding(
             seen = torch.tensor(sorted(set(ids)))
             logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
             ids.append(int(logits.argmax()))
-            if ids[-1] == llama.end_id:
+            if ids[-1] == llama.eos_id:
                 break
-        return cut(ids[len(prompt) :], llama.end_id)
+        return cut(ids[len(prompt) :], llama.eos_id)
 
     config = GenerateConfig(max_new_tokens=count, repetition_penalty=penalty)
     outputs = generate_ids(llama, prompts, prefixes, config=config)
@@ -298,7 +300,7 @@ def test_space_before_a_stop_string_is_not_streamed(llama: Any):
 
 def scripted(backbone: Any, text: str) -> Backbone:
     """A backbone that writes a given text."""
-    ids = [*backbone.encode(text), backbone.end_id]
+    ids = [*backbone.encode(text), backbone.eos_id]
 
     class Scripted:
         device, dtype, config = backbone.device, backbone.dtype, backbone.model.config

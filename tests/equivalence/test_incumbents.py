@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune import attach
-from prefixtune.batching import Encoded, encode_examples, pack
-from prefixtune.checkpoint import load_prefix, save_prefix
-from prefixtune.config import TrainConfig
-from prefixtune.generation import GenerateConfig, generate_ids
-from prefixtune.initialize import from_words
-from prefixtune.reparam import PrefixModule, fit
-from prefixtune.tasks import Example
-from prefixtune.text_format import TextFormat
-from prefixtune.training import TrainResult, batch_loss, evaluation_loss, train
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import Example
+from prefixtune.data.batching import pack
+from prefixtune.data.encoding import TokenizedExample, encode_examples
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.encoder import PrefixEncoder, fit
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.initialize import from_words
+from prefixtune.training.loop import evaluation_loss
+from prefixtune.training.train import TrainResult, train
 
 GREEDY = GenerateConfig(max_new_tokens=10)
 
@@ -33,7 +38,7 @@ def greedy_by_forward(backbone: Any, prompt: list[int], prefix: Any) -> list[int
     ids = list(prompt)
     for _ in range(GREEDY.max_new_tokens):
         ids.append(int(backbone.forward(torch.tensor([ids]), prefixes=prefix).logits[0, -1].argmax()))
-        if ids[-1] == backbone.end_id:
+        if ids[-1] == backbone.eos_id:
             return ids[len(prompt) : -1]
     return ids[len(prompt) :]
 
@@ -105,7 +110,7 @@ def test_grouped_query_attention(name: str, tmp_path: Path, tiny_backbone: Any):
     backbone = tiny_backbone(name)
     heads = backbone.model.config.num_attention_heads
     assert {shape.num_kv_heads for shape in backbone.geometry["decoder"]} == {2} != {heads}
-    module = PrefixModule("mlp", backbone.geometry, 4, embedding_size=32, bottleneck_size=8)
+    module = PrefixEncoder("mlp", backbone.geometry, 4, embedding_size=32, bottleneck_size=8)
     baked = module.bake()
     loaded = load_prefix(save_prefix(tmp_path / "p.safetensors", baked), backbone)
     ids = torch.tensor([backbone.encode("some text")])
@@ -133,8 +138,8 @@ def test_a_batch_mixes_prefixes_of_unequal_lengths(num_beams: int, backbone: Any
 def test_gradient_checkpointing_keeps_the_prefix_and_its_gradient(backbone: Any, random_prefix: Any, random_ids: Any):
     """PEFT raises or drops the prefix silently; litgpt's adapter gets no gradient after a pass without one."""
     prefix = random_prefix(backbone, 5)
-    example = Encoded(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
-    with attach.checkpointing(backbone.model):
+    example = TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
+    with gradient_checkpointing(backbone.model):
         with torch.no_grad():
             before = batch_loss(backbone, prefix, pack([example]))
         loss = batch_loss(backbone, prefix, pack([example]))
@@ -196,7 +201,7 @@ def test_real_words_start_the_mlp(tiny_backbone: Any):
     backbone = tiny_backbone("gpt2")
     start = from_words(backbone, "Describe it", 6)
     torch.manual_seed(0)
-    module = PrefixModule("mlp", backbone.geometry, 6, embedding_size=32, bottleneck_size=64, start=start)
+    module = PrefixEncoder("mlp", backbone.geometry, 6, embedding_size=32, bottleneck_size=64, start=start)
 
     def distance() -> float:
         pairs = zip(module.bake().tensors(), start.tensors(), strict=True)
@@ -288,8 +293,8 @@ def test_a_batch_of_losses_is_pytorchs_on_the_same_logits(tiny_backbone: Any, ra
     """PEFT trains with what `forward` gives; here the training's losses are those that a user can compute."""
     backbone = tiny_backbone("gpt2")
     prefix = random_prefix(backbone, 4)
-    prompt, target = backbone.encode(" name : Ann <s>"), [*backbone.encode(" Ann is. "), backbone.end_id]
-    losses = batch_loss(backbone, prefix, pack([Encoded(tuple(prompt), (tuple(target),))]))
+    prompt, target = backbone.encode(" name : Ann <s>"), [*backbone.encode(" Ann is. "), backbone.eos_id]
+    losses = batch_loss(backbone, prefix, pack([TokenizedExample(tuple(prompt), (tuple(target),))]))
     logits: Tensor = backbone.forward(torch.tensor([[*prompt, *target]]), prefixes=prefix).logits[0]
     expected = F.cross_entropy(logits[len(prompt) - 1 : -1], torch.tensor(target), reduction="none")
     assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)

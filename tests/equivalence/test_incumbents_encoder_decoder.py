@@ -14,18 +14,21 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune import attach
-from prefixtune.batching import Encoded, collate
-from prefixtune.checkpoint import load_prefix
-from prefixtune.config import TrainConfig
+from prefixtune.attention.cache import cuts_empty_layers
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import Example
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.generation import GenerateConfig, generate_ids
-from prefixtune.initialize import from_words
-from prefixtune.loss import batch_loss
-from prefixtune.prefix import Prefix
-from prefixtune.reparam import PrefixModule, fit
-from prefixtune.tasks import Example
-from prefixtune.training import build_module, train
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.encoder import PrefixEncoder, fit
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.initialize import build_module, from_words
+from prefixtune.training.train import train
 
 GREEDY = GenerateConfig(max_new_tokens=10)
 SITES = ("encoder", "decoder", "cross")
@@ -39,12 +42,12 @@ def backbone(request: pytest.FixtureRequest, tiny_backbone: Any) -> Any:
 
 @torch.no_grad()
 def greedy_by_forward(backbone: Any, prompt: list[int], prefix: Any) -> list[int]:
-    ids = [backbone.start_id]
+    ids = [backbone.decoder_start_id]
     for _ in range(GREEDY.max_new_tokens):
         read = torch.tensor([ids])
         logits = backbone.forward(torch.tensor([prompt]), decoder_input_ids=read, prefixes=prefix).logits
         ids.append(int(logits[0, -1].argmax()))
-        if ids[-1] == backbone.end_id:
+        if ids[-1] == backbone.eos_id:
             return ids[1:-1]
     return ids[1:]
 
@@ -86,7 +89,7 @@ def test_layers_do_not_share_prefixes_and_no_slot_is_dead(backbone: Any, tmp_pat
     module, _ = build_module(config, backbone)
     stored = sum(shape.size for shapes in backbone.geometry.values() for shape in shapes) * 4
     assert sum(parameter.numel() for parameter in module.parameters()) == stored
-    example = Encoded(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
+    example = TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
     weights = torch.rand(10, generator=torch.Generator().manual_seed(4))
     (batch_loss(backbone, module(), collate(backbone, [example])) * weights).sum().backward()
     for name, parameter in module.named_parameters():
@@ -150,7 +153,7 @@ def test_an_unpadded_batch_keeps_causality(backbone: Any, random_prefix: Any, ra
 def test_decoding_keeps_the_cache(backbone: Any, random_prefix: Any, random_ids: Any):
     """adapters on LLaMA: the key-value cache is lost. Here source and written tokens are read once."""
     widths: dict[str, list[int]] = {"encoder": [], "decoder": [], "cross": []}
-    firsts = {place[0]: module for module, place in backbone.layout.places.items() if place[1] == 0}
+    firsts = {place[0]: module for module, place in backbone.layout.layer_of.items() if place[1] == 0}
     handles = []
     for site, module in firsts.items():
         linear = module.k_proj if hasattr(module, "k_proj") else module.k
@@ -187,7 +190,7 @@ def test_guessed_tokens_change_nothing(backbone: Any, tiny_backbone: Any, random
     assert generate_ids(backbone, prompts, prefixes, config=looked_up) == plain
     shallow = {"decoder_layers": 1} if backbone.name == "tiny-bart" else {"num_decoder_layers": 1}
     assistant = tiny_backbone(backbone.name.removeprefix("tiny-"), seed=1, **shallow)
-    if backbone.name == "tiny-t5" and not attach.cuts_empty_layers():
+    if backbone.name == "tiny-t5" and not cuts_empty_layers():
         with pytest.raises(ConfigError, match="fewer layers"):
             generate_ids(backbone, prompts, prefixes, config=GREEDY, assistant=assistant)
         return
@@ -207,9 +210,9 @@ def test_a_static_cache_is_right_or_refused(num_beams: int, backbone: Any, rando
 def test_gradient_checkpointing_keeps_the_prefix_and_its_gradient(backbone: Any, random_prefix: Any, random_ids: Any):
     """PEFT raises or drops the prefix silently; litgpt's adapter gets no gradient after a pass without one."""
     prefix = random_prefix(backbone, 5)
-    example = Encoded(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
+    example = TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
     batch = collate(backbone, [example])
-    with attach.checkpointing(backbone.model):
+    with gradient_checkpointing(backbone.model):
         with torch.no_grad():
             before = batch_loss(backbone, prefix, batch)
         loss, bare = batch_loss(backbone, prefix, batch), batch_loss(backbone, None, batch)
@@ -252,7 +255,7 @@ def test_real_words_start_the_mlp(backbone: Any):
     """Nobody starts the MLP from real words' activations, though the authors recommend both."""
     start = from_words(backbone, "Describe it", 6)
     torch.manual_seed(0)
-    module = PrefixModule("mlp", backbone.geometry, 6, embedding_size=32, bottleneck_size=64, start=start)
+    module = PrefixEncoder("mlp", backbone.geometry, 6, embedding_size=32, bottleneck_size=64, start=start)
     errors = fit(module, start, steps=300, learning_rate=1e-2)
     assert set(errors) == set(SITES)
     assert max(errors.values()) < 0.02
@@ -375,7 +378,7 @@ def test_generation_never_touches_another_call(backbone: Any, random_prefix: Any
     """litgpt keeps a hidden cache on its modules; here nothing stays behind from call to call."""
     prompt, one, other = random_ids(6), random_prefix(backbone, 5, 1), random_prefix(backbone, 3, 2)
     given = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([random_ids(4)])}
-    example = Encoded(tuple(prompt), (tuple(random_ids(5)), tuple(random_ids(3))))
+    example = TokenizedExample(tuple(prompt), (tuple(random_ids(5)), tuple(random_ids(3))))
     with torch.no_grad():
         bare, first = backbone.forward(**given).logits, backbone.forward(**given, prefixes=one).logits
         generate_ids(backbone, [prompt], [other], config=GREEDY)

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune.batching import Encoded, pack, plan_epoch
-from prefixtune.loss import token_losses
-from prefixtune.training import batch_loss, evaluation_loss
+from prefixtune.backbone.loss import batch_loss, token_losses
+from prefixtune.data.batching import epoch_batches, pack
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.training.loop import evaluation_loss
 
 
 @pytest.fixture
-def examples(random_ids: Any) -> list[Encoded]:
+def examples(random_ids: Any) -> list[TokenizedExample]:
     """Sources shared by several targets, of one token and of more than a window."""
     shapes = [(7, (3, 6, 1)), (1, (4,)), (12, (5, 2)), (3, (9,))]
     return [
-        Encoded(
+        TokenizedExample(
             tuple(random_ids(prompt, seed=prompt)),
             tuple(tuple(random_ids(count, seed=100 * prompt + count)) for count in targets),
         )
@@ -30,7 +31,7 @@ def examples(random_ids: Any) -> list[Encoded]:
     ]
 
 
-def pair_losses(backbone: Any, prefix: Any, examples: list[Encoded]) -> list[Tensor]:
+def pair_losses(backbone: Any, prefix: Any, examples: list[TokenizedExample]) -> list[Tensor]:
     """Each target's losses, from an ordinary batch: one right-padded row per (source, target)."""
     pairs = [(example.prompt, target) for example in examples for target in example.targets]
     width = max(len(prompt) + len(target) for prompt, target in pairs)
@@ -46,24 +47,26 @@ def pair_losses(backbone: Any, prefix: Any, examples: list[Encoded]) -> list[Ten
 
 
 @pytest.mark.parametrize("reduction", ["sentence", "token"])
-def test_packed_is_padded(reduction: str, backbone: Any, random_prefix: Any, examples: list[Encoded], assert_same: Any):
+def test_packed_is_padded(
+    reduction: str, backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
+):
     prefix, batch = random_prefix(backbone, 5), pack(examples)
     expected = pair_losses(backbone, prefix, examples)
     losses = batch_loss(backbone, prefix, batch)
     assert batch.input_ids.shape[1] < sum(len(e.prompt) + len(t) for e in examples for t in e.targets)
     assert_same(losses, torch.cat(expected))
-    assert batch.sentences.tolist() == [n for n, part in enumerate(expected) for _ in part]
+    assert batch.target_index.tolist() == [n for n, part in enumerate(expected) for _ in part]
 
     # sentence: sum over a target's tokens, mean over targets (the paper); token: mean over tokens.
     wanted = torch.stack([part.sum() for part in expected]).mean()
     if reduction == "token":
         wanted = torch.cat(expected).mean()
-    loss = (losses * batch.weights(reduction, batch.num_sentences, len(batch.labels))).sum()
+    loss = (losses * batch.weights(reduction, batch.num_targets, len(batch.labels))).sum()
     assert_same(loss, wanted)
     assert_same(torch.autograd.grad(loss, prefix.tensors()), torch.autograd.grad(wanted, prefix.tensors()))
 
 
-def test_packed_is_padded_without_a_prefix(backbone: Any, examples: list[Encoded], assert_same: Any):
+def test_packed_is_padded_without_a_prefix(backbone: Any, examples: list[TokenizedExample], assert_same: Any):
     expected = torch.cat(pair_losses(backbone, None, examples))
     assert_same(batch_loss(backbone, None, pack(examples)), expected)
     assert evaluation_loss(backbone, None, examples) == pytest.approx(float(expected.mean()), rel=1e-5)
@@ -71,7 +74,7 @@ def test_packed_is_padded_without_a_prefix(backbone: Any, examples: list[Encoded
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_evaluation_loss_does_not_depend_on_the_batch(
-    batch_size: int, tiny_backbone: Any, random_prefix: Any, examples: list[Encoded]
+    batch_size: int, tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample]
 ):
     backbone = tiny_backbone("mistral")
     prefix = random_prefix(backbone, 4)
@@ -81,7 +84,7 @@ def test_evaluation_loss_does_not_depend_on_the_batch(
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
 def test_packed_is_padded_in_bfloat16(
-    name: str, tiny_backbone: Any, random_prefix: Any, examples: list[Encoded], assert_same: Any
+    name: str, tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
 ):
     backbone = tiny_backbone(name)
     prefix = random_prefix(backbone, 5)
@@ -137,12 +140,15 @@ def test_an_epoch_yields_every_target_once(
     counts: list[int], batch_size: int, targets_per_source: int, seed: int | None, epoch: int
 ):
     examples = [
-        Encoded((source,), tuple((source, number) for number in range(count))) for source, count in enumerate(counts)
+        TokenizedExample((source,), tuple((source, number) for number in range(count)))
+        for source, count in enumerate(counts)
     ]
 
-    def plan() -> list[list[Encoded]]:
+    def plan() -> list[list[TokenizedExample]]:
         return list(
-            plan_epoch(examples, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch)
+            epoch_batches(
+                examples, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch
+            )
         )
 
     batches = plan()
@@ -156,10 +162,10 @@ def test_an_epoch_yields_every_target_once(
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    examples = [Encoded((source,), ((source, 0), (source, 1))) for source in range(20)]
+    examples = [TokenizedExample((source,), ((source, 0), (source, 1))) for source in range(20)]
 
-    def order(seed: int | None, epoch: int) -> list[list[Encoded]]:
-        return list(plan_epoch(examples, batch_size=4, targets_per_source=1, seed=seed, epoch=epoch))
+    def order(seed: int | None, epoch: int) -> list[list[TokenizedExample]]:
+        return list(epoch_batches(examples, batch_size=4, targets_per_source=1, seed=seed, epoch=epoch))
 
     torch.manual_seed(1)
     first = order(0, 0)

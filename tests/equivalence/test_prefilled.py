@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune import attach
+from prefixtune.attention.cache import cache_argument, prefilled_cache
+from prefixtune.attention.registry import visible_slots
 from prefixtune.errors import BackboneError, ConfigError
 
 
@@ -33,7 +34,7 @@ def eager_logits(model: Any, ids: list[int], prefix: Any) -> Tensor:
         input_ids=torch.tensor([ids]),
         attention_mask=mask,
         position_ids=place[None] + count,
-        **{attach.cache_argument(model): cache},
+        **{cache_argument(model): cache},
     ).logits[0]
 
 
@@ -100,14 +101,14 @@ def test_our_prefilled_cache_is_the_injected_route(
 ):
     prefixes = [random_prefix(backbone, 5, 1), random_prefix(backbone, 3, 2), None]
     ids, mask = padded([random_ids(count, count) for count in (9, 7, 4)], "left", backbone.pad_id)
-    cache, slots = attach.prefilled_cache(backbone.model, backbone.layout, prefixes)
+    cache, slots = prefilled_cache(backbone.model, backbone.layout, prefixes)
     assert slots.sum(1).tolist() == [5, 3, 0]
-    with attach.visible_slots(slots.shape[1]):
+    with visible_slots(slots.shape[1]):
         logits = backbone.model(
             input_ids=ids,
             attention_mask=torch.cat([slots.long(), mask], dim=1),
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0) + slots.sum(-1, keepdim=True),
-            **{attach.cache_argument(backbone.model): cache},
+            **{cache_argument(backbone.model): cache},
         ).logits
     expected = backbone.forward(ids, mask, prefixes=prefixes).logits
     assert_same(logits[mask.bool()], expected[mask.bool()])

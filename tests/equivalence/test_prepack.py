@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from prefixtune.backbone import Backbone
-from prefixtune.engine import Engine, EngineConfig, Request, Sampling
-from prefixtune.prepack import PrepackedLinear, prepack
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prepack import PrepackedLinear, prepack
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.request import Request, SamplingParams
 from zoo import ZOO, make_model
 
 pytestmark = pytest.mark.skipif(
@@ -49,7 +50,11 @@ def test_logits_are_the_plain_ones(name: str, tiny_models: Any, tiny_tokenizer: 
 def test_the_engine_runs_on_it(tiny_models: Any, tiny_tokenizer: Any, random_ids: Any, random_prefix: Any) -> None:
     backbone = made("llama", tiny_models, tiny_tokenizer)
     asked = [
-        Request(tuple(random_ids(count, count)), random_prefix(backbone, 4, count).detach(), Sampling(max_new_tokens=8))
+        Request(
+            tuple(random_ids(count, count)),
+            random_prefix(backbone, 4, count).detach(),
+            SamplingParams(max_new_tokens=8),
+        )
         for count in (3, 9, 20)
     ]
     engine = Engine(backbone)

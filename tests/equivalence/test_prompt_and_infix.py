@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prefixtune import attach
-from prefixtune.batching import Encoded, pack
+from prefixtune.attention.cache import cache_argument
+from prefixtune.attention.compute import compute_kv
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.data.batching import pack
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError
-from prefixtune.generation import GenerateConfig, generate_ids
-from prefixtune.prefix import Prefix
-from prefixtune.training import batch_loss
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.prefix import Prefix
 
 Make = Callable[..., Any]
 WITHOUT_WINDOW = ("gpt2", "llama", "opt", "gpt_neox", "qwen3")
@@ -31,7 +34,7 @@ def test_a_prompt_is_worth_its_own_keys_and_values(
     prompt = (torch.randn(5, table.weight.shape[1]) * 0.3).requires_grad_()
     ids = torch.tensor([random_ids(8)])
     expected = bare(inputs_embeds=torch.cat([prompt[None], table(ids)], dim=1)).logits[0, 5:]
-    made = attach.activations(backbone.model, backbone.layout, inputs_embeds=prompt[None])
+    made = compute_kv(backbone.model, backbone.layout, inputs_embeds=prompt[None])
     logits = backbone.forward(ids, prefixes=made).logits[0]
     assert_same(logits, expected)
     (wanted,) = torch.autograd.grad(expected.square().sum(), prompt)
@@ -66,7 +69,7 @@ def oracle_logits(model: Any, source: list[int], target: list[int], infix: Prefi
         input_ids=torch.tensor([ids]),
         attention_mask=mask,
         position_ids=(place + count * ~within)[None],
-        **{attach.cache_argument(model): cache},
+        **{cache_argument(model): cache},
     ).logits[0]
 
 
@@ -82,8 +85,8 @@ def test_a_packed_infix_is_transformers_own(
 ) -> None:
     infix = infix_of(random_prefix(backbone, 4))
     examples = [
-        Encoded(tuple(random_ids(6, 1)), (tuple(random_ids(5, 2)), tuple(random_ids(3, 3)))),
-        Encoded(tuple(random_ids(1, 4)), (tuple(random_ids(4, 5)),)),
+        TokenizedExample(tuple(random_ids(6, 1)), (tuple(random_ids(5, 2)), tuple(random_ids(3, 3)))),
+        TokenizedExample(tuple(random_ids(1, 4)), (tuple(random_ids(4, 5)),)),
     ]
     expected = []
     for example in examples:
@@ -111,7 +114,7 @@ def test_generation_with_an_infix_is_recomputation(
         written: list[int] = []
         while len(written) < config.max_new_tokens:
             token = int(oracle_logits(oracle, prompt, written, infix)[-1].argmax())
-            if token == backbone.end_id:
+            if token == backbone.eos_id:
                 break
             written.append(token)
         assert output == written

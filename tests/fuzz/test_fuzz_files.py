@@ -27,24 +27,26 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import made_up_runs
-from prefixtune import cli
-from prefixtune.artifact import HEADER_KEY, read_artifact, read_outline
-from prefixtune.backbone import adapter_config, check_size
-from prefixtune.checkpoint import load_prefix, load_state, load_weights, save_prefix, save_state, save_weights
-from prefixtune.config import TrainConfig
+from prefixtune.backbone.load import check_size
+from prefixtune.backbone.lora import adapter_config
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.cli.main import main
+from prefixtune.data import TASKS, read_entries, read_task
+from prefixtune.data.labels import labels_of
+from prefixtune.data.tasks.records import check_template, render
 from prefixtune.errors import PrefixError
-from prefixtune.evaluation import _read_decoded
+from prefixtune.evaluation.records import read_decoded as _read_decoded
 from prefixtune.interop.hub import read_evaluation
-from prefixtune.labelling import labels_of
-from prefixtune.prefix import Prefix
+from prefixtune.prefix.artifact import HEADER_KEY, read_artifact, read_outline, save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import read_text_format
 from prefixtune.report import compose, read_folder, to_html, to_markdown
-from prefixtune.server.config import ENVIRONMENT, ServeConfig
-from prefixtune.study import StudyConfig
-from prefixtune.study.run import outcome_of
-from prefixtune.tasks import TASKS, read_entries, read_task
-from prefixtune.tasks.records import check_template, render
-from prefixtune.text_format import read_text_format
-from prefixtune.training import _events_until
+from prefixtune.server.settings import ENVIRONMENT, ServeConfig
+from prefixtune.studies import StudyConfig
+from prefixtune.studies.runner import outcome_of
+from prefixtune.training.checkpoint import events_until as _events_until
+from prefixtune.training.checkpoint import load_state, load_weights, save_state, save_weights
+from prefixtune.training.config import TrainConfig
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
 SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
@@ -230,8 +232,8 @@ def test_headers_of_prefixes(folder: Path, header: Any, names: list[str]) -> Non
             assert len(form.format_prompt("x" * 1000, "<s>")) < 200_000
         check_size(prefix, str(folder))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert cli.main(["inspect", str(path)]) in (0, 2)
-        assert cli.main(["inspect", str(path), "--json"]) in (0, 2)
+        assert main(["inspect", str(path)]) in (0, 2)
+        assert main(["inspect", str(path), "--json"]) in (0, 2)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -445,7 +447,7 @@ def test_outputs_to_score(folder: Path, data: bytes, ending: str) -> None:
     path = write(folder / f"out{ending}", data)
     command = f"score --task records --source name --target text --metrics bleu --references {folder / 'refs.jsonl'}"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert cli.main([*command.split(), "--hypotheses", str(path), "--json"]) in (0, 2)
+        assert main([*command.split(), "--hypotheses", str(path), "--json"]) in (0, 2)
 
 
 ADAPTER = json.dumps({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "base_model_name_or_path": "gpt2"})
@@ -464,4 +466,4 @@ def test_what_is_converted(folder: Path, config: bytes, data: bytes, whole: bool
         adapter_config(folder / "adapter")
     given = folder / ("adapter" if whole else "one.safetensors")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert cli.main(["convert", str(given), str(folder / "out.safetensors"), "--to", "prefixtune"]) in (0, 2)
+        assert main(["convert", str(given), str(folder / "out.safetensors"), "--to", "prefixtune"]) in (0, 2)

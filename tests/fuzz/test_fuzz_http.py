@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from schemathesis.config import SchemathesisConfig
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone import load_backbone
-from prefixtune.server import openapi
-from prefixtune.server.keys import hash_key
+from prefixtune.backbone.load import load_backbone
+from prefixtune.server.api import openapi
+from prefixtune.server.auth import hash_key
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
 SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError
-from prefixtune.export.llama_cpp import export_llama_cpp, placeholders_for, rows_of
-from prefixtune.export.llama_cpp_check import NotInEffectError, check
-from prefixtune.export.llama_cpp_state import KV_TYPES, encode_blob, encode_file, patch_file
-from prefixtune.generation import GenerateConfig, generate, generate_ids
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.interop.llama_cpp.check import NotInEffectError, check
+from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
+from prefixtune.interop.llama_cpp.state import KV_TYPES, encode_blob, encode_file, patch_file
 from zoo import MAX_POSITIONS
 
 Make = Callable[..., Any]
@@ -235,7 +236,7 @@ def test_logits_and_tokens_are_the_backbones(
         torch.testing.assert_close(logits, wanted, rtol=0, atol=GELU if name == "gpt2" else 1e-4)
         runtime.clear()
         runtime.load(file)
-        assert runtime.greedy(prompt, 7, 12, backbone.end_id) == output
+        assert runtime.greedy(prompt, 7, 12, backbone.eos_id) == output
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from prefixtune.export import onnx as target
-from prefixtune.export.onnx_run import generate, pad, past_names, start, step
-from prefixtune.generation import GenerateConfig, generate_ids
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+from prefixtune.interop.onnx import export as target
+from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
 
 Make = Callable[..., Any]
 
@@ -97,7 +98,7 @@ def test_without_its_past_the_graph_is_the_bare_backbone(exported: Exported, ran
 
 
 def test_the_script_runs_by_itself(exported: Exported) -> None:
-    from prefixtune.generation import generate as ours
+    from prefixtune.inference.generate import generate as ours
 
     texts = ["name : Aromi", "a longer text | with more"]
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['prefixtune'] = None;"
@@ -161,7 +162,7 @@ def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make)
 @pytest.mark.slow
 @pytest.mark.deploys("ONNX Runtime", "tokens of the real weights, in float32", model="SmolLM2-135M (llama)")
 def test_the_embedded_backbone(default_backbone: Any, tmp_path: Path) -> None:
-    from prefixtune.initialize import from_words
+    from prefixtune.training.initialize import from_words
 
     prefix = from_words(default_backbone, "Describe the restaurant in one sentence for a guest:", 10)
     made = Exported(default_backbone, prefix, tmp_path, baked=False)

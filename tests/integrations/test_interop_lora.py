@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import prefixtune as pt
-from prefixtune.backbone import load_backbone
+from prefixtune.backbone.load import load_backbone
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.fingerprints import fingerprints_match
-from prefixtune.initialize import from_words
-from prefixtune.interop import export_peft
+from prefixtune.interop.peft import export_peft
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.training.initialize import from_words
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 Make = Callable[..., Any]
@@ -77,7 +77,7 @@ def test_the_folder_is_its_base_model_with_the_adapter(make_lora: Make, base: Pa
 
 
 def test_a_prefix_belongs_to_the_adapter(make_lora: Make, base: Path, tmp_path: Path) -> None:
-    from prefixtune.checkpoint import make_header
+    from prefixtune.backbone.prefixes import make_header
 
     tuned = load_backbone(make_lora("lora"), device="cpu")
     made = from_words(tuned, "some words", 3)

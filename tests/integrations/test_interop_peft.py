@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prefixtune.backbone import Backbone
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.interop import export_peft, import_peft
-from prefixtune.prefix import Prefix, unflatten
+from prefixtune.interop.peft import export_peft, import_peft
+from prefixtune.prefix.prefix import Prefix, unflatten
 from zoo import exists, make_model
 
 # PEFT warns of arguments that transformers renamed.

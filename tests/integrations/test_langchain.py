@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from live_server import MODEL, LiveServer, alone, make_model, make_prefix
-from prefixtune.backbone import load_backbone
+from prefixtune.backbone.load import load_backbone
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from prefixtune.data import files as reading
+from prefixtune.data.files import read_rows
+from prefixtune.data.tasks.records import read_records
 from prefixtune.errors import DataError
-from prefixtune.tasks import reading
-from prefixtune.tasks.reading import read_rows
-from prefixtune.tasks.records import read_records
 
 
 def write_parquet(path: Path) -> None:

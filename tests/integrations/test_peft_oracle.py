@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from prefixtune.prefix import Prefix, flatten, unflatten
+from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 
 # PEFT warns of an argument that transformers renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

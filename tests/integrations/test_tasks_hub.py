@@ -14,8 +14,8 @@ from typing import Any
 import datasets
 import pytest
 
+from prefixtune.data import read_task
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import read_task
 
 MR = "name[Aromi], eatType[pub]"
 TRIPLE = "Aarhus | leaderName | Jacob_Bundsgaard"

@@ -14,14 +14,15 @@ from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 
 import prefixtune as pt
-from prefixtune.backbone import Backbone
-from prefixtune.batching import default_format, encode_examples, pad, plan_epoch
-from prefixtune.config import TrainConfig
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.data import Example
+from prefixtune.data.batching import epoch_batches, pad
+from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import Example
-from prefixtune.text_format import TextFormat
-from prefixtune.trainer import PrefixModel
-from prefixtune.training import train
+from prefixtune.interop.trainer import PrefixModel
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.train import train
 
 # transformers renamed some of its own arguments, which TRL still sets.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
@@ -82,7 +83,7 @@ def as_our_loop_takes_them(backbone: Backbone, config: TrainConfig) -> list[dict
     encoding = encode_examples(backbone, EXAMPLES, default_format(backbone), prefix_length=config.prefix_length)
     rows = []
     for epoch in range(math.ceil(STEPS * 4 / len(EXAMPLES))):
-        plan = plan_epoch(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
+        plan = epoch_batches(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
         for hand in (hand for hands in plan for hand in hands):
             (target,) = hand.targets
             if backbone.kind == "decoder":
@@ -297,7 +298,7 @@ def test_the_collator_lays_examples_as_our_batches_do(name: str, tiny_backbone: 
     batch = model.collator()(examples)
     apart = name == "bart"
     encoded = encode_examples(backbone, examples, model.text_format, prefix_length=3).examples
-    wanted = pad(encoded, pad_id=backbone.pad_id, start_id=backbone.start_id if apart else None)
+    wanted = pad(encoded, pad_id=backbone.pad_id, decoder_start_id=backbone.decoder_start_id if apart else None)
     logits = model(**batch).logits
     ours = backbone.forward(**wanted.inputs(backbone.device) | {"prefixes": model.trained()}).logits
     learned = batch["labels"] != -100
@@ -371,7 +372,7 @@ def test_trl_trains_it_with_the_losses_of_our_own_loop(name: str, tiny_backbone:
     rows = [
         {"prompt": texts[hand.prompt].source, "completion": texts[hand.prompt].targets[0]}
         for epoch in range(3)
-        for hands in plan_epoch(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
+        for hands in epoch_batches(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
         for hand in hands
     ]
     before = weights_of(backbone)

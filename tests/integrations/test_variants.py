@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prefixtune as pt
-from prefixtune.backbone import Backbone, load_backbone
-from prefixtune.config import TrainConfig
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.packaged import silence
+from prefixtune.backbone.quantization import quantize
+from prefixtune.data import Example
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.evaluation import evaluate
-from prefixtune.generation import GenerateConfig
-from prefixtune.initialize import from_words
-from prefixtune.pretrained import silence
-from prefixtune.tasks import Example
-from prefixtune.variants import quantize
+from prefixtune.evaluation.evaluate import evaluate
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.initialize import from_words
 
 Make = Callable[..., Any]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

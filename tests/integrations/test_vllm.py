@@ -25,11 +25,13 @@ import openai
 import pytest
 import torch
 
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.generation import GenerateConfig, generate, generate_ids
-from prefixtune.initialize import from_words
-from prefixtune.prefix import Prefix
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.initialize import from_words
 
 _ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("PREFIXTUNE_VLLM_PYTHON") or _ROOT / ".venv-vllm" / "bin" / "python")

@@ -15,16 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import prefixtune.checkpoint
-import prefixtune.training
-from prefixtune.checkpoint import load_prefix, load_state, save_prefix, save_state
-from prefixtune.config import TrainConfig
+import prefixtune.training.checkpoint
+import prefixtune.training.train
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
-from prefixtune.generation import generate
-from prefixtune.prefix import flatten
-from prefixtune.reparam import KINDS
-from prefixtune.tasks import Example
-from prefixtune.training import TrainResult, build_module, train
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.encoder import KINDS
+from prefixtune.prefix.prefix import flatten
+from prefixtune.training.checkpoint import load_state, save_state
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.initialize import build_module
+from prefixtune.training.train import TrainResult, train
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
 EIGHT = [Example(f"name : {name}", (f"{name} eats.",)) for name in NAMES]
@@ -120,14 +123,14 @@ def test_every_slot_of_every_layer_gets_a_gradient(
     family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     gradients: list[Tensor] = []
-    original = prefixtune.training.batch_loss
+    original = prefixtune.training.train.batch_loss
 
     def watched(backbone: Any, prefix: Any, batch: Any) -> Tensor:
         for tensor in prefix.tensors():
             tensor.register_hook(lambda gradient: gradients.append(gradient.clone()))
         return original(backbone, prefix, batch)
 
-    monkeypatch.setattr(prefixtune.training, "batch_loss", watched)
+    monkeypatch.setattr(prefixtune.training.train, "batch_loss", watched)
     train(config_for(max_steps=1), backbone=tiny_backbone(family), examples=SHARED)
     assert len(gradients) == 6
     for gradient in gradients:
@@ -442,14 +445,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     config = config_for()
-    original, calls = prefixtune.training.batch_loss, []
+    original, calls = prefixtune.training.train.batch_loss, []
 
     def poisoned(*arguments: Any) -> Tensor:
         calls.append(1)
         return original(*arguments) * (math.nan if len(calls) > 3 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.training, "batch_loss", poisoned)
+        patch.setattr(prefixtune.training.train, "batch_loss", poisoned)
         with pytest.raises(TrainingError, match=r"loss is nan .* at step 4") as error:
             train(config, backbone=backbone, examples=SHARED)
     assert "learning rate" in error.value.hint
@@ -475,7 +478,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_state(
     backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     config = config_for()
-    original, calls = prefixtune.checkpoint.save_file, []
+    original, calls = prefixtune.training.checkpoint.save_file, []
 
     def full(tensors: Any, path: Any, metadata: Any) -> None:
         calls.append(1)
@@ -486,7 +489,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_state(
         original(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.checkpoint, "save_file", full)
+        patch.setattr(prefixtune.training.checkpoint, "save_file", full)
         with pytest.raises(PrefixError, match="No space left on device") as error:
             train(config, backbone=backbone, examples=SHARED)
     assert "free some space" in error.value.hint

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.checkpoint import load_prefix, load_state
-from prefixtune.config import TrainConfig
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import Example
 from prefixtune.errors import DataError
-from prefixtune.generation import generate
-from prefixtune.prefix import flatten
-from prefixtune.tasks import Example
-from prefixtune.training import TrainResult, build_module, train
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.prefix import flatten
+from prefixtune.training.checkpoint import load_state
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.initialize import build_module
+from prefixtune.training.train import TrainResult, train
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
 EIGHT = [Example(f"name : {name}", (f"{name} eats.",)) for name in NAMES]

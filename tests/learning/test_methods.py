@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.backbone import Backbone, load_backbone
-from prefixtune.checkpoint import load_prefix, load_weights
-from prefixtune.config import TrainConfig
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import Example
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.generation import generate
-from prefixtune.tasks import Example
-from prefixtune.training import TrainResult, load_tuned, train
-from prefixtune.tuning import Tuning, decoder_layers, settle, tune
+from prefixtune.inference.generate import generate
+from prefixtune.training.baselines import Tuning, decoder_layers, freeze_tuned, tune
+from prefixtune.training.checkpoint import load_tuned, load_weights
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.train import TrainResult, train
 
 Make = Callable[..., Any]
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -152,7 +154,7 @@ def test_the_weights_file_says_what_it_is(run: Make) -> None:
 
 def test_a_settled_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
     backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny")
-    done = settle(tune(backbone, Tuning("adapter", 4)))
+    done = freeze_tuned(tune(backbone, Tuning("adapter", 4)))
     assert {parameter.dtype for parameter in done.model.parameters()} == {torch.bfloat16}
     assert not done.adapter_parameters
     assert done.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16

@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.checkpoint import load_prefix, load_weights
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import Example, read_task
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.metrics import compare, compute
+from prefixtune.evaluation.metrics import compare, compute
 from prefixtune.report import read_folder
-from prefixtune.study import StudyConfig, plan, run_study
-from prefixtune.study import run as running
-from prefixtune.tasks import Example, read_task
-from prefixtune.training import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned
+from prefixtune.studies import StudyConfig, plan, run_study
+from prefixtune.studies.cell import shorten_config
+from prefixtune.studies.runner import _Study
+from prefixtune.training.checkpoint import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, load_weights
+from prefixtune.training.train import train
 
 Make = Callable[..., Any]
 Event = dict[str, Any]
@@ -94,14 +96,14 @@ class Log:
 @pytest.fixture(scope="module")
 def whole(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, Log]:
     """A study of all methods that nobody stopped."""
-    config, log, train = configure(tmp_path_factory.mktemp("whole") / "study", methods=METHODS), Log(), running.train
+    config, log = configure(tmp_path_factory.mktemp("whole") / "study", methods=METHODS), Log()
 
     def watch(given: Any, **options: Any) -> Any:
         log.given.append((given.method, options["examples"], options["dev_examples"]))
         return train(given, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "train", watch)
+        patch.setattr("prefixtune.studies.runner.train", watch)
         outcome = run_study(config, on_event=log.events.append, command="the command")
     assert (outcome.failed, outcome.left) == ({}, ())
     assert outcome.done == tuple(cell.id for cell in plan(config))
@@ -454,7 +456,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
     first = configure(tmp_path / "study", learning_rates={"full": [1e-4]}, **values)
     run_study(first)
     more = configure(tmp_path / "study", learning_rates={"full": [1e-4, 3e-4]}, **values)
-    real = running.train
+    real = train
 
     def better(config: Any, **given: Any) -> Any:
         return dataclasses.replace(real(config, **given), best_loss=0.001 if config.learning_rate == 3e-4 else 9.0)
@@ -463,7 +465,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
         if a_step(event) and "subset1" in event["cell"] and event["step"] == 3:
             raise Killed
 
-    monkeypatch.setattr(running, "train", better)
+    monkeypatch.setattr("prefixtune.studies.runner.train", better)
     with pytest.raises(Killed):
         run_study(more, on_event=kill_the_second)
     cells = read_folder(more.folder).cells
@@ -478,7 +480,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
     def best(config: Any, **given: Any) -> Any:
         return dataclasses.replace(real(config, **given), best_loss=0.0001 if config.learning_rate == 9e-4 else 9.0)
 
-    monkeypatch.setattr(running, "train", best)
+    monkeypatch.setattr("prefixtune.studies.runner.train", best)
     outcome = run_study(most)
     assert (outcome.failed, outcome.left) == ({}, ())
     assert {cell.figures["learning_rate"] for cell in read_folder(most.folder).cells} == {9e-4}
@@ -489,7 +491,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
 def test_what_a_study_leaves_of_its_own_protocol_is_told(configure: Make, tmp_path: Path):
     values = {"name": "low-data", "methods": ("prefix",), "subsets": 1, "sizes": (50, 500), "patience": 2}
     config = configure(tmp_path / "study", **values, steps_by_size={"50": 60}, max_steps=100, learning_rates={})
-    cut = running._Study(config, None, lambda event: None, "")._cut()
+    cut = _Study(config, None, lambda event: None, "")._cut()
     assert cut[1:] == [
         "trained on samples of 50 targets",
         "trained on samples of 500 targets",
@@ -542,20 +544,20 @@ def test_a_study_of_the_bare_model_needs_a_test_set_alone(configure: Make, tmp_p
 def test_any_error_of_a_run_is_told_and_the_others_go_on(
     configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, real = configure(tmp_path / "study"), running.train
+    config, real = configure(tmp_path / "study"), train
 
     def too_large(given: Any, **options: Any) -> Any:
         if given.method == "full":
             raise torch.OutOfMemoryError("Tried to allocate 2 GiB\nand more")
         return real(given, **options)
 
-    monkeypatch.setattr(running, "train", too_large)
+    monkeypatch.setattr("prefixtune.studies.runner.train", too_large)
     outcome = run_study(config)
     assert [*outcome.failed] == [cell_folder(config, "full").name]
     assert "OutOfMemoryError: Tried to allocate 2 GiB. The traceback is in error.txt." in [*outcome.failed.values()]
     assert "in too_large" in (cell_folder(config, "full") / "error.txt").read_text()
     assert outcome.done == (cell_folder(config, "prefix").name,)
-    monkeypatch.setattr(running, "train", real)
+    monkeypatch.setattr("prefixtune.studies.runner.train", real)
     assert not run_study(config).failed
     assert not (cell_folder(config, "full") / "error.txt").exists()
 
@@ -697,7 +699,7 @@ def test_short_tries_choose_the_rate_and_the_run_is_made_anew(configure: Make, t
     ],
 )
 def test_a_try_warms_up_over_the_same_share_of_its_steps(values: dict[str, Any], expected: dict[str, Any]):
-    shortened = running._shortened(values, 25, 80)
+    shortened = shorten_config(values, 25, 80)
     assert shortened == {**expected, "eval_every": expected["max_steps"], "patience": 0}
 
 
@@ -710,7 +712,7 @@ def test_more_tries_train_what_is_new_alone(
     first = configure(tmp_path / "study", tries=2, **values)
     assert not run_study(first).left
     cells = {cell.id: json.loads((first.folder / "cells" / cell.id / "cell.json").read_text()) for cell in plan(first)}
-    real, trained = running.train, Counter[tuple[str, float]]()
+    real, trained = train, Counter[tuple[str, float]]()
 
     def watch(config: Any, **given: Any) -> Any:
         trained[config.method, config.learning_rate] += 1
@@ -720,7 +722,7 @@ def test_more_tries_train_what_is_new_alone(
             result = dataclasses.replace(result, best_loss=0.001 if better else 99.0)
         return result
 
-    monkeypatch.setattr(running, "train", watch)
+    monkeypatch.setattr("prefixtune.studies.runner.train", watch)
     more = configure(tmp_path / "study", tries=3, **values)
     outcome = run_study(more)
     assert len(outcome.done) == len(cells)

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-import prefixtune.training
-from prefixtune.backbone import Backbone
-from prefixtune.batching import Encoded, collate, join
-from prefixtune.cli import main
-from prefixtune.config import TrainConfig
+import prefixtune.training.train
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.cli.main import main
+from prefixtune.data import Example
+from prefixtune.data.batching import collate, join
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, TrainingError
-from prefixtune.loss import batch_loss
-from prefixtune.prefix import Prefix
-from prefixtune.tasks import Example
-from prefixtune.training import train, train_together
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.train import train, train_together
 from zoo import ZOO, make_model
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo")
@@ -78,7 +79,9 @@ def test_gradients_are_those_of_each_alone(
         collate(
             backbone,
             [
-                Encoded(tuple(random_ids(count, seed + 10)), (tuple(random_ids(4, 1)), tuple(random_ids(3, seed))))
+                TokenizedExample(
+                    tuple(random_ids(count, seed + 10)), (tuple(random_ids(4, 1)), tuple(random_ids(3, seed)))
+                )
                 for count in (5, 2 + seed)
             ],
         )
@@ -139,13 +142,13 @@ def test_all_share_one_pass(
     tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    own = prefixtune.training.batch_loss
+    own = prefixtune.training.train.batch_loss
 
     def watch(backbone: Any, prefix: Any, batch: Any) -> Any:
         calls.append(len(prefix) if isinstance(prefix, list) else 1)
         return own(backbone, prefix, batch)
 
-    monkeypatch.setattr(prefixtune.training, "batch_loss", watch)
+    monkeypatch.setattr(prefixtune.training.train, "batch_loss", watch)
     train_together(
         [config_for(name, max_steps=3) for name in "abc"], backbone=tiny_backbone("llama"), examples=DATA[:3]
     )
@@ -156,7 +159,7 @@ def test_a_run_whose_loss_is_not_finite_leaves_the_others(
     tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, good = tiny_backbone("llama"), config_for("good")
-    own = prefixtune.training._compute
+    own = prefixtune.training.loop.forward_backward
 
     def spoil(backbone: Any, pendings: Any) -> None:
         own(backbone, pendings)
@@ -165,7 +168,7 @@ def test_a_run_whose_loss_is_not_finite_leaves_the_others(
         spoil.steps += 1  # type: ignore[attr-defined]
 
     spoil.steps = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(prefixtune.training, "_compute", spoil)
+    monkeypatch.setattr(prefixtune.training.train, "_compute", spoil)
     with pytest.raises(TrainingError, match="step 4"):
         train_together([good, config_for("bad", seed=1)], backbone=backbone, examples=[EATS, GOES])
     monkeypatch.undo()
@@ -183,7 +186,7 @@ def test_stopped_runs_go_on_to_the_same_end(
 ) -> None:
     backbone = tiny_backbone("llama")
     whole = train_together(runs_of(config_for, "whole"), backbone=backbone, examples=DATA)
-    own = prefixtune.training._compute
+    own = prefixtune.training.loop.forward_backward
     count = 0
 
     def kill(backbone: Any, pendings: Any) -> None:
@@ -194,7 +197,7 @@ def test_stopped_runs_go_on_to_the_same_end(
         own(backbone, pendings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.training, "_compute", kill)
+        patch.setattr(prefixtune.training.train, "_compute", kill)
         with pytest.raises(MemoryError):
             train_together(runs_of(config_for, "cut"), backbone=backbone, examples=DATA)
     again = train_together(runs_of(config_for, "cut"), backbone=backbone, examples=DATA, resume=True)

@@ -12,10 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from prefixtune.backbone import Backbone, choose_dtype, fingerprint, load_backbone
+from prefixtune.backbone.backbone import Backbone, fingerprint
+from prefixtune.backbone.load import choose_dtype, load_backbone
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.fingerprints import fingerprints_match
-from prefixtune.prefix import LayerShape
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.geometry import LayerShape
 
 SHAPES = {"gpt2": (4, 8), "llama": (2, 8), "opt": (4, 8), "gpt_neox": (4, 8), "qwen3": (2, 16), "mistral": (2, 8)}
 
@@ -52,7 +53,7 @@ def test_text_there_and_back(backbone: Any):
         *backbone.encode("x"),
         backbone.tokenizer.eos_token_id,
     ]
-    assert backbone.decode([backbone.end_id, *backbone.encode("x"), backbone.pad_id]) == "x"
+    assert backbone.decode([backbone.eos_id, *backbone.encode("x"), backbone.pad_id]) == "x"
     assert (backbone.separator, backbone.end) == ("<s>", "</s>")
 
 
@@ -158,7 +159,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
 
 
 def test_the_embedded_backbone_must_be_prepared(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefixtune.backbone.pretrained_folder", lambda _: None)
+    monkeypatch.setattr("prefixtune.backbone.load.pretrained_folder", lambda _: None)
     with pytest.raises(BackboneError, match="not prepared on this machine") as error:
         load_backbone()
     assert "prefixtune prepare" in error.value.hint

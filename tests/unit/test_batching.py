@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from prefixtune.batching import Encoded, encode_examples, encode_prompts, pack
+from prefixtune.data import Example
+from prefixtune.data.batching import pack
+from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_prompts
 from prefixtune.errors import DataError
-from prefixtune.tasks import Example
-from prefixtune.text_format import TextFormat
+from prefixtune.prefix.text_format import TextFormat
 
 PLAIN = TextFormat("{source}{separator}", "{target}")
 
@@ -28,7 +29,7 @@ def test_the_text_format_stands_around_source_and_targets(llama: Any):
     (example,) = encoding.examples
     assert example.prompt == tuple(llama.encode(" ab <s>"))
     assert example.prompt[-1] == llama.tokenizer.bos_token_id
-    assert example.targets == ((*llama.encode(" c "), llama.end_id), (*llama.encode(" de "), llama.end_id))
+    assert example.targets == ((*llama.encode(" c "), llama.eos_id), (*llama.encode(" de "), llama.eos_id))
     assert (encoding.num_targets, encoding.num_cut) == (2, 0)
     assert encode_prompts(llama, TextFormat(), ["ab"])[0] == list(example.prompt)
 
@@ -84,13 +85,13 @@ def test_examples_without_targets_are_refused(llama: Any):
 
 
 def test_a_packed_row_opens_each_target_with_the_sources_last_token():
-    batch = pack([Encoded((1, 2, 3), ((4, 5), (6,))), Encoded((7,), ((8, 9),))])
+    batch = pack([TokenizedExample((1, 2, 3), ((4, 5), (6,))), TokenizedExample((7,), ((8, 9),))])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 3, 7, 8]]
     assert batch.label_positions.tolist() == [2, 3, 4, 5, 6]
     assert batch.labels.tolist() == [4, 5, 6, 8, 9]
-    assert batch.sentences.tolist() == [0, 0, 1, 2, 2]
+    assert batch.target_index.tolist() == [0, 0, 1, 2, 2]
     assert batch.packing.positions().tolist() == [[0, 1, 2, 3, 2, 0, 1]]
-    assert batch.num_sentences == 3
+    assert batch.num_targets == 3
     first = batch.packing.groups[0].mask()
     assert first.int().tolist() == [
         [1, 0, 0, 0, 0],
@@ -110,7 +111,7 @@ def test_a_packed_row_opens_each_target_with_the_sources_last_token():
 
 
 def test_weights_reduce_over_the_whole_step():
-    batch = pack([Encoded((1, 2), ((4, 5), (6,)))])
+    batch = pack([TokenizedExample((1, 2), ((4, 5), (6,)))])
     # A step of 8 targets and 40 tokens, of which this row is a part.
     assert batch.weights("sentence", 8, 40).tolist() == pytest.approx([1 / 8] * 3)
     assert batch.weights("token", 8, 40).tolist() == pytest.approx([1 / 40] * 3)
@@ -118,5 +119,5 @@ def test_weights_reduce_over_the_whole_step():
 
 def test_an_empty_prompt_predicts_nothing():
     with pytest.raises(DataError, match="empty prompt") as error:
-        pack([Encoded((), ((1,),))])
+        pack([TokenizedExample((), ((1,),))])
     assert "separator" in error.value.hint

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from file_format import checksum_by_hand
-from prefixtune.artifact import read_outline
-from prefixtune.checkpoint import load_prefix, load_state, make_header, save_prefix, save_state
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, CheckpointError, PrefixError
-from prefixtune.prefix import Prefix
+from prefixtune.prefix.artifact import read_outline, save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.checkpoint import load_state, save_state
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_a_failed_write_leaves_the_old_file(path: Path, prefix: Prefix, monkeypa
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prefixtune.checkpoint.save_file", fail)
+    monkeypatch.setattr("prefixtune.prefix.artifact.save_file", fail)
     with pytest.raises(PrefixError, match="No space left on device"):
         save_prefix(path, prefix[:2])
     assert path.read_bytes() == before

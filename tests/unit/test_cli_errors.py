@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune import cli
+from prefixtune.cli.main import main
 
 
 def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([])
+        main([])
     assert ended.value.code == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: prefixtune")
@@ -37,7 +37,7 @@ def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str
 def test_with_json_a_mistake_is_one_object_on_stderr(
     arguments: list[str], kind: str, told: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     error = json.loads(err)
@@ -49,7 +49,7 @@ def test_with_json_a_mistake_is_one_object_on_stderr(
 
 
 def test_json_that_is_a_text_asks_for_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", "--", "--json"]) == 2
+    assert main(["inspect", "--", "--json"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -57,18 +57,19 @@ def test_an_interruption_is_json_too(monkeypatch: pytest.MonkeyPatch, capsys: py
     def stopped(*given: object, **more: object) -> None:
         raise KeyboardInterrupt("the state is saved")
 
-    monkeypatch.setattr("prefixtune.checkpoint.load_prefix", stopped)
-    assert cli.main(["inspect", "any.safetensors", "--json"]) == 130
+    monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", stopped)
+    assert main(["inspect", "any.safetensors", "--json"]) == 130
     told = json.loads(capsys.readouterr().err)
     assert told == {"error": "interrupted.", "hint": "the state is saved", "kind": "Interrupted", "exit_code": 130}
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:
     code = (
-        "import prefixtune.checkpoint as c, sys, prefixtune.cli as cli\n"
+        "import prefixtune.backbone.prefixes as c, sys\n"
+        "from prefixtune.cli.main import main\n"
         "def broken(*a, **k): raise ZeroDivisionError('a bug')\n"
         "c.load_prefix = broken\n"
-        "sys.exit(cli.main(['inspect', 'any', '--json']))\n"
+        "sys.exit(main(['inspect', 'any', '--json']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.config import TrainConfig, default_learning_rate
 from prefixtune.errors import ConfigError
-from prefixtune.reparam import KINDS
+from prefixtune.prefix.encoder import KINDS
+from prefixtune.training.config import TrainConfig, default_learning_rate
 
 
 def test_all_faults_are_told_at_once():

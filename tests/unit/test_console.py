@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prefixtune.console import Console, format_figure, format_seconds
+from prefixtune.utils.console import Console, format_figure, format_seconds
 
 
 class Terminal(io.StringIO):

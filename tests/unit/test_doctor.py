@@ -14,11 +14,19 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface
 
-from prefixtune import attach, trial
-from prefixtune.backbone import Backbone
-from prefixtune.cli import main
-from prefixtune.doctor import Check, examine
+from patching import replace_everywhere
+from prefixtune.attention.cache import prefilled_cache
+from prefixtune.attention.forward import forward_with_prefixes, gradient_checkpointing
+from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, to_rows
+from prefixtune.attention.kernels import packed_attention
+from prefixtune.attention.packing import Group, Packing
+from prefixtune.attention.registry import ATTENTION, attend, extend_mask, visible_slots
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.cli.main import main
+from prefixtune.doctor.examine import Check, examine
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.inference.decoding import _transformers_config
+from prefixtune.inference.generate import generate_ids
 from zoo import make_model, make_tokenizer
 
 REGISTRY = "every layer attends through the registry"
@@ -70,7 +78,7 @@ def passing(backbone: Any, **options: Any) -> list[str]:
 
 def patch_attention(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Any]) -> None:
     """Register another attention function under this project's name, for the length of a test."""
-    monkeypatch.setitem(AttentionInterface._global_mapping, attach.ATTENTION, attend)
+    monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION, attend)
 
 
 def barely_moved(name: str) -> Any:
@@ -210,14 +218,14 @@ def test_sound_models_whose_logits_hardly_move_pass(name: str, dtype: torch.dtyp
 def test_one_dead_layer_of_a_model_whose_logits_hardly_move(
     site: str, number: int, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        injection = kwargs.get("prefix_injection") or attach._current.get()
-        if injection is not None and injection.layers and injection.places[module] == (site, number):
-            kwargs["prefix_injection"] = attach.Injection({})
-        return attach.attend(module, *args, **kwargs)
+    def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        injection = kwargs.get("prefix_injection") or current_injection.get()
+        if injection is not None and injection.layers and injection.layer_of[module] == (site, number):
+            kwargs["prefix_injection"] = Injection({})
+        return attend(module, *args, **kwargs)
 
     backbone = Backbone.from_model(barely_moved("Bart"), tiny_tokenizer, "bart")
-    patch_attention(monkeypatch, attend)
+    patch_attention(monkeypatch, patched)
     faults = failed(backbone)
     assert faults[LAYERS].endswith(f"too little in layers {site} {number}")
     assert {GRADIENTS, SITES} <= faults.keys()
@@ -290,20 +298,20 @@ def test_one_layer_with_another_attention_function(tiny_backbone: Make, monkeypa
 
 
 def test_a_layer_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(module: nn.Module, *args: Any, prefix_injection: Any = None, **kwargs: Any) -> Any:
-        if prefix_injection is not None and prefix_injection.layers and prefix_injection.places[module][1] == 1:
+    def patched(module: nn.Module, *args: Any, prefix_injection: Any = None, **kwargs: Any) -> Any:
+        if prefix_injection is not None and prefix_injection.layers and prefix_injection.layer_of[module][1] == 1:
             prefix_injection = None
-        return attach.attend(module, *args, prefix_injection=prefix_injection, **kwargs)
+        return attend(module, *args, prefix_injection=prefix_injection, **kwargs)
 
     backbone = tiny_backbone("llama")
-    patch_attention(monkeypatch, attend)
+    patch_attention(monkeypatch, patched)
     faults = failed(backbone)
     assert {LAYERS, GRADIENTS, ROUTES, GREEDY} <= faults.keys()
     assert "too little in layers 1" in faults[LAYERS]
 
 
 def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = attach.stack
+    stack = batch_prefixes
 
     def detached(*args: Any) -> Any:
         made = stack(*args)
@@ -312,9 +320,9 @@ def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: p
             site: [(torch.cat([k[:, :, :-1], k[:, :, -1:].detach()], dim=2), v) for k, v in pairs]
             for site, pairs in made.layers.items()
         }
-        return attach.Injection(made.places, layers, made.visible)
+        return Injection(made.layer_of, layers, made.visible)
 
-    monkeypatch.setattr(attach, "stack", detached)
+    replace_everywhere(monkeypatch, batch_prefixes, detached)
     faults = failed(tiny_backbone("gpt2"))
     assert faults.keys() == {GRADIENTS}
     # Three layers, the last key slot of each of the two prefixes.
@@ -322,15 +330,15 @@ def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: p
 
 
 def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(
+    def patched(
         module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, prefix_injection: Any = None, **kwargs: Any
     ) -> Any:
         if prefix_injection is not None and prefix_injection.layers and prefix_injection.packing is None:
             mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
-        return attach.attend(module, query, key, value, mask, prefix_injection=prefix_injection, **kwargs)
+        return attend(module, query, key, value, mask, prefix_injection=prefix_injection, **kwargs)
 
     backbone = tiny_backbone("llama")
-    patch_attention(monkeypatch, attend)
+    patch_attention(monkeypatch, patched)
     assert {CAUSALITY, PADDING, ROUTES, GREEDY} <= failed(backbone).keys()
 
 
@@ -338,7 +346,7 @@ def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest
 def test_a_cache_with_another_rows_prefix(
     dtype: torch.dtype, tiny_models: Make, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefilled = attach.prefilled_cache
+    prefilled = prefilled_cache
 
     def wrong(*args: Any, **options: Any) -> Any:
         cache, visible = prefilled(*args, **options)
@@ -347,31 +355,30 @@ def test_a_cache_with_another_rows_prefix(
                 layer.values[-1] = layer.values[0]
         return cache, visible
 
-    monkeypatch.setattr(attach, "prefilled_cache", wrong)
+    replace_everywhere(monkeypatch, prefilled_cache, wrong)
     faults = failed(Backbone.from_model(tiny_models("llama").to(dtype), tiny_tokenizer, "llama"))
     assert {ROUTES, GREEDY} <= faults.keys()
     assert not {LAYERS, GRADIENTS, MIXED, PADDING} & faults.keys()
 
 
 def test_beams_in_the_wrong_rows(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefilled = attach.prefilled_cache
+    prefilled = prefilled_cache
 
     def wrong(model: Any, layout: Any, prefixes: Any, *, repeats: int = 1, **options: Any) -> Any:
         _, visible = prefilled(model, layout, prefixes, **options)
         cache, _ = prefilled(model, layout, list(prefixes) * repeats, **options)
         return cache, visible
 
-    monkeypatch.setattr(attach, "prefilled_cache", wrong)
+    replace_everywhere(monkeypatch, prefilled_cache, wrong)
     assert failed(tiny_backbone("llama")).keys() == {BEAMS}
 
 
 def test_generation_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate_ids = trial.generate_ids
 
     def bare(backbone: Any, prompts: Any, prefixes: Any, **options: Any) -> Any:
         return generate_ids(backbone, prompts, [None] * len(prompts), **options)
 
-    monkeypatch.setattr(trial, "generate_ids", bare)
+    monkeypatch.setattr("prefixtune.doctor.reference.generate_ids", bare)
     faults = failed(tiny_backbone("gpt2"))
     assert faults.keys() == {IN_GENERATION, GREEDY, BEAMS}
     assert "by 0.0e+00" in faults[IN_GENERATION]
@@ -381,70 +388,69 @@ def test_generation_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: py
 def test_generation_that_drops_the_prefilled_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import DynamicCache
 
-    prefilled = attach.prefilled_cache
+    prefilled = prefilled_cache
 
     def empty(*args: Any, **options: Any) -> Any:
         _, visible = prefilled(*args, **options)
         return DynamicCache(), visible
 
-    monkeypatch.setattr(attach, "prefilled_cache", empty)
+    replace_everywhere(monkeypatch, prefilled_cache, empty)
     assert {GREEDY, BEAMS} <= failed(tiny_backbone("llama")).keys()
 
 
 def test_a_cache_that_is_lost_between_steps(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefixtune import generation
 
-    make = generation._transformers_config
+    make = _transformers_config
 
     def uncached(*args: Any) -> Any:
         config = make(*args)
         config.use_cache = False
         return config
 
-    monkeypatch.setattr(generation, "_transformers_config", uncached)
+    replace_everywhere(monkeypatch, _transformers_config, uncached)
     backbone = tiny_backbone("llama")
     assert {GREEDY} <= failed(backbone).keys()
 
 
 def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    extend = attach.extend_mask
+    extend = extend_mask
 
     def blind(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
         return extend(mask, None, prefix_length, key, queries)
 
-    monkeypatch.setattr(attach, "extend_mask", blind)
+    replace_everywhere(monkeypatch, extend_mask, blind)
     faults = failed(tiny_backbone("llama"))
     assert {MIXED, ROUTES} <= faults.keys()
     assert not {BATCH, PADDING, LAYERS} & faults.keys()
 
 
 def test_padded_text_that_is_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = attach.forward
+    forward = forward_with_prefixes
 
     def unmasked(model: Any, layout: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         return forward(model, layout, input_ids, None, **kwargs)
 
-    monkeypatch.setattr(attach, "forward", unmasked)
+    replace_everywhere(monkeypatch, forward_with_prefixes, unmasked)
     assert {PADDING, BATCH, MIXED} <= failed(tiny_backbone("llama")).keys()
 
 
 def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaky(self: attach.Group, window: int | None = None) -> torch.Tensor:
+    def leaky(self: Group, window: int | None = None) -> torch.Tensor:
         count = self.stop - self.start
         return torch.ones(count, count, dtype=torch.bool).tril()
 
-    monkeypatch.setattr(attach.Group, "mask", leaky)
+    monkeypatch.setattr(Group, "mask", leaky)
     assert failed(tiny_backbone("llama")).keys() == {PACKING}
 
 
 def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attach, "visible_slots", lambda count: contextlib.nullcontext())
+    replace_everywhere(monkeypatch, visible_slots, lambda count: contextlib.nullcontext())
     assert WINDOW in failed(tiny_backbone("mistral"))
     assert failed(tiny_backbone("llama")) == {}
 
 
 def test_a_window_that_hides_the_prefix_injected(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    extend = attach.extend_mask
+    extend = extend_mask
 
     def windowed(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
         whole = extend(mask, visible, prefix_length, key, queries)
@@ -452,24 +458,24 @@ def test_a_window_that_hides_the_prefix_injected(tiny_backbone: Make, monkeypatc
         rows = torch.arange(queries)[:, None] + prefix_length
         return whole & (rows - columns < 4)
 
-    monkeypatch.setattr(attach, "extend_mask", windowed)
+    replace_everywhere(monkeypatch, extend_mask, windowed)
     faults = failed(tiny_backbone("mistral"))
     assert "0 of 21 slots seen" in faults[WINDOW]
 
 
 def test_a_window_that_hides_the_prefix_in_one_layer(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def patched(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         injection = kwargs.get("prefix_injection")
-        if injection is not None and injection.layers and injection.places[module] == ("encoder", 1):
+        if injection is not None and injection.layers and injection.layer_of[module] == ("encoder", 1):
             # With the window the prefix is out of sight of the last position, in this layer alone.
             visible = torch.arange(query.shape[2]) < query.shape[2] - 1
-            out, _ = attach.attend(module, query, key, value, mask, **kwargs)
-            other, _ = attach.attend(module, query, key, value, mask, **{**kwargs, "prefix_injection": None})
+            out, _ = attend(module, query, key, value, mask, **kwargs)
+            other, _ = attend(module, query, key, value, mask, **{**kwargs, "prefix_injection": None})
             return torch.where(visible[:, None, None], out, other), None
-        return attach.attend(module, query, key, value, mask, **kwargs)
+        return attend(module, query, key, value, mask, **kwargs)
 
     backbone = tiny_backbone("modernbert")
-    patch_attention(monkeypatch, attend)
+    patch_attention(monkeypatch, patched)
     assert "14 of 21 slots seen" in failed(backbone)[WINDOW]
 
 
@@ -487,25 +493,24 @@ def test_a_backbone_in_training_mode(tiny_backbone: Make) -> None:
 
 
 def test_checkpointing_that_drops_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpointing = attach.checkpointing
+    checkpointing = gradient_checkpointing
     backbone = tiny_backbone("llama")
 
     @contextlib.contextmanager
     def dropping(model: Any) -> Iterator[None]:
         def bare(module: nn.Module, *args: Any, prefix_injection: Any = None, **kwargs: Any) -> Any:
-            return attach.attend(module, *args, **kwargs)
+            return attend(module, *args, **kwargs)
 
         with checkpointing(model), pytest.MonkeyPatch.context() as inner:
             patch_attention(inner, bare)
             yield
 
-    monkeypatch.setattr(attach, "checkpointing", dropping)
+    replace_everywhere(monkeypatch, gradient_checkpointing, dropping)
     assert CHECKPOINTING in failed(backbone)
 
 
 def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("llama")
-    generate_ids = trial.generate_ids
 
     def moving(*args: Any, **options: Any) -> Any:
         # One unit in the last place, where no comparison of logits would see it.
@@ -513,7 +518,7 @@ def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatc
         weight.data[0] = torch.nextafter(weight[0], torch.tensor(9.0))
         return generate_ids(*args, **options)
 
-    monkeypatch.setattr(trial, "generate_ids", moving)
+    monkeypatch.setattr("prefixtune.doctor.reference.generate_ids", moving)
     faults = failed(backbone)
     assert faults.keys() == {UNTOUCHED}
     assert "model.norm.weight" in faults[UNTOUCHED]
@@ -521,7 +526,6 @@ def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatc
 
 def test_a_hook_a_patch_and_a_gradient_that_stay(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("llama")
-    generate_ids = trial.generate_ids
     layers = backbone.model.model.layers
 
     def leaving(*args: Any, **options: Any) -> Any:
@@ -530,7 +534,7 @@ def test_a_hook_a_patch_and_a_gradient_that_stay(tiny_backbone: Make, monkeypatc
         layers[2].mlp.up_proj.weight.requires_grad_()
         return generate_ids(*args, **options)
 
-    monkeypatch.setattr(trial, "generate_ids", leaving)
+    monkeypatch.setattr("prefixtune.doctor.reference.generate_ids", leaving)
     detail = failed(backbone)[UNTOUCHED]
     assert detail.startswith("3 changed")
     assert "hooks of model.layers.0.mlp" in detail
@@ -549,7 +553,7 @@ def test_an_error_is_a_failed_check(tiny_backbone: Make, monkeypatch: pytest.Mon
     def broken(*args: Any, **options: Any) -> Any:
         raise BackboneError("no cache today.\nmore of it", hint="wait.")
 
-    monkeypatch.setattr(attach, "prefilled_cache", broken)
+    replace_everywhere(monkeypatch, prefilled_cache, broken)
     faults = failed(tiny_backbone("gpt2"))
     assert faults.keys() == {QUICKLY, ROUTES, IN_GENERATION, GREEDY, BEAMS}
     assert set(faults.values()) == {"BackboneError: no cache today."}
@@ -561,21 +565,21 @@ def test_an_error_is_a_failed_check(tiny_backbone: Make, monkeypatch: pytest.Mon
 def of_site(site: str, change: Callable[[dict[str, Any]], None]) -> Callable[..., Any]:
     """The attention function, with the arguments changed at one site; packed rows are left alone."""
 
-    def attend(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def patched(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         # In generation the prefix travels beside the call.
-        injection = kwargs.get("prefix_injection") or attach._current.get()
+        injection = kwargs.get("prefix_injection") or current_injection.get()
         given = {"query": query, "key": key, "value": value, "attention_mask": mask, **kwargs}
-        if injection is not None and injection.packing is None and injection.places.get(module, ("",))[0] == site:
+        if injection is not None and injection.packing is None and injection.layer_of.get(module, ("",))[0] == site:
             change(given)
-        return attach.attend(module, **given)
+        return attend(module, **given)
 
-    return attend
+    return patched
 
 
 def bare(given: dict[str, Any]) -> None:
     injection = given.get("prefix_injection")
     if injection is None or injection.recorded is None:
-        given["prefix_injection"] = attach.Injection({})
+        given["prefix_injection"] = Injection({})
 
 
 def sees_all(given: dict[str, Any]) -> None:
@@ -630,7 +634,7 @@ def test_a_relative_bias_that_is_shifted(tiny_backbone: Make, monkeypatch: pytes
         return pad(tensor, sizes[::-1] if len(sizes) == 2 else sizes, *args, **options)
 
     backbone = tiny_backbone("t5")
-    monkeypatch.setattr(attach.nn.functional, "pad", shifted)
+    monkeypatch.setattr(torch.nn.functional, "pad", shifted)
     faults = failed(backbone)
     assert {ORDER, MIXED, GREEDY} <= faults.keys()
     assert not {OWN, LAYERS, GRADIENTS, SITES} & faults.keys()
@@ -647,40 +651,40 @@ def test_a_relative_bias_that_the_prefix_carries(tiny_backbone: Make, monkeypatc
         return torch.cat([columns, tensor], dim=-1)
 
     backbone = tiny_backbone("t5")
-    monkeypatch.setattr(attach.nn.functional, "pad", biased)
+    monkeypatch.setattr(torch.nn.functional, "pad", biased)
     assert ORDER in failed(backbone)
 
 
 def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = attach.Packing.sizes
+    sizes = Packing.sizes
 
-    def turned(self: attach.Packing, site: str) -> Any:
+    def turned(self: Packing, site: str) -> Any:
         ours, theirs = sizes(self, site)
         return (ours, theirs[::-1]) if site == "cross" else (ours, theirs)
 
-    monkeypatch.setattr(attach.Packing, "sizes", turned)
+    monkeypatch.setattr(Packing, "sizes", turned)
     assert failed(tiny_backbone("bart")).keys() == {PACKING}
 
 
 def test_padded_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = attach.forward
+    forward = forward_with_prefixes
 
     def turned(*args: Any, source_rows: Any = None, **kwargs: Any) -> Any:
         rows = None if source_rows is None else source_rows.flip(0)
         return forward(*args, source_rows=rows, **kwargs)
 
-    monkeypatch.setattr(attach, "forward", turned)
+    replace_everywhere(monkeypatch, forward_with_prefixes, turned)
     assert failed(tiny_backbone("bart")).keys() == {PAIRS}
 
 
 def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = attach._attend_packed
+    packed = packed_attention
 
     def cut(packing: Any, site: str, fronts: Any, *args: Any) -> Any:
         fronts = [None if front is None else (front[0].detach(), front[1]) for front in fronts]
         return packed(packing, site, fronts, *args)
 
-    monkeypatch.setattr(attach, "_attend_packed", cut)
+    replace_everywhere(monkeypatch, packed_attention, cut)
     assert failed(tiny_backbone("llama")).keys() == {PACKING}
     assert failed(tiny_backbone("t5")).keys() == {PACKING}
 
@@ -691,7 +695,7 @@ def test_beams_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest
             return given.expand(rows, *given.shape[1:])
         return given.repeat(rows // given.shape[0], *[1] * (given.dim() - 1))
 
-    monkeypatch.setattr(attach, "_to_rows", turned)
+    replace_everywhere(monkeypatch, to_rows, turned)
     assert failed(tiny_backbone("bart")).keys() == {BEAMS}
 
 
@@ -702,7 +706,7 @@ def test_attention_that_is_not_the_models_own(tiny_backbone: Make, monkeypatch: 
     backbone = tiny_backbone("bert")
     patch_attention(monkeypatch, of_site("encoder", change))
     assert failed(backbone).keys() == {OWN}
-    assert backbone.model.config._attn_implementation == attach.ATTENTION
+    assert backbone.model.config._attn_implementation == ATTENTION
 
 
 def test_an_encoder_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -718,12 +722,12 @@ def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.M
 
 
 def test_an_encoder_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = attach.stack
+    stack = batch_prefixes
 
     def turned(prefixes: Any, *args: Any) -> Any:
         return stack(list(prefixes)[::-1], *args)
 
-    monkeypatch.setattr(attach, "stack", turned)
+    replace_everywhere(monkeypatch, batch_prefixes, turned)
     assert MIXED in failed(tiny_backbone("bert"))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-import prefixtune.backbone
-import prefixtune.study.run
-import prefixtune.training
-from prefixtune import cli
-from prefixtune.checkpoint import save_prefix
+import prefixtune.backbone.load
+import prefixtune.studies.runner
+import prefixtune.training.train
+from prefixtune.cli.main import build_parser, main
 from prefixtune.errors import ConfigError
-from prefixtune.prefix import Prefix
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
 
 LLAMA = {
     "model_type": "llama",
@@ -40,9 +40,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def loaded(*given: Any, **more: Any) -> Any:
         pytest.fail("the backbone was loaded")
 
-    for module in (prefixtune.backbone, prefixtune.training, prefixtune.study.run):
+    for module in (prefixtune.backbone.load, prefixtune.training.train, prefixtune.studies.runner):
         monkeypatch.setattr(module, "load_backbone", loaded)
-    monkeypatch.setattr(prefixtune.study.run, "train", loaded)
+    monkeypatch.setattr(prefixtune.studies.runner, "train", loaded)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
@@ -190,7 +190,7 @@ MISTAKES = [
 def test_a_mistake_is_reported_before_the_model_loads(
     command: str, told: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(command.split()) == 2
+    assert main(command.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert told in err
@@ -198,12 +198,12 @@ def test_a_mistake_is_reported_before_the_model_loads(
 
 
 def test_every_command_has_a_mistake_in_the_table() -> None:
-    assert {command.split()[0] for command, _ in MISTAKES} == set(cli.build_parser()[1])
+    assert {command.split()[0] for command, _ in MISTAKES} == set(build_parser()[1])
 
 
 def test_several_mistakes_are_reported_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = TRAIN.replace("rows.jsonl", "nowhere.jsonl") + "--device gpu --dev lost.jsonl --prompt-format Say"
-    assert cli.main(command.split()) == 2
+    assert main(command.split()) == 2
     err = capsys.readouterr().err
     for told in ("nowhere.jsonl does not exist", "lost.jsonl does not exist", "unknown device 'gpu'", "{source}"):
         assert told in err
@@ -216,7 +216,7 @@ def test_runs_that_share_a_backbone_are_checked_before_it_loads(
     good = 'backbone = "model"\nsource = "name"\ntarget = "text"\n'
     (place / "a.toml").write_text(good + 'train = "rows.jsonl"\noutput = "a"\n')
     (place / "b.toml").write_text(good + 'train = "nowhere.jsonl"\noutput = "b"\n')
-    assert cli.main(["train", "--together", "a.toml", "b.toml"]) == 2
+    assert main(["train", "--together", "a.toml", "b.toml"]) == 2
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err
 
 
@@ -224,28 +224,28 @@ def test_a_model_without_a_mistake_would_be_loaded(place: Path) -> None:
     """The table's commands fail for the mistake in them, and for nothing else."""
     for command in (TRAIN, "generate --prefix p.safetensors x", "convert p.safetensors out --to peft --backbone model"):
         with pytest.raises(pytest.fail.Exception, match="the backbone was loaded"):
-            cli.main(command.split())
+            main(command.split())
 
 
 def test_train_says_that_it_loads_when_it_does(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "--backbone", "model", "--source", "{name}", "--target", "text", "--device", "cpu"]
-    assert cli.main([*words, "--train", "nowhere.csv", "--output", "a"]) == 2
+    assert main([*words, "--train", "nowhere.csv", "--output", "a"]) == 2
     assert "loading" not in capsys.readouterr().err
     (place / "one.toml").write_text(
         'backbone = "model"\nsource = "{name}"\ntarget = "text"\ntrain = "nowhere.csv"\noutput = "one"\n'
     )
     (place / "two.toml").write_text((place / "one.toml").read_text().replace('"one"', '"two"'))
-    assert cli.main(["train", "--together", "one.toml", "two.toml"]) == 2
+    assert main(["train", "--together", "one.toml", "two.toml"]) == 2
     assert "loading" not in capsys.readouterr().err
 
     def load(*_: Any, **__: Any) -> Any:
         raise ConfigError("it was about to load.")
 
-    monkeypatch.setattr(prefixtune.training, "load_backbone", load)
+    monkeypatch.setattr(prefixtune.training.train, "load_backbone", load)
     for more, shown in (((), 1), (("--quiet",), 0), (("--json",), 0)):
-        assert cli.main([*words, "--train", "rows.jsonl", "--output", "b", *more]) == 2
+        assert main([*words, "--train", "rows.jsonl", "--output", "b", *more]) == 2
         captured = capsys.readouterr().err
         assert captured.count("loading model ...") == shown
         assert "about to load" in captured

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.engine.request import Request, Sampling, TextSoFar, Token, TokenSequence
-from prefixtune.engine.sampler import choose
+from prefixtune.engine.request import Request, SamplingParams, Token
+from prefixtune.engine.sampler import sample
+from prefixtune.engine.sequence import Detokenizer, TokenSequence
 from prefixtune.errors import RequestError
 
 Decode = Callable[[list[int]], str]
@@ -34,7 +35,7 @@ def by_words(ids: list[int]) -> str:
 
 
 def pieces(decode: Decode, ids: list[int], stop: tuple[str, ...] = (), **options: Any) -> list[str]:
-    text = TextSoFar(decode, stop, **options)
+    text = Detokenizer(decode, stop, **options)
     found = []
     for token in ids:
         found.append(text.add(token))
@@ -87,7 +88,7 @@ def test_a_text_is_decoded_a_few_tokens_at_a_time():
 
 
 def sequence(**rules: object) -> TokenSequence:
-    return TokenSequence(Request((0,), None, Sampling(**{"seed": 5, **rules})), 0, TextSoFar(by_bytes))
+    return TokenSequence(Request((0,), None, SamplingParams(**{"seed": 5, **rules})), 0, Detokenizer(by_bytes))
 
 
 def drawn(logits: list[float], count: int = 4000, **rules: object) -> Counter[int]:
@@ -95,7 +96,7 @@ def drawn(logits: list[float], count: int = 4000, **rules: object) -> Counter[in
     row = torch.tensor([logits])
     found: Counter[int] = Counter()
     for _ in range(count):
-        (token,) = choose(row, [one], end_id=0)
+        (token,) = sample(row, [one], eos_id=0)
         assert isinstance(token, Token)
         found[token.id] += 1
     return found
@@ -146,14 +147,14 @@ def test_what_is_drawn_is_among_the_likeliest(seed: int, top_p: float, top_k: in
 def test_numbers_that_are_not_finite_are_that_rows_trouble():
     logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")], [float("inf"), 0.0], [float("-inf"), 3.0], [3.0, 1.0]])
     asked = [sequence() for _ in logits]
-    found = choose(logits, asked, end_id=0)
+    found = sample(logits, asked, eos_id=0)
     assert [token.id if isinstance(token, Token) else None for token in found] == [1, None, None, 1, 0]
     assert "finite" in str(found[1])
 
 
 def test_texts_without_a_seed_differ():
     row = torch.zeros(1, 1000)
-    found = {choose(row, [sequence(seed=None, temperature=1.0)], end_id=0)[0] for _ in range(5)}
+    found = {sample(row, [sequence(seed=None, temperature=1.0)], eos_id=0)[0] for _ in range(5)}
     assert len(found) > 1
 
 
@@ -166,7 +167,7 @@ def test_drawing_leaves_the_random_state_of_others_alone():
 
 def test_all_faults_of_a_request_at_once():
     with pytest.raises(RequestError, match=r"max_new_tokens.*top_k.*banned.*logprobs") as error:
-        Sampling(max_new_tokens=0, top_k=-1, logprobs=21, banned=(-1,))
+        SamplingParams(max_new_tokens=0, top_k=-1, logprobs=21, banned=(-1,))
     assert error.value.hint
 
 

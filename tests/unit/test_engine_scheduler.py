@@ -10,20 +10,21 @@ from typing import Any
 
 import pytest
 
-from prefixtune.engine import Engine, EngineConfig, FullError, Request, Sampling
-from prefixtune.engine.request import TextSoFar, TokenSequence
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.scheduler import Scheduler
+from prefixtune.engine.sequence import Detokenizer, TokenSequence
 
 
 def make(tenant: str = "", prompt: int = 1, number: int = 0) -> TokenSequence:
     request = Request((1,) * prompt, tenant=tenant, id=f"{tenant}-{number}")
-    return TokenSequence(request, 0, TextSoFar(str))
+    return TokenSequence(request, 0, Detokenizer(str))
 
 
 def work_off(scheduler: Scheduler) -> None:
     """Compute a step, in thought."""
     for work in (piece for pieces in scheduler.plan() for piece in pieces):
-        work.sequence.computed += work.count
+        work.sequence.num_computed_tokens += work.count
 
 
 # --- fair admission --------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def test_running_texts_are_not_held_up_by_prompts():
         assert sum(work.count for work in prompts) == 16
         assert not any(work.wants_logits for work in prompts)
         for work in prompts:
-            work.sequence.computed += work.count
+            work.sequence.num_computed_tokens += work.count
 
 
 def test_a_short_prompt_passes_a_long_one_which_goes_on():
@@ -119,12 +120,12 @@ def test_the_oldest_prompt_is_not_starved_by_short_ones():
     scheduler.add([long])
     scheduler.admit()
     steps = 0
-    while long.rest > 1:
+    while long.num_uncomputed > 1:
         scheduler.add([make(prompt=16, number=steps)])
         scheduler.admit()
         work_off(scheduler)
         for sequence in list(scheduler.running):
-            if sequence is not long and not sequence.rest:
+            if sequence is not long and not sequence.num_uncomputed:
                 scheduler.release(sequence)
         steps += 1
     assert steps <= 20
@@ -155,7 +156,7 @@ def llama(tiny_backbone: Callable[..., Any]) -> Any:
 
 def test_a_modest_tenant_is_served_at_once(llama: Any):
     engine = Engine(llama, EngineConfig(num_slots=4))
-    short = Sampling(max_new_tokens=3, min_new_tokens=3)
+    short = SamplingParams(max_new_tokens=3, min_new_tokens=3)
     for number in range(1000):
         engine.add(Request((1, 2), sampling=short, tenant="greedy", id=f"greedy-{number}"))
     engine.step()
@@ -172,10 +173,10 @@ def test_a_modest_tenant_is_served_at_once(llama: Any):
 
 def test_a_full_queue_refuses_and_takes_again_later(llama: Any):
     engine = Engine(llama, EngineConfig(num_slots=1, max_waiting=2))
-    one = Sampling(max_new_tokens=1)
+    one = SamplingParams(max_new_tokens=1)
     for number in range(2):
         engine.add(Request((1,), sampling=one, id=f"{number}"))
-    with pytest.raises(FullError, match="2 texts wait"):
+    with pytest.raises(EngineFull, match="2 texts wait"):
         engine.add(Request((1,), sampling=one))
     engine.step()
     engine.add(Request((1,), sampling=one))
@@ -184,7 +185,7 @@ def test_a_full_queue_refuses_and_takes_again_later(llama: Any):
 def test_memory_stays_flat_over_many_requests(llama: Any, random_prefix: Any):
     engine = Engine(llama, EngineConfig(num_slots=8))
     prefix = random_prefix(llama, 3).detach()
-    sampling = Sampling(max_new_tokens=2, temperature=1.0, stop=("never there",))
+    sampling = SamplingParams(max_new_tokens=2, temperature=1.0, stop=("never there",))
 
     def serve(count: int, first: int) -> None:
         for number in range(first, first + count):

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.engine import slots
-from prefixtune.engine.slots import SlotCache, shared_length
+from prefixtune.engine.attention import CALL_OVERHEAD, shared_length
+from prefixtune.engine.kv_cache import KVCache
 from prefixtune.errors import RequestError
-from prefixtune.prefix import LayerShape, Prefix
+from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix
 
 SHAPES = (LayerShape(2, 4, 3), LayerShape(1, 8, 8))
 
@@ -21,8 +22,8 @@ def test_the_cheapest_common_length(lengths: list[int], holes: int):
     rows = len(lengths) + holes
 
     def cost(common: int) -> int:
-        alone = sum(n + slots._CALL for n in lengths if n > common)
-        return alone + (rows * common + slots._CALL if common else 0)
+        alone = sum(n + CALL_OVERHEAD for n in lengths if n > common)
+        return alone + (rows * common + CALL_OVERHEAD if common else 0)
 
     found = shared_length(lengths, rows)
     assert found in (0, *lengths)
@@ -36,8 +37,8 @@ def test_even_texts_stay_together_and_a_far_longer_one_goes_by_itself():
     assert shared_length([400], rows=32) == 0
 
 
-def make(num_slots: int = 3, max_length: int = 1000) -> SlotCache:
-    return SlotCache(SHAPES, num_slots, max_length, torch.float32, torch.device("cpu"))
+def make(num_slots: int = 3, max_length: int = 1000) -> KVCache:
+    return KVCache(SHAPES, num_slots, max_length, torch.float32, torch.device("cpu"))
 
 
 def prefix(length: int) -> Prefix:

@@ -17,10 +17,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefixtune.checkpoint import make_header, save_prefix
-from prefixtune.engine import Engine, PrefixStore, Request, Sampling
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.prefix import Head, Prefix
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.server.models.store import PrefixStore
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_a_file_that_is_gone_is_gone_at_once(tmp_path: Path, save: Any, llama: A
 def test_a_replaced_file_counts_for_new_requests_only(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
     save("p", 1)
     store = PrefixStore(tmp_path, llama)
-    sampling = Sampling(max_new_tokens=8, min_new_tokens=8)
+    sampling = SamplingParams(max_new_tokens=8, min_new_tokens=8)
     old = store.get("p")
     (alone,) = Engine(llama).run([Request((1, 2, 3), old, sampling)])[0]
     engine = Engine(llama)
@@ -355,7 +358,7 @@ def test_what_only_a_whole_check_finds_is_refused_when_first_asked_for(tmp_path:
 
 
 def test_numbers_that_the_backbones_dtype_cannot_hold(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any):
-    from prefixtune.backbone import Backbone
+    from prefixtune.backbone.backbone import Backbone
 
     half = Backbone.from_model(tiny_models("llama").half(), tiny_tokenizer, "half")
     layers = tuple((torch.full((2, 1, 8), 1e6), torch.zeros(2, 1, 8)) for _ in range(3))

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from prefixtune.engine import Engine, EngineConfig, EngineWorker, FullError, Output, Request, Sampling
 from prefixtune.engine import worker as worker_module
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.request import EngineFull, Output, Request, SamplingParams
+from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, RequestError
 
 PATIENCE = 20.0
-LONG = Sampling(max_new_tokens=100, min_new_tokens=100)
-SHORT = Sampling(max_new_tokens=4, min_new_tokens=4)
+LONG = SamplingParams(max_new_tokens=100, min_new_tokens=100)
+SHORT = SamplingParams(max_new_tokens=4, min_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_a_cancelled_request_ends_and_frees_its_slot(worker: EngineWorker):
 
 def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=1, max_length=160))) as worker:
-        endless = Sampling(max_new_tokens=150, min_new_tokens=150)
+        endless = SamplingParams(max_new_tokens=150, min_new_tokens=150)
         running, waiting, free, late = Ear(), Ear(), Ear(), Ear()
         worker.submit(Request((1,), sampling=endless), running, deadline=0.05)
         worker.submit(Request((1,), sampling=endless), waiting, deadline=0.02)
@@ -239,7 +241,7 @@ def test_an_engine_that_cannot_be_made_anew_at_once_is_tried_again(llama: Any, m
         assert ear.reason == "error"
         assert tries.acquire(timeout=PATIENCE)
         assert not worker.healthy
-        with pytest.raises(FullError):
+        with pytest.raises(EngineFull):
             worker.submit(Request((1,), sampling=SHORT), ear)
         allowed.set()
         wait_until(lambda: worker.healthy)
@@ -276,7 +278,7 @@ def test_draining_finishes_what_runs_and_takes_no_more(worker: EngineWorker):
     for ear in ears:
         worker.submit(Request((1,), sampling=LONG), ear)
     assert not worker.drain(0.0)
-    with pytest.raises(FullError, match="closed"):
+    with pytest.raises(EngineFull, match="closed"):
         worker.submit(Request((1,), sampling=SHORT), Ear())
     assert worker.drain(PATIENCE)
     assert all(ear.ended.is_set() and ear.reason == "length" for ear in ears)
@@ -295,7 +297,7 @@ def test_closing_ends_everything_and_tells(llama: Any):
     assert not worker.healthy
     assert worker.drain(1.0)
     worker.close()
-    with pytest.raises(FullError):
+    with pytest.raises(EngineFull):
         worker.submit(Request((1,), sampling=SHORT), Ear())
 
 

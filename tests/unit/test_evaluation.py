@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune import evaluation
-from prefixtune.batching import default_format, encode_examples, encode_prompts
+from prefixtune.data import Example, references_of
+from prefixtune.data.encoding import default_format, encode_examples, encode_prompts
 from prefixtune.errors import ConfigError, DataError, PrefixError
-from prefixtune.evaluation import Evaluation, ask, evaluate, references_of, summarize, with_shots, write_evaluation
-from prefixtune.generation import GenerateConfig, generate
-from prefixtune.metrics import METRICS, Unavailable, compute
+from prefixtune.evaluation.evaluate import evaluate
+from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
+from prefixtune.evaluation.prompting import ask, with_shots
+from prefixtune.evaluation.records import Evaluation, summarize, write_evaluation
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.report import read_folder
-from prefixtune.tasks import Example
-from prefixtune.text_format import TextFormat
 
 Make = Callable[..., Any]
 WORDS = ("a red fox", "the owl", "one hare at night", "two swans", "a", "badgers of the hill", "an otter")
@@ -57,7 +59,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Make:
             asked.append(list(texts))
             return [outputs[t] for t in texts] if outputs else generate(backbone, texts, *arguments, **options)
 
-        monkeypatch.setattr(evaluation, "generate", count)
+        monkeypatch.setattr("prefixtune.evaluation.evaluate.generate", count)
         return asked
 
     return install

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import make_header, save_prefix
-from prefixtune.cli import main
-from prefixtune.prefix import Prefix
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.cli.main import main
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
 
 Make = Callable[..., Any]
 

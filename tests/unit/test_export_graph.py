@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError
-from prefixtune.export import onnx as target
-from prefixtune.export.onnx_run import generate, pad, past_names, start, step
+from prefixtune.interop.onnx import export as target
+from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
 
 Make = Callable[..., Any]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.export.llama_cpp import export_llama_cpp
-from prefixtune.export.onnx_run import target_of
-from prefixtune.export.shared import check_exportable, describe_origin
-from prefixtune.prefix import Head, Prefix
-from prefixtune.text_format import TextFormat
+from prefixtune.interop.export import check_exportable, describe_origin
+from prefixtune.interop.llama_cpp.export import export_llama_cpp
+from prefixtune.interop.onnx.run import target_of
+from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.text_format import TextFormat
 
 Make = Callable[..., Any]
 

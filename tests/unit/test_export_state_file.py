@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.export import llama_cpp_check
-from prefixtune.export.llama_cpp import export_llama_cpp, placeholders_for, rows_of
-from prefixtune.export.llama_cpp_check import NotInEffectError, check
-from prefixtune.export.llama_cpp_state import encode_blob, encode_file, patch_file
+from prefixtune.interop.llama_cpp import check as llama_cpp_check
+from prefixtune.interop.llama_cpp.check import NotInEffectError, check
+from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
+from prefixtune.interop.llama_cpp.state import encode_blob, encode_file, patch_file
 
 Make = Callable[..., Any]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from prefixtune import files
 from prefixtune.errors import PrefixError
-from prefixtune.files import (
+from prefixtune.utils import files
+from prefixtune.utils.files import (
     appending,
     atomic_files,
     atomic_path,
@@ -38,7 +38,7 @@ def names(folder: Path) -> list[str]:
 
 def child(code: str, *words: object) -> subprocess.Popen[str]:
     """A process that does something with this project's files, says so, and waits to be killed."""
-    program = f"import sys, time\nfrom pathlib import Path\nfrom prefixtune.files import *\n{code}"
+    program = f"import sys, time\nfrom pathlib import Path\nfrom prefixtune.utils.files import *\n{code}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     started = subprocess.Popen(
         [sys.executable, "-c", program, *map(str, words)], stdout=subprocess.PIPE, text=True, env=environment
@@ -148,7 +148,7 @@ def test_a_folder_that_is_taken_for_abandoned_is_made_anew(tmp_path: Path, monke
             assert remove_abandoned(tmp_path, "a") == 1
         return made[-1]
 
-    monkeypatch.setattr("prefixtune.files.tempfile.mkdtemp", and_removed)
+    monkeypatch.setattr("prefixtune.utils.files.tempfile.mkdtemp", and_removed)
     with work_folder(tmp_path, "a") as folder:
         assert folder.is_dir()
         # Now it is locked.
@@ -200,7 +200,7 @@ def test_files_are_moved_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr("prefixtune.files.os.replace", broken)
+    monkeypatch.setattr("prefixtune.utils.files.os.replace", broken)
     with pytest.raises(PrefixError, match="Input/output error"):
         write_files(folder, "newer")
     # One that was moved is put back, and one that was not there before is gone.
@@ -280,7 +280,7 @@ def test_a_lock_that_root_left_is_named() -> None:
 import os, sys
 from pathlib import Path
 import filelock, psutil
-from prefixtune.files import claim_folder
+from prefixtune.utils.files import claim_folder
 os.setuid(12345)
 try:
     with claim_folder(Path(sys.argv[1])):

@@ -18,20 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from file_format import checksum_by_hand
-from prefixtune.artifact import read_outline
-from prefixtune.checkpoint import (
-    load_prefix,
-    load_state,
-    load_weights,
-    make_header,
-    save_prefix,
-    save_state,
-    save_weights,
-)
-from prefixtune.cli import main
-from prefixtune.engine import PrefixStore
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, PrefixWarning
-from prefixtune.prefix import Prefix
+from prefixtune.prefix.artifact import read_outline, save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.training.checkpoint import load_state, load_weights, save_state, save_weights
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -134,7 +127,7 @@ def test_old_files_are_read_with_a_note(
     before = load(path)
     key = {"prefix": "prefixtune", "state": "prefixtune_state", "weights": "prefixtune_weights"}[path.stem]
     as_version_1(path, key)
-    monkeypatch.setattr("prefixtune.artifact._unverified", itertools.count())
+    monkeypatch.setattr("prefixtune.prefix.artifact._unverified", itertools.count())
     with pytest.warns(PrefixWarning, match=rf"'{path.name}' is of format version 1, which has no checksum") as told:
         after, _ = load(path), load(path)
     # Of the first file alone, as a server may read thousands.
@@ -150,7 +143,7 @@ def test_a_command_says_so_in_one_line(
     tmp_path: Path, prefix: Prefix, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     path = as_version_1(save_prefix(tmp_path / "old.safetensors", prefix), "prefixtune")
-    monkeypatch.setattr("prefixtune.artifact._unverified", itertools.count())
+    monkeypatch.setattr("prefixtune.prefix.artifact._unverified", itertools.count())
     assert main(["inspect", str(path)]) == 0
     told = capsys.readouterr().err
     assert "'old.safetensors' is of format version 1" in told
@@ -174,7 +167,7 @@ def test_every_field_is_documented(tmp_path: Path, prefix: Prefix):
     header = load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).header
     for field in header:
         assert f"`{field}`" in page, field
-    from prefixtune.artifact import _FIELDS
+    from prefixtune.prefix.artifact import _FIELDS
 
     for field in _FIELDS:
         assert f"`{field}`" in page, field
@@ -269,7 +262,7 @@ class Refused(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refused())
 import warnings
 warnings.simplefilter("ignore")
-from prefixtune.artifact import read_artifact
+from prefixtune.prefix.artifact import read_artifact
 print(read_artifact(sys.argv[1]).prefix_length)
 """
     path = save_prefix(tmp_path / "p.safetensors", prefix)

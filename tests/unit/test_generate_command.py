@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.cli import main
-from prefixtune.generation import GenerateConfig
-from prefixtune.generation import generate as generate_texts
-from prefixtune.prefix import Prefix
-from prefixtune.training import load_tuned, train
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.cli.main import main
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate as generate_texts
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.checkpoint import load_tuned
+from prefixtune.training.train import train
 
 SHORT = ("--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu", "--quiet")
 
@@ -57,7 +59,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the backbone was loaded before the options were checked")
 
-    monkeypatch.setattr("prefixtune.backbone.load_backbone", load)
+    monkeypatch.setattr("prefixtune.backbone.load.load_backbone", load)
 
 
 def outputs(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
@@ -186,8 +188,8 @@ def test_a_run_folder_stands_for_its_prefix_and_the_adapter_beside_it(
     prefix.header["adapter"] = "adapter"
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     save_prefix(tmp_path / "run" / "prefix.safetensors", prefix)
-    monkeypatch.setattr("prefixtune.backbone.check_loadable", lambda *_, **__: None)
-    monkeypatch.setattr("prefixtune.backbone.load_backbone", load)
+    monkeypatch.setattr("prefixtune.backbone.load.check_loadable", lambda *_, **__: None)
+    monkeypatch.setattr("prefixtune.backbone.load.load_backbone", load)
     for name in (tmp_path / "run", tmp_path / "run" / "prefix.safetensors"):
         with pytest.raises(Loaded, match=re.escape(str(tmp_path / "run" / "adapter"))):
             main(["generate", "a text", "--prefix", str(name), *SHORT])

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from prefixtune.backbone import Backbone
+from patching import replace_everywhere
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError, RequestError
-from prefixtune.generation import GenerateConfig, generate, stream
-from prefixtune.prefix import Prefix
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.streaming import stream
+from prefixtune.prefix.prefix import Prefix
 
 
 def test_the_models_own_generation_settings_do_not_leak(
@@ -50,6 +53,6 @@ def test_words_around_the_target_are_taken_off(
     header = {"text_format": {"prompt": "{source}{separator}", "target": "Answer: {target} ."}}
     prefix = Prefix(random_prefix(backbone, 3).layers, header).detach()
     written = backbone.encode("Answer: yes .")
-    monkeypatch.setattr("prefixtune.generation.generate_ids", lambda *_, **__: [written])
+    replace_everywhere(monkeypatch, generate_ids, lambda *_, **__: [written])
     assert generate(backbone, ["x"], prefix) == ["yes"]
     assert "".join(stream(backbone, "x", prefix)) == "yes"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.cli import build_parser
-from prefixtune.config import TrainConfig
-from prefixtune.generation import GenerateConfig
-from prefixtune.server.config import ServeConfig
-from prefixtune.study import StudyConfig
+from prefixtune.cli.main import build_parser
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.server.settings import ServeConfig
+from prefixtune.studies import StudyConfig
+from prefixtune.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "prefixtune"
@@ -28,26 +28,25 @@ KEYS = {
 }
 #: File or folder of the source -> the commands whose users see its hints; all of them must have the option.
 SEEN_BY = {
-    "commands/convert.py": ["convert"],
-    "commands/demo.py": ["demo"],
-    "commands/evaluate.py": ["evaluate"],
-    "commands/export.py": ["export"],
-    "commands/generate.py": ["generate"],
-    "commands/report.py": ["report"],
-    "commands/score.py": ["score"],
-    "commands/serve.py": ["serve"],
-    "commands/serve_vllm.py": ["serve"],
-    "commands/study.py": ["study"],
-    "commands/train.py": ["train"],
-    "config.py": ["train"],
-    "export/": ["export"],
-    "labelling.py": ["train"],
-    "parallel.py": ["train"],
+    "cli/commands/convert.py": ["convert"],
+    "cli/commands/demo.py": ["demo"],
+    "cli/commands/evaluate.py": ["evaluate"],
+    "cli/commands/export.py": ["export"],
+    "cli/commands/generate.py": ["generate"],
+    "cli/commands/report.py": ["report"],
+    "cli/commands/score.py": ["score"],
+    "cli/commands/serve.py": ["serve"],
+    "cli/commands/serve_vllm.py": ["serve"],
+    "cli/commands/study.py": ["study"],
+    "cli/commands/train.py": ["train"],
+    "data/labels.py": ["train"],
+    "interop/export.py": ["export"],
+    "interop/llama_cpp/": ["export"],
+    "interop/onnx/": ["export"],
+    "interop/vllm/": ["serve"],
     "server/": ["serve"],
-    "study/": ["study"],
-    "training.py": ["train"],
-    "tuning.py": ["train"],
-    "vllm/": ["serve"],
+    "studies/": ["study"],
+    "training/": ["train"],
 }
 #: Options of other programs.
 FOREIGN = {"--cache-type-k", "--cache-type-v", "--no-deps", "--force-reinstall", "--python", "--target", "--system"}

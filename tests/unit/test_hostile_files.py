@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from prefixtune.config import TrainConfig
-from prefixtune.engine import EngineConfig
+from prefixtune.engine.engine import EngineConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.report import read_folder
-from prefixtune.server.config import ServeConfig
-from prefixtune.study import StudyConfig
-from prefixtune.training import _events_until
+from prefixtune.server.settings import ServeConfig
+from prefixtune.studies import StudyConfig
+from prefixtune.training.checkpoint import events_until as _events_until
+from prefixtune.training.config import TrainConfig
 
 READERS = [TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_sources]
 

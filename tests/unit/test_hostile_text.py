@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.data.files import join_lines, read_rows
+from prefixtune.data.tasks.e2e import parse_mr
+from prefixtune.data.tasks.records import check_template, render
 from prefixtune.errors import PrefixError, did_you_mean
-from prefixtune.metrics.protocols import PROTOCOLS
+from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.report.markdown import _inline
-from prefixtune.tasks.e2e import parse_mr
-from prefixtune.tasks.reading import join_lines, read_rows
-from prefixtune.tasks.records import check_template, render
 
 SIZE = 50_000
 """Characters of the short text; the long one has four times as many."""

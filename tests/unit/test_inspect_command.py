@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.checkpoint import make_header, save_prefix, save_weights
-from prefixtune.cli import main
-from prefixtune.prefix import Prefix
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.cli.main import main
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.checkpoint import save_weights
 
 
 @pytest.fixture

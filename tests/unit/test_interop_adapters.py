@@ -15,11 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prefixtune.backbone import Backbone
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
-from prefixtune.interop import export_peft, import_peft
-from prefixtune.prefix import Head, Prefix
+from prefixtune.interop.peft import export_peft, import_peft
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Head, Prefix
 from zoo import make_model
 
 P = 4

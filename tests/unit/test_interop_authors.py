@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prefixtune.checkpoint import load_prefix, save_prefix
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.interop import import_authors
+from prefixtune.interop.authors import import_authors
+from prefixtune.prefix.artifact import save_prefix
 
 P, M = 5, 7
 SITES = {"decoder": "", "cross": "2", "encoder": "_enc"}

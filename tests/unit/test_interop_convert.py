@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.cli import main
-from prefixtune.interop import export_peft, import_peft
-from prefixtune.prefix import Prefix, flatten
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.cli.main import main
+from prefixtune.interop.peft import export_peft, import_peft
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix, flatten
 
 Make = Callable[..., Any]
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 import yaml
 
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.cli import main
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.interop import hub
-from prefixtune.prefix import Prefix
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

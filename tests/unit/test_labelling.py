@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import prefixtune as pt
-from prefixtune.config import TrainConfig
+from prefixtune.data import Example
+from prefixtune.data.labels import choose_labels, encode_labelled, labels_of
+from prefixtune.data.tasks.tagging import tagged
 from prefixtune.errors import ConfigError, DataError, RequestError
-from prefixtune.labelling import choose_labels, classify, encode_labelled, labels_of, tag
-from prefixtune.reparam import HeadParameters
-from prefixtune.tasks import Example
-from prefixtune.tasks.tagging import tagged
-from prefixtune.text_format import TextFormat
+from prefixtune.inference.classify import classify, tag
+from prefixtune.prefix.encoder import HeadEncoder
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.config import TrainConfig
 
 Make = Callable[..., Any]
 
@@ -89,7 +90,7 @@ def test_the_words_probabilities_are_the_models_own(tiny_backbone: Make, random_
         scores = []
         for word in words:
             prompt = backbone.encode(form.format_prompt(text, backbone.separator))
-            answer = [*backbone.encode(form.format_target(word)), backbone.end_id]
+            answer = [*backbone.encode(form.format_target(word)), backbone.eos_id]
             with torch.no_grad():
                 logits = backbone.model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
             scores.append(sum(logits.log_softmax(-1)[n, token] for n, token in enumerate(answer)))
@@ -114,7 +115,7 @@ def test_texts_in_a_batch_do_not_touch_each_other(tiny_backbone: Make, options: 
 def test_a_standardized_head_is_stored_as_a_plain_one() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(50, 8) * torch.arange(1, 9) + 100
-    head = HeadParameters(3, 8)
+    head = HeadEncoder(3, 8)
     head.standardize(hidden)
     scores = head()(hidden)
     wanted = ((hidden - hidden.mean(0)) / hidden.std(0, correction=0)) @ head.weight.T + head.bias
@@ -129,9 +130,9 @@ def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone: Make) -> None:
     bert, llama = tiny_backbone("bert"), tiny_backbone("llama")
     first = encode_labelled(bert, examples, labels, form, prefix_length=0).examples[0]
     begins = len(first.prompt) - 5 - (first.prompt[-1] == bert.tokenizer.eos_token_id)
-    assert first.places == (begins, begins + 3)
+    assert first.label_positions == (begins, begins + 3)
     last = encode_labelled(llama, examples, labels, form, prefix_length=0).examples[0]
-    assert last.places == (1, 4)
+    assert last.label_positions == (1, 4)
     assert first.targets == last.targets == ((0, 1),)
 
 
@@ -142,7 +143,7 @@ def test_a_long_text_is_cut_and_counted(tiny_backbone: Make) -> None:
     form = TextFormat("{source}", "{target}")
     made = encode_labelled(backbone, examples, labels, form, prefix_length=4, max_length=11)
     assert made.num_cut == 1
-    assert made.examples[0].places == (2, 6, 10)
+    assert made.examples[0].label_positions == (2, 6, 10)
     assert len(made.examples[0].targets[0]) == 3
     with pytest.raises(DataError, match="takes 79 tokens, but 11"):
         encode_labelled(backbone, examples, labels, form, prefix_length=4, max_length=11, on_too_long="error")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from prefixtune import __version__
-from prefixtune.machine import describe_machine, forget_peak, peak_memory_mib, versions
+from prefixtune.utils.machine import describe_machine, forget_peak, peak_memory_mib, versions
 
 MIB = 2**20
 
@@ -36,7 +36,7 @@ def test_versions_are_those_in_use():
 
 
 def test_what_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefixtune.machine._PACKAGES", ("torch", "no-such-package-here"))
+    monkeypatch.setattr("prefixtune.utils.machine._PACKAGES", ("torch", "no-such-package-here"))
     assert set(versions()) == {"python", "torch"}
 
 

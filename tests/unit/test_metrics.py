@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixtune.metrics import PROTOCOLS, accuracy, bleu, compute, macro_f1, span_f1
+from prefixtune.evaluation.metrics import PROTOCOLS, accuracy, bleu, compute, macro_f1, span_f1
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -77,7 +77,7 @@ def test_misuse_is_told(hypotheses: Any, references: Any, says: str):
 
 
 def test_importing_loads_no_scorer():
-    code = "import sys, prefixtune.metrics; sys.exit('sacrebleu' in sys.modules)"
+    code = "import sys, prefixtune.evaluation.metrics; sys.exit('sacrebleu' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.metrics import Unavailable, compute, measure
+from prefixtune.evaluation.metrics import Unavailable, compute, measure
 
 NAMES = {"bertscore": "bert-score", "moverscore": "moverscore", "bleurt": "bleurt-pytorch"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.metrics import bootstrap, compare, compute, interval, measure, randomize
+from prefixtune.evaluation.metrics import bootstrap, compare, compute, interval, measure, randomize
 
 METRICS = ["bleu", "nist", "rouge_1", "ter", "chrf"]
 WORDS = list("abcdefghijklmnopq")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.metrics.ter import edits
+from prefixtune.evaluation.metrics.ter import edits
 
 WORDS = st.lists(st.sampled_from("abcdefgh"), max_size=16)
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import transformers
 
-from prefixtune.selfcheck import SWITCH
-from prefixtune.verified import VERIFIED, VERIFIED_WITH
+from prefixtune.backbone.selfcheck import SWITCH
+from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from tiny_config import model_types
 from zoo import ZOO, make_tokenizer
 

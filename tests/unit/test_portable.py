@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefixtune.backbone import choose_device
-from prefixtune.config import TrainConfig
+from prefixtune.backbone.load import choose_device
 from prefixtune.errors import ConfigError
+from prefixtune.training.config import TrainConfig
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -61,7 +61,7 @@ config = prefixtune.TrainConfig(prefix_length=2, init_text="ab", max_steps=2, ou
 result = prefixtune.train(config, backbone=backbone, examples=examples)
 print("trained", flush=True)
 print(repr(prefixtune.generate(backbone, ["n : a"], prefixtune.load_prefix(result.path, backbone), max_new_tokens=3)))
-from prefixtune.cli import main
+from prefixtune.cli.main import main
 assert main(["inspect", str(result.path), "--json"]) == 0
 print(sorted(path.name for path in (folder / "run").iterdir()))
 """

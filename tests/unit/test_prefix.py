@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixtune.errors import ConfigError
-from prefixtune.prefix import LayerShape, Prefix, describe, flatten, unflatten
+from prefixtune.prefix.geometry import LayerShape, describe
+from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 
 
 def layer(heads: int = 2, length: int = 3, key: int = 4, value: int = 4, start: float = 0.0) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from prefixtune.config import TrainConfig
+from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError
-from prefixtune.presets import PRESETS, preset
-from prefixtune.tasks import TASKS
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.presets import PRESETS, preset
 
 
 def test_every_preset_makes_a_configuration():

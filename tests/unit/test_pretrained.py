@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefixtune import pretrained
+from prefixtune.backbone import packaged as pretrained
+from prefixtune.backbone.packaged import Pretrained, cache_folder, prepare, pretrained_folder
 from prefixtune.errors import BackboneError
-from prefixtune.pretrained import Pretrained, cache_folder, prepare, pretrained_folder
 
 MEMBER = "tiny_model/tiny.gguf"
 
@@ -266,7 +266,7 @@ def test_looking_uses_no_network_and_no_transformers(home: Path, wheel: Path, mo
 
 
 def test_importing_is_light() -> None:
-    code = "import sys, prefixtune.pretrained; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, prefixtune.backbone.packaged; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from prefixtune.errors import ConfigError
-from prefixtune.initialize import from_words
-from prefixtune.prefix import LayerShape, Prefix, flatten
-from prefixtune.reparam import KINDS, PrefixModule, SiteParameters, fit
+from prefixtune.prefix.encoder import KINDS, PrefixEncoder, SiteEncoder, fit
+from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix, flatten
+from prefixtune.training.initialize import from_words
 
 GEOMETRY = {"decoder": (LayerShape(2, 4, 4), LayerShape(1, 8, 6))}
 SIZE = 2 * (4 + 4) + (8 + 6)
 
 
-def module(kind: str, start: Prefix | None = None, length: int = 5, **changes: Any) -> PrefixModule:
+def module(kind: str, start: Prefix | None = None, length: int = 5, **changes: Any) -> PrefixEncoder:
     torch.manual_seed(0)
-    return PrefixModule(
+    return PrefixEncoder(
         kind, GEOMETRY, length, **{"embedding_size": 12, "bottleneck_size": 7, "start": start, **changes}
     )
 
@@ -102,7 +103,7 @@ def test_fitting_the_mlp_to_words_brings_it_near(family: str, tiny_backbone: Any
     backbone = tiny_backbone(family)
     target = from_words(backbone, "Describe the data", 10)
     torch.manual_seed(0)
-    made = PrefixModule("mlp", backbone.geometry, 10, embedding_size=32, bottleneck_size=512, start=target)
+    made = PrefixEncoder("mlp", backbone.geometry, 10, embedding_size=32, bottleneck_size=512, start=target)
     assert fit(made, target, steps=0)["decoder"] > 0.9
     error = fit(made, target)["decoder"]
     assert error < 2e-3
@@ -122,5 +123,5 @@ def test_wrong_choices_are_refused():
 
 def test_a_random_table_is_small():
     torch.manual_seed(0)
-    table = SiteParameters("none", 300, 20, 1, 1)()
+    table = SiteEncoder("none", 300, 20, 1, 1)()
     assert 0.015 < float(table.detach().std()) < 0.025

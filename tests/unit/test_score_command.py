@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from prefixtune.commands.score import add_arguments, score
+from prefixtune.cli.commands.score import add_arguments
+from prefixtune.cli.commands.score import run as run_command
 from prefixtune.errors import ConfigError, DataError
 
 ITEMS = [
@@ -40,7 +41,7 @@ def hypotheses(tmp_path: Path) -> str:
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return score(parser.parse_args(arguments))
+    return run_command(parser.parse_args(arguments))
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 
 
 def test_json_agrees_with_the_library(references: str, hypotheses: str, capsys: pytest.CaptureFixture[str]):
-    from prefixtune.metrics import compute
+    from prefixtune.evaluation.metrics import compute
 
     result = run_json(
         capsys, "--task", "e2e", "--hypotheses", hypotheses, "--references", references, "--metrics", "nist,bleu,ter"

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune import attach, selfcheck
-from prefixtune.backbone import Backbone
-from prefixtune.doctor import examine
+from patching import replace_everywhere
+from prefixtune.attention.cache import prefilled_cache
+from prefixtune.attention.injection import Injection, batch_prefixes
+from prefixtune.backbone import selfcheck
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.doctor.examine import examine
 from prefixtune.errors import BackboneError
 from zoo import make_model
 
@@ -117,7 +120,7 @@ def test_where_nothing_can_be_written_it_runs_each_time(cache: Path, runs: list[
 def test_a_cache_that_drops_the_prefix_is_refused_each_time(
     cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefilled = attach.prefilled_cache
+    prefilled = prefilled_cache
 
     def wrong(*args: Any, **options: Any) -> Any:
         made, visible = prefilled(*args, **options)
@@ -125,7 +128,7 @@ def test_a_cache_that_drops_the_prefix_is_refused_each_time(
             layer.values.zero_()
         return made, visible
 
-    monkeypatch.setattr(attach, "prefilled_cache", wrong)
+    replace_everywhere(monkeypatch, prefilled_cache, wrong)
     for _ in range(2):
         with pytest.raises(BackboneError, match=r"'llama'.* cached decoding in a padded batch differs") as error:
             Backbone.from_model(tiny_models("llama"), None, "llama")
@@ -134,14 +137,14 @@ def test_a_cache_that_drops_the_prefix_is_refused_each_time(
 
 
 def test_a_prefix_without_gradient_is_refused(cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = attach.stack
+    stack = batch_prefixes
 
     def cut(*args: Any) -> Any:
         made = stack(*args)
         layers = {site: [(k.detach(), v.detach()) for k, v in pairs] for site, pairs in made.layers.items()}
-        return attach.Injection(made.places, layers, made.visible)
+        return Injection(made.layer_of, layers, made.visible)
 
-    monkeypatch.setattr(attach, "stack", cut)
+    replace_everywhere(monkeypatch, batch_prefixes, cut)
     with pytest.raises(BackboneError, match="no gradient reaches it"):
         Backbone.from_model(tiny_models("bert"), None, "bert")
 
@@ -150,7 +153,7 @@ def test_an_error_on_the_way_is_one_line(cache: Path, tiny_models: Make, monkeyp
     def broken(*args: Any, **options: Any) -> Any:
         raise RuntimeError("shapes differ\nand more of it")
 
-    monkeypatch.setattr(attach, "prefilled_cache", broken)
+    replace_everywhere(monkeypatch, prefilled_cache, broken)
     with pytest.raises(BackboneError, match=r"cannot run with a prefix: shapes differ$|shapes differ Hint"):
         Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
 

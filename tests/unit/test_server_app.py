@@ -19,21 +19,25 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.checkpoint import make_header, save_prefix
-from prefixtune.engine import Engine, EngineConfig, EngineWorker, Output, PrefixStore, Token
-from prefixtune.engine.request import TextSoFar
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.request import Output, Token
+from prefixtune.engine.sequence import Detokenizer
+from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
-from prefixtune.generation import generate
-from prefixtune.prefix import Prefix
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.api.health import look_for_files
 from prefixtune.server.app import make_app
-from prefixtune.server.config import KeyConfig, ServeConfig
-from prefixtune.server.jobs import Admission, Full
-from prefixtune.server.keys import hash_key
+from prefixtune.server.auth import hash_key
+from prefixtune.server.limits import Admission, QueueFull
 from prefixtune.server.metrics import Metrics
-from prefixtune.server.services import Services
-from prefixtune.server.watch import look_for_files
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.server.state import ServerState
 
-Made = tuple[Any, Services]
+Made = tuple[Any, ServerState]
 NEVER = "a body that does not arrive"
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}"}
 
@@ -102,13 +106,13 @@ def backbone(tiny_backbone: Callable[..., Any]) -> Any:
     backbone = tiny_backbone("llama", max_position_embeddings=512)
     with torch.no_grad():
         # The end token is never the likeliest: a text is as long as was asked for.
-        backbone.model.lm_head.weight[backbone.end_id] = 0.0
+        backbone.model.lm_head.weight[backbone.eos_id] = 0.0
     return backbone
 
 
 @pytest.fixture
 def make(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]) -> Iterator[Callable[..., Made]]:
-    made: list[Services] = []
+    made: list[ServerState] = []
 
     def build(**options: Any) -> Made:
         folder = tmp_path / "prefixes"
@@ -119,7 +123,7 @@ def make(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]) -> It
             save_prefix(folder / f"{name}.safetensors", prefix)
         config = ServeConfig(**{"backbone": "tiny", "prefixes": str(folder), "num_slots": 4, **options})
         engine = Engine(backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
-        services = Services(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
+        services = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
         made.append(services)
         return make_app(services), services
 
@@ -128,7 +132,7 @@ def make(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]) -> It
         services.close()
 
 
-def in_time(services: Services) -> float:
+def in_time(services: ServerState) -> float:
     """How many texts run in the engine, after a while."""
 
     async def wait() -> None:
@@ -278,7 +282,7 @@ def test_a_client_that_does_not_read_is_given_up(make: Callable[..., Made]) -> N
 
 def test_a_silent_stream_says_that_it_is_alive(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
     app, services = make()
-    monkeypatch.setattr("prefixtune.server.jobs._SILENCE", 0.05)
+    monkeypatch.setattr("prefixtune.server.api.generation._SILENCE", 0.05)
     later: list[Any] = []
     monkeypatch.setattr(
         services.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output))
@@ -464,7 +468,7 @@ def test_white_space_around_a_text_is_told_but_for_targets(
     raw, raw_services = make(raw_completions=True)
 
     def submit(request: Any, on_output: Any, deadline: Any = None) -> None:
-        text = TextSoFar(services.backbone.decode, request.sampling.stop, verbatim=request.verbatim)
+        text = Detokenizer(services.backbone.decode, request.sampling.stop, verbatim=request.verbatim)
         for token in services.backbone.encode(" \n one  two \n"):
             piece = text.add(token)
             on_output(Output(request.id, 0, (Token(token),), piece, "stop" if text.stopped else None))
@@ -538,11 +542,11 @@ def test_an_upload_to_a_disk_that_takes_nothing_changes_nothing(
             fail()
 
     if where == "make":
-        monkeypatch.setattr("prefixtune.files.tempfile.mkdtemp", fail)
+        monkeypatch.setattr("prefixtune.utils.files.tempfile.mkdtemp", fail)
     elif where == "copy":
-        monkeypatch.setattr("prefixtune.engine.store.shutil.copyfile", fail)
+        monkeypatch.setattr("prefixtune.server.models.store.shutil.copyfile", fail)
     else:
-        monkeypatch.setattr("prefixtune.server.admin.open", lambda *_: FullFile(), raising=False)
+        monkeypatch.setattr("prefixtune.server.api.admin.open", lambda *_: FullFile(), raising=False)
     for name in ("a", "fresh"):
         body = before["b.safetensors"]
         answer = asyncio.run(call(app, "PUT", f"/admin/prefixes/{name}", body, headers=bearer("boss")))
@@ -620,7 +624,7 @@ def test_the_likeliest_tokens_are_put_into_words_beside_the_event_loop(
         time.sleep(0.002)
         return str(token)
 
-    monkeypatch.setattr("prefixtune.server.completions._token_text", lambda _: slowly)
+    monkeypatch.setattr("prefixtune.server.api.completions._token_text", lambda _: slowly)
     monkeypatch.setattr(services.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
     body = ask(model="tiny", max_tokens=20)
     if "chat" in path:
@@ -830,7 +834,7 @@ def test_a_watch_that_fails_for_any_reason_goes_on_with_pauses_and_health_tells_
 
 
 def test_the_first_signal_drains_and_the_second_ends_it(make: Callable[..., Made]) -> None:
-    from prefixtune.server.serving import _Server
+    from prefixtune.server.launch import _Server
 
     _, services = make(drain_seconds=1000.0)
     server = _Server(services, 10)
@@ -856,7 +860,7 @@ def test_a_queue_that_one_tenant_has_filled_is_open_to_the_others() -> None:
     def enter(tenant: str, texts: int = 1) -> bool:
         try:
             stack.enter_context(admission.enter(texts, tenant))
-        except Full:
+        except QueueFull:
             return False
         return True
 
@@ -947,7 +951,7 @@ def test_offsets_of_tokens_count_within_the_target(
 
     def write(request: Any, on_output: Any, deadline: Any = None) -> None:
         # As the engine does, which leaves out the white space around a text.
-        text = TextSoFar(backbone.decode, verbatim=request.verbatim)
+        text = Detokenizer(backbone.decode, verbatim=request.verbatim)
         for token in ids:
             on_output(Output(request.id, 0, (Token(token, -1.0),), text.add(token)))
         on_output(Output(request.id, 0, (), text.end(), "length"))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from prefixtune.server.asks import Limits, parse_chat, parse_completion, parse_json, parse_task
-from prefixtune.server.replies import ApiError
+from prefixtune.server.api.protocol import parse_chat, parse_completion, parse_json, parse_task
+from prefixtune.server.limits import Limits
+from prefixtune.server.responses import ApiError
 
 LIMITS = Limits(max_tokens=100, max_texts=6)
 USER = [{"role": "user", "content": "hi"}]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from prefixtune.errors import ConfigError
-from prefixtune.server.config import KeyConfig, ServeConfig
-from prefixtune.server.keys import hash_key
+from prefixtune.server.auth import hash_key
+from prefixtune.server.settings import KeyConfig, ServeConfig
 
 
 def write(folder: Path, text: str) -> Path:

@@ -13,8 +13,8 @@ from uvicorn.server import ServerState
 
 from prefixtune.errors import ConfigError
 from prefixtune.server.addresses import Addresses
-from prefixtune.server.config import KeyConfig, ServeConfig
 from prefixtune.server.connections import Connections
+from prefixtune.server.settings import KeyConfig, ServeConfig
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 from test_server_app import Answer, call
 
-from prefixtune.backbone import Backbone
-from prefixtune.batching import default_format, encode_prompts
-from prefixtune.checkpoint import make_header, save_prefix
-from prefixtune.engine import Engine, EngineConfig, EngineWorker, PrefixStore
-from prefixtune.generation import GenerateConfig, generate
-from prefixtune.prefix import Prefix
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.data.encoding import default_format, encode_prompts
+from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.worker import EngineWorker
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.app import make_app
-from prefixtune.server.config import ServeConfig
-from prefixtune.server.services import Services
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.settings import ServeConfig
+from prefixtune.server.state import ServerState
 
 SOURCE = "name : Aromi | area : city centre"
 
@@ -34,7 +38,7 @@ def test_an_encoder_decoder_is_served(
         save_prefix(tmp_path / f"{name}.safetensors", prefixes[name])
     engine = Engine(backbone, EngineConfig(num_slots=4))
     config = ServeConfig(backbone="tiny", prefixes=str(tmp_path))
-    services = Services(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
+    services = ServerState(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
     app = make_app(services)
 
     async def ask_all() -> list[Answer]:
@@ -54,7 +58,7 @@ def test_an_encoder_decoder_is_served(
         assert [answer.status for answer in answers] == [200] * 6, [answer.body for answer in answers]
         form = default_format(backbone)
         (ids,) = encode_prompts(backbone, form, [SOURCE])
-        assert ids[-1] == backbone.end_id, "the encoder's own special tokens"
+        assert ids[-1] == backbone.eos_id, "the encoder's own special tokens"
         for number, (name, prefix) in enumerate(prefixes.items()):
             (expected,) = generate(
                 backbone, [SOURCE], prefix, text_format=form, config=GenerateConfig(max_new_tokens=8)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from prefixtune.data import TASKS, read_task
 from prefixtune.errors import DataError
-from prefixtune.server.forms import decoding_of, form_of
-from prefixtune.tasks import TASKS, read_task
+from prefixtune.server.models.task_schema import decoding_of, task_schema_of
 
 TRIPLES = [["Aarhus Airport", "cityServed", "Aarhus, Denmark"], ["Aarhus", "LEADER_NAME", " Jacob\nBundsgaard "]]
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
@@ -33,14 +33,14 @@ def test_the_source_is_that_of_the_file(
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({**fields, **more}) + "\n", encoding="utf-8")
     (example,) = read_task(task, path, source=template or None)
-    form = form_of({"task": task, "text_format": {"source": template}})
+    form = task_schema_of({"task": task, "text_format": {"source": template}})
     assert form is not None
     assert set(form.columns) == set(fields)
     assert form.source(fields) == example.source
 
 
 def test_the_made_tables_source_is_that_of_its_set() -> None:
-    form = form_of({"task": "toy"})
+    form = task_schema_of({"task": "toy"})
     assert form is not None
     for example in read_task("toy", "held_out")[:10]:
         assert form.source(example.fields) == example.source
@@ -48,7 +48,7 @@ def test_the_made_tables_source_is_that_of_its_set() -> None:
 
 def test_examples_of_forms_are_good_ones() -> None:
     for task in ("e2e", "webnlg", "dart", "toy"):
-        form = form_of({"task": task})
+        form = task_schema_of({"task": task})
         assert form is not None
         assert form.source({field.name: field.example for field in form.fields})
         # A page makes its form of this.
@@ -70,7 +70,7 @@ def test_examples_of_forms_are_good_ones() -> None:
     ],
 )
 def test_wrong_fields_are_the_requests_fault(header: dict[str, Any], record: dict[str, Any]) -> None:
-    form = form_of(header)
+    form = task_schema_of(header)
     assert form is not None
     with pytest.raises(DataError):
         form.source(record)
@@ -89,11 +89,11 @@ def test_wrong_fields_are_the_requests_fault(header: dict[str, Any], record: dic
     ],
 )
 def test_headers_that_tell_of_no_fields(header: dict[str, Any]) -> None:
-    assert form_of(header) is None
+    assert task_schema_of(header) is None
 
 
 def test_a_template_of_an_artifact_is_filled_in_and_never_run() -> None:
-    form = form_of({"task": "records", "text_format": {"source": "{a.__class__} {a!r} {0} {{{{ 7*7 }}}}"}})
+    form = task_schema_of({"task": "records", "text_format": {"source": "{a.__class__} {a!r} {0} {{{{ 7*7 }}}}"}})
     assert form is not None
     assert form.columns == ("a.__class__", "a!r", "0")
     assert form.source({"a.__class__": "x", "a!r": "y", "0": "z"}) == "x y z {{ 7*7 }}"

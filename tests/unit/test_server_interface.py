@@ -10,11 +10,12 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from prefixtune.server import openapi
-from prefixtune.server.asks import PASSED_OVER, Limits, parse_chat, parse_completion, parse_task
-from prefixtune.server.config import KeyConfig, ServeConfig
-from prefixtune.server.keys import hash_key
-from prefixtune.server.replies import ApiError
+from prefixtune.server.api import openapi
+from prefixtune.server.api.protocol import PASSED_OVER, parse_chat, parse_completion, parse_task
+from prefixtune.server.auth import hash_key
+from prefixtune.server.limits import Limits
+from prefixtune.server.responses import ApiError
+from prefixtune.server.settings import KeyConfig, ServeConfig
 
 LIMITS = Limits(max_tokens=100, max_texts=6)
 HUGE = 10**400

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from prefixtune.server.config import KeyConfig
-from prefixtune.server.keys import Caller, Keyring, TooMany, hash_key, new_key
+from prefixtune.server.auth import Caller, Keyring, RateLimited, hash_key, new_key
+from prefixtune.server.settings import KeyConfig
 
 
 def test_keys_are_long_and_new_each_time() -> None:
@@ -55,27 +55,27 @@ def test_requests_a_minute() -> None:
 
     for _ in range(3):
         ask()
-    with pytest.raises(TooMany) as caught:
+    with pytest.raises(RateLimited) as caught:
         ask()
     assert caught.value.reason == "rate"
     assert caught.value.retry_after == 20
     # A third of a minute later there is room for one, and for one only.
     now[0] = 20.0
     ask()
-    with pytest.raises(TooMany):
+    with pytest.raises(RateLimited):
         ask()
     # A long pause does not save up more than a minute's.
     now[0] = 10_000.0
     for _ in range(3):
         ask()
-    with pytest.raises(TooMany):
+    with pytest.raises(RateLimited):
         ask()
 
 
 def test_requests_at_once_are_counted_down_whatever_happens() -> None:
     caller = Caller("a", KeyConfig("", concurrent=2))
     with caller.request(), caller.request():
-        with pytest.raises(TooMany) as caught, caller.request():
+        with pytest.raises(RateLimited) as caught, caller.request():
             pass
         assert caught.value.reason == "concurrency"
     with pytest.raises(OSError, match="gone"), caller.request():

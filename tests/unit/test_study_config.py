@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from prefixtune.config import TrainConfig, default_learning_rate
 from prefixtune.errors import ConfigError
-from prefixtune.study import STUDIES, StudyConfig, plan
+from prefixtune.studies import STUDIES, StudyConfig, plan
+from prefixtune.training.config import TrainConfig, default_learning_rate
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "studies").glob("*.toml"))
 
@@ -230,8 +230,7 @@ def test_settings_are_for_all_runs_or_for_one_method():
 
 
 def test_planning_needs_no_torch():
-    code = (
-        "import sys; from prefixtune.study import StudyConfig, plan; plan(StudyConfig()); print('torch' in sys.modules)"
-    )
+    code = "import sys; from prefixtune import studies; studies.plan(studies.StudyConfig()); "
+    code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

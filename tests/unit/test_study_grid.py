@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from prefixtune.study import STUDIES, Cell, StudyConfig, plan
-from prefixtune.study.comparing import counterparts
+from prefixtune.studies import STUDIES, Cell, StudyConfig, plan
+from prefixtune.studies.compare import counterparts
 
 
 def cells(name: str, **values: object) -> list[Cell]:

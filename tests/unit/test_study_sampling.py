@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefixtune.data import Example
 from prefixtune.errors import DataError
-from prefixtune.study.sampling import sample_examples, sample_targets
-from prefixtune.tasks import Example
+from prefixtune.studies.data import sample_examples, sample_targets
 
 SET = [Example(f"s{n}", tuple(f"t{n}.{k}" for k in range(n % 4 + 1)), {"n": n}, {"g": str(n)}) for n in range(12)]
 TOTAL = sum(len(example.targets) for example in SET)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from prefixtune.data import TASKS, Example, check_labels, label_names, read_task
+from prefixtune.data.tasks.classification import read_classification
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import TASKS, Example, check_labels, label_names, read_task
-from prefixtune.tasks.classification import read_classification
 
 ROWS = [{"text": "A fine, warm bed.", "label": "praise"}, {"text": "Cold soup.", "label": "complaint"}]
 

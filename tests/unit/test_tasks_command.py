@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from prefixtune.commands.tasks import add_arguments, tasks
-from prefixtune.generation import GenerateConfig
-from prefixtune.presets import PRESETS, preset
-from prefixtune.tasks import TASKS
+from prefixtune.cli.commands.tasks import add_arguments
+from prefixtune.cli.commands.tasks import run as run_command
+from prefixtune.data import TASKS
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.training.presets import PRESETS, preset
 
 
 def run(*arguments: str) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert tasks(parser.parse_args(arguments)) == 0
+    assert run_command(parser.parse_args(arguments)) == 0
 
 
 def test_every_task_and_preset_is_listed(capsys: pytest.CaptureFixture[str]):

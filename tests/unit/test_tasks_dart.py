@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from prefixtune.data import TASKS, read_task
+from prefixtune.data.tasks.dart import linearize, read_dart
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import TASKS, read_task
-from prefixtune.tasks.dart import linearize, read_dart
 
 JOINED = ["Mars Hill College", "JOINED", "1973"]
 PLACE = ["Mars Hill College", "LOCATION", "Mars Hill, North Carolina"]

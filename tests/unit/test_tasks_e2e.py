@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.data import TASKS, read_task
+from prefixtune.data.tasks.e2e import linearize, parse_mr, read_e2e
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import TASKS, read_task
-from prefixtune.tasks.e2e import linearize, parse_mr, read_e2e
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "e2e"
 SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"

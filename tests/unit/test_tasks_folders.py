@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.data import TASKS, read_task
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import TASKS, read_task
 
 
 def mr(name: str) -> str:

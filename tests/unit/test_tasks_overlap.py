@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli import main
-from prefixtune.config import TrainConfig
+from prefixtune.cli.main import main
+from prefixtune.data import Example
+from prefixtune.evaluation import overlap
+from prefixtune.evaluation.overlap import find_overlap, training_examples
 from prefixtune.report import compose, read_folder
-from prefixtune.study import StudyConfig, run_study
-from prefixtune.tasks import Example, overlap
-from prefixtune.tasks.overlap import find_overlap, training_examples
-from prefixtune.training import train
+from prefixtune.studies import StudyConfig, run_study
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.train import train
 
 
 def write(path: Path, names: list[str]) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from prefixtune.data import files as reading
+from prefixtune.data import parquet
+from prefixtune.data.files import read_rows
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import parquet, reading
-from prefixtune.tasks.reading import read_rows
 
 
 def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from prefixtune.data import read_task
+from prefixtune.data.tasks.records import read_records, render
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import read_task
-from prefixtune.tasks.records import read_records, render
 
 ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "food": "French", "text": "Go, eat."}]
 WANTED = [("Aromi is Italian", ("Eat.",)), ("Mill is French", ("Go, eat.",))]

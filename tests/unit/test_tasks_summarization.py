@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from prefixtune.data import TASKS, read_task
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import TASKS, read_task
 
 
 def write(path: Path, text: str) -> Path:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefixtune.data import TASKS, Example, check_tags, read_task, tag_names
+from prefixtune.data.tasks.tagging import read_tagging, tagged
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import TASKS, Example, check_tags, read_task, tag_names
-from prefixtune.tasks.tagging import read_tagging, tagged
 
 ROWS = [
     {"tokens": ["The", "Grey", "Wolf", "left"], "tags": ["O", "B-TRAIN", "I-TRAIN", "O"]},

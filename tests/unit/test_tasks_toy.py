@@ -6,9 +6,9 @@ import hashlib
 
 import pytest
 
+from prefixtune.data import TASKS, Example, read_task
+from prefixtune.data.toy.notices import make_toy
 from prefixtune.errors import ConfigError
-from prefixtune.tasks import TASKS, Example, read_task
-from prefixtune.tasks.toy import make_toy
 
 
 def values(examples: list[Example]) -> dict[str, set[str]]:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
+from prefixtune.data import TASKS, Example, check_labels, check_tags, label_names, read_task, tag_names
+from prefixtune.data.toy.labels import DEPARTMENTS, MENTIONS, REQUESTS, make_toy_labels
+from prefixtune.data.toy.tags import SPANS, make_toy_tags
 from prefixtune.errors import ConfigError
-from prefixtune.tasks import TASKS, Example, check_labels, check_tags, label_names, read_task, tag_names
-from prefixtune.tasks.toy_labels import DEPARTMENTS, MENTIONS, REQUESTS, make_toy_labels
-from prefixtune.tasks.toy_tags import SPANS, make_toy_tags
 
 Make = Callable[..., tuple[list[Example], list[Example]]]
 BOTH = pytest.mark.parametrize("make", [make_toy_labels, make_toy_tags])

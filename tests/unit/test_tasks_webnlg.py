@@ -11,9 +11,9 @@ from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 
+from prefixtune.data import TASKS, Example, limit_targets, read_task
+from prefixtune.data.tasks.webnlg import linearize, read_webnlg
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.tasks import TASKS, Example, limit_targets, read_task
-from prefixtune.tasks.webnlg import linearize, read_webnlg
 
 AIRPORT = ["Aarhus_Airport", "cityServed", '"Aarhus, Denmark"']
 LEADER = ["Aarhus", "leaderName", "Jacob_Bundsgaard"]

@@ -10,18 +10,29 @@ from typing import Any
 
 import pytest
 
-from prefixtune.batching import encode_examples, encode_prompts
-from prefixtune.checkpoint import load_prefix, make_header, save_prefix
-from prefixtune.config import TrainConfig
-from prefixtune.engine import PrefixStore
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.data import Example
+from prefixtune.data.encoding import encode_examples, encode_prompts
+from prefixtune.data.labels import Labels, encode_labelled
 from prefixtune.errors import CheckpointError, DataError, RequestError
-from prefixtune.evaluation import ask, evaluate, with_shots
-from prefixtune.generation import GenerateConfig, generate, prepare_prompts, stream
-from prefixtune.labelling import Labels, classify, encode_labelled
-from prefixtune.prefix import Prefix
-from prefixtune.tasks import Example
-from prefixtune.text_format import MAX_TEMPLATE_CHARS, TargetStream, TextFormat, cut_prompt, read_text_format
-from prefixtune.training import train
+from prefixtune.evaluation.evaluate import evaluate
+from prefixtune.evaluation.prompting import ask, with_shots
+from prefixtune.inference.classify import classify
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, prepare_prompts
+from prefixtune.inference.streaming import stream
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import (
+    MAX_TEMPLATE_CHARS,
+    TargetStream,
+    TextFormat,
+    cut_prompt,
+    read_text_format,
+)
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.train import train
 
 Make = Callable[..., Any]
 OLD = {"prompt": "Q: {source}{separator}", "target": " {target}", "separator": "<s>", "end": "</s>", "source": "{a}"}

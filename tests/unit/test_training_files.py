@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
-from prefixtune.cli import main
+from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError
-from prefixtune.files import claim_folder
+from prefixtune.training.checkpoint import load_state
+from prefixtune.utils.files import claim_folder
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.",)) for letter in "abcd"]
 
@@ -131,7 +132,7 @@ def test_data_without_a_target_is_refused_before_the_backbone_loads(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the backbone is loaded")
 
-    monkeypatch.setattr("prefixtune.training.load_backbone", never)
+    monkeypatch.setattr("prefixtune.training.train.load_backbone", never)
     assert main(["train", "--task", "e2e", "--train", str(file), "--output", str(tmp_path / "run"), "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
@@ -145,7 +146,7 @@ def test_two_trainings_in_one_folder(
     code = """
 import sys, time
 from pathlib import Path
-from prefixtune.files import claim_folder
+from prefixtune.utils.files import claim_folder
 with claim_folder(Path(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(600)
@@ -184,7 +185,7 @@ def test_a_demo_that_runs_keeps_its_files(
     def stopped(*_: Any, **__: Any) -> Any:
         raise Stopped
 
-    monkeypatch.setattr("prefixtune.pretrained.prepare", stopped)
+    monkeypatch.setattr("prefixtune.backbone.packaged.prepare", stopped)
     with pytest.raises(Stopped):
         main(["demo", "--output", str(folder), "--quiet"])
     assert not any(folder.iterdir())
@@ -217,7 +218,7 @@ def test_more_epochs_than_max_steps_let_in_are_refused(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the backbone is loaded")
 
-    monkeypatch.setattr("prefixtune.training.load_backbone", never)
+    monkeypatch.setattr("prefixtune.training.train.load_backbone", never)
     with pytest.raises(ConfigError, match=r"epochs is 50, but the run in .* is set by max_steps = 3") as caught:
         pt.train(output=folder, resume=True, epochs=50.0, examples=EXAMPLES)
     assert "--max-steps 0" in caught.value.hint
@@ -234,16 +235,15 @@ def test_a_run_set_by_steps_can_be_given_epochs_as_the_hint_says(
 
 
 def test_a_state_is_read_once(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefixtune import training
 
     train(3)
-    load, read = training.load_state, list[Path]()
+    load, read = load_state, list[Path]()
 
     def counted(path: Path) -> Any:
         read.append(path)
         return load(path)
 
-    monkeypatch.setattr(training, "load_state", counted)
+    monkeypatch.setattr("prefixtune.training.checkpoint.load_state", counted)
     assert train(6, resume=True).steps == 6
     assert len(read) == 1
 
@@ -252,7 +252,7 @@ def test_what_is_too_long_to_be_stored_is_refused_before_the_first_step(
     backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state has room for the configuration; the artifact's header has the labels, too."""
-    monkeypatch.setattr("prefixtune.artifact._HEADER_BYTES", 30_000)
+    monkeypatch.setattr("prefixtune.prefix.artifact._HEADER_BYTES", 30_000)
     examples = [pt.Example(f"n : {n}", (f"label {n} " + "a" * 90,), {"label": f"{n}"}) for n in range(300)]
     config = pt.TrainConfig(
         task="classification", classifier="words", prefix_length=2, init_text="ab", output=str(tmp_path / "run")
@@ -312,9 +312,9 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_loads(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("something is loaded")
 
-    for name in ("backbone.load_backbone", "training.load_backbone", "interop.hub.download"):
+    for name in ("backbone.load.load_backbone", "training.train.load_backbone", "interop.hub.download"):
         monkeypatch.setattr(f"prefixtune.{name}", never)
-    monkeypatch.setattr("prefixtune.pretrained.prepare", never)
+    monkeypatch.setattr("prefixtune.backbone.packaged.prepare", never)
     paths = {"prefix": tmp_path / "p.safetensors", "run": tmp_path / "run"}
     assert main([word.format(tmp_path / "file", **paths) for word in words]) == 2
     message = " ".join(capsys.readouterr().err.split())

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 
 from command_line import run
-from prefixtune.backbone import load_backbone
-from prefixtune.checkpoint import make_header, save_prefix
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.prefix import LayerShape, Prefix
-from prefixtune.vllm.middleware import PROMPT_VARIABLE, TEMPLATE_VARIABLE, PrefixMiddleware
-from prefixtune.vllm.served import Asked, PrefixFolder, Settings, geometry_of, heads_of_rank, weights_of
-from prefixtune.vllm.start import Start, write_template
+from prefixtune.interop.vllm.launch import Start, write_template
+from prefixtune.interop.vllm.middleware import PROMPT_VARIABLE, TEMPLATE_VARIABLE, PrefixMiddleware
+from prefixtune.interop.vllm.settings import Asked, PrefixFolder, Settings, geometry_of, heads_of_rank, weights_of
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix
 
 Make = Callable[..., Any]
 
@@ -530,7 +532,8 @@ def test_the_command_is_shown_and_refused(stored: Path, tmp_path: Path):
 
 def test_the_plugin_needs_none_of_the_libraries_that_vllm_pins():
     code = (
-        "import sys; import prefixtune.vllm.served, prefixtune.vllm.middleware, prefixtune.vllm.start;"
+        "import sys; import prefixtune.interop.vllm.settings, prefixtune.interop.vllm.middleware;"
+        "import prefixtune.interop.vllm.launch;"
         "loaded = {name.partition('.')[0] for name in sys.modules};"
         "print(sorted(loaded & {'transformers', 'peft', 'starlette', 'gguf'}))"
     )

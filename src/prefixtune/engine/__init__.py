@@ -7,21 +7,18 @@ Knows nothing of HTTP.
 """
 
 from prefixtune.engine.engine import Engine, EngineConfig, RunningText
-from prefixtune.engine.request import FullError, Output, Request, Sampling, Token
-from prefixtune.engine.store import PrefixStore, StoreStats
+from prefixtune.engine.request import EngineFull, Output, Request, SamplingParams, Token
 from prefixtune.engine.worker import EngineWorker, Snapshot
 
 __all__ = [
     "Engine",
     "EngineConfig",
+    "EngineFull",
     "EngineWorker",
-    "FullError",
     "Output",
-    "PrefixStore",
     "Request",
     "RunningText",
-    "Sampling",
+    "SamplingParams",
     "Snapshot",
-    "StoreStats",
     "Token",
 ]

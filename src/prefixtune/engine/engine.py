@@ -26,26 +26,31 @@ from typing import Any
 
 import torch
 
-from prefixtune import attach
-from prefixtune.attach import Serving, check_fits
-from prefixtune.backbone import Backbone, BackboneLike, as_backbone
-from prefixtune.config import as_config, check_names, fit_types
-from prefixtune.engine.request import FullError, Output, Request, TextSoFar, Token, TokenSequence
-from prefixtune.engine.sampler import choose
-from prefixtune.engine.scheduler import Scheduler, Work
-from prefixtune.engine.slots import SlotCache, Span, Step
-from prefixtune.engine.sources import Sources
+from prefixtune.attention.forward import forward_with_backend
+from prefixtune.attention.injection import AttentionBackend
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone
+from prefixtune.backbone.prepack import prepack
+from prefixtune.engine.attention import SlotAttention
+from prefixtune.engine.encoder_cache import EncoderCache
+from prefixtune.engine.kv_cache import KVCache, Span
+from prefixtune.engine.request import EngineFull, Output, Request, Token
+from prefixtune.engine.sampler import sample
+from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
+from prefixtune.engine.sequence import Detokenizer, TokenSequence
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, describe_value
-from prefixtune.prepack import prepack
+from prefixtune.prefix.prefix import check_fits
+from prefixtune.utils.options import as_config, check_names, fit_types
 
 __all__ = ["Engine", "EngineConfig", "RunningText"]
 
+
 _HINT = "leave the option out to have its default."
-_ENOUGH = 4096
+DEFAULT_MAX_LENGTH = 4096
 """Positions of a slot where the backbone names no limit."""
 _CONTEXT = 4
 """Tokens of a prompt beside which a text is decoded."""
-_ANY = 2**31
+UNBOUNDED = 2**31
 """Positions of an encoder-decoder's slots, which are bounded where requests are taken: prefixes do not count there."""
 
 
@@ -159,15 +164,15 @@ class Engine:
             backbone = prepack(backbone)
         self.backbone = backbone
         limits = (self.config.max_length, backbone.max_positions, _steady_length(backbone))
-        self.max_length = min((limit for limit in limits if limit), default=_ENOUGH)
-        self.cache = SlotCache(
+        self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
+        self.cache = KVCache(
             backbone.geometry["decoder"],
             self.config.num_slots,
-            self.max_length if backbone.kind == "decoder" else _ANY,
+            self.max_length if backbone.kind == "decoder" else UNBOUNDED,
             backbone.dtype,
             backbone.device,
         )
-        self.sources = Sources(backbone, self.config.num_slots) if backbone.kind == "encoder-decoder" else None
+        self.sources = EncoderCache(backbone, self.config.num_slots) if backbone.kind == "encoder-decoder" else None
         self.scheduler = Scheduler(self.config.num_slots, self.config.prefill_tokens)
         self.batch_size = 0
         self._vocabulary = int(backbone.model.get_input_embeddings().weight.shape[0])
@@ -181,7 +186,7 @@ class Engine:
         """Queue a request.
 
         Raises:
-            FullError: Too many texts wait.
+            EngineFull: Too many texts wait.
             RequestError: It does not fit a slot, names tokens that the model does not have, its prefix is an infix, or
                 its id is in use.
             BackboneError: Its prefix does not fit the backbone.
@@ -211,23 +216,25 @@ class Engine:
                 f"there is no token {unknown[0]}: the model has {self._vocabulary:,}.",
                 hint="encode the text with the backbone's own tokenizer.",
             )
-        start, first = (None, None) if self.sources is None else (self.backbone.start_id, self.backbone.first_id)
+        start, first = (
+            (None, None) if self.sources is None else (self.backbone.decoder_start_id, self.backbone.forced_bos_id)
+        )
         made = [TokenSequence(request, index, self._text_of(request), start, first) for index in range(request.n)]
         with self._lock:
             if request.id in self._sequences:
                 raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
             waiting = self.scheduler.num_waiting
             if waiting + request.n > self.config.max_waiting:
-                raise FullError(
+                raise EngineFull(
                     f"{waiting} texts wait already, and {self.config.max_waiting} may.", hint="try again later."
                 )
             self._sequences[request.id] = made
             self.scheduler.add(made)
 
-    def _text_of(self, request: Request) -> TextSoFar:
+    def _text_of(self, request: Request) -> Detokenizer:
         # What a decoder writes after an encoder has read begins anew.
         before = request.prompt[-_CONTEXT:] if self.sources is None else ()
-        return TextSoFar(self.backbone.decode, request.sampling.stop, verbatim=request.verbatim, before=before)
+        return Detokenizer(self.backbone.decode, request.sampling.stop, verbatim=request.verbatim, before=before)
 
     def room(self, prompt_tokens: int, prefix_length: int) -> int:
         """Most tokens that can be written after a prompt; 0 or below: the prompt is too long itself."""
@@ -347,11 +354,11 @@ class Engine:
         try:
             logits = self._compute(singles, prompts)
             decided = [work.sequence for work in (*singles, *prompts) if work.wants_logits]
-            tokens = choose(logits, decided, self.backbone.end_id) if decided else []
+            tokens = sample(logits, decided, self.backbone.eos_id) if decided else []
         except Exception as error:
             return outputs + [self._fail(work.sequence, error) for work in (*singles, *prompts)]
         for work in (*singles, *prompts):
-            work.sequence.computed += work.count
+            work.sequence.num_computed_tokens += work.count
         return outputs + [self._take(sequence, token) for sequence, token in zip(decided, tokens, strict=True)]
 
     def _read(self, sequence: TokenSequence) -> None:
@@ -368,29 +375,29 @@ class Engine:
             sequence.to_encode = 0
             return
         # The prompt's last token stays: what follows from it is each text's own.
-        sequence.computed = sequence.num_given - 1
-        self.cache.copy(other.slot, sequence.slot, sequence.request.prefix_length + sequence.computed)
+        sequence.num_computed_tokens = sequence.num_given - 1
+        self.cache.copy(other.slot, sequence.slot, sequence.request.prefix_length + sequence.num_computed_tokens)
 
-    def _make_room(self, works: Sequence[Work], outputs: list[Output]) -> list[Work]:
+    def _make_room(self, works: Sequence[ScheduledSequence], outputs: list[Output]) -> list[ScheduledSequence]:
         """Let the slots grow where a text needs it; a text for which memory does not suffice ends."""
         kept = []
         for work in works:
             sequence = work.sequence
             try:
-                self.cache.reserve(sequence.request.prefix_length + sequence.computed + work.count)
+                self.cache.reserve(sequence.request.prefix_length + sequence.num_computed_tokens + work.count)
                 kept.append(work)
             except Exception as error:
                 outputs.append(self._fail(sequence, error))
         return kept
 
-    def _compute(self, singles: Sequence[Work], prompts: Sequence[Work]) -> torch.Tensor:
+    def _compute(self, singles: Sequence[ScheduledSequence], prompts: Sequence[ScheduledSequence]) -> torch.Tensor:
         """The logits after every piece that ends its text so far."""
         ids: list[int] = []
         positions: list[int] = []
         ends: list[int] = []
         spans = []
         for work in (*singles, *prompts):
-            sequence, first = work.sequence, work.sequence.computed
+            sequence, first = work.sequence, work.sequence.num_computed_tokens
             start = sequence.request.prefix_length + first
             ids.extend(sequence.ids[first : first + work.count])
             counted = start if self.sources is None else first
@@ -398,16 +405,16 @@ class Engine:
             spans.append(Span(sequence.slot, start, work.count, sequence.request.prefix_length))
             if work.wants_logits:
                 ends.append(len(ids) - 1)
-        step = Step(self.cache, spans[: len(singles)], spans[len(singles) :])
-        serving: Serving = step
+        step = SlotAttention(self.cache, spans[: len(singles)], spans[len(singles) :])
+        serving: AttentionBackend = step
         encoded = None
         if self.sources is not None:
             serving, encoded = self.sources.begin(step, [work.sequence for work in singles])
         device = self.backbone.device
         chosen = torch.tensor(ends or [len(ids) - 1], device=device)
-        keeps = chosen if self.backbone.chooses_logits else None
-        with self.backbone.computing():
-            logits = attach.serve(
+        keeps = chosen if self.backbone.supports_logits_to_keep else None
+        with self.backbone.autocast():
+            logits = forward_with_backend(
                 self.backbone.model,
                 self.backbone.layout,
                 torch.tensor([ids], device=device),
@@ -423,7 +430,7 @@ class Engine:
         rules, text = sequence.request.sampling, sequence.text
         if isinstance(token, str):
             return self._finish(sequence, "error", error=token)
-        if token.id == self.backbone.end_id:
+        if token.id == self.backbone.eos_id:
             return self._finish(sequence, "stop", (), text.end())
         sequence.ids.append(token.id)
         piece = text.add(token.id)

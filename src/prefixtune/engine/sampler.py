@@ -12,15 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.engine.request import Token, TokenSequence
+from prefixtune.engine.request import Token
+from prefixtune.engine.sequence import TokenSequence
 
-__all__ = ["choose"]
+__all__ = ["sample"]
+
 
 _LOWEST_TEMPERATURE = 1e-5
 """Below it, scores would overflow; the likeliest token has all the weight anyway."""
 
 
-def choose(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], end_id: int) -> list[Token | str]:
+def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int) -> list[Token | str]:
     """The next token of every text, or in words why there is none: one text's trouble is not that of the others.
 
     Texts without rules of their own are decided together; the others one by one, in float32.
@@ -28,13 +30,13 @@ def choose(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], end
     Args:
         logits: One row a text.
         sequences: The texts.
-        end_id: The token that ends a text.
+        eos_id: The token that ends a text.
     """
     early = [row for row, s in enumerate(sequences) if s.num_new < s.request.sampling.min_new_tokens]
     allowed = logits
     if early:
         allowed = logits.clone()
-        allowed[early, end_id] = float("-inf")
+        allowed[early, eos_id] = float("-inf")
     # A row with a NaN anywhere has NaN as its maximum.
     best = allowed.max(dim=-1)
     chosen: list[Token | str] = []

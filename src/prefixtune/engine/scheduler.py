@@ -11,16 +11,17 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prefixtune.engine.request import TokenSequence
+from prefixtune.engine.sequence import TokenSequence
 
-__all__ = ["Scheduler", "Work"]
+__all__ = ["ScheduledSequence", "Scheduler"]
 
-_UNHURRIED = 4
+
+IDLE_PREFILL_FACTOR = 4
 """How much larger pieces of prompts are where no text is held up by them: larger products are quicker."""
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class ScheduledSequence:
     """A piece of one text to be computed in a step.
 
     Attributes:
@@ -34,7 +35,7 @@ class Work:
     @property
     def wants_logits(self) -> bool:
         """Whether the text's next token follows from it."""
-        return self.count == self.sequence.rest
+        return self.count == self.sequence.num_uncomputed
 
 
 class Scheduler:
@@ -79,37 +80,39 @@ class Scheduler:
             admitted.append(sequence)
         return admitted
 
-    def plan(self) -> tuple[list[Work], list[Work]]:
+    def plan(self) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
         """The next step's work: texts that add one token, by slot; and pieces of prompts, the oldest first.
 
         Up to half of the room for prompts goes to the oldest; the rest to the shortest first, which need not wait
         behind long ones.
         """
         ready = [s for s in self.running if not s.to_encode]
-        singles = sorted((s for s in ready if s.rest == 1), key=lambda s: s.slot)
+        singles = sorted((s for s in ready if s.num_uncomputed == 1), key=lambda s: s.slot)
         # Of texts with one prompt, the first computes it, and the others wait for it (see `followers`).
-        firsts = {s.request.id: s for s in reversed(ready) if s.rest > 1}
+        firsts = {s.request.id: s for s in reversed(ready) if s.num_uncomputed > 1}
         prompts = [s for s in ready if firsts.get(s.request.id) is s]
         counts = dict.fromkeys(prompts, 0)
         room = self._room(bool(singles))
         if prompts:
-            counts[prompts[0]] = min(prompts[0].rest, (room + 1) // 2)
+            counts[prompts[0]] = min(prompts[0].num_uncomputed, (room + 1) // 2)
             room -= counts[prompts[0]]
-        for sequence in sorted(prompts, key=lambda s: s.rest):
-            more = min(sequence.rest - counts[sequence], room)
+        for sequence in sorted(prompts, key=lambda s: s.num_uncomputed):
+            more = min(sequence.num_uncomputed - counts[sequence], room)
             counts[sequence] += more
             room -= more
-        return [Work(s, 1) for s in singles], [Work(s, count) for s, count in counts.items() if count]
+        return [ScheduledSequence(s, 1) for s in singles], [
+            ScheduledSequence(s, count) for s, count in counts.items() if count
+        ]
 
     def followers(self) -> list[tuple[TokenSequence, TokenSequence]]:
         """Texts that still lack what another text of the same request has computed of their prompt, each with that."""
         known: dict[str, TokenSequence] = {}
         lacking = []
         for sequence in self.running:
-            if sequence.to_encode or sequence.rest > 1:
+            if sequence.to_encode or sequence.num_uncomputed > 1:
                 if sequence.request.n > 1:
                     lacking.append(sequence)
-            elif sequence.computed >= sequence.num_given - 1:
+            elif sequence.num_computed_tokens >= sequence.num_given - 1:
                 known.setdefault(sequence.request.id, sequence)
         return [(sequence, known[sequence.request.id]) for sequence in lacking if sequence.request.id in known]
 
@@ -129,7 +132,7 @@ class Scheduler:
         return list(chosen.values())
 
     def _room(self, someone_waits: bool) -> int:
-        return self.prefill_tokens * (1 if someone_waits else _UNHURRIED)
+        return self.prefill_tokens * (1 if someone_waits else IDLE_PREFILL_FACTOR)
 
     def release(self, sequence: TokenSequence) -> None:
         """Take a text out, wherever it is; its slot is free at once."""

@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prefixtune.engine.engine import Engine, RunningText
-from prefixtune.engine.request import FullError, Output, Request
+from prefixtune.engine.request import EngineFull, Output, Request
 
 __all__ = ["EngineWorker", "Snapshot"]
+
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 5.0
@@ -97,15 +98,15 @@ class EngineWorker:
             deadline: Seconds from now in which the request must be done; else its texts end with `timeout`.
 
         Raises:
-            FullError: Too many wait, the worker is being closed, or the engine is being made anew: try again later.
+            EngineFull: Too many wait, the worker is being closed, or the engine is being made anew: try again later.
             RequestError: The engine refuses it.
             BackboneError: Its prefix does not fit the backbone.
         """
         with self._changed:
             if not self._accepting:
-                raise FullError("the engine takes no more requests: it is being closed.", hint="ask another replica.")
+                raise EngineFull("the engine takes no more requests: it is being closed.", hint="ask another replica.")
             if self._broken:
-                raise FullError("the engine is being made anew.", hint="try again later.")
+                raise EngineFull("the engine is being made anew.", hint="try again later.")
             # Refuses a name in use, so that nobody's entry is overwritten below.
             self.engine.add(request)
             live = self._live[request.id] = _Live(on_output, set(range(request.n)))

@@ -22,13 +22,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from prefixtune.backbone import Backbone
-from prefixtune.checkpoint import make_header
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.interop.tensors import read_tensors
-from prefixtune.prefix import KeyValue, LayerShape, Prefix, describe, unflatten
+from prefixtune.interop.safetensors import read_tensors
+from prefixtune.prefix.geometry import LayerShape, describe
+from prefixtune.prefix.prefix import KeyValue, Prefix, unflatten
 
 __all__ = ["import_authors", "is_authors"]
+
 
 _SUFFIXES = {"encoder": "_enc", "decoder": "", "cross": "2"}
 _NAME = re.compile(r"^(?:wte(?P<table>|2|_enc)\.weight|control_trans(?P<net>|2|_enc)(?:\.\d\.(?:weight|bias))?)$")

@@ -2,7 +2,7 @@
 
 A repository holds `prefix.safetensors` and `README.md`: a card made from the prefix's header and, where it was
 evaluated, the scores in the hub's model-index form. Nothing goes over the network but on these two calls, and where a
-prefix is given as `hub:OWNER/NAME` (see `prefixtune.hub`). Knows nothing of backbones.
+prefix is given as `hub:OWNER/NAME` (see `prefixtune.prefix.hub`). Knows nothing of backbones.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune import __version__
-from prefixtune.checkpoint import load_prefix, prefix_file
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.files import atomic_path, check_writable
-from prefixtune.hub import FILE, download, hub_errors
-from prefixtune.prefix import Prefix
+from prefixtune.prefix.artifact import prefix_file
+from prefixtune.prefix.hub import FILE, download, hub_errors
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.files import atomic_path, check_writable
 
 __all__ = ["FILE", "make_card", "pull", "push", "read_evaluation"]
+
 
 _LOCAL = ("/", ".", "~")
 

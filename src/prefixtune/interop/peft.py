@@ -18,17 +18,19 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefixtune.artifact import parse_header
-from prefixtune.attach import check_fits
-from prefixtune.backbone import ADAPTER_CONFIG, Backbone, adapter_config
-from prefixtune.checkpoint import make_header
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.lora import ADAPTER_CONFIG, adapter_config
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
-from prefixtune.files import atomic_files
-from prefixtune.fingerprints import fingerprints_match
-from prefixtune.interop.tensors import conversion, read_tensors
-from prefixtune.prefix import LayerShape, Prefix, describe, flatten, unflatten
+from prefixtune.interop.safetensors import conversion, read_tensors
+from prefixtune.prefix.artifact import parse_header
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.geometry import LayerShape, describe
+from prefixtune.prefix.prefix import Prefix, check_fits, flatten, unflatten
+from prefixtune.utils.files import atomic_files
 
 __all__ = ["PEFT_TYPES", "export_peft", "import_peft"]
+
 
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 

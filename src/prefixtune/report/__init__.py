@@ -5,10 +5,12 @@
 Reads folders as JSON and TOML. Knows nothing of models, and runs nothing.
 """
 
+from __future__ import annotations
+
 from prefixtune.report.compose import compose
-from prefixtune.report.folders import read_folder
 from prefixtune.report.html import to_html
-from prefixtune.report.losses import loss_plot, smooth
+from prefixtune.report.load import read_folder
 from prefixtune.report.markdown import to_markdown
+from prefixtune.report.sections.losses import loss_plot, smooth
 
 __all__ = ["compose", "loss_plot", "read_folder", "smooth", "to_html", "to_markdown"]

@@ -9,10 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefixtune.report.figures import Number, short
+from prefixtune.report.format import Number, short
 from prefixtune.report.markup import Safe, join, tag
 
 __all__ = ["Bar", "Line", "bar_chart", "line_chart", "swatch"]
+
 
 NUM_STYLES = 8
 WIDTH, HEIGHT = 460, 270

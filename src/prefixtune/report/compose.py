@@ -7,20 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefixtune.report.details import losses_section, outputs_section, settings_section
 from prefixtune.report.document import Block, Document, Facts, Headline, Section, Text
-from prefixtune.report.figures import count, fixed, metric_name
-from prefixtune.report.folders import Evaluation, Run, Study
-from prefixtune.report.groups import groups_section
-from prefixtune.report.study import Part, study_part
-from prefixtune.report.systems import (
-    System,
-    figures_of,
-    headline,
-    main_metric,
-    scores_section,
-    scores_table,
-)
+from prefixtune.report.format import count, fixed, metric_name
+from prefixtune.report.load import Evaluation, Run, Study
+from prefixtune.report.sections.details import losses_section, outputs_section, settings_section
+from prefixtune.report.sections.groups import groups_section
+from prefixtune.report.sections.study import Part, study_part
+from prefixtune.report.sections.systems import System, figures_of, headline, main_metric, scores_section, scores_table
 
 __all__ = ["compose"]
 

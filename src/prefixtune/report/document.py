@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefixtune.report.figures import Number
-from prefixtune.report.folders import Output
+from prefixtune.report.format import Number
+from prefixtune.report.load import Output
 from prefixtune.report.markup import Safe
 
 __all__ = [

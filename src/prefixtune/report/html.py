@@ -28,7 +28,7 @@ from prefixtune.report.document import (
     Text,
     Value,
 )
-from prefixtune.report.figures import MISSING, words
+from prefixtune.report.format import MISSING, words
 from prefixtune.report.markup import Safe, join, tag
 
 __all__ = ["to_html"]

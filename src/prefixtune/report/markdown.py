@@ -23,10 +23,11 @@ from prefixtune.report.document import (
     Text,
     Value,
 )
-from prefixtune.report.figures import words
+from prefixtune.report.format import words
 from prefixtune.report.markup import clean
 
 __all__ = ["to_markdown"]
+
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
 # At the start of a line these would begin a list, a heading under the line before, or a number.

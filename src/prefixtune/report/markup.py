@@ -10,6 +10,7 @@ import re
 
 __all__ = ["Safe", "clean", "escape", "join", "tag"]
 
+
 _VOID = {"br", "hr", "input", "link", "meta"}
 # What no document may hold: control characters, and halves of surrogate pairs, which UTF-8 cannot write.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    # The configuration is read where Starlette may be missing.
     from starlette.types import Scope
 
 __all__ = ["Addresses", "PerAddress", "parse_network"]
+
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _SITE = 64

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from importlib.resources import files
 
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefixtune.server import admin, watch
-from prefixtune.server.completions import chat, complete
-from prefixtune.server.edge import Edge
-from prefixtune.server.endpoint import Call, Endpoint
-from prefixtune.server.openapi import describe
-from prefixtune.server.page import Page
-from prefixtune.server.replies import ApiError, reply
-from prefixtune.server.services import Services
-from prefixtune.server.task_calls import describe_task, do_task
+from prefixtune.server.api import admin
+from prefixtune.server.api import health as watch
+from prefixtune.server.api.completions import chat, complete
+from prefixtune.server.api.endpoint import Call, Endpoint
+from prefixtune.server.api.openapi import describe
+from prefixtune.server.api.tasks import describe_task, do_task
+from prefixtune.server.middleware import Middleware
+from prefixtune.server.responses import ApiError, reply
+from prefixtune.server.state import ServerState
 
-__all__ = ["make_app"]
+__all__ = ["Page", "make_app"]
 
 
 async def list_models(call: Call) -> ASGIApp:
@@ -34,7 +38,7 @@ async def show_model(call: Call) -> ASGIApp:
     return reply(call.services.catalog.describe(call.name))
 
 
-def make_app(services: Services) -> ASGIApp:
+def make_app(services: ServerState) -> ASGIApp:
     """The application."""
 
     def counted(handle: Callable[[Call], Awaitable[ASGIApp]]) -> Endpoint:
@@ -78,7 +82,7 @@ def make_app(services: Services) -> ASGIApp:
             allow_headers=("authorization", "content-type"),
             expose_headers=("retry-after", "x-request-id"),
         )
-    return Edge(app, services.metrics, with_cors=bool(origins))
+    return Middleware(app, services.metrics, with_cors=bool(origins))
 
 
 class _ByMethod:
@@ -103,3 +107,27 @@ async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close"})
         return
     await ApiError(404, "there is nothing at this path.", code="unknown_path").response()(scope, receive, send)
+
+
+class Page:
+    """The playground, as an ASGI application; made once."""
+
+    def __init__(self) -> None:
+        folder = files("prefixtune.server") / "playground"
+        style, script = (folder.joinpath(name).read_text("utf-8") for name in ("style.css", "script.js"))
+        page = folder.joinpath("page.html").read_text("utf-8")
+        text = page.replace("/* style.css */", style).replace("/* script.js */", script)
+        # Neither a script nor a style that is not these very ones runs, whatever a model writes.
+        policy = (
+            f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        self.response = Response(text, media_type="text/html", headers={"content-security-policy": policy})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with the page."""
+        await self.response(scope, receive, send)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

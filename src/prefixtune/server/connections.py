@@ -19,10 +19,11 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefixtune.server.addresses import Addresses
-from prefixtune.server.config import ServeConfig
-from prefixtune.server.replies import ApiError
+from prefixtune.server.responses import ApiError
+from prefixtune.server.settings import ServeConfig
 
 __all__ = ["Connection", "Connections", "fit_open_files"]
+
 
 _SWEEP_SECONDS = 1.0
 _OTHER_FILES = 128

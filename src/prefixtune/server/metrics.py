@@ -19,10 +19,11 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from prefixtune.engine.store import PrefixStore
 from prefixtune.engine.worker import EngineWorker
+from prefixtune.server.models.store import PrefixStore
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
+
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _OTHER = "other"

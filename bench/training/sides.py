@@ -1,0 +1,272 @@
+"""The two sides of the comparison, each with its own step of training: PEFT's prefix tuning and this project's.
+
+Both take the same pairs, average the loss over the target tokens, clip the gradient and let AdamW move the prefix's
+MLP: for a decoder-only model the same parameters; for an encoder-decoder PEFT has a prefix in the decoder alone. A side
+prepares its own tensors, since that is part of its step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
+from prefixtune.prefix.encoder import PrefixEncoder
+from steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
+from torch import Tensor, nn
+
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample
+
+TOLERANCE = 1e-4
+
+VARIANTS = {
+    "peft-fp32": ("PEFT", "float32"),
+    "peft-bf16": ("PEFT", "bfloat16"),
+    "ours-fp32": ("prefixtune", "float32"),
+    "ours-bf16": ("prefixtune", "bfloat16"),
+}
+
+RECOMPUTED = "-recomputed"
+"""Added to a variant of ours: layers are recomputed in the backward pass."""
+
+
+class DifferenceError(Exception):
+    """The two sides do not compute the same."""
+
+
+class Side(Trained, Protocol):
+    """One way to train a prefix."""
+
+    def site(self) -> nn.Module:
+        """The module that yields the flat prefix, (P, S) or one such matrix per row."""
+
+    def positions(self, batch: Sequence[TokenizedExample]) -> int:
+        """Text positions that the backbone computes for a batch, padding included."""
+
+
+class PeftSide:
+    """PEFT as its users run it: one right-padded row per pair, labels -100 where nothing is learned.
+
+    For an encoder-decoder it has a prefix in the decoder's self-attention alone.
+    """
+
+    def __init__(self, backbone_name: str, dtype: str, prefix_length: int) -> None:
+        from peft import PrefixTuningConfig, get_peft_model
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers.utils import logging
+
+        folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else backbone_name
+        # transformers 5.24 on names that PEFT 0.21 uses; and a progress bar has no place in a log.
+        for old in ("past_key_values", "is_gradient_checkpointing"):
+            warnings.filterwarnings("ignore", f"`{old}` is deprecated", FutureWarning)
+        logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.apart = AutoConfig.from_pretrained(folder).is_encoder_decoder
+        loader = AutoModelForSeq2SeqLM if self.apart else AutoModelForCausalLM
+        self.model = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
+        config = PrefixTuningConfig(
+            task_type="SEQ_2_SEQ_LM" if self.apart else "CAUSAL_LM",
+            num_virtual_tokens=prefix_length,
+            prefix_projection=True,
+            encoder_hidden_size=BOTTLENECK_SIZE,
+        )
+        self.peft = get_peft_model(self.model, config)
+        self.peft.train()
+        self.encoder = self.peft.prompt_encoder["default"]
+        self.optimizer = make_optimizer(self.weights())
+
+    def loss(self, batch: Sequence[TokenizedExample]) -> Tensor:
+        """Mean loss over target tokens, as the model computes it from `labels`."""
+        loss: Tensor = self.peft(**self.collate(batch)).loss
+        return loss
+
+    def collate(self, batch: Sequence[TokenizedExample]) -> dict[str, Tensor]:
+        """Ids, mask and labels of a right-padded batch."""
+        pairs = [(hand.prompt, target) for hand in batch for target in hand.targets]
+        if self.apart:
+            config = self.model.config
+            return pad_pairs(pairs, pad_id=config.pad_token_id, decoder_start_id=config.decoder_start_token_id)
+        width = max(len(prompt) + len(target) for prompt, target in pairs)
+        ids = torch.full((len(pairs), width), self.pad_id)
+        mask = torch.zeros(len(pairs), width, dtype=torch.long)
+        labels = torch.full((len(pairs), width), -100)
+        for row, (prompt, target) in enumerate(pairs):
+            stop = len(prompt) + len(target)
+            ids[row, :stop] = torch.tensor(prompt + target)
+            mask[row, :stop] = 1
+            labels[row, len(prompt) : stop] = torch.tensor(target)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def weights(self) -> list[nn.Parameter]:
+        """See `Side`."""
+        first, _, last = self.encoder.transform
+        return [self.encoder.embedding.weight, first.weight, first.bias, last.weight, last.bias]
+
+    def site(self) -> nn.Module:
+        """See `Side`."""
+        encoder: nn.Module = self.encoder
+        return encoder
+
+    def positions(self, batch: Sequence[TokenizedExample]) -> int:
+        """See `Side`."""
+        inputs = self.collate(batch)
+        return sum(inputs[name].numel() for name in ("input_ids", "decoder_input_ids") if name in inputs)
+
+
+class OurSide:
+    """This project's step: packed rows, the MLP once, logits where there is a label; prefixes at every site."""
+
+    def __init__(self, backbone: Backbone, prefix_length: int, embedding_size: int | None = None) -> None:
+        self.backbone = backbone
+        self.model = backbone.model
+        self.module = PrefixEncoder(
+            "mlp",
+            backbone.geometry,
+            prefix_length,
+            embedding_size=embedding_size or backbone.hidden_size,
+            bottleneck_size=BOTTLENECK_SIZE,
+        )
+        self.optimizer = make_optimizer(self.weights())
+        self.checkpointing: Any = None
+
+    def loss(self, batch: Sequence[TokenizedExample]) -> Tensor:
+        """Mean loss over target tokens."""
+        return self.loss_of(collate(self.backbone, batch))
+
+    def loss_of(self, row: Batch) -> Tensor:
+        """`loss` of a batch that is laid out already."""
+        losses = batch_loss(self.backbone, self.module(), row)
+        return (losses * row.weights("token", row.num_targets, len(row.labels))).sum()
+
+    def weights(self) -> list[nn.Parameter]:
+        """See `Side`; site after site."""
+        return [
+            weight
+            for site in self.module.sites.values()
+            for layer in (site.embedding, site.hidden, site.output)
+            for weight in layer.parameters()
+        ]
+
+    def site(self) -> Any:
+        """See `Side`."""
+        return self.module.sites["decoder"]
+
+    def positions(self, batch: Sequence[TokenizedExample]) -> int:
+        """See `Side`."""
+        row = collate(self.backbone, batch)
+        return sum(ids.numel() for ids in (row.input_ids, row.decoder_input_ids) if ids is not None)
+
+
+def kv_width(backbone: Backbone) -> int:
+    """The width of PEFT's embedding: one layer's keys."""
+    shape = backbone.geometry["decoder"][0]
+    return shape.num_kv_heads * shape.key_dim
+
+
+def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BACKBONE) -> PeftSide | OurSide:
+    """Load a backbone and put a trainable prefix in front, of the same size on both sides."""
+    torch.manual_seed(0)
+    library, dtype = VARIANTS[variant.removesuffix(RECOMPUTED)]
+    if library == "PEFT":
+        return PeftSide(backbone_name, dtype, prefix_length)
+    backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
+    side = OurSide(backbone, prefix_length, kv_width(backbone))
+    # For as long as the side lives: without a name to hold it, it would end at once.
+    side.checkpointing = gradient_checkpointing(backbone.model, variant.endswith(RECOMPUTED))
+    side.checkpointing.__enter__()
+    return side
+
+
+def num_target_tokens(batch: Sequence[TokenizedExample]) -> int:
+    """Tokens that are learned from: of every target, with its end token."""
+    return sum(len(target) for hand in batch for target in hand.targets)
+
+
+# --- do both compute the same? ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def copy_weights(source: Side, target: Side) -> None:
+    """Let a side's prefix be another's, bit for bit."""
+    for theirs, ours in zip(source.weights(), target.weights(), strict=True):
+        if theirs.shape != ours.shape:
+            raise DifferenceError(f"parameters differ in shape: {tuple(theirs.shape)} and {tuple(ours.shape)}.")
+        ours.copy_(theirs)
+
+
+def same_backbone(one: PeftSide | OurSide, other: PeftSide | OurSide) -> None:
+    """Check that two backbones are equal bit for bit.
+
+    Raises:
+        DifferenceError: They are not.
+    """
+    # PEFT puts its prompt encoder beside the model, not into it.
+    first, second = (
+        {name.removeprefix("base_model."): value for name, value in side.model.state_dict().items()}
+        for side in (one, other)
+    )
+    if first.keys() != second.keys() or not all(torch.equal(first[name], second[name]) for name in first):
+        raise DifferenceError("the two backbones' weights differ.")
+
+
+def compare(reference: Side, other: Side, batch: Sequence[TokenizedExample]) -> dict[str, float]:
+    """Relative differences of loss, flat prefix's gradient and all parameters' gradients, at equal parameters."""
+    copy_weights(reference, other)
+    (one_loss, one_flat, one), (two_loss, two_flat, two) = (_gradients(side, batch) for side in (reference, other))
+    return {
+        "loss": abs(one_loss - two_loss) / abs(one_loss),
+        "prefix_gradient": distance(one_flat, two_flat),
+        **{
+            f"{name}_gradient": distance(a, b)
+            for name, a, b in zip(("embedding", "weight_1", "bias_1", "weight_2", "bias_2"), one, two, strict=True)
+        },
+    }
+
+
+def require_equal(reference: Side, other: Side, batch: Sequence[TokenizedExample]) -> dict[str, float]:
+    """`compare`, refusing more than rounding.
+
+    Raises:
+        DifferenceError: Loss or a gradient differs by more than `TOLERANCE`.
+    """
+    differences = compare(reference, other, batch)
+    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
+    if wrong:
+        listed = ", ".join(f"{name} by {value:.2e}" for name, value in wrong.items())
+        raise DifferenceError(
+            f"PEFT and prefixtune do not compute the same in float32 (allowed {TOLERANCE:g}): {listed}."
+        )
+    return differences
+
+
+def _gradients(side: Side, batch: Sequence[TokenizedExample]) -> tuple[float, Tensor, list[Tensor]]:
+    flat: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        flat.append(output)
+
+    handle = side.site().register_forward_hook(keep)
+    try:
+        loss = side.loss(batch)
+        found = gradients(side, loss)
+    finally:
+        handle.remove()
+    gradient = flat[0].grad
+    # PEFT makes the prefix once per row.
+    summed = gradient.sum(0) if gradient.dim() == 3 else gradient
+    return float(loss.detach()), summed, found
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """How far two tensors are apart, relative to the first."""
+    return float((one - other).norm() / one.norm())

@@ -1,0 +1,136 @@
+"""What every side of a comparison shares: a step of training, its time, its peak memory, and padding pairs.
+
+Also for a peer that runs in an environment of its own; so this needs torch alone, and knows nothing of prefixtune.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import machine
+import torch
+from torch import Tensor, nn
+
+BOTTLENECK_SIZE = 512
+LEARNING_RATE = 5e-4
+MAX_GRAD_NORM = 1.0
+
+
+class Trained(Protocol):
+    """What a step needs to know of a side."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss of the batch's target tokens, differentiable in the prefix's parameters."""
+
+    def weights(self) -> list[nn.Parameter]:
+        """The prefix's parameters; per MLP: embedding, first layer's weight and bias, last layer's weight and bias."""
+
+
+def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+
+
+def step(side: Trained, batch: Any) -> float:
+    """One optimizer step; returns its loss."""
+    side.optimizer.zero_grad(set_to_none=True)
+    loss = side.loss(batch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(side.weights(), MAX_GRAD_NORM)
+    side.optimizer.step()
+    return float(loss.detach())
+
+
+def timed_step(side: Trained, batch: Any) -> tuple[float, float]:
+    """A step's seconds, and its loss."""
+    gc.collect()
+    began = time.perf_counter()
+    loss = step(side, batch)
+    return time.perf_counter() - began, loss
+
+
+def gradients(side: Trained, loss: Tensor) -> list[Tensor]:
+    """A loss's gradient in every parameter of a side; nothing stays behind."""
+    side.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    found = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in side.weights()]
+    side.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def copy_of_weights(side: Trained) -> list[Tensor]:
+    """A side's parameters as they are now."""
+    return [weight.detach().clone() for weight in side.weights()]
+
+
+@torch.no_grad()
+def set_weights(side: Trained, values: Iterable[Tensor]) -> None:
+    """Let a side start anew, with these parameters."""
+    for weight, value in zip(side.weights(), values, strict=True):
+        weight.copy_(value)
+    side.optimizer.state.clear()
+
+
+def pad_pairs(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad_id: int,
+    decoder_start_id: int,
+    mask_decoder: bool = False,
+) -> dict[str, Tensor]:
+    """Pairs of source and target for an encoder-decoder, one row each, as transformers' `DataCollatorForSeq2Seq` pads.
+
+    Padding stands on the right and is -100 in the labels.
+
+    Args:
+        pairs: Token ids; a target's with its end token.
+        pad_id: What padding is filled with.
+        decoder_start_id: What the decoder reads before a target's first token.
+        mask_decoder: Give a mask for the decoder, too. The collator does not, as no real position sees the padding
+            behind it.
+    """
+    masks = {"decoder_attention_mask": _pad([[1] * len(target) for _, target in pairs], 0)} if mask_decoder else {}
+    return {
+        "input_ids": _pad([source for source, _ in pairs], pad_id),
+        "attention_mask": _pad([[1] * len(source) for source, _ in pairs], 0),
+        "decoder_input_ids": _pad([[decoder_start_id, *target[:-1]] for _, target in pairs], pad_id),
+        "labels": _pad([target for _, target in pairs], -100),
+        **masks,
+    }
+
+
+def _pad(rows: Sequence[Sequence[int]], filling: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[filling] * (width - len(row))] for row in rows])
+
+
+@torch.no_grad()
+def touch(model: nn.Module) -> None:
+    """Read something of every page, since weights may be mapped from their file and not be in memory yet."""
+    for parameter in model.parameters():
+        parameter.flatten()[:: 2048 // parameter.element_size()].sum()
+
+
+def measure_peak(side: Trained, batches: Iterable[Any]) -> dict[str, float | None]:
+    """Peak memory of this process, which has loaded nothing but a side, over some steps."""
+    touch(side.model)
+    gc.collect()
+    loading = machine.peak_mib()
+    loaded = machine.status_mib("VmRSS")
+    alone = machine.forget_peak()
+    for batch in batches:
+        step(side, batch)
+        gc.collect()
+    steps = machine.peak_mib()
+    return {
+        "peak_mib": max(loading, steps),
+        "loading_peak_mib": loading,
+        "loaded_mib": loaded,
+        "steps_peak_mib": steps if alone else None,
+        "step_mib": None if loaded is None else steps - loaded,
+    }

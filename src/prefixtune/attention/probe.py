@@ -1,0 +1,363 @@
+"""Look at a model by running a few tokens through it: which layers can carry a prefix, and of what shape.
+
+Nothing is read from configuration names where a run can tell: the geometry, the sites, causality and shared keys are
+seen in the calls of the attention function. What cannot carry a prefix is refused here, with the reason.
+
+Knows nothing of tokenizers, files or training.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefixtune.attention.cache import cache_argument, growing_cache
+from prefixtune.attention.injection import AttentionCall, Injection, trace_calls
+from prefixtune.attention.layout import Layout, main_device
+from prefixtune.attention.registry import ATTENTIONS, register
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean
+from prefixtune.prefix.geometry import LayerShape
+
+__all__ = ["probe"]
+
+
+_HINT = "use a model whose attention goes through transformers' AttentionInterface, such as LLaMA, Qwen, BART or BERT."
+_DECODER_TOKENS, _ENCODER_TOKENS = 5, 4
+_UNDERSTOOD = frozenset(
+    {"position_bias", "softcap", "s_aux", "scaling", "dropout", "sliding_window", "is_causal", "position_ids"}
+    | {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "deterministic", "layer_idx"}
+)
+"""Arguments of the attention function that are computed, or that change nothing about it."""
+
+
+def probe(model: Any, attention: str = "sdpa") -> Layout:
+    """Choose this project's attention function for a model and find the layers that can carry a prefix.
+
+    Args:
+        model: Of transformers.
+        attention: What computes the attention: `sdpa`, `eager` or `flex`.
+
+    Raises:
+        ConfigError: There is no such attention.
+        BackboneError: The model attends through code of its own, takes no positions, or does more in its attention
+            than is computed here, or fails on a few tokens.
+    """
+    try:
+        return _probe(model, attention)
+    except PrefixError:
+        raise
+    except Exception as error:
+        raise BackboneError(
+            f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r}) fails on a few tokens: "
+            f"{_first_line(error)}",
+            hint="choose another backbone.",
+        ) from error
+
+
+@torch.no_grad()
+def _probe(model: Any, attention: str) -> Layout:
+    register()
+    if attention not in ATTENTIONS:
+        flash = " flash kernels are used through 'sdpa', where the mask allows;" if "flash" in attention else ""
+        raise ConfigError(
+            f"unknown attention {attention!r}.", hint=f"{flash} {did_you_mean(attention, ATTENTIONS)}".strip()
+        )
+    name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise BackboneError(
+            f"{name} reads {model.main_input_name}, not token ids.", hint="choose a model that reads text."
+        )
+    if not getattr(model, "_supports_sdpa", True):
+        # Its own layers (sparse encoders, routers) know masks to be added only, and not all mark causality.
+        attention = "eager"
+    try:
+        before = _plain_logits(model)
+    except Exception as error:
+        # Whatever it wants besides token ids, or finds wrong with its configuration.
+        raise BackboneError(
+            f"{name} does not run on token ids alone: {_first_line(error)}", hint="choose another backbone."
+        ) from error
+    try:
+        model.set_attn_implementation(ATTENTIONS[attention])
+    except (ValueError, ImportError) as error:
+        raise BackboneError(f"{name} cannot take another attention function: {error}", hint=_HINT) from error
+    calls = _run(model, name)
+    for call in calls:
+        strange = call.extras - _UNDERSTOOD
+        if strange:
+            raise BackboneError(
+                f"{name} attends with {', '.join(sorted(strange))}, which this attention function does not compute.",
+                hint="choose another backbone.",
+            )
+    after = _plain_logits(model)
+    if not float((after - before).norm()) <= 0.05 * float(before.norm()):
+        raise BackboneError(
+            f"{name} computes something else once another attention function is chosen: some of its layers attend "
+            "through code of their own, with masks of their own.",
+            hint=_HINT,
+        )
+    if model.config.is_encoder_decoder:
+        return _encoder_decoder(model, name, calls)
+    kind = "decoder" if _is_causal(model) else "encoder"
+    places, shapes, notes = _arrange(kind, calls, _layers(model, calls), _layer_types(model), name)
+    if kind == "encoder":
+        return Layout(
+            {kind: shapes}, places, kind, packable=False, forwards_kwargs=_forwards_kwargs(calls), notes=notes
+        )
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise BackboneError(f"{name} takes no position_ids, so that its text cannot start at position P.", hint=_HINT)
+    _check_causal(model, calls, name)
+    layers = _layers(model, calls)
+    # State-space layers and short convolutions mix all positions of a row, whatever the mask.
+    mixing = len(places) < len(layers) or any(isinstance(m, nn.Conv1d) for layer in layers for m in layer.modules())
+    if mixing:
+        _check_padding(model, name)
+    chunked = "chunked_attention" in _layer_types(model)
+    # A mask that a model computes from its values covers the text alone.
+    weighing = any(call.weighs for call in calls)
+    packable = not mixing and not chunked and not weighing
+    # Prefix slots in the cache would move the borders of chunks.
+    cache_layers = None if not packable else _cache_layers(model, len(shapes))
+    return Layout({kind: shapes}, places, kind, packable, _forwards_kwargs(calls), cache_layers, notes)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _forwards_kwargs(calls: Sequence[AttentionCall]) -> bool:
+    """Whether an argument of the model's call reaches every attention layer."""
+    return all(call.carried for call in calls)
+
+
+def _plain_logits(model: Any) -> Tensor:
+    """What the model says of a small padded batch, where it is not padding."""
+    ids = torch.zeros(2, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    ids[:, 1::2] = 1
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        inputs["use_cache"] = False
+    logits: Tensor = model(**inputs)[0]
+    # A funnel shortens its text.
+    return logits[mask.bool()].float() if logits.shape[:2] == mask.shape else logits.float()
+
+
+def _check_causal(model: Any, calls: Sequence[AttentionCall], name: str) -> None:
+    """Refuse a decoder whose attention relies on a mask that is left out where there is no padding."""
+    left_out = model.config._attn_implementation == ATTENTIONS["sdpa"]
+    if left_out and not all(getattr(call.module, "is_causal", True) for call in calls):
+        raise BackboneError(
+            f"the decoder of {name} does not mark its attention as causal: without padding it would see what follows.",
+            hint=_HINT,
+        )
+
+
+def _check_padding(model: Any, name: str) -> None:
+    """Refuse a hybrid in which a row of a batch differs from the row alone, in one pass or by steps.
+
+    The row is padded on the left, and changes its place between two steps, as beams do.
+    """
+    ids = torch.arange(4, device=main_device(model))[None]
+    rows = torch.cat([torch.cat([ids[:, 1:3], ids], dim=1), torch.arange(6, device=ids.device).flip(0)[None]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=ids.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    turned = torch.tensor([1, 0], device=ids.device)
+    whole = model(input_ids=ids, use_cache=False)[0][:, -2:].float()
+    try:
+        last = {"position_ids": positions[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
+        first = model(input_ids=rows[:, :-1], **last)
+        last = {"position_ids": positions[turned, -1:], "attention_mask": mask[turned], "use_cache": True}
+        cache = cache_argument(model)
+        kept = first[cache]
+        kept.reorder_cache(turned)
+        second = model(input_ids=rows[turned, -1:], **last, **{cache: kept})
+        found = torch.cat([first[0][:1, -1:], second[0][1:]], dim=1).float()
+        same = float((found - whole).norm()) <= 0.05 * float(whole.norm())
+    except (RuntimeError, KeyError, AttributeError):
+        same = False
+    if not same:
+        raise BackboneError(
+            f"{name} lets padding or the order of rows change what follows, so that texts and beams cannot share a "
+            "batch.",
+            hint=_HINT,
+        )
+
+
+def _run(model: Any, name: str) -> list[AttentionCall]:
+    """Every attention call of one small forward pass."""
+    # Two tokens to the encoder and three to the decoder, so that the calls can be told apart.
+    decoder = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    inputs: dict[str, Any] = {"input_ids": decoder}
+    if model.config.is_encoder_decoder:
+        inputs = {"input_ids": decoder[:, :_ENCODER_TOKENS], "decoder_input_ids": decoder}
+    if "use_cache" in inspect.signature(type(model).forward).parameters:
+        inputs["use_cache"] = False
+    with trace_calls(model) as calls:
+        try:
+            model(**inputs, prefix_injection=Injection({}))
+        except Exception as error:
+            raise BackboneError(
+                f"{name} does not pass arguments on to its attention: {_first_line(error)}", hint=_HINT
+            ) from error
+    return calls
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether a later token leaves what was computed for earlier ones as it is."""
+    size = model.get_input_embeddings().weight.shape[0]
+    first = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    second = first.clone()
+    second[0, -1] = size // 2
+    one, other = model(input_ids=first)[0][:, :-1], model(input_ids=second)[0][:, :-1]
+    return bool(torch.allclose(one, other, rtol=1e-3, atol=1e-5 * float(one.abs().max())))
+
+
+def _layer_types(model: Any) -> Sequence[str]:
+    """What the configuration calls its layers; empty where it does not."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("layer_types", "layers_block_type"):
+        types = getattr(config, name, None)
+        if types:
+            return tuple(str(kind) for kind in types)
+    return ()
+
+
+def _layers(part: nn.Module, calls: Sequence[AttentionCall]) -> list[nn.Module]:
+    """The stack of layers: the outermost list of modules that holds most of the attending ones."""
+    stacks = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+    seen = {call.module for call in calls}
+    if not seen:
+        return max((list(stack) for stack in stacks), key=len, default=[])
+    return list(max(stacks, key=lambda stack: len(seen.intersection(stack.modules())), default=()))
+
+
+def _arrange(
+    site: str, calls: Sequence[AttentionCall], layers: Sequence[nn.Module], types: Sequence[str], name: str
+) -> tuple[dict[nn.Module, tuple[str, int]], tuple[LayerShape, ...], tuple[str, ...]]:
+    """Number the attention layers of a site; layers that share an earlier one's keys get its number.
+
+    Raises:
+        BackboneError: A layer attends through code of its own.
+    """
+    attending = {call.module for call in calls}
+    silent = [n for n, layer in enumerate(layers) if not attending.intersection(layer.modules())]
+    own = [n for n in silent if not _has_no_attention(types[n] if n < len(types) else "")]
+    if not attending or own:
+        raise BackboneError(
+            f"{name} has {len(layers)} {site} layers, but {len(layers) - len(silent)} of them attend through "
+            "transformers' registry: a prefix would not reach the others.",
+            hint=_HINT,
+        )
+    places: dict[nn.Module, tuple[str, int]] = {}
+    shapes: list[LayerShape] = []
+    owners: dict[tuple[int, int], int] = {}
+    shared = 0
+    for call in calls:
+        identity = (call.key.data_ptr(), call.value.data_ptr())
+        if call.module in places:
+            continue
+        if identity in owners:
+            shared += 1
+        else:
+            owners[identity] = len(shapes)
+            heads, size = int(call.key.shape[1]), int(call.key.shape[3])
+            shapes.append(LayerShape(heads, size, int(call.value.shape[3])))
+        places[call.module] = (site, owners[identity])
+    notes = []
+    if len(calls) > len(attending):
+        notes.append(f"one {site} layer is run {len(calls) // len(attending)} times, each time with the same prefix")
+    if silent:
+        kinds = sorted({types[n] for n in silent})
+        notes.append(
+            f"prefix at the attention layers only: {len(layers) - len(silent)} of {len(layers)} "
+            f"(the others: {', '.join(kinds)})"
+        )
+    if shared:
+        notes.append(f"{shared} layers share the keys and values of earlier ones, and so their prefix")
+    return places, tuple(shapes), tuple(notes)
+
+
+def _has_no_attention(kind: str) -> bool:
+    """Whether a layer type of a hybrid model keeps a state instead of keys and values."""
+    return any(word in kind for word in ("mamba", "linear", "conv", "recurrent", "ssm", "rwkv", "moe", "mlp"))
+
+
+def _cache_layers(model: Any, count: int) -> tuple[int, ...] | None:
+    """Where each layer's keys and values lie in the cache; None where they are not kept as they are attended to.
+
+    Args:
+        model: The model.
+        count: How many layers have keys and values of their own.
+    """
+    cache = growing_cache(model)
+    ids = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
+    with trace_calls() as cached:
+        try:
+            model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+            # It keeps more than keys and values, in a cache of its own.
+            return None
+    found: list[int] = []
+    seen: set[int] = set()
+    for call in cached:
+        if call.key.data_ptr() in seen:
+            continue
+        seen.add(call.key.data_ptr())
+        number = getattr(call.module, "layer_idx", len(found))
+        layer = cache.layers[number] if number < len(cache.layers) else None
+        keys: Tensor | None = getattr(layer, "keys", None)
+        values: Tensor | None = getattr(layer, "values", None)
+        if keys is None or values is None or keys.shape != call.key.shape or values.shape != call.value.shape:
+            return None
+        found.append(number)
+    # A layer that is run several times has as many places in the cache.
+    return tuple(found) if len(found) == count else None
+
+
+def _encoder_decoder(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
+    """The sites of an encoder-decoder, each where all of its layers can carry a prefix."""
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    inside = set(encoder.modules())
+    own = [call for call in calls if call.module in inside]
+    rest = [call for call in calls if call.module not in inside]
+    sites = {
+        "encoder": (encoder, own),
+        "decoder": (decoder, [call for call in rest if call.key.shape[2] == _DECODER_TOKENS]),
+        "cross": (decoder, [call for call in rest if call.key.shape[2] != _DECODER_TOKENS]),
+    }
+    _check_causal(model, sites["decoder"][1], name)
+    places: dict[nn.Module, tuple[str, int]] = {}
+    geometry: dict[str, tuple[LayerShape, ...]] = {}
+    notes: list[str] = []
+    for site, (part, seen) in sites.items():
+        try:
+            found, shapes, remarks = _arrange(site, seen, _layers(part, seen), (), name)
+        except BackboneError:
+            notes.append(f"no site {site!r}: its layers attend through code of their own")
+            continue
+        places |= found
+        geometry[site] = shapes
+        notes.extend(remarks)
+    if not geometry:
+        raise BackboneError(f"{name} attends through code of its own: a prefix would not reach it.", hint=_HINT)
+    told = all(_takes_positions(part, sites[site][1]) for site, part in (("encoder", encoder), ("decoder", decoder)))
+    windows = any("sliding_window" in call.extras for call in own)
+    packable = len(geometry) == len(sites) and told and not windows
+    return Layout(geometry, places, "encoder-decoder", packable, _forwards_kwargs(calls), notes=tuple(notes))
+
+
+def _takes_positions(part: Any, calls: Sequence[AttentionCall]) -> bool:
+    """Whether an encoder or decoder can be told the positions of a packed row, or goes by distances alone."""
+    embedding = getattr(part, "embed_positions", None)
+    if embedding is not None:
+        return "position_ids" in inspect.signature(type(embedding).forward).parameters
+    return bool(calls) and all("position_bias" in call.extras for call in calls)

@@ -1,0 +1,341 @@
+"""Load a frozen language model and its tokenizer, and tell what it is.
+
+The embedded default (`smollm2-135m`), any causal language model, encoder-decoder or text encoder of transformers by hub
+id or local folder, or a GGUF file. The model comes frozen, in evaluation mode, with every dropout rate set to zero, so
+that nobody turns it on by accident. Knows nothing of prefixes' contents, training or generation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixtune.attention.forward import forward_with_prefixes
+from prefixtune.attention.layout import Layout, main_device, setting
+from prefixtune.attention.probe import probe
+from prefixtune.backbone.packaged import silence
+from prefixtune.backbone.selfcheck import check_once
+from prefixtune.errors import BackboneError, RequestError
+from prefixtune.prefix.fingerprint import sample_weights
+from prefixtune.prefix.geometry import Geometry, describe
+from prefixtune.utils.files import atomic_files
+
+__all__ = ["Backbone", "weights"]
+
+_POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen model, its tokenizer, and what was read from them.
+
+    Attributes:
+        model: The transformers model, in evaluation mode, without gradients.
+        tokenizer: Its tokenizer.
+        name: As it was asked for: an embedded name, a hub id or a path.
+        layout: Its attention layers, found by running it.
+        fingerprint: Of configuration and sampled weights; the same in every dtype. See `fingerprints_match`.
+        adapter: PEFT's view of the model, where it holds a LoRA adapter.
+        compute_dtype: The dtype of its products, where some weights are kept in float32 to be trained; None: that of
+            the weights.
+        tokenizer_cache: What others worked out about the tokenizer, to keep.
+        unused_weights: Names of the checkpoint's weights for which the model has no use, such as another task's head.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    layout: Layout
+    fingerprint: str
+    adapter: Any = field(default=None, repr=False)
+    compute_dtype: torch.dtype | None = None
+    tokenizer_cache: dict[str, Any] = field(default_factory=dict, repr=False)
+    unused_weights: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Per site, every layer's KV heads and head sizes."""
+        return self.layout.geometry
+
+    @property
+    def kind(self) -> str:
+        """`decoder` (GPT-2, LLaMA), `encoder-decoder` (BART, T5) or `encoder` (BERT)."""
+        return self.layout.kind
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in: that of its weights, but for those that are trained."""
+        dtype: torch.dtype = self.compute_dtype or self.model.dtype
+        return dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """While the block runs, products are computed in `dtype`, whatever the weights are kept in."""
+        if self.compute_dtype in (None, torch.float32):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return main_device(self.model)
+
+    @property
+    def hidden_size(self) -> int:
+        """The model's width, d in the paper's MLP."""
+        width = getattr(self.model.config.get_text_config(decoder=True), "hidden_size", None)
+        return int(width or self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions the model was made for; None when its configuration does not say (T5: any number).
+
+        Of an encoder-decoder: on either side.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        limits = [getattr(config, name, None) for name in _POSITION_LIMITS]
+        known = [int(limit) for limit in limits if limit is not None]
+        if not known:
+            return None
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        # RoBERTa counts its positions from the padding's id on.
+        return min(known) - (0 if padding is None else int(padding) + 1)
+
+    def prefix_positions(self, prefix_length: int) -> int:
+        """How many of the model's positions a prefix takes: P for a decoder-only model, none for the others."""
+        return prefix_length if self.kind == "decoder" else 0
+
+    @property
+    def supports_logits_to_keep(self) -> bool:
+        """Whether the model can be told at which positions logits are wanted."""
+        return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+
+    @property
+    def num_parameters(self) -> int:
+        """The model's parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def separator(self) -> str:
+        """The token between source and target: beginning-of-sequence, or end-of-sequence where there is none."""
+        return str(self.tokenizer.bos_token or self.end)
+
+    @property
+    def end(self) -> str:
+        """The token that ends a target."""
+        return str(self.tokenizer.eos_token)
+
+    @property
+    def eos_id(self) -> int:
+        """The id of `end`."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """What padding is filled with; it is masked, so any id does."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_id if pad is None else int(pad)
+
+    @property
+    def decoder_start_id(self) -> int:
+        """What an encoder-decoder's decoder reads first.
+
+        Where the configuration names none (mBART), it is the language token that the tokenizer puts after a target.
+        """
+        given = getattr(self.model.config, "decoder_start_token_id", None)
+        if given is None:
+            given = getattr(self.model.generation_config, "decoder_start_token_id", None)
+        if given is not None:
+            return int(given)
+        ids: list[int] = self.tokenizer(text_target="")["input_ids"]
+        other = [token for token in ids if token != self.eos_id]
+        return other[-1] if other else self.pad_id
+
+    @property
+    def forced_bos_id(self) -> int | None:
+        """What an encoder-decoder's output begins with, whatever its scores (a language, in mBART); None: nothing."""
+        forced = getattr(self.model.generation_config, "forced_bos_token_id", None)
+        return None if forced is None or self.kind != "encoder-decoder" else int(forced)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with nothing added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of what a model is given; with the tokenizer's special tokens where an encoder reads it."""
+        for number, text in enumerate(texts, start=1):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"text {number} holds half a surrogate pair at position {error.start}, which is no character.",
+                    hint="write UTF-8 text.",
+                ) from error
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of what a model is to write, each closed by the end token."""
+        if self.kind == "decoder":
+            return [[*ids, self.eos_id] for ids in self.encode_sources(texts)]
+        rows: list[list[int]] = self.tokenizer(text_target=list(texts), verbose=False)["input_ids"]
+        # What a tokenizer puts after the end (mBART: the language) is not learned.
+        return [[*(row[: row.index(self.eos_id)] if self.eos_id in row else row), self.eos_id] for row in rows]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out, nothing cleaned up."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """`forward_with_prefixes` on this model: a call with prefixes in front."""
+        with self.autocast():
+            return forward_with_prefixes(self.model, self.layout, input_ids, attention_mask, **kwargs)
+
+    def hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """The last layer's output, (B, T, hidden size), with prefixes in front; arguments as for `forward`."""
+        with self.autocast():
+            return forward_with_prefixes(self.model.base_model, self.layout, input_ids, attention_mask, **kwargs)[0]
+
+    def save_adapter(self, folder: Path) -> Backbone:
+        """Store the LoRA adapter as PEFT does, and return the backbone as it now is, with its present fingerprint."""
+        with atomic_files(folder) as made, silence():
+            self.adapter.save_pretrained(made)
+        return replace(self, fingerprint=fingerprint(self.model, self.layout.geometry))
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Backbone({self.name!r}, {self.num_parameters:,} parameters, {describe(self.geometry)}, "
+            f"{dtype} on {self.device})"
+        )
+
+    @property
+    def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters of a LoRA adapter that is to be trained with the prefix, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        adapter: Any = None,
+        train_adapter: bool = False,
+        attention: str = "sdpa",
+    ) -> Backbone:
+        """Freeze a model that is already in memory and read it.
+
+        Args:
+            model: Of transformers.
+            tokenizer: Its tokenizer.
+            name: What to call it, in messages and in artifacts.
+            adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
+            train_adapter: Leave the LoRA layers trainable.
+            attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
+
+        Raises:
+            BackboneError: It cannot carry a prefix, or fails the self-check; the message says why.
+        """
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(train_adapter and "lora_" in parameter_name)
+        model.eval()
+        silence_dropout(model)
+        # Decoding follows `GenerateConfig` alone: a penalty or ban that the model's files bring along would apply
+        # silently, and count the padding.
+        from transformers import GenerationConfig
+
+        stored = getattr(model, "generation_config", None)
+        if stored is not None:
+            # How an encoder-decoder's output begins belongs to the model.
+            kept = ("decoder_start_token_id", "forced_bos_token_id")
+            begins = {name: getattr(stored, name, None) or getattr(model.config, name, None) for name in kept}
+            model.generation_config = GenerationConfig(**{k: v for k, v in begins.items() if v is not None})
+        layout = probe(model, attention)
+        if layout.kind != "encoder" and model.get_output_embeddings() is None:
+            raise BackboneError(
+                f"{type(model).__name__} has no output head: it generates no text.",
+                hint="load it by transformers' class with a head (...ForCausalLM or ...ForConditionalGeneration).",
+            )
+        check_once(model, layout, attention)
+        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry), adapter)
+
+
+def silence_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout rate of a model to zero: modules, functional rates and layer drop.
+
+    A frozen backbone never wants dropout; so a stray `.train()`, or the training mark that gradient checkpointing
+    needs, cannot turn it on.
+    """
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        # Some layers look their rate up when they are called. (One such rate scales the output in evaluation mode too.)
+        for attribute, value in list(vars(config).items()):
+            if isinstance(value, float) and "drop" in attribute and attribute != "moe_token_dropout":
+                setattr(config, attribute, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for attribute, value in list(vars(module).items()):
+            dropped = ("drop" in attribute and attribute != "moe_token_dropout") or attribute == "jitter_noise"
+            if isinstance(value, float) and dropped:
+                setattr(module, attribute, 0.0)
+
+
+def fingerprint(model: Any, geometry: Geometry) -> str:
+    """Tell a model by its shape and by sampled weights, cheaply and whatever the dtype.
+
+    Returns:
+        `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
+        spread over all parameters (half of them over a LoRA adapter's, whose scaling counts too), as bfloat16. Compare
+        with `fingerprints.fingerprints_match`, which allows for rounding.
+    """
+    embeddings = model.get_input_embeddings().weight
+    config = model.config.get_text_config(decoder=True)
+    facts = {
+        "model_type": model.config.model_type,
+        # A prefix holds keys after any rotary embedding, seen through the layers' windows.
+        "rope": getattr(config, "rope_parameters", None),
+        "window": setting(config, "sliding_window"),
+        "embeddings": list(embeddings.shape),
+        "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
+        **_adapter_facts(model),
+    }
+    shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    named = dict(weights(model))
+    sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
+    return f"{shape}:{sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])}"
+
+
+def _adapter_facts(model: Any) -> Mapping[str, Any]:
+    """What a LoRA adapter's effect depends on besides its weights; empty where there is none."""
+    scalings = [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]
+    return {"adapter": scalings} if scalings else {}
+
+
+def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, also those that Accelerate keeps on disk or elsewhere until they are needed."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            yield name, parameter
+            continue
+        owner, _, last = name.rpartition(".")
+        hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+        stored: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
+        if stored is None or last not in stored:
+            raise BackboneError(
+                f"the weight {name!r} is nowhere to be found.", hint="load the model without offloading."
+            )
+        yield name, stored[last]

@@ -1,0 +1,117 @@
+"""Backbones that are more than weights on one device: quantized, spread over devices and disk, or tuned by LoRA.
+
+Rounding and LoRA need a library each (torchao, peft), which is imported when it is asked for. Knows nothing of
+prefixes, tokenizers and training.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.prefix.artifact import parse_header
+from prefixtune.utils.extras import require
+
+__all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_lora", "is_adapter", "load_adapter"]
+
+
+def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
+    """Put a LoRA adapter of PEFT into a model; its files must be safetensors and JSON.
+
+    Returns:
+        PEFT's view of the model, which can store the adapter again; the model itself now holds the adapter's layers.
+
+    Raises:
+        BackboneError: There is no such adapter, it is a pickle, it lacks weights, or it does not fit.
+    """
+    peft = require("peft", "adapter")
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise BackboneError(
+            f"{path!r} holds no adapter_config.json with adapter_model.safetensors.",
+            hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
+        )
+    try:
+        tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+        # PEFT only warns of weights that are missing, and leaves those layers as they were.
+        stored = peft.load_peft_weights(str(folder), device="cpu").keys()
+        missing = sorted(key for key in peft.get_peft_model_state_dict(tuned) if "lora_" in key and key not in stored)
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"the adapter {path!r} does not fit: {first}", hint="load its own base model.") from error
+    if missing:
+        raise BackboneError(
+            f"the adapter {path!r} lacks {len(missing)} weights that its configuration asks for, such as {missing[0]}.",
+            hint="get the whole adapter, and load its own base model.",
+        )
+    return tuned
+
+
+def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
+    """Put a fresh LoRA adapter on every linear layer but the output head, to be trained; it starts without effect.
+
+    Returns:
+        PEFT's view of the model, as for `load_adapter`.
+    """
+    peft = require("peft", "adapter_rank")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What a folder of PEFT says of itself."""
+
+
+def adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What PEFT wrote of an adapter.
+
+    Raises:
+        CheckpointError: There is no such file in the folder, or it is no JSON object.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {ADAPTER_CONFIG}.", hint="give the folder that PEFT's save_pretrained wrote."
+        )
+    try:
+        return parse_header(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}.", hint="get the adapter again.") from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_model_name(folder: Path) -> str:
+    """The model that an adapter was trained on, by its configuration."""
+    check_lora(folder)
+    base = adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise BackboneError(
+            f"the adapter {str(folder)!r} names no base model.",
+            hint="load that model yourself, with adapter=FOLDER (--adapter FOLDER).",
+        )
+    return base
+
+
+def check_lora(folder: Path) -> None:
+    """Refuse PEFT's other adapters: those in front of the text would be passed over in silence."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    kind = adapter_config(folder).get("peft_type")
+    if kind == "LORA":
+        return
+    hint = "only LORA adapters are part of a backbone."
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        hint = (
+            "it is a prefix: `prefixtune convert FOLDER prefix.safetensors --to prefixtune`, and load its base model."
+        )
+    raise BackboneError(f"the adapter {str(folder)!r} is of type {kind!r}, not LORA.", hint=hint)

@@ -1,0 +1,93 @@
+"""The loss of a batch: next-token prediction at chosen positions, or a head's labels.
+
+The gradient is made in the same pass over the logits. Knows nothing of steps, optimizers and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import Batch
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["batch_loss", "token_losses"]
+
+
+_ROWS = 16
+"""Rows converted to float32 at a time: bounds the memory, and stays in the processor's cache."""
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
+        # d loss / d logits = softmax - one-hot, in the logits' dtype; the logits themselves are not kept.
+        slopes = torch.empty_like(logits) if context.needs_input_grad[0] else None
+        for first in range(0, len(labels), _ROWS):
+            rows = slice(first, first + _ROWS)
+            chosen = labels[rows, None]
+            logarithms = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
+            losses[rows] = -logarithms.gather(1, chosen)[:, 0]
+            if slopes is not None:
+                probabilities = logarithms.exp_()
+                probabilities.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=torch.float32))
+                slopes[rows] = probabilities
+        context.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (slopes,) = context.saved_tensors
+        return slopes * gradients[0][:, None].to(slopes.dtype), None
+
+
+def token_losses(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Cross-entropy of each label, computed in float32 whatever the logits' dtype.
+
+    Equals `torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")`, without keeping a float32
+    copy of the logits and of their softmax.
+
+    Args:
+        logits: One row per label.
+        labels: Token ids.
+    """
+    losses: Tensor = _TokenLosses.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def batch_loss(backbone: Backbone, prefix: Prefix | Sequence[Prefix | None] | None, batch: Batch) -> Tensor:
+    """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,).
+
+    Args:
+        backbone: The frozen model.
+        prefix: One for all; or one for each owner of a row that `join` made.
+        batch: Labels and what they are predicted from.
+    """
+    positions = batch.label_positions.to(backbone.device)
+    rows, columns = positions // batch.width, positions % batch.width
+    labels = batch.labels.to(backbone.device)
+    arguments = {**batch.inputs(backbone.device), "prefixes": prefix}
+    if batch.labelled:
+        if not isinstance(prefix, Prefix) or prefix.head is None:
+            raise ConfigError("labels need a prefix that was trained with a head.", hint="train one first.")
+        return token_losses(prefix.head(backbone.hidden_states(**arguments)[rows, columns]), labels)
+    if backbone.supports_logits_to_keep:
+        arguments["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
+    logits = backbone.forward(**arguments).logits
+    # In a packed row the logits are the labels', in order; no need to copy them.
+    chosen = logits[0] if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
+    return token_losses(chosen, labels)
+
+
+def hidden_states_at(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> torch.Tensor:
+    """The hidden states at a batch's labels: (N, d)."""
+    hidden: torch.Tensor = backbone.hidden_states(**batch.inputs(backbone.device), prefixes=prefix)
+    positions = batch.label_positions.to(hidden.device)
+    return hidden[positions // batch.width, positions % batch.width]

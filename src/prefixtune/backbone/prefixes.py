@@ -1,0 +1,103 @@
+"""Prefixes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone
+from prefixtune.errors import BackboneError
+from prefixtune.prefix.artifact import prefix_file, read_artifact
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.prefix import Prefix, check_fits
+
+__all__ = ["PrefixLike", "as_prefix", "load_prefix", "make_header"]
+
+
+def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
+    """What an artifact says of its origin; `save_prefix` adds what it says of its tensors.
+
+    Args:
+        backbone: The model that it was trained for.
+        **facts: More, such as `task`, `text_format`, `training`, `initialization`, `license`.
+    """
+    origin = {"name": backbone.name, "fingerprint": backbone.fingerprint, "kind": backbone.kind}
+    return {"backbone": origin, **facts}
+
+
+PrefixLike = Prefix | str | os.PathLike[str]
+"""What stands for a prefix: itself, a path, or `hub:OWNER/NAME`."""
+
+
+def as_prefix(given: PrefixLike | None, backbone: Backbone | None = None) -> Prefix | None:
+    """The prefix that a caller means.
+
+    Args:
+        given: A `Prefix`, None, or what `load_prefix` takes; that is read, and checked against the backbone.
+        backbone: What it stands in front of.
+
+    Raises:
+        BackboneError: It was trained for another model.
+        CheckpointError: The file is missing or wrong.
+        ConfigError: It is nothing of these.
+        PrefixError: The hub cannot be reached.
+    """
+    if given is None or isinstance(given, Prefix):
+        return given
+    return load_prefix(given, backbone)
+
+
+def load_prefix(
+    path: PrefixLike, backbone: BackboneLike | None = None, *, allow_other_backbone: bool = False
+) -> Prefix:
+    """Read an artifact, checking all of it before any of it is used.
+
+    Args:
+        path: The file; the folder of a run, which holds one; or `hub:OWNER/NAME`, a repository of the hub, which is
+            downloaded. A `Prefix` is checked and given back.
+        backbone: Also check that the prefix was trained for this model.
+        allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say).
+
+    Raises:
+        CheckpointError: The file is missing, truncated, damaged, no prefix, of an unknown version, or holds NaN or
+            infinity; its header and its tensors disagree.
+        BackboneError: Its shapes are not the backbone's, or it was trained for other weights.
+        ConfigError: `path` or `backbone` is something else.
+        PrefixError: The hub cannot be reached, or has no such file.
+    """
+    prefix = path if isinstance(path, Prefix) else read_artifact(prefix_file(path))
+    path = "the prefix" if isinstance(path, Prefix) else path
+    if backbone is not None:
+        backbone = as_backbone(backbone)
+        check_fits(prefix, backbone.geometry, backbone.name)
+        head = prefix.head
+        if head is not None and head.weight.shape[1] != backbone.hidden_size:
+            raise BackboneError(
+                f"the head in {str(path)!r} is for hidden states of {head.weight.shape[1]}, but {backbone.name!r} has "
+                f"{backbone.hidden_size}.",
+                hint="load the backbone that its header names.",
+            )
+        _check_fingerprint(prefix.header, backbone, path, allow_other_backbone)
+    return prefix
+
+
+def _check_fingerprint(
+    header: Mapping[str, Any], backbone: Backbone, path: str | os.PathLike[str], allowed: bool
+) -> None:
+    origin = header.get("backbone")
+    if allowed or not isinstance(origin, Mapping) or "fingerprint" not in origin:
+        return
+    if not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
+        raise BackboneError(
+            f"{str(path)!r} was trained for {origin.get('name')!r} with other weights than {backbone.name!r} "
+            f"(fingerprint {_short(origin['fingerprint'])} against {_short(backbone.fingerprint)}).",
+            hint="load the backbone that its header names; if you know that they are close: allow_other_backbone, or "
+            "--allow-other-backbone of `prefixtune generate`, `evaluate` and `export`.",
+        )
+
+
+def _short(fingerprint: object) -> str:
+    shape, _, samples = str(fingerprint).partition(":")
+    return f"{shape[:8]}:{samples[:8]}"

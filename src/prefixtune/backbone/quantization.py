@@ -1,0 +1,49 @@
+"""Quantization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.utils.extras import require
+
+__all__ = ["QUANTIZATIONS", "quantize"]
+
+
+QUANTIZATIONS = ("int8", "int4")
+
+_GROUP = 32
+"""Weights that share one scale under int4."""
+
+
+def quantize(model: Any, kind: str) -> None:
+    """Round the linear layers' weights to 8 or 4 bits, in place; the output head, embeddings and activations stay.
+
+    On the CPU torchao keeps 4-bit weights in 8-bit cells: their values are right, the memory is that of int8.
+
+    Raises:
+        ConfigError: An unknown kind, or torchao is missing.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ConfigError(f"unknown quantization {kind!r}.", hint=did_you_mean(kind, QUANTIZATIONS))
+    ao = require("torchao.quantization", f"quantize = {kind!r}")
+    if kind == "int8":
+        config = ao.Int8WeightOnlyConfig()
+    elif model.device.type == "cuda":
+        config = ao.Int4WeightOnlyConfig(group_size=_GROUP)
+    else:
+        granularity = require("torchao.quantization.granularity", "quantize").PerGroup(_GROUP)
+        mapping = require("torchao.quantization.quant_primitives", "quantize").MappingType.ASYMMETRIC
+        four: Any = torch.int4  # type: ignore[attr-defined]
+        config = ao.IntxWeightOnlyConfig(weight_dtype=four, granularity=granularity, mapping_type=mapping)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        if not isinstance(module, nn.Linear) or module is head:
+            return False
+        return kind == "int8" or module.in_features % _GROUP == 0
+
+    ao.quantize_(model, config, filter_fn=wanted)

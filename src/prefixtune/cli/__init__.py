@@ -1,0 +1,1 @@
+"""The command line: parse and call; one module a command."""

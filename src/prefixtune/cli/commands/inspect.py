@@ -1,0 +1,186 @@
+"""`prefixtune prepare`, `inspect`, `doctor`: fetch a backbone, look at a prefix, check that a model carries one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from prefixtune.errors import CheckpointError, PrefixError
+from prefixtune.utils.console import Console
+
+__all__ = ["SHOWN_WEIGHTS", "run"]
+
+
+SHOWN_WEIGHTS = 10
+"""How many names of unused weights `doctor` prints; `--json` gives all."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """`prefixtune inspect`."""
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.prefix.artifact import prefix_file
+
+    if os.path.isdir(options.file):  # Path.is_dir raises where the parent folder is closed to us
+        return _list(options, Path(options.file))
+    path = prefix_file(options.file)
+    prefix = load_prefix(path)
+    norms = [
+        {
+            "site": site,
+            "layer": number,
+            "key_norm": round(float(key.float().norm(dim=-1).mean()), 4),
+            "value_norm": round(float(value.float().norm(dim=-1).mean()), 4),
+        }
+        for site, layers in prefix.layers.items()
+        for number, (key, value) in enumerate(layers)
+    ]
+    sizes = {
+        "file_bytes": path.stat().st_size,
+        "tensor_bytes": prefix.num_bytes,
+        "parameters": prefix.num_parameters,
+        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+    }
+    if options.json:
+        print_json({"file": str(path), **sizes, "header": prefix.header, "layers": norms})
+        return 0
+    console = Console(quiet=options.quiet)
+    print(f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes")
+    console.table("header", ["key", "value"], list(_flat(prefix.header)), result=True)
+    console.table(
+        "mean norm of a head's vector",
+        ["site", "layer", "key", "value"],
+        [[str(n["site"]), str(n["layer"]), f"{n['key_norm']:.3f}", f"{n['value_norm']:.3f}"] for n in norms],
+        result=True,
+    )
+    return 0
+
+
+def _list(options: argparse.Namespace, folder: Path) -> int:
+    """The prefixes of a folder, and the runs in it; 1 where a file is broken."""
+    try:
+        rows = [_row(folder, path) for path in _artifacts(folder)]
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the folder {str(folder)!r}: {error.strerror or error}.", hint="check its permissions."
+        ) from error
+    if not rows:
+        raise CheckpointError(
+            f"{str(folder)!r} holds no prefix, and no run that came to its end.",
+            hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
+        )
+    broken = [row for row in rows if "error" in row]
+    good = [row for row in rows if "error" not in row]
+    if options.json:
+        print_json({"folder": str(folder), "prefixes": rows})
+        return 1 if broken else 0
+    console = Console(quiet=options.quiet)
+    others = sum(not row["prefix_length"] for row in good)
+    title = _counted(len(good) - others, "prefix", "prefixes")
+    if others:
+        title += f" and {_counted(others, 'run', 'runs')} of other methods"
+    columns = ("name", "bytes", "method", "backbone", "length", "task")
+    shown = [{**row, "bytes": row["file_bytes"], "length": _in_words(row["prefix_length"])} for row in good]
+    console.table(f"{title} in {folder}", columns, [[row[name] for name in columns] for row in shown], result=True)
+    if broken:
+        console.table(
+            _counted(len(broken), "broken file", "broken files"),
+            ["name", "why"],
+            [[row["name"], row["error"]] for row in broken],
+            result=True,
+        )
+    return 1 if broken else 0
+
+
+def _artifacts(folder: Path) -> list[Path]:
+    """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
+    from prefixtune.prefix.folder import ENDING, list_names, path_of
+    from prefixtune.training.checkpoint import STATE_FILE
+
+    here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
+    return sorted([*here, *(path for run in folder.iterdir() for path in _trained_in(run))])
+
+
+def _trained_in(run: Path) -> list[Path]:
+    """The prefix or the weights in a folder; of one that nobody may look into, the folder, for `_row` to say so."""
+    from prefixtune.prefix.hub import FILE
+    from prefixtune.training.checkpoint import WEIGHTS_FILE
+
+    try:
+        return [run / name for name in (FILE, WEIGHTS_FILE) if (run / name).is_file()]
+    except OSError:
+        return [run]
+
+
+def _row(folder: Path, path: Path) -> dict[str, Any]:
+    """What a list says of a file: all of it is read, as when it is used."""
+    row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
+    try:
+        row["file_bytes"] = path.stat().st_size
+        header, facts = _read(path)
+    except PrefixError as error:
+        return {**row, "error": error.message}
+    except OSError as error:
+        return {**row, "error": f"it cannot be read: {error.strerror or error}."}
+    origin = header.get("backbone")
+    return {
+        **row,
+        **facts,
+        "method": header.get("method", "prefix"),
+        "backbone": origin.get("name") if isinstance(origin, Mapping) else None,
+        "task": header.get("task"),
+    }
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The header of a prefix, or of the weights of another method, and the sizes of what it stands for."""
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.training.checkpoint import WEIGHTS_FILE, load_weights
+
+    if path.name == WEIGHTS_FILE:
+        tensors, header = load_weights(path)
+        return header, {"parameters": sum(tensor.numel() for tensor in tensors.values()), "prefix_length": {}}
+    prefix = load_prefix(path)
+    lengths = {site: prefix.length(site) for site in prefix.sites}
+    return prefix.header, {"parameters": prefix.num_parameters, "prefix_length": lengths}
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
+def _in_words(lengths: Mapping[str, int]) -> str:
+    """A prefix's length at each site.
+
+    >>> _in_words({"decoder": 10}), _in_words({"encoder": 20, "cross": 5})
+    ('10', 'encoder 20, cross 5')
+    """
+    if len(set(lengths.values())) == 1:
+        return str(next(iter(lengths.values())))
+    return ", ".join(f"{site} {length}" for site, length in lengths.items())
+
+
+def _flat(header: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
+    """A header's entries as rows; long lists and fingerprints are cut short."""
+    for key, value in header.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+            yield [f"{above}{key}", text if len(text) <= 90 else f"{text[:87]}..."]
+
+
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    parser = command("inspect", run, "show a prefix file: header, sizes, norms per layer; or list a folder")
+    parser.add_argument(
+        "file",
+        metavar="PATH",
+        help="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
+        "method, are listed, broken ones with the reason (exit code 1)",
+    )
+    add_json_and_quiet(parser, "all of it")

@@ -1,0 +1,79 @@
+"""`prefixtune tasks`: what the tasks read, how they are decoded and scored, and the paper's settings for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from prefixtune.cli.common import AddCommand
+from prefixtune.data import TASKS, Task
+from prefixtune.training.presets import PRESETS, preset
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--json", action="store_true", help="print the tasks, with their presets' values, as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """`prefixtune tasks`."""
+    if options.json:
+        print(json.dumps({"tasks": [_as_json(task) for task in TASKS.values()]}, ensure_ascii=False))
+        return 0
+    for task in TASKS.values():
+        print(f"{task.name}: {task.description}")
+        for name, text in _lines(task):
+            print(f"  {name:<9} {text}")
+    print("presets")
+    for name, found in PRESETS.items():
+        print(f"  {name}: {found.description}")
+    return 0
+
+
+def _lines(task: Task) -> Iterator[tuple[str, str]]:
+    if task.parts:
+        yield "files", f"none: it is made here; its parts are {', '.join(task.parts)}"
+    else:
+        yield "files", f"{' '.join(task.formats)}, each also .gz; folders with a split; sets of the datasets library"
+    yield "decoding", ", ".join(f"{name} {json.dumps(value)}" for name, value in task.decoding.items())
+    yield "scores", f"{', '.join(task.metrics)} (protocol: {task.protocol})"
+    if task.groups:
+        yield "groups", ", ".join(task.groups)
+    if task.max_source_length:
+        yield "source", f"cut to {task.max_source_length} tokens in the paper"
+    for name, methods in _methods(task).items():
+        yield "preset", f"{name}: {', '.join(methods)}"
+
+
+def _methods(task: Task) -> dict[str, list[str]]:
+    """Preset -> the methods that it has values for."""
+    return {name: list(found.runs[task.name]) for name, found in PRESETS.items() if task.name in found.runs}
+
+
+def _as_json(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "description": task.description,
+        "kind": task.kind,
+        "formats": [] if task.parts else list(task.formats),
+        "parts": list(task.parts),
+        "takes_columns": task.takes_columns,
+        "decoding": task.decoding,
+        "metrics": list(task.metrics),
+        "protocol": task.protocol,
+        "groups": list(task.groups),
+        "max_source_length": task.max_source_length,
+        "presets": {
+            name: {method: preset(name, task.name, method) for method in methods}
+            for name, methods in _methods(task).items()
+        },
+    }
+
+
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    add_arguments(command("tasks", run, "list the tasks: files, decoding, scores, groups, presets"))

@@ -1,0 +1,29 @@
+"""Files -> examples: the tasks that this project reads.
+
+A task knows its file formats and its linearization (structured fields -> one source string). It knows nothing of
+tokenizers, tensors or training.
+"""
+
+from __future__ import annotations
+
+from prefixtune.data.examples import Example, ExampleLike, limit_targets, references_of
+from prefixtune.data.registry import TASKS, Task, read_entries, read_task
+from prefixtune.data.tasks.classification import check_labels, label_names
+from prefixtune.data.tasks.records import as_examples
+from prefixtune.data.tasks.tagging import check_tags, tag_names
+
+__all__ = [
+    "TASKS",
+    "Example",
+    "ExampleLike",
+    "Task",
+    "as_examples",
+    "check_labels",
+    "check_tags",
+    "label_names",
+    "limit_targets",
+    "read_entries",
+    "read_task",
+    "references_of",
+    "tag_names",
+]

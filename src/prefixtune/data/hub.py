@@ -1,0 +1,159 @@
+"""Data sets of the `datasets` library: a folder that `save_to_disk` wrote, or a set on the hub, written `hub:NAME`.
+
+    hub:OWNER/NAME[:CONFIGURATION][@SPLIT]
+
+A set's split is an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. Nothing is downloaded unless `hub:` is
+written; class numbers become the classes' names. The library is optional, and imported only when a set is read.
+
+Knows nothing of what a row means: no task, no column name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.prefix.hub import HUB
+
+__all__ = ["HUB", "is_set", "set_rows", "set_splits", "split_of_set"]
+
+
+_ONE, _SEVERAL = "dataset_info.json", "dataset_dict.json"
+
+
+def is_set(path: Path | str) -> bool:
+    """Whether a path names a set of the `datasets` library rather than a file.
+
+    >>> is_set("hub:GEM/e2e_nlg"), is_set("train.csv")
+    (True, False)
+    """
+    return str(path).startswith(HUB) or any(os.path.isfile(os.path.join(path, name)) for name in (_ONE, _SEVERAL))
+
+
+def set_splits(path: Path | str) -> tuple[str, ...]:
+    """The names of a set's splits; none where the path is one split already.
+
+    Raises:
+        ConfigError: The `datasets` library is needed, and not installed.
+        DataError: The set cannot be found or read.
+    """
+    if str(path).startswith(HUB):
+        name, configuration, split = _address(str(path))
+        return () if split else tuple(_load_from_hub(name, configuration))
+    if os.path.isfile(os.path.join(path, _ONE)):
+        return ()
+    try:
+        names = json.loads((Path(path) / _SEVERAL).read_text(encoding="utf-8"))["splits"]
+        return tuple(map(str, names))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{Path(path) / _SEVERAL} cannot be read: {error}.", hint="save the set anew with save_to_disk."
+        ) from error
+
+
+def split_of_set(path: Path | str, split: str) -> Path:
+    """The address of one split.
+
+    >>> split_of_set("hub:GEM/e2e_nlg", "test").as_posix()
+    'hub:GEM/e2e_nlg@test'
+
+    Raises:
+        DataError: The split's folder is missing.
+    """
+    if str(path).startswith(HUB):
+        return Path(f"{path}@{split}")
+    if not is_set(folder := Path(path) / split):
+        raise DataError(
+            f"{path} names the split {split!r}, but {folder} is no folder of a saved set.",
+            hint="copy the whole folder again, or save the set anew with save_to_disk.",
+        )
+    return folder
+
+
+def set_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and its values by column.
+
+    Raises:
+        ConfigError: The `datasets` library is not installed.
+        DataError: The set cannot be found or read, has no rows, or has several splits.
+    """
+    if splits := set_splits(path):
+        raise DataError(
+            f"{path} has {len(splits)} splits: {', '.join(splits)}; one is needed.",
+            hint=f"name one, as in {split_of_set(path, splits[0]).as_posix()}.",
+        )
+    if str(path).startswith(HUB):
+        name, configuration, split = _address(str(path))
+        found = _load_from_hub(name, configuration)
+        if split not in found:
+            raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(found)}.")
+        data = found[split]
+    else:
+        data = _load_from_disk(path)
+    if not len(data):
+        raise DataError(f"{path} has no rows; at least one is needed.", hint="check how the set was made.")
+    features = dict(data.features)
+    for number, values in enumerate(data, start=1):
+        yield f"{path}, row {number}", {column: _named(features[column], value) for column, value in values.items()}
+
+
+def _address(path: str) -> tuple[str, str | None, str | None]:
+    """The parts of `hub:NAME[:CONFIGURATION][@SPLIT]`."""
+    rest, _, split = path.removeprefix(HUB).partition("@")
+    name, _, configuration = rest.partition(":")
+    if not name.strip("/ "):
+        raise ConfigError(f"{path!r} names no set.", hint="write hub:OWNER/NAME, as in hub:GEM/e2e_nlg.")
+    return name, configuration or None, split or None
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError(
+            "this set needs the library datasets, which is not installed.",
+            hint="pip install 'prefixtune[datasets]', or export the set as JSON lines.",
+        ) from error
+
+
+def _load_from_disk(path: Path | str) -> Any:
+    library = _library()
+    try:
+        return library.load_from_disk(str(path))
+    except Exception as error:  # the library raises many kinds, pyarrow's among them
+        if isinstance(error, IndexError) and not list(Path(path).glob("*.arrow")):
+            return []  # saved without any row, which the library does not read back
+        raise DataError(
+            f"{path} is no readable set of the datasets library: {_first_line(error)}.",
+            hint="copy the whole folder again, or save the set anew with save_to_disk.",
+        ) from error
+
+
+def _load_from_hub(name: str, configuration: str | None) -> Any:
+    library = _library()
+    try:
+        return library.load_dataset(name, configuration)
+    except Exception as error:  # as above, and the network's
+        raise DataError(
+            f"{HUB}{name}{f':{configuration}' if configuration else ''} cannot be loaded: {_first_line(error)}.",
+            hint="check the name (and configuration, hub:OWNER/NAME:CONFIGURATION) and the network.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _named(feature: Any, value: Any) -> Any:
+    """A value with class numbers told by their names, alone or in a list."""
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_named(inner, item) for item in value]
+    if isinstance(value, int) and hasattr(feature, "int2str"):
+        return feature.int2str(value) if value >= 0 else None  # -1 stands for an unlabelled row
+    return value

@@ -1,0 +1,318 @@
+"""The tasks by name: how each is read, and how its outputs are decoded unless told otherwise.
+
+Knows nothing of how a model decodes; the settings are handed on by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prefixtune.data.examples import Example
+from prefixtune.data.files import FORMATS
+from prefixtune.data.folders import locate
+from prefixtune.data.tasks.classification import read_classification
+from prefixtune.data.tasks.dart import DART_FORMATS, dart_entries, read_dart
+from prefixtune.data.tasks.e2e import E2E_FORMATS, read_e2e
+from prefixtune.data.tasks.records import read_records
+from prefixtune.data.tasks.summarization import SCITLDR_FORMATS, read_scitldr, read_summaries, read_xsum
+from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging
+from prefixtune.data.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
+from prefixtune.data.toy.labels import make_toy_labels
+from prefixtune.data.toy.notices import make_toy
+from prefixtune.data.toy.tags import make_toy_tags
+from prefixtune.errors import ConfigError, did_you_mean
+
+__all__ = ["TASKS", "Task", "read_entries", "read_task"]
+
+
+_PARTS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of data.
+
+    Attributes:
+        name: As written in a configuration.
+        description: One line for people.
+        read: (path, source template, target template) -> examples.
+        decoding: Decoding settings, by name; copy it before changing it.
+        kind: What a target is: a text (generation), one label (classification), or a tag for each token, with a space
+            between (tagging). It decides how outputs are scored.
+        parts: Of a set that is made here: the names that stand in for a file's path, the training part first.
+        metrics: The scores that are customary, by name, the main one first.
+        protocol: By whose rules texts are made ready for scoring: those of `e2e`, `webnlg`, `dart`, `summarization`; or
+            `plain`.
+        groups: The names of the groupings that an example may have (`Example.groups`), by which scores are split.
+        formats: The endings of the files that are read, each also with `.gz`.
+        release: Split -> patterns of the names that its files have in the original release (see `folders.locate`).
+        takes_columns: Whether source and target may name columns (templates).
+        max_source_length: Tokens of a source that the paper's models read; 0: all. For people and presets.
+        entries: Of a set some of whose entries are no examples (they have no good text): path -> every entry, and None
+            for those that are left out.
+    """
+
+    name: str
+    description: str
+    read: Callable[[Path, str | None, str | None], list[Example]]
+    decoding: dict[str, Any]
+    kind: Literal["generation", "classification", "tagging"] = "generation"
+    parts: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ("bleu",)
+    protocol: str = "plain"
+    groups: tuple[str, ...] = ()
+    formats: tuple[str, ...] = FORMATS
+    release: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    takes_columns: bool = False
+    max_source_length: int = 0
+    entries: Callable[[Path], list[Example | None]] | None = None
+
+
+def read_task(
+    task: str, path: Path | str, *, source: str | None = None, target: str | None = None, split: str | None = None
+) -> list[Example]:
+    """Read the examples of a task.
+
+    >>> len(read_task("toy", "train")), len(read_task("toy", "held_out"))
+    (320, 40)
+
+    Args:
+        task: A name of `TASKS`.
+        path: The file; a folder of files, or one that the `datasets` library saved, or `hub:NAME`; `train` or
+            `held_out` for the sets made here (`toy`, `toy_labels`, `toy_tags`).
+        source: Template of the source, for `records`, which needs it, `classification`, `summarization` and `xsum`; a
+            column's name for `tagging`.
+        target: Likewise of the target.
+        split: `train`, `dev` or `test`: what to read of a folder or a set that holds several; a file is read whole,
+            and so is a part of a set made here.
+
+    Raises:
+        ConfigError: The task or the split is unknown, or a template is missing, malformed or given to a task that takes
+            none; or the `datasets` library is needed, and not installed.
+        DataError: The file or one of its rows is wrong, or the folder has no such split, or several and none was
+            chosen.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"there is no task {task!r}.", hint=did_you_mean(task, TASKS))
+    chosen = TASKS[task]
+    # A part of a made set is no path, even where a folder has its name.
+    place = Path(path) if chosen.parts else locate(Path(path), split, chosen.formats, chosen.release)
+    return chosen.read(place, source, target)
+
+
+def read_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
+    """Every entry of a set that `read_task` reads, None for those that it leaves out; empty: it leaves none out.
+
+    Args:
+        task: A name of `TASKS`.
+        path: As in `read_task`, like `split`.
+        split: Likewise.
+    """
+    chosen = TASKS[task]
+    if chosen.entries is None:
+        return []
+    return chosen.entries(locate(Path(path), split, chosen.formats, chosen.release))
+
+
+def _no_templates(task: str, source: str | None, target: str | None) -> None:
+    for name, value in (("source", source), ("target", target)):
+        if value is not None:
+            raise ConfigError(
+                f"task {task!r} has its own format and takes no {name} template; got {value!r}.",
+                hint=f"leave {name} out, or use a task that reads your own columns, such as 'records'.",
+            )
+
+
+def _own_format(
+    task: str, read_file: Callable[[Path], list[Example]]
+) -> Callable[[Path, str | None, str | None], list[Example]]:
+    """The reader of a set that has its own format, and so takes no templates."""
+
+    def read(path: Path, source: str | None, target: str | None) -> list[Example]:
+        _no_templates(task, source, target)
+        return read_file(path)
+
+    return read
+
+
+def _read_records(path: Path, source: str | None, target: str | None) -> list[Example]:
+    if source is None:
+        raise ConfigError(
+            "task 'records' needs a source template; got none.",
+            hint="give a column's name, or text with {column} in it.",
+        )
+    return read_records(path, source, target)
+
+
+def _made(
+    name: str, make: Callable[[], tuple[list[Example], list[Example]]]
+) -> Callable[[Path, str | None, str | None], list[Example]]:
+    """The reader of a set that is made here."""
+
+    def read(path: Path, source: str | None, target: str | None) -> list[Example]:
+        _no_templates(name, source, target)
+        part = str(path)
+        if part not in _PARTS:
+            raise ConfigError(
+                f"task {name!r} is made, not read: its path is one of {', '.join(_PARTS)}; got {part!r}.",
+                hint=did_you_mean(part, _PARTS),
+            )
+        return make()[_PARTS.index(part)]
+
+    return read
+
+
+# Where labels and tags are generated as text: greedily, and on one line.
+_LABEL: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 16, "ban_newlines": True}
+_TAGS: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 200, "ban_newlines": True}
+_TEXT: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 100}
+# Li & Liang 2021. Table to text: beam 5, 5 to 100 new tokens; summaries: beam 6, 11 to 62; no line breaks.
+_TABLE: dict[str, Any] = {
+    "num_beams": 5,
+    "min_new_tokens": 5,
+    "max_new_tokens": 100,
+    "ban_newlines": True,
+    "length_penalty": 1.0,
+}
+_SUMMARY: dict[str, Any] = {
+    "num_beams": 6,
+    "min_new_tokens": 11,
+    "max_new_tokens": 62,
+    "ban_newlines": True,
+    "length_penalty": 0.8,
+}
+_LABEL_METRICS = ("accuracy", "macro_f1")
+_TAG_METRICS = ("span_f1", "accuracy")
+_SUMMARIES: dict[str, Any] = {
+    "decoding": _SUMMARY,
+    "metrics": ("rouge_1", "rouge_2", "rouge_l"),
+    "protocol": "summarization",
+    "max_source_length": 512,
+}
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "e2e",
+            "E2E NLG: restaurant descriptions; the release's CSV, or JSON lines",
+            _own_format("e2e", read_e2e),
+            _TABLE,
+            metrics=("bleu", "nist", "meteor", "rouge_l", "cider"),
+            protocol="e2e",
+            groups=("attributes",),
+            formats=E2E_FORMATS,
+            release={
+                "train": ("trainset.csv",),
+                "dev": ("devset.csv",),
+                "test": ("testset_w_refs.csv", "testset.csv"),
+            },
+        ),
+        Task(
+            "webnlg",
+            "WebNLG challenge 2017: texts about triples; the release's XML, or JSON lines",
+            _own_format("webnlg", read_webnlg),
+            _TABLE,
+            entries=webnlg_entries,
+            metrics=("bleu", "meteor", "ter"),
+            protocol="webnlg",
+            groups=("category", "seen", "triples"),
+            formats=WEBNLG_FORMATS,
+            release={
+                "train": ("train/",),
+                "dev": ("dev/",),
+                "test": ("test/testdata_with_lex.xml", "testdata_with_lex.xml"),
+            },
+        ),
+        Task(
+            "dart",
+            "DART: texts about triples of many tables; the release's JSON and XML, or JSON lines",
+            _own_format("dart", read_dart),
+            _TABLE,
+            entries=dart_entries,
+            metrics=("bleu", "meteor", "ter"),
+            protocol="dart",
+            groups=("triples", "source"),
+            formats=DART_FORMATS,
+            release={
+                split: (f"dart-*-full-{split}.json", f"dart-*-full-{split}.xml") for split in ("train", "dev", "test")
+            },
+        ),
+        Task(
+            "summarization",
+            "documents and summaries: JSON lines, JSON, CSV, TSV or Parquet, columns document and summary (or article "
+            "and highlights) unless named",
+            read_summaries,
+            takes_columns=True,
+            **_SUMMARIES,
+        ),
+        Task(
+            "xsum",
+            "XSUM: one-sentence summaries of news; columns document and summary unless named",
+            read_xsum,
+            takes_columns=True,
+            **_SUMMARIES,
+        ),
+        Task(
+            "scitldr",
+            "SciTLDR: one-sentence summaries of abstracts; the release's JSON lines (SciTLDR-A)",
+            _own_format("scitldr", read_scitldr),
+            formats=SCITLDR_FORMATS,
+            **_SUMMARIES,
+        ),
+        Task(
+            "records",
+            "your own records: JSON lines, JSON, CSV, TSV or Parquet, with templates",
+            _read_records,
+            _TEXT,
+            takes_columns=True,
+        ),
+        Task(
+            "toy",
+            "a small night-train board made here, to try things on",
+            _made("toy", make_toy),
+            _TEXT,
+            parts=_PARTS,
+        ),
+        Task(
+            "classification",
+            "a text and its label: JSON lines, JSON, CSV, TSV or Parquet, columns text and label unless named",
+            read_classification,
+            _LABEL,
+            "classification",
+            metrics=_LABEL_METRICS,
+            takes_columns=True,
+        ),
+        Task(
+            "toy_labels",
+            "messages to a night-train office and their departments, made here",
+            _made("toy_labels", make_toy_labels),
+            _LABEL,
+            "classification",
+            parts=_PARTS,
+            metrics=_LABEL_METRICS,
+        ),
+        Task(
+            "tagging",
+            "tokens and their BIO tags: JSON lines, JSON, or CoNLL files of one token a line",
+            read_tagging,
+            _TAGS,
+            "tagging",
+            metrics=_TAG_METRICS,
+            formats=TAGGING_FORMATS,
+            takes_columns=True,
+        ),
+        Task(
+            "toy_tags",
+            "messages to a night-train office with trains, stations, times and coaches, made here",
+            _made("toy_tags", make_toy_tags),
+            _TAGS,
+            "tagging",
+            parts=_PARTS,
+            metrics=_TAG_METRICS,
+        ),
+    )
+}

@@ -1,0 +1,1 @@
+"""One module a task: its file formats, and how a record becomes a source."""

@@ -1,0 +1,126 @@
+"""Text -> one label: a table of texts and labels, and the checks that a set of labels needs.
+
+Columns are named by templates as in `records`: the name of one column (`text`), or text with columns in braces
+(`{premise} => {hypothesis}`). Unlike there, each row stays its own example: a text that occurs twice counts twice, as
+in the published figures of a test set.
+
+A label is a string. Whole numbers and truth values become the text that JSON writes for them (`3`, `true`). Other
+numbers are refused, since an amount is no class.
+
+Knows nothing of models: neither how a label is predicted, nor that a label may be several tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prefixtune.data.examples import Example
+from prefixtune.data.files import Row, read_rows
+from prefixtune.data.tasks.records import check_template, render
+from prefixtune.errors import DataError, did_you_mean
+
+__all__ = ["check_labels", "label_names", "read_classification"]
+
+
+def read_classification(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
+    """Read `.jsonl`, `.json` (a list), `.csv` or `.tsv`, each also `.gz`.
+
+    Args:
+        path: The file.
+        source: Template of the text; None: the column `text`.
+        target: Template of the label; None: the column `label`.
+
+    Returns:
+        One example a row, with one target; `fields` is the row.
+
+    Raises:
+        ConfigError: A template is malformed.
+        DataError: The file or one of its rows is wrong; the message names file and line.
+    """
+    source = "text" if source is None else source
+    target = "label" if target is None else target
+    columns = [*check_template(source), *check_template(target)]
+    examples = []
+    for row in read_rows(path):
+        _check_columns(row, columns)
+        examples.append(Example(render(source, row.values, row.where), (_label(target, row),), row.values))
+    return examples
+
+
+def label_names(examples: Iterable[Example]) -> tuple[str, ...]:
+    """The distinct labels of a training set, sorted as text.
+
+    >>> label_names([Example("Splendid.", ("good",)), Example("Dull.", ("bad",)), Example("Fine.", ("good",))])
+    ('bad', 'good')
+
+    Raises:
+        DataError: There are fewer than two labels, or an example has not exactly one.
+    """
+    names = tuple(sorted({_only_label(example, number) for number, example in enumerate(examples, start=1)}))
+    if len(names) < 2:
+        found = f"all examples have the label {names[0]!r}" if names else "there is no example"
+        raise DataError(f"{found}; at least two labels are needed.", hint="check the file and the target column.")
+    return names
+
+
+def check_labels(examples: Iterable[Example], labels: Sequence[str]) -> None:
+    """Check that a development or test set has no label that the training set lacks.
+
+    Args:
+        examples: The set to check.
+        labels: The known labels, as `label_names` gives them.
+
+    Raises:
+        DataError: A label is unknown (the message names it, its first example and the nearest known one), or an example
+            has not exactly one.
+    """
+    unknown: dict[str, int] = {}
+    for number, example in enumerate(examples, start=1):
+        label = _only_label(example, number)
+        if label not in labels:
+            unknown.setdefault(label, number)
+    if unknown:
+        (label, number), *others = unknown.items()
+        more = f" (further unknown labels: {', '.join(repr(name) for name, _ in others[:5])})" if others else ""
+        raise DataError(
+            f"label {label!r} of example {number} is none of the {len(labels)} known labels{more}.",
+            hint=did_you_mean(label, labels),
+        )
+
+
+def _only_label(example: Example, number: int) -> str:
+    if len(example.targets) != 1:
+        raise DataError(
+            f"example {number} ({example.source[:60]!r}) has {len(example.targets)} labels; exactly one is needed.",
+            hint="name the column that holds the label, with target.",
+        )
+    return example.targets[0]
+
+
+def _check_columns(row: Row, columns: Sequence[str]) -> None:
+    missing = [column for column in dict.fromkeys(columns) if column not in row.values]
+    if missing:
+        absent = " and no column ".join(map(repr, missing))
+        raise DataError(
+            f"{row.where}: there is no column {absent}; there are: {', '.join(map(str, row.values)) or 'none'}.",
+            hint="name the column of the text with source, and that of the label with target.",
+        )
+
+
+def _label(template: str, row: Row) -> str:
+    """The one label of a row; a column may hold it in a list of one."""
+    value = row.values.get(template)
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise DataError(
+                f"{row.where}: {template!r} holds {len(value)} labels; exactly one is needed.",
+                hint="keep one label, or split the row.",
+            )
+        value = value[0]
+    if isinstance(value, float):
+        raise DataError(
+            f"{row.where}: label {value!r} is no whole number; text, a whole number or a truth value is allowed.",
+            hint="write the classes as text, or name another target column.",
+        )
+    return render(template, {**row.values, template: value} if template in row.values else row.values, row.where)

@@ -1,0 +1,161 @@
+"""E2E NLG (Novikova et al. 2017): restaurant descriptions from attribute-value pairs.
+
+Reads the original release's CSV (columns `mr`, `ref`; only `mr` in the test set without references), JSON lines
+`{"mr": ..., "references": [...]}`, and the hub's sets (`meaning_representation` with `human_reference`, or with
+`target` and `references`). Equal meaning representations become one example, in order of first appearance, with their
+references in order (repeated ones are kept).
+
+References keep their words and case; only outer white space is cut, and an inner line break becomes one space, since
+generation for this task bans line breaks. The data that the authors of prefix-tuning released has its texts
+tokenized besides (`city centre .`); this reader leaves the original spelling, as BLEU's tokenizer expects it.
+
+Knows nothing of tokenizers or training.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from prefixtune.data.examples import Example
+from prefixtune.data.files import Row, file_format, one_line, read_rows
+from prefixtune.data.hub import is_set
+from prefixtune.errors import DataError, did_you_mean
+
+__all__ = ["ATTRIBUTES", "E2E_FORMATS", "linearize", "parse_mr", "read_e2e"]
+
+
+#: The eight attributes of E2E -> their names in the linearization (the authors': four are renamed).
+ATTRIBUTES = {
+    "name": "name",
+    "eatType": "Type",
+    "food": "food",
+    "priceRange": "price",
+    "customer rating": "customer rating",
+    "area": "area",
+    "familyFriendly": "family friendly",
+    "near": "near",
+}
+E2E_FORMATS = (".csv", ".jsonl")
+_PAIR = re.compile(r"([^\[\],]*)\[([^\[\]]*)\]\s*")
+_SHAPE = "write it as name[Blue Spice], eatType[pub], area[riverside]."
+
+
+def parse_mr(mr: str) -> dict[str, str]:
+    """The attributes of a meaning representation, in its order.
+
+    >>> parse_mr("name[Blue Spice], eatType[coffee shop]")
+    {'name': 'Blue Spice', 'eatType': 'coffee shop'}
+
+    Raises:
+        DataError: The text is malformed, or an attribute is unknown, empty or given twice.
+    """
+    values: dict[str, str] = {}
+    position = 0
+    while True:
+        pair = _PAIR.match(mr, position)
+        if pair is None:
+            raise DataError(f"meaning representation {mr!r} is malformed from {mr[position:]!r} on.", hint=_SHAPE)
+        attribute, value = pair[1].strip(), pair[2].strip()
+        if attribute not in ATTRIBUTES:
+            raise DataError(
+                f"meaning representation {mr!r} has the unknown attribute {attribute!r}.",
+                hint=did_you_mean(attribute, ATTRIBUTES),
+            )
+        if not value or attribute in values:
+            fault = "given twice" if attribute in values else "empty"
+            raise DataError(
+                f"meaning representation {mr!r}: {attribute!r} is {fault}; each attribute has one value.",
+                hint="keep one value, or leave the attribute out.",
+            )
+        values[attribute] = value
+        position = pair.end()
+        if position == len(mr):
+            return values
+        if mr[position] != ",":
+            raise DataError(f"meaning representation {mr!r} lacks a comma before {mr[position:]!r}.", hint=_SHAPE)
+        position += 1
+
+
+def linearize(mr: str) -> str:
+    """A meaning representation as the model reads it (the authors' linearization; the order is kept).
+
+    >>> linearize("name[The Vaults], eatType[pub], priceRange[more than £30], familyFriendly[yes]")
+    'name : The Vaults | Type : pub | price : more than £30 | family friendly : yes'
+
+    Raises:
+        DataError: As `parse_mr`.
+    """
+    return " | ".join(f"{ATTRIBUTES[attribute]} : {value}" for attribute, value in parse_mr(mr).items())
+
+
+def read_e2e(path: Path) -> list[Example]:
+    """Read an E2E file (`.csv` or `.jsonl`, each also `.gz`), or a set of the `datasets` library.
+
+    Args:
+        path: The file. Column names may be in either case; columns besides the two are ignored.
+
+    Returns:
+        One example for each distinct meaning representation; `fields` is `{"mr": the original text}`, and the group
+        `attributes` is the number of its attributes; no targets where the file has no references.
+
+    Raises:
+        DataError: The file or one of its rows is wrong; the message names file and line.
+    """
+    path = Path(path)
+    rows = read_rows(path, E2E_FORMATS)
+    if is_set(path):
+        rows, wanted = [_from_hub(row) for row in rows], "references"
+    else:
+        wanted = "ref" if file_format(path, E2E_FORMATS) == ".csv" else "references"
+    sources: dict[str, str] = {}
+    targets: dict[str, list[str]] = {}
+    for row in rows:
+        mr, references = _read_row(row, wanted)
+        if mr not in sources:
+            try:
+                sources[mr] = linearize(mr)
+            except DataError as error:
+                raise DataError(f"{row.where}: {error.message}", hint=error.hint) from error
+        targets.setdefault(mr, []).extend(references)
+    return [
+        Example(source, tuple(targets[mr]), {"mr": mr}, {"attributes": str(len(parse_mr(mr)))})
+        for mr, source in sources.items()
+    ]
+
+
+def _from_hub(row: Row) -> Row:
+    """A row of a set of the hub, under the names of the JSON lines."""
+    values = row.values
+    renamed = {}
+    if "mr" in values or "meaning_representation" in values:
+        renamed["mr"] = values.get("mr", values.get("meaning_representation"))
+    # GEM's training rows have an empty list of references beside their one target.
+    singles = [values[name] for name in ("ref", "human_reference", "target") if name in values]
+    if references := values.get("references") or singles[:1]:
+        renamed["references"] = references
+    return Row(row.where, renamed or values)
+
+
+def _read_row(row: Row, wanted: str) -> tuple[str, list[str]]:
+    """The meaning representation and the cleaned references of one row."""
+    values = {name.lower(): value for name, value in row.values.items()}
+    # References may be left out as a whole; a second column under another name is a mistake, not a test set.
+    for column in ("mr", wanted):
+        if column not in values and (column == "mr" or len(values) > 1):
+            raise DataError(
+                f"{row.where}: no column {column!r}; needed: 'mr' and {wanted!r} (or 'mr' alone to generate only).",
+                hint=did_you_mean(column, row.values),
+            )
+    mr = values["mr"]
+    if not isinstance(mr, str):
+        raise DataError(f"{row.where}: 'mr' is {mr!r}; a string is needed.", hint=_SHAPE)
+    if wanted not in values:
+        return mr.strip(), []
+    references = [values[wanted]] if wanted == "ref" else values[wanted]
+    if not isinstance(references, list) or not references:
+        raise DataError(
+            f"{row.where}: {wanted!r} is {references!r}; a list of at least one string is needed.",
+            hint=f'write "{wanted}": ["..."], or leave it out of every row.',
+        )
+    return mr.strip(), [one_line(reference, wanted, row.where) for reference in references]

@@ -1,0 +1,212 @@
+"""Sets of triples (subject, property, object), and the XML in which WebNLG, and DART's test set, are released.
+
+    <benchmark><entries>
+      <entry category="Airport" eid="Id1" size="1">
+        <modifiedtripleset><mtriple>Aarhus | leaderName | Jacob_Bundsgaard</mtriple></modifiedtripleset>
+        <lex comment="good" lid="Id1">The leader of Aarhus is Jacob Bundsgaard.</lex>
+      </entry> ...
+
+Such a file may define nothing of its own: a document type, with the entities that it could declare, is refused.
+
+Knows nothing of how triples become a source, nor of which texts are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from xml.parsers import expat
+
+from prefixtune.data.files import Row, join_lines, one_line, read_text
+from prefixtune.errors import DataError
+
+__all__ = ["Triple", "check_triples", "commented_texts", "read_benchmark", "references_of", "split_triple"]
+
+
+Triple = tuple[str, str, str]
+_SHAPE = 'write it as [["subject", "property", "object"], ...].'
+_DEEPEST = 64
+
+
+def check_triples(value: Any, column: str, where: str) -> tuple[Triple, ...]:
+    """A list of triples, each of three texts; outer white space is cut, and an inner line break becomes one space.
+
+    A part may be empty, as DART's tables have empty cells.
+
+    Raises:
+        DataError: It is no such list, or is empty.
+    """
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{where}: {column!r} is {_short(value)}; a list of at least one triple is needed.", hint=_SHAPE
+        )
+    triples: list[Triple] = []
+    for number, triple in enumerate(value, start=1):
+        parts = triple if isinstance(triple, list | tuple) else ()
+        if len(parts) != 3 or not all(isinstance(part, str) for part in parts):
+            raise DataError(
+                f"{where}: triple {number} of {column!r} is {_short(triple)}; three texts are needed.", hint=_SHAPE
+            )
+        subject, relation, target = map(join_lines, parts)
+        triples.append((subject, relation, target))
+    return tuple(triples)
+
+
+def split_triple(text: Any, where: str) -> list[str]:
+    """The three parts of `subject | property | object`.
+
+    >>> split_triple("Aarhus | leaderName | Jacob_Bundsgaard", "line 1")
+    ['Aarhus', 'leaderName', 'Jacob_Bundsgaard']
+
+    Raises:
+        DataError: The text has not three parts.
+    """
+    parts = [part.strip() for part in text.split(" | ")] if isinstance(text, str) else []
+    if len(parts) != 3:
+        raise DataError(
+            f"{where}: triple {_short(text)} has {len(parts)} parts; three are needed.",
+            hint="write it as subject | property | object.",
+        )
+    return parts
+
+
+def references_of(row: Row) -> tuple[str, ...]:
+    """The texts of the column `references`; none where there is no such column, as in a set to generate for.
+
+    Raises:
+        DataError: It is no list of at least one text.
+    """
+    if "references" not in row.values:
+        return ()
+    references = row.values["references"]
+    if not isinstance(references, list) or not references:
+        raise DataError(
+            f"{row.where}: 'references' is {_short(references)}; a list of at least one string is needed.",
+            hint='write "references": ["..."], or leave it out of every row.',
+        )
+    return tuple(one_line(reference, "references", row.where) for reference in references)
+
+
+def commented_texts(value: Any, column: str, comment: str, where: str) -> list[tuple[str, str]]:
+    """Pairs of (comment, text), of a list of objects or, as sets of the hub may have it, of an object of lists.
+
+    >>> commented_texts({"source": ["e2e"], "text": [" A pub. "]}, "annotations", "source", "row 1")
+    [('e2e', 'A pub.')]
+
+    Args:
+        value: What the column holds.
+        column: Its name, for messages.
+        comment: The key of the comment; that of the text is `text`.
+        where: Its row, for messages.
+
+    Raises:
+        DataError: It has another shape.
+    """
+    items: Any = value
+    if isinstance(value, dict):
+        comments, texts = value.get(comment), value.get("text")
+        items = None
+        if isinstance(comments, list) and isinstance(texts, list) and len(comments) == len(texts):
+            items = [{comment: one, "text": text} for one, text in zip(comments, texts, strict=True)]
+    if not isinstance(items, list) or not items:
+        raise DataError(
+            f"{where}: {column!r} is {_short(value)}; a list of at least one object is needed.",
+            hint=f'write it as [{{"{comment}": "...", "text": "..."}}, ...].',
+        )
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in (comment, "text")):
+            raise DataError(
+                f"{where}: item {number} of {column!r} is {_short(item)}; "
+                f"texts under {comment!r} and 'text' are needed.",
+                hint="write both as text.",
+            )
+    return [(item[comment], join_lines(item["text"])) for item in items]
+
+
+def read_benchmark(path: Path) -> list[Row]:
+    """The entries of an XML file, in order.
+
+    Returns:
+        Rows with the attributes of an entry (`category`, `eid`, ...), `triples`, and `lexicalizations`: a list of
+        (comment, text) for each `lex`, the texts in one line.
+
+    Raises:
+        DataError: The file cannot be read, is no XML of this kind, or declares a document type; the message names the
+            line.
+    """
+    reader = _Benchmark(path)
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+    parser.StartElementHandler = lambda name, attributes: reader.start(parser.CurrentLineNumber, name, attributes)
+    parser.EndElementHandler = lambda name: reader.end(name)
+    parser.CharacterDataHandler = lambda text: reader.text(text)
+    parser.StartDoctypeDeclHandler = lambda *_: reader.refuse_doctype(parser.CurrentLineNumber)
+    try:
+        parser.Parse(read_text(path), True)
+    except expat.ExpatError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}, column {error.offset + 1}: not XML: {expat.ErrorString(error.code)}.",
+            hint="copy or download the file again, or mend the line.",
+        ) from error
+    if not reader.rows:
+        raise DataError(
+            f"{path} has no entries; at least one <entry> is needed.", hint="check that it is a file of the set."
+        )
+    return reader.rows
+
+
+@dataclass
+class _Benchmark:
+    """What is read of one file so far."""
+
+    path: Path
+    rows: list[Row] = field(default_factory=list)
+    open: list[str] = field(default_factory=list)
+    comment: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    def start(self, line: int, name: str, attributes: dict[str, str]) -> None:
+        """An element begins."""
+        where = f"{self.path}, line {line}"
+        if not self.open and name != "benchmark":
+            raise DataError(
+                f"{where}: the outermost element is <{name}>; <benchmark> is needed.", hint="check the file."
+            )
+        if len(self.open) == _DEEPEST:
+            raise DataError(f"{where}: elements are nested more than {_DEEPEST} deep.", hint="check the file.")
+        self.open.append(name)
+        if name == "entry":
+            self.rows.append(Row(where, {**attributes, "triples": [], "lexicalizations": []}))
+        elif name in ("lex", "mtriple"):
+            if "entry" not in self.open:
+                raise DataError(f"{where}: <{name}> stands outside an <entry>.", hint="check the file.")
+            self.comment, self.pieces = attributes.get("comment", ""), []
+
+    def text(self, text: str) -> None:
+        """Characters within an element."""
+        if self.open and self.open[-1] in ("lex", "mtriple"):
+            self.pieces.append(text)
+
+    def end(self, name: str) -> None:
+        """An element ends."""
+        self.open.pop()
+        if name not in ("lex", "mtriple"):
+            return
+        row, text = self.rows[-1], join_lines("".join(self.pieces))
+        if name == "mtriple":
+            row.values["triples"].append(split_triple(text, row.where))
+        else:
+            row.values["lexicalizations"].append((self.comment, text))
+
+    def refuse_doctype(self, line: int) -> None:
+        """A document type, in which entities could be declared."""
+        raise DataError(
+            f"{self.path}, line {line}: a document type (<!DOCTYPE ...>) is not allowed; a file of the set has none.",
+            hint="remove it, with the entities that it declares.",
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""Small sets that are made here, to try things on."""

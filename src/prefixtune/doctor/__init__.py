@@ -1,0 +1,1 @@
+"""Does this backbone carry prefixes correctly? Checks against independent computations."""

@@ -1,0 +1,34 @@
+"""Scores on strings: texts, labels and tags against their references.
+
+`compute` scores outputs as a task's official script does (its protocol); `measure` keeps what each item adds, so that
+parts, intervals and comparisons cost nothing more. Every score names what made it.
+
+Knows nothing of this project: no example, no task, no model, no exception of it. Misuse raises `ValueError`.
+"""
+
+from __future__ import annotations
+
+from prefixtune.evaluation.metrics.base import Measurement, Score, Unavailable
+from prefixtune.evaluation.metrics.labels import accuracy, macro_f1, span_f1
+from prefixtune.evaluation.metrics.protocols import PROTOCOLS
+from prefixtune.evaluation.metrics.registry import METRICS, bleu, compare, compute, interval, measure
+from prefixtune.evaluation.metrics.resampling import Comparison, bootstrap, randomize
+
+__all__ = [
+    "METRICS",
+    "PROTOCOLS",
+    "Comparison",
+    "Measurement",
+    "Score",
+    "Unavailable",
+    "accuracy",
+    "bleu",
+    "bootstrap",
+    "compare",
+    "compute",
+    "interval",
+    "macro_f1",
+    "measure",
+    "randomize",
+    "span_f1",
+]

@@ -1,0 +1,122 @@
+"""Scores of labels and tags against the wanted ones.
+
+Knows nothing of texts, tasks or models. Misuse raises `ValueError`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from prefixtune.evaluation.metrics.base import Score, check_counts
+
+__all__ = ["accuracy", "macro_f1", "span_f1"]
+
+
+_TAG = re.compile(r"O|([BI])-(.+)", re.DOTALL)
+
+
+def accuracy(predictions: Sequence[str], references: Sequence[str]) -> Score:
+    """The share of items whose prediction is their reference, in percent.
+
+    >>> accuracy(["good", "bad", "good"], ["good", "bad", "bad"]).score
+    66.66666666666667
+
+    Args:
+        predictions: One label an item; compared as it is: case and white space count.
+        references: The wanted labels.
+
+    Raises:
+        ValueError: The counts differ, or there is no item.
+    """
+    _check_labels(predictions, references)
+    hits = sum(one == other for one, other in zip(predictions, references, strict=True))
+    return Score("accuracy", 100 * hits / len(references), "prefixtune (share of equal strings)")
+
+
+def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> Score:
+    """The mean of the labels' F1 scores, in percent: each label counts the same, however rare.
+
+    The labels are those that occur in the predictions or the references. So a prediction outside the set of labels
+    counts as a label of its own, with F1 0, and lowers the mean.
+
+    >>> macro_f1(["good", "good"], ["good", "bad"]).score
+    33.33333333333333
+
+    Args:
+        predictions: One label an item; compared as it is: case and white space count.
+        references: The wanted labels.
+
+    Raises:
+        ValueError: The counts differ, or there is no item.
+    """
+    _check_labels(predictions, references)
+    hits = Counter(one for one, other in zip(predictions, references, strict=True) if one == other)
+    occurrences = Counter([*predictions, *references])
+    scores = [2 * hits[label] / occurrences[label] for label in sorted(occurrences)]
+    return Score(
+        "macro F1",
+        100 * sum(scores) / len(scores),
+        "prefixtune (mean F1 of the labels in predictions or references)",
+    )
+
+
+def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Sequence[str]]) -> Score:
+    """Micro F1 of spans, in percent: a span counts where its type, its start and its end are those of a reference.
+
+    Tags are BIO and read leniently, as by default in seqeval: `I-TYPE` after `O`, or after another type, begins a span
+    too. A predicted tag that is neither `O`, `B-TYPE` nor `I-TYPE` counts as `O`. Without any span in either, the
+    score is 0.
+
+    >>> span_f1([["B-TIME", "I-TIME", "O"]], [["B-TIME", "I-TIME", "B-TRAIN"]]).score
+    66.66666666666667
+
+    Args:
+        predicted_tags: For each sentence one tag a token.
+        reference_tags: The wanted tags.
+
+    Raises:
+        ValueError: The numbers of sentences, or of tags in one, differ, there is no sentence, or a reference is no tag.
+    """
+    if any(isinstance(item, str) for tags in (predicted_tags, reference_tags) for item in [tags, *tags]):
+        raise ValueError("predicted and reference tags must be lists of lists of strings")
+    check_counts(predicted_tags, reference_tags, "sentences")
+    hits = num_predicted = num_wanted = 0
+    for number, (predicted, wanted) in enumerate(zip(predicted_tags, reference_tags, strict=True)):
+        if len(predicted) != len(wanted):
+            raise ValueError(
+                f"sentence {number} (from 0) has {len(predicted)} predicted and {len(wanted)} reference tags; "
+                "counts must agree"
+            )
+        for tag in wanted:
+            if not _TAG.fullmatch(tag):
+                raise ValueError(f"sentence {number} (from 0): reference {tag!r} is none of O, B-TYPE and I-TYPE")
+        found, sought = set(_spans(predicted)), set(_spans(wanted))
+        hits += len(found & sought)
+        num_predicted += len(found)
+        num_wanted += len(sought)
+    total = num_predicted + num_wanted
+    return Score(
+        "span F1",
+        200 * hits / total if total else 0.0,
+        "prefixtune (micro F1 of equal BIO spans, read as seqeval's default)",
+    )
+
+
+def _spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Type, start and end (exclusive) of each span."""
+    kind, start = "", 0
+    for position, tag in enumerate([*tags, "O"]):
+        match = _TAG.fullmatch(tag)
+        begins, of = (match[1] == "B", match[2] or "") if match else (False, "")
+        if kind and (begins or of != kind):
+            yield kind, start, position
+        if begins or of != kind:
+            kind, start = of, position
+
+
+def _check_labels(predictions: Sequence[str], references: Sequence[str]) -> None:
+    if isinstance(predictions, str) or isinstance(references, str):
+        raise ValueError("predictions and references must be lists of strings")
+    check_counts(predictions, references, "items")

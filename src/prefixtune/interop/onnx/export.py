@@ -1,0 +1,276 @@
+"""ONNX: the backbone as a graph whose past is an input, and the prefix as the past that it starts from.
+
+Inputs: `input_ids` (B, T), `attention_mask` (B, S + T), `position_ids` (B, T), and per layer `past_key_values.N.key`
+and `.value` (B, H, S, D); outputs: `logits` (B, T, vocabulary), `present.N.key` and `.value`. B, T and S are free. The
+prefix is the first past, S = P; or it is baked: the graph puts it in front by itself, and the first past is empty.
+
+Every export is run once in ONNX Runtime and compared with the backbone. `run.py`, written beside the graph, shows the
+loop and needs no torch. Knows nothing of quantizing a graph, nor of other runtimes' own formats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prefixtune.attention.cache import cache_argument, growing_cache
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.packaged import silence
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.interop.export import check_exportable, describe_origin, write_manifest
+from prefixtune.interop.onnx.run import pad, past_names, start, step
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.extras import require
+from prefixtune.utils.files import atomic_files
+
+__all__ = ["GRAPH", "PAST", "export_onnx", "require_onnx"]
+
+
+GRAPH = "model.onnx"
+"""The graph's file; large weights go into `model.onnx.data` beside it."""
+
+PAST = "prefix.safetensors"
+"""The file of the first past, by the names of the inputs, with one row."""
+
+_TOLERANCE = 1e-4
+"""How far logits may be from the backbone's, relative to the largest."""
+
+_ONE_FILE = 1_500_000_000
+"""A graph with more bytes of weights keeps them in a file of their own; protobuf ends at two gigabytes."""
+
+
+class _Step(nn.Module):
+    """One call of the model, with past and present as arguments and results."""
+
+    def __init__(self, model: nn.Module, past: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        for number, tensor in enumerate(past):
+            self.register_buffer(f"prefix_{number}", tensor)
+        self.num_baked = len(past)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B _ST"],
+        position_ids: Int[Tensor, "B T"],
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        rows, length = input_ids.shape[0], 0
+        if self.num_baked:
+            baked = [self.get_buffer(f"prefix_{number}") for number in range(self.num_baked)]
+            length = baked[0].shape[2]
+            past = [torch.cat([b.expand(rows, -1, -1, -1), p], dim=2) for b, p in zip(baked, past, strict=True)]
+            attention_mask = torch.cat([attention_mask.new_ones(rows, length), attention_mask], dim=1)
+            position_ids = position_ids + length
+        cache = growing_cache(self.model)
+        for number in range(len(past) // 2):
+            cache.update(past[2 * number], past[2 * number + 1], number)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=True,
+            **{cache_argument(self.model): cache},
+        )
+        present = [part[:, :, length:] for layer in cache.layers for part in (layer.keys, layer.values)]
+        return (output.logits, *present)
+
+
+def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked: bool = False) -> dict[str, Any]:
+    """Write a backbone as a graph, with a prefix to start from, and how to run it.
+
+    Args:
+        prefix: Trained for a decoder-only model.
+        backbone: That model, in float32.
+        folder: Gets `model.onnx`, `prefix.safetensors` (unless it is baked), the tokenizer, `run.py`, `export.json` and
+            `README.md`.
+        baked: Put the prefix into the graph, for runtimes that cannot be given a past to start from.
+
+    Returns:
+        What `export.json` says, with the largest difference from the backbone's logits that was seen.
+
+    Raises:
+        BackboneError: The model cannot be traced, or ONNX Runtime computes something else; nothing is written.
+        ConfigError: A library of the extra `onnx` is missing, the backbone is not in float32, or the prefix is empty,
+            an infix, or has a head.
+    """
+    runtime = require_onnx()
+    check_exportable(prefix, backbone, "ONNX")
+    if backbone.model.dtype != torch.float32:
+        raise ConfigError(
+            f"the backbone is in {backbone.model.dtype}, but a graph is made and compared in float32.",
+            hint="load it with dtype float32 (--dtype float32), and convert the graph afterwards.",
+        )
+    folder = Path(folder)
+    shape = backbone.geometry["decoder"][0]
+    facts: dict[str, Any] = {
+        "target": "onnx",
+        "file": GRAPH,
+        "prefix_file": None if baked else PAST,
+        **describe_origin(prefix, backbone),
+        "baked": baked,
+        "num_layers": len(backbone.geometry["decoder"]),
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.key_dim,
+        "end_id": backbone.eos_id,
+        "pad_id": backbone.pad_id,
+    }
+    past = {
+        name: tensor.detach().float().cpu()[None].contiguous()
+        for name, tensor in zip(past_names(facts), prefix.tensors(), strict=True)
+    }
+    with atomic_files(folder) as made:
+        _trace(backbone, list(past.values()) if baked else [], facts, made / GRAPH)
+        facts["max_difference"] = _compare(runtime, made / GRAPH, prefix, backbone, facts, past)
+        facts["versions"] = {"torch": str(torch.__version__), "onnxruntime": runtime.__version__}
+        if not baked:
+            save_file(past, made / PAST)
+        with silence():
+            backbone.tokenizer.save_pretrained(made)
+        script = importlib.resources.files("prefixtune.interop.onnx") / "run.py"
+        (made / "run.py").write_bytes(script.read_bytes())
+        (made / "README.md").write_text(_readme(facts), encoding="utf-8")
+        write_manifest(made, facts)
+    if baked:
+        (folder / PAST).unlink(missing_ok=True)
+    return facts
+
+
+def require_onnx() -> Any:
+    """Import what an export needs, and return ONNX Runtime.
+
+    Raises:
+        ConfigError: A library of the extra `onnx` is missing.
+    """
+    return [require(name, "an export to ONNX") for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+
+
+def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], path: Path) -> None:
+    """Write the graph of one call."""
+    model, device = backbone.model, backbone.device
+    # Sizes that differ from each other and from 1, so that none is taken for a constant.
+    rows, tokens, before = 2, 3, 5
+    heads, size = facts["num_kv_heads"], facts["head_dim"]
+    names = past_names(facts)
+    past = [torch.zeros(rows, heads, before, size, device=device) for _ in names]
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+    mask = torch.ones(rows, before + tokens, dtype=torch.long, device=device)
+    positions = (torch.arange(tokens, device=device) + before).expand(rows, -1).contiguous()
+    by_token = {0: "batch", 1: "sequence"}
+    shapes = {
+        "input_ids": by_token,
+        "attention_mask": {0: "batch", 1: "total"},
+        "position_ids": by_token,
+        "past": [{0: "batch", 2: "past"} for _ in past],
+    }
+    module = _Step(model, [tensor.to(device) for tensor in baked]).eval()
+    try:
+        with silence(), _quiet_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                (ids, mask, positions, past),
+                dynamo=True,
+                input_names=["input_ids", "attention_mask", "position_ids", *names],
+                output_names=["logits", *(name.replace("past_key_values", "present") for name in names)],
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+            size_in_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+            if program is not None:
+                program.save(path, external_data=size_in_bytes > _ONE_FILE)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BackboneError(
+            f"torch cannot write {backbone.name!r} (model type {model.config.model_type!r}) as a graph: "
+            f"{lines[0] if lines else type(error).__name__}",
+            hint="use `prefixtune serve`, or another target.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep what the exporter logs of libraries that are not installed off the terminal."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@torch.no_grad()
+def _compare(
+    runtime: Any, path: Path, prefix: Prefix, backbone: Backbone, facts: dict[str, Any], past: dict[str, Tensor]
+) -> float:
+    """The largest difference between the graph's logits and the backbone's: for two texts of unequal length, and on.
+
+    Raises:
+        BackboneError: It is larger than rounding explains.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = min(len(backbone.tokenizer), int(backbone.model.get_input_embeddings().weight.shape[0]))
+    prompts: list[list[int]] = [torch.randint(size, (n,), generator=generator).tolist() for n in (6, 3)]
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ids, mask = pad(prompts, backbone.pad_id)
+    first = None if facts["baked"] else {name: tensor.numpy() for name, tensor in past.items()}
+    state = start(facts, first, mask)
+    found = [step(lambda feed: session.run(None, feed), state, ids)]
+    following = torch.randint(size, (2, 1), generator=generator)
+    found.append(step(lambda feed: session.run(None, feed), state, following.numpy()))
+    all_ids = torch.cat([torch.from_numpy(ids), following], dim=1).to(backbone.device)
+    all_mask = nn.functional.pad(torch.from_numpy(mask), (0, 1), value=1).to(backbone.device)
+    wanted = backbone.forward(all_ids, all_mask, prefixes=prefix).logits.float().cpu()
+    logits = torch.cat([torch.from_numpy(part) for part in found], dim=1)
+    real = all_mask.bool().cpu()
+    difference, largest = _largest(logits[real] - wanted[real]), _largest(wanted[real])
+    if not difference <= _TOLERANCE * max(largest, 1.0):
+        raise BackboneError(
+            f"ONNX Runtime computes other logits than {backbone.name!r} (model type "
+            f"{backbone.model.config.model_type!r}): up to {difference:.3g} apart, of {largest:.3g}.",
+            hint="use `prefixtune serve`, or another target.",
+        )
+    return difference
+
+
+def _largest(numbers: Float[Tensor, "N V"]) -> float:
+    return float(numbers.abs().max())
+
+
+def _readme(facts: dict[str, Any]) -> str:
+    """How to run the files."""
+    length = facts["prefix_length"]
+    if facts["baked"]:
+        past = f"""The prefix of {length} positions is in the graph: it stands in front of whatever past is given, and
+is left out of `present`. Begin with an empty past (S = 0), a mask of the text alone, and positions from 0 on."""
+    else:
+        past = f"""The prefix is the first past: `{PAST}` holds it by the names of the inputs, with one row to be
+repeated. The mask has {length} ones for it in front, and text stands at positions {length}, {length + 1}, ...
+Without it the graph is the bare backbone."""
+    prompt = json.dumps(facts["text_format"]["prompt"], ensure_ascii=False)
+    return f"""# A prefix of {length} positions in ONNX
+
+`{GRAPH}` is `{facts["backbone"]["name"]}` ({facts["model_type"]}) in float32. In ONNX Runtime its logits were up to
+{facts["max_difference"]:.2g} from the backbone's. If you quantize it, evaluate again.
+
+{past}
+
+```bash
+pip install onnxruntime safetensors tokenizers
+python run.py "a source"
+```
+
+`run.py` pads texts on the left, keeps mask, positions and past, and chooses the likeliest token. The text around a
+source is {prompt}; no special token is added. The output ends at `{facts["end"]}`.
+"""

@@ -1,0 +1,151 @@
+"""Generate with an exported graph and its prefix, greedily: numpy, and something that runs the graph.
+
+    python run.py "a source" "another source"
+
+Stands beside model.onnx. The functions do not care what runs the graph: `run` takes the inputs by name, and gives the
+outputs in the graph's order. With ONNX Runtime it is `lambda feed: session.run(None, feed)`, with OpenVINO
+`lambda feed: list(compiled(feed).values())`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["State", "generate", "main", "pad", "past_names", "start", "step", "target_of"]
+
+
+Run = Callable[[dict[str, Any]], Sequence[Any]]
+
+
+@dataclass
+class State:
+    """Where the texts of a batch stand.
+
+    Attributes:
+        mask: (B, S + T), 1 where a slot of the past or a token is real.
+        positions: (B, T), of the tokens to be read next.
+        past: By the names of the inputs, each (B, H, S, D).
+    """
+
+    mask: Any
+    positions: Any
+    past: dict[str, Any]
+
+
+def past_names(facts: Mapping[str, Any]) -> list[str]:
+    """The inputs that hold the past, in order; the outputs that hold the present come in the same order."""
+    return [f"past_key_values.{n}.{part}" for n in range(facts["num_layers"]) for part in ("key", "value")]
+
+
+def pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Any, Any]:
+    """Token ids and mask of texts, padded on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return np.array(ids, dtype=np.int64), np.array(mask, dtype=np.int64)
+
+
+def start(facts: Mapping[str, Any], prefix: Mapping[str, Any] | None, mask: Any) -> State:
+    """The state before a batch of prompts is read.
+
+    Args:
+        facts: What export.json says.
+        prefix: The first past, with one row; None: an empty one, with which a baked graph begins (and with which one
+            that is not baked is the bare backbone).
+        mask: (B, T), of the prompts.
+    """
+    rows = mask.shape[0]
+    if prefix is None:
+        empty = np.zeros((rows, facts["num_kv_heads"], 0, facts["head_dim"]), dtype=np.float32)
+        past = dict.fromkeys(past_names(facts), empty)
+    else:
+        past = {name: np.repeat(prefix[name], rows, axis=0) for name in past_names(facts)}
+    length = next(iter(past.values())).shape[2]
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0) + length
+    return State(np.concatenate([np.ones((rows, length), dtype=np.int64), mask], axis=1), positions, past)
+
+
+def step(run: Run, state: State, ids: Any) -> Any:
+    """Read tokens: their logits, (B, T, vocabulary); the state goes on to the token after them."""
+    feed = {"input_ids": ids, "attention_mask": state.mask, "position_ids": state.positions, **state.past}
+    logits, *present = run(feed)
+    state.past = dict(zip(state.past, present, strict=True))
+    state.mask = np.concatenate([state.mask, np.ones((len(ids), 1), dtype=np.int64)], axis=1)
+    state.positions = state.positions[:, -1:] + 1
+    return logits
+
+
+def generate(
+    run: Run,
+    facts: Mapping[str, Any],
+    prefix: Mapping[str, Any] | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 100,
+) -> list[list[int]]:
+    """What follows each prompt, greedily, without the end token.
+
+    Args:
+        run: Runs the graph once.
+        facts: What export.json says.
+        prefix: The first past; None for a baked graph.
+        prompts: Token ids, of any lengths.
+        max_new_tokens: Most tokens to generate.
+    """
+    ids, mask = pad(prompts, facts["pad_id"])
+    state = start(facts, prefix, mask)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    for _ in range(max_new_tokens):
+        ids = step(run, state, ids)[:, -1].argmax(axis=-1)[:, None]
+        for row, token in enumerate(ids[:, 0].tolist()):
+            done[row] = done[row] or token == facts["end_id"]
+            if not done[row]:
+                outputs[row].append(token)
+        if all(done):
+            break
+    return outputs
+
+
+def target_of(template: str, output: str) -> str:
+    """The target within an output: what the text format puts around it, and outer space, taken off."""
+    head, _, tail = template.partition("{target}")
+    return output.strip().removeprefix(head.strip()).removesuffix(tail.strip()).strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Generate from the command line."""
+    parser = argparse.ArgumentParser(description="Generate with an exported graph and its prefix, greedily.")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    parser.add_argument("--folder", default=str(Path(__file__).resolve().parent), help="default: that of this file")
+    options = parser.parse_args(arguments)
+    import onnxruntime
+    from safetensors.numpy import load_file
+    from tokenizers import Tokenizer
+
+    folder = Path(options.folder)
+    facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    session = onnxruntime.InferenceSession(str(folder / facts["file"]), providers=["CPUExecutionProvider"])
+    prefix = None if facts["baked"] else load_file(str(folder / facts["prefix_file"]))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [facts["text_format"]["prompt"].replace("{source}", source) for source in options.sources]
+    prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    outputs = generate(
+        lambda feed: session.run(None, feed), facts, prefix, prompts, max_new_tokens=options.max_new_tokens
+    )
+    for ids in outputs:
+        print(target_of(facts["text_format"]["target"], tokenizer.decode(ids)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""What is trained: a table or an MLP that yields the prefix; `bake()` drops it and keeps the prefix alone.
+
+`mlp` is the paper's reparameterization (Li & Liang 2021, section 4.3): Embedding(P, d) -> Linear(d, m) -> tanh ->
+Linear(m, S), where S is one position's keys and values over all layers of a site. `none` trains the prefix itself.
+`residual` adds an MLP, whose last layer starts at zero, to a fixed start, so that training begins exactly there.
+
+Each runs once per step, never per row. Knows nothing of models and of where an initialization comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.prefix.geometry import Geometry, LayerShape
+from prefixtune.prefix.prefix import Head, Prefix, flatten, unflatten
+
+__all__ = ["KINDS", "HeadEncoder", "PrefixEncoder", "PromptEncoder", "SiteEncoder", "fit"]
+
+
+KINDS = ("mlp", "none", "residual")
+
+RANDOM_STD = 0.02
+"""Standard deviation of a random start of a directly trained prefix."""
+
+
+class SiteEncoder(nn.Module):
+    """The trainable parameters of one site, yielding a flat (P, S) matrix.
+
+    Args:
+        kind: `mlp`, `none` or `residual`.
+        size: S, the numbers of one position over all layers.
+        prefix_length: P.
+        embedding_size: d, the width of the MLP's embedding (the paper: the model's width).
+        bottleneck_size: m, the MLP's hidden width (the paper: 512, 800 for summarization).
+        start: What the prefix is at the first step. For `none` and `residual` exactly; for `mlp` see `fit`. None:
+            random.
+    """
+
+    start: Tensor | None
+
+    def __init__(
+        self,
+        kind: str,
+        size: int,
+        prefix_length: int,
+        embedding_size: int,
+        bottleneck_size: int,
+        start: Float[Tensor, "P S"] | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ConfigError(f"unknown reparameterization {kind!r}.", hint=did_you_mean(kind, KINDS))
+        self.kind = kind
+        self.register_buffer("start", None)
+        if kind != "mlp" and start is None:
+            start = torch.randn(prefix_length, size) * RANDOM_STD
+        if kind == "none":
+            self.table = nn.Parameter(start.detach().clone().float())  # type: ignore[union-attr]
+            return
+        self.embedding = nn.Embedding(prefix_length, embedding_size)
+        self.hidden = nn.Linear(embedding_size, bottleneck_size)
+        self.output = nn.Linear(bottleneck_size, size)
+        if kind == "residual":
+            nn.init.zeros_(self.output.weight)
+            nn.init.zeros_(self.output.bias)
+            self.start = start.detach().clone().float()  # type: ignore[union-attr]
+
+    def forward(self) -> Float[Tensor, "P S"]:
+        """The prefix as it is now, one row per position."""
+        if self.kind == "none":
+            return self.table
+        out: Tensor = self.output(torch.tanh(self.hidden(self.embedding.weight)))
+        return out if self.start is None else self.start + out
+
+
+class HeadEncoder(nn.Module):
+    """The trainable parameters of a linear head.
+
+    Hidden states of a language model share a large common part, beside which what tells texts apart is small; so the
+    head sees them standardized. Centre and spread are constants, folded into the weights that are stored.
+
+    Args:
+        num_labels: C.
+        hidden_size: d.
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, num_labels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_labels, hidden_size) * RANDOM_STD)
+        self.bias = nn.Parameter(torch.zeros(num_labels))
+        self.register_buffer("center", torch.zeros(hidden_size))
+        self.register_buffer("spread", torch.ones(hidden_size))
+
+    def standardize(self, hidden: Float[Tensor, "N d"]) -> None:
+        """Take centre and spread from some hidden states."""
+        hidden = hidden.float()
+        self.center.copy_(hidden.mean(0))
+        self.spread.copy_(hidden.std(0, correction=0).clamp(min=1e-6 + 1e-3 * float(hidden.std())))
+
+    def forward(self) -> Head:
+        """The head as it is now, for hidden states as they are."""
+        weight = self.weight / self.spread
+        return Head(weight, self.bias - weight @ self.center)
+
+
+class PromptEncoder(nn.Module):
+    """A trainable prompt at the input layer alone (the paper's embedding-only ablation, table 4).
+
+    In a model that reads from left to right a prompt never sees the text after it; so it is worth exactly the keys and
+    values that the model computes for it, which are a prefix. It is trained, stored and used as one.
+
+    Args:
+        kind: `mlp`, `none` or `residual`.
+        start: What the prompt's embeddings are at the first step, exactly for `none` and `residual`.
+        through: Runs embeddings through the model: the keys and values there, differentiable in them.
+        embedding_size: d of the MLP.
+        bottleneck_size: m of the MLP.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        start: Float[Tensor, "P d"],
+        through: Callable[[Tensor], Prefix],
+        *,
+        embedding_size: int,
+        bottleneck_size: int = 512,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.prompt = SiteEncoder(kind, start.shape[1], start.shape[0], embedding_size, bottleneck_size, start)
+        self.through = through
+        self.head = None
+
+    def forward(self) -> Prefix:
+        """What the prompt is worth now, in float32, attached to the graph of its parameters."""
+        return self.through(self.prompt())
+
+    @torch.no_grad()
+    def bake(self) -> Prefix:
+        """The same as a prefix, in float32 on the CPU."""
+        prefix: Prefix = self()
+        return prefix.to(device="cpu").detach()
+
+
+class PrefixEncoder(nn.Module):
+    """The trainable prefix: one `SiteEncoder` per site, and the shapes to split their rows by.
+
+    Args:
+        kind: `mlp`, `none` or `residual`.
+        geometry: The sites to train, and their layers' shapes.
+        prefix_length: P; or P by site.
+        embedding_size: d of the MLP.
+        bottleneck_size: m of the MLP.
+        start: A prefix to begin at, covering `geometry`'s sites; None: random.
+        head: Labels and width of the hidden states of a linear head to train with it; None: no head.
+    """
+
+    head: HeadEncoder | None
+
+    def __init__(
+        self,
+        kind: str,
+        geometry: Geometry,
+        prefix_length: int | Mapping[str, int],
+        *,
+        embedding_size: int,
+        bottleneck_size: int = 512,
+        start: Prefix | None = None,
+        head: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        lengths = dict.fromkeys(geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
+        if min(lengths.values()) < 1:
+            raise ConfigError(
+                f"prefix_length is {prefix_length}, but must be at least 1.", hint="10 is a usual length."
+            )
+        self.kind = kind
+        self.geometry: dict[str, tuple[LayerShape, ...]] = dict(geometry)
+        self.sites = nn.ModuleDict(
+            {
+                site: SiteEncoder(
+                    kind,
+                    sum(shape.size for shape in shapes),
+                    lengths[site],
+                    embedding_size,
+                    bottleneck_size,
+                    None if start is None else flatten(start.layers[site]),
+                )
+                for site, shapes in self.geometry.items()
+            }
+        )
+
+        self.head = None if head is None else HeadEncoder(*head)
+
+    def forward(self) -> Prefix:
+        """The prefix as it is now, in float32, attached to the graph of its parameters."""
+        flat: Mapping[str, Tensor] = {site: module() for site, module in self.sites.items()}
+        head = None if self.head is None else self.head()
+        return Prefix({site: unflatten(rows, self.geometry[site]) for site, rows in flat.items()}, head=head)
+
+    @torch.no_grad()
+    def bake(self) -> Prefix:
+        """The prefix alone, in fp32 on the CPU; the MLP is no part of it."""
+        prefix: Prefix = self()
+        return Prefix(
+            {
+                site: tuple((k.cpu().clone(), v.cpu().clone()) for k, v in layers)
+                for site, layers in prefix.layers.items()
+            },
+            head=None if prefix.head is None else prefix.head.to(device="cpu").detach(),
+        )
+
+    @property
+    def num_trained(self) -> int:
+        """How many parameters the optimizer moves."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def fit(module: PrefixEncoder, target: Prefix, *, steps: int = 500, learning_rate: float = 1e-4) -> dict[str, float]:
+    """Fit an MLP to a given prefix by mean squared error, so that training starts near it.
+
+    The authors' way of starting the MLP from real words' activations: 500 Adam steps at 1e-4.
+
+    Args:
+        module: A `PrefixEncoder`; moved in place.
+        target: What it should yield, of the same sites and shapes.
+        steps: Adam steps.
+        learning_rate: Adam's step size.
+
+    Returns:
+        Site -> the fit's relative error: mean squared error divided by the target's mean square.
+    """
+    wanted = {site: flatten(target.layers[site]).float() for site in module.geometry}
+    optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            losses = [nn.functional.mse_loss(module.sites[site](), rows) for site, rows in wanted.items()]
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        return {
+            site: float((module.sites[site]() - rows).square().mean() / rows.square().mean())
+            for site, rows in wanted.items()
+        }

@@ -1,0 +1,69 @@
+"""Tell one backbone from another by a short text, cheaply and whatever the dtype.
+
+A fingerprint is `HASH:SAMPLES`: a hash of facts about the model, and 256 of its weights as bfloat16. Knows nothing of
+how weights are loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["fingerprints_match", "sample_weights"]
+
+
+_SAMPLES = 256
+_SLACK = 0.15
+"""Sampled weights that may differ in the last bfloat16 bit: rounding through float16 moves about one in sixteen."""
+
+
+def sample_weights(sizes: Sequence[tuple[str, int]], take: Callable[[str, int], Tensor]) -> str:
+    """Some of a model's weights, as a fingerprint has them.
+
+    Args:
+        sizes: Name and number of elements of every parameter, tied ones once.
+        take: (name, place in the flattened parameter) -> that weight.
+
+    Returns:
+        Base64 of 256 bfloat16 numbers spread over all parameters; half of them over a LoRA adapter's.
+    """
+    ordered = sorted(sizes)
+    # An adapter's few and small tensors get half of the samples, wherever they stand among the model's.
+    pools = [pool for pool in (ordered, [each for each in ordered if "lora_" in each[0]]) if pool]
+    picked = []
+    for number in range(_SAMPLES):
+        pool = pools[number % len(pools)]
+        name, size = pool[number * len(pool) // _SAMPLES if len(pool) > _SAMPLES else number // len(pools) % len(pool)]
+        # Golden-ratio steps spread the samples over each tensor.
+        picked.append(take(name, int((number * 0.6180339887498949 % 1.0) * size)))
+    samples = torch.stack([value.detach().float().cpu() for value in picked]).to(torch.bfloat16).view(torch.int16)
+    return base64.b64encode(samples.numpy().astype("<i2").tobytes()).decode()
+
+
+def fingerprints_match(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same model: same shape, and weights equal up to rounding.
+
+    Rounding through another dtype may move a weight by one unit of bfloat16's last bit; more, or more than 15 % of
+    the samples moving, means another model (fine-tuned ones included).
+    """
+    if one == other:
+        return True
+    (shape, first), (other_shape, second) = _parse(one), _parse(other)
+    if shape != other_shape or first.shape != second.shape or first.numel() == 0:
+        return False
+    # bfloat16 bits of one sign are ordered like the numbers themselves.
+    steps = (first - second).abs()
+    return bool((steps <= 1).all() and (steps > 0).float().mean() <= _SLACK)
+
+
+def _parse(text: str) -> tuple[str, torch.Tensor]:
+    """A fingerprint's hash and its samples' bits; no samples where the text is no fingerprint."""
+    shape, _, samples = text.partition(":")
+    try:
+        bits = base64.b64decode(samples, validate=True)
+        return shape, torch.frombuffer(bytearray(bits), dtype=torch.int16).int()
+    except ValueError:
+        return shape, torch.empty(0, dtype=torch.int32)

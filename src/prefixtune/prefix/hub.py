@@ -1,0 +1,123 @@
+"""Files of the Hugging Face hub: which texts name a repository, and bringing a file of one here.
+
+What is to be fetched is written `hub:OWNER/NAME`; a name without `hub:` is a path on this machine. Nothing goes over
+the network but in `download`. Knows nothing of what is in the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefixtune import __version__
+from prefixtune.errors import ConfigError, PrefixError
+
+__all__ = ["FILE", "HUB", "download", "hub_errors", "is_repository", "repository_of"]
+
+
+FILE = "prefix.safetensors"
+"""A prefix's name in a repository."""
+
+HUB = "hub:"
+"""What stands before the name of what is to be fetched."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+def is_repository(name: str | os.PathLike[str]) -> bool:
+    """Whether a text has the form of a repository's name, `OWNER/NAME`; a path on this machine may have it, too.
+
+    >>> is_repository("me/e2e-prefix"), is_repository("./me/prefix"), is_repository("prefix")
+    (True, False, False)
+    """
+    return _ID.fullmatch(os.fspath(name)) is not None
+
+
+def repository_of(name: str | os.PathLike[str]) -> str | None:
+    """The repository that `hub:OWNER/NAME` names; None: the text is a path on this machine.
+
+    A path that is missing is never looked for elsewhere.
+
+    >>> repository_of("hub:me/e2e-prefix"), repository_of("me/e2e-prefix")
+    ('me/e2e-prefix', None)
+
+    Raises:
+        ConfigError: What follows `hub:` is no repository's name.
+    """
+    text = os.fspath(name)
+    if not text.startswith(HUB):
+        return None
+    repository = text.removeprefix(HUB)
+    if not is_repository(repository):
+        raise ConfigError(f"{text!r} names no repository.", hint="write hub:OWNER/NAME, as in hub:me/e2e-prefix.")
+    return repository
+
+
+def download(repo_id: str, name: str = FILE, *, revision: str | None = None, token: str | None = None) -> Path:
+    """Bring a file of a repository here, into the hub's own cache.
+
+    Args:
+        repo_id: `OWNER/NAME`.
+        name: The file in the repository.
+        revision: A branch, a tag or a commit; None: the main branch.
+        token: Of the hub; None: the one that `hf auth login` stored.
+
+    Raises:
+        ConfigError: The name is none, or the hub is switched off.
+        PrefixError: The hub cannot be reached, or has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"cannot download {name!r} of {repo_id!r}"):
+        return Path(
+            hf_hub_download(
+                repo_id, name, revision=revision, token=token, library_name="prefixtune", library_version=__version__
+            )
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """What goes wrong on the way to the hub, in one line and with a way out."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hint = "check the name; private repositories need `hf auth login`."
+    try:
+        yield
+    except HFValidationError as error:
+        raise ConfigError(f"{what}: {error}", hint="write OWNER/NAME.") from error
+    except OfflineModeIsEnabled as error:
+        raise ConfigError(f"{what}: the hub is switched off.", hint="unset HF_HUB_OFFLINE.") from error
+    except LocalTokenNotFoundError as error:
+        raise ConfigError(
+            f"{what}: there is no token.", hint="log in with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise PrefixError(f"{what}: the hub cannot be reached.", hint="check the connection.") from error
+    except RepositoryNotFoundError as error:
+        raise PrefixError(f"{what}: there is no such repository, or it is not yours.", hint=hint) from error
+    except RevisionNotFoundError as error:
+        raise PrefixError(f"{what}: there is no such revision.", hint="leave it out for the main branch.") from error
+    except EntryNotFoundError as error:
+        raise PrefixError(f"{what}: the repository has no such file.", hint="name it with --file.") from error
+    except HfHubHTTPError as error:
+        reason = str(error.server_message or error).splitlines()[0]
+        raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {reason}", hint=hint) from error
+    except Exception as error:
+        # Of whichever client library this version of huggingface_hub uses.
+        client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
+        if not client and not isinstance(error, OSError):
+            raise
+        raise PrefixError(f"{what}: {str(error).rstrip('.')}.", hint="check the connection.") from error

@@ -1,0 +1,295 @@
+"""The value that everything is about: per site and layer, one key and one value tensor.
+
+A `Prefix` is P virtual tokens' keys and values, as the attention of each layer sees them (after any rotary embedding),
+to be put in front of the text's own: K = [P_key; K], V = [P_val; V] (Li & Liang 2021, section 4). It knows its shapes
+and the header it came with; it knows nothing of models, files or training.
+
+Axes: P prefix positions, L layers, H key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefixtune.errors import BackboneError, ConfigError, describe_value
+from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, describe
+
+__all__ = ["Head", "KeyValue", "Prefix", "check_fits", "flatten", "unflatten"]
+
+
+KeyValue = tuple[Float[Tensor, "_H _P _Dk"], Float[Tensor, "_H _P _Dv"]]
+"""One layer's keys and values: (H, P, D), where H and D may differ between layers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A linear layer from a hidden state to the scores of labels, trained with a prefix and stored with it.
+
+    Attributes:
+        weight: One row per label.
+        bias: One number per label.
+    """
+
+    weight: Float[Tensor, "C d"]
+    bias: Float[Tensor, " C"]
+
+    def __call__(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N C"]:
+        """Each label's score, in float32."""
+        weight, bias = self.weight.to(hidden.device).float(), self.bias.to(hidden.device).float()
+        return torch.nn.functional.linear(hidden.float(), weight, bias)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Head:
+        """The same head in another dtype or on another device."""
+        return Head(self.weight.to(device=device, dtype=dtype), self.bias.to(device=device, dtype=dtype))
+
+    def detach(self) -> Head:
+        """A copy that no longer belongs to any computation graph."""
+        return Head(self.weight.detach().clone(), self.bias.detach().clone())
+
+
+def _is_pair(given: object) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(one, Tensor) for one in given)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Per site and layer, keys and values of P virtual tokens.
+
+    Attributes:
+        layers: Site -> one (key, value) pair per layer, each of shape (H, P, D).
+        header: What an artifact says of its origin (backbone, task, text format, training); may be empty.
+        head: For classification or tagging through hidden states; None: the model's own words are the output.
+
+    Raises:
+        ConfigError: An unknown site, no layer, or layers of one site that differ in length or do not fit together.
+    """
+
+    layers: Mapping[str, tuple[KeyValue, ...]]
+    header: Mapping[str, Any] = field(default_factory=dict)
+    head: Head | None = None
+
+    def __post_init__(self) -> None:
+        hint = "give (H, P, D) tensors of one P per site."
+        if not isinstance(self.layers, Mapping):
+            raise ConfigError(f"not a prefix: its layers are {describe_value(self.layers)}, not a dict.", hint=hint)
+        faults = []
+        if not self.layers:
+            faults.append("it has no site")
+        for site, layers in self.layers.items():
+            if site not in SITES:
+                faults.append(f"unknown site {site!r} (allowed: {', '.join(SITES)})")
+            if not layers:
+                faults.append(f"site {site!r} has no layer")
+            lengths = set()
+            if not isinstance(layers, Sequence) or not all(_is_pair(pair) for pair in layers):
+                faults.append(f"site {site!r} is no list of (key, value) pairs of tensors")
+                continue
+            for number, (key, value) in enumerate(layers):
+                if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
+                    faults.append(
+                        f"{site} layer {number}: key {tuple(key.shape)} and value {tuple(value.shape)} "
+                        "are not (heads, positions, head size) of the same heads and positions"
+                    )
+                else:
+                    lengths.add(key.shape[1])
+            if len(lengths) > 1:
+                faults.append(f"the layers of site {site!r} have different lengths {sorted(lengths)}")
+        if faults:
+            raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint=hint)
+        # One order, whatever a file or a caller had them in.
+        object.__setattr__(self, "layers", {site: self.layers[site] for site in SITES if site in self.layers})
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it stands at."""
+        return tuple(self.layers)
+
+    @property
+    def placement(self) -> str:
+        """`front`: before the text; `infix`: between source and target, unseen by the source (the paper's ablation)."""
+        return str(self.header.get("placement", "front"))
+
+    @property
+    def prefix_length(self) -> int:
+        """P, in positions; of the longest site where sites differ."""
+        return max(self.length(site) for site in self.layers)
+
+    def length(self, site: str = "decoder") -> int:
+        """P at one site; 0 where there is no prefix."""
+        return int(self.layers[site][0][0].shape[1]) if site in self.layers else 0
+
+    @property
+    def geometry(self) -> dict[str, tuple[LayerShape, ...]]:
+        """The layers' shapes, without the length."""
+        return {
+            site: tuple(LayerShape(int(k.shape[0]), int(k.shape[2]), int(v.shape[2])) for k, v in layers)
+            for site, layers in self.layers.items()
+        }
+
+    def keys(self, site: str = "decoder") -> Float[Tensor, "L H P D"]:
+        """All keys of a site in one tensor; for sites whose layers share one shape."""
+        return torch.stack([key for key, _ in self.layers[site]])
+
+    def values(self, site: str = "decoder") -> Float[Tensor, "L H P D"]:
+        """All values of a site in one tensor; for sites whose layers share one shape."""
+        return torch.stack([value for _, value in self.layers[site]])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor: per site and layer, key then value."""
+        return list(chain.from_iterable(pair for layers in self.layers.values() for pair in layers))
+
+    def stored_tensors(self) -> list[Tensor]:
+        """Every tensor, and the head's."""
+        return self.tensors() + ([] if self.head is None else [self.head.weight, self.head.bias])
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are stored, the head's included.
+
+        >>> layer = (torch.zeros(16, 10, 64), torch.zeros(16, 10, 64))
+        >>> Prefix({"decoder": (layer,) * 24}).num_parameters  # GPT-2 Medium at P = 10
+        491520
+        """
+        return sum(tensor.numel() for tensor in self.stored_tensors())
+
+    @property
+    def num_bytes(self) -> int:
+        """The tensors' size in bytes, in their present dtype."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored_tensors())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its tensors."""
+        return self.tensors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.tensors()[0].device
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Prefix:
+        """The same prefix in another dtype or on another device."""
+        return Prefix(
+            {
+                site: tuple((k.to(device=device, dtype=dtype), v.to(device=device, dtype=dtype)) for k, v in layers)
+                for site, layers in self.layers.items()
+            },
+            self.header,
+            None if self.head is None else self.head.to(dtype, device),
+        )
+
+    def detach(self) -> Prefix:
+        """A copy that no longer belongs to any computation graph."""
+        return Prefix(
+            {
+                site: tuple((k.detach().clone(), v.detach().clone()) for k, v in layers)
+                for site, layers in self.layers.items()
+            },
+            self.header,
+            None if self.head is None else self.head.detach(),
+        )
+
+    def leaves(self) -> Prefix:
+        """The same numbers as leaves of a new graph, that gather gradients; the head stays in its own."""
+        return Prefix(
+            {
+                site: tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in layers)
+                for site, layers in self.layers.items()
+            },
+            self.header,
+            self.head,
+        )
+
+    def __getitem__(self, positions: slice) -> Prefix:
+        """Some of its positions: `prefix[:5]` is the first five virtual tokens, at every site and layer.
+
+        Raises:
+            ConfigError: Nothing is left, or the index is not a slice.
+        """
+        if not isinstance(positions, slice):
+            raise ConfigError(
+                f"a prefix is sliced by positions, but got {positions!r}.", hint="write prefix[2:3] for one position."
+            )
+        sliced = Prefix(
+            {
+                site: tuple((k[:, positions], v[:, positions]) for k, v in layers)
+                for site, layers in self.layers.items()
+            },
+            self.header,
+            self.head,
+        )
+        if min(sliced.length(site) for site in sliced.sites) == 0:
+            raise ConfigError(
+                f"slice {positions} of a prefix of length {self.prefix_length} is empty.",
+                hint="keep at least one position.",
+            )
+        return sliced
+
+    def is_finite(self) -> bool:
+        """Whether it holds no NaN and no infinity."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.stored_tensors())
+
+    def equal(self, other: Prefix) -> bool:
+        """Whether all tensors are bit for bit the same."""
+        mine, theirs = self.stored_tensors(), other.stored_tensors()
+        return (
+            self.sites == other.sites
+            and len(mine) == len(theirs)
+            and all(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in zip(mine, theirs, strict=True))
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Prefix(P={self.prefix_length}, {describe(self.geometry)}, "
+            f"{self.num_parameters:,} parameters, {str(self.dtype).removeprefix('torch.')})"
+        )
+
+
+def unflatten(flat: Float[Tensor, "P S"], shapes: Sequence[LayerShape]) -> tuple[KeyValue, ...]:
+    """Split one row per position into per-layer keys and values.
+
+    A row is layer-major, key before value, head-major: the layout of PEFT's `prompt_embeddings`.
+
+    Args:
+        flat: P rows of S = sum of the layers' sizes.
+        shapes: The layers.
+    """
+    sizes = list(chain.from_iterable((s.num_kv_heads * s.key_dim, s.num_kv_heads * s.value_dim) for s in shapes))
+    parts = flat.split(sizes, dim=1)
+    pairs = zip(parts[::2], parts[1::2], shapes, strict=True)
+    return tuple(
+        (
+            key.unflatten(1, (shape.num_kv_heads, shape.key_dim)).transpose(0, 1),
+            value.unflatten(1, (shape.num_kv_heads, shape.value_dim)).transpose(0, 1),
+        )
+        for key, value, shape in pairs
+    )
+
+
+def flatten(layers: Sequence[KeyValue]) -> Float[Tensor, "P S"]:
+    """The reverse of `unflatten`."""
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in chain.from_iterable(layers)], dim=1)
+
+
+# --- what a model is like ---------------------------------------------------------------------------------------------
+
+
+def check_fits(prefix: Prefix, geometry: Geometry, name: str) -> None:
+    """Refuse a prefix whose shapes are not the backbone's.
+
+    Raises:
+        BackboneError: Sites, layers, KV heads or head sizes differ; names both sides.
+    """
+    for site, shapes in prefix.geometry.items():
+        if geometry.get(site) != shapes:
+            raise BackboneError(
+                f"the prefix has {describe(prefix.geometry)}, but {name!r} has {describe(geometry)}.",
+                hint="load the backbone that the prefix was trained for; `prefixtune inspect FILE` names it.",
+            )

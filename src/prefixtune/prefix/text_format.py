@@ -1,0 +1,363 @@
+"""The text format that a prefix was trained with, and the one function that reads it from a header.
+
+How a source and a target become one sequence, how long both may be, and which columns they came from. Needs no
+tokenizer: other engines read it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune.errors import CheckpointError, DataError, RequestError
+
+__all__ = ["MAX_TEMPLATE_CHARS", "POLICIES", "TargetStream", "TextFormat", "cut_prompt", "fit_ids", "read_text_format"]
+
+
+MAX_TEMPLATE_CHARS = 2**14
+"""Longest template that a header may hold."""
+POLICIES = ("cut", "error")
+"""What becomes of a source that is too long."""
+
+_MAX_TOKEN_CHARS = 256
+_MAX_SEPARATORS = 8
+_MAX_REPEATS = 4
+_MAX_POSITIONS = 2**31
+_COLUMN = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a source and a target become one sequence (the authors' format: ` {source} <sep> {target} <end>`).
+
+    `{separator}` stands for a special token: the tokenizer's beginning-of-sequence token, or its end-of-sequence token
+    where it has none. All fields are stored in a prefix's header under `text_format`, so that whoever uses the prefix
+    formats, and cuts, a source as the training did.
+
+    Attributes:
+        prompt: Template of the part that is given; has `{source}` once and may have `{separator}`.
+        target: Template of the part that is learned; has `{target}` once; the end token follows it.
+        separator: What `{separator}` stands for; empty: the separator of the tokenizer at hand.
+        end: The end token, as the training's tokenizer writes it; for people and other programs.
+        source: The column or template that sources were made with; empty: the task's own.
+        target_template: Likewise of targets.
+        max_length: Positions of source and target together (of each, for an encoder-decoder); 0: the backbone's.
+        on_too_long: `cut` a too long source at its end, or refuse it (`error`).
+        longest_target: Tokens of the longest target in training, its end token included; 0: unknown.
+        longest_prompt: Tokens of the longest prompt that training, development data included, did not cut; 0: unknown.
+
+    Raises:
+        DataError: A template lacks its text or repeats it, the separator stands there too often, or a length or
+            `on_too_long` is none.
+    """
+
+    prompt: str = " {source} {separator}"
+    target: str = " {target} "
+    separator: str = ""
+    end: str = ""
+    source: str = ""
+    target_template: str = ""
+    max_length: int = 0
+    on_too_long: str = "error"
+    longest_target: int = 0
+    longest_prompt: int = 0
+
+    def __post_init__(self) -> None:
+        _check_lengths(dataclasses.asdict(self))
+        for name, needed in (("prompt", "{source}"), ("target", "{target}")):
+            template = getattr(self, name)
+            count = template.count(needed)
+            if count != 1:
+                what = f"does not contain {needed}" if not count else f"contains {needed} {count:,} times, not once"
+                raise DataError(
+                    f"text format: {name} template {_short(template)} {what}.",
+                    hint=f"write {needed} once, where the text belongs.",
+                )
+        count = self.prompt.count("{separator}")
+        if count > _MAX_SEPARATORS:
+            raise DataError(
+                f"text format: prompt template {_short(self.prompt)} contains {{separator}} {count:,} times, but at "
+                f"most {_MAX_SEPARATORS} are allowed.",
+                hint="write it once, between source and target.",
+            )
+        if "{source}" in self.separator:
+            raise DataError("text format: the separator contains {source}.", hint="the separator is a token's text.")
+
+    def format_prompt(self, source: str, separator: str) -> str:
+        """The text before the target.
+
+        >>> TextFormat().format_prompt("name : Aromi", "<sep>")
+        ' name : Aromi <sep>'
+
+        Args:
+            source: The source.
+            separator: The tokenizer's, where the format says nothing of it.
+        """
+        before, after = self.around(separator)
+        return f"{before}{source}{after}"
+
+    def around(self, separator: str) -> tuple[str, str]:
+        """What stands before and after a source.
+
+        >>> TextFormat().around("<sep>"), TextFormat(separator="<s>").around("<sep>")
+        ((' ', ' <sep>'), (' ', ' <s>'))
+        """
+        # Split first: what a separator makes of the words around it is text, and never a place for the source.
+        before, after = self.prompt.split("{source}")
+        text = self.separator or separator
+        return before.replace("{separator}", text), after.replace("{separator}", text)
+
+    def format_target(self, target: str) -> str:
+        """The text that is learned, without its end token.
+
+        >>> TextFormat().format_target("Aromi is a pub.")
+        ' Aromi is a pub. '
+        """
+        return self.target.replace("{target}", target)
+
+    @property
+    def target_words(self) -> tuple[str, str]:
+        """What stands around a target, outer space left out.
+
+        >>> TextFormat(target=" Answer: {target} !").target_words
+        ('Answer:', '!')
+        """
+        head, tail = self.target.split("{target}")
+        return head.strip(), tail.strip()
+
+    def extract_target(self, output: str) -> str:
+        """The target within an output: what `format_target` put around it, and outer space, taken off.
+
+        >>> TextFormat(target="Answer: {target} !").extract_target(" Answer: Aromi. ! ")
+        'Aromi.'
+        """
+        head, tail = self.target_words
+        return output.strip().removeprefix(head).removesuffix(tail).strip()
+
+    def source_room(self, length: int, positions: int | None, new_tokens: int, *, apart: bool = False) -> int | None:
+        """Most tokens that are kept of a prompt; None: all.
+
+        A prompt that is no longer than one that training left whole stays whole. Another gets the room that training
+        gave a source with the longest target.
+
+        >>> form = TextFormat(max_length=100, longest_target=30, longest_prompt=80)
+        >>> form.source_room(80, 1000, 50), form.source_room(81, 1000, 50), TextFormat().source_room(80, 1000, 50)
+        (950, 70, 950)
+
+        Args:
+            length: The prompt's tokens.
+            positions: The model's, without those that the prefix takes; None: any number.
+            new_tokens: Most tokens that are to be generated.
+            apart: An encoder reads the source, so that the target takes none of its positions.
+        """
+        rooms = [] if positions is None else [positions if apart else positions - new_tokens]
+        if length > self.longest_prompt:
+            limits = [self.max_length] if self.max_length else []
+            if positions is not None and self.longest_prompt:
+                # Training was held to them too.
+                limits.append(positions)
+            rooms += [limit if apart else limit - self.longest_target for limit in limits]
+        return min(rooms, default=None)
+
+    def with_lengths(self, max_length: int = 0, on_too_long: str = "") -> TextFormat:
+        """The same with another treatment of long sources, where one is given.
+
+        Raises:
+            DataError: The length or the treatment is none.
+        """
+        narrower = max_length and (not self.max_length or max_length < self.max_length)
+        return dataclasses.replace(
+            self,
+            max_length=max_length or self.max_length,
+            on_too_long=on_too_long or self.on_too_long,
+            # What training left whole need not fit there.
+            longest_prompt=0 if narrower else self.longest_prompt,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in a prefix's header."""
+        return dataclasses.asdict(self)
+
+    def check_stored(self) -> None:
+        """Refuse what a header may not hold.
+
+        Raises:
+            DataError: A value is too long or out of range, or a template repeats a column.
+        """
+        _check_values(self.to_dict())
+
+
+_KINDS = {field.name: int if isinstance(field.default, int) else str for field in dataclasses.fields(TextFormat)}
+
+
+def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
+    """The text format that a header stores; None: it stores none, and the backbone's usual one counts.
+
+    Fields that older files lack are as they were then: a source that is too long is refused.
+
+    Raises:
+        CheckpointError: It cannot be used; the message says why.
+    """
+    stored = header.get("text_format")
+    if stored is None:
+        return None
+    try:
+        if not isinstance(stored, Mapping):
+            raise DataError(f"text format: it is {_short(stored)}, but must be an object.")
+        _check_values(stored)
+        return TextFormat(**stored)
+    except DataError as error:
+        raise CheckpointError(
+            f"the header's {error.message}", hint="get the file again, train it again, or upgrade prefixtune."
+        ) from error
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Refuse stored values that are unknown, of the wrong type, too long, or out of range.
+
+    Raises:
+        DataError: What is wrong.
+    """
+    for name, value in values.items():
+        if name not in _KINDS:
+            raise DataError(f"text format: unknown field {_short(name)}; known are {', '.join(_KINDS)}.")
+        if type(value) is not _KINDS[name]:
+            expected = "a text" if _KINDS[name] is str else "a whole number"
+            raise DataError(f"text format: {name} is {_short(value)}, but must be {expected}.")
+        most = _MAX_TOKEN_CHARS if name in ("separator", "end") else MAX_TEMPLATE_CHARS
+        if isinstance(value, str) and len(value) > most:
+            raise DataError(
+                f"text format: {name} has {len(value):,} characters, but at most {most:,} are allowed.",
+                hint="shorten it.",
+            )
+    _check_lengths(values)
+    for name in ("source", "target_template"):
+        for column, count in Counter(_COLUMN.findall(values.get(name, ""))).items():
+            if count > _MAX_REPEATS:
+                raise DataError(
+                    f"text format: {name} repeats the column {_short(column)} {count:,} times, but at most "
+                    f"{_MAX_REPEATS} are allowed.",
+                    hint="write every column once.",
+                )
+
+
+def _check_lengths(values: Mapping[str, Any]) -> None:
+    """Refuse lengths that are none, and an unknown treatment of long sources.
+
+    Raises:
+        DataError: What is wrong.
+    """
+    for name in ("max_length", "longest_target", "longest_prompt"):
+        value = values.get(name, 0)
+        if type(value) is not int or not 0 <= value < _MAX_POSITIONS:
+            raise DataError(
+                f"text format: {name} is {_short(value)}, but must be a whole number between 0 and "
+                f"{_MAX_POSITIONS - 1}."
+            )
+    policy = values.get("on_too_long", "error")
+    if policy not in POLICIES:
+        raise DataError(f"text format: on_too_long is {_short(policy)}, but must be {' or '.join(POLICIES)}.")
+
+
+def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:
+    """A prompt's tokens, the source cut at its end where they are more than `room`; the last `ending` ones stay.
+
+    >>> cut_prompt([1, 2, 3, 4, 5, 0], 4, 1), cut_prompt([1, 0], 4, 1)
+    ([1, 2, 3, 0], [1, 0])
+    """
+    if len(ids) <= room:
+        return list(ids)
+    return [*ids[: room - ending], *ids[len(ids) - ending :]]
+
+
+def fit_ids(
+    text_format: TextFormat,
+    ids: Sequence[int],
+    *,
+    positions: int | None,
+    new_tokens: int,
+    around: Callable[[], tuple[int, int]],
+    apart: bool = False,
+    name: str = "the text",
+) -> list[int]:
+    """A prompt's tokens, with a source that is too long treated as in training.
+
+    One that does not fit the model is left as it is where its format says `error`: whoever computes it refuses it.
+
+    Args:
+        text_format: Says what becomes of long sources, and how long they may be.
+        ids: The prompt's.
+        positions: The model's, without those that the prefix takes; None: any number.
+        new_tokens: Most tokens that are to be generated.
+        around: Gives how many tokens stand before and after the source; called where a source is to be cut.
+        apart: An encoder reads the source, so that the target takes none of its positions.
+        name: What to call the text, in messages.
+
+    Raises:
+        RequestError: It is longer than the training allowed, and is not to be cut; or nothing of its source would stay.
+    """
+    room = text_format.source_room(len(ids), positions, new_tokens, apart=apart)
+    if room is None or len(ids) <= room:
+        return list(ids)
+    if text_format.on_too_long == "error":
+        allowed = text_format.source_room(len(ids), None, new_tokens, apart=apart)
+        if allowed is not None and len(ids) > allowed:
+            raise RequestError(
+                f"{name} takes {len(ids)} tokens, but max_length {text_format.max_length} allows "
+                f"{max(allowed, text_format.longest_prompt)}.",
+                hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
+            )
+        return list(ids)
+    before, after = around()
+    if room <= before + after:
+        raise RequestError(
+            f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
+            f"for {max(room, 0)} beside {new_tokens} new ones, and a cut would leave nothing of the source.",
+            hint="lower max_new_tokens, or raise max_length.",
+        )
+    return cut_prompt(ids, room, after)
+
+
+class TargetStream:
+    """`TextFormat.extract_target` for an output that comes in pieces; the pieces joined equal it.
+
+    Held back: white space that may be the last, and everything where the format has words around a target, which can
+    be taken off the whole output only.
+
+    >>> stream = TargetStream(TextFormat())
+    >>> [stream.add(" Aromi "), stream.add("is a pub. "), stream.add("", last=True)]
+    ['Aromi', ' is a pub.', '']
+
+    Args:
+        text_format: Of the output.
+    """
+
+    def __init__(self, text_format: TextFormat) -> None:
+        self._format, self._whole = text_format, any(text_format.target_words)
+        self._held = ""
+        self._begun = False
+
+    def add(self, piece: str, *, last: bool = False) -> str:
+        """What can be given of the output so far."""
+        self._held += piece
+        if last:
+            given = self._format.extract_target(self._held) if self._whole else self._take()
+            self._held = ""
+            return given
+        return "" if self._whole else self._take()
+
+    def _take(self) -> str:
+        text = self._held if self._begun else self._held.lstrip()
+        given = text.rstrip()
+        self._held = text[len(given) :]
+        self._begun = self._begun or bool(given)
+        return given
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

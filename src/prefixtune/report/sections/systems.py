@@ -1,0 +1,288 @@
+"""What is compared: systems, each with its repetitions; and the tables and charts that studies and comparisons share.
+
+Knows folders' contents and the document's blocks; nothing of how either is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from prefixtune.report.document import Block, Column, Headline, Listing, Section, Table, Value
+from prefixtune.report.format import (
+    MISSING,
+    Spread,
+    count,
+    decimals_for,
+    duration,
+    fixed,
+    metric_name,
+    short,
+    size,
+    words,
+)
+from prefixtune.report.load import Evaluation, Measure, Run
+from prefixtune.report.sections.losses import points
+
+__all__ = [
+    "System",
+    "figures_of",
+    "headline",
+    "implementations",
+    "is_higher_better",
+    "main_metric",
+    "mark_best",
+    "metric_keys",
+    "score_value",
+    "scores_section",
+    "scores_table",
+]
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """A column: a figure, and maybe another one in small print under it."""
+
+    key: str
+    name: str
+    small: str
+    write: Callable[[float | None], str]
+    also: str = ""
+    unit: str = ""
+
+
+_COSTS = (
+    _Cost("trained_parameters", "parameters", "trained", count, "stored_parameters", "stored"),
+    _Cost("file_bytes", "file", "size", size),
+    _Cost("train_seconds", "training", "time", duration, "steps", "steps"),
+    _Cost("peak_memory_mib", "memory", "peak, MiB", count),
+    _Cost("dev_loss", "dev. loss", "per token", lambda value: fixed(value, 3)),
+    _Cost("evaluate_seconds", "evaluation", "time", duration),
+)
+
+
+@dataclass(frozen=True)
+class System:
+    """One thing that is compared with others.
+
+    Attributes:
+        name: A method, or whatever varies.
+        runs: Its finished repetitions.
+        figures: Each repetition's costs.
+        planned: How many repetitions there are to be.
+        place: Its value on the study's axis; None where it has none.
+        axis: The axis.
+        style: Number of its colour.
+    """
+
+    name: str
+    runs: Sequence[Run]
+    figures: Sequence[Mapping[str, float]]
+    planned: int = 1
+    place: float | None = None
+    axis: str = ""
+    style: int = 0
+
+    @property
+    def label(self) -> str:
+        """Its name, and where on the axis it is."""
+        return self.name if self.place is None else f"{self.name}, {words(self.axis)} {short(self.place)}"
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Of the repetitions that have one."""
+        return [run.evaluation for run in self.runs if run.evaluation is not None]
+
+    def measures(self, metric: str, group: tuple[str, str] | None = None) -> list[Measure]:
+        """A metric's finite scores, of all examples or of a group's (its kind and name)."""
+        found = []
+        for evaluation in self.evaluations:
+            scores = evaluation.scores
+            if group is not None:
+                part = evaluation.groups.get(group[0], {}).get(group[1])
+                scores = {} if part is None else part.scores
+            measure = scores.get(metric)
+            if measure is not None and measure.score is not None:
+                found.append(measure)
+        return found
+
+    def spread(self, metric: str, group: tuple[str, str] | None = None) -> Spread | None:
+        """A metric over the repetitions."""
+        return Spread.of([m.score for m in self.measures(metric, group) if m.score is not None])
+
+    def span(self, metric: str, group: tuple[str, str] | None = None) -> tuple[float, float] | None:
+        """What an error bar shows: least and greatest of several repetitions, the interval of a single one."""
+        measures = self.measures(metric, group)
+        spread = self.spread(metric, group)
+        if spread is None or spread.count == 1:
+            return measures[0].interval if measures else None
+        return spread.low, spread.high
+
+    def cost(self, key: str) -> float | None:
+        """The mean over the repetitions that tell it."""
+        spread = Spread.of([figures[key] for figures in self.figures if key in figures])
+        return None if spread is None else spread.mean
+
+
+def figures_of(run: Run) -> dict[str, float]:
+    """What a run cost, as far as its log and files tell."""
+    found: dict[str, float | None] = {"file_bytes": run.file_bytes}
+    steps, _ = points(run.events, "step")
+    for event in run.events:
+        if event.get("event") == "start":
+            found["trained_parameters"], found["stored_parameters"] = event.get("num_trained"), event.get("num_stored")
+        if event.get("event") == "evaluation":
+            found["dev_loss"] = event.get("best_loss", event.get("loss"))
+    if steps:
+        seconds = {e["step"]: e["seconds"] for e in run.events if e.get("event") == "step" and e.get("seconds")}
+        found["steps"], found["train_seconds"] = steps[-1], sum(seconds.values()) or None
+    if run.evaluation is not None:
+        found["evaluate_seconds"] = run.evaluation.seconds
+    return {key: float(value) for key, value in found.items() if value is not None and value == value}
+
+
+def main_metric(systems: Iterable[System], preferred: str = "") -> str:
+    """The preferred metric where any system has it, else the first one that was written down; empty: none."""
+    names = metric_keys(systems, preferred)
+    return names[0] if names else ""
+
+
+def metric_keys(systems: Iterable[System], main: str) -> list[str]:
+    """Every metric, the main one first."""
+    names = dict.fromkeys(name for system in systems for each in system.evaluations for name in each.scores)
+    return sorted(names, key=lambda name: name != main)
+
+
+def is_higher_better(systems: Sequence[System], metric: str) -> bool:
+    """Whether higher is better."""
+    measures = [m for system in systems for m in system.measures(metric)]
+    return all(measure.higher_is_better for measure in measures)
+
+
+def score_value(system: System, metric: str, decimals: int, group: tuple[str, str] | None = None) -> Value:
+    """A score with its interval, or the mean with the spread of several repetitions."""
+    spread = system.spread(metric, group)
+    if spread is None:
+        return Value(MISSING)
+    text, span = fixed(spread.mean, decimals), system.span(metric, group)
+    if spread.deviation is not None:
+        text = f"{text} ± {fixed(spread.deviation, decimals)}"
+        small = f"{fixed(spread.low, decimals)} to {fixed(spread.high, decimals)}"
+    else:
+        small = "" if span is None else f"[{fixed(span[0], decimals)}, {fixed(span[1], decimals)}]"
+    return Value(text, small, spread.mean)
+
+
+def mark_best(values: Sequence[Value], *, higher: bool) -> list[Value]:
+    """Mark the best of several values, and those that read the same."""
+    numbers = [value.number for value in values if value.number is not None]
+    if len(numbers) < 2:
+        return list(values)
+    best = max(numbers) if higher else min(numbers)
+    shown = {value.text.split(" ")[0] for value in values if value.number == best}
+    if len({value.text.split(" ")[0] for value in values if value.number is not None}) == 1:
+        return list(values)
+    return [replace(value, best=value.number is not None and value.text.split(" ")[0] in shown) for value in values]
+
+
+def _marked(systems: Sequence[System], values: Sequence[Value], *, higher: bool) -> list[Value]:
+    """Mark the best among the systems at the same place of the axis; of a single series, the best of all."""
+    if len({system.name for system in systems if system.place is not None}) < 2:
+        return mark_best(values, higher=higher)
+    result = list(values)
+    for place in {system.place for system in systems}:
+        numbers = [number for number, system in enumerate(systems) if system.place == place]
+        for number, value in zip(numbers, mark_best([values[n] for n in numbers], higher=higher), strict=True):
+            result[number] = value
+    return result
+
+
+def scores_table(systems: Sequence[System], main: str, caption: str, axis: str = "", what: str = "system") -> Table:
+    """Scores with their intervals or spreads, and beside them what each system cost."""
+    columns, cells = [Column(what, numeric=False)], [[Value(system.name)] for system in systems]
+    if axis:
+        columns.append(Column(words(axis)))
+        for row, system in zip(cells, systems, strict=True):
+            row.append(Value("–" if system.place is None else short(system.place), number=system.place))
+    if any(system.planned > 1 or len(system.runs) < system.planned for system in systems):
+        columns.append(Column("runs", "done of planned"))
+        for row, system in zip(cells, systems, strict=True):
+            row.append(Value(f"{len(system.runs)} of {system.planned}", number=len(system.runs)))
+    for index, metric in enumerate(metric_keys(systems, main)):
+        higher = is_higher_better(systems, metric)
+        means = [spread.mean for system in systems if (spread := system.spread(metric)) is not None]
+        values = [score_value(system, metric, decimals_for(means)) for system in systems]
+        columns.append(Column(metric_name(metric), "" if higher else "lower is better", begins_group=index == 0))
+        for row, value in zip(cells, _marked(systems, values, higher=higher), strict=True):
+            row.append(value)
+    for index, (column, values) in enumerate(_cost_columns(systems)):
+        columns.append(replace(column, begins_group=index == 0))
+        for row, value in zip(cells, values, strict=True):
+            row.append(value)
+    return Table(caption, columns, cells, num_headers=2 if axis else 1)
+
+
+def _cost_columns(systems: Sequence[System]) -> Iterator[tuple[Column, list[Value]]]:
+    """The costs that any system tells."""
+    for cost in _COSTS:
+        figures = [(system.cost(cost.key), system.cost(cost.also)) for system in systems]
+        if any(figure is not None for pair in figures for figure in pair):
+            yield (
+                Column(cost.name, cost.small),
+                [
+                    Value(cost.write(main), "" if also is None else f"{count(also)} {cost.unit}", main)
+                    for main, also in figures
+                ],
+            )
+
+
+def implementations(systems: Sequence[System]) -> list[str]:
+    """What computed each metric; and a warning where the systems differ in it."""
+    lines = []
+    for metric in metric_keys(systems, ""):
+        names = sorted({m.implementation for system in systems for m in system.measures(metric)} - {""})
+        if names:
+            lines.append(f"{metric_name(metric)}: {'; or '.join(names)}")
+        if len(names) > 1:
+            lines[-1] += ". These are different implementations: their scores may not be comparable."
+    return lines
+
+
+def scores_section(systems: Sequence[System], main: str, axis: str = "", what: str = "system") -> Section:
+    """The table of scores, and how to read it."""
+    single = [system for system in systems if len(system.runs) == 1]
+    measures = [m for system in single for metric in metric_keys(systems, "") for m in system.measures(metric)]
+    blocks: list[Block] = [scores_table(systems, main, "Scores, and what they cost", axis, what)]
+    notes = []
+    if any(value.best for row in blocks[0].rows for value in row):  # type: ignore[union-attr]
+        several = len({system.name for system in systems if system.place is not None}) > 1
+        among = f", among those of the same {words(axis)}" if several else ""
+        notes.append(f"★ and bold: the best of its column{among}.")
+    if any(measure.interval for measure in measures):
+        notes.append("In brackets: the confidence interval of a single run's score.")
+    if any(len(system.runs) > 1 for system in systems):
+        notes.append("Of several runs: the mean ± the standard deviation, and the least to the greatest; costs: means.")
+    notes += implementations(systems)
+    left_out = dict.fromkeys(
+        pair for system in systems for each in system.evaluations for pair in each.left_out.items()
+    )
+    notes += [f"{metric_name(metric)} was left out: {reason}" for metric, reason in left_out]
+    return Section("Scores", [*blocks, Listing(notes)] if notes else blocks)
+
+
+def headline(systems: Sequence[System], main: str, where: str = "") -> Headline | None:
+    """The main figure of each system."""
+    spreads = [(system, spread) for system in systems if (spread := system.spread(main)) is not None]
+    if not spreads:
+        return None
+    decimals = decimals_for([spread.mean for _, spread in spreads])
+    items, values = [], []
+    for system, spread in spreads:
+        value = score_value(system, main, decimals)
+        small = f"± {fixed(spread.deviation, decimals)}, {spread.count} runs" if spread.deviation is not None else ""
+        items.append((system.name, fixed(spread.mean, decimals), small or value.small))
+        values.append(value)
+    marked = mark_best(values, higher=is_higher_better(systems, main))
+    best = frozenset(number for number, value in enumerate(marked) if value.best)
+    lower = "" if is_higher_better(systems, main) else ", lower is better"
+    return Headline(f"{metric_name(main)}{where}{lower}", items, best)

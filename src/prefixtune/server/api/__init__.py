@@ -1,0 +1,1 @@
+"""The routes: what a request may say, and what is answered."""

@@ -1,0 +1,1 @@
+"""What can be served: a folder of prefixes, their names, and the fields of their tasks."""

@@ -1,0 +1,183 @@
+"""How much a study's runs differ: each against its counterpart, test item by test item.
+
+A run's counterpart is the run of the first method, length or start, whatever the study varies, on the same sample, seed
+and size. Knows nothing of how runs are made, nor of how results are shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from prefixtune.errors import DataError
+from prefixtune.evaluation.metrics import measure, randomize
+from prefixtune.evaluation.metrics.base import Measurement
+from prefixtune.evaluation.metrics.resampling import METHOD
+from prefixtune.evaluation.records import EVALUATION_FILE, OUTPUTS_FILE
+from prefixtune.studies.config import StudyConfig
+from prefixtune.studies.grid import Cell, plan
+
+__all__ = ["SAMPLES", "compare_runs", "counterparts"]
+
+
+SAMPLES = 1000
+"""Random exchanges of a test; the smallest p-value is one in as many and one."""
+_PARTED_BY = "seen"
+"""The grouping whose parts are compared, too: categories that training has, and those that it lacks."""
+
+
+def counterparts(config: StudyConfig) -> Iterator[tuple[Cell, Cell]]:
+    """Every run of a study that has a counterpart, and its counterpart.
+
+    >>> study = StudyConfig.from_mapping("low-data", {"sizes": [50, 100], "subsets": 1, "seeds": 1})
+    >>> [(run.id, other.id) for run, other in counterparts(study)][0]
+    ('full-n50-subset0-seed0', 'prefix-n50-P10-task-subset0-seed0')
+    """
+    cells = plan(config)
+    by_place = {(cell.group, cell.subset, cell.seed): cell for cell in cells}
+    for cell in cells:
+        reference = _reference(config, cell, cells)
+        other = by_place.get((reference, cell.subset, cell.seed))
+        if other is not None and other != cell:
+            yield cell, other
+
+
+def _reference(config: StudyConfig, cell: Cell, cells: Sequence[Cell]) -> str:
+    """The point that a cell's point is held against; empty where there is none."""
+    if not cell.trains and len(config.sizes) > 1:
+        # At which of them?
+        return ""
+    for other in cells:
+        # The first factor is what is compared; the others must be the same, where a method has them.
+        same = [other.trains, other.num_targets == cell.num_targets or not cell.trains]
+        if "prefix_length" in config.kind.factors[1:]:
+            same.append(cell.prefix_length in (0, other.prefix_length))
+        if all(same):
+            return other.group
+    return ""
+
+
+def compare_runs(
+    config: StudyConfig, metric: str, protocol: str, done: Collection[str], known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The differences between a study's runs, as `comparisons.json` has them.
+
+    Args:
+        config: The study.
+        metric: A name of `prefixtune.evaluation.metrics.METRICS`.
+        protocol: How texts are prepared for it.
+        done: Ids of the runs that are done; the others are left out.
+        known: What was found before. A test in it stands where the scores are still the same, so that outputs may be
+            gone by now.
+
+    Returns:
+        `pairs`: of each run and its counterpart, on the whole test set and on its seen and unseen parts: the difference
+        (the run less its counterpart), and the p-value of paired approximate randomization; None where outputs are
+        missing. `points`: all repetitions of a point together: the mean difference, and its standard error over them.
+    """
+    how = {"metric": metric, "test": METHOD, "samples": SAMPLES}
+    alike = known is not None and all(known.get(key) == value for key, value in how.items())
+    before = {_key(pair): pair for pair in known["pairs"]} if known and alike else {}
+    folder = config.folder / "cells"
+
+    @cache
+    def measured(cell: Cell) -> _Measured | None:
+        return _measured(folder / cell.id, metric, protocol)
+
+    pairs: list[dict[str, Any]] = []
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for cell, other in counterparts(config):
+        if not {cell.id, other.id} <= set(done):
+            continue
+        ours, theirs = (_scores(folder / each.id, metric) for each in (cell, other))
+        for part in [name for name in ours if name in theirs]:
+            (score, items), (reference_score, _) = ours[part], theirs[part]
+            pair: dict[str, Any] = {"run": cell.id, "reference": other.id, "part": part, "num_items": items}
+            pair |= {"score": score, "reference_score": reference_score, "difference": score - reference_score}
+            old = before.get(_key(pair), {})
+            p_value = old.get("p_value") if all(old.get(key) == value for key, value in pair.items()) else None
+            if p_value is None:
+                p_value = _test(measured(cell), measured(other), part, (score, reference_score))
+            pairs.append({**pair, "p_value": p_value})
+            found.setdefault((cell.group, other.group, part), []).append(pairs[-1])
+    points = [
+        {"point": point, "reference": reference, "part": part, **_summary(repeated)}
+        for (point, reference, part), repeated in found.items()
+    ]
+    return {**how, "pairs": pairs, "points": points}
+
+
+def _summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    differences = [pair["difference"] for pair in pairs]
+    return {
+        "num_runs": len(pairs),
+        "differences": differences,
+        "p_values": [pair["p_value"] for pair in pairs],
+        "mean": mean(differences),
+        "standard_error": stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else None,
+    }
+
+
+def _key(pair: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(pair.get("run")), str(pair.get("reference")), str(pair.get("part"))
+
+
+def _scores(folder: Path, metric: str) -> dict[str, tuple[float, int]]:
+    """Score and number of items of a run: of the whole test set (named by an empty text), and of its parts."""
+    path = folder / EVALUATION_FILE
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path} cannot be read: {error}.", hint="delete the run's folder, and run the study again."
+        ) from error
+    parts = {"": facts, **facts.get("groups", {}).get(_PARTED_BY, {})}
+    return {
+        name: (part["scores"][metric]["score"], part["num_examples"])
+        for name, part in parts.items()
+        if isinstance(part["scores"].get(metric, {}).get("score"), int | float)
+    }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A run's outputs by the metric, with what they were written for and the part that each item is of."""
+
+    measurement: Measurement
+    items: tuple[tuple[str, tuple[str, ...]], ...]
+    parts: tuple[str, ...]
+
+
+def _measured(folder: Path, metric: str, protocol: str) -> _Measured | None:
+    """A run, measured; None where its outputs are missing or broken."""
+    try:
+        lines = (folder / OUTPUTS_FILE).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        items = tuple((row["source"], tuple(row["references"])) for row in rows)
+        outputs, parts = [row["output"] for row in rows], tuple(row["groups"].get(_PARTED_BY, "") for row in rows)
+        references = [references for _, references in items]
+        found = measure(outputs, references, protocol=protocol, metrics=[metric], left_out={}).get(metric)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if found is None else _Measured(found, items, parts)
+
+
+def _test(ours: _Measured | None, theirs: _Measured | None, part: str, expected: tuple[float, float]) -> float | None:
+    """The p-value of a difference; None where outputs are missing, are of other items, or are not those scored."""
+    if ours is None or theirs is None or ours.items != theirs.items:
+        return None
+    first, second = ours.measurement, theirs.measurement
+    if part:
+        numbers = [number for number, name in enumerate(ours.parts) if name == part]
+        first, second = first.part(numbers), second.part(numbers)
+    if not all(math.isclose(one.score, known) for one, known in zip((first, second), expected, strict=True)):
+        return None
+    return randomize(first, second, samples=SAMPLES).p_value

@@ -1,0 +1,97 @@
+"""A study's cells: which runs it takes, in which order.
+
+The order is by repetition, so that a study that is cut short has every point once before it has one twice. Knows
+nothing of models and data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune.studies.config import UNTRAINED, StudyConfig
+
+__all__ = ["Cell", "plan"]
+
+
+_OF_PREFIXES = ("prefix", "prompt", "infix")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        method: What is trained; with a size, as in `adapter:8`, or without.
+        num_targets: Training targets; 0: all.
+        prefix_length: P; 0 where the method has no prefix.
+        initialization: `task`, `unrelated` or `random`; empty where the method has no prefix.
+        subset: Which sample of the training set.
+        seed: Of the start and the order of the data.
+    """
+
+    method: str
+    num_targets: int
+    prefix_length: int
+    initialization: str
+    subset: int = 0
+    seed: int = 0
+
+    @property
+    def group(self) -> str:
+        """The name of the point that this is a repetition of; learning rates are chosen for it.
+
+        >>> Cell("prefix", 100, 10, "task", subset=2, seed=1).group
+        'prefix-n100-P10-task'
+        >>> Cell("full", 0, 0, "").group
+        'full-all'
+        """
+        size = f"n{self.num_targets}" if self.num_targets else "all"
+        prefix = [f"P{self.prefix_length}", self.initialization] if self.prefix_length else []
+        return "-".join([self.method.replace(":", ""), size, *prefix])
+
+    @property
+    def id(self) -> str:
+        """Its name, and that of its folder."""
+        return f"{self.group}-subset{self.subset}-seed{self.seed}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.method not in UNTRAINED
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the repetition by which its group's learning rate is chosen."""
+        return self.subset == 0 and self.seed == 0
+
+    def factors(self) -> dict[str, Any]:
+        """What sets it apart, for reports."""
+        factors: dict[str, Any] = {"method": self.method, "num_targets": self.num_targets}
+        if self.prefix_length:
+            factors |= {"prefix_length": self.prefix_length, "initialization": self.initialization}
+        return {**factors, "subset": self.subset, "seed": self.seed}
+
+
+def plan(config: StudyConfig) -> list[Cell]:
+    """All cells of a study, in the order in which they are run."""
+    return list(dict.fromkeys(_cells(config)))
+
+
+def _cells(config: StudyConfig) -> Iterator[Cell]:
+    for seed in range(config.seeds):
+        for subset in range(config.subsets):
+            for size in config.sizes:
+                for method in config.methods:
+                    if method in UNTRAINED:
+                        yield Cell(method, 0, 0, "")
+                        continue
+                    # A training set that is taken whole has one sample.
+                    sample = subset if size else 0
+                    if method not in _OF_PREFIXES:
+                        yield Cell(method, size, 0, "", sample, seed)
+                        continue
+                    for length in config.lengths:
+                        for start in config.starts:
+                            yield Cell(method, size, length, start, sample, seed)

@@ -1,0 +1,1 @@
+"""Configuration, start, loop, checkpoints, baselines, processes."""

@@ -1,0 +1,87 @@
+"""Checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from prefixtune.backbone.load import check_loadable
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.distributed import ProcessGroup
+
+__all__ = ["check_together", "early_checks", "no_head", "no_start"]
+
+
+def early_checks(
+    config: TrainConfig, processes: ProcessGroup, *, has_dev: bool, loads: bool
+) -> Iterator[Callable[[], object]]:
+    """What can be wrong with a configuration on this machine, whatever the data is and before a backbone loads."""
+    if loads:
+        yield lambda: check_loadable(
+            config.backbone,
+            dtype=config.dtype,
+            device=config.device,
+            quantize=config.quantize,
+            adapter=config.adapter or None,
+            adapter_rank=config.adapter_rank,
+        )
+    yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
+    if config.initialization == "prefix" and config.trains_prefix:
+        yield lambda: _check_start(config)
+    yield lambda: _check_combination(config, processes, has_dev)
+
+
+def _check_start(config: TrainConfig) -> None:
+    """The prefix that a run starts from."""
+    if config.method == "prompt":
+        raise no_start()
+    load_prefix(config.init_prefix)
+
+
+def no_start() -> ConfigError:
+    """The error for a prompt that is to start from a prefix."""
+    return ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
+
+
+def no_head(config: TrainConfig) -> ConfigError:
+    """The error for a head that a method does not train."""
+    return ConfigError(
+        f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
+    )
+
+
+def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bool) -> None:
+    """Options that do not go together."""
+    if config.shard and (processes.size == 1 or not config.trains_prefix or config.train_adapter):
+        raise ConfigError(
+            "shard splits a frozen backbone among several processes.",
+            hint="start them with torchrun or accelerate launch, and train a prefix.",
+        )
+    if config.patience and not has_dev:
+        raise ConfigError(
+            "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
+        )
+    if config.classifier == "head" and not config.trains_prefix:
+        raise no_head(config)
+
+
+def check_together(configs: Sequence[TrainConfig]) -> None:
+    """Refuse runs that cannot share a pass; all faults at once."""
+    faults = [] if configs else ["there is no run"]
+    for name in ("backbone", "dtype", "device", "quantize", "gradient_checkpointing"):
+        values = sorted({str(getattr(config, name)) for config in configs})
+        if len(values) > 1:
+            faults.append(f"{name} is {' and '.join(map(repr, values))}, but all runs share one backbone")
+    folders = [Path(config.output).resolve() for config in configs]
+    twice = sorted({str(config.output) for config in configs if folders.count(Path(config.output).resolve()) > 1})
+    if twice:
+        faults.append(f"several runs would write to {', '.join(map(repr, twice))}")
+    for config in configs:
+        if config.method not in ("prefix", "prompt") or config.adapter or config.train_adapter:
+            what = f"method {config.method!r}" if config.method not in ("prefix", "prompt") else "an adapter"
+            faults.append(f"the run in {config.output!r} has {what}, but only prefixes and prompts share a backbone")
+    if faults:
+        raise ConfigError("; ".join(faults) + ".", hint="give each its own output, and train what differs by itself.")

@@ -1,0 +1,213 @@
+"""Where a prefix begins: real words' activations, or another prefix. A random start needs no backbone.
+
+Starting from real words matters most with little data (Li & Liang 2021, section 7.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from prefixtune.attention.compute import compute_kv, prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.loss import hidden_states_at
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample, default_format
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder, fit
+from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.checks import no_start
+from prefixtune.training.config import TrainConfig
+
+__all__ = ["build_module", "from_prefix", "from_words", "sample_hidden", "training_format", "word_ids"]
+
+
+def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[str, int]) -> Prefix:
+    """The keys and values that the frozen model computes for real words.
+
+    The words' tokens are cycled where they are fewer than P, and cut where they are more, then run through the model
+    as one text; so the prefix is exactly what the model would have cached for it. An encoder-decoder reads the words
+    on both sides: `encoder` and `decoder` get their own self-attention's keys and values, `cross` those that the
+    decoder computes from the encoded words.
+
+    Args:
+        backbone: The frozen model.
+        text: Any words.
+        prefix_length: P; or P by site, and then only these sites.
+
+    Raises:
+        ConfigError: The text has no token.
+    """
+    lengths = _by_site(backbone, prefix_length)
+    runs = {
+        length: prefix_from_tokens(backbone.model, backbone.layout, word_ids(backbone, text, length))
+        for length in set(lengths.values())
+    }
+    return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
+
+
+def word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
+    """The tokens of some words, cycled where they are fewer than `length`, cut where they are more.
+
+    Raises:
+        ConfigError: The text has no token.
+    """
+    ids = backbone.encode(text)
+    if not ids:
+        raise ConfigError(f"init_text {text!r} has no token.", hint="give some words, such as the task's name.")
+    return torch.tensor([[ids[place % len(ids)] for place in range(length)]], device=backbone.device)
+
+
+def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[str, int]) -> Prefix:
+    """Another prefix as a start.
+
+    Raises:
+        BackboneError: It does not fit the backbone.
+        ConfigError: Its sites or lengths are others.
+    """
+    check_fits(prefix, backbone.geometry, backbone.name)
+    wanted = _by_site(backbone, prefix_length)
+    given = {site: prefix.length(site) for site in prefix.sites}
+    if given != wanted:
+        raise ConfigError(
+            f"the prefix to start from has length {_spell(given)}, but prefix_length is {_spell(wanted)}.",
+            hint=f"set prefix_length to {_spell(given)}, or slice the prefix.",
+        )
+    return prefix.to(torch.float32)
+
+
+def _by_site(backbone: Backbone, prefix_length: int | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(prefix_length, int):
+        return dict.fromkeys(backbone.geometry, prefix_length)
+    return dict(prefix_length)
+
+
+def _spell(lengths: Mapping[str, int]) -> str:
+    """Lengths by site as a person writes them: `10`, or `encoder=10,cross=5`.
+
+    >>> _spell({"decoder": 10}), _spell({"encoder": 10, "cross": 5})
+    ('10', 'encoder=10,cross=5')
+    """
+    if len(lengths) == 1:
+        return str(*lengths.values())
+    return ",".join(f"{site}={length}" for site, length in lengths.items())
+
+
+def training_format(config: TrainConfig, backbone: Backbone, *, for_head: bool = False) -> TextFormat:
+    """The text format of a training run, as its header stores it.
+
+    Raises:
+        DataError: A template is one that no header may hold.
+    """
+    usual = default_format(backbone, for_head=for_head)
+    made = TextFormat(
+        config.prompt_format or usual.prompt,
+        config.target_format or usual.target,
+        backbone.separator,
+        backbone.end,
+        config.source,
+        config.target,
+        config.max_length,
+        config.on_too_long,
+    )
+    made.check_stored()
+    return made
+
+
+@torch.no_grad()
+def sample_hidden(
+    backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample], count: int = 64, batch_size: int = 16
+) -> torch.Tensor:
+    """Hidden states where the first examples have their labels: (N, d), to standardize a head by."""
+    chosen = examples[:count]
+    chunks = [collate(backbone, chosen[n : n + batch_size]) for n in range(0, len(chosen), batch_size)]
+    return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
+
+
+def build_module(
+    config: TrainConfig, backbone: Backbone, *, num_labels: int = 0
+) -> tuple[PrefixEncoder | PromptEncoder, dict[str, Any]]:
+    """The trainable prefix of a run, at its start, and what to record of the initialization.
+
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        num_labels: Labels of a head to train with it; 0: no head.
+    """
+    torch.manual_seed(config.seed)
+    lengths = choose_sites(config, backbone)
+    if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or num_labels):
+        raise ConfigError(
+            f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
+            f"{backbone.name!r} is of kind {backbone.kind!r}.",
+            hint="use method = 'prefix'.",
+        )
+    if config.method == "prompt":
+        return _build_prompt(config, backbone)
+    start: Prefix | None = None
+    facts: dict[str, Any] = {"kind": config.initialization}
+    if config.initialization == "words":
+        start = from_words(backbone, config.init_text, lengths)
+        facts["text"] = config.init_text
+    elif config.initialization == "prefix":
+        start = from_prefix(backbone, load_prefix(config.init_prefix, backbone), lengths)
+        facts["file"] = Path(config.init_prefix).name
+    module = PrefixEncoder(
+        config.reparameterization,
+        {site: backbone.geometry[site] for site in lengths},
+        lengths,
+        embedding_size=backbone.hidden_size,
+        bottleneck_size=config.bottleneck_size,
+        start=start,
+        head=(num_labels, backbone.hidden_size) if num_labels else None,
+    )
+    if config.reparameterization == "mlp" and start is not None:
+        facts["relative_fit_error"] = fit(module, start)
+    return module.to(backbone.device), facts
+
+
+def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncoder, dict[str, Any]]:
+    """A prompt at the input layer, from words' embeddings or at random, and what to record of the initialization."""
+    if config.initialization == "prefix":
+        raise no_start()
+    table = backbone.model.get_input_embeddings()
+    facts: dict[str, Any] = {"kind": config.initialization}
+    if config.initialization == "words":
+        start = table(word_ids(backbone, config.init_text, config.prefix_length)[0]).detach().float()
+        facts["text"] = config.init_text
+    else:
+        start = torch.randn(config.prefix_length, table.weight.shape[1]) * float(table.weight.float().std())
+    module = PromptEncoder(
+        config.reparameterization,
+        start.cpu(),
+        lambda prompt: compute_kv(
+            backbone.model, backbone.layout, inputs_embeds=prompt[None].to(backbone.device, backbone.dtype)
+        ),
+        embedding_size=backbone.hidden_size,
+        bottleneck_size=config.bottleneck_size,
+    )
+    return module.to(backbone.device), facts
+
+
+def choose_sites(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
+    """Where the prefix of a run stands, and how long it is at each site.
+
+    Raises:
+        ConfigError: The backbone has no such site, or a prefix takes all of its positions.
+    """
+    lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
+    missing = [site for site in lengths if site not in backbone.geometry]
+    if missing:
+        notes = "".join(f" ({note})" for note in backbone.layout.notes)
+        raise ConfigError(
+            f"{backbone.name!r} is of kind {backbone.kind!r} and has no site {', '.join(missing)}{notes}.",
+            hint=f"choose of {', '.join(backbone.geometry)}.",
+        )
+    return lengths

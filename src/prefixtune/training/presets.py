@@ -1,0 +1,180 @@
+"""Hyperparameters known to have worked, by name, task and method: the paper's (Li & Liang 2021, tables 6 and 8).
+
+A preset gives values for keys of `TrainConfig`; whatever it leaves out stays as it is. The paper's models are GPT-2 for
+table-to-text and BART-large for summaries; another backbone may want another learning rate.
+
+Knows nothing of the tasks' files, nor of how a method trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune.errors import ConfigError, did_you_mean
+
+__all__ = ["PRESETS", "Preset", "preset"]
+
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values for some runs.
+
+    Attributes:
+        description: One line for people.
+        runs: Task -> method -> values by key of `TrainConfig`. A value that depends on the number of training targets
+            is a mapping: most targets -> value.
+    """
+
+    description: str
+    runs: Mapping[str, Mapping[str, Values]]
+
+
+def preset(name: str, task: str, method: str = "prefix", *, num_targets: int = 100) -> dict[str, Any]:
+    """The values of one run, to change a `TrainConfig` with.
+
+    >>> values = preset("paper", "e2e")
+    >>> values["learning_rate"], values["epochs"], values["batch_size"], values["prefix_length"]
+    (8e-05, 5.0, 10, 5)
+    >>> preset("paper-low-data", "e2e", num_targets=500)["max_steps"]
+    400
+
+    Args:
+        name: A name of `PRESETS`.
+        task: A task's name.
+        method: What is trained, as `TrainConfig.method` names it.
+        num_targets: Training targets, for presets with few of them: the values of the next larger number that the paper
+            tried (50, 100, 200 or 500), or of the largest.
+
+    Raises:
+        ConfigError: The preset is unknown, or has no such run.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}.", hint=did_you_mean(name, PRESETS))
+    runs = PRESETS[name].runs
+    if task not in runs:
+        raise ConfigError(
+            f"preset {name!r} has nothing for the task {task!r}; it has {', '.join(runs)}.",
+            hint=did_you_mean(task, runs),
+        )
+    if method not in runs[task]:
+        raise ConfigError(
+            f"preset {name!r} has nothing for {task!r} with the method {method!r}; it has {', '.join(runs[task])}.",
+            hint=did_you_mean(method, runs[task]),
+        )
+    return {key: _for_size(value, num_targets) for key, value in runs[task][method].items()}
+
+
+def _for_size(value: Any, num_targets: int) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return value[min((size for size in value if size >= num_targets), default=max(value))]
+
+
+_COMMON: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "max_grad_norm": 1.0,
+    "loss_reduction": "sentence",
+    # The paper's batches are pairs drawn one by one.
+    "targets_per_source": 1,
+}
+_SUMMARY: dict[str, Any] = {"max_length": 512}
+
+
+def _run(learning_rate: float, epochs: int, batch_size: int, **more: Any) -> Values:
+    return {
+        **_COMMON,
+        "learning_rate": learning_rate,
+        "epochs": float(epochs),
+        "batch_size": batch_size,
+        **more,
+    }
+
+
+def _prefix(
+    learning_rate: float, epochs: int, batch_size: int, length: int, bottleneck: int = 512, **more: Any
+) -> Values:
+    """A run of the paper's own method. With full data its start is random: there words made no difference."""
+    own = {"prefix_length": length, "reparameterization": "mlp", "bottleneck_size": bottleneck}
+    return _run(learning_rate, epochs, batch_size, **{**own, "initialization": "random", **more})
+
+
+def _summaries(runs: Mapping[str, Values]) -> dict[str, Mapping[str, Values]]:
+    """The paper's summaries are XSUM's; the other tasks of summaries have nothing nearer."""
+    return dict.fromkeys(("xsum", "summarization", "scitldr"), runs)
+
+
+def _few(method: str) -> Values:
+    """E2E with 50 to 500 examples."""
+    words: dict[str, Any] = {"initialization": "words", "init_text": "table-to-text:"}
+    if method == "prefix":
+        return _prefix(5e-5, 5, 10, 6, **words, max_steps={50: 200, 100: 200, 200: 200, 500: 400})
+    return _run(5e-5, 5, 10, max_steps={50: 100, 100: 100, 200: 200, 500: 400})
+
+
+def _few_summaries(method: str) -> Values:
+    """XSUM with 50 to 500 examples."""
+    words: dict[str, Any] = {"initialization": "words", "init_text": "summarize"}
+    if method == "prefix":
+        by_size = {50: 30.0, 100: 20.0, 200: 20.0, 500: 20.0}
+        return {**_prefix(5e-5, 30, 5, 1, 800, **words, **_SUMMARY, warmup_steps=100), "epochs": by_size}
+    by_size = {50: 30.0, 100: 10.0, 200: 3.0, 500: 3.0}
+    return {**_run(5e-5, 30, 6, **_SUMMARY, warmup_steps=100), "epochs": by_size}
+
+
+PRESETS: dict[str, Preset] = {
+    "paper": Preset(
+        "the paper's runs on the full training sets; summaries: XSUM's",
+        {
+            "e2e": {
+                "prefix": _prefix(8e-5, 5, 10, 5),
+                "full": _run(5e-5, 5, 10),
+                "top": _run(5e-5, 5, 10),
+                "adapter": _run(5e-5, 5, 5),
+            },
+            "webnlg": {
+                "prefix": _prefix(5e-5, 5, 5, 5),
+                "full": _run(1e-5, 10, 6),
+                "top": _run(5e-5, 10, 9),
+                "adapter": _run(5e-5, 5, 5),
+            },
+            "dart": {
+                "prefix": _prefix(5e-5, 10, 5, 10),
+                "full": _run(1e-5, 10, 6),
+                "top": _run(5e-5, 5, 5),
+                "adapter": _run(5e-5, 5, 5),
+            },
+            **_summaries(
+                {"prefix": _prefix(5e-5, 30, 14, 100, 800, **_SUMMARY), "full": _run(3e-5, 5, 18, **_SUMMARY)}
+            ),
+        },
+    ),
+    "paper-small-adapter": Preset(
+        "the paper's adapters of 0.1 % of the weights, where `paper` has those of 3 %",
+        {
+            "e2e": {"adapter": _run(8e-5, 10, 5)},
+            "webnlg": {"adapter": _run(5e-5, 10, 5)},
+            "dart": {"adapter": _run(8e-5, 5, 5)},
+        },
+    ),
+    "paper-low-data": Preset(
+        "the paper's runs on 50 to 500 training examples, started from words",
+        {
+            "e2e": {method: _few(method) for method in ("prefix", "full")},
+            **_summaries({method: _few_summaries(method) for method in ("prefix", "full")}),
+        },
+    ),
+    "paper-within-news": Preset(
+        "the paper's summaries of other topics than those trained on",
+        _summaries({"prefix": _prefix(5e-5, 30, 36, 80, 800, **_SUMMARY)}),
+    ),
+    "paper-news-to-sports": Preset(
+        "the paper's summaries of sports, trained on other news",
+        _summaries({"prefix": _prefix(5e-5, 15, 36, 40, 800, **_SUMMARY)}),
+    ),
+}

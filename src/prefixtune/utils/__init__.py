@@ -1,0 +1,1 @@
+"""Files, machine, console, optional extras: knows nothing of prefixes."""

@@ -1,0 +1,245 @@
+"""What people see while the program works: live progress on a terminal, plain lines in a log, messages, tables.
+
+Progress and messages go to stderr, so that stdout holds results only. Knows nothing of models, runs or commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TextIO
+
+from rich import box
+from rich import console as rich_console
+from rich import progress as rich_progress
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Console", "Progress", "format_figure", "format_seconds"]
+
+
+Figure = float | int | str
+
+# Without a terminal: never more than one line in SHORTEST seconds; a line each tenth of the way or LONGEST seconds.
+SHORTEST, LONGEST, TENTH = 5.0, 60.0, 0.1
+
+
+class Progress(Protocol):
+    """A piece of work on its way."""
+
+    def update(self, step: int, **figures: Figure) -> None:
+        """Show how far the work is.
+
+        Args:
+            step: Steps done so far, counted from the very start of the work.
+            figures: What to show beside it, such as `loss=2.31, tokens_per_second=1200`; shown until replaced.
+        """
+
+
+class Console:
+    """Prints for people, on stderr.
+
+    Colors follow the terminal and the environment variable `NO_COLOR`.
+
+    Args:
+        quiet: Show nothing but errors (and tables that are results).
+        stream: Where to print; stderr when left out.
+        clock: Seconds that only grow; for tests.
+    """
+
+    def __init__(
+        self, *, quiet: bool = False, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.quiet = quiet
+        self._clock = clock
+        self._out = _rich_console(sys.stderr if stream is None else stream)
+
+    @property
+    def live(self) -> bool:
+        """True when progress is a moving bar, False when it is plain lines."""
+        return self._out.is_terminal and not self._out.is_dumb_terminal
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int | None, *, start: int = 0) -> Iterator[Progress]:
+        """Show the progress of the block.
+
+        Args:
+            title: What the work is, in a word or two.
+            total: Steps of the whole work; None when unknown.
+            start: Steps done before, for work that is resumed.
+        """
+        if self.quiet:
+            yield _Silent()
+        elif self.live:
+            with _bar(self._out) as bar:
+                yield _Live(bar, bar.add_task(title, total=total, completed=start, figures=""))
+        else:
+            lines = _Lines(self._print, self._clock, title, total, start)
+            yield lines
+            lines.close()
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Figure | None]],
+        *,
+        result: bool = False,
+    ) -> None:
+        """Print a table; columns of numbers are aligned to the right, and None is an empty cell.
+
+        Args:
+            title: Above the table; empty for none.
+            columns: The headings.
+            rows: One value per column each.
+            result: The table is what the command was asked for: print it to stdout, even when quiet.
+        """
+        if self.quiet and not result:
+            return
+        out = _rich_console(sys.stdout) if result else self._out
+        table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False)
+        for index, name in enumerate(columns):
+            cells = [row[index] for row in rows if row[index] is not None]
+            numbers = bool(cells) and not any(isinstance(cell, str) for cell in cells)
+            table.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text("" if cell is None else format_figure(cell)) for cell in row))
+        if title:
+            _print_line(out, Text(title, style="bold"))
+        out.print(table, markup=False, highlight=False, emoji=False)
+
+    def info(self, text: str) -> None:
+        """Print a line, unless quiet."""
+        if not self.quiet:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, unless quiet."""
+        if not self.quiet:
+            _print_line(self._out, Text.assemble(("warning: ", "yellow"), text))
+
+    def error(self, message: str, hint: str = "") -> None:
+        """Print `error: ...`, and `hint: ...` when there is one."""
+        _print_line(self._out, Text.assemble(("error: ", "bold red"), message))
+        if hint:
+            _print_line(self._out, Text.assemble(("hint: ", "cyan"), hint))
+
+    def _print(self, text: str) -> None:
+        _print_line(self._out, Text(text))
+
+
+def format_figure(value: Figure) -> str:
+    """Write a number for people: four significant digits, thousands apart.
+
+    >>> [format_figure(value) for value in (2.34567, 12345.6, 0.00001234, 120000, "n/a", True)]
+    ['2.346', '12,346', '1.234e-05', '120,000', 'n/a', 'True']
+    """
+    if isinstance(value, str | bool):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a length of time as minutes and seconds, with hours when there are any.
+
+    >>> format_seconds(7), format_seconds(187.6), format_seconds(36000)
+    ('0:07', '3:08', '10:00:00')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _rich_console(stream: TextIO) -> rich_console.Console:
+    terminal = stream.isatty()
+    # A log has no width: tables there are as wide as they need, and nothing is forced into 80 columns.
+    return rich_console.Console(file=stream, force_terminal=terminal, width=None if terminal else 1000)
+
+
+def _print_line(out: rich_console.Console, text: Text) -> None:
+    """Print as it is: no markup, no breaking of lines."""
+    out.print(text, soft_wrap=True, highlight=False)
+
+
+def _bar(out: rich_console.Console) -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(bar_width=24),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[figures]}", markup=False),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("left"),
+        rich_progress.TimeRemainingColumn(),
+        console=out,
+        redirect_stdout=False,  # results printed meanwhile belong to stdout
+    )
+
+
+def _list_figures(figures: dict[str, Figure]) -> list[str]:
+    return [f"{name.replace('_per_second', '/s').replace('_', ' ')} {format_figure(figures[name])}" for name in figures]
+
+
+class _Silent:
+    def update(self, step: int, **figures: Figure) -> None:
+        pass
+
+
+class _Live:
+    def __init__(self, bar: rich_progress.Progress, task: rich_progress.TaskID) -> None:
+        self._bar = bar
+        self._task = task
+        self._figures: dict[str, Figure] = {}
+
+    def update(self, step: int, **figures: Figure) -> None:
+        self._figures.update(figures)
+        self._bar.update(self._task, completed=step, figures="  ".join(_list_figures(self._figures)))
+
+
+class _Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(
+        self, write: Callable[[str], None], clock: Callable[[], float], title: str, total: int | None, start: int
+    ) -> None:
+        self._write = write
+        self._clock = clock
+        self._title = title
+        self._total = total
+        self._start = start
+        self._begin = self._last_time = clock()
+        self._step = start
+        self._last_step: int | None = None
+        self._figures: dict[str, Figure] = {}
+
+    def update(self, step: int, **figures: Figure) -> None:
+        self._step = step
+        self._figures.update(figures)
+        waited = self._clock() - self._last_time
+        if waited >= SHORTEST and (self._last_step is None or waited >= LONGEST or self._tenth_done(self._last_step)):
+            self._line()
+
+    def close(self) -> None:
+        """Write where the work ended, unless the last line said so."""
+        if self._step not in (self._last_step, self._start):
+            self._line()
+
+    def _tenth_done(self, since: int) -> bool:
+        return self._total is not None and self._step - since >= TENTH * self._total
+
+    def _line(self) -> None:
+        now = self._clock()
+        done, elapsed = self._step - self._start, now - self._begin
+        parts = [f"{self._title}: {self._step:,}"]
+        if self._total:
+            parts[0] += f"/{self._total:,} ({100 * self._step / self._total:.0f} %)"
+        parts += _list_figures(self._figures)
+        if self._total and done > 0 and self._step < self._total:
+            parts.append(f"{format_seconds(elapsed / done * (self._total - self._step))} left")
+        else:
+            parts.append(f"{format_seconds(elapsed)} taken")
+        self._write(", ".join(parts))
+        self._last_time, self._last_step = now, self._step
