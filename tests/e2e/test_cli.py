@@ -15,12 +15,7 @@ from typing import Any
 import pytest
 
 from command_line import run, run_apart, start
-
-TABLES = [
-    {"name": name, "food": food, "text": [f"{name} has {food}.", f"Eat {food} at {name}."]}
-    for name in ("Aromi", "Bibi", "Cotto", "Fitz")
-    for food in ("soup", "cake", "rice")
-]
+from restaurant_tables import TABLES
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import TABLES
 
 from command_line import run
+from restaurant_tables import TABLES
 from zoo import make_model, make_tokenizer
 
 

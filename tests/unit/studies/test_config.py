@@ -15,7 +15,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.studies import STUDIES, StudyConfig, plan
 from prefixtune.training.config import TrainConfig, default_learning_rate
 
-FILES = sorted((Path(__file__).resolve().parents[2] / "studies").glob("*.toml"))
+FILES = sorted((Path(__file__).resolve().parents[3] / "studies").glob("*.toml"))
 
 
 def told(name: str = "methods", **values: Any) -> str:

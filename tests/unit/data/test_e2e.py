@@ -12,7 +12,7 @@ from prefixtune.data import TASKS, read_task
 from prefixtune.data.tasks.e2e import linearize, parse_mr, read_e2e
 from prefixtune.errors import ConfigError, DataError
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "e2e"
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "e2e"
 SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"
 
 

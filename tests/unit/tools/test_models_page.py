@@ -15,7 +15,7 @@ from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from tiny_config import model_types
 from zoo import ZOO, make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "docs"))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "scale.py"
+SCRIPT = Path(__file__).parents[3] / "docs" / "scale.py"
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server_app import Answer, call
 
+from asgi_client import Answer, call
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.data.encoding import default_format, encode_prompts

@@ -26,7 +26,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.training.checkpoint import load_state, load_weights, save_state, save_weights
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from prefixtune.evaluation.metrics import PROTOCOLS, accuracy, bleu, compute, macro_f1, span_f1
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[5] / "shared" / "data"
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
