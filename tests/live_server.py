@@ -28,13 +28,13 @@ TEMPLATE = (
 # The code runs the command as `prefixtune serve` does.
 COMMAND = """
 import argparse, sys
-from prefixtune.cli.commands.serve import add_arguments, serve
+from prefixtune.cli.commands.serve import add_arguments, run
 from prefixtune.utils.console import Console
 from prefixtune.errors import PrefixError
 parser = argparse.ArgumentParser()
 add_arguments(parser)
 try:
-    sys.exit(serve(parser.parse_args()))
+    sys.exit(run(parser.parse_args()))
 except PrefixError as error:
     Console().error(error.message, error.hint)
     sys.exit(2)

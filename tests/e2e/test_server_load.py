@@ -7,7 +7,7 @@ from pathlib import Path
 
 from live_server import COMMAND, make_model
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path[:0] = [str(Path(__file__).parents[2] / "bench"), str(Path(__file__).parents[2] / "bench" / "serving")]
 from load import put_load
 
 

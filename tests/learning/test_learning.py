@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import prefixtune.training.checkpoint
-import prefixtune.training.train
+import prefixtune.training.loop
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
@@ -123,14 +123,14 @@ def test_every_slot_of_every_layer_gets_a_gradient(
     family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     gradients: list[Tensor] = []
-    original = prefixtune.training.train.batch_loss
+    original = prefixtune.training.loop.batch_loss
 
     def watched(backbone: Any, prefix: Any, batch: Any) -> Tensor:
         for tensor in prefix.tensors():
             tensor.register_hook(lambda gradient: gradients.append(gradient.clone()))
         return original(backbone, prefix, batch)
 
-    monkeypatch.setattr(prefixtune.training.train, "batch_loss", watched)
+    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", watched)
     train(config_for(max_steps=1), backbone=tiny_backbone(family), examples=SHARED)
     assert len(gradients) == 6
     for gradient in gradients:
@@ -445,14 +445,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     config = config_for()
-    original, calls = prefixtune.training.train.batch_loss, []
+    original, calls = prefixtune.training.loop.batch_loss, []
 
     def poisoned(*arguments: Any) -> Tensor:
         calls.append(1)
         return original(*arguments) * (math.nan if len(calls) > 3 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.training.train, "batch_loss", poisoned)
+        patch.setattr(prefixtune.training.loop, "batch_loss", poisoned)
         with pytest.raises(TrainingError, match=r"loss is nan .* at step 4") as error:
             train(config, backbone=backbone, examples=SHARED)
     assert "learning rate" in error.value.hint

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import prefixtune.training.train
+import prefixtune.training.loop
+from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.cli.main import main
@@ -20,6 +21,7 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, TrainingError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.loop import forward_backward
 from prefixtune.training.train import train, train_together
 from zoo import ZOO, make_model
 
@@ -142,13 +144,13 @@ def test_all_share_one_pass(
     tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    own = prefixtune.training.train.batch_loss
+    own = prefixtune.training.loop.batch_loss
 
     def watch(backbone: Any, prefix: Any, batch: Any) -> Any:
         calls.append(len(prefix) if isinstance(prefix, list) else 1)
         return own(backbone, prefix, batch)
 
-    monkeypatch.setattr(prefixtune.training.train, "batch_loss", watch)
+    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", watch)
     train_together(
         [config_for(name, max_steps=3) for name in "abc"], backbone=tiny_backbone("llama"), examples=DATA[:3]
     )
@@ -168,7 +170,7 @@ def test_a_run_whose_loss_is_not_finite_leaves_the_others(
         spoil.steps += 1  # type: ignore[attr-defined]
 
     spoil.steps = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(prefixtune.training.train, "_compute", spoil)
+    replace_everywhere(monkeypatch, forward_backward, spoil)
     with pytest.raises(TrainingError, match="step 4"):
         train_together([good, config_for("bad", seed=1)], backbone=backbone, examples=[EATS, GOES])
     monkeypatch.undo()
@@ -197,7 +199,7 @@ def test_stopped_runs_go_on_to_the_same_end(
         own(backbone, pendings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.training.train, "_compute", kill)
+        replace_everywhere(patch, forward_backward, kill)
         with pytest.raises(MemoryError):
             train_together(runs_of(config_for, "cut"), backbone=backbone, examples=DATA)
     again = train_together(runs_of(config_for, "cut"), backbone=backbone, examples=DATA, resume=True)
