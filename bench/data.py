@@ -11,7 +11,6 @@ from itertools import count, islice
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
-
 from prefixtune.data import Example, read_task
 from prefixtune.data.batching import epoch_batches
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples

@@ -31,10 +31,10 @@ import machine
 import seq2seq_part
 import train_part
 from adapters_peer import PeerError
-from prefixtune.backbone.load import DEFAULT_BACKBONE
 from results import Line
 from sides import DifferenceError
 
+from prefixtune.backbone.load import DEFAULT_BACKBONE
 from prefixtune.errors import PrefixError
 from prefixtune.utils.console import Console, format_seconds
 

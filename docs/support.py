@@ -230,8 +230,8 @@ def make(name: str, tokenizer: object) -> Any:
         ValueError: It is not tiny.
     """
     import torch
-    from prefixtune.backbone.load import auto_class
 
+    from prefixtune.backbone.load import auto_class
     from tiny_config import tiny_config
     from zoo import ZOO, make_model, random_model
 
@@ -249,7 +249,6 @@ def examine_one(name: str, tokenizer: object) -> Result:
     """Make a tiny model, load it as a backbone, and run the doctor's checks on it."""
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.doctor.examine import examine
-
     from prefixtune.errors import PrefixError
     from zoo import ZOO, exists
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import machine
+
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
-from prefixtune.training.initialize import from_words
-
 from prefixtune.engine.engine import Engine, EngineConfig
 from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.training.initialize import from_words
 
 TEXT, STEPS, WARM = 64, 20, 4
 

@@ -10,14 +10,14 @@ from statistics import median
 from typing import Any
 
 from data import Data
-from prefixtune.backbone.load import load_backbone
-from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.initialize import from_words
 from results import Line
 
+from prefixtune.backbone.load import load_backbone
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.initialize import from_words
 
 WORDS = "Describe the restaurant in one sentence:"
 GOAL = 1.05

@@ -36,10 +36,10 @@ from typing import Any
 
 import httpx2
 import machine
+
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
-
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.server.auth import hash_key, new_key
@@ -131,6 +131,7 @@ class Server:
 def make_prefixes(backbone: Backbone, folder: Path, count: int, length: int) -> list[str]:
     """Random prefixes whose texts differ: what stands at the backbone's own words, shifted at random."""
     import torch
+
     from prefixtune.backbone.prefixes import make_header
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.prefix import Prefix

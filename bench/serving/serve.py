@@ -44,25 +44,25 @@ import data
 import machine
 import torch
 from data import Data
-from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
-from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
-from prefixtune.backbone.prefixes import make_header
-from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix, flatten
-from prefixtune.training.initialize import from_words
 from results import Line
 from run import conclude
 from sides import DifferenceError
 
 from prefixtune.attention.cache import cache_argument
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
+from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import Engine, EngineConfig
 from prefixtune.engine.request import Output, Request, SamplingParams
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix, flatten
 from prefixtune.server.models.store import PrefixStore
+from prefixtune.training.initialize import from_words
 from prefixtune.utils.console import Console
 from prefixtune.utils.machine import forget_peak
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from data import Data, deal, encode, to_lists
-from prefixtune.backbone.load import load_backbone
 from results import Line
 from sides import (
     RECOMPUTED,
@@ -29,6 +28,7 @@ from sides import (
 from steps import copy_of_weights, set_weights, timed_step
 from turns import Goal, Say, Step, take_turns, tell
 
+from prefixtune.backbone.load import load_backbone
 from prefixtune.data.encoding import TokenizedExample
 
 MEMORY_STEPS = 3

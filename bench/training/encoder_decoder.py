@@ -27,8 +27,6 @@ from typing import Any
 import torch
 from adapters_peer import AdaptersPeer, PeerError
 from data import Data, deal, encode
-from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from results import Line
 from sides import TOLERANCE, DifferenceError, OurSide, PeftSide, distance, make_side, num_target_tokens, same_backbone
 from steps import BOTTLENECK_SIZE, copy_of_weights, gradients, set_weights
@@ -36,6 +34,8 @@ from torch import Tensor
 from train_part import MEMORY_STEPS, in_turn, measure_memory
 from turns import Goal, Say, Step, take_turns, tell
 
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.data.batching import pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import BackboneError

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from data import Data, deal, encode
-from prefixtune.backbone.load import load_backbone
 from results import Line
 from sides import OurSide
 from steps import step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prefixtune.backbone.load import load_backbone
 from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
 

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
+from torch import Tensor, nn
+
+from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
-from prefixtune.prefix.encoder import PrefixEncoder
-from steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
-from torch import Tensor, nn
-
-from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.prefix.encoder import PrefixEncoder
 
 TOLERANCE = 1e-4
 

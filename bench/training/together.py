@@ -21,15 +21,15 @@ from typing import Any
 import data
 import machine
 import torch
+
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.initialize import from_words
-
 from prefixtune.data.batching import collate, epoch_batches, join
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.initialize import from_words
 
 LENGTHS = (5, 10, 10, 20)
 
