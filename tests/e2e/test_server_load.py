@@ -8,7 +8,7 @@ from pathlib import Path
 from live_server import COMMAND, make_model
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "bench"), str(Path(__file__).parents[2] / "bench" / "serving")]
-from load import put_load
+from load import put_load  # noqa: E402
 
 
 def test_a_mixed_load_has_no_fault_and_fair_shares(tmp_path: Path) -> None:
