@@ -60,7 +60,7 @@ def _is_pair(given: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Per site and layer, keys and values of P virtual tokens.
+    """Per site and layer, keys and values of P virtual tokens: P_key and P_val (Li & Liang 2021, section 4, eq. 3).
 
     Attributes:
         layers: Site -> one (key, value) pair per layer, each of shape (H, P, D).

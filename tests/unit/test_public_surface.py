@@ -1,0 +1,64 @@
+"""The public names of the package: which they are, and what their documentation must say."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+
+FUNCTIONS = ("evaluate", "generate", "load_backbone", "load_prefix", "save_prefix", "train")
+CONFIGURATIONS = ("EngineConfig", "GenerateConfig", "ServeConfig", "StudyConfig", "TrainConfig")
+CLASSES = ("Engine", "Example", "Prefix", "PrefixError")
+
+
+def section(name: str, title: str) -> str:
+    """The text under a title of a docstring, empty where there is none."""
+    match = re.search(rf"^{title}:\n((?:    .*\n|\n)*)", (inspect.getdoc(getattr(pt, name)) or "") + "\n", re.MULTILINE)
+    return match[1] if match else ""
+
+
+def test_the_names_are_these_and_no_others() -> None:
+    assert sorted(pt.__all__) == sorted([*FUNCTIONS, *CONFIGURATIONS, *CLASSES, "__version__"])
+    assert sorted(dir(pt)) == sorted(pt.__all__)
+    assert all(getattr(pt, name).__name__ == name for name in pt.__all__ if name != "__version__")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_documents_its_arguments_and_its_errors(name: str) -> None:
+    documented = set(re.findall(r"^    \*{0,2}(\w+):", section(name, "Args"), re.MULTILINE))
+    assert documented == set(inspect.signature(getattr(pt, name)).parameters)
+    errors = re.findall(r"^    (\w+): ", section(name, "Raises"), re.MULTILINE)
+    known = [getattr(pt.errors, error, None) or getattr(builtins, error) for error in errors]
+    assert any(issubclass(error, pt.PrefixError) for error in known)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration_documents_every_field(name: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(getattr(pt, name))}
+    attributes = set(re.findall(r"^    (\w+): ", section(name, "Attributes"), re.MULTILINE))
+    undocumented = [n for n, field in fields.items() if n not in attributes and not field.metadata.get("help")]
+    assert undocumented == []
+    assert "ConfigError" in section(name, "Raises")
+
+
+def test_a_prefix_documents_shapes_and_source() -> None:
+    text = inspect.getdoc(pt.Prefix) or ""
+    assert "(H, P, D)" in text
+    assert "Li & Liang 2021" in text
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_documents_what_it_holds(name: str) -> None:
+    documented = set(
+        re.findall(r"^    \*{0,2}(\w+):", section(name, "Attributes") + section(name, "Args"), re.MULTILINE)
+    )
+    fields: Any = getattr(pt, name)
+    wanted = {f.name for f in dataclasses.fields(fields)} if dataclasses.is_dataclass(fields) else set()
+    assert documented
+    assert wanted <= documented
