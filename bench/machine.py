@@ -97,7 +97,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def forget_peak() -> bool:
+def reset_peak_memory() -> bool:
     """Let the peak start again from the present size; False where the system does not allow it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

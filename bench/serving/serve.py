@@ -64,7 +64,7 @@ from prefixtune.prefix.prefix import Prefix, flatten
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.training.initialize import from_words
 from prefixtune.utils.console import Console
-from prefixtune.utils.machine import forget_peak
+from prefixtune.utils.machine import reset_peak_memory
 
 PREFIX_LENGTH = 10
 SEED = 0
@@ -461,7 +461,7 @@ def measure_memory(backbone: Backbone, prefix: Prefix, count: int) -> dict[str, 
         # What the first one needs besides is not counted.
         store.get("p0")
         # Memory that was freed goes back to the system; else the prefixes would fill it unseen.
-        forget_peak()
+        reset_peak_memory()
         before = machine.status_mib("VmRSS")
         began = time.perf_counter()
         for number in range(1, count):

@@ -24,12 +24,12 @@ METHODS = ("prefix", "full", "top:2", "adapter:115", "adapter:3", "lora:8", "pro
 CHILD = """
 import json, sys
 from prefixtune.training.config import TrainConfig
-from prefixtune.utils.machine import forget_peak, peak_memory_mib
+from prefixtune.utils.machine import reset_peak_memory, peak_memory_mib
 from prefixtune.training.train import train
 seconds = []
 def told(event):
     if event["event"] == "start":
-        forget_peak()
+        reset_peak_memory()
     if event["event"] == "step":
         seconds.append(event["seconds"])
 result = train(TrainConfig.from_mapping(json.loads(sys.argv[1])), on_event=told)

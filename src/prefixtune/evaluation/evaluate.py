@@ -26,8 +26,8 @@ from prefixtune.inference.config import GenerateConfig, check_tagging_lengths
 from prefixtune.inference.generate import generate, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.files import check_writable
 from prefixtune.utils.options import as_config
+from prefixtune.utils.writable import check_writable
 
 __all__ = ["check_examples", "check_kind", "evaluate"]
 

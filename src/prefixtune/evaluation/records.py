@@ -19,8 +19,9 @@ from prefixtune.evaluation.metrics import Score
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.files import appending, write_text, writing
+from prefixtune.utils.files import line_writer, write_text
 from prefixtune.utils.machine import describe_machine, versions
+from prefixtune.utils.writable import reporting_write_errors
 
 __all__ = ["Evaluation", "GroupScores", "append_decoded", "read_decoded", "summarize", "write_evaluation"]
 
@@ -124,9 +125,9 @@ def append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds:
         {"number": number, "output": output, "seconds": round(seconds / len(outputs), 6), "digest": digest}
         for number, output in outputs.items()
     ]
-    with writing(path):
+    with reporting_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with appending(path) as append:
+    with line_writer(path) as append:
         # A line that a kill cut off stays alone on its line.
         append("\n" + "\n".join(json.dumps(row) for row in rows))
 

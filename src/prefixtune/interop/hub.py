@@ -19,7 +19,8 @@ from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.artifact import prefix_file
 from prefixtune.prefix.hub import FILE, download, hub_errors
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.files import atomic_path, check_writable
+from prefixtune.utils.files import atomic_path
+from prefixtune.utils.writable import check_writable
 
 __all__ = ["FILE", "make_card", "pull", "push", "read_evaluation"]
 

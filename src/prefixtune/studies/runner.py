@@ -60,8 +60,10 @@ from prefixtune.training.checkpoint import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.train import train
-from prefixtune.utils.files import check_writable, locked, write_text
-from prefixtune.utils.machine import describe_machine, forget_peak, peak_memory_mib, versions
+from prefixtune.utils.files import write_text
+from prefixtune.utils.locks import file_lock
+from prefixtune.utils.machine import describe_machine, peak_memory_mib, reset_peak_memory, versions
+from prefixtune.utils.writable import check_writable
 
 __all__ = ["outcome_of", "run_study"]
 
@@ -275,7 +277,7 @@ class _Study:
     @contextlib.contextmanager
     def _claim(self, cell: Cell) -> Iterator[bool]:
         """Hold a cell's lock while the block runs; yields whether it could be had."""
-        with locked(self.folder / "cells" / f".{cell.id}.lock") as mine:
+        with file_lock(self.folder / "cells" / f".{cell.id}.lock") as mine:
             yield mine
 
     def path(self, cell: Cell) -> Path:
@@ -445,7 +447,7 @@ class _Study:
         if not config.trains_prefix:
             # It loads a model of its own; a second one beside it would count as its memory.
             self.__dict__.pop("backbone", None)
-        forget_peak()
+        reset_peak_memory()
 
         def told(event: Event) -> None:
             self.on_event({**event, "cell": cell.id, "learning_rate": rate})

@@ -52,7 +52,7 @@ from prefixtune.training.checks import no_head
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.initialize import build_module, choose_sites, sample_hidden, training_format
-from prefixtune.utils.files import appending, write_text
+from prefixtune.utils.files import line_writer, write_text
 
 __all__ = ["evaluation_loss", "stop_requests"]
 
@@ -275,7 +275,7 @@ class TrainLoop:
             write_text(self.folder / EVENTS_FILE, "")
             # From the very start on, a kill can be resumed from.
             self.save()
-        with appending(self.folder / EVENTS_FILE) as log:
+        with line_writer(self.folder / EVENTS_FILE) as log:
             for told in self._steps(stopping, fresh):
                 if self.processes.is_main and not isinstance(told, PendingStep):
                     log(json.dumps(told))

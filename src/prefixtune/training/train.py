@@ -35,7 +35,7 @@ from prefixtune.training.distributed import ProcessGroup, init_distributed, shar
 from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward, stop_requests
 from prefixtune.training.progress import show_training
 from prefixtune.utils.console import Console
-from prefixtune.utils.files import claim_folder
+from prefixtune.utils.locks import claim_folder
 from prefixtune.utils.options import as_config
 
 __all__ = ["TrainResult", "train", "train_together"]

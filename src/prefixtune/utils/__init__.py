@@ -1,1 +1,1 @@
-"""Files, machine, console, optional extras: knows nothing of prefixes."""
+"""Files, locks, the machine, the console and optional libraries; knows nothing of prefixes, models or commands."""

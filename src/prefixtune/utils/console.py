@@ -1,6 +1,6 @@
-"""What people see while the program works: live progress on a terminal, plain lines in a log, messages, tables.
+"""Output for people: a progress bar on a terminal, plain lines in a log, messages and tables.
 
-Progress and messages go to stderr, so that stdout holds results only. Knows nothing of models, runs or commands.
+Progress and messages go to stderr; stdout holds results only.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["Console", "Progress", "format_figure", "format_seconds"]
 
 Figure = float | int | str
 
-# Without a terminal: never more than one line in SHORTEST seconds; a line each tenth of the way or LONGEST seconds.
+# Without a terminal: at most one line in SHORTEST seconds; a line for each tenth of the work or after LONGEST seconds.
 SHORTEST, LONGEST, TENTH = 5.0, 60.0, 0.1
 
 
 class Progress(Protocol):
-    """A piece of work on its way."""
+    """The progress of a piece of work."""
 
     def update(self, step: int, **figures: Figure) -> None:
-        """Show how far the work is.
+        """Show the progress.
 
         Args:
-            step: Steps done so far, counted from the very start of the work.
-            figures: What to show beside it, such as `loss=2.31, tokens_per_second=1200`; shown until replaced.
+            step: Steps done so far, counted from the start of the work.
+            figures: Figures to show, such as `loss=2.31, tokens_per_second=1200`; shown until replaced.
         """
 
 
@@ -46,7 +46,7 @@ class Console:
     Args:
         quiet: Show nothing but errors (and tables that are results).
         stream: Where to print; stderr when left out.
-        clock: Seconds that only grow; for tests.
+        clock: Returns seconds that only grow; for tests.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Console:
 
     @property
     def live(self) -> bool:
-        """True when progress is a moving bar, False when it is plain lines."""
+        """Whether progress is a moving bar and not plain lines."""
         return self._out.is_terminal and not self._out.is_dumb_terminal
 
     @contextlib.contextmanager
@@ -66,9 +66,9 @@ class Console:
         """Show the progress of the block.
 
         Args:
-            title: What the work is, in a word or two.
+            title: Names the work in a word or two.
             total: Steps of the whole work; None when unknown.
-            start: Steps done before, for work that is resumed.
+            start: Steps done before, when work is resumed.
         """
         if self.quiet:
             yield _Silent()
@@ -93,8 +93,8 @@ class Console:
         Args:
             title: Above the table; empty for none.
             columns: The headings.
-            rows: One value per column each.
-            result: The table is what the command was asked for: print it to stdout, even when quiet.
+            rows: One value per column in every row.
+            result: The table is the command's result: print it to stdout, even when quiet.
         """
         if self.quiet and not result:
             return
@@ -131,7 +131,7 @@ class Console:
 
 
 def format_figure(value: Figure) -> str:
-    """Write a number for people: four significant digits, thousands apart.
+    """Format a number for people: four significant digits, thousands separated.
 
     >>> [format_figure(value) for value in (2.34567, 12345.6, 0.00001234, 120000, "n/a", True)]
     ['2.346', '12,346', '1.234e-05', '120,000', 'n/a', 'True']
@@ -144,7 +144,7 @@ def format_figure(value: Figure) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a length of time as minutes and seconds, with hours when there are any.
+    """Format a duration as minutes and seconds, with hours if there are any.
 
     >>> format_seconds(7), format_seconds(187.6), format_seconds(36000)
     ('0:07', '3:08', '10:00:00')
@@ -156,12 +156,12 @@ def format_seconds(seconds: float) -> str:
 
 def _rich_console(stream: TextIO) -> rich_console.Console:
     terminal = stream.isatty()
-    # A log has no width: tables there are as wide as they need, and nothing is forced into 80 columns.
+    # A log has no width: tables may be as wide as they need.
     return rich_console.Console(file=stream, force_terminal=terminal, width=None if terminal else 1000)
 
 
 def _print_line(out: rich_console.Console, text: Text) -> None:
-    """Print as it is: no markup, no breaking of lines."""
+    """Print the text unchanged: no markup, no line breaks."""
     out.print(text, soft_wrap=True, highlight=False)
 
 
@@ -175,7 +175,7 @@ def _bar(out: rich_console.Console) -> rich_progress.Progress:
         rich_progress.TextColumn("left"),
         rich_progress.TimeRemainingColumn(),
         console=out,
-        redirect_stdout=False,  # results printed meanwhile belong to stdout
+        redirect_stdout=False,  # results printed during the work belong to stdout
     )
 
 
@@ -223,7 +223,7 @@ class _Lines:
             self._line()
 
     def close(self) -> None:
-        """Write where the work ended, unless the last line said so."""
+        """Write the last step, unless the last line did."""
         if self._step not in (self._last_step, self._start):
             self._line()
 

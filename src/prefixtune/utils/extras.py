@@ -1,4 +1,4 @@
-"""Extras."""
+"""Optional libraries: import one, or say which extra of this package installs it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
 }
-"""The optional libraries, and the extra of this package that brings each."""
+"""Optional library -> the extra of this package that installs it."""
 
 
 def require(module: str, what: str) -> Any:
     """Import an optional library.
 
     Raises:
-        ConfigError: It is not installed; says how to get it.
+        ConfigError: It is not installed; says how to install it.
     """
     try:
         return importlib.import_module(module)

@@ -1,7 +1,4 @@
-"""What a figure was measured on: the machine, the versions, and how much memory the process took.
-
-Knows nothing of this project.
-"""
+"""Facts about a measurement: the machine, the versions, and the memory that the process took."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["describe_machine", "forget_peak", "peak_memory_mib", "versions"]
+__all__ = ["describe_machine", "peak_memory_mib", "reset_peak_memory", "versions"]
 
 
 _PACKAGES = ("prefixtune", "torch", "transformers", "safetensors", "sacrebleu", "peft")
@@ -41,30 +38,30 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the libraries that decide a figure, as far as they are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed libraries that a figure depends on."""
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def forget_peak() -> None:
-    """Count the peak of memory anew from here on, where the system can (Linux)."""
+def reset_peak_memory() -> None:
+    """Start the peak of memory again from the present size, where the system can (Linux)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        # What was freed goes back to the system; else it would count for whoever comes next.
+        # Freed memory goes back to the system; otherwise it would count for the next measurement.
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_mib() -> float | None:
-    """The most memory that this process has taken, in MiB, since the last `forget_peak`; None: nobody knows.
+    """The most memory that this process has taken, in MiB, since the last `reset_peak_memory`; None: unknown.
 
-    Main memory, not that of a GPU; Python, the libraries and whatever else the process holds included.
+    Main memory, not that of a GPU; it includes Python and the libraries.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Options."""
+"""Check and convert the values of configuration classes: names, types, choices."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _C = TypeVar("_C")
 def check_names(
     kind: type, names: Iterable[str], what: str, hint: str, elsewhere: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse names that a configuration does not have, all at once.
+    """Refuse unknown names of configuration fields, all at once.
 
     Args:
         kind: The configuration's class.
-        names: To be checked.
+        names: The names to check.
         what: The beginning of the message: `the file has unknown keys`, say.
-        hint: Where all names are listed.
+        hint: Says where all names are listed.
         elsewhere: Names of other programs, and what to write here instead.
 
     Raises:
-        ConfigError: A name is unknown; with the nearest known one.
+        ConfigError: A name is unknown; names the nearest known one.
     """
     known = [field.name for field in dataclasses.fields(kind)]
     listed = [f"{name!r}: {did_you_mean(name, known, elsewhere)}" for name in names if name not in known]
@@ -41,7 +41,7 @@ def check_names(
 
 
 def as_config(kind: type[_C], given: _C | Mapping[str, Any] | None, options: Mapping[str, Any]) -> _C:
-    """What a caller configured: by an object, by a dict, or by keyword options.
+    """A configuration from an object, a dict or keyword options.
 
     Args:
         kind: The configuration's class; has `from_mapping`.
@@ -49,7 +49,7 @@ def as_config(kind: type[_C], given: _C | Mapping[str, Any] | None, options: Map
         options: The keyword options.
 
     Raises:
-        ConfigError: Both were given, or something else; or a name or a value is wrong.
+        ConfigError: Both a config and options were passed, or the config has another type, or a name or value is wrong.
     """
     if given is not None and options:
         raise ConfigError(f"got both a config and {', '.join(options)}.", hint="give one of the two.")
@@ -67,12 +67,12 @@ def as_config(kind: type[_C], given: _C | Mapping[str, Any] | None, options: Map
 
 
 def fit_types(config: Any) -> dict[str, str]:
-    """See to it that the values of a configuration are of their fields' types.
+    """Check that the values of a configuration have their fields' types.
 
     Whole numbers become floats and lists become tuples where a field has these.
 
     Returns:
-        The names of fields whose values are wrong, and what is wrong with each.
+        Field name -> what is wrong with its value.
     """
     owner: Any = type(config)
     kinds, faults = _kinds_of(owner), {}
@@ -87,12 +87,12 @@ def fit_types(config: Any) -> dict[str, str]:
     return faults
 
 
-def as_float(number: int) -> float:
-    """A whole number as a float; infinite where it is too large for one, and so out of every range."""
+def as_float(value: int) -> float:
+    """A whole number as a float; infinite, and so out of every range, if it is too large for one."""
     try:
-        return float(number)
+        return float(value)
     except OverflowError:
-        return math.inf if number > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf
 
 
 @functools.cache
@@ -102,7 +102,7 @@ def _kinds_of(kind: type) -> dict[str, Any]:
 
 
 def type_fault(name: str, value: Any, kind: Any) -> str:
-    """What is wrong with the type of a value (or with a value that is none of a few); empty: nothing.
+    """What is wrong with a value's type, or with a value that is none of the allowed ones; empty: nothing.
 
     >>> type_fault("port", "80", int)
     "port is '80', but must be of type int"
@@ -116,7 +116,7 @@ def type_fault(name: str, value: Any, kind: Any) -> str:
     if origin in (Union, UnionType):
         good, wanted = any(not type_fault(name, value, part) for part in parts), _name_of(kind)
     elif origin is tuple:
-        good = isinstance(value, tuple) and all(not type_fault(name, each, parts[0]) for each in value)
+        good = isinstance(value, tuple) and all(not type_fault(name, item, parts[0]) for item in value)
         wanted = "a list of whole numbers" if parts[0] is int else "a list of texts"
     elif kind is float:
         good, wanted = isinstance(value, int | float) and not isinstance(value, bool), "of type float"
@@ -132,7 +132,7 @@ def type_fault(name: str, value: Any, kind: Any) -> str:
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether a file can hold it: half a surrogate pair, which JSON and arguments can bring, is no character."""
+    """Whether a file can hold the text; half a surrogate pair, possible in JSON and arguments, cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:

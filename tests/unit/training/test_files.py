@@ -16,7 +16,7 @@ import prefixtune as pt
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError
 from prefixtune.training.checkpoint import load_state
-from prefixtune.utils.files import claim_folder
+from prefixtune.utils.locks import claim_folder
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.",)) for letter in "abcd"]
 
@@ -146,7 +146,7 @@ def test_two_trainings_in_one_folder(
     code = """
 import sys, time
 from pathlib import Path
-from prefixtune.utils.files import claim_folder
+from prefixtune.utils.locks import claim_folder
 with claim_folder(Path(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(600)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from prefixtune import __version__
-from prefixtune.utils.machine import describe_machine, forget_peak, peak_memory_mib, versions
+from prefixtune.utils.machine import describe_machine, peak_memory_mib, reset_peak_memory, versions
 
 MIB = 2**20
 
@@ -43,7 +43,7 @@ def test_what_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch):
 def test_the_peak_is_that_since_it_was_forgotten():
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system does not count the peak anew")
-    forget_peak()
+    reset_peak_memory()
     before = peak_memory_mib()
     assert before is not None
     # Filled, as memory is taken when it is written to.
@@ -53,7 +53,7 @@ def test_the_peak_is_that_since_it_was_forgotten():
     assert grown is not None
     assert 90 < grown - before < 250
     assert peak_memory_mib() == pytest.approx(grown, abs=1), "a peak stays when the memory is free again"
-    forget_peak()
+    reset_peak_memory()
     after = peak_memory_mib()
     assert after is not None
     assert after < grown - 60
@@ -67,7 +67,7 @@ def test_without_proc_the_peak_is_the_processs(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(Path, "read_text", nothing)
     monkeypatch.setattr(Path, "write_text", nothing)
-    forget_peak()
+    reset_peak_memory()
     found = peak_memory_mib()
     scale = MIB if platform.system() == "Darwin" else 2**10
     assert found == pytest.approx(usage.getrusage(usage.RUSAGE_SELF).ru_maxrss / scale, rel=0.01)

@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from prefixtune.backbone.load import check_loadable, check_size
     from prefixtune.interop.peft import export_peft
     from prefixtune.prefix.artifact import save_prefix
-    from prefixtune.utils.files import check_writable
+    from prefixtune.utils.writable import check_writable
 
     given, output = Path(options.input), Path(options.output)
     if options.frozen_tokens is not None and options.frozen_tokens < 0:

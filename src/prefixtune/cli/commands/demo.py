@@ -27,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
     from prefixtune.evaluation.evaluate import evaluate
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.report import loss_plot
-    from prefixtune.utils.files import claim_folder, write_text
+    from prefixtune.utils.files import write_text
+    from prefixtune.utils.locks import claim_folder
 
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}, but must be at least 1.", hint="100 is a good number.")

@@ -85,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
     from prefixtune.evaluation.prompting import ask, with_shots
     from prefixtune.evaluation.records import DECODED_FILE, summarize, write_evaluation
     from prefixtune.prefix.text_format import read_text_format
-    from prefixtune.utils.files import check_writable, write_text
+    from prefixtune.utils.files import write_text
+    from prefixtune.utils.writable import check_writable
 
     console = Console(quiet=options.quiet or options.json)
     # All that can be wrong is reported before the model loads.

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """`prefixtune export`."""
     _check(options)
-    from prefixtune.utils.files import check_writable
+    from prefixtune.utils.writable import check_writable
 
     folder, console = Path(options.output), Console(quiet=options.quiet)
     check_writable(folder / "export.json")

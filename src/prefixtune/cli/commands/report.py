@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """`prefixtune report`."""
     from prefixtune.report import compose, read_folder, to_html, to_markdown
-    from prefixtune.utils.files import check_writable, write_text
+    from prefixtune.utils.files import write_text
+    from prefixtune.utils.writable import check_writable
 
     page = Path(options.output)
     if page.suffix not in (".html", ".htm") or page.is_dir():

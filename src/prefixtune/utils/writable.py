@@ -1,0 +1,87 @@
+"""Whether a file or folder can be written, checked before long work; and one-line errors for writes that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefixtune.errors import PrefixError
+
+__all__ = ["check_folder_writable", "check_writable", "reporting_write_errors", "writable_folder"]
+
+
+def check_writable(path: Path) -> None:
+    """Check, before long work, that a file can be written; leaves nothing behind.
+
+    Raises:
+        PrefixError: The path is a folder, or its folder cannot be made or written.
+    """
+    if path.is_dir():
+        raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint="choose another place.")
+    with writable_folder(path.parent, path):
+        pass
+
+
+def check_folder_writable(folder: Path) -> None:
+    """Check, before long work, that files can be written to a folder; leaves nothing behind.
+
+    Raises:
+        PrefixError: The path is a file, or the folder cannot be made or written.
+    """
+    with writable_folder(folder, folder):
+        pass
+
+
+@contextlib.contextmanager
+def writable_folder(folder: Path, wanted: Path) -> Iterator[None]:
+    """Make a folder and try to write to it; folders made here that are empty when the block ends are removed.
+
+    Args:
+        folder: Made with its parents.
+        wanted: The path to name in messages.
+
+    Raises:
+        PrefixError: It cannot be made or written.
+    """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # A full disk shows in the first byte.
+                file.write(b"0")
+        except OSError as error:
+            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+            raise PrefixError(f"cannot write {str(wanted)!r}: {reason}.", hint="choose another place.") from error
+        yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing a file into one line.
+
+    Raises:
+        PrefixError: The system refuses.
+    """
+    hint = "free some space or choose another folder; the previous file, if any, is untouched."
+    try:
+        yield
+    except PrefixError:
+        raise
+    except OSError as error:
+        raise PrefixError(f"cannot write {str(path)!r}: {error.strerror or error}.", hint=hint) from error
+    except Exception as error:
+        # Libraries in Rust wrap the system's errors in their own.
+        code = re.search(r"\(os error (\d{1,4})\)", str(error))
+        if code is None:
+            raise
+        cause = OSError(int(code[1]), os.strerror(int(code[1])))
+        raise PrefixError(f"cannot write {str(path)!r}: {cause.strerror}.", hint=hint) from cause

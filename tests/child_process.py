@@ -1,0 +1,33 @@
+"""A process that holds a file or a lock of this project until it is killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+_IMPORTS = """
+import sys, time
+from pathlib import Path
+from prefixtune.utils.files import *
+from prefixtune.utils.locks import *
+"""
+
+
+def start_child(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Run `code` in a new process; returns when it has printed `ready`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _IMPORTS + code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,39 @@
+"""Paths that cannot be written are reported before the work, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prefixtune.errors import PrefixError
+from prefixtune.utils.writable import check_folder_writable, check_writable, reporting_write_errors
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PrefixError, match=r"cannot write .*it is a folder"):
+        check_writable(tmp_path)
+    for path in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(PrefixError, match="cannot write"):
+            check_writable(path)
+    with pytest.raises(PrefixError, match=r"cannot write .*file': it is a file"):
+        check_folder_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "deep" / "a")
+    check_folder_writable(tmp_path / "new" / "deep")
+    # As it was.
+    assert names(tmp_path) == ["file"]
+    (tmp_path / "old").mkdir()
+    check_writable(tmp_path / "old" / "deep" / "a")
+    assert names(tmp_path / "old") == []
+
+
+def test_errors_of_others_are_left_as_they_are(tmp_path: Path) -> None:
+    for error in (ValueError("no"), PrefixError("mine"), RuntimeError("os error 28")):
+        with pytest.raises(type(error)) as told, reporting_write_errors(tmp_path):
+            raise error
+        assert told.value is error
