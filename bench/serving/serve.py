@@ -54,7 +54,7 @@ from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import Engine, EngineConfig
-from prefixtune.engine.request import Output, Request, SamplingParams
+from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
 from prefixtune.inference.config import GenerateConfig
@@ -116,11 +116,11 @@ class EngineSide:
         began = time.perf_counter()
         for number, (prompt, prefix) in enumerate(zip(prompts, self.prefixes, strict=True)):
 
-            def hear(output: Output, number: int = number) -> None:
+            def hear(output: SequenceOutput, number: int = number) -> None:
                 if output.tokens:
                     times[number].append(time.perf_counter())
                     written[number] += [token.id for token in output.tokens]
-                if output.finished is not None:
+                if output.finish_reason is not None:
                     left.release()
 
             self.worker.submit(Request(tuple(prompt), prefix, self.sampling), hear)

@@ -17,7 +17,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.engine import Engine, EngineConfig
-from prefixtune.engine.request import Output, Request, SamplingParams
+from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.decoding import newline_tokens
@@ -67,7 +67,7 @@ def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]
     return make
 
 
-def ids(output: Output) -> list[int]:
+def ids(output: SequenceOutput) -> list[int]:
     return [token.id for token in output.tokens]
 
 
@@ -77,17 +77,17 @@ def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
     return generate_ids(backbone, [list(request.prompt)], [request.prefix], config=config)[0]
 
 
-def finish(engine: Engine) -> list[Output]:
+def finish(engine: Engine) -> list[SequenceOutput]:
     outputs = []
     while engine.busy:
         outputs += engine.step()
     return outputs
 
 
-def by_text(outputs: list[Output]) -> dict[tuple[str, int], list[int]]:
+def by_text(outputs: list[SequenceOutput]) -> dict[tuple[str, int], list[int]]:
     found: dict[tuple[str, int], list[int]] = {}
     for output in outputs:
-        found.setdefault((output.request, output.index), []).extend(ids(output))
+        found.setdefault((output.request_id, output.index), []).extend(ids(output))
     return found
 
 
@@ -103,7 +103,7 @@ def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests
     engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
     found = engine.run(asked)
     assert [ids(texts[0]) for texts in found] == expected
-    assert {texts[0].finished for texts in found} <= {"length", "stop"}
+    assert {texts[0].finish_reason for texts in found} <= {"length", "stop"}
 
 
 @pytest.mark.parametrize("call", [40, 10_000])
@@ -141,7 +141,7 @@ def test_slots_that_ended_leave_holes_which_change_nothing(llama: Backbone, requ
     outputs, holes = [], False
     while engine.busy:
         outputs += engine.step()
-        used = [text.slot for text in engine.running_texts()]
+        used = [text.slot for text in engine.running_sequences()]
         holes |= bool(used) and used != list(range(len(used)))
     assert holes
     assert by_text(outputs) == {(request.id, 0): alone(llama, request) for request in asked}
@@ -225,7 +225,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
             outputs += engine.step()
             steps += 1
             assert steps < 1000
-    ended = [(output.request, output.index, output.finished) for output in outputs if output.finished]
+    ended = [(output.request_id, output.index, output.finish_reason) for output in outputs if output.finish_reason]
     assert sorted(ended[n][:2] for n in range(len(ended))) == sorted(expected), "every text ends once"
     found = by_text(outputs)
     for request, index, reason in ended:
@@ -272,9 +272,9 @@ def test_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, reques
         for token, row in zip(output.tokens, expected, strict=True):
             assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
             best = row.topk(3)
-            assert [number for number, _ in token.likeliest] == best.indices.tolist()
-            assert [value for _, value in token.likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
-            assert token.id == token.likeliest[0][0]
+            assert [number for number, _ in token.top_logprobs] == best.indices.tolist()
+            assert [value for _, value in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert token.id == token.top_logprobs[0][0]
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def ending(made: Any, random_ids: Any) -> Request:
 
 def test_the_end_token_ends_a_text_and_is_not_told(llama: Backbone, ending: Request):
     (output,) = Engine(llama).run([ending])[0]
-    assert output.finished == "stop"
+    assert output.finish_reason == "stop"
     assert ids(output) == alone(llama, ending)
     assert llama.eos_id not in ids(output)
 
@@ -363,13 +363,13 @@ def test_texts_of_one_request_compute_its_prompt_once(
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def streamed(backbone: Backbone, asked: list[Request], **config: Any) -> dict[str, list[Output]]:
+def streamed(backbone: Backbone, asked: list[Request], **config: Any) -> dict[str, list[SequenceOutput]]:
     engine = Engine(backbone, EngineConfig(**config))
     for request in asked:
         engine.add(request)
-    news: dict[str, list[Output]] = {request.id: [] for request in asked}
+    news: dict[str, list[SequenceOutput]] = {request.id: [] for request in asked}
     for output in finish(engine):
-        news[output.request].append(output)
+        news[output.request_id].append(output)
     return news
 
 
@@ -392,7 +392,7 @@ def test_pieces_joined_are_what_generate_returns(llama: Backbone, random_prefix:
     for request, whole in zip(asked, expected, strict=True):
         pieces = [output.text for output in news[request.id]]
         assert "".join(pieces) == whole
-        assert len(pieces) == len(alone(llama, request)) or news[request.id][-1].finished == "stop"
+        assert len(pieces) == len(alone(llama, request)) or news[request.id][-1].finish_reason == "stop"
     assert any("\ufffd" in whole for whole in expected), "there must be bytes that are no characters"
 
 
@@ -411,7 +411,7 @@ def test_stop_strings_stop_where_generate_stops(llama: Backbone, random_prefix: 
             assert "".join(output.text for output in news) == expected
             assert all(stop not in "".join(o.text for o in news[:n]) for n in range(len(news) + 1))
             assert [ids(o)[0] for o in news if o.tokens] == alone(llama, request, stop=stop)
-            assert news[-1].finished == "stop"
+            assert news[-1].finish_reason == "stop"
             found += 1
     assert found > 8
 
@@ -437,9 +437,9 @@ def test_a_request_given_up_frees_its_slot_before_the_next_step(llama: Backbone,
     engine.cancel(third.id)
     engine.cancel("never heard of")
     outputs = engine.step()
-    told = {output.request: output.finished for output in outputs}
+    told = {output.request_id: output.finish_reason for output in outputs}
     assert told == {first.id: "cancelled", third.id: "cancelled", second.id: None}
-    assert [text.request for text in engine.running_texts()] == [second.id]
+    assert [text.request_id for text in engine.running_sequences()] == [second.id]
     assert [token for output in (*outputs, *finish(engine)) for token in ids(output)] == alone(llama, second)
     engine.cancel(first.id)
     assert not engine.busy
@@ -461,7 +461,7 @@ def test_a_step_that_fails_ends_its_texts_and_no_others(
 
     replace_everywhere(monkeypatch, forward_with_backend, sometimes)
     found = Engine(llama, EngineConfig(num_slots=3)).run(asked)
-    failed = [number for number, (output,) in enumerate(found) if output.finished == "error"]
+    failed = [number for number, (output,) in enumerate(found) if output.finish_reason == "error"]
     assert len(failed) == 3
     assert all(found[number][0].error == "RuntimeError: out of luck" for number in failed)
     for number in set(range(len(asked))) - set(failed):
@@ -482,7 +482,7 @@ def test_a_broken_prefix_fails_its_own_request_alone(value: float, num_slots: in
     bad = Request(asked[0].prompt, broken(asked[0].prefix, value), asked[0].sampling)
     mixed = [asked[0], bad, *asked[1:]]
     found = Engine(llama, EngineConfig(num_slots=num_slots)).run(mixed)
-    assert found[1][0].finished == "error"
+    assert found[1][0].finish_reason == "error"
     assert "finite" in found[1][0].error
     assert found[1][0].tokens == ()
     del found[1]
@@ -511,7 +511,7 @@ def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests
     everything = tuple(range(llama.model.get_input_embeddings().weight.shape[0]))
     none = Request(one.prompt, None, SamplingParams(banned=everything))
     found = Engine(llama).run([none, two])
-    assert (found[0][0].finished, found[0][0].tokens) == ("error", ())
+    assert (found[0][0].finish_reason, found[0][0].tokens) == ("error", ())
     assert ids(found[1][0]) == alone(llama, two)
 
 
@@ -537,7 +537,7 @@ def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", scarce)
         (short,), (failed,) = engine.run([small, long])
-    assert failed.finished == "error"
+    assert failed.finish_reason == "error"
     assert ids(short) == alone(llama, small), short.error
     assert [ids(output) for (output,) in engine.run([small, long])] == [alone(llama, r) for r in (small, long)]
 

@@ -16,7 +16,7 @@ from prefixtune.attention.forward import run_encoder
 from prefixtune.attention.relative_bias import relative_bias
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.engine import Engine, EngineConfig
-from prefixtune.engine.request import Output, Request, SamplingParams
+from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
@@ -64,7 +64,7 @@ def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]
     return make
 
 
-def ids(output: Output) -> list[int]:
+def ids(output: SequenceOutput) -> list[int]:
     assert not output.error
     return [token.id for token in output.tokens]
 
@@ -209,13 +209,13 @@ def test_any_schedule_gives_what_each_text_gives_alone(
             assert steps < 1000
     found: dict[tuple[str, int], list[int]] = {}
     for output in outputs:
-        found.setdefault((output.request, output.index), []).extend(ids(output))
+        found.setdefault((output.request_id, output.index), []).extend(ids(output))
     for output in outputs:
-        if output.finished == "cancelled":
-            key = output.request, output.index
+        if output.finish_reason == "cancelled":
+            key = output.request_id, output.index
             assert found[key] == expected[key][: len(found[key])]
-        elif output.finished:
-            assert found[output.request, output.index] == expected[output.request, output.index]
+        elif output.finish_reason:
+            assert found[output.request_id, output.index] == expected[output.request_id, output.index]
     assert sorted(found) == sorted(expected), "every text ends"
     assert engine.sources is not None
     for cache in (engine.cache, engine.sources.cache):
@@ -261,7 +261,7 @@ def test_a_forced_first_token_comes_first(tiny_backbone: Any, requests: Any):
 def test_bfloat16_runs(tiny_models: Any, tiny_tokenizer: Any, requests: Any):
     backbone = Backbone.from_model(tiny_models("t5").to(torch.bfloat16), tiny_tokenizer, "tiny-bf16")
     for texts in Engine(backbone).run(requests(backbone)):
-        assert texts[0].finished in ("stop", "length")
+        assert texts[0].finish_reason in ("stop", "length")
 
 
 def test_too_long_a_source_or_text_is_refused(made: Any, random_ids: Any, random_prefix: Any):
@@ -291,7 +291,7 @@ def test_a_source_that_cannot_be_read_fails_alone(made: Any, requests: Any, monk
 
     replace_everywhere(monkeypatch, run_encoder, watch)
     found = [texts[0] for texts in Engine(backbone, EngineConfig(num_slots=3)).run(asked)]
-    assert found[1].finished == "error"
+    assert found[1].finish_reason == "error"
     assert "no room" in found[1].error
     assert [ids(output) for n, output in enumerate(found) if n != 1] == [
         row for n, row in enumerate(expected) if n != 1

@@ -63,7 +63,7 @@ def test_the_engine_runs_on_it(tiny_models: Any, tiny_tokenizer: Any, random_ids
     plain = Engine(backbone, EngineConfig(prepack=False))
     assert plain.backbone is backbone
     for one, other in zip(engine.run(asked), plain.run(asked), strict=True):
-        assert one[0].finished == other[0].finished == "length"
+        assert one[0].finish_reason == other[0].finish_reason == "length"
 
 
 def test_what_cannot_gain_stays_as_it_is(tiny_models: Any, tiny_tokenizer: Any, tiny_backbone: Any) -> None:

@@ -6,8 +6,8 @@ step; the *runner* computes it; the *store* holds prefixes by name; the *worker*
 Knows nothing of HTTP.
 """
 
-from prefixtune.engine.engine import Engine, EngineConfig, RunningText
-from prefixtune.engine.request import EngineFull, Output, Request, SamplingParams, Token
+from prefixtune.engine.engine import Engine, EngineConfig, RunningSequence
+from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput, Token
 from prefixtune.engine.worker import EngineWorker, Snapshot
 
 __all__ = [
@@ -15,10 +15,10 @@ __all__ = [
     "EngineConfig",
     "EngineFull",
     "EngineWorker",
-    "Output",
     "Request",
-    "RunningText",
+    "RunningSequence",
     "SamplingParams",
+    "SequenceOutput",
     "Snapshot",
     "Token",
 ]

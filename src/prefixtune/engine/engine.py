@@ -34,7 +34,7 @@ from prefixtune.backbone.prepack import prepack
 from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.encoder_cache import EncoderCache
 from prefixtune.engine.kv_cache import KVCache, Span
-from prefixtune.engine.request import EngineFull, Output, Request, Token
+from prefixtune.engine.request import ContextLengthExceeded, EngineFull, FinishReason, Request, SequenceOutput, Token
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import Detokenizer, TokenSequence
@@ -42,7 +42,7 @@ from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestEr
 from prefixtune.prefix.prefix import check_fits
 from prefixtune.utils.options import as_config, check_names, fit_types
 
-__all__ = ["Engine", "EngineConfig", "RunningText"]
+__all__ = ["Engine", "EngineConfig", "RunningSequence"]
 
 
 _HINT = "leave the option out to have its default."
@@ -104,12 +104,12 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
-class RunningText:
+class RunningSequence:
     """A text that has a slot.
 
     Attributes:
         slot: Which.
-        request: The request's id.
+        request_id: The request's id.
         index: Which of its texts.
         tenant: For whom.
         prefix_name: What its prefix is called; empty: nobody said, or it has none.
@@ -119,7 +119,7 @@ class RunningText:
     """
 
     slot: int
-    request: str
+    request_id: str
     index: int
     tenant: str
     prefix_name: str
@@ -178,7 +178,7 @@ class Engine:
         self._vocabulary = int(backbone.model.get_input_embeddings().weight.shape[0])
         self._sequences: dict[str, list[TokenSequence]] = {}
         self._lock = threading.Lock()
-        self._cancelled: dict[str, str] = {}
+        self._cancelled: dict[str, FinishReason] = {}
 
     # --- what others ask ----------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Engine:
                 )
         sizes = len(request.prompt), request.prefix_length
         if request.sampling.max_new_tokens > self.room(*sizes):
-            raise RequestError(
+            raise ContextLengthExceeded(
                 f"the request needs {self.needs(*sizes, request.sampling.max_new_tokens)}.",
                 hint="shorten the text or lower max_new_tokens.",
             )
@@ -254,7 +254,7 @@ class Engine:
             f"{prompt_tokens} (text) and {new_tokens} (new) positions, but {self.max_length} are there on either side"
         )
 
-    def cancel(self, request_id: str, reason: str = "cancelled") -> None:
+    def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """Give a request up: its slots are free before the next step. Unknown names are passed over."""
         with self._lock:
             if request_id in self._sequences:
@@ -275,12 +275,12 @@ class Engine:
         """Texts that wait for one."""
         return self.scheduler.num_waiting
 
-    def running_texts(self) -> tuple[RunningText, ...]:
+    def running_sequences(self) -> tuple[RunningSequence, ...]:
         """The texts that have a slot, by slot."""
         with self._lock:
             running = sorted(self.scheduler.running, key=lambda sequence: sequence.slot)
             return tuple(
-                RunningText(
+                RunningSequence(
                     s.slot,
                     s.request.id,
                     s.index,
@@ -293,11 +293,11 @@ class Engine:
                 for s in running
             )
 
-    def run(self, requests: Sequence[Request]) -> list[list[Output]]:
+    def run(self, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
         """Do some requests to their end.
 
         Returns:
-            For each request and each of its texts in order, one `Output` with everything.
+            For each request and each of its texts in order, one `SequenceOutput` with everything.
 
         Raises:
             PrefixError: As `add`; then none of them is done.
@@ -311,16 +311,16 @@ class Engine:
             for name in added:
                 self.cancel(name)
             raise
-        pieces: dict[tuple[str, int], list[Output]] = {}
+        pieces: dict[tuple[str, int], list[SequenceOutput]] = {}
         while self.busy:
             for output in self.step():
-                pieces.setdefault((output.request, output.index), []).append(output)
+                pieces.setdefault((output.request_id, output.index), []).append(output)
         return [[_joined(pieces[request.id, index]) for index in range(request.n)] for request in requests]
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> list[Output]:
+    def step(self) -> list[SequenceOutput]:
         """Compute one step; returns what it brought.
 
         A text whose prefix cannot be put into its slot, for which memory does not suffice or whose logits are not
@@ -378,7 +378,7 @@ class Engine:
         sequence.num_computed_tokens = sequence.num_given - 1
         self.cache.copy(other.slot, sequence.slot, sequence.request.prefix_length + sequence.num_computed_tokens)
 
-    def _make_room(self, works: Sequence[ScheduledSequence], outputs: list[Output]) -> list[ScheduledSequence]:
+    def _make_room(self, works: Sequence[ScheduledSequence], outputs: list[SequenceOutput]) -> list[ScheduledSequence]:
         """Let the slots grow where a text needs it; a text for which memory does not suffice ends."""
         kept = []
         for work in works:
@@ -425,7 +425,7 @@ class Engine:
             )[0]
         return logits if keeps is not None else logits[chosen]
 
-    def _take(self, sequence: TokenSequence, token: Token | str) -> Output:
+    def _take(self, sequence: TokenSequence, token: Token | str) -> SequenceOutput:
         """Add a chosen token to a text, or end it where there is none."""
         rules, text = sequence.request.sampling, sequence.text
         if isinstance(token, str):
@@ -438,22 +438,27 @@ class Engine:
             return self._finish(sequence, "stop", (token,), piece)
         if sequence.num_new >= rules.max_new_tokens:
             return self._finish(sequence, "length", (token,), piece + text.end())
-        return Output(sequence.request.id, sequence.index, (token,), piece)
+        return SequenceOutput(sequence.request.id, sequence.index, (token,), piece)
 
     def _finish(
-        self, sequence: TokenSequence, reason: str, tokens: tuple[Token, ...] = (), text: str = "", error: str = ""
-    ) -> Output:
+        self,
+        sequence: TokenSequence,
+        reason: FinishReason,
+        tokens: tuple[Token, ...] = (),
+        text: str = "",
+        error: str = "",
+    ) -> SequenceOutput:
         with self._lock:
             self._end(sequence, reason)
             name = sequence.request.id
-            if all(each.finished for each in self._sequences.get(name, ())):
+            if all(each.finish_reason for each in self._sequences.get(name, ())):
                 self._sequences.pop(name, None)
                 self._cancelled.pop(name, None)
-        return Output(sequence.request.id, sequence.index, tokens, text, reason, error)
+        return SequenceOutput(sequence.request.id, sequence.index, tokens, text, reason, error)
 
-    def _end(self, sequence: TokenSequence, reason: str) -> None:
+    def _end(self, sequence: TokenSequence, reason: FinishReason) -> None:
         """Mark a text as ended and free its slot; the lock is held."""
-        sequence.finished = reason
+        sequence.finish_reason = reason
         if sequence.slot >= 0:
             # A failed step may have written behind what counts as computed.
             length = sequence.request.prefix_length + len(sequence.ids)
@@ -462,17 +467,17 @@ class Engine:
                 self.sources.wipe(sequence.slot)
         self.scheduler.release(sequence)
 
-    def _fail(self, sequence: TokenSequence, error: Exception) -> Output:
+    def _fail(self, sequence: TokenSequence, error: Exception) -> SequenceOutput:
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
 
-    def _drop_cancelled(self) -> list[Output]:
+    def _drop_cancelled(self) -> list[SequenceOutput]:
         """Free the slots of requests that were given up; the lock is held."""
         outputs = []
         for name, reason in self._cancelled.items():
             for sequence in self._sequences.pop(name, ()):
-                if sequence.finished is None:
+                if sequence.finish_reason is None:
                     self._end(sequence, reason)
-                    outputs.append(Output(name, sequence.index, (), "", reason))
+                    outputs.append(SequenceOutput(name, sequence.index, (), "", reason))
         self._cancelled.clear()
         return outputs
 
@@ -490,8 +495,10 @@ def _steady_length(backbone: Backbone) -> int:
     return min(bounds, default=0)
 
 
-def _joined(pieces: Sequence[Output]) -> Output:
+def _joined(pieces: Sequence[SequenceOutput]) -> SequenceOutput:
     """All news of one text as one."""
     last = pieces[-1]
     tokens = tuple(token for piece in pieces for token in piece.tokens)
-    return Output(last.request, last.index, tokens, "".join(p.text for p in pieces), last.finished, last.error)
+    return SequenceOutput(
+        last.request_id, last.index, tokens, "".join(p.text for p in pieces), last.finish_reason, last.error
+    )

@@ -10,21 +10,37 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from prefixtune.backbone.prefixes import as_prefix
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.options import check_names, fit_types
 
-__all__ = ["EngineFull", "Output", "Request", "SamplingParams", "Token"]
+__all__ = [
+    "ContextLengthExceeded",
+    "EngineFull",
+    "FinishReason",
+    "Request",
+    "SamplingParams",
+    "SequenceOutput",
+    "Token",
+]
 
 
-_numbers = itertools.count(1)
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+"""Why a sequence ended: the end token or a stop string; `max_new_tokens`; its request was cancelled, or its deadline
+passed; an error."""
+
+_request_numbers = itertools.count(1)
 
 
 class EngineFull(RequestError):
-    """The engine takes no request now; the same one may be taken later."""
+    """The engine accepts no request now; the same one may be accepted later."""
+
+
+class ContextLengthExceeded(RequestError):
+    """A request needs more positions than a slot has."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,7 @@ class Request:
     tenant: str = ""
     prefix_name: str = ""
     verbatim: bool = False
-    id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+    id: str = field(default_factory=lambda: f"request-{next(_request_numbers)}")
 
     def __post_init__(self) -> None:
         try:
@@ -145,38 +161,37 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """One token that was chosen.
+    """One generated token.
 
     Attributes:
-        id: The token.
-        logprob: Its log-probability under the model, before temperature; None: not asked for.
-        likeliest: The likeliest tokens there and their log-probabilities, the best first.
+        id: Its token id.
+        logprob: Its log-probability under the model, before temperature; None: not requested.
+        top_logprobs: The likeliest tokens at its position and their log-probabilities, the best first.
     """
 
     id: int
     logprob: float | None = None
-    likeliest: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
-class Output:
-    """News of a request: what was added to one of its texts.
+class SequenceOutput:
+    """What a step added to one sequence of a request.
 
     Attributes:
-        request: The request's id.
-        index: Which of its n texts.
-        tokens: The tokens chosen since the last news; the end token is not among them.
-        text: What they add to the text, as far as it can no longer change.
-        finished: None: it goes on; `stop` (the end token or a stop string), `length`, `cancelled`, `timeout` or
-            `error`.
-        error: What went wrong, where `finished` is `error`.
-        crashed: The whole engine went wrong, and not this request: it may be asked again.
+        request_id: The request's id.
+        index: Which of its n sequences.
+        tokens: The new tokens; the end token is not among them.
+        text: The new text, as far as later tokens can no longer change it.
+        finish_reason: None: the sequence goes on.
+        error: What went wrong, if `finish_reason` is `error`.
+        engine_crashed: The whole engine failed, not this request: it may be sent again.
     """
 
-    request: str
+    request_id: str
     index: int
     tokens: tuple[Token, ...]
     text: str
-    finished: str | None = None
+    finish_reason: FinishReason | None = None
     error: str = ""
-    crashed: bool = False
+    engine_crashed: bool = False

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from prefixtune.engine.request import Request
+from prefixtune.engine.request import FinishReason, Request
 
 __all__ = ["Detokenizer", "TokenSequence"]
 
@@ -96,7 +96,7 @@ class TokenSequence:
         num_computed_tokens: How many of its tokens have their keys and values in the slot.
         to_encode: How many of the prompt's tokens an encoder has still to read.
         ids: What is written after (the prompt, or `start`), then what was written, without the end token.
-        finished: As in `Output`.
+        finish_reason: None: it goes on.
     """
 
     request: Request
@@ -108,7 +108,7 @@ class TokenSequence:
     num_computed_tokens: int = 0
     to_encode: int = field(init=False)
     ids: list[int] = field(init=False)
-    finished: str | None = None
+    finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.prompt) if self.start is None else [self.start]

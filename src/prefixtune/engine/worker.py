@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from prefixtune.engine.engine import Engine, RunningText
-from prefixtune.engine.request import EngineFull, Output, Request
+from prefixtune.engine.engine import Engine, RunningSequence
+from prefixtune.engine.request import EngineFull, Request, SequenceOutput
 
 __all__ = ["EngineWorker", "Snapshot"]
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 5.0
 """Seconds between attempts to make a broken engine anew."""
 
-OnOutput = Callable[[Output], None]
+OnOutput = Callable[[SequenceOutput], None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Snapshot:
         failed_callbacks: How often taking news failed.
     """
 
-    running: tuple[RunningText, ...]
+    running: tuple[RunningSequence, ...]
     waiting: int
     steps: int
     tokens: int
@@ -78,7 +78,7 @@ class EngineWorker:
         self._batch_sizes: Counter[int] = Counter()
         # Over all of the above. Taken before the engine's own lock, never the other way round.
         self._changed = threading.Condition()
-        self._news: queue.SimpleQueue[tuple[_Live, Output] | threading.Event | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[_Live, SequenceOutput] | threading.Event | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._compute, name="prefixtune-engine", daemon=True),
             threading.Thread(target=self._deliver, name="prefixtune-news", daemon=True),
@@ -172,7 +172,7 @@ class EngineWorker:
         """What the engine is at."""
         with self._changed:
             return Snapshot(
-                running=self.engine.running_texts(),
+                running=self.engine.running_sequences(),
                 waiting=self.engine.num_waiting,
                 steps=self._steps,
                 tokens=self._tokens,
@@ -217,7 +217,7 @@ class EngineWorker:
             self._deadlines = [entry for entry in self._deadlines if self._live.get(entry[2]) is entry[3]]
             heapq.heapify(self._deadlines)
 
-    def _note(self, outputs: list[Output]) -> None:
+    def _note(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:
             if self.engine.batch_size:
                 self._steps += 1
@@ -227,15 +227,15 @@ class EngineWorker:
                 self._tell(output)
             self._changed.notify_all()
 
-    def _tell(self, output: Output) -> None:
+    def _tell(self, output: SequenceOutput) -> None:
         """Pass news on; the lock is held."""
-        live = self._live.get(output.request)
+        live = self._live.get(output.request_id)
         if live is None:
             return
-        if output.finished is not None:
+        if output.finish_reason is not None:
             live.open.discard(output.index)
             if not live.open:
-                del self._live[output.request]
+                del self._live[output.request_id]
         self._news.put((live, output))
 
     def _restart(self, error: BaseException) -> None:
@@ -246,7 +246,7 @@ class EngineWorker:
             self._restarts += 1
             for name, live in list(self._live.items()):
                 for index in sorted(live.open):
-                    self._tell(Output(name, index, (), "", "error", told, crashed=True))
+                    self._tell(SequenceOutput(name, index, (), "", "error", told, engine_crashed=True))
             self._changed.notify_all()
         pause = 0.05
         while not self._closing:
@@ -272,8 +272,8 @@ class EngineWorker:
             try:
                 live.on_output(output)
             except BaseException:
-                _log.exception("whoever asked for %s cannot take its news; it is given up.", output.request)
+                _log.exception("whoever asked for %s cannot take its news; it is given up.", output.request_id)
                 live.heard = False
                 with self._changed:
                     self._failed_callbacks += 1
-                self.cancel(output.request)
+                self.cancel(output.request_id)

@@ -11,7 +11,7 @@ import pytest
 
 from prefixtune.engine import worker as worker_module
 from prefixtune.engine.engine import Engine, EngineConfig
-from prefixtune.engine.request import EngineFull, Output, Request, SamplingParams
+from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, RequestError
 
@@ -35,32 +35,32 @@ class Ear:
     """Hears the news of one request, and knows when it has ended."""
 
     def __init__(self, texts: int = 1) -> None:
-        self.outputs: list[Output] = []
+        self.outputs: list[SequenceOutput] = []
         self.open = texts
         self.ended = threading.Event()
         self.began = threading.Event()
         self.threads: set[int] = set()
 
-    def __call__(self, output: Output) -> None:
+    def __call__(self, output: SequenceOutput) -> None:
         assert not self.ended.is_set(), "nothing is told after the end"
         self.threads.add(threading.get_ident())
         self.outputs.append(output)
         self.began.set()
-        if output.finished is not None:
+        if output.finish_reason is not None:
             self.open -= 1
             if not self.open:
                 self.ended.set()
 
-    def wait(self) -> list[Output]:
+    def wait(self) -> list[SequenceOutput]:
         assert self.ended.wait(PATIENCE)
         return self.outputs
 
     @property
     def reason(self) -> str | None:
-        return self.wait()[-1].finished
+        return self.wait()[-1].finish_reason
 
 
-def tokens(outputs: list[Output], index: int = 0) -> list[int]:
+def tokens(outputs: list[SequenceOutput], index: int = 0) -> list[int]:
     return [token.id for output in outputs if output.index == index for token in output.tokens]
 
 
@@ -83,7 +83,7 @@ def test_news_is_what_the_engine_says_in_order(worker: EngineWorker, llama: Any,
         worker.submit(request, ear)
     for request, ear, texts in zip(asked, ears, expected, strict=True):
         outputs = ear.wait()
-        assert {output.request for output in outputs} == {request.id}
+        assert {output.request_id for output in outputs} == {request.id}
         for index, text in enumerate(texts):
             assert tokens(outputs, index) == [token.id for token in text.tokens]
             assert "".join(output.text for output in outputs if output.index == index) == text.text
@@ -138,7 +138,7 @@ def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
 def test_a_caller_who_raises_is_not_told_more_and_harms_nobody(worker: EngineWorker):
     heard = []
 
-    def bad(output: Output) -> None:
+    def bad(output: SequenceOutput) -> None:
         heard.append(output)
         raise SystemExit("the caller is broken")
 
@@ -157,7 +157,7 @@ def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
     let_go = threading.Event()
     slow = Ear()
 
-    def sleepy(output: Output) -> None:
+    def sleepy(output: SequenceOutput) -> None:
         let_go.wait(PATIENCE)
         slow(output)
 
@@ -175,8 +175,8 @@ def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
 def test_a_caller_may_hand_in_more_from_its_news(worker: EngineWorker):
     last = Ear()
 
-    def chain(output: Output) -> None:
-        if output.finished:
+    def chain(output: SequenceOutput) -> None:
+        if output.finish_reason:
             worker.submit(Request((2,), sampling=SHORT), last)
 
     worker.submit(Request((1,), sampling=SHORT), chain)
@@ -194,7 +194,7 @@ def test_a_crash_ends_all_requests_and_serving_goes_on(kind: type[BaseException]
         step = broken.step
         steps = 0
 
-        def crash() -> list[Output]:
+        def crash() -> list[SequenceOutput]:
             nonlocal steps
             steps += 1
             if steps > 3:
@@ -205,8 +205,8 @@ def test_a_crash_ends_all_requests_and_serving_goes_on(kind: type[BaseException]
         for number, ear in enumerate(ears):
             worker.submit(Request((1, number), sampling=LONG, n=2), ear)
         for ear in ears:
-            ends = [output for output in ear.wait() if output.finished]
-            assert [(output.finished, output.crashed) for output in ends] == [("error", True)] * 2
+            ends = [output for output in ear.wait() if output.finish_reason]
+            assert [(output.finish_reason, output.engine_crashed) for output in ends] == [("error", True)] * 2
             assert sorted(output.index for output in ends) == [0, 1]
             assert kind.__name__ in ends[0].error
         wait_until(lambda: worker.healthy)
@@ -233,7 +233,7 @@ def test_an_engine_that_cannot_be_made_anew_at_once_is_tried_again(llama: Any, m
         monkeypatch.setattr(worker_module, "Engine", scarce)
         ear = Ear()
 
-        def crash() -> list[Output]:
+        def crash() -> list[SequenceOutput]:
             raise RuntimeError("broken")
 
         worker.engine.step = crash  # type: ignore[method-assign]
@@ -256,7 +256,7 @@ def test_a_worker_can_be_closed_while_its_engine_is_broken(llama: Any, monkeypat
     def never(*_: Any) -> Engine:
         raise MemoryError
 
-    def crash() -> list[Output]:
+    def crash() -> list[SequenceOutput]:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(worker_module, "Engine", never)
@@ -311,7 +311,7 @@ def test_a_snapshot_shows_who_shares_the_batch(llama: Any, random_prefix: Any):
         step = worker.engine.step
         count = 0
 
-        def slow() -> list[Output]:
+        def slow() -> list[SequenceOutput]:
             nonlocal count
             count += 1
             if count == 6:
@@ -333,7 +333,7 @@ def test_a_snapshot_shows_who_shares_the_batch(llama: Any, random_prefix: Any):
                 worker.submit(request, ear)
         assert hold.wait(PATIENCE)
         now = worker.snapshot()
-        shown = [(t.slot, t.request, t.tenant, t.prefix_name, t.prompt_tokens, t.new_tokens) for t in now.running]
+        shown = [(t.slot, t.request_id, t.tenant, t.prefix_name, t.prompt_tokens, t.new_tokens) for t in now.running]
         assert shown == [(0, "a", "one", "e2e", 3, 5), (1, "b", "two", "", 2, 5)]
         assert (now.waiting, now.steps, now.tokens, now.restarts) == (2, 5, 10, 0)
         assert now.batch_sizes == {2: 5}
@@ -362,4 +362,4 @@ def test_many_threads_at_once(worker: EngineWorker):
         thread.join()
     for number, ear in enumerate(ears):
         assert ear.reason in (("length", "cancelled") if number % 10 == 0 else ("length",))
-        assert {output.request for output in ear.outputs} == {f"t{number}"}
+        assert {output.request_id for output in ear.outputs} == {f"t{number}"}

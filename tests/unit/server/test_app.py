@@ -22,7 +22,7 @@ import torch
 from asgi_client import NEVER, Answer, call
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import Engine, EngineConfig
-from prefixtune.engine.request import Output, Token
+from prefixtune.engine.request import SequenceOutput, Token
 from prefixtune.engine.sequence import Detokenizer
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
@@ -114,7 +114,7 @@ def test_a_request_that_fails_fails_alone(make: Callable[..., Made], monkeypatch
 
     def failing(request: Any, on_output: Any, deadline: Any = None) -> None:
         if request.prefix_name == "b":
-            on_output(Output(request.id, 0, (), "", "error", "NaN in /srv/models"))
+            on_output(SequenceOutput(request.id, 0, (), "", "error", "NaN in /srv/models"))
         else:
             submit(request, on_output, deadline)
 
@@ -235,7 +235,7 @@ def test_a_silent_stream_says_that_it_is_alive(make: Callable[..., Made], monkey
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         request, tell = later[0]
-        tell(Output(request.id, 0, (), "done", "stop"))
+        tell(SequenceOutput(request.id, 0, (), "done", "stop"))
         return await running
 
     body = ask(stream=True)
@@ -412,10 +412,10 @@ def test_white_space_around_a_text_is_told_but_for_targets(
         text = Detokenizer(services.backbone.decode, request.sampling.stop, verbatim=request.verbatim)
         for token in services.backbone.encode(" \n one  two \n"):
             piece = text.add(token)
-            on_output(Output(request.id, 0, (Token(token),), piece, "stop" if text.stopped else None))
+            on_output(SequenceOutput(request.id, 0, (Token(token),), piece, "stop" if text.stopped else None))
             if text.stopped:
                 return
-        on_output(Output(request.id, 0, (), text.end(), "stop"))
+        on_output(SequenceOutput(request.id, 0, (), text.end(), "stop"))
 
     for made in (services, raw_services):
         monkeypatch.setattr(made.worker, "submit", submit)
@@ -631,7 +631,7 @@ def test_all_texts_of_a_request_share_its_time(make: Callable[..., Made], monkey
 
     def submit(request: Any, on_output: Any, deadline: float) -> None:
         given.append(deadline)
-        on_output(Output(request.id, 0, (), "", "length"))
+        on_output(SequenceOutput(request.id, 0, (), "", "length"))
 
     monkeypatch.setattr(type(services.backbone), "encode_sources", slowly)
     monkeypatch.setattr(services.worker, "submit", submit)
@@ -894,8 +894,8 @@ def test_offsets_of_tokens_count_within_the_target(
         # As the engine does, which leaves out the white space around a text.
         text = Detokenizer(backbone.decode, verbatim=request.verbatim)
         for token in ids:
-            on_output(Output(request.id, 0, (Token(token, -1.0),), text.add(token)))
-        on_output(Output(request.id, 0, (), text.end(), "length"))
+            on_output(SequenceOutput(request.id, 0, (Token(token, -1.0),), text.add(token)))
+        on_output(SequenceOutput(request.id, 0, (), text.end(), "length"))
 
     monkeypatch.setattr(services.worker, "submit", write)
     begin = "".join(pieces).index(wanted)

@@ -19,7 +19,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.request import Output, Token
+from prefixtune.engine.request import SequenceOutput, Token
 from prefixtune.prefix.text_format import TargetStream, TextFormat
 from prefixtune.prefix.token_offsets import TargetOffsets
 from prefixtune.server.api.endpoint import Call
@@ -162,12 +162,12 @@ async def _events(
     for number in range(count):
         for choice in shape.opening(number):
             yield event({**head, "choices": [choice], **unsaid})
-    async for heard in stream_outputs(call, job):
-        if heard is None:
+    async for output in stream_outputs(call, job):
+        if output is None:
             yield ALIVE
             continue
-        number, output = heard.prompt * ask.n + heard.output.index, heard.output
-        ended = output.finished is not None
+        number = job.prompt_index(output) * ask.n + output.index
+        ended = output.finish_reason is not None
         target = targets[number].add(output.text, last=ended) if targets else output.text
         for choice in shape.news(number, output, target):
             yield event({**head, "choices": [choice], **unsaid})
@@ -203,13 +203,13 @@ class _Completion:
         """Nothing."""
         return []
 
-    def news(self, number: int, output: Output, target: str) -> list[dict[str, Any]]:
+    def news(self, number: int, output: SequenceOutput, target: str) -> list[dict[str, Any]]:
         """A piece, with the reason of the end where it is the last."""
         logprobs = self._logprobs(number, output.tokens)
-        logprobs = self._in_target(number, target, logprobs, last=output.finished is not None)
-        if not target and logprobs is None and output.finished is None:
+        logprobs = self._in_target(number, target, logprobs, last=output.finish_reason is not None)
+        if not target and logprobs is None and output.finish_reason is None:
             return []
-        return [{"index": number, "text": target, "logprobs": logprobs, "finish_reason": output.finished}]
+        return [{"index": number, "text": target, "logprobs": logprobs, "finish_reason": output.finish_reason}]
 
     def _in_target(
         self, number: int, target: str, logprobs: dict[str, Any] | None, *, last: bool
@@ -231,7 +231,7 @@ class _Completion:
         likeliest = []
         for token, text in zip(tokens, texts, strict=True):
             pairs: dict[str, float] = {}
-            for other, value in token.likeliest:
+            for other, value in token.top_logprobs:
                 pairs.setdefault(self.decode(other), _finite(value))
             likeliest.append({**pairs, text: _finite(token.logprob)})
         return {
@@ -264,14 +264,14 @@ class _Chat:
         """Who speaks."""
         return [self._piece(number, {"role": "assistant", "content": ""})]
 
-    def news(self, number: int, output: Output, target: str) -> list[dict[str, Any]]:
+    def news(self, number: int, output: SequenceOutput, target: str) -> list[dict[str, Any]]:
         """A piece, and the end by itself."""
         logprobs = self._logprobs(output.tokens)
         pieces = []
         if target or logprobs is not None:
             pieces.append(self._piece(number, {"content": target}, logprobs))
-        if output.finished is not None:
-            pieces.append(self._piece(number, {}, finished=output.finished))
+        if output.finish_reason is not None:
+            pieces.append(self._piece(number, {}, finished=output.finish_reason))
         return pieces
 
     def _piece(self, number: int, delta: Any, logprobs: Any = None, finished: str | None = None) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class _Chat:
             "content": [
                 {
                     **self._token(token.id, token.logprob),
-                    "top_logprobs": [self._token(*pair) for pair in token.likeliest],
+                    "top_logprobs": [self._token(*pair) for pair in token.top_logprobs],
                 }
                 for token in tokens
             ],

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from prefixtune.engine.request import EngineFull, Output, Request, SamplingParams, Token
+from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput, Token
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
 from prefixtune.server.api.endpoint import Call, read_body
@@ -25,7 +25,6 @@ from prefixtune.server.responses import ApiError, EventStream, bad_request, run_
 
 __all__ = [
     "Generation",
-    "SequenceOutput",
     "Written",
     "collect",
     "encode",
@@ -40,19 +39,6 @@ __all__ = [
 
 _SILENCE = 15.0
 """Seconds without news after which an empty one is given, so that a stream can say that it is alive."""
-
-
-@dataclass(frozen=True)
-class SequenceOutput:
-    """News of one text.
-
-    Attributes:
-        prompt: Number of its prompt within the call.
-        output: What the engine says.
-    """
-
-    prompt: int
-    output: Output
 
 
 @dataclass(eq=False)
@@ -84,9 +70,13 @@ class Generation:
     metrics: Metrics
     first: float | None = field(default=None, init=False)
     tokens: int = field(default=0, init=False)
+    _prompt_indices: dict[str, int] = field(init=False)
     _begun: float = field(default_factory=time.monotonic, init=False)
-    _news: asyncio.Queue[Output] = field(default_factory=asyncio.Queue, init=False)
+    _news: asyncio.Queue[SequenceOutput] = field(default_factory=asyncio.Queue, init=False)
     _open: dict[tuple[str, int], _Text] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._prompt_indices = {request.id: index for index, request in enumerate(self.requests)}
 
     def submit(self) -> None:
         """Hand the requests in; `give_up` must follow in any case.
@@ -96,7 +86,7 @@ class Generation:
         """
         loop = asyncio.get_running_loop()
 
-        def hear(output: Output) -> None:
+        def hear(output: SequenceOutput) -> None:
             # The loop may be gone when the server was told to stop at once.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._news.put_nowait, output)
@@ -115,7 +105,6 @@ class Generation:
 
     async def heard(self) -> AsyncGenerator[SequenceOutput | None]:
         """News until every text has ended; None after a while without any."""
-        numbers = {request.id: number for number, request in enumerate(self.requests)}
         while self._open:
             try:
                 async with asyncio.timeout(_SILENCE):
@@ -124,10 +113,14 @@ class Generation:
                 yield None
                 continue
             self._measure(output)
-            yield SequenceOutput(numbers[output.request], output)
+            yield output
 
-    def _measure(self, output: Output) -> None:
-        place = (output.request, output.index)
+    def prompt_index(self, output: SequenceOutput) -> int:
+        """Index of the output's prompt within the call."""
+        return self._prompt_indices[output.request_id]
+
+    def _measure(self, output: SequenceOutput) -> None:
+        place = (output.request_id, output.index)
         text, now = self._open[place], time.monotonic()
         if output.tokens:
             if text.tokens:
@@ -138,8 +131,8 @@ class Generation:
             text.last = now
             text.tokens += len(output.tokens)
             self.tokens += len(output.tokens)
-        if output.finished is not None:
-            self.metrics.text_done(self.model, output.finished, text.tokens)
+        if output.finish_reason is not None:
+            self.metrics.text_done(self.model, output.finish_reason, text.tokens)
             del self._open[place]
 
 
@@ -162,11 +155,11 @@ class Written:
     tokens: list[Token] = field(default_factory=list)
     finished: str | None = None
 
-    def add(self, output: Output) -> None:
+    def add(self, output: SequenceOutput) -> None:
         """Take news in."""
         self.text += output.text
         self.tokens.extend(output.tokens)
-        self.finished = output.finished
+        self.finished = output.finish_reason
 
 
 async def read_json(call: Call) -> dict[str, Any]:
@@ -314,10 +307,10 @@ async def stream_outputs(call: Call, job: Generation) -> AsyncGenerator[Sequence
         ApiError: One of them could not be written.
     """
     async with contextlib.aclosing(job.heard()) as news:
-        async for heard in news:
-            if heard is not None and heard.output.finished not in (None, "stop", "length"):
-                raise _failure(call, heard.output)
-            yield heard
+        async for output in news:
+            if output is not None and output.finish_reason not in (None, "stop", "length"):
+                raise _failure(call, output)
+            yield output
 
 
 async def collect(call: Call, job: Generation) -> list[list[Written]]:
@@ -330,24 +323,24 @@ async def collect(call: Call, job: Generation) -> list[list[Written]]:
 
     async def work() -> list[list[Written]]:
         written = [[Written() for _ in range(request.n)] for request in job.requests]
-        async for heard in stream_outputs(call, job):
-            if heard is not None:
-                written[heard.prompt][heard.output.index].add(heard.output)
+        async for output in stream_outputs(call, job):
+            if output is not None:
+                written[job.prompt_index(output)][output.index].add(output)
         return written
 
     return await run_until_disconnect(call.request.receive, work())
 
 
-def _failure(call: Call, output: Output) -> ApiError:
+def _failure(call: Call, output: SequenceOutput) -> ApiError:
     """Why a text was not written."""
-    call.facts["finished"] = output.finished
-    if output.finished == "timeout":
+    call.facts["finished"] = output.finish_reason
+    if output.finish_reason == "timeout":
         return _too_late(call.services.config.deadline)
-    if output.finished == "cancelled":
+    if output.finish_reason == "cancelled":
         return unavailable("the server is about to stop; the request was given up.", "draining", retry_after=5)
     # What the engine says of it is for the log.
     call.facts["engine_error"] = output.error[:500]
-    if output.crashed:
+    if output.engine_crashed:
         return unavailable("the engine broke and starts anew; send the request again.", "engine_failed", retry_after=1)
     message = f"the engine failed on this request; the log tells more of the request {call.facts['id']}."
     return ApiError(500, message, code="engine_error")

@@ -89,13 +89,13 @@ async def _events(
     # Words around the target can be taken off the whole output only.
     in_pieces = not any(text_format.target_words)
     written = Written()
-    async for heard in stream_outputs(call, job):
-        if heard is None:
+    async for output in stream_outputs(call, job):
+        if output is None:
             yield ALIVE
             continue
-        written.add(heard.output)
-        if in_pieces and heard.output.text:
-            yield event({**head, "object": "task.output.chunk", "delta": heard.output.text})
+        written.add(output)
+        if in_pieces and output.text:
+            yield event({**head, "object": "task.output.chunk", "delta": output.text})
     yield event(_whole(call, job, text_format, source, head, written))
     yield DONE
 
