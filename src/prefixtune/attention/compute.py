@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prefixtune.attention.injection import Injection, injecting
 from prefixtune.attention.layout import Layout
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
 __all__ = ["compute_kv", "prefix_from_tokens"]
@@ -37,7 +38,7 @@ def compute_kv(model: Any, layout: Layout, **inputs: Tensor) -> Prefix:
         call["use_cache"] = False
     with contextlib.nullcontext() if layout.forwards_kwargs else injecting(injection):
         model(**call)
-    found: dict[tuple[str, int], KeyValue] = {}
+    found: dict[tuple[Site, int], KeyValue] = {}
     for module, key, value in recorded:
         place = layout.layer_of.get(module)
         if place is not None:

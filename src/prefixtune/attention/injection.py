@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefixtune.attention.disentangled import Front, hooked, is_disentangled
 from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.attention.packing import Packing
-from prefixtune.prefix.geometry import Geometry
+from prefixtune.prefix.geometry import Geometry, Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
 __all__ = ["AttentionBackend", "AttentionCall", "Injection", "batch_prefixes", "injecting", "to_rows", "trace_calls"]
@@ -27,7 +27,7 @@ class AttentionBackend(Protocol):
 
     def attend(
         self,
-        place: tuple[str, int],
+        place: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
         key: Float[Tensor, "1 H S Dk"],
         value: Float[Tensor, "1 H S Dv"],
@@ -52,26 +52,29 @@ class Injection:
         serving: When set, it keeps all keys and values itself, the prefixes' too, and computes the attention.
     """
 
-    layer_of: Mapping[nn.Module, tuple[str, int]]
-    layers: Mapping[str, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    visible: Mapping[str, Tensor | None] = field(default_factory=dict)
+    layer_of: Mapping[nn.Module, tuple[Site, int]]
+    layers: Mapping[Site, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    visible: Mapping[Site, Tensor | None] = field(default_factory=dict)
     packing: Packing | None = None
-    several: Sequence[Mapping[str, Sequence[tuple[Tensor, Tensor]]]] = ()
+    several: Sequence[Mapping[Site, Sequence[tuple[Tensor, Tensor]]]] = ()
     infix: bool = False
     recorded: list[tuple[nn.Module, Tensor, Tensor]] | None = None
     serving: AttentionBackend | None = None
 
     def prefix_kv(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
         """The keys and values that stand in front at an attention layer."""
-        site, number = self.layer_of.get(module, ("", 0))
-        return self.layers[site][number] if site in self.layers else None
+        layer = self.layer_of.get(module)
+        if layer is None or layer[0] not in self.layers:
+            return None
+        site, index = layer
+        return self.layers[site][index]
 
     def prefix_kv_by_group(self, module: nn.Module, packing: Packing) -> list[tuple[Tensor, Tensor] | None]:
         """The keys and values that stand in front of each group of a packed row at an attention layer."""
         if packing.prefix_index is None:
             return [self.prefix_kv(module)] * len(packing.groups)
-        site, number = self.layer_of.get(module, ("", 0))
-        each = [layers[site][number] if site in layers else None for layers in self.several]
+        site, index = self.layer_of[module]
+        each = [layers[site][index] if site in layers else None for layers in self.several]
         return [each[owner] for owner in packing.prefix_index]
 
 
@@ -180,8 +183,8 @@ def batch_prefixes(prefixes: Sequence[Prefix | None], geometry: Geometry, dtype:
         dtype: Of the result.
         device: The backbone's.
     """
-    layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    visible: dict[str, Tensor | None] = {}
+    layers: dict[Site, list[tuple[Tensor, Tensor]]] = {}
+    visible: dict[Site, Tensor | None] = {}
     for site, shapes in geometry.items():
         lengths = [0 if prefix is None else prefix.length(site) for prefix in prefixes]
         longest = max(lengths)

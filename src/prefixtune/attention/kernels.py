@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.attention.packing import Packing
+from prefixtune.prefix.geometry import Site
 
 __all__ = ["ScoreOptions", "eager_attention", "grouped_attention"]
 
@@ -115,7 +116,7 @@ def _flex(device_type: str) -> Callable[..., Any]:
 
 def packed_attention(
     packing: Packing,
-    site: str,
+    site: Site,
     fronts: Sequence[tuple[Tensor, Tensor] | None],
     query: Float[Tensor, "1 Hq T Dk"],
     key: Float[Tensor, "1 H S Dk"],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefixtune.prefix.geometry import Geometry
+from prefixtune.prefix.geometry import BackboneKind, Geometry, Site
 
 __all__ = ["Layout", "main_device", "setting"]
 
@@ -31,8 +31,8 @@ class Layout:
     """
 
     geometry: Geometry
-    layer_of: Mapping[nn.Module, tuple[str, int]]
-    kind: str = "decoder"
+    layer_of: Mapping[nn.Module, tuple[Site, int]]
+    kind: BackboneKind = "decoder"
     packable: bool = True
     forwards_kwargs: bool = True
     cache_layers: tuple[int, ...] | None = None

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from prefixtune.prefix.geometry import Site
+
 __all__ = ["Group", "Packing"]
 
 
@@ -80,7 +82,7 @@ class Packing:
     prefix_index: tuple[int, ...] | None = None
     _bias: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
-    def positions(self, site: str = "decoder") -> Int[Tensor, "1 T"]:
+    def positions(self, site: Site = "decoder") -> Int[Tensor, "1 T"]:
         """Text positions of the row, without the prefix's shift; of the encoder's row for the site `encoder`."""
         if site == "encoder":
             return torch.cat([torch.arange(length) for length in self.sources or ()])[None]
@@ -96,7 +98,7 @@ class Packing:
         """1 where a position of the row belongs to a target, 0 in a source."""
         return torch.cat([group.in_targets() for group in self.groups])[None]
 
-    def sizes(self, site: str) -> tuple[list[int], list[int]]:
+    def sizes(self, site: Site) -> tuple[list[int], list[int]]:
         """Per group, how many queries and how many keys it has at a site."""
         own = [group.stop - group.start for group in self.groups]
         sources = list(self.sources or ())
@@ -104,7 +106,7 @@ class Packing:
 
     def bias(
         self,
-        site: str,
+        site: Site,
         prefix_lengths: Sequence[int],
         window: int | None,
         dtype: torch.dtype,

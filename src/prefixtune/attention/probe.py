@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from prefixtune.attention.injection import AttentionCall, Injection, trace_calls
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.registry import ATTENTIONS, register
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean
-from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.geometry import LayerShape, Site
 
 __all__ = ["probe"]
 
@@ -102,7 +102,7 @@ def _probe(model: Any, attention: str) -> Layout:
         )
     if model.config.is_encoder_decoder:
         return _encoder_decoder(model, name, calls)
-    kind = "decoder" if _is_causal(model) else "encoder"
+    kind: Literal["decoder", "encoder"] = "decoder" if _is_causal(model) else "encoder"
     places, shapes, notes = _arrange(kind, calls, _layers(model, calls), _layer_types(model), name)
     if kind == "encoder":
         return Layout(
@@ -241,8 +241,8 @@ def _layers(part: nn.Module, calls: Sequence[AttentionCall]) -> list[nn.Module]:
 
 
 def _arrange(
-    site: str, calls: Sequence[AttentionCall], layers: Sequence[nn.Module], types: Sequence[str], name: str
-) -> tuple[dict[nn.Module, tuple[str, int]], tuple[LayerShape, ...], tuple[str, ...]]:
+    site: Site, calls: Sequence[AttentionCall], layers: Sequence[nn.Module], types: Sequence[str], name: str
+) -> tuple[dict[nn.Module, tuple[Site, int]], tuple[LayerShape, ...], tuple[str, ...]]:
     """Number the attention layers of a site; layers that share an earlier one's keys get its number.
 
     Raises:
@@ -257,7 +257,7 @@ def _arrange(
             "transformers' registry: a prefix would not reach the others.",
             hint=_HINT,
         )
-    places: dict[nn.Module, tuple[str, int]] = {}
+    places: dict[nn.Module, tuple[Site, int]] = {}
     shapes: list[LayerShape] = []
     owners: dict[tuple[int, int], int] = {}
     shared = 0
@@ -329,14 +329,14 @@ def _encoder_decoder(model: Any, name: str, calls: Sequence[AttentionCall]) -> L
     inside = set(encoder.modules())
     own = [call for call in calls if call.module in inside]
     rest = [call for call in calls if call.module not in inside]
-    sites = {
+    sites: dict[Site, tuple[Any, list[AttentionCall]]] = {
         "encoder": (encoder, own),
         "decoder": (decoder, [call for call in rest if call.key.shape[2] == _DECODER_TOKENS]),
         "cross": (decoder, [call for call in rest if call.key.shape[2] != _DECODER_TOKENS]),
     }
     _check_causal(model, sites["decoder"][1], name)
-    places: dict[nn.Module, tuple[str, int]] = {}
-    geometry: dict[str, tuple[LayerShape, ...]] = {}
+    places: dict[nn.Module, tuple[Site, int]] = {}
+    geometry: dict[Site, tuple[LayerShape, ...]] = {}
     notes: list[str] = []
     for site, (part, seen) in sites.items():
         try:
@@ -349,7 +349,7 @@ def _encoder_decoder(model: Any, name: str, calls: Sequence[AttentionCall]) -> L
         notes.extend(remarks)
     if not geometry:
         raise BackboneError(f"{name} attends through code of its own: a prefix would not reach it.", hint=_HINT)
-    told = all(_takes_positions(part, sites[site][1]) for site, part in (("encoder", encoder), ("decoder", decoder)))
+    told = _takes_positions(encoder, own) and _takes_positions(decoder, sites["decoder"][1])
     windows = any("sliding_window" in call.extras for call in own)
     packable = len(geometry) == len(sites) and told and not windows
     return Layout(geometry, places, "encoder-decoder", packable, _forwards_kwargs(calls), notes=tuple(notes))

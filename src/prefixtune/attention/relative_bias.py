@@ -11,6 +11,7 @@ from torch import Tensor
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.attention.layout import Layout, main_device
+from prefixtune.prefix.geometry import Site
 
 __all__ = ["relative_bias"]
 
@@ -43,7 +44,7 @@ class BiasRecorder:
 
     def attend(
         self,
-        place: tuple[str, int],
+        place: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
         key: Float[Tensor, "1 H S Dk"],
         value: Float[Tensor, "1 H S Dv"],

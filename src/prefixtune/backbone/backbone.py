@@ -26,7 +26,7 @@ from prefixtune.backbone.packaged import silence
 from prefixtune.backbone.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.fingerprint import sample_weights
-from prefixtune.prefix.geometry import Geometry, describe
+from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
 from prefixtune.utils.files import atomic_files
 
 __all__ = ["Backbone", "weights"]
@@ -67,7 +67,7 @@ class Backbone:
         return self.layout.geometry
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> BackboneKind:
         """`decoder` (GPT-2, LLaMA), `encoder-decoder` (BART, T5) or `encoder` (BERT)."""
         return self.layout.kind
 

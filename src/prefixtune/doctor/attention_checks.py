@@ -18,6 +18,7 @@ from prefixtune.backbone import selfcheck
 from prefixtune.doctor.reference import Text, alone, attended, only, outputs, prefix_gradients
 from prefixtune.doctor.state import State
 from prefixtune.doctor.subject import Finding, Subject
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["INFINITE", "quickly"]
@@ -72,14 +73,16 @@ def check_layers(subject: Subject) -> Finding:
     return not dead, detail + (f"; too little in layers {words}" if dead else "")
 
 
-def _too_weak(subject: Subject, effects: dict[tuple[str, int], float]) -> tuple[list[tuple[str, int]], tuple[str, int]]:
+def _too_weak(
+    subject: Subject, effects: dict[tuple[Site, int], float]
+) -> tuple[list[tuple[Site, int]], tuple[Site, int]]:
     """The layers whose change does not exceed the float noise, and the one that is nearest to it."""
     bounds = subject.layer_bounds
     dead = [place for place, effect in effects.items() if not bounds[place] <= effect < INFINITE]
     return dead, min(effects, key=lambda place: effects[place] / bounds[place])
 
 
-def _layer_name(subject: Subject, place: tuple[str, int]) -> str:
+def _layer_name(subject: Subject, place: tuple[Site, int]) -> str:
     return str(place[1]) if len(subject.sites) == 1 else f"{place[0]} {place[1]}"
 
 

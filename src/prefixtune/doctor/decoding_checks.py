@@ -13,6 +13,7 @@ from prefixtune.attention.layout import setting
 from prefixtune.doctor.attention_checks import INFINITE, slot_gradients
 from prefixtune.doctor.reference import NEW_TOKENS, Text, allowed, decode, outputs, prefilled, recomputed, search
 from prefixtune.doctor.subject import Finding, Subject
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
 _BEAMS = 3
@@ -144,7 +145,7 @@ def _visible_slots(subject: Subject, text: Text) -> tuple[int, int]:
     """
     backbone = subject.backbone
     leaf = subject.second.to(backbone.dtype).leaves()
-    found: list[tuple[tuple[str, int], Tensor]] = []
+    found: list[tuple[tuple[Site, int], Tensor]] = []
 
     def cut(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return tuple(map(_detached, args)), {name: _detached(given) for name, given in kwargs.items()}

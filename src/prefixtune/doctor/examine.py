@@ -58,6 +58,7 @@ from prefixtune.doctor.reference import Text, attended, continued, distance, out
 from prefixtune.doctor.state import State
 from prefixtune.doctor.subject import LONGER, Finding, Subject, draw
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["CHECKS", "Check", "examine"]
@@ -214,8 +215,8 @@ class _Effects:
         shown: Whether every layer's change is that large, and shows in the model's outputs.
     """
 
-    layers: dict[tuple[str, int], float]
-    bounds: dict[tuple[str, int], float]
+    layers: dict[tuple[Site, int], float]
+    bounds: dict[tuple[Site, int], float]
     outputs_bound: float
     shown: bool
 

@@ -21,6 +21,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = [
@@ -73,14 +74,14 @@ def strengthened(prefix: Prefix, strength: float) -> Prefix:
     return Prefix({site: tuple((k, v * strength) for k, v in layers) for site, layers in prefix.layers.items()})
 
 
-def replaced(prefix: Prefix, other: Prefix, site: str, number: int) -> Prefix:
+def replaced(prefix: Prefix, other: Prefix, site: Site, number: int) -> Prefix:
     """A prefix with one layer of another."""
     layers = list(prefix.layers[site])
     layers[number] = other.layers[site][number]
     return Prefix({**prefix.layers, site: tuple(layers)})
 
 
-def only(prefix: Prefix, site: str) -> Prefix:
+def only(prefix: Prefix, site: Site) -> Prefix:
     """A prefix at one of its sites alone."""
     return Prefix({site: prefix.layers[site]})
 
@@ -135,9 +136,9 @@ def outputs(
 
 def attended(
     backbone: Backbone, rows: Sequence[Text], prefixes: Sequence[Prefix | None]
-) -> dict[tuple[str, int], Tensor]:
+) -> dict[tuple[Site, int], Tensor]:
     """What each attention layer gives for the first row, (T, E): by site and number, at its first call."""
-    found: dict[tuple[str, int], Tensor] = {}
+    found: dict[tuple[Site, int], Tensor] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         given = output[0] if isinstance(output, tuple) else output

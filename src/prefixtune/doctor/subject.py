@@ -11,6 +11,7 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.reference import Text, distance
 from prefixtune.doctor.state import State
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["LONGER", "Finding", "Subject", "draw"]
@@ -43,8 +44,8 @@ class Subject:
     effect: float
     first: Prefix
     second: Prefix
-    layer_effects: dict[tuple[str, int], float]
-    layer_bounds: dict[tuple[str, int], float]
+    layer_effects: dict[tuple[Site, int], float]
+    layer_bounds: dict[tuple[Site, int], float]
     strength: float
     vocabulary: Tensor
     generator: torch.Generator
@@ -56,7 +57,7 @@ class Subject:
         return self.backbone.dtype not in (torch.bfloat16, torch.float16)
 
     @property
-    def sites(self) -> tuple[str, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """Where prefixes stand."""
         return self.first.sites
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_attention
 from prefixtune.engine.kv_cache import KVCache, Span
+from prefixtune.prefix.geometry import Site
 
 __all__ = ["EncoderAttention", "SlotAttention"]
 
@@ -68,7 +69,7 @@ class SlotAttention:
 
     def attend(
         self,
-        place: tuple[str, int],
+        place: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
         key: Float[Tensor, "1 H T Dk"],
         value: Float[Tensor, "1 H T Dv"],
@@ -207,7 +208,7 @@ class EncoderAttention:
 
     def attend(
         self,
-        place: tuple[str, int],
+        place: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
         key: Float[Tensor, "1 H S Dk"],
         value: Float[Tensor, "1 H S Dv"],

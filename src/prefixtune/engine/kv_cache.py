@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import RequestError
-from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["KVCache", "Span"]
@@ -67,7 +67,7 @@ class KVCache:
         max_length: int,
         dtype: torch.dtype,
         device: torch.device,
-        site: str = "decoder",
+        site: Site = "decoder",
     ) -> None:
         self.shapes, self.num_slots, self.max_length, self.site = tuple(shapes), num_slots, max_length, site
         self.dtype, self.device = dtype, device

@@ -26,13 +26,13 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError, CheckpointError
 from prefixtune.interop.safetensors import read_tensors
-from prefixtune.prefix.geometry import LayerShape, describe
+from prefixtune.prefix.geometry import LayerShape, Site, describe
 from prefixtune.prefix.prefix import KeyValue, Prefix, unflatten
 
 __all__ = ["import_authors", "is_authors"]
 
 
-_SUFFIXES = {"encoder": "_enc", "decoder": "", "cross": "2"}
+_SUFFIXES: dict[Site, str] = {"encoder": "_enc", "decoder": "", "cross": "2"}
 _NAME = re.compile(r"^(?:wte(?P<table>|2|_enc)\.weight|control_trans(?P<net>|2|_enc)(?:\.\d\.(?:weight|bias))?)$")
 
 

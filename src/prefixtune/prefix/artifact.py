@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from prefixtune.errors import CheckpointError, ConfigError, PrefixWarning, describe_value, did_you_mean
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.prefix.geometry import Geometry
+from prefixtune.prefix.geometry import Geometry, Site
 from prefixtune.prefix.hub import FILE, download, is_repository, repository_of
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix
 from prefixtune.prefix.text_format import read_text_format
@@ -194,8 +194,9 @@ def reasons_against(outline: Outline, geometry: Geometry, name: str, fingerprint
 
 def _fits(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry) -> bool:
     expected = {}
-    for site in {name.partition(".")[0] for name in shapes} & geometry.keys():
-        for number, shape in enumerate(geometry[site]):
+    named = {name.partition(".")[0] for name in shapes}
+    for site, layers in geometry.items():
+        for number, shape in enumerate(layers if site in named else ()):
             for part, size in (("key", shape.key_dim), ("value", shape.value_dim)):
                 expected[f"{site}.{number}.{part}"] = (shape.num_kv_heads, size)
     return (
@@ -468,9 +469,9 @@ def _head(tensors: dict[str, Tensor], path: str | Path) -> Head | None:
     return Head(weight, bias)
 
 
-def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[KeyValue, ...]]:
+def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[Site, tuple[KeyValue, ...]]:
     """Tensors by name -> per site the layers in order; every fault is named."""
-    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    found: dict[Site, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         match = _NAME.match(name)
         if match is None or not tensor.is_floating_point():
@@ -479,8 +480,8 @@ def _layers(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, tuple[
                 hint="give a file that `prefixtune train` wrote.",
             )
         site, number, part = match.groups()
-        found.setdefault(site, {}).setdefault(int(number), {})[part] = tensor
-    layers: dict[str, tuple[KeyValue, ...]] = {}
+        found.setdefault(cast(Site, site), {}).setdefault(int(number), {})[part] = tensor
+    layers: dict[Site, tuple[KeyValue, ...]] = {}
     for site, numbered in found.items():
         if sorted(numbered) != list(range(len(numbered))) or any(len(pair) != 2 for pair in numbered.values()):
             raise CheckpointError(f"{str(path)!r} lacks some layers of site {site!r}.", hint="get the file again.")

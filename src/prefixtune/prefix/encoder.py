@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.errors import ConfigError, did_you_mean
-from prefixtune.prefix.geometry import Geometry, LayerShape
+from prefixtune.prefix.geometry import Geometry, LayerShape, Site
 from prefixtune.prefix.prefix import Head, Prefix, flatten, unflatten
 
 __all__ = ["KINDS", "HeadEncoder", "PrefixEncoder", "PromptEncoder", "SiteEncoder", "fit"]
@@ -170,7 +170,7 @@ class PrefixEncoder(nn.Module):
         self,
         kind: str,
         geometry: Geometry,
-        prefix_length: int | Mapping[str, int],
+        prefix_length: int | Mapping[Site, int],
         *,
         embedding_size: int,
         bottleneck_size: int = 512,
@@ -184,7 +184,7 @@ class PrefixEncoder(nn.Module):
                 f"prefix_length is {prefix_length}, but must be at least 1.", hint="10 is a usual length."
             )
         self.kind = kind
-        self.geometry: dict[str, tuple[LayerShape, ...]] = dict(geometry)
+        self.geometry: dict[Site, tuple[LayerShape, ...]] = dict(geometry)
         self.sites = nn.ModuleDict(
             {
                 site: SiteEncoder(
@@ -203,9 +203,10 @@ class PrefixEncoder(nn.Module):
 
     def forward(self) -> Prefix:
         """The prefix as it is now, in float32, attached to the graph of its parameters."""
-        flat: Mapping[str, Tensor] = {site: module() for site, module in self.sites.items()}
         head = None if self.head is None else self.head()
-        return Prefix({site: unflatten(rows, self.geometry[site]) for site, rows in flat.items()}, head=head)
+        return Prefix(
+            {site: unflatten(self.sites[site](), shapes) for site, shapes in self.geometry.items()}, head=head
+        )
 
     @torch.no_grad()
     def bake(self) -> Prefix:

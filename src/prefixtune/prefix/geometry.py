@@ -1,15 +1,24 @@
-"""Geometry."""
+"""Where a prefix can be, and the shapes of its layers there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-__all__ = ["SITES", "Geometry", "LayerShape", "describe"]
+__all__ = ["SITES", "BackboneKind", "Geometry", "LayerShape", "Placement", "Site", "describe"]
 
 
-SITES = ("encoder", "decoder", "cross")
-"""Where a prefix can stand: encoder self-attention, decoder self-attention, decoder cross-attention."""
+Site = Literal["encoder", "decoder", "cross"]
+"""Where a prefix can be: encoder self-attention, decoder self-attention, decoder cross-attention."""
+
+SITES: tuple[Site, ...] = get_args(Site)
+
+BackboneKind = Literal["decoder", "encoder", "encoder-decoder"]
+"""Decoder-only (GPT-2, LLaMA), encoder (BERT), encoder-decoder (BART, T5)."""
+
+Placement = Literal["front", "infix"]
+"""`front`: before the text; `infix`: between source and target, hidden from the source (the paper's ablation)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class LayerShape:
         return self.num_kv_heads * (self.key_dim + self.value_dim)
 
 
-Geometry = Mapping[str, tuple[LayerShape, ...]]
+Geometry = Mapping[Site, tuple[LayerShape, ...]]
 """Per site, the shape of every layer."""
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import BackboneError, ConfigError, describe_value
-from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, describe
+from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Placement, Site, describe
 
 __all__ = ["Head", "KeyValue", "Prefix", "check_fits", "flatten", "unflatten"]
 
@@ -71,7 +71,7 @@ class Prefix:
         ConfigError: An unknown site, no layer, or layers of one site that differ in length or do not fit together.
     """
 
-    layers: Mapping[str, tuple[KeyValue, ...]]
+    layers: Mapping[Site, tuple[KeyValue, ...]]
     header: Mapping[str, Any] = field(default_factory=dict)
     head: Head | None = None
 
@@ -107,37 +107,37 @@ class Prefix:
         object.__setattr__(self, "layers", {site: self.layers[site] for site in SITES if site in self.layers})
 
     @property
-    def sites(self) -> tuple[str, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """The sites that it stands at."""
         return tuple(self.layers)
 
     @property
-    def placement(self) -> str:
+    def placement(self) -> Placement:
         """`front`: before the text; `infix`: between source and target, unseen by the source (the paper's ablation)."""
-        return str(self.header.get("placement", "front"))
+        return cast(Placement, self.header.get("placement", "front"))
 
     @property
     def prefix_length(self) -> int:
         """P, in positions; of the longest site where sites differ."""
         return max(self.length(site) for site in self.layers)
 
-    def length(self, site: str = "decoder") -> int:
+    def length(self, site: Site = "decoder") -> int:
         """P at one site; 0 where there is no prefix."""
         return int(self.layers[site][0][0].shape[1]) if site in self.layers else 0
 
     @property
-    def geometry(self) -> dict[str, tuple[LayerShape, ...]]:
+    def geometry(self) -> dict[Site, tuple[LayerShape, ...]]:
         """The layers' shapes, without the length."""
         return {
             site: tuple(LayerShape(int(k.shape[0]), int(k.shape[2]), int(v.shape[2])) for k, v in layers)
             for site, layers in self.layers.items()
         }
 
-    def keys(self, site: str = "decoder") -> Float[Tensor, "L H P D"]:
+    def keys(self, site: Site = "decoder") -> Float[Tensor, "L H P D"]:
         """All keys of a site in one tensor; for sites whose layers share one shape."""
         return torch.stack([key for key, _ in self.layers[site]])
 
-    def values(self, site: str = "decoder") -> Float[Tensor, "L H P D"]:
+    def values(self, site: Site = "decoder") -> Float[Tensor, "L H P D"]:
         """All values of a site in one tensor; for sites whose layers share one shape."""
         return torch.stack([value for _, value in self.layers[site]])
 

@@ -15,7 +15,7 @@ __all__ = ["STUDIES", "Cell", "StudyConfig", "StudyKind", "plan", "run_study"]
 
 
 if TYPE_CHECKING:
-    from prefixtune.study.run import run_study
+    from prefixtune.studies.runner import run_study
 
 
 def __getattr__(name: str) -> Any:

@@ -13,9 +13,10 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from prefixtune.errors import CheckpointError, ConfigError, did_you_mean
+from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.options import check_names, fit_types
 
 __all__ = ["TrainConfig", "default_learning_rate", "stored_config"]
@@ -24,7 +25,6 @@ __all__ = ["TrainConfig", "default_learning_rate", "stored_config"]
 _AT_LEAST_ONE = (
     *("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation", "save_every"),
 )
-_SITES = ("encoder", "decoder", "cross")
 _OF_PREFIXES = ("prefix", "prompt", "infix")
 _NOT_NEGATIVE = (
     *("limit", "dev_limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
@@ -203,14 +203,16 @@ class TrainConfig:
             yield "init_prefix", "initialization is 'prefix', but init_prefix names no file"
 
     @property
-    def site_lengths(self) -> dict[str, int]:
+    def site_lengths(self) -> dict[Site, int]:
         """Each named site's prefix length; empty: all sites that the backbone has, with `prefix_length`.
 
         >>> TrainConfig(sites="encoder=20, cross", prefix_length=5).site_lengths
         {'encoder': 20, 'cross': 5}
         """
         pairs = [part.partition("=") for part in self.sites.split(",") if part.strip()]
-        return {site.strip(): int(length) if equals else self.prefix_length for site, equals, length in pairs}
+        return {
+            cast(Site, site.strip()): int(length) if equals else self.prefix_length for site, equals, length in pairs
+        }
 
     @property
     def words_by_label(self) -> dict[str, str]:
@@ -313,8 +315,8 @@ def _site_fault(text: str) -> str:
     seen: set[str] = set()
     for part in text.split(",") if text.strip() else ():
         site, equals, length = (piece.strip() for piece in part.partition("="))
-        if site not in _SITES:
-            return f"sites names {site!r} ({did_you_mean(site, _SITES)})"
+        if site not in SITES:
+            return f"sites names {site!r} ({did_you_mean(site, SITES)})"
         if equals and not (length.isascii() and length.isdigit() and int(length) >= 1):
             return f"sites gives {site} the length {length!r}, but it must be a whole number of at least 1"
         if site in seen:

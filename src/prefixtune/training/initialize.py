@@ -21,6 +21,7 @@ from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample, default_format
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder, fit
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.checks import no_start
@@ -29,7 +30,7 @@ from prefixtune.training.config import TrainConfig
 __all__ = ["build_module", "from_prefix", "from_words", "sample_hidden", "training_format", "word_ids"]
 
 
-def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[str, int]) -> Prefix:
+def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site, int]) -> Prefix:
     """The keys and values that the frozen model computes for real words.
 
     The words' tokens are cycled where they are fewer than P, and cut where they are more, then run through the model
@@ -65,7 +66,7 @@ def word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
     return torch.tensor([[ids[place % len(ids)] for place in range(length)]], device=backbone.device)
 
 
-def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[str, int]) -> Prefix:
+def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[Site, int]) -> Prefix:
     """Another prefix as a start.
 
     Raises:
@@ -83,13 +84,13 @@ def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping
     return prefix.to(torch.float32)
 
 
-def _by_site(backbone: Backbone, prefix_length: int | Mapping[str, int]) -> dict[str, int]:
+def _by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict[Site, int]:
     if isinstance(prefix_length, int):
         return dict.fromkeys(backbone.geometry, prefix_length)
     return dict(prefix_length)
 
 
-def _spell(lengths: Mapping[str, int]) -> str:
+def _spell(lengths: Mapping[Site, int]) -> str:
     """Lengths by site as a person writes them: `10`, or `encoder=10,cross=5`.
 
     >>> _spell({"decoder": 10}), _spell({"encoder": 10, "cross": 5})
@@ -196,7 +197,7 @@ def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncode
     return module.to(backbone.device), facts
 
 
-def choose_sites(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
+def choose_sites(config: TrainConfig, backbone: Backbone) -> dict[Site, int]:
     """Where the prefix of a run stands, and how long it is at each site.
 
     Raises:
