@@ -17,9 +17,13 @@ from command_line import run
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.interop.vllm.launch import Start, write_template
-from prefixtune.interop.vllm.middleware import PROMPT_VARIABLE, TEMPLATE_VARIABLE, PrefixMiddleware
-from prefixtune.interop.vllm.settings import Asked, PrefixFolder, Settings, geometry_of, heads_of_rank, weights_of
+from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE, write_template
+from prefixtune.interop.vllm.folder import PrefixFolder
+from prefixtune.interop.vllm.launch import LaunchConfig
+from prefixtune.interop.vllm.middleware import PrefixMiddleware
+from prefixtune.interop.vllm.model import geometry_of, heads_of_rank, sample_checkpoint
+from prefixtune.interop.vllm.reference import PrefixReference
+from prefixtune.interop.vllm.settings import Settings
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
@@ -85,11 +89,11 @@ def test_wrong_settings_are_all_told(tmp_path: Path):
 
 
 def test_a_request_is_known_by_its_proof_alone():
-    asked = Asked("pubs", (1, 2), 10)
-    sent = json.loads(json.dumps(asked.parameters(b"secret")))
-    assert Asked.from_parameters(sent, b"secret") == asked
+    asked = PrefixReference("pubs", (1, 2), 10)
+    sent = json.loads(json.dumps(asked.to_kv_transfer_params(b"secret")))
+    assert PrefixReference.from_kv_transfer_params(sent, b"secret") == asked
     for none in (None, {}, 3, {"other": 1}):
-        assert Asked.from_parameters(none, b"secret") is None
+        assert PrefixReference.from_kv_transfer_params(none, b"secret") is None
     deep: Any = []
     for _ in range(100_000):
         deep = [deep]
@@ -103,19 +107,23 @@ def test_a_request_is_known_by_its_proof_alone():
         {"prefix": deep, "proof": "x"},
         {**facts, "prefix": ["trains", *facts["prefix"][1:]]},
     ):
-        made = Asked.from_parameters({"prefixtune": forged}, b"secret")
+        made = PrefixReference.from_kv_transfer_params({"prefixtune": forged}, b"secret")
         assert made is not None
         assert not made.is_proven
-    made = Asked.from_parameters(sent, b"another")
+    made = PrefixReference.from_kv_transfer_params(sent, b"another")
     assert made is not None
     assert not made.is_proven
 
 
 def test_no_two_prefixes_versions_or_clients_share_blocks():
-    asked = [Asked("a", (1, 2), 10), Asked("b", (1, 2), 10), Asked("a", (1, 3), 10)]
-    salts = [each.salt(b"secret", given) for each in asked for given in (None, "mine", "other")]
+    asked = [PrefixReference("a", (1, 2), 10), PrefixReference("b", (1, 2), 10), PrefixReference("a", (1, 3), 10)]
+    salts = [each.cache_salt(b"secret", given) for each in asked for given in (None, "mine", "other")]
     assert len(set(salts)) == len(salts)
-    assert asked[0].salt(b"secret", None) == asked[0].salt(b"secret", None) != asked[0].salt(b"another", None)
+    assert (
+        asked[0].cache_salt(b"secret", None)
+        == asked[0].cache_salt(b"secret", None)
+        != asked[0].cache_salt(b"another", None)
+    )
     # What vLLM takes as a salt.
     assert all(len(salt) <= 128 and salt.isalnum() for salt in salts)
 
@@ -174,13 +182,13 @@ def test_weights_on_disk_are_told_as_in_memory(tied: bool, tiny_models: Make, ti
     tiny_tokenizer.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     fingerprint = load_backbone(tmp_path, dtype="float32", device="cpu").fingerprint
-    assert weights_of(tmp_path) == fingerprint.partition(":")[2]
-    assert weights_of(tmp_path / "none") is None
+    assert sample_checkpoint(tmp_path) == fingerprint.partition(":")[2]
+    assert sample_checkpoint(tmp_path / "none") is None
     # Of files that were not written as they are loaded nothing can be said.
     config = json.loads((tmp_path / "config.json").read_text())
     for change in ({"transformers_version": "4.50.0"}, {"quantization_config": {}}, {"num_local_experts": 2}):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        assert weights_of(tmp_path) is None
+        assert sample_checkpoint(tmp_path) is None
 
 
 @pytest.fixture
@@ -188,7 +196,7 @@ def folder(stored: Path, random_prefix: Make, tmp_path: Path) -> PrefixFolder:
     """A folder with one prefix, `pubs`, of 5 positions."""
     backbone = load_backbone(stored, dtype="float32", device="cpu")
     put(backbone, random_prefix(backbone, 5), tmp_path / "pubs.safetensors")
-    return PrefixFolder(Settings.from_vllm(transfer(tmp_path)), backbone.geometry, "tiny", weights_of(stored))
+    return PrefixFolder(Settings.from_vllm(transfer(tmp_path)), backbone.geometry, "tiny", sample_checkpoint(stored))
 
 
 def put(backbone: Any, prefix: Prefix, path: Path, **header: Any) -> None:
@@ -198,7 +206,7 @@ def put(backbone: Any, prefix: Prefix, path: Path, **header: Any) -> None:
 def test_a_prefix_is_found_and_followed(folder: PrefixFolder, stored: Path, random_prefix: Make):
     first = folder.find("pubs")
     assert first is not None
-    assert (first.asked.name, first.asked.length, first.description) == ("pubs", 5, "e2e")
+    assert (first.reference.name, first.reference.length, first.description) == ("pubs", 5, "e2e")
     assert folder.find("pubs") is first, "an unchanged file is not read again"
     assert folder.find("trains") is None
     assert folder.find("../pubs") is None
@@ -206,7 +214,7 @@ def test_a_prefix_is_found_and_followed(folder: PrefixFolder, stored: Path, rand
     put(backbone, random_prefix(backbone, 7), folder.settings.folder / "pubs.safetensors", description="new")
     second = folder.find("pubs")
     assert second is not None
-    assert (second.asked.length, second.description) == (7, "new")
+    assert (second.reference.length, second.description) == (7, "new")
     assert list(folder.all()) == ["pubs"]
     (folder.settings.folder / "pubs.safetensors").unlink()
     assert folder.find("pubs") is None
@@ -252,7 +260,7 @@ class Inner:
             vllm_config=config,
             args=SimpleNamespace(served_model_name=["base"], model=str(stored), api_key=None),
             engine_client=SimpleNamespace(get_tokenizer=lambda: tokenizer),
-            online_renderer=SimpleNamespace(chat_template="{{ " + TEMPLATE_VARIABLE + " }}"),
+            online_renderer=SimpleNamespace(chat_template="{{ " + PLACEHOLDERS_VARIABLE + " }}"),
         )
         self.bodies: list[Any] = []
         self.headers: list[dict[bytes, bytes]] = []
@@ -347,8 +355,8 @@ def test_a_completion_becomes_one_of_the_backbone(inner: Inner, folder: PrefixFo
     assert given["prompt"][0] != tokenizer.eos_token_id
     known = folder.find("pubs")
     assert known is not None
-    assert Asked.from_parameters(given["kv_transfer_params"], b"drawn") == known.asked
-    assert given["cache_salt"] == known.asked.salt(b"drawn", "mine")
+    assert PrefixReference.from_kv_transfer_params(given["kv_transfer_params"], b"drawn") == known.reference
+    assert given["cache_salt"] == known.reference.cache_salt(b"drawn", "mine")
     assert given["temperature"] == 0
     assert int(inner.headers[0][b"content-length"]) == len(json.dumps(given).encode())
     assert status == 200
@@ -402,12 +410,12 @@ def test_a_chat_gets_placeholders_from_the_template(inner: Inner):
     assert given["messages"] == messages
     options = given["chat_template_kwargs"]
     assert options["x"] == 1
-    assert len(set(encode(inner, options[TEMPLATE_VARIABLE]))) == 1
-    assert len(encode(inner, options[TEMPLATE_VARIABLE])) == 5
+    assert len(set(encode(inner, options[PLACEHOLDERS_VARIABLE]))) == 1
+    assert len(encode(inner, options[PLACEHOLDERS_VARIABLE])) == 5
     inner.state.online_renderer.chat_template = None
     status, told = call(inner, "/v1/chat/completions", {"model": "pubs", "messages": messages})
     assert status == 400
-    assert "no place" in told["error"]["message"]
+    assert "no variable for their placeholders" in told["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -489,7 +497,9 @@ def test_a_body_that_is_too_long(inner: Inner):
 
 
 def test_the_command_line(tmp_path: Path):
-    start = Start("model", tmp_path, "base", max_length=512, template=tmp_path / "t.jinja", more=("--x", "1"))
+    start = LaunchConfig(
+        "model", tmp_path, "base", max_length=512, chat_template=tmp_path / "t.jinja", more=("--x", "1")
+    )
     given = start.arguments()
     assert given[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
     assert given[-2:] == ["--x", "1"]
@@ -504,8 +514,8 @@ def test_the_command_line(tmp_path: Path):
 
     template = Template((tmp_path / "t.jinja").read_text())
     assert template.render(messages=["a"]) == "a"
-    assert template.render(messages=["a"], **{TEMPLATE_VARIABLE: "##"}) == "##a"
-    assert template.render(messages=["a"], **{TEMPLATE_VARIABLE: "##", PROMPT_VARIABLE: "b"}) == "##b"
+    assert template.render(messages=["a"], **{PLACEHOLDERS_VARIABLE: "##"}) == "##a"
+    assert template.render(messages=["a"], **{PLACEHOLDERS_VARIABLE: "##", PROMPT_VARIABLE: "b"}) == "##b"
 
 
 def serve(*arguments: str, code: int = 2) -> str:
@@ -690,7 +700,7 @@ def test_messages_that_a_prefix_cannot_carry(asking: Inner):
     headers, _ = headers_of(asking, "/v1/chat/completions", {"model": "qa", "messages": messages})
     assert headers[b"x-prefixtune-dropped-messages"] == b"1"
     # A template from before has no place for the format.
-    asking.state.online_renderer.chat_template = "{{ " + TEMPLATE_VARIABLE + " }}"
+    asking.state.online_renderer.chat_template = "{{ " + PLACEHOLDERS_VARIABLE + " }}"
     status, told = call(asking, "/v1/chat/completions", {"model": "qa", "messages": messages[1:]})
     assert status == 400
     assert "text format" in told["error"]["message"]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from prefixtune.backbone.packaged import PRETRAINED, cache_folder, pretrained_folder
 from prefixtune.errors import ConfigError
-from prefixtune.interop.vllm.launch import TEMPLATE_VERSION, Start, write_template
+from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, write_template
+from prefixtune.interop.vllm.launch import LaunchConfig
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
 from prefixtune.server.settings import ServeConfig
 from prefixtune.utils.console import Console
@@ -38,8 +39,7 @@ def start_vllm(config: ServeConfig, options: argparse.Namespace) -> int:
         ConfigError: Something asked for is not to be had from vLLM, or vLLM or the plugin is missing.
     """
     console = Console(quiet=options.quiet)
-    start = _start_of(config, options, console)
-    command = [options.vllm_python, *start.arguments()]
+    command = [options.vllm_python, *_launch_config(config, options, console).arguments()]
     if options.show_command:
         print(shlex.join(command))
         return 0
@@ -54,7 +54,7 @@ def start_vllm(config: ServeConfig, options: argparse.Namespace) -> int:
     return os.execvpe(command[0], command, {**own, **os.environ})
 
 
-def _start_of(config: ServeConfig, options: argparse.Namespace, console: Console) -> Start:
+def _launch_config(config: ServeConfig, options: argparse.Namespace, console: Console) -> LaunchConfig:
     try:
         more = shlex.split(options.vllm_args)
     except ValueError as error:
@@ -102,7 +102,7 @@ def _start_of(config: ServeConfig, options: argparse.Namespace, console: Console
             console.warn("no chat template was found: chats are for prefixes alone whose files store a text format.")
     # The embedded engine's default says nothing of what vLLM can take.
     slots = 0 if config.num_slots == type(config).num_slots else config.num_slots
-    return Start(
+    return LaunchConfig(
         model,
         prefixes,
         config.model_id,

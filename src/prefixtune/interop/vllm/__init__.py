@@ -1,13 +1,24 @@
-"""Prefixes in vLLM: a KV connector and a middleware of its server, loaded by vLLM's own options.
+"""Prefixes in vLLM: a KV connector and a middleware for its server, both loaded by vLLM's own options.
 
-A request's prompt begins with P placeholder tokens; the connector tells the scheduler that their keys and values are
-computed elsewhere, and writes the prefix's own into the request's blocks before the first forward pass. The middleware
-makes model names out of a folder's prefixes, puts the placeholders in, and takes them out of what is told.
+A request's prompt begins with P placeholder tokens. The connector tells vLLM's scheduler that their keys and values
+come from outside, and writes those of the prefix into the request's blocks before the first forward pass. The
+middleware makes every prefix in a folder a model name, adds the placeholders, and removes them from the response.
 
-    connector   in vLLM's scheduler and workers
-    middleware  in vLLM's HTTP server
-    served      what both know of the model, and the folder of prefixes
-    start       the command line
+    connector      in vLLM's scheduler and workers
+    worker_cache   the keys and values that a worker has loaded
+    middleware     in vLLM's HTTP server
+    state          what the middleware knows of the running server
+    requests       a request for a prefix -> a request for the backbone
+    prompts        the prompts in it: text format, placeholders
+    responses      the backbone's response -> a response of the prefix
+    http           request bodies, responses and errors, as ASGI sends them
+    folder         the prefixes in a folder
+    reference      how a request names its prefix, signed
+    model          shapes and weights of the model that vLLM runs
+    settings       the connector's options
+    launch         the command that starts vLLM
+    chat_template  the chat template that has room for placeholders
 
-Runs in vLLM's environment, which pins libraries of its own: besides them it needs jaxtyping alone.
+All of it runs in vLLM's environment, which pins its own libraries: apart from those it needs only jaxtyping. It imports
+nothing of this project but `prefix`, `utils` and `errors`.
 """

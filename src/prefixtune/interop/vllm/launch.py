@@ -1,7 +1,4 @@
-"""The command line that starts vLLM's server with prefixes, and the chat template that it needs.
-
-Knows nothing of how it is run.
-"""
+"""The command line that starts vLLM's server with prefixes."""
 
 from __future__ import annotations
 
@@ -11,33 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixtune.interop.vllm.middleware import PROMPT_VARIABLE, TEMPLATE_VARIABLE
-from prefixtune.utils.files import write_text
-
-__all__ = ["TEMPLATE_VERSION", "Start", "write_template"]
-
-
-TEMPLATE_VERSION = 2
-"""Of what is put around a model's chat template."""
+__all__ = ["LaunchConfig"]
 
 
 @dataclass(frozen=True)
-class Start:
-    """A server to be started.
+class LaunchConfig:
+    """A vLLM server with prefixes.
 
     Attributes:
-        model: Folder or hub id.
-        prefixes: Folder of the prefixes.
-        model_id: The bare model's name in the interface.
+        model: Folder or hub id of the model.
+        prefixes: The folder of prefixes.
+        model_id: The bare model's name in the API.
         host: Address to listen on.
         port: Port to listen on.
         dtype: Of the weights; `auto`: vLLM's choice.
-        max_length: Most positions of a text, the prefix included; 0: the model's.
-        num_slots: Texts that are written at once; 0: vLLM's choice.
+        max_length: Most positions of a sequence, the prefix included; 0: the model's.
+        num_slots: Most sequences in a running batch; 0: vLLM's choice.
         cache_mib: Memory for a worker's loaded prefixes.
-        template: File of a chat template with a place for the placeholders; None: no chats for prefixes.
-        texts: What becomes of texts for prefixes: `raw_completions`, `earlier_messages`, `on_too_long`, where given.
-        more: Options of vLLM's own, put last.
+        chat_template: A file from `write_template`; None: chats cannot use prefixes.
+        text_options: The connector's options for texts, where set: `raw_completions`, `earlier_messages`,
+            `on_too_long`.
+        more: Further options of vLLM's own, put last.
     """
 
     model: str
@@ -49,17 +40,18 @@ class Start:
     max_length: int = 0
     num_slots: int = 0
     cache_mib: int = 1024
-    template: Path | None = None
+    chat_template: Path | None = None
     more: Sequence[str] = ()
-    texts: Mapping[str, Any] = field(default_factory=dict)
+    text_options: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
-        """After `python`."""
-        transfer = {
+        """The arguments of the command `python`."""
+        connector_options = {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib, **self.text_options}
+        transfer_config = {
             "kv_connector": "PrefixConnector",
             "kv_connector_module_path": "prefixtune.interop.vllm.connector",
             "kv_role": "kv_consumer",
-            "kv_connector_extra_config": {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib, **self.texts},
+            "kv_connector_extra_config": connector_options,
         }
         options = {
             "--model": self.model,
@@ -68,26 +60,10 @@ class Start:
             "--port": str(self.port),
             "--dtype": self.dtype,
             "--middleware": "prefixtune.interop.vllm.middleware.PrefixMiddleware",
-            "--kv-transfer-config": json.dumps(transfer),
+            "--kv-transfer-config": json.dumps(transfer_config),
             "--max-model-len": str(self.max_length or ""),
             "--max-num-seqs": str(self.num_slots or ""),
-            "--chat-template": str(self.template or ""),
+            "--chat-template": str(self.chat_template or ""),
         }
-        given = [part for option, value in options.items() if value for part in (option, value)]
-        return ["-m", "vllm.entrypoints.openai.api_server", *given, *self.more]
-
-
-def write_template(path: Path, template: str) -> None:
-    """A model's chat template, with a place for placeholders in front of it, and for a text in place of the messages.
-
-    Args:
-        path: Where to.
-        template: The model's own; empty: it has none, and takes chats of prefixes alone.
-
-    Raises:
-        PrefixError: The file cannot be written.
-    """
-    own = template or "{{ raise_exception('this model has no chat template') }}"
-    front = "{{ " + TEMPLATE_VARIABLE + " | default('') }}"
-    text = "{% if " + PROMPT_VARIABLE + " is defined %}{{ " + PROMPT_VARIABLE + " }}{% else %}"
-    write_text(path, front + text + own + "{% endif %}")
+        flags = [part for option, value in options.items() if value for part in (option, value)]
+        return ["-m", "vllm.entrypoints.openai.api_server", *flags, *self.more]

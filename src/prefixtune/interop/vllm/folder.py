@@ -1,0 +1,135 @@
+"""The prefixes in a folder, as they are now: which of them this model can serve, and why not the others."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.interop.vllm.reference import PrefixReference
+from prefixtune.interop.vllm.settings import Settings
+from prefixtune.prefix.artifact import Outline, read_outline, reasons_against
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.folder import Signature, check_name, check_place, list_names, path_of, signature_of
+from prefixtune.prefix.geometry import Geometry
+from prefixtune.prefix.text_format import TextFormat, read_text_format
+
+__all__ = ["PrefixFolder", "ServedPrefix"]
+
+
+@dataclass(frozen=True)
+class ServedPrefix:
+    """A prefix that can be served.
+
+    Attributes:
+        reference: How a request names it.
+        description: For people.
+        created: When its file was last changed, in seconds since 1970.
+        text_format: The one that it was trained with; None: its file stores none.
+    """
+
+    reference: PrefixReference
+    description: str
+    created: int
+    text_format: TextFormat | None = None
+
+
+class PrefixFolder:
+    """The prefixes in a folder, by name. Thread-safe.
+
+    Only headers are read, and checked against the model; a file that has changed is read again.
+
+    Args:
+        settings: The folder, and what is accepted.
+        geometry: The model's.
+        model_name: For messages.
+        weights: Samples of the model's weights, from `sample_checkpoint`; None: they are not compared.
+    """
+
+    def __init__(self, settings: Settings, geometry: Geometry, model_name: str, weights: str | None = None) -> None:
+        self.settings, self.geometry, self.model_name = settings, geometry, model_name
+        self.weights = None if settings.allow_other_backbone else weights
+        # A file's signature, and its prefix or why it is not served.
+        self._read_files: dict[str, tuple[Signature, ServedPrefix | str]] = {}
+        self._lock = threading.Lock()
+
+    def find(self, name: object) -> ServedPrefix | None:
+        """The prefix of that name; None: there is none.
+
+        Raises:
+            CheckpointError: Its file is not served; the message says why.
+        """
+        try:
+            check_name(name)
+        except RequestError:
+            return None
+        return self._load(str(name))
+
+    def all(self) -> dict[str, ServedPrefix]:
+        """Every prefix that can be served, by name; reads all headers that are new."""
+        try:
+            names = sorted(list_names(self.settings.folder))
+        except OSError:
+            return {}
+        prefixes = {}
+        for name in names:
+            try:
+                prefix = self.find(name)
+            except CheckpointError:
+                continue
+            if prefix is not None:
+                prefixes[name] = prefix
+        with self._lock:
+            for name in self._read_files.keys() - set(names):
+                del self._read_files[name]
+        return prefixes
+
+    def _load(self, name: str) -> ServedPrefix | None:
+        path = path_of(self.settings.folder, name)
+        signature = signature_of(path)
+        if signature is None:
+            with self._lock:
+                self._read_files.pop(name, None)
+            return None
+        with self._lock:
+            entry = self._read_files.get(name)
+        if entry is None or entry[0] != signature:
+            try:
+                entry = signature, self._read(name, path, signature)
+            except OSError as error:
+                # It may pass, so it is not remembered.
+                raise CheckpointError(f"the prefix {name!r} cannot be read now.", hint="try again.") from error
+            with self._lock:
+                self._read_files[name] = entry
+        if isinstance(entry[1], str):
+            raise CheckpointError(f"the prefix {name!r} is not served: {entry[1]}", hint="replace its file.")
+        return entry[1]
+
+    def _read(self, name: str, path: Path, signature: Signature) -> ServedPrefix | str:
+        """The prefix in a file, or why it is not served."""
+        try:
+            check_place(self.settings.folder, name)
+            outline = read_outline(path)
+        except PrefixError as error:
+            return error.message
+        reasons = reasons_against(outline, self.geometry, self.model_name)
+        if not reasons and not self._has_same_weights(outline):
+            reasons.append(f"it was trained for other weights than those of {self.model_name!r}")
+        needed = outline.num_elements * 4
+        if needed > self.settings.cache_bytes:
+            reasons.append(f"it takes {needed:,} bytes, but all together may take {self.settings.cache_bytes:,}")
+        if reasons:
+            return f"{'; '.join(reasons)}."
+        length = next(iter(outline.shapes.values()))[1]
+        description = str(outline.header.get("description") or outline.header.get("task") or "")
+        reference = PrefixReference(name, signature[:2], length)
+        return ServedPrefix(reference, description, signature[0] // 10**9, read_text_format(outline.header))
+
+    def _has_same_weights(self, outline: Outline) -> bool:
+        origin = outline.header.get("backbone")
+        fingerprint = str(origin.get("fingerprint", "")) if isinstance(origin, dict) else ""
+        if self.weights is None or not fingerprint:
+            return True
+        # The rest of a fingerprint is about shapes, which were compared already.
+        return fingerprints_match(fingerprint, f"{fingerprint.partition(':')[0]}:{self.weights}")

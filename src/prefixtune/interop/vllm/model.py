@@ -1,0 +1,137 @@
+"""The model that vLLM runs: its shapes, its weights on disk, and whether it can carry prefixes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.fingerprint import sample_weights
+from prefixtune.prefix.geometry import Geometry, LayerShape
+
+__all__ = ["check_kv_cache", "geometry_of", "heads_of_rank", "sample_checkpoint"]
+
+_DRAFTS_WITHOUT_MODEL = (None, "ngram", "ngram_gpu", "suffix")
+
+
+def geometry_of(model_config: Any) -> Geometry:
+    """The shapes of the model that vLLM's `ModelConfig` describes.
+
+    Raises:
+        ConfigError: This plugin cannot put a prefix in front of such a model; the message says why.
+    """
+    reasons = []
+    if model_config.is_encoder_decoder:
+        reasons.append("it is an encoder-decoder")
+    if model_config.use_mla:
+        reasons.append("its attention is latent (MLA), without keys and values of its own")
+    if model_config.is_hybrid or model_config.is_attention_free:
+        reasons.append("not all of its layers are attention")
+    if model_config.is_multimodal_model:
+        reasons.append("it reads more than text, and its positions depend on that")
+    _refuse(model_config, reasons)
+    head_dim = model_config.get_head_size()
+    shape = LayerShape(model_config.get_total_num_kv_heads(), head_dim, head_dim)
+    return {"decoder": (shape,) * model_config.get_total_num_hidden_layers()}
+
+
+def check_kv_cache(vllm_config: Any, kv_cache_config: Any) -> None:
+    """Refuse a KV cache that would round a prefix, or let it drop out of sight.
+
+    Raises:
+        ConfigError: With all reasons.
+    """
+    reasons = []
+    dtype = str(vllm_config.cache_config.cache_dtype)
+    if dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
+        reasons.append(f"its cache has the type {dtype}; leave --kv-cache-dtype at auto")
+    groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
+    specs = [group.kv_cache_spec for group in groups]
+    if len(specs) > 1 or any(getattr(spec, "sliding_window", None) for spec in specs):
+        reasons.append("some of its layers have a sliding window, and the prefix would drop out of it")
+    if any(getattr(spec, "attention_chunk_size", None) for spec in specs):
+        reasons.append("some of its layers attend in chunks")
+    drafts = getattr(vllm_config.speculative_config, "method", None)
+    if drafts not in _DRAFTS_WITHOUT_MODEL:
+        reasons.append(f"its speculative decoding uses a model of its own ({drafts}), which has no prefix")
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        reasons.append("decode context parallelism distributes positions")
+    _refuse(vllm_config.model_config, reasons)
+
+
+def _refuse(model_config: Any, reasons: list[str]) -> None:
+    if reasons:
+        raise ConfigError(
+            f"vLLM cannot serve prefixes with {model_config.model!r}: {'; '.join(reasons)}.",
+            hint="serve it with `prefixtune serve --engine embedded`.",
+        )
+
+
+def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> slice:
+    """The KV heads of a tensor-parallel rank: an equal share, or a single one where there are more ranks than heads.
+
+    >>> [heads_of_rank(8, 4, rank) for rank in (0, 3)], heads_of_rank(2, 4, 3)
+    ([slice(0, 2, None), slice(6, 8, None)], slice(1, 2, None))
+
+    Raises:
+        ConfigError: The heads cannot be divided evenly.
+    """
+    if num_kv_heads % tp_size and tp_size % num_kv_heads:
+        raise ConfigError(
+            f"{num_kv_heads} KV heads cannot be divided between {tp_size} devices.",
+            hint="choose a tensor-parallel size that divides their number, or is a multiple of it.",
+        )
+    first = tp_rank * num_kv_heads // tp_size
+    return slice(first, first + max(num_kv_heads // tp_size, 1))
+
+
+def sample_checkpoint(folder: Path) -> str | None:
+    """Samples of a checkpoint's weights, as fingerprints have them.
+
+    A fingerprint samples the parameters of a loaded model, and a file may name and split its tensors differently. So
+    weights are sampled only where transformers 5 wrote them as it loads them: not quantized, and without experts.
+
+    Returns:
+        The samples; None where the weights on disk cannot be compared with a fingerprint.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not str(config.get("transformers_version", "")).startswith("5."):
+            return None
+        if "quantization_config" in config or any("experts" in key for key in config):
+            return None
+        shard_of: dict[str, Path] = {}
+        sizes: list[tuple[str, int]] = []
+        for shard in _list_shards(folder):
+            with safe_open(shard, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    shape = handle.get_slice(name).get_shape()
+                    if not shape or (config.get("tie_word_embeddings") and name == "lm_head.weight"):
+                        continue
+                    shard_of[name] = shard
+                    sizes.append((name, math.prod(shape)))
+        return sample_weights(sizes, lambda name, index: _read_weight(shard_of[name], name, index)) if sizes else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return None
+
+
+def _list_shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]
+
+
+def _read_weight(shard: Path, name: str, index: int) -> Tensor:
+    """One weight, by its index in the flattened tensor."""
+    with safe_open(shard, framework="pt") as handle:
+        tensor = handle.get_slice(name)
+        row_size = math.prod(tensor.get_shape()[1:])
+        row: Tensor = tensor[index // row_size : index // row_size + 1]
+        return row.reshape(-1)[index % row_size]

@@ -1,0 +1,147 @@
+"""A request for a prefix, rewritten into a request for the backbone.
+
+The prompts get the prefix's text format and the placeholders; the prefix goes into `kv_transfer_params`, with a
+`cache_salt` of its own. All other fields stay: decoding is vLLM's, whatever the prefix's task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefixtune.errors import CheckpointError
+from prefixtune.interop.vllm.folder import ServedPrefix
+from prefixtune.interop.vllm.http import APIError
+from prefixtune.interop.vllm.prompts import (
+    Formatter,
+    chat_prompt,
+    chat_template_kwargs,
+    list_prompts,
+    tokenize_prompts,
+)
+from prefixtune.interop.vllm.state import ServerState
+from prefixtune.prefix.text_format import TextFormat
+
+__all__ = ["BackboneRequest", "rewrite_request"]
+
+
+_UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "echo": ("the prompt is not repeated", (None, False)),
+    "prompt_logprobs": ("the prompt's tokens are not returned", (None,)),
+    "truncate_prompt_tokens": ("the prefix would be cut off", (None,)),
+    "prompt_embeds": ("tokens are needed", (None,)),
+    "use_beam_search": ("beams do not keep it", (None, False)),
+    "kv_transfer_params": ("the server sets them", (None,)),
+    "chat_template": ("the server sets it", (None,)),
+}
+"""Fields that cannot be used with a prefix: why, and the values that mean nothing."""
+
+
+@dataclass(frozen=True)
+class BackboneRequest:
+    """A request for the backbone.
+
+    Attributes:
+        body: The request's JSON.
+        prefix: The prefix that it uses.
+        num_prompts: How many prompts it has.
+        stream: Whether the response comes as a stream of events.
+        text_format: Of the prompts; None: they were used as they were.
+        headers: Of the response: what was cut or dropped.
+    """
+
+    body: bytes
+    prefix: ServedPrefix
+    num_prompts: int
+    stream: bool
+    text_format: TextFormat | None
+    headers: Mapping[str, str]
+
+
+def rewrite_request(state: ServerState, body: bytes, *, is_chat: bool) -> BackboneRequest | None:
+    """The request for the backbone that a request for a prefix becomes; None: it is not for a prefix.
+
+    Raises:
+        APIError: It cannot be served.
+    """
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    prefix = _find_prefix(state, fields)
+    if prefix is None:
+        return None
+    _check_fields(fields)
+    secret, length = state.settings.secret, prefix.reference.length
+    fields |= {
+        "model": state.model_name,
+        "cache_salt": prefix.reference.cache_salt(secret, fields.get("cache_salt")),
+        "kv_transfer_params": prefix.reference.to_kv_transfer_params(secret),
+    }
+    text_format = _text_format_for(state, prefix, fields, is_chat)
+    formatter = None if text_format is None else Formatter.from_fields(state, text_format, length, fields)
+    num_prompts, num_cut, num_dropped = 1, 0, 0
+    if is_chat:
+        prompt = None
+        if formatter is not None:
+            prompt, num_dropped = chat_prompt(state, fields.get("messages"), formatter)
+        fields["chat_template_kwargs"] = chat_template_kwargs(state, fields, length, prompt)
+    else:
+        prompts, add_special_tokens = list_prompts(fields.get("prompt")), bool(fields.pop("add_special_tokens", None))
+        tokenized, num_cut = tokenize_prompts(state, prompts, formatter, add_special_tokens=add_special_tokens)
+        num_prompts = len(tokenized)
+        tokenized = [[state.placeholder_id] * length + ids for ids in tokenized]
+        fields["prompt"] = tokenized if num_prompts > 1 else tokenized[0]
+    counts = {"x-prefixtune-cut-tokens": num_cut, "x-prefixtune-dropped-messages": num_dropped}
+    headers = {name: str(count) for name, count in counts.items() if count}
+    stream = bool(fields.get("stream"))
+    return BackboneRequest(json.dumps(fields).encode(), prefix, num_prompts, stream, text_format, headers)
+
+
+def _find_prefix(state: ServerState, fields: Any) -> ServedPrefix | None:
+    """The prefix that a request names; None: it names none.
+
+    Raises:
+        APIError: The prefix is there, but not served.
+    """
+    name = fields.get("model") if isinstance(fields, dict) else None
+    if not isinstance(name, str) or name in state.own_names:
+        return None
+    try:
+        return state.prefixes.find(name)
+    except CheckpointError as error:
+        raise APIError(f"{error.message} {error.hint}".strip(), "model", 503) from None
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Refuse what vLLM would take, but not together with a prefix.
+
+    Raises:
+        APIError: What it is.
+    """
+    try:
+        # Half a surrogate pair is legal in JSON, but no tokenizer takes it.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise APIError("the body contains half a surrogate pair, which is not a character.") from None
+    except RecursionError:
+        raise APIError("the body is nested too deeply.") from None
+    for name, (reason, neutral_values) in _UNSUPPORTED.items():
+        if name in fields and fields[name] not in neutral_values:
+            raise APIError(f"{name!r} cannot be used with a prefix: {reason}.", name)
+    salt = fields.get("cache_salt")
+    if salt is not None and not isinstance(salt, str):
+        raise APIError("'cache_salt' must be a string.", "cache_salt")
+
+
+def _text_format_for(
+    state: ServerState, prefix: ServedPrefix, fields: dict[str, Any], is_chat: bool
+) -> TextFormat | None:
+    """The text format of a request's prompts; None: they are used as they are."""
+    prompt = fields.get("prompt")
+    is_text = is_chat or isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], str))
+    if prefix.text_format is None or not is_text or (state.settings.raw_completions and not is_chat):
+        return None
+    return prefix.text_format.with_lengths(on_too_long=state.settings.on_too_long)

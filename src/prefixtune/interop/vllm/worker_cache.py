@@ -1,0 +1,102 @@
+"""The prefixes that a worker has loaded: each layer's keys and values, in a cache of bounded size."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefixtune.errors import CheckpointError, PrefixError
+from prefixtune.interop.vllm.reference import PrefixReference, version_of
+from prefixtune.interop.vllm.settings import Settings
+from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.folder import path_of
+from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["KeyValues", "WorkerCache"]
+
+
+_MAX_UNUSABLE = 4096
+
+KeyValues = list[tuple[Float[Tensor, "P _H D"], Float[Tensor, "P _H D"]]]
+"""Per layer, the keys and values of this rank's KV heads."""
+
+
+class WorkerCache:
+    """Reads prefixes, and keeps those used last.
+
+    Args:
+        settings: The folder, and how much memory the prefixes may take.
+        shapes: The model's layers.
+        heads: The KV heads of this worker's tensor-parallel rank.
+        device: Where the KV cache is.
+        dtype: Of the KV cache.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        shapes: tuple[LayerShape, ...],
+        heads: slice,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.settings, self.shapes, self.heads, self.device, self.dtype = settings, shapes, heads, device, dtype
+        self._loaded: OrderedDict[PrefixReference, tuple[KeyValues, int]] = OrderedDict()
+        self._num_bytes = 0
+        self._unusable: OrderedDict[PrefixReference, str] = OrderedDict()
+
+    def get(self, reference: PrefixReference) -> KeyValues:
+        """A prefix's keys and values.
+
+        Raises:
+            CheckpointError: Its file has been replaced, or cannot be used; the message says why.
+            OSError: It cannot be read.
+        """
+        entry = self._loaded.get(reference)
+        if entry is not None:
+            self._loaded.move_to_end(reference)
+            return entry[0]
+        if reference in self._unusable:
+            raise CheckpointError(self._unusable[reference])
+        key_values = self._read(reference)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for pair in key_values for tensor in pair)
+        self._loaded[reference] = key_values, num_bytes
+        self._num_bytes += num_bytes
+        while self._num_bytes > self.settings.cache_bytes and len(self._loaded) > 1:
+            self._num_bytes -= self._loaded.popitem(last=False)[1][1]
+        return key_values
+
+    def _read(self, reference: PrefixReference) -> KeyValues:
+        with tempfile.TemporaryDirectory(prefix="prefixtune-") as private:
+            # Reading maps the file into memory, and somebody may write to it meanwhile: so a copy is read.
+            source, copy = path_of(self.settings.folder, reference.name), Path(private) / "prefix.safetensors"
+            before = version_of(source)
+            shutil.copyfile(source, copy)
+            if not before == reference.version == version_of(source):
+                raise CheckpointError("its file was replaced while the request waited.", hint="send it again.")
+            try:
+                return self._convert(read_artifact(copy).detach())
+            except PrefixError as error:
+                # The next request does not read it again.
+                self._unusable[reference] = error.message.replace(str(copy), "its file")
+                if len(self._unusable) > _MAX_UNUSABLE:
+                    self._unusable.popitem(last=False)
+                raise
+
+    def _convert(self, prefix: Prefix) -> KeyValues:
+        if prefix.geometry != {"decoder": self.shapes}:
+            raise CheckpointError("its shapes are not the model's.", hint="get the file again.")
+        key_values = [(self._move(key), self._move(value)) for key, value in prefix.layers["decoder"]]
+        if not all(bool(torch.isfinite(tensor).all()) for pair in key_values for tensor in pair):
+            raise CheckpointError(f"it holds numbers that {self.dtype} cannot hold.", hint="serve in bfloat16.")
+        return key_values
+
+    def _move(self, tensor: Float[Tensor, "H P D"]) -> Float[Tensor, "P _H D"]:
+        return tensor[self.heads].transpose(0, 1).to(self.device, self.dtype).contiguous()
