@@ -410,7 +410,7 @@ def test_sliding_windows_are_refused(tiny_tokenizer: Any, tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     with (
-        pytest.raises(pytest.fail.Exception, match="sliding window, out of which the prefix would fall"),
+        pytest.raises(pytest.fail.Exception, match="a sliding window, and the prefix would drop out of it"),
         serving(None, str(tmp_path / "model"), {}, tmp_path, "--enforce-eager", max_length=256),
     ):
         pass
