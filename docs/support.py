@@ -66,7 +66,7 @@ caching change no number; generation uses the prefix; the model stays bit for bi
 |---|---|
 | works | every check passes |
 | works, but | every check passes; the note says what is missing or goes another way |
-| refused | a prefix would not reach its attention rightly: loading stops with the message in the note |
+| refused | a prefix would not reach its attention correctly: loading stops with the message in the note |
 | wrong, traceback | a check fails, or loading stops with an unexpected error: a fault of this project |
 | not built | no tiny model of it could be made; the self-check decides when one is loaded |
 | absent | the installed transformers has no such type |

@@ -106,7 +106,7 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
         if found.difference <= found.bound:
             what = f"a prefix changes its outputs by {found.effect:.1e}"
             what += "" if found.differentiable else ", and no gradient reaches it in some layer"
-        raise BackboneError(f"{name} does not carry prefixes rightly: {what}.", hint=hint)
+        raise BackboneError(f"{name} does not carry prefixes correctly: {what}.", hint=hint)
     _remember(note, facts)
 
 

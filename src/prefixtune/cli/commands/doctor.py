@@ -16,7 +16,7 @@ def register(command: AddCommand) -> None:
     parser = command(
         "doctor",
         run,
-        "check that a backbone carries prefixes rightly; exits 1 if anything fails",
+        "check that a backbone carries prefixes correctly; exits 1 if anything fails",
         "Run it once for every backbone and version of transformers that you rely on.",
     )
     parser.add_argument("backbone", nargs="?", default="smollm2-135m", help="name, hub id, folder or .gguf file")
