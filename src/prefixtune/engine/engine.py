@@ -37,8 +37,9 @@ from prefixtune.engine.kv_cache import KVCache, Span
 from prefixtune.engine.request import ContextLengthExceeded, EngineFull, FinishReason, Request, SequenceOutput, Token
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
-from prefixtune.engine.sequence import Detokenizer, TokenSequence
+from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, describe_value
+from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.prefix.prefix import check_fits
 from prefixtune.utils.options import as_config, check_names, fit_types
 
@@ -233,8 +234,8 @@ class Engine:
 
     def _text_of(self, request: Request) -> Detokenizer:
         # What a decoder writes after an encoder has read begins anew.
-        before = request.prompt[-_CONTEXT:] if self.sources is None else ()
-        return Detokenizer(self.backbone.decode, request.sampling.stop, verbatim=request.verbatim, before=before)
+        context = request.prompt[-_CONTEXT:] if self.sources is None else ()
+        return Detokenizer(self.backbone.decode, request.sampling.stop, verbatim=request.verbatim, context=context)
 
     def room(self, prompt_tokens: int, prefix_length: int) -> int:
         """Most tokens that can be written after a prompt; 0 or below: the prompt is too long itself."""
@@ -431,13 +432,13 @@ class Engine:
         if isinstance(token, str):
             return self._finish(sequence, "error", error=token)
         if token.id == self.backbone.eos_id:
-            return self._finish(sequence, "stop", (), text.end())
+            return self._finish(sequence, "stop", (), text.finish())
         sequence.ids.append(token.id)
         piece = text.add(token.id)
         if text.stopped:
             return self._finish(sequence, "stop", (token,), piece)
         if sequence.num_new >= rules.max_new_tokens:
-            return self._finish(sequence, "length", (token,), piece + text.end())
+            return self._finish(sequence, "length", (token,), piece + text.finish())
         return SequenceOutput(sequence.request.id, sequence.index, (token,), piece)
 
     def _finish(

@@ -1,84 +1,14 @@
-"""Sequence."""
+"""One text that is being generated."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from prefixtune.engine.request import FinishReason, Request
+from prefixtune.inference.detokenizer import Detokenizer
 
-__all__ = ["Detokenizer", "TokenSequence"]
-
-
-class Detokenizer:
-    """A text from its tokens, told in pieces that can no longer change.
-
-    Held back: what may be part of a character still, of a stop string, or of the white space around the text. A token
-    is decoded beside the few before it, not with all of them.
-
-    Args:
-        decode: Token ids -> text.
-        stop: Strings that end the text.
-        verbatim: Tell the white space around the text, too.
-        before: Verbatim only: token ids of what the text goes on from. By itself, a first word may lose its space.
-    """
-
-    def __init__(
-        self,
-        decode: Callable[[list[int]], str],
-        stop: Sequence[str] = (),
-        *,
-        verbatim: bool = False,
-        before: Sequence[int] = (),
-    ) -> None:
-        self.decode, self.stop, self.verbatim = decode, tuple(stop), verbatim
-        self.longest = max(map(len, self.stop), default=0)
-        self.whole = ""
-        self.given = 0
-        self.stopped = False
-        # Tokens whose text is in `whole`, kept as what the new ones are decoded beside; and the new ones.
-        self.known: list[int] = []
-        # What ends within a character is no place to go on from.
-        if verbatim and before and not decode(list(before)).endswith("\ufffd"):
-            self.known = list(before)
-        self.new: list[int] = []
-
-    def add(self, token: int) -> str:
-        """Take a token; returns the text that is now certain."""
-        self.new.append(token)
-        self._settle()
-        held = max((n for s in self.stop for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
-        return self._give(self.whole if self.stopped else self.whole[: len(self.whole) - held])
-
-    def end(self) -> str:
-        """What was held back and belongs to the text after all."""
-        if self.stopped:
-            return ""
-        self._settle(final=True)
-        return self._give(self.whole)
-
-    def _settle(self, final: bool = False) -> None:
-        """Bring the new tokens into the text, but for those that may be part of a character still."""
-        if not self.new:
-            return
-        before = self.decode(self.known)
-        fresh = self.decode([*self.known, *self.new])[len(before) :]
-        searched = max(0, len(self.whole) - self.longest)
-        whole = self.whole + fresh
-        places = [place for place in (whole.find(string, searched) for string in self.stop) if place >= 0]
-        if places:
-            self.stopped = True
-            self.whole = whole[: min(places)]
-        elif final or (fresh and not fresh.endswith("\ufffd")):
-            self.whole, self.known, self.new = whole, self.new, []
-
-    def _give(self, text: str) -> str:
-        # White space at the start is no part of the text; nothing was given before it.
-        text = text if self.verbatim else text.strip()
-        piece = text[self.given :]
-        self.given = max(self.given, len(text))
-        return piece
+__all__ = ["TokenSequence"]
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ from prefixtune.attention.registry import visible_slots
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["generate_batch", "sampling_seed"]
@@ -48,7 +49,7 @@ def generate_batch(
         output = backbone.model.generate(**arguments, generation_config=_transformers_config(backbone, config))
     new = output[:, start:].tolist()
     rows = [row[: row.index(backbone.eos_id)] if backbone.eos_id in row else row for row in new]
-    return [_stopped(backbone, row, config.stop) for row in rows]
+    return [ids_until_stop(backbone.decode, row, config.stop) for row in rows] if config.stop else rows
 
 
 @contextlib.contextmanager
@@ -160,18 +161,6 @@ def _inject(
     return Injection(backbone.layout.layer_of, made.layers, made.visible)
 
 
-def _stopped(backbone: Backbone, ids: list[int], stop: Sequence[str]) -> list[int]:
-    """The ids up to the end of the first stop string; what follows is padding."""
-    if stop and _holds(backbone, ids, stop):
-        return ids[: next(n for n in range(1, len(ids) + 1) if _holds(backbone, ids[:n], stop))]
-    return ids
-
-
-def _holds(backbone: Backbone, ids: list[int], stop: Sequence[str]) -> bool:
-    text = backbone.decode(ids)
-    return any(s in text for s in stop)
-
-
 def _own_rules(
     arguments: dict[str, Any],
     backbone: Backbone,
@@ -183,12 +172,9 @@ def _own_rules(
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     if config.stop:
-
-        def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            done = [_holds(backbone, row, config.stop) for row in input_ids[:, start:].tolist()]
-            return torch.tensor(done, device=input_ids.device)
-
-        arguments["stopping_criteria"] = StoppingCriteriaList([stop])
+        arguments["stopping_criteria"] = StoppingCriteriaList(
+            [StopStringCriterion(backbone.decode, config.stop, start)]
+        )
     if config.repetition_penalty != 1:
 
         def penalize(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -250,11 +236,6 @@ def newline_tokens(backbone: Backbone) -> list[int]:
         found = [number for number, text in enumerate(texts) if "\n" in text or "\r" in text]
         backbone.tokenizer_cache["newline_tokens"] = found
     return found
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    places = [place for place in (text.find(s) for s in stop) if place >= 0]
-    return text[: min(places)] if places else text
 
 
 class sampling_seed:

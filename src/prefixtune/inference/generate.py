@@ -27,7 +27,8 @@ from prefixtune.data.encoding import (
 )
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.decoding import cut_at_stop, generate_batch, sampling_seed
+from prefixtune.inference.decoding import generate_batch, sampling_seed
+from prefixtune.inference.detokenizer import text_until_stop
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.utils.options import as_config
@@ -160,7 +161,7 @@ def generate(
 
 def read_output(backbone: Backbone, ids: list[int], text_format: TextFormat, config: GenerateConfig) -> str:
     """The target within generated tokens."""
-    return text_format.extract_target(cut_at_stop(backbone.decode(ids), config.stop))
+    return text_format.extract_target(text_until_stop(backbone.decode, ids, config.stop))
 
 
 def generate_ids(

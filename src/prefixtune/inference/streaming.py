@@ -1,4 +1,4 @@
-"""Streaming."""
+"""Stream one output in pieces, as it is generated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.encoding import TextFormatLike, as_text_format
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.decoding import cut_at_stop
+from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.inference.generate import generate_ids, prepare_prompts, read_output
 from prefixtune.utils.options import as_config
 
@@ -84,54 +84,46 @@ def check_streams(config: GenerateConfig) -> None:
 
 
 class _Cancelled(Exception):
-    """The reader of a stream went away."""
+    """The stream's reader left."""
 
 
 class _Streamer:
-    """Takes tokens from transformers' loop and gives text that can no longer change.
-
-    Held back: a piece that may be part of a character still, of a stop string, or of the stripped space around.
-    """
+    """A streamer of transformers: takes tokens from its loop, and yields text that can no longer change."""
 
     def __init__(self, backbone: Backbone, stop: Sequence[str]) -> None:
-        self.backbone, self.stop = backbone, stop
-        self.ids: list[int] = []
-        self.given = 0
         self.cancelled = False
-        self.pieces: queue.Queue[str | BaseException | None] = queue.Queue()
-        self.prompt_seen = False
+        self._text = Detokenizer(backbone.decode, stop)
+        self._eos_id = backbone.eos_id
+        self._prompt_seen = self._ended = False
+        self._pieces: queue.Queue[str | BaseException | None] = queue.Queue()
 
     def put(self, value: torch.Tensor) -> None:
         if self.cancelled:
             raise _Cancelled
-        if not self.prompt_seen:
-            self.prompt_seen = True
+        if not self._prompt_seen:
+            self._prompt_seen = True
             return
-        self.ids.extend(value.reshape(-1).tolist())
-        text = self._text().rstrip()
-        if text.endswith("\ufffd"):
+        tokens = value.reshape(-1).tolist()
+        if self._ended:
             return
-        held = max((n for s in self.stop for n in range(len(s)) if n and text.endswith(s[:n])), default=0)
-        self._give(text[: len(text) - held].rstrip())
+        if self._eos_id in tokens:
+            self._ended = True
+            tokens = tokens[: tokens.index(self._eos_id)]
+        self._emit(self._text.add(*tokens))
 
     def end(self) -> None:
-        self._give(self._text().rstrip())
-        self.pieces.put(None)
+        self._emit(self._text.finish())
+        self._pieces.put(None)
 
     def fail(self, error: BaseException) -> None:
-        self.pieces.put(None if isinstance(error, _Cancelled) else error)
+        self._pieces.put(None if isinstance(error, _Cancelled) else error)
 
-    def _text(self) -> str:
-        ids = self.ids[: self.ids.index(self.backbone.eos_id)] if self.backbone.eos_id in self.ids else self.ids
-        return cut_at_stop(self.backbone.decode(ids), self.stop).lstrip()
-
-    def _give(self, text: str) -> None:
-        if len(text) > self.given:
-            self.pieces.put(text[self.given :])
-            self.given = len(text)
+    def _emit(self, piece: str) -> None:
+        if piece:
+            self._pieces.put(piece)
 
     def __iter__(self) -> Iterator[str]:
-        while (piece := self.pieces.get()) is not None:
+        while (piece := self._pieces.get()) is not None:
             if isinstance(piece, BaseException):
                 raise piece
             yield piece

@@ -13,7 +13,8 @@ import pytest
 from prefixtune.engine.engine import Engine, EngineConfig
 from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.scheduler import Scheduler
-from prefixtune.engine.sequence import Detokenizer, TokenSequence
+from prefixtune.engine.sequence import TokenSequence
+from prefixtune.inference.detokenizer import Detokenizer
 
 
 def make(tenant: str = "", prompt: int = 1, number: int = 0) -> TokenSequence:

@@ -23,9 +23,9 @@ from asgi_client import NEVER, Answer, call
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import Engine, EngineConfig
 from prefixtune.engine.request import SequenceOutput, Token
-from prefixtune.engine.sequence import Detokenizer
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
+from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
@@ -415,7 +415,7 @@ def test_white_space_around_a_text_is_told_but_for_targets(
             on_output(SequenceOutput(request.id, 0, (Token(token),), piece, "stop" if text.stopped else None))
             if text.stopped:
                 return
-        on_output(SequenceOutput(request.id, 0, (), text.end(), "stop"))
+        on_output(SequenceOutput(request.id, 0, (), text.finish(), "stop"))
 
     for made in (services, raw_services):
         monkeypatch.setattr(made.worker, "submit", submit)
@@ -895,7 +895,7 @@ def test_offsets_of_tokens_count_within_the_target(
         text = Detokenizer(backbone.decode, verbatim=request.verbatim)
         for token in ids:
             on_output(SequenceOutput(request.id, 0, (Token(token, -1.0),), text.add(token)))
-        on_output(SequenceOutput(request.id, 0, (), text.end(), "length"))
+        on_output(SequenceOutput(request.id, 0, (), text.finish(), "length"))
 
     monkeypatch.setattr(services.worker, "submit", write)
     begin = "".join(pieces).index(wanted)

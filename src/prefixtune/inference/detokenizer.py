@@ -1,0 +1,135 @@
+"""Token ids -> text, in pieces, up to the first stop string."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["Detokenizer", "StopStringCriterion", "ids_until_stop", "text_until_stop"]
+
+Decode = Callable[[list[int]], str]
+
+
+class Detokenizer:
+    """The text of generated tokens, returned in pieces that later tokens cannot change.
+
+    Held back: what may still be part of a character, of a stop string, or of the white space around the text. A token
+    is decoded together with the few before it, not with all of them.
+
+    Args:
+        decode: Token ids -> text.
+        stop: Strings that end the text, and are left out of it.
+        verbatim: Keep the white space around the text.
+        context: Verbatim only: the last token ids before the text. By itself, a first word may lose its space.
+
+    Attributes:
+        stopped: A stop string was found; further tokens are ignored.
+    """
+
+    def __init__(
+        self, decode: Decode, stop: Sequence[str] = (), *, verbatim: bool = False, context: Sequence[int] = ()
+    ) -> None:
+        self.stopped = False
+        self._decode, self._stop, self._verbatim = decode, tuple(stop), verbatim
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self._text = ""
+        self._num_returned = 0
+        # Tokens whose text is in `_text` (or before it); the pending ones are decoded together with them.
+        self._context: list[int] = []
+        # Nothing can be decoded after part of a character.
+        if verbatim and context and not decode(list(context)).endswith("\ufffd"):
+            self._context = list(context)
+        self._pending: list[int] = []
+
+    def add(self, *tokens: int) -> str:
+        """Add tokens; returns the text that is now certain."""
+        if self.stopped:
+            return ""
+        # A new list: copies of this object share the old one.
+        self._pending = [*self._pending, *tokens]
+        self._decode_pending()
+        if self.stopped:
+            return self._new_part(self._text)
+        held = max((n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])), default=0)
+        return self._new_part(self._text[: len(self._text) - held])
+
+    def finish(self) -> str:
+        """No more tokens come: returns what was held back and belongs to the text."""
+        if self.stopped:
+            return ""
+        self._decode_pending(final=True)
+        return self._new_part(self._text)
+
+    def copy(self) -> Detokenizer:
+        """An independent copy, to which other tokens may be added."""
+        return copy.copy(self)
+
+    def _decode_pending(self, final: bool = False) -> None:
+        """Move the pending tokens into the text, unless they may still be part of a character."""
+        if not self._pending:
+            return
+        context = self._decode(self._context)
+        added = self._decode([*self._context, *self._pending])[len(context) :]
+        text = self._text + added
+        first = max(0, len(self._text) - self._longest_stop)
+        stops = [index for index in (text.find(string, first) for string in self._stop) if index >= 0]
+        if stops:
+            self.stopped = True
+            self._text = text[: min(stops)]
+        elif final or (added and not added.endswith("\ufffd")):
+            self._text, self._context, self._pending = text, self._pending, []
+
+    def _new_part(self, text: str) -> str:
+        """What was not returned before."""
+        text = text if self._verbatim else text.strip()
+        part = text[self._num_returned :]
+        self._num_returned = max(self._num_returned, len(text))
+        return part
+
+
+def text_until_stop(decode: Decode, ids: Sequence[int], stop: Sequence[str]) -> str:
+    """The text of all tokens up to the first stop string."""
+    text = Detokenizer(decode, stop, verbatim=True)
+    return text.add(*ids) + text.finish()
+
+
+def ids_until_stop(decode: Decode, ids: Sequence[int], stop: Sequence[str]) -> list[int]:
+    """The tokens up to the one that completes a stop string; all of them if none does."""
+    text = Detokenizer(decode, stop)
+    for count, token in enumerate(ids, start=1):
+        text.add(token)
+        if text.stopped:
+            return list(ids[:count])
+    return list(ids)
+
+
+class StopStringCriterion:
+    """A stopping criterion of transformers: a row ends when its generated text holds a stop string.
+
+    Beam search reorders rows, and guessing adds several tokens at once; so the texts of the last call are kept by
+    their tokens, and a row that continues none of them is decoded as a whole.
+
+    Args:
+        decode: Token ids -> text.
+        stop: Strings that end a text.
+        start: Index of the first generated token in a row.
+    """
+
+    def __init__(self, decode: Decode, stop: Sequence[str], start: int) -> None:
+        self._decode, self._stop, self._start = decode, tuple(stop), start
+        self._texts: dict[tuple[int, ...], Detokenizer] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Which rows end, (B,)."""
+        rows = [tuple(row) for row in input_ids[:, self._start :].tolist()]
+        self._texts = {row: self._text_of(row) for row in set(rows)}
+        return torch.tensor([self._texts[row].stopped for row in rows], device=input_ids.device)
+
+    def _text_of(self, row: tuple[int, ...]) -> Detokenizer:
+        known = self._texts.get(row[:-1])
+        text = Detokenizer(self._decode, self._stop) if known is None else known.copy()
+        text.add(*row if known is None else row[-1:])
+        return text

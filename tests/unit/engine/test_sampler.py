@@ -1,0 +1,101 @@
+"""What a token is drawn from, and what a row without one says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixtune.engine.request import Request, SamplingParams, Token
+from prefixtune.engine.sampler import sample
+from prefixtune.engine.sequence import TokenSequence
+from prefixtune.errors import RequestError
+from prefixtune.inference.detokenizer import Detokenizer
+
+
+def sequence(**rules: object) -> TokenSequence:
+    return TokenSequence(Request((0,), None, SamplingParams(**{"seed": 5, **rules})), 0, Detokenizer(str))
+
+
+def drawn(logits: list[float], count: int = 4000, **rules: object) -> Counter[int]:
+    one = sequence(**rules)
+    row = torch.tensor([logits])
+    found: Counter[int] = Counter()
+    for _ in range(count):
+        (token,) = sample(row, [one], eos_id=0)
+        assert isinstance(token, Token)
+        found[token.id] += 1
+    return found
+
+
+LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({"temperature": 1.0}, {0: 0.4, 1: 0.05, 2: 0.3, 3: 0.2, 4: 0.05}),
+        ({"temperature": 0.5}, {0: 16 / 29.5, 1: 0.25 / 29.5, 2: 9 / 29.5, 3: 4 / 29.5, 4: 0.25 / 29.5}),
+        ({"temperature": 1.0, "top_k": 2}, {0: 4 / 7, 2: 3 / 7}),
+        # The first that reaches 0.75 stays: 0.4 + 0.3 do not, 0.4 + 0.3 + 0.2 do.
+        ({"temperature": 1.0, "top_p": 0.75}, {0: 4 / 9, 2: 3 / 9, 3: 2 / 9}),
+        ({"temperature": 1.0, "top_p": 0.3}, {0: 1.0}),
+        ({"temperature": 1.0, "banned": (0, 2)}, {1: 1 / 6, 3: 4 / 6, 4: 1 / 6}),
+        ({"temperature": 1.0, "min_new_tokens": 1}, {1: 1 / 12, 2: 6 / 12, 3: 4 / 12, 4: 1 / 12}),
+        ({"temperature": 1e-9}, {0: 1.0}),
+        ({"temperature": 0.0}, {0: 1.0}),
+    ],
+)
+def test_tokens_come_as_often_as_they_should(rules: dict[str, object], expected: dict[int, float]):
+    count = 4000
+    found = drawn(LOGITS, count, **rules)
+    assert found.keys() == expected.keys()
+    for token, share in expected.items():
+        # Five standard deviations.
+        assert abs(found[token] - count * share) <= 5 * math.sqrt(count * share * (1 - share)) + 1e-9
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 1.0), st.integers(0, 30))
+def test_what_is_drawn_is_among_the_likeliest(seed: int, top_p: float, top_k: int):
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(seed)) * 3
+    order = logits.argsort(descending=True)[: top_k or None].tolist()
+    weights = logits[order].double().softmax(-1).tolist()
+    allowed, total = set(), 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if total >= top_p:
+            break
+        allowed.add(token)
+        total += weight
+    assert set(drawn(logits.tolist(), 20, temperature=1.0, top_p=top_p, top_k=top_k, seed=seed)) <= allowed
+
+
+def test_numbers_that_are_not_finite_are_that_rows_trouble():
+    logits = torch.tensor([[1.0, 2.0], [1.0, float("nan")], [float("inf"), 0.0], [float("-inf"), 3.0], [3.0, 1.0]])
+    asked = [sequence() for _ in logits]
+    found = sample(logits, asked, eos_id=0)
+    assert [token.id if isinstance(token, Token) else None for token in found] == [1, None, None, 1, 0]
+    assert "finite" in str(found[1])
+
+
+def test_texts_without_a_seed_differ():
+    row = torch.zeros(1, 1000)
+    found = {sample(row, [sequence(seed=None, temperature=1.0)], eos_id=0)[0] for _ in range(5)}
+    assert len(found) > 1
+
+
+def test_drawing_leaves_the_random_state_of_others_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    drawn(LOGITS, 3, temperature=1.0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_all_faults_of_a_request_at_once():
+    with pytest.raises(RequestError, match=r"max_new_tokens.*top_k.*banned.*logprobs") as error:
+        SamplingParams(max_new_tokens=0, top_k=-1, logprobs=21, banned=(-1,))
+    assert error.value.hint

@@ -1,0 +1,163 @@
+"""Pieces of a text, whatever the tokenizer; and where a stop string ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixtune.inference.detokenizer import Detokenizer, StopStringCriterion, ids_until_stop, text_until_stop
+
+Decode = Callable[[list[int]], str]
+
+
+def by_bytes(ids: list[int]) -> str:
+    """One token a byte, as byte-level tokenizers fall back to."""
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+WORDS = ["\u2581a", "\u2581the", "b", "\u2581", "\u2581\u2581x", "\n", "é", "\u2581end.", "<skipped>"]
+
+
+def by_words(ids: list[int]) -> str:
+    """Words that bring their space along, which is left out at the start; some tokens are not shown at all."""
+    text = "".join(WORDS[number] for number in ids if WORDS[number] != "<skipped>").replace("\u2581", " ")
+    return text.removeprefix(" ")
+
+
+def pieces(decode: Decode, ids: list[int], stop: tuple[str, ...] = (), **options: Any) -> list[str]:
+    text = Detokenizer(decode, stop, **options)
+    found = []
+    for token in ids:
+        found.append(text.add(token))
+        if text.stopped:
+            return found
+    return [*found, text.finish()]
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    places = [place for place in map(text.find, stop) if place >= 0]
+    return text[: min(places)] if places else text
+
+
+@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_pieces_joined_are_the_whole_text(decode: Decode, size: int, data: st.DataObject):
+    ids = data.draw(st.lists(st.integers(0, size - 1), max_size=20))
+    stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é"]), max_size=2)))
+    assert "".join(pieces(decode, ids, stop)) == cut(decode(ids), stop).strip()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.text(max_size=12))
+def test_a_character_is_never_returned_in_parts(text: str):
+    found = pieces(by_bytes, list(text.encode()))
+    assert "".join(found) == text.strip()
+    assert all("\ufffd" not in piece for piece in found) or "\ufffd" in text
+
+
+def test_what_may_still_be_a_stop_string_is_held_back():
+    assert pieces(by_bytes, list(b"one </s> two"), ("</s>",)) == ["o", "n", "e", "", "", "", "", ""]
+    assert pieces(by_bytes, list(b"a </b>"), ("</s>",)) == ["a", "", "", "", " </b", ">", ""]
+    assert pieces(by_bytes, list(b"a <"), ("</s>",)) == ["a", "", "", " <"]
+
+
+def test_a_text_is_decoded_a_few_tokens_at_a_time():
+    longest = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return by_bytes(ids)
+
+    pieces(decode, list(b"some long text" * 20))
+    assert longest <= 2
+
+
+# --- verbatim --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_verbatim_pieces_joined_are_the_whole_text(decode: Decode, size: int, data: st.DataObject) -> None:
+    tokens = st.integers(0, size - 1) | st.sampled_from(b" \n" if decode is by_bytes else [3, 5])
+    ids = data.draw(st.lists(tokens, max_size=20))
+    stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é", "\n"]), max_size=2)))
+    assert "".join(pieces(decode, ids, stop, verbatim=True)) == cut(decode(ids), stop)
+
+
+def test_outer_white_space_is_kept_where_it_is_wanted() -> None:
+    assert "".join(pieces(by_bytes, list(b" \n one two \n"), verbatim=True)) == " \n one two \n"
+    assert "".join(pieces(by_bytes, list(b" \n "), verbatim=True)) == " \n "
+    assert "".join(pieces(by_bytes, list(b" one \nEnd"), stop=("End",), verbatim=True)) == " one \n"
+    # Returned as soon as it is certain, and once.
+    assert pieces(by_bytes, list(b"  a b "), verbatim=True) == [" ", " ", "a", " ", "b", " ", ""]
+
+
+def test_a_text_goes_on_from_the_prompt() -> None:
+    # By itself, the first word would lose the space that divides it from the prompt.
+    assert "".join(pieces(by_words, [1, 0], verbatim=True)) == "the a"
+    assert "".join(pieces(by_words, [1, 0], verbatim=True, context=(2,))) == " the a"
+    # A prompt that ends within a character is no place to go on from.
+    assert "".join(pieces(by_bytes, [0xA9, *b" x"], verbatim=True, context=(0xC3,))) == "\ufffd x"
+
+
+# --- stop strings ----------------------------------------------------------------------------------------------------
+
+STOPS = st.lists(st.sampled_from([" the", "b ", "x", "ab", "é", "\n"]), min_size=1, max_size=2).map(tuple)
+
+
+def holds(decode: Decode, ids: list[int], stop: tuple[str, ...]) -> bool:
+    return any(string in decode(ids) for string in stop)
+
+
+@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_tokens_and_text_end_where_every_prefix_decoded_anew_says(
+    decode: Decode, size: int, data: st.DataObject
+) -> None:
+    tokens = st.integers(0, size - 1) | st.sampled_from(b"abx the" if decode is by_bytes else [0, 1, 2])
+    ids, stop = data.draw(st.lists(tokens, max_size=20)), data.draw(STOPS)
+    counts = [count for count in range(1, len(ids) + 1) if holds(decode, ids[:count], stop)]
+    assert ids_until_stop(decode, ids, stop) == (ids[: counts[0]] if counts else ids)
+    assert text_until_stop(decode, ids, stop) == cut(decode(ids), stop)
+
+
+@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_rows_that_beam_search_reorders_end_where_they_hold_a_stop_string(
+    decode: Decode, size: int, data: st.DataObject
+) -> None:
+    """Rows continue any row of the step before, by one token or by several."""
+    tokens = st.integers(0, size - 1) | st.sampled_from(b"abx the" if decode is by_bytes else [0, 1, 2])
+    stop, prompt = data.draw(STOPS), [7, 8]
+    criterion = StopStringCriterion(decode, stop, len(prompt))
+    rows: list[list[int]] = [[]]
+    for _ in range(data.draw(st.integers(1, 8))):
+        count = data.draw(st.sampled_from([1, 1, 1, 2]))
+        parents = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=4))
+        rows = [[*row, *data.draw(st.lists(tokens, min_size=count, max_size=count))] for row in parents]
+        ended = criterion(torch.tensor([[*prompt, *row] for row in rows]), None)
+        assert ended.tolist() == [holds(decode, row, stop) for row in rows]
+
+
+def test_a_row_is_decoded_a_few_tokens_at_a_time() -> None:
+    longest = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return by_bytes(ids)
+
+    criterion, ids = StopStringCriterion(decode, ("###",), 0), list(b"some long text" * 20)
+    for count in range(1, len(ids) + 1):
+        assert criterion(torch.tensor([ids[:count]] * 2), None).tolist() == [False, False]
+    assert longest <= 2
