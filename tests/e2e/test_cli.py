@@ -124,7 +124,7 @@ def test_a_run_is_evaluated_as_it_was_trained(folder: Path, model: str, data: st
         _, err = run("evaluate", *shared, *target, "--data", data, "--output", str(place), "--metrics", "bleu")
         rows.append([json.loads(line) for line in (place / "outputs.jsonl").read_text().splitlines()])
         cut.append(json.loads((place / "evaluation.json").read_text())["num_cut"])
-        assert f"{cut[-1]} of 12 sources were cut to fit" in err
+        assert f"{cut[-1]} of 12 sources were truncated to fit" in err
     assert rows[0][0]["source"] == "Aromi is soup"
     assert rows[0][0]["references"] == ["Aromi has soup END"]
     assert rows[1][0]["references"] == ["Aromi has soup.", "Eat soup at Aromi."]
@@ -137,7 +137,7 @@ def test_a_run_is_evaluated_as_it_was_trained(folder: Path, model: str, data: st
     ]
     assert [each["cut"] for each in written] == [False, True]
     _, err = run("generate", *shared, "Aromi", "Aromi is soup")
-    assert "1 of 2 sources were cut to fit" in err
+    assert "1 of 2 sources were truncated to fit" in err
     assert "cut to fit" not in run("generate", *shared, "--max-length", "99", "Aromi is soup")[1]
     _, err = run("generate", *shared, "--on-too-long", "ignore", "Aromi", code=2)
     assert "must be cut or error" in err

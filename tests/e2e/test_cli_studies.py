@@ -167,7 +167,7 @@ def test_few_shots_of_the_training_file(
     )
     # What is decoded otherwise must not join what the folder keeps; nor are there seven examples to show.
     assert main([*flags, "--output", str(tmp_path), "--min-new-tokens", "1"]) == 2
-    assert "decoded otherwise" in capsys.readouterr().err
+    assert "outputs of another evaluation" in capsys.readouterr().err
     assert main([*flags, "--shots", "7"]) == 2
     assert "has 6 examples with a target" in capsys.readouterr().err
 

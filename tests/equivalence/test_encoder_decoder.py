@@ -866,9 +866,9 @@ def test_what_is_longer_than_the_position_table(tiny_backbone: Any, tmp_path: Pa
     assert backbone.max_positions == limit
     long, fits = Example("s" * 170, ("t",)), Example("s" * limit, ("t" * (limit - 1),))
     # A prefix takes none of the positions, and source and target have all of them each.
-    assert encode_examples(backbone, [fits], plain, prefix_length=50, on_too_long="error").num_cut == 0
+    assert encode_examples(backbone, [fits], plain, prefix_length=50, on_too_long="error").num_truncated == 0
     encoding = encode_examples(backbone, [fits, long], plain, prefix_length=50)
-    assert encoding.num_cut == 1
+    assert encoding.num_truncated == 1
     assert [len(example.prompt) for example in encoding.examples] == [limit, limit]
     with refused(DataError, "example 1 .* takes 170 tokens"):
         encode_examples(backbone, [long], plain, prefix_length=0, on_too_long="error")

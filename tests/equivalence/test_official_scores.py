@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefixtune.evaluation.metrics import captions, measure
-from prefixtune.evaluation.metrics.captions import meteor_score
+from prefixtune.evaluation.metrics import measure
+from prefixtune.evaluation.metrics import meteor as captions
 from prefixtune.evaluation.metrics.java import _METEOR, _jar
+from prefixtune.evaluation.metrics.meteor import meteor_score
 from prefixtune.evaluation.metrics.ter import edits
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")

@@ -31,11 +31,11 @@ from prefixtune.backbone.load import check_size
 from prefixtune.backbone.lora import adapter_config
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
-from prefixtune.data import TASKS, read_entries, read_task
+from prefixtune.data import TASKS, read_all_entries, read_task
 from prefixtune.data.labels import labels_of
 from prefixtune.data.tasks.records import check_template, render
 from prefixtune.errors import PrefixError
-from prefixtune.evaluation.records import read_decoded as _read_decoded
+from prefixtune.evaluation.decode import read_decoded
 from prefixtune.interop.hub import read_evaluation
 from prefixtune.prefix.artifact import HEADER_KEY, read_artifact, read_outline, save_prefix
 from prefixtune.prefix.prefix import Prefix
@@ -305,7 +305,7 @@ def test_data_files(folder: Path, chosen: tuple[tuple[str, str], bytes], source:
             example.source.encode("utf-8")
             assert len(example.source) < 100 * (len(data) + 1000)
     with refused():
-        read_entries(task, path)
+        read_all_entries(task, path)
 
 
 @fuzzed(template=st.text(max_size=300) | st.text("{}ab \n", max_size=300), record=st.dictionaries(st.text(), JSON))
@@ -412,7 +412,7 @@ def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
             _events_until(folder / name, 3)
     if name.endswith(".jsonl"):
         with refused():
-            list(_read_decoded(folder / name, "digest"))
+            list(read_decoded(folder / name, "digest"))
     with refused():
         read_evaluation(folder / top)
     write(folder / name, FOLDERS[name])

@@ -80,13 +80,13 @@ def test_quantized_weights_are_smaller(folder: Path) -> None:
 def test_what_other_weights_decoded_is_no_part_of_an_evaluation(tiny_backbone: Make, tmp_path: Path, kind: str) -> None:
     kept, config = tmp_path / "decoded.jsonl", GenerateConfig(max_new_tokens=6, batch_size=2)
     model = tiny_backbone("llama")
-    whole = evaluate(model, EXAMPLES[:2], config=config, kept=kept)
+    whole = evaluate(model, EXAMPLES[:2], config=config, resume_file=kept)
     with silence():
         quantize(model.model, kind)
-    with pytest.raises(ConfigError, match="decoded otherwise"):
-        evaluate(model, EXAMPLES[:2], config=config, kept=kept)
+    with pytest.raises(ConfigError, match="outputs of another evaluation"):
+        evaluate(model, EXAMPLES[:2], config=config, resume_file=kept)
     kept.unlink()
-    assert len(evaluate(model, EXAMPLES[:2], config=config, kept=kept).outputs) == len(whole.outputs)
+    assert len(evaluate(model, EXAMPLES[:2], config=config, resume_file=kept).outputs) == len(whole.outputs)
 
 
 # --- spread ----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
-"""Examples -> batches: tokens, the structure of who sees whom, and which positions carry a loss.
+"""Tokenized examples -> batches: the token ids, which token attends to which, and where each label is predicted.
 
-A step's examples stand in one row. A source stands there once, followed by its targets; each target sees the source and
-itself, and its positions go on where the source ends. For a causal model this equals one padded row per pair, since a
-source never sees its target; it only computes less. In an encoder-decoder the sources stand in the encoder's row, the
-targets in the decoder's, and a source's targets share what the encoder made of it.
+All examples of a step share one packed row. A source appears once, followed by its targets; each target attends to the
+source and to itself, and its positions continue from the end of the source. For a causal model this equals one padded
+row per pair of source and target, because a source never attends to its target; packing only computes less. For an
+encoder-decoder the sources are in the encoder's row and the targets in the decoder's, and all targets of a source share
+its encoder states.
 
 Models that cannot be packed (state-space layers mix all positions of a row) get padded rows.
-
-Knows the tokenizer through the backbone, and of a prefix its text format; knows nothing of losses or optimizers.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from prefixtune.backbone.batch import Batch
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["collate", "epoch_batches", "join", "pack", "pack_pairs", "pad"]
+__all__ = ["collate", "epoch_batches", "join", "pack", "pad"]
 
 
 def collate(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
-    """Lay examples into the batch that suits the model: packed where it can be, padded otherwise.
+    """Make the batch that suits the model: packed if the model can be packed, padded otherwise.
 
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.
@@ -39,148 +38,39 @@ def collate(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
     if examples[0].label_positions is not None:
         return _collate_labelled(backbone, examples)
     start = backbone.decoder_start_id if backbone.kind == "encoder-decoder" else None
-    if not backbone.layout.packable:
-        return pad(examples, pad_id=backbone.pad_id, decoder_start_id=start)
-    return pack(examples) if start is None else pack_pairs(examples, decoder_start_id=start)
+    if backbone.layout.packable:
+        return pack(examples, decoder_start_id=start)
+    return pad(examples, pad_id=backbone.pad_id, decoder_start_id=start)
 
 
 def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
     """Sources with labels at some of their positions, for a head."""
+    prompts = [example.prompt for example in examples]
+    packing = mask = None
     if backbone.layout.packable and backbone.kind == "decoder":
-        starts = [0, *itertools.accumulate(len(example.prompt) for example in examples)]
-        groups = [Group(start, len(e.prompt), ()) for start, e in zip(starts, examples, strict=False)]
-        ids = torch.tensor([[token for example in examples for token in example.prompt]])
-        mask, packing = None, Packing(tuple(groups))
+        starts = list(itertools.accumulate(map(len, prompts[:-1]), initial=0))
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+        packing = Packing(tuple(Group(start, len(prompt), ()) for start, prompt in zip(starts, prompts, strict=True)))
     else:
-        ids, mask = _pad_rows([example.prompt for example in examples], backbone.pad_id)
-        starts, packing = [number * ids.shape[1] for number in range(len(examples))], None
-    pairs = list(zip(starts, examples, strict=False))
-    return Batch(
-        ids,
-        torch.tensor([start + place for start, example in pairs for place in example.label_positions or ()]),
-        torch.tensor([label for example in examples for label in example.targets[0]]),
-        torch.tensor([number for number, example in enumerate(examples) for _ in example.targets[0]]),
-        packing,
-        attention_mask=mask,
-        labelled=True,
-    )
+        ids, mask = _pad_rows(prompts, backbone.pad_id)
+        starts = [row * ids.shape[1] for row in range(len(prompts))]
+    label_positions = [
+        start + position
+        for start, example in zip(starts, examples, strict=True)
+        for position in example.label_positions or ()
+    ]
+    return Batch(ids, torch.tensor(label_positions), *_labels(examples), packing, attention_mask=mask, labelled=True)
 
 
-def _check_prompts(examples: Sequence[TokenizedExample]) -> None:
-    if not all(example.prompt for example in examples):
-        raise DataError(
-            "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
-        )
+def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None = None) -> Batch:
+    """Pack examples into one row; for an encoder-decoder, into one row of sources and one of targets.
 
-
-def pack(examples: Sequence[TokenizedExample]) -> Batch:
-    """Lay examples into one row.
-
-    The first token of a target is predicted from the last token of its source; so that token opens every target
-    instead of closing the source.
-
-    Raises:
-        DataError: A prompt is empty: nothing would predict the first token.
-    """
-    ids: list[int] = []
-    groups: list[Group] = []
-    positions: list[int] = []
-    labels: list[int] = []
-    sentences: list[int] = []
-    sentence = 0
-    _check_prompts(examples)
-    for example in examples:
-        start = len(ids)
-        ids.extend(example.prompt[:-1])
-        for target in example.targets:
-            positions.extend(range(len(ids), len(ids) + len(target)))
-            ids.append(example.prompt[-1])
-            ids.extend(target[:-1])
-            labels.extend(target)
-            sentences.extend([sentence] * len(target))
-            sentence += 1
-        groups.append(Group(start, len(example.prompt) - 1, tuple(map(len, example.targets))))
-    return Batch(
-        torch.tensor([ids]),
-        torch.tensor(positions),
-        torch.tensor(labels),
-        torch.tensor(sentences),
-        Packing(tuple(groups)),
-    )
-
-
-def pack_pairs(examples: Sequence[TokenizedExample], *, decoder_start_id: int) -> Batch:
-    """Lay examples into two rows: the sources for the encoder, the targets for the decoder.
-
-    Every position of the decoder's row predicts a label.
+    Each target begins with an opening token, from which its first token is predicted: the last token of its source for
+    a decoder-only model (so that token opens every target instead of ending the source), `decoder_start_id` for an
+    encoder-decoder.
 
     Args:
         examples: Sources and their targets.
-        decoder_start_id: What the decoder reads before a target's first token.
-
-    Raises:
-        DataError: A source has no token.
-    """
-    _check_prompts(examples)
-    ids = [token for example in examples for token in example.prompt]
-    targets = [target for example in examples for target in example.targets]
-    groups: list[Group] = []
-    for example in examples:
-        start = groups[-1].stop if groups else 0
-        groups.append(Group(start, 0, tuple(map(len, example.targets))))
-    labels = [token for target in targets for token in target]
-    return Batch(
-        torch.tensor([ids]),
-        torch.arange(len(labels)),
-        torch.tensor(labels),
-        torch.tensor([number for number, target in enumerate(targets) for _ in target]),
-        Packing(tuple(groups), tuple(len(example.prompt) for example in examples)),
-        decoder_input_ids=torch.tensor([[token for target in targets for token in (decoder_start_id, *target[:-1])]]),
-    )
-
-
-def join(batches: Sequence[Batch]) -> Batch:
-    """Lay packed rows side by side as one, in which each of them has a prefix of its own.
-
-    Args:
-        batches: Packed, of one kind. The groups of the first have the first prefix in front, and so on.
-
-    Raises:
-        ConfigError: One of them is padded, or for a head.
-    """
-    if any(batch.packing is None or batch.labelled for batch in batches):
-        raise ConfigError("only packed rows that predict tokens stand side by side.", hint="run them one by one.")
-    groups: list[Group] = []
-    sources: list[int] = []
-    owners: list[int] = []
-    positions: list[Tensor] = []
-    sentences: list[Tensor] = []
-    width = count = 0
-    for number, batch in enumerate(batches):
-        packing = batch.packing or Packing(())
-        groups.extend(dataclasses.replace(group, start=group.start + width) for group in packing.groups)
-        sources.extend(packing.sources or ())
-        owners.extend([number] * len(packing.groups))
-        positions.append(batch.label_positions + width)
-        sentences.append(batch.target_index + count)
-        width, count = width + batch.width, count + batch.num_targets
-    rows = [batch.decoder_input_ids for batch in batches if batch.decoder_input_ids is not None]
-    return Batch(
-        torch.cat([batch.input_ids for batch in batches], dim=1),
-        torch.cat(positions),
-        torch.cat([batch.labels for batch in batches]),
-        torch.cat(sentences),
-        Packing(tuple(groups), tuple(sources) if rows else None, tuple(owners)),
-        decoder_input_ids=torch.cat(rows, dim=1) if rows else None,
-    )
-
-
-def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: int | None = None) -> Batch:
-    """One row per target, padded on the right; for an encoder-decoder, one source row per example besides.
-
-    Args:
-        examples: Sources and their targets.
-        pad_id: What padding is filled with.
         decoder_start_id: Encoder-decoder: what the decoder reads before a target's first token; None: a decoder-only
             model.
 
@@ -188,45 +78,100 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         DataError: A prompt is empty: nothing would predict the first token.
     """
     _check_prompts(examples)
-    pairs = [(example.prompt, target) for example in examples for target in example.targets]
+    ids: list[int] = []
+    groups: list[Group] = []
+    label_positions: list[int] = []
+    for example in examples:
+        if decoder_start_id is None:
+            shared, opening = example.prompt[:-1], example.prompt[-1]
+        else:
+            shared, opening = (), decoder_start_id
+        groups.append(Group(len(ids), len(shared), tuple(map(len, example.targets))))
+        ids.extend(shared)
+        for target in example.targets:
+            label_positions.extend(range(len(ids), len(ids) + len(target)))
+            ids.extend((opening, *target[:-1]))
+    labels = (torch.tensor(label_positions), *_labels(examples))
     if decoder_start_id is None:
-        rows = [(*prompt, *target[:-1]) for prompt, target in pairs]
-        firsts = [len(prompt) - 1 for prompt, _ in pairs]
-    else:
-        rows = [(decoder_start_id, *target[:-1]) for _, target in pairs]
-        firsts = [0] * len(pairs)
-    ids, mask = _pad_rows(rows, pad_id)
-    width = ids.shape[1]
-    places = [
-        number * width + first + n
-        for number, ((_, target), first) in enumerate(zip(pairs, firsts, strict=True))
-        for n in range(len(target))
+        return Batch(torch.tensor([ids]), *labels, Packing(tuple(groups)))
+    sources = torch.tensor([[token for example in examples for token in example.prompt]])
+    packing = Packing(tuple(groups), tuple(len(example.prompt) for example in examples))
+    return Batch(sources, *labels, packing, decoder_input_ids=torch.tensor([ids]))
+
+
+def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: int | None = None) -> Batch:
+    """One row per target, padded on the right; for an encoder-decoder, also one row per source.
+
+    Args:
+        examples: Sources and their targets.
+        pad_id: The padding token.
+        decoder_start_id: As in `pack`.
+
+    Raises:
+        DataError: A prompt is empty: nothing would predict the first token.
+    """
+    _check_prompts(examples)
+    # What the decoder reads before a target's first label is predicted from its last token.
+    pairs = [
+        (example.prompt if decoder_start_id is None else (decoder_start_id,), target)
+        for example in examples
+        for target in example.targets
     ]
-    marks = (
-        torch.tensor(places),
-        torch.tensor([token for _, target in pairs for token in target]),
-        torch.tensor([number for number, (_, target) in enumerate(pairs) for _ in target]),
-    )
+    ids, mask = _pad_rows([(*context, *target[:-1]) for context, target in pairs], pad_id)
+    width = ids.shape[1]
+    label_positions = [
+        row * width + len(context) - 1 + offset
+        for row, (context, target) in enumerate(pairs)
+        for offset in range(len(target))
+    ]
+    labels = (torch.tensor(label_positions), *_labels(examples))
     if decoder_start_id is None:
-        return Batch(ids, *marks, attention_mask=mask)
+        return Batch(ids, *labels, attention_mask=mask)
     sources, source_mask = _pad_rows([example.prompt for example in examples], pad_id)
-    owners = torch.tensor([number for number, example in enumerate(examples) for _ in example.targets])
     return Batch(
         sources,
-        *marks,
+        *labels,
         attention_mask=source_mask,
         decoder_input_ids=ids,
         decoder_attention_mask=mask,
-        source_rows=owners,
+        source_rows=torch.tensor([row for row, example in enumerate(examples) for _ in example.targets]),
     )
 
 
-def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:
-    """Token ids padded on the right, and where they are real."""
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids, mask
+def join(batches: Sequence[Batch]) -> Batch:
+    """Concatenate packed rows into one row, in which each of them keeps a prefix of its own.
+
+    Args:
+        batches: Packed, of one kind. The groups of the first batch attend to the first prefix, and so on.
+
+    Raises:
+        ConfigError: One of them is padded, or for a head.
+    """
+    if any(batch.packing is None or batch.labelled for batch in batches):
+        raise ConfigError("only packed rows that predict tokens can be joined.", hint="run the batches one by one.")
+    groups: list[Group] = []
+    sources: list[int] = []
+    prefix_index: list[int] = []
+    label_positions: list[Tensor] = []
+    target_index: list[Tensor] = []
+    width = num_targets = 0
+    for index, batch in enumerate(batches):
+        packing = batch.packing or Packing(())
+        groups.extend(dataclasses.replace(group, start=group.start + width) for group in packing.groups)
+        sources.extend(packing.sources or ())
+        prefix_index.extend([index] * len(packing.groups))
+        label_positions.append(batch.label_positions + width)
+        target_index.append(batch.target_index + num_targets)
+        width, num_targets = width + batch.width, num_targets + batch.num_targets
+    decoder_rows = [batch.decoder_input_ids for batch in batches if batch.decoder_input_ids is not None]
+    return Batch(
+        torch.cat([batch.input_ids for batch in batches], dim=1),
+        torch.cat(label_positions),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat(target_index),
+        Packing(tuple(groups), tuple(sources) if decoder_rows else None, tuple(prefix_index)),
+        decoder_input_ids=torch.cat(decoder_rows, dim=1) if decoder_rows else None,
+    )
 
 
 def epoch_batches(
@@ -235,32 +180,21 @@ def epoch_batches(
     """One pass over all targets, as lists of examples to `pack`.
 
     Every target comes once. A source's targets are divided into groups of at most `targets_per_source`, the groups are
-    shuffled, and a batch takes groups until it holds `batch_size` targets. The order depends on seed and epoch alone.
+    shuffled, and a batch takes groups until it has `batch_size` targets. The order depends on seed and epoch alone.
 
     Args:
-        examples: All of them.
+        examples: All examples.
         batch_size: Targets per batch.
         targets_per_source: Most targets of one source in a group.
-        seed: None: nothing is shuffled, and target_groups are full.
+        seed: None: nothing is shuffled.
         epoch: Which pass.
     """
-    order = None if seed is None else random.Random(f"{seed}/{epoch}")
-    size = min(batch_size, targets_per_source)
-    target_groups: list[TokenizedExample] = []
-    for example in examples:
-        targets = list(example.targets)
-        if order is not None:
-            order.shuffle(targets)
-        target_groups.extend(
-            dataclasses.replace(example, targets=tuple(targets[i : i + size])) for i in range(0, len(targets), size)
-        )
-    if order is not None:
-        order.shuffle(target_groups)
+    rng = None if seed is None else random.Random(f"{seed}/{epoch}")
     batch: list[TokenizedExample] = []
     room = batch_size
-    for group in target_groups:
+    for group in _target_groups(examples, min(batch_size, targets_per_source), rng):
         if len(group.targets) > room:
-            # Fill the batch up with a part of the group; the rest opens the next one.
+            # Fill the batch with a part of the group; the rest begins the next batch.
             if room:
                 batch.append(dataclasses.replace(group, targets=group.targets[:room]))
             yield batch
@@ -269,3 +203,45 @@ def epoch_batches(
         room -= len(group.targets)
     if batch:
         yield batch
+
+
+def _target_groups(
+    examples: Sequence[TokenizedExample], size: int, rng: random.Random | None
+) -> list[TokenizedExample]:
+    """Each source with at most `size` of its targets; targets and groups are shuffled if there is an `rng`."""
+    groups: list[TokenizedExample] = []
+    for example in examples:
+        targets = list(example.targets)
+        if rng is not None:
+            rng.shuffle(targets)
+        groups.extend(
+            dataclasses.replace(example, targets=tuple(targets[start : start + size]))
+            for start in range(0, len(targets), size)
+        )
+    if rng is not None:
+        rng.shuffle(groups)
+    return groups
+
+
+def _labels(examples: Sequence[TokenizedExample]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """All labels in order, and which target each belongs to."""
+    targets = [target for example in examples for target in example.targets]
+    return (
+        torch.tensor([label for target in targets for label in target]),
+        torch.tensor([index for index, target in enumerate(targets) for _ in target]),
+    )
+
+
+def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:
+    """Token ids padded on the right, and their mask: 1 where a token is real."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids, mask
+
+
+def _check_prompts(examples: Sequence[TokenizedExample]) -> None:
+    if not all(example.prompt for example in examples):
+        raise DataError(
+            "an empty prompt cannot predict a target's first token.", hint="use a prompt format with a separator."
+        )

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from prefixtune.errors import DataError, describe_value
 
-__all__ = ["Example", "ExampleLike", "limit_targets", "references_of"]
+__all__ = ["Example", "ExampleLike", "SplitName", "TaskKind", "limit_targets", "references_of"]
+
+TaskKind = Literal["generation", "classification", "tagging"]
+"""What a target is: a text, one label, or one tag per token with a space between. It decides how outputs are scored."""
+SplitName = Literal["train", "dev", "test"]
+"""A part of a data set."""
 
 
 @dataclass(frozen=True)

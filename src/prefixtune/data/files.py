@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.hub import is_set, set_rows
+from prefixtune.data.hub import dataset_rows, is_dataset
 from prefixtune.data.parquet import parquet_rows
 from prefixtune.errors import DataError, did_you_mean
 
@@ -123,8 +123,8 @@ def read_rows(path: Path, formats: Sequence[str] = FORMATS) -> list[Row]:
         DataError: The file cannot be read (see `read_text`), has another ending, or one of its rows is malformed.
     """
     path = Path(path)
-    if is_set(path):
-        return [Row(where, values) for where, values in set_rows(path)]
+    if is_dataset(path):
+        return [Row(where, values) for where, values in dataset_rows(path)]
     check_file(path)
     form = file_format(path, formats)
     if form == ".parquet":

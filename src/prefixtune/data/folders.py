@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prefixtune.data.hub import is_set, set_splits, split_of_set
+from prefixtune.data.hub import dataset_splits, is_dataset, split_path
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.prefix.hub import HUB
 
@@ -42,7 +42,7 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Mappi
         raise ConfigError(
             f"split is {split!r}, but must be one of {', '.join(SPLITS)}.", hint=did_you_mean(split, SPLITS)
         )
-    if is_set(path):
+    if is_dataset(path):
         return _in_set(path, split)
     if not os.path.isdir(path):
         return path
@@ -60,19 +60,19 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Mappi
 
 
 def _in_set(path: Path, split: str | None) -> Path:
-    names = set_splits(path)
+    names = dataset_splits(path)
     if not names:
         return path
     if split is None:
         if len(names) == 1:
-            return split_of_set(path, names[0])
-        example = "" if str(path).startswith(HUB) else f", or the folder {split_of_set(path, names[0])}"
+            return split_path(path, names[0])
+        example = "" if str(path).startswith(HUB) else f", or the folder {split_path(path, names[0])}"
         raise DataError(
             f"{path} has several splits: {', '.join(names)}; one is needed.", hint=f"name the split{example}."
         )
     for name in SPLITS[split]:
         if name in names:
-            return split_of_set(path, name)
+            return split_path(path, name)
     raise DataError(
         f"{path} has no {split} set; looked for the splits {', '.join(SPLITS[split])}.",
         hint=f"it has: {', '.join(names)}.",

@@ -20,22 +20,22 @@ from typing import Any
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.hub import HUB
 
-__all__ = ["HUB", "is_set", "set_rows", "set_splits", "split_of_set"]
+__all__ = ["HUB", "dataset_rows", "dataset_splits", "is_dataset", "split_path"]
 
 
 _ONE, _SEVERAL = "dataset_info.json", "dataset_dict.json"
 
 
-def is_set(path: Path | str) -> bool:
+def is_dataset(path: Path | str) -> bool:
     """Whether a path names a set of the `datasets` library rather than a file.
 
-    >>> is_set("hub:GEM/e2e_nlg"), is_set("train.csv")
+    >>> is_dataset("hub:GEM/e2e_nlg"), is_dataset("train.csv")
     (True, False)
     """
     return str(path).startswith(HUB) or any(os.path.isfile(os.path.join(path, name)) for name in (_ONE, _SEVERAL))
 
 
-def set_splits(path: Path | str) -> tuple[str, ...]:
+def dataset_splits(path: Path | str) -> tuple[str, ...]:
     """The names of a set's splits; none where the path is one split already.
 
     Raises:
@@ -56,10 +56,10 @@ def set_splits(path: Path | str) -> tuple[str, ...]:
         ) from error
 
 
-def split_of_set(path: Path | str, split: str) -> Path:
+def split_path(path: Path | str, split: str) -> Path:
     """The address of one split.
 
-    >>> split_of_set("hub:GEM/e2e_nlg", "test").as_posix()
+    >>> split_path("hub:GEM/e2e_nlg", "test").as_posix()
     'hub:GEM/e2e_nlg@test'
 
     Raises:
@@ -67,7 +67,7 @@ def split_of_set(path: Path | str, split: str) -> Path:
     """
     if str(path).startswith(HUB):
         return Path(f"{path}@{split}")
-    if not is_set(folder := Path(path) / split):
+    if not is_dataset(folder := Path(path) / split):
         raise DataError(
             f"{path} names the split {split!r}, but {folder} is no folder of a saved set.",
             hint="copy the whole folder again, or save the set anew with save_to_disk.",
@@ -75,17 +75,17 @@ def split_of_set(path: Path | str, split: str) -> Path:
     return folder
 
 
-def set_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where each row stands, and its values by column.
 
     Raises:
         ConfigError: The `datasets` library is not installed.
         DataError: The set cannot be found or read, has no rows, or has several splits.
     """
-    if splits := set_splits(path):
+    if splits := dataset_splits(path):
         raise DataError(
             f"{path} has {len(splits)} splits: {', '.join(splits)}; one is needed.",
-            hint=f"name one, as in {split_of_set(path, splits[0]).as_posix()}.",
+            hint=f"name one, as in {split_path(path, splits[0]).as_posix()}.",
         )
     if str(path).startswith(HUB):
         name, configuration, split = _address(str(path))

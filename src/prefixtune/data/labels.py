@@ -1,34 +1,49 @@
-"""Labels."""
+"""The labels of a prefix that classifies or tags, and examples with labels -> token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data import Example, check_labels, check_tags, label_names, tag_names
-from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, around_lengths, encode_prompts, position_limit
+from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_prompts
+from prefixtune.data.examples import Example, TaskKind
+from prefixtune.data.tasks.classification import check_labels, label_names
+from prefixtune.data.tasks.tagging import check_tags, tag_names
+from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, cut_prompt
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt
 
-__all__ = ["Labels", "check_choice", "choose_labels", "encode_labelled", "labels_of", "with_label_words"]
+__all__ = [
+    "ClassifierKind",
+    "Labels",
+    "choose_labels",
+    "encode_labelled",
+    "encode_labelled_prompt",
+    "labels_of",
+    "validate_labels",
+    "with_label_words",
+]
+
+ClassifierKind = Literal["head", "words"]
+"""How labels are predicted: by a trained linear layer, or by the language model's probability of each label's word."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a classifying prefix tells apart, as its header keeps it.
+    """The labels of a prefix that classifies or tags, as stored in its header.
 
     Attributes:
         kind: `classification` or `tagging`.
         by: `head` or `words`.
         names: The labels; a head's scores are in this order.
-        words: By words only: what the model is to write for each.
+        words: By words only: the text that the model should write for each label.
     """
 
-    kind: str
-    by: str
+    kind: TaskKind
+    by: ClassifierKind
     names: tuple[str, ...]
     words: tuple[str, ...] = ()
 
@@ -38,7 +53,7 @@ class Labels:
 
 
 def labels_of(prefix: Prefix | None) -> Labels | None:
-    """What a prefix was trained to tell apart, by its header; None: it generates."""
+    """The labels in a prefix's header; None: it generates."""
     stored = None if prefix is None else prefix.header.get("labels")
     if not isinstance(stored, Mapping):
         return None
@@ -46,29 +61,29 @@ def labels_of(prefix: Prefix | None) -> Labels | None:
 
 
 def choose_labels(
-    kind: str,
+    kind: TaskKind,
     backbone: Backbone,
     examples: Sequence[Example],
     dev_examples: Sequence[Example] = (),
     *,
-    by: str = "auto",
+    by: ClassifierKind | Literal["auto"] = "auto",
     words: Mapping[str, str] | None = None,
 ) -> Labels:
     """The labels of a run, from its training examples.
 
     Args:
         kind: `classification` or `tagging`.
-        backbone: Decides between head and words where `by` is `auto`: an encoder takes a head, others words.
-        examples: To train on.
-        dev_examples: Must have no other labels.
+        backbone: Decides between head and words if `by` is `auto`: an encoder gets a head, other models words.
+        examples: The training examples.
+        dev_examples: They may have no other labels.
         by: `auto`, `head` or `words`.
-        words: Label -> its word; a label that is not there is its own word.
+        words: Label -> its word; a label that is missing here is its own word.
 
     Raises:
-        ConfigError: The backbone cannot do it that way, or `words` names an unknown label or gives two one word.
+        ConfigError: The backbone does not support `by`, or `words` names an unknown label or gives two labels one word.
         DataError: There are fewer than two labels, or the development examples have others.
     """
-    names = check_choice(kind, examples, dev_examples, by=by, words=words)
+    names = validate_labels(kind, examples, dev_examples, by=by, words=words)
     if by == "auto":
         by = "head" if kind == "tagging" or backbone.kind == "encoder" else "words"
     if by == "head" and backbone.kind == "encoder-decoder":
@@ -81,21 +96,28 @@ def choose_labels(
         raise ConfigError(f"classifier is 'words', but {why}.", hint="use classifier = 'head'.")
     if by == "head":
         return Labels(kind, by, names)
-    return Labels(kind, by, names, _words(names, words))
+    return Labels(kind, by, names, _label_words(names, words))
 
 
-def check_choice(
-    kind: str,
+def validate_labels(
+    kind: TaskKind,
     examples: Sequence[Example],
     dev_examples: Sequence[Example] = (),
     *,
-    by: str = "auto",
+    by: ClassifierKind | Literal["auto"] = "auto",
     words: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
-    """The names of a run's labels; all that can be wrong with them whatever the backbone is refused.
+    """The names of a run's labels, after every check that needs no backbone.
+
+    Args:
+        kind: As in `choose_labels`, like the other arguments.
+        examples: The training examples.
+        dev_examples: They may have no other labels.
+        by: `auto`, `head` or `words`.
+        words: Label -> its word.
 
     Raises:
-        ConfigError: Tags by words, or `words` names an unknown label or gives two one word.
+        ConfigError: Tags by words, or `words` names an unknown label or gives two labels one word.
         DataError: There are fewer than two labels, or the development examples have others.
     """
     names = tag_names(examples) if kind == "tagging" else label_names(examples)
@@ -103,17 +125,17 @@ def check_choice(
     if by == "words" and kind == "tagging":
         raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
     if by != "head":
-        _words(names, words)
+        _label_words(names, words)
     return names
 
 
-def _words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple[str, ...]:
+def _label_words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple[str, ...]:
     """Each label's word."""
-    given = dict(words or {})
-    for name in given:
+    word_of = dict(words or {})
+    for name in word_of:
         if name not in names:
             raise ConfigError(f"label_words names {name!r}, which is no label.", hint=did_you_mean(name, names))
-    chosen = tuple(given.get(name, name) for name in names)
+    chosen = tuple(word_of.get(name, name) for name in names)
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"two labels share a word: {', '.join(chosen)}.", hint="give every label its own.")
     return chosen
@@ -121,8 +143,8 @@ def _words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple[str, 
 
 def with_label_words(examples: Sequence[Example], labels: Labels) -> list[Example]:
     """The same examples with each label's word as the target."""
-    words = dict(zip(labels.names, labels.words, strict=True))
-    return [Example(e.source, tuple(words[target] for target in e.targets), e.fields) for e in examples]
+    word_of = dict(zip(labels.names, labels.words, strict=True))
+    return [Example(e.source, tuple(word_of[target] for target in e.targets), e.fields) for e in examples]
 
 
 def encode_labelled(
@@ -133,88 +155,111 @@ def encode_labelled(
     *,
     prefix_length: int,
     max_length: int = 0,
-    on_too_long: str = "cut",
+    on_too_long: TruncationPolicy = "cut",
 ) -> TokenizedDataset:
-    """Turn examples into token ids with label numbers, for a head.
+    """Turn examples into token ids with label indices, for a head.
 
-    A text's label is predicted at its first token where an encoder reads it, at its last elsewhere; a word's tag at
-    the word's first or last token likewise. A cut text loses the tags of the words that were cut.
+    A text's label is predicted at its first token if an encoder reads it, otherwise at its last token; a word's tag at
+    the word's first or last token likewise. A truncated text loses the tags of the words that were cut off.
 
     Args:
-        backbone: Whose tokenizer and positions count.
+        backbone: Its tokenizer and positions count.
         examples: Each with one label, or with `tokens` and `tags` among its fields.
-        labels: All there are.
+        labels: All labels.
         text_format: The text around a source.
         prefix_length: P; the prefix takes as many of a decoder-only backbone's positions.
-        max_length: Positions of a text; 0: what the backbone allows.
-        on_too_long: `cut` the text, or raise an `error`.
+        max_length: Positions of a text; 0: as many as the backbone allows.
+        on_too_long: `cut` the text at its end, or raise an `error`.
 
     Raises:
-        DataError: No example, or a too long one where cutting is not wanted.
+        DataError: There is no example, or one is too long and may not be truncated.
     """
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
     limit = position_limit(backbone, prefix_length, max_length)
-    numbers = {name: number for number, name in enumerate(labels.names)}
-    before, after = around_lengths(backbone, text_format)
-    encoded, cut, longest_prompt = [], 0, 0
-    for number, example in enumerate(examples):
-        tagging = labels.kind == "tagging"
-        prompt, places = labelled_prompt(
-            backbone, text_format, example.source, example.fields.get("tokens") if tagging else None
-        )
-        names = example.fields["tags"] if tagging else example.targets[:1]
+    template = template_lengths(backbone, text_format)
+    label_ids = {name: index for index, name in enumerate(labels.names)}
+    tagging = labels.kind == "tagging"
+    tokenized: list[TokenizedExample] = []
+    prompts: list[list[int]] = []
+    for number, example in enumerate(examples, start=1):
+        tokens = example.fields.get("tokens") if tagging else None
+        prompt, positions = encode_labelled_prompt(backbone, text_format, example.source, tokens)
+        prompts.append(prompt)
         if len(prompt) > limit:
-            if on_too_long == "error":
-                raise DataError(
-                    f"example {number + 1} ({example.source[:60]!r}) takes {len(prompt)} tokens, but {limit} positions "
-                    "are allowed.",
-                    hint="raise max_length, or let on_too_long = 'cut' shorten it.",
-                )
-            if limit <= before + after:
-                raise DataError(
-                    f"the text around example {number + 1} ({example.source[:60]!r}) takes {before + after} tokens, "
-                    f"but {limit} positions are allowed, and a cut would leave nothing of the example.",
-                    hint="raise max_length.",
-                )
-            cut += 1
-            kept = limit - after
-            if tagging:
-                places = [place for place in places if place < kept]
-            else:
-                places = [place if place < kept else place - len(prompt) + limit for place in places]
-            prompt = cut_prompt(prompt, limit, after)
-        else:
-            longest_prompt = max(longest_prompt, len(prompt))
-        targets = tuple(numbers[name] for name in names[: len(places)])
-        encoded.append(TokenizedExample(tuple(prompt), (targets,), tuple(places)))
-    return TokenizedDataset(tuple(encoded), cut, longest_prompt)
+            name = f"example {number} ({example.source[:60]!r})"
+            _check_truncation(name, len(prompt), limit, template, on_too_long)
+            positions = _truncated_positions(positions, len(prompt), limit, template[1], tagging)
+            prompt = cut_prompt(prompt, limit, template[1])
+        names = example.fields["tags"] if tagging else example.targets[:1]
+        targets = tuple(label_ids[name] for name in names[: len(positions)])
+        tokenized.append(TokenizedExample(tuple(prompt), (targets,), tuple(positions)))
+    return TokenizedDataset.from_prompts(tokenized, prompts)
 
 
-def labelled_prompt(
+def _check_truncation(
+    name: str, length: int, limit: int, template: tuple[int, int], on_too_long: TruncationPolicy
+) -> None:
+    """Refuse a text that is too long and may not be truncated, or of which nothing would be left."""
+    if on_too_long == "error":
+        raise DataError(
+            f"{name} takes {length} tokens, but {limit} positions are allowed.",
+            hint="raise max_length, or set on_too_long = 'cut' to truncate it.",
+        )
+    if limit <= sum(template):
+        raise DataError(
+            f"the text around {name} takes {sum(template)} tokens, but {limit} positions are allowed, and truncation "
+            "would leave nothing of the example.",
+            hint="raise max_length.",
+        )
+
+
+def _truncated_positions(positions: Sequence[int], length: int, limit: int, after: int, tagging: bool) -> list[int]:
+    """Where labels are predicted in a prompt of `length` tokens that is truncated to `limit`.
+
+    The positions of words that are cut off go. A text's own label may be predicted behind its source, among the
+    `after` last tokens, which move.
+    """
+    if tagging:
+        return [position for position in positions if position < limit - after]
+    return [position if position < limit - after else position - length + limit for position in positions]
+
+
+def encode_labelled_prompt(
     backbone: Backbone, text_format: TextFormat, source: str, tokens: Sequence[str] | None
 ) -> tuple[list[int], list[int]]:
-    """A prompt's token ids, and where its label, or each of its words' tags, is predicted."""
+    """A prompt's token ids, and where its label, or the tag of each of its words, is predicted.
+
+    Args:
+        backbone: Its tokenizer counts.
+        text_format: The text around the source.
+        source: The text; for tagging its words with a space between.
+        tokens: For tagging: the words; None: one label for the whole text.
+
+    Raises:
+        ConfigError: Tagging needs a fast tokenizer, and this backbone has none.
+        DataError: The tokenizer makes no token of a word.
+    """
     if tokens is None:
         ids = encode_prompts(backbone, text_format, [source])[0]
         return ids, [0 if backbone.kind == "encoder" else len(ids) - 1]
     if not backbone.tokenizer.is_fast:
         raise ConfigError(
-            f"the tokenizer of {backbone.name!r} does not tell which characters its tokens come from.",
+            f"the tokenizer of {backbone.name!r} does not say which characters its tokens come from.",
             hint="use a model with a fast tokenizer (tokenizer.json) for tagging.",
         )
     text = text_format.format_prompt(source, backbone.separator)
-    made = backbone.tokenizer(
+    encoding = backbone.tokenizer(
         text, add_special_tokens=backbone.kind != "decoder", return_offsets_mapping=True, verbose=False
     )
-    places, start = [], len(text_format.around(backbone.separator)[0])
+    positions, start = [], len(text_format.around(backbone.separator)[0])
     for token in tokens:
         stop = start + len(token)
-        inside = [n for n, (a, b) in enumerate(made["offset_mapping"]) if a < stop and b > start and b > a]
+        inside = [index for index, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start and b > a]
         if not inside:
             raise DataError(
-                f"the tokenizer of {backbone.name!r} makes nothing of the token {token!r}.", hint="leave it out."
+                f"the tokenizer of {backbone.name!r} makes no token of the word {token!r}.", hint="leave it out."
             )
-        places.append(inside[0] if backbone.kind == "encoder" else inside[-1])
+        positions.append(inside[0] if backbone.kind == "encoder" else inside[-1])
         start = stop + 1
-    return list(made["input_ids"]), places
+    return list(encoding["input_ids"]), positions

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from prefixtune.data.examples import Example
+from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.files import FORMATS
 from prefixtune.data.folders import locate
 from prefixtune.data.tasks.classification import read_classification
@@ -20,12 +20,12 @@ from prefixtune.data.tasks.records import read_records
 from prefixtune.data.tasks.summarization import SCITLDR_FORMATS, read_scitldr, read_summaries, read_xsum
 from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging
 from prefixtune.data.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
-from prefixtune.data.toy.labels import make_toy_labels
-from prefixtune.data.toy.notices import make_toy
-from prefixtune.data.toy.tags import make_toy_tags
+from prefixtune.data.toy.classification import make_toy_labels
+from prefixtune.data.toy.table_to_text import make_toy
+from prefixtune.data.toy.tagging import make_toy_tags
 from prefixtune.errors import ConfigError, did_you_mean
 
-__all__ = ["TASKS", "Task", "read_entries", "read_task"]
+__all__ = ["TASKS", "Task", "read_all_entries", "read_task"]
 
 
 _PARTS = ("train", "held_out")
@@ -59,7 +59,7 @@ class Task:
     description: str
     read: Callable[[Path, str | None, str | None], list[Example]]
     decoding: dict[str, Any]
-    kind: Literal["generation", "classification", "tagging"] = "generation"
+    kind: TaskKind = "generation"
     parts: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("bleu",)
     protocol: str = "plain"
@@ -103,7 +103,7 @@ def read_task(
     return chosen.read(place, source, target)
 
 
-def read_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
+def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
     """Every entry of a set that `read_task` reads, None for those that it leaves out; empty: it leaves none out.
 
     Args:

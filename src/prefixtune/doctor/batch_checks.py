@@ -8,7 +8,7 @@ import torch
 
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss, token_losses
-from prefixtune.data.batching import collate, pack, pack_pairs, pad
+from prefixtune.data.batching import collate, pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.doctor.reference import alone, only, outputs, prefilled, recomputed
 from prefixtune.doctor.subject import Finding, Subject
@@ -109,9 +109,8 @@ def check_packing(subject: Subject) -> Finding:
     if not backbone.layout.packable or backbone.kind == "encoder":
         return None
     examples = _examples(subject)
-    paired = backbone.kind == "encoder-decoder"
-    batch = pack_pairs(examples, decoder_start_id=backbone.decoder_start_id) if paired else pack(examples)
-    return _compare_losses(subject, examples, batch)
+    start = backbone.decoder_start_id if backbone.kind == "encoder-decoder" else None
+    return _compare_losses(subject, examples, pack(examples, decoder_start_id=start))
 
 
 def check_padded_pairs(subject: Subject) -> Finding:

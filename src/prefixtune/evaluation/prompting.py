@@ -1,4 +1,4 @@
-"""Prompting."""
+"""Text formats that instruct the bare model, or show it solved examples (few-shot prompting)."""
 
 from __future__ import annotations
 
@@ -6,76 +6,75 @@ import dataclasses
 from collections.abc import Sequence
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data import Example
 from prefixtune.data.encoding import default_format
+from prefixtune.data.examples import Example
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["with_shots"]
+__all__ = ["few_shot_format", "instruction_format"]
 
 
-def with_shots(form: TextFormat, examples: Sequence[Example], separator: str, end: str) -> TextFormat:
+def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separator: str, end: str) -> TextFormat:
     """A text format that shows a few solved examples before the source, in the same format.
 
-    >>> shown = with_shots(TextFormat("{source} =", " {target}"), [Example("1+1", ("2",))], "", ".")
+    >>> shown = few_shot_format(TextFormat("{source} =", " {target}"), [Example("1+1", ("2",))], "", ".")
     >>> shown.format_prompt("2+3", "")
     '1+1 = 2.2+3 ='
 
     Args:
-        form: The format without them.
-        examples: To show; the first target of each.
-        separator: What the format's `{separator}` stands for.
-        end: What closes a target.
+        text_format: The format without examples.
+        examples: The examples to show, each with its first target.
+        separator: What the format's `{separator}` means.
+        end: The text that ends a target.
 
     Raises:
-        DataError: An example holds what stands for the source or the separator.
+        DataError: An example contains a placeholder of the template.
     """
-    _check_shown(examples)
-    shots = "".join(form.format_prompt(e.source, separator) + form.format_target(e.targets[0]) + end for e in examples)
-    return dataclasses.replace(form, prompt=shots + form.prompt)
+    _check_examples(examples)
+    shown = "".join(
+        text_format.format_prompt(example.source, separator) + text_format.format_target(example.targets[0]) + end
+        for example in examples
+    )
+    return dataclasses.replace(text_format, prompt=shown + text_format.prompt)
 
 
-def ask(backbone: Backbone, words: str, examples: Sequence[Example] = ()) -> TextFormat:
-    """A text format that tells the bare model in words what to do, and shows it a few solved examples.
+def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[Example] = ()) -> TextFormat:
+    """A text format that instructs the bare model, and may show it a few solved examples.
 
-    As a chat where the tokenizer has a template for one; else words and examples stand before the source, which is as
-    it is for a prefix.
+    If the tokenizer has a chat template, it is used; otherwise instruction and examples are put before the source,
+    which is formatted as for a prefix.
 
     Args:
-        backbone: Who is asked.
-        words: The instruction.
-        examples: To show; the first target of each.
+        backbone: The model.
+        instruction: What to do with the source, in words.
+        examples: The examples to show, each with its first target.
 
     Raises:
-        DataError: The instruction or an example holds what stands for the source or the separator.
+        DataError: The instruction or an example contains a placeholder of the template.
     """
-    _check_literal(words, f"the instruction {words[:60]!r}", "word it otherwise.")
-    _check_shown(examples)
+    _check_literal(instruction, f"the instruction {instruction[:60]!r}", "word it otherwise.")
+    _check_examples(examples)
     tokenizer = backbone.tokenizer
     if backbone.kind == "decoder" and tokenizer.chat_template:
         turns = []
         for example in examples:
-            turns += [("user", f"{words}\n{example.source}"), ("assistant", example.targets[0])]
-        turns.append(("user", f"{words}\n{{source}}"))
+            turns += [("user", f"{instruction}\n{example.source}"), ("assistant", example.targets[0])]
+        turns.append(("user", f"{instruction}\n{{source}}"))
         messages = [{"role": role, "content": content} for role, content in turns]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return TextFormat(str(prompt), "{target}")
-    form = with_shots(default_format(backbone), examples, backbone.separator, backbone.end)
-    return dataclasses.replace(form, prompt=f"{words}\n{form.prompt}")
+    shown = few_shot_format(default_format(backbone), examples, backbone.separator, backbone.end)
+    return dataclasses.replace(shown, prompt=f"{instruction}\n{shown.prompt}")
 
 
-def _check_shown(examples: Sequence[Example]) -> None:
-    """Refuse examples that would change the template that they are shown in.
-
-    Raises:
-        DataError: One holds what stands for the source or the separator.
-    """
+def _check_examples(examples: Sequence[Example]) -> None:
+    """Refuse examples that would change the template that they are shown in."""
     for number, example in enumerate(examples, start=1):
         for text in (example.source, example.targets[0]):
             _check_literal(text, f"example {number} ({example.source[:60]!r})", "show others, or leave it out.")
 
 
 def _check_literal(text: str, name: str, hint: str) -> None:
-    for place in ("{source}", "{separator}"):
-        if place in text:
-            raise DataError(f"{name} contains {place}, which means something else in a text format.", hint=hint)
+    for placeholder in ("{source}", "{separator}"):
+        if placeholder in text:
+            raise DataError(f"{name} contains {placeholder}, which is a placeholder in a text format.", hint=hint)

@@ -1,33 +1,22 @@
-"""Records."""
+"""The outcome of an evaluation, and the folder that it is written to."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prefixtune.backbone.backbone import Backbone, weights
-from prefixtune.data import Example, references_of
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.data.examples import Example, references_of
 from prefixtune.evaluation.metrics import Score
-from prefixtune.inference.config import GenerateConfig
-from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.files import line_writer, write_text
+from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import describe_machine, versions
-from prefixtune.utils.writable import reporting_write_errors
 
-__all__ = ["Evaluation", "GroupScores", "append_decoded", "read_decoded", "summarize", "write_evaluation"]
+__all__ = ["EVALUATION_FILE", "OUTPUTS_FILE", "Evaluation", "GroupScores", "summarize", "write_evaluation"]
 
 
-_SAMPLES = 64
-EVALUATION_FILE, OUTPUTS_FILE, DECODED_FILE = "evaluation.json", "outputs.jsonl", "decoded.jsonl"
+EVALUATION_FILE, OUTPUTS_FILE = "evaluation.json", "outputs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,7 +24,7 @@ class GroupScores:
     """The scores of a part of the examples.
 
     Attributes:
-        num_examples: How many they are.
+        num_examples: How many examples the part has.
         scores: By metric.
     """
 
@@ -50,10 +39,10 @@ class Evaluation:
     Attributes:
         scores: By metric; each names its implementation.
         outputs: One per example.
-        groups: Grouping -> group -> its scores, where examples are grouped (category, seen or unseen, ...).
+        groups: Grouping -> group -> its scores, if examples are grouped (category, seen or unseen, ...).
         left_out: Metric -> why it could not be computed here.
-        seconds: What decoding took; of one that was stopped and went on, all of it.
-        num_cut: Sources that were cut to fit.
+        seconds: How long decoding took; of an evaluation that was stopped and continued, the whole time.
+        num_truncated: Sources that were truncated to fit.
     """
 
     scores: dict[str, Score]
@@ -61,78 +50,7 @@ class Evaluation:
     groups: dict[str, dict[str, GroupScores]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    num_cut: int = 0
-
-
-def digest_of(
-    backbone: Backbone,
-    examples: Sequence[Example],
-    prefix: Prefix | None,
-    text_format: TextFormat | None,
-    config: GenerateConfig,
-) -> str:
-    """Tells decodings apart: model, prefix, texts and settings."""
-    total = hashlib.sha256()
-    facts = {
-        "fingerprint": backbone.fingerprint,
-        "weights": [_sample(value) for _, value in weights(backbone.model)],
-        "dtype": str(backbone.dtype),
-        "format": None if text_format is None else text_format.to_dict(),
-        "header": None if prefix is None else prefix.header.get("text_format"),
-        "decoding": dataclasses.asdict(config),
-        "sources": [example.source for example in examples],
-    }
-    total.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for tensor in () if prefix is None else prefix.tensors():
-        total.update(tensor.detach().float().cpu().numpy().tobytes())
-    return total.hexdigest()[:32]
-
-
-def _sample(weight: torch.Tensor) -> list[float]:
-    """Some numbers of a weight that tell it apart, the same on any number of cores."""
-    # torchao's tensors can neither be sliced nor summed.
-    plain = weight if type(weight) in (torch.Tensor, torch.nn.Parameter) else weight.dequantize()
-    flat = plain.detach().reshape(-1)
-    sampled: list[float] = flat[:: max(1, len(flat) // _SAMPLES)].float().tolist()
-    return sampled
-
-
-def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
-    """What an evaluation that was stopped had decoded; a last line that was cut off by a kill is left out."""
-    hint = "choose another output folder, or delete it."
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {str(path)!r}: {error}.", hint=hint) from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict) or not {"digest", "number", "output", "seconds"} <= row.keys():
-            raise DataError(f"line {number} of {str(path)!r} is not what an evaluation writes.", hint=hint)
-        if row["digest"] != digest:
-            raise ConfigError(
-                f"{str(path)!r} keeps outputs that were decoded otherwise (another prefix, model, data or settings).",
-                hint=hint,
-            )
-        yield row
-
-
-def append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds: float) -> None:
-    """Keep a batch's outputs, so that an interrupted evaluation continues after them."""
-    rows = [
-        {"number": number, "output": output, "seconds": round(seconds / len(outputs), 6), "digest": digest}
-        for number, output in outputs.items()
-    ]
-    with reporting_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with line_writer(path) as append:
-        # A line that a kill cut off stays alone on its line.
-        append("\n" + "\n".join(json.dumps(row) for row in rows))
-
-
-# --- on disk ---------------------------------------------------------------------------------------------------------
+    num_truncated: int = 0
 
 
 def write_evaluation(
@@ -141,10 +59,10 @@ def write_evaluation(
     """Write scores, outputs and settings to a folder, for `prefixtune report` and other programs.
 
     Args:
-        folder: Made where it is not there. `evaluation.json` and `outputs.jsonl` in it are replaced.
+        folder: Created if it does not exist. `evaluation.json` and `outputs.jsonl` in it are replaced.
         outcome: The evaluation.
-        examples: What it was made on.
-        facts: Task, data, method, backbone, settings and the like; joins `evaluation.json`.
+        examples: The examples that were evaluated.
+        facts: Task, data, method, backbone, settings and the like; added to `evaluation.json`.
         protocol: As in `evaluate`.
 
     Raises:
@@ -152,13 +70,13 @@ def write_evaluation(
     """
     rows = [
         {
-            "number": number,
+            "number": index,
             "source": example.source,
             "references": references_of(example, protocol),
             "output": output,
             "groups": dict(example.groups),
         }
-        for number, (example, output) in enumerate(zip(examples, outcome.outputs, strict=True))
+        for index, (example, output) in enumerate(zip(examples, outcome.outputs, strict=True))
     ]
     write_text(folder / OUTPUTS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     summary = {
@@ -174,21 +92,21 @@ def write_evaluation(
 
 
 def summarize(outcome: Evaluation) -> dict[str, Any]:
-    """Scores, by group too, as JSON tells them."""
+    """All scores, those of groups too, as JSON."""
     return {
         "scores": {name: _as_json(score) for name, score in outcome.scores.items()},
         "groups": {
             grouping: {
                 group: {
-                    "num_examples": found.num_examples,
-                    "scores": {name: _as_json(score) for name, score in found.scores.items()},
+                    "num_examples": part.num_examples,
+                    "scores": {name: _as_json(score) for name, score in part.scores.items()},
                 }
-                for group, found in groups.items()
+                for group, part in groups.items()
             }
             for grouping, groups in outcome.groups.items()
         },
         "left_out": outcome.left_out,
-        "num_cut": outcome.num_cut,
+        "num_cut": outcome.num_truncated,
     }
 
 

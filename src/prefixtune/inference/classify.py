@@ -25,11 +25,11 @@ from prefixtune.data.encoding import (
     as_text_format,
     check_texts,
     encode_prompts,
-    fit_prompt,
     format_of,
-    report_cut,
 )
-from prefixtune.data.labels import Labels, labelled_prompt, labels_of
+from prefixtune.data.examples import TaskKind
+from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
+from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.prefix.prefix import Prefix, check_fits
 
@@ -101,10 +101,10 @@ def classify(
     room = max((len(answer) for answer in answers), default=0) if backbone.kind == "decoder" else 0
     length = 0 if prefix is None else prefix.length()
     prompts = [
-        fit_prompt(backbone, form, prompt, prefix_length=length, new_tokens=room, name=f"text {number}")
+        truncate_prompt(backbone, form, prompt, prefix_length=length, new_tokens=room, name=f"text {number}")
         for number, prompt in enumerate(whole, start=1)
     ]
-    report_cut(whole, prompts, on_cut)
+    report_truncated(whole, prompts, on_cut)
     _check_lengths(backbone, prefix, [len(prompt) + room for prompt in prompts])
     predictions: list[Prediction] = []
     for start in range(0, len(prompts), batch_size):
@@ -156,7 +156,7 @@ def tag(
     for number, tokens in enumerate(texts):
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
             raise RequestError(f"text {number + 1} is {tokens!r}, not a list of tokens.", hint="write text.split().")
-    pairs = [labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
+    pairs = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
     _check_lengths(backbone, loaded, [len(prompt) for prompt, _ in pairs])
     tagged: list[list[Prediction]] = []
     for start in range(0, len(pairs), batch_size):
@@ -168,7 +168,7 @@ def tag(
     return tagged
 
 
-def labels_for(kind: str, prefix: Prefix | None, given: Sequence[str] | None) -> Labels:
+def labels_for(kind: TaskKind, prefix: Prefix | None, given: Sequence[str] | None) -> Labels:
     stored = labels_of(prefix)
     if stored is not None and stored.kind == kind and given is None:
         return stored

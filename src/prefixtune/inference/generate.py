@@ -21,10 +21,9 @@ from prefixtune.data.encoding import (
     as_text_format,
     check_texts,
     encode_prompts,
-    fit_prompt,
     format_of,
-    report_cut,
 )
+from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.decoding import generate_batch, sampling_seed
@@ -83,11 +82,11 @@ def prepare_prompts(
     rows = list(zip(whole, formats, lengths, strict=True))
     new_tokens = [_new_tokens(backbone, form, prompt, length, config) for prompt, form, length in rows]
     ids = [
-        fit_prompt(backbone, form, prompt, prefix_length=length, new_tokens=most, name=f"text {number}")
+        truncate_prompt(backbone, form, prompt, prefix_length=length, new_tokens=most, name=f"text {number}")
         for number, ((prompt, form, length), most) in enumerate(zip(rows, new_tokens, strict=True), start=1)
     ]
     _check_requests(backbone, ids, prefixes, new_tokens)
-    report_cut(whole, ids, on_cut)
+    report_truncated(whole, ids, on_cut)
     return Prompts(tuple(ids), tuple(formats), tuple(new_tokens))
 
 

@@ -36,7 +36,7 @@ from prefixtune.data.encoding import encode_examples
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy
 from prefixtune.training.checkpoint import PREFIX_FILE
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.initialize import build_module, training_format
@@ -321,7 +321,7 @@ class Collator:
     text_format: TextFormat
     prefix_length: int
     max_length: int = 0
-    on_too_long: str = "cut"
+    on_too_long: TruncationPolicy = "cut"
 
     def __call__(self, features: Sequence[Example | Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch: `input_ids`, `attention_mask` and `labels`.

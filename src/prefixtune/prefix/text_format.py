@@ -11,17 +11,27 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prefixtune.errors import CheckpointError, DataError, RequestError
 
-__all__ = ["MAX_TEMPLATE_CHARS", "POLICIES", "TargetStream", "TextFormat", "cut_prompt", "fit_ids", "read_text_format"]
+__all__ = [
+    "MAX_TEMPLATE_CHARS",
+    "POLICIES",
+    "TargetStream",
+    "TextFormat",
+    "TruncationPolicy",
+    "cut_prompt",
+    "fit_ids",
+    "read_text_format",
+]
 
 
 MAX_TEMPLATE_CHARS = 2**14
 """Longest template that a header may hold."""
-POLICIES = ("cut", "error")
-"""What becomes of a source that is too long."""
+TruncationPolicy = Literal["cut", "error"]
+"""What happens to a source that is too long: it is truncated, or refused."""
+POLICIES: tuple[TruncationPolicy, ...] = get_args(TruncationPolicy)
 
 _MAX_TOKEN_CHARS = 256
 _MAX_SEPARATORS = 8

@@ -34,10 +34,11 @@ from prefixtune.backbone.load import check_loadable, load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS, Example, read_task
 from prefixtune.errors import ConfigError, DataError, PrefixError
+from prefixtune.evaluation.decode import DECODED_FILE
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.overlap import find_overlap
-from prefixtune.evaluation.prompting import ask
-from prefixtune.evaluation.records import DECODED_FILE, write_evaluation
+from prefixtune.evaluation.prompting import instruction_format
+from prefixtune.evaluation.records import write_evaluation
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -495,7 +496,7 @@ class _Study:
             protocol=self.task.protocol,
             metrics=self.task.metrics,
             intervals=True,
-            kept=folder / DECODED_FILE,
+            resume_file=folder / DECODED_FILE,
             on_batch=lambda count: self.on_event(
                 {"event": "decoded", "cell": cell.id, "count": count, "total": len(self.test_examples)}
             ),
@@ -523,7 +524,7 @@ class _Study:
         folder = self.path(cell)
         if not cell.trains:
             shown = self._shown() if cell.method == "few-shot" else ()
-            return self.backbone, None, ask(self.backbone, self.config.task_words, shown)
+            return self.backbone, None, instruction_format(self.backbone, self.config.task_words, shown)
         if (folder / WEIGHTS_FILE).exists():
             backbone, trained_form = load_tuned(
                 folder / WEIGHTS_FILE,

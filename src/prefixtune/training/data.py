@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, limit_targets, read_task
-from prefixtune.data.labels import check_choice
+from prefixtune.data.labels import validate_labels
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.training.checkpoint import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.training.checks import early_checks
@@ -59,7 +59,7 @@ def read_data(
     def check_labels() -> None:
         # What could not be read is reported by itself.
         if kind != "generation" and chosen and (dev or not config.dev):
-            check_choice(kind, chosen, dev, by=config.classifier, words=config.words_by_label)
+            validate_labels(kind, chosen, dev, by=config.classifier, words=config.words_by_label)
 
     check_all(
         [

@@ -322,7 +322,7 @@ class TrainLoop:
             "total_steps": self.total_steps,
             "num_sources": len(self.data.examples),
             "num_targets": self.data.num_targets,
-            "num_cut": self.data.num_cut,
+            "num_cut": self.data.num_truncated,
             "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": sum(tensor.numel() for tensor in self._stored()),
             "initialization": self.initialization,

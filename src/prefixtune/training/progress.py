@@ -28,7 +28,7 @@ def show_training(console: Console) -> Iterator[Callable[[dict[str, Any]], None]
         def show(event: dict[str, Any]) -> None:
             if event["event"] == "start":
                 total[0] = event["total_steps"]
-                cut = f", {event['num_cut']} sources cut to fit" if event["num_cut"] else ""
+                cut = f", {event['num_cut']} sources truncated to fit" if event["num_cut"] else ""
                 console.info(
                     f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
                     f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "

@@ -30,7 +30,7 @@ def test_the_text_format_stands_around_source_and_targets(llama: Any):
     assert example.prompt == tuple(llama.encode(" ab <s>"))
     assert example.prompt[-1] == llama.tokenizer.bos_token_id
     assert example.targets == ((*llama.encode(" c "), llama.eos_id), (*llama.encode(" de "), llama.eos_id))
-    assert (encoding.num_targets, encoding.num_cut) == (2, 0)
+    assert (encoding.num_targets, encoding.num_truncated) == (2, 0)
     assert encode_prompts(llama, TextFormat(), ["ab"])[0] == list(example.prompt)
 
 
@@ -45,20 +45,20 @@ def test_a_long_source_is_cut_at_its_end_and_keeps_what_follows(llama: Any):
     assert long.prompt[-1] == llama.tokenizer.bos_token_id
     assert len(long.prompt) + max(map(len, long.targets)) == 12
     assert short.prompt == tuple(llama.encode("<abc>><s>"))
-    assert encoding.num_cut == 1
+    assert encoding.num_truncated == 1
 
 
 def test_a_source_that_just_fits_is_not_cut(llama: Any):
-    assert encode(llama, Example("abcdefg", ("xyz",)), max_length=12).num_cut == 0
-    assert encode(llama, Example("abcdefgh", ("xyz",)), max_length=12).num_cut == 1
+    assert encode(llama, Example("abcdefg", ("xyz",)), max_length=12).num_truncated == 0
+    assert encode(llama, Example("abcdefgh", ("xyz",)), max_length=12).num_truncated == 1
 
 
 def test_the_prefix_takes_its_positions(llama: Any):
     limit = llama.max_positions
     fits = Example("a" * (limit - 10 - 1 - 4), ("xyz",))
-    assert encode(llama, fits).num_cut == 0
-    assert encode(llama, fits, prefix_length=11).num_cut == 1
-    assert encode(llama, fits, max_length=10 * limit).num_cut == 0
+    assert encode(llama, fits).num_truncated == 0
+    assert encode(llama, fits, prefix_length=11).num_truncated == 1
+    assert encode(llama, fits, max_length=10 * limit).num_truncated == 0
     with pytest.raises(DataError, match=f"a prefix of {limit} leaves no room in the {limit} positions"):
         encode(llama, fits, prefix_length=limit)
 
@@ -71,7 +71,7 @@ def test_cutting_can_be_refused(llama: Any):
 def test_a_target_is_never_cut(llama: Any):
     with pytest.raises(DataError, match=r"a target of example 1 .* takes 13 tokens, but only 12") as error:
         encode(llama, Example("a", ("x" * 12,)), max_length=12)
-    assert "never cut" in error.value.hint
+    assert "never truncated" in error.value.hint
     (example,) = encode(llama, Example("abcdefgh", ("x" * 9,)), max_length=12).examples
     assert len(example.targets[0]) == 10
     assert llama.decode(list(example.prompt)) == "a"

@@ -142,7 +142,7 @@ def test_a_long_text_is_cut_and_counted(tiny_backbone: Make) -> None:
     labels = choose_labels("tagging", backbone, examples)
     form = TextFormat("{source}", "{target}")
     made = encode_labelled(backbone, examples, labels, form, prefix_length=4, max_length=11)
-    assert made.num_cut == 1
+    assert made.num_truncated == 1
     assert made.examples[0].label_positions == (2, 6, 10)
     assert len(made.examples[0].targets[0]) == 3
     with pytest.raises(DataError, match="takes 79 tokens, but 11"):

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from prefixtune.data import TASKS, Example, read_task
-from prefixtune.data.toy.notices import make_toy
+from prefixtune.data.toy.table_to_text import make_toy
 from prefixtune.errors import ConfigError
 
 

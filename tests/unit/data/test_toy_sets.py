@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from prefixtune.data import TASKS, Example, check_labels, check_tags, label_names, read_task, tag_names
-from prefixtune.data.toy.labels import DEPARTMENTS, MENTIONS, REQUESTS, make_toy_labels
-from prefixtune.data.toy.tags import SPANS, make_toy_tags
+from prefixtune.data.toy.classification import DEPARTMENTS, MENTIONS, REQUESTS, make_toy_labels
+from prefixtune.data.toy.tagging import SPANS, make_toy_tags
 from prefixtune.errors import ConfigError
 
 Make = Callable[..., tuple[list[Example], list[Example]]]

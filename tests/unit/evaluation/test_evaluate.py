@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from patching import replace_everywhere
 from prefixtune.data import Example, references_of
 from prefixtune.data.encoding import default_format, encode_examples, encode_prompts
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.metrics import METRICS, Unavailable, compute
-from prefixtune.evaluation.prompting import ask, with_shots
+from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.evaluation.records import Evaluation, summarize, write_evaluation
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
@@ -59,7 +60,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Make:
             asked.append(list(texts))
             return [outputs[t] for t in texts] if outputs else generate(backbone, texts, *arguments, **options)
 
-        monkeypatch.setattr("prefixtune.evaluation.evaluate.generate", count)
+        replace_everywhere(monkeypatch, generate, count)
         return asked
 
     return install
@@ -208,14 +209,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
     asked.clear()
     kept = tmp_path / "made" / "decoded.jsonl"
     with pytest.raises(Killed):
-        evaluate(model, EXAMPLES, prefix, config=config, kept=kept, on_batch=kill_at(4))
+        evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, on_batch=kill_at(4))
     assert asked == batches[:2]
-    resumed = evaluate(model, EXAMPLES, prefix, config=config, kept=kept)
+    resumed = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept)
     assert asked == batches, "a batch was decoded twice, or not at all"
     assert resumed.outputs == whole.outputs
     assert resumed.scores == whole.scores
     # What is complete is not decoded again, whatever scores are asked for; the time is still that of the decoding.
-    again = evaluate(model, EXAMPLES, prefix, config=config, kept=kept, metrics=["ter"])
+    again = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, metrics=["ter"])
     assert asked == batches
     assert again.outputs == whole.outputs
     assert again.seconds == pytest.approx(resumed.seconds, abs=1e-4)
@@ -226,13 +227,13 @@ def test_a_stopped_evaluation_goes_on_where_it_was(
 def test_a_line_that_a_kill_cut_off_is_decoded_again(model: Any, told: Make, tmp_path: Path, cut: int, batches: int):
     asked = told()
     kept = tmp_path / "decoded.jsonl"
-    whole = evaluate(model, EXAMPLES, config=CONFIG, kept=kept)
+    whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept)
     kept.write_bytes(kept.read_bytes()[:-cut])
     asked.clear()
-    assert evaluate(model, EXAMPLES, config=CONFIG, kept=kept).outputs == whole.outputs
+    assert evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
     assert len(asked) == batches
     asked.clear()
-    assert evaluate(model, EXAMPLES, config=CONFIG, kept=kept).outputs == whole.outputs
+    assert evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
     assert asked == []
 
 
@@ -240,7 +241,7 @@ def test_outputs_of_another_evaluation_are_refused(
     model: Any, prefix: Any, random_prefix: Make, tiny_backbone: Make, tmp_path: Path
 ):
     kept = tmp_path / "decoded.jsonl"
-    evaluate(model, EXAMPLES[:2], prefix, config=CONFIG, kept=kept)
+    evaluate(model, EXAMPLES[:2], prefix, config=CONFIG, resume_file=kept)
     before = kept.read_bytes()
     tuned = tiny_backbone("llama")
     with torch.no_grad():
@@ -255,8 +256,8 @@ def test_outputs_of_another_evaluation_are_refused(
         "format": ((model, EXAMPLES[:2], prefix), {"text_format": TextFormat("{source}:")}),
     }
     for name, (arguments, changes) in others.items():
-        with pytest.raises(ConfigError, match="decoded otherwise") as error:
-            evaluate(*arguments, kept=kept, **{"config": CONFIG, **changes})
+        with pytest.raises(ConfigError, match="outputs of another evaluation") as error:
+            evaluate(*arguments, resume_file=kept, **{"config": CONFIG, **changes})
         assert "another output folder" in error.value.hint, name
     assert kept.read_bytes() == before
 
@@ -277,7 +278,7 @@ def test_what_was_kept_and_is_broken_is_told_before_anything_is_decoded(
     damage(kept)
     batches: list[int] = []
     with pytest.raises(PrefixError, match=says) as error:
-        evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept, on_batch=batches.append)
+        evaluate(model, EXAMPLES[:2], config=CONFIG, resume_file=kept, on_batch=batches.append)
     assert error.value.hint
     assert batches == []
 
@@ -287,7 +288,7 @@ def test_a_place_that_cannot_be_is_told_before_anything_is_decoded(model: Any, t
     batches: list[int] = []
     kept = tmp_path / "file" / "decoded.jsonl"
     with pytest.raises(PrefixError, match=r"cannot write .*file/decoded\.jsonl"):
-        evaluate(model, EXAMPLES[:2], config=CONFIG, kept=kept, on_batch=batches.append)
+        evaluate(model, EXAMPLES[:2], config=CONFIG, resume_file=kept, on_batch=batches.append)
     assert batches == []
 
 
@@ -298,7 +299,7 @@ def test_a_place_that_cannot_be_is_told_before_anything_is_decoded(model: Any, t
 def test_shots_are_the_texts_of_training(model: Any, form: TextFormat | None):
     form = form or default_format(model)
     shown = [Example("one fox", ("A fox.", "One fox.")), Example("an owl", ("An owl.",))]
-    prompt = encode_prompts(model, with_shots(form, shown, model.separator, model.end), ["a hare"])[0]
+    prompt = encode_prompts(model, few_shot_format(form, shown, model.separator, model.end), ["a hare"])[0]
     trained = encode_examples(model, [*shown, Example("a hare", ("?",))], form, prefix_length=0).examples
     first, second, last = ((list(example.prompt), list(example.targets[0])) for example in trained)
     assert list(prompt) == [*first[0], *first[1], *second[0], *second[1], *last[0]]
@@ -306,10 +307,10 @@ def test_shots_are_the_texts_of_training(model: Any, form: TextFormat | None):
 
 def test_shots_leave_the_target_alone():
     form = TextFormat("{source} =", " {target};")
-    shown = with_shots(form, [Example("1+1", ("2",))], "", ".")
+    shown = few_shot_format(form, [Example("1+1", ("2",))], "", ".")
     assert shown.target == form.target
     assert shown.extract_target(" 5;") == "5"
-    assert with_shots(form, [], "", ".") == form
+    assert few_shot_format(form, [], "", ".") == form
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -375,8 +376,9 @@ def test_a_model_with_a_chat_template_is_asked_in_turns(tiny_backbone: Make, tin
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     backbone: Any = dataclasses.replace(tiny_backbone("llama"), tokenizer=tokenizer)
     shown = [Example("name : Aromi", ("Aromi is here.", "Here is Aromi."))]
-    assert ask(backbone, "Say it:").format_prompt("name : Zizzi", "<s>") == ("[user]Say it:\nname : Zizzi[assistant]")
-    assert ask(backbone, "Say it:", shown).format_prompt("name : Zizzi", "<s>") == (
+    plain = instruction_format(backbone, "Say it:")
+    assert plain.format_prompt("name : Zizzi", "<s>") == "[user]Say it:\nname : Zizzi[assistant]"
+    assert instruction_format(backbone, "Say it:", shown).format_prompt("name : Zizzi", "<s>") == (
         "[user]Say it:\nname : Aromi[assistant]Aromi is here.[user]Say it:\nname : Zizzi[assistant]"
     )
-    assert ask(backbone, "Say it:").target == "{target}"
+    assert instruction_format(backbone, "Say it:").target == "{target}"

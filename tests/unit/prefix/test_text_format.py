@@ -16,7 +16,7 @@ from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.labels import Labels, encode_labelled
 from prefixtune.errors import CheckpointError, DataError, RequestError
 from prefixtune.evaluation.evaluate import evaluate
-from prefixtune.evaluation.prompting import ask, with_shots
+from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, prepare_prompts
@@ -145,11 +145,11 @@ def test_a_separator_makes_no_place_for_the_source(prompt: str, separator: str, 
 def test_shown_examples_stand_as_they_are_or_are_refused(llama: Any, place: str):
     shown = [Example("1+1", ("2",)), Example("a", (f"write {place}",))]
     with pytest.raises(DataError, match=r"example 2 \('a'\) contains " + place):
-        with_shots(TextFormat(), shown, "<s>", "</s>")
+        few_shot_format(TextFormat(), shown, "<s>", "</s>")
     with pytest.raises(DataError, match="example 2"):
-        ask(llama, "Add.", shown)
+        instruction_format(llama, "Add.", shown)
     with pytest.raises(DataError, match="the instruction 'Say"):
-        ask(llama, f"Say {place}.")
+        instruction_format(llama, f"Say {place}.")
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     assert form is not None
     assert (form.max_length, form.on_too_long, form.longest_target) == (50, "cut", len(" " + "xyz" * 6 + " ") + 1)
     encoding = encode_examples(llama, LONG, form, prefix_length=2, max_length=50)
-    assert encoding.num_cut == 1
+    assert encoding.num_truncated == 1
     sources = [example.source for example in LONG]
     told: list[Any] = []
     prompts = prepare_prompts(llama, sources, [prefix] * 4, GenerateConfig(max_new_tokens=5), on_cut=told.append)
@@ -194,7 +194,7 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     assert [len(ids) for ids in prompts.ids] == [13, 23, 33, 29]
     assert {ids[-1] for ids in prompts.ids} == {llama.tokenizer.bos_token_id}
     assert told == [[3]]
-    with pytest.warns(UserWarning, match="1 of 4 sources were cut"):
+    with pytest.warns(UserWarning, match="1 of 4 sources were truncated"):
         outputs = generate(llama, sources, prefix, max_new_tokens=5)
     pieces: list[Any] = []
     assert "".join(stream(llama, sources[3], prefix, max_new_tokens=5, on_cut=pieces.append)) == outputs[3]
@@ -221,7 +221,7 @@ def test_what_training_left_whole_is_neither_cut_nor_refused(llama: Any, tmp_pat
         sources = [example.source for example in data]
         prompts = prepare_prompts(llama, sources, [prefix] * len(data), GenerateConfig(), on_cut=lambda _: None)
         assert prompts.ids == tuple(list(example.prompt) for example in wanted.examples)
-        assert evaluate(llama, data, prefix, max_new_tokens=2).num_cut == wanted.num_cut
+        assert evaluate(llama, data, prefix, max_new_tokens=2).num_truncated == wanted.num_truncated
     older = {key: value for key, value in prefix.header["text_format"].items() if key != "longest_prompt"}
     with_older = Prefix(prefix.layers, {**prefix.header, "text_format": older})
     cut: list[Any] = []
@@ -238,7 +238,7 @@ def test_the_backbones_positions_cut_as_in_training(llama: Any, tmp_path: Path):
     form = read_text_format(prefix.header) if prefix is not None else None
     assert form is not None
     wanted = encode_examples(llama, examples, form, prefix_length=2)
-    assert wanted.num_cut == 1
+    assert wanted.num_truncated == 1
     sources = [example.source for example in examples]
     room = positions - 2 - len(wanted.examples[0].prompt)
     for most in (20, 60):
@@ -251,7 +251,7 @@ def test_the_backbones_positions_cut_as_in_training(llama: Any, tmp_path: Path):
     outputs = generate(llama, sources, prefix, **shared)
     assert outputs == [*generate(llama, sources[:1], prefix, **shared), *generate(llama, sources[1:], prefix, **shared)]
     assert "".join(stream(llama, sources[0], prefix, **shared)) == outputs[0]
-    assert evaluate(llama, examples, prefix, max_new_tokens=60).num_cut == 1
+    assert evaluate(llama, examples, prefix, max_new_tokens=60).num_truncated == 1
 
 
 def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
@@ -323,7 +323,7 @@ def test_evaluation_checks_all_lengths_before_it_decodes(llama: Any, tmp_path: P
     done: list[int] = []
     settings = {"max_new_tokens": 3, "batch_size": 1}
     outcome = evaluate(llama, LONG, prefix, config=GenerateConfig(**settings), on_batch=done.append)
-    assert (outcome.num_cut, done) == (1, [1, 2, 3, 4])
+    assert (outcome.num_truncated, done) == (1, [1, 2, 3, 4])
     done.clear()
     with pytest.raises(RequestError, match="max_length 50"):
         evaluate(llama, LONG, prefix, config=GenerateConfig(**settings, on_too_long="error"), on_batch=done.append)

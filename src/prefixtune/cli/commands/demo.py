@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     """`prefixtune demo`: the main job on a small set, before and after."""
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.packaged import prepare as prepare_backbone
-    from prefixtune.data.toy.notices import make_toy
+    from prefixtune.data.toy.table_to_text import make_toy
     from prefixtune.evaluation.evaluate import evaluate
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.report import loss_plot

@@ -81,9 +81,10 @@ def run(options: argparse.Namespace) -> int:
         )
     from prefixtune.data import TASKS, read_task
     from prefixtune.data.encoding import default_format
+    from prefixtune.evaluation.decode import DECODED_FILE
     from prefixtune.evaluation.evaluate import check_examples, check_kind, evaluate
-    from prefixtune.evaluation.prompting import ask, with_shots
-    from prefixtune.evaluation.records import DECODED_FILE, summarize, write_evaluation
+    from prefixtune.evaluation.prompting import few_shot_format, instruction_format
+    from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.prefix.text_format import read_text_format
     from prefixtune.utils.files import write_text
     from prefixtune.utils.writable import check_writable
@@ -114,9 +115,9 @@ def run(options: argparse.Namespace) -> int:
     overlap = _overlap(console, examples, options.train if shown else weights or file, shown)
     backbone, prefix, form = load_artifact(console, options, file, weights)
     if options.instruction:
-        form = ask(backbone, options.instruction, shown)
+        form = instruction_format(backbone, options.instruction, shown)
     elif shown:
-        form = with_shots(form or default_format(backbone), shown, backbone.separator, backbone.end)
+        form = few_shot_format(form or default_format(backbone), shown, backbone.separator, backbone.end)
     with console.progress("generating", len(examples)) as bar:
         outcome = evaluate(
             backbone,
@@ -128,9 +129,9 @@ def run(options: argparse.Namespace) -> int:
             protocol=chosen.protocol,
             metrics=metrics,
             intervals=options.intervals,
-            kept=None if folder is None else folder / DECODED_FILE,
+            resume_file=None if folder is None else folder / DECODED_FILE,
             on_batch=bar.update,
-            on_cut=lambda cut: console.info(f"{len(cut)} of {len(examples)} sources were cut to fit"),
+            on_cut=lambda cut: console.info(f"{len(cut)} of {len(examples)} sources were truncated to fit"),
         )
     facts = {
         "title": _title(options, task),

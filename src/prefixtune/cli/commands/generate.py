@@ -237,7 +237,7 @@ def _keep_cut(cut: set[int], numbers: Sequence[int], indices: Sequence[int]) -> 
 
 def _report_cut(console: Console, cut: Collection[int], total: int) -> None:
     if cut:
-        console.info(f"{len(cut)} of {total} sources were cut to fit")
+        console.info(f"{len(cut)} of {total} sources were truncated to fit")
 
 
 def _rounded(probabilities: Mapping[str, float]) -> dict[str, float]:

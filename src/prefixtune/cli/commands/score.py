@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`prefixtune score`."""
-    from prefixtune.data import TASKS, read_entries, read_task
+    from prefixtune.data import TASKS, read_all_entries, read_task
 
     if options.samples < 2 or options.seed < 0:
         raise ConfigError(
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         outputs = _read_outputs(Path(name))
         if len(outputs) != len(examples):
             # Maybe of all entries, also of those that are no examples.
-            entries = read_entries(options.task, options.references, split=options.split)
+            entries = read_all_entries(options.task, options.references, split=options.split)
             if len(outputs) != len(entries):
                 raise _other_count(name, len(outputs), len(examples), len(entries), options.references)
             outputs = [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]

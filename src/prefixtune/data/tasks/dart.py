@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import Row, file_format, read_rows
-from prefixtune.data.hub import is_set
+from prefixtune.data.hub import is_dataset
 from prefixtune.data.tasks.triples import Triple, check_triples, commented_texts, read_benchmark, references_of
 from prefixtune.errors import DataError
 
@@ -58,7 +58,7 @@ def read_dart(path: Path) -> list[Example]:
 def dart_entries(path: Path) -> list[Example | None]:
     """Every entry, as `read_dart` reads it; None for those that it leaves out, as they have empty texts alone."""
     path = Path(path)
-    if not is_set(path) and file_format(path, DART_FORMATS) == ".xml":
+    if not is_dataset(path) and file_format(path, DART_FORMATS) == ".xml":
         rows = [_with_texts(row, row.values.pop("lexicalizations")) for row in read_benchmark(path)]
     else:
         rows = [_from_release(row) for row in read_rows(path, DART_FORMATS)]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import Row, file_format, one_line, read_rows
-from prefixtune.data.hub import is_set
+from prefixtune.data.hub import is_dataset
 from prefixtune.errors import DataError, did_you_mean
 
 __all__ = ["ATTRIBUTES", "E2E_FORMATS", "linearize", "parse_mr", "read_e2e"]
@@ -104,7 +104,7 @@ def read_e2e(path: Path) -> list[Example]:
     """
     path = Path(path)
     rows = read_rows(path, E2E_FORMATS)
-    if is_set(path):
+    if is_dataset(path):
         rows, wanted = [_from_hub(row) for row in rows], "references"
     else:
         wanted = "ref" if file_format(path, E2E_FORMATS) == ".csv" else "references"

@@ -20,7 +20,7 @@ from typing import Any
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import Row, check_file, file_format, read_rows, read_text
-from prefixtune.data.hub import is_set
+from prefixtune.data.hub import is_dataset
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 
 __all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged"]
@@ -50,9 +50,9 @@ def read_tagging(path: Path, source: str | None = None, target: str | None = Non
         DataError: The file or one of its sentences is wrong; the message names file and line.
     """
     path = Path(path)
-    if not is_set(path):
+    if not is_dataset(path):
         check_file(path)
-    if is_set(path) or file_format(path, TAGGING_FORMATS) in _JSON:
+    if is_dataset(path) or file_format(path, TAGGING_FORMATS) in _JSON:
         names = ("tokens" if source is None else source, "tags" if target is None else target)
         for name in names:
             if not name.strip() or "{" in name or "}" in name:

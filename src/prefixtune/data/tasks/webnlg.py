@@ -18,7 +18,7 @@ from typing import Any
 
 from prefixtune.data.examples import Example
 from prefixtune.data.files import Row, file_format, read_rows
-from prefixtune.data.hub import is_set
+from prefixtune.data.hub import is_dataset
 from prefixtune.data.tasks.triples import (
     Triple,
     check_triples,
@@ -71,9 +71,9 @@ def read_webnlg(path: Path) -> list[Example]:
 def webnlg_entries(path: Path) -> list[Example | None]:
     """Every entry, as `read_webnlg` reads it; None for those that it leaves out."""
     path = Path(path)
-    if path.is_dir() and not is_set(path):
+    if path.is_dir() and not is_dataset(path):
         rows = [row for file in _xml_files(path) for row in _from_xml(file)]
-    elif is_set(path) or file_format(path, WEBNLG_FORMATS) == ".jsonl":
+    elif is_dataset(path) or file_format(path, WEBNLG_FORMATS) == ".jsonl":
         rows = [_from_hub(row) for row in read_rows(path, WEBNLG_FORMATS)]
     else:
         rows = _from_xml(path)

@@ -9,10 +9,10 @@ Knows nothing of this project: no example, no task, no model, no exception of it
 from __future__ import annotations
 
 from prefixtune.evaluation.metrics.base import Measurement, Score, Unavailable
-from prefixtune.evaluation.metrics.labels import accuracy, macro_f1, span_f1
+from prefixtune.evaluation.metrics.classification import accuracy, macro_f1, span_f1
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.evaluation.metrics.registry import METRICS, bleu, compare, compute, interval, measure
-from prefixtune.evaluation.metrics.resampling import Comparison, bootstrap, randomize
+from prefixtune.evaluation.metrics.significance import Comparison, bootstrap, randomize
 
 __all__ = [
     "METRICS",

@@ -97,7 +97,7 @@ class Measurement:
 
     def to_score(self, *, level: float | None = None, samples: int = 1000, seed: int = 0) -> Score:
         """The score, with a confidence interval where a level is given (see `resampling.bootstrap`)."""
-        from prefixtune.evaluation.metrics.resampling import bootstrap
+        from prefixtune.evaluation.metrics.significance import bootstrap
 
         interval = None if level is None else bootstrap(self, samples=samples, level=level, seed=seed)
         return Score(self.name, self.score, self.rows.implementation, self.higher_is_better, interval)

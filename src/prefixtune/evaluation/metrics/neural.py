@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefixtune.evaluation.metrics.base import Rows, Unavailable
-from prefixtune.evaluation.metrics.captions import mean
+from prefixtune.evaluation.metrics.meteor import mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

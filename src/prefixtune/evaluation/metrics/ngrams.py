@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prefixtune.evaluation.metrics.base import Array, Rows
-from prefixtune.evaluation.metrics.captions import caption_rouge_l, mean
 from prefixtune.evaluation.metrics.java import package_version
+from prefixtune.evaluation.metrics.meteor import caption_rouge_l, mean
 from prefixtune.evaluation.metrics.ter import edits
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prefixtune.evaluation.metrics import captions, neural
+from prefixtune.evaluation.metrics import meteor as captions
+from prefixtune.evaluation.metrics import neural
 from prefixtune.evaluation.metrics import ngrams as overlap
 from prefixtune.evaluation.metrics.base import Measurement, Rows, Score, Unavailable
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.evaluation.metrics.resampling import Comparison, bootstrap, randomize
+from prefixtune.evaluation.metrics.significance import Comparison, bootstrap, randomize
 from prefixtune.evaluation.metrics.texts import Texts
 
 __all__ = ["METRICS", "Metric", "bleu", "compare", "compute", "interval", "measure"]

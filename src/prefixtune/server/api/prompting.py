@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefixtune.data.encoding import encode_prompts, fit_prompt
+from prefixtune.data.encoding import encode_prompts
+from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import RequestError
 from prefixtune.inference.decoding import newline_tokens
 from prefixtune.prefix.text_format import TextFormat
@@ -52,7 +53,7 @@ async def encode_source(
 
     def work() -> list[int]:
         whole.extend(encode_prompts(backbone, chosen, [source])[0])
-        return fit_prompt(backbone, chosen, whole, new_tokens=new_tokens, name="the prompt", **room)
+        return truncate_prompt(backbone, chosen, whole, new_tokens=new_tokens, name="the prompt", **room)
 
     try:
         ids = await encode(call, work)

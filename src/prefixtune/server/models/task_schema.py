@@ -15,7 +15,7 @@ from prefixtune.data.files import join_lines, one_line
 from prefixtune.data.tasks import dart, e2e, webnlg
 from prefixtune.data.tasks.records import check_template, render
 from prefixtune.data.tasks.triples import check_triples
-from prefixtune.data.toy import notices as toy
+from prefixtune.data.toy import table_to_text as toy
 from prefixtune.errors import ConfigError, DataError
 
 __all__ = ["Field", "TaskSchema", "decoding_of", "task_schema_of"]

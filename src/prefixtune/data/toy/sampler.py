@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["LARGEST", "Dealer", "check_sizes"]
+__all__ = ["LARGEST", "BalancedSampler", "check_sizes"]
 
 
 #: The most examples of a part.
@@ -22,7 +22,7 @@ LARGEST = 10_000
 _Card = TypeVar("_Card")
 
 
-class Dealer:
+class BalancedSampler:
     """Deals values from named decks: each is shuffled, dealt to its end and shuffled again.
 
     So all values of a deck are about equally frequent, and after as many deals as it has cards each has occurred.

@@ -14,7 +14,7 @@ Knows nothing of tokenizers or training, and reads no file.
 from __future__ import annotations
 
 from prefixtune.data.examples import Example
-from prefixtune.data.toy.dealer import Dealer, check_sizes
+from prefixtune.data.toy.sampler import BalancedSampler, check_sizes
 
 __all__ = ["DEPARTMENTS", "MENTIONS", "REQUESTS", "make_toy_labels"]
 
@@ -98,7 +98,7 @@ def make_toy_labels(seed: int = 7, train: int = 400, held_out: int = 100) -> tup
     """
     hint = "leave the numbers out to have 400 and 100 messages."
     check_sizes("toy_labels", seed, train, held_out, least=_LEAST, hint=hint)
-    dealer = Dealer(seed)
+    dealer = BalancedSampler(seed)
     made: dict[str, Example] = {}
     while len(made) < train + held_out:
         example = _two_subjects(dealer) if dealer.deal("subjects", (False, True)) else _one_subject(dealer)
@@ -107,13 +107,13 @@ def make_toy_labels(seed: int = 7, train: int = 400, held_out: int = 100) -> tup
     return examples[:train], examples[train:]
 
 
-def _one_subject(dealer: Dealer) -> Example:
+def _one_subject(dealer: BalancedSampler) -> Example:
     label = dealer.deal("department", tuple(DEPARTMENTS))
     asks = dealer.deal("asks", (False, True))
     return _message(dealer, (_request if asks else _mention)(dealer, label), label, "")
 
 
-def _two_subjects(dealer: Dealer) -> Example:
+def _two_subjects(dealer: BalancedSampler) -> Example:
     label, mentioned = dealer.deal("pair", _PAIRS)
     request, mention = _request(dealer, label), _mention(dealer, mentioned)
     if dealer.deal("request first", (False, True)):
@@ -123,17 +123,17 @@ def _two_subjects(dealer: Dealer) -> Example:
     return _message(dealer, body, label, mentioned)
 
 
-def _request(dealer: Dealer, department: str) -> str:
+def _request(dealer: BalancedSampler, department: str) -> str:
     subject = dealer.deal(f"asked: {department}", DEPARTMENTS[department])
     return f"{dealer.deal('request', REQUESTS)} {subject}"
 
 
-def _mention(dealer: Dealer, department: str) -> str:
+def _mention(dealer: BalancedSampler, department: str) -> str:
     subject = dealer.deal(f"mentioned: {department}", DEPARTMENTS[department])
     return f"{dealer.deal('mention', MENTIONS)} {subject}"
 
 
-def _message(dealer: Dealer, body: str, label: str, mentioned: str) -> Example:
+def _message(dealer: BalancedSampler, body: str, label: str, mentioned: str) -> Example:
     first, _, second = body.partition(". ")
     body = f"{first}. {second[0].upper()}{second[1:]}" if second else body
     place, number = dealer.deal("place", _PLACES), dealer.deal("number", _NUMBERS)

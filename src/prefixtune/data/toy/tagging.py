@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from prefixtune.data.examples import Example
 from prefixtune.data.tasks.tagging import tagged
-from prefixtune.data.toy.dealer import Dealer, check_sizes
+from prefixtune.data.toy.sampler import BalancedSampler, check_sizes
 
 __all__ = ["SPANS", "make_toy_tags"]
 
@@ -79,7 +79,7 @@ def make_toy_tags(seed: int = 7, train: int = 300, held_out: int = 60) -> tuple[
     """
     hint = "leave the numbers out to have 300 and 60 messages."
     check_sizes("toy_tags", seed, train, held_out, least=_LEAST, hint=hint)
-    dealer = Dealer(seed)
+    dealer = BalancedSampler(seed)
     made: dict[str, Example] = {}
     while len(made) < train + held_out:
         tokens: list[str] = []
@@ -96,7 +96,7 @@ def make_toy_tags(seed: int = 7, train: int = 300, held_out: int = 60) -> tuple[
     return examples[:train], examples[train:]
 
 
-def _span(dealer: Dealer, kind: str, last: dict[str, str]) -> str:
+def _span(dealer: BalancedSampler, kind: str, last: dict[str, str]) -> str:
     """The next span of a type, another one than the message's last of that type."""
     span = dealer.deal(kind, SPANS[kind])
     if span == last.get(kind):

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 
 from prefixtune.data.examples import Example
-from prefixtune.data.toy.dealer import Dealer, check_sizes
+from prefixtune.data.toy.sampler import BalancedSampler, check_sizes
 from prefixtune.errors import ConfigError
 
 __all__ = ["linearize", "make_toy", "notices"]
@@ -95,7 +95,7 @@ def make_toy(seed: int = 7, train: int = 320, held_out: int = 40) -> tuple[list[
     """
     hint = "leave the numbers out to have 320 and 40 tables."
     check_sizes("toy", seed, train, held_out, least=1, hint=hint)
-    dealer = Dealer(seed)
+    dealer = BalancedSampler(seed)
     training = _deal(dealer, train)
     seen = {field: sorted({table[field] for table in training}) for field in _VALUES}
     left = math.prod(len(values) for values in seen.values()) - train
@@ -123,7 +123,7 @@ def _clock(time: str) -> str:
     return f"{_HOURS[hour]} {_MINUTES[minute]}"
 
 
-def _deal(dealer: Dealer, count: int) -> list[dict[str, str]]:
+def _deal(dealer: BalancedSampler, count: int) -> list[dict[str, str]]:
     """Distinct tables, in which all values of a field are about equally frequent."""
     tables: dict[str, dict[str, str]] = {}
     while len(tables) < count:

@@ -1,0 +1,147 @@
+"""One output per example, in batches; a file of the outputs so far lets a stopped evaluation continue."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixtune.backbone.backbone import Backbone, weights
+from prefixtune.data.examples import Example
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, prepare_prompts
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.utils.files import line_writer
+from prefixtune.utils.writable import check_writable, reporting_write_errors
+
+__all__ = ["DECODED_FILE", "decode", "read_decoded"]
+
+DECODED_FILE = "decoded.jsonl"
+_NUM_SAMPLES = 64
+"""Numbers of each weight that go into the digest."""
+
+
+def decode(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    prefix: Prefix | None,
+    text_format: TextFormat | None,
+    config: GenerateConfig,
+    *,
+    resume_file: Path | None,
+    on_batch: Callable[[int], None] | None,
+    on_cut: Callable[[Sequence[int]], None],
+) -> tuple[list[str], float]:
+    """One output per example, and the seconds that decoding took; sources of similar length share a batch."""
+    if resume_file is not None:
+        check_writable(resume_file)
+    sources = [example.source for example in examples]
+    # Every length is checked, and every truncated source counted, before the first batch.
+    prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
+    order = sorted(range(len(examples)), key=lambda index: len(sources[index]))
+    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    digest = "" if resume_file is None else _digest(backbone, examples, prefix, text_format, config)
+    rows = [] if resume_file is None else list(read_decoded(resume_file, digest))
+    outputs: dict[int, str] = {row["number"]: row["output"] for row in rows}
+    seconds = sum(row["seconds"] for row in rows)
+    for step, batch in enumerate(batches):
+        if any(index not in outputs for index in batch):
+            batch_config = config if config.seed is None else dataclasses.replace(config, seed=config.seed + step)
+            start_time = time.perf_counter()
+            texts = generate(
+                backbone,
+                [sources[index] for index in batch],
+                prefix,
+                text_format=text_format,
+                config=batch_config,
+                on_cut=lambda _: None,
+            )
+            elapsed = time.perf_counter() - start_time
+            decoded = dict(zip(batch, texts, strict=True))
+            outputs.update(decoded)
+            seconds += elapsed
+            if resume_file is not None:
+                _append_decoded(resume_file, digest, decoded, elapsed)
+        if on_batch is not None:
+            on_batch(min(len(order), (step + 1) * config.batch_size))
+    return [outputs[index] for index in range(len(examples))], seconds
+
+
+def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
+    """The rows that a stopped evaluation wrote; an incomplete last line is ignored.
+
+    Raises:
+        ConfigError: The rows belong to another evaluation.
+        DataError: The file cannot be read, or was not written by an evaluation.
+    """
+    hint = "choose another output folder, or delete it."
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {str(path)!r}: {error}.", hint=hint) from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(row, dict) or not {"digest", "number", "output", "seconds"} <= row.keys():
+            raise DataError(f"line {number} of {str(path)!r} is not what an evaluation writes.", hint=hint)
+        if row["digest"] != digest:
+            raise ConfigError(
+                f"{str(path)!r} holds outputs of another evaluation (another prefix, model, data or settings).",
+                hint=hint,
+            )
+        yield row
+
+
+def _append_decoded(path: Path, digest: str, outputs: Mapping[int, str], seconds: float) -> None:
+    """Add a batch's outputs to the file."""
+    rows = [
+        {"number": index, "output": output, "seconds": round(seconds / len(outputs), 6), "digest": digest}
+        for index, output in outputs.items()
+    ]
+    with reporting_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with line_writer(path) as append:
+        # An incomplete line of a process that was killed stays alone on its line.
+        append("\n" + "\n".join(json.dumps(row) for row in rows))
+
+
+def _digest(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    prefix: Prefix | None,
+    text_format: TextFormat | None,
+    config: GenerateConfig,
+) -> str:
+    """Identifies what the outputs depend on: model, prefix, texts and settings."""
+    facts = {
+        "fingerprint": backbone.fingerprint,
+        "weights": [_sample(value) for _, value in weights(backbone.model)],
+        "dtype": str(backbone.dtype),
+        "format": None if text_format is None else text_format.to_dict(),
+        "header": None if prefix is None else prefix.header.get("text_format"),
+        "decoding": dataclasses.asdict(config),
+        "sources": [example.source for example in examples],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for tensor in () if prefix is None else prefix.tensors():
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _sample(weight: torch.Tensor) -> list[float]:
+    """Some numbers of a weight that identify it, the same on any number of cores."""
+    # torchao's tensors can neither be sliced nor summed.
+    plain = weight if type(weight) in (torch.Tensor, torch.nn.Parameter) else weight.dequantize()
+    flat = plain.detach().reshape(-1)
+    sampled: list[float] = flat[:: max(1, len(flat) // _NUM_SAMPLES)].float().tolist()
+    return sampled
