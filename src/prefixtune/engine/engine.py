@@ -34,7 +34,15 @@ from prefixtune.backbone.prepack import prepack
 from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.encoder_cache import EncoderCache
 from prefixtune.engine.kv_cache import KVCache, Span
-from prefixtune.engine.request import ContextLengthExceeded, EngineFull, FinishReason, Request, SequenceOutput, Token
+from prefixtune.engine.request import (
+    ContextLengthExceeded,
+    EngineFull,
+    FinishReason,
+    Request,
+    SequenceOutput,
+    Token,
+    join_outputs,
+)
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import TokenSequence
@@ -316,7 +324,7 @@ class Engine:
         while self.busy:
             for output in self.step():
                 pieces.setdefault((output.request_id, output.index), []).append(output)
-        return [[_joined(pieces[request.id, index]) for index in range(request.n)] for request in requests]
+        return [[join_outputs(pieces[request.id, index]) for index in range(request.n)] for request in requests]
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -494,12 +502,3 @@ def _steady_length(backbone: Backbone) -> int:
     each = [settings, *(value for value in settings.values() if isinstance(value, dict))]
     bounds = [int(one["original_max_position_embeddings"]) for one in each if one.get("rope_type") == "longrope"]
     return min(bounds, default=0)
-
-
-def _joined(pieces: Sequence[SequenceOutput]) -> SequenceOutput:
-    """All news of one text as one."""
-    last = pieces[-1]
-    tokens = tuple(token for piece in pieces for token in piece.tokens)
-    return SequenceOutput(
-        last.request_id, last.index, tokens, "".join(p.text for p in pieces), last.finish_reason, last.error
-    )

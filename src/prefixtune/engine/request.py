@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "SamplingParams",
     "SequenceOutput",
     "Token",
+    "join_outputs",
 ]
 
 
@@ -195,3 +196,11 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     error: str = ""
     engine_crashed: bool = False
+
+
+def join_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
+    """All outputs of one sequence, in order, as one."""
+    last = outputs[-1]
+    tokens = tuple(token for output in outputs for token in output.tokens)
+    text = "".join(output.text for output in outputs)
+    return SequenceOutput(last.request_id, last.index, tokens, text, last.finish_reason, last.error)
