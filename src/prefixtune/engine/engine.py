@@ -35,7 +35,7 @@ from prefixtune.engine.attention import SlotAttention
 from prefixtune.engine.encoder_cache import EncoderCache
 from prefixtune.engine.kv_cache import KVCache, Span
 from prefixtune.engine.request import (
-    ContextLengthExceeded,
+    ContextLengthError,
     EngineFull,
     FinishReason,
     Request,
@@ -214,7 +214,7 @@ class Engine:
                 )
         sizes = len(request.prompt), request.prefix_length
         if request.sampling.max_new_tokens > self.room(*sizes):
-            raise ContextLengthExceeded(
+            raise ContextLengthError(
                 f"the request needs {self.needs(*sizes, request.sampling.max_new_tokens)}.",
                 hint="shorten the text or lower max_new_tokens.",
             )

@@ -9,7 +9,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from prefixtune.backbone.prefixes import as_prefix
@@ -18,7 +18,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.options import check_names, fit_types
 
 __all__ = [
-    "ContextLengthExceeded",
+    "ContextLengthError",
     "EngineFull",
     "FinishReason",
     "Request",
@@ -40,7 +40,7 @@ class EngineFull(RequestError):
     """The engine accepts no request now; the same one may be accepted later."""
 
 
-class ContextLengthExceeded(RequestError):
+class ContextLengthError(RequestError):
     """A request needs more positions than a slot has."""
 
 
@@ -203,4 +203,4 @@ def join_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
     last = outputs[-1]
     tokens = tuple(token for output in outputs for token in output.tokens)
     text = "".join(output.text for output in outputs)
-    return SequenceOutput(last.request_id, last.index, tokens, text, last.finish_reason, last.error)
+    return replace(last, tokens=tokens, text=text)
