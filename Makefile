@@ -53,7 +53,7 @@ test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the old
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(VENV)-oldest/bin/python -m pip install --quiet --group integrations -e . transformers==$(OLDEST)
 	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/equivalence tests/learning \
-		tests/unit/doctor/test_examine.py tests/test_tiny.py tests/integrations/test_export_onnx.py \
+		tests/unit/doctor tests/test_tiny.py tests/integrations/test_export_onnx.py \
 		tests/integrations/test_export_llama_cpp.py tests/integrations/test_interop_peft.py \
 		tests/integrations/test_peft_oracle.py tests/integrations/test_trainer.py
 

@@ -1,186 +1,206 @@
-"""What should hold of a backbone with prefixes, one function per check: the list that the doctor goes through.
-
-Each runs prefixes in one way and compares with the plainest (see `trial`). It returns whether its sentence holds, with
-the figures; or None, where the model gives no occasion for it.
-
-Knows nothing of how the subject was prepared and of who is told.
-"""
+"""Checks of attention: does a prefix reach every layer, and nothing else, and does the backbone stay as it was?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+import math
 
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone import selfcheck
-from prefixtune.doctor.reference import Text, alone, attended, only, outputs, prefix_gradients
-from prefixtune.doctor.state import State
-from prefixtune.doctor.subject import Finding, Subject
+from prefixtune.doctor.reference import (
+    Text,
+    attention_outputs,
+    compute_outputs,
+    keep_site,
+    outputs_one_by_one,
+    prefix_gradients,
+    slot_gradients,
+)
+from prefixtune.doctor.state import ModelState
+from prefixtune.doctor.subject import CheckResult, Subject
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["INFINITE", "quickly"]
-
-INFINITE = float("inf")
+__all__ = [
+    "check_causality",
+    "check_checkpointing",
+    "check_evaluation_mode",
+    "check_gradients",
+    "check_layers",
+    "check_loading",
+    "check_order",
+    "check_own_attention",
+    "check_registry",
+    "check_single_sites",
+    "check_untouched",
+]
 
 
 # --- where prefixes reach --------------------------------------------------------------------------------------------
 
 
-def check_registry(subject: Subject) -> Finding:
-    # Its preparation would have failed otherwise.
+def check_registry(subject: Subject) -> CheckResult:
+    """Every layer attends through the registry; otherwise there would be no subject."""
     geometry = subject.backbone.geometry
     counts = [f"{len(shapes)} of {len(shapes)} {site} layers" for site, shapes in geometry.items()]
     return True, ", ".join(counts)
 
 
-def quickly(subject: Subject) -> Finding:
-    """What `load_backbone` checks, with its figures."""
-    found = selfcheck.compare(subject.backbone.model, subject.backbone.layout)
-    detail = f"{subject.outputs} differ by {found.difference:.1e} (at most {found.bound:g}); effect {found.effect:.1e}"
-    return found.passed, detail + ("" if found.differentiable else "; no gradient reaches it in some layer")
+def check_loading(subject: Subject) -> CheckResult:
+    """The self-check of `load_backbone`, with its figures."""
+    result = selfcheck.compare(subject.backbone.model, subject.backbone.layout)
+    detail = (
+        f"{subject.output_name} differ by {result.difference:.1e} (at most {result.bound:g}); "
+        f"effect {result.effect:.1e}"
+    )
+    return result.passed, detail + ("" if result.differentiable else "; no gradient reaches it in some layer")
 
 
-def check_own_attention(subject: Subject) -> Finding:
+def check_own_attention(subject: Subject) -> CheckResult:
+    """Without a prefix, the attention here equals transformers' own."""
     backbone = subject.backbone
-    if not subject.exact:
+    if not subject.is_exact:
         # The two round scores differently, which half precision shows.
         return None
     rows, prefixes = subject.texts(6, 9), [None, None]
-    ours = outputs(backbone, rows, prefixes)
-    # Of every part: transformers may refuse to set a part back that it has set.
+    ours = compute_outputs(backbone, rows, prefixes)
+    # Restored by hand in every submodule: transformers may refuse to restore what it has set itself.
     configs = {id(m.config): m.config for m in backbone.model.modules() if hasattr(m, "config")}.values()
-    chosen = [(config, config._attn_implementation) for config in configs]
+    implementations = [(config, config._attn_implementation) for config in configs]
     try:
         backbone.model.set_attn_implementation("eager")
-        theirs = outputs(backbone, rows, prefixes)
+        theirs = compute_outputs(backbone, rows, prefixes)
     finally:
-        for config, name in chosen:
+        for config, name in implementations:
             config._attn_implementation = name
-    return subject.same(f"{subject.outputs} of 2 rows", subject.distance(ours, theirs))
+    return subject.check_equal(f"{subject.output_name} of 2 rows", subject.difference(ours, theirs))
 
 
-def check_layers(subject: Subject) -> Finding:
-    dead, weakest = _too_weak(subject, subject.layer_effects)
+def check_layers(subject: Subject) -> CheckResult:
+    """Replacing one layer's prefix changes that layer's output."""
+    weak, weakest = _find_weak_layers(subject, subject.layer_effects)
     detail = (
-        f"replacing one layer's prefix moves what that layer gives by {subject.layer_effects[weakest]:.1e} or more "
+        f"replacing one layer's prefix changes that layer's output by {subject.layer_effects[weakest]:.1e} or more "
         f"(layer {_layer_name(subject, weakest)}; at least {subject.layer_bounds[weakest]:.1e}, by the float noise; "
         f"strength {subject.strength:g})"
     )
-    words = ", ".join(_layer_name(subject, place) for place in dead)
-    return not dead, detail + (f"; too little in layers {words}" if dead else "")
+    names = ", ".join(_layer_name(subject, layer) for layer in weak)
+    return not weak, detail + (f"; too little in layers {names}" if weak else "")
 
 
-def _too_weak(
+def _find_weak_layers(
     subject: Subject, effects: dict[tuple[Site, int], float]
 ) -> tuple[list[tuple[Site, int]], tuple[Site, int]]:
-    """The layers whose change does not exceed the float noise, and the one that is nearest to it."""
+    """The layers whose change does not exceed the float noise, and the layer that is nearest to it."""
     bounds = subject.layer_bounds
-    dead = [place for place, effect in effects.items() if not bounds[place] <= effect < INFINITE]
-    return dead, min(effects, key=lambda place: effects[place] / bounds[place])
+    weak = [layer for layer, effect in effects.items() if not bounds[layer] <= effect < math.inf]
+    return weak, min(effects, key=lambda layer: effects[layer] / bounds[layer])
 
 
-def _layer_name(subject: Subject, place: tuple[Site, int]) -> str:
-    return str(place[1]) if len(subject.sites) == 1 else f"{place[0]} {place[1]}"
+def _layer_name(subject: Subject, layer: tuple[Site, int]) -> str:
+    site, index = layer
+    return str(index) if len(subject.sites) == 1 else f"{site} {index}"
 
 
-def slot_gradients(gradients: Sequence[Tensor]) -> Tensor:
-    """The largest gradient of every key and value slot of all layers."""
-    return torch.cat([gradient.float().abs().amax(dim=(0, 2)) for gradient in gradients])
-
-
-def check_gradients(subject: Subject) -> Finding:
+def check_gradients(subject: Subject) -> CheckResult:
+    """Every key and value slot of the prefix gets a gradient."""
     backbone = subject.backbone
     # A pass without gradients must leave nothing behind.
-    alone(backbone, subject.texts(4), [subject.first])
+    outputs_one_by_one(backbone, subject.texts(4), [subject.first])
     _, gradients = prefix_gradients(backbone, subject.texts(6, 9), [subject.first, subject.second])
-    finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
-    largest = slot_gradients(gradients)
-    dead = int((largest == 0).sum())
+    is_finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+    slots = slot_gradients(gradients)
+    num_dead = int((slots == 0).sum())
     detail = (
-        f"{len(largest) - dead} of {len(largest)} key and value slots of all layers, in a padded batch "
-        f"(the weakest gets {float(largest.min()):.1e}; above 0)"
+        f"{len(slots) - num_dead} of {len(slots)} key and value slots of all layers, in a padded batch "
+        f"(the weakest gets {float(slots.min()):.1e}; above 0)"
     )
-    return finite and not dead, detail + ("" if finite else "; some are not finite")
+    return is_finite and not num_dead, detail + ("" if is_finite else "; some are not finite")
 
 
-def check_single_sites(subject: Subject) -> Finding:
+def check_single_sites(subject: Subject) -> CheckResult:
+    """A prefix at a single site reaches all layers of that site, and learns."""
     if len(subject.sites) == 1:
         return None
     backbone = subject.backbone
     rows = subject.texts(6)
-    bare = attended(backbone, rows, [None])
-    words, passed = [], True
+    bare = attention_outputs(backbone, rows, [None])
+    details, passed = [], True
     for site in subject.sites:
-        prefix = only(subject.first, site)
+        prefix = keep_site(subject.first, site)
         _, gradients = prefix_gradients(backbone, rows, [prefix])
-        found = attended(backbone, rows, [prefix])
-        effects = {place: subject.distance([found[place]], [bare[place]]) for place in bare if place[0] == site}
-        dead, weakest = _too_weak(subject, effects)
+        prefixed = attention_outputs(backbone, rows, [prefix])
+        effects = {layer: subject.difference([prefixed[layer]], [bare[layer]]) for layer in bare if layer[0] == site}
+        weak, weakest = _find_weak_layers(subject, effects)
         slots = slot_gradients(gradients)
-        live = int((slots > 0).sum())
-        passed = passed and not dead and live == len(slots)
+        num_live = int((slots > 0).sum())
+        passed = passed and not weak and num_live == len(slots)
         bound = subject.layer_bounds[weakest]
-        words.append(f"{site} {effects[weakest]:.1e}, {live} of {len(slots)} slots (at least {bound:.1e}, all)")
-    return passed, f"alone it moves what its layers give by: {'; '.join(words)}"
+        details.append(f"{site} {effects[weakest]:.1e}, {num_live} of {len(slots)} slots (at least {bound:.1e}, all)")
+    return passed, f"alone it changes its layers' outputs by: {'; '.join(details)}"
 
 
-def check_order(subject: Subject) -> Finding:
-    backbone, prefix = subject.backbone, subject.first
-    turned = Prefix({site: tuple((k.flip(1), v.flip(1)) for k, v in layers) for site, layers in prefix.layers.items()})
-    one, other = alone(backbone, subject.texts(6) * 2, [prefix, turned])
-    return subject.same(f"{subject.outputs} with the prefix back to front", subject.distance([other], [one]))
+def check_order(subject: Subject) -> CheckResult:
+    """A prefix with its positions in reverse order does the same."""
+    layers = subject.first.layers.items()
+    reverse = Prefix({site: tuple((key.flip(1), value.flip(1)) for key, value in pairs) for site, pairs in layers})
+    rows = subject.texts(6) * 2
+    outputs, reverse_outputs = outputs_one_by_one(subject.backbone, rows, [subject.first, reverse])
+    difference = subject.difference([reverse_outputs], [outputs])
+    return subject.check_equal(f"{subject.output_name} with the prefix in reverse order", difference)
 
 
-def check_causality(subject: Subject) -> Finding:
+def check_causality(subject: Subject) -> CheckResult:
+    """Changing the last token changes nothing before it."""
     backbone = subject.backbone
     if backbone.kind == "encoder":
         return None
     (text,) = subject.texts(8)
     row = text.target or text.ids
-    spare = next(int(n) for n in subject.vocabulary if int(n) != row[-1])
-    changed = [*row[:-1], spare]
+    changed = [*row[:-1], next(int(token_id) for token_id in subject.vocabulary if int(token_id) != row[-1])]
     other = Text(text.ids, changed) if text.target else Text(changed)
-    before, after = alone(backbone, [text, other], [subject.first] * 2)
-    return subject.same("logits before a changed token", subject.distance([after[:-1]], [before[:-1]]))
+    before, after = outputs_one_by_one(backbone, [text, other], [subject.first] * 2)
+    return subject.check_equal("logits before a changed token", subject.difference([after[:-1]], [before[:-1]]))
 
 
-# --- modes, and what stays -------------------------------------------------------------------------------------------
+# --- modes, and what must not change ---------------------------------------------------------------------------------
 
 
-def check_evaluation_mode(subject: Subject) -> Finding:
+def check_evaluation_mode(subject: Subject) -> CheckResult:
+    """`.train()` turns no dropout on."""
     backbone = subject.backbone
     modes = [(module, module.training) for module in backbone.model.modules()]
-    training = sum(mode for _, mode in modes)
+    num_training = sum(mode for _, mode in modes)
     rows, prefixes = subject.texts(8), [subject.first]
-    reference = alone(backbone, rows, prefixes)
+    reference = outputs_one_by_one(backbone, rows, prefixes)
     try:
         backbone.model.train()
-        distance = max(subject.distance(alone(backbone, rows, prefixes), reference) for _ in range(2))
+        difference = max(subject.difference(outputs_one_by_one(backbone, rows, prefixes), reference) for _ in range(2))
     finally:
         for module, mode in modes:
             module.training = mode
-    passed, detail = subject.same(f"{subject.outputs} after .train()", distance)
-    return passed and not training, detail + (f"; {training} modules are in training mode" if training else "")
+    passed, detail = subject.check_equal(f"{subject.output_name} after .train()", difference)
+    return not num_training and passed, detail + (
+        f"; {num_training} modules are in training mode" if num_training else ""
+    )
 
 
-def check_checkpointing(subject: Subject) -> Finding:
+def check_checkpointing(subject: Subject) -> CheckResult:
+    """Gradient checkpointing changes neither outputs nor gradients."""
     backbone = subject.backbone
     if not backbone.layout.forwards_kwargs or not getattr(backbone.model, "supports_gradient_checkpointing", False):
         return None
     rows, prefixes = subject.texts(6, 9), [subject.first, subject.second]
     reference, gradients = prefix_gradients(backbone, rows, prefixes)
     with gradient_checkpointing(backbone.model):
-        others, other_gradients = prefix_gradients(backbone, rows, prefixes)
-    distance = max(subject.distance(others, reference), subject.distance(other_gradients, gradients))
-    return subject.same(f"{subject.outputs} and gradients", distance)
+        outputs, other_gradients = prefix_gradients(backbone, rows, prefixes)
+    difference = max(subject.difference(outputs, reference), subject.difference(other_gradients, gradients))
+    return subject.check_equal(f"{subject.output_name} and gradients", difference)
 
 
-def check_untouched(subject: Subject) -> Finding:
-    changes = subject.before.changes(State.of(subject.backbone.model))
-    count = len(subject.before.tensors)
+def check_untouched(subject: Subject) -> CheckResult:
+    """No parameter, buffer, attribute, hook or mode of the model has changed."""
+    changes = subject.initial_state.changes(ModelState.of(subject.backbone.model))
+    count = len(subject.initial_state.tensors)
     if changes:
         return False, f"{len(changes)} changed (at most 0): {', '.join(changes[:3])}"
     return True, f"{count} of {count} parameters and buffers are bit for bit the same; no hook or attribute is left"

@@ -1,4 +1,4 @@
-"""State."""
+"""Everything about a model that the checks must not change."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import weights
 
-__all__ = ["State"]
+__all__ = ["ModelState"]
 
 _BOOKKEEPING = frozenset({"_gradient_checkpointing_func", "gradient_checkpointing", "_require_grads_hooks"})
-"""Attributes that transformers' gradient checkpointing leaves behind; without effect once it is off."""
-
-
-# --- what must stay as it is -----------------------------------------------------------------------------------------
+"""Attributes that transformers' gradient checkpointing leaves behind; they have no effect once it is off."""
 
 
 @dataclass(frozen=True)
-class State:
-    """Everything about a model that must not change.
+class ModelState:
+    """A model's state at one moment.
 
     Attributes:
         tensors: Name of a parameter or buffer -> a hash of its bits.
         modules: Name of a module -> its class, attributes, number of hooks, and mode.
-        gradients: Names of the parameters that take gradients or hold one.
+        gradients: Names of the parameters that take or hold a gradient.
     """
 
     tensors: dict[str, str]
@@ -35,8 +32,8 @@ class State:
     gradients: frozenset[str]
 
     @classmethod
-    def of(cls, model: Any) -> State:
-        """A model's present state."""
+    def of(cls, model: Any) -> ModelState:
+        """The model's state now."""
         tensors = {}
         for name, tensor in [*weights(model), *model.named_buffers()]:
             tensors[name] = f"{tensor.dtype} {tuple(tensor.shape)} {_hash(tensor)}"
@@ -46,28 +43,28 @@ class State:
             hooks = sum(len(attributes[name]) for name in attributes if name.endswith("_hooks"))
             names = frozenset(attributes) - _BOOKKEEPING
             modules[name] = (type(module), names, hooks, module.training)
-        taking = (name for name, p in model.named_parameters() if p.requires_grad or p.grad is not None)
-        return cls(tensors, modules, frozenset(taking))
+        gradients = (name for name, p in model.named_parameters() if p.requires_grad or p.grad is not None)
+        return cls(tensors, modules, frozenset(gradients))
 
-    def changes(self, other: State) -> list[str]:
+    def changes(self, other: ModelState) -> list[str]:
         """What differs, in words."""
-        words = [
+        changes = [
             name for name in self.tensors.keys() | other.tensors if self.tensors.get(name) != other.tensors.get(name)
         ]
         parts = ("class", "attributes", "hooks", "mode")
         for name in self.modules.keys() | other.modules:
-            one, two = self.modules.get(name), other.modules.get(name)
-            if one is None or two is None:
-                words.append(f"module {name!r}")
-            elif one != two:
-                changed = [part for part, a, b in zip(parts, one, two, strict=True) if a != b]
-                words.append(f"{' and '.join(changed)} of {name or 'the model'}")
-        words += [f"gradient of {name}" for name in self.gradients ^ other.gradients]
-        return sorted(words)
+            before, after = self.modules.get(name), other.modules.get(name)
+            if before is None or after is None:
+                changes.append(f"module {name!r}")
+            elif before != after:
+                changed = [part for part, a, b in zip(parts, before, after, strict=True) if a != b]
+                changes.append(f"{' and '.join(changed)} of {name or 'the model'}")
+        changes += [f"gradient of {name}" for name in self.gradients ^ other.gradients]
+        return sorted(changes)
 
 
 def _hash(tensor: Tensor) -> str:
-    """A hash of a tensor's bits; of a quantized one's, of all it is made of."""
+    """A hash of a tensor's bits; of a quantized tensor, of all its parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         return " ".join(_hash(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     if tensor.device.type == "meta":

@@ -1,4 +1,4 @@
-"""Subject."""
+"""The backbone under examination, and the random prefixes and texts that it is examined with."""
 
 from __future__ import annotations
 
@@ -9,39 +9,43 @@ import torch
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.doctor.reference import Text, distance
-from prefixtune.doctor.state import State
+from prefixtune.doctor.reference import Text, relative_difference
+from prefixtune.doctor.state import ModelState
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["LONGER", "Finding", "Subject", "draw"]
+__all__ = ["EXTRA_POSITIONS", "CheckResult", "Subject", "random_ids"]
 
 
-LONGER = 2
-"""Positions that the second prefix has more than the first."""
+EXTRA_POSITIONS = 2
+"""How much longer the second prefix is than the first."""
+
+
+CheckResult = tuple[bool, str] | None
+"""Whether a check passed, and its figures in words; None: it does not apply to the backbone."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The backbone under examination, and what it is examined with.
+    """What every check gets.
 
     Attributes:
         backbone: The backbone.
-        tolerance: How far apart equal things may be.
-        effect: What a prefix must change in the outputs at least.
+        tolerance: Largest relative difference between results that should be equal.
+        min_effect: Least change that a prefix must make in the outputs.
         first: A prefix of P positions at every site.
-        second: A longer one.
-        layer_effects: Site and number of a layer -> what replacing that layer of `first` changes in its output.
-        layer_bounds: The same -> what it must change at least.
-        strength: What the values were multiplied by for that.
+        second: A longer prefix.
+        layer_effects: Site and index of a layer -> how much its output changes when that layer of `first` is replaced.
+        layer_bounds: Site and index of a layer -> how much it must change at least.
+        strength: What the prefixes' values were multiplied by for that.
         vocabulary: Ordinary token ids.
-        generator: Draws them.
-        before: The model's state at the start.
+        generator: Draws from it.
+        initial_state: The model's state at the start.
     """
 
     backbone: Backbone
     tolerance: float
-    effect: float
+    min_effect: float
     first: Prefix
     second: Prefix
     layer_effects: dict[tuple[Site, int], float]
@@ -49,35 +53,35 @@ class Subject:
     strength: float
     vocabulary: Tensor
     generator: torch.Generator
-    before: State
+    initial_state: ModelState
 
     @property
-    def exact(self) -> bool:
-        """Whether decoded tokens must be the same."""
+    def is_exact(self) -> bool:
+        """Whether decoded tokens must be the same: not in half precision, where rounding may flip one."""
         return self.backbone.dtype not in (torch.bfloat16, torch.float16)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where prefixes stand."""
+        """Where the backbone takes prefixes."""
         return self.first.sites
 
     @property
-    def outputs(self) -> str:
-        """What the model gives, in words."""
+    def output_name(self) -> str:
+        """What the model's outputs are, in words."""
         return "hidden states" if self.backbone.kind == "encoder" else "logits"
 
-    def distance(self, ones: Sequence[Tensor], references: Sequence[Tensor]) -> float:
-        """How far apart things are that should be equal, or that a prefix should change."""
-        return distance(ones, references, self.backbone.dtype)
+    def difference(self, tensors: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+        """`relative_difference` in the backbone's dtype."""
+        return relative_difference(tensors, references, self.backbone.dtype)
 
-    def same(self, what: str, distance: float, tolerance: float = 0.0) -> tuple[bool, str]:
-        """Whether things are equal, at most as far apart as is tolerated."""
+    def check_equal(self, name: str, difference: float, tolerance: float = 0.0) -> tuple[bool, str]:
+        """Whether a difference is within the tolerance, and the figures in words."""
         bound = max(tolerance, self.tolerance)
-        return distance <= bound, f"{what} differ by {distance:.1e} (at most {bound:g})"
+        return difference <= bound, f"{name} differ by {difference:.1e} (at most {bound:g})"
 
     def ids(self, *lengths: int) -> list[list[int]]:
         """Random token ids."""
-        return [draw(self.vocabulary, length, self.generator) for length in lengths]
+        return [random_ids(self.vocabulary, length, self.generator) for length in lengths]
 
     def texts(self, *lengths: int) -> list[Text]:
         """Random texts; an encoder-decoder's targets have the same lengths in reverse."""
@@ -87,11 +91,7 @@ class Subject:
         return [Text(row, target) for row, target in zip(rows, self.ids(*lengths[::-1]), strict=True)]
 
 
-Finding = tuple[bool, str] | None
-"""Whether a check passed, and its detail; None: there is no occasion for it."""
-
-
-def draw(vocabulary: Tensor, length: int, generator: torch.Generator) -> list[int]:
+def random_ids(vocabulary: Tensor, length: int, generator: torch.Generator) -> list[int]:
     """Random token ids."""
     ids: list[int] = vocabulary[torch.randint(len(vocabulary), (length,), generator=generator)].tolist()
     return ids

@@ -1,0 +1,280 @@
+"""Sabotaged attention is caught by the checks that should catch it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from doctor_checks import (
+    BATCH,
+    CAUSALITY,
+    CHECKPOINTING,
+    EVALUATION,
+    GRADIENTS,
+    GREEDY,
+    LAYERS,
+    LOADING,
+    MIXED,
+    ORDER,
+    OWN,
+    PACKING,
+    PADDING,
+    REGISTRY,
+    ROUTES,
+    SITES,
+    UNTOUCHED,
+    attend_changed_at,
+    drop_prefix,
+    failed,
+    make_barely_moved_model,
+    passing,
+    patch_attention,
+    see_everything,
+)
+from patching import replace_everywhere
+from prefixtune.attention.forward import gradient_checkpointing
+from prefixtune.attention.injection import Injection, batch_prefixes, current_injection
+from prefixtune.attention.registry import ATTENTION, attend
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.doctor.examine import Check, examine
+from prefixtune.inference.generate import generate_ids
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize(("site", "number"), [("encoder", 2), ("decoder", 0), ("cross", 1)])
+def test_one_dead_layer_of_a_model_whose_logits_hardly_move(
+    site: str, number: int, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        injection = kwargs.get("prefix_injection") or current_injection.get()
+        if injection is not None and injection.layers and injection.layer_of[module] == (site, number):
+            kwargs["prefix_injection"] = Injection({})
+        return attend(module, *args, **kwargs)
+
+    backbone = Backbone.from_model(make_barely_moved_model("Bart"), tiny_tokenizer, "bart")
+    patch_attention(monkeypatch, patched)
+    faults = failed(backbone)
+    assert faults[LAYERS].endswith(f"too little in layers {site} {number}")
+    assert {GRADIENTS, SITES} <= faults.keys()
+
+
+def test_no_line_without_gradient_checkpointing(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("gpt2")
+    monkeypatch.setattr(type(backbone.model), "supports_gradient_checkpointing", False)
+    assert CHECKPOINTING not in [c.name for c in examine(backbone)]
+
+
+def test_another_attention_function(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    backbone.model.set_attn_implementation("sdpa")
+    reported: list[Check] = []
+    checks = examine(backbone, on_check=reported.append)
+    assert [(c.name, c.passed) for c in checks] == [(REGISTRY, False)]
+    assert checks == reported
+    assert checks[0].detail.startswith("BackboneError: no layer attends")
+
+
+def test_one_layer_with_another_attention_function(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+    layer = backbone.model.model.layers[1]
+    monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None))
+    assert "not every layer" in failed(backbone)[REGISTRY]
+
+
+def test_a_layer_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patched(module: nn.Module, *args: Any, prefix_injection: Any = None, **kwargs: Any) -> Any:
+        if prefix_injection is not None and prefix_injection.layers and prefix_injection.layer_of[module][1] == 1:
+            prefix_injection = None
+        return attend(module, *args, prefix_injection=prefix_injection, **kwargs)
+
+    backbone = tiny_backbone("llama")
+    patch_attention(monkeypatch, patched)
+    faults = failed(backbone)
+    assert {LAYERS, GRADIENTS, ROUTES, GREEDY} <= faults.keys()
+    assert "too little in layers 1" in faults[LAYERS]
+
+
+def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = batch_prefixes
+
+    def detached(*args: Any) -> Any:
+        made = stack(*args)
+        # The last slot's keys of every layer get no gradient; the values all do.
+        layers = {
+            site: [(torch.cat([k[:, :, :-1], k[:, :, -1:].detach()], dim=2), v) for k, v in pairs]
+            for site, pairs in made.layers.items()
+        }
+        return Injection(made.layer_of, layers, made.visible)
+
+    replace_everywhere(monkeypatch, batch_prefixes, detached)
+    faults = failed(tiny_backbone("gpt2"))
+    assert faults.keys() == {GRADIENTS}
+    # Three layers, the last key slot of each of the two prefixes.
+    assert "66 of 72" in faults[GRADIENTS]
+
+
+def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patched(
+        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, prefix_injection: Any = None, **kwargs: Any
+    ) -> Any:
+        if prefix_injection is not None and prefix_injection.layers and prefix_injection.packing is None:
+            mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        return attend(module, query, key, value, mask, prefix_injection=prefix_injection, **kwargs)
+
+    backbone = tiny_backbone("llama")
+    patch_attention(monkeypatch, patched)
+    assert {CAUSALITY, PADDING, ROUTES, GREEDY} <= failed(backbone).keys()
+
+
+def test_dropout_left_on(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("gpt2")
+    backbone.model.transformer.h[1].mlp.dropout.p = 0.1
+    assert failed(backbone).keys() == {EVALUATION}
+
+
+def test_a_backbone_in_training_mode(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("gpt2")
+    backbone.model.train()
+    assert "are in training mode" in failed(backbone)[EVALUATION]
+    assert backbone.model.training
+
+
+def test_checkpointing_that_drops_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointing = gradient_checkpointing
+    backbone = tiny_backbone("llama")
+
+    @contextlib.contextmanager
+    def dropping(model: Any) -> Iterator[None]:
+        def bare(module: nn.Module, *args: Any, prefix_injection: Any = None, **kwargs: Any) -> Any:
+            return attend(module, *args, **kwargs)
+
+        with checkpointing(model), pytest.MonkeyPatch.context() as inner:
+            patch_attention(inner, bare)
+            yield
+
+    replace_everywhere(monkeypatch, gradient_checkpointing, dropping)
+    assert CHECKPOINTING in failed(backbone)
+
+
+def test_a_weight_that_moves(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+
+    def moving(*args: Any, **options: Any) -> Any:
+        # One unit in the last place, where no comparison of logits would see it.
+        weight = backbone.model.model.norm.weight
+        weight.data[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+        return generate_ids(*args, **options)
+
+    monkeypatch.setattr("prefixtune.doctor.cached.generate_ids", moving)
+    faults = failed(backbone)
+    assert faults.keys() == {UNTOUCHED}
+    assert "model.norm.weight" in faults[UNTOUCHED]
+
+
+def test_a_hook_a_patch_and_a_gradient_that_stay(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+    layers = backbone.model.model.layers
+
+    def leaving(*args: Any, **options: Any) -> Any:
+        layers[0].mlp.register_forward_hook(lambda *_: None)
+        layers[1].mlp.forward = layers[1].mlp.forward
+        layers[2].mlp.up_proj.weight.requires_grad_()
+        return generate_ids(*args, **options)
+
+    monkeypatch.setattr("prefixtune.doctor.cached.generate_ids", leaving)
+    detail = failed(backbone)[UNTOUCHED]
+    assert detail.startswith("3 changed")
+    assert "hooks of model.layers.0.mlp" in detail
+    assert "attributes of model.layers.1.mlp" in detail
+    assert "gradient of model.layers.2.mlp.up_proj.weight" in detail
+
+
+def test_a_weight_that_is_to_be_trained_is_left_alone(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    weight = backbone.model.model.norm.weight.requires_grad_()
+    assert UNTOUCHED in passing(backbone)
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
+def test_a_dead_site(site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(name)
+    count = len(backbone.geometry[site])
+    patch_attention(monkeypatch, attend_changed_at(site, drop_prefix))
+    faults = failed(backbone)
+    assert {LAYERS, GRADIENTS, SITES} <= faults.keys()
+    assert faults[LAYERS].endswith(f"too little in layers {', '.join(f'{site} {n}' for n in range(count))}")
+    assert f"{site} 0.0e+00, 0 of {2 * count * 5} slots" in faults[SITES]
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, attend_changed_at("decoder", see_everything))
+    assert {OWN, CAUSALITY, PADDING, BATCH, PACKING, GREEDY} <= failed(backbone).keys()
+
+
+def test_a_relative_bias_that_is_shifted(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pad = nn.functional.pad
+
+    def shifted(tensor: torch.Tensor, sizes: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
+        return pad(tensor, sizes[::-1] if len(sizes) == 2 else sizes, *args, **options)
+
+    backbone = tiny_backbone("t5")
+    monkeypatch.setattr(torch.nn.functional, "pad", shifted)
+    faults = failed(backbone)
+    assert {ORDER, MIXED, GREEDY} <= faults.keys()
+    assert not {OWN, LAYERS, GRADIENTS, SITES} & faults.keys()
+
+
+def test_a_relative_bias_that_the_prefix_carries(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pad = nn.functional.pad
+
+    def biased(tensor: torch.Tensor, sizes: tuple[int, ...], *args: Any, **options: Any) -> torch.Tensor:
+        if len(sizes) != 2 or tensor.dim() != 4:
+            return pad(tensor, sizes, *args, **options)
+        # The later a prefix position, the more it weighs.
+        columns = torch.arange(sizes[0]).to(tensor).expand(*tensor.shape[:-1], -1)
+        return torch.cat([columns, tensor], dim=-1)
+
+    backbone = tiny_backbone("t5")
+    monkeypatch.setattr(torch.nn.functional, "pad", biased)
+    assert ORDER in failed(backbone)
+
+
+def test_attention_that_is_not_the_models_own(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(arguments: dict[str, Any]) -> None:
+        arguments["query"] = arguments["query"] * 1.1
+
+    backbone = tiny_backbone("bert")
+    patch_attention(monkeypatch, attend_changed_at("encoder", change))
+    assert failed(backbone).keys() == {OWN}
+    assert backbone.model.config._attn_implementation == ATTENTION
+
+
+def test_an_encoder_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("bert")
+    patch_attention(monkeypatch, attend_changed_at("encoder", drop_prefix))
+    assert failed(backbone).keys() == {LOADING, LAYERS, GRADIENTS}
+
+
+def test_an_encoder_whose_training_mode_drops(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("bert")
+    backbone.model.encoder.layer[1].output.dropout.p = 0.1
+    assert failed(backbone).keys() == {EVALUATION}
+
+
+@pytest.mark.parametrize("name", ["bart", "bert"])
+def test_another_attention_function_in_other_kinds(name: str, tiny_backbone: Make) -> None:
+    backbone = tiny_backbone(name)
+    backbone.model.set_attn_implementation("eager")
+    faults = failed(backbone)
+    assert faults.keys() == {REGISTRY}
+    assert "no layer attends" in faults[REGISTRY]

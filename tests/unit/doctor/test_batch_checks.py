@@ -1,0 +1,131 @@
+"""Sabotaged batches are caught by the checks that should catch them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from doctor_checks import (
+    BATCH,
+    CAUSALITY,
+    GRADIENTS,
+    GREEDY,
+    LABELS,
+    LAYERS,
+    LOADING,
+    MIXED,
+    OWN,
+    PACKING,
+    PADDING,
+    PAIRS,
+    ROUTES,
+    SITES,
+    attend_changed_at,
+    failed,
+    patch_attention,
+    see_everything,
+)
+from patching import replace_everywhere
+from prefixtune.attention.forward import forward_with_prefixes
+from prefixtune.attention.injection import batch_prefixes
+from prefixtune.attention.kernels import packed_attention
+from prefixtune.attention.packing import Group, Packing
+from prefixtune.attention.registry import extend_mask
+
+Make = Callable[..., Any]
+
+
+def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = extend_mask
+
+    def blind(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
+        return extend(mask, None, prefix_length, key, queries)
+
+    replace_everywhere(monkeypatch, extend_mask, blind)
+    faults = failed(tiny_backbone("llama"))
+    assert {MIXED, ROUTES} <= faults.keys()
+    assert not {BATCH, PADDING, LAYERS} & faults.keys()
+
+
+def test_padded_text_that_is_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = forward_with_prefixes
+
+    def unmasked(model: Any, layout: Any, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(model, layout, input_ids, None, **kwargs)
+
+    replace_everywhere(monkeypatch, forward_with_prefixes, unmasked)
+    assert {PADDING, BATCH, MIXED} <= failed(tiny_backbone("llama")).keys()
+
+
+def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(self: Group, window: int | None = None) -> torch.Tensor:
+        count = self.stop - self.start
+        return torch.ones(count, count, dtype=torch.bool).tril()
+
+    monkeypatch.setattr(Group, "mask", leaky)
+    assert failed(tiny_backbone("llama")).keys() == {PACKING}
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("site", ["encoder", "cross"])
+def test_padded_sources_that_are_seen(
+    site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, attend_changed_at(site, see_everything))
+    faults = failed(backbone)
+    assert {OWN, PADDING, BATCH, MIXED, PAIRS, GREEDY} <= faults.keys()
+    assert not {LAYERS, GRADIENTS, SITES, CAUSALITY, PACKING} & faults.keys()
+
+
+def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Packing.sizes
+
+    def turned(self: Packing, site: str) -> Any:
+        ours, theirs = sizes(self, site)
+        return (ours, theirs[::-1]) if site == "cross" else (ours, theirs)
+
+    monkeypatch.setattr(Packing, "sizes", turned)
+    assert failed(tiny_backbone("bart")).keys() == {PACKING}
+
+
+def test_padded_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = forward_with_prefixes
+
+    def turned(*args: Any, source_rows: Any = None, **kwargs: Any) -> Any:
+        rows = None if source_rows is None else source_rows.flip(0)
+        return forward(*args, source_rows=rows, **kwargs)
+
+    replace_everywhere(monkeypatch, forward_with_prefixes, turned)
+    assert failed(tiny_backbone("bart")).keys() == {PAIRS}
+
+
+def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_attention
+
+    def cut(packing: Any, site: str, fronts: Any, *args: Any) -> Any:
+        fronts = [None if front is None else (front[0].detach(), front[1]) for front in fronts]
+        return packed(packing, site, fronts, *args)
+
+    replace_everywhere(monkeypatch, packed_attention, cut)
+    assert failed(tiny_backbone("llama")).keys() == {PACKING}
+    assert failed(tiny_backbone("t5")).keys() == {PACKING}
+
+
+def test_an_encoder_that_sees_padding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("bert")
+    patch_attention(monkeypatch, attend_changed_at("encoder", see_everything))
+    assert failed(backbone).keys() == {LOADING, OWN, PADDING, BATCH, MIXED, LABELS}
+
+
+def test_an_encoder_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = batch_prefixes
+
+    def turned(prefixes: Any, *args: Any) -> Any:
+        return stack(list(prefixes)[::-1], *args)
+
+    replace_everywhere(monkeypatch, batch_prefixes, turned)
+    assert MIXED in failed(tiny_backbone("bert"))

@@ -1,0 +1,184 @@
+"""Sabotaged decoding is caught by the checks that should catch it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from doctor_checks import (
+    BEAMS,
+    GENERATION,
+    GRADIENTS,
+    GREEDY,
+    LAYERS,
+    LOADING,
+    MIXED,
+    PADDING,
+    ROUTES,
+    WINDOW,
+    attend_changed_at,
+    drop_prefix,
+    failed,
+    passing,
+    patch_attention,
+)
+from patching import replace_everywhere
+from prefixtune.attention.cache import prefilled_cache
+from prefixtune.attention.injection import to_rows
+from prefixtune.attention.registry import attend, extend_mask, visible_slots
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.doctor.examine import examine
+from prefixtune.inference.decoding import _transformers_config
+from prefixtune.inference.generate import generate_ids
+
+Make = Callable[..., Any]
+
+
+def test_a_first_token_that_is_forced(tiny_backbone: Make) -> None:
+    assert GREEDY in passing(tiny_backbone("bart", forced_bos_token_id=7))
+
+
+def test_a_window_in_some_layers_only(tiny_backbone: Make) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    backbone = tiny_backbone("qwen3", use_sliding_window=True, sliding_window=4, layer_types=kinds)
+    checks = {c.name: c for c in examine(backbone)}
+    assert all(c.passed for c in checks.values())
+    assert "window 4: 21 of 21 slots" in checks[WINDOW].detail
+
+
+@pytest.mark.parametrize("window", [None, 150, 600])
+def test_no_line_without_a_window_that_can_be_tried(window: int | None, tiny_backbone: Make) -> None:
+    positions = 1024 if window == 600 else 160
+    checks = examine(tiny_backbone("mistral", sliding_window=window, max_position_embeddings=positions))
+    assert WINDOW not in [c.name for c in checks]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_with_another_rows_prefix(
+    dtype: torch.dtype, tiny_models: Make, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled = prefilled_cache
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        cache, visible = prefilled(*args, **options)
+        for layer in cache.layers:
+            if layer.is_initialized and layer.values.shape[0] > 1:
+                layer.values[-1] = layer.values[0]
+        return cache, visible
+
+    replace_everywhere(monkeypatch, prefilled_cache, wrong)
+    faults = failed(Backbone.from_model(tiny_models("llama").to(dtype), tiny_tokenizer, "llama"))
+    assert {ROUTES, GREEDY} <= faults.keys()
+    assert not {LAYERS, GRADIENTS, MIXED, PADDING} & faults.keys()
+
+
+def test_beams_in_the_wrong_rows(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefilled = prefilled_cache
+
+    def wrong(model: Any, layout: Any, prefixes: Any, *, repeats: int = 1, **options: Any) -> Any:
+        _, visible = prefilled(model, layout, prefixes, **options)
+        cache, _ = prefilled(model, layout, list(prefixes) * repeats, **options)
+        return cache, visible
+
+    replace_everywhere(monkeypatch, prefilled_cache, wrong)
+    assert failed(tiny_backbone("llama")).keys() == {BEAMS}
+
+
+def test_generation_that_ignores_the_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def bare(backbone: Any, prompts: Any, prefixes: Any, **options: Any) -> Any:
+        return generate_ids(backbone, prompts, [None] * len(prompts), **options)
+
+    monkeypatch.setattr("prefixtune.doctor.cached.generate_ids", bare)
+    faults = failed(tiny_backbone("gpt2"))
+    assert faults.keys() == {GENERATION, GREEDY, BEAMS}
+    assert "by 0.0e+00" in faults[GENERATION]
+    assert "0 of 3 outputs differ" in faults[GENERATION]
+
+
+def test_generation_that_drops_the_prefilled_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import DynamicCache
+
+    prefilled = prefilled_cache
+
+    def empty(*args: Any, **options: Any) -> Any:
+        _, visible = prefilled(*args, **options)
+        return DynamicCache(), visible
+
+    replace_everywhere(monkeypatch, prefilled_cache, empty)
+    assert {GREEDY, BEAMS} <= failed(tiny_backbone("llama")).keys()
+
+
+def test_a_cache_that_is_lost_between_steps(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    make = _transformers_config
+
+    def uncached(*args: Any) -> Any:
+        config = make(*args)
+        config.use_cache = False
+        return config
+
+    replace_everywhere(monkeypatch, _transformers_config, uncached)
+    backbone = tiny_backbone("llama")
+    assert {GREEDY} <= failed(backbone).keys()
+
+
+def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_everywhere(monkeypatch, visible_slots, lambda count: contextlib.nullcontext())
+    assert WINDOW in failed(tiny_backbone("mistral"))
+    assert failed(tiny_backbone("llama")) == {}
+
+
+def test_a_window_that_hides_the_prefix_injected(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = extend_mask
+
+    def windowed(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
+        whole = extend(mask, visible, prefix_length, key, queries)
+        columns = torch.arange(key.shape[2])[None, :]
+        rows = torch.arange(queries)[:, None] + prefix_length
+        return whole & (rows - columns < 4)
+
+    replace_everywhere(monkeypatch, extend_mask, windowed)
+    faults = failed(tiny_backbone("mistral"))
+    assert "0 of 21 slots seen" in faults[WINDOW]
+
+
+def test_a_window_that_hides_the_prefix_in_one_layer(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patched(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        injection = kwargs.get("prefix_injection")
+        if injection is not None and injection.layers and injection.layer_of[module] == ("encoder", 1):
+            # With the window the prefix is out of sight of the last position, in this layer alone.
+            visible = torch.arange(query.shape[2]) < query.shape[2] - 1
+            out, _ = attend(module, query, key, value, mask, **kwargs)
+            other, _ = attend(module, query, key, value, mask, **{**kwargs, "prefix_injection": None})
+            return torch.where(visible[:, None, None], out, other), None
+        return attend(module, query, key, value, mask, **kwargs)
+
+    backbone = tiny_backbone("modernbert")
+    patch_attention(monkeypatch, patched)
+    assert "14 of 21 slots seen" in failed(backbone)[WINDOW]
+
+
+def test_a_site_that_is_dead_in_generation_only(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(arguments: dict[str, Any]) -> None:
+        if "prefix_injection" not in arguments:
+            drop_prefix(arguments)
+
+    backbone = tiny_backbone("bart")
+    patch_attention(monkeypatch, attend_changed_at("cross", change))
+    assert failed(backbone).keys() == {LOADING, GREEDY, BEAMS}
+
+
+def test_beams_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def turned(arguments: torch.Tensor, rows: int) -> torch.Tensor:
+        if arguments.shape[0] == 1:
+            return arguments.expand(rows, *arguments.shape[1:])
+        return arguments.repeat(rows // arguments.shape[0], *[1] * (arguments.dim() - 1))
+
+    replace_everywhere(monkeypatch, to_rows, turned)
+    assert failed(tiny_backbone("bart")).keys() == {BEAMS}
