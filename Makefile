@@ -85,19 +85,19 @@ bench: $(VENV)/.integrated  ## measure speed and memory, against PEFT and adapte
 	$(BIN)/prefixtune prepare
 	@$(MAKE) --no-print-directory $(VENV)-adapters/.installed || \
 		echo "warning: adapters could not be installed; its rows are left out." >&2
-	$(BIN)/python bench/run.py --adapters-python $(VENV)-adapters/bin/python $(BENCH_ARGS)
+	$(BIN)/python -m bench.run --adapters-python $(VENV)-adapters/bin/python $(BENCH_ARGS)
 
 bench-serve: $(VENV)/.integrated  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
 	$(BIN)/prefixtune prepare
-	$(BIN)/python bench/serve.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.serving.serve $(BENCH_ARGS)
 
 bench-methods: $(VENV)/.tested  ## measure a training step of every method that studies compare
 	@test -d "$(E2E)" || { echo "set E2E to the folder of E2E"; exit 2; }
-	$(BIN)/python bench/methods.py --data $(E2E) $(BENCH_ARGS)
+	$(BIN)/python -m bench.training.methods --data $(E2E) $(BENCH_ARGS)
 
 bench-load: $(VENV)/.tested  ## five minutes of mixed load on a real server with 200 prefixes
 	$(BIN)/prefixtune prepare
-	$(BIN)/python bench/load.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.serving.load $(BENCH_ARGS)
 
 e2e: $(VENV)/.installed  ## train on E2E (25 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare
@@ -108,7 +108,7 @@ e2e: $(VENV)/.installed  ## train on E2E (25 minutes on two cores) and score the
 
 initialization: $(VENV)/.installed  ## compare starts and reparameterizations on E2E (half an hour)
 	$(BIN)/prefixtune prepare
-	$(BIN)/python bench/initialization.py --data $(E2E)
+	$(BIN)/python -m bench.initialization --data $(E2E)
 
 studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 3 hours on two cores; goes on where it was)
 	$(BIN)/prefixtune prepare

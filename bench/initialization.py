@@ -1,9 +1,9 @@
-"""Which start and which reparameterization? Trains each on E2E with few and with more examples, and prints a table.
+"""Compare starts and reparameterizations: train each on E2E with few and with more examples, and print a table.
 
-    python bench/initialization.py --data ../shared/data/e2e --json bench/results/initialization.json
+    python -m bench.initialization --data ../shared/data/e2e --json bench/results/initialization.json
 
 Every cell is one run (one seed): the same backbone, data, order and number of steps; development loss per token and
-BLEU (greedy) on the same sampled development items. On a terminal this takes about half an hour on two cores.
+BLEU (greedy) on the same sampled development items. It takes about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RUNS = (("none", "words"), ("residual", "words"), ("mlp", "words"), ("none", "ra
 
 
 def main() -> None:
-    """Run all cells; finished ones are kept when it is stopped."""
+    """Run all cells; finished ones are kept if it is stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="../shared/data/e2e", help="folder with train and dev .jsonl.gz")
     parser.add_argument("--sizes", default="100,2000", help="training targets, of 100 and 2000")

@@ -1,9 +1,9 @@
 """Measure speed and memory: a training step against its peers', its share of the machine's speed, a prefix's cost.
 
-    python bench/run.py                          # all parts, about half an hour on two cores
-    python bench/run.py --parts train --repeats 3
-    python bench/run.py --parts seq2seq --adapters-python .venv-adapters/bin/python
-    python bench/run.py --quick                  # only to see that it works
+    python -m bench.run                          # all parts, about half an hour on two cores
+    python -m bench.run --parts train --repeats 3
+    python -m bench.run --parts seq2seq --adapters-python .venv-adapters/bin/python
+    python -m bench.run --quick                  # only to see that it works
 
 Sides take turns on the same data and never work at once, and a ratio is the median of the paired ratios. Prints a table
 with goals, and writes every figure with the machine, the versions and the command. Needs `prefixtune prepare` once, and
@@ -13,44 +13,34 @@ PEFT for `train` and `seq2seq`; adapters pins another transformers, so it runs i
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import shlex
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import data
-import flops_part
-import generate_part
-import machine
-import seq2seq_part
-import train_part
-from adapters_peer import PeerError
-from results import Line
-from sides import DifferenceError
-
+from bench import data
+from bench.results import FOLDER, DifferenceError, Figure, PeerError, Results, run_benchmark
+from bench.serving import generate
+from bench.training import decoder, encoder_decoder, flops
 from prefixtune.backbone.load import DEFAULT_BACKBONE
 from prefixtune.errors import PrefixError
-from prefixtune.utils.console import Console, format_seconds
+from prefixtune.utils.console import Console
 
 PARTS = ("train", "seq2seq", "flops", "generate")
 PREFIX_LENGTH = 10
 SEED = 0
 
-# (pairs per step, most targets of one source): the defaults of training, and what E2E's 8.6 targets per source allow.
 SETTINGS = [(16, 4), (32, 8)]
+"""(pairs per step, most targets of one source): the defaults of training, and what E2E's 8.6 targets allow."""
 QUICK_SETTINGS = [(4, 2), (6, 3)]
-TEXTS, NEW_TOKENS = 16, 64
-QUICK_TEXTS, QUICK_NEW_TOKENS = 4, 8
+NUM_TEXTS, NEW_TOKENS = 16, 64
+QUICK_NUM_TEXTS, QUICK_NEW_TOKENS = 4, 8
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--parts", type=_parts, default=list(PARTS), help=f"comma-separated: {','.join(PARTS)}")
     parser.add_argument("--repeats", type=_positive, help="timed rounds; a further one warms up (default 7; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="tiny settings, to see that it works; no figure counts")
@@ -66,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--json",
         type=Path,
-        default=Path(__file__).resolve().parent / "results" / "latest.json",
+        default=FOLDER / "latest.json",
         help="where the figures go (default bench/results/latest.json)",
     )
     options = parser.parse_args()
@@ -89,110 +79,54 @@ def _positive(text: str) -> int:
 
 
 def main() -> int:
-    options, console = parse(), Console()
-    neighbours = machine.Neighbours()
-    if neighbours.busy_at_start:
-        console.warn(f"the machine is busy (load average {neighbours.load:.2f}); do not take the figures seriously.")
-    if options.quick:
-        console.warn("--quick only shows that the benchmark works; do not take its figures seriously.")
-    began = time.monotonic()
-    try:
-        found, lines = measure(options, console)
-    except PrefixError as error:
-        console.error(error.message, error.hint)
-        return 2
-    except DifferenceError as error:
-        console.error(str(error), "a comparison of speed would mean nothing; nothing was written.")
-        return 1
-    except PeerError as error:
-        console.error(f"a peer stopped: {error}", "leave it out, or its part; nothing was written.")
-        return 1
-    conclude(options, console, neighbours, began, found, lines)
-    return 1 if any(line.value is None and line.what == "everything" for line in lines) else 0
+    """Measure; the exit code is 1 where a part failed."""
+    options = parse()
+    failed: list[str] = []
+    code = run_benchmark(options, lambda console: measure(options, console, failed))
+    return code or int(bool(failed))
 
 
-def conclude(
-    options: argparse.Namespace,
-    console: Console,
-    neighbours: machine.Neighbours,
-    began: float,
-    found: dict[str, Any],
-    lines: list[Line],
-) -> None:
-    """Show the table, and write every figure with what it was measured on; `bench/serve.py` ends so, too."""
-    others = neighbours.cores()
-    console.table("", ["part", "figure", "value", "goal", ""], [line.cells() for line in lines], result=True)
-    if others is not None and others > machine.BUSY_CORES:
-        console.warn(f"other processes kept {others:.1f} cores busy meanwhile; do not take the figures seriously.")
-    written = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "quick": options.quick,
-        "repeats": options.repeats,
-        "backbone": options.backbone,
-        "seconds": round(time.monotonic() - began, 1),
-        "load_average_at_start": neighbours.load,
-        "cores_used_by_others": others,
-        **machine.describe(),
-        **found,
-        "summary": [line.to_dict() for line in lines],
-    }
-    write(options.json, written)
-    missed = sum(line.reached is False for line in lines)
-    reached = sum(line.reached is True for line in lines)
-    console.info(
-        f"{reached} goals reached, {missed} missed, in {format_seconds(time.monotonic() - began)}; {options.json}"
-    )
-
-
-def measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Line]]:
-    """Run the chosen parts; their figures, and the table's lines."""
-    read = data.read(options.data)
-    console.info(f"data: {read.name}, {read.num_targets:,} pairs of {len(read.examples):,} sources")
-    if options.data is None and not read.name.startswith("E2E"):
-        console.warn("E2E is not at hand: measured on the toy set, whose goals are not E2E's. Name it with --data.")
+def measure(options: argparse.Namespace, console: Console, failed: list[str]) -> Results:
+    """Run the chosen parts; names of those that failed go to `failed`."""
+    examples = data.read(options.data)
+    console.info(f"data: {examples.name}, {examples.num_targets:,} pairs of {len(examples.examples):,} sources")
+    if options.data is None and not examples.name.startswith("E2E"):
+        console.warn("E2E was not found: measured on the toy set, whose goals are not E2E's. Name it with --data.")
     settings = QUICK_SETTINGS if options.quick else SETTINGS
     common: dict[str, Any] = {
         "backbone_name": options.backbone,
         "repeats": options.repeats,
         "prefix_length": PREFIX_LENGTH,
         "seed": SEED,
-        "say": console.info,
+        "log": console.info,
     }
-    found: dict[str, Any] = {"data": read.describe()}
-    lines: list[Line] = []
-    measures: dict[str, Callable[[], tuple[dict[str, Any], list[Line]]]] = {
-        "train": lambda: train_part.run(read, settings=settings, **common),
-        "seq2seq": lambda: seq2seq_part.run(
-            read, settings=settings, quick=options.quick, adapters_python=options.adapters_python, **common
+    values: dict[str, Any] = {"data": examples.describe()}
+    figures: list[Figure] = []
+    measures: dict[str, Callable[[], Results]] = {
+        "train": lambda: decoder.run(examples, settings=settings, **common),
+        "seq2seq": lambda: encoder_decoder.run(
+            examples, settings=settings, quick=options.quick, adapters_python=options.adapters_python, **common
         ),
-        "flops": lambda: flops_part.run(read, setting=settings[0], quick=options.quick, **common),
-        "generate": lambda: generate_part.run(
-            read,
-            num_texts=QUICK_TEXTS if options.quick else TEXTS,
+        "flops": lambda: flops.run(examples, setting=settings[0], quick=options.quick, **common),
+        "generate": lambda: generate.run(
+            examples,
+            num_texts=QUICK_NUM_TEXTS if options.quick else NUM_TEXTS,
             new_tokens=QUICK_NEW_TOKENS if options.quick else NEW_TOKENS,
             **common,
         ),
     }
     for part in options.parts:
         try:
-            found[part], more = measures[part]()
+            values[part], more = measures[part]()
         except (PrefixError, DifferenceError, PeerError):
             raise
         except Exception as error:
-            # What was measured before, in half an hour perhaps, is not lost.
+            # What was measured before, perhaps in half an hour, is not lost.
             traceback.print_exc()
-            more = [Line(part, "everything", None, reason=f"{type(error).__name__}: {error}")]
-        lines += more
-    return found, lines
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+            failed.append(part)
+            more = [Figure(part, "everything", None, reason=f"{type(error).__name__}: {error}")]
+        figures += more
+    return values, figures
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""Part `generate`: what a prefix costs at inference, against the same texts without one."""
+"""Part `generate`: the cost of a prefix at inference, against the same texts without one."""
 
 from __future__ import annotations
 
 import gc
 import random
 import time
-from collections.abc import Callable
 from statistics import median
-from typing import Any
 
-from data import Data
-from results import Line
-
+from bench.data import Data
+from bench.results import Figure, Log, Results
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.inference.config import GenerateConfig
@@ -32,35 +29,35 @@ def run(
     repeats: int,
     prefix_length: int,
     seed: int,
-    say: Callable[[str], None],
-) -> tuple[dict[str, Any], list[Line]]:
-    """Generate with and without a prefix in turn, greedily, the same number of tokens."""
+    log: Log,
+) -> Results:
+    """Generate the same number of tokens with and without a prefix in turn, greedily."""
     backbone = load_backbone(backbone_name, dtype="auto", device="cpu")
     prefix = from_words(backbone, WORDS, prefix_length)
     config = GenerateConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=num_texts)
     examples = random.Random(seed).choices(data.examples, k=num_texts * (repeats + 1))
     prompts = encode_prompts(backbone, TextFormat(), [example.source for example in examples])
     seconds: dict[str, list[float]] = {"with": [], "without": []}
-    for number in range(repeats + 1):
-        chosen = prompts[number * num_texts : (number + 1) * num_texts]
-        for kind in ("without", "with") if number % 2 else ("with", "without"):
+    for index in range(repeats + 1):
+        chosen = prompts[index * num_texts : (index + 1) * num_texts]
+        for kind in ("without", "with") if index % 2 else ("with", "without"):
             gc.collect()
             began = time.perf_counter()
             outputs = generate_ids(backbone, chosen, [prefix if kind == "with" else None] * num_texts, config=config)
             taken = time.perf_counter() - began
             lengths = {len(ids) for ids in outputs}
             if lengths != {new_tokens}:
-                raise RuntimeError(f"{new_tokens} new tokens were asked for, but outputs have {sorted(lengths)}.")
+                raise RuntimeError(f"{new_tokens} new tokens were requested, but outputs have {sorted(lengths)}.")
             # The first round warms up.
-            if number:
+            if index:
                 seconds[kind].append(taken)
-        if number:
-            say(f"generate: {number}/{repeats}: " + ", ".join(f"{k} {s[-1]:.2f} s" for k, s in seconds.items()))
+        if index:
+            log(f"generate: {index}/{repeats}: " + ", ".join(f"{k} {s[-1]:.2f} s" for k, s in seconds.items()))
     ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
     tokens = num_texts * new_tokens
     dtype = str(backbone.dtype).removeprefix("torch.")
     title = f"{num_texts} texts, {new_tokens} new tokens, {dtype}"
-    found = {
+    values = {
         "dtype": dtype,
         "texts": num_texts,
         "new_tokens": new_tokens,
@@ -69,8 +66,8 @@ def run(
         "seconds": seconds,
         "ratios": ratios,
     }
-    return found, [
-        Line("generate", f"{title}: without a prefix", tokens / median(seconds["without"]), "tokens/s"),
-        Line("generate", f"{title}: with P = {prefix_length}", tokens / median(seconds["with"]), "tokens/s"),
-        Line("generate", f"{title}: time with / without", median(ratios), "x", at_most=GOAL),
+    return values, [
+        Figure("generate", f"{title}: without a prefix", tokens / median(seconds["without"]), "tokens/s"),
+        Figure("generate", f"{title}: with P = {prefix_length}", tokens / median(seconds["with"]), "tokens/s"),
+        Figure("generate", f"{title}: time with / without", median(ratios), "x", at_most=GOAL),
     ]

@@ -1,16 +1,16 @@
-"""Put a mixed load on a real server on loopback: many prefixes, several tenants, all kinds of calls at once.
+"""Put a mixed load on a real server on loopback: many prefixes, several tenants, all kinds of requests at once.
 
-    python bench/load.py                              # five minutes, 200 prefixes
-    python bench/load.py --seconds 20 --prefixes 30   # only to see that it works
+    python -m bench.serving.load                              # five minutes, 200 prefixes
+    python -m bench.serving.load --seconds 20 --prefixes 30   # only to see that it works
 
 The server runs in a process of its own (`prefixtune serve`, float32, so that a text is the same alone and in any mix).
-What each prefix writes is worked out beforehand by `generate`, and each answer is compared with that: nobody may see
-another's text or prefix. Three tenants ask as often as they are let; one of them has six times the connections of each
-of the others. The calls: completions of several lengths, whole and streamed, tasks, long prompts, two texts at once,
-streams that the client leaves in the middle; and an administrator who replaces prefixes.
+The text for each prefix is computed before with `generate`, and each response is compared with it: nobody may get
+another's text or prefix. Three tenants send requests as fast as the server allows; one of them has six times the
+connections of each of the others. The requests: completions of several lengths, whole and streamed, tasks, long
+prompts, two texts at once, streams that the client leaves in the middle; and an administrator replaces prefixes.
 
-What must hold: no error but 429, no wrong text, memory that does not grow after the first half, and tenants of equal
-rights that get equal shares however many connections they have. Knows nothing of the server but its address.
+What must hold: no error but 429, no wrong text, memory that does not grow after the first half, and equal shares for
+tenants of equal rights, however many connections they have.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ import contextlib
 import json
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import httpx2
-import machine
+import torch
 
+from bench.machine import BackgroundLoad
+from bench.results import FOLDER, Log, write_results
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import hash_key, new_key
+from prefixtune.training.initialize import from_words
 
 TENANTS = {"heavy": 6, "light": 1, "other": 1}
 """Tenant -> connections, in units of `--connections`."""
@@ -53,18 +57,18 @@ LONG = " | ".join(SOURCES * 4)
 
 @dataclass
 class Tally:
-    """What happened.
+    """Counts and times of a load.
 
     Attributes:
-        done: Tenant -> calls answered as they should be.
-        tokens: Tenant -> tokens that it got.
-        busy: Tenant -> answers 429.
+        done: Tenant -> correct responses.
+        tokens: Tenant -> tokens received.
+        busy: Tenant -> responses 429.
         left: Streams that the client left.
-        replaced: Prefixes that were uploaded anew.
-        seconds: Kind of call -> how long each took.
-        first: Seconds to the first piece of each stream.
-        faults: Everything that must not be, in words.
-        memory: MiB of the server, with when.
+        replaced: Prefixes that were uploaded again.
+        seconds: Kind of request -> seconds of each.
+        first: Seconds to the first chunk of each stream.
+        faults: Errors and wrong texts, in words.
+        memory: Seconds since the start, and MiB of the server.
     """
 
     done: Counter[str] = field(default_factory=Counter)
@@ -98,7 +102,11 @@ class Server:
         self.url = ""
 
     def wait(self, seconds: float = 120) -> None:
-        """Wait until it is ready."""
+        """Wait until it is ready.
+
+        Raises:
+            SystemExit: It did not start; with its log.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             for line in Path(self.log.name).read_text(encoding="utf-8").splitlines():
@@ -121,99 +129,96 @@ class Server:
         return 0.0
 
     def stop(self) -> int:
-        """Tell it to end; its exit code."""
+        """Stop it; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
         self.log.close()
         return code
 
 
+def add_noise(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A tensor plus noise of 0.3 times its standard deviation."""
+    return tensor + 0.3 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+
+
 def make_prefixes(backbone: Backbone, folder: Path, count: int, length: int) -> list[str]:
-    """Random prefixes whose texts differ: what stands at the backbone's own words, shifted at random."""
-    import torch
-
-    from prefixtune.backbone.prefixes import make_header
-    from prefixtune.prefix.artifact import save_prefix
-    from prefixtune.prefix.prefix import Prefix
-    from prefixtune.training.initialize import from_words
-
+    """Prefixes with different texts: keys and values of the same words, plus random noise; returns their names."""
     folder.mkdir()
     start = from_words(backbone, "Describe the restaurant in one sentence:", length)
     names = []
-    for number in range(count):
-        generator = torch.Generator().manual_seed(number)
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
         layers = {
-            site: tuple(
-                tuple(part + 0.3 * part.std() * torch.randn(part.shape, generator=generator) for part in pair)
-                for pair in pairs
-            )
+            site: tuple((add_noise(key, generator), add_noise(value, generator)) for key, value in pairs)
             for site, pairs in start.layers.items()
         }
-        names.append(f"p{number}")
-        save_prefix(folder / f"p{number}.safetensors", Prefix(layers, make_header(backbone, task="records")))
+        names.append(f"p{index}")
+        save_prefix(folder / f"p{index}.safetensors", Prefix(layers, make_header(backbone, task="records")))
     return names
 
 
-def write_all(backbone: Backbone, folder: Path, names: Sequence[str]) -> dict[tuple[str, str], str]:
-    """What each prefix writes after two prompts, a short one and a long one, greedily."""
-    pairs = [(name, p) for number, name in enumerate(names) for p in (SOURCES[number % len(SOURCES)], LONG)]
+def expected_texts(backbone: Backbone, folder: Path, names: Sequence[str]) -> dict[tuple[str, str], str]:
+    """(Prefix, prompt) -> the greedy text, for a short and a long prompt of each prefix."""
+    pairs = [(name, prompt) for index, name in enumerate(names) for prompt in (SOURCES[index % len(SOURCES)], LONG)]
     prefixes = {name: load_prefix(folder / f"{name}.safetensors", backbone) for name in names}
     prompts = [backbone.encode(prompt) for _, prompt in pairs]
     config = GenerateConfig(max_new_tokens=max(LENGTHS), batch_size=32)
-    written = generate_ids(backbone, prompts, [prefixes[name] for name, _ in pairs], config=config)
-    known = {}
-    for pair, prompt, ids in zip(pairs, prompts, written, strict=True):
-        # Beside the prompt's end: by itself, a first word may lose its space.
-        known[pair] = backbone.decode([*prompt[-4:], *ids])[len(backbone.decode(prompt[-4:])) :]
-    return known
+    outputs = generate_ids(backbone, prompts, [prefixes[name] for name, _ in pairs], config=config)
+    texts = {}
+    for pair, prompt, ids in zip(pairs, prompts, outputs, strict=True):
+        # Decoded after the prompt's last tokens: alone, a first word may lose its space.
+        texts[pair] = backbone.decode([*prompt[-4:], *ids])[len(backbone.decode(prompt[-4:])) :]
+    return texts
 
 
 class Load:
-    """The callers.
+    """The clients.
 
     Args:
-        server: Whom they call.
+        server: The server under load.
         keys: Tenant -> key.
-        known: Prefix and prompt -> what it writes.
-        seconds: How long.
+        expected: (Prefix, prompt) -> its text.
+        seconds: Duration of the load.
     """
 
-    def __init__(self, server: Server, keys: dict[str, str], known: dict[tuple[str, str], str], seconds: float) -> None:
-        self.server, self.keys, self.known, self.seconds = server, keys, known, seconds
-        self.names = sorted({name for name, _ in known})
+    def __init__(
+        self, server: Server, keys: dict[str, str], expected: dict[tuple[str, str], str], seconds: float
+    ) -> None:
+        self.server, self.keys, self.expected, self.seconds = server, keys, expected, seconds
+        self.names = sorted({name for name, _ in expected})
         self.tally = Tally()
         self.limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 
     async def run(self, connections: int) -> Tally:
-        """Put the load on."""
-        self.begun = time.monotonic()
+        """Run all clients until the time is over."""
+        self.started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            callers: list[Awaitable[None]] = [self._watch(), self._administer()]
+            clients: list[Awaitable[None]] = [self._record_memory(), self._replace_prefixes()]
             for tenant, share in TENANTS.items():
                 client = await stack.enter_async_context(self._client(tenant))
-                callers += [self._call(client, tenant, number) for number in range(share * connections)]
-            await asyncio.gather(*callers)
+                clients += [self._send_requests(client, tenant, index) for index in range(share * connections)]
+            await asyncio.gather(*clients)
         return self.tally
 
     @property
     def time_is_left(self) -> bool:
-        """Whether callers go on."""
-        return time.monotonic() - self.begun < self.seconds
+        """Whether clients go on."""
+        return time.monotonic() - self.started < self.seconds
 
     def _client(self, tenant: str) -> httpx2.AsyncClient:
         headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
         return httpx2.AsyncClient(base_url=self.server.url, headers=headers, timeout=120, limits=self.limits)
 
-    def _ask(self, name: str, prompt: str, length: int, **more: Any) -> dict[str, Any]:
+    def _body(self, name: str, prompt: str, length: int, **more: Any) -> dict[str, Any]:
         return {"model": name, "prompt": prompt, "max_tokens": length, "temperature": 0, **more}
 
-    async def _call(self, client: httpx2.AsyncClient, tenant: str, number: int) -> None:
-        """One connection: call after call."""
-        draw = random.Random(f"{tenant}/{number}")
+    async def _send_requests(self, client: httpx2.AsyncClient, tenant: str, index: int) -> None:
+        """One connection: request after request."""
+        draw = random.Random(f"{tenant}/{index}")
         kinds = (self._whole, self._streamed, self._task, self._two, self._leave)
         while self.time_is_left:
             kind = draw.choices(kinds, weights=(6, 6, 3, 2, 1))[0]
-            name, prompt = draw.choice(list(self.known))
+            name, prompt = draw.choice(list(self.expected))
             began = time.monotonic()
             try:
                 pause = await kind(client, tenant, name, prompt, draw.choice(LENGTHS))
@@ -225,43 +230,47 @@ class Load:
             else:
                 self.tally.seconds.setdefault(kind.__name__[1:], []).append(time.monotonic() - began)
 
-    def _refused(self, answer: httpx2.Response, tenant: str) -> float:
-        """How long to wait, where the server is busy; 0: it answered."""
-        if answer.status_code == 429:
+    def _pause(self, response: httpx2.Response, tenant: str) -> float:
+        """Seconds to wait if the server is busy; 0: it responseed.
+
+        Raises:
+            ValueError: The status is another error.
+        """
+        if response.status_code == 429:
             self.tally.busy[tenant] += 1
-            return min(2.0, float(answer.headers["retry-after"]))
-        if answer.status_code != 200:
-            raise ValueError(f"status {answer.status_code}")
+            return min(2.0, float(response.headers["retry-after"]))
+        if response.status_code != 200:
+            raise ValueError(f"status {response.status_code}")
         return 0.0
 
     def _check(self, name: str, prompt: str, text: str, what: str) -> None:
-        if not self.known[name, prompt].startswith(text) or not text:
-            expected = self.known[name, prompt]
+        expected = self.expected[name, prompt]
+        if not expected.startswith(text) or not text:
             self.tally.faults.append(f"{what} of {name} is {text!r}, but alone it is {expected!r}")
 
     async def _whole(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
-        answer = await client.post("/v1/completions", json=self._ask(name, prompt, length))
-        pause = self._refused(answer, tenant)
+        response = await client.post("/v1/completions", json=self._body(name, prompt, length))
+        pause = self._pause(response, tenant)
         if not pause:
-            self._check(name, prompt, answer.json()["choices"][0]["text"], "completion")
-            self._got(tenant, answer.json()["usage"]["completion_tokens"])
+            self._check(name, prompt, response.json()["choices"][0]["text"], "completion")
+            self._count(tenant, response.json()["usage"]["completion_tokens"])
         return pause
 
     async def _two(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
-        answer = await client.post("/v1/completions", json=self._ask(name, prompt, length, n=2))
-        pause = self._refused(answer, tenant)
+        response = await client.post("/v1/completions", json=self._body(name, prompt, length, n=2))
+        pause = self._pause(response, tenant)
         if not pause:
-            for choice in answer.json()["choices"]:
+            for choice in response.json()["choices"]:
                 self._check(name, prompt, choice["text"], "completion of two")
-            self._got(tenant, answer.json()["usage"]["completion_tokens"])
+            self._count(tenant, response.json()["usage"]["completion_tokens"])
         return pause
 
     async def _task(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
         body = {"source": prompt, "max_tokens": length, "temperature": 0}
-        answer = await client.post(f"/v1/tasks/{name}", json=body)
-        pause = self._refused(answer, tenant)
+        response = await client.post(f"/v1/tasks/{name}", json=body)
+        pause = self._pause(response, tenant)
         if not pause:
-            self._got(tenant, answer.json()["usage"]["completion_tokens"])
+            self._count(tenant, response.json()["usage"]["completion_tokens"])
         return pause
 
     async def _streamed(self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int) -> float:
@@ -273,15 +282,15 @@ class Load:
     async def _stream(
         self, client: httpx2.AsyncClient, tenant: str, name: str, prompt: str, length: int, *, leave: bool
     ) -> float:
-        body = self._ask(name, prompt, length, stream=True, stream_options={"include_usage": True})
+        body = self._body(name, prompt, length, stream=True, stream_options={"include_usage": True})
         began, text, first = time.monotonic(), "", True
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                await answer.aread()
-            pause = self._refused(answer, tenant)
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+            pause = self._pause(response, tenant)
             if pause:
                 return pause
-            async for event in _events(answer):
+            async for event in _events(response):
                 if event["choices"]:
                     text += event["choices"][0]["text"]
                     if first:
@@ -291,40 +300,40 @@ class Load:
                     self.tally.left += 1
                     return 0.0
                 if event.get("usage"):
-                    self._got(tenant, event["usage"]["completion_tokens"])
+                    self._count(tenant, event["usage"]["completion_tokens"])
         self._check(name, prompt, text, "stream")
         return 0.0
 
-    def _got(self, tenant: str, tokens: int) -> None:
+    def _count(self, tenant: str, tokens: int) -> None:
         self.tally.done[tenant] += 1
-        # What still waits at the end is mostly that of who has most connections, and comes without any competition.
+        # Requests that still wait at the end are mostly those of the tenant with most connections, without competition.
         if self.time_is_left:
             self.tally.tokens[tenant] += tokens
 
-    async def _administer(self) -> None:
-        """Replace prefixes by themselves: whoever runs goes on, and whoever comes gets the same text."""
+    async def _replace_prefixes(self) -> None:
+        """Replace prefixes by the same files: running and new requests get the same texts."""
         draw, folder = random.Random("admin"), Path(self.server.log.name).parent / "prefixes"
         async with self._client("admin") as client:
             while self.time_is_left:
                 name = draw.choice(self.names)
-                answer = await client.put(
+                response = await client.put(
                     f"/admin/prefixes/{name}",
                     content=(folder / f"{name}.safetensors").read_bytes(),
                     headers={"Content-Type": "application/octet-stream"},
                 )
-                if answer.status_code not in (200, 201):
-                    self.tally.faults.append(f"upload of {name}: status {answer.status_code}")
+                if response.status_code not in (200, 201):
+                    self.tally.faults.append(f"upload of {name}: status {response.status_code}")
                 self.tally.replaced += 1
                 await asyncio.sleep(1)
 
-    async def _watch(self) -> None:
+    async def _record_memory(self) -> None:
         while self.time_is_left:
-            self.tally.memory.append((time.monotonic() - self.begun, self.server.memory()))
+            self.tally.memory.append((time.monotonic() - self.started, self.server.memory()))
             await asyncio.sleep(min(1.0, self.seconds / 20))
 
 
-async def _events(answer: httpx2.Response) -> AsyncIterator[Any]:
-    async for line in answer.aiter_lines():
+async def _events(response: httpx2.Response) -> AsyncIterator[Any]:
+    async for line in response.aiter_lines():
         if line.startswith("data: ") and line != "data: [DONE]":
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
@@ -345,10 +354,10 @@ def summarize(tally: Tally, seconds: float) -> dict[str, Any]:
         "streams_left": tally.left,
         "prefixes_replaced": tally.replaced,
         "seconds": {
-            kind: {"median": round(median(found), 3), "p99": round(_high(found), 3)}
-            for kind, found in sorted(tally.seconds.items())
+            kind: {"median": round(median(values), 3), "p99": round(_p99(values), 3)}
+            for kind, values in sorted(tally.seconds.items())
         },
-        "first_piece": {"median": round(median(tally.first), 3), "p99": round(_high(tally.first), 3)},
+        "first_piece": {"median": round(median(tally.first), 3), "p99": round(_p99(tally.first), 3)},
         "memory_mib": {
             "start": round(tally.memory[0][1]),
             "half": round(half[0]),
@@ -359,46 +368,46 @@ def summarize(tally: Tally, seconds: float) -> dict[str, Any]:
     }
 
 
-def _high(values: Sequence[float]) -> float:
+def _p99(values: Sequence[float]) -> float:
     return quantiles(values, n=100)[-1] if len(values) > 1 else values[0]
 
 
-def put_load(
+def run_load(
     command: Sequence[str],
     backbone_name: str,
     *,
     seconds: float,
     prefixes: int,
     connections: int,
-    tell: Callable[[str], None],
+    log: Log,
     length: int = 10,
     slots: int = 16,
     queue: int = 64,
 ) -> tuple[dict[str, Any], Tally]:
-    """Start a server, put the load on it, stop it; the figures, and what happened.
+    """Start a server, put the load on it, stop it; returns the figures and the tally.
 
     Args:
-        command: What starts a server, without its options.
-        backbone_name: As `prefixtune serve` takes it.
-        seconds: How long the load lasts.
-        prefixes: How many.
-        connections: Of each tenant of one share.
-        tell: Told how far it is.
+        command: Starts a server, without its options.
+        backbone_name: As for `prefixtune serve`.
+        seconds: Duration of the load.
+        prefixes: Number of prefixes.
+        connections: Connections of each tenant with one share.
+        log: Shows the progress.
         length: P of every prefix.
         slots: Texts that run at once.
-        queue: Texts that may wait.
+        queue: Most texts that may wait.
     """
     keys = {name: new_key() for name in (*TENANTS, "admin")}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         backbone = load_backbone(backbone_name, dtype="float32", device="cpu")
         names = make_prefixes(backbone, folder / "prefixes", prefixes, length)
-        known = write_all(backbone, folder / "prefixes", names)
-        tell(f"{len(set(known.values()))} different texts of {len(known)}")
+        expected = expected_texts(backbone, folder / "prefixes", names)
+        log(f"{len(set(expected.values()))} different texts of {len(expected)}")
         server = Server(command, backbone_name, folder, keys, slots, queue)
         try:
             server.wait()
-            tally = asyncio.run(Load(server, keys, known, seconds).run(connections))
+            tally = asyncio.run(Load(server, keys, expected, seconds).run(connections))
         finally:
             code = server.stop()
         if code:
@@ -407,29 +416,27 @@ def put_load(
 
 
 def main() -> int:
-    """Measure, print, and write the figures down."""
+    """Measure, print, and write the figures; the exit code is 1 where something was wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--prefixes", type=int, default=200)
-    parser.add_argument("--connections", type=int, default=32, help="of each tenant of one share")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "load.json")
+    parser.add_argument("--connections", type=int, default=32, help="of each tenant with one share")
+    parser.add_argument("--json", type=Path, default=FOLDER / "load.json")
     options = parser.parse_args()
-    command = [str(Path(sys.executable).with_name("prefixtune")), "serve"]
-    figures, tally = put_load(
+    command, background = [sys.executable, "-m", "prefixtune", "serve"], BackgroundLoad()
+    figures, tally = run_load(
         command,
         options.backbone,
         seconds=options.seconds,
         prefixes=options.prefixes,
         connections=options.connections,
-        tell=lambda text: print(text, file=sys.stderr),
+        log=lambda text: print(text, file=sys.stderr),
     )
     for fault in tally.faults[:20]:
         print(f"fault: {fault}", file=sys.stderr)
-    asked = {name: getattr(options, name) for name in ("backbone", "seconds", "prefixes", "connections")}
-    written = {"command": shlex.join(["python", *sys.argv]), **asked, **machine.describe(), "figures": figures}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    settings = {name: getattr(options, name) for name in ("backbone", "seconds", "prefixes", "connections")}
+    write_results(options.json, background, {**settings, "figures": figures})
     print(json.dumps(figures, indent=1))
     return 1 if tally.faults else 0
 

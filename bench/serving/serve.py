@@ -1,17 +1,13 @@
 """Measure serving: many requests at once, each with a prefix of its own, against one prefix, none, and other ways.
 
-    python bench/serve.py              # about a quarter of an hour on two cores
-    python bench/serve.py --quick      # only to see that it works
+    python -m bench.serving.serve              # about a quarter of an hour on two cores
+    python -m bench.serving.serve --quick      # only to see that it works
 
-All sides write the same number of tokens after the same prompts (the end token is held back), greedily, on one machine,
-in turn in one run; a ratio is the median of the paired ratios. The sides: the engine with 32 prefixes, with one and
-with none; transformers' batched `generate` with one prefix; PEFT with 32 adapters on one model, switched for every
-request; and, where `--vllm-python` names an environment with it, vLLM's server with this project's plugin, behind the
-same 32 prefixes and without any, over loopback.
-
-PEFT 0.21 ignores its prefix in `generate()` under transformers 5.24, which renamed an argument. So that it does the
-same work, its own prompt (`set_adapter`, then `get_prompt`) is handed to the model's `generate` as a filled cache: what
-its `generate` meant to do. It takes one request at a time, since a batch has one adapter.
+All sides generate the same number of tokens for the same prompts (the end token is suppressed), greedily, on one
+machine, in turn in one run; a ratio is the median of the paired ratios. The sides: the engine with 32 prefixes, with
+one and with none; transformers' batched `generate` with one prefix; PEFT with 32 adapters on one model, switched for
+every request; and, if `--vllm-python` names an environment with it, vLLM's server with this project's plugin, with
+the same 32 prefixes and without any, over loopback.
 
 Needs `prefixtune prepare` once, and PEFT.
 """
@@ -19,59 +15,50 @@ Needs `prefixtune prepare` once, and PEFT.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import itertools
-import json
-import os
 import random
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import data
-import machine
 import torch
-from data import Data
-from results import Line
-from run import conclude
-from sides import DifferenceError
 
-from prefixtune.attention.cache import cache_argument
+from bench import data
+from bench.data import Data
+from bench.machine import resident_mib
+from bench.results import FOLDER, DifferenceError, Figure, Log, Results, run_benchmark
+from bench.serving.sides import (
+    PREFIX_LENGTH,
+    EngineSide,
+    GenerateSide,
+    PeftSide,
+    Side,
+    Tokens,
+    VllmServer,
+    VllmSide,
+)
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
-from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import Engine, EngineConfig
-from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.errors import PrefixError
-from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.prefix import Prefix, flatten
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.training.initialize import from_words
-from prefixtune.utils.console import Console
 from prefixtune.utils.machine import reset_peak_memory
 
-PREFIX_LENGTH = 10
 SEED = 0
 # requests, tokens in, tokens out, prefixes in the store
 FULL, QUICK = (32, 64, 64, 200), (4, 16, 6, 10)
-AGREEING = 0.5
-"""Least share of requests whose first token is the same on two sides; bfloat16 may turn a close choice."""
+LEAST_AGREEMENT = 0.5
+"""Least share of requests whose first token is the same on two sides; bfloat16 may change a close choice."""
 
 NAMES = {
     "different": "engine, a prefix for each request",
@@ -87,189 +74,35 @@ GOALS = (
     ("different", "none", 0.95),
     ("different", "generate", 1.35),
     ("different", "peft", 8),
-    # Reported, without a goal of its own.
+    # Reported, without a goal.
     ("different", "vllm", None),
     ("different", "vllm-different", None),
     ("vllm-different", "vllm", None),
 )
-
-_SAME = (("different", "peft"), ("one", "generate"), ("none", "vllm"), ("different", "vllm-different"))
-"""Sides that write the same, but for rounding."""
-
-Tokens = list[list[int]]
+SAME_OUTPUT = (("different", "peft"), ("one", "generate"), ("none", "vllm"), ("different", "vllm-different"))
+"""Pairs of sides whose outputs are the same up to rounding."""
 
 
-class EngineSide:
-    """Requests that are handed in at once to an engine that runs in a thread."""
+@dataclass
+class Timing:
+    """Times of the sides.
 
-    def __init__(self, worker: EngineWorker, prefixes: Sequence[Prefix | None], new: int) -> None:
-        self.worker, self.prefixes = worker, prefixes
-        self.sampling = SamplingParams(max_new_tokens=new, min_new_tokens=new)
-        self.first: list[float] = []
-        self.between: list[float] = []
+    Attributes:
+        seconds: Side -> seconds of each round.
+        agreement: Pair of sides -> share of requests whose first token is the same.
+        first: Seconds to each first token, with different prefixes.
+        between: Seconds between tokens, with different prefixes.
+    """
 
-    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
-        """All requests; notes when their tokens came."""
-        times: list[list[float]] = [[] for _ in prompts]
-        written: Tokens = [[] for _ in prompts]
-        left = threading.Semaphore(0)
-        began = time.perf_counter()
-        for number, (prompt, prefix) in enumerate(zip(prompts, self.prefixes, strict=True)):
-
-            def hear(output: SequenceOutput, number: int = number) -> None:
-                if output.tokens:
-                    times[number].append(time.perf_counter())
-                    written[number] += [token.id for token in output.tokens]
-                if output.finish_reason is not None:
-                    left.release()
-
-            self.worker.submit(Request(tuple(prompt), prefix, self.sampling), hear)
-        for _ in prompts:
-            left.acquire()
-        self.first = [marks[0] - began for marks in times if marks]
-        self.between = [b - a for marks in times for a, b in itertools.pairwise(marks)]
-        return written
-
-
-class GenerateSide:
-    """transformers' `generate`, all requests in one batch behind one prefix."""
-
-    def __init__(self, backbone: Backbone, prefix: Prefix, new: int) -> None:
-        self.backbone, self.prefix, self.new = backbone, prefix, new
-
-    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
-        """All requests."""
-        config = GenerateConfig(max_new_tokens=self.new, min_new_tokens=self.new, batch_size=len(prompts))
-        return generate_ids(self.backbone, prompts, [self.prefix] * len(prompts), config=config)
-
-
-class PeftSide:
-    """PEFT with one adapter per prefix on one model: switch, make the prompt, generate, one request after another."""
-
-    def __init__(self, backbone_name: str, dtype: torch.dtype, prefixes: Sequence[Prefix], new: int) -> None:
-        from peft import PrefixTuningConfig, get_peft_model
-        from transformers import AutoModelForCausalLM, GenerationConfig
-        from transformers.utils import logging
-
-        folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else backbone_name
-        # transformers 5.24 on names that PEFT 0.21 uses; and a progress bar has no place in a log.
-        for old in ("past_key_values", "is_gradient_checkpointing"):
-            warnings.filterwarnings("ignore", f"`{old}` is deprecated", FutureWarning)
-        logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        made = PrefixTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_LENGTH, prefix_projection=False, inference_mode=True
-        )
-        self.peft = get_peft_model(model, made, adapter_name="0")
-        for number in range(1, len(prefixes)):
-            self.peft.add_adapter(str(number), made)
-        with torch.no_grad():
-            for number, prefix in enumerate(prefixes):
-                weight = self.peft.prompt_encoder[str(number)].embedding.weight
-                weight.copy_(flatten(prefix.layers["decoder"]))
-        self.peft.eval()
-        end = model.config.eos_token_id
-        self.config = GenerationConfig(
-            max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=end, pad_token_id=end
-        )
-        self.cache = cache_argument(model)
-
-    @torch.inference_mode()
-    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
-        """All requests."""
-        written = []
-        for number, prompt in enumerate(prompts):
-            self.peft.set_adapter(str(number))
-            # The slots that the cache already holds are to be seen in ids and mask.
-            ids = torch.tensor([[self.config.pad_token_id] * PREFIX_LENGTH + list(prompt)])
-            output = self.peft.get_base_model().generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=self.config,
-                **{self.cache: self.peft.get_prompt(batch_size=1)},
-            )
-            written.append(output[0, ids.shape[1] :].tolist())
-        return written
-
-
-class VllmServer:
-    """`prefixtune serve --engine vllm`, in vLLM's own environment, over prefixes in a folder of its own."""
-
-    def __init__(self, python: Path, backbone: Backbone, prefixes: Sequence[Prefix]) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.names = [f"p{number}" for number in range(len(prefixes))]
-        for name, prefix in zip(self.names, prefixes, strict=True):
-            save_prefix(Path(self.folder.name) / f"{name}.safetensors", Prefix(prefix.layers, make_header(backbone)))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
-        options = ["--engine", "vllm", "--vllm-python", str(python), "--backbone", backbone.name, "--backbone-id", "m"]
-        options += ["--prefixes", self.folder.name, "--dtype", "bfloat16", "--max-length", "512", "--port", str(port)]
-        source = Path(__file__).resolve().parents[1] / "src"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "prefixtune", "serve", *options, f"--vllm-args=--max-num-seqs {len(prefixes)}"],
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(source)},
-            start_new_session=True,
-        )
-        end = time.monotonic() + 300
-        while time.monotonic() < end and self.process.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    os.killpg(self.process.pid, signal.SIGSTOP)
-                    return
-            time.sleep(1)
-        self.close()
-        raise SystemExit(f"vLLM did not start:\n{Path(self.log.name).read_text(encoding='utf-8')[-3000:]}")
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """Let it run for the length of a block: even idle it would keep a core busy that another side needs."""
-        os.killpg(self.process.pid, signal.SIGCONT)
-        try:
-            yield
-        finally:
-            os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def close(self) -> None:
-        """End the server and what it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-            os.killpg(self.process.pid, signal.SIGCONT)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.folder.cleanup()
-
-
-class VllmSide:
-    """Requests to vLLM's server, all at once, each for a model of its own."""
-
-    def __init__(self, server: VllmServer, models: Sequence[str], new: int) -> None:
-        self.server, self.models, self.new = server, models, new
-
-    def serve(self, prompts: Sequence[Sequence[int]]) -> Tokens:
-        """All requests."""
-        with self.server.awake(), ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(self._ask, self.models, prompts))
-
-    def _ask(self, model: str, prompt: Sequence[int]) -> list[int]:
-        asked = {"model": model, "prompt": list(prompt), "max_tokens": self.new, "temperature": 0, "ignore_eos": True}
-        body = json.dumps({**asked, "return_token_ids": True}).encode()
-        request = urllib.request.Request(
-            f"{self.server.url}/v1/completions", body, {"Content-Type": "application/json"}, method="POST"
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            ids: list[int] = json.load(answer)["choices"][0]["token_ids"]
-        return ids
+    seconds: dict[str, list[float]]
+    agreement: dict[str, float] = field(default_factory=dict)
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--repeats", type=int, help="timed rounds; a further one warms up (default 7; quick: 2)")
     parser.add_argument("--quick", action="store_true", help="tiny settings, to see that it works; no figure counts")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, help="name, hub id or folder (default %(default)s)")
@@ -280,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--json",
         type=Path,
-        default=Path(__file__).resolve().parent / "results" / "serve.json",
+        default=FOLDER / "serve.json",
         help="where the figures go (default bench/results/serve.json)",
     )
     options = parser.parse_args()
@@ -291,157 +124,163 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    options, console = parse(), Console()
-    neighbours = machine.Neighbours()
-    if neighbours.busy_at_start:
-        console.warn(f"the machine is busy (load average {neighbours.load:.2f}); do not take the figures seriously.")
-    if options.quick:
-        console.warn("--quick only shows that the benchmark works; do not take its figures seriously.")
-    began = time.monotonic()
-    try:
-        found, lines = measure(options, console.info)
-    except PrefixError as error:
-        console.error(error.message, error.hint)
-        return 2
-    except DifferenceError as error:
-        console.error(str(error), "a comparison of speed would mean nothing; nothing was written.")
-        return 1
-    conclude(options, console, neighbours, began, found, lines)
-    return 0
+    """Measure, print, and write the figures."""
+    options = parse()
+    return run_benchmark(options, lambda console: measure(options, console.info))
 
 
-def measure(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Line]]:
-    """All sides in turn, and what prefixes take; the figures, and the table's lines."""
+def measure(options: argparse.Namespace, log: Log) -> Results:
+    """All sides in turn, and the memory of prefixes."""
     requests, tokens_in, new, stored = QUICK if options.quick else FULL
     backbone = load_backbone(options.backbone, dtype="bfloat16", device="cpu")
-    read = data.read(None)
-    prefixes = make_prefixes(backbone, read, requests)
-    prompts = make_prompts(backbone, read, requests * (options.repeats + 1), tokens_in)
+    examples = data.read(None)
+    prefixes = make_prefixes(backbone, examples, requests)
+    prompts = make_prompts(backbone, examples, requests * (options.repeats + 1), tokens_in)
     dtype = str(backbone.dtype).removeprefix("torch.")
     title = f"{requests} requests, {tokens_in} in, {new} out, P = {PREFIX_LENGTH}, {dtype}"
-    say(title)
+    log(title)
     memory = measure_memory(backbone, prefixes[0], stored)
     with EngineWorker(Engine(backbone, EngineConfig(num_slots=requests))) as worker:
-        different = EngineSide(worker, prefixes, new)
-        sides: dict[str, Any] = {
-            "different": different,
-            "one": EngineSide(worker, [prefixes[0]] * requests, new),
-            "none": EngineSide(worker, [None] * requests, new),
-            "generate": GenerateSide(backbone, prefixes[0], new),
-        }
-        if not options.without_peft:
-            sides["peft"] = PeftSide(options.backbone, backbone.dtype, prefixes, new)
-        if options.vllm_python is not None:
-            vllm = VllmServer(options.vllm_python, backbone, prefixes)
-            sides["vllm"] = VllmSide(vllm, ["m"] * requests, new)
-            sides["vllm-different"] = VllmSide(vllm, vllm.names, new)
-        try:
-            seconds, agreeing, first, between = take_turns(sides, prompts, requests, new, say)
-        finally:
-            if "vllm" in sides:
-                vllm.close()
-        slots = worker.engine.cache.num_bytes
-    speeds = {side: requests * new / median(taken) for side, taken in seconds.items()}
-    ratios = {
-        f"{one} / {other}": [b / a for a, b in zip(seconds[one], seconds[other], strict=True)]
-        for one, other, _ in GOALS
-        if other in seconds
-    }
-    latencies = {"first_token": percentiles(first), "between_tokens": percentiles(between)}
-    found = {
-        "data": read.describe(),
+        with open_sides(options, worker, backbone, prefixes, new) as sides:
+            timing = take_turns(sides, prompts, requests, new, log)
+        memory["slots_bytes"] = worker.engine.cache.num_bytes
+    values = {
+        "data": examples.describe(),
         "settings": {"requests": requests, "tokens_in": tokens_in, "tokens_out": new, "prefix_length": PREFIX_LENGTH},
         "dtype": dtype,
-        "seconds": seconds,
-        "tokens_per_second": speeds,
-        "speed_ratios": ratios,
-        "first_tokens_agreeing": agreeing,
-        "latency_seconds": latencies,
-        "memory": {**memory, "slots_bytes": slots},
+        "seconds": timing.seconds,
+        "tokens_per_second": {side: requests * new / median(taken) for side, taken in timing.seconds.items()},
+        "speed_ratios": {
+            f"{one} / {other}": [b / a for a, b in zip(timing.seconds[one], timing.seconds[other], strict=True)]
+            for one, other, _ in GOALS
+            if {one, other} <= timing.seconds.keys()
+        },
+        "first_tokens_agreeing": timing.agreement,
+        "latency_seconds": {
+            "first_token": percentiles(timing.first),
+            "between_tokens": percentiles(timing.between),
+        },
+        "memory": memory,
     }
-    lines = [
-        Line("serve", f"{title}: {name}", speeds[side], "tokens/s") for side, name in NAMES.items() if side in speeds
+    return values, report(title, values)
+
+
+@contextmanager
+def open_sides(
+    options: argparse.Namespace, worker: EngineWorker, backbone: Backbone, prefixes: Sequence[Prefix], new: int
+) -> Iterator[dict[str, Side]]:
+    """All sides; vLLM's server runs until the block ends."""
+    requests = len(prefixes)
+    sides: dict[str, Side] = {
+        "different": EngineSide(worker, prefixes, new),
+        "one": EngineSide(worker, [prefixes[0]] * requests, new),
+        "none": EngineSide(worker, [None] * requests, new),
+        "generate": GenerateSide(backbone, prefixes[0], new),
+    }
+    if not options.without_peft:
+        sides["peft"] = PeftSide(options.backbone, backbone.dtype, prefixes, new)
+    if options.vllm_python is None:
+        yield sides
+        return
+    server = VllmServer(options.vllm_python, backbone, prefixes)
+    sides["vllm"] = VllmSide(server, ["m"] * requests, new)
+    sides["vllm-different"] = VllmSide(server, server.names, new)
+    try:
+        yield sides
+    finally:
+        server.close()
+
+
+def report(title: str, values: Mapping[str, Any]) -> list[Figure]:
+    """The table's lines."""
+    speeds, ratios, memory = values["tokens_per_second"], values["speed_ratios"], values["memory"]
+    figures = [
+        Figure("serve", f"{title}: {name}", speeds[side], "tokens/s") for side, name in NAMES.items() if side in speeds
     ]
     for one, other, goal in GOALS:
-        what = f"{NAMES[one]} / {NAMES[other]}"
-        if other in seconds:
-            lines.append(Line("serve", what, median(ratios[f"{one} / {other}"]), "x", at_least=goal))
+        name = f"{NAMES[one]} / {NAMES[other]}"
+        if f"{one} / {other}" in ratios:
+            figures.append(Figure("serve", name, median(ratios[f"{one} / {other}"]), "x", at_least=goal))
         else:
-            lines.append(Line("serve", what, None, reason="left out"))
-    for name, marks in latencies.items():
-        for mark, value in marks.items():
-            what = f"{NAMES['different']}, {name.replace('_', ' ')}, {mark}"
-            lines.append(Line("serve", what, value * 1000, "ms"))
+            figures.append(Figure("serve", name, None, reason="left out"))
+    for name, latency in values["latency_seconds"].items():
+        for percentile, seconds in latency.items():
+            label = f"{NAMES['different']}, {name.replace('_', ' ')}, {percentile}"
+            figures.append(Figure("serve", label, seconds * 1000, "ms"))
     if memory["resident_mib_per_1000"] is not None:
-        lines.append(Line("serve", "memory of 1,000 prefixes at hand", memory["resident_mib_per_1000"], "MiB"))
-    lines.append(Line("serve", "their numbers alone", memory["tensor_mib_per_1000"], "MiB"))
-    lines.append(Line("serve", f"keys and values of {requests} slots", slots / 2**20, "MiB"))
-    return found, lines
+        figures.append(Figure("serve", "memory of 1,000 loaded prefixes", memory["resident_mib_per_1000"], "MiB"))
+    figures.append(Figure("serve", "their tensors alone", memory["tensor_mib_per_1000"], "MiB"))
+    slots = values["settings"]["requests"]
+    figures.append(Figure("serve", f"keys and values of {slots} slots", memory["slots_bytes"] / 2**20, "MiB"))
+    return figures
 
 
-def make_prefixes(backbone: Backbone, read: Data, count: int) -> list[Prefix]:
+def make_prefixes(backbone: Backbone, examples: Data, count: int) -> list[Prefix]:
     """Different prefixes, from different words."""
-    examples = random.Random(SEED).sample(read.examples, count)
     return [
         from_words(backbone, f"Describe in one sentence: {example.source}", PREFIX_LENGTH).to(backbone.dtype)
-        for example in examples
+        for example in random.Random(SEED).sample(examples.examples, count)
     ]
 
 
-def make_prompts(backbone: Backbone, read: Data, count: int, length: int) -> list[list[int]]:
-    """Different prompts of exactly so many tokens."""
-    shuffled = random.Random(SEED + 1)
+def make_prompts(backbone: Backbone, examples: Data, count: int, length: int) -> list[list[int]]:
+    """Different prompts of exactly `length` tokens."""
+    draw = random.Random(SEED + 1)
     prompts = []
     for _ in range(count):
         ids: list[int] = []
         while len(ids) < length:
-            ids += backbone.encode(f"{shuffled.choice(read.examples).source}\n")
+            ids += backbone.encode(f"{draw.choice(examples.examples).source}\n")
         prompts.append(ids[:length])
     return prompts
 
 
-def take_turns(
-    sides: Mapping[str, Any], prompts: Tokens, requests: int, new: int, say: Callable[[str], None]
-) -> tuple[dict[str, list[float]], dict[str, float], list[float], list[float]]:
+def take_turns(sides: Mapping[str, Side], prompts: Tokens, requests: int, new: int, log: Log) -> Timing:
     """Let all sides serve the same requests in turn, A B C, C B A, ...; the first round warms up.
 
-    Returns:
-        Every side's seconds by round; which share of first tokens agrees between sides that do the same; and the
-        seconds to the first token and between tokens of different prefixes.
-
     Raises:
-        DifferenceError: A side wrote another number of tokens, or clearly another text.
+        DifferenceError: A side generated another number of tokens, or clearly another text.
     """
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    first: list[float] = []
-    between: list[float] = []
-    heads: dict[str, list[int]] = {side: [] for side in sides}
-    for number in range(len(prompts) // requests):
-        chosen = prompts[number * requests : (number + 1) * requests]
-        for side in sides if number % 2 else reversed(sides):
+    order = list(sides)
+    timing = Timing({side: [] for side in order})
+    first_ids: dict[str, list[int]] = {side: [] for side in order}
+    for index in range(len(prompts) // requests):
+        chosen = prompts[index * requests : (index + 1) * requests]
+        for name in order if index % 2 else reversed(order):
+            side = sides[name]
             gc.collect()
             began = time.perf_counter()
-            written = sides[side].serve(chosen)
+            outputs = side.serve(chosen)
             taken = time.perf_counter() - began
-            lengths = {len(ids) for ids in written}
+            lengths = {len(ids) for ids in outputs}
             if lengths != {new}:
-                raise DifferenceError(f"{new} new tokens were asked for, but {side!r} wrote {sorted(lengths)}.")
-            heads[side] += [ids[0] for ids in written]
-            if number:
-                seconds[side].append(taken)
-                if side == "different":
-                    first += sides[side].first
-                    between += sides[side].between
-        if number:
-            say(f"  {number}: " + ", ".join(f"{side} {taken[-1]:.2f} s" for side, taken in seconds.items()))
-    agreeing = {}
-    for one, other in _SAME:
-        if one in heads and other in heads:
-            same = sum(a == b for a, b in zip(heads[one], heads[other], strict=True)) / len(heads[one])
-            agreeing[f"{one} and {other}"] = same
-            if same < AGREEING:
+                raise DifferenceError(f"{new} new tokens were requested, but {name!r} generated {sorted(lengths)}.")
+            first_ids[name] += [ids[0] for ids in outputs]
+            if index:
+                timing.seconds[name].append(taken)
+                if name == "different" and isinstance(side, EngineSide):
+                    timing.first += side.first
+                    timing.between += side.between
+        if index:
+            log(f"  {index}: " + ", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in timing.seconds.items()))
+    timing.agreement = compare_outputs(first_ids)
+    return timing
+
+
+def compare_outputs(first_ids: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """Shares of requests whose first token is the same on two sides.
+
+    Raises:
+        DifferenceError: A share is below `LEAST_AGREEMENT`.
+    """
+    agreement = {}
+    for one, other in SAME_OUTPUT:
+        if {one, other} <= first_ids.keys():
+            same = sum(a == b for a, b in zip(first_ids[one], first_ids[other], strict=True)) / len(first_ids[one])
+            agreement[f"{one} and {other}"] = same
+            if same < LEAST_AGREEMENT:
                 raise DifferenceError(f"only {same:.0%} of the first tokens of {one!r} and {other!r} are the same.")
-    return seconds, agreeing, first, between
+    return agreement
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -450,24 +289,24 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure_memory(backbone: Backbone, prefix: Prefix, count: int) -> dict[str, Any]:
-    """What a store takes for prefixes that it has at hand, by the process's size."""
+    """Memory of the prefixes that a store has loaded, from the size of the process."""
     with tempfile.TemporaryDirectory() as folder:
         stored = Prefix(prefix.layers, make_header(backbone))
         path = save_prefix(Path(folder) / "p0.safetensors", stored, dtype=torch.bfloat16)
         size = path.stat().st_size
-        for number in range(1, count):
-            (Path(folder) / f"p{number}.safetensors").hardlink_to(path)
+        for index in range(1, count):
+            (Path(folder) / f"p{index}.safetensors").hardlink_to(path)
         store = PrefixStore(folder, backbone, max_bytes=2**33)
-        # What the first one needs besides is not counted.
+        # The first one also loads code and is not counted.
         store.get("p0")
-        # Memory that was freed goes back to the system; else the prefixes would fill it unseen.
+        # Returns freed memory to the system; otherwise the prefixes would fill it, and the process would not grow.
         reset_peak_memory()
-        before = machine.status_mib("VmRSS")
+        before = resident_mib()
         began = time.perf_counter()
-        for number in range(1, count):
-            store.get(f"p{number}")
+        for index in range(1, count):
+            store.get(f"p{index}")
         taken = time.perf_counter() - began
-        after = machine.status_mib("VmRSS")
+        after = resident_mib()
         grown = None if before is None or after is None else (after - before) * 1000 / (count - 1)
         return {
             "prefixes": count,

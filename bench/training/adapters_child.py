@@ -1,7 +1,7 @@
-"""The library `adapters` as a side of the comparison, in an environment of its own, steered line by line.
+"""The library `adapters` as a side of the comparison, run in an environment of its own.
 
-Started by `adapters_peer.py` with that environment's Python: one JSON command a line comes in, one answer a line goes
-out. The first line is the job. Knows nothing of prefixtune.
+`adapters_peer` starts it with that environment's Python. It reads one JSON command a line from stdin and writes one
+JSON answer a line to stdout; the first line is the job.
 """
 
 from __future__ import annotations
@@ -10,12 +10,22 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from steps import BOTTLENECK_SIZE, gradients, make_optimizer, measure_peak, pad_pairs, set_weights, timed_step
 from torch import Tensor, nn
+
+from bench.training.steps import (
+    BOTTLENECK_SIZE,
+    gradients,
+    make_optimizer,
+    measure_peak,
+    pad_pairs,
+    set_weights,
+    timed_step,
+)
 
 NAME = "prefix"
 LOCATIONS = ("encoder_prefix", "self_prefix", "cross_prefix")
@@ -25,7 +35,7 @@ LOCATIONS = ("encoder_prefix", "self_prefix", "cross_prefix")
 class AdaptersSide:
     """Prefix-tuning as the library's users run it: prefixes at all three sites, one right-padded row per pair.
 
-    Under `sdpa` the decoder's attention is causal and right only where a mask hides something: there it gets one.
+    Under `sdpa` the decoder's attention is correct only if a mask hides something, so the decoder gets a mask.
     """
 
     def __init__(self, folder: str, attention: str, prefix_length: int) -> None:
@@ -63,16 +73,16 @@ class AdaptersSide:
 
     def weights(self) -> list[nn.Parameter]:
         """Per site: embedding, first layer's weight and bias, last layer's weight and bias."""
-        found = []
+        weights = []
         for location in LOCATIONS:
             site = self.prefixes[location]
             first, _, last = site.control_trans
-            found += [site.wte.weight, first.weight, first.bias, last.weight, last.bias]
-        return found
+            weights += [site.wte.weight, first.weight, first.bias, last.weight, last.bias]
+        return weights
 
 
 class Child:
-    """A side, the batches that it was sent, and what can be asked of it."""
+    """A side with the batches sent to it; its methods are the commands."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
@@ -80,27 +90,27 @@ class Child:
         self.batches: list[Any] = []
 
     def facts(self) -> dict[str, Any]:
-        """What this side is."""
+        """Versions, parameters and attention of this side."""
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("adapters", "transformers", "torch")},
             "trained_parameters": sum(weight.numel() for weight in self.side.weights()),
             "attention": self.side.model.config._attn_implementation,
         }
 
-    def take(self, batches: list[Any], weights: str) -> dict[str, Any]:
-        """Start anew with other batches and the parameters in a file, named by their numbers."""
+    def start(self, batches: list[Any], weights: str) -> dict[str, Any]:
+        """Start again with other batches, and with the parameters in a file, named by their indices."""
         self.batches = batches
         stored = load_file(weights)
-        set_weights(self.side, [stored[str(number)] for number in range(len(stored))])
+        set_weights(self.side, [stored[str(index)] for index in range(len(stored))])
         return {}
 
-    def gradients(self, batch: int, into: str, mask_decoder: bool | None) -> dict[str, Any]:
-        """A batch's loss; its gradients go to a file. `mask_decoder` holds for this call."""
+    def gradients(self, batch: int, output: str, mask_decoder: bool | None) -> dict[str, Any]:
+        """A batch's loss; its gradients go to a file. `mask_decoder` applies to this call only."""
         usual = self.side.mask_decoder
         self.side.mask_decoder = usual if mask_decoder is None else mask_decoder
         loss = self.side.loss(self.batches[batch])
         self.side.mask_decoder = usual
-        save_file({str(n): gradient for n, gradient in enumerate(gradients(self.side, loss))}, into)
+        save_file({str(index): gradient for index, gradient in enumerate(gradients(self.side, loss))}, output)
         return {"loss": float(loss.detach())}
 
     def step(self, batch: int) -> dict[str, Any]:
@@ -109,12 +119,13 @@ class Child:
         return {"seconds": seconds, "loss": loss}
 
     def memory(self, batches: list[Any]) -> dict[str, Any]:
-        """Peak memory over a step on each batch; to be asked of a fresh process."""
+        """Peak memory over a step on each batch; for a new process only."""
         return measure_peak(self.side, batches)
 
 
 def main() -> None:
-    # Whatever a library prints must not get among the answers.
+    """Answer commands until stdin ends."""
+    # What a library prints must not mix with the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -124,10 +135,15 @@ def main() -> None:
 
     child = Child(json.loads(sys.stdin.readline()))
     answer(child.facts())
-    commands = {"take": child.take, "gradients": child.gradients, "step": child.step, "memory": child.memory}
+    commands: dict[str, Callable[..., dict[str, Any]]] = {
+        "start": child.start,
+        "gradients": child.gradients,
+        "step": child.step,
+        "memory": child.memory,
+    }
     for line in sys.stdin:
         command = json.loads(line)
-        answer(commands[command.pop("do")](**command))
+        answer(commands[command.pop("command")](**command))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The library `adapters`, from outside: a child process in its own environment, since it pins another transformers.
+"""The library `adapters` as a child process in its own environment, since it pins another transformers.
 
-It works only while it is asked to; so it takes its turns like a side of this process.
+It works only on command, so it takes turns like a side of this process.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import to_lists
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prefixtune.data.encoding import TokenizedExample
+from bench.data import Batch, to_lists
+from bench.results import PeerError
 
-_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-
-
-class PeerError(Exception):
-    """The peer is not there, or stopped; the text says why, in a line."""
+_ROOT = Path(__file__).resolve().parents[2]
+_NOT_INHERITED = ("PYTHONHOME", "VIRTUAL_ENV")
 
 
 class AdaptersPeer:
@@ -33,24 +30,30 @@ class AdaptersPeer:
 
     Args:
         python: The Python of an environment with `adapters`.
-        attention: What transformers calls the attention: `sdpa` (its default) or `eager`.
+        attention: An attention of transformers: `sdpa` (its default) or `eager`.
         folder: The backbone.
         prefix_length: P, at all three sites.
 
     Raises:
-        PeerError: There is no such environment, or it cannot run the side.
+        PeerError: There is no such environment, or it cannot run `adapters`.
     """
 
     def __init__(self, python: Path | None, attention: str, folder: Path, prefix_length: int) -> None:
         if python is None:
             raise PeerError("no --adapters-python was given")
-        # Not a pipe: nobody reads it meanwhile.
+        # Not a pipe, which would fill: it is read only if the child stops.
         self._messages = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         environment = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
-        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {
+            "PYTHONPATH": str(_ROOT / "src"),
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         try:
             self._process = subprocess.Popen(
-                [str(python), str(Path(__file__).with_name("adapters_child.py"))],
+                [os.path.abspath(python), "-m", "bench.training.adapters_child"],
+                cwd=_ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._messages,
@@ -61,7 +64,7 @@ class AdaptersPeer:
         except OSError as error:
             raise PeerError(f"{python}: {error.strerror}") from error
         try:
-            self.facts = self.ask(
+            self.facts = self.request(
                 folder=str(folder),
                 attention=attention,
                 prefix_length=prefix_length,
@@ -71,7 +74,7 @@ class AdaptersPeer:
             self.close()
             raise
 
-    def ask(self, **command: Any) -> dict[str, Any]:
+    def request(self, **command: Any) -> dict[str, Any]:
         """Send a line and wait for the answer.
 
         Raises:
@@ -88,40 +91,40 @@ class AdaptersPeer:
         if not line:
             code = self._process.wait()
             self._messages.seek(0)
-            said = self._messages.read().strip().splitlines()
-            raise PeerError(said[-1] if said else f"the peer stopped with exit status {code}")
+            lines = self._messages.read().strip().splitlines()
+            raise PeerError(lines[-1] if lines else f"the peer stopped with exit status {code}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def take(self, batches: list[list[TokenizedExample]], weights: Sequence[Tensor]) -> None:
-        """Start anew with these batches, and these parameters in the order encoder, decoder, cross."""
+    def start(self, batches: list[Batch], weights: Sequence[Tensor]) -> None:
+        """Start again with these batches and these parameters, in the order encoder, decoder, cross."""
         with tempfile.TemporaryDirectory(prefix="prefixtune-bench-") as folder:
             path = Path(folder, "weights.safetensors")
-            save_file({str(n): weight.detach().contiguous() for n, weight in enumerate(weights)}, path)
-            self.ask(do="take", batches=to_lists(batches), weights=str(path))
+            save_file({str(index): weight.detach().contiguous() for index, weight in enumerate(weights)}, path)
+            self.request(command="start", batches=to_lists(batches), weights=str(path))
 
-    def gradients(self, number: int, *, mask_decoder: bool | None = None) -> tuple[float, list[Tensor]]:
-        """A batch's loss, and its gradient in every parameter; with a mask for the decoder, without, or as usual."""
+    def gradients(self, batch: int, *, mask_decoder: bool | None = None) -> tuple[float, list[Tensor]]:
+        """A batch's loss, and its gradient in every parameter; None: with a mask for the decoder where it needs one."""
         with tempfile.TemporaryDirectory(prefix="prefixtune-bench-") as folder:
             path = Path(folder, "gradients.safetensors")
-            answer = self.ask(do="gradients", batch=number, into=str(path), mask_decoder=mask_decoder)
-            found = load_file(path)
-        return answer["loss"], [found[str(n)] for n in range(len(found))]
+            answer = self.request(command="gradients", batch=batch, output=str(path), mask_decoder=mask_decoder)
+            stored = load_file(path)
+        return answer["loss"], [stored[str(index)] for index in range(len(stored))]
 
-    def step(self, number: int) -> tuple[float, float]:
+    def step(self, batch: int) -> tuple[float, float]:
         """Seconds and loss of an optimizer step on a batch."""
-        answer = self.ask(do="step", batch=number)
+        answer = self.request(command="step", batch=batch)
         return answer["seconds"], answer["loss"]
 
-    def memory(self, batches: list[list[TokenizedExample]]) -> dict[str, float]:
-        """Peak memory over a step on each of these batches; to be asked first, and nothing after it."""
-        return self.ask(do="memory", batches=to_lists(batches))
+    def memory(self, batches: list[Batch]) -> dict[str, float]:
+        """Peak memory over a step on each of these batches; the only request of a new child."""
+        return self.request(command="memory", batches=to_lists(batches))
 
     def close(self) -> None:
-        """Let the child end, and wait for it."""
+        """End the child, and wait for it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                # A child that is gone cannot take what was still to be sent.
+                # A child that has ended cannot read the rest.
                 with contextlib.suppress(OSError):
                     pipe.close()
         self._process.wait()

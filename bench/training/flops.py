@@ -1,6 +1,6 @@
-"""Part `flops`: how much of the machine's own matrix-product speed a training step reaches.
+"""Part `flops`: the share of the machine's matrix-product speed that a training step reaches.
 
-Counted are the products that the step needs, 2mnk operations each:
+The products that the step needs are counted, 2mnk operations each:
 
 - every linear layer, forward; again for the gradient of its input where that is needed (not at the first layer's query,
   key and value, whose input is no function of the prefix); none for the gradient of a frozen weight;
@@ -9,26 +9,26 @@ Counted are the products that the step needs, 2mnk operations each:
   backward (three in the first layer), no recomputation;
 - the prefix's MLP: forward, and the gradients of input and weight.
 
-Not counted: normalizations, activations, rotary embeddings, softmax, the loss, clipping and AdamW. They take time all
-the same, so the share stays below 1.
+Not counted: normalizations, activations, rotary embeddings, softmax, the loss, clipping and AdamW. They take time,
+so the share stays below 1.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from data import Data, deal, encode
-from results import Line
-from sides import OurSide
-from steps import step
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.data import Batch, Data, encode, first_batches
+from bench.results import Figure, Log, Results
+from bench.training.sides import OurSide
+from bench.training.steps import step
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
@@ -45,11 +45,11 @@ def run(
     prefix_length: int,
     seed: int,
     quick: bool,
-    say: Callable[[str], None],
-) -> tuple[dict[str, Any], list[Line]]:
+    log: Log,
+) -> Results:
     """Time steps and plain products in turn, in fp32 and in bf16."""
-    found: dict[str, Any] = {"batch_size": setting[0], "targets_per_source": setting[1], "dtypes": {}}
-    lines: list[Line] = []
+    values: dict[str, Any] = {"batch_size": setting[0], "targets_per_source": setting[1], "dtypes": {}}
+    figures: list[Figure] = []
     encoded: tuple[TokenizedExample, ...] = ()
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         torch.manual_seed(0)
@@ -57,58 +57,58 @@ def run(
         side = OurSide(backbone, prefix_length)
         encoded = encoded or encode(backbone, data, prefix_length)
         size, most = setting
-        batches = deal(encoded, batch_size=size, targets_per_source=most, number=repeats + 1, seed=seed)
-        result = measure(side, batches, product_shapes(side, quick), say)
-        found["dtypes"][dtype] = result
+        batches = first_batches(encoded, batch_size=size, targets_per_source=most, num_batches=repeats + 1, seed=seed)
+        result = measure(side, batches, product_shapes(side, quick), log)
+        values["dtypes"][dtype] = result
         speed, peak = result["step_gflops"], result["product_gflops"]
         title = f"{size} pairs, <= {most} per source"
-        lines += [
-            Line("flops", f"{short}: torch.mm, best ({result['best_product']})", peak, "GFLOP/s"),
-            Line(
+        figures += [
+            Figure("flops", f"{short}: torch.mm, best ({result['best_product']})", peak, "GFLOP/s"),
+            Figure(
                 "flops",
                 f"{short}: needed by a step of {title}",
                 median(f["total"] for f in result["flops"]) / 1e9,
                 "GFLOP",
             ),
-            Line("flops", f"{short}: a step", speed, "GFLOP/s"),
-            Line("flops", f"{short}: a step's share of torch.mm", result["share"]),
+            Figure("flops", f"{short}: a step", speed, "GFLOP/s"),
+            Figure("flops", f"{short}: a step's share of torch.mm", result["share"]),
         ]
         del side, backbone
         gc.collect()
-    return found, lines
+    return values, figures
 
 
 def product_shapes(side: OurSide, quick: bool) -> list[tuple[int, int, int]]:
-    """Shapes (m, k, n) of plain products: the model's widest layer at some hundred rows, and a big cube."""
-    head = side.model.get_output_embeddings()
+    """Shapes (m, k, n) of plain products: the model's widest layer at some hundred rows, and a large cube."""
+    head = output_head(side)
     linears = [module for module in side.model.modules() if _is_linear(module) and module is not head]
-    # In the order (narrow, wide), whichever way the layer goes.
+    # (narrow, wide), whichever is the input.
     narrow, wide = min(max((tuple(sorted(m.weight.shape)) for m in linears), key=lambda s: s[0] * s[1]), (1 << 30, 0))
     return [(ROWS, narrow, wide), (ROWS, wide, narrow), (512,) * 3 if quick else (CUBE,) * 3]
 
 
 def measure(
     side: OurSide,
-    batches: list[list[TokenizedExample]],
+    batches: list[Batch],
     shapes: Sequence[tuple[int, int, int]],
-    say: Callable[[str], None],
+    log: Log,
 ) -> dict[str, Any]:
-    """Steps and products in turn; the first batch warms up and is counted by torch, too."""
+    """Steps and products in turn; the first batch warms up, and torch counts it as well."""
     dtype = side.backbone.dtype
     operands = {shape: (torch.randn(shape[0], shape[1]), torch.randn(shape[2], shape[1])) for shape in shapes}
     operands = {shape: (a.to(dtype), b.to(dtype)) for shape, (a, b) in operands.items()}
-    products: dict[str, list[float]] = {_times(shape): [] for shape in shapes}
+    products: dict[str, list[float]] = {_shape_name(shape): [] for shape in shapes}
     with FlopCounterMode(display=False) as counter:
         step(side, batches[0])
     seconds = []
-    for number, batch in enumerate(batches[1:], 1):
+    for index, batch in enumerate(batches[1:], 1):
         for shape, (a, b) in operands.items():
-            products[_times(shape)].append(product_speed(a, b))
+            products[_shape_name(shape)].append(product_speed(a, b))
         gc.collect()
         began = time.perf_counter()
         step(side, batch)
         seconds.append(time.perf_counter() - began)
-        say(f"flops, {dtype}: {number}/{len(batches) - 1}: {seconds[-1]:.2f} s")
+        log(f"flops, {dtype}: {index}/{len(batches) - 1}: {seconds[-1]:.2f} s")
     flops = [count_flops(side, batch) for batch in batches[1:]]
     best = max(products, key=lambda name: max(products[name]))
     peak = max(products[best])
@@ -142,20 +142,27 @@ def product_speed(a: torch.Tensor, b: torch.Tensor, least_seconds: float = 0.1) 
     return 2.0 * a.shape[0] * a.shape[1] * b.shape[0] * done / taken / 1e9
 
 
+def output_head(side: OurSide) -> nn.Module:
+    """The layer that computes logits."""
+    head: Any = side.backbone.model
+    output: nn.Module = head.get_output_embeddings()
+    return output
+
+
 def count_flops(side: OurSide, batch: Sequence[TokenizedExample]) -> dict[str, int]:
-    """Operations of the products that a step needs, by kind; see the module's text."""
-    head = side.model.get_output_embeddings()
+    """Operations of the products that a step needs, by kind; see the module's docstring."""
+    head = output_head(side)
     counts = {"linear_forward": 0, "linear_backward": 0, "head_forward": 0, "head_backward": 0, "mlp": 0}
 
     def count_backbone(module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
         kind = "head" if module is head else "linear"
-        operations = 2 * (inputs[0].numel() // inputs[0].shape[-1]) * module.weight.numel()
+        operations = 2 * (inputs[0].numel() // inputs[0].shape[-1]) * module.get_parameter("weight").numel()
         counts[f"{kind}_forward"] += operations
         if inputs[0].requires_grad:
             counts[f"{kind}_backward"] += operations
 
     def count_mlp(module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: Any) -> None:
-        counts["mlp"] += 3 * 2 * inputs[0].shape[0] * module.weight.numel()
+        counts["mlp"] += 3 * 2 * inputs[0].shape[0] * module.get_parameter("weight").numel()
 
     handles = [m.register_forward_hook(count_backbone) for m in side.model.modules() if _is_linear(m)]
     handles += [m.register_forward_hook(count_mlp) for m in side.module.modules() if isinstance(m, nn.Linear)]
@@ -173,14 +180,16 @@ def count_attention(side: OurSide, batch: Sequence[TokenizedExample]) -> tuple[i
     """Operations of attention's products over all layers, forward and backward."""
     heads = side.model.config.get_text_config(decoder=True).num_attention_heads
     forward = backward = 0
-    for group in pack(batch).packing.groups:
+    packing = pack(batch).packing
+    assert packing is not None
+    for group in packing.groups:
         length = group.stop - group.start
         pairs = heads * length * (side.module.bake().length() + length)
-        for number, shape in enumerate(side.backbone.geometry["decoder"]):
+        for index, shape in enumerate(side.backbone.geometry["decoder"]):
             scores, mix = 2 * pairs * shape.key_dim, 2 * pairs * shape.value_dim
             forward += scores + mix
             # Gradients of query, key, probabilities and value; the first layer's query needs none.
-            backward += (1 if number == 0 else 2) * scores + 2 * mix
+            backward += (1 if index == 0 else 2) * scores + 2 * mix
     return forward, backward
 
 
@@ -189,5 +198,5 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _times(shape: tuple[int, int, int]) -> str:
+def _shape_name(shape: tuple[int, int, int]) -> str:
     return " x ".join(map(str, shape))

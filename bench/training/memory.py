@@ -1,6 +1,6 @@
-"""Peak memory of some training steps of one variant, in a process of its own: reads a job from stdin, writes JSON.
+"""Peak memory of some training steps of one variant: reads a job from stdin, writes JSON.
 
-Run by `bench/run.py`; nothing else is loaded here, so that the peak belongs to the variant.
+`bench.run` starts it in a process of its own, so that the peak belongs to the variant.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import json
 import sys
 
 import torch
-from data import from_lists
-from sides import make_side
-from steps import measure_peak
+
+from bench.data import from_lists
+from bench.training.sides import make_side
+from bench.training.steps import measure_peak
 
 
 def main() -> None:
+    """Read a job, measure, and print."""
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     batches = from_lists(job["batches"])

@@ -1,8 +1,8 @@
-"""Measure what a training step of each method costs, on the same batches: seconds and peak memory.
+"""Measure a training step of each method on the same batches: seconds and peak memory.
 
-    python bench/methods.py --data e2e/       # about six minutes on two quiet cores
+    python -m bench.training.methods --data e2e/       # about six minutes on two quiet cores
 
-Every method trains in a process of its own, as `prefixtune train` does, in an order that is reversed in every other
+Every method trains in a process of its own, as `prefixtune train` does, in an order that is reversed every second
 round. A figure is the median over all steps but each process's first two; memory counts from the first step.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import machine
+from bench import machine
 
 METHODS = ("prefix", "full", "top:2", "adapter:115", "adapter:3", "lora:8", "prompt")
 CHILD = """
@@ -27,18 +26,18 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.utils.machine import reset_peak_memory, peak_memory_mib
 from prefixtune.training.train import train
 seconds = []
-def told(event):
+def on_event(event):
     if event["event"] == "start":
         reset_peak_memory()
     if event["event"] == "step":
         seconds.append(event["seconds"])
-result = train(TrainConfig.from_mapping(json.loads(sys.argv[1])), on_event=told)
+result = train(TrainConfig.from_mapping(json.loads(sys.argv[1])), on_event=on_event)
 print(json.dumps({"seconds": seconds, "peak_memory_mib": peak_memory_mib(), "trained": result.num_trained}))
 """
 
 
-def run(method: str, data: str, steps: int, batch_size: int) -> dict[str, Any]:
-    """A few steps of a method in a process of its own."""
+def run_method(method: str, data: str, steps: int, batch_size: int) -> dict[str, Any]:
+    """Train some steps with a method, in a process of its own."""
     base, _, size = method.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         values = {
@@ -56,8 +55,8 @@ def run(method: str, data: str, steps: int, batch_size: int) -> dict[str, Any]:
         done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(values)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{method} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> int:
@@ -70,18 +69,17 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     options = parser.parse_args()
     data = str(Path(options.data).resolve())
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
-    for number in range(options.rounds):
-        for method in options.methods[:: 1 if number % 2 == 0 else -1]:
-            found[method].append(run(method, data, options.steps, options.batch_size))
-            print(f"round {number + 1}: {method}", file=sys.stderr)
+    runs_by_method: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
+    for index in range(options.rounds):
+        for method in options.methods[:: 1 if index % 2 == 0 else -1]:
+            runs_by_method[method].append(run_method(method, data, options.steps, options.batch_size))
+            print(f"round {index + 1}: {method}", file=sys.stderr)
     rows = {}
-    for method, runs in found.items():
-        medians = [median(each["seconds"][2:]) for each in runs]
+    for method, runs in runs_by_method.items():
         rows[method] = {
-            "step_seconds": median(second for each in runs for second in each["seconds"][2:]),
-            "rounds": medians,
-            "peak_memory_mib": max(each["peak_memory_mib"] for each in runs),
+            "step_seconds": median(seconds for run in runs for seconds in run["seconds"][2:]),
+            "rounds": [median(run["seconds"][2:]) for run in runs],
+            "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
             "trained": runs[0]["trained"],
         }
     first = rows[options.methods[0]]["step_seconds"]
@@ -91,7 +89,7 @@ def main() -> int:
             f"| {method} | {row['trained']:,} | {row['step_seconds']:.2f} | {row['step_seconds'] / first:.2f} "
             f"| {row['peak_memory_mib']:,.0f} |"
         )
-    print(json.dumps({"command": shlex.join(sys.argv), "methods": rows, **machine.describe()}))
+    print(json.dumps({"command": machine.command_line(), "methods": rows, **machine.describe()}))
     return 0
 
 

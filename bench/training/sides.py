@@ -1,26 +1,26 @@
-"""The two sides of the comparison, each with its own step of training: PEFT's prefix tuning and this project's.
+"""The two sides of the comparison, each with its own training step: PEFT's prefix tuning and this project's.
 
-Both take the same pairs, average the loss over the target tokens, clip the gradient and let AdamW move the prefix's
-MLP: for a decoder-only model the same parameters; for an encoder-decoder PEFT has a prefix in the decoder alone. A side
-prepares its own tensors, since that is part of its step.
+Both take the same pairs, average the loss over the target tokens, clip the gradient and update the prefix's MLP with
+AdamW: the same parameters for a decoder-only model; for an encoder-decoder PEFT has a prefix in the decoder only. Each
+side prepares its own tensors, since that is part of its step.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
 from torch import Tensor, nn
 
+from bench.peft_setup import model_folder, silence_peft
+from bench.results import DifferenceError
+from bench.training.steps import BOTTLENECK_SIZE, Trained, gradients, make_optimizer, pad_pairs
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder
@@ -35,46 +35,38 @@ VARIANTS = {
 }
 
 RECOMPUTED = "-recomputed"
-"""Added to a variant of ours: layers are recomputed in the backward pass."""
-
-
-class DifferenceError(Exception):
-    """The two sides do not compute the same."""
+"""Appended to the name of our variant: layers are recomputed in the backward pass."""
 
 
 class Side(Trained, Protocol):
     """One way to train a prefix."""
 
     def site(self) -> nn.Module:
-        """The module that yields the flat prefix, (P, S) or one such matrix per row."""
+        """The module whose output is the flat prefix, (P, S) or one such matrix per row."""
 
     def positions(self, batch: Sequence[TokenizedExample]) -> int:
         """Text positions that the backbone computes for a batch, padding included."""
 
 
 class PeftSide:
-    """PEFT as its users run it: one right-padded row per pair, labels -100 where nothing is learned.
+    """PEFT as its users run it: one right-padded row per pair, labels -100 where there is no loss.
 
-    For an encoder-decoder it has a prefix in the decoder's self-attention alone.
+    For an encoder-decoder it has a prefix in the decoder's self-attention only.
     """
 
     def __init__(self, backbone_name: str, dtype: str, prefix_length: int) -> None:
         from peft import PrefixTuningConfig, get_peft_model
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-        from transformers.utils import logging
 
-        folder = pretrained_folder(backbone_name) if backbone_name in PRETRAINED else backbone_name
-        # transformers 5.24 on names that PEFT 0.21 uses; and a progress bar has no place in a log.
-        for old in ("past_key_values", "is_gradient_checkpointing"):
-            warnings.filterwarnings("ignore", f"`{old}` is deprecated", FutureWarning)
-        logging.disable_progress_bar()
+        silence_peft()
+        folder = model_folder(backbone_name)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.apart = AutoConfig.from_pretrained(folder).is_encoder_decoder
-        loader = AutoModelForSeq2SeqLM if self.apart else AutoModelForCausalLM
+        self.is_encoder_decoder = AutoConfig.from_pretrained(folder).is_encoder_decoder
+        loader = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
         self.model = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
         config = PrefixTuningConfig(
-            task_type="SEQ_2_SEQ_LM" if self.apart else "CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM",
             num_virtual_tokens=prefix_length,
             prefix_projection=True,
             encoder_hidden_size=BOTTLENECK_SIZE,
@@ -91,8 +83,8 @@ class PeftSide:
 
     def collate(self, batch: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         """Ids, mask and labels of a right-padded batch."""
-        pairs = [(hand.prompt, target) for hand in batch for target in hand.targets]
-        if self.apart:
+        pairs = [(group.prompt, target) for group in batch for target in group.targets]
+        if self.is_encoder_decoder:
             config = self.model.config
             return pad_pairs(pairs, pad_id=config.pad_token_id, decoder_start_id=config.decoder_start_token_id)
         width = max(len(prompt) + len(target) for prompt, target in pairs)
@@ -123,7 +115,7 @@ class PeftSide:
 
 
 class OurSide:
-    """This project's step: packed rows, the MLP once, logits where there is a label; prefixes at every site."""
+    """This project's step: packed rows, one pass of the MLP, logits only at labels; prefixes at every site."""
 
     def __init__(self, backbone: Backbone, prefix_length: int, embedding_size: int | None = None) -> None:
         self.backbone = backbone
@@ -143,7 +135,7 @@ class OurSide:
         return self.loss_of(collate(self.backbone, batch))
 
     def loss_of(self, row: Batch) -> Tensor:
-        """`loss` of a batch that is laid out already."""
+        """`loss` of a batch of tensors."""
         losses = batch_loss(self.backbone, self.module(), row)
         return (losses * row.weights("token", row.num_targets, len(row.labels))).sum()
 
@@ -152,7 +144,7 @@ class OurSide:
         return [
             weight
             for site in self.module.sites.values()
-            for layer in (site.embedding, site.hidden, site.output)
+            for layer in map(site.get_submodule, ("embedding", "hidden", "output"))
             for weight in layer.parameters()
         ]
 
@@ -173,22 +165,22 @@ def kv_width(backbone: Backbone) -> int:
 
 
 def make_side(variant: str, prefix_length: int, backbone_name: str = DEFAULT_BACKBONE) -> PeftSide | OurSide:
-    """Load a backbone and put a trainable prefix in front, of the same size on both sides."""
+    """Load a backbone with a trainable prefix, of the same size on both sides."""
     torch.manual_seed(0)
     library, dtype = VARIANTS[variant.removesuffix(RECOMPUTED)]
     if library == "PEFT":
         return PeftSide(backbone_name, dtype, prefix_length)
     backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")
     side = OurSide(backbone, prefix_length, kv_width(backbone))
-    # For as long as the side lives: without a name to hold it, it would end at once.
+    # Entered for the side's whole life; the attribute keeps it alive.
     side.checkpointing = gradient_checkpointing(backbone.model, variant.endswith(RECOMPUTED))
     side.checkpointing.__enter__()
     return side
 
 
 def num_target_tokens(batch: Sequence[TokenizedExample]) -> int:
-    """Tokens that are learned from: of every target, with its end token."""
-    return sum(len(target) for hand in batch for target in hand.targets)
+    """Tokens with a loss: those of every target, with its end token."""
+    return sum(len(target) for group in batch for target in group.targets)
 
 
 # --- do both compute the same? ---------------------------------------------------------------------------------------
@@ -196,20 +188,24 @@ def num_target_tokens(batch: Sequence[TokenizedExample]) -> int:
 
 @torch.no_grad()
 def copy_weights(source: Side, target: Side) -> None:
-    """Let a side's prefix be another's, bit for bit."""
-    for theirs, ours in zip(source.weights(), target.weights(), strict=True):
-        if theirs.shape != ours.shape:
-            raise DifferenceError(f"parameters differ in shape: {tuple(theirs.shape)} and {tuple(ours.shape)}.")
-        ours.copy_(theirs)
+    """Copy a side's prefix to another, bit for bit.
+
+    Raises:
+        DifferenceError: Their shapes differ.
+    """
+    for old, new in zip(source.weights(), target.weights(), strict=True):
+        if old.shape != new.shape:
+            raise DifferenceError(f"parameters differ in shape: {tuple(old.shape)} and {tuple(new.shape)}.")
+        new.copy_(old)
 
 
-def same_backbone(one: PeftSide | OurSide, other: PeftSide | OurSide) -> None:
+def require_same_backbone(one: PeftSide | OurSide, other: PeftSide | OurSide) -> None:
     """Check that two backbones are equal bit for bit.
 
     Raises:
         DifferenceError: They are not.
     """
-    # PEFT puts its prompt encoder beside the model, not into it.
+    # PEFT's prompt encoder is not a part of the model.
     first, second = (
         {name.removeprefix("base_model."): value for name, value in side.model.state_dict().items()}
         for side in (one, other)
@@ -233,7 +229,7 @@ def compare(reference: Side, other: Side, batch: Sequence[TokenizedExample]) -> 
 
 
 def require_equal(reference: Side, other: Side, batch: Sequence[TokenizedExample]) -> dict[str, float]:
-    """`compare`, refusing more than rounding.
+    """`compare`, and refuse differences larger than rounding.
 
     Raises:
         DifferenceError: Loss or a gradient differs by more than `TOLERANCE`.
@@ -258,15 +254,16 @@ def _gradients(side: Side, batch: Sequence[TokenizedExample]) -> tuple[float, Te
     handle = side.site().register_forward_hook(keep)
     try:
         loss = side.loss(batch)
-        found = gradients(side, loss)
+        copies = gradients(side, loss)
     finally:
         handle.remove()
     gradient = flat[0].grad
-    # PEFT makes the prefix once per row.
+    assert gradient is not None
+    # PEFT computes the prefix once per row.
     summed = gradient.sum(0) if gradient.dim() == 3 else gradient
-    return float(loss.detach()), summed, found
+    return float(loss.detach()), summed, copies
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """How far two tensors are apart, relative to the first."""
+    """The norm of the difference of two tensors, relative to the first."""
     return float((one - other).norm() / one.norm())

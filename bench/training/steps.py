@@ -1,6 +1,6 @@
-"""What every side of a comparison shares: a step of training, its time, its peak memory, and padding pairs.
+"""A training step as every side of a comparison takes it: its time, its peak memory, and padded pairs.
 
-Also for a peer that runs in an environment of its own; so this needs torch alone, and knows nothing of prefixtune.
+Needs no library but torch: a peer imports it in an environment of its own.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-import machine
 import torch
 from torch import Tensor, nn
+
+from bench.machine import resident_mib
+from prefixtune.utils.machine import peak_memory_mib, reset_peak_memory
 
 BOTTLENECK_SIZE = 512
 LEARNING_RATE = 5e-4
@@ -20,7 +22,7 @@ MAX_GRAD_NORM = 1.0
 
 
 class Trained(Protocol):
-    """What a step needs to know of a side."""
+    """A side of a comparison, as a step needs it."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -33,6 +35,7 @@ class Trained(Protocol):
 
 
 def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with the settings of all sides."""
     return torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
 
 
@@ -55,22 +58,22 @@ def timed_step(side: Trained, batch: Any) -> tuple[float, float]:
 
 
 def gradients(side: Trained, loss: Tensor) -> list[Tensor]:
-    """A loss's gradient in every parameter of a side; nothing stays behind."""
+    """A loss's gradient in every parameter of a side; the parameters' own are cleared."""
     side.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    found = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in side.weights()]
+    copies = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in side.weights()]
     side.optimizer.zero_grad(set_to_none=True)
-    return found
+    return copies
 
 
-def copy_of_weights(side: Trained) -> list[Tensor]:
-    """A side's parameters as they are now."""
+def clone_weights(side: Trained) -> list[Tensor]:
+    """A copy of a side's parameters."""
     return [weight.detach().clone() for weight in side.weights()]
 
 
 @torch.no_grad()
 def set_weights(side: Trained, values: Iterable[Tensor]) -> None:
-    """Let a side start anew, with these parameters."""
+    """Start a side again, with these parameters and an empty optimizer."""
     for weight, value in zip(side.weights(), values, strict=True):
         weight.copy_(value)
     side.optimizer.state.clear()
@@ -85,14 +88,14 @@ def pad_pairs(
 ) -> dict[str, Tensor]:
     """Pairs of source and target for an encoder-decoder, one row each, as transformers' `DataCollatorForSeq2Seq` pads.
 
-    Padding stands on the right and is -100 in the labels.
+    Padding is on the right, and -100 in the labels.
 
     Args:
         pairs: Token ids; a target's with its end token.
-        pad_id: What padding is filled with.
-        decoder_start_id: What the decoder reads before a target's first token.
-        mask_decoder: Give a mask for the decoder, too. The collator does not, as no real position sees the padding
-            behind it.
+        pad_id: Id of the padding.
+        decoder_start_id: The decoder's first input.
+        mask_decoder: Add a mask for the decoder. The collator adds none, since no real position attends to the padding
+            after it.
     """
     masks = {"decoder_attention_mask": _pad([[1] * len(target) for _, target in pairs], 0)} if mask_decoder else {}
     return {
@@ -104,33 +107,32 @@ def pad_pairs(
     }
 
 
-def _pad(rows: Sequence[Sequence[int]], filling: int) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[filling] * (width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
 @torch.no_grad()
-def touch(model: nn.Module) -> None:
-    """Read something of every page, since weights may be mapped from their file and not be in memory yet."""
+def load_pages(model: nn.Module) -> None:
+    """Read from every memory page: weights may be mapped from their file, and not loaded yet."""
     for parameter in model.parameters():
         parameter.flatten()[:: 2048 // parameter.element_size()].sum()
 
 
 def measure_peak(side: Trained, batches: Iterable[Any]) -> dict[str, float | None]:
-    """Peak memory of this process, which has loaded nothing but a side, over some steps."""
-    touch(side.model)
+    """Peak memory of this process over some steps; the process has loaded nothing but the side."""
+    load_pages(side.model)
     gc.collect()
-    loading = machine.peak_mib()
-    loaded = machine.status_mib("VmRSS")
-    alone = machine.reset_peak_memory()
+    loading, loaded = peak_memory_mib() or 0.0, resident_mib()
+    is_reset = reset_peak_memory()
     for batch in batches:
         step(side, batch)
         gc.collect()
-    steps = machine.peak_mib()
+    steps = peak_memory_mib() or 0.0
     return {
         "peak_mib": max(loading, steps),
         "loading_peak_mib": loading,
         "loaded_mib": loaded,
-        "steps_peak_mib": steps if alone else None,
+        "steps_peak_mib": steps if is_reset else None,
         "step_mib": None if loaded is None else steps - loaded,
     }

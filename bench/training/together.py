@@ -1,7 +1,7 @@
-"""Measure training several prefixes at once against one after the other, on one backbone.
+"""Measure training several prefixes at once against training them one after the other, on one backbone.
 
-    python bench/together.py                 # about five minutes on two cores
-    python bench/together.py --runs 2 --batch-sizes 4
+    python -m bench.training.together                 # about five minutes on two cores
+    python -m bench.training.together --runs 2 --batch-sizes 4
 
 Both sides take the same optimizer steps on the same batches, in turn in one process; the losses must agree. A ratio is
 the median of the paired ratios, above 1 where training together is quicker.
@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import data
-import machine
 import torch
 
+from bench import data
+from bench.machine import BackgroundLoad
+from bench.results import FOLDER, write_results
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.load import load_backbone
@@ -35,15 +36,15 @@ LENGTHS = (5, 10, 10, 20)
 
 
 def prepare(backbone: Backbone, encoded: tuple[TokenizedExample, ...], runs: int, batch_size: int) -> list[list[Batch]]:
-    """A few batches for each run, in another order each."""
+    """Four batches for each run, in an order of its own."""
     plans = []
     for seed in range(runs):
         plan = epoch_batches(encoded, batch_size=batch_size, targets_per_source=4, seed=seed)
-        plans.append([collate(backbone, hands) for hands, _ in zip(plan, range(4), strict=False)])
+        plans.append([collate(backbone, batch) for batch in islice(plan, 4)])
     return plans
 
 
-def alone(backbone: Backbone, prefixes: list[Prefix], batches: list[Batch]) -> float:
+def train_separately(backbone: Backbone, prefixes: list[Prefix], batches: list[Batch]) -> float:
     """Losses and gradients of all runs, one after the other; the sum of the losses."""
     total = 0.0
     for prefix, batch in zip(prefixes, batches, strict=True):
@@ -53,45 +54,47 @@ def alone(backbone: Backbone, prefixes: list[Prefix], batches: list[Batch]) -> f
     return total
 
 
-def together(backbone: Backbone, prefixes: list[Prefix], batches: list[Batch]) -> float:
+def train_together(backbone: Backbone, prefixes: list[Prefix], batches: list[Batch]) -> float:
     """The same in one pass."""
     loss = batch_loss(backbone, [prefix.leaves() for prefix in prefixes], join(batches)).sum()
     loss.backward()
     return float(loss.detach())
 
 
-def measure(backbone: Backbone, encoded: tuple[TokenizedExample, ...], runs: int, batch_size: int, repeats: int) -> Any:
+def measure(
+    backbone: Backbone, encoded: tuple[TokenizedExample, ...], runs: int, batch_size: int, repeats: int
+) -> dict[str, Any]:
     """Seconds of both sides for a step of all runs, and the ratio."""
     prefixes = [
-        from_words(backbone, "Describe the restaurant in one sentence:", LENGTHS[number % len(LENGTHS)])
-        for number in range(runs)
+        from_words(backbone, "Describe the restaurant in one sentence:", LENGTHS[index % len(LENGTHS)])
+        for index in range(runs)
     ]
     plans = prepare(backbone, encoded, runs, batch_size)
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
     for repeat in range(repeats + 1):
         batches = [plan[repeat % len(plan)] for plan in plans]
-        found = {}
-        for name, side in (("alone", alone), ("together", together)):
+        losses = {}
+        for name, side in (("alone", train_separately), ("together", train_together)):
             began = time.perf_counter()
-            found[name] = side(backbone, prefixes, batches)
+            losses[name] = side(backbone, prefixes, batches)
             # The first round warms up.
             if repeat:
                 seconds[name].append(time.perf_counter() - began)
-        apart = abs(found["together"] - found["alone"]) / abs(found["alone"])
-        if apart > (1e-4 if backbone.dtype == torch.float32 else 1e-2):
-            raise SystemExit(f"the two sides differ by {apart:.1e}: {found}")
+        difference = abs(losses["together"] - losses["alone"]) / abs(losses["alone"])
+        if difference > (1e-4 if backbone.dtype == torch.float32 else 1e-2):
+            raise SystemExit(f"the two sides differ by {difference:.1e}: {losses}")
     ratio = median(a / b for a, b in zip(seconds["alone"], seconds["together"], strict=True))
     return {
         "runs": runs,
         "batch_size": batch_size,
         "dtype": str(backbone.dtype).removeprefix("torch."),
-        **{f"{name}_seconds": round(median(found), 3) for name, found in seconds.items()},
+        **{f"{name}_seconds": round(median(values), 3) for name, values in seconds.items()},
         "ratio": round(ratio, 3),
     }
 
 
 def main() -> int:
-    """Measure, print, and write the figures down."""
+    """Measure, print, and write the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--data", type=Path, default=None, help="E2E's training file")
@@ -99,21 +102,18 @@ def main() -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "together.json")
+    parser.add_argument("--json", type=Path, default=FOLDER / "together.json")
     options = parser.parse_args()
-    neighbours, read, found = machine.Neighbours(), data.read(options.data), []
+    load, examples, figures = BackgroundLoad(), data.read(options.data), []
     for dtype in options.dtypes:
         backbone = load_backbone(options.backbone, dtype=dtype)
         form = default_format(backbone)
-        encoded = encode_examples(backbone, read.examples[:400], form, prefix_length=max(LENGTHS)).examples
+        encoded = encode_examples(backbone, examples.examples[:400], form, prefix_length=max(LENGTHS)).examples
         for batch_size in options.batch_sizes:
             for runs in options.runs:
-                found.append(measure(backbone, encoded, runs, batch_size, options.repeats))
-                print(json.dumps(found[-1]), flush=True)
-    command = shlex.join(["python", *sys.argv])
-    written = {"command": command, "data": read.name, "cores_used_by_others": neighbours.cores(), **machine.describe()}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({**written, "figures": found}, indent=1) + "\n", encoding="utf-8")
+                figures.append(measure(backbone, encoded, runs, batch_size, options.repeats))
+                print(json.dumps(figures[-1]), flush=True)
+    write_results(options.json, load, {"data": examples.name, "figures": figures})
     return 0
 
 

@@ -48,14 +48,17 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def reset_peak_memory() -> None:
-    """Start the peak of memory again from the present size, where the system can (Linux)."""
+def reset_peak_memory() -> bool:
+    """Start the peak of memory again from the present size; False if the system cannot (only Linux can)."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         # Freed memory goes back to the system; otherwise it would count for the next measurement.
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
+    try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 def peak_memory_mib() -> float | None:
