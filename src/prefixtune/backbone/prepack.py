@@ -50,7 +50,7 @@ class PrepackedLinear(nn.Module):
 def prepack(backbone: Backbone) -> Backbone:
     """The same backbone for inference, quicker on a CPU in bf16; the given one where there is nothing to gain.
 
-    On two cores a decode step of 32 texts on SmolLM2-135M takes a sixth less time (`python -m bench.serving.serve`). The
+    On two cores a decode step of 32 texts on SmolLM2-135M takes a sixth less time (`bench.serving.serve`). The
     matrices are in memory twice until the given backbone is let go.
 
     Args:
