@@ -106,7 +106,7 @@ def attend_changed_at(site: str, change: Callable[[dict[str, Any]], None]) -> Ca
 
 def drop_prefix(arguments: dict[str, Any]) -> None:
     injection = arguments.get("prefix_injection")
-    if injection is None or injection.recorded is None:
+    if injection is None or injection.recorded_kv is None:
         arguments["prefix_injection"] = Injection({})
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from patching import replace_everywhere
-from prefixtune.attention.kernels import _flex
+from prefixtune.attention.kernels import flex_attention_on
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
@@ -64,13 +64,13 @@ def test_kernels_agree(
 
 def test_flex_attention_is_what_computes(with_kernel: Make, random_ids: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = _flex("cpu")
+    real = flex_attention_on("cpu")
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return real(*args, **kwargs)
 
-    replace_everywhere(monkeypatch, _flex, lambda device_type: noted)
+    replace_everywhere(monkeypatch, flex_attention_on, lambda device_type: noted)
     backbone = with_kernel("llama", "flex")
     calls.clear()
     with torch.no_grad():

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patching import replace_everywhere
+from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
-from prefixtune.attention.relative_bias import relative_bias
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.engine import Engine, EngineConfig
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefixtune.attention.cache import cache_argument, prefilled_cache
-from prefixtune.attention.registry import visible_slots
+from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.errors import BackboneError, ConfigError
 
 
@@ -103,7 +103,7 @@ def test_our_prefilled_cache_is_the_injected_route(
     ids, mask = padded([random_ids(count, count) for count in (9, 7, 4)], "left", backbone.pad_id)
     cache, slots = prefilled_cache(backbone.model, backbone.layout, prefixes)
     assert slots.sum(1).tolist() == [5, 3, 0]
-    with visible_slots(slots.shape[1]):
+    with cached_prefix_slots(slots.shape[1]):
         logits = backbone.model(
             input_ids=ids,
             attention_mask=torch.cat([slots.long(), mask], dim=1),

@@ -1,4 +1,4 @@
-"""Cache."""
+"""transformers' caches: one that already holds every row's prefix, and one that forgets nothing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from prefixtune.attention.injection import batch_prefixes
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["cache_argument", "cuts_empty_layers", "growing_cache", "prefilled_cache"]
+__all__ = ["cache_argument", "can_crop_empty_layers", "growing_cache", "prefilled_cache"]
 
 
 def cache_argument(model: Any) -> str:
     """The name under which a model's forward takes its cache (transformers 5.24 renamed it)."""
     parameters = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
-
-
-# --- the prefilled route ---------------------------------------------------------------------------------------------
 
 
 def prefilled_cache(
@@ -37,8 +34,8 @@ def prefilled_cache(
         layout: What `probe` found.
         prefixes: One per row; None: that row has no prefix.
         repeats: Rows per text, as beam search needs them.
-        static_length: Room for as many positions, the prefix's included, in buffers that are written in place; None: a
-            cache that grows.
+        static_length: How many positions, the prefix's included, buffers that are written in place have room for;
+            None: a cache that grows.
 
     Returns:
         The cache, and which of its slots are real, one row per text (not repeated).
@@ -46,7 +43,8 @@ def prefilled_cache(
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
-    made = batch_prefixes(prefixes, layout.geometry, model.dtype, main_device(model))
+    device = main_device(model)
+    batch = batch_prefixes(prefixes, layout, model.dtype, device)
     if static_length is None:
         cache = growing_cache(model)
     else:
@@ -55,24 +53,24 @@ def prefilled_cache(
             StaticLayer(static_length) if getattr(layer, "is_sliding", False) else layer for layer in cache.layers
         ]
     rows = len(prefixes)
-    pairs = made.layers.get("decoder", ())
-    for number, (key, value) in zip(layout.cache_layers or (), pairs, strict=bool(pairs)):
+    pairs = batch.layers.get("decoder", ())
+    for index, (key, value) in zip(layout.cache_layers or (), pairs, strict=bool(pairs)):
         cache.update(
             key.expand(rows, -1, -1, -1).repeat_interleave(repeats, dim=0),
             value.expand(rows, -1, -1, -1).repeat_interleave(repeats, dim=0),
-            number,
+            index,
         )
     longest = pairs[0][0].shape[2] if pairs else 0
-    visible = made.visible.get("decoder")
-    if visible is None:
-        visible = torch.ones(rows, longest, dtype=torch.bool, device=main_device(model))
-    return cache, visible
+    prefix_mask = batch.prefix_mask.get("decoder")
+    if prefix_mask is None:
+        prefix_mask = torch.ones(rows, longest, dtype=torch.bool, device=device)
+    return cache, prefix_mask
 
 
 def growing_cache(model: Any) -> Any:
-    """An empty cache that forgets nothing: a windowed layer's own would forget the prefix, and cannot be cut back.
+    """An empty cache that forgets nothing; the mask applies the window.
 
-    The mask applies the window.
+    A windowed layer's own cache would forget the prefix, and cannot be shortened.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -83,7 +81,7 @@ def growing_cache(model: Any) -> Any:
 
 
 @functools.cache
-def cuts_empty_layers() -> bool:
+def can_crop_empty_layers() -> bool:
     """Whether transformers can shorten a cache of which some layers were never filled; 5.20 cannot."""
     from transformers.cache_utils import DynamicLayer
 

@@ -1,20 +1,21 @@
-"""Compute."""
+"""What a model computes, recorded while it runs: the keys and values of a text, and relative position biases."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prefixtune.attention.injection import Injection, injecting
-from prefixtune.attention.layout import Layout
+from prefixtune.attention.forward import forward_with_backend
+from prefixtune.attention.injection import Injection, injecting_beside
+from prefixtune.attention.kernels import ScoreOptions
+from prefixtune.attention.layout import Layout, main_device
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["compute_kv", "prefix_from_tokens"]
+__all__ = ["compute_kv", "prefix_from_tokens", "relative_bias"]
 
 
 @torch.no_grad()
@@ -31,16 +32,57 @@ def prefix_from_tokens(model: Any, layout: Layout, input_ids: Int[Tensor, "1 T"]
 
 def compute_kv(model: Any, layout: Layout, **inputs: Tensor) -> Prefix:
     """The keys and values that the model computes for its inputs (one row), differentiable in them, in float32."""
-    recorded: list[tuple[nn.Module, Tensor, Tensor]] = []
-    injection = Injection(layout.layer_of, recorded=recorded)
+    recorded_kv: list[tuple[nn.Module, Tensor, Tensor]] = []
+    injection = Injection(layout.layer_of, recorded_kv=recorded_kv)
     call: dict[str, Any] = {**inputs, "prefix_injection": injection}
     if layout.kind != "encoder":
         call["use_cache"] = False
-    with contextlib.nullcontext() if layout.forwards_kwargs else injecting(injection):
+    with injecting_beside(layout, injection):
         model(**call)
-    found: dict[tuple[Site, int], KeyValue] = {}
-    for module, key, value in recorded:
-        place = layout.layer_of.get(module)
-        if place is not None:
-            found.setdefault(place, (key[0].float(), value[0].float()))
-    return Prefix({site: tuple(found[site, n] for n in range(len(shapes))) for site, shapes in layout.geometry.items()})
+    kv_of: dict[tuple[Site, int], KeyValue] = {}
+    for module, key, value in recorded_kv:
+        layer = layout.layer_of.get(module)
+        if layer is not None:
+            kv_of.setdefault(layer, (key[0].float(), value[0].float()))
+    return Prefix({site: tuple(kv_of[site, n] for n in range(len(shapes))) for site, shapes in layout.geometry.items()})
+
+
+def relative_bias(
+    model: Any, layout: Layout, length: int, encoded: Float[Tensor, "1 S E"]
+) -> dict[int, Float[Tensor, "Hq N"]]:
+    """What an encoder-decoder's decoder adds to scores at each distance, from 0 on: by layer, where it adds anything.
+
+    Recorded by running a row of `length` tokens. Beyond `relative_attention_max_distance`, where the model's
+    configuration names one, all distances are alike, so that the row need be no longer.
+    """
+    farthest = getattr(model.config, "relative_attention_max_distance", None)
+    count = length if farthest is None else min(length, farthest + 1)
+    recorder = BiasRecorder()
+    # A row of one token shows whether there is any bias; in models without one, positions may be few.
+    for tokens in (1, count):
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=main_device(model))
+        forward_with_backend(model, layout, ids, torch.arange(tokens, device=ids.device)[None], recorder, None, encoded)
+        if not recorder.bias_by_layer:
+            break
+    return recorder.bias_by_layer
+
+
+class BiasRecorder:
+    """An attention backend that records position biases, as the last token of a row sees them, and does not attend."""
+
+    def __init__(self) -> None:
+        self.bias_by_layer: dict[int, Float[Tensor, "Hq N"]] = {}
+
+    def attend(
+        self,
+        layer: tuple[Site, int],
+        query: Float[Tensor, "1 Hq T Dk"],
+        key: Float[Tensor, "1 H S Dk"],
+        value: Float[Tensor, "1 H S Dv"],
+        scores: ScoreOptions,
+    ) -> Float[Tensor, "1 T Hq Dv"]:
+        """Record the bias; what is returned has the right shape only."""
+        site, index = layer
+        if site == "decoder" and scores.position_bias is not None:
+            self.bias_by_layer[index] = scores.position_bias[0, :, -1].flip(-1)
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])

@@ -1,24 +1,35 @@
-"""Injection."""
+"""What a call of the model carries down to its attention layers: the prefixes, and how a row is made up."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from prefixtune.attention.disentangled import Front, hooked, is_disentangled
+from prefixtune.attention.disentangled import PrefixKV, disentangled_prefix, is_disentangled
 from prefixtune.attention.kernels import ScoreOptions
+from prefixtune.attention.layout import Layout
+from prefixtune.attention.masks import causal_mask, extend_mask
 from prefixtune.attention.packing import Packing
-from prefixtune.prefix.geometry import Geometry, Site
+from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["AttentionBackend", "AttentionCall", "Injection", "batch_prefixes", "injecting", "to_rows", "trace_calls"]
+__all__ = [
+    "AttentionBackend",
+    "AttentionCall",
+    "Injection",
+    "batch_prefixes",
+    "injecting",
+    "injecting_beside",
+    "to_rows",
+    "trace_calls",
+]
 
 
 @runtime_checkable
@@ -27,14 +38,13 @@ class AttentionBackend(Protocol):
 
     def attend(
         self,
-        place: tuple[Site, int],
+        layer: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
         key: Float[Tensor, "1 H S Dk"],
         value: Float[Tensor, "1 H S Dv"],
-        special: ScoreOptions,
-        window: int | None,
+        scores: ScoreOptions,
     ) -> Float[Tensor, "1 T Hq Dv"]:
-        """Note keys and values (the tokens' own, at `cross` those of sources), and attend to all that is seen."""
+        """Store keys and values (the tokens' own; at `cross` those of sources), and attend to all that is visible."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,40 +52,66 @@ class Injection:
     """What travels with one call down to every attention layer.
 
     Attributes:
-        layer_of: The model's layout.
+        layer_of: Attention module -> its (site, index), as in the model's layout.
         layers: Site -> per layer, keys and values of shape (B or 1, H, P, D).
-        visible: Site -> which prefix slots are real, (B, P); None: all are.
+        prefix_mask: Site -> which prefix slots are real, (B, P); None: all are.
         packing: The structure of a packed row; None: an ordinary batch.
-        several: In a packed row whose groups have prefixes of their own: for each prefix what `layers` is for one.
-        infix: In a packed row, the sources do not see the prefix, only the targets do.
-        recorded: When set, every layer's own keys and values are noted here.
-        serving: When set, it keeps all keys and values itself, the prefixes' too, and computes the attention.
+        layers_by_prefix: In a packed row whose groups have prefixes of their own: for each prefix what `layers` is for
+            one.
+        infix: In a packed row, the prefix is hidden from the sources; only the targets see it.
+        recorded_kv: A list that takes every layer's own keys and values; None: they are not recorded.
+        backend: Keeps all keys and values itself, the prefixes' too, and computes the attention; None: nothing does.
     """
 
     layer_of: Mapping[nn.Module, tuple[Site, int]]
     layers: Mapping[Site, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    visible: Mapping[Site, Tensor | None] = field(default_factory=dict)
+    prefix_mask: Mapping[Site, Tensor | None] = field(default_factory=dict)
     packing: Packing | None = None
-    several: Sequence[Mapping[Site, Sequence[tuple[Tensor, Tensor]]]] = ()
+    layers_by_prefix: Sequence[Mapping[Site, Sequence[tuple[Tensor, Tensor]]]] = ()
     infix: bool = False
-    recorded: list[tuple[nn.Module, Tensor, Tensor]] | None = None
-    serving: AttentionBackend | None = None
+    recorded_kv: list[tuple[nn.Module, Tensor, Tensor]] | None = None
+    backend: AttentionBackend | None = None
 
-    def prefix_kv(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """The keys and values that stand in front at an attention layer."""
-        layer = self.layer_of.get(module)
-        if layer is None or layer[0] not in self.layers:
-            return None
+    def prefix_kv(self, layer: tuple[Site, int]) -> tuple[Tensor, Tensor] | None:
+        """The keys and values in front at an attention layer; None: no prefix."""
         site, index = layer
-        return self.layers[site][index]
+        return self.layers[site][index] if site in self.layers else None
 
-    def prefix_kv_by_group(self, module: nn.Module, packing: Packing) -> list[tuple[Tensor, Tensor] | None]:
-        """The keys and values that stand in front of each group of a packed row at an attention layer."""
-        if packing.prefix_index is None:
-            return [self.prefix_kv(module)] * len(packing.groups)
-        site, index = self.layer_of[module]
-        each = [layers[site][index] if site in layers else None for layers in self.several]
-        return [each[owner] for owner in packing.prefix_index]
+    def prefix_kv_by_group(self, layer: tuple[Site, int]) -> list[tuple[Tensor, Tensor] | None]:
+        """The keys and values in front of each group of a packed row at an attention layer."""
+        if self.packing is None:
+            return []
+        if self.packing.prefix_index is None:
+            return [self.prefix_kv(layer)] * len(self.packing.groups)
+        site, index = layer
+        by_prefix = [layers[site][index] if site in layers else None for layers in self.layers_by_prefix]
+        return [by_prefix[prefix] for prefix in self.packing.prefix_index]
+
+    def prepend(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "B Hq T Dk"],
+        key: Float[Tensor, "Bk H S Dk"],
+        value: Float[Tensor, "Bk H S Dv"],
+        mask: Tensor | None,
+        scores: ScoreOptions,
+    ) -> tuple[Tensor, Tensor, Tensor | None, ScoreOptions]:
+        """Keys, values, mask and position bias with the prefix of the layer in front; as they were without one."""
+        layer = self.layer_of.get(module)
+        prefix_kv = None if layer is None else self.prefix_kv(layer)
+        if layer is None or prefix_kv is None:
+            return key, value, mask, scores
+        queries, rows, length = query.shape[2], query.shape[0], prefix_kv[0].shape[2]
+        if mask is None and scores.causal and queries > 1:
+            mask = causal_mask(query, key)
+        key = torch.cat([to_rows(prefix_kv[0], rows).to(key), key], dim=2)
+        value = torch.cat([to_rows(prefix_kv[1], rows).to(value), value], dim=2)
+        prefix_mask = self.prefix_mask.get(layer[0])
+        if prefix_mask is not None:
+            prefix_mask = to_rows(prefix_mask, rows).to(key.device)
+        if scores.position_bias is not None:
+            scores = replace(scores, position_bias=nn.functional.pad(scores.position_bias, (length, 0)))
+        return key, value, extend_mask(mask, prefix_mask, length, key, queries), scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,140 +120,171 @@ class AttentionCall:
 
     Attributes:
         module: The attention layer.
-        carried: Whether the argument that holds the prefix came along.
-        queries: How many positions look.
-        key: What they look at.
-        value: What they get.
-        extras: Names of the other arguments that held a number, a tensor or the like.
-        weighs: Whether the mask adds to scores, beyond hiding what may not be seen.
+        got_injection: Whether the argument that holds the prefix reached the layer.
+        num_queries: How many positions attend.
+        key: The keys they attend to.
+        value: The values they get.
+        extra_arguments: Names of the other arguments that held a number, a tensor or the like.
+        mask_adds_weights: Whether the mask adds to scores, beyond hiding positions.
     """
 
     module: nn.Module
-    carried: bool
-    queries: int
+    got_injection: bool
+    num_queries: int
     key: Tensor
     value: Tensor
-    extras: frozenset[str]
-    weighs: bool = False
+    extra_arguments: frozenset[str]
+    mask_adds_weights: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        injection: Injection | None,
+        arguments: Mapping[str, Any],
+    ) -> AttentionCall:
+        """What one call says of its layer; `injection` and `arguments` as the layer got them."""
+        extra = frozenset(name for name, value in arguments.items() if not isinstance(value, bool | str | None))
+        weights = False
+        if mask is not None and mask.is_floating_point():
+            weights = bool(((mask != 0) & (mask > 0.5 * torch.finfo(mask.dtype).min)).any())
+        return cls(module, injection is not None, query.shape[2], key, value, extra, weights)
 
 
-recorded_calls: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar("watched", default=None)
-current_injection: contextvars.ContextVar[Injection | None] = contextvars.ContextVar("current", default=None)
+traced_calls: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar("traced_calls", default=None)
+current_injection: contextvars.ContextVar[Injection | None] = contextvars.ContextVar("injection", default=None)
 
 
 @contextlib.contextmanager
 def trace_calls(model: nn.Module | None = None) -> Iterator[list[AttentionCall]]:
-    """While the block runs, every call of the attention function is noted in the list that it yields.
+    """While the block runs, every call of the attention function is added to the list that it yields.
 
     Args:
-        model: Note the calls of its disentangled attention too, which has no place in a layout yet.
+        model: Also trace the calls of its disentangled attention, which is not in a layout yet.
     """
     calls: list[AttentionCall] = []
-    token = recorded_calls.set(calls)
-    none = Injection({})
-    inside = current_injection.set(none) if model is not None else None
+    token = traced_calls.set(calls)
+    no_prefix = Injection({})
+    injection_token = current_injection.set(no_prefix) if model is not None else None
     try:
-        with _disentangled([] if model is None else model.modules(), none):
+        with _inject_disentangled([] if model is None else model.modules(), no_prefix):
             yield calls
     finally:
-        recorded_calls.reset(token)
-        if inside is not None:
-            current_injection.reset(inside)
+        traced_calls.reset(token)
+        if injection_token is not None:
+            current_injection.reset(injection_token)
 
 
 @contextlib.contextmanager
 def injecting(injection: Injection) -> Iterator[None]:
     """While the block runs, every call of the model has these prefixes in front.
 
-    For generation, whose loop hands no argument of ours on. An argument of a call wins over it.
+    For generation, whose loop passes no argument of ours on. An argument of a call takes precedence.
     """
     token = current_injection.set(injection)
     try:
-        with _disentangled(injection.layer_of, injection):
+        with _inject_disentangled(injection.layer_of, injection):
             yield
     finally:
         current_injection.reset(token)
 
 
+def injecting_beside(layout: Layout, injection: Injection) -> contextlib.AbstractContextManager[None]:
+    """`injecting`, where a model does not forward the argument of a call that holds the prefixes; else nothing."""
+    return contextlib.nullcontext() if layout.forwards_kwargs else injecting(injection)
+
+
 @contextlib.contextmanager
-def _disentangled(modules: Iterable[nn.Module], injection: Injection) -> Iterator[None]:
+def _inject_disentangled(modules: Iterable[nn.Module], injection: Injection) -> Iterator[None]:
     """While the block runs, layers of disentangled attention have the prefix in front too."""
 
-    def front(module: nn.Module, rows: int) -> Front | None:
-        pair = injection.prefix_kv(module)
-        if pair is None:
+    def prefix_kv(module: nn.Module, rows: int) -> PrefixKV | None:
+        layer = injection.layer_of.get(module)
+        kv = None if layer is None else injection.prefix_kv(layer)
+        if layer is None or kv is None:
             return None
-        visible = injection.visible.get(injection.layer_of[module][0])
-        return to_rows(pair[0], rows), to_rows(pair[1], rows), None if visible is None else to_rows(visible, rows)
+        mask = injection.prefix_mask.get(layer[0])
+        return to_rows(kv[0], rows), to_rows(kv[1], rows), None if mask is None else to_rows(mask, rows)
 
-    def seen(module: nn.Module, key: Tensor, value: Tensor) -> None:
-        watched = recorded_calls.get()
-        if watched is not None:
-            watched.append(AttentionCall(module, False, key.shape[2], key, value, frozenset()))
-        if injection.recorded is not None:
-            injection.recorded.append((module, key, value))
+    def on_kv(module: nn.Module, key: Tensor, value: Tensor) -> None:
+        calls = traced_calls.get()
+        if calls is not None:
+            calls.append(AttentionCall(module, False, key.shape[2], key, value, frozenset()))
+        if injection.recorded_kv is not None:
+            injection.recorded_kv.append((module, key, value))
+
+    def is_active() -> bool:
+        return current_injection.get() is injection
 
     with contextlib.ExitStack() as stack:
         for module in modules:
             if is_disentangled(module):
-                stack.enter_context(hooked(module, front, seen, lambda: current_injection.get() is injection))
+                stack.enter_context(disentangled_prefix(module, prefix_kv, on_kv, is_active))
         yield
 
 
 def to_rows(given: Tensor, rows: int) -> Tensor:
-    """One entry for all rows, one per row, or one per text whose beams are rows side by side."""
+    """One entry for all rows, one per row, or one per text whose beams are neighbouring rows."""
     if given.shape[0] == 1:
         return given.expand(rows, *given.shape[1:])
     return given if given.shape[0] == rows else given.repeat_interleave(rows // given.shape[0], dim=0)
 
 
-# --- the injected route ----------------------------------------------------------------------------------------------
-
-
-def batch_prefixes(prefixes: Sequence[Prefix | None], geometry: Geometry, dtype: torch.dtype, device: Any) -> Injection:
-    """Bring the rows' prefixes to one length per site, shorter ones padded in front with hidden slots.
+def batch_prefixes(prefixes: Sequence[Prefix | None], layout: Layout, dtype: torch.dtype, device: Any) -> Injection:
+    """The rows' prefixes as one batch: shorter ones are padded in front, with hidden slots.
 
     Args:
         prefixes: One per row, or a single one for all rows; None: that row has no prefix.
-        geometry: The backbone's.
+        layout: The model's.
         dtype: Of the result.
-        device: The backbone's.
+        device: The model's.
     """
     layers: dict[Site, list[tuple[Tensor, Tensor]]] = {}
-    visible: dict[Site, Tensor | None] = {}
-    for site, shapes in geometry.items():
+    prefix_mask: dict[Site, Tensor | None] = {}
+    for site, shapes in layout.geometry.items():
         lengths = [0 if prefix is None else prefix.length(site) for prefix in prefixes]
         longest = max(lengths)
         if longest == 0:
             continue
-        rows: list[list[KeyValue]] = []
-        for prefix, length in zip(prefixes, lengths, strict=True):
-            if prefix is None or length == 0:
-                rows.append(
-                    [
-                        (
-                            torch.zeros(s.num_kv_heads, longest, s.key_dim, dtype=dtype, device=device),
-                            torch.zeros(s.num_kv_heads, longest, s.value_dim, dtype=dtype, device=device),
-                        )
-                        for s in shapes
-                    ]
-                )
-                continue
-            front = (0, 0, longest - length, 0)
-            rows.append(
-                [
-                    (
-                        nn.functional.pad(k.to(device, dtype), front) if length < longest else k.to(device, dtype),
-                        nn.functional.pad(v.to(device, dtype), front) if length < longest else v.to(device, dtype),
-                    )
-                    for k, v in prefix.layers[site]
-                ]
-            )
-        layers[site] = [
-            (torch.stack([row[n][0] for row in rows]), torch.stack([row[n][1] for row in rows]))
-            for n in range(len(shapes))
+        rows = [
+            _zeros(shapes, longest, dtype, device)
+            if prefix is None or length == 0
+            else [_padded(pair, longest - length, dtype, device) for pair in prefix.layers[site]]
+            for prefix, length in zip(prefixes, lengths, strict=True)
         ]
-        all_real = all(length == longest for length in lengths)
-        slots = torch.arange(longest, device=device)
-        visible[site] = None if all_real else slots[None, :] >= longest - torch.tensor(lengths, device=device)[:, None]
-    return Injection({}, layers, visible)
+        layers[site] = [
+            (torch.stack([row[index][0] for row in rows]), torch.stack([row[index][1] for row in rows]))
+            for index in range(len(shapes))
+        ]
+        prefix_mask[site] = _mask_of(lengths, device)
+    return Injection(layout.layer_of, layers, prefix_mask)
+
+
+def _zeros(shapes: Sequence[LayerShape], length: int, dtype: torch.dtype, device: Any) -> list[KeyValue]:
+    return [
+        (
+            torch.zeros(shape.num_kv_heads, length, shape.key_dim, dtype=dtype, device=device),
+            torch.zeros(shape.num_kv_heads, length, shape.value_dim, dtype=dtype, device=device),
+        )
+        for shape in shapes
+    ]
+
+
+def _padded(pair: KeyValue, missing: int, dtype: torch.dtype, device: Any) -> KeyValue:
+    """A layer's keys and values, `missing` zero positions in front."""
+    key, value = pair[0].to(device, dtype), pair[1].to(device, dtype)
+    if not missing:
+        return key, value
+    return nn.functional.pad(key, (0, 0, missing, 0)), nn.functional.pad(value, (0, 0, missing, 0))
+
+
+def _mask_of(lengths: Sequence[int], device: Any) -> Bool[Tensor, "B P"] | None:
+    """Which slots are real where prefixes of these lengths are padded in front; None: all are."""
+    longest = max(lengths)
+    if all(length == longest for length in lengths):
+        return None
+    return torch.arange(longest, device=device)[None, :] >= longest - torch.tensor(lengths, device=device)[:, None]

@@ -1,4 +1,4 @@
-"""Layout."""
+"""Where a model's attention layers are, and where its inputs go."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Layout:
 
     Attributes:
         geometry: Per site, every layer's KV heads and head sizes.
-        layer_of: Attention module -> its (site, layer number); layers that share keys and values share a place.
+        layer_of: Attention module -> its (site, index); layers that share keys and values have the same.
         kind: `decoder`, `encoder` or `encoder-decoder`.
-        packable: Whether rows may be packed: nothing but attention passes between positions, and these can be told.
+        packable: Whether rows may be packed: only attention mixes positions, and positions can be set from outside.
         forwards_kwargs: Whether an argument of the model's call reaches every attention layer. Where it does not, the
-            prefix travels beside the call, and layers cannot be recomputed in the backward pass.
-        cache_layers: Where each decoder layer's keys and values lie in the model's cache; None: they cannot be put
-            there beforehand, so that generation injects them.
+            prefix is passed by a context variable, and layers cannot be recomputed in the backward pass.
+        cache_layers: Index of each decoder layer's keys and values in the model's cache; None: they cannot be put there
+            beforehand, so that generation injects them.
         notes: What a user should know, such as sites that are not available and why.
     """
 
@@ -51,10 +51,10 @@ def main_device(model: Any) -> torch.device:
 
 
 def setting(config: Any, name: str) -> Any:
-    """A setting of a configuration, or None; where it differs by layer, a list of all of them."""
+    """A setting of a configuration, or None; a list where it differs by layer."""
     try:
         return getattr(config, name, None)
     except Exception:
-        # Such a configuration refuses to name one for all layers.
+        # Configurations with settings by layer refuse to name one for all.
         layers = config.per_layer_config
-        return [getattr(one, name, None) for one in (layers.values() if isinstance(layers, Mapping) else layers)]
+        return [getattr(layer, name, None) for layer in (layers.values() if isinstance(layers, Mapping) else layers)]

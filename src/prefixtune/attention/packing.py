@@ -1,9 +1,7 @@
 """How the positions of a packed row see each other: group by group, and nothing across groups.
 
-A group is one source with its targets. For a decoder-only model both stand in one row. For an encoder-decoder the
-sources stand in the encoder's row and the targets in the decoder's, and each group's targets look at their own source.
-
-Knows lengths alone: nothing of tokens, models or prefixes.
+A group is one source with its targets. For a decoder-only model both are in one row. For an encoder-decoder the
+sources are in the encoder's row and the targets in the decoder's, and each group's targets see their own source.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ __all__ = ["Group", "Packing"]
 
 @dataclass(frozen=True)
 class Group:
-    """One source and its targets, side by side in a packed row.
+    """One source and its targets, one after the other in a packed row.
 
     Every target sees the source and itself, never another target; the source sees itself alone.
 
@@ -43,7 +41,7 @@ class Group:
         return self.start + self.source_length + sum(self.target_lengths)
 
     def positions(self) -> Int[Tensor, " N"]:
-        """Text positions: each target goes on where the source ends."""
+        """Text positions: each target continues where the source ends."""
         targets = [torch.arange(length) + self.source_length for length in self.target_lengths]
         return torch.cat([torch.arange(self.source_length), *targets])
 
@@ -59,12 +57,12 @@ class Group:
         """
         lengths = torch.tensor([self.source_length, *self.target_lengths])
         part = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        seen = (part[None, :] == 0) | (part[None, :] == part[:, None])
-        seen = seen.tril()
+        visible = (part[None, :] == 0) | (part[None, :] == part[:, None])
+        visible = visible.tril()
         if window is not None:
             position = self.positions()
-            seen &= position[:, None] - position[None, :] < window
-        return seen
+            visible &= position[:, None] - position[None, :] < window
+        return visible
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,13 @@ class Packing:
     Attributes:
         groups: In the order of the row; for an encoder-decoder, of the decoder's row, with sources of length 0.
         sources: Encoder-decoder only: positions of each group's source in the encoder's row.
-        prefix_index: Which of several prefixes stands in front of each group; None: there is one for all.
+        prefix_index: Which of several prefixes is in front of each group; None: one prefix for all groups.
     """
 
     groups: tuple[Group, ...]
     sources: tuple[int, ...] | None = None
     prefix_index: tuple[int, ...] | None = None
-    _bias: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _masks: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def positions(self, site: Site = "decoder") -> Int[Tensor, "1 T"]:
         """Text positions of the row, without the prefix's shift; of the encoder's row for the site `encoder`."""
@@ -92,7 +90,7 @@ class Packing:
         """How far the prefix before each position of the row moves it, for prefixes of these lengths."""
         prefix_index = self.prefix_index or (0,) * len(self.groups)
         sizes = torch.tensor([group.stop - group.start for group in self.groups])
-        return torch.repeat_interleave(torch.tensor([lengths[owner] for owner in prefix_index]), sizes)[None]
+        return torch.repeat_interleave(torch.tensor([lengths[index] for index in prefix_index]), sizes)[None]
 
     def in_targets(self) -> Int[Tensor, "1 T"]:
         """1 where a position of the row belongs to a target, 0 in a source."""
@@ -104,7 +102,7 @@ class Packing:
         sources = list(self.sources or ())
         return {"decoder": (own, own), "encoder": (sources, sources), "cross": (own, sources)}[site]
 
-    def bias(
+    def masks(
         self,
         site: Site,
         prefix_lengths: Sequence[int],
@@ -114,9 +112,7 @@ class Packing:
         *,
         infix: bool = False,
     ) -> Sequence[Float[Tensor, "N S"] | None]:
-        """Per group, an additive mask (N, P + S); made once per row, not once per layer. None: all is visible.
-
-        An infix is visible to the targets alone.
+        """Per group, a mask (N, P + S) to add to scores, computed once per row. None: everything is visible.
 
         Args:
             site: Where.
@@ -124,23 +120,23 @@ class Packing:
             window: Only the nearest `window` text positions are visible; None: all.
             dtype: Of the masks.
             device: Where they are.
-            infix: What stands in front is hidden from the sources.
+            infix: The prefix is hidden from the sources, and visible to the targets.
         """
         if site != "decoder":
             return [None] * len(self.groups)
         key = (tuple(prefix_lengths), window, dtype, device, infix)
-        if key not in self._bias:
-            self._bias[key] = [
-                self._bias_of(group, length, window, dtype, infix).to(device)
+        if key not in self._masks:
+            self._masks[key] = [
+                self._group_mask(group, length, window, dtype, infix).to(device)
                 for group, length in zip(self.groups, prefix_lengths, strict=True)
             ]
-        return self._bias[key]
+        return self._masks[key]
 
     @staticmethod
-    def _bias_of(
+    def _group_mask(
         group: Group, prefix_length: int, window: int | None, dtype: torch.dtype, infix: bool
     ) -> Float[Tensor, "N S"]:
-        seen = nn.functional.pad(group.mask(window), (prefix_length, 0), value=True)
+        visible = nn.functional.pad(group.mask(window), (prefix_length, 0), value=True)
         if infix:
-            seen[: group.source_length, :prefix_length] = False
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+            visible[: group.source_length, :prefix_length] = False
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))

@@ -1,23 +1,23 @@
-"""Look at a model by running a few tokens through it: which layers can carry a prefix, and of what shape.
+"""Find out, by running a few tokens through a model, which layers can have a prefix, and of what shape.
 
-Nothing is read from configuration names where a run can tell: the geometry, the sites, causality and shared keys are
-seen in the calls of the attention function. What cannot carry a prefix is refused here, with the reason.
-
-Knows nothing of tokenizers, files or training.
+The geometry, the sites, causality and shared keys are seen in the calls of the attention function, not read from names
+in a configuration. A model that cannot have a prefix is refused here, with the reason.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefixtune.attention.cache import cache_argument, growing_cache
 from prefixtune.attention.injection import AttentionCall, Injection, trace_calls
+from prefixtune.attention.kernels import AttentionKernel
 from prefixtune.attention.layout import Layout, main_device
+from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.registry import ATTENTIONS, register
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean
 from prefixtune.prefix.geometry import LayerShape, Site
@@ -27,7 +27,7 @@ __all__ = ["probe"]
 
 _HINT = "use a model whose attention goes through transformers' AttentionInterface, such as LLaMA, Qwen, BART or BERT."
 _DECODER_TOKENS, _ENCODER_TOKENS = 5, 4
-_UNDERSTOOD = frozenset(
+_SUPPORTED_ARGUMENTS = frozenset(
     {"position_bias", "softcap", "s_aux", "scaling", "dropout", "sliding_window", "is_causal", "position_ids"}
     | {"use_cache", "output_attentions", "output_hidden_states", "return_dict", "deterministic", "layer_idx"}
 )
@@ -35,7 +35,7 @@ _UNDERSTOOD = frozenset(
 
 
 def probe(model: Any, attention: str = "sdpa") -> Layout:
-    """Choose this project's attention function for a model and find the layers that can carry a prefix.
+    """Choose this project's attention function for a model and find the layers that can have a prefix.
 
     Args:
         model: Of transformers.
@@ -43,23 +43,9 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
 
     Raises:
         ConfigError: There is no such attention.
-        BackboneError: The model attends through code of its own, takes no positions, or does more in its attention
-            than is computed here, or fails on a few tokens.
+        BackboneError: The model attends through code of its own, takes no positions, does more in its attention than is
+            computed here, or fails on a few tokens.
     """
-    try:
-        return _probe(model, attention)
-    except PrefixError:
-        raise
-    except Exception as error:
-        raise BackboneError(
-            f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r}) fails on a few tokens: "
-            f"{_first_line(error)}",
-            hint="choose another backbone.",
-        ) from error
-
-
-@torch.no_grad()
-def _probe(model: Any, attention: str) -> Layout:
     register()
     if attention not in ATTENTIONS:
         flash = " flash kernels are used through 'sdpa', where the mask allows;" if "flash" in attention else ""
@@ -67,17 +53,37 @@ def _probe(model: Any, attention: str) -> Layout:
             f"unknown attention {attention!r}.", hint=f"{flash} {did_you_mean(attention, ATTENTIONS)}".strip()
         )
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
+    try:
+        with torch.no_grad():
+            calls = _choose_attention(model, name, attention)
+            return (
+                _encoder_decoder(model, name, calls) if model.config.is_encoder_decoder else _stack(model, name, calls)
+            )
+    except PrefixError:
+        raise
+    except Exception as error:
+        raise BackboneError(
+            f"{name} fails on a few tokens: {_first_line(error)}", hint="choose another backbone."
+        ) from error
+
+
+def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list[AttentionCall]:
+    """Let a model use this project's attention function; returns its calls in one small forward pass.
+
+    Raises:
+        BackboneError: It does not run on token ids alone, or does not compute the same with the new function.
+    """
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise BackboneError(
             f"{name} reads {model.main_input_name}, not token ids.", hint="choose a model that reads text."
         )
     if not getattr(model, "_supports_sdpa", True):
-        # Its own layers (sparse encoders, routers) know masks to be added only, and not all mark causality.
+        # Its own layers (sparse encoders, routers) know only masks to be added, and not all mark causality.
         attention = "eager"
     try:
         before = _plain_logits(model)
     except Exception as error:
-        # Whatever it wants besides token ids, or finds wrong with its configuration.
+        # Whatever it needs besides token ids, or finds wrong with its configuration.
         raise BackboneError(
             f"{name} does not run on token ids alone: {_first_line(error)}", hint="choose another backbone."
         ) from error
@@ -85,12 +91,12 @@ def _probe(model: Any, attention: str) -> Layout:
         model.set_attn_implementation(ATTENTIONS[attention])
     except (ValueError, ImportError) as error:
         raise BackboneError(f"{name} cannot take another attention function: {error}", hint=_HINT) from error
-    calls = _run(model, name)
+    calls = _trace(model, name)
     for call in calls:
-        strange = call.extras - _UNDERSTOOD
-        if strange:
+        unknown = call.extra_arguments - _SUPPORTED_ARGUMENTS
+        if unknown:
             raise BackboneError(
-                f"{name} attends with {', '.join(sorted(strange))}, which this attention function does not compute.",
+                f"{name} attends with {', '.join(sorted(unknown))}, which this attention function does not compute.",
                 hint="choose another backbone.",
             )
     after = _plain_logits(model)
@@ -100,29 +106,30 @@ def _probe(model: Any, attention: str) -> Layout:
             "through code of their own, with masks of their own.",
             hint=_HINT,
         )
-    if model.config.is_encoder_decoder:
-        return _encoder_decoder(model, name, calls)
-    kind: Literal["decoder", "encoder"] = "decoder" if _is_causal(model) else "encoder"
-    places, shapes, notes = _arrange(kind, calls, _layers(model, calls), _layer_types(model), name)
-    if kind == "encoder":
-        return Layout(
-            {kind: shapes}, places, kind, packable=False, forwards_kwargs=_forwards_kwargs(calls), notes=notes
-        )
+    return calls
+
+
+def _stack(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
+    """The layout of a model with one stack of layers: an encoder or a decoder-only model."""
+    layers, types = _layers(model, calls), _layer_types(model)
+    forwards_kwargs = _forwards_kwargs(calls)
+    if not _is_causal(model):
+        layer_of, shapes, notes = _number_layers("encoder", calls, layers, types, name)
+        return Layout({"encoder": shapes}, layer_of, "encoder", False, forwards_kwargs, notes=notes)
+    layer_of, shapes, notes = _number_layers("decoder", calls, layers, types, name)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         raise BackboneError(f"{name} takes no position_ids, so that its text cannot start at position P.", hint=_HINT)
     _check_causal(model, calls, name)
-    layers = _layers(model, calls)
     # State-space layers and short convolutions mix all positions of a row, whatever the mask.
-    mixing = len(places) < len(layers) or any(isinstance(m, nn.Conv1d) for layer in layers for m in layer.modules())
+    mixing = len(layer_of) < len(layers) or any(isinstance(m, nn.Conv1d) for layer in layers for m in layer.modules())
     if mixing:
         _check_padding(model, name)
-    chunked = "chunked_attention" in _layer_types(model)
-    # A mask that a model computes from its values covers the text alone.
-    weighing = any(call.weighs for call in calls)
-    packable = not mixing and not chunked and not weighing
-    # Prefix slots in the cache would move the borders of chunks.
+    # A mask with weights that a model computes from its values covers the text alone.
+    weighted = any(call.mask_adds_weights for call in calls)
+    packable = not mixing and "chunked_attention" not in types and not weighted
+    # Prefix slots in the cache would shift the borders of chunks.
     cache_layers = None if not packable else _cache_layers(model, len(shapes))
-    return Layout({kind: shapes}, places, kind, packable, _forwards_kwargs(calls), cache_layers, notes)
+    return Layout({"decoder": shapes}, layer_of, "decoder", packable, forwards_kwargs, cache_layers, notes)
 
 
 def _first_line(error: BaseException) -> str:
@@ -132,11 +139,11 @@ def _first_line(error: BaseException) -> str:
 
 def _forwards_kwargs(calls: Sequence[AttentionCall]) -> bool:
     """Whether an argument of the model's call reaches every attention layer."""
-    return all(call.carried for call in calls)
+    return all(call.got_injection for call in calls)
 
 
 def _plain_logits(model: Any) -> Tensor:
-    """What the model says of a small padded batch, where it is not padding."""
+    """The model's output for the real tokens of a small padded batch."""
     ids = torch.zeros(2, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     ids[:, 1::2] = 1
     mask = torch.ones_like(ids)
@@ -162,26 +169,25 @@ def _check_causal(model: Any, calls: Sequence[AttentionCall], name: str) -> None
 
 
 def _check_padding(model: Any, name: str) -> None:
-    """Refuse a hybrid in which a row of a batch differs from the row alone, in one pass or by steps.
+    """Refuse a hybrid in which a row of a batch differs from the row by itself, in one pass or by steps.
 
-    The row is padded on the left, and changes its place between two steps, as beams do.
+    The row is padded on the left, and changes places with another between two steps, as beams do.
     """
     ids = torch.arange(4, device=main_device(model))[None]
     rows = torch.cat([torch.cat([ids[:, 1:3], ids], dim=1), torch.arange(6, device=ids.device).flip(0)[None]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], device=ids.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    turned = torch.tensor([1, 0], device=ids.device)
-    whole = model(input_ids=ids, use_cache=False)[0][:, -2:].float()
+    positions = positions_from_mask(mask)
+    swapped = torch.tensor([1, 0], device=ids.device)
+    expected = model(input_ids=ids, use_cache=False)[0][:, -2:].float()
     try:
-        last = {"position_ids": positions[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
-        first = model(input_ids=rows[:, :-1], **last)
-        last = {"position_ids": positions[turned, -1:], "attention_mask": mask[turned], "use_cache": True}
-        cache = cache_argument(model)
-        kept = first[cache]
-        kept.reorder_cache(turned)
-        second = model(input_ids=rows[turned, -1:], **last, **{cache: kept})
-        found = torch.cat([first[0][:1, -1:], second[0][1:]], dim=1).float()
-        same = float((found - whole).norm()) <= 0.05 * float(whole.norm())
+        step = {"position_ids": positions[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}
+        first = model(input_ids=rows[:, :-1], **step)
+        step = {"position_ids": positions[swapped, -1:], "attention_mask": mask[swapped], "use_cache": True}
+        cache = first[cache_argument(model)]
+        cache.reorder_cache(swapped)
+        second = model(input_ids=rows[swapped, -1:], **step, **{cache_argument(model): cache})
+        logits = torch.cat([first[0][:1, -1:], second[0][1:]], dim=1).float()
+        same = float((logits - expected).norm()) <= 0.05 * float(expected.norm())
     except (RuntimeError, KeyError, AttributeError):
         same = False
     if not same:
@@ -192,9 +198,9 @@ def _check_padding(model: Any, name: str) -> None:
         )
 
 
-def _run(model: Any, name: str) -> list[AttentionCall]:
+def _trace(model: Any, name: str) -> list[AttentionCall]:
     """Every attention call of one small forward pass."""
-    # Two tokens to the encoder and three to the decoder, so that the calls can be told apart.
+    # The encoder and the decoder get different numbers of tokens, which tells their calls apart.
     decoder = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     inputs: dict[str, Any] = {"input_ids": decoder}
     if model.config.is_encoder_decoder:
@@ -212,7 +218,7 @@ def _run(model: Any, name: str) -> list[AttentionCall]:
 
 
 def _is_causal(model: Any) -> bool:
-    """Whether a later token leaves what was computed for earlier ones as it is."""
+    """Whether changing a later token changes nothing at earlier ones."""
     size = model.get_input_embeddings().weight.shape[0]
     first = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
     second = first.clone()
@@ -222,7 +228,7 @@ def _is_causal(model: Any) -> bool:
 
 
 def _layer_types(model: Any) -> Sequence[str]:
-    """What the configuration calls its layers; empty where it does not."""
+    """The layers' types, by the configuration; empty where it names none."""
     config = model.config.get_text_config(decoder=True)
     for name in ("layer_types", "layers_block_type"):
         types = getattr(config, name, None)
@@ -232,15 +238,15 @@ def _layer_types(model: Any) -> Sequence[str]:
 
 
 def _layers(part: nn.Module, calls: Sequence[AttentionCall]) -> list[nn.Module]:
-    """The stack of layers: the outermost list of modules that holds most of the attending ones."""
+    """The stack of layers: the outermost list of modules that holds most of the attention layers."""
     stacks = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    seen = {call.module for call in calls}
-    if not seen:
+    attending = {call.module for call in calls}
+    if not attending:
         return max((list(stack) for stack in stacks), key=len, default=[])
-    return list(max(stacks, key=lambda stack: len(seen.intersection(stack.modules())), default=()))
+    return list(max(stacks, key=lambda stack: len(attending.intersection(stack.modules())), default=()))
 
 
-def _arrange(
+def _number_layers(
     site: Site, calls: Sequence[AttentionCall], layers: Sequence[nn.Module], types: Sequence[str], name: str
 ) -> tuple[dict[nn.Module, tuple[Site, int]], tuple[LayerShape, ...], tuple[str, ...]]:
     """Number the attention layers of a site; layers that share an earlier one's keys get its number.
@@ -249,41 +255,41 @@ def _arrange(
         BackboneError: A layer attends through code of its own.
     """
     attending = {call.module for call in calls}
-    silent = [n for n, layer in enumerate(layers) if not attending.intersection(layer.modules())]
-    own = [n for n in silent if not _has_no_attention(types[n] if n < len(types) else "")]
-    if not attending or own:
+    untraced = [n for n, layer in enumerate(layers) if not attending.intersection(layer.modules())]
+    unknown = [n for n in untraced if not _has_no_attention(types[n] if n < len(types) else "")]
+    if not attending or unknown:
         raise BackboneError(
-            f"{name} has {len(layers)} {site} layers, but {len(layers) - len(silent)} of them attend through "
+            f"{name} has {len(layers)} {site} layers, but {len(layers) - len(untraced)} of them attend through "
             "transformers' registry: a prefix would not reach the others.",
             hint=_HINT,
         )
-    places: dict[nn.Module, tuple[Site, int]] = {}
+    layer_of: dict[nn.Module, tuple[Site, int]] = {}
     shapes: list[LayerShape] = []
-    owners: dict[tuple[int, int], int] = {}
+    index_of: dict[tuple[int, int], int] = {}
     shared = 0
     for call in calls:
-        identity = (call.key.data_ptr(), call.value.data_ptr())
-        if call.module in places:
+        if call.module in layer_of:
             continue
-        if identity in owners:
+        storage = (call.key.data_ptr(), call.value.data_ptr())
+        if storage in index_of:
             shared += 1
         else:
-            owners[identity] = len(shapes)
-            heads, size = int(call.key.shape[1]), int(call.key.shape[3])
-            shapes.append(LayerShape(heads, size, int(call.value.shape[3])))
-        places[call.module] = (site, owners[identity])
+            index_of[storage] = len(shapes)
+            heads, key_dim = int(call.key.shape[1]), int(call.key.shape[3])
+            shapes.append(LayerShape(heads, key_dim, int(call.value.shape[3])))
+        layer_of[call.module] = (site, index_of[storage])
     notes = []
     if len(calls) > len(attending):
         notes.append(f"one {site} layer is run {len(calls) // len(attending)} times, each time with the same prefix")
-    if silent:
-        kinds = sorted({types[n] for n in silent})
+    if untraced:
+        kinds = sorted({types[n] for n in untraced})
         notes.append(
-            f"prefix at the attention layers only: {len(layers) - len(silent)} of {len(layers)} "
+            f"prefix at the attention layers only: {len(layers) - len(untraced)} of {len(layers)} "
             f"(the others: {', '.join(kinds)})"
         )
     if shared:
         notes.append(f"{shared} layers share the keys and values of earlier ones, and so their prefix")
-    return places, tuple(shapes), tuple(notes)
+    return layer_of, tuple(shapes), tuple(notes)
 
 
 def _has_no_attention(kind: str) -> bool:
@@ -292,7 +298,7 @@ def _has_no_attention(kind: str) -> bool:
 
 
 def _cache_layers(model: Any, count: int) -> tuple[int, ...] | None:
-    """Where each layer's keys and values lie in the cache; None where they are not kept as they are attended to.
+    """Index of each layer's keys and values in the cache; None where the cache keeps something else.
 
     Args:
         model: The model.
@@ -300,64 +306,66 @@ def _cache_layers(model: Any, count: int) -> tuple[int, ...] | None:
     """
     cache = growing_cache(model)
     ids = torch.zeros(1, _DECODER_TOKENS, dtype=torch.long, device=main_device(model))
-    with trace_calls() as cached:
+    with trace_calls() as calls:
         try:
             model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
             # It keeps more than keys and values, in a cache of its own.
             return None
-    found: list[int] = []
-    seen: set[int] = set()
-    for call in cached:
-        if call.key.data_ptr() in seen:
+    indices: list[int] = []
+    storages: set[int] = set()
+    for call in calls:
+        if call.key.data_ptr() in storages:
             continue
-        seen.add(call.key.data_ptr())
-        number = getattr(call.module, "layer_idx", len(found))
-        layer = cache.layers[number] if number < len(cache.layers) else None
+        storages.add(call.key.data_ptr())
+        index = getattr(call.module, "layer_idx", len(indices))
+        layer = cache.layers[index] if index < len(cache.layers) else None
         keys: Tensor | None = getattr(layer, "keys", None)
         values: Tensor | None = getattr(layer, "values", None)
         if keys is None or values is None or keys.shape != call.key.shape or values.shape != call.value.shape:
             return None
-        found.append(number)
-    # A layer that is run several times has as many places in the cache.
-    return tuple(found) if len(found) == count else None
+        indices.append(index)
+    # A layer that is run several times has as many entries in the cache.
+    return tuple(indices) if len(indices) == count else None
 
 
 def _encoder_decoder(model: Any, name: str, calls: Sequence[AttentionCall]) -> Layout:
-    """The sites of an encoder-decoder, each where all of its layers can carry a prefix."""
+    """The layout of an encoder-decoder: every site at which all layers can have a prefix."""
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    inside = set(encoder.modules())
-    own = [call for call in calls if call.module in inside]
-    rest = [call for call in calls if call.module not in inside]
+    in_encoder = set(encoder.modules())
+    encoder_calls = [call for call in calls if call.module in in_encoder]
+    decoder_calls = [call for call in calls if call.module not in in_encoder]
+    self_calls = [call for call in decoder_calls if call.key.shape[2] == _DECODER_TOKENS]
+    cross_calls = [call for call in decoder_calls if call.key.shape[2] != _DECODER_TOKENS]
+    _check_causal(model, self_calls, name)
     sites: dict[Site, tuple[Any, list[AttentionCall]]] = {
-        "encoder": (encoder, own),
-        "decoder": (decoder, [call for call in rest if call.key.shape[2] == _DECODER_TOKENS]),
-        "cross": (decoder, [call for call in rest if call.key.shape[2] != _DECODER_TOKENS]),
+        "encoder": (encoder, encoder_calls),
+        "decoder": (decoder, self_calls),
+        "cross": (decoder, cross_calls),
     }
-    _check_causal(model, sites["decoder"][1], name)
-    places: dict[nn.Module, tuple[Site, int]] = {}
+    layer_of: dict[nn.Module, tuple[Site, int]] = {}
     geometry: dict[Site, tuple[LayerShape, ...]] = {}
     notes: list[str] = []
-    for site, (part, seen) in sites.items():
+    for site, (part, site_calls) in sites.items():
         try:
-            found, shapes, remarks = _arrange(site, seen, _layers(part, seen), (), name)
+            numbered, shapes, site_notes = _number_layers(site, site_calls, _layers(part, site_calls), (), name)
         except BackboneError:
             notes.append(f"no site {site!r}: its layers attend through code of their own")
             continue
-        places |= found
+        layer_of |= numbered
         geometry[site] = shapes
-        notes.extend(remarks)
+        notes.extend(site_notes)
     if not geometry:
         raise BackboneError(f"{name} attends through code of its own: a prefix would not reach it.", hint=_HINT)
-    told = _takes_positions(encoder, own) and _takes_positions(decoder, sites["decoder"][1])
-    windows = any("sliding_window" in call.extras for call in own)
-    packable = len(geometry) == len(sites) and told and not windows
-    return Layout(geometry, places, "encoder-decoder", packable, _forwards_kwargs(calls), notes=tuple(notes))
+    positions = _takes_positions(encoder, encoder_calls) and _takes_positions(decoder, self_calls)
+    windows = any("sliding_window" in call.extra_arguments for call in encoder_calls)
+    packable = len(geometry) == len(sites) and positions and not windows
+    return Layout(geometry, layer_of, "encoder-decoder", packable, _forwards_kwargs(calls), notes=tuple(notes))
 
 
 def _takes_positions(part: Any, calls: Sequence[AttentionCall]) -> bool:
-    """Whether an encoder or decoder can be told the positions of a packed row, or goes by distances alone."""
+    """Whether an encoder or decoder can get the positions of a packed row, or goes by distances alone."""
     embedding = getattr(part, "embed_positions", None)
     if embedding is not None:
         return "position_ids" in inspect.signature(type(embedding).forward).parameters
-    return bool(calls) and all("position_bias" in call.extras for call in calls)
+    return bool(calls) and all("position_bias" in call.extra_arguments for call in calls)

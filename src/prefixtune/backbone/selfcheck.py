@@ -28,9 +28,9 @@ from torch import Tensor
 from prefixtune.attention.cache import cache_argument, prefilled_cache
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.attention.forward import forward_with_prefixes
-from prefixtune.attention.injection import Injection, batch_prefixes, injecting
+from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import Layout, main_device
-from prefixtune.attention.registry import visible_slots
+from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.packaged import cache_folder
 from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from prefixtune.errors import BackboneError, PrefixError
@@ -239,13 +239,12 @@ def _decoded(
 ) -> list[Tensor]:
     """A decoder-only model's steps with a cache, along given tokens, by the route that generation takes."""
     ids, mask = _pad(model, texts, "left")
-    made = batch_prefixes(prefixes, layout.geometry, model.dtype, ids.device)
     shift = torch.tensor([[0 if prefix is None else prefix.length()] for prefix in prefixes], device=ids.device)
     given: dict[str, Any] = {"use_cache": True}
-    ours: contextlib.AbstractContextManager[None] = injecting(Injection(layout.layer_of, made.layers, made.visible))
+    ours: contextlib.AbstractContextManager[None] = injecting(batch_prefixes(prefixes, layout, model.dtype, ids.device))
     if layout.cache_layers is not None:
         cache, slots = prefilled_cache(model, layout, prefixes)
-        given[cache_argument(model)], ours = cache, visible_slots(slots.shape[1])
+        given[cache_argument(model)], ours = cache, cached_prefix_slots(slots.shape[1])
         shown = torch.cat([slots.long(), mask], dim=1)
     else:
         shown = mask
@@ -275,11 +274,10 @@ def _decoded_beside(
 
     ids, mask = _pad(model, texts, "right")
     new = torch.tensor(targets, device=ids.device)
-    made = batch_prefixes(prefixes, layout.geometry, model.dtype, ids.device)
     name, steps = cache_argument(model), []
     cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-    with injecting(Injection(layout.layer_of, made.layers, made.visible)):
+    with injecting(batch_prefixes(prefixes, layout, model.dtype, ids.device)):
         # What an encoder makes of its text is computed once, as generation does.
         given["encoder_outputs"] = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
         del given["input_ids"]

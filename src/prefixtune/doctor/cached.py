@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixtune.attention.cache import cache_argument, prefilled_cache
-from prefixtune.attention.registry import visible_slots
+from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.reference import NEW_TOKENS, Text, pad_rows
 from prefixtune.errors import BackboneError
@@ -28,7 +28,7 @@ def prefilled_logits(backbone: Backbone, rows: Sequence[Text], prefixes: Sequenc
     cache_mask = torch.cat([slots.long(), mask], dim=1)
     positions = (cache_mask.cumsum(1) - 1).clamp(min=0)[:, slots.shape[1] :]
     arguments = {cache_argument(backbone.model): cache}
-    with visible_slots(slots.shape[1]):
+    with cached_prefix_slots(slots.shape[1]):
         output = backbone.model(
             input_ids=ids, attention_mask=cache_mask, position_ids=positions, use_cache=True, **arguments
         )

@@ -84,7 +84,7 @@ def prepare(backbone: Backbone, prefix_length: int, seed: int) -> Subject:
 def _check_registry(backbone: Backbone, text: Text) -> None:
     with trace_calls() as calls:
         compute_outputs(backbone, [text], [None])
-    reached = {call.module for call in calls if call.carried or not backbone.layout.forwards_kwargs}
+    reached = {call.module for call in calls if call.got_injection or not backbone.layout.forwards_kwargs}
     missing = backbone.layout.layer_of.keys() - reached
     if missing:
         count = "no" if len(missing) == len(backbone.layout.layer_of) else "not every"

@@ -29,7 +29,7 @@ class _Layer:
 
     keys: Float[Tensor, "S H C Dk"]
     values: Float[Tensor, "S H _C Dv"]
-    special: ScoreOptions
+    scores: ScoreOptions
     window: int | None
     relative: Float[Tensor, "Hq N"] | None
 
@@ -69,15 +69,14 @@ class SlotAttention:
 
     def attend(
         self,
-        place: tuple[Site, int],
+        layer: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
         key: Float[Tensor, "1 H T Dk"],
         value: Float[Tensor, "1 H T Dv"],
-        special: ScoreOptions,
-        window: int | None,
+        scores: ScoreOptions,
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Write the tokens' keys and values into the slots, and attend to what stands there."""
-        keys, values = self.cache.keys[place[1]], self.cache.values[place[1]]
+        keys, values = self.cache.keys[layer[1]], self.cache.values[layer[1]]
         count = len(self.singles)
         if count:
             keys[self.slots, :, self.places] = key[0, :, :count].transpose(0, 1)
@@ -88,16 +87,16 @@ class SlotAttention:
             keys[span.slot, :, span.start : span.stop] = key[0, :, there]
             values[span.slot, :, span.start : span.stop] = value[0, :, there]
             first += span.count
-        return self.look(place[1], query, special, window)
+        return self.look(layer[1], query, scores, scores.window)
 
     def look(
-        self, number: int, query: Float[Tensor, "1 Hq T Dk"], special: ScoreOptions, window: int | None
+        self, number: int, query: Float[Tensor, "1 Hq T Dk"], scores: ScoreOptions, window: int | None
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Attend to what stands in the slots at a layer."""
-        if special.position_bias is not None:
+        if scores.position_bias is not None:
             # The model worked it out from places in the row.
-            special = replace(special, position_bias=None)
-        layer = _Layer(self.cache.keys[number], self.cache.values[number], special, window, self.relative.get(number))
+            scores = replace(scores, position_bias=None)
+        layer = _Layer(self.cache.keys[number], self.cache.values[number], scores, window, self.relative.get(number))
         count = len(self.singles)
         outputs = []
         if count:
@@ -119,7 +118,7 @@ class SlotAttention:
         return out
 
     def _attend_together(self, query: Float[Tensor, "B Hq Dk"], layer: _Layer) -> Float[Tensor, "B Hq Dv"]:
-        keys, values, special = layer.keys, layer.values, layer.special
+        keys, values, scores = layer.keys, layer.values, layer.scores
         heads, kv_heads = query.shape[1], keys.shape[1]
         if not self.whole:
             spread = query.new_zeros(self.rows, *query.shape[1:])
@@ -127,19 +126,19 @@ class SlotAttention:
             query = spread
         key, value = keys[: self.rows, :, : self.common], values[: self.rows, :, : self.common]
         mask = self._shared_mask(layer, query.dtype)
-        if _by_hand(special):
-            out = eager_attention(query[:, :, None], key, value, mask, special)[:, :, 0]
+        if not scores.fused:
+            out = eager_attention(query[:, :, None], key, value, mask, scores)[:, :, 0]
         elif query.dtype != torch.float32 and query.device.type == "cpu" and key.numel() <= _SMALL:
             # As one text whose heads are those of all.
             spread_mask = self._spread_mask(mask, layer, heads)
             one = query.reshape(1, -1, 1, query.shape[2]), key.flatten(0, 1)[None], value.flatten(0, 1)[None]
-            out = grouped_attention(*one, None, spread_mask, special.scale).reshape(self.rows, heads, -1)
+            out = grouped_attention(*one, None, spread_mask, scores.scale).reshape(self.rows, heads, -1)
         else:
             # Query heads that share a KV head stand side by side as rows, so that keys are never repeated.
             grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
             if mask.shape[1] > 1:
                 mask = mask.view(self.rows, kv_heads, heads // kv_heads, self.common)
-            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=special.scale)
+            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scores.scale)
             out = out.flatten(1, 2)
         return out if self.whole else out[self.slots]
 
@@ -148,10 +147,10 @@ class SlotAttention:
         buffers = (layer.keys, layer.values)
         key, value = (buffer[span.slot : span.slot + 1, :, : span.stop] for buffer in buffers)
         mask, relative = self._span_masks(span, layer)
-        if _by_hand(layer.special):
-            special = replace(layer.special, position_bias=relative)
-            return eager_attention(query, key, value, mask[None, None], special)[0].transpose(0, 1)
-        return grouped_attention(query, key, value, mask, relative, layer.special.scale).transpose(0, 1)
+        if not layer.scores.fused:
+            scores = replace(layer.scores, position_bias=relative)
+            return eager_attention(query, key, value, mask[None, None], scores)[0].transpose(0, 1)
+        return grouped_attention(query, key, value, mask, relative, layer.scores.scale).transpose(0, 1)
 
     # Masks are added to scores. They are made once a step, and not once a layer.
 
@@ -208,23 +207,22 @@ class EncoderAttention:
 
     def attend(
         self,
-        place: tuple[Site, int],
+        layer: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
         key: Float[Tensor, "1 H S Dk"],
         value: Float[Tensor, "1 H S Dv"],
-        special: ScoreOptions,
-        window: int | None,
+        scores: ScoreOptions,
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Attend to the texts' own positions, or note fresh sources and attend to each text's source."""
-        if place[0] == "decoder":
-            return self.decoder.attend(place, query, key, value, special, window)
+        if layer[0] == "decoder":
+            return self.decoder.attend(layer, query, key, value, scores)
         first = 0
         for count, places in self.fresh:
             for slot, start in places:
                 for buffers, given in ((self.cross.cache.keys, key), (self.cross.cache.values, value)):
-                    buffers[place[1]][slot, :, start : start + count] = given[0, :, first : first + count]
+                    buffers[layer[1]][slot, :, start : start + count] = given[0, :, first : first + count]
             first += count
-        return self.cross.look(place[1], query, special, None)
+        return self.cross.look(layer[1], query, scores, None)
 
 
 def shared_length(lengths: Sequence[int], rows: int) -> int:
@@ -244,10 +242,6 @@ def shared_length(lengths: Sequence[int], rows: int) -> int:
         if rows * length + CALL_OVERHEAD + alone <= least:
             best, least = length, rows * length + CALL_OVERHEAD + alone
     return best
-
-
-def _by_hand(special: ScoreOptions) -> bool:
-    return special.softcap is not None or special.sinks is not None or special.spelled_out
 
 
 def _mask(

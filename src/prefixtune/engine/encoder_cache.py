@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
-from prefixtune.attention.relative_bias import relative_bias
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import EncoderAttention, SlotAttention
 from prefixtune.engine.kv_cache import KVCache, Span

@@ -10,7 +10,7 @@ import torch
 
 from prefixtune.attention.cache import cache_argument, growing_cache, prefilled_cache
 from prefixtune.attention.injection import Injection, batch_prefixes, injecting
-from prefixtune.attention.registry import visible_slots
+from prefixtune.attention.masks import cached_prefix_slots
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
@@ -33,10 +33,10 @@ def generate_batch(
     arguments = _inputs(backbone, prompts)
     guessing = assistant is not None or config.prompt_lookup > 0
     if any(prefix is not None and prefix.placement == "infix" for prefix in prefixes):
-        ours = visible_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
+        ours = cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
     # Guessed tokens come from the ids, among which a prefilled cache's slots would stand.
     elif backbone.layout.cache_layers is not None and not guessing:
-        ours = visible_slots(_prefill(arguments, backbone, prefixes, config))
+        ours = cached_prefix_slots(_prefill(arguments, backbone, prefixes, config))
     else:
         ours = injecting(_inject(arguments, backbone, prefixes, config))
     start = 1 if backbone.kind == "encoder-decoder" else arguments["input_ids"].shape[1]
@@ -146,7 +146,6 @@ def _inject(
     arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> Injection:
     """What puts the prefixes in front of every attention, with positions and cache to match."""
-    made = batch_prefixes(prefixes, backbone.geometry, backbone.dtype, backbone.device)
     if backbone.kind == "decoder":
         shift = torch.tensor([0 if p is None else p.length() for p in prefixes], device=backbone.device)
         counted = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -158,7 +157,7 @@ def _inject(
 
         # transformers' own is as deep as the encoder, which fails where the decoder is deeper.
         arguments[cache_argument(backbone.model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    return Injection(backbone.layout.layer_of, made.layers, made.visible)
+    return batch_prefixes(prefixes, backbone.layout, backbone.dtype, backbone.device)
 
 
 def _own_rules(

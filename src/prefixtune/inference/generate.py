@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prefixtune.attention.cache import cuts_empty_layers
+from prefixtune.attention.cache import can_crop_empty_layers
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
@@ -259,7 +259,7 @@ def _check_guessing(backbone: Backbone, config: GenerateConfig, assistant: Backb
                 f"{assistant.name!r} cannot assist {backbone.name!r}: its kind or its vocabulary differs.",
                 hint="choose a smaller model of the same family.",
             )
-        if assistant.kind == "encoder-decoder" and not cuts_empty_layers():
+        if assistant.kind == "encoder-decoder" and not can_crop_empty_layers():
             told = getattr(assistant.model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
             if told > len(assistant.geometry.get("decoder", ())):
                 raise ConfigError(

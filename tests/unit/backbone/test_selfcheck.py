@@ -142,7 +142,7 @@ def test_a_prefix_without_gradient_is_refused(cache: Path, tiny_models: Make, mo
     def cut(*args: Any) -> Any:
         made = stack(*args)
         layers = {site: [(k.detach(), v.detach()) for k, v in pairs] for site, pairs in made.layers.items()}
-        return Injection(made.layer_of, layers, made.visible)
+        return Injection(made.layer_of, layers, made.prefix_mask)
 
     replace_everywhere(monkeypatch, batch_prefixes, cut)
     with pytest.raises(BackboneError, match="no gradient reaches it"):

@@ -110,7 +110,7 @@ def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: p
             site: [(torch.cat([k[:, :, :-1], k[:, :, -1:].detach()], dim=2), v) for k, v in pairs]
             for site, pairs in made.layers.items()
         }
-        return Injection(made.layer_of, layers, made.visible)
+        return Injection(made.layer_of, layers, made.prefix_mask)
 
     replace_everywhere(monkeypatch, batch_prefixes, detached)
     faults = failed(tiny_backbone("gpt2"))

@@ -32,8 +32,8 @@ from patching import replace_everywhere
 from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import batch_prefixes
 from prefixtune.attention.kernels import packed_attention
+from prefixtune.attention.masks import extend_mask
 from prefixtune.attention.packing import Group, Packing
-from prefixtune.attention.registry import extend_mask
 
 Make = Callable[..., Any]
 
@@ -106,9 +106,9 @@ def test_padded_targets_that_look_at_another_source(tiny_backbone: Make, monkeyp
 def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = packed_attention
 
-    def cut(packing: Any, site: str, fronts: Any, *args: Any) -> Any:
-        fronts = [None if front is None else (front[0].detach(), front[1]) for front in fronts]
-        return packed(packing, site, fronts, *args)
+    def cut(packing: Any, site: str, prefix_kv_by_group: Any, *args: Any) -> Any:
+        detached = [None if kv is None else (kv[0].detach(), kv[1]) for kv in prefix_kv_by_group]
+        return packed(packing, site, detached, *args)
 
     replace_everywhere(monkeypatch, packed_attention, cut)
     assert failed(tiny_backbone("llama")).keys() == {PACKING}

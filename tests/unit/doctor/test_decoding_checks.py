@@ -30,7 +30,8 @@ from doctor_checks import (
 from patching import replace_everywhere
 from prefixtune.attention.cache import prefilled_cache
 from prefixtune.attention.injection import to_rows
-from prefixtune.attention.registry import attend, extend_mask, visible_slots
+from prefixtune.attention.masks import cached_prefix_slots, extend_mask
+from prefixtune.attention.registry import attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.examine import examine
 from prefixtune.inference.decoding import _transformers_config
@@ -129,7 +130,7 @@ def test_a_cache_that_is_lost_between_steps(tiny_backbone: Make, monkeypatch: py
 
 
 def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_everywhere(monkeypatch, visible_slots, lambda count: contextlib.nullcontext())
+    replace_everywhere(monkeypatch, cached_prefix_slots, lambda count: contextlib.nullcontext())
     assert WINDOW in failed(tiny_backbone("mistral"))
     assert failed(tiny_backbone("llama")) == {}
 
