@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from command_line import events_of, run, start, until
+from command_line import run, start, until
 from prefixtune.cli.main import main
 from prefixtune.report import read_folder
 from small_study import cells, scores_of, store_model, write_config
@@ -77,9 +77,10 @@ def shared(flags: tuple[str, ...], config: str) -> Shared:
     told.append(until(other, lambda event: event["event"] == "cell" and event["status"] == "done"))
     one.send_signal(signal.SIGCONT)
     for process, events in zip((one, other), told, strict=True):
-        out, err = process.communicate(timeout=120)
+        # Not by `communicate` alone: it misses the lines that are in the stream's buffer.
+        events += until(process, lambda event: event["event"] == "result")
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        events += events_of(out)
     return folder, told
 
 

@@ -21,7 +21,7 @@ from prefixtune.evaluation.metrics import compare, compute
 from prefixtune.report import read_folder
 from prefixtune.studies import StudyConfig, plan, run_study
 from prefixtune.studies.cell import shorten_config
-from prefixtune.studies.runner import _Study
+from prefixtune.studies.reductions import describe_reductions
 from prefixtune.training.checkpoint import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, load_weights
 from prefixtune.training.train import train
 
@@ -103,7 +103,7 @@ def whole(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[St
         return train(given, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prefixtune.studies.runner.train", watch)
+        patch.setattr("prefixtune.studies.cell.train", watch)
         outcome = run_study(config, on_event=log.events.append, command="the command")
     assert (outcome.failed, outcome.left) == ({}, ())
     assert outcome.done == tuple(cell.id for cell in plan(config))
@@ -400,7 +400,7 @@ def test_other_settings_are_refused_and_places_may_change(configure: Make, tmp_p
     run_study(config)
     before = (config.folder / "study.json").read_bytes()
     for changes in ({"num_beams": 2}, {"test_limit": 2}, {"methods": ("prefix",)}):
-        with pytest.raises(ConfigError, match="begun otherwise: ") as error:
+        with pytest.raises(ConfigError, match="began with other settings: ") as error:
             run_study(dataclasses.replace(config, **changes))
         (name,) = changes
         assert f"{name} was " in error.value.message
@@ -444,7 +444,7 @@ def test_a_study_grows_and_what_was_done_stands(configure: Make, tmp_path: Path)
     assert after[known.id] == before[known.id]
     assert after["full-n12-subset1-seed0"][1]["steps"] == 3
     assert read(first.folder / "study.json")["config"]["sizes"] == [8, 12]
-    with pytest.raises(ConfigError, match="begun otherwise: "):
+    with pytest.raises(ConfigError, match="began with other settings: "):
         run_study(first)
 
 
@@ -465,7 +465,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
         if a_step(event) and "subset1" in event["cell"] and event["step"] == 3:
             raise Killed
 
-    monkeypatch.setattr("prefixtune.studies.runner.train", better)
+    monkeypatch.setattr("prefixtune.studies.cell.train", better)
     with pytest.raises(Killed):
         run_study(more, on_event=kill_the_second)
     cells = read_folder(more.folder).cells
@@ -480,7 +480,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
     def best(config: Any, **given: Any) -> Any:
         return dataclasses.replace(real(config, **given), best_loss=0.0001 if config.learning_rate == 9e-4 else 9.0)
 
-    monkeypatch.setattr("prefixtune.studies.runner.train", best)
+    monkeypatch.setattr("prefixtune.studies.cell.train", best)
     outcome = run_study(most)
     assert (outcome.failed, outcome.left) == ({}, ())
     assert {cell.figures["learning_rate"] for cell in read_folder(most.folder).cells} == {9e-4}
@@ -491,7 +491,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
 def test_what_a_study_leaves_of_its_own_protocol_is_told(configure: Make, tmp_path: Path):
     values = {"name": "low-data", "methods": ("prefix",), "subsets": 1, "sizes": (50, 500), "patience": 2}
     config = configure(tmp_path / "study", **values, steps_by_size={"50": 60}, max_steps=100, learning_rates={})
-    cut = _Study(config, None, lambda event: None, "")._cut()
+    cut = describe_reductions(config, [cell.id for cell in plan(config)], 4)
     assert cut[1:] == [
         "trained on samples of 50 targets",
         "trained on samples of 500 targets",
@@ -551,13 +551,13 @@ def test_any_error_of_a_run_is_told_and_the_others_go_on(
             raise torch.OutOfMemoryError("Tried to allocate 2 GiB\nand more")
         return real(given, **options)
 
-    monkeypatch.setattr("prefixtune.studies.runner.train", too_large)
+    monkeypatch.setattr("prefixtune.studies.cell.train", too_large)
     outcome = run_study(config)
     assert [*outcome.failed] == [cell_folder(config, "full").name]
     assert "OutOfMemoryError: Tried to allocate 2 GiB. The traceback is in error.txt." in [*outcome.failed.values()]
     assert "in too_large" in (cell_folder(config, "full") / "error.txt").read_text()
     assert outcome.done == (cell_folder(config, "prefix").name,)
-    monkeypatch.setattr("prefixtune.studies.runner.train", real)
+    monkeypatch.setattr("prefixtune.studies.cell.train", real)
     assert not run_study(config).failed
     assert not (cell_folder(config, "full") / "error.txt").exists()
 
@@ -611,7 +611,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(configure: Make, tmp_pat
     outcome = run_study(config, on_event=log.events.append)
     failed, second = (cell_folder(config, "full", seed).name for seed in (0, 1))
     assert [*outcome.failed] == [failed]
-    assert "no learning rate of 1e+30, 3e+30 came to an end" in outcome.failed[failed]
+    assert "reached its end at any learning rate of 1e+30, 3e+30" in outcome.failed[failed]
     assert outcome.left == (second,), "there is no rate for it"
     assert len(outcome.done) == 2
     told = read(config.folder / "cells" / failed / "cell.json")
@@ -640,8 +640,14 @@ def test_data_that_is_broken_or_too_small_is_told_before_anything_is_trained(con
     config = configure(tmp_path / "study", task="e2e", train=str(good), dev=str(good), test=str(broken), sizes=(0,))
     for wrong, message in (
         (config, "test.csv"),
-        (dataclasses.replace(config, test=str(good), sizes=(0, 2)), "2 targets are to be drawn, but there are 1"),
-        (dataclasses.replace(config, test=str(good), methods=("few-shot",)), "3 solved examples are to be shown"),
+        (
+            dataclasses.replace(config, test=str(good), sizes=(0, 2)),
+            "a sample of 2 targets was requested, but there are 1",
+        ),
+        (
+            dataclasses.replace(config, test=str(good), methods=("few-shot",)),
+            "few-shot needs 3 solved examples, but the smallest sample has 1",
+        ),
         (dataclasses.replace(config, test=str(tmp_path / "nowhere.csv")), "nowhere.csv"),
     ):
         with pytest.raises(DataError, match=message):
@@ -722,14 +728,14 @@ def test_more_tries_train_what_is_new_alone(
             result = dataclasses.replace(result, best_loss=0.001 if better else 99.0)
         return result
 
-    monkeypatch.setattr("prefixtune.studies.runner.train", watch)
+    monkeypatch.setattr("prefixtune.studies.cell.train", watch)
     more = configure(tmp_path / "study", tries=3, **values)
     outcome = run_study(more)
     assert len(outcome.done) == len(cells)
     new = {method: set(more.rates(method)) - set(first.rates(method)) for method in ("prefix", "full")}
     # Once to try; and once more for the second sample, where it has become the rate of both.
     assert trained == {(method, rate): 2 if better else 1 for method, rates in new.items() for rate in rates}
-    with pytest.raises(ConfigError, match="begun otherwise: tries was 3, is 2"):
+    with pytest.raises(ConfigError, match="began with other settings: tries was 3, is 2"):
         run_study(first)
     for cell in plan(more):
         facts = json.loads((more.folder / "cells" / cell.id / "cell.json").read_text())

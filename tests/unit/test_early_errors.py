@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import prefixtune.backbone.load
-import prefixtune.studies.runner
+import prefixtune.studies.cell
+import prefixtune.studies.data
 import prefixtune.training.train
 from prefixtune.cli.main import build_parser, main
 from prefixtune.errors import ConfigError
@@ -40,9 +41,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def loaded(*given: Any, **more: Any) -> Any:
         pytest.fail("the backbone was loaded")
 
-    for module in (prefixtune.backbone.load, prefixtune.training.train, prefixtune.studies.runner):
+    for module in (prefixtune.backbone.load, prefixtune.training.train, prefixtune.studies.data):
         monkeypatch.setattr(module, "load_backbone", loaded)
-    monkeypatch.setattr(prefixtune.studies.runner, "train", loaded)
+    monkeypatch.setattr(prefixtune.studies.cell, "train", loaded)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))

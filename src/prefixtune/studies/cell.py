@@ -1,43 +1,268 @@
-"""Cell."""
+"""One cell of a study: choose its learning rate, train it, score it, and tidy up."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import choose_device, choose_dtype
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import TASKS
+from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.evaluation.decode import DECODED_FILE
+from prefixtune.evaluation.evaluate import evaluate
+from prefixtune.evaluation.prompting import instruction_format
+from prefixtune.evaluation.records import write_evaluation
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.studies.config import StudyConfig
-from prefixtune.studies.grid import Cell
-from prefixtune.studies.records import CELL_FILE
-from prefixtune.training.checkpoint import CONFIG_FILE
+from prefixtune.studies.data import SharedBackbone, StudyData, count_targets
+from prefixtune.studies.grid import Cell, plan
+from prefixtune.studies.records import (
+    CELL_FILE,
+    OnEvent,
+    RateChoice,
+    as_stored,
+    cell_folder,
+    chosen_rate,
+    make_event,
+    read_figures,
+    read_json_file,
+    read_rate_choice,
+    requeue,
+    try_folder,
+    try_folders,
+    write_cell,
+    write_rate_choice,
+)
+from prefixtune.training.checkpoint import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.distributed import SINGLE_PROCESS
+from prefixtune.training.train import TrainResult, train
+from prefixtune.utils.files import write_text
+from prefixtune.utils.machine import peak_memory_mib, reset_peak_memory
+
+__all__ = ["StudyInputs", "build_train_config", "remove_leftovers", "run_cell"]
 
 
-def describe_storage(cell: Cell, config: StudyConfig) -> str:
-    """Whole layers are scored in the backbone's dtype; so they are stored in it, too."""
-    half = choose_dtype(config.dtype, choose_device(config.device)) == torch.bfloat16
-    return "bfloat16" if half and cell.method.partition(":")[0] in ("full", "top") else "float32"
+_FIGURES_FILE = "figures.json"
+
+
+@dataclass(frozen=True)
+class StudyInputs:
+    """What all cells of a study share.
+
+    Attributes:
+        config: The study.
+        data: Its examples.
+        backbone: The frozen model.
+        on_event: Called with every event.
+    """
+
+    config: StudyConfig
+    data: StudyData
+    backbone: SharedBackbone
+    on_event: OnEvent
+
+
+def run_cell(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
+    """Train and score a cell, or what is left of it; returns its figures."""
+    if not cell.trains:
+        return {"trained_parameters": 0, "stored_parameters": 0, "file_bytes": 0, **_score(inputs, cell)}
+    config = inputs.config
+    rate = chosen_rate(config, cell)
+    before = read_figures(config, cell)
+    if rate is None:
+        rate = choose_rate(inputs, cell)
+    for folder in try_folders(config, cell):
+        shutil.rmtree(folder, ignore_errors=True)
+    if before.get("learning_rate") == rate:
+        # It was done before, and none of the rates that were added is better.
+        return before
+    if before:
+        # Its figures are of another rate, and count no longer.
+        write_cell(config, cell, "waiting", {})
+    figures = _train(inputs, cell, rate, cell_folder(config, cell))
+    return {**figures, "learning_rate": rate, **_score(inputs, cell)}
+
+
+def remove_leftovers(config: StudyConfig, cell: Cell) -> None:
+    """Remove what a cell that is done no longer needs."""
+    for name in (STATE_FILE, DECODED_FILE, *(() if config.keep_weights else (WEIGHTS_FILE,))):
+        (cell_folder(config, cell) / name).unlink(missing_ok=True)
+
+
+# --- the learning rate ------------------------------------------------------------------------------------------------
+
+
+def choose_rate(inputs: StudyInputs, cell: Cell) -> float:
+    """Train at every rate that was not tried yet, and choose the one with the lowest development loss.
+
+    The run at the chosen rate becomes the cell's own, unless tries are shorter than runs.
+
+    Raises:
+        ConfigError: No try reached its end.
+    """
+    config, rates = inputs.config, inputs.config.rates(cell.method)
+    before = read_rate_choice(config, cell)
+    old = {} if before is None else before.losses
+    is_short = config.try_steps > 0 and len(rates) > 1
+    losses: dict[float, float | None] = {}
+    for rate in rates:
+        stored = as_stored(rate)
+        losses[rate] = old[stored] if stored in old else _try_rate(inputs, cell, rate, is_short=is_short)
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    if not finite:
+        raise ConfigError(
+            f"no run of {cell.group} reached its end at any learning rate of {', '.join(f'{r:g}' for r in rates)}.",
+            hint="give lower ones in learning_rates.",
+        )
+    best = min(finite, key=finite.__getitem__)
+    if as_stored(best) not in old and len(rates) > 1 and not is_short:
+        folder = cell_folder(config, cell)
+        clear_folder(folder)
+        # Copied, not moved: the tries are removed only after the choice is written down.
+        shutil.copytree(try_folder(config, cell, best), folder, dirs_exist_ok=True)
+    # Rates of a larger study that was here before are kept as well.
+    write_rate_choice(config, cell, RateChoice({**old, **losses}, best))
+    requeue(config, plan(config))
+    return best
+
+
+def _try_rate(inputs: StudyInputs, cell: Cell, rate: float, *, is_short: bool) -> float | None:
+    """The development loss of a run at one rate; None: it did not reach its end."""
+    config = inputs.config
+    # A single rate leaves nothing to choose: its run is the cell's own from the start.
+    is_only = len(config.rates(cell.method)) == 1
+    folder = cell_folder(config, cell) if is_only else try_folder(config, cell, rate)
+    try:
+        loss: float | None = _train(inputs, cell, rate, folder, is_short=is_short)["dev_loss"]
+    except PrefixError as error:
+        inputs.on_event(make_event("try", cell=cell.id, learning_rate=rate, error=error.message))
+        return None
+    inputs.on_event(make_event("try", cell=cell.id, learning_rate=rate, dev_loss=loss))
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    return loss
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def build_train_config(
+    config: StudyConfig, cell: Cell, rate: float, folder: Path, num_targets: int, *, is_short: bool = False
+) -> TrainConfig:
+    """The training configuration of a cell, or of a short try of it.
+
+    Raises:
+        ConfigError: The study's settings are wrong for it.
+    """
+    values: dict[str, Any] = {"patience": config.patience, **config.settings_of(cell.method)}
+    steps = config.steps_by_size.get(str(num_targets))
+    if steps:
+        values["max_steps"] = steps
+    if cell.prefix_length:
+        words = {"task": config.task_words, "unrelated": config.unrelated_words}.get(cell.initialization)
+        values["prefix_length"] = cell.prefix_length
+        values |= {"initialization": "random"} if words is None else {"init_text": words}
+    if is_short:
+        values = shorten_config(values, config.try_steps, num_targets)
+    return TrainConfig.from_mapping(
+        {
+            "save_dtype": _storage_dtype(config, cell),
+            **values,
+            "method": cell.base_method,
+            "learning_rate": rate,
+            "seed": cell.seed,
+            "output": str(folder),
+            "backbone": config.backbone,
+            "dtype": config.dtype,
+            "device": config.device,
+            "task": config.task,
+        },
+        where="the study",
+    )
+
+
+def _storage_dtype(config: StudyConfig, cell: Cell) -> str:
+    """What trained values are stored in; whole layers in the backbone's dtype, as they are scored in it."""
+    is_bfloat16 = choose_dtype(config.dtype, choose_device(config.device)) == torch.bfloat16
+    return "bfloat16" if is_bfloat16 and cell.base_method in ("full", "top") else "float32"
 
 
 def shorten_config(values: Mapping[str, Any], steps: int, num_targets: int) -> dict[str, Any]:
-    """The settings of a try: no more than `steps`, warmed up over the same share of them, scored at the end."""
-    usual: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(TrainConfig)} | dict(values)
-    batch = usual["batch_size"] * usual["gradient_accumulation"]
-    whole = int(usual["max_steps"]) or math.ceil(usual["epochs"] * math.ceil(num_targets / batch))
-    steps = max(min(steps, whole), 1)
-    warmup = round(int(usual["warmup_steps"]) * steps / max(whole, 1))
+    """The settings of a try: at most `steps`, warmed up over the same share of them, evaluated at the end."""
+    complete: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(TrainConfig)} | dict(values)
+    batch_size = complete["batch_size"] * complete["gradient_accumulation"]
+    all_steps = int(complete["max_steps"]) or math.ceil(complete["epochs"] * math.ceil(num_targets / batch_size))
+    steps = max(min(steps, all_steps), 1)
+    warmup = round(int(complete["warmup_steps"]) * steps / max(all_steps, 1))
     return {**values, "warmup_steps": warmup, "max_steps": steps, "eval_every": steps, "patience": 0}
 
 
+def _train(inputs: StudyInputs, cell: Cell, rate: float, folder: Path, *, is_short: bool = False) -> dict[str, Any]:
+    """A cell's training (or a short try of it) in a folder, from where it stopped; returns its figures."""
+    path = folder / _FIGURES_FILE
+    if path.exists():
+        figures = read_json_file(path)
+        if figures.get("learning_rate", rate) == rate:
+            return figures
+        # The cell's own run, at a rate that was the best before more were tried.
+        clear_folder(folder)
+    examples, dev_examples = inputs.data.for_cell(cell)
+    num_targets = count_targets(examples)
+    config = build_train_config(inputs.config, cell, rate, folder, num_targets, is_short=is_short)
+    resume = (folder / STATE_FILE).exists() and read_rate(folder) == rate
+    if not resume:
+        # It was stopped before its first save, or is at a rate that is no longer the chosen one.
+        clear_folder(folder)
+    if not config.trains_prefix:
+        # This method loads a model of its own; the shared one would count as its memory.
+        inputs.backbone.release()
+    reset_peak_memory()
+    result = train(
+        config,
+        backbone=inputs.backbone.get() if config.trains_prefix else None,
+        examples=examples,
+        dev_examples=dev_examples,
+        resume=resume,
+        progress=False,
+        on_event=lambda event: inputs.on_event({**event, "cell": cell.id, "learning_rate": rate}),
+        # However many processes there are: each does cells of its own.
+        processes=SINGLE_PROCESS,
+    )
+    figures = _figures_of(result, num_targets, rate)
+    write_text(path, json.dumps(figures) + "\n")
+    return figures
+
+
+def _figures_of(result: TrainResult, num_targets: int, rate: float) -> dict[str, Any]:
+    peak = peak_memory_mib()
+    return {
+        "trained_parameters": result.num_trained,
+        "stored_parameters": result.num_trained if result.prefix is None else result.prefix.num_parameters,
+        "file_bytes": result.path.stat().st_size,
+        "train_seconds": round(sum(event["seconds"] for event in result.events if event["event"] == "step"), 3),
+        "steps": result.steps,
+        "num_targets": num_targets,
+        "peak_memory_mib": None if peak is None else round(peak),
+        "dev_loss": None if math.isnan(result.best_loss) else result.best_loss,
+        "learning_rate": rate,
+    }
+
+
 def clear_folder(folder: Path) -> None:
-    """Remove a run that is begun anew, but not what reports know its cell by."""
+    """Remove a run that starts again, but not the file by which reports know its cell."""
     for path in folder.iterdir() if folder.exists() else ():
         if path.is_dir():
             shutil.rmtree(path)
@@ -46,10 +271,70 @@ def clear_folder(folder: Path) -> None:
 
 
 def read_rate(folder: Path) -> float | None:
-    """The learning rate of the training that is in a folder."""
+    """The learning rate of the training in a folder; None where there is none."""
     try:
         values = tomllib.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     rate = values.get("learning_rate")
     return float(rate) if isinstance(rate, int | float) else None
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
+    """Decode and score the test set; returns what it took."""
+    config, examples = inputs.config, inputs.data.test
+    folder, task = cell_folder(config, cell), TASKS[config.task]
+    backbone, prefix, text_format = _load_model(inputs, cell)
+    values = {**task.decoding, "batch_size": config.decode_batch}
+    if config.num_beams:
+        values["num_beams"] = config.num_beams
+    decoding = GenerateConfig.from_mapping(values)
+    evaluation = evaluate(
+        backbone,
+        examples,
+        prefix,
+        text_format=text_format,
+        config=decoding,
+        protocol=task.protocol,
+        metrics=task.metrics,
+        intervals=True,
+        resume_file=folder / DECODED_FILE,
+        on_batch=lambda count: inputs.on_event(make_event("decoded", cell=cell.id, count=count, total=len(examples))),
+    )
+    facts = {
+        "title": cell.id,
+        "task": config.task,
+        "data": Path(config.test or config.data).name,
+        "split": "test",
+        "method": cell.method,
+        "backbone": config.backbone,
+        "prefix": None,
+        "settings": {
+            "decoding": dataclasses.asdict(decoding),
+            "protocol": task.protocol,
+            "test_limit": config.test_limit,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            **({} if cell.trains or text_format is None else {"prompt": text_format.prompt}),
+        },
+    }
+    write_evaluation(folder, evaluation, examples, facts, protocol=task.protocol)
+    return {"evaluate_seconds": round(evaluation.seconds, 3)}
+
+
+def _load_model(inputs: StudyInputs, cell: Cell) -> tuple[Backbone, Prefix | None, TextFormat | None]:
+    """What is scored: the backbone, the prefix where there is one, and the text format where it is not the prefix's."""
+    config, folder = inputs.config, cell_folder(inputs.config, cell)
+    if not cell.trains:
+        shots = inputs.data.shots() if cell.base_method == "few-shot" else ()
+        backbone = inputs.backbone.get()
+        return backbone, None, instruction_format(backbone, config.task_words, shots)
+    if (folder / WEIGHTS_FILE).exists():
+        backbone, text_format = load_tuned(
+            folder / WEIGHTS_FILE, name_or_path=config.backbone, dtype=config.dtype, device=config.device
+        )
+        return backbone, None, text_format
+    backbone = inputs.backbone.get()
+    return backbone, load_prefix(folder / PREFIX_FILE, backbone), None

@@ -1,7 +1,7 @@
-"""How much a study's runs differ: each against its counterpart, test item by test item.
+"""How much a study's runs differ: each run is compared with its counterpart, test item by test item.
 
 A run's counterpart is the run of the first method, length or start, whatever the study varies, on the same sample, seed
-and size. Knows nothing of how runs are made, nor of how results are shown.
+and size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from prefixtune.data import TASKS
 from prefixtune.errors import DataError
 from prefixtune.evaluation.metrics import measure, randomize
 from prefixtune.evaluation.metrics.base import Measurement
@@ -22,14 +23,30 @@ from prefixtune.evaluation.metrics.significance import METHOD
 from prefixtune.evaluation.records import EVALUATION_FILE, OUTPUTS_FILE
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.grid import Cell, plan
+from prefixtune.studies.records import COMPARISONS_FILE, changed_settings, read_json_file, read_outcome, read_study
+from prefixtune.utils.files import write_text
 
-__all__ = ["SAMPLES", "compare_runs", "counterparts"]
+__all__ = ["SAMPLES", "compare_runs", "counterparts", "write_comparisons"]
 
 
 SAMPLES = 1000
 """Random exchanges of a test; the smallest p-value is one in as many and one."""
 _PARTED_BY = "seen"
-"""The grouping whose parts are compared, too: categories that training has, and those that it lacks."""
+"""The grouping whose parts are compared, too: categories that are in the training set, and those that are not."""
+
+_PairKey = tuple[str, str, str]
+"""A run, its counterpart, and the part of the test set; empty: all of it."""
+
+
+def write_comparisons(config: StudyConfig, cells: Sequence[Cell]) -> None:
+    """Write down how the runs that are done differ, unless the study has become a larger one."""
+    stored = read_study(config)
+    if stored is None or changed_settings(config, stored):
+        return
+    path, task = config.folder / COMPARISONS_FILE, TASKS[config.task]
+    before = read_json_file(path, "pairs") if path.exists() else None
+    facts = compare_runs(config, task.metrics[0], task.protocol, read_outcome(config, cells).done, before)
+    write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def counterparts(config: StudyConfig) -> Iterator[tuple[Cell, Cell]]:
@@ -40,18 +57,17 @@ def counterparts(config: StudyConfig) -> Iterator[tuple[Cell, Cell]]:
     ('full-n50-subset0-seed0', 'prefix-n50-P10-task-subset0-seed0')
     """
     cells = plan(config)
-    by_place = {(cell.group, cell.subset, cell.seed): cell for cell in cells}
+    by_repetition = {(cell.group, cell.subset, cell.seed): cell for cell in cells}
     for cell in cells:
-        reference = _reference(config, cell, cells)
-        other = by_place.get((reference, cell.subset, cell.seed))
+        other = by_repetition.get((_reference_group(config, cell, cells), cell.subset, cell.seed))
         if other is not None and other != cell:
             yield cell, other
 
 
-def _reference(config: StudyConfig, cell: Cell, cells: Sequence[Cell]) -> str:
-    """The point that a cell's point is held against; empty where there is none."""
+def _reference_group(config: StudyConfig, cell: Cell, cells: Sequence[Cell]) -> str:
+    """The group that a cell's group is compared with; empty where there is none."""
     if not cell.trains and len(config.sizes) > 1:
-        # At which of them?
+        # The bare model has no size, so that it is unclear which one to compare it with.
         return ""
     for other in cells:
         # The first factor is what is compared; the others must be the same, where a method has them.
@@ -64,7 +80,7 @@ def _reference(config: StudyConfig, cell: Cell, cells: Sequence[Cell]) -> str:
 
 
 def compare_runs(
-    config: StudyConfig, metric: str, protocol: str, done: Collection[str], known: Mapping[str, Any] | None = None
+    config: StudyConfig, metric: str, protocol: str, done: Collection[str], before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The differences between a study's runs, as `comparisons.json` has them.
 
@@ -73,44 +89,44 @@ def compare_runs(
         metric: A name of `prefixtune.evaluation.metrics.METRICS`.
         protocol: How texts are prepared for it.
         done: Ids of the runs that are done; the others are left out.
-        known: What was found before. A test in it stands where the scores are still the same, so that outputs may be
-            gone by now.
+        before: An earlier result. Its tests are kept where the scores are still the same, so that outputs may be gone
+            by now.
 
     Returns:
         `pairs`: of each run and its counterpart, on the whole test set and on its seen and unseen parts: the difference
         (the run less its counterpart), and the p-value of paired approximate randomization; None where outputs are
         missing. `points`: all repetitions of a point together: the mean difference, and its standard error over them.
     """
-    how = {"metric": metric, "test": METHOD, "samples": SAMPLES}
-    alike = known is not None and all(known.get(key) == value for key, value in how.items())
-    before = {_key(pair): pair for pair in known["pairs"]} if known and alike else {}
+    settings = {"metric": metric, "test": METHOD, "samples": SAMPLES}
+    is_comparable = before is not None and all(before.get(key) == value for key, value in settings.items())
+    old_pairs = {_key(pair): pair for pair in before["pairs"]} if before and is_comparable else {}
     folder = config.folder / "cells"
 
     @cache
-    def measured(cell: Cell) -> _Measured | None:
-        return _measured(folder / cell.id, metric, protocol)
+    def outputs_of(cell: Cell) -> _MeasuredOutputs | None:
+        return _measure_outputs(folder / cell.id, metric, protocol)
 
     pairs: list[dict[str, Any]] = []
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    by_point: dict[_PairKey, list[dict[str, Any]]] = {}
     for cell, other in counterparts(config):
         if not {cell.id, other.id} <= set(done):
             continue
         ours, theirs = (_scores(folder / each.id, metric) for each in (cell, other))
         for part in [name for name in ours if name in theirs]:
-            (score, items), (reference_score, _) = ours[part], theirs[part]
-            pair: dict[str, Any] = {"run": cell.id, "reference": other.id, "part": part, "num_items": items}
+            (score, num_items), (reference_score, _) = ours[part], theirs[part]
+            pair: dict[str, Any] = {"run": cell.id, "reference": other.id, "part": part, "num_items": num_items}
             pair |= {"score": score, "reference_score": reference_score, "difference": score - reference_score}
-            old = before.get(_key(pair), {})
+            old = old_pairs.get(_key(pair), {})
             p_value = old.get("p_value") if all(old.get(key) == value for key, value in pair.items()) else None
             if p_value is None:
-                p_value = _test(measured(cell), measured(other), part, (score, reference_score))
+                p_value = _p_value(outputs_of(cell), outputs_of(other), part, (score, reference_score))
             pairs.append({**pair, "p_value": p_value})
-            found.setdefault((cell.group, other.group, part), []).append(pairs[-1])
+            by_point.setdefault((cell.group, other.group, part), []).append(pairs[-1])
     points = [
-        {"point": point, "reference": reference, "part": part, **_summary(repeated)}
-        for (point, reference, part), repeated in found.items()
+        {"point": point, "reference": reference, "part": part, **_summary(repetitions)}
+        for (point, reference, part), repetitions in by_point.items()
     ]
-    return {**how, "pairs": pairs, "points": points}
+    return {**settings, "pairs": pairs, "points": points}
 
 
 def _summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,12 +140,12 @@ def _summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _key(pair: Mapping[str, Any]) -> tuple[str, str, str]:
+def _key(pair: Mapping[str, Any]) -> _PairKey:
     return str(pair.get("run")), str(pair.get("reference")), str(pair.get("part"))
 
 
 def _scores(folder: Path, metric: str) -> dict[str, tuple[float, int]]:
-    """Score and number of items of a run: of the whole test set (named by an empty text), and of its parts."""
+    """Score and number of items of a run: of the whole test set (its name is empty), and of its parts."""
     path = folder / EVALUATION_FILE
     if not path.exists():
         return {}
@@ -148,36 +164,44 @@ def _scores(folder: Path, metric: str) -> dict[str, tuple[float, int]]:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """A run's outputs by the metric, with what they were written for and the part that each item is of."""
+class _MeasuredOutputs:
+    """A run's outputs, scored one by one.
+
+    Attributes:
+        measurement: Of the metric.
+        items: Source and references of each output.
+        parts: The part of the test set that each output belongs to.
+    """
 
     measurement: Measurement
     items: tuple[tuple[str, tuple[str, ...]], ...]
     parts: tuple[str, ...]
 
 
-def _measured(folder: Path, metric: str, protocol: str) -> _Measured | None:
-    """A run, measured; None where its outputs are missing or broken."""
+def _measure_outputs(folder: Path, metric: str, protocol: str) -> _MeasuredOutputs | None:
+    """Score a run's outputs; None where they are missing or broken."""
     try:
         lines = (folder / OUTPUTS_FILE).read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
         items = tuple((row["source"], tuple(row["references"])) for row in rows)
         outputs, parts = [row["output"] for row in rows], tuple(row["groups"].get(_PARTED_BY, "") for row in rows)
         references = [references for _, references in items]
-        found = measure(outputs, references, protocol=protocol, metrics=[metric], left_out={}).get(metric)
+        measurement = measure(outputs, references, protocol=protocol, metrics=[metric], left_out={}).get(metric)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if found is None else _Measured(found, items, parts)
+    return None if measurement is None else _MeasuredOutputs(measurement, items, parts)
 
 
-def _test(ours: _Measured | None, theirs: _Measured | None, part: str, expected: tuple[float, float]) -> float | None:
+def _p_value(
+    ours: _MeasuredOutputs | None, theirs: _MeasuredOutputs | None, part: str, expected: tuple[float, float]
+) -> float | None:
     """The p-value of a difference; None where outputs are missing, are of other items, or are not those scored."""
     if ours is None or theirs is None or ours.items != theirs.items:
         return None
     first, second = ours.measurement, theirs.measurement
     if part:
-        numbers = [number for number, name in enumerate(ours.parts) if name == part]
-        first, second = first.part(numbers), second.part(numbers)
-    if not all(math.isclose(one.score, known) for one, known in zip((first, second), expected, strict=True)):
+        indices = [index for index, name in enumerate(ours.parts) if name == part]
+        first, second = first.part(indices), second.part(indices)
+    if not all(math.isclose(one.score, score) for one, score in zip((first, second), expected, strict=True)):
         return None
     return randomize(first, second, samples=SAMPLES).p_value

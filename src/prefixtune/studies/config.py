@@ -1,7 +1,4 @@
-"""What a study is: the grid, the data, and what all of its runs share; read from TOML and from flags.
-
-Knows nothing of how a cell is run.
-"""
+"""The configuration of a study: its grid, its data and what all runs share; read from TOML and from options."""
 
 from __future__ import annotations
 
@@ -16,26 +13,24 @@ from typing import Any
 
 from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.studies.kinds import METHODS, STARTS, STUDIES, UNTRAINED, StudyKind, base_method, method_size
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.utils.options import as_float, check_names, fit_types
 
-__all__ = ["METHODS", "STUDIES", "UNTRAINED", "StudyConfig", "StudyKind"]
+__all__ = ["StudyConfig"]
 
 
 _HINT = "`prefixtune study --help` explains every option."
-UNTRAINED = ("zero-shot", "few-shot")
-"""Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
-METHODS = ("prefix", "prompt", "infix", "full", "top", "adapter", "lora", *UNTRAINED)
 _SIZED = ("top", "adapter", "lora")
-_COUNTS = ("subsets", "seeds")
-STARTS = ("task", "unrelated", "random")
 _LISTS = {"methods": str, "sizes": int, "lengths": int, "starts": str}
-_OWN_KEYS = (
+_MINIMUM = dict.fromkeys(("subsets", "seeds", "tries", "decode_batch", "shots"), 1)
+_MINIMUM |= dict.fromkeys(("test_limit", "num_beams", "dev_limit", "dev_share", "patience", "budget", "try_steps"), 0)
+_RESERVED_KEYS = (
     *("task", "train", "dev", "backbone", "dtype", "device", "output", "method", "prefix_length", "limit"),
     *("learning_rate", "seed", "dev_limit", "initialization", "init_text"),
     *("quantize", "adapter", "train_adapter", "adapter_rank"),
 )
-"""What a study sets itself for every run, or has no use for, as all runs share one backbone."""
+"""Keys of `TrainConfig` that a study sets itself for every run, or cannot use, as all runs share one backbone."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -45,74 +40,8 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class StudyKind:
-    """A study of the paper.
-
-    Attributes:
-        description: One line for people.
-        factors: What varies, besides subsets and seeds.
-        axis: The factor that is a number, for a curve; None: there is none.
-        defaults: Values of `StudyConfig` that make it this study.
-    """
-
-    description: str
-    factors: tuple[str, ...]
-    axis: str | None
-    defaults: Mapping[str, Any]
-
-
-STUDIES: dict[str, StudyKind] = {
-    "methods": StudyKind(
-        "a prefix against what else can be trained (Li & Liang 2021, table 1)",
-        ("method",),
-        None,
-        {"methods": ("prefix", "full", "top", "adapter", "lora", "prompt", "few-shot", "zero-shot"), "sizes": (2000,)},
-    ),
-    "low-data": StudyKind(
-        "few training examples: a prefix against full fine-tuning (section 6.3)",
-        ("method", "num_targets"),
-        "num_targets",
-        {
-            "methods": ("prefix", "full"),
-            "sizes": (50, 100, 200, 500),
-            "subsets": 5,
-            "seeds": 2,
-            "sample": "pairs",
-            "dev_share": 0.3,
-            "steps_by_size": {"50": 200, "100": 200, "200": 200, "500": 400},
-            "patience": 5,
-        },
-    ),
-    "unseen": StudyKind(
-        "categories that training lacks: scores on seen and unseen ones (section 6.4)",
-        ("method",),
-        None,
-        {"task": "webnlg", "methods": ("prefix", "full"), "task_words": "Say these facts in one sentence:"},
-    ),
-    "length": StudyKind(
-        "the prefix's length (section 7.1)",
-        ("prefix_length",),
-        "prefix_length",
-        {"lengths": (1, 2, 5, 10, 20, 50), "sizes": (2000,)},
-    ),
-    "initialization": StudyKind(
-        "where the prefix starts: the task's words, other words, at random (section 7.4)",
-        ("initialization",),
-        None,
-        {"starts": STARTS, "sizes": (100,), "subsets": 3, "sample": "pairs", "dev_share": 0.3},
-    ),
-    "position": StudyKind(
-        "a prefix against an infix and a prompt at the input layer (sections 7.2 and 7.3)",
-        ("method", "prefix_length"),
-        "prefix_length",
-        {"methods": ("prefix", "infix", "prompt"), "lengths": (1, 10, 20), "sizes": (2000,)},
-    ),
-}
-
-
-@dataclass(frozen=True)
 class StudyConfig:
-    """A study. Every field is a key of the TOML file; all but the tables are flags of `prefixtune study`, too.
+    """A study. Every field is a key of the TOML file; all but the tables are also options of `prefixtune study`.
 
     Raises:
         ConfigError: One or more values are not allowed; all faults are listed at once.
@@ -123,9 +52,9 @@ class StudyConfig:
     dtype: str = _option("auto", "of the frozen weights: auto, float32, bfloat16 or float16")
     device: str = _option("auto", "cpu, cuda, cuda:0, mps or auto")
     task: str = _option("e2e", "how to read the data")
-    data: str = _option("", "a folder that holds all three parts; or name them one by one:")
+    data: str = _option("", "a folder with all three splits; or name them one by one:")
     train: str = _option("", "training file")
-    dev: str = _option("", "development file: rates are chosen and the best step is kept by its loss")
+    dev: str = _option("", "development file: its loss chooses the learning rate and the best step")
     test: str = _option("", "test file, which is scored")
     output: str = _option("", "folder of the study (default: runs/NAME)")
 
@@ -133,12 +62,12 @@ class StudyConfig:
     sizes: tuple[int, ...] = _option((0,), "numbers of training targets; 0: all")
     lengths: tuple[int, ...] = _option((10,), "prefix lengths")
     starts: tuple[str, ...] = _option(("task",), f"of {', '.join(STARTS)}")
-    subsets: int = _option(1, "how many samples of the training set, where it is not taken whole")
+    subsets: int = _option(1, "how many samples of the training set, where it is not used whole")
     seeds: int = _option(1, "how many seeds for each")
     sample: str = _option("sources", "draw pairs one by one, or sources with all of their targets: pairs or sources")
     task_words: str = _option(
         "Describe the following data in one sentence:",
-        "words of the start 'task'; what zero-shot and few-shot are asked for",
+        "words of the start 'task'; also the instruction of zero-shot and few-shot",
     )
     unrelated_words: str = _option("elephant quarrel tin whistle overcoat", "words of the start 'unrelated'")
     shots: int = _option(3, "solved examples that few-shot shows")
@@ -148,23 +77,23 @@ class StudyConfig:
     )
     try_steps: int = _option(
         0,
-        "optimizer steps of a try, with a whole schedule of its own; the chosen rate then trains anew; 0: a whole run",
+        "optimizer steps of a try, with a schedule of its own; the chosen rate then trains again; 0: a whole run",
     )
     test_limit: int = _option(0, "score a fixed random sample of N sources; 0: the whole test set")
     num_beams: int = _option(0, "beams; 0: the task's default")
     decode_batch: int = _option(32, "texts decoded together")
     dev_limit: int = _option(400, "development targets, a fixed random sample; 0: all")
     dev_share: float = _option(
-        0.0, "development targets as a share of the training targets, in place of dev_limit; 0: not"
+        0.0, "development targets as a share of the training targets, in place of dev_limit; 0: use dev_limit"
     )
     patience: int = _option(0, "stop a run after N evaluations without a better development loss; 0: never")
-    budget: float = _option(0.0, "minutes: no run is started after them; what is left is told; 0: no limit")
+    budget: float = _option(0.0, "minutes after which no run is started; what is left is reported; 0: no limit")
     keep_weights: bool = _option(False, "keep the weights of methods other than a prefix after they are scored")
 
     train_settings: Mapping[str, Any] = _option(
         {}, "table: values of `prefixtune train` for every run; [train_settings.full] for one method"
     )
-    learning_rates: Mapping[str, Any] = _option({}, "table: method -> list of rates to try, as many for each")
+    learning_rates: Mapping[str, Any] = _option({}, "table: method -> list of rates to try, the same number for each")
     steps_by_size: Mapping[str, Any] = _option({}, "table: training targets -> optimizer steps")
 
     def __new__(cls, *_: Any, **values: Any) -> StudyConfig:
@@ -173,18 +102,27 @@ class StudyConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # What is said of a value of a wrong type would be false.
-        faults = list(fit_types(self).values()) or list(self._faults())
+        # The other checks would be misleading for a value of a wrong type.
+        faults = list(fit_types(self).values()) or [
+            *self._name_faults(),
+            *self._list_faults(),
+            *self._number_faults(),
+            *self._table_faults(),
+        ]
         if faults:
             raise ConfigError("; ".join(faults) + ".", hint=_HINT)
 
-    def _faults(self) -> Iterator[str]:
+    def _name_faults(self) -> Iterator[str]:
         if self.name not in STUDIES:
             yield f"there is no study {self.name!r} ({did_you_mean(self.name, STUDIES)})"
         if self.task not in TASKS:
             yield f"there is no task {self.task!r} ({did_you_mean(self.task, TASKS)})"
         elif TASKS[self.task].kind != "generation":
             yield f"task {self.task!r} is for {TASKS[self.task].kind}; studies are for tasks that generate"
+        if self.sample not in ("pairs", "sources"):
+            yield f"sample is {self.sample!r}, but must be pairs or sources"
+
+    def _list_faults(self) -> Iterator[str]:
         for name, allowed in (("methods", METHODS), ("starts", STARTS)):
             for value in getattr(self, name):
                 base, _, size = value.partition(":")
@@ -196,26 +134,24 @@ class StudyConfig:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 yield f"{name} is {list(values)!r}, but must have at least one value, and none twice"
-        for name, least in (("sizes", 0), ("lengths", 1)):
-            if any(value < least for value in getattr(self, name)):
-                yield f"{name} is {list(getattr(self, name))!r}, but each must be at least {least}"
-        for name, least in (
-            *(("subsets", 1), ("seeds", 1), ("tries", 1), ("decode_batch", 1), ("shots", 1)),
-            *(("test_limit", 0), ("num_beams", 0), ("dev_limit", 0), ("dev_share", 0), ("patience", 0), ("budget", 0)),
-            ("try_steps", 0),
-        ):
+        for name, minimum in (("sizes", 0), ("lengths", 1)):
+            if any(value < minimum for value in getattr(self, name)):
+                yield f"{name} is {list(getattr(self, name))!r}, but each must be at least {minimum}"
+
+    def _number_faults(self) -> Iterator[str]:
+        for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
-            if not math.isfinite(value) or value < least:
-                yield f"{name} is {value}, but must be at least {least}"
-        if self.sample not in ("pairs", "sources"):
-            yield f"sample is {self.sample!r}, but must be pairs or sources"
+            if not math.isfinite(value) or value < minimum:
+                yield f"{name} is {value}, but must be at least {minimum}"
+
+    def _table_faults(self) -> Iterator[str]:
         for size, steps in self.steps_by_size.items():
             if not str(size).isdigit() or not isinstance(steps, int) or steps < 1:
                 yield f"steps_by_size has {size!r} = {steps!r}, but needs numbers of targets and of steps"
-        trained = [m for m in self.methods if m not in UNTRAINED and m.partition(":")[0] in METHODS]
+        trained = [method for method in self.methods if base_method(method) in METHODS and method not in UNTRAINED]
         faults = list(dict.fromkeys([*self._setting_faults(trained), *self._rate_faults()]))
         yield from faults
-        # What is wrong has no number.
+        # Rates that are wrong cannot be counted.
         counts = set() if faults else {len(self.rates(method)) for method in trained}
         if len(counts) > 1:
             yield "learning_rates gives methods different numbers of tries, but a comparison needs the same for each"
@@ -224,12 +160,12 @@ class StudyConfig:
         for key, value in self.train_settings.items():
             if key in METHODS and not isinstance(value, Mapping):
                 yield f"train_settings.{key} is {value!r}, but must be a table"
-        known = {each.name for each in dataclasses.fields(TrainConfig)} - set(_OWN_KEYS)
+        known = {field.name for field in dataclasses.fields(TrainConfig)} - set(_RESERVED_KEYS)
         for method in trained:
             settings = self.settings_of(method)
-            for key in sorted(settings.keys() & set(_OWN_KEYS)):
-                yield f"train_settings has {key!r}, which is the study's own affair"
-            for key in sorted(settings.keys() - known - set(_OWN_KEYS)):
+            for key in sorted(settings.keys() & set(_RESERVED_KEYS)):
+                yield f"train_settings has {key!r}, which the study sets itself"
+            for key in sorted(settings.keys() - known - set(_RESERVED_KEYS)):
                 yield f"train_settings has the unknown key {key!r} ({did_you_mean(key, known)})"
             try:
                 TrainConfig(**{key: value for key, value in settings.items() if key in known})
@@ -238,7 +174,7 @@ class StudyConfig:
 
     def _rate_faults(self) -> Iterator[str]:
         for method, rates in self.learning_rates.items():
-            if method.partition(":")[0] not in METHODS:
+            if base_method(method) not in METHODS:
                 yield f"learning_rates has {method!r} ({did_you_mean(method, METHODS)})"
             elif (
                 not isinstance(rates, list | tuple)
@@ -250,10 +186,10 @@ class StudyConfig:
 
     def settings_of(self, method: str) -> dict[str, Any]:
         """Values of `TrainConfig` for a method's runs; `adapter:8` has those of `adapter`, and its size."""
-        base, _, size = method.partition(":")
         shared = {key: value for key, value in self.train_settings.items() if key not in METHODS}
-        own = self.train_settings.get(base, {})
-        sized = {"method_size": int(size)} if size.isdigit() else {}
+        own = self.train_settings.get(base_method(method), {})
+        size = method_size(method)
+        sized = {} if size is None else {"method_size": size}
         return {**shared, **(own if isinstance(own, Mapping) else {}), **sized}
 
     def rates(self, method: str) -> tuple[float, ...]:
@@ -262,23 +198,22 @@ class StudyConfig:
         >>> [f"{rate:.1e}" for rate in StudyConfig(tries=3).rates("full")]
         ['3.3e-05', '1.0e-04', '3.0e-04']
         """
-        base = method.partition(":")[0]
-        given = self.learning_rates.get(method, self.learning_rates.get(base))
-        if given is not None:
-            return tuple(float(rate) for rate in given)
-        kind = self.settings_of(method).get("reparameterization", TrainConfig.reparameterization)
-        middle = default_learning_rate(kind if base in ("prefix", "prompt", "infix") else base)
-        # As many below the default as above, one more above where the number is even.
-        return tuple(
-            float(f"{middle * 3.0**power:.2g}") for power in range(-((self.tries - 1) // 2), self.tries // 2 + 1)
-        )
+        base = base_method(method)
+        rates = self.learning_rates.get(method, self.learning_rates.get(base))
+        if rates is not None:
+            return tuple(float(rate) for rate in rates)
+        reparameterization = self.settings_of(method).get("reparameterization", TrainConfig.reparameterization)
+        middle = default_learning_rate(reparameterization if base in ("prefix", "prompt", "infix") else base)
+        # As many below the default as above; of an even number, one more above.
+        powers = range(-((self.tries - 1) // 2), self.tries // 2 + 1)
+        return tuple(float(f"{middle * 3.0**power:.2g}") for power in powers)
 
     def grows(self, before: Mapping[str, Any], key: str) -> bool:
-        """Whether this study has all that another one's key stood for, and more: what was done of that one stands.
+        """Whether this study has all that an earlier one had under a key, so that the runs of that one still count.
 
         Args:
-            before: All values of the other study, as of `to_dict`.
-            key: Which of them.
+            before: All values of the earlier study, as from `to_dict`.
+            key: One of them.
 
         >>> study = StudyConfig(methods=("prefix", "full"), tries=3)
         >>> study.grows(StudyConfig(methods=("full",)).to_dict(), "methods")
@@ -288,28 +223,28 @@ class StudyConfig:
         """
         if key in _LISTS:
             return set(before[key]) <= set(getattr(self, key))
-        if key in ("tries", "learning_rates"):
-            # What counts are the rates that come of both.
-            known = {each.name for each in dataclasses.fields(self)}
-            try:
-                other = StudyConfig.from_mapping(
-                    self.name, {name: value for name, value in before.items() if name in known}
-                )
-            except ConfigError:
-                return False
-            trained = [method for method in other.methods if method not in UNTRAINED]
-            return all(set(other.rates(method)) <= set(self.rates(method)) for method in trained)
-        if key in _COUNTS:
+        if key in ("subsets", "seeds"):
             return bool(before[key] <= getattr(self, key))
+        if key in ("tries", "learning_rates"):
+            return self._has_rates_of(before)
         if key == "steps_by_size":
-            # Of sizes that are new; how many targets the whole set has is not known here.
-            done = {str(size) for size in before["sizes"]}
-            if "0" in done:
+            # Only for sizes that are new; the number of targets in the whole set is not known here.
+            sizes = {str(size) for size in before["sizes"]}
+            if "0" in sizes:
                 return False
-            return before[key].items() <= self.steps_by_size.items() and not done & (
-                self.steps_by_size.keys() - before[key].keys()
-            )
+            new_sizes = self.steps_by_size.keys() - before[key].keys()
+            return before[key].items() <= self.steps_by_size.items() and not sizes & new_sizes
         return False
+
+    def _has_rates_of(self, before: Mapping[str, Any]) -> bool:
+        """Whether every rate of an earlier study is tried, whether it is written down or comes from its tries."""
+        known = {field.name for field in dataclasses.fields(self)}
+        try:
+            other = StudyConfig.from_mapping(self.name, {key: value for key, value in before.items() if key in known})
+        except ConfigError:
+            return False
+        trained = [method for method in other.methods if method not in UNTRAINED]
+        return all(set(other.rates(method)) <= set(self.rates(method)) for method in trained)
 
     @property
     def folder(self) -> Path:
@@ -318,11 +253,11 @@ class StudyConfig:
 
     @property
     def kind(self) -> StudyKind:
-        """Which study of the paper it is."""
+        """The study of the paper that it is."""
         return STUDIES[self.name]
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, as JSON has them."""
+        """All values, as they are in JSON."""
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 
@@ -337,9 +272,9 @@ class StudyConfig:
             raise ConfigError(f"there is no study {name!r}.", hint=did_you_mean(name, STUDIES))
         if values.get("name", name) != name:
             raise ConfigError(
-                f"{where} is of the study {values['name']!r}, but {name!r} was asked for.", hint="give its own file."
+                f"{where} is for the study {values['name']!r}, not for {name!r}.", hint="give the file of that study."
             )
-        defaults = {each.name: each.default for each in dataclasses.fields(cls)}
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         merged: dict[str, Any] = {**STUDIES[name].defaults, **values, "name": name}
         faults = []
         for key, value in merged.items():
@@ -359,7 +294,7 @@ class StudyConfig:
         """Read a TOML file; `overrides` win over it.
 
         Raises:
-            ConfigError: The file is missing or no TOML, or a key or value in it is wrong.
+            ConfigError: The file is missing or is not TOML, or a key or value in it is wrong.
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -367,29 +302,29 @@ class StudyConfig:
             raise ConfigError(f"cannot read {str(path)!r}: {error}.", hint="check the path.") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"{str(path)!r} is no TOML: {error}.", hint='write lines such as task = "e2e".'
+                f"{str(path)!r} is not TOML: {error}.", hint='write lines such as task = "e2e".'
             ) from error
         return cls.from_mapping(name, {**values, **(overrides or {})}, where=repr(str(path)))
 
 
 def _as_typed(key: str, value: Any, default: Any) -> Any:
-    """A value as its field has it: lists become tuples, and texts of flags lists.
+    """A value in the type of its field: lists, and the comma-separated text of an option, become tuples.
 
     Raises:
-        TypeError: It cannot be; the message says what is needed.
+        TypeError: It does not fit; the message says what is needed.
     """
     if key in _LISTS:
         return _as_tuple(_LISTS[key], value)
-    wanted: Any = Mapping if default is dataclasses.MISSING else type(default)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    expected: Any = Mapping if default is dataclasses.MISSING else type(default)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return as_float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise TypeError("a table" if wanted is Mapping else f"of type {wanted.__name__}")
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise TypeError("a table" if expected is Mapping else f"of type {expected.__name__}")
     return value
 
 
 def _as_tuple(kind: type, value: Any) -> tuple[Any, ...]:
-    """A list's values; those of a flag's text are between commas."""
+    """The values of a list, or of a text with commas between them."""
     example = "whole numbers, as in 50,100" if kind is int else "names"
     if isinstance(value, str):
         parts = [part.strip() for part in value.split(",")]

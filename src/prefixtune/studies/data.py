@@ -1,7 +1,4 @@
-"""Samples of a data set, the same for every method: some targets to train on, some to choose by, some to score.
-
-Knows nothing of models.
-"""
+"""What a study runs on: its backbone, its examples, and the samples of them that each cell gets."""
 
 from __future__ import annotations
 
@@ -9,12 +6,128 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from prefixtune.data import Example
-from prefixtune.errors import DataError
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.data import Example, read_task
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.studies.config import StudyConfig
+from prefixtune.studies.grid import Cell
+from prefixtune.studies.kinds import Split
 
-__all__ = ["sample_examples", "sample_pairs", "sample_sources", "sample_targets"]
+__all__ = ["SharedBackbone", "StudyData"]
+
+
+class SharedBackbone:
+    """The frozen model of all cells that leave it as it is, loaded when it is first needed.
+
+    Args:
+        config: The study.
+        backbone: Already loaded; None: load it when it is needed.
+    """
+
+    def __init__(self, config: StudyConfig, backbone: Backbone | None = None) -> None:
+        self._config, self._backbone = config, backbone
+        self.is_preloaded = backbone is not None
+
+    def get(self) -> Backbone:
+        """The model."""
+        if self._backbone is None:
+            config = self._config
+            self._backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device)
+        return self._backbone
+
+    def release(self) -> None:
+        """Drop the model, unless the caller loaded it; `get` loads it again."""
+        if not self.is_preloaded:
+            self._backbone = None
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """The examples of a study; each split is read once, when it is first needed.
+
+    Raises:
+        ConfigError: A split is needed that the study does not name.
+        DataError: A split cannot be read, or is too small for what is drawn from it.
+    """
+
+    config: StudyConfig
+
+    @cached_property
+    def train(self) -> list[Example]:
+        """All training examples."""
+        return self._read("train")
+
+    @cached_property
+    def dev(self) -> list[Example]:
+        """All development examples."""
+        return self._read("dev")
+
+    @cached_property
+    def test(self) -> list[Example]:
+        """The test examples that are scored."""
+        return sample_examples(self._read("test"), self.config.test_limit, "test")
+
+    def _read(self, split: Split) -> list[Example]:
+        path = getattr(self.config, split) or self.config.data
+        if not path:
+            raise ConfigError(
+                f"the study has no {split} data.", hint=f"set data (a folder) or {split}, in the file or as an option."
+            )
+        # Templates for the user's own columns, as in `prefixtune train`.
+        columns = {name: self.config.train_settings.get(name) for name in ("source", "target")}
+        examples = [e for e in read_task(self.config.task, path, split=split, **columns) if e.targets]
+        if not examples:
+            raise DataError(f"{path} has no example with a target.", hint="give data with references.")
+        return examples
+
+    def for_cell(self, cell: Cell) -> tuple[list[Example], list[Example]]:
+        """The training sample of a cell, and the development sample that its best step is chosen by."""
+        config = self.config
+        train = sample_targets(self.train, cell.num_targets, config.sample, f"train/{cell.subset}")
+        available = count_targets(self.dev)
+        if config.dev_share:
+            count = min(available, max(1, round(config.dev_share * count_targets(train))))
+            return train, sample_pairs(self.dev, count, f"dev/{cell.subset}")
+        if not 0 < config.dev_limit < available:
+            return train, self.dev
+        return train, sample_sources(self.dev, config.dev_limit, "dev")
+
+    def shots(self) -> list[Example]:
+        """The solved examples that few-shot shows: of the smallest sample that other methods train on."""
+        config = self.config
+        size = min((size for size in config.sizes if size), default=0)
+        smallest = sample_targets(self.train, size, config.sample, "train/0")
+        if config.shots > len(smallest):
+            raise DataError(
+                f"few-shot needs {config.shots} solved examples, but the smallest sample has {len(smallest)}.",
+                hint="lower shots.",
+            )
+        return sample_examples(smallest, config.shots, "shots")
+
+    def check_digests(self, splits: Sequence[Split], stored: Mapping[str, str]) -> dict[str, str]:
+        """The digests of some splits, which must be those that the study began with.
+
+        Raises:
+            DataError: A split has other examples than before: files may move, but runs on other data do not compare.
+        """
+        digests: dict[str, str] = {split: digest_examples(getattr(self, split)) for split in splits}
+        changed = [split for split, digest in digests.items() if stored.get(split, digest) != digest]
+        if changed:
+            raise DataError(
+                f"the {' and '.join(changed)} data is not what the study in {str(self.config.folder)!r} began with.",
+                hint="give the same data, or choose another output.",
+            )
+        return digests
+
+
+def count_targets(examples: Sequence[Example]) -> int:
+    """The targets of all examples."""
+    return sum(len(example.targets) for example in examples)
 
 
 def sample_targets(examples: Sequence[Example], count: int, by: str, seed: str) -> list[Example]:
@@ -23,16 +136,17 @@ def sample_targets(examples: Sequence[Example], count: int, by: str, seed: str) 
     Args:
         examples: To draw from.
         count: Targets wanted.
-        by: `pairs` or `sources`.
+        by: `pairs` (of a source and one target) or `sources` (with all of their targets).
         seed: Any text.
 
     Raises:
         DataError: There are fewer.
     """
-    available = sum(len(example.targets) for example in examples)
+    available = count_targets(examples)
     if count > available:
         raise DataError(
-            f"{count} targets are to be drawn, but there are {available}.", hint="lower sizes, or take 0 for all."
+            f"a sample of {count} targets was requested, but there are {available}.",
+            hint="lower sizes, or use 0 for all.",
         )
     if not count:
         return list(examples)
@@ -45,13 +159,13 @@ def sample_pairs(examples: Sequence[Example], count: int, seed: str) -> list[Exa
     >>> sample_pairs([Example("a", ("1", "2", "3")), Example("b", ("4",))], 4, "any")[0].targets
     ('1', '2', '3')
     """
-    pairs = [(number, place) for number, example in enumerate(examples) for place in range(len(example.targets))]
+    pairs = [(source, target) for source, example in enumerate(examples) for target in range(len(example.targets))]
     kept: dict[int, list[int]] = {}
-    for number, place in sorted(random.Random(seed).sample(pairs, count)):
-        kept.setdefault(number, []).append(place)
+    for source, target in sorted(random.Random(seed).sample(pairs, count)):
+        kept.setdefault(source, []).append(target)
     return [
-        dataclasses.replace(examples[number], targets=tuple(examples[number].targets[place] for place in places))
-        for number, places in kept.items()
+        dataclasses.replace(examples[source], targets=tuple(examples[source].targets[target] for target in targets))
+        for source, targets in kept.items()
     ]
 
 
@@ -59,27 +173,27 @@ def sample_sources(examples: Sequence[Example], count: int, seed: str) -> list[E
     """Sources with all of their targets, drawn until there are `count` targets; the last may lose some."""
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
-    kept: list[Example] = []
-    room = count
-    for number in order:
-        example = examples[number]
-        if room <= 0:
+    sample: list[Example] = []
+    missing = count
+    for index in order:
+        example = examples[index]
+        if missing <= 0:
             break
         if example.targets:
-            kept.append(dataclasses.replace(example, targets=example.targets[:room]))
-            room -= len(example.targets)
-    return kept
+            sample.append(dataclasses.replace(example, targets=example.targets[:missing]))
+            missing -= len(example.targets)
+    return sample
 
 
 def sample_examples(examples: Sequence[Example], count: int, seed: str) -> list[Example]:
     """`count` examples, whole, in the set's order; 0, or more than there are: all."""
     if not 0 < count < len(examples):
         return list(examples)
-    return [examples[number] for number in sorted(random.Random(seed).sample(range(len(examples)), count))]
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
 
 
 def digest_examples(examples: Sequence[Example]) -> str:
-    """Of what runs learn from and are scored by, wherever it was read from."""
+    """A short hash of sources and targets, the same wherever they were read from."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.source, *example.targets]).encode())

@@ -1,21 +1,21 @@
-"""A study's cells: which runs it takes, in which order.
+"""The cells of a study: which runs there are, and in which order.
 
-The order is by repetition, so that a study that is cut short has every point once before it has one twice. Knows
-nothing of models and data.
+The order is by repetition, so that a study that is cut short has every point once before it has one twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from prefixtune.studies.config import UNTRAINED, StudyConfig
+from prefixtune.studies.config import StudyConfig
+from prefixtune.studies.kinds import UNTRAINED, Method, base_method
 
 __all__ = ["Cell", "plan"]
 
 
-_OF_PREFIXES = ("prefix", "prompt", "infix")
+_WITH_PREFIX = ("prefix", "prompt", "infix")
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        method: What is trained; with a size, as in `adapter:8`, or without.
+        method: One of `METHODS`; with a size, as in `adapter:8`, or without.
         num_targets: Training targets; 0: all.
         prefix_length: P; 0 where the method has no prefix.
         initialization: `task`, `unrelated` or `random`; empty where the method has no prefix.
-        subset: Which sample of the training set.
-        seed: Of the start and the order of the data.
+        subset: Index of the sample of the training set.
+        seed: Of the initial values and the order of the data.
     """
 
     method: str
@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def group(self) -> str:
-        """The name of the point that this is a repetition of; learning rates are chosen for it.
+        """The point of the grid that this is a repetition of; a learning rate is chosen for each group.
 
         >>> Cell("prefix", 100, 10, "task", subset=2, seed=1).group
         'prefix-n100-P10-task'
@@ -53,8 +53,13 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Its name, and that of its folder."""
+        """The name of the cell and of its folder."""
         return f"{self.group}-subset{self.subset}-seed{self.seed}"
+
+    @property
+    def base_method(self) -> Method:
+        """The method without its size."""
+        return cast(Method, base_method(self.method))
 
     @property
     def trains(self) -> bool:
@@ -63,11 +68,11 @@ class Cell:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the repetition by which its group's learning rate is chosen."""
+        """Whether it is the repetition that chooses its group's learning rate."""
         return self.subset == 0 and self.seed == 0
 
     def factors(self) -> dict[str, Any]:
-        """What sets it apart, for reports."""
+        """What distinguishes it from other cells, for reports."""
         factors: dict[str, Any] = {"method": self.method, "num_targets": self.num_targets}
         if self.prefix_length:
             factors |= {"prefix_length": self.prefix_length, "initialization": self.initialization}
@@ -87,9 +92,9 @@ def _cells(config: StudyConfig) -> Iterator[Cell]:
                     if method in UNTRAINED:
                         yield Cell(method, 0, 0, "")
                         continue
-                    # A training set that is taken whole has one sample.
+                    # A training set that is used whole has one sample.
                     sample = subset if size else 0
-                    if method not in _OF_PREFIXES:
+                    if method not in _WITH_PREFIX:
                         yield Cell(method, size, 0, "", sample, seed)
                         continue
                     for length in config.lengths:

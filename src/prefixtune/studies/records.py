@@ -1,38 +1,297 @@
-"""Records."""
+"""The files of a study and its cells: where they are, what they say, and whether a study has changed.
+
+FOLDER/study.json             the study and its settings, and what it leaves out
+FOLDER/comparisons.json       differences between runs, and whether they are more than chance
+FOLDER/tuning/GROUP.json      the learning rates tried and the one chosen
+FOLDER/cells/ID/              a training run and its evaluation, with cell.json
+FOLDER/tries/ID@RATE/         a try of a learning rate, until the rate is chosen
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prefixtune.errors import DataError
+from prefixtune.data import TASKS
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.studies.config import StudyConfig
+from prefixtune.studies.grid import Cell
+from prefixtune.studies.reductions import describe_reductions
+from prefixtune.utils.files import write_text
+from prefixtune.utils.machine import describe_machine, versions
 
-__all__ = ["MAY_CHANGE", "Outcome"]
+__all__ = ["CellStatus", "Event", "EventKind", "OnEvent", "Outcome", "Provenance", "RateChoice", "make_event"]
 
 
 STUDY_FILE, CELL_FILE, COMPARISONS_FILE, ERROR_FILE = "study.json", "cell.json", "comparisons.json", "error.txt"
-MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
+_MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
+_HINT = "delete it, and run the study again."
 
+CellStatus = Literal["done", "failed", "waiting"]
+"""As in `cell.json`; a cell that a process works on is still waiting."""
 Event = dict[str, Any]
+EventKind = Literal["overlap", "cell", "try", "decoded"]
+"""Of a study itself; those of training are added to them."""
+OnEvent = Callable[[Event], None]
+
+
+def make_event(kind: EventKind, **facts: Any) -> Event:
+    """An event of a study, as `on_event` gets it and `--json` prints it."""
+    return {"event": kind, **facts}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a study came.
+    """How far a study has come.
 
     Attributes:
-        folder: Where it is.
-        done: Cells that are done.
-        failed: Cell -> why it failed.
-        left: Cells that were not run.
+        folder: Its folder.
+        done: Ids of the cells that are done.
+        failed: Id of a failed cell -> why it failed.
+        left: Ids of the cells that are still to be run.
     """
 
     folder: Path
     done: tuple[str, ...]
     failed: dict[str, str]
     left: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How this process runs a study: what `study.json` says that the settings do not.
+
+    Attributes:
+        command: What it was started with.
+        data_digests: Split -> digest of its examples, of the splits that were read.
+        overlap: Test sources that are in the training set too, as `Overlap.to_dict`.
+    """
+
+    command: str
+    data_digests: Mapping[str, str] = field(default_factory=dict)
+    overlap: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RateChoice:
+    """The learning rate of a group of cells.
+
+    Attributes:
+        losses: Learning rate -> development loss; None: the try did not reach its end.
+        chosen: The rate with the lowest loss.
+    """
+
+    losses: Mapping[float, float | None]
+    chosen: float
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def cell_folder(config: StudyConfig, cell: Cell) -> Path:
+    """The folder of a cell's run."""
+    return config.folder / "cells" / cell.id
+
+
+def lock_path(config: StudyConfig, cell: Cell) -> Path:
+    """The lock that a process holds while it works on a cell."""
+    return config.folder / "cells" / f".{cell.id}.lock"
+
+
+def try_folder(config: StudyConfig, cell: Cell, rate: float) -> Path:
+    """The folder of a try of one learning rate."""
+    return config.folder / "tries" / f"{cell.id}@{rate:g}"
+
+
+def try_folders(config: StudyConfig, cell: Cell) -> list[Path]:
+    """The folders of all tries that are still there."""
+    return list((config.folder / "tries").glob(f"{cell.id}@*"))
+
+
+def _tuning_path(config: StudyConfig, group: str) -> Path:
+    return config.folder / "tuning" / f"{group}.json"
+
+
+def make_folders(config: StudyConfig) -> None:
+    """Make the folders that are missing."""
+    for name in ("cells", "tuning", "tries"):
+        (config.folder / name).mkdir(parents=True, exist_ok=True)
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def cell_status(config: StudyConfig, cell: Cell) -> CellStatus:
+    """The state of a cell; one that was done at a learning rate that is no longer the chosen one waits."""
+    path = cell_folder(config, cell) / CELL_FILE
+    if not path.exists():
+        return "waiting"
+    facts = read_json_file(path, "status", "figures")
+    if facts["status"] == "failed":
+        return "failed"
+    if facts["status"] != "done":
+        return "waiting"
+    if cell.trains and facts["figures"].get("learning_rate") != chosen_rate(config, cell):
+        return "waiting"
+    return "done"
+
+
+def read_figures(config: StudyConfig, cell: Cell) -> dict[str, Any]:
+    """The figures of a cell that was done, at whatever rate; empty where it was not."""
+    return dict(read_json_file(cell_folder(config, cell) / CELL_FILE, "figures")["figures"])
+
+
+def write_cell(
+    config: StudyConfig, cell: Cell, status: CellStatus, figures: Mapping[str, Any], error: str | None = None
+) -> None:
+    """Write a cell's `cell.json`."""
+    facts = {"id": cell.id, "factors": cell.factors(), "status": status, "error": error, "figures": figures}
+    write_text(cell_folder(config, cell) / CELL_FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def requeue(config: StudyConfig, cells: Sequence[Cell]) -> None:
+    """Let cells wait again that were done at a rate that is no longer the chosen one; their figures are kept."""
+    for cell in cells:
+        path = cell_folder(config, cell) / CELL_FILE
+        if not cell.trains or not path.exists():
+            continue
+        choice = read_rate_choice(config, cell)
+        if choice is None:
+            continue
+        facts = read_json_file(path, "status", "figures")
+        if facts["status"] == "done" and facts["figures"].get("learning_rate") != choice.chosen:
+            write_cell(config, cell, "waiting", facts["figures"])
+
+
+def read_outcome(config: StudyConfig, cells: Sequence[Cell]) -> Outcome:
+    """How far a study has come."""
+    by_status: dict[CellStatus, list[Cell]] = {"done": [], "failed": [], "waiting": []}
+    for cell in cells:
+        by_status[cell_status(config, cell)].append(cell)
+    errors = {
+        cell.id: str(read_json_file(cell_folder(config, cell) / CELL_FILE, "error")["error"])
+        for cell in by_status["failed"]
+    }
+    done, waiting = (tuple(cell.id for cell in by_status[status]) for status in ("done", "waiting"))
+    return Outcome(config.folder, done, errors, waiting)
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def read_rate_choice(config: StudyConfig, cell: Cell) -> RateChoice | None:
+    """The learning rates that were tried for a cell's group; None: the choice is not made yet."""
+    path = _tuning_path(config, cell.group)
+    if not path.exists():
+        return None
+    facts = read_json_file(path, "learning_rate", "chosen")
+    try:
+        return RateChoice({float(rate): loss for rate, loss in facts["learning_rate"].items()}, float(facts["chosen"]))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path} has no learning rates: {error}.", hint=_HINT) from error
+
+
+def chosen_rate(config: StudyConfig, cell: Cell) -> float | None:
+    """The learning rate of a cell's group; None: it is not chosen yet, or not among all that are to be tried."""
+    choice = read_rate_choice(config, cell)
+    if choice is None:
+        return None
+    is_complete = {as_stored(rate) for rate in config.rates(cell.method)} <= choice.losses.keys()
+    return choice.chosen if is_complete else None
+
+
+def as_stored(rate: float) -> float:
+    """A learning rate as it is after it was written to a file and read again."""
+    return float(f"{rate:g}")
+
+
+def write_rate_choice(config: StudyConfig, cell: Cell, choice: RateChoice) -> None:
+    """Write down the choice for a cell's group."""
+    losses = {f"{rate:g}": loss for rate, loss in choice.losses.items()}
+    facts = {"group": cell.group, "learning_rate": losses, "chosen": choice.chosen}
+    write_text(_tuning_path(config, cell.group), json.dumps(facts, indent=1) + "\n")
+
+
+# --- the study --------------------------------------------------------------------------------------------------------
+
+
+def read_study(config: StudyConfig) -> dict[str, Any] | None:
+    """The contents of `study.json`; None where there is none."""
+    path = config.folder / STUDY_FILE
+    return read_json_file(path, "config") if path.exists() else None
+
+
+def changed_settings(config: StudyConfig, stored: Mapping[str, Any]) -> list[str]:
+    """The settings that differ from those in `study.json` by more than growth, in words."""
+    # A setting that an older version did not have was at its default.
+    before, now = {**StudyConfig().to_dict(), **stored["config"]}, config.to_dict()
+    return [
+        f"{key} was {before[key]!r}, is {now[key]!r}"
+        for key in now
+        if before[key] != now[key] and key not in _MAY_CHANGE and not config.grows(before, key)
+    ]
+
+
+def check_same_study(config: StudyConfig, stored: Mapping[str, Any]) -> None:
+    """Refuse to go on in a folder with a study of other settings.
+
+    Raises:
+        ConfigError: The folder holds another study.
+    """
+    changed = changed_settings(config, stored)
+    if changed:
+        raise ConfigError(
+            f"the study in {str(config.folder)!r} began with other settings: {', '.join(changed)}.",
+            hint="go on with the same settings or with more of them (methods, sizes, lengths, starts, subsets, "
+            "seeds, learning rates), or choose another output.",
+        )
+
+
+def write_study(
+    config: StudyConfig, cells: Sequence[Cell], provenance: Provenance, *, is_over_budget: bool = False
+) -> None:
+    """Write down how far the study has come, and make every cell known to reports."""
+    for cell in cells:
+        if not (cell_folder(config, cell) / CELL_FILE).exists():
+            write_cell(config, cell, "waiting", {})
+    requeue(config, cells)
+    before = read_study(config) or {}
+    if before and changed_settings(config, before):
+        # Another process has made it larger since this one began.
+        return
+    task, kind = TASKS[config.task], config.kind
+    left = [cell.id for cell in cells if cell_status(config, cell) == "waiting"]
+    facts = {
+        "kind": "study",
+        "name": config.name,
+        "title": f"{kind.description[0].upper()}{kind.description[1:]}: {config.task}, {config.backbone}",
+        "task": config.task,
+        "backbone": config.backbone,
+        "factors": list(kind.factors),
+        "axis": kind.axis,
+        "metric": task.metrics[0],
+        "budget_minutes": config.budget or None,
+        "cut": describe_reductions(config, left, len(cells), is_over_budget=is_over_budget),
+        "tuning": _read_all_tuning(config),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "command": provenance.command,
+        "date": before.get("date") or datetime.date.today().isoformat(),
+        "overlap": provenance.overlap or before.get("overlap", {}),
+        "data_digests": {**before.get("data_digests", {}), **provenance.data_digests},
+        "config": config.to_dict(),
+    }
+    write_text(config.folder / STUDY_FILE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def _read_all_tuning(config: StudyConfig) -> dict[str, Any]:
+    keys = ("group", "learning_rate", "chosen")
+    files = [read_json_file(path, *keys) for path in sorted((config.folder / "tuning").glob("*.json"))]
+    return {facts["group"]: {key: facts[key] for key in keys[1:]} for facts in files}
 
 
 def read_json_file(path: Path, *keys: str) -> dict[str, Any]:
@@ -44,9 +303,9 @@ def read_json_file(path: Path, *keys: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}.", hint="delete it, and run the study again.") from error
+        raise DataError(f"{path} cannot be read: {error}.", hint=_HINT) from error
     missing = [key for key in keys if not isinstance(value, dict) or value.get(key) is None]
     if not isinstance(value, dict) or missing:
-        what = f"has no {', '.join(missing)}" if missing else "is no JSON object"
-        raise DataError(f"{path} {what}.", hint="delete it, and run the study again.")
+        problem = f"has no {', '.join(missing)}" if missing else "is not a JSON object"
+        raise DataError(f"{path} {problem}.", hint=_HINT)
     return value

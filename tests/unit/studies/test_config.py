@@ -60,8 +60,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_study(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("sizes = [", "is no TOML", "task"),
-        ("name = 'length'", "of the study 'length', but 'methods' was asked for", "its own file"),
+        ("sizes = [", "is not TOML", "task"),
+        ("name = 'length'", "for the study 'length', not for 'methods'", "the file of that study"),
         ("sizs = [1]", "unknown key 'sizs' (did you mean 'sizes'?)", "--help"),
     ],
 )
@@ -137,8 +137,8 @@ def test_values_that_are_wrong_are_all_told():
         "learning_rates.top is [0.001, 0.001], but must be a list of positive numbers, none twice",
         "train_settings has the unknown key 'batch_sice' (did you mean 'batch_size'?)",
         "reparameterization is 'mpl', but must be one of none, mlp, residual (did you mean 'mlp'?)",
-        "train_settings has 'seed', which is the study's own affair",
-        "train_settings has 'quantize', which is the study's own affair",
+        "train_settings has 'seed', which the study sets itself",
+        "train_settings has 'quantize', which the study sets itself",
         "train_settings.full is 3, but must be a table",
     ):
         assert fault in message, fault

@@ -54,7 +54,9 @@ def test_nothing_asked_for_is_the_whole_set_as_it_is():
 
 
 def test_more_than_there_are():
-    with pytest.raises(DataError, match=f"{TOTAL + 1} targets are to be drawn, but there are {TOTAL}") as error:
+    with pytest.raises(
+        DataError, match=f"a sample of {TOTAL + 1} targets was requested, but there are {TOTAL}"
+    ) as error:
         sample_targets(SET, TOTAL + 1, "pairs", "any")
     assert "lower sizes" in error.value.hint
 

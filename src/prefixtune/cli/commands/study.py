@@ -18,7 +18,8 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `prefixtune study` takes."""
-    from prefixtune.studies.config import STUDIES, StudyConfig
+    from prefixtune.studies.config import StudyConfig
+    from prefixtune.studies.kinds import STUDIES
 
     parser.add_argument("name", help="; ".join(f"{name}: {kind.description}" for name, kind in STUDIES.items()))
     parser.add_argument("--config", metavar="FILE", help="TOML file with the keys below; flags win over it")

@@ -1,0 +1,73 @@
+"""What a study leaves out of the paper's protocol, or makes smaller, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prefixtune.data import TASKS
+from prefixtune.studies.config import StudyConfig
+
+__all__ = ["describe_reductions"]
+
+
+def describe_reductions(
+    config: StudyConfig, left: Sequence[str], num_cells: int, *, is_over_budget: bool = False
+) -> list[str]:
+    """Every reduction as a phrase, for reports.
+
+    Args:
+        config: The study.
+        left: Ids of the cells that were not run.
+        num_cells: All cells.
+        is_over_budget: Whether they were not run because the time was up.
+    """
+    reductions = [*_sizes(config), *_counts(config), *_values(config), *_steps(config)]
+    if left:
+        reason = f" within {config.budget:g} minutes" if is_over_budget else ""
+        reductions.append(f"{len(left)} of {num_cells} runs are not done{reason}: {', '.join(left)}")
+    return reductions
+
+
+def _sizes(config: StudyConfig) -> Iterator[str]:
+    """Samples, beams and short tries."""
+    if config.test_limit:
+        yield f"scored on a fixed random sample of {config.test_limit} test sources"
+    for size in config.sizes:
+        if size:
+            yield f"trained on samples of {size:,} targets"
+    default_beams = TASKS[config.task].decoding.get("num_beams", 1)
+    if config.num_beams and config.num_beams != default_beams:
+        beams = f"{config.num_beams} beams" if config.num_beams > 1 else "no beams"
+        yield f"decoded with {beams} instead of {default_beams}"
+    if config.try_steps:
+        yield f"learning rates chosen by runs of {config.try_steps} steps"
+
+
+def _counts(config: StudyConfig) -> Iterator[str]:
+    """Fewer repetitions or tries, or less patience, than the study has by default."""
+    defaults = {**StudyConfig().to_dict(), **config.kind.defaults}
+    tries = len(next(iter(config.learning_rates.values()), ())) or config.tries
+    for name, count in (("subsets", config.subsets), ("seeds", config.seeds), ("tries", tries)):
+        if count < defaults[name]:
+            singular = {"subsets": "subset", "seeds": "seed", "tries": "try"}[name]
+            yield f"{count} {singular if count == 1 else name} instead of {defaults[name]}"
+    if config.patience < defaults["patience"]:
+        yield f"patience {config.patience} instead of {defaults['patience']}"
+
+
+def _values(config: StudyConfig) -> Iterator[str]:
+    """Methods, sizes, lengths or starts of the paper's study that are missing."""
+    for name in ("methods", "sizes", "lengths", "starts"):
+        present = {str(value).partition(":")[0] for value in getattr(config, name)}
+        expected = config.kind.defaults.get(name, ())
+        missing = [str(value) for value in expected if str(value) not in present]
+        if missing and len(expected) > 1:
+            yield f"{name} without {', '.join(missing)}"
+
+
+def _steps(config: StudyConfig) -> Iterator[str]:
+    """Fewer optimizer steps on a size than the study has by default."""
+    for size, default in config.kind.defaults.get("steps_by_size", {}).items():
+        steps = config.steps_by_size.get(size, config.train_settings.get("max_steps", default))
+        if int(size) in config.sizes and steps < default:
+            yield f"{steps} steps on {size} targets instead of {default}"
