@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prefixtune.report import read_folder
+from prefixtune.report import read_results
 from zoo import make_model, make_tokenizer
 
 
@@ -36,7 +36,7 @@ def cells(events: list[dict[str, Any]], status: str) -> list[str]:
 def scores_of(folder: Path) -> dict[str, Any]:
     """Each cell's scores and texts; all must be done."""
     found = {}
-    for cell in read_folder(folder).cells:
+    for cell in read_results(folder).cells:
         assert cell.status == "done"
         assert cell.run is not None
         assert cell.run.evaluation is not None

@@ -13,7 +13,7 @@ import pytest
 
 from command_line import run, start, until
 from prefixtune.cli.main import main
-from prefixtune.report import read_folder
+from prefixtune.report import read_results
 from small_study import cells, scores_of, store_model, write_config
 
 ROWS = [
@@ -145,7 +145,7 @@ def test_a_run_of_another_method_is_evaluated_into_a_folder(
     assert (told["num_examples"], told["task"], told["run"]) == (6, "e2e", str(output))
     assert [*told["scores"]] == ["bleu", "ter"]
     assert "protocol e2e" in told["scores"]["bleu"]["implementation"]
-    found = read_folder(scored).evaluation
+    found = read_results(scored).evaluation
     assert (found.method, found.task, found.split, found.num_examples) == ("full", "e2e", "test", 6)
     assert found.scores["bleu"].score == told["scores"]["bleu"]["score"]
     assert list(found.scores["bleu"].interval) == told["scores"]["bleu"]["interval"]
@@ -160,7 +160,7 @@ def test_few_shots_of_the_training_file(
     flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data, "--split", "test", *shown)
     assert main([*flags, "--output", str(tmp_path)]) == 0
     assert "6 examples of" in capsys.readouterr().out
-    found = read_folder(tmp_path).evaluation
+    found = read_results(tmp_path).evaluation
     assert found.method == "few-shot"
     prompt = found.settings["text_format"]["prompt"]
     assert prompt == " name : Aromi | food : soup <s> Aromi has soup. </s> name : Aromi | food : cake <s> " + (
@@ -179,14 +179,14 @@ def test_the_bare_model_is_asked_in_words(
     words = ("--instruction", "Describe it:", "--metrics", "bleu", "--num-beams", "1", "--max-new-tokens", "6")
     flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data, "--split", "test", *words)
     assert main([*flags, "--output", str(tmp_path / "plain")]) == 0
-    found = read_folder(tmp_path / "plain").evaluation
+    found = read_results(tmp_path / "plain").evaluation
     assert (found.method, found.settings["text_format"]["prompt"]) == (
         "zero-shot",
         "Describe it:\n {source} {separator}",
     )
     shown = ("--shots", "1", "--train", data)
     assert main([*flags, *shown, "--output", str(tmp_path / "shown")]) == 0
-    prompt = read_folder(tmp_path / "shown").evaluation.settings["text_format"]["prompt"]
+    prompt = read_results(tmp_path / "shown").evaluation.settings["text_format"]["prompt"]
     assert prompt == ("Describe it:\n name : Aromi | food : soup <s> Aromi has soup. </s> {source} {separator}")
     assert main([*flags, "--prefix", "any.safetensors"]) == 2
     assert "a prefix needs none" in capsys.readouterr().err

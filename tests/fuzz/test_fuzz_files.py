@@ -40,7 +40,7 @@ from prefixtune.interop.hub import read_evaluation
 from prefixtune.prefix.artifact import HEADER_KEY, read_artifact, read_outline, save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
-from prefixtune.report import compose, read_folder, to_html, to_markdown
+from prefixtune.report import compose, read_results, to_html, to_markdown
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.studies import StudyConfig
 from prefixtune.studies.runner import outcome_of
@@ -393,7 +393,7 @@ FOLDERS = made_folders()
 
 def report_on(folder: Path) -> None:
     with refused():
-        document = compose([read_folder(folder)], "")
+        document = compose([read_results(folder)], "")
         assert len(to_html(document)) < 20_000_000
         to_markdown(document)
 

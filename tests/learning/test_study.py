@@ -18,7 +18,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example, read_task
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.evaluation.metrics import compare, compute
-from prefixtune.report import read_folder
+from prefixtune.report import read_results
 from prefixtune.studies import StudyConfig, plan, run_study
 from prefixtune.studies.cell import shorten_config
 from prefixtune.studies.reductions import describe_reductions
@@ -183,7 +183,7 @@ def test_the_studys_own_file(whole: tuple[StudyConfig, Log]):
     assert told["machine"]["cores"] >= 1
     assert told["versions"]["torch"]
     assert len(told["date"]) == 10
-    study = read_folder(config.folder)
+    study = read_results(config.folder)
     assert {cell.id: cell.status for cell in study.cells} == {cell.id: "done" for cell in plan(config)}
     assert all(cell.run is not None and cell.run.evaluation is not None for cell in study.cells)
 
@@ -288,7 +288,7 @@ def test_repetitions_take_the_chosen_rate_and_subsets_differ(configure: Make, tm
     assert {event["total_steps"] for event in log.of("start")} == {3}, "steps_by_size goes by the number of targets"
     losses = {read(path)["figures"]["dev_loss"] for path in config.folder.glob("cells/*/cell.json")}
     assert len(losses) == 2
-    study = read_folder(config.folder)
+    study = read_results(config.folder)
     assert study.axis == "num_targets"
     assert "2 subsets instead of 5" in study.cut
 
@@ -361,7 +361,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_scores(
 
     with pytest.raises(Killed):
         run_study(config, on_event=kill)
-    states = {cell.id: cell.status for cell in read_folder(config.folder).cells}
+    states = {cell.id: cell.status for cell in read_results(config.folder).cells}
     first, last = plan(config)
     assert states == {first.id: "done", last.id: "done" if moment == "when it is done" else "waiting"}
     log = Log()
@@ -388,7 +388,7 @@ def test_one_try_is_resumed_in_its_own_folder(configure: Make, tmp_path: Path):
     config = configure(tmp_path / "study", methods=("prefix",), tries=1)
     with pytest.raises(Killed):
         run_study(config, on_event=kill)
-    (cell,) = read_folder(config.folder).cells
+    (cell,) = read_results(config.folder).cells
     assert (cell.status, cell.factors) == ("waiting", plan(config)[0].factors()), "reports know it on its way"
     log = Log()
     assert run_study(config, on_event=log.events.append).done
@@ -468,7 +468,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
     monkeypatch.setattr("prefixtune.studies.cell.train", better)
     with pytest.raises(Killed):
         run_study(more, on_event=kill_the_second)
-    cells = read_folder(more.folder).cells
+    cells = read_results(more.folder).cells
     assert [(cell.status, cell.figures.get("learning_rate")) for cell in cells] == [
         ("done", 3e-4),
         ("waiting", None),
@@ -483,7 +483,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
     monkeypatch.setattr("prefixtune.studies.cell.train", best)
     outcome = run_study(most)
     assert (outcome.failed, outcome.left) == ({}, ())
-    assert {cell.figures["learning_rate"] for cell in read_folder(most.folder).cells} == {9e-4}
+    assert {cell.figures["learning_rate"] for cell in read_results(most.folder).cells} == {9e-4}
     tuning = read(next((most.folder / "tuning").iterdir()))
     assert list(tuning["learning_rate"]) == ["0.0001", "0.0003", "0.0009"]
 
@@ -625,7 +625,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(configure: Make, tmp_pat
     (found,) = (entry for group, entry in tuning.items() if group.startswith("prefix"))
     assert found["chosen"] == 1e-3
     assert found["learning_rate"]["1e+30"] is None
-    assert {cell.status for cell in read_folder(config.folder).cells} == {"done", "failed", "waiting"}
+    assert {cell.status for cell in read_results(config.folder).cells} == {"done", "failed", "waiting"}
     # The next run tries it once more, and nothing else.
     log = Log()
     assert [*run_study(config, on_event=log.events.append).failed] == [failed]
@@ -665,7 +665,7 @@ def test_the_budget_leaves_what_it_has_no_time_for_and_says_so(configure: Make, 
     told = read(config.folder / "study.json")
     assert told["budget_minutes"] == 1e-9
     assert f"2 of 2 runs are not done within 1e-09 minutes: {', '.join(outcome.left)}" in told["cut"]
-    assert {cell.status for cell in read_folder(config.folder).cells} == {"waiting"}
+    assert {cell.status for cell in read_results(config.folder).cells} == {"waiting"}
     more = dataclasses.replace(config, budget=60.0)
     assert len(run_study(more).done) == 2
     assert not any("not done" in text for text in read(config.folder / "study.json")["cut"])

@@ -10,7 +10,7 @@ import pytest
 
 from prefixtune.engine.engine import EngineConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
-from prefixtune.report import read_folder
+from prefixtune.report import read_results
 from prefixtune.server.settings import ServeConfig
 from prefixtune.studies import StudyConfig
 from prefixtune.training.checkpoint import events_until as _events_until
@@ -70,9 +70,9 @@ def test_half_a_character_is_no_text(tiny_backbone: Any) -> None:
 def test_a_folder_that_no_report_can_be_made_of(value: str, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(f'{{"scores": {value}}}')
     with pytest.raises(DataError, match=r"evaluation\.json"):
-        read_folder(tmp_path)
+        read_results(tmp_path)
     (tmp_path / "evaluation.json").unlink()
     (tmp_path / "events.jsonl").write_text("\n")
     (tmp_path / "config.toml").write_text(f"seed = {value}\n")
     with pytest.raises(DataError, match=r"config\.toml"):
-        read_folder(tmp_path)
+        read_results(tmp_path)

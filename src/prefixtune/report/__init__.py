@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from prefixtune.report.compose import compose
 from prefixtune.report.html import to_html
-from prefixtune.report.load import read_folder
+from prefixtune.report.load import read_results
 from prefixtune.report.markdown import to_markdown
 from prefixtune.report.sections.losses import loss_plot, smooth
 
-__all__ = ["compose", "loss_plot", "read_folder", "smooth", "to_html", "to_markdown"]
+__all__ = ["compose", "loss_plot", "read_results", "smooth", "to_html", "to_markdown"]

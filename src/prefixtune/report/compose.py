@@ -22,7 +22,7 @@ def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
     """Make a report.
 
     Args:
-        sources: At least one folder, as read by `read_folder`.
+        sources: At least one folder, as read by `read_results`.
         title: Empty: told by the folders.
     """
     parts = [study_part(source, f"p{n}") for n, source in enumerate(sources) if isinstance(source, Study)]

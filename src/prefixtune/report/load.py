@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from prefixtune.errors import DataError
 
-__all__ = ["Cell", "Difference", "Evaluation", "Group", "Measure", "Output", "Run", "Study", "read_folder"]
+__all__ = ["Cell", "Difference", "Evaluation", "Group", "Measure", "Output", "Run", "Study", "read_results"]
 
 
 T = TypeVar("T")
@@ -152,7 +152,7 @@ class Study:
     overlap: str = ""
 
 
-def read_folder(path: Path) -> Study | Run:
+def read_results(path: Path) -> Study | Run:
     """Read a folder of `prefixtune train`, `prefixtune evaluate --output` or `prefixtune study`.
 
     Raises:

@@ -23,7 +23,7 @@ from prefixtune.evaluation.records import Evaluation, summarize, write_evaluatio
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.report import read_folder
+from prefixtune.report import read_results
 
 Make = Callable[..., Any]
 WORDS = ("a red fox", "the owl", "one hare at night", "two swans", "a", "badgers of the hill", "an otter")
@@ -153,7 +153,7 @@ def test_a_metric_that_is_not_available_is_left_out_and_said(
     assert [*outcome.scores] == ["bleu"]
     assert outcome.left_out == {"meteor": "java is not installed; install it"}
     write_evaluation(tmp_path, outcome, EXAMPLES, {})
-    read = read_folder(tmp_path)
+    read = read_results(tmp_path)
     assert read.evaluation.left_out == outcome.left_out
 
 
@@ -353,7 +353,7 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, told: Make, tmp
         "output": "owl",
         "groups": {"parity": "odd", "rest": "1"},
     }
-    read = read_folder(tmp_path / "new").evaluation
+    read = read_results(tmp_path / "new").evaluation
     assert (read.title, read.task, read.data, read.num_examples) == ("a title", "toy", "held_out", len(EXAMPLES))
     assert [output.output for output in read.outputs] == list(outcome.outputs)
     for name, score in outcome.scores.items():
@@ -368,7 +368,7 @@ def test_texts_of_any_script_and_with_line_ends_stay_one_line_each(tmp_path: Pat
     write_evaluation(tmp_path, Evaluation({}, outputs), examples, {})
     rows = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     assert [strict(row)["output"] for row in rows] == list(outputs)
-    assert [output.output for output in read_folder(tmp_path).evaluation.outputs] == list(outputs)
+    assert [output.output for output in read_results(tmp_path).evaluation.outputs] == list(outputs)
 
 
 def test_a_model_with_a_chat_template_is_asked_in_turns(tiny_backbone: Make, tiny_tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ from prefixtune.cli.main import main
 from prefixtune.data import Example
 from prefixtune.evaluation import overlap
 from prefixtune.evaluation.overlap import find_overlap, training_examples
-from prefixtune.report import compose, read_folder
+from prefixtune.report import compose, read_results
 from prefixtune.studies import StudyConfig, run_study
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
@@ -72,7 +72,7 @@ def test_a_study_counts_them_and_its_report_tells(tmp_path: Path, tiny_backbone:
     assert [event["count"] for event in events if event["event"] == "overlap"] == [1]
     stored = json.loads((tmp_path / "study" / "study.json").read_text())
     assert stored["overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.train}
-    warnings = compose([read_folder(tmp_path / "study")], "").warnings
+    warnings = compose([read_results(tmp_path / "study")], "").warnings
     assert any("1 of 2 test sources (50.0%) stand in the training set" in warning for warning in warnings)
     # A second look at what is done forgets nothing.
     run_study(config, backbone=tiny_backbone("llama"))

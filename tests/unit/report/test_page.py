@@ -27,7 +27,7 @@ from made_up_runs import (
     write_lines,
 )
 from prefixtune.errors import DataError
-from prefixtune.report import compose, read_folder, to_html, to_markdown
+from prefixtune.report import compose, read_results, to_html, to_markdown
 
 NASTY = (
     "</script><script>alert(1)</script>",
@@ -41,7 +41,7 @@ VOID = {"meta", "link", "input", "br", "hr", "img"}
 
 
 def pages(*folders: Path, title: str = "") -> tuple[str, str]:
-    document = compose([read_folder(folder) for folder in folders], title)
+    document = compose([read_results(folder) for folder in folders], title)
     return to_html(document), to_markdown(document)
 
 
@@ -494,7 +494,7 @@ def damaged(folder: Path, name: str, text: str) -> Path:
 )
 def test_broken_folders_are_named_with_a_way_out(make: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        read_folder(make(tmp_path))
+        read_results(make(tmp_path))
     assert str(tmp_path) in caught.value.message
     assert caught.value.hint
 
@@ -502,13 +502,13 @@ def test_broken_folders_are_named_with_a_way_out(make: Any, message: str, tmp_pa
 def test_a_study_without_cells(tmp_path: Path) -> None:
     study_json(tmp_path)
     with pytest.raises(DataError, match="has no cells"):
-        read_folder(tmp_path)
+        read_results(tmp_path)
 
 
 def test_a_folder_of_runs_names_one(tmp_path: Path) -> None:
     evaluation(tmp_path / "e2e")
     with pytest.raises(DataError) as caught:
-        read_folder(tmp_path)
+        read_results(tmp_path)
     assert caught.value.hint == f"did you mean {str(tmp_path / 'e2e')!r}?"
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`prefixtune report`."""
-    from prefixtune.report import compose, read_folder, to_html, to_markdown
+    from prefixtune.report import compose, read_results, to_html, to_markdown
     from prefixtune.utils.files import write_text
     from prefixtune.utils.writable import check_writable
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         )
     for file in (page, page.with_suffix(".md")):
         check_writable(file)
-    document = compose([read_folder(Path(run)) for run in options.runs], options.title)
+    document = compose([read_results(Path(run)) for run in options.runs], options.title)
     text = page.with_suffix(".md")
     write_text(page, to_html(document))
     write_text(text, to_markdown(document))
