@@ -46,7 +46,7 @@ def test_an_encoder_decoder(models: dict[str, str], tmp_path: Path) -> None:
     assert [json.loads(line)["text"] for line in out.splitlines()] == list(texts)
     _, err = train(models["llama"], tmp_path / "no", *files, "--sites", "cross", code=2)
     assert "no site cross" in err
-    assert "hint: choose of decoder" in err
+    assert "hint: choose from decoder" in err
 
 
 def test_labels_with_probabilities(models: dict[str, str], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import build_module, from_words
+from prefixtune.training.initialize import build_encoder, from_words
 from prefixtune.training.train import train
 
 GREEDY = GenerateConfig(max_new_tokens=10)
@@ -86,7 +86,7 @@ def config_for(folder: Path, **changes: Any) -> TrainConfig:
 def test_layers_do_not_share_prefixes_and_no_slot_is_dead(backbone: Any, tmp_path: Path, random_ids: Any):
     """PEFT: layers i and i + L/2 share one prefix, and half of what is trained never gets a gradient."""
     config = config_for(tmp_path / "run")
-    module, _ = build_module(config, backbone)
+    module, _ = build_encoder(config, backbone)
     stored = sum(shape.size for shapes in backbone.geometry.values() for shape in shapes) * 4
     assert sum(parameter.numel() for parameter in module.parameters()) == stored
     example = TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(4, 2)), tuple(random_ids(6, 3))))
@@ -105,12 +105,12 @@ def test_layers_do_not_share_prefixes_and_no_slot_is_dead(backbone: Any, tmp_pat
 def test_the_encoder_and_the_cross_attention_have_prefixes(backbone: Any, tmp_path: Path):
     """PEFT gives an encoder-decoder neither; the paper's BART has three prefixes, each with an MLP of its own."""
     config = config_for(tmp_path / "run", reparameterization="mlp")
-    module, _ = build_module(config, backbone)
+    module, _ = build_encoder(config, backbone)
     result = train(config, backbone=backbone, examples=EXAMPLES)
     assert set(result.prefix.sites) == set(module.sites) == set(SITES)
     assert result.num_trained == sum(p.numel() for site in module.sites.values() for p in site.parameters())
     assert len({id(p) for p in module.parameters()}) == 3 * len(list(module.sites["cross"].parameters()))
-    bare = build_module(config, backbone)[0].bake()
+    bare = build_encoder(config, backbone)[0].bake()
     for site in SITES:
         for one, other in zip(result.prefix.layers[site], bare.layers[site], strict=True):
             assert all(torch.all((a != b).any(-1)) for a, b in zip(one, other, strict=True))

@@ -44,9 +44,10 @@ from prefixtune.report import compose, read_results, to_html, to_markdown
 from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.studies import StudyConfig
 from prefixtune.studies.runner import outcome_of
-from prefixtune.training.checkpoint import events_until as _events_until
-from prefixtune.training.checkpoint import load_state, load_weights, save_state, save_weights
+from prefixtune.training.artifact import load_weights, save_weights
+from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.folder import read_events
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
 SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
@@ -409,7 +410,7 @@ def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
     report_on(folder / top)
     if name.endswith("events.jsonl"):
         with refused():
-            _events_until(folder / name, 3)
+            read_events(folder / name, 3)
     if name.endswith(".jsonl"):
         with refused():
             list(read_decoded(folder / name, "digest"))

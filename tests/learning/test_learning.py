@@ -26,7 +26,7 @@ from prefixtune.prefix.encoder import KINDS
 from prefixtune.prefix.prefix import flatten
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import build_module
+from prefixtune.training.initialize import build_encoder
 from prefixtune.training.train import TrainResult, train
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -102,7 +102,7 @@ def test_one_step_moves_every_trained_tensor_and_no_other(
         max_steps=1 + (kind == "residual"),
         gradient_checkpointing=checkpointing,
     )
-    start, _ = build_module(config, backbone)
+    start, _ = build_encoder(config, backbone)
     result = train(config, backbone=backbone, examples=SHARED)
 
     state, _ = load_state(Path(config.output) / "state.safetensors")
@@ -234,6 +234,20 @@ def test_accumulation_is_one_large_batch(reduction: str, backbone: Any, config_f
     assert [e["target_tokens"] for e in small.events if e["event"] == "step"] == [
         e["target_tokens"] for e in large.events if e["event"] == "step"
     ]
+
+
+def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    labelled = [Example(f"{name} is here", (("pos", "neg")[index % 2],)) for index, name in enumerate(NAMES)]
+    options = {"task": "classification", "classifier": "head", "targets_per_source": 1, "max_steps": 3}
+    results = [
+        train(
+            config_for(f"of {size}", batch_size=size, gradient_accumulation=8 // size, **options),
+            backbone=tiny_backbone("bert"),
+            examples=labelled,
+        )
+        for size in (8, 2)
+    ]
+    assert losses(results[1]) == pytest.approx(losses(results[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -394,7 +408,7 @@ def test_what_cannot_be_extended_is_told(backbone: Any, config_for: Callable[...
     before = {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()}
     with pytest.raises(ConfigError, match=r"max_steps is 3, but the run in .* has taken 6 steps"):
         train(config_for(max_steps=3), examples=EIGHT[:2], resume=True)  # and no backbone was loaded
-    with pytest.raises(ConfigError, match=r"1 steps are asked for, but the run in .* has taken 6"):
+    with pytest.raises(ConfigError, match=r"the new length is 1 steps, but the run in .* has taken 6"):
         train(config_for(max_steps=0, epochs=1.0), **data, resume=True)
     assert {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()} == before
 
@@ -412,7 +426,7 @@ def test_a_state_that_lacks_something_is_refused(backbone: Any, config_for: Call
     path = Path(config_for().output) / "state.safetensors"
     tensors, facts = load_state(path)
     save_state(path, tensors, {name: fact for name, fact in facts.items() if name != "misses"})
-    with pytest.raises(CheckpointError, match="lacks or spoils misses"):
+    with pytest.raises(CheckpointError, match="lacks misses, or has a wrong value there"):
         train(config_for(), backbone=backbone, examples=SHARED, resume=True)
     save_state(path, dict(list(tensors.items())[1:]), facts)
     with pytest.raises(CheckpointError, match="does not fit the run"):
@@ -517,11 +531,11 @@ def test_a_run_may_start_from_another_prefix(
     path = save_prefix(tmp_path / "given.safetensors", given)
     config = config_for(initialization="prefix", init_prefix=str(path))
     for kind in ("none", "residual"):
-        module, facts = build_module(config.replace(reparameterization=kind), backbone)
+        module, facts = build_encoder(config.replace(reparameterization=kind), backbone)
         assert module.bake().equal(given)
         assert facts == {"kind": "prefix", "file": "given.safetensors"}
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3"):
-        build_module(config.replace(prefix_length=3), backbone)
+        build_encoder(config.replace(prefix_length=3), backbone)
 
 
 def test_the_artifact_tells_how_it_was_made(backbone: Any, config_for: Callable[..., TrainConfig]):

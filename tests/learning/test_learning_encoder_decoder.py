@@ -16,7 +16,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import flatten
 from prefixtune.training.checkpoint import load_state
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import build_module
+from prefixtune.training.initialize import build_encoder
 from prefixtune.training.train import TrainResult, train
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -67,7 +67,7 @@ def test_one_step_moves_every_trained_tensor_and_no_other(
         max_steps=1 + (kind == "residual"),
         gradient_checkpointing=checkpointing,
     )
-    start, _ = build_module(config, backbone)
+    start, _ = build_encoder(config, backbone)
     result = train(config, backbone=backbone, examples=SHARED)
 
     state, _ = load_state(Path(config.output) / "state.safetensors")

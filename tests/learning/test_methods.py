@@ -15,8 +15,8 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.inference.generate import generate
+from prefixtune.training.artifact import load_tuned, load_weights
 from prefixtune.training.baselines import Tuning, decoder_layers, freeze_tuned, tune
-from prefixtune.training.checkpoint import load_tuned, load_weights
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import TrainResult, train
 

@@ -22,7 +22,8 @@ from prefixtune.report import read_results
 from prefixtune.studies import StudyConfig, plan, run_study
 from prefixtune.studies.cell import shorten_config
 from prefixtune.studies.reductions import describe_reductions
-from prefixtune.training.checkpoint import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned, load_weights
+from prefixtune.training.artifact import load_tuned, load_weights
+from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.training.train import train
 
 Make = Callable[..., Any]

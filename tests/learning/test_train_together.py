@@ -221,7 +221,7 @@ def test_what_cannot_share_a_pass_is_refused(
     with pytest.raises(ConfigError, match=r"dtype.*several runs would write.*'lora'") as caught:
         train_together(wrong, backbone=backbone)
     assert caught.value.hint
-    with pytest.raises(ConfigError, match="no packed rows"):
+    with pytest.raises(ConfigError, match="reads no packed rows"):
         train_together([config_for("a")], backbone=tiny_backbone("m2m_100"), examples=[EATS])
     assert not list(tmp_path.iterdir())
 

@@ -13,8 +13,8 @@ from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestEr
 from prefixtune.report import read_results
 from prefixtune.server.settings import ServeConfig
 from prefixtune.studies import StudyConfig
-from prefixtune.training.checkpoint import events_until as _events_until
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.folder import read_events
 
 READERS = [TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_sources]
 
@@ -58,7 +58,7 @@ def test_a_log_with_a_step_that_is_none(step: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(f'{{"event": "step", "step": {step}}}\n{{"event": "step", "step": 2}}\n')
     with pytest.raises(CheckpointError, match="line 1"):
-        _events_until(path, 3)
+        read_events(path, 3)
 
 
 def test_half_a_character_is_no_text(tiny_backbone: Any) -> None:

@@ -135,7 +135,8 @@ def find_artifact(options: argparse.Namespace, file: str | None) -> tuple[str | 
     """
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.artifact import prefix_file
-    from prefixtune.training.checkpoint import PREFIX_FILE, WEIGHTS_FILE, load_weights
+    from prefixtune.training.artifact import load_weights
+    from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
 
     if options.run_folder:
         folder = Path(options.run_folder)
@@ -166,7 +167,7 @@ def load_artifact(
     """The model, prefix and text format of what `find_artifact` found."""
     if weights is not None:
         from prefixtune.backbone.load import choose_device, choose_dtype
-        from prefixtune.training.checkpoint import load_tuned
+        from prefixtune.training.artifact import load_tuned
 
         choose_dtype(options.dtype, choose_device(options.device))
         console.info(f"loading {weights} ...")

@@ -37,9 +37,10 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy
-from prefixtune.training.checkpoint import PREFIX_FILE
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import build_module, training_format
+from prefixtune.training.data import training_format
+from prefixtune.training.folder import PREFIX_FILE
+from prefixtune.training.initialize import build_encoder
 
 __all__ = ["Collator", "PrefixModel"]
 
@@ -81,7 +82,7 @@ class PrefixModel(nn.Module):
                 hint="load it without train_adapter and adapter_rank, or use `train`.",
             )
         self.backbone, self.settings = backbone, config
-        self.trained, self.initialization = build_module(config, backbone)
+        self.trained, self.initialization = build_encoder(config, backbone)
         # Trainers write settings of their own into these.
         self.config = copy.deepcopy(backbone.model.config)
         self.generation_config = copy.deepcopy(getattr(backbone.model, "generation_config", None))

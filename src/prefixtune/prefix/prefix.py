@@ -197,14 +197,15 @@ class Prefix:
         )
 
     def leaves(self) -> Prefix:
-        """The same numbers as leaves of a new graph, that gather gradients; the head stays in its own."""
+        """The same numbers, and the head's, as leaves of a new graph, where gradients gather."""
+        head = self.head
         return Prefix(
             {
                 site: tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in layers)
                 for site, layers in self.layers.items()
             },
             self.header,
-            self.head,
+            None if head is None else Head(*(t.detach().requires_grad_() for t in (head.weight, head.bias))),
         )
 
     def __getitem__(self, positions: slice) -> Prefix:

@@ -46,9 +46,10 @@ from prefixtune.studies.records import (
     write_cell,
     write_rate_choice,
 )
-from prefixtune.training.checkpoint import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, load_tuned
+from prefixtune.training.artifact import load_tuned
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import SINGLE_PROCESS
+from prefixtune.training.folder import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.training.train import TrainResult, train
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import peak_memory_mib, reset_peak_memory

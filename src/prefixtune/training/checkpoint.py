@@ -1,87 +1,102 @@
-"""Files: the serving artifact (one small safetensors file) and the resumable training state.
-
-What an artifact holds is told in `artifact`, which reads it; here it is written, and checked against a backbone. A
-state holds the trained module, the optimizer and where the run stood. Both are written atomically; neither is ever a
-pickle.
-"""
+"""The state that a stopped run resumes from: one file of tensors and JSON facts, without pickle."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from array import array
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import load_backbone
-from prefixtune.data.encoding import TokenizedDataset, default_format
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.prefix.artifact import check_header, checked_metadata, read_checked, save_file
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.prefix.artifact import checked_metadata, read_checked, save_file
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.prefix.text_format import TextFormat, read_text_format
-from prefixtune.training.baselines import Tuning, freeze_tuned, load_tuned_weights, tune
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.folder import STATE_FILE
 from prefixtune.utils.files import atomic_path
 
 __all__ = [
-    "LENGTHS",
-    "Event",
-    "events_until",
+    "Checkpoint",
+    "TrainState",
+    "check_extension",
+    "check_same_run",
+    "dtype_name",
+    "finite_or_none",
+    "has_new_length",
     "load_state",
-    "load_tuned",
-    "load_weights",
-    "read_state",
+    "load_tensors",
+    "read_checkpoint",
     "save_state",
-    "save_weights",
+    "state_facts",
+    "state_tensors",
 ]
 
 
-_STATE, _WEIGHTS = "prefixtune_state", "prefixtune_weights"
+_STATE = "prefixtune_state"
 
 
-# --- the weights of other methods ------------------------------------------------------------------------------------
+@dataclass
+class TrainState:
+    """How far a run is.
 
-
-def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    """Store what a method other than a prefix trained: tensors by the model's own names, and a header.
-
-    Raises:
-        CheckpointError: A tensor holds NaN or infinity.
-        PrefixError: The file cannot be written.
+    Attributes:
+        total_steps: Optimizer steps that the configuration plans.
+        step: Optimizer steps taken.
+        best_loss: Lowest development loss per token; NaN before the first evaluation.
+        best_step: The step that it was measured at.
+        evals_without_improvement: Evaluations since then.
     """
-    path = Path(path)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    broken = [name for name, tensor in kept.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
-    with atomic_path(path) as temporary:
-        save_file(kept, temporary, checked_metadata(_WEIGHTS, header, kept))
-    return path
+
+    total_steps: int
+    step: int = 0
+    best_loss: float = math.nan
+    best_step: int = 0
+    evals_without_improvement: int = 0
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], total_steps: int) -> TrainState:
+        """The state that a checkpoint stores."""
+        best_loss = math.nan if facts["best_loss"] is None else facts["best_loss"]
+        return cls(total_steps, facts["step"], best_loss, facts["best_step"], facts["misses"])
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The reverse of `save_weights`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A stored state.
 
-    Raises:
-        CheckpointError: The file is missing, truncated, damaged, something else or of an unknown version.
+    Attributes:
+        folder: That of the run.
+        tensors: As `state_tensors` collects them.
+        facts: As `state_facts` makes them.
     """
-    hint = "give the weights.safetensors that `prefixtune train --method full` (or another) wrote."
-    tensors, header = read_checked(path, _WEIGHTS, "holds no weights of another method", hint)
-    check_header(header, repr(str(path)))
-    return tensors, header
+
+    folder: str
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
 
 
-# --- the training state ----------------------------------------------------------------------------------------------
+_FACTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "best_step", "misses"), (int,)),
+    **dict.fromkeys(("fingerprint", "dtype", "data"), (str,)),
+    "best_loss": (float, int, type(None)),
+    "config": (dict,),
+}
+
+_LENGTHS = ("max_steps", "epochs", "patience")
+"""How long a run goes on: a resumed run may be given more of it, and its schedule is then that of the new length."""
+_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", *_LENGTHS)
+"""Options that may differ when a run is resumed; the dtype that results is compared by itself."""
+
+
+# --- the state's file ------------------------------------------------------------------------------------------------
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Store where a run stands, atomically.
+    """Store a state, atomically.
 
     Args:
         path: The file.
@@ -91,13 +106,13 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
     Raises:
         PrefixError: The file cannot be written; the previous state is untouched.
     """
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(Path(path)) as temporary:
-        save_file(kept, temporary, checked_metadata(_STATE, facts, kept))
+        save_file(stored, temporary, checked_metadata(_STATE, facts, stored))
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The reverse of `save_state`.
+    """Read a file that `save_state` wrote: its tensors and its facts.
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged, no state, or of an unknown version.
@@ -106,61 +121,70 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_checked(path, _STATE, "is not a training state", hint)
 
 
-Event = dict[str, Any]
-"""What happened: `event` is start, resume, extend, step, evaluation, save or end; the rest are figures."""
-
-PREFIX_FILE, STATE_FILE, EVENTS_FILE, CONFIG_FILE = (
-    "prefix.safetensors",
-    "state.safetensors",
-    "events.jsonl",
-    "config.toml",
-)
-WEIGHTS_FILE = "weights.safetensors"
-"""The artifact of the methods that train the model's own weights."""
-ADAPTER_FOLDER = "adapter"
-
-
-LENGTHS = ("max_steps", "epochs", "patience")
-"""How long a run goes on: a resumed run may be given more of it, and its schedule is then that of the new length."""
-_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", *LENGTHS)
-"""What a resumed run may be told otherwise; the dtype in force is compared by itself."""
+def state_facts(config: TrainConfig, backbone: Backbone, data_digest: str, state: TrainState) -> dict[str, Any]:
+    """What a state stores beside the tensors."""
+    return {
+        "step": state.step,
+        "best_loss": finite_or_none(state.best_loss),
+        "best_step": state.best_step,
+        "misses": state.evals_without_improvement,
+        "fingerprint": backbone.fingerprint,
+        "dtype": dtype_name(backbone),
+        "data": data_digest,
+        "config": config.to_dict(),
+    }
 
 
-_STATE_FACTS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("step", "best_step", "misses"), (int,)),
-    **dict.fromkeys(("fingerprint", "dtype", "data"), (str,)),
-    "best_loss": (float, int, type(None)),
-    "config": (dict,),
-}
-"""What a state tells of its run."""
+def state_tensors(
+    encoder: nn.Module | None, adapter: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """What a state stores of the trained parameters and of the optimizer's moments, by name."""
+    tensors: dict[str, Tensor] = {}
+    if encoder is not None:
+        tensors.update({f"module.{name}": tensor for name, tensor in encoder.state_dict().items()})
+    tensors.update({f"adapter.{name}": parameter for name, parameter in adapter.items()})
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()})
+    return tensors
 
 
-def load_tuned(path: str | Path, **options: Any) -> tuple[Backbone, TextFormat]:
-    """The backbone with the weights that another method than a prefix trained, and the text format of its training.
-
-    Args:
-        path: `weights.safetensors` of a run.
-        **options: For `load_backbone`, such as `dtype`; `name_or_path` in place of the backbone that the header names.
+def load_tensors(
+    checkpoint: Checkpoint,
+    encoder: nn.Module | None,
+    adapter: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put back what `state_tensors` collected.
 
     Raises:
-        CheckpointError: The file is no such weights.
-        BackboneError: The weights are another backbone's.
+        CheckpointError: The tensors are those of other parameters.
     """
-    tensors, header = load_weights(path)
-    origin = header["backbone"]
-    backbone = load_backbone(options.pop("name_or_path", None) or origin["name"], **options)
-    if not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
-        raise BackboneError(
-            f"{str(path)!r} was trained from {origin['name']!r} with other weights than {backbone.name!r}.",
-            hint="load the backbone that its header names.",
-        )
-    backbone = tune(backbone, Tuning(header["method"], header["method_size"]))
-    load_tuned_weights(backbone, tensors)
-    return freeze_tuned(backbone), read_text_format(header) or default_format(backbone)
+    tensors = checkpoint.tensors
+    try:
+        if encoder is not None:
+            own = {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
+            encoder.load_state_dict(own)
+        with torch.no_grad():
+            for name, parameter in adapter.items():
+                parameter.copy_(tensors[f"adapter.{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                moments.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise CheckpointError(
+            f"the state in {checkpoint.folder!r} does not fit the run: {str(error).splitlines()[0]}",
+            hint="start again in another --output.",
+        ) from error
 
 
-def read_state(config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of the run that a configuration goes on with.
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(config: TrainConfig) -> Checkpoint:
+    """The state of the run that a configuration resumes.
 
     Raises:
         CheckpointError: There is no state, or it is broken.
@@ -170,75 +194,104 @@ def read_state(config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.exists():
         raise CheckpointError(f"there is no run to resume in {str(path.parent)!r}.", hint="start it without --resume.")
     tensors, facts = load_state(path)
-    faults = [name for name, kinds in _STATE_FACTS.items() if not isinstance(facts.get(name), kinds)]
+    faults = [name for name, kinds in _FACTS.items() if not isinstance(facts.get(name), kinds)]
     if faults:
         raise CheckpointError(
-            f"{str(path)!r} lacks or spoils {', '.join(faults)}.", hint="start anew in another --output."
+            f"{str(path)!r} lacks {', '.join(faults)}, or has a wrong value there.",
+            hint="start again in another --output.",
         )
-    # What an older version did not know was as it is by default.
-    stored, now = {**TrainConfig().to_dict(), **facts["config"]}, config.to_dict()
-    changed = [k for k in now if stored.get(k) != now[k] and k not in _MAY_CHANGE]
+    # An option that an older version did not have was at its default.
+    stored = {**TrainConfig().to_dict(), **facts["config"]}
+    _check_same_config(config, stored, facts["step"])
+    return Checkpoint(str(path.parent), tensors, {**facts, "config": stored})
+
+
+def _check_same_config(config: TrainConfig, stored: Mapping[str, Any], step: int) -> None:
+    """Refuse options that a resumed run cannot change.
+
+    Raises:
+        ConfigError: One has changed, or the new length contradicts the run so far.
+    """
+    changed = [
+        f"{name} was {stored.get(name)!r}, is {value!r}"
+        for name, value in config.to_dict().items()
+        if stored.get(name) != value and name not in _MAY_CHANGE
+    ]
     if changed:
-        listed = ", ".join(f"{key} was {stored.get(key)!r}, is {now[key]!r}" for key in changed)
         raise ConfigError(
-            f"the run in {str(path.parent)!r} was started otherwise: {listed}.",
-            hint="resume with the same options, or start anew in another --output.",
+            f"the run in {config.output!r} was started with other options: {', '.join(changed)}.",
+            hint="resume with the same options, or start again in another --output.",
         )
     if config.max_steps and stored["epochs"] != config.epochs:
         raise ConfigError(
-            f"epochs is {config.epochs:g}, but the run in {str(path.parent)!r} is set by max_steps = "
+            f"epochs is {config.epochs:g}, but the length of the run in {config.output!r} is max_steps = "
             f"{config.max_steps}, which overrides it.",
             hint="give --max-steps N (max_steps=N) alone, or --max-steps 0, too.",
         )
-    if 0 < config.max_steps < facts["step"]:
+    if 0 < config.max_steps < step:
         raise ConfigError(
-            f"max_steps is {config.max_steps}, but the run in {str(path.parent)!r} has taken {facts['step']} steps.",
-            hint=f"give more, as in --max-steps {2 * facts['step']}.",
+            f"max_steps is {config.max_steps}, but the run in {config.output!r} has taken {step} steps.",
+            hint=f"give more, as in --max-steps {2 * step}.",
         )
-    return tensors, {**facts, "config": stored}
 
 
-def digest_dataset(*data: TokenizedDataset | None) -> str:
-    """Tells encoded data apart."""
-    total = hashlib.sha256()
-    for encoding in data:
-        for example in encoding.examples if encoding is not None else ():
-            for ids in (example.prompt, *example.targets, ()):
-                total.update(array("q", (len(ids), *ids)).tobytes())
-        total.update(b"|")
-    return total.hexdigest()
+def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str) -> None:
+    """Refuse a state of another backbone or of other data.
+
+    Raises:
+        ConfigError: The state belongs to another run.
+    """
+    folder, facts = checkpoint.folder, checkpoint.facts
+    if not fingerprints_match(facts["fingerprint"], backbone.fingerprint):
+        raise ConfigError(f"the run in {folder!r} was started on another backbone.", hint="load that one.")
+    dtype = dtype_name(backbone)
+    if facts["dtype"] != dtype:
+        raise ConfigError(
+            f"the run in {folder!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
+            hint=f"resume with --dtype {facts['dtype']}.",
+        )
+    if facts["data"] != data_digest:
+        raise ConfigError(
+            f"the run in {folder!r} was started on other data.",
+            hint="give it the same files, or start again in another --output.",
+        )
+
+
+def has_new_length(config: TrainConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a resumed run is given another length than it was started with."""
+    return any(checkpoint.facts["config"][name] != getattr(config, name) for name in _LENGTHS)
+
+
+def check_extension(config: TrainConfig, state: TrainState, planned_steps: int) -> None:
+    """Refuse a new length at which the run could not go on.
+
+    Args:
+        config: The run, with its new length.
+        state: How far the run is; its total is that of the new length.
+        planned_steps: The total of the old length.
+
+    Raises:
+        ConfigError: The steps are taken already, or the run has stopped early.
+    """
+    if state.total_steps != planned_steps and state.total_steps <= state.step:
+        raise ConfigError(
+            f"the new length is {state.total_steps} steps, but the run in {config.output!r} has taken {state.step}.",
+            hint=f"give more, as in --max-steps {2 * state.step}.",
+        )
+    waited = state.evals_without_improvement
+    if state.total_steps > planned_steps and 0 < config.patience <= waited:
+        raise ConfigError(
+            f"the run in {config.output!r} stopped at step {state.step}, as {waited} evaluations brought no "
+            "better loss; more steps alone do not make it go on.",
+            hint=f"give more patience, too, as in --patience {2 * waited}, or 0 for any number.",
+        )
+
+
+def dtype_name(backbone: Backbone) -> str:
+    """The backbone's dtype as it is stored: `float32`, say."""
+    return str(backbone.dtype).removeprefix("torch.")
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
+    """The value, with None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
-
-
-def events_until(path: Path, step: int) -> list[Event]:
-    """The log's events up to a step; a last line that was cut off by a kill is left out.
-
-    Raises:
-        CheckpointError: Another line is damaged.
-    """
-    events: list[Event] = []
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}.", hint="check its permissions.") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            # An unknown step would stay, too.
-            kind, reached = event["event"], int(event.get("step", 0))
-        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise CheckpointError(
-                f"line {number} of {str(path)!r} is no event of a training: {line[:40]!r}.",
-                hint="delete the file: the run goes on from its state, and its log begins anew.",
-            ) from error
-        # An extension at this very step was stopped before it was saved, and is done anew.
-        undone = kind in ("end", "resume") or (kind == "extend" and reached == step)
-        if reached <= step and not undone:
-            events.append(event)
-    return events

@@ -1,4 +1,4 @@
-"""Checks."""
+"""What can be wrong with a run whatever its data is: mostly checked before a backbone loads, which takes long."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["check_together", "early_checks", "no_head", "no_start"]
 
 
 def early_checks(
-    config: TrainConfig, processes: ProcessGroup, *, has_dev: bool, loads: bool
+    config: TrainConfig, processes: ProcessGroup, *, has_dev: bool, loads_backbone: bool
 ) -> Iterator[Callable[[], object]]:
-    """What can be wrong with a configuration on this machine, whatever the data is and before a backbone loads."""
-    if loads:
+    """The checks of a configuration on this machine that need no backbone."""
+    if loads_backbone:
         yield lambda: check_loadable(
             config.backbone,
             dtype=config.dtype,
@@ -35,26 +35,26 @@ def early_checks(
 
 
 def _check_start(config: TrainConfig) -> None:
-    """The prefix that a run starts from."""
+    """Read the prefix that a run starts from, as far as that needs no backbone."""
     if config.method == "prompt":
         raise no_start()
     load_prefix(config.init_prefix)
 
 
 def no_start() -> ConfigError:
-    """The error for a prompt that is to start from a prefix."""
+    """The error of a prompt that is to start from a prefix."""
     return ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
 
 
 def no_head(config: TrainConfig) -> ConfigError:
-    """The error for a head that a method does not train."""
+    """The error of a method that cannot train a head."""
     return ConfigError(
         f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
     )
 
 
 def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bool) -> None:
-    """Options that do not go together."""
+    """Refuse options that contradict each other, the data or the machine."""
     if config.shard and (processes.size == 1 or not config.trains_prefix or config.train_adapter):
         raise ConfigError(
             "shard splits a frozen backbone among several processes.",
@@ -62,26 +62,33 @@ def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bo
         )
     if config.patience and not has_dev:
         raise ConfigError(
-            "patience needs a development file to lose it on.", hint="set dev (--dev FILE), or patience to 0."
+            f"patience is {config.patience}, but patience needs a development file to evaluate on.",
+            hint="set dev (--dev FILE), or patience to 0.",
         )
     if config.classifier == "head" and not config.trains_prefix:
         raise no_head(config)
 
 
 def check_together(configs: Sequence[TrainConfig]) -> None:
-    """Refuse runs that cannot share a pass; all faults at once."""
+    """Refuse runs that cannot share a backbone; all faults at once.
+
+    Raises:
+        ConfigError: They cannot.
+    """
     faults = [] if configs else ["there is no run"]
     for name in ("backbone", "dtype", "device", "quantize", "gradient_checkpointing"):
         values = sorted({str(getattr(config, name)) for config in configs})
         if len(values) > 1:
             faults.append(f"{name} is {' and '.join(map(repr, values))}, but all runs share one backbone")
     folders = [Path(config.output).resolve() for config in configs]
-    twice = sorted({str(config.output) for config in configs if folders.count(Path(config.output).resolve()) > 1})
-    if twice:
-        faults.append(f"several runs would write to {', '.join(map(repr, twice))}")
+    shared = sorted({str(config.output) for config in configs if folders.count(Path(config.output).resolve()) > 1})
+    if shared:
+        faults.append(f"several runs would write to {', '.join(map(repr, shared))}")
     for config in configs:
         if config.method not in ("prefix", "prompt") or config.adapter or config.train_adapter:
             what = f"method {config.method!r}" if config.method not in ("prefix", "prompt") else "an adapter"
             faults.append(f"the run in {config.output!r} has {what}, but only prefixes and prompts share a backbone")
     if faults:
-        raise ConfigError("; ".join(faults) + ".", hint="give each its own output, and train what differs by itself.")
+        raise ConfigError(
+            "; ".join(faults) + ".", hint="give each run an output of its own, and train separately what differs."
+        )

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from prefixtune.errors import CheckpointError, ConfigError, did_you_mean
+from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.options import check_names, fit_types
 
-__all__ = ["TrainConfig", "default_learning_rate", "stored_config"]
+__all__ = ["TrainConfig", "default_learning_rate"]
 
 
 _AT_LEAST_ONE = (
@@ -293,21 +293,6 @@ class TrainConfig:
                 f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10."
             ) from error
         return cls.from_mapping({**(beneath or {}), **values, **overrides}, where=repr(str(path)))
-
-
-def stored_config(output: str | Path) -> Path:
-    """The configuration that the run in a folder was started with.
-
-    Raises:
-        CheckpointError: The folder holds no run.
-    """
-    path = Path(output) / "config.toml"
-    if not path.exists():
-        raise CheckpointError(
-            f"there is no run to resume in {str(path.parent)!r}.",
-            hint="name its folder with --output (output), or start it without --resume (resume).",
-        )
-    return path
 
 
 def _site_fault(text: str) -> str:

@@ -1,31 +1,33 @@
-"""Data."""
+"""The data of a run: read and checked, then turned into token ids, then put in the order of its steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, limit_targets, read_task
-from prefixtune.data.labels import validate_labels
+from prefixtune.data.batching import epoch_batches
+from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, default_format, encode_examples
+from prefixtune.data.examples import TaskKind
+from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
 from prefixtune.errors import ConfigError, DataError, check_all
-from prefixtune.training.checkpoint import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.checks import early_checks
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
+from prefixtune.training.folder import check_unused
+from prefixtune.training.initialize import resolve_site_lengths
 
-__all__ = ["read_data"]
+__all__ = ["TrainData", "optimizer_steps", "read_data", "tokenize", "training_format"]
 
 
-def _with_targets(examples: list[Example], what: str) -> list[Example]:
-    """The examples, of which some must have a target."""
-    if not examples:
-        raise DataError(f"the {what} data has no example.", hint="check the file and `limit`.")
-    if not any(example.targets for example in examples):
-        raise DataError(
-            f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
-            hint="name the column or template of the targets (--target), or give another file.",
-        )
-    return examples
+# --- files -> examples -----------------------------------------------------------------------------------------------
 
 
 def read_data(
@@ -35,55 +37,60 @@ def read_data(
     processes: ProcessGroup,
     *,
     resume: bool,
-    loads: bool,
+    loads_backbone: bool,
 ) -> tuple[list[Example], list[Example]]:
-    """Read what is not given, and check all that can be without a backbone, which takes long to load.
+    """Read the files, and report every mistake that can be found before a backbone loads, which takes long.
+
+    Args:
+        config: The run.
+        examples: To train on; None: `config.train` is read.
+        dev_examples: To choose the best prefix by; None: `config.dev` is read, if given.
+        processes: Those of the run; the first one checks the folder.
+        resume: The folder may hold a run.
+        loads_backbone: The backbone is still to be loaded, so that its options are checked.
 
     Returns:
-        The examples to train on and those to choose by, as far as they are used.
+        The training and the development examples, as many as are used.
+
+    Raises:
+        PrefixError: The only mistake; of several, a `ConfigError` that lists them.
     """
-    folder = Path(config.output)
-    if (
-        not resume
-        and processes.is_main
-        and any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE))
-    ):
-        raise ConfigError(
-            f"{str(folder)!r} already holds a run.",
-            hint="go on with --resume (resume=True), choose another --output (output), or delete it.",
-        )
-    chosen: list[Example] = []
+    if not resume and processes.is_main:
+        check_unused(Path(config.output))
+    train: list[Example] = []
     dev: list[Example] = []
-    kind = TASKS[config.task].kind if config.task in TASKS else "generation"
+    kind = _task_kind(config)
 
     def check_labels() -> None:
         # What could not be read is reported by itself.
-        if kind != "generation" and chosen and (dev or not config.dev):
-            validate_labels(kind, chosen, dev, by=config.classifier, words=config.words_by_label)
+        if kind != "generation" and train and (dev or not config.dev):
+            validate_labels(kind, train, dev, by=config.classifier, words=config.words_by_label)
 
     check_all(
         [
-            lambda: chosen.extend(
-                limit_targets(_with_targets(_training_data(config, examples), "training"), config.limit)
-            ),
-            lambda: dev.extend(limit_targets(_development_data(config, dev_examples), config.dev_limit)),
+            lambda: train.extend(limit_targets(_training_examples(config, examples), config.limit)),
+            lambda: dev.extend(limit_targets(_development_examples(config, dev_examples), config.dev_limit)),
             check_labels,
-            *early_checks(config, processes, has_dev=bool(dev_examples or config.dev), loads=loads),
+            *early_checks(config, processes, has_dev=bool(dev_examples or config.dev), loads_backbone=loads_backbone),
         ]
     )
-    return chosen, dev
+    return train, dev
 
 
-def _training_data(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
+def _task_kind(config: TrainConfig) -> TaskKind:
+    return TASKS[config.task].kind if config.task in TASKS else "generation"
+
+
+def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
     if examples is not None:
-        return as_examples(examples, config.source or None, config.target or None)
+        return _with_targets(as_examples(examples, config.source or None, config.target or None), "training")
     parts = TASKS[config.task].parts if config.task in TASKS else ()
     if not config.train and config.task in TASKS and not parts:
         raise ConfigError("no training file is given.", hint="set train (--train FILE).")
-    return _read(config, config.train or (*parts, "")[0], "train")
+    return _with_targets(_read(config, config.train or (*parts, "")[0], "train"), "training")
 
 
-def _development_data(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
+def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
     if examples is not None:
         dev = as_examples(examples, config.source or None, config.target or None, "development example")
     else:
@@ -94,3 +101,154 @@ def _development_data(config: TrainConfig, examples: Sequence[ExampleLike] | Non
 def _read(config: TrainConfig, path: str, split: str) -> list[Example]:
     """The examples of a file, or of a folder's split."""
     return read_task(config.task, path, source=config.source or None, target=config.target or None, split=split)
+
+
+def _with_targets(examples: list[Example], what: str) -> list[Example]:
+    """The examples, at least one of which must have a target."""
+    if not examples:
+        raise DataError(f"the {what} data has no example.", hint="check the file and `limit`.")
+    if not any(example.targets for example in examples):
+        raise DataError(
+            f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
+            hint="name the column or template of the targets (--target), or give another file.",
+        )
+    return examples
+
+
+# --- examples -> tokens ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What a run learns from, as token ids.
+
+    Attributes:
+        train: To train on.
+        dev: To choose the best prefix by; None: there is none.
+        text_format: The text around source and target, with the lengths that training left whole.
+        labels: What the run learns to classify; None: it learns to generate.
+        digest: Tells this data from any other, so that a run is never resumed on other data.
+    """
+
+    train: TokenizedDataset
+    dev: TokenizedDataset | None
+    text_format: TextFormat
+    labels: Labels | None
+    digest: str
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a head is trained with the prefix."""
+        return self.labels is not None and self.labels.by == "head"
+
+    @property
+    def num_head_labels(self) -> int:
+        """Labels that a head tells apart; 0: there is no head."""
+        return len(self.labels.names) if self.labels is not None and self.has_head else 0
+
+
+def tokenize(
+    config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
+) -> TrainData:
+    """Choose the labels and turn a run's examples into token ids.
+
+    Raises:
+        ConfigError: The backbone cannot do the task, or has no such site.
+        DataError: An example does not fit, or a template cannot be stored.
+    """
+    labels = _choose_labels(config, backbone, examples, dev_examples)
+    text_format = training_format(config, backbone, for_head=labels is not None and labels.by == "head")
+    train = _tokenize(config, backbone, examples, labels, text_format)
+    dev = _tokenize(config, backbone, dev_examples, labels, text_format) if dev_examples else None
+    text_format = dataclasses.replace(
+        text_format,
+        longest_target=train.longest_target,
+        longest_prompt=max(dataset.longest_prompt for dataset in (train, dev) if dataset is not None),
+    )
+    return TrainData(train, dev, text_format, labels, _digest(train, dev))
+
+
+def _choose_labels(
+    config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
+) -> Labels | None:
+    """What a run learns to classify; None: it learns to generate."""
+    kind = _task_kind(config)
+    if kind != "generation":
+        return choose_labels(kind, backbone, examples, dev_examples, by=config.classifier, words=config.words_by_label)
+    if backbone.kind == "encoder":
+        raise ConfigError(
+            f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",
+            hint="use --task classification or tagging, or choose a model that generates.",
+        )
+    return None
+
+
+def training_format(config: TrainConfig, backbone: Backbone, *, for_head: bool = False) -> TextFormat:
+    """The text format of a training run, as its header stores it.
+
+    Raises:
+        DataError: A template cannot be stored in a header.
+    """
+    default = default_format(backbone, for_head=for_head)
+    text_format = TextFormat(
+        config.prompt_format or default.prompt,
+        config.target_format or default.target,
+        backbone.separator,
+        backbone.end,
+        config.source,
+        config.target,
+        config.max_length,
+        config.on_too_long,
+    )
+    text_format.check_stored()
+    return text_format
+
+
+def _tokenize(
+    config: TrainConfig,
+    backbone: Backbone,
+    examples: Sequence[Example],
+    labels: Labels | None,
+    text_format: TextFormat,
+) -> TokenizedDataset:
+    limits: dict[str, Any] = {
+        "prefix_length": resolve_site_lengths(config, backbone).get("decoder", 0) if config.trains_prefix else 0,
+        "max_length": config.max_length,
+        "on_too_long": config.on_too_long,
+    }
+    if labels is not None and labels.by == "head":
+        return encode_labelled(backbone, examples, labels, text_format, **limits)
+    if labels is not None:
+        examples = with_label_words(examples, labels)
+    return encode_examples(backbone, examples, text_format, **limits)
+
+
+def _digest(*datasets: TokenizedDataset | None) -> str:
+    """A hash of all token ids."""
+    total = hashlib.sha256()
+    for dataset in datasets:
+        for example in dataset.examples if dataset is not None else ():
+            for ids in (example.prompt, *example.targets, ()):
+                total.update(array("q", (len(ids), *ids)).tobytes())
+        total.update(b"|")
+    return total.hexdigest()
+
+
+# --- tokens -> steps -------------------------------------------------------------------------------------------------
+
+
+def optimizer_steps(
+    config: TrainConfig, examples: Sequence[TokenizedExample], epoch: int
+) -> Iterator[list[list[TokenizedExample]]]:
+    """The batches of every optimizer step of an epoch; they depend on the seed and the epoch alone."""
+    batches = list(
+        epoch_batches(
+            examples,
+            batch_size=config.batch_size,
+            targets_per_source=config.targets_per_source,
+            seed=config.seed,
+            epoch=epoch,
+        )
+    )
+    for first in range(0, len(batches), config.gradient_accumulation):
+        yield batches[first : first + config.gradient_accumulation]

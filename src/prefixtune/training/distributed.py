@@ -1,7 +1,6 @@
-"""Several processes that train together: each computes its share of every batch, and the gradients are summed.
+"""Several processes that train together: each computes its part of every batch, and the gradients are summed.
 
-`torchrun` and `accelerate launch` start them, and tell each its number through the environment; there is no launcher
-here. Knows nothing of prefixes and of training.
+`torchrun` and `accelerate launch` start the processes and set the rank of each in its environment.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from prefixtune.errors import BackboneError
 
-__all__ = ["SINGLE_PROCESS", "ProcessGroup", "init_distributed", "is_main_process", "shard"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup", "init_distributed", "is_main_process", "shard_model"]
 
 
 T = TypeVar("T")
@@ -28,9 +27,9 @@ class ProcessGroup:
     """The processes of a run.
 
     Attributes:
-        rank: This one's number, from 0 on.
+        rank: The index of this process, from 0.
         size: How many there are.
-        device: Where this one computes, as `load_backbone` takes it; empty: wherever was asked for.
+        device: Where this process computes, as `load_backbone` takes it; empty: the device of the configuration.
     """
 
     rank: int = 0
@@ -39,18 +38,18 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and tells."""
+        """Whether this process is the one that writes files and messages."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of what is to be done; may be nothing."""
+    def split_between_processes(self, items: Sequence[T]) -> list[T]:
+        """This process's part of the items; may be empty."""
         return list(items[self.rank :: self.size])
 
     def all_reduce(self, *values: float) -> tuple[float, ...]:
-        """Each value, summed over the processes."""
+        """The values, each summed over the processes."""
         if self.size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self._meeting_device)
+        total = torch.tensor(values, dtype=torch.float64, device=self._communication_device)
         distributed.all_reduce(total)
         return tuple(total.tolist())
 
@@ -58,7 +57,7 @@ class ProcessGroup:
         """Sum the gradients of some tensors over the processes, in one message."""
         if self.size == 1:
             return
-        # Where a process had no part in a tensor, its gradient is none at all.
+        # Where a process had no part in a tensor, the gradient is None.
         gradients = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
         message = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
         distributed.all_reduce(message)
@@ -67,11 +66,11 @@ class ProcessGroup:
             tensor.grad = part.reshape(gradient.shape).to(gradient.dtype)
 
     def barrier(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         self.all_reduce(0.0)
 
     @property
-    def _meeting_device(self) -> torch.device:
+    def _communication_device(self) -> torch.device:
         return torch.device(self.device if distributed.get_backend() == "nccl" else "cpu")
 
 
@@ -79,39 +78,39 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and tells, as the environment says."""
+    """Whether this process is the one that writes files and messages, by the environment alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def init_distributed(device: str) -> Iterator[ProcessGroup]:
-    """The processes that this one was started with; alone, where nobody says otherwise.
+    """The processes that this one was started with; a single one, unless the environment says otherwise.
 
     Args:
-        device: What the run was told: on a CUDA machine each process takes a device of its own, unless it is `cpu`.
+        device: That of the configuration: on a CUDA machine each process takes a device of its own, unless it is `cpu`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if not distributed.is_available() or (size == 1 and not distributed.is_initialized()):
         yield SINGLE_PROCESS
         return
-    chosen = ""
+    own_device = ""
     if device != "cpu" and torch.cuda.is_available():
-        chosen = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(chosen)
-    ours = not distributed.is_initialized()
-    if ours:
-        distributed.init_process_group("nccl" if chosen else "gloo")
+        own_device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(own_device)
+    initializes = not distributed.is_initialized()
+    if initializes:
+        distributed.init_process_group("nccl" if own_device else "gloo")
     try:
-        yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), chosen)
+        yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), own_device)
     finally:
-        if ours:
+        if initializes:
             distributed.destroy_process_group()
 
 
-def shard(model: Any) -> None:
-    """Split a frozen model's weights among the processes; each layer is put together when it is needed (FSDP2).
+def shard_model(model: Any) -> None:
+    """Split a frozen model's weights among the processes, for a backbone larger than a device (FSDP2).
 
-    For backbones larger than a device.
+    Each layer's weights are gathered when it runs.
 
     Raises:
         BackboneError: The model has no stack of layers.

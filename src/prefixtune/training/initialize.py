@@ -1,4 +1,4 @@
-"""Where a prefix begins: real words' activations, or another prefix. A random start needs no backbone.
+"""Build the encoder of a run at its start: from real words' activations, from another prefix, or at random.
 
 Starting from real words matters most with little data (Li & Liang 2021, section 7.4).
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.attention.compute import compute_kv, prefix_from_tokens
@@ -18,16 +18,15 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import hidden_states_at
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
-from prefixtune.data.encoding import TokenizedExample, default_format
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder, fit
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.checks import no_start
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["build_module", "from_prefix", "from_words", "sample_hidden", "training_format", "word_ids"]
+__all__ = ["build_encoder", "from_prefix", "from_words", "resolve_site_lengths"]
 
 
 def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site, int]) -> Prefix:
@@ -48,13 +47,13 @@ def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site,
     """
     lengths = _by_site(backbone, prefix_length)
     runs = {
-        length: prefix_from_tokens(backbone.model, backbone.layout, word_ids(backbone, text, length))
+        length: prefix_from_tokens(backbone.model, backbone.layout, _word_ids(backbone, text, length))
         for length in set(lengths.values())
     }
     return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
 
 
-def word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
+def _word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
     """The tokens of some words, cycled where they are fewer than `length`, cut where they are more.
 
     Raises:
@@ -63,23 +62,23 @@ def word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
     ids = backbone.encode(text)
     if not ids:
         raise ConfigError(f"init_text {text!r} has no token.", hint="give some words, such as the task's name.")
-    return torch.tensor([[ids[place % len(ids)] for place in range(length)]], device=backbone.device)
+    return torch.tensor([[ids[index % len(ids)] for index in range(length)]], device=backbone.device)
 
 
 def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[Site, int]) -> Prefix:
     """Another prefix as a start.
 
     Raises:
-        BackboneError: It does not fit the backbone.
-        ConfigError: Its sites or lengths are others.
+        BackboneError: The prefix does not fit the backbone.
+        ConfigError: Its sites or lengths are not those of the run.
     """
     check_fits(prefix, backbone.geometry, backbone.name)
     wanted = _by_site(backbone, prefix_length)
-    given = {site: prefix.length(site) for site in prefix.sites}
-    if given != wanted:
+    actual = {site: prefix.length(site) for site in prefix.sites}
+    if actual != wanted:
         raise ConfigError(
-            f"the prefix to start from has length {_spell(given)}, but prefix_length is {_spell(wanted)}.",
-            hint=f"set prefix_length to {_spell(given)}, or slice the prefix.",
+            f"the prefix to start from has length {_spell(actual)}, but prefix_length is {_spell(wanted)}.",
+            hint=f"set prefix_length to {_spell(actual)}, or slice the prefix.",
         )
     return prefix.to(torch.float32)
 
@@ -101,49 +100,41 @@ def _spell(lengths: Mapping[Site, int]) -> str:
     return ",".join(f"{site}={length}" for site, length in lengths.items())
 
 
-def training_format(config: TrainConfig, backbone: Backbone, *, for_head: bool = False) -> TextFormat:
-    """The text format of a training run, as its header stores it.
+def resolve_site_lengths(config: TrainConfig, backbone: Backbone) -> dict[Site, int]:
+    """The prefix length at each site of a run.
 
     Raises:
-        DataError: A template is one that no header may hold.
+        ConfigError: The backbone has no such site.
     """
-    usual = default_format(backbone, for_head=for_head)
-    made = TextFormat(
-        config.prompt_format or usual.prompt,
-        config.target_format or usual.target,
-        backbone.separator,
-        backbone.end,
-        config.source,
-        config.target,
-        config.max_length,
-        config.on_too_long,
-    )
-    made.check_stored()
-    return made
+    lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
+    missing = [site for site in lengths if site not in backbone.geometry]
+    if missing:
+        notes = "".join(f" ({note})" for note in backbone.layout.notes)
+        raise ConfigError(
+            f"{backbone.name!r} is of kind {backbone.kind!r} and has no site {', '.join(missing)}{notes}.",
+            hint=f"choose from {', '.join(backbone.geometry)}.",
+        )
+    return lengths
 
 
-@torch.no_grad()
-def sample_hidden(
-    backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample], count: int = 64, batch_size: int = 16
-) -> torch.Tensor:
-    """Hidden states where the first examples have their labels: (N, d), to standardize a head by."""
-    chosen = examples[:count]
-    chunks = [collate(backbone, chosen[n : n + batch_size]) for n in range(0, len(chosen), batch_size)]
-    return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
-
-
-def build_module(
-    config: TrainConfig, backbone: Backbone, *, num_labels: int = 0
+def build_encoder(
+    config: TrainConfig, backbone: Backbone, *, num_labels: int = 0, examples: Sequence[TokenizedExample] = ()
 ) -> tuple[PrefixEncoder | PromptEncoder, dict[str, Any]]:
-    """The trainable prefix of a run, at its start, and what to record of the initialization.
+    """The trainable prefix of a run, at its start, and what the header says of that start.
 
     Args:
-        config: The run.
+        config: The run; its method is `prefix`, `prompt` or `infix`.
         backbone: The frozen model.
         num_labels: Labels of a head to train with it; 0: no head.
+        examples: With a head: what it is standardized by.
+
+    Raises:
+        BackboneError: The prefix to start from does not fit the backbone.
+        CheckpointError: The prefix to start from cannot be read.
+        ConfigError: The backbone has no such site, or cannot do the method; or the start does not fit the run.
     """
     torch.manual_seed(config.seed)
-    lengths = choose_sites(config, backbone)
+    lengths = resolve_site_lengths(config, backbone)
     if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or num_labels):
         raise ConfigError(
             f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
@@ -152,15 +143,8 @@ def build_module(
         )
     if config.method == "prompt":
         return _build_prompt(config, backbone)
-    start: Prefix | None = None
-    facts: dict[str, Any] = {"kind": config.initialization}
-    if config.initialization == "words":
-        start = from_words(backbone, config.init_text, lengths)
-        facts["text"] = config.init_text
-    elif config.initialization == "prefix":
-        start = from_prefix(backbone, load_prefix(config.init_prefix, backbone), lengths)
-        facts["file"] = Path(config.init_prefix).name
-    module = PrefixEncoder(
+    start, description = _start(config, backbone, lengths)
+    encoder = PrefixEncoder(
         config.reparameterization,
         {site: backbone.geometry[site] for site in lengths},
         lengths,
@@ -170,22 +154,48 @@ def build_module(
         head=(num_labels, backbone.hidden_size) if num_labels else None,
     )
     if config.reparameterization == "mlp" and start is not None:
-        facts["relative_fit_error"] = fit(module, start)
-    return module.to(backbone.device), facts
+        description["relative_fit_error"] = fit(encoder, start)
+    encoder.to(backbone.device)
+    if encoder.head is not None:
+        encoder.head.standardize(_sample_hidden(backbone, encoder.bake(), examples))
+    return encoder, description
+
+
+def _start(
+    config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]
+) -> tuple[Prefix | None, dict[str, Any]]:
+    """The prefix that a run starts from (None: random), and what the header says of it."""
+    description: dict[str, Any] = {"kind": config.initialization}
+    if config.initialization == "words":
+        return from_words(backbone, config.init_text, lengths), {**description, "text": config.init_text}
+    if config.initialization == "prefix":
+        prefix = from_prefix(backbone, load_prefix(config.init_prefix, backbone), lengths)
+        return prefix, {**description, "file": Path(config.init_prefix).name}
+    return None, description
+
+
+@torch.no_grad()
+def _sample_hidden(
+    backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample], count: int = 64, batch_size: int = 16
+) -> Float[Tensor, "N d"]:
+    """Hidden states at the labels of the first examples."""
+    sample = examples[:count]
+    chunks = [collate(backbone, sample[first : first + batch_size]) for first in range(0, len(sample), batch_size)]
+    return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
 
 
 def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncoder, dict[str, Any]]:
-    """A prompt at the input layer, from words' embeddings or at random, and what to record of the initialization."""
+    """A prompt at the input layer, from words' embeddings or at random, and what the header says of its start."""
     if config.initialization == "prefix":
         raise no_start()
     table = backbone.model.get_input_embeddings()
-    facts: dict[str, Any] = {"kind": config.initialization}
+    description: dict[str, Any] = {"kind": config.initialization}
     if config.initialization == "words":
-        start = table(word_ids(backbone, config.init_text, config.prefix_length)[0]).detach().float()
-        facts["text"] = config.init_text
+        start = table(_word_ids(backbone, config.init_text, config.prefix_length)[0]).detach().float()
+        description["text"] = config.init_text
     else:
         start = torch.randn(config.prefix_length, table.weight.shape[1]) * float(table.weight.float().std())
-    module = PromptEncoder(
+    encoder = PromptEncoder(
         config.reparameterization,
         start.cpu(),
         lambda prompt: compute_kv(
@@ -194,21 +204,4 @@ def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncode
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
     )
-    return module.to(backbone.device), facts
-
-
-def choose_sites(config: TrainConfig, backbone: Backbone) -> dict[Site, int]:
-    """Where the prefix of a run stands, and how long it is at each site.
-
-    Raises:
-        ConfigError: The backbone has no such site, or a prefix takes all of its positions.
-    """
-    lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
-    missing = [site for site in lengths if site not in backbone.geometry]
-    if missing:
-        notes = "".join(f" ({note})" for note in backbone.layout.notes)
-        raise ConfigError(
-            f"{backbone.name!r} is of kind {backbone.kind!r} and has no site {', '.join(missing)}{notes}.",
-            hint=f"choose of {', '.join(backbone.geometry)}.",
-        )
-    return lengths
+    return encoder.to(backbone.device), description

@@ -1,19 +1,12 @@
-"""The training loop: yields events; `train` shows them, unless told not to.
-
-The same loop trains a prefix and the methods that it is compared with: same data, same order, same loss, same schedule.
-
-One optimizer step: the reparameterization runs once, packed rows go through the frozen backbone with the prefix in
-front, logits are computed where there is a label, and AdamW moves the prefix's parameters. Everything is a function of
-the configuration and the step's number, so a resumed run goes on as if nothing had happened.
-
-Knows nothing of what the examples mean.
-"""
+"""Train: read the data, load the backbone, tokenize, build the encoder, run the loop, return the artifact."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +20,27 @@ from prefixtune.data import Example, ExampleLike
 from prefixtune.errors import ConfigError, TrainingError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.baselines import Tuning, tune
-from prefixtune.training.checkpoint import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE, Event, read_state
-from prefixtune.training.checks import check_together
-from prefixtune.training.config import TrainConfig, stored_config
-from prefixtune.training.data import read_data
-from prefixtune.training.distributed import ProcessGroup, init_distributed, shard
-from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward, stop_requests
+from prefixtune.training.checkpoint import Checkpoint, has_new_length, read_checkpoint
+from prefixtune.training.checks import check_together, no_head
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import TrainData, read_data, tokenize
+from prefixtune.training.distributed import ProcessGroup, init_distributed, shard_model
+from prefixtune.training.folder import (
+    EVENTS_FILE,
+    PREFIX_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    Event,
+    read_events,
+    stored_config,
+    write_config,
+    write_log,
+)
+from prefixtune.training.initialize import build_encoder
+from prefixtune.training.loop import TrainLoop, forward_backward
 from prefixtune.training.progress import show_training
 from prefixtune.utils.console import Console
+from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
 from prefixtune.utils.options import as_config
 
@@ -46,10 +52,11 @@ class TrainResult:
     """What a run leaves.
 
     Attributes:
-        prefix: The best prefix (on the development file, where there is one), baked; None: the method trains weights.
+        prefix: The best prefix (by the development loss, where there are such examples), baked; None: the method trains
+            weights.
         path: The artifact, of the prefix or the weights.
         steps: Optimizer steps taken.
-        best_loss: Lowest development loss, per token; NaN without a development file.
+        best_loss: Lowest development loss, in nats per token; NaN without development examples.
         num_trained: Parameters that the optimizer moved.
         events: Everything that was logged.
     """
@@ -76,21 +83,21 @@ def train(
 ) -> TrainResult:
     """Train a prefix and store it in `config.output`.
 
-    A folder that holds a run already is refused, unless that is resumed.
+    A folder that already holds a run is refused, unless that run is resumed.
 
     Args:
         config: The run: a `TrainConfig`, or a dict of its fields.
         backbone: A `Backbone` or a (model, tokenizer) pair, which a method that trains weights changes; a name or path
-            stands for `config.backbone`; None: `config.backbone` is loaded.
+            replaces `config.backbone`; None: `config.backbone` is loaded.
         examples: `Example`s, or dicts: such as `{"source": "...", "target": "..."}`, or records where `config.source`
-            is given; None: `config.train` is read.
-        dev_examples: Likewise; None: `config.dev` is read, if given.
+            is set; None: `config.train` is read.
+        dev_examples: Likewise; None: `config.dev` is read, if it is set.
         resume: Go on from the state in `config.output`, with losses equal to those of an uninterrupted run. With more
             `max_steps` (or `epochs`, `patience`) than before, the run is extended: from here on, the learning rate is
-            that of a run planned with the new number of steps. Without `config`, the run's own is taken, with the
+            that of a run planned with the new number of steps. Without `config`, the run's own is used, with the
             options over it.
-        progress: Show on stderr how the run goes.
-        on_event: Called with every event, as it happens; in the first process alone.
+        progress: Show the run's progress on stderr.
+        on_event: Called with every event, as it happens; in the first process only.
         processes: The processes that share the work; None: those that this one was started with, by `torchrun` or
             `accelerate launch`. All of them must see the output folder. The losses are those of one process with the
             same batch size; a run may be resumed with another number of processes.
@@ -104,38 +111,26 @@ def train(
         TrainingError: The loss is not finite; the last good state is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
-    config = _chosen(config, options, resume=resume)
+    if resume and config is None:
+        config = TrainConfig.from_toml(stored_config(options.get("output", TrainConfig.output)), **options)
+    else:
+        config = as_config(TrainConfig, config, options)
     if isinstance(backbone, str | os.PathLike):
         config, backbone = config.replace(backbone=os.fspath(backbone)), None
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(config.device)) if processes is None else processes
         console = Console(quiet=not (progress and processes.is_main))
         show = stack.enter_context(show_training(console))
-        _claim([config], processes, stack)
-        # Before the backbone loads.
-        states = [read_state(config)] if resume else []
-        data = read_data(config, examples, dev_examples, processes, resume=resume, loads=backbone is None)
-        if backbone is None:
-            console.info(f"loading {config.backbone} ...")
-        loaded = _load(config, processes) if backbone is None else as_backbone(backbone)
-        run = _make_run(config, loaded, data, processes)
-        # Not kept: it may be as large as the model.
-        events: list[Event] = run.resume(*states.pop()) if states else []
-        stopping = stack.enter_context(stop_requests())
-        stack.enter_context(gradient_checkpointing(run.backbone.model, config.gradient_checkpointing))
-        for event in run.events(stopping, fresh=not resume):
-            events.append(event)
+        opened = _open_runs([config], backbone, [(examples, dev_examples)], processes, console, resume=resume)
+        (run,), stop = stack.enter_context(opened)
+        for event in run.loop.run(stop):
+            run.record(event)
             show(event)
             if on_event is not None and processes.is_main:
                 on_event(event)
-        return _result(run, events)
-
-
-def _chosen(config: TrainConfig | Mapping[str, Any] | None, options: Mapping[str, Any], *, resume: bool) -> TrainConfig:
-    """The run that is meant; one that is resumed without a configuration has its own, with the options over it."""
-    if resume and config is None:
-        return TrainConfig.from_toml(stored_config(options.get("output", TrainConfig.output)), **options)
-    return as_config(TrainConfig, config, options)
+        if stop.is_set():
+            raise KeyboardInterrupt("the state is saved")
+        return run.result()
 
 
 def train_together(
@@ -151,121 +146,171 @@ def train_together(
     """Train several prefixes at once: the same as one after the other, but every pass over the backbone serves all.
 
     Each run has its own data, length, start, rate and seed, and its own folder, as if it were trained alone; its
-    gradients are those that it has alone, but for rounding. A run whose steps are taken, or whose loss is not finite,
-    leaves the others to go on.
+    gradients are those that it has alone, up to rounding. When a run has taken its steps, or its loss is not finite,
+    the others go on.
 
     Args:
         configs: The runs. They share the backbone and its dtype.
         backbone: Already loaded; None: the one that they all name is loaded.
         examples: Per run, already read; None: its `train` is read.
-        dev_examples: Per run, already read; None: its `dev` is read, if given.
-        resume: Go on from the states in the folders; what is done stays as it is.
-        on_event: Called with every event, with the run's folder added as `run`.
+        dev_examples: Per run, already read; None: its `dev` is read, if it is set.
+        resume: Go on from the states in the folders; a run without a state starts.
+        on_event: Called with every event, with the run's folder added as `run`; in the first process only.
         processes: As in `train`.
 
     Raises:
         ConfigError: The runs cannot share a pass, or one of them is wrong.
         DataError: The data cannot be read or does not fit.
-        TrainingError: A loss was not finite; the other runs have ended well.
+        TrainingError: A loss was not finite; the other runs are complete.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the states are saved.
     """
     check_together(configs)
-    given = examples or [None] * len(configs), dev_examples or [None] * len(configs)
-    events: list[list[Event]] = []
-    failed: list[TrainingError] = []
+    none = [None] * len(configs)
+    inputs = list(zip(examples or none, dev_examples or none, strict=True))
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(configs[0].device)) if processes is None else processes
-        _claim(configs, processes, stack)
-        # A run that was stopped before its first save begins anew.
-        begun = [resume and (Path(config.output) / STATE_FILE).exists() for config in configs]
-        # Before the backbone loads.
-        states = [read_state(config) for config, old in zip(configs, begun, strict=True) if old]
-        data = [
-            read_data(config, some, dev, processes, resume=resume, loads=backbone is None)
-            for config, some, dev in zip(configs, *given, strict=True)
-        ]
-        backbone = backbone or _load(configs[0], processes)
-        if not backbone.layout.packable:
-            raise ConfigError(
-                f"{backbone.name!r} takes no packed rows, so that its runs cannot share a pass.",
-                hint="train them one after the other.",
-            )
-        runs = [_make_run(config, backbone, each, processes) for config, each in zip(configs, data, strict=True)]
-        if any(run.labels is not None and run.labels.by == "head" for run in runs):
-            raise ConfigError("a head is trained alone.", hint="use classifier = 'words', or train it by itself.")
-        events = [run.resume(*states.pop(0)) if old else [] for run, old in zip(runs, begun, strict=True)]
-
-        def tell(number: int, event: Event) -> None:
-            events[number].append(event)
+        opened = _open_runs(configs, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True)
+        runs, stop = stack.enter_context(opened)
+        errors: list[TrainingError] = []
+        for run, event in _step_together(runs, stop, errors):
+            run.record(event)
             if on_event is not None and processes.is_main:
-                on_event({**event, "run": str(runs[number].folder)})
-
-        stopping = stack.enter_context(stop_requests())
-        stack.enter_context(gradient_checkpointing(backbone.model, configs[0].gradient_checkpointing))
-        going = {
-            number: stack.enter_context(contextlib.closing(run.steps(stopping, fresh=not begun[number])))
-            for number, run in enumerate(runs)
-        }
-        while going:
-            pendings: list[PendingStep] = []
-            for number, steps in list(going.items()):
-                try:
-                    pending = _until_pending(steps, functools.partial(tell, number))
-                except TrainingError as error:
-                    failed.append(error)
-                    pending = None
-                if pending is None:
-                    del going[number]
-                else:
-                    pendings.append(pending)
-            if pendings:
-                forward_backward(backbone, pendings)
-        if stopping.is_set():
+                on_event({**event, "run": str(Path(run.loop.config.output))})
+        if stop.is_set():
             raise KeyboardInterrupt("the states are saved")
-        if failed:
-            raise failed[0]
-        return [_result(run, found) for run, found in zip(runs, events, strict=True)]
+        if errors:
+            raise errors[0]
+        return [run.result() for run in runs]
 
 
-def _until_pending(steps: Iterator[Event | PendingStep], tell: Callable[[Event], None]) -> PendingStep | None:
-    """Let a run go on to where something is to be computed for it; None: it has ended."""
-    for told in steps:
-        if isinstance(told, PendingStep):
-            return told
-        tell(told)
-    return None
+@dataclass(frozen=True)
+class _Run:
+    """A loop and its log.
 
-
-def _claim(configs: Sequence[TrainConfig], processes: ProcessGroup, stack: contextlib.ExitStack) -> None:
-    """Let nobody else train in the runs' folders meanwhile; said before anything is read or loaded.
-
-    Raises:
-        PrefixError: Another process does, or a folder cannot be written.
+    Attributes:
+        loop: Ready to train.
+        events: So far.
+        log: Appends a line to the log.
     """
-    for config in configs if processes.is_main else ():
-        stack.enter_context(claim_folder(Path(config.output)))
 
+    loop: TrainLoop
+    events: list[Event]
+    log: Callable[[str], None]
 
-def _make_run(
-    config: TrainConfig, backbone: Backbone, data: tuple[Sequence[Example], Sequence[Example]], processes: ProcessGroup
-) -> TrainLoop:
-    """A run on a backbone that can carry it."""
-    if not config.trains_prefix:
-        backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
-    if config.gradient_checkpointing and not backbone.layout.forwards_kwargs:
-        raise ConfigError(
-            f"{backbone.name!r} hands no argument down to its attention: recomputed layers would lose the prefix.",
-            hint="train without gradient_checkpointing.",
+    def record(self, event: Event) -> None:
+        """Keep and log an event."""
+        self.events.append(event)
+        if self.loop.processes.is_main:
+            self.log(json.dumps(event))
+
+    def result(self) -> TrainResult:
+        """What the run leaves, once the first process has written it."""
+        loop, trains_prefix = self.loop, self.loop.config.trains_prefix
+        path = Path(loop.config.output) / (PREFIX_FILE if trains_prefix else WEIGHTS_FILE)
+        loop.processes.barrier()
+        return TrainResult(
+            load_prefix(path) if trains_prefix else None,
+            path,
+            loop.state.step,
+            loop.state.best_loss,
+            sum(parameter.numel() for parameter in loop.trained),
+            tuple(self.events),
         )
-    return TrainLoop(config, backbone, *data, processes)
+
+
+def _step_together(
+    runs: Sequence[_Run], stop: threading.Event, errors: list[TrainingError]
+) -> Iterator[tuple[_Run, Event]]:
+    """Train all runs to their ends, one step of each at a time; a run that fails adds to `errors` and leaves."""
+    for run in runs:
+        yield from ((run, event) for event in run.loop.first_events())
+    active = {index: run.loop.remaining_steps() for index, run in enumerate(runs)}
+    while active:
+        pending = {}
+        for index, remaining in list(active.items()):
+            loop = runs[index].loop
+            if (batches := next(remaining, None)) is not None:
+                pending[index] = loop.prepare(batches)
+                continue
+            del active[index]
+            yield from ((runs[index], event) for event in loop.last_events())
+        if pending:
+            forward_backward(runs[0].loop.backbone, list(pending.values()))
+        for index, step in pending.items():
+            run = runs[index]
+            try:
+                yield run, run.loop.apply(step, stop)
+                yield from ((run, event) for event in run.loop.evaluate_and_save())
+            except TrainingError as error:
+                errors.append(error)
+                del active[index]
+
+
+# --- what comes before the loop --------------------------------------------------------------------------------------
+
+_Inputs = tuple[Sequence[ExampleLike] | None, Sequence[ExampleLike] | None]
+"""A run's examples and development examples, as callers have them."""
+
+
+@contextlib.contextmanager
+def _open_runs(
+    configs: Sequence[TrainConfig],
+    backbone: BackboneLike | None,
+    inputs: Sequence[_Inputs],
+    processes: ProcessGroup,
+    console: Console,
+    *,
+    resume: bool,
+    together: bool = False,
+) -> Iterator[tuple[list[_Run], threading.Event]]:
+    """Make runs ready to train, in this order: claim, check, read, load, tokenize, build, resume or start.
+
+    Args:
+        configs: The runs.
+        backbone: As callers have it; None: the one that the runs name is loaded.
+        inputs: Per run, its examples.
+        processes: Those that share the work.
+        console: Says that the backbone is loading.
+        resume: The folders hold runs to go on with; together, one that was stopped before its first save starts again.
+        together: The runs are to share every pass.
+
+    Yields:
+        The runs, and the event that Ctrl-C or SIGTERM sets.
+    """
+    with contextlib.ExitStack() as stack:
+        # Nobody else may train in these folders meanwhile; refused before anything is read or loaded.
+        for config in configs if processes.is_main else ():
+            stack.enter_context(claim_folder(Path(config.output)))
+        checkpoints = [
+            read_checkpoint(config)
+            if resume and (not together or (Path(config.output) / STATE_FILE).exists())
+            else None
+            for config in configs
+        ]
+        examples = [
+            read_data(config, *some, processes, resume=resume, loads_backbone=backbone is None)
+            for config, some in zip(configs, inputs, strict=True)
+        ]
+        if backbone is None:
+            console.info(f"loading {configs[0].backbone} ...")
+        loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
+        data = [tokenize(config, loaded, *pair) for config, pair in zip(configs, examples, strict=True)]
+        if together:
+            _check_can_share_pass(loaded, data)
+        loops = [_build_loop(*pair, loaded, processes) for pair in zip(configs, data, strict=True)]
+        # Checkpoints are dropped one by one: each may be as large as the model.
+        events = [_resume(loop, checkpoints.pop(0)) for loop in loops]
+        stop = stack.enter_context(_stop_requests())
+        stack.enter_context(gradient_checkpointing(loaded.model, configs[0].gradient_checkpointing))
+        yield [_open_log(*pair, stack) for pair in zip(loops, events, strict=True)], stop
 
 
 def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
-    """The backbone of a run, where this process computes."""
+    """The backbone of a run, on the device of this process."""
     backbone = load_backbone(
         config.backbone,
         dtype=config.dtype,
-        # Layer by layer, what is split moves from here to where it is computed.
+        # A split model moves layer by layer from here to the device that computes.
         device="cpu" if config.shard else processes.device or config.device,
         quantize=config.quantize,
         adapter=config.adapter or None,
@@ -273,20 +318,89 @@ def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
         adapter_rank=config.adapter_rank,
     )
     if config.shard:
-        shard(backbone.model)
+        shard_model(backbone.model)
     return backbone
 
 
-def _result(run: TrainLoop, events: Sequence[Event]) -> TrainResult:
-    """What a run leaves."""
-    path = run.folder / (PREFIX_FILE if run.config.trains_prefix else WEIGHTS_FILE)
-    # The first process has written it.
-    run.processes.barrier()
-    return TrainResult(
-        load_prefix(path) if run.config.trains_prefix else None,
-        path,
-        run.step,
-        run.best_loss,
-        sum(parameter.numel() for parameter in run.trained),
-        tuple(events),
-    )
+def _check_can_share_pass(backbone: Backbone, data: Sequence[TrainData]) -> None:
+    """Refuse runs whose batches cannot go through the backbone together.
+
+    Raises:
+        ConfigError: The backbone reads no packed rows, or a run trains a head.
+    """
+    if not backbone.layout.packable:
+        raise ConfigError(
+            f"{backbone.name!r} reads no packed rows, so that its runs cannot share a pass.",
+            hint="train them one after the other.",
+        )
+    if any(some.has_head for some in data):
+        raise ConfigError(
+            "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
+        )
+
+
+def _build_loop(config: TrainConfig, data: TrainData, backbone: Backbone, processes: ProcessGroup) -> TrainLoop:
+    """A loop with what trains in it: an encoder, or the backbone's own weights."""
+    if config.gradient_checkpointing and not backbone.layout.forwards_kwargs:
+        raise ConfigError(
+            f"{backbone.name!r} forwards no argument to its attention: recomputed layers would lose the prefix.",
+            hint="train without gradient_checkpointing.",
+        )
+    if config.trains_prefix:
+        encoder, initialization = build_encoder(
+            config, backbone, num_labels=data.num_head_labels, examples=data.train.examples
+        )
+        return TrainLoop(config, backbone, data, encoder, initialization, processes)
+    if data.num_head_labels:
+        raise no_head(config)
+    backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
+    return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)
+
+
+def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> list[Event]:
+    """Bring a loop to a checkpoint and cut its log back to it; returns the events up to there."""
+    if checkpoint is None:
+        return []
+    loop.resume(checkpoint)
+    events = read_events(Path(loop.config.output) / EVENTS_FILE, loop.state.step)
+    # All processes have read the log before the first one changes it.
+    loop.processes.barrier()
+    if loop.processes.is_main:
+        write_log(loop.config, events)
+        if has_new_length(loop.config, checkpoint):
+            # A later `--resume` without options goes on as far as this one.
+            write_config(loop.config)
+    return events
+
+
+def _open_log(loop: TrainLoop, events: list[Event], stack: contextlib.ExitStack) -> _Run:
+    """A run whose folder is ready: a new one has its configuration, an empty log and a first state."""
+    folder = Path(loop.config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not loop.resumed and loop.processes.is_main:
+        write_config(loop.config)
+        write_log(loop.config, [])
+        # From now on, even a kill can be resumed from.
+        loop.save()
+    return _Run(loop, events, stack.enter_context(line_writer(folder / EVENTS_FILE)))
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """While the block runs, the first Ctrl-C or SIGTERM sets the event; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

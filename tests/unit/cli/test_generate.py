@@ -20,7 +20,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate as generate_texts
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.checkpoint import load_tuned
+from prefixtune.training.artifact import load_tuned
 from prefixtune.training.train import train
 
 SHORT = ("--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu", "--quiet")

@@ -16,7 +16,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.checkpoint import save_weights
+from prefixtune.training.artifact import save_weights
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from prefixtune.errors import CheckpointError, PrefixWarning
 from prefixtune.prefix.artifact import read_outline, save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
-from prefixtune.training.checkpoint import load_state, load_weights, save_state, save_weights
+from prefixtune.training.artifact import load_weights, save_weights
+from prefixtune.training.checkpoint import load_state, save_state
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 

@@ -87,7 +87,7 @@ def test_a_damaged_log_is_named_with_a_way_out(line: bytes, train: Callable[...,
         train(on_event=stop_after(2))
     first, *rest = log.read_bytes().split(b"\n")
     log.write_bytes(b"\n".join([first, line, *rest]))
-    with pytest.raises(CheckpointError, match=r"line 2 of '.*events\.jsonl' is no event") as caught:
+    with pytest.raises(CheckpointError, match=r"line 2 of '.*events\.jsonl' is no event of a training run") as caught:
         train(resume=True)
     assert "delete the file" in caught.value.hint
     log.unlink()
@@ -219,7 +219,7 @@ def test_more_epochs_than_max_steps_let_in_are_refused(
         raise AssertionError("the backbone is loaded")
 
     monkeypatch.setattr("prefixtune.training.train.load_backbone", never)
-    with pytest.raises(ConfigError, match=r"epochs is 50, but the run in .* is set by max_steps = 3") as caught:
+    with pytest.raises(ConfigError, match=r"epochs is 50, but the length of the run in .* is max_steps = 3") as caught:
         pt.train(output=folder, resume=True, epochs=50.0, examples=EXAMPLES)
     assert "--max-steps 0" in caught.value.hint
 

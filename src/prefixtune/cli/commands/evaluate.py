@@ -208,7 +208,7 @@ def _overlap(
 ) -> dict[str, Any]:
     """How many of the examples stand in what the model was trained on or shown, where that is known; with a warning."""
     from prefixtune.evaluation.overlap import find_overlap, training_examples
-    from prefixtune.training.checkpoint import CONFIG_FILE
+    from prefixtune.training.folder import CONFIG_FILE
 
     if origin is None:
         return {}

@@ -99,7 +99,7 @@ def _list(options: argparse.Namespace, folder: Path) -> int:
 def _artifacts(folder: Path) -> list[Path]:
     """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
     from prefixtune.prefix.folder import ENDING, list_names, path_of
-    from prefixtune.training.checkpoint import STATE_FILE
+    from prefixtune.training.folder import STATE_FILE
 
     here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
     return sorted([*here, *(path for run in folder.iterdir() for path in _trained_in(run))])
@@ -108,7 +108,7 @@ def _artifacts(folder: Path) -> list[Path]:
 def _trained_in(run: Path) -> list[Path]:
     """The prefix or the weights in a folder; of one that nobody may look into, the folder, for `_row` to say so."""
     from prefixtune.prefix.hub import FILE
-    from prefixtune.training.checkpoint import WEIGHTS_FILE
+    from prefixtune.training.folder import WEIGHTS_FILE
 
     try:
         return [run / name for name in (FILE, WEIGHTS_FILE) if (run / name).is_file()]
@@ -139,7 +139,8 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """The header of a prefix, or of the weights of another method, and the sizes of what it stands for."""
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.training.checkpoint import WEIGHTS_FILE, load_weights
+    from prefixtune.training.artifact import load_weights
+    from prefixtune.training.folder import WEIGHTS_FILE
 
     if path.name == WEIGHTS_FILE:
         tensors, header = load_weights(path)

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json, run_training, run_training_together
 from prefixtune.errors import ConfigError
-from prefixtune.training.config import TrainConfig, stored_config
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.folder import stored_config
 from prefixtune.training.presets import preset
 from prefixtune.utils.console import Console
 

@@ -1,0 +1,157 @@
+"""What a run leaves: its prefix, or the weights that another method trained, as one file with a header."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixtune import __version__
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.data.encoding import default_format
+from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.prefix.artifact import check_header, checked_metadata, read_checked, save_file, save_prefix
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat, read_text_format
+from prefixtune.training.baselines import Tuning, freeze_tuned, load_tuned_weights, tune, tuned_weights
+from prefixtune.training.checkpoint import TrainState, dtype_name, finite_or_none
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import TrainData
+from prefixtune.training.folder import ADAPTER_FOLDER, PREFIX_FILE, WEIGHTS_FILE
+from prefixtune.utils.files import atomic_path
+
+__all__ = ["load_tuned", "load_weights", "make_run_header", "save_artifact", "save_weights"]
+
+
+_WEIGHTS = "prefixtune_weights"
+
+
+def make_run_header(
+    config: TrainConfig, backbone: Backbone, data: TrainData, initialization: Mapping[str, Any], state: TrainState
+) -> dict[str, Any]:
+    """The header of a run's artifact.
+
+    Args:
+        config: The run.
+        backbone: What it was trained on.
+        data: What it was trained with.
+        initialization: Where it started, as `build_encoder` describes it.
+        state: How far it is.
+    """
+    # A LoRA adapter that trains with the prefix is stored next to it.
+    trains_adapter = config.trains_prefix and bool(backbone.adapter_parameters)
+    adapter = ADAPTER_FOLDER if trains_adapter else config.adapter
+    return make_header(
+        backbone,
+        task=config.task,
+        method=config.method,
+        **({"placement": "infix"} if config.method == "infix" else {}),
+        text_format=data.text_format.to_dict(),
+        **({} if data.labels is None else {"labels": data.labels.to_dict()}),
+        initialization=initialization,
+        training={
+            "steps": state.step,
+            "total_steps": state.total_steps,
+            "dev_loss": finite_or_none(state.best_loss),
+            "num_targets": data.train.num_targets,
+            "backbone_dtype": dtype_name(backbone),
+            "reparameterization": config.reparameterization,
+            "bottleneck_size": config.bottleneck_size,
+            "batch_size": config.batch_size,
+            "loss_reduction": config.loss_reduction,
+            "seed": config.seed,
+            "learning_rate": config.peak_learning_rate,
+        },
+        **({"adapter": adapter} if adapter else {}),
+        license=config.license,
+        made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+
+
+def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None, header: Mapping[str, Any]) -> None:
+    """Store what a run has trained in its folder.
+
+    Args:
+        config: The run.
+        backbone: What it was trained on; holds the weights of another method, or the adapter trained with the prefix.
+        prefix: As baked; None: the method trains the model's own weights.
+        header: As `make_run_header` makes it.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or infinity.
+        PrefixError: A file cannot be written.
+    """
+    folder = Path(config.output)
+    dtype = torch.float32 if config.save_dtype == "float32" else torch.bfloat16
+    if prefix is None:
+        size = Tuning(config.method, config.method_size).size
+        weights = {name: tensor.to(dtype) for name, tensor in tuned_weights(backbone).items()}
+        save_weights(folder / WEIGHTS_FILE, weights, {**header, "method_size": size})
+        return
+    if backbone.adapter_parameters:
+        # The fingerprint is that of the tuned weights.
+        header = {**header, **make_header(backbone.save_adapter(folder / ADAPTER_FOLDER))}
+    save_prefix(folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
+
+
+# --- the weights of other methods ------------------------------------------------------------------------------------
+
+
+def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Store what a method other than a prefix trained: tensors by the model's own names, and a header.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or infinity.
+        PrefixError: The file cannot be written.
+    """
+    path = Path(path)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    broken = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary, checked_metadata(_WEIGHTS, header, stored))
+    return path
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file that `save_weights` wrote: its tensors and its header.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, damaged, something else or of an unknown version.
+    """
+    hint = "give the weights.safetensors that `prefixtune train --method full` (or another) wrote."
+    tensors, header = read_checked(path, _WEIGHTS, "holds no weights of another method", hint)
+    check_header(header, repr(str(path)))
+    return tensors, header
+
+
+def load_tuned(path: str | Path, **options: Any) -> tuple[Backbone, TextFormat]:
+    """The backbone with the weights that another method than a prefix trained, and the text format of its training.
+
+    Args:
+        path: `weights.safetensors` of a run.
+        **options: For `load_backbone`, such as `dtype`; `name_or_path` in place of the backbone that the header names.
+
+    Raises:
+        CheckpointError: The file holds no such weights.
+        BackboneError: The weights belong to another backbone.
+    """
+    tensors, header = load_weights(path)
+    origin = header["backbone"]
+    backbone = load_backbone(options.pop("name_or_path", None) or origin["name"], **options)
+    if not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
+        raise BackboneError(
+            f"{str(path)!r} was trained from {origin['name']!r} with other weights than {backbone.name!r}.",
+            hint="load the backbone that its header names.",
+        )
+    backbone = tune(backbone, Tuning(header["method"], header["method_size"]))
+    load_tuned_weights(backbone, tensors)
+    return freeze_tuned(backbone), read_text_format(header) or default_format(backbone)

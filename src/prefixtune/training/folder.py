@@ -1,0 +1,106 @@
+"""The files of a run's folder, and its log of events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.training.config import TrainConfig
+from prefixtune.utils.files import write_text
+
+__all__ = [
+    "ADAPTER_FOLDER",
+    "CONFIG_FILE",
+    "EVENTS_FILE",
+    "PREFIX_FILE",
+    "STATE_FILE",
+    "WEIGHTS_FILE",
+    "Event",
+    "check_unused",
+    "read_events",
+    "stored_config",
+    "write_config",
+    "write_log",
+]
+
+
+CONFIG_FILE, EVENTS_FILE, STATE_FILE = "config.toml", "events.jsonl", "state.safetensors"
+
+PREFIX_FILE, WEIGHTS_FILE = "prefix.safetensors", "weights.safetensors"
+"""The artifact of a run: of a prefix, or of a method that trains the model's own weights."""
+
+ADAPTER_FOLDER = "adapter"
+"""A LoRA adapter that was trained with the prefix."""
+
+Event = dict[str, Any]
+"""What happened: `event` is start, resume, extend, step, evaluation, save or end; the rest are figures."""
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if any((folder / name).exists() for name in (STATE_FILE, PREFIX_FILE, WEIGHTS_FILE)):
+        raise ConfigError(
+            f"{str(folder)!r} already holds a run.",
+            hint="go on with --resume (resume=True), choose another --output (output), or delete it.",
+        )
+
+
+def stored_config(output: str | Path) -> Path:
+    """The configuration that the run in a folder was started with.
+
+    Raises:
+        CheckpointError: The folder holds no run.
+    """
+    path = Path(output) / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no run to resume in {str(path.parent)!r}.",
+            hint="name its folder with --output (output), or start it without --resume (resume).",
+        )
+    return path
+
+
+def write_config(config: TrainConfig) -> None:
+    """Store the configuration in the run's folder."""
+    write_text(Path(config.output) / CONFIG_FILE, config.to_toml())
+
+
+def write_log(config: TrainConfig, events: Sequence[Event]) -> None:
+    """Replace the log in the run's folder."""
+    write_text(Path(config.output) / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in events))
+
+
+def read_events(path: Path, step: int) -> list[Event]:
+    """The log's events up to a step; a last line that a kill has cut off is left out.
+
+    Raises:
+        CheckpointError: Another line is damaged.
+    """
+    events: list[Event] = []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}.", hint="check its permissions.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            kind, reached = event["event"], int(event.get("step", 0))
+        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(
+                f"line {number} of {str(path)!r} is no event of a training run: {line[:40]!r}.",
+                hint="delete the file: the run goes on from its state, with a new log.",
+            ) from error
+        # An extension at this very step was stopped before it was saved; it comes again.
+        comes_again = kind in ("end", "resume") or (kind == "extend" and reached == step)
+        if reached <= step and not comes_again:
+            events.append(event)
+    return events
