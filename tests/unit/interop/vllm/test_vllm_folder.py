@@ -1,0 +1,72 @@
+"""The prefixes in a folder: found, followed when their files change, refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_vllm import save, vllm_config
+from prefixtune.backbone.load import load_backbone
+from prefixtune.errors import CheckpointError
+from prefixtune.interop.vllm.folder import PrefixFolder
+from prefixtune.interop.vllm.settings import Settings
+
+Make = Callable[..., Any]
+
+
+def test_a_prefix_is_found_and_read_again_when_its_file_changes(
+    folder: PrefixFolder, model_folder: Path, random_prefix: Make
+):
+    first = folder.find("pubs")
+    assert first is not None
+    assert (first.reference.name, first.reference.length, first.description) == ("pubs", 5, "e2e")
+    assert folder.find("pubs") is first, "an unchanged file is not read again"
+    assert folder.find("trains") is None
+    assert folder.find("../pubs") is None
+    backbone = load_backbone(model_folder, dtype="float32", device="cpu")
+    save(backbone, random_prefix(backbone, 7), folder.settings.folder / "pubs.safetensors", description="new")
+    second = folder.find("pubs")
+    assert second is not None
+    assert (second.reference.length, second.description) == (7, "new")
+    assert list(folder.all()) == ["pubs"]
+    (folder.settings.folder / "pubs.safetensors").unlink()
+    assert folder.find("pubs") is None
+    assert folder.all() == {}
+
+
+def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, random_prefix: Make, tiny_backbone: Make):
+    path = folder.settings.folder
+    backbone, foreign = load_backbone(model_folder, dtype="float32", device="cpu"), tiny_backbone("llama", seed=3)
+    (path / "cut.safetensors").write_bytes((path / "pubs.safetensors").read_bytes()[:-9])
+    save(foreign, random_prefix(foreign, 3), path / "foreign.safetensors")
+    save(backbone, random_prefix(backbone, 3), path / "infix.safetensors", placement="infix")
+    wide = tiny_backbone("llama", num_hidden_layers=2)
+    save(wide, random_prefix(wide, 3), path / "shallow.safetensors")
+    (path / "link.safetensors").symlink_to("/etc/hostname")
+    (path / "folder.safetensors").mkdir()
+    reasons = {
+        "cut": "no whole prefix",
+        "foreign": "other weights",
+        "infix": "stands as 'infix'",
+        "shallow": "shapes",
+        "link": "out of the folder",
+        "folder": "no ordinary file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(CheckpointError, match=reason):
+            folder.find(name)
+    assert list(folder.all()) == ["pubs"]
+    others = PrefixFolder(
+        Settings.from_vllm(vllm_config(path, allow_other_backbone=True)), folder.geometry, "tiny", "x"
+    )
+    assert set(others.all()) == {"pubs", "foreign"}
+
+
+def test_a_file_of_a_newer_format(folder: PrefixFolder):
+    path = folder.settings.folder / "pubs.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'format_version\\": 2', b'format_version\\": 9'))
+    with pytest.raises(CheckpointError, match="format version is 9"):
+        folder.find("pubs")

@@ -1,0 +1,67 @@
+"""The command line that starts vLLM, and what it needs to import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from command_line import run
+from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE, write_template
+from prefixtune.interop.vllm.launch import LaunchConfig
+
+
+def test_the_command_line(tmp_path: Path):
+    config = LaunchConfig(
+        "model", tmp_path, "base", max_length=512, chat_template=tmp_path / "t.jinja", more=("--x", "1")
+    )
+    arguments = config.arguments()
+    assert arguments[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert arguments[-2:] == ["--x", "1"]
+    flags = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+    assert flags["--served-model-name"] == "base"
+    assert flags["--max-model-len"] == "512"
+    assert "--max-num-seqs" not in flags
+    transfer = json.loads(flags["--kv-transfer-config"])
+    assert transfer["kv_connector_extra_config"] == {"prefixes": str(tmp_path), "cache_mib": 1024}
+    write_template(tmp_path / "t.jinja", "{{ messages[0] }}")
+    from jinja2 import Template
+
+    template = Template((tmp_path / "t.jinja").read_text())
+    assert template.render(messages=["a"]) == "a"
+    assert template.render(messages=["a"], **{PLACEHOLDERS_VARIABLE: "##"}) == "##a"
+    assert template.render(messages=["a"], **{PLACEHOLDERS_VARIABLE: "##", PROMPT_VARIABLE: "b"}) == "##b"
+
+
+def serve(*arguments: str, code: int = 2) -> str:
+    """What is printed, or why it is refused, by exit code."""
+    return run("serve", "--engine", "vllm", *arguments, code=code)[1 if code else 0]
+
+
+def test_the_command_is_shown_and_refused(model_folder: Path, tmp_path: Path):
+    files = ("--backbone", str(model_folder), "--prefixes", str(tmp_path))
+    shown = serve(*files, "--show-command", "--vllm-args=--enforce-eager", code=0)
+    assert f"--model {model_folder}" in shown
+    assert shown.endswith("--enforce-eager\n")
+    refused = serve(*files, "--quantize", "int8", "--device", "cpu")
+    assert "quantize" in refused
+    assert "device" in refused
+    missing = serve(*files)
+    assert "does not find vllm" in missing
+    assert "hint: pip install vllm" in missing
+    assert "VLLM_API_KEY is not set" in serve(*files, "--host", "0.0.0.0")
+    assert "close every quote" in serve(*files, '--vllm-args="')
+    assert "--vllm-args has --host" in serve(*files, "--vllm-args=--host=0.0.0.0")
+    assert "no folder" in serve("--backbone", str(model_folder), "--prefixes", str(tmp_path / "none"))
+
+
+def test_the_plugin_needs_none_of_the_libraries_that_vllm_pins():
+    code = (
+        "import sys; import prefixtune.interop.vllm.settings, prefixtune.interop.vllm.middleware;"
+        "import prefixtune.interop.vllm.launch;"
+        "loaded = {name.partition('.')[0] for name in sys.modules};"
+        "print(sorted(loaded & {'transformers', 'peft', 'starlette', 'gguf'}))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"
