@@ -176,8 +176,8 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
         backbone="tiny", prefixes=str(folder), num_slots=1, keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)}
     )
     store = PrefixStore(folder, backbone)
-    services = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
-    app, body = make_app(services), other.read_bytes()
+    state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
+    app, body = make_app(state), other.read_bytes()
 
     def act() -> str | None:
         status, told = asyncio.run(put(app, "/admin/prefixes/p", body))

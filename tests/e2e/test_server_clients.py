@@ -489,5 +489,5 @@ def test_the_log_is_json_and_holds_no_prompts(server: LiveServer) -> None:
     assert asked[-1]["prompt_tokens"] == len(" a most secret word ") + 1
     assert "secret" not in json.dumps(server.lines)
     assert not [line for line in server.lines if line["level"] == "error"]
-    assert "broken is left out" in "".join(server.errors)
+    assert "broken is not served" in "".join(server.errors)
     assert "no key is configured" in "".join(server.errors)

@@ -28,7 +28,7 @@ EXAMPLES = 40
 GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 CASES = [
     pytest.param(method, path, mode, id=f"{method} {path} {mode.value}")
-    for (method, path), operation in openapi._OPERATIONS.items()
+    for (method, path), operation in openapi.OPERATIONS.items()
     # Where nothing is said, nothing can be wrong.
     for mode in ([GOOD, BAD] if operation.body or "{name}" in path else [GOOD])
 ]

@@ -45,7 +45,7 @@ TASKS = {
 # Where nothing is said, nothing can be wrong.
 OPERATIONS = [
     pytest.param(method, path, id=f"{method} {path}")
-    for (method, path), operation in openapi._OPERATIONS.items()
+    for (method, path), operation in openapi.OPERATIONS.items()
     if operation.body or "{name}" in path
 ]
 ATTACKS: list[Callable[[random.Random, LiveServer], None]] = []

@@ -1,26 +1,26 @@
-"""Where a request comes from: the socket's own address, or what a proxy says that the configuration names.
+"""The address that a request comes from: the socket's, or what a trusted proxy says.
 
-Anybody can write a header `X-Forwarded-For`; it counts only where a named proxy sent it, and of its addresses only the
-last one that is no proxy.
+Anybody can send a header `X-Forwarded-For`. It counts only from a trusted proxy, and of its addresses only the last one
+that is no trusted proxy itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from starlette.types import Scope
 
-__all__ = ["Addresses", "PerAddress", "parse_network"]
+__all__ = ["TrustedProxies", "parse_network"]
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_SITE = 64
-"""Leading bits of an IPv6 address that name a site, which has all addresses behind them."""
+_IPV6_NETWORK_BITS = 64
+"""One IPv6 site usually owns all addresses that share these leading bits."""
+_MAX_HEADER_LENGTH = 1024
+"""Characters of the header that are read, from its end."""
 
 
 def parse_network(text: str) -> Network:
@@ -32,69 +32,42 @@ def parse_network(text: str) -> Network:
     return ipaddress.ip_network(text, strict=False)
 
 
-class Addresses:
-    """Where requests come from.
+class TrustedProxies:
+    """The proxies whose `X-Forwarded-For` counts.
 
     Args:
-        proxies: Addresses and networks of proxies whose word counts.
+        proxies: Their addresses and networks.
     """
 
     def __init__(self, proxies: Iterable[str] = ()) -> None:
         self._proxies = [parse_network(proxy) for proxy in proxies]
 
-    def is_proxy(self, address: str) -> bool:
-        """Whether an address is that of a named proxy."""
+    def __contains__(self, address: str) -> bool:
+        """Whether an address is that of a trusted proxy."""
         parsed = _parse(address)
         return parsed is not None and any(parsed in network for network in self._proxies)
 
-    def of(self, scope: Scope) -> str:
-        """The caller's address; of IPv6, its network; empty where the socket has none.
+    def client_address(self, scope: Scope) -> str:
+        """The client's address; of IPv6, its network; empty where the socket has none.
 
         >>> scope = {"client": ("10.0.0.1", 9), "headers": [(b"x-forwarded-for", b"6.6.6.6, 192.0.2.7")]}
-        >>> Addresses(["10.0.0.0/8"]).of(scope), Addresses().of(scope)
+        >>> TrustedProxies(["10.0.0.0/8"]).client_address(scope), TrustedProxies().client_address(scope)
         ('192.0.2.7', '10.0.0.1')
         """
         address = str((scope.get("client") or ("",))[0])
-        if self.is_proxy(address):
+        if address in self:
             forwarded = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
-            for entry in reversed(forwarded.decode("latin-1")[-_LONGEST:].split(",")):
+            for entry in reversed(forwarded.decode("latin-1")[-_MAX_HEADER_LENGTH:].split(",")):
                 parsed = _parse(_without_port(entry.strip()))
                 if parsed is None:
                     break
                 address = str(parsed)
-                if not self.is_proxy(address):
+                if address not in self:
                     break
         parsed = _parse(address)
         if isinstance(parsed, ipaddress.IPv6Address):
-            return str(ipaddress.ip_network((parsed, _SITE), strict=False))
+            return str(ipaddress.ip_network((parsed, _IPV6_NETWORK_BITS), strict=False))
         return address
-
-
-class PerAddress:
-    """Counts requests at once of each address that a proxy names; of sockets, the connections are counted.
-
-    Args:
-        limit: For one address; 0: any number.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._running: Counter[str] = Counter()
-
-    @contextlib.contextmanager
-    def request(self, address: str) -> Iterator[bool]:
-        """Count a request while the block runs; yields whether there was room for it."""
-        self._running[address] += 1
-        try:
-            yield not self.limit or self._running[address] <= self.limit
-        finally:
-            self._running[address] -= 1
-            if not self._running[address]:
-                del self._running[address]
-
-
-_LONGEST = 1024
-"""Characters of the header that are read, from its end."""
 
 
 def _without_port(entry: str) -> str:

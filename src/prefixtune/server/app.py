@@ -1,79 +1,44 @@
-"""The routes, put together as one ASGI application."""
+"""All routes, as one ASGI application."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 from collections.abc import Awaitable, Callable, Mapping
-from importlib.resources import files
 
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefixtune.server.api import admin
-from prefixtune.server.api import health as watch
-from prefixtune.server.api.completions import chat, complete
-from prefixtune.server.api.endpoint import Call, Endpoint
-from prefixtune.server.api.openapi import describe
-from prefixtune.server.api.tasks import describe_task, do_task
+from prefixtune.server.api import admin, health
+from prefixtune.server.api.completions import create_chat_completion, create_completion
+from prefixtune.server.api.endpoint import Endpoint, RequestContext, Right
+from prefixtune.server.api.openapi import openapi_document
+from prefixtune.server.api.tasks import create_task_output, describe_task
 from prefixtune.server.middleware import Middleware
-from prefixtune.server.responses import ApiError, reply
+from prefixtune.server.playground import Playground
+from prefixtune.server.responses import ApiError, json_response
 from prefixtune.server.state import ServerState
 
-__all__ = ["Page", "make_app"]
+__all__ = ["make_app"]
 
 
-async def list_models(call: Call) -> ASGIApp:
-    """`GET /v1/models`."""
-    described = await asyncio.to_thread(call.services.catalog.describe_all, call.caller)
-    return reply({"object": "list", "data": described})
+Handler = Callable[[RequestContext], Awaitable[ASGIApp]]
 
 
-async def show_model(call: Call) -> ASGIApp:
-    """`GET /v1/models/{name}`."""
-    call.services.catalog.check(call.name, call.caller)
-    return reply(call.services.catalog.describe(call.name))
+def make_app(state: ServerState) -> ASGIApp:
+    """The application of a server."""
 
+    async def show_document(_: RequestContext) -> ASGIApp:
+        return document
 
-def make_app(services: ServerState) -> ASGIApp:
-    """The application."""
-
-    def counted(handle: Callable[[Call], Awaitable[ASGIApp]]) -> Endpoint:
-        return Endpoint(handle, services, counted=True)
-
-    async def show_interface(_: Call) -> ASGIApp:
-        return interface
-
-    upload = Endpoint(admin.upload_prefix, services, needs="admin")
-    paths: dict[str, dict[str, ASGIApp]] = {
-        "/v1/models": {"GET": Endpoint(list_models, services)},
-        "/v1/models/{name:path}": {"GET": Endpoint(show_model, services)},
-        "/v1/completions": {"POST": counted(complete)},
-        "/v1/chat/completions": {"POST": counted(chat)},
-        "/v1/tasks/{name:path}": {"GET": Endpoint(describe_task, services), "POST": counted(do_task)},
-        "/v1/status": {"GET": Endpoint(watch.status, services)},
-        "/admin/prefixes": {"GET": Endpoint(admin.list_prefixes, services, needs="admin")},
-        "/admin/prefixes/{name}": {
-            "GET": Endpoint(admin.inspect_prefix, services, needs="admin"),
-            "PUT": upload,
-            "POST": upload,
-            "DELETE": Endpoint(admin.delete_prefix, services, needs="admin"),
-        },
-        "/admin/reload": {"POST": Endpoint(admin.reload_prefixes, services, needs="admin")},
-        "/healthz": {"GET": watch.Health(services, ready=False)},
-        "/readyz": {"GET": watch.Health(services, ready=True)},
-        "/metrics": {"GET": Endpoint(watch.metrics, services, needs="metrics")},
-        "/openapi.json": {"GET": Endpoint(show_interface, services)},
-    }
-    if services.config.playground:
-        paths["/"] = {"GET": Page()}
-    interface = reply(describe(paths, services.config, services.limits))
-    routes = [Route(path, _ByMethod(path, methods)) for path, methods in paths.items()]
-    app: ASGIApp = Router(routes, redirect_slashes=False, default=_unknown)
-    origins = services.config.cors_origins
+    routes = _routes(state, show_document)
+    document = json_response(openapi_document(routes, state.config, state.limits))
+    app: ASGIApp = Router(
+        [Route(path, _ByMethod(path, methods)) for path, methods in routes.items()],
+        redirect_slashes=False,
+        default=_unknown_path,
+    )
+    origins = state.config.cors_origins
     if origins:
         app = CORSMiddleware(
             app,
@@ -82,7 +47,53 @@ def make_app(services: ServerState) -> ASGIApp:
             allow_headers=("authorization", "content-type"),
             expose_headers=("retry-after", "x-request-id"),
         )
-    return Middleware(app, services.metrics, with_cors=bool(origins))
+    return Middleware(app, state.metrics, with_cors=bool(origins))
+
+
+def _routes(state: ServerState, show_document: Handler) -> dict[str, dict[str, ASGIApp]]:
+    """Path -> method -> application."""
+
+    def endpoint(handler: Handler, right: Right = "key") -> Endpoint:
+        return Endpoint(handler, state, right=right)
+
+    def generating(handler: Handler) -> Endpoint:
+        return Endpoint(handler, state, limited=True)
+
+    routes: dict[str, dict[str, ASGIApp]] = {
+        "/v1/models": {"GET": endpoint(list_models)},
+        "/v1/models/{name:path}": {"GET": endpoint(show_model)},
+        "/v1/completions": {"POST": generating(create_completion)},
+        "/v1/chat/completions": {"POST": generating(create_chat_completion)},
+        "/v1/tasks/{name:path}": {"GET": endpoint(describe_task), "POST": generating(create_task_output)},
+        "/v1/status": {"GET": endpoint(health.show_status)},
+        "/admin/prefixes": {"GET": endpoint(admin.list_prefixes, "admin")},
+        "/admin/prefixes/{name}": {
+            "GET": endpoint(admin.inspect_prefix, "admin"),
+            "PUT": endpoint(admin.upload_prefix, "admin"),
+            "POST": endpoint(admin.upload_prefix, "admin"),
+            "DELETE": endpoint(admin.delete_prefix, "admin"),
+        },
+        "/admin/reload": {"POST": endpoint(admin.reload_prefixes, "admin")},
+        "/healthz": {"GET": health.Health(state, ready=False)},
+        "/readyz": {"GET": health.Health(state, ready=True)},
+        "/metrics": {"GET": endpoint(health.show_metrics, "metrics")},
+        "/openapi.json": {"GET": endpoint(show_document)},
+    }
+    if state.config.playground:
+        routes["/"] = {"GET": Playground()}
+    return routes
+
+
+async def list_models(context: RequestContext) -> ASGIApp:
+    """`GET /v1/models`."""
+    models = await asyncio.to_thread(context.state.catalog.describe_all, context.caller)
+    return json_response({"object": "list", "data": models})
+
+
+async def show_model(context: RequestContext) -> ASGIApp:
+    """`GET /v1/models/{name}`."""
+    context.state.catalog.check_access(context.name, context.caller)
+    return json_response(context.state.catalog.describe(context.name))
 
 
 class _ByMethod:
@@ -93,41 +104,17 @@ class _ByMethod:
         self.methods = {**methods, **({"HEAD": methods["GET"]} if "GET" in methods else {})}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["facts"]["route"] = self.route
+        scope["log_fields"]["route"] = self.route
         app = self.methods.get(scope["method"])
         if app is None:
             allowed = ", ".join(sorted(self.methods))
-            message = f"{self.route} takes {allowed}."
+            message = f"{self.route} allows {allowed}."
             app = ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}).response()
         await app(scope, receive, send)
 
 
-async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
+async def _unknown_path(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close"})
         return
     await ApiError(404, "there is nothing at this path.", code="unknown_path").response()(scope, receive, send)
-
-
-class Page:
-    """The playground, as an ASGI application; made once."""
-
-    def __init__(self) -> None:
-        folder = files("prefixtune.server") / "playground"
-        style, script = (folder.joinpath(name).read_text("utf-8") for name in ("style.css", "script.js"))
-        page = folder.joinpath("page.html").read_text("utf-8")
-        text = page.replace("/* style.css */", style).replace("/* script.js */", script)
-        # Neither a script nor a style that is not these very ones runs, whatever a model writes.
-        policy = (
-            f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        self.response = Response(text, media_type="text/html", headers={"content-security-policy": policy})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with the page."""
-        await self.response(scope, receive, send)
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

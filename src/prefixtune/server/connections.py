@@ -1,9 +1,8 @@
-"""What a connection may cost: uvicorn's HTTP/1.1 protocol with limits on time and number, and on open files.
+"""Connections: uvicorn's HTTP/1.1 protocol with limits on their time and number, and on open files.
 
 uvicorn itself waits for ever for a header, for the rest of a body that nobody reads, and for a client that does not
-take its answer. Here a sweep once a second cuts such connections off. When all connections are taken, the one that has
-waited longest without a request makes room for a new one, so that silent clients never lock out who has something to
-ask. Knows nothing of requests' contents.
+read its response. Here a sweep once a second closes such connections. When all connections are taken, the one that has
+been idle longest makes room for a new one, so that silent clients cannot lock others out.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from http import HTTPStatus
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from prefixtune.server.addresses import Addresses
+from prefixtune.server.addresses import TrustedProxies
 from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import ServeConfig
 
@@ -26,76 +25,76 @@ __all__ = ["Connection", "Connections", "fit_open_files"]
 
 
 _SWEEP_SECONDS = 1.0
-_OTHER_FILES = 128
+_RESERVED_FILES = 128
 """Open files besides connections: the model's, prefixes, uploads, the log, libraries."""
 
 
 @dataclass(eq=False)
 class Connections:
-    """All connections of a server, and what they may cost.
+    """All connections of a server, and their limits.
 
     Attributes:
-        most: At once.
-        per_address: At once from one address of a socket (of IPv6, one network), proxies excepted; 0: any number.
-        header_seconds: What a client has for a request's header, from its first byte on; for the first one, from the
-            connection on. And for the rest of a body whose answer is sent already.
-        client_seconds: What it may take to read a piece of an answer.
-        request_seconds: What a request may take in all, whatever happens.
-        addresses: Which of them count as one, and which are proxies.
+        max_connections: At once.
+        per_address: At once from one address of a socket (of IPv6, one network), except trusted proxies; 0: no limit.
+        header_seconds: Time to send a request's header, from its first byte on; for the first request, from the
+            connection on. Also for the rest of a body whose response has been sent.
+        client_seconds: Time to read a piece of a response.
+        request_seconds: Time of a request in all, whatever happens.
+        proxies: The trusted proxies.
     """
 
-    most: int
+    max_connections: int
     per_address: int
     header_seconds: float
     client_seconds: float
     request_seconds: float
-    addresses: Addresses
+    proxies: TrustedProxies
 
     def __post_init__(self) -> None:
         self.open: set[Connection] = set()
-        # Those without a request, the longest waiting first.
-        self.waiting: dict[Connection, None] = {}
+        # Those without a request, the longest idle first.
+        self.idle: dict[Connection, None] = {}
         self.by_address: Counter[str] = Counter()
 
     @classmethod
-    def from_config(cls, config: ServeConfig, most: int) -> Connections:
-        """What a configuration says, but for the number."""
+    def from_config(cls, config: ServeConfig, max_connections: int) -> Connections:
+        """The limits of a configuration, with the number of connections that the process can open."""
         return cls(
-            most,
+            max_connections,
             config.max_connections_per_address,
             config.header_timeout,
             config.client_timeout,
-            # Body, text work, and the texts have their own limits; this one is for whatever has none.
+            # Body, tokenizing and texts have limits of their own; this one is for what has none.
             2 * (config.deadline + config.client_timeout),
-            Addresses(config.proxies),
+            TrustedProxies(config.proxies),
         )
 
     def protocol(self) -> type[asyncio.Protocol]:
-        """The class that uvicorn is to make for every connection."""
-        return type("LimitedConnection", (Connection,), {"shared": self})
+        """The class of which uvicorn makes an object for every connection."""
+        return type("LimitedConnection", (Connection,), {"pool": self})
 
-    def admit(self, new: Connection) -> bool:
-        """Take a connection in, in the place of one that only waits where all are taken; False: there is no room."""
-        limit, address = self.per_address, new.address
-        if limit and self.by_address[address] >= limit and not new.of_proxy:
-            if not self._cut_off_oldest(lambda other: other.address == address):
+    def admit(self, connection: Connection) -> bool:
+        """Count a new connection; where all are taken, an idle one makes room. False: there is no room."""
+        limit, address = self.per_address, connection.address
+        if limit and self.by_address[address] >= limit and not connection.from_proxy:
+            if not self._close_longest_idle(lambda other: other.address == address):
                 return False
-        elif len(self.open) >= self.most and not self._cut_off_oldest(lambda _: True):
+        elif len(self.open) >= self.max_connections and not self._close_longest_idle(lambda _: True):
             return False
-        self.open.add(new)
+        self.open.add(connection)
         self.by_address[address] += 1
         return True
 
-    def _cut_off_oldest(self, among: Callable[[Connection], bool]) -> bool:
-        for connection in self.waiting:
-            if among(connection):
-                connection.cut_off()
+    def _close_longest_idle(self, condition: Callable[[Connection], bool]) -> bool:
+        for connection in self.idle:
+            if condition(connection):
+                connection.abort()
                 return True
         return False
 
-    def forget(self, connection: Connection) -> None:
-        """A connection is no more."""
-        self.waiting.pop(connection, None)
+    def remove(self, connection: Connection) -> None:
+        """Stop counting a connection."""
+        self.idle.pop(connection, None)
         if connection in self.open:
             self.open.discard(connection)
             self.by_address[connection.address] -= 1
@@ -103,52 +102,52 @@ class Connections:
                 del self.by_address[connection.address]
 
     async def sweep(self) -> None:
-        """Cut off from time to time whoever takes too long."""
+        """Abort overdue connections, from time to time."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.header_seconds / 4, self.client_seconds / 4))
             now = loop.time()
-            for connection in [one for one in self.open if one.is_overdue(now)]:
-                connection.cut_off()
+            for connection in [connection for connection in self.open if connection.is_overdue(now)]:
+                connection.abort()
 
 
 class Connection(H11Protocol):
     """One connection, made by uvicorn.
 
     Attributes:
-        shared: All of them, and their limits.
+        pool: All of them, and their limits.
         address: Of the socket's other end; of IPv6, its network.
-        of_proxy: Whether it is a named proxy's.
+        from_proxy: Whether it is a trusted proxy's.
     """
 
-    shared: Connections
+    pool: Connections
     address: str = ""
-    of_proxy: bool = False
+    from_proxy: bool = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there: it is to send a header now."""
+        """A client connected: it must send a header now."""
         super().connection_made(transport)
-        addresses = self.shared.addresses
-        # Headers count for requests, not for connections.
-        self.address = addresses.of({"client": self.client, "headers": []})
-        self.of_proxy = addresses.is_proxy(self.client[0] if self.client else "")
+        proxies = self.pool.proxies
+        # X-Forwarded-For counts for requests, not for connections.
+        self.address = proxies.client_address({"client": self.client, "headers": []})
+        self.from_proxy = self.client is not None and self.client[0] in proxies
         self._header_since: float | None = self.loop.time()
         self._request_since: float | None = None
         self._stalled_since: float | None = None
         self._closing_since: float | None = None
-        if self.shared.admit(self):
-            self.shared.waiting[self] = None
+        if self.pool.admit(self):
+            self.pool.idle[self] = None
         else:
             self._refuse(503, "all connections are taken; try again later.", "too_many_connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone, or was cut off."""
-        self.shared.forget(self)
+        """The client disconnected, or the connection was aborted."""
+        self.pool.remove(self)
         super().connection_lost(exc)
 
-    def cut_off(self) -> None:
-        """End it, whatever is still to be sent."""
-        self.shared.forget(self)
+    def abort(self) -> None:
+        """Close it at once, whatever is still to be sent."""
+        self.pool.remove(self)
         self.transport.abort()
 
     @property
@@ -157,27 +156,27 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
-        """Some bytes of a header or a body."""
+        """Bytes of a header or a body arrived."""
         if self._header_since is None and not self._busy:
             self._header_since = self.loop.time()
         super().data_received(data)
-        self._note()
+        self._update_waits()
 
     def on_response_complete(self) -> None:
-        """An answer was sent; another request may follow."""
+        """A response was sent; another request may follow."""
         self._request_since = None
         super().on_response_complete()
-        self._note()
+        self._update_waits()
 
-    def _note(self) -> None:
-        """See what the connection waits for now."""
+    def _update_waits(self) -> None:
+        """Note since when the connection has been waiting, and for what."""
         now = self.loop.time()
         if self._busy:
-            self.shared.waiting.pop(self, None)
+            self.pool.idle.pop(self, None)
             self._header_since, self._request_since = None, self._request_since or now
-        elif self in self.shared.open and self not in self.shared.waiting:
-            self.shared.waiting[self] = None
-            # The rest of a body is waited for as for a header.
+        elif self in self.pool.open and self not in self.pool.idle:
+            self.pool.idle[self] = None
+            # The rest of a body has the time of a header.
             self._header_since = None if self.conn.their_state is h11.IDLE else now
 
     def pause_writing(self) -> None:
@@ -186,26 +185,26 @@ class Connection(H11Protocol):
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """The client reads again."""
         self._stalled_since = None
         super().resume_writing()
 
     def is_overdue(self, now: float) -> bool:
-        """Whether it took longer for something than it may. Between requests uvicorn's own limit holds."""
-        shared = self.shared
+        """Whether something took longer than it may. Between requests uvicorn's own `keep_alive` holds."""
+        limits = self.pool
         if self.transport.is_closing() and self._closing_since is None:
-            # What is written is still sent, but not for ever.
+            # What was written is still sent, but not for ever.
             self._closing_since = now
         return (
-            _longer(now, self._header_since, shared.header_seconds)
-            or _longer(now, self._request_since, shared.request_seconds)
-            or _longer(now, self._stalled_since, shared.client_seconds)
-            or _longer(now, self._closing_since, shared.client_seconds)
+            _longer(now, self._header_since, limits.header_seconds)
+            or _longer(now, self._request_since, limits.request_seconds)
+            or _longer(now, self._stalled_since, limits.client_seconds)
+            or _longer(now, self._closing_since, limits.client_seconds)
         )
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, unless another answer is on its way."""
-        self._refuse(400, "this is no request of HTTP/1.1 that can be read.", "invalid_http")
+        """Answer what is not HTTP, unless a response has already begun."""
+        self._refuse(400, "this is not a valid HTTP/1.1 request.", "invalid_http")
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answer without a request, and close."""
@@ -227,8 +226,8 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def shutdown(self) -> None:
-        """The server stops."""
-        # A connection that ended in an error is in no state to be closed in good order.
+        """Close it, because the server stops."""
+        # After a protocol error a connection cannot be closed in good order.
         with contextlib.suppress(h11.LocalProtocolError):
             super().shutdown()
             return
@@ -240,10 +239,10 @@ def _longer(now: float, since: float | None, seconds: float) -> bool:
 
 
 def fit_open_files(wanted: int) -> tuple[int, int]:
-    """Raise the process's limit on open files as far as so many connections need and as it may be.
+    """Raise the process's limit on open files as far as the wanted connections need it and the system allows.
 
     Returns:
-        How many connections fit, and the limit (0: there is none, or none that is known).
+        How many connections fit, and the limit on open files (0: none, or unknown).
     """
     try:
         import resource
@@ -251,7 +250,7 @@ def fit_open_files(wanted: int) -> tuple[int, int]:
         # Windows counts no sockets among files.
         return wanted, 0
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + _OTHER_FILES
+    needed = wanted + _RESERVED_FILES
     if soft == resource.RLIM_INFINITY:
         return wanted, 0
     if soft < needed:
@@ -259,4 +258,4 @@ def fit_open_files(wanted: int) -> tuple[int, int]:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(1, min(wanted, soft - _OTHER_FILES)), soft
+    return max(1, min(wanted, soft - _RESERVED_FILES)), soft

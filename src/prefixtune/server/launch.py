@@ -1,7 +1,7 @@
-"""From a configuration to a server that runs: load, listen, serve, and stop in good order.
+"""Start and stop a server: load the model, listen, serve, and shut down in good order.
 
-At the first SIGTERM or SIGINT no request is taken any more (they get 503, and `/readyz` says so), running ones are
-finished within a limit, and the process exits with 0. A second signal ends it at once.
+After the first SIGTERM or SIGINT new requests get 503 and `/readyz` says so; running ones may finish within a limit;
+then the process exits with 0. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from prefixtune.errors import ConfigError
-from prefixtune.server.api.health import look_for_files
+from prefixtune.server.api.health import watch_folder
 from prefixtune.server.connections import Connections, fit_open_files
-from prefixtune.server.middleware import log, set_up_logs
+from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.utils.console import Console
 
@@ -31,38 +31,39 @@ __all__ = ["run"]
 
 
 _FLUSH_SECONDS = 5.0
-"""What replies have to be sent, once everything is written or given up."""
-_MANY_REFUSED = 10
+"""Time to send the last responses, once all texts have ended or were cancelled."""
+_MAX_WARNINGS = 10
+"""Refused files that are named at the start."""
 
 
 def run(config: ServeConfig, console: Console) -> int:
-    """Serve until told to stop; returns the exit code.
+    """Serve until a signal stops it; returns the exit code.
 
     Raises:
         ConfigError: The folder of prefixes is missing, or the address is in use.
-        BackboneError: The model cannot be loaded, or not be served.
+        BackboneError: The model cannot be loaded or served.
     """
     folder = Path(config.prefixes)
     if not folder.is_dir():
         raise ConfigError(
             f"there is no folder of prefixes {config.prefixes!r}.",
-            hint="make it, and put files NAME.safetensors of `prefixtune train` there.",
+            hint="create it, and put the prefix files of `prefixtune train` there, as NAME.safetensors.",
         )
-    most, files = fit_open_files(config.max_connections)
-    if most < config.max_connections:
+    max_connections, open_files = fit_open_files(config.max_connections)
+    if max_connections < config.max_connections:
         console.warn(
-            f"{most} connections at once instead of {config.max_connections}: this process may open {files} files; "
-            "raise that limit (ulimit -n, or LimitNOFILE of systemd), or lower max_connections"
+            f"{max_connections} connections at once instead of {config.max_connections}: this process may open "
+            f"{open_files} files; raise that limit (ulimit -n, or LimitNOFILE of systemd), or lower max_connections"
         )
     with _bind(config) as listener:
-        services = _load(config, console)
-        set_up_logs(config.log_level)
-        _greet(services, console, listener)
-        server = _Server(services, most)
+        state = _load(config, console)
+        configure_logging(config.log_level)
+        _report_start(state, console, listener)
+        server = _Server(state, max_connections)
         try:
             server.run(sockets=[listener])
         finally:
-            services.close()
+            state.close()
     log("stopped")
     return 0
 
@@ -84,7 +85,7 @@ def _bind(config: ServeConfig) -> socket.socket:
 
 
 def _load(config: ServeConfig, console: Console) -> ServerState:
-    # Heavy: what is wrong with the folder or the address is told without them.
+    # Slow imports: errors of the folder and the address come before them.
     from prefixtune.backbone.load import load_backbone
     from prefixtune.engine.engine import Engine, EngineConfig
     from prefixtune.engine.worker import EngineWorker
@@ -96,7 +97,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     console.info(f"loading {config.backbone} ...")
     backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
     console.info(f"{backbone!r}")
-    # What is told to callers names no path.
+    # Callers see this name: it must not be a path.
     backbone = replace(backbone, name=config.model_id)
     engine = Engine(
         backbone,
@@ -104,32 +105,32 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
             num_slots=config.num_slots,
             max_length=config.max_length,
             prefill_tokens=config.prefill_tokens,
-            # All that are admitted may come between two steps; with their shares, tenants may hold several times the
-            # queue (a thousand of them, 1 + 1/2 + ... + 1/1000 = 7.5 times).
+            # More than `Admission` ever admits: with their fair shares, a thousand tenants may hold
+            # 1 + 1/2 + ... + 1/1000 = 7.5 times the queue.
             max_waiting=8 * (config.num_slots + config.max_queue),
         ),
     )
-    # The given one may be let go.
+    # The engine may have replaced it, and then the first one can be freed.
     backbone = engine.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
-    services = ServerState(config, backbone, store, EngineWorker(engine))
-    # Takes a moment; the first request that needs it should not.
-    services.tokenizing.submit(newline_tokens, backbone)
-    return services
+    state = ServerState(config, backbone, store, EngineWorker(engine))
+    # Takes a moment, for which the first request should not wait.
+    state.tokenizer_thread.submit(newline_tokens, backbone)
+    return state
 
 
-def _greet(services: ServerState, console: Console, listener: socket.socket) -> None:
-    config, store = services.config, services.store
+def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:
+    config, store = state.config, state.store
     refused = store.refused
-    for name, reason in list(refused.items())[:_MANY_REFUSED]:
-        console.warn(f"{name} is left out: {reason}")
-    if len(refused) > _MANY_REFUSED:
-        console.warn(f"{len(refused) - _MANY_REFUSED} more are left out; GET /admin/prefixes lists them")
+    for name, reason in list(refused.items())[:_MAX_WARNINGS]:
+        console.warn(f"{name} is not served: {reason}")
+    if len(refused) > _MAX_WARNINGS:
+        console.warn(f"{len(refused) - _MAX_WARNINGS} more files are not served; GET /admin/prefixes lists them")
     if config.model_id in store:
         console.warn(f"the prefix {config.model_id!r} is hidden by the bare backbone; set backbone_id")
     if not config.keys:
-        console.warn("no key is configured: whoever is on this machine may use the server, and nobody else")
+        console.warn("no key is configured: only this machine may use the server")
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{listener.getsockname()[1]}"
     console.info(f"serving {len(store)} prefixes on {url}" + (" (open it in a browser)" if config.playground else ""))
@@ -137,16 +138,16 @@ def _greet(services: ServerState, console: Console, listener: socket.socket) -> 
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with a stop that finishes what runs."""
+    """uvicorn, with a shutdown that finishes running requests."""
 
-    def __init__(self, services: ServerState, most: int) -> None:
+    def __init__(self, state: ServerState, max_connections: int) -> None:
         from prefixtune.server.app import make_app
 
-        config = services.config
-        self.connections = Connections.from_config(config, most)
+        config = state.config
+        self.connections = Connections.from_config(config, max_connections)
         super().__init__(
             uvicorn.Config(
-                make_app(services),
+                make_app(state),
                 http=self.connections.protocol(),
                 log_config=None,
                 access_log=False,
@@ -158,38 +159,38 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(_FLUSH_SECONDS),
             )
         )
-        self.services = services
+        self.state = state
         self.loop: asyncio.AbstractEventLoop | None = None
         self.stopping: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop."""
+        """Serve until a signal stops it."""
         self.loop = asyncio.get_running_loop()
-        beside = [
-            asyncio.ensure_future(look_for_files(self.services)),
+        background = [
+            asyncio.ensure_future(watch_folder(self.state)),
             asyncio.ensure_future(self.connections.sweep()),
         ]
         await super().serve(sockets)
-        for task in beside:
+        for task in background:
             task.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal: the first begins the end, the second is the end."""
+        """Handle a signal: the first one starts the shutdown, the second one ends the process."""
         if self.loop is None or self.stopping is not None:
             self.should_exit = self.force_exit = True
             return
-        self.loop.call_soon_threadsafe(self._begin_to_stop)
+        self.loop.call_soon_threadsafe(self._start_stopping)
 
-    def _begin_to_stop(self) -> None:
+    def _start_stopping(self) -> None:
         if self.stopping is None:
             self.stopping = asyncio.ensure_future(self._stop())
 
     async def _stop(self) -> None:
-        services = self.services
-        log("draining", texts=services.admission.texts)
-        if not await services.drain(services.config.drain_seconds):
-            log("gave_up", level=logging.WARNING, texts=services.admission.texts)
-            await asyncio.to_thread(services.close)
-            # Those who wait are told.
-            await services.drain(_FLUSH_SECONDS)
+        state = self.state
+        log("draining", texts=state.admission.texts)
+        if not await state.drain(state.config.drain_seconds):
+            log("gave_up", level=logging.WARNING, texts=state.admission.texts)
+            await asyncio.to_thread(state.close)
+            # The responses of the cancelled requests are still sent.
+            await state.drain(_FLUSH_SECONDS)
         self.should_exit = True

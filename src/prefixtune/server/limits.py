@@ -1,34 +1,48 @@
-"""Limits."""
+"""What a request may ask for, and how much runs or waits at once: per key, per address, and in all."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["Admission", "Limits", "QueueFull", "Range", "Shares", "Turns"]
+__all__ = [
+    "AddressLimit",
+    "Admission",
+    "FairLock",
+    "Limits",
+    "QueueFull",
+    "Range",
+    "RateLimited",
+    "RequestLimit",
+    "SharedCapacity",
+]
+
+
+# --- one request ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be.
+    """The allowed values of a number.
 
     Attributes:
-        least: Allowed itself, unless `above`.
-        most: Allowed itself.
-        default: Where nothing is said; None: what `SamplingParams` or the server's configuration says.
-        whole: Whether only whole numbers are.
-        above: Whether it must be more than `least`.
+        minimum: Allowed itself, unless `exclusive_minimum`.
+        maximum: Allowed itself.
+        default: Where the request has none; None: as `SamplingParams` or the server's configuration says.
+        integer: Whether only whole numbers are allowed.
+        exclusive_minimum: Whether the value must be above `minimum`.
     """
 
-    least: int | float
-    most: int | float
+    minimum: int | float
+    maximum: int | float
     default: int | None = None
-    whole: bool = True
-    above: bool = False
+    integer: bool = True
+    exclusive_minimum: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,16 +59,16 @@ class Limits:
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """What each field that is a number may be."""
+        """The range of each field that is a number."""
         return {
             "max_tokens": Range(1, self.max_tokens),
             "max_completion_tokens": Range(1, self.max_tokens),
             "min_tokens": Range(0, self.max_tokens, 0),
-            "temperature": Range(0, 2, 1, whole=False),
-            "top_p": Range(0, 1, 1, whole=False, above=True),
+            "temperature": Range(0, 2, 1, integer=False),
+            "top_p": Range(0, 1, 1, integer=False, exclusive_minimum=True),
             "top_k": Range(0, 1_000_000, 0),
             # Scores divided by much less would overflow.
-            "repetition_penalty": Range(0.01, 10, 1, whole=False),
+            "repetition_penalty": Range(0.01, 10, 1, integer=False),
             "seed": Range(-(2**63), 2**63 - 1),
             "n": Range(1, self.max_texts, 1),
             "logprobs": Range(0, 20),
@@ -62,8 +76,102 @@ class Limits:
         }
 
 
+# --- one key, one address ---------------------------------------------------------------------------------------------
+
+
+class RateLimited(Exception):
+    """A caller sends too many requests, in a minute or at once.
+
+    Attributes:
+        reason: `rate`, `concurrency` or `address`.
+        retry_after: Seconds after which a retry may succeed.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason, self.retry_after = reason, retry_after
+
+
+class RequestLimit:
+    """The limits of one key: requests a minute, and at once.
+
+    Args:
+        key: The key's name, for messages.
+        per_minute: Requests a minute; 0: no limit.
+        concurrent: Requests at once; 0: no limit.
+        clock: Monotonic seconds; for tests.
+    """
+
+    def __init__(
+        self, key: str, per_minute: int = 0, concurrent: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.key, self.per_minute, self.concurrent, self.clock = key, per_minute, concurrent, clock
+        self._running = 0
+        # A token bucket that holds a minute's requests and refills evenly.
+        self._available, self._refilled_at = float(per_minute), clock()
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request while the block runs.
+
+        Raises:
+            RateLimited: There are too many of them.
+        """
+        if self.concurrent and self._running >= self.concurrent:
+            raise RateLimited(
+                "concurrency", f"the key {self.key!r} has {self.concurrent} requests running, which is its limit", 1.0
+            )
+        if self.per_minute:
+            now = self.clock()
+            refill = (now - self._refilled_at) * self.per_minute / 60
+            self._available, self._refilled_at = min(self.per_minute, self._available + refill), now
+            if self._available < 1:
+                wait = float(math.ceil((1 - self._available) * 60 / self.per_minute))
+                raise RateLimited(
+                    "rate", f"the key {self.key!r} has used its {self.per_minute} requests a minute", wait
+                )
+            self._available -= 1
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+
+class AddressLimit:
+    """Requests at once of each address behind a trusted proxy; of sockets, the connections are counted.
+
+    Args:
+        concurrent: For one address; 0: no limit.
+    """
+
+    def __init__(self, concurrent: int) -> None:
+        self.concurrent = concurrent
+        self._running: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def request(self, address: str) -> Iterator[None]:
+        """Count a request while the block runs.
+
+        Raises:
+            RateLimited: There are too many of this address.
+        """
+        if self.concurrent and self._running[address] >= self.concurrent:
+            raise RateLimited("address", f"{self.concurrent} requests of this address are running already", 1.0)
+        self._running[address] += 1
+        try:
+            yield
+        finally:
+            self._running[address] -= 1
+            if not self._running[address]:
+                del self._running[address]
+
+
+# --- all requests -----------------------------------------------------------------------------------------------------
+
+
 class QueueFull(Exception):
-    """No room for more texts now.
+    """There is no room for the request now.
 
     Attributes:
         retry_after: Seconds after which there may be room.
@@ -74,82 +182,82 @@ class QueueFull(Exception):
         self.retry_after = retry_after
 
 
-class Shares:
-    """A bounded amount of something, and which tenant holds how much of it.
+class SharedCapacity:
+    """A bounded amount of something, shared fairly among tenants.
 
-    What one tenant has filled is not closed to the others: whoever holds less than an equal share of it gets in. So
-    together they may come to hold more, until the first one's are done.
+    Where one tenant has filled it, it is still open to a tenant who holds less than an equal share. Together they may
+    then hold more than the capacity, until the first one's requests end.
 
     Attributes:
-        most: Of it all.
-        total: What is held.
+        capacity: The bound.
+        used: How much is held.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most, self.total = most, 0
-        self._held: Counter[str] = Counter()
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.used = capacity, 0
+        self._used_by: Counter[str] = Counter()
 
     def has_room(self, amount: int, tenant: str) -> bool:
-        """Whether a tenant may have so much more."""
-        share = self.most // len(self._held.keys() | {tenant})
-        return self.total + amount <= self.most or self._held[tenant] + amount <= share
+        """Whether a tenant may hold this much more."""
+        share = self.capacity // len(self._used_by.keys() | {tenant})
+        return self.used + amount <= self.capacity or self._used_by[tenant] + amount <= share
 
     @contextlib.contextmanager
     def hold(self, amount: int, tenant: str) -> Iterator[None]:
-        """Hold so much while the block runs; `has_room` says whether it may."""
-        self.total += amount
-        self._held[tenant] += amount
+        """Hold an amount while the block runs; check `has_room` before."""
+        self.used += amount
+        self._used_by[tenant] += amount
         try:
             yield
         finally:
-            self.total -= amount
-            self._held[tenant] -= amount
-            if not self._held[tenant]:
-                del self._held[tenant]
+            self.used -= amount
+            self._used_by[tenant] -= amount
+            if not self._used_by[tenant]:
+                del self._used_by[tenant]
 
 
-class Turns:
-    """One piece of work at a time; tenants in turn, so that one's long pieces hold up another by one piece only."""
+class FairLock:
+    """A lock that tenants get in turn, so that many requests of one delay another by one piece of work only."""
 
     def __init__(self) -> None:
-        self._busy = False
-        # The tenant whose turn was longest ago comes first.
+        self._locked = False
+        # The tenant who waits longest for a turn comes first.
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @contextlib.asynccontextmanager
-    async def turn(self, tenant: str) -> AsyncGenerator[None]:
-        """Wait for a turn, and have it while the block runs."""
-        if self._busy:
-            mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(tenant, deque()).append(mine)
+    async def hold(self, tenant: str) -> AsyncGenerator[None]:
+        """Wait for the lock, and hold it while the block runs."""
+        if self._locked:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(tenant, deque()).append(turn)
             try:
-                await mine
+                await turn
             except asyncio.CancelledError:
-                if mine.done() and not mine.cancelled():
-                    self._next()
+                if turn.done() and not turn.cancelled():
+                    self._release()
                 raise
-        self._busy = True
+        self._locked = True
         try:
             yield
         finally:
-            self._next()
+            self._release()
 
-    def _next(self) -> None:
-        self._busy = False
+    def _release(self) -> None:
+        self._locked = False
         while self._waiting:
             tenant, queue = self._waiting.popitem(last=False)
-            first = queue.popleft()
+            turn = queue.popleft()
             if queue:
                 self._waiting[tenant] = queue
-            # Callers that left are skipped.
-            if not first.done():
-                self._busy = True
-                first.set_result(None)
+            # Cancelled ones are skipped.
+            if not turn.done():
+                self._locked = True
+                turn.set_result(None)
                 return
 
 
 class Admission:
-    """Counts the texts that run or wait, so that the queue is bounded and shared; and says when all are done.
+    """The queue's limit: bounds the texts that run or wait, shares the room fairly, and knows when all have ended.
 
     Args:
         num_slots: Texts that run at once.
@@ -158,37 +266,38 @@ class Admission:
 
     def __init__(self, num_slots: int, max_queue: int) -> None:
         self.num_slots = num_slots
-        self._shares = Shares(num_slots + max_queue)
-        self._seconds = 1.0
+        self._capacity = SharedCapacity(num_slots + max_queue)
+        self._seconds_per_request = 1.0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def texts(self) -> int:
-        """How many run or wait."""
-        return self._shares.total
+        """How many texts run or wait."""
+        return self._capacity.used
 
     @contextlib.contextmanager
-    def enter(self, texts: int, tenant: str = "") -> Iterator[None]:
+    def admit(self, texts: int, tenant: str = "") -> Iterator[None]:
         """Count some texts of a tenant while the block runs.
 
         Raises:
-            Full: There is no room for them.
+            QueueFull: There is no room for them.
         """
-        if not self._shares.has_room(texts, tenant):
-            # When the texts that are there will be done, if they take as long as the last ones.
+        if not self._capacity.has_room(texts, tenant):
+            # When the present texts will have ended, if they take as long as recent ones.
             rounds = self.texts / self.num_slots
-            raise QueueFull(f"{self.texts} texts run or wait already", min(60.0, max(1.0, rounds * self._seconds)))
+            retry_after = min(60.0, max(1.0, rounds * self._seconds_per_request))
+            raise QueueFull(f"{self.texts} texts run or wait already", retry_after)
         self._idle.clear()
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
-            with self._shares.hold(texts, tenant):
+            with self._capacity.hold(texts, tenant):
                 yield
         finally:
-            self._seconds += 0.1 * (time.monotonic() - begun - self._seconds)
+            self._seconds_per_request += 0.1 * (time.monotonic() - started - self._seconds_per_request)
             if not self.texts:
                 self._idle.set()
 
-    async def idle(self) -> None:
-        """Wait until there is no text."""
+    async def wait_until_idle(self) -> None:
+        """Wait until no text runs or waits."""
         await self._idle.wait()

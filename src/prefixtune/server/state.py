@@ -1,7 +1,4 @@
-"""The parts of a running server, put together once.
-
-Knows nothing of routes.
-"""
+"""The parts of a running server, put together once."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.server.addresses import Addresses, PerAddress
+from prefixtune.server.addresses import TrustedProxies
 from prefixtune.server.auth import Keyring
-from prefixtune.server.limits import Admission, Limits, Shares, Turns
+from prefixtune.server.limits import AddressLimit, Admission, FairLock, Limits, SharedCapacity
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import Catalog
 from prefixtune.server.models.store import PrefixStore
@@ -26,53 +23,65 @@ __all__ = ["ServerState"]
 class ServerState:
     """What the endpoints work with.
 
-    Args:
-        config: What was asked for.
+    Attributes:
+        config: The server's configuration.
         backbone: The model.
         store: Its prefixes.
-        worker: The engine, running.
+        worker: The engine, in its thread.
+        catalog: The models by name, as a caller may see them.
+        keyring: The keys.
+        proxies: Whose `X-Forwarded-For` counts.
+        address_limit: Requests at once of each address behind a proxy.
+        pending_bytes: Memory for the bodies of all requests.
+        admission: The texts that run or wait.
+        limits: What one request may ask for.
+        metrics: All metrics.
+        tokenizer_thread: Where texts are tokenized, one at a time.
+        tokenizer_lock: Whose turn it is there.
+        draining: Whether the server is shutting down.
+        folder_error: Why the last reload of the folder failed; names no path, as everybody may read it.
+        started: When the server started, in seconds since 1970.
     """
 
     def __init__(self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: EngineWorker) -> None:
         self.config, self.backbone, self.store, self.worker = config, backbone, store, worker
-        self.begun = time.time()
-        self.catalog = Catalog(store, backbone, config.model_id, int(self.begun))
+        self.started = time.time()
+        self.catalog = Catalog(store, backbone, config.model_id, int(self.started))
         self.keyring = Keyring(config.keys)
-        self.addresses = Addresses(config.proxies)
-        self.per_address = PerAddress(config.max_connections_per_address)
-        self.bodies = Shares(config.max_pending_mib * 2**20)
-        self.turns = Turns()
+        self.proxies = TrustedProxies(config.proxies)
+        self.address_limit = AddressLimit(config.max_connections_per_address)
+        self.pending_bytes = SharedCapacity(config.max_pending_mib * 2**20)
         self.admission = Admission(config.num_slots, config.max_queue)
         self.limits = Limits(config.max_tokens, config.max_texts)
         self.draining = False
-        # Why the folder of prefixes was not read the last time; without paths, as anybody is told.
         self.folder_error = ""
         self.metrics = Metrics(
             worker,
             store,
             num_slots=config.num_slots,
-            most_prefixes=config.metric_prefixes,
+            max_prefixes=config.metric_prefixes,
             draining=lambda: self.draining,
         )
-        # One at a time: a tokenizer's settings are not made for several threads.
-        self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
+        # One thread: tokenizers keep settings that several threads would overwrite.
+        self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
+        self.tokenizer_lock = FairLock()
 
     @property
     def engine(self) -> Engine:
-        """The running engine, which may be another one later."""
+        """The running engine; a new one after a failure."""
         return self.worker.engine
 
     async def drain(self, seconds: float) -> bool:
-        """Take no more requests, and wait until the running ones are answered; False: some were not in time."""
+        """Accept no more requests, and wait until the running ones are done; False: some were not in time."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
-                await self.admission.idle()
+                await self.admission.wait_until_idle()
         except TimeoutError:
             return False
         return True
 
     def close(self) -> None:
-        """Stop the engine; what still runs is given up."""
+        """Stop the engine; what still runs is cancelled."""
         self.worker.close()
-        self.tokenizing.shutdown(wait=False, cancel_futures=True)
+        self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)

@@ -29,7 +29,7 @@ from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.server.api.health import look_for_files
+from prefixtune.server.api.health import watch_folder
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
 from prefixtune.server.limits import Admission, QueueFull
@@ -64,24 +64,24 @@ def make(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]) -> It
             save_prefix(folder / f"{name}.safetensors", prefix)
         config = ServeConfig(**{"backbone": "tiny", "prefixes": str(folder), "num_slots": 4, **options})
         engine = Engine(backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
-        services = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
-        made.append(services)
-        return make_app(services), services
+        state = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
+        made.append(state)
+        return make_app(state), state
 
     yield build
-    for services in made:
-        services.close()
+    for state in made:
+        state.close()
 
 
-def in_time(services: ServerState) -> float:
+def in_time(state: ServerState) -> float:
     """How many texts run in the engine, after a while."""
 
     async def wait() -> None:
-        while services.worker.num_live:
+        while state.worker.num_live:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(wait(), 10))
-    return services.admission.texts
+    return state.admission.texts
 
 
 def ask(**more: Any) -> dict[str, Any]:
@@ -91,12 +91,12 @@ def ask(**more: Any) -> dict[str, Any]:
 def test_an_unforeseen_error_is_told_in_the_log_alone(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app, services = make()
+    app, state = make()
 
     def broken(*_: Any) -> Any:
         raise ValueError("a secret of /srv/models")
 
-    monkeypatch.setattr(services.catalog, "check", broken)
+    monkeypatch.setattr(state.catalog, "check_access", broken)
     with caplog.at_level(logging.ERROR, "prefixtune.server"):
         answer = asyncio.run(call(app, "POST", "/v1/completions", ask(), headers={"x-request-id": "mine-1"}))
     assert (answer.status, answer.code) == (500, "internal_error")
@@ -105,12 +105,12 @@ def test_an_unforeseen_error_is_told_in_the_log_alone(
     assert answer.headers["x-request-id"] == "mine-1"
     (record,) = caplog.records
     assert "a secret" in str(record.exc_info)
-    assert in_time(services) == 0
+    assert in_time(state) == 0
 
 
 def test_a_request_that_fails_fails_alone(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
-    app, services = make()
-    submit = services.worker.submit
+    app, state = make()
+    submit = state.worker.submit
 
     def failing(request: Any, on_output: Any, deadline: Any = None) -> None:
         if request.prefix_name == "b":
@@ -118,7 +118,7 @@ def test_a_request_that_fails_fails_alone(make: Callable[..., Made], monkeypatch
         else:
             submit(request, on_output, deadline)
 
-    monkeypatch.setattr(services.worker, "submit", failing)
+    monkeypatch.setattr(state.worker, "submit", failing)
 
     async def both() -> list[Answer]:
         return list(
@@ -146,8 +146,8 @@ def test_a_request_that_fails_fails_alone(make: Callable[..., Made], monkeypatch
 def test_when_the_engine_breaks_its_requests_get_503_and_later_ones_are_served(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app, services = make()
-    engine = services.worker.engine
+    app, state = make()
+    engine = state.worker.engine
 
     def broken() -> Any:
         raise RuntimeError("out of memory at 0x7f")
@@ -164,42 +164,42 @@ def test_when_the_engine_breaks_its_requests_get_503_and_later_ones_are_served(
         return later
 
     assert asyncio.run(until_served()).status == 200
-    assert services.worker.engine is not engine
+    assert state.worker.engine is not engine
 
 
 def test_a_deadline_is_told_as_such(make: Callable[..., Made]) -> None:
-    app, services = make(deadline=0.1)
+    app, state = make(deadline=0.1)
     answer = asyncio.run(call(app, "POST", "/v1/completions", ask(max_tokens=450, n=4)))
     assert (answer.status, answer.code) == (504, "deadline_exceeded")
     # OpenAI's client would try twice more by itself.
     assert answer.headers["x-should-retry"] == "false"
-    assert in_time(services) == 0
+    assert in_time(state) == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_slots(make: Callable[..., Made], stream: bool) -> None:
-    app, services = make()
+    app, state = make()
 
     async def leave() -> Answer:
         gone = asyncio.Event()
         running = asyncio.ensure_future(
             call(app, "POST", "/v1/completions", ask(max_tokens=500, n=4, stream=stream), gone=gone)
         )
-        while not services.worker.snapshot().running:
+        while not state.worker.snapshot().running:
             await asyncio.sleep(0.005)
         gone.set()
         return await running
 
     answer = asyncio.run(leave())
     assert not answer.ended
-    assert in_time(services) == 0
-    told = services.metrics.text().decode()
+    assert in_time(state) == 0
+    told = state.metrics.render().decode()
     assert 'prefixtune_texts_total{finished="gone",prefix="a"} 4.0' in told
     assert 'prefixtune_requests_total{route="/v1/completions",status="499"} 1.0' in told
 
 
 def test_a_client_that_vanished_before_the_first_byte_holds_nothing(make: Callable[..., Made]) -> None:
-    app, services = make()
+    app, state = make()
 
     async def leave() -> None:
         gone = asyncio.Event()
@@ -207,27 +207,25 @@ def test_a_client_that_vanished_before_the_first_byte_holds_nothing(make: Callab
         await call(app, "POST", "/v1/completions", ask(max_tokens=500, stream=True), gone=gone)
 
     asyncio.run(leave())
-    assert in_time(services) == 0
+    assert in_time(state) == 0
 
 
 def test_a_client_that_does_not_read_is_given_up(make: Callable[..., Made]) -> None:
-    app, services = make(client_timeout=0.1)
+    app, state = make(client_timeout=0.1)
 
     async def never() -> None:
         await asyncio.sleep(60)
 
     answer = asyncio.run(call(app, "POST", "/v1/completions", ask(max_tokens=500, stream=True), slow=never))
     assert not answer.ended
-    assert in_time(services) == 0
+    assert in_time(state) == 0
 
 
 def test_a_silent_stream_says_that_it_is_alive(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
-    app, services = make()
-    monkeypatch.setattr("prefixtune.server.api.generation._SILENCE", 0.05)
+    app, state = make()
+    monkeypatch.setattr("prefixtune.server.api.generation.KEEP_ALIVE_SECONDS", 0.05)
     later: list[Any] = []
-    monkeypatch.setattr(
-        services.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output))
-    )
+    monkeypatch.setattr(state.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output)))
 
     async def wait() -> Answer:
         running = asyncio.ensure_future(call(app, "POST", "/v1/chat/completions", body))
@@ -241,23 +239,23 @@ def test_a_silent_stream_says_that_it_is_alive(make: Callable[..., Made], monkey
     body = ask(stream=True)
     del body["prompt"]
     body["messages"] = [{"role": "user", "content": "hi"}]
-    services.backbone.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    state.backbone.tokenizer.chat_template = "{{ messages[0]['content'] }}"
     try:
         answer = asyncio.run(wait())
     finally:
-        services.backbone.tokenizer.chat_template = None
+        state.backbone.tokenizer.chat_template = None
     assert answer.body.count(b": waiting\n\n") >= 2
     assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
 def test_the_queue_is_bounded(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
-    app, services = make(max_queue=2)
-    monkeypatch.setattr(services.worker, "submit", lambda *_, **__: None)
+    app, state = make(max_queue=2)
+    monkeypatch.setattr(state.worker, "submit", lambda *_, **__: None)
 
     async def fill() -> tuple[Answer, Answer]:
         gone = asyncio.Event()
         running = [asyncio.ensure_future(call(app, "POST", "/v1/completions", ask(n=3), gone=gone)) for _ in range(2)]
-        while services.admission.texts < 6:
+        while state.admission.texts < 6:
             await asyncio.sleep(0.005)
         refused = await call(app, "POST", "/v1/completions", ask())
         health = await call(app, "GET", "/healthz")
@@ -269,17 +267,17 @@ def test_the_queue_is_bounded(make: Callable[..., Made], monkeypatch: pytest.Mon
     assert (refused.status, refused.code) == (429, "queue_full")
     assert int(refused.headers["retry-after"]) >= 1
     assert health.status == 200
-    assert services.admission.texts == 0
+    assert state.admission.texts == 0
 
 
 def test_while_draining_only_running_requests_go_on(make: Callable[..., Made]) -> None:
-    app, services = make()
+    app, state = make()
 
     async def drain() -> tuple[Answer, Answer, Answer, Answer, bool]:
         running = asyncio.ensure_future(call(app, "POST", "/v1/completions", ask(max_tokens=100)))
-        while not services.admission.texts:
+        while not state.admission.texts:
             await asyncio.sleep(0.005)
-        draining = asyncio.ensure_future(services.drain(20))
+        draining = asyncio.ensure_future(state.drain(20))
         await asyncio.sleep(0)
         refused = await call(app, "POST", "/v1/completions", ask())
         alive, ready = await call(app, "GET", "/healthz"), await call(app, "GET", "/readyz")
@@ -322,7 +320,7 @@ def test_pages_of_other_origins_read_nothing_unless_they_are_named(make: Callabl
 
 def test_what_runs_is_told_without_the_names_of_others(make: Callable[..., Made]) -> None:
     keys = {name: KeyConfig(hash_key(f"pt-{name}"), (name,)) for name in "ab"}
-    app, services = make(keys=keys)
+    app, state = make(keys=keys)
 
     async def look() -> list[Answer]:
         gone = asyncio.Event()
@@ -332,7 +330,7 @@ def test_what_runs_is_told_without_the_names_of_others(make: Callable[..., Made]
             )
             for name in "ab"
         ]
-        while len(services.worker.snapshot().running) < 2:
+        while len(state.worker.snapshot().running) < 2:
             await asyncio.sleep(0.005)
         seen = [await call(app, "GET", "/v1/status", headers=bearer(name)) for name in "ab"]
         gone.set()
@@ -348,7 +346,7 @@ def bearer(name: str) -> dict[str, str]:
 
 
 def test_lengths_are_those_that_fit(make: Callable[..., Made]) -> None:
-    app, services = make(default_max_tokens=300, max_tokens=511, max_prompt_tokens=400, raw_completions=True)
+    app, state = make(default_max_tokens=300, max_tokens=511, max_prompt_tokens=400, raw_completions=True)
     # 512 positions, 4 of them the prefix's; the last new token takes none.
     prompt = "x" * 400
 
@@ -366,7 +364,7 @@ def test_lengths_are_those_that_fit(make: Callable[..., Made]) -> None:
         assert (outcome(**more).status, outcome(**more).code) == (400, "context_length_exceeded")
     too_long = asyncio.run(call(app, "POST", "/v1/completions", ask(prompt="x" * 401)))
     assert too_long.code == "context_length_exceeded"
-    assert in_time(services) == 0
+    assert in_time(state) == 0
 
 
 def test_token_ids_that_the_model_does_not_have(make: Callable[..., Made]) -> None:
@@ -377,11 +375,11 @@ def test_token_ids_that_the_model_does_not_have(make: Callable[..., Made]) -> No
 
 
 def test_figures_of_prefixes_are_bounded(make: Callable[..., Made]) -> None:
-    _, services = make()
-    metrics = Metrics(services.worker, services.store, num_slots=1, most_prefixes=2, draining=lambda: False)
+    _, state = make()
+    metrics = Metrics(state.worker, state.store, num_slots=1, max_prefixes=2, draining=lambda: False)
     for number in range(1000):
         metrics.text_done(f"tenant-{number}", "stop", 1)
-    lines = [line for line in metrics.text().decode().splitlines() if line.startswith("prefixtune_new_tokens_total")]
+    lines = [line for line in metrics.render().decode().splitlines() if line.startswith("prefixtune_new_tokens_total")]
     assert sorted(lines) == [
         'prefixtune_new_tokens_total{prefix="other"} 998.0',
         'prefixtune_new_tokens_total{prefix="tenant-0"} 1.0',
@@ -398,28 +396,28 @@ def test_prompts_and_outputs_are_logged_only_where_that_is_wanted(
         output = asyncio.run(call(app, "POST", "/v1/tasks/a", {"name": "a secret", "max_tokens": 20})).json["output"]
     (record,) = caplog.records
     assert ("a secret" in str(record.__dict__)) is wanted
-    assert (output in str(record.__dict__["facts"].get("outputs"))) is wanted
+    assert (output in str(record.__dict__["fields"].get("outputs"))) is wanted
 
 
 @pytest.mark.parametrize(("stop", "wanted"), [([], " \n one  two \n"), (["two"], " \n one  "), (["one"], " \n ")])
 def test_white_space_around_a_text_is_told_but_for_targets(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, stop: list[str], wanted: str
 ) -> None:
-    app, services = make()
+    app, state = make()
     raw, raw_services = make(raw_completions=True)
 
     def submit(request: Any, on_output: Any, deadline: Any = None) -> None:
-        text = Detokenizer(services.backbone.decode, request.sampling.stop, verbatim=request.verbatim)
-        for token in services.backbone.encode(" \n one  two \n"):
+        text = Detokenizer(state.backbone.decode, request.sampling.stop, verbatim=request.verbatim)
+        for token in state.backbone.encode(" \n one  two \n"):
             piece = text.add(token)
             on_output(SequenceOutput(request.id, 0, (Token(token),), piece, "stop" if text.stopped else None))
             if text.stopped:
                 return
         on_output(SequenceOutput(request.id, 0, (), text.finish(), "stop"))
 
-    for made in (services, raw_services):
+    for made in (state, raw_services):
         monkeypatch.setattr(made.worker, "submit", submit)
-    monkeypatch.setattr(services.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    monkeypatch.setattr(state.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
 
     def talk(model: str) -> dict[str, Any]:
         return {"model": model, "messages": [{"role": "user", "content": "hi"}], "stop": stop}
@@ -465,7 +463,7 @@ def test_an_upload_to_a_disk_that_takes_nothing_changes_nothing(
     number: int,
     refusal: tuple[int, str],
 ) -> None:
-    app, services = make(keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)})
+    app, state = make(keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)})
     folder = tmp_path / "prefixes"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     first = asyncio.run(call(app, "POST", "/v1/completions", ask(), headers=bearer("boss"))).json["choices"]
@@ -498,8 +496,8 @@ def test_an_upload_to_a_disk_that_takes_nothing_changes_nothing(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     again = asyncio.run(call(app, "POST", "/v1/completions", ask(), headers=bearer("boss")))
     assert again.json["choices"] == first
-    assert services.store.names() == ["a", "b"]
-    assert services.store.refused == {}
+    assert state.store.names() == ["a", "b"]
+    assert state.store.refused == {}
 
 
 def test_the_document_tells_of_every_route_and_of_no_other(make: Callable[..., Made]) -> None:
@@ -527,15 +525,15 @@ def test_the_document_tells_of_every_route_and_of_no_other(make: Callable[..., M
 def test_long_texts_of_one_caller_do_not_hold_up_anothers(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app, services = make(keys={name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")})
-    encode, seen = type(services.backbone).encode_sources, list[str]()
+    app, state = make(keys={name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")})
+    encode, seen = type(state.backbone).encode_sources, list[str]()
 
     def slowly(self: Any, texts: list[str]) -> Any:
         seen.extend(name for text in texts for name in ("heavy", "light") if name in text)
         time.sleep(0.05)
         return encode(self, texts)
 
-    monkeypatch.setattr(type(services.backbone), "encode_sources", slowly)
+    monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)
 
     async def both() -> tuple[Answer, int, list[Answer]]:
         heavy = [
@@ -559,14 +557,14 @@ def test_long_texts_of_one_caller_do_not_hold_up_anothers(
 def test_the_likeliest_tokens_are_put_into_words_beside_the_event_loop(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    app, services = make()
+    app, state = make()
 
     def slowly(token: int) -> str:
         time.sleep(0.002)
         return str(token)
 
-    monkeypatch.setattr("prefixtune.server.api.completions._token_text", lambda _: slowly)
-    monkeypatch.setattr(services.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    monkeypatch.setattr("prefixtune.server.api.choices.token_decoder", lambda _: slowly)
+    monkeypatch.setattr(state.backbone.tokenizer, "chat_template", "{{ messages[0]['content'] }}")
     body = ask(model="tiny", max_tokens=20)
     if "chat" in path:
         body = {**body, "messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 20}
@@ -591,13 +589,13 @@ def test_the_likeliest_tokens_are_put_into_words_beside_the_event_loop(
 
 
 def test_a_caller_who_leaves_while_others_texts_are_worked_on_leaves_nothing(make: Callable[..., Made]) -> None:
-    app, services = make()
+    app, state = make()
 
     async def leave() -> Answer:
         gone = asyncio.Event()
-        async with services.turns.turn("somebody"):
+        async with state.tokenizer_lock.hold("somebody"):
             waiting = asyncio.ensure_future(call(app, "POST", "/v1/completions", ask(), gone=gone))
-            while not services.bodies.total:
+            while not state.pending_bytes.used:
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.01)
             gone.set()
@@ -607,22 +605,22 @@ def test_a_caller_who_leaves_while_others_texts_are_worked_on_leaves_nothing(mak
         return left
 
     assert asyncio.run(leave()).status == 0
-    assert services.bodies.total == 0
+    assert state.pending_bytes.used == 0
 
 
 def test_a_text_whose_turn_does_not_come_is_given_up(make: Callable[..., Made]) -> None:
-    app, services = make(deadline=0.1)
+    app, state = make(deadline=0.1)
 
     async def wait() -> Answer:
-        async with services.turns.turn("somebody"):
+        async with state.tokenizer_lock.hold("somebody"):
             return await call(app, "POST", "/v1/completions", ask())
 
     assert asyncio.run(wait()).code == "deadline_exceeded"
 
 
 def test_all_texts_of_a_request_share_its_time(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
-    app, services = make(deadline=1.0)
-    encode = type(services.backbone).encode_sources
+    app, state = make(deadline=1.0)
+    encode = type(state.backbone).encode_sources
     given: list[float] = []
 
     def slowly(*arguments: Any) -> Any:
@@ -633,8 +631,8 @@ def test_all_texts_of_a_request_share_its_time(make: Callable[..., Made], monkey
         given.append(deadline)
         on_output(SequenceOutput(request.id, 0, (), "", "length"))
 
-    monkeypatch.setattr(type(services.backbone), "encode_sources", slowly)
-    monkeypatch.setattr(services.worker, "submit", submit)
+    monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)
+    monkeypatch.setattr(state.worker, "submit", submit)
     few = asyncio.run(call(app, "POST", "/v1/completions", ask(model="tiny", prompt=["x", "y"])))
     assert few.status == 200
     # What the texts took is not the engine's any more.
@@ -646,32 +644,32 @@ def test_all_texts_of_a_request_share_its_time(make: Callable[..., Made], monkey
 
 
 def test_a_body_of_unknown_length_is_counted_as_long_as_it_is_once_it_is_there(make: Callable[..., Made]) -> None:
-    app, services = make(max_pending_mib=1, max_body_kib=512)
+    app, state = make(max_pending_mib=1, max_body_kib=512)
 
     async def several() -> list[Answer]:
         # All wait for the same turn, with their bodies in memory.
-        async with services.turns.turn("somebody"):
+        async with state.tokenizer_lock.hold("somebody"):
             running = []
             for _ in range(3):
                 running.append(asyncio.ensure_future(call(app, "POST", "/v1/completions", ask())))
                 await asyncio.sleep(0.05)
-            held = services.bodies.total
+            held = state.pending_bytes.used
         assert held == 3 * len(json.dumps(ask()).encode())
         return list(await asyncio.gather(*running))
 
     assert [answer.status for answer in asyncio.run(several())] == [200, 200, 200]
-    assert services.bodies.total == 0
+    assert state.pending_bytes.used == 0
 
 
 def test_bodies_are_admitted_by_their_bytes_and_fairly(make: Callable[..., Made]) -> None:
     keys = {name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")}
-    app, services = make(keys=keys, max_pending_mib=1)
+    app, state = make(keys=keys, max_pending_mib=1)
     large, small = ({"content-length": str(kib * 1024)} for kib in (1000, 100))
 
     async def fill() -> list[Answer]:
         # Nothing of the body arrives, but so much is announced.
         held = asyncio.ensure_future(call(app, "POST", "/v1/completions", NEVER, headers=bearer("heavy") | large))
-        while not services.bodies.total:
+        while not state.pending_bytes.used:
             await asyncio.sleep(0.001)
         answers = [
             await call(app, "POST", "/v1/completions", ask(), headers=bearer(name) | small)
@@ -684,7 +682,7 @@ def test_bodies_are_admitted_by_their_bytes_and_fairly(make: Callable[..., Made]
     heavy, light = asyncio.run(fill())
     assert (heavy.status, heavy.code, light.status) == (429, "queue_full", 200)
     assert int(heavy.headers["retry-after"]) >= 1
-    assert services.bodies.total == 0
+    assert state.pending_bytes.used == 0
 
 
 def test_requests_at_once_are_counted_by_the_address_that_a_named_proxy_tells(make: Callable[..., Made]) -> None:
@@ -716,32 +714,32 @@ def test_without_keys_no_proxy_is_answered(make: Callable[..., Made], name: str)
 
 
 def test_a_link_to_itself_is_one_bad_file_and_the_watch_goes_on(make: Callable[..., Made], tmp_path: Path) -> None:
-    _, services = make(reload_seconds=0.02)
+    _, state = make(reload_seconds=0.02)
     folder = tmp_path / "prefixes"
 
     async def watch() -> None:
-        looking = asyncio.ensure_future(look_for_files(services))
+        looking = asyncio.ensure_future(watch_folder(state))
         (folder / "loop.safetensors").symlink_to("loop.safetensors")
         async with asyncio.timeout(10):
-            while "loop" not in services.store.refused:
+            while "loop" not in state.store.refused:
                 await asyncio.sleep(0.01)
             (folder / "c.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
-            while "c" not in services.store:
+            while "c" not in state.store:
                 await asyncio.sleep(0.01)
         assert not looking.done()
         looking.cancel()
 
     asyncio.run(watch())
-    assert services.store.names() == ["a", "b", "c"]
-    assert list(services.store.refused) == ["loop"]
+    assert state.store.names() == ["a", "b", "c"]
+    assert list(state.store.refused) == ["loop"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("/srv/x"), PrefixError("/srv/x"), RecursionError(), MemoryError()])
 def test_a_watch_that_fails_for_any_reason_goes_on_with_pauses_and_health_tells_of_it(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    app, services = make(reload_seconds=0.01)
-    reload, times = services.store.reload, list[float]()
+    app, state = make(reload_seconds=0.01)
+    reload, times = state.store.reload, list[float]()
 
     def failing() -> None:
         times.append(time.monotonic())
@@ -749,10 +747,10 @@ def test_a_watch_that_fails_for_any_reason_goes_on_with_pauses_and_health_tells_
             raise error
         reload()
 
-    monkeypatch.setattr(services.store, "reload", failing)
+    monkeypatch.setattr(state.store, "reload", failing)
 
     async def watch() -> list[Any]:
-        looking, told = asyncio.ensure_future(look_for_files(services)), []
+        looking, told = asyncio.ensure_future(watch_folder(state)), []
         async with asyncio.timeout(10):
             while len(times) < 4:
                 await asyncio.sleep(0.001)
@@ -777,17 +775,17 @@ def test_a_watch_that_fails_for_any_reason_goes_on_with_pauses_and_health_tells_
 def test_the_first_signal_drains_and_the_second_ends_it(make: Callable[..., Made]) -> None:
     from prefixtune.server.launch import _Server
 
-    _, services = make(drain_seconds=1000.0)
-    server = _Server(services, 10)
+    _, state = make(drain_seconds=1000.0)
+    server = _Server(state, 10)
 
     async def signals() -> list[tuple[bool, bool, bool]]:
         seen = []
         server.loop = asyncio.get_running_loop()
-        with services.admission.enter(1):
+        with state.admission.admit(1):
             for _ in range(2):
                 server.handle_exit(signal.SIGTERM, None)
                 await asyncio.sleep(0.01)
-                seen.append((services.draining, server.should_exit, server.force_exit))
+                seen.append((state.draining, server.should_exit, server.force_exit))
         assert server.stopping is not None
         await server.stopping
         return seen
@@ -800,7 +798,7 @@ def test_a_queue_that_one_tenant_has_filled_is_open_to_the_others() -> None:
 
     def enter(tenant: str, texts: int = 1) -> bool:
         try:
-            stack.enter_context(admission.enter(texts, tenant))
+            stack.enter_context(admission.admit(texts, tenant))
         except QueueFull:
             return False
         return True
@@ -833,7 +831,7 @@ def test_dropped_messages_are_reported(make: Callable[..., Made], caplog: pytest
             body = {**talk, "messages": [*before, last], "stream": stream}
             answer = asyncio.run(call(app, "POST", "/v1/chat/completions", body))
         assert answer.headers["x-prefixtune-dropped-messages"] == "2"
-        assert caplog.records[-1].__dict__["facts"]["dropped_messages"] == 2
+        assert caplog.records[-1].__dict__["fields"]["dropped_messages"] == 2
         if not stream:
             assert answer.json["choices"][0]["message"] == alone.json["choices"][0]["message"]
 
@@ -841,12 +839,12 @@ def test_dropped_messages_are_reported(make: Callable[..., Made], caplog: pytest
 def test_long_sources_are_treated_as_in_training(
     make: Callable[..., Made], backbone: Any, random_prefix: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    app, services = make()
+    app, state = make()
     form = {**FORMAT, "max_length": 60, "on_too_long": "cut", "longest_target": 20}
     header = make_header(backbone, task="records", text_format=form)
     prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
-    save_prefix(services.store.folder / "cuts.safetensors", prefix)
-    services.store.reload()
+    save_prefix(state.store.folder / "cuts.safetensors", prefix)
+    state.store.reload()
     source = "abcdefghij" * 9
     cut: list[Any] = []
     (wanted,) = generate(backbone, [source], prefix, max_new_tokens=12, on_cut=cut.append)
@@ -858,7 +856,7 @@ def test_long_sources_are_treated_as_in_training(
     assert answer.json["choices"][0]["text"] == wanted
     # 93 tokens with the text around it, of which 40 may stay.
     assert answer.headers["x-prefixtune-cut-tokens"] == "53"
-    assert caplog.records[-1].__dict__["facts"]["cut_tokens"] == 53
+    assert caplog.records[-1].__dict__["fields"]["cut_tokens"] == 53
     assert answer.json["usage"]["prompt_tokens"] == 40
     talk = {"model": "cuts", "messages": [{"role": "user", "content": source}], **shared}
     chat = asyncio.run(call(app, "POST", "/v1/chat/completions", talk))
@@ -882,10 +880,10 @@ def test_offsets_of_tokens_count_within_the_target(
     monkeypatch: pytest.MonkeyPatch,
     target: str,
 ) -> None:
-    app, services = make()
+    app, state = make()
     header = make_header(backbone, task="records", text_format={**FORMAT, "target": target})
-    save_prefix(services.store.folder / "p.safetensors", Prefix(random_prefix(backbone, 4, 5).layers, header))
-    services.store.reload()
+    save_prefix(state.store.folder / "p.safetensors", Prefix(random_prefix(backbone, 4, 5).layers, header))
+    state.store.reload()
     wanted = "Aromi is  it."
     ids = backbone.encode_sources(["  " + target.replace("{target}", wanted) + "  "])[0]
     pieces = [backbone.tokenizer.decode([token]) for token in ids]
@@ -897,7 +895,7 @@ def test_offsets_of_tokens_count_within_the_target(
             on_output(SequenceOutput(request.id, 0, (Token(token, -1.0),), text.add(token)))
         on_output(SequenceOutput(request.id, 0, (), text.finish(), "length"))
 
-    monkeypatch.setattr(services.worker, "submit", write)
+    monkeypatch.setattr(state.worker, "submit", write)
     begin = "".join(pieces).index(wanted)
     starts = [len("".join(pieces[:number])) - begin for number in range(len(pieces))]
     offsets = [min(max(start, 0), len(wanted)) for start in starts]
@@ -917,11 +915,11 @@ def test_offsets_of_tokens_count_within_the_target(
 def test_a_header_whose_format_cannot_be_used_is_not_served(
     make: Callable[..., Made], rewrite_header: Callable[..., Path]
 ) -> None:
-    app, services = make()
-    path = services.store.folder / "bad.safetensors"
-    path.write_bytes((services.store.folder / "a.safetensors").read_bytes())
+    app, state = make()
+    path = state.store.folder / "bad.safetensors"
+    path.write_bytes((state.store.folder / "a.safetensors").read_bytes())
     rewrite_header(path, text_format={"prompt": "{source}" * 1500, "target": "{target}"})
-    services.store.reload()
+    state.store.reload()
     answer = asyncio.run(call(app, "POST", "/v1/completions", ask(model="bad")))
     assert (answer.status, answer.code) == (503, "model_not_served")
-    assert "1,500 times" in services.store.refused["bad"]
+    assert "1,500 times" in state.store.refused["bad"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from prefixtune.server.auth import Caller, Keyring, RateLimited, hash_key, new_key
+from prefixtune.server.auth import Caller, Keyring, hash_key, new_key
+from prefixtune.server.limits import RateLimited, RequestLimit
 from prefixtune.server.settings import KeyConfig
 
 
@@ -36,21 +37,21 @@ def test_without_keys_everybody_is_local_and_no_admin() -> None:
 
 
 def test_patterns_tell_which_models() -> None:
-    caller = Caller("a", KeyConfig("", prefixes=("acme-*", "base")))
+    caller = Caller.from_config("a", KeyConfig("", prefixes=("acme-*", "base")))
     assert [name for name in ("acme-1", "acme-", "base", "base2", "Acme-1", "x-acme-1") if caller.may_use(name)] == [
         "acme-1",
         "acme-",
         "base",
     ]
-    assert not Caller("b", KeyConfig("", prefixes=())).may_use("base")
+    assert not Caller.from_config("b", KeyConfig("", prefixes=())).may_use("base")
 
 
 def test_requests_a_minute() -> None:
     now = [0.0]
-    caller = Caller("a", KeyConfig("", requests_per_minute=3), clock=lambda: now[0])
+    limit = RequestLimit("a", per_minute=3, clock=lambda: now[0])
 
     def ask() -> None:
-        with caller.request():
+        with limit.request():
             pass
 
     for _ in range(3):
@@ -73,12 +74,12 @@ def test_requests_a_minute() -> None:
 
 
 def test_requests_at_once_are_counted_down_whatever_happens() -> None:
-    caller = Caller("a", KeyConfig("", concurrent=2))
-    with caller.request(), caller.request():
-        with pytest.raises(RateLimited) as caught, caller.request():
+    limit = RequestLimit("a", concurrent=2)
+    with limit.request(), limit.request():
+        with pytest.raises(RateLimited) as caught, limit.request():
             pass
         assert caught.value.reason == "concurrency"
-    with pytest.raises(OSError, match="gone"), caller.request():
+    with pytest.raises(OSError, match="gone"), limit.request():
         raise OSError("gone")
-    with caller.request(), caller.request():
+    with limit.request(), limit.request():
         pass

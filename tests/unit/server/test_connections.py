@@ -12,7 +12,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from prefixtune.errors import ConfigError
-from prefixtune.server.addresses import Addresses
+from prefixtune.server.addresses import TrustedProxies
 from prefixtune.server.connections import Connections
 from prefixtune.server.settings import KeyConfig, ServeConfig
 
@@ -39,11 +39,11 @@ from prefixtune.server.settings import KeyConfig, ServeConfig
 )
 def test_the_callers_address(proxies: tuple[str, ...], client: str, forwarded: str, address: str) -> None:
     headers = [(b"host", b"x"), (b"x-forwarded-for", forwarded.encode("latin-1"))]
-    assert Addresses(proxies).of({"client": (client, 1), "headers": headers}) == address
+    assert TrustedProxies(proxies).client_address({"client": (client, 1), "headers": headers}) == address
 
 
 def test_a_socket_without_an_address() -> None:
-    assert Addresses(["10.0.0.1"]).of({"client": None, "headers": []}) == ""
+    assert TrustedProxies(["10.0.0.1"]).client_address({"client": None, "headers": []}) == ""
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_socket_without_an_address() -> None:
 )
 def test_connections_of_one_ipv6_network_count_together(proxies: tuple[str, ...], limited: bool) -> None:
     async def connect() -> list[bool]:
-        connections = Connections(10, 2, 15.0, 30.0, 600.0, Addresses(proxies))
+        connections = Connections(10, 2, 15.0, 30.0, 600.0, TrustedProxies(proxies))
         config = Config(app=lambda: None, log_config=None)
         config.load()
         made = connections.protocol()
@@ -60,8 +60,8 @@ def test_connections_of_one_ipv6_network_count_together(proxies: tuple[str, ...]
             transport = Transport((f"2001:db8:1:2::{number}", 9))
             connection = made(config, ServerState(), {})  # type: ignore[call-arg]
             connection.connection_made(transport)
-            # Those that wait make room for others, but these have requests.
-            connections.waiting.clear()
+            # Idle ones make room for others, but these have requests.
+            connections.idle.clear()
             closed.append(transport.is_closing())
         return closed
 

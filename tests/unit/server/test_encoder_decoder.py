@@ -38,8 +38,8 @@ def test_an_encoder_decoder_is_served(
         save_prefix(tmp_path / f"{name}.safetensors", prefixes[name])
     engine = Engine(backbone, EngineConfig(num_slots=4))
     config = ServeConfig(backbone="tiny", prefixes=str(tmp_path))
-    services = ServerState(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
-    app = make_app(services)
+    state = ServerState(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
+    app = make_app(state)
 
     async def ask_all() -> list[Answer]:
         short = {"max_tokens": 8, "temperature": 0}
@@ -75,4 +75,4 @@ def test_an_encoder_decoder_is_served(
             assert (refused.status, refused.code) == (400, "context_length_exceeded")
             assert "on either side" in refused.json["error"]["message"]
     finally:
-        services.close()
+        state.close()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from prefixtune.server.api.protocol import parse_chat, parse_completion, parse_json, parse_task
+from prefixtune.server.api.body import parse_json
+from prefixtune.server.api.protocol import parse_chat, parse_completion, parse_task
 from prefixtune.server.limits import Limits
 from prefixtune.server.responses import ApiError
 
@@ -55,7 +56,7 @@ def test_prompts_that_are_none(prompt: Any) -> None:
 def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
     plain = completion().sampling
     assert (plain.temperature, plain.top_p, plain.stop, plain.seed, plain.logprobs) == (1.0, 1.0, (), None, None)
-    assert not completion().says_length
+    assert not completion().has_max_tokens
     ask = completion(
         max_tokens=7, min_tokens=2, temperature=0, top_p=0.5, top_k=3, seed=-1, stop=["a", "b"], n=2, logprobs=5,
         repetition_penalty=1.5, stream=True, stream_options={"include_usage": True},
@@ -66,7 +67,7 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
     assert (sampling.logprobs, sampling.repetition_penalty, ask.n) == (5, 1.5, 2)
     assert ask.stream
     assert ask.include_usage
-    assert ask.says_length
+    assert ask.has_max_tokens
     assert completion(stop="end").sampling.stop == ("end",)
     # Clients send null for what is left out.
     assert completion(max_tokens=None, temperature=None, stop=None, n=None, stream=None, tools=None) == completion()

@@ -105,7 +105,7 @@ def test_faults_of_keys_are_told_without_the_keys_themselves(tmp_path: Path) -> 
 
 def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
     assert "cannot read" in refusal(tmp_path / "none.toml")
-    assert "is no TOML" in refusal(write(tmp_path, "port = "))
+    assert "is not TOML" in refusal(write(tmp_path, "port = "))
 
 
 def test_the_backbones_name_is_no_path() -> None:

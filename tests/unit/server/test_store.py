@@ -117,7 +117,7 @@ def test_a_replaced_file_counts_for_new_requests_only(tmp_path: Path, save: Any,
     engine.add(Request((1, 2, 3), new, sampling, id="new"))
     while engine.busy:
         outputs += engine.step()
-    written = {name: [t for o in outputs if o.request == name for t in o.tokens] for name in ("old", "new")}
+    written = {name: [t for o in outputs if o.request_id == name for t in o.tokens] for name in ("old", "new")}
     assert written["old"] == list(alone.tokens)
     assert written["new"] != written["old"]
 
@@ -410,7 +410,7 @@ def test_put_refuses_what_does_not_fit_and_changes_nothing(
     nan = save("nan")
     nan.write_bytes(nan.read_bytes()[:-4] + struct.pack("<f", float("nan")))
     for source in (wrong, nan, save("lora", adapter="x")):
-        with pytest.raises(CheckpointError, match="not taken") as error:
+        with pytest.raises(CheckpointError, match="not accepted") as error:
             store.put("p", source)
         assert str(tmp_path) not in str(error.value)
     with pytest.raises(PrefixError):

@@ -10,7 +10,7 @@ import pytest
 
 from prefixtune.data import TASKS, read_task
 from prefixtune.errors import DataError
-from prefixtune.server.models.task_schema import decoding_of, task_schema_of
+from prefixtune.server.models.task_schema import task_decoding, task_schema_of
 
 TRIPLES = [["Aarhus Airport", "cityServed", "Aarhus, Denmark"], ["Aarhus", "LEADER_NAME", " Jacob\nBundsgaard "]]
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
@@ -100,5 +100,5 @@ def test_a_template_of_an_artifact_is_filled_in_and_never_run() -> None:
 
 
 def test_customary_decoding() -> None:
-    assert decoding_of({"task": "e2e"}) == TASKS["e2e"].decoding
-    assert decoding_of({"task": ["e2e"]}) == {} == decoding_of({})
+    assert task_decoding({"task": "e2e"}) == TASKS["e2e"].decoding
+    assert task_decoding({"task": ["e2e"]}) == {} == task_decoding({})

@@ -1,1 +1,1 @@
-"""The routes: what a request may say, and what is answered."""
+"""The routes: what a request may contain, and how it is answered."""

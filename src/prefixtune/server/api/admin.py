@@ -1,7 +1,7 @@
-"""`/admin/...`: upload, list, inspect, delete and reload prefixes. For keys with the right `admin`.
+"""`/admin/...`: upload, list, inspect, delete and reload prefixes, for keys with the right `admin`.
 
-An upload is streamed to a hidden folder beside the prefixes, checked as a whole, and only then moved into place:
-whoever looks sees the old prefix or the new one. Knows nothing of what makes a prefix good; the store does.
+An upload is streamed into a hidden folder beside the prefixes, checked as a whole by the store, and only then moved to
+its place: readers see the old prefix or the new one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,120 +17,125 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.server.api.endpoint import Call, check_length, too_large
-from prefixtune.server.responses import ApiError, as_api_error, bad_request, not_found, reply, unavailable
+from prefixtune.server.api.body import body_too_large, check_content_length
+from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.responses import ApiError, api_error, bad_request, json_response, not_found, unavailable
 from prefixtune.utils.files import remove_abandoned, work_folder
 
 __all__ = ["clear_uploads", "delete_prefix", "inspect_prefix", "list_prefixes", "reload_prefixes", "upload_prefix"]
 
 
-_UPLOAD = "upload"
-"""Name of the hidden folders that uploads are received in."""
+_UPLOAD_FOLDER = "upload"
+"""Name of the hidden folders that receive uploads."""
 
 
-async def list_prefixes(call: Call) -> ASGIApp:
+async def list_prefixes(context: RequestContext) -> ASGIApp:
     """`GET /admin/prefixes`."""
-    store = call.services.store
-    return reply({"prefixes": store.names(), "refused": store.refused, "cache": vars(store.stats)})
+    store = context.state.store
+    return json_response({"prefixes": store.names(), "refused": store.refused, "cache": vars(store.stats)})
 
 
-async def inspect_prefix(call: Call) -> ASGIApp:
+async def inspect_prefix(context: RequestContext) -> ASGIApp:
     """`GET /admin/prefixes/{name}`."""
-    _check_known(call)
-    return reply({"name": call.name, "header": call.services.catalog.header(call.name)})
+    _check_known(context)
+    return json_response({"name": context.name, "header": context.state.catalog.header(context.name)})
 
 
-async def delete_prefix(call: Call) -> ASGIApp:
+async def delete_prefix(context: RequestContext) -> ASGIApp:
     """`DELETE /admin/prefixes/{name}`."""
-    _check_known(call)
-    await _in_thread(call, call.services.store.delete, call.name)
+    _check_known(context)
+    await _run_in_thread(context, context.state.store.delete, context.name)
     return Response(status_code=204)
 
 
-async def reload_prefixes(call: Call) -> ASGIApp:
+async def reload_prefixes(context: RequestContext) -> ASGIApp:
     """`POST /admin/reload`."""
-    before = set(call.services.store.names())
-    await _in_thread(call, call.services.store.reload)
-    call.services.folder_error = ""
-    now = set(call.services.store.names())
-    store = call.services.store
-    return reply({"added": sorted(now - before), "removed": sorted(before - now), "refused": store.refused})
+    store = context.state.store
+    before = set(store.names())
+    await _run_in_thread(context, store.reload)
+    context.state.folder_error = ""
+    after = set(store.names())
+    return json_response({"added": sorted(after - before), "removed": sorted(before - after), "refused": store.refused})
 
 
-async def upload_prefix(call: Call) -> ASGIApp:
-    """`PUT` or `POST /admin/prefixes/{name}`: the file itself is the body."""
-    services, name = call.services, call.name
-    if name == services.config.model_id:
+async def upload_prefix(context: RequestContext) -> ASGIApp:
+    """`PUT` or `POST /admin/prefixes/{name}`: the body is the file itself."""
+    state, name = context.state, context.name
+    if name == state.config.model_id:
         raise bad_request(f"{name!r} is the bare backbone's name.", "name", hint="choose another one.")
-    existed = name in services.store
-    most = services.config.max_upload_mib * 2**20
-    check_length(call.request, most)
+    replaced = name in state.store
+    limit = state.config.max_upload_mib * 2**20
+    check_content_length(context.request, limit)
     try:
-        with work_folder(services.store.folder, _UPLOAD) as folder:
-            size = await _receive(call, folder / "received", most)
-            await _in_thread(call, services.store.put, name, folder / "received")
+        with work_folder(state.store.folder, _UPLOAD_FOLDER) as folder:
+            size = await _receive(context, folder / "received", limit)
+            await _run_in_thread(context, state.store.put, name, folder / "received")
     except OSError as error:
-        call.facts["storage_error"] = str(error)
-        raise _not_stored(error) from None
-    call.facts |= {"prefix": name, "bytes": size}
-    return reply({"name": name, "bytes": size, "replaced": existed}, 200 if existed else 201)
+        context.log_fields["storage_error"] = str(error)
+        raise _storage_error(error) from None
+    context.log_fields |= {"prefix": name, "bytes": size}
+    return json_response({"name": name, "bytes": size, "replaced": replaced}, 200 if replaced else 201)
 
 
-async def _receive(call: Call, path: Path, most: int) -> int:
+async def _receive(context: RequestContext, path: Path, limit: int) -> int:
     """Write the body to a file; returns its size."""
-    size, config = 0, call.services.config
-    # A piece now and then is not enough: all of it has the time of a request.
+    size, config = 0, context.state.config
+    # A chunk now and then is not enough: the whole file has the time of one request.
     clock = asyncio.get_running_loop().time
     end = clock() + config.deadline
-    stream = call.request.stream()
+    stream = context.request.stream()
     with open(path, "wb") as handle:
         while True:
             try:
                 async with asyncio.timeout(min(config.client_timeout, end - clock())):
                     chunk = await anext(stream, None)
             except TimeoutError:
-                limits = f"a piece has {config.client_timeout:g} seconds to arrive, and the file {config.deadline:g}."
-                raise ApiError(408, limits, code="body_timeout") from None
+                message = (
+                    f"a chunk must arrive within {config.client_timeout:g} seconds, and the file within "
+                    f"{config.deadline:g}."
+                )
+                raise ApiError(408, message, code="body_timeout") from None
             if chunk is None:
                 return size
             size += len(chunk)
-            if size > most:
-                raise too_large(most)
-            # To the page cache, a piece of at most 64 KiB: not worth a thread.
+            if size > limit:
+                raise body_too_large(limit)
+            # Into the page cache, at most 64 KiB: not worth a thread.
             handle.write(chunk)
 
 
-async def _in_thread(call: Call, do: Any, *given: Any) -> Any:
-    """Do something to the store, away from the event loop; its errors are told without paths."""
+async def _run_in_thread(context: RequestContext, action: Callable[..., Any], *arguments: Any) -> Any:
+    """Change the store outside the event loop; its errors become responses that name no path."""
     try:
-        return await asyncio.to_thread(do, *given)
+        return await asyncio.to_thread(action, *arguments)
     except RequestError as error:
-        raise as_api_error(error) from None
+        raise api_error(error) from None
     except CheckpointError as error:
         raise bad_request(error.message, "file", "invalid_prefix", hint=error.hint) from None
     except PrefixError as error:
-        call.facts["storage_error"] = error.message
-        raise _not_stored(error) from None
+        context.log_fields["storage_error"] = error.message
+        raise _storage_error(error) from None
 
 
-def _not_stored(error: BaseException) -> ApiError:
-    """What the folder's disk refused, by an error or what it came from: full, or another fault; or too many files."""
+def _storage_error(error: BaseException) -> ApiError:
+    """What the disk refused, by an error or its causes: it is full, or fails; or too many files are open."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
-    if numbers & {errno.ENOSPC, errno.EDQUOT}:
-        return ApiError(507, "there is no space for the prefix; what was there is untouched.", code="no_space")
-    if numbers & {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
-        return unavailable("the server has too much open now; try again later.", "busy", retry_after=5)
-    reason = next((os.strerror(number) for number in numbers if number), "an unknown fault")
-    message = f"the folder of prefixes cannot be changed ({reason}); what was there is untouched."
+    codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    if codes & {errno.ENOSPC, errno.EDQUOT}:
+        return ApiError(507, "there is no space for the prefix; nothing was changed.", code="no_space")
+    if codes & {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+        return unavailable("the server has too many files open; try again later.", "busy", retry_after=5)
+    reason = next((os.strerror(code) for code in codes if code), "unknown reason")
+    message = f"the folder of prefixes cannot be changed ({reason}); nothing was changed."
     return ApiError(507, message, code="storage_failed")
 
 
-def _check_known(call: Call) -> None:
-    if call.name not in call.services.store and call.name not in call.services.store.refused:
-        raise not_found("prefix", call.name, call.services.store.names())
+def _check_known(context: RequestContext) -> None:
+    store = context.state.store
+    if context.name not in store and context.name not in store.refused:
+        raise not_found("prefix", context.name, store.names())
 
 
 def clear_uploads(folder: Path) -> int:
@@ -137,4 +143,4 @@ def clear_uploads(folder: Path) -> int:
 
     What is locked belongs to another replica that serves the same folder.
     """
-    return remove_abandoned(folder, _UPLOAD)
+    return remove_abandoned(folder, _UPLOAD_FOLDER)

@@ -1,4 +1,4 @@
-"""How the server fares: for load balancers, for Prometheus, and for the page; and the watch over its folder."""
+"""How the server is doing: for load balancers, for Prometheus and for the playground; and the watch on its folder."""
 
 from __future__ import annotations
 
@@ -11,84 +11,84 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefixtune.errors import PrefixError
-from prefixtune.server.api.endpoint import Call
+from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.logs import log
 from prefixtune.server.metrics import CONTENT_TYPE
-from prefixtune.server.middleware import log
-from prefixtune.server.responses import reply
+from prefixtune.server.responses import json_response
 from prefixtune.server.state import ServerState
 
-__all__ = ["Health", "look_for_files", "metrics", "status"]
+__all__ = ["Health", "show_metrics", "show_status", "watch_folder"]
 
 
-_LONGEST_PAUSE = 60.0
-"""Seconds between looks at a folder that cannot be read, unless they are longer anyway."""
+_MAX_RETRY_SECONDS = 60.0
+"""Longest pause before a folder that could not be read is read again, unless `reload_seconds` is longer."""
 
 
 class Health:
-    """`/healthz` and `/readyz`, for whoever asks.
+    """`/healthz` and `/readyz`, for everybody.
 
     Args:
-        services: The server's parts.
-        ready: Ask whether requests are taken, too, and not only whether the server is alive.
+        state: The server's parts.
+        ready: Say whether requests are accepted, and not only whether the engine runs.
     """
 
-    def __init__(self, services: ServerState, *, ready: bool) -> None:
-        self.services, self.ready = services, ready
+    def __init__(self, state: ServerState, *, ready: bool) -> None:
+        self.state, self.ready = state, ready
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with a word on it."""
-        good, word = self.services.worker.healthy, "ok"
-        if not good:
-            word = "the engine is being made anew"
-        elif self.ready and self.services.draining:
-            good, word = False, "about to stop"
-        # What is in memory is served on: a folder that cannot be read is no reason to be taken out of service.
-        folder = self.services.folder_error or "ok"
-        await reply({"status": word, "folder": folder}, 200 if good else 503)(scope, receive, send)
+        """Answer with the status in a few words."""
+        healthy, status = self.state.worker.healthy, "ok"
+        if not healthy:
+            status = "the engine is restarting"
+        elif self.ready and self.state.draining:
+            healthy, status = False, "shutting down"
+        # Prefixes in memory are still served: a folder that cannot be read is no reason to remove the server.
+        folder = self.state.folder_error or "ok"
+        await json_response({"status": status, "folder": folder}, 200 if healthy else 503)(scope, receive, send)
 
 
-async def look_for_files(services: ServerState) -> None:
-    """See from time to time what others, such as another replica, did to the folder; whatever fails, go on."""
-    pause = seconds = services.config.reload_seconds
-    while seconds:
+async def watch_folder(state: ServerState) -> None:
+    """Reload the folder every `reload_seconds`, as another replica may change it; goes on whatever fails."""
+    pause = interval = state.config.reload_seconds
+    while interval:
         await asyncio.sleep(pause)
         try:
-            await asyncio.to_thread(services.store.reload)
+            await asyncio.to_thread(state.store.reload)
         except Exception as error:
-            services.folder_error = "cannot be read"
-            pause = max(seconds, min(2 * pause, _LONGEST_PAUSE))
-            bug = error if not isinstance(error, PrefixError) else None
-            log("reload_failed", level=logging.WARNING, error=bug, reason=str(error), next_try_seconds=pause)
+            state.folder_error = "cannot be read"
+            pause = max(interval, min(2 * pause, _MAX_RETRY_SECONDS))
+            unexpected = None if isinstance(error, PrefixError) else error
+            log("reload_failed", level=logging.WARNING, error=unexpected, reason=str(error), next_try_seconds=pause)
         else:
-            services.folder_error, pause = "", seconds
+            state.folder_error, pause = "", interval
 
 
-async def metrics(call: Call) -> ASGIApp:
+async def show_metrics(context: RequestContext) -> ASGIApp:
     """`GET /metrics`."""
-    return Response(call.services.metrics.text(), headers={"content-type": CONTENT_TYPE})
+    return Response(context.state.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
-async def status(call: Call) -> ASGIApp:
-    """`GET /v1/status`: what runs now. Of models that the caller may not use, only that there is a text."""
-    services = call.services
-    now, cache = services.worker.snapshot(), services.store.stats
+async def show_status(context: RequestContext) -> ASGIApp:
+    """`GET /v1/status`: what runs now. Names of models that the caller may not use are left out."""
+    state = context.state
+    snapshot, cache = state.worker.snapshot(), state.store.stats
     running = [
         {
-            "slot": text.slot,
-            "model": text.prefix_name if call.caller.may_use(text.prefix_name) else None,
-            "prompt_tokens": text.prompt_tokens,
-            "new_tokens": text.new_tokens,
+            "slot": sequence.slot,
+            "model": sequence.prefix_name if context.caller.may_use(sequence.prefix_name) else None,
+            "prompt_tokens": sequence.prompt_tokens,
+            "new_tokens": sequence.new_tokens,
         }
-        for text in now.running
+        for sequence in snapshot.running
     ]
-    told: dict[str, Any] = {
-        "draining": services.draining,
-        "seconds": round(time.time() - services.begun, 1),
-        "slots": services.config.num_slots,
+    status: dict[str, Any] = {
+        "draining": state.draining,
+        "seconds": round(time.time() - state.started, 1),
+        "slots": state.config.num_slots,
         "running": running,
-        "waiting": now.waiting,
-        "steps": now.steps,
-        "tokens": now.tokens,
+        "waiting": snapshot.waiting,
+        "steps": snapshot.steps,
+        "tokens": snapshot.tokens,
         "cache": {"prefixes": cache.loaded, "bytes": cache.bytes, "hits": cache.hits, "misses": cache.misses},
     }
-    return reply(told)
+    return json_response(status)

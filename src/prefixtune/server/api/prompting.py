@@ -1,106 +1,168 @@
-"""Text that is asked for under a prefix's name, in the text format that the prefix was trained with.
+"""The text of a request -> token ids, in the text format that the prefix was trained with.
 
-Shared by all endpoints that write text. Knows nothing of the shapes of requests and replies.
+Tokenizers run in one thread; callers take turns.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import RequestError
 from prefixtune.inference.decoding import newline_tokens
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.server.api.endpoint import Call
-from prefixtune.server.api.generation import encode
+from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.api.generation import deadline_exceeded
 from prefixtune.server.api.protocol import GenerationRequest
-from prefixtune.server.models.catalog import Served
-from prefixtune.server.models.task_schema import decoding_of
+from prefixtune.server.api.streaming import run_until_disconnect
+from prefixtune.server.models.catalog import ServedModel
+from prefixtune.server.models.task_schema import task_decoding
 from prefixtune.server.responses import bad_request
 
-__all__ = ["CUT_HEADER", "DROPPED_HEADER", "encode_source", "source_of_chat", "with_customs"]
+__all__ = ["chat_source", "encode_chat", "encode_source", "encode_text", "run_in_turn", "with_task_defaults"]
 
 
-CUT_HEADER = "x-prefixtune-cut-tokens"
-"""Tokens of sources that were cut off, since they did not fit."""
-DROPPED_HEADER = "x-prefixtune-dropped-messages"
-"""Messages of a chat that were dropped, since the prefix's text format cannot carry them."""
+_CUT_HEADER = "x-prefixtune-cut-tokens"
+"""Tokens of sources that were cut off because they did not fit."""
+_DROPPED_HEADER = "x-prefixtune-dropped-messages"
+"""Messages of a chat that were dropped because the prefix reads one text."""
+
+T = TypeVar("T")
 
 
-async def encode_source(
-    call: Call, served: Served, text_format: TextFormat, source: str, new_tokens: int
-) -> tuple[int, ...]:
-    """Token ids of a source within a text format; one that is too long is treated as in training.
-
-    Args:
-        call: The call; its log and its reply's headers say how much was cut.
-        served: With which prefix.
-        text_format: Of the prefix.
-        source: As in training.
-        new_tokens: Most tokens that are to be generated.
+async def run_in_turn(context: RequestContext, work: Callable[[], T]) -> T:
+    """Run work on one text in the tokenizer's thread, when it is the caller's turn: a long text must not block streams.
 
     Raises:
-        ApiError: It is longer than the training allowed, and not to be cut.
+        ApiError: The request's time is over.
+        ClientDisconnect: The client disconnected.
     """
-    backbone, config = call.services.backbone, call.services.config
-    chosen = text_format.with_lengths(on_too_long=config.on_too_long)
-    room = {"prefix_length": served.prefix_length, "positions": call.services.engine.max_length}
-    whole: list[int] = []
+    state = context.state
+    loop = asyncio.get_running_loop()
 
-    def work() -> list[int]:
-        whole.extend(encode_prompts(backbone, chosen, [source])[0])
-        return truncate_prompt(backbone, chosen, whole, new_tokens=new_tokens, name="the prompt", **room)
+    async def wait_and_work() -> T:
+        async with state.tokenizer_lock.hold(context.tenant):
+            return await loop.run_in_executor(state.tokenizer_thread, work)
 
     try:
-        ids = await encode(call, work)
-    except RequestError as error:
-        raise bad_request(error.message, "prompt", "context_length_exceeded", hint=error.hint) from None
-    if len(ids) < len(whole):
-        call.facts["cut_tokens"] = call.facts.get("cut_tokens", 0) + len(whole) - len(ids)
-        call.headers[CUT_HEADER] = str(call.facts["cut_tokens"])
+        async with asyncio.timeout(context.remaining):
+            return await run_until_disconnect(context.request.receive, wait_and_work())
+    except TimeoutError:
+        raise deadline_exceeded(context) from None
+
+
+async def encode_text(context: RequestContext, text: str) -> tuple[int, ...]:
+    """Token ids of a text as it is."""
+    backbone = context.state.backbone
+    return tuple(await run_in_turn(context, lambda: backbone.encode_sources([text])[0]))
+
+
+async def encode_chat(context: RequestContext, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    """Token ids of a chat in the backbone's own template.
+
+    Raises:
+        ApiError: The backbone has no chat template, or it refuses the messages.
+    """
+    return tuple(await run_in_turn(context, partial(_apply_chat_template, context.state.backbone, messages)))
+
+
+def _apply_chat_template(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
+    from jinja2 import TemplateError
+
+    if not backbone.tokenizer.chat_template:
+        raise bad_request(
+            "the backbone has no chat template.",
+            "messages",
+            "no_chat_template",
+            hint="use /v1/completions, or /v1/tasks/ and the name of a prefix.",
+        )
+    try:
+        ids: list[int] = backbone.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise bad_request(f"the backbone's chat template refuses the messages: {error}.", "messages") from None
     return ids
 
 
-def source_of_chat(call: Call, messages: Sequence[dict[str, str]]) -> str:
+async def encode_source(
+    context: RequestContext, model: ServedModel, text_format: TextFormat, source: str, max_new_tokens: int
+) -> tuple[int, ...]:
+    """Token ids of a source in a text format; one that is too long is treated as in training.
+
+    Args:
+        context: The request; its log line and response headers say how much was cut.
+        model: With which prefix.
+        text_format: Of the prefix.
+        source: As in training.
+        max_new_tokens: Most tokens to generate.
+
+    Raises:
+        ApiError: It is longer than in training, and must not be cut.
+    """
+    backbone = context.state.backbone
+    text_format = text_format.with_lengths(on_too_long=context.state.config.on_too_long)
+    room = {"prefix_length": model.prefix_length, "positions": context.state.engine.max_length}
+
+    def encode() -> tuple[list[int], int]:
+        whole = encode_prompts(backbone, text_format, [source])[0]
+        ids = truncate_prompt(backbone, text_format, whole, new_tokens=max_new_tokens, name="the prompt", **room)
+        return ids, len(whole) - len(ids)
+
+    try:
+        ids, num_cut = await run_in_turn(context, encode)
+    except RequestError as error:
+        raise bad_request(error.message, "prompt", "context_length_exceeded", hint=error.hint) from None
+    if num_cut > 0:
+        context.log_fields["cut_tokens"] = context.log_fields.get("cut_tokens", 0) + num_cut
+        context.headers[_CUT_HEADER] = str(context.log_fields["cut_tokens"])
+    return tuple(ids)
+
+
+def chat_source(context: RequestContext, messages: Sequence[dict[str, str]]) -> str:
     """The source of a chat with a prefix: its last message, which must be the user's.
 
     Raises:
-        ApiError: It is another's, or others stand before it and the server does not drop them.
+        ApiError: It is not the user's, or there are earlier messages and the server does not drop them.
     """
-    last, others = messages[-1], len(messages) - 1
+    last, num_earlier = messages[-1], len(messages) - 1
     if last["role"] != "user":
-        raise bad_request(f"the last message is of role {last['role']!r}, but must be the user's.", "messages")
+        raise bad_request(f"the last message has the role {last['role']!r}, but must be the user's.", "messages")
     if not last["content"].strip():
         raise bad_request("the last message is empty; some text is needed.", "messages")
-    if others and call.services.config.earlier_messages == "refuse":
+    if num_earlier and context.state.config.earlier_messages == "refuse":
         raise bad_request(
             f"this prefix reads one text, but the chat has {len(messages)} messages.",
             "messages",
             "messages_not_carried",
             hint="send the last user message alone, or have the server drop the others (earlier_messages = 'drop').",
         )
-    if others:
-        call.facts["dropped_messages"] = others
-        call.headers[DROPPED_HEADER] = str(others)
+    if num_earlier:
+        context.log_fields["dropped_messages"] = num_earlier
+        context.headers[_DROPPED_HEADER] = str(num_earlier)
     return last["content"]
 
 
-async def with_customs(call: Call, ask: GenerationRequest, served: Served) -> tuple[GenerationRequest, int]:
-    """The ask with what is customary for the task, where it says nothing itself; and the customary length."""
-    customs, config = decoding_of(served.header), call.services.config
-    length = min(customs.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
-    most = ask.sampling.max_new_tokens if ask.says_length else length
+async def with_task_defaults(
+    context: RequestContext, request: GenerationRequest, model: ServedModel
+) -> tuple[GenerationRequest, int]:
+    """The request with the decoding of the prefix's task where it has none of its own; and the task's length."""
+    defaults, config = task_decoding(model.header), context.state.config
+    task_length = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
     changes: dict[str, Any] = {}
-    if "min_tokens" not in ask.given:
-        changes["min_new_tokens"] = min(customs.get("min_new_tokens", 0), most)
-    if customs.get("ban_newlines"):
-        # Kept after the first time, which takes a while.
+    if "min_tokens" not in request.fields_set:
+        length = request.sampling.max_new_tokens if request.has_max_tokens else task_length
+        changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
+    if defaults.get("ban_newlines"):
+        # Takes a while the first time, and is cached.
         banned = await asyncio.get_running_loop().run_in_executor(
-            call.services.tokenizing, newline_tokens, call.services.backbone
+            context.state.tokenizer_thread, newline_tokens, context.state.backbone
         )
         changes["banned"] = tuple(banned)
-    return replace(ask, sampling=replace(ask.sampling, **changes)), length
+    return replace(request, sampling=replace(request.sampling, **changes)), task_length

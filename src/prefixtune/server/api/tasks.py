@@ -1,7 +1,7 @@
-"""`/v1/tasks/{prefix}`: a task's own fields in, its output out.
+"""`/v1/tasks/{prefix}`: the fields of a prefix's own task -> its output.
 
-The linearization and the text around it come from the artifact, so that a caller need not know them; decoding is the
-task's, greedy where the task's own is a beam search.
+The linearization and the text format come from the prefix's file, so a caller need not know them. Decoding is the
+task's, but greedy where the task's own is a beam search.
 """
 
 from __future__ import annotations
@@ -14,103 +14,108 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from prefixtune.engine.request import SequenceOutput, join_outputs
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.server.api.endpoint import Call
-from prefixtune.server.api.generation import (
-    Generation,
-    Written,
-    collect,
-    in_turn,
-    read_json,
-    start_generation,
-    stream,
-    stream_outputs,
-    usage,
-)
-from prefixtune.server.api.prompting import encode_source, with_customs
-from prefixtune.server.api.protocol import parse_task
-from prefixtune.server.models.catalog import Served
-from prefixtune.server.models.task_schema import task_schema_of
-from prefixtune.server.responses import ALIVE, DONE, bad_request, event, reply
+from prefixtune.server.api.body import read_json
+from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
+from prefixtune.server.api.prompting import encode_source, run_in_turn, with_task_defaults
+from prefixtune.server.api.protocol import GenerationRequest, parse_task
+from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
+from prefixtune.server.models.catalog import ServedModel
+from prefixtune.server.models.task_schema import TaskSchema, task_schema_of
+from prefixtune.server.responses import bad_request, json_response
 
-__all__ = ["describe_task", "do_task"]
+__all__ = ["create_task_output", "describe_task"]
 
 
-async def describe_task(call: Call) -> ASGIApp:
-    """`GET /v1/tasks/{prefix}`: what it takes."""
-    call.services.catalog.check(call.name, call.caller)
-    return reply(call.services.catalog.describe_task(call.name))
+async def describe_task(context: RequestContext) -> ASGIApp:
+    """`GET /v1/tasks/{prefix}`: the task's fields."""
+    catalog = context.state.catalog
+    catalog.check_access(context.name, context.caller)
+    return json_response(catalog.describe_task(context.name))
 
 
-async def do_task(call: Call) -> ASGIApp:
+async def create_task_output(context: RequestContext) -> ASGIApp:
     """`POST /v1/tasks/{prefix}`."""
-    services, name = call.services, call.name
-    body = await read_json(call)
-    served = await services.catalog.open(name, call.caller)
-    served = _in_the_format_of(call, served, body.get("format_of"))
-    form = task_schema_of(served.header)
-    ask = parse_task(body, services.limits, form.columns if form else ())
-    source = ask.source
-    if source is None:
-        if form is None:
-            raise bad_request("this model takes no fields.", "source", hint="give 'source'.")
-        try:
-            source = await in_turn(call, partial(form.source, ask.fields))
-        except DataError as error:
-            raise bad_request(error.message, hint=error.hint) from None
-    text_format = services.catalog.text_format(served.header)
-    ask, length = await with_customs(call, ask, served)
-    most = ask.sampling.max_new_tokens if ask.says_length else length
-    prompt = await encode_source(call, served, text_format, source, most)
-    if services.config.log_prompts:
-        call.facts["source"] = source
-    job = start_generation(call, ask, served, [prompt], length, verbatim=False)
-    head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-    if ask.stream:
-        return stream(call, _events(call, job, text_format, source, head))
-    ((written,),) = await collect(call, job)
-    return reply(_whole(call, job, text_format, source, head, written), headers=call.headers)
+    state = context.state
+    body = await read_json(context)
+    model = await state.catalog.load(context.name, context.caller)
+    model = _with_format_of(context, model, body.get("format_of"))
+    schema = task_schema_of(model.header)
+    request = parse_task(body, state.limits, schema.columns if schema else ())
+    source = await _source(context, request, schema)
+    text_format = state.catalog.text_format(model.header)
+    request, task_length = await with_task_defaults(context, request, model)
+    length = request.sampling.max_new_tokens if request.has_max_tokens else task_length
+    prompt = await encode_source(context, model, text_format, source, length)
+    if state.config.log_prompts:
+        context.log_fields["source"] = source
+    generation = start_generation(context, request, model, [prompt], task_length, verbatim=False)
+    head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": context.name}
+    if request.stream:
+        return event_stream(context, _events(context, generation, text_format, source, head))
+    (output,) = await collect_outputs(context, generation)
+    return json_response(_task_output(context, generation, text_format, source, head, output), headers=context.headers)
 
 
-def _in_the_format_of(call: Call, served: Served, prefix: Any) -> Served:
+def _with_format_of(context: RequestContext, model: ServedModel, prefix_name: Any) -> ServedModel:
     """The bare backbone with a prefix's header: the same text without the prefix, to compare with."""
-    if prefix in (None, ""):
-        return served
-    if served.prefix is not None or not isinstance(prefix, str):
+    if prefix_name in (None, ""):
+        return model
+    if model.prefix is not None or not isinstance(prefix_name, str):
         raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
-    call.services.catalog.check(prefix, call.caller)
-    return Served(served.name, None, call.services.catalog.header(prefix))
+    catalog = context.state.catalog
+    catalog.check_access(prefix_name, context.caller)
+    return ServedModel(model.name, None, catalog.header(prefix_name))
+
+
+async def _source(context: RequestContext, request: GenerationRequest, schema: TaskSchema | None) -> str:
+    """The source: as it is, or linearized from the task's fields."""
+    if request.source is not None:
+        return request.source
+    if schema is None:
+        raise bad_request("this model takes no fields.", "source", hint="give 'source'.")
+    try:
+        return await run_in_turn(context, partial(schema.source, request.fields))
+    except DataError as error:
+        raise bad_request(error.message, hint=error.hint) from None
 
 
 async def _events(
-    call: Call, job: Generation, text_format: TextFormat, source: str, head: dict[str, Any]
+    context: RequestContext, generation: Generation, text_format: TextFormat, source: str, head: dict[str, Any]
 ) -> AsyncGenerator[str]:
-    # Words around the target can be taken off the whole output only.
+    # Words around the target can only be removed from the whole output.
     in_pieces = not any(text_format.target_words)
-    written = Written()
-    async for output in stream_outputs(call, job):
+    outputs: list[SequenceOutput] = []
+    async for output in stream_outputs(context, generation):
         if output is None:
-            yield ALIVE
+            yield KEEP_ALIVE
             continue
-        written.add(output)
+        outputs.append(output)
         if in_pieces and output.text:
             yield event({**head, "object": "task.output.chunk", "delta": output.text})
-    yield event(_whole(call, job, text_format, source, head, written))
+    yield event(_task_output(context, generation, text_format, source, head, join_outputs(outputs)))
     yield DONE
 
 
-def _whole(
-    call: Call, job: Generation, text_format: TextFormat, source: str, head: dict[str, Any], written: Written
+def _task_output(
+    context: RequestContext,
+    generation: Generation,
+    text_format: TextFormat,
+    source: str,
+    head: dict[str, Any],
+    output: SequenceOutput,
 ) -> dict[str, Any]:
-    output = text_format.extract_target(written.text)
-    if call.services.config.log_prompts:
-        call.facts["outputs"] = [output]
+    target = text_format.extract_target(output.text)
+    if context.state.config.log_prompts:
+        context.log_fields["outputs"] = [target]
     return {
         **head,
         "object": "task.output",
         "source": source,
-        "output": output,
-        "finish_reason": written.finished,
-        "usage": usage(job),
+        "output": target,
+        "finish_reason": output.finish_reason,
+        "usage": generation.usage(),
     }

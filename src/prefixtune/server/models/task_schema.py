@@ -1,7 +1,6 @@
-"""A task's own fields -> the source that a prefix was trained on, and what a page needs to ask for them.
+"""The fields of a prefix's task: how they become its source, and what a page needs to show a form.
 
-What a prefix reads is told by its header: the task, and the template of one's own records. Knows nothing of tokenizers
-and of HTTP.
+The header of a prefix's file names its task and, for a user's own records, the template of the source.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from prefixtune.data.tasks.triples import check_triples
 from prefixtune.data.toy import table_to_text as toy
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["Field", "TaskSchema", "decoding_of", "task_schema_of"]
+__all__ = ["TaskField", "TaskSchema", "task_decoding", "task_schema_of"]
 
 
 _WHERE = "the request"
-_DOCUMENTS = ("summarization", "xsum", "scitldr")
+_SUMMARIZATION_TASKS = ("summarization", "xsum", "scitldr")
 
 
 @dataclass(frozen=True)
-class Field:
+class TaskField:
     """One field of a task.
 
     Attributes:
         name: As in the request.
-        kind: `line` or `text` (a longer one), `attributes` (a meaning representation), or `triples`.
-        example: A value that fits, to start from.
+        kind: `line`, `text` (longer), `attributes` (a meaning representation) or `triples`.
+        example: A valid value, to start from.
         parts: The attributes of `attributes`.
     """
 
@@ -44,22 +43,22 @@ class Field:
 
 @dataclass(frozen=True)
 class TaskSchema:
-    """What a task takes.
+    """The input of a task.
 
     Attributes:
         task: Its name.
-        fields: All needed.
+        fields: All are required.
         linearize: A record -> the source.
     """
 
     task: str
-    fields: tuple[Field, ...]
+    fields: tuple[TaskField, ...]
     linearize: Callable[[Mapping[str, Any]], str]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The fields' names."""
-        return tuple(each.name for each in self.fields)
+        return tuple(field.name for field in self.fields)
 
     def source(self, record: Mapping[str, Any]) -> str:
         """The source of a record.
@@ -67,85 +66,92 @@ class TaskSchema:
         Raises:
             DataError: A field is missing or wrong.
         """
-        absent = [name for name in self.columns if name not in record]
-        if absent:
+        missing = [name for name in self.columns if name not in record]
+        if missing:
             raise DataError(
-                f"{_WHERE} lacks {', '.join(map(repr, absent))}.", hint=f"task {self.task!r} takes all of its fields."
+                f"{_WHERE} lacks {', '.join(map(repr, missing))}.",
+                hint=f"the task {self.task!r} needs all of its fields.",
             )
         return self.linearize(record)
 
     def describe(self) -> list[dict[str, Any]]:
         """The fields, as JSON."""
-        return [asdict(each) for each in self.fields]
+        return [asdict(field) for field in self.fields]
 
 
 def task_schema_of(header: Mapping[str, Any]) -> TaskSchema | None:
-    """The form of the task that a prefix's header tells of; None: it takes a source only."""
+    """The fields of the task in a prefix's header; None: it takes a source only."""
     task, stored = header.get("task"), header.get("text_format")
     template = stored.get("source") if isinstance(stored, Mapping) else None
     if not isinstance(task, str) or not isinstance(template, str | None):
         return None
-    if task in _MADE:
-        return _MADE[task]
-    if task in _DOCUMENTS:
-        return _of_template(task, template or "document")
-    return _of_template(task, template) if task == "records" and template else None
+    if task in _TASK_SCHEMAS:
+        return _TASK_SCHEMAS[task]
+    if task in _SUMMARIZATION_TASKS:
+        return _template_schema(task, template or "document")
+    return _template_schema(task, template) if task == "records" and template else None
 
 
-def decoding_of(header: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The decoding settings that are customary for a header's task; empty where it names none."""
+def task_decoding(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The default decoding settings of a header's task; empty if it names none."""
     task = header.get("task")
     return TASKS[task].decoding if isinstance(task, str) and task in TASKS else {}
 
 
-def _of_template(task: str, template: str) -> TaskSchema | None:
-    """The form of a table with columns of one's own. The template is filled in by name; nothing in it is run."""
+def _template_schema(task: str, template: str) -> TaskSchema | None:
+    """The fields of a user's own records. The template is filled in by name; nothing in it is executed."""
     try:
         columns = tuple(dict.fromkeys(check_template(template)))
     except ConfigError:
         return None
-    # What is the whole source may be long; the columns of a template are a few words each.
+    # A column that is the whole source may be long; several columns are a few words each.
     kind = "text" if len(columns) == 1 else "line"
 
     def linearize(record: Mapping[str, Any]) -> str:
         text = render(template, record, _WHERE)
-        return join_lines(text) if task in _DOCUMENTS else text
+        return join_lines(text) if task in _SUMMARIZATION_TASKS else text
 
-    return TaskSchema(task, tuple(Field(name, kind) for name in columns), linearize)
+    return TaskSchema(task, tuple(TaskField(name, kind) for name in columns), linearize)
 
 
-def _meaning(record: Mapping[str, Any]) -> str:
+def _linearize_e2e(record: Mapping[str, Any]) -> str:
     return e2e.linearize(one_line(record["mr"], "mr", _WHERE))
 
 
-def _triples(linearize: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
+def _linearize_triples(linearize: Callable[[Any], str]) -> Callable[[Mapping[str, Any]], str]:
     return lambda record: linearize(check_triples(record["triples"], "triples", _WHERE))
 
 
-def _table(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str]:
+def _linearize_toy(columns: Sequence[str]) -> Callable[[Mapping[str, Any]], str]:
     return lambda record: toy.linearize({name: one_line(record[name], name, _WHERE) for name in columns})
 
 
-_TRIPLES = [["Aarhus", "country", "Denmark"], ["Aarhus", "leaderName", "Jacob_Bundsgaard"]]
-_BOARD = {"train": "Heron", "to": "Westport", "time": "19:30", "platform": "C", "fare": "8", "sky": "fog"}
+_EXAMPLE_TRIPLES = [["Aarhus", "country", "Denmark"], ["Aarhus", "leaderName", "Jacob_Bundsgaard"]]
+_TOY_EXAMPLE = {"train": "Heron", "to": "Westport", "time": "19:30", "platform": "C", "fare": "8", "sky": "fog"}
 
-_MADE = {
-    form.task: form
-    for form in (
+_TASK_SCHEMAS = {
+    schema.task: schema
+    for schema in (
         TaskSchema(
             "e2e",
             (
-                Field(
+                TaskField(
                     "mr",
                     "attributes",
                     "name[The Vaults], eatType[pub], priceRange[cheap], area[riverside]",
                     tuple(e2e.ATTRIBUTES),
                 ),
             ),
-            _meaning,
+            _linearize_e2e,
         ),
-        TaskSchema("webnlg", (Field("triples", "triples", _TRIPLES),), _triples(webnlg.linearize)),
-        TaskSchema("dart", (Field("triples", "triples", _TRIPLES),), _triples(dart.linearize)),
-        TaskSchema("toy", tuple(Field(name, "line", value) for name, value in _BOARD.items()), _table(tuple(_BOARD))),
+        TaskSchema(
+            "webnlg", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(webnlg.linearize)
+        ),
+        TaskSchema("dart", (TaskField("triples", "triples", _EXAMPLE_TRIPLES),), _linearize_triples(dart.linearize)),
+        TaskSchema(
+            "toy",
+            tuple(TaskField(name, "line", value) for name, value in _TOY_EXAMPLE.items()),
+            _linearize_toy(tuple(_TOY_EXAMPLE)),
+        ),
     )
 }

@@ -1,0 +1,137 @@
+"""Reading the body of a request, within limits on size, time and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+from starlette.requests import Request
+
+from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.limits import QueueFull
+from prefixtune.server.responses import ApiError, bad_request
+
+__all__ = ["body_too_large", "check_content_length", "parse_json", "read_json"]
+
+
+_SMALL_BODY = 16 * 1024
+"""Bytes of a body that is parsed in the event loop; a larger one in a thread, so that no other stream waits for it."""
+_MAX_DEPTH = 32
+"""Lists and objects within each other; a chat's parts need six."""
+
+
+async def read_json(context: RequestContext) -> dict[str, Any]:
+    """The JSON object in the body of a request, within the server's limits.
+
+    Raises:
+        ApiError: It is no JSON, too large or too slow.
+        QueueFull: The bodies of other requests take all the memory for bodies.
+        ClientDisconnect: The client disconnected.
+    """
+    config, pending = context.state.config, context.state.pending_bytes
+    limit = 1024 * config.max_body_kib
+    length = context.request.headers.get("content-length", "")
+    # Counted before it is read; without a length, as the largest that is allowed.
+    size = min(int(length), limit) if length.isascii() and length.isdigit() else limit
+    if not pending.has_room(size, context.tenant):
+        raise QueueFull(f"requests of {pending.used:,} bytes are being read or processed", 1.0)
+    with pending.hold(size, context.tenant):
+        body = await _read(context.request, limit=limit, timeout=config.client_timeout)
+    # Its real size then counts until the response has been sent: it stays in memory while its text waits its turn.
+    context.exit_stack.enter_context(pending.hold(len(body), context.tenant))
+    return parse_json(body) if len(body) <= _SMALL_BODY else await asyncio.to_thread(parse_json, body)
+
+
+async def _read(request: Request, *, limit: int, timeout: float) -> bytes:
+    """The bytes of a body that must be JSON by its content type, which a form of another site could not set."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"the content type is {kind[:80]!r}, but must be application/json."
+        raise ApiError(415, message, code="unsupported_media_type")
+    check_content_length(request, limit)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise body_too_large(limit)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {timeout:g} seconds.", code="body_timeout") from None
+    return bytes(body)
+
+
+def check_content_length(request: Request, limit: int) -> None:
+    """Refuse a body by its header `Content-Length`, before any of it is read.
+
+    Raises:
+        ApiError: It is too large, or the length is no number.
+    """
+    length = request.headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit():
+        raise bad_request("the content length is no number.")
+    if int(length) > limit:
+        raise body_too_large(limit)
+
+
+def body_too_large(limit: int) -> ApiError:
+    """413: the body is too large."""
+    return ApiError(413, f"the body is larger than {limit:,} bytes.", code="body_too_large")
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body.
+
+    Raises:
+        ApiError: It is not JSON, no object, nested too deeply, or contains invalid text or a number that is not finite.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        _check_depth(value)
+        # Half a surrogate pair is legal in JSON, but no tokenizer takes it.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise bad_request(f"the body is nested more than {_MAX_DEPTH} levels deep.", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise bad_request(
+            "the body contains half a surrogate pair, which is not valid text.", code="invalid_json"
+        ) from None
+    except UnicodeDecodeError:
+        raise bad_request("the body is not UTF-8.", code="invalid_json") from None
+    except ValueError as error:
+        raise bad_request(f"the body is not JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def _refuse_constant(name: str) -> ApiError:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse deep nesting, which no request needs: later code, such as that of an error message, may recurse.
+
+    Raises:
+        RecursionError: Lists and objects are nested too deeply.
+    """
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise RecursionError

@@ -1,0 +1,151 @@
+"""Choices in the shape of OpenAI's completions and chats, whole and in pieces, with logprobs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.engine.request import SequenceOutput, Token
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.prefix.token_offsets import TargetOffsets
+
+__all__ = ["ChatChoices", "CompletionChoices"]
+
+
+_MIN_LOGPROB = -9999.0
+"""The logarithm of zero: JSON has no infinity."""
+
+
+class CompletionChoices:
+    """The choices of `text_completion`.
+
+    Args:
+        backbone: Whose tokens they are.
+        text_format: Of which the targets are a part; None: texts are returned as they are.
+    """
+
+    id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, backbone: Backbone, text_format: TextFormat | None = None) -> None:
+        self.decode = token_decoder(backbone)
+        self.text_format = text_format
+        self.text_ends: dict[int, int] = {}
+        self.target_offsets: dict[int, TargetOffsets] = {}
+
+    def whole(self, index: int, output: SequenceOutput, target: str) -> dict[str, Any]:
+        """The choice of a whole text."""
+        logprobs = self._target_logprobs(index, target, output, last=True)
+        return {"index": index, "text": target, "logprobs": logprobs, "finish_reason": output.finish_reason}
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """What precedes the first piece: nothing."""
+        return []
+
+    def pieces(self, index: int, output: SequenceOutput, target: str) -> list[dict[str, Any]]:
+        """A piece, with the finish reason if it is the last one."""
+        finish_reason = output.finish_reason
+        logprobs = self._target_logprobs(index, target, output, last=finish_reason is not None)
+        if not target and logprobs is None and finish_reason is None:
+            return []
+        return [{"index": index, "text": target, "logprobs": logprobs, "finish_reason": finish_reason}]
+
+    def _target_logprobs(self, index: int, target: str, output: SequenceOutput, *, last: bool) -> dict[str, Any] | None:
+        """Logprobs whose offsets count within the target."""
+        logprobs = self._logprobs(index, output.tokens)
+        if self.text_format is None:
+            return logprobs
+        offsets = self.target_offsets.setdefault(index, TargetOffsets(self.text_format))
+        return offsets.add(target, logprobs, last=last)
+
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not any(token.logprob is not None for token in tokens):
+            return None
+        texts = [self.decode(token.id) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self.text_ends.get(index, 0))
+            self.text_ends[index] = offsets[-1] + len(text)
+        top_logprobs = []
+        for token, text in zip(tokens, texts, strict=True):
+            by_text: dict[str, float] = {}
+            for other, logprob in token.top_logprobs:
+                by_text.setdefault(self.decode(other), _finite(logprob))
+            top_logprobs.append({**by_text, text: _finite(token.logprob)})
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": top_logprobs,
+            "text_offset": offsets,
+        }
+
+
+class ChatChoices:
+    """The choices of `chat.completion`.
+
+    Args:
+        backbone: Whose tokens they are.
+    """
+
+    id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.decode = token_decoder(backbone)
+
+    def whole(self, index: int, output: SequenceOutput, target: str) -> dict[str, Any]:
+        """The choice of a whole message."""
+        message = {"role": "assistant", "content": target, "refusal": None}
+        logprobs = self._logprobs(output.tokens)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": output.finish_reason}
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """What precedes the first piece: the role."""
+        return [self._piece(index, {"role": "assistant", "content": ""})]
+
+    def pieces(self, index: int, output: SequenceOutput, target: str) -> list[dict[str, Any]]:
+        """A piece, and the finish reason by itself."""
+        logprobs = self._logprobs(output.tokens)
+        pieces = []
+        if target or logprobs is not None:
+            pieces.append(self._piece(index, {"content": target}, logprobs))
+        if output.finish_reason is not None:
+            pieces.append(self._piece(index, {}, finish_reason=output.finish_reason))
+        return pieces
+
+    def _piece(self, index: int, delta: Any, logprobs: Any = None, finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not any(token.logprob is not None for token in tokens):
+            return None
+        return {
+            "content": [
+                {
+                    **self._token(token.id, token.logprob),
+                    "top_logprobs": [self._token(*pair) for pair in token.top_logprobs],
+                }
+                for token in tokens
+            ],
+            "refusal": None,
+        }
+
+    def _token(self, token_id: int, logprob: float | None) -> dict[str, Any]:
+        text = self.decode(token_id)
+        # Part of a character has no text of its own, and its bytes are unknown.
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": _finite(logprob), "bytes": data}
+
+
+def token_decoder(backbone: Backbone) -> Callable[[int], str]:
+    """A function: token id -> its text, special tokens by name; cached, as the same tokens come again and again."""
+
+    @functools.lru_cache(maxsize=10_000)
+    def decode(token_id: int) -> str:
+        return str(backbone.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
+    return decode
+
+
+def _finite(logprob: float | None) -> float:
+    return _MIN_LOGPROB if logprob is None else max(logprob, _MIN_LOGPROB)

@@ -1,0 +1,119 @@
+"""Server-sent events, and work that stops when the client disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.responses import ApiError, json_text
+
+__all__ = ["DONE", "KEEP_ALIVE", "event", "event_stream", "run_until_disconnect"]
+
+
+KEEP_ALIVE = ": waiting\n\n"
+"""Sent while there is nothing new: proxies cut silent connections, and clients ignore comments."""
+DONE = "data: [DONE]\n\n"
+"""The end of a stream."""
+
+T = TypeVar("T")
+
+
+def event(value: Any) -> str:
+    """A server-sent event."""
+    return f"data: {json_text(value)}\n\n"
+
+
+def event_stream(context: RequestContext, events: AsyncGenerator[str]) -> EventStream:
+    """A response in pieces, for a client that may be slow within limits."""
+    config = context.state.config
+    return EventStream(events, config.client_timeout, config.deadline + config.client_timeout, context.headers)
+
+
+async def run_until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of some work, which is cancelled when the client disconnects.
+
+    Args:
+        receive: Of a request whose body was read.
+        work: What to do.
+
+    Raises:
+        ClientDisconnect: The client disconnected.
+    """
+    working = asyncio.ensure_future(work)
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, disconnected):
+            task.cancel()
+        await asyncio.gather(working, disconnected, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream:
+    """A stream of server-sent events, as an ASGI application.
+
+    The status is sent before the first event, so a later error is sent as an event. When the client disconnects, or
+    does not read, the events are closed.
+
+    Args:
+        events: From `event`; closed in any case.
+        write_timeout: Seconds that the client may take to read an event.
+        total_timeout: Seconds that the whole stream may take.
+        headers: More headers of the response.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str],
+        write_timeout: float,
+        total_timeout: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.events, self.headers = events, dict(headers or {})
+        self.write_timeout, self.total_timeout = write_timeout, total_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, as long as the client is connected."""
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            # nginx must not buffer the events.
+            (b"x-accel-buffering", b"no"),
+            *((name.encode(), value.encode()) for name, value in self.headers.items()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async with asyncio.timeout(self.total_timeout):
+                await run_until_disconnect(receive, self._send_events(send))
+        except TimeoutError:
+            # A client that reads a byte now and then would hold its slots for ever.
+            raise ClientDisconnect from None
+
+    async def _send_events(self, send: Send) -> None:
+        async with contextlib.aclosing(self.events) as events:
+            try:
+                async for text in events:
+                    await self._send_event(send, text)
+            except ApiError as error:
+                await self._send_event(send, event(error.body()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_event(self, send: Send, text: str) -> None:
+        try:
+            async with asyncio.timeout(self.write_timeout):
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+        except TimeoutError:
+            raise ClientDisconnect from None
