@@ -138,7 +138,7 @@ def test_a_run_is_evaluated_as_it_was_trained(folder: Path, model: str, data: st
     assert [each["cut"] for each in written] == [False, True]
     _, err = run("generate", *shared, "Aromi", "Aromi is soup")
     assert "1 of 2 sources were truncated to fit" in err
-    assert "cut to fit" not in run("generate", *shared, "--max-length", "99", "Aromi is soup")[1]
+    assert "truncated to fit" not in run("generate", *shared, "--max-length", "99", "Aromi is soup")[1]
     _, err = run("generate", *shared, "--on-too-long", "ignore", "Aromi", code=2)
     assert "must be cut or error" in err
 

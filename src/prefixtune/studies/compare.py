@@ -17,8 +17,7 @@ from typing import Any
 
 from prefixtune.data import TASKS
 from prefixtune.errors import DataError
-from prefixtune.evaluation.metrics import measure, randomize
-from prefixtune.evaluation.metrics.base import Measurement
+from prefixtune.evaluation.metrics import Measurement, measure, randomize
 from prefixtune.evaluation.metrics.significance import METHOD
 from prefixtune.evaluation.records import EVALUATION_FILE, OUTPUTS_FILE
 from prefixtune.studies.config import StudyConfig

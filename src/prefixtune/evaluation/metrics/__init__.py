@@ -1,18 +1,20 @@
-"""Scores on strings: texts, labels and tags against their references.
+"""Scores of strings: texts, labels and tags against their references.
 
-`compute` scores outputs as a task's official script does (its protocol); `measure` keeps what each item adds, so that
-parts, intervals and comparisons cost nothing more. Every score names what made it.
+`compute` scores outputs as a task's official script does (its protocol); `measure` keeps each item's statistics, so
+that parts, intervals and comparisons cost little more. Every score names its implementation.
 
-Knows nothing of this project: no example, no task, no model, no exception of it. Misuse raises `ValueError`.
+This package imports nothing else of this project: no example, no task, no model, no exception. Misuse raises
+`ValueError`.
 """
 
 from __future__ import annotations
 
-from prefixtune.evaluation.metrics.base import Measurement, Score, Unavailable
+from prefixtune.evaluation.metrics.base import Score, Unavailable
 from prefixtune.evaluation.metrics.classification import accuracy, macro_f1, span_f1
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.evaluation.metrics.registry import METRICS, bleu, compare, compute, interval, measure
-from prefixtune.evaluation.metrics.significance import Comparison, bootstrap, randomize
+from prefixtune.evaluation.metrics.registry import METRICS
+from prefixtune.evaluation.metrics.scoring import bleu, compare, compute, interval, measure
+from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
 
 __all__ = [
     "METRICS",

@@ -1,21 +1,28 @@
-"""What a metric gives: a score, and before it what each item adds to that score.
-
-Knows nothing of any one metric.
-"""
+"""What every metric returns: a score, and the statistics of each item that the score is computed from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, TypeAlias
 
 import numpy as np
 
-__all__ = ["Array", "Measurement", "Rows", "Score", "Unavailable", "check", "check_counts"]
+__all__ = [
+    "Array",
+    "ItemStatistics",
+    "Score",
+    "Unavailable",
+    "average",
+    "check_counts",
+    "check_references",
+    "package_version",
+]
 
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-"""Of numbers; its shape is told where it is used."""
+"""Of numbers; the shape is documented where it is used."""
 
 
 class Unavailable(ValueError):
@@ -32,17 +39,31 @@ class Unavailable(ValueError):
         self.remedy = remedy
 
 
+def package_version(name: str, needed_by: str) -> str:
+    """The version of an installed package of the extra `scores`.
+
+    Raises:
+        Unavailable: It is not installed.
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError as error:
+        raise Unavailable(
+            f"{name} is not installed, and {needed_by} needs it", "pip install 'prefixtune[scores]'"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Score:
-    """One figure, with what made it.
+    """One figure, and how it was computed.
 
     Attributes:
-        name: Of the metric.
+        name: The metric's name.
         score: The figure, on the metric's usual scale.
-        implementation: Library, version and settings, or this package and the definition in short: figures of different
-            implementations do not compare.
+        implementation: Library, version and settings, or this package and the definition in short. Figures of different
+            implementations cannot be compared.
         higher_is_better: False for error rates.
-        interval: Low and high end of a confidence interval, where one was asked for.
+        interval: Low and high end of a confidence interval, if one was requested.
     """
 
     name: str
@@ -53,78 +74,35 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The sufficient statistics of a set of items.
+class ItemStatistics:
+    """The sufficient statistics of a set of items: the score of any subset is a function of the sum of its rows.
 
     Attributes:
-        values: One row an item, shape (items, columns): counts, or an item's own score and a 1.
-        total: The score of a sum of such rows, shape (columns,).
+        values: One row per item, shape (items, columns): counts, or an item's own score and a 1.
+        total: The score of such a sum, shape (columns,).
         implementation: As in `Score`.
-        local: Whether a row is the same whatever other items are in the set. Not so where references of the whole set
-            say how rare a word is.
+        independent: Whether an item's row is the same whatever other items are in the set. False if the references of
+            the whole set determine how rare a word is.
     """
 
     values: Array
     total: Callable[[Array], float]
     implementation: str
-    local: bool = True
+    independent: bool = True
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A metric computed once; scores of the set and of its parts, intervals and comparisons come from it cheaply.
-
-    Attributes:
-        name: Of the metric, for people.
-        higher_is_better: False for error rates.
-        rows: What each item adds.
-        again: Measures the items of these numbers as a set of their own.
-    """
-
-    name: str
-    higher_is_better: bool
-    rows: Rows
-    again: Callable[[Sequence[int]], Rows]
-
-    def __len__(self) -> int:
-        """The number of items."""
-        return len(self.rows.values)
-
-    @property
-    def score(self) -> float:
-        """The figure of the whole set."""
-        return float(self.rows.total(self.rows.values.sum(axis=0)))
-
-    def to_score(self, *, level: float | None = None, samples: int = 1000, seed: int = 0) -> Score:
-        """The score, with a confidence interval where a level is given (see `resampling.bootstrap`)."""
-        from prefixtune.evaluation.metrics.significance import bootstrap
-
-        interval = None if level is None else bootstrap(self, samples=samples, level=level, seed=seed)
-        return Score(self.name, self.score, self.rows.implementation, self.higher_is_better, interval)
-
-    def part(self, items: Sequence[int]) -> Measurement:
-        """The measurement of some of the items, as if they were all there is.
-
-        Args:
-            items: Their numbers, from 0; at least one.
-
-        Raises:
-            ValueError: There is none, or one is out of range.
-        """
-        chosen = list(items)
-        if not chosen or min(chosen) < 0 or max(chosen) >= len(self):
-            raise ValueError(f"a part holds at least one item, numbered 0 to {len(self) - 1}; got {chosen[:5]}")
-        if self.rows.local:
-            rows = Rows(self.rows.values[chosen], self.rows.total, self.rows.implementation)
-        else:
-            rows = self.again(chosen)
-        return Measurement(
-            self.name, self.higher_is_better, rows, lambda inner: self.again([chosen[number] for number in inner])
-        )
+def average(scores: Sequence[float] | Array, implementation: str, *, independent: bool = True) -> ItemStatistics:
+    """The statistics of a metric whose score is the mean of the items' scores."""
+    values = np.stack([np.asarray(scores, dtype=float), np.ones(len(scores))], axis=1)
+    return ItemStatistics(values, _mean, implementation, independent)
 
 
-def check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The references without blank ones; refuses what cannot be scored.
+def _mean(sums: Array) -> float:
+    return float(sums[0] / sums[1])
+
+
+def check_references(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The references without blank ones, after checking that everything can be scored.
 
     Raises:
         ValueError: The counts differ, there is no item, or an item has no reference.
@@ -136,9 +114,9 @@ def check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     if not hypotheses:
         raise ValueError("there is no hypothesis; at least one is needed")
     kept = [[text for text in item if text.strip()] for item in references]
-    for number, item in enumerate(kept):
+    for index, item in enumerate(kept):
         if not item:
-            raise ValueError(f"item {number} (from 0) has no reference; at least one text is needed")
+            raise ValueError(f"item {index} (from 0) has no reference; at least one text is needed")
     return kept
 
 

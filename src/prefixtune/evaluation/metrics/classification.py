@@ -1,7 +1,4 @@
-"""Scores of labels and tags against the wanted ones.
-
-Knows nothing of texts, tasks or models. Misuse raises `ValueError`.
-"""
+"""Scores of labels and tags: accuracy, macro F1, span F1."""
 
 from __future__ import annotations
 
@@ -24,8 +21,8 @@ def accuracy(predictions: Sequence[str], references: Sequence[str]) -> Score:
     66.66666666666667
 
     Args:
-        predictions: One label an item; compared as it is: case and white space count.
-        references: The wanted labels.
+        predictions: One label per item, compared exactly: case and white space count.
+        references: The correct labels.
 
     Raises:
         ValueError: The counts differ, or there is no item.
@@ -45,8 +42,8 @@ def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> Score:
     33.33333333333333
 
     Args:
-        predictions: One label an item; compared as it is: case and white space count.
-        references: The wanted labels.
+        predictions: One label per item, compared exactly: case and white space count.
+        references: The correct labels.
 
     Raises:
         ValueError: The counts differ, or there is no item.
@@ -63,18 +60,18 @@ def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> Score:
 
 
 def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Sequence[str]]) -> Score:
-    """Micro F1 of spans, in percent: a span counts where its type, its start and its end are those of a reference.
+    """Micro F1 of spans, in percent: a span counts if its type, start and end equal those of a reference span.
 
-    Tags are BIO and read leniently, as by default in seqeval: `I-TYPE` after `O`, or after another type, begins a span
-    too. A predicted tag that is neither `O`, `B-TYPE` nor `I-TYPE` counts as `O`. Without any span in either, the
+    Tags are BIO and read leniently, as by default in seqeval: `I-TYPE` after `O`, or after another type, also begins a
+    span. A predicted tag that is neither `O`, `B-TYPE` nor `I-TYPE` counts as `O`. Without any span in either, the
     score is 0.
 
     >>> span_f1([["B-TIME", "I-TIME", "O"]], [["B-TIME", "I-TIME", "B-TRAIN"]]).score
     66.66666666666667
 
     Args:
-        predicted_tags: For each sentence one tag a token.
-        reference_tags: The wanted tags.
+        predicted_tags: For each sentence one tag per token.
+        reference_tags: The correct tags.
 
     Raises:
         ValueError: The numbers of sentences, or of tags in one, differ, there is no sentence, or a reference is no tag.
@@ -82,21 +79,21 @@ def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Se
     if any(isinstance(item, str) for tags in (predicted_tags, reference_tags) for item in [tags, *tags]):
         raise ValueError("predicted and reference tags must be lists of lists of strings")
     check_counts(predicted_tags, reference_tags, "sentences")
-    hits = num_predicted = num_wanted = 0
-    for number, (predicted, wanted) in enumerate(zip(predicted_tags, reference_tags, strict=True)):
-        if len(predicted) != len(wanted):
+    hits = num_predicted = num_references = 0
+    for index, (predicted, reference) in enumerate(zip(predicted_tags, reference_tags, strict=True)):
+        if len(predicted) != len(reference):
             raise ValueError(
-                f"sentence {number} (from 0) has {len(predicted)} predicted and {len(wanted)} reference tags; "
+                f"sentence {index} (from 0) has {len(predicted)} predicted and {len(reference)} reference tags; "
                 "counts must agree"
             )
-        for tag in wanted:
+        for tag in reference:
             if not _TAG.fullmatch(tag):
-                raise ValueError(f"sentence {number} (from 0): reference {tag!r} is none of O, B-TYPE and I-TYPE")
-        found, sought = set(_spans(predicted)), set(_spans(wanted))
-        hits += len(found & sought)
-        num_predicted += len(found)
-        num_wanted += len(sought)
-    total = num_predicted + num_wanted
+                raise ValueError(f"sentence {index} (from 0): reference {tag!r} is none of O, B-TYPE and I-TYPE")
+        predicted_spans, reference_spans = set(_spans(predicted)), set(_spans(reference))
+        hits += len(predicted_spans & reference_spans)
+        num_predicted += len(predicted_spans)
+        num_references += len(reference_spans)
+    total = num_predicted + num_references
     return Score(
         "span F1",
         200 * hits / total if total else 0.0,
@@ -109,11 +106,11 @@ def _spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     kind, start = "", 0
     for position, tag in enumerate([*tags, "O"]):
         match = _TAG.fullmatch(tag)
-        begins, of = (match[1] == "B", match[2] or "") if match else (False, "")
-        if kind and (begins or of != kind):
+        begins, tag_kind = (match[1] == "B", match[2] or "") if match else (False, "")
+        if kind and (begins or tag_kind != kind):
             yield kind, start, position
-        if begins or of != kind:
-            kind, start = of, position
+        if begins or tag_kind != kind:
+            kind, start = tag_kind, position
 
 
 def _check_labels(predictions: Sequence[str], references: Sequence[str]) -> None:

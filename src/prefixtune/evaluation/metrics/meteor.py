@@ -1,29 +1,27 @@
-"""METEOR, CIDEr and the ROUGE-L of image captioning, as the COCO evaluation and the E2E challenge compute them.
-
-METEOR's counts come from its own program, CIDEr and ROUGE-L from pycocoevalcap. Knows nothing of files and tasks.
-"""
+"""METEOR 1.5: the counts come from its own Java program, the score of summed counts is computed here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import Array, Rows
-from prefixtune.evaluation.metrics.java import meteor_statistics, package_version
+from prefixtune.evaluation.metrics.base import Array, ItemStatistics, package_version
+from prefixtune.evaluation.metrics.java import jar_path, java_failure, run_java
+from prefixtune.evaluation.metrics.protocols import squeeze
+from prefixtune.evaluation.metrics.texts import Texts
 
-if TYPE_CHECKING:
-    from prefixtune.evaluation.metrics.texts import Texts
-
-__all__ = ["caption_rouge_l", "cider", "meteor", "meteor_score"]
+__all__ = ["METEOR_JAR", "meteor", "meteor_score", "meteor_statistics"]
 
 
-# METEOR 1.5's parameters for English, and what a match of each matcher is worth (Denkowski & Lavie 2014).
+METEOR_JAR = "meteor/meteor-1.5.jar"
+# METEOR 1.5's parameters for English, and the weight of each matcher (Denkowski & Lavie 2014).
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
-_WORTH = (1.0, 0.6, 0.8, 0.6)
+_MATCHER_WEIGHTS = (1.0, 0.6, 0.8, 0.6)
+_NUM_COUNTS = 23
 
 
-def meteor(texts: Texts) -> Rows:
+def meteor(texts: Texts) -> ItemStatistics:
     """METEOR 1.5, English, with its own normalization; under a captioning protocol on Penn Treebank words."""
     if texts.protocol.captions:
         hypotheses, references = texts.treebank
@@ -31,19 +29,19 @@ def meteor(texts: Texts) -> Rows:
     else:
         hypotheses, references = texts.hypotheses, texts.references
         how = "the protocol's texts"
-    rows = np.array(meteor_statistics(hypotheses, references), dtype=float)
-    # A text that is its reference counts as unbroken, so its one chunk is none (as where the program adds counts up).
-    rows[(rows[:, [21, 22]] == rows[:, [0, 1]]).all(axis=1) & (rows[:, 20] == 1), 20] = 0
+    counts = np.array(meteor_statistics(hypotheses, references), dtype=float)
+    # A text that equals its reference has no break, so its one chunk counts as none, as when the program sums counts.
+    counts[(counts[:, [21, 22]] == counts[:, [0, 1]]).all(axis=1) & (counts[:, 20] == 1), 20] = 0
     version = package_version("pycocoevalcap", "METEOR")
-    return Rows(
-        rows,
+    return ItemStatistics(
+        counts,
         meteor_score,
         f"METEOR 1.5 of pycocoevalcap {version} (-l en -norm, {how}); protocol {texts.protocol.name}",
     )
 
 
 def meteor_score(counts: Array) -> float:
-    """METEOR of summed counts (see `java.meteor_statistics`), 0 to 1; what the program's EVAL says.
+    """METEOR of summed counts (see `meteor_statistics`), 0 to 1, as the program's EVAL computes it.
 
     Args:
         counts: Shape (23,).
@@ -52,7 +50,7 @@ def meteor_score(counts: Array) -> float:
     chunks, matched = counts[20], counts[21:23]
     # matches: matcher x (content, function) x (hypothesis, reference)
     share = np.array([_DELTA, 1 - _DELTA])
-    weighted = np.einsum("mkt,m,k->t", matches, np.array(_WORTH), share)
+    weighted = np.einsum("mkt,m,k->t", matches, np.array(_MATCHER_WEIGHTS), share)
     sizes = _DELTA * (lengths - function) + (1 - _DELTA) * function
     if not weighted.all() or not sizes.all():
         return 0.0
@@ -61,34 +59,31 @@ def meteor_score(counts: Array) -> float:
     return float(mean * (1 - _GAMMA * (chunks / matched.mean()) ** _BETA))
 
 
-def cider(texts: Texts) -> Rows:
-    """CIDEr, 0 to 10, on Penn Treebank words without punctuation; how rare a word is, all references say."""
-    version = package_version("pycocoevalcap", "CIDEr")
-    from pycocoevalcap.cider.cider import Cider
+def meteor_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[float]]:
+    """METEOR's 23 counts for each item, against the best of its references.
 
-    hypotheses, references = texts.treebank
-    if not any(text for item in references for text in item):
-        raise ValueError("CIDEr needs a word in the references, but they hold punctuation alone")
-    _, scores = Cider().compute_score(dict(enumerate(references)), {n: [text] for n, text in enumerate(hypotheses)})
-    return _mean(scores, f"pycocoevalcap {version} (Penn Treebank words without punctuation)", texts, local=False)
+    These are the lengths of hypothesis and reference; the numbers of their function words; for each of the four
+    matchers (exact, stem, synonym, paraphrase) the matched content words of both and the matched function words of
+    both; the chunks; and all matched words of both.
 
-
-def caption_rouge_l(texts: Texts) -> Rows:
-    """ROUGE-L as an F score with beta 1.2, on Penn Treebank words without punctuation, 0 to 1."""
-    version = package_version("pycocoevalcap", "ROUGE-L")
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    hypotheses, references = texts.treebank
-    _, scores = Rouge().compute_score(dict(enumerate(references)), {n: [text] for n, text in enumerate(hypotheses)})
-    how = "F with beta 1.2, best precision and best recall over references, Penn Treebank words without punctuation"
-    return _mean(scores, f"pycocoevalcap {version} ({how})", texts)
+    Raises:
+        Unavailable: Java or pycocoevalcap is missing, or the program failed.
+    """
+    jar = jar_path(METEOR_JAR, "METEOR")
+    # `|||` separates texts, so it is removed from them.
+    lines = [
+        " ||| ".join(["SCORE", *(squeeze(text.replace("|||", " ")) for text in [*item, hypothesis])])
+        for hypothesis, item in zip(hypotheses, references, strict=True)
+    ]
+    command = ["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    return [_counts(line) for line in run_java(command, lines)]
 
 
-def _mean(scores: Array, implementation: str, texts: Texts, local: bool = True) -> Rows:
-    rows = np.stack([np.asarray(scores, dtype=float), np.ones(len(scores))], axis=1)
-    return Rows(rows, mean, f"{implementation}; protocol {texts.protocol.name}", local)
-
-
-def mean(sums: Array) -> float:
-    """The mean of items whose scores and number were summed."""
-    return float(sums[0] / sums[1])
+def _counts(line: str) -> list[float]:
+    try:
+        counts = [float(word) for word in line.split()]
+    except ValueError:
+        counts = []
+    if len(counts) != _NUM_COUNTS:
+        raise java_failure("METEOR", f"it wrote {line[:200]!r}")
+    return counts

@@ -1,9 +1,7 @@
 """BERTScore, MoverScore and BLEURT: scores by another model, through their authors' or others' packages.
 
-They need weights, of which none is ever fetched here: a folder must be named. What packages and weights there are
-decides the figure, so both stand in the implementation.
-
-Knows nothing of files and tasks.
+They need weights, which are never downloaded here: a folder must be named. The score depends on package and weights, so
+the implementation names both.
 """
 
 from __future__ import annotations
@@ -12,20 +10,16 @@ import importlib
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from importlib import metadata
 from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import Rows, Unavailable
-from prefixtune.evaluation.metrics.meteor import mean
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from prefixtune.evaluation.metrics.texts import Texts
+from prefixtune.evaluation.metrics.base import ItemStatistics, Unavailable, average
+from prefixtune.evaluation.metrics.texts import Texts
 
 __all__ = ["bertscore", "bleurt", "moverscore"]
 
@@ -35,8 +29,8 @@ _LAYERS = {6: 5, 12: 9, 24: 17}
 _BATCH = 32
 
 
-def bertscore(texts: Texts) -> Rows:
-    """BERTScore F1, 0 to 1, of each item its best reference; neither idf weights nor rescaling."""
+def bertscore(texts: Texts) -> ItemStatistics:
+    """BERTScore F1, 0 to 1, with each item's best reference; without idf weights and rescaling."""
     version, folder = _package("bert-score", texts, "bertscore", "roberta-large for the usual figures")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -48,20 +42,22 @@ def bertscore(texts: Texts) -> Rows:
         ) from error
     layer = _LAYERS.get(depth, depth)
     package = _load("bert_score")
-    # An empty text scores 0, as the package means it to; with newer versions of transformers it stumbles over one.
+    # An empty text scores 0, as the package intends; with newer versions of transformers it fails on one.
     full = [text or "." for text in texts.hypotheses]
-    _, _, found = package.score(
+    _, _, f1 = package.score(
         full, texts.references, model_type=str(folder), num_layers=layer, batch_size=_BATCH, verbose=False
     )
-    scores = [one if text else 0.0 for one, text in zip(found.tolist(), texts.hypotheses, strict=True)]
-    return _mean(scores, f"bert-score {version} (F1, {folder.name}, layer {layer} of {depth})", texts)
+    scores = [one if text else 0.0 for one, text in zip(f1.tolist(), texts.hypotheses, strict=True)]
+    return average(
+        scores, f"bert-score {version} (F1, {folder.name}, layer {layer} of {depth}); protocol {texts.protocol.name}"
+    )
 
 
-def moverscore(texts: Texts) -> Rows:
-    """MoverScore of single words with idf weights, up to 1, of each item its best reference."""
+def moverscore(texts: Texts) -> ItemStatistics:
+    """MoverScore of single words with idf weights, up to 1, with each item's best reference."""
     version, folder = _package("moverscore", texts, "moverscore", "the authors' MNLI_BERT.zip, unpacked beside the zip")
     if not (folder / "MNLI_BERT.zip").is_file():
-        # The package would fetch it while it is imported.
+        # The package would download it during its import.
         raise Unavailable(
             f"moverscore needs MNLI_BERT.zip in {str(folder)!r}", "put the authors' file there, unpacked beside it"
         )
@@ -72,11 +68,12 @@ def moverscore(texts: Texts) -> Rows:
     rare = _document_weights(package, flat), _document_weights(package, texts.hypotheses)
     pairs = iter(package.word_mover_score(flat, again, *rare, stop_words=[], n_gram=1, remove_subwords=True))
     scores = [max(float(next(pairs)) for _ in item) for item in texts.references]
-    return _mean(scores, f"moverscore {version} (unigrams, idf, {folder.name})", texts, local=False)
+    settings = f"moverscore {version} (unigrams, idf, {folder.name})"
+    return average(scores, f"{settings}; protocol {texts.protocol.name}", independent=False)
 
 
-def bleurt(texts: Texts) -> Rows:
-    """BLEURT, about 0 to 1, of each item the mean over its references, as DART's evaluation does."""
+def bleurt(texts: Texts) -> ItemStatistics:
+    """BLEURT, about 0 to 1: for each item the mean over its references, as in DART's evaluation."""
     version, folder = _package("bleurt-pytorch", texts, "bleurt", "a BLEURT checkpoint in the package's format")
     import torch
 
@@ -88,22 +85,24 @@ def bleurt(texts: Texts) -> Rows:
         for hypothesis, item in zip(texts.hypotheses, texts.references, strict=True)
         for reference in item
     ]
-    told: list[float] = []
+    scores_of_pairs: list[float] = []
     with torch.no_grad():
         for start in range(0, len(pairs), _BATCH):
             first, second = (list(side) for side in zip(*pairs[start : start + _BATCH], strict=True))
             inputs = tokenizer(first, second, padding="longest", truncation=True, return_tensors="pt")
-            told += model(**inputs).logits.flatten().tolist()
-    rest = iter(told)
+            scores_of_pairs += model(**inputs).logits.flatten().tolist()
+    rest = iter(scores_of_pairs)
     scores = [float(np.mean([next(rest) for _ in item])) for item in texts.references]
-    return _mean(scores, f"bleurt-pytorch {version} ({folder.name}, mean over references)", texts)
+    return average(
+        scores, f"bleurt-pytorch {version} ({folder.name}, mean over references); protocol {texts.protocol.name}"
+    )
 
 
 def _document_weights(package: Any, texts: Sequence[str]) -> defaultdict[int, float]:
-    """How rare each token is; the package's own function starts processes that this does without."""
-    found = Counter(token for text in texts for token in package.process(text))
+    """How rare each token is; the package's own function starts processes, which is not needed here."""
+    counts = Counter(token for text in texts for token in package.process(text))
     weights: defaultdict[int, float] = defaultdict(lambda: log(len(texts) + 1))
-    weights.update({token: log((len(texts) + 1) / (count + 1)) for token, count in found.items()})
+    weights.update({token: log((len(texts) + 1) / (count + 1)) for token, count in counts.items()})
     return weights
 
 
@@ -115,11 +114,11 @@ def _package(name: str, texts: Texts, metric: str, which: str) -> tuple[str, Pat
         raise Unavailable(
             f"{name} is not installed, and {metric} needs it",
             f"pip install {name}, and name a folder of model weights ({which}) with `prefixtune score --weights "
-            f"{metric}=FOLDER`: none are fetched unasked",
+            f"{metric}=FOLDER`: none are downloaded",
         ) from error
     if metric not in texts.weights:
         raise Unavailable(
-            f"{metric} needs model weights, which are not fetched unasked",
+            f"{metric} needs model weights, which are not downloaded",
             f"name their folder ({which}) with `prefixtune score --weights {metric}=FOLDER`",
         )
     folder = Path(texts.weights[metric])
@@ -129,7 +128,7 @@ def _package(name: str, texts: Texts, metric: str, which: str) -> tuple[str, Pat
 
 
 def _load(module: str) -> Any:
-    """Import a package; a broken one, such as one for an older transformers, is unavailable rather than a bug here."""
+    """Import a package; a broken one, such as one for an older transformers, is unavailable, not a bug here."""
     try:
         return importlib.import_module(module)
     except Exception as error:
@@ -137,8 +136,3 @@ def _load(module: str) -> Any:
             f"{module} is installed but cannot be imported here ({type(error).__name__}: {error})",
             "install the versions that it was made for, in an environment of its own",
         ) from error
-
-
-def _mean(scores: list[float], implementation: str, texts: Texts, local: bool = True) -> Rows:
-    rows = np.stack([np.array(scores, dtype=float), np.ones(len(scores))], axis=1)
-    return Rows(rows, mean, f"{implementation}; protocol {texts.protocol.name}", local)

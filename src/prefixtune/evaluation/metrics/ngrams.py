@@ -1,9 +1,7 @@
-"""Metrics that count shared words, word sequences and characters: BLEU, NIST, chrF++, ROUGE, TER.
+"""Metrics that count shared words, word sequences and characters: BLEU, NIST, chrF++, ROUGE, CIDEr.
 
-BLEU and chrF++ are sacrebleu's, ROUGE is rouge-score's. NIST is counted here, since the libraries' figures are not
-those of the E2E challenge's script; so is TER, by sacrebleu's rules, for its speed.
-
-Knows nothing of files and tasks.
+BLEU and chrF++ are sacrebleu's, ROUGE is rouge-score's, CIDEr and the ROUGE-L of image captions are pycocoevalcap's.
+NIST is counted here, because the libraries' figures differ from those of the E2E challenge's script.
 """
 
 from __future__ import annotations
@@ -11,87 +9,81 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import Array, Rows
-from prefixtune.evaluation.metrics.java import package_version
-from prefixtune.evaluation.metrics.meteor import caption_rouge_l, mean
-from prefixtune.evaluation.metrics.ter import edits
+from prefixtune.evaluation.metrics.base import Array, ItemStatistics, average, package_version
+from prefixtune.evaluation.metrics.protocols import Protocol, ReferencePadding
+from prefixtune.evaluation.metrics.texts import Texts
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from prefixtune.evaluation.metrics.protocols import Protocol
-    from prefixtune.evaluation.metrics.texts import Texts
-
-__all__ = ["bleu", "chrf", "nist", "rouge", "sound_bleu", "ter"]
+__all__ = ["bleu", "bleu_without_padding", "caption_rouge_l", "chrf", "cider", "nist", "rouge"]
 
 
 _ORDER = 5
-_SMALL = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+_LOWERCASE = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 # A text two thirds as long as its references loses half of its NIST score (Doddington 2002).
 _BREVITY = math.log(0.5) / math.log(1.5) ** 2
 
 
-def bleu(texts: Texts) -> Rows:
+def bleu(texts: Texts) -> ItemStatistics:
     """Corpus BLEU, 0 to 100; under a protocol that pads, absent references count as empty texts."""
-    return _bleu(texts, pads=texts.protocol.pads)
+    return _bleu(texts, padding=texts.protocol.reference_padding)
 
 
-def sound_bleu(texts: Texts) -> Rows:
-    """Corpus BLEU, 0 to 100; an absent reference counts as absent."""
-    return _bleu(texts, pads="")
+def bleu_without_padding(texts: Texts) -> ItemStatistics:
+    """Corpus BLEU, 0 to 100; absent references are ignored, whatever the protocol."""
+    return _bleu(texts, padding="")
 
 
-def _bleu(texts: Texts, pads: str) -> Rows:
+def _bleu(texts: Texts, padding: ReferencePadding) -> ItemStatistics:
     import sacrebleu
 
     protocol = texts.protocol
     metric = sacrebleu.BLEU(
         tokenize=protocol.tokenize,
         smooth_method=protocol.smooth,
-        # No warning on stderr where texts are meant to be tokenized.
+        # Avoids a warning on stderr for texts that are tokenized on purpose.
         force=protocol.tokenize == "none",
     )
     longest = max(map(len, texts.references))
-    width = {"": 0, "longest": longest, "all": max(protocol.max_references or 0, longest)}[pads]
+    width = {"": 0, "longest": longest, "all": max(protocol.max_references or 0, longest)}[padding]
     hypotheses = [_cased(protocol, text) for text in texts.hypotheses]
     references = [
         [*(_cased(protocol, text) for text in item), *[""] * (width - len(item))] for item in texts.references
     ]
-    rows = metric._extract_corpus_statistics(hypotheses, _streams(references))
-    how = ", absent references counted as empty" if pads else ""
+    statistics = metric._extract_corpus_statistics(hypotheses, _streams(references))
+    how = ", absent references counted as empty" if padding else ""
 
     def total(sums: Array) -> float:
         return float(metric._compute_score_from_stats(sums.tolist()).score)
 
-    return Rows(np.array(rows, dtype=float), total, _by_sacrebleu(metric, texts, how))
+    return ItemStatistics(np.array(statistics, dtype=float), total, _by_sacrebleu(metric, texts, how))
 
 
 def _cased(protocol: Protocol, text: str) -> str:
-    """A text for BLEU and NIST: with A to Z small where the protocol ignores case, and other letters as they are."""
-    return text.translate(_SMALL) if protocol.lowercase else text
+    """A text for BLEU and NIST: A to Z in lower case if the protocol ignores case, other letters unchanged."""
+    return text.translate(_LOWERCASE) if protocol.lowercase else text
 
 
-def chrf(texts: Texts) -> Rows:
+def chrf(texts: Texts) -> ItemStatistics:
     """Corpus chrF++, 0 to 100: characters up to 6, words up to 2."""
     import sacrebleu
 
     metric = sacrebleu.CHRF(word_order=2)
-    rows = metric._extract_corpus_statistics(texts.hypotheses, _streams(texts.references))
+    statistics = metric._extract_corpus_statistics(texts.hypotheses, _streams(texts.references))
 
     def total(sums: Array) -> float:
         return float(metric._compute_score_from_stats(sums.tolist()).score)
 
-    return Rows(np.array(rows, dtype=float), total, _by_sacrebleu(metric, texts))
+    return ItemStatistics(np.array(statistics, dtype=float), total, _by_sacrebleu(metric, texts))
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """First references, second references, ...; None where an item has no more."""
+    """All first references, all second references, ...; None if an item has fewer."""
     width = max(map(len, references))
-    return [[item[number] if number < len(item) else None for item in references] for number in range(width)]
+    return [[item[index] if index < len(item) else None for item in references] for index in range(width)]
 
 
 def _by_sacrebleu(metric: Any, texts: Texts, how: str = "") -> str:
@@ -103,48 +95,30 @@ def _by_sacrebleu(metric: Any, texts: Texts, how: str = "") -> str:
     return f"sacrebleu {sacrebleu.__version__} ({signature}){how}; protocol {texts.protocol.name}"
 
 
-def ter(texts: Texts) -> Rows:
-    """Translation edit rate, 0 upward, lower is better: the fewest edits over the mean length of the references.
-
-    Case does not count; words are what white space parts.
-    """
-    rows = []
-    for hypothesis, references in zip(texts.hypotheses, texts.references, strict=True):
-        words = hypothesis.lower().split()
-        others = [reference.lower().split() for reference in references]
-        rows.append([min(edits(words, other) for other in others), sum(map(len, others)) / len(others)])
-
-    def total(sums: Array) -> float:
-        return float(sums[0] / sums[1]) if sums[1] else float(sums[0] > 0)
-
-    how = "sacrebleu's rules of TER, case:lc|tok:tercom|norm:no|punct:yes|asian:no"
-    return Rows(np.array(rows, dtype=float), total, f"prefixtune ({how}); protocol {texts.protocol.name}")
-
-
-def nist(texts: Texts) -> Rows:
+def nist(texts: Texts) -> ItemStatistics:
     """Corpus NIST of order 5 (Doddington 2002), 0 upward, lower-case, as the E2E challenge's script gives it.
 
-    A shared word sequence counts as much as it tells: log2 of how many times rarer it is in all references than its
-    beginning, the sequence without its last word. Lengths are compared with the references' mean number of words an
-    item (all words of all references, over the mean number of references).
+    A shared word sequence counts as much as its information: log2 of how many times rarer it is in all references than
+    the sequence without its last word. Lengths are compared with the references' mean number of words per item (all
+    words of all references, divided by the mean number of references).
     """
     import sacrebleu
 
     tokenizer = sacrebleu.BLEU(tokenize=texts.protocol.tokenize).tokenizer
-    words = [tokenizer(text.translate(_SMALL)).split() for text in texts.hypotheses]
-    others = [[tokenizer(text.translate(_SMALL)).split() for text in item] for item in texts.references]
+    words = [tokenizer(text.translate(_LOWERCASE)).split() for text in texts.hypotheses]
+    others = [[tokenizer(text.translate(_LOWERCASE)).split() for text in item] for item in texts.references]
     grams = [[_grams(reference) for reference in item] for item in others]
     counts: Counter[tuple[str, ...]] = Counter()
     for item in grams:
-        for found in item:
-            counts.update(found)
+        for reference_grams in item:
+            counts.update(reference_grams)
     counts[()] = sum(len(reference) for item in others for reference in item)
 
-    rows = np.zeros((len(words), 2 * _ORDER + 3))
-    for row, hypothesis, references, item in zip(rows, words, others, grams, strict=True):
+    values = np.zeros((len(words), 2 * _ORDER + 3))
+    for row, hypothesis, references, item in zip(values, words, others, grams, strict=True):
         most: Counter[tuple[str, ...]] = Counter()
-        for found in item:
-            most |= found
+        for reference_grams in item:
+            most |= reference_grams
         for gram, count in _grams(hypothesis).items():
             shared = min(count, most[gram])
             if shared:
@@ -153,33 +127,33 @@ def nist(texts: Texts) -> Rows:
         row[-3:] = sum(map(len, references)), len(references), 1
     version = sacrebleu.__version__
     how = f"order 5, case:lc, tok:{texts.protocol.tokenize} of sacrebleu {version}, mean reference length"
-    return Rows(rows, _nist_score, f"prefixtune ({how}); protocol {texts.protocol.name}", local=False)
+    return ItemStatistics(values, _nist_score, f"prefixtune ({how}); protocol {texts.protocol.name}", independent=False)
 
 
 def _nist_score(sums: Array) -> float:
-    told, found = sums[:_ORDER], sums[_ORDER : 2 * _ORDER]
+    information, num_grams = sums[:_ORDER], sums[_ORDER : 2 * _ORDER]
     num_words, num_references, num_items = sums[-3:]
-    if not found[0] or not num_words:
+    if not num_grams[0] or not num_words:
         return 0.0
-    ratio = min(1.0, float(found[0] / (num_words / (num_references / num_items))))
-    gain = sum(float(one / other) for one, other in zip(told, found, strict=True) if other)
+    ratio = min(1.0, float(num_grams[0] / (num_words / (num_references / num_items))))
+    gain = sum(float(one / other) for one, other in zip(information, num_grams, strict=True) if other)
     return gain * math.exp(_BREVITY * math.log(ratio) ** 2)
 
 
 def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
-    """Every word sequence of up to five words, with its count."""
+    """Every sequence of up to five words, with its count."""
     return Counter(
         tuple(words[start : start + size]) for size in range(1, _ORDER + 1) for start in range(len(words) - size + 1)
     )
 
 
-def rouge(kind: str) -> Callable[[Texts], Rows]:
-    """The metric ROUGE-1, ROUGE-2 or ROUGE-L (`1`, `2`, `L`): mean F1 of the items, 0 to 1, of each its best reference.
+def rouge(kind: str) -> Callable[[Texts], ItemStatistics]:
+    """The metric ROUGE-1, ROUGE-2 or ROUGE-L (`1`, `2`, `L`): mean F1 of the items, 0 to 1, with Porter stemming.
 
-    With Porter stemming, by rouge-score; ROUGE-L of a captioning protocol is the captioning one.
+    Each item is compared with its best reference. Under a captioning protocol ROUGE-L is `caption_rouge_l`.
     """
 
-    def measure(texts: Texts) -> Rows:
+    def measure(texts: Texts) -> ItemStatistics:
         if kind == "L" and texts.protocol.captions:
             return caption_rouge_l(texts)
         version = package_version("rouge-score", f"ROUGE-{kind}")
@@ -191,8 +165,37 @@ def rouge(kind: str) -> Callable[[Texts], Rows]:
             scorer.score_multi(references, hypothesis)[name].fmeasure
             for hypothesis, references in zip(texts.hypotheses, texts.references, strict=True)
         ]
-        how = "F1, Porter stemming, best reference"
-        rows = np.stack([np.array(scores, dtype=float), np.ones(len(scores))], axis=1)
-        return Rows(rows, mean, f"rouge-score {version} ({how}); protocol {texts.protocol.name}")
+        settings = "F1, Porter stemming, best reference"
+        return average(scores, f"rouge-score {version} ({settings}); protocol {texts.protocol.name}")
 
     return measure
+
+
+def cider(texts: Texts) -> ItemStatistics:
+    """CIDEr, 0 to 10, on Penn Treebank words without punctuation; the set's references say how rare a word is."""
+    version = package_version("pycocoevalcap", "CIDEr")
+    from pycocoevalcap.cider.cider import Cider
+
+    hypotheses, references = texts.treebank
+    if not any(text for item in references for text in item):
+        raise ValueError("CIDEr needs a word in the references, but they hold punctuation alone")
+    _, scores = Cider().compute_score(
+        dict(enumerate(references)), {index: [text] for index, text in enumerate(hypotheses)}
+    )
+    settings = f"pycocoevalcap {version} (Penn Treebank words without punctuation)"
+    return average(scores, f"{settings}; protocol {texts.protocol.name}", independent=False)
+
+
+def caption_rouge_l(texts: Texts) -> ItemStatistics:
+    """ROUGE-L as an F score with beta 1.2, on Penn Treebank words without punctuation, 0 to 1."""
+    version = package_version("pycocoevalcap", "ROUGE-L")
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    hypotheses, references = texts.treebank
+    _, scores = Rouge().compute_score(
+        dict(enumerate(references)), {index: [text] for index, text in enumerate(hypotheses)}
+    )
+    settings = (
+        "F with beta 1.2, best precision and best recall over references, Penn Treebank words without punctuation"
+    )
+    return average(scores, f"pycocoevalcap {version} ({settings}); protocol {texts.protocol.name}")

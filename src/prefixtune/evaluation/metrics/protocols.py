@@ -1,7 +1,4 @@
-"""The tasks' official ways of preparing texts before they are counted, and the metrics that they report.
-
-A protocol knows normalization and conventions about references. It knows nothing of files, and computes no score.
-"""
+"""How each task's official script prepares texts and counts references, and which metrics it reports."""
 
 from __future__ import annotations
 
@@ -9,13 +6,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from prefixtune.evaluation.metrics.base import Unavailable
 
-__all__ = ["PROTOCOLS", "Protocol", "squeeze"]
+__all__ = ["PROTOCOLS", "Protocol", "ReferencePadding", "squeeze"]
+
+ReferencePadding = Literal["", "longest", "all"]
+"""Which absent references BLEU counts as empty texts, which raises it for short outputs: none, those up to the largest
+number of references that any item has, or those up to `max_references`."""
 
 
-# The dot is what a small "İ" leaves behind its i: texts that were prepared before, as DART's references are, stay so.
+# Lower-casing "İ" leaves a dot behind the i; it stays, so that texts that are prepared already (as DART's references
+# are) do not change.
 _NON_WORD = re.compile(r"((?!(?<=i)\u0307)\W)")
 
 
@@ -29,17 +32,17 @@ def squeeze(text: str) -> str:
 
 
 def _split_words(text: str) -> str:
-    """Set off every character that is no letter, digit or underscore, and then write small (WebNLG's script)."""
+    """Put spaces around every character that is no letter, digit or underscore, then lower-case (WebNLG's script)."""
     return squeeze(_NON_WORD.sub(r" \1 ", text).lower())
 
 
 def _split_ascii_words(text: str) -> str:
-    """As the script does with outputs: to ASCII first, so that what a sign becomes is split, too."""
+    """As the script does with outputs: first to ASCII, so that the characters a sign becomes are split too."""
     return _split_words(_to_ascii(text))
 
 
 def _ascii_split_words(text: str) -> str:
-    """As it does with references: to ASCII last."""
+    """As it does with references: last to ASCII."""
     return squeeze(_to_ascii(_split_words(text)))
 
 
@@ -58,18 +61,17 @@ class Protocol:
     """How a task's outputs are scored.
 
     Attributes:
-        name: As given to `compute`.
+        name: Its key in `PROTOCOLS`.
         description: One line for people.
-        metrics: Reported unless others are asked for, in this order.
+        metrics: Computed by default, in this order.
         normalize: Applied to every text first.
         lowercase: Whether BLEU and NIST ignore the case of A to Z (other letters keep it, as in the official script).
         tokenize: sacrebleu's name of BLEU's tokenization; `none` where normalizing is tokenizing.
-        max_references: More than these first ones are left out; None: all count.
-        normalize_reference: Likewise for references; None: as for outputs.
-        pads: Whether BLEU counts absent references as empty texts (which makes it higher for short outputs): empty: no;
-            `longest`: up to as many as any item has; `all`: up to `max_references`.
-        smooth: sacrebleu's name of BLEU's smoothing where an n-gram order has no match.
-        captions: Whether METEOR and ROUGE-L are those of image captioning: on Penn Treebank tokens without punctuation.
+        max_references: Only the first so many references count; None: all.
+        normalize_reference: Applied to every reference instead of `normalize`; None: as for outputs.
+        reference_padding: Which absent references BLEU counts as empty texts.
+        smooth: sacrebleu's name of BLEU's smoothing if an n-gram order has no match.
+        captions: Whether METEOR and ROUGE-L are those of image captioning: on Penn Treebank words without punctuation.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Protocol:
     tokenize: str = "13a"
     max_references: int | None = None
     normalize_reference: Callable[[str], str] | None = None
-    pads: str = ""
+    reference_padding: ReferencePadding = ""
     smooth: str = "exp"
     captions: bool = False
 
@@ -95,7 +97,7 @@ class Protocol:
 
 @lru_cache(maxsize=1 << 16)
 def _prepared(normalize: Callable[[str], str], text: str) -> str:
-    """Many items share references, and every metric asks anew."""
+    """Cached, because many items share references and every metric needs them."""
     return normalize(text)
 
 
@@ -104,12 +106,12 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         Protocol(
             "plain",
-            "any text: sacrebleu's own settings, case counts",
+            "any text: sacrebleu's defaults, case-sensitive",
             ("bleu", "chrf", "ter"),
         ),
         Protocol(
             "e2e",
-            "E2E NLG challenge: lower-case BLEU, captioning's METEOR, ROUGE-L and CIDEr",
+            "E2E NLG challenge: lower-case BLEU; METEOR, ROUGE-L and CIDEr as for image captions",
             ("bleu", "nist", "meteor", "rouge_l", "cider"),
             lowercase=True,
             captions=True,
@@ -122,22 +124,22 @@ PROTOCOLS: dict[str, Protocol] = {
             normalize_reference=_ascii_split_words,
             tokenize="none",
             max_references=3,
-            pads="longest",
+            reference_padding="longest",
             smooth="none",
         ),
         Protocol(
             "dart",
-            "DART: lower-case, words and signs apart; three references, BLEU counts absent ones as empty",
+            "DART: lower-case, words and signs separated; three references, BLEU counts absent ones as empty",
             ("bleu", "bleu_sound", "meteor", "ter"),
             normalize=_split_words,
             tokenize="none",
             max_references=3,
-            pads="all",
+            reference_padding="all",
             smooth="none",
         ),
         Protocol(
             "summarization",
-            "summaries: ROUGE with stemming; of several references each metric's best",
+            "summaries: ROUGE with stemming; with several references the best one for each metric",
             ("rouge_1", "rouge_2", "rouge_l"),
         ),
     )

@@ -1,23 +1,17 @@
-"""The metrics by name, and the ways to them: scores, intervals, comparisons.
-
-Knows nothing of files and tasks; how each metric counts stands in its own module.
-"""
+"""All metrics by name; a new metric of texts is one line here and a function in its module."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefixtune.evaluation.metrics import meteor as captions
-from prefixtune.evaluation.metrics import neural
-from prefixtune.evaluation.metrics import ngrams as overlap
-from prefixtune.evaluation.metrics.base import Measurement, Rows, Score, Unavailable
-from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.evaluation.metrics.significance import Comparison, bootstrap, randomize
+from prefixtune.evaluation.metrics import neural, ngrams
+from prefixtune.evaluation.metrics.base import ItemStatistics
+from prefixtune.evaluation.metrics.meteor import meteor
+from prefixtune.evaluation.metrics.ter import ter
 from prefixtune.evaluation.metrics.texts import Texts
 
-__all__ = ["METRICS", "Metric", "bleu", "compare", "compute", "interval", "measure"]
+__all__ = ["METRICS", "Metric"]
 
 
 @dataclass(frozen=True)
@@ -26,192 +20,29 @@ class Metric:
 
     Attributes:
         title: Its usual name.
-        scale: Lowest and highest figure, in words.
-        measure: Texts -> what each item adds.
+        scale: Lowest and highest score, in words.
+        measure: Texts -> each item's statistics.
         higher_is_better: False for error rates.
     """
 
     title: str
     scale: str
-    measure: Callable[[Texts], Rows]
+    measure: Callable[[Texts], ItemStatistics]
     higher_is_better: bool = True
 
 
 METRICS: dict[str, Metric] = {
-    "bleu": Metric("BLEU", "0 to 100", overlap.bleu),
-    "bleu_sound": Metric("BLEU (absent references left out)", "0 to 100", overlap.sound_bleu),
-    "nist": Metric("NIST", "0 upward", overlap.nist),
-    "meteor": Metric("METEOR", "0 to 1", captions.meteor),
-    "rouge_1": Metric("ROUGE-1", "0 to 1", overlap.rouge("1")),
-    "rouge_2": Metric("ROUGE-2", "0 to 1", overlap.rouge("2")),
-    "rouge_l": Metric("ROUGE-L", "0 to 1", overlap.rouge("L")),
-    "cider": Metric("CIDEr", "0 to 10", captions.cider),
-    "ter": Metric("TER", "0 upward, lower is better", overlap.ter, higher_is_better=False),
-    "chrf": Metric("chrF++", "0 to 100", overlap.chrf),
+    "bleu": Metric("BLEU", "0 to 100", ngrams.bleu),
+    "bleu_sound": Metric("BLEU (absent references ignored)", "0 to 100", ngrams.bleu_without_padding),
+    "nist": Metric("NIST", "0 upward", ngrams.nist),
+    "meteor": Metric("METEOR", "0 to 1", meteor),
+    "rouge_1": Metric("ROUGE-1", "0 to 1", ngrams.rouge("1")),
+    "rouge_2": Metric("ROUGE-2", "0 to 1", ngrams.rouge("2")),
+    "rouge_l": Metric("ROUGE-L", "0 to 1", ngrams.rouge("L")),
+    "cider": Metric("CIDEr", "0 to 10", ngrams.cider),
+    "ter": Metric("TER", "0 upward, lower is better", ter, higher_is_better=False),
+    "chrf": Metric("chrF++", "0 to 100", ngrams.chrf),
     "bertscore": Metric("BERTScore", "up to 1", neural.bertscore),
     "moverscore": Metric("MoverScore", "up to 1", neural.moverscore),
     "bleurt": Metric("BLEURT", "about 0 to 1", neural.bleurt),
 }
-
-
-def measure(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str]],
-    *,
-    protocol: str = "plain",
-    metrics: Iterable[str] | None = None,
-    weights: Mapping[str, str] | None = None,
-    left_out: dict[str, str] | None = None,
-) -> dict[str, Measurement]:
-    """Compute metrics once, so that scores of parts, intervals and comparisons follow without looking at texts again.
-
-    Args:
-        hypotheses: One text an item; an empty one is allowed.
-        references: For each item its references, at least one that is not blank; blank ones are left out.
-        protocol: A name of `PROTOCOLS`: how the texts are prepared.
-        metrics: Names of `METRICS`; None: those that the protocol reports.
-        weights: For `bertscore`, `moverscore` and `bleurt`, the folder of the model's weights.
-        left_out: Where given, a metric that cannot be computed on this machine is left out and its reason put here,
-            instead of an exception.
-
-    Raises:
-        ValueError: The counts differ, there is no item, an item has no reference, or a name is unknown.
-        Unavailable: (a ValueError) Something that a metric needs is missing here.
-    """
-    if protocol not in PROTOCOLS:
-        raise ValueError(_unknown("protocol", protocol, PROTOCOLS))
-    names = list(dict.fromkeys(PROTOCOLS[protocol].metrics if metrics is None else metrics))
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(_unknown("metric", name, METRICS))
-    texts = Texts(PROTOCOLS[protocol], hypotheses, references, dict(weights or {}))
-    measured = {}
-    for name in names:
-        metric = METRICS[name]
-        try:
-            rows = metric.measure(texts)
-        except Unavailable as error:
-            if left_out is None:
-                raise
-            left_out[name] = str(error)
-            continue
-        measured[name] = Measurement(metric.title, metric.higher_is_better, rows, _again(metric, texts))
-    return measured
-
-
-def compute(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str]],
-    *,
-    protocol: str = "plain",
-    metrics: Iterable[str] | None = None,
-    weights: Mapping[str, str] | None = None,
-    left_out: dict[str, str] | None = None,
-) -> dict[str, Score]:
-    """Score texts against their references.
-
-    >>> scores = compute(["a b c d e"], [["a b c d e", "f"]], metrics=["bleu", "ter"])
-    >>> round(scores["bleu"].score, 6), scores["ter"].score
-    (100.0, 0.0)
-
-    Args:
-        hypotheses: As in `measure`, like the other arguments.
-        references: Likewise.
-        protocol: Likewise.
-        metrics: Likewise.
-        weights: Likewise.
-        left_out: Likewise.
-
-    Returns:
-        By metric, in the order asked for or the protocol's.
-
-    Raises:
-        ValueError: As `measure`.
-    """
-    measured = measure(hypotheses, references, protocol=protocol, metrics=metrics, weights=weights, left_out=left_out)
-    return {name: one.to_score() for name, one in measured.items()}
-
-
-def interval(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str]],
-    metric: str,
-    protocol: str = "plain",
-    *,
-    samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """A confidence interval of one score, by the bootstrap over items.
-
-    Args:
-        hypotheses: As in `measure`.
-        references: Likewise.
-        metric: A name of `METRICS`.
-        protocol: A name of `PROTOCOLS`.
-        samples: Sets of items drawn.
-        level: Share of their scores within the interval.
-        seed: Of the draws.
-
-    Raises:
-        ValueError: As `measure`, or `samples` or `level` is out of range.
-    """
-    measured = measure(hypotheses, references, protocol=protocol, metrics=[metric])[metric]
-    return bootstrap(measured, samples=samples, level=level, seed=seed)
-
-
-def compare(
-    first: Sequence[str],
-    second: Sequence[str],
-    references: Sequence[Sequence[str]],
-    metric: str,
-    protocol: str = "plain",
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-) -> Comparison:
-    """Test whether one system's outputs score otherwise than another's by more than chance (see `randomize`).
-
-    >>> compare(["a b c d e"] * 2, ["a b c d e"] * 2, [["a b c d e"]] * 2, "bleu").p_value
-    1.0
-
-    Args:
-        first: One system's outputs, one an item.
-        second: The other's, of the same items.
-        references: As in `measure`.
-        metric: A name of `METRICS`.
-        protocol: A name of `PROTOCOLS`.
-        samples: Random exchanges.
-        seed: Of the exchanges.
-
-    Raises:
-        ValueError: As `measure`, or `samples` is out of range.
-    """
-    one, other = (measure(texts, references, protocol=protocol, metrics=[metric])[metric] for texts in (first, second))
-    return randomize(one, other, samples=samples, seed=seed)
-
-
-def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
-    """Corpus BLEU on the scale 0 to 100: lower-cased, 13a tokens, each item against all its own references.
-
-    The settings reproduce the official figures of the E2E challenge. Items may differ in their number of references;
-    an absent one counts as absent, not as an empty text. An empty hypothesis is allowed and scores nothing.
-
-    Args:
-        hypotheses: One text an item.
-        references: For each item its references, at least one that is not blank; blank ones are left out.
-
-    Raises:
-        ValueError: The counts differ, there is no item, or an item has no reference.
-    """
-    return compute(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
-
-
-def _again(metric: Metric, texts: Texts) -> Callable[[Sequence[int]], Rows]:
-    return lambda items: metric.measure(texts.part(items))
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    more = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-    return f"there is no {what} {name!r}; {more}"

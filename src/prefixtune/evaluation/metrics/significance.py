@@ -1,25 +1,79 @@
-"""How far a score may be trusted: intervals by the bootstrap, and a test of two systems by randomization.
+"""A measured metric: the score of all or some items, its bootstrap interval, and a test of two systems' difference.
 
-Works on what each item adds to a score, so no text is looked at again. What a set of items has in common (how rare a
-word is among all references, for NIST and CIDEr) stays that of the whole set.
-
-Knows nothing of any one metric.
+Everything is computed from each item's statistics, so no text is scored twice. What the items of a set share (how rare
+a word is among all references, for NIST and CIDEr) stays as it is in the whole set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from prefixtune.evaluation.metrics.base import Measurement
+from prefixtune.evaluation.metrics.base import ItemStatistics, Score
 
-__all__ = ["METHOD", "Comparison", "bootstrap", "randomize"]
+__all__ = ["METHOD", "Comparison", "Measurement", "bootstrap", "randomize"]
 
 
 METHOD = "paired approximate randomization, two-sided"
-_CELLS = 2_000_000  # of one block of draws: 16 MB, however many items there are
+_MAX_CELLS = 2_000_000
+"""Cells of one block of draws: 16 MB, however many items there are."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A metric computed once; scores of the set and of its parts, intervals and comparisons follow at little cost.
+
+    Attributes:
+        name: The metric's name.
+        higher_is_better: False for error rates.
+        statistics: What each item contributes to the score.
+        remeasure: Measures the items with these indices as a set of their own.
+    """
+
+    name: str
+    higher_is_better: bool
+    statistics: ItemStatistics
+    remeasure: Callable[[Sequence[int]], ItemStatistics]
+
+    def __len__(self) -> int:
+        """The number of items."""
+        return len(self.statistics.values)
+
+    @property
+    def score(self) -> float:
+        """The figure of the whole set."""
+        return float(self.statistics.total(self.statistics.values.sum(axis=0)))
+
+    def to_score(self, *, level: float | None = None, samples: int = 1000, seed: int = 0) -> Score:
+        """The score, with a confidence interval if a level is given (see `bootstrap`)."""
+        interval = None if level is None else bootstrap(self, samples=samples, level=level, seed=seed)
+        return Score(self.name, self.score, self.statistics.implementation, self.higher_is_better, interval)
+
+    def part(self, items: Sequence[int]) -> Measurement:
+        """The measurement of some of the items, as if there were no others.
+
+        Args:
+            items: Their indices; at least one.
+
+        Raises:
+            ValueError: There is none, or one is out of range.
+        """
+        indices = list(items)
+        if not indices or min(indices) < 0 or max(indices) >= len(self):
+            raise ValueError(f"a part holds at least one item, numbered 0 to {len(self) - 1}; got {indices[:5]}")
+        if self.statistics.independent:
+            statistics = dataclasses.replace(self.statistics, values=self.statistics.values[indices])
+        else:
+            statistics = self.remeasure(indices)
+        return Measurement(
+            self.name,
+            self.higher_is_better,
+            statistics,
+            lambda inner: self.remeasure([indices[index] for index in inner]),
+        )
 
 
 @dataclass(frozen=True)
@@ -27,13 +81,13 @@ class Comparison:
     """Two systems on the same items.
 
     Attributes:
-        name: Of the metric.
-        first: Its figure for the first system.
-        second: Its figure for the second system.
-        difference: The first less the second.
-        p_value: How often a difference at least as large comes about where the systems' outputs are exchanged at
-            random, item by item; never 0.
-        samples: The random exchanges tried.
+        name: The metric's name.
+        first: The first system's score.
+        second: The second system's score.
+        difference: The first score minus the second.
+        p_value: How often the difference is at least as large after the systems' outputs are exchanged at random, item
+            by item; never 0.
+        samples: How many random exchanges were tried.
         higher_is_better: False for error rates.
         method: The name of the test.
     """
@@ -49,13 +103,13 @@ class Comparison:
 
 
 def bootstrap(measured: Measurement, *, samples: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """A percentile interval of the score: sets of as many items are drawn with replacement (Koehn 2004).
+    """A percentile interval of the score: as many items are drawn with replacement, many times (Koehn 2004).
 
     Args:
         measured: The metric on all items.
-        samples: Sets drawn; at least 2.
+        samples: How many sets of items are drawn; at least 2.
         level: Share of the drawn scores within the interval; between 0 and 1.
-        seed: Of the draws; equal seeds give equal intervals.
+        seed: Seed of the draws; equal seeds give equal intervals.
 
     Raises:
         ValueError: `samples` or `level` is out of range.
@@ -67,7 +121,7 @@ def bootstrap(measured: Measurement, *, samples: int = 1000, level: float = 0.95
     scores = []
     for rng, size in _blocks(samples, count, seed):
         draws = rng.multinomial(count, np.full(count, 1 / count), size=size)
-        scores += [measured.rows.total(row) for row in draws @ measured.rows.values]
+        scores += [measured.statistics.total(row) for row in draws @ measured.statistics.values]
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -75,14 +129,14 @@ def bootstrap(measured: Measurement, *, samples: int = 1000, level: float = 0.95
 def randomize(first: Measurement, second: Measurement, *, samples: int = 1000, seed: int = 0) -> Comparison:
     """Test whether two systems differ by more than chance (Riezler & Maxwell 2005; Noreen 1989).
 
-    Where both are equally good, it does not matter which of them wrote which output. So outputs are exchanged item by
-    item with a fair coin, and the differences that come about so are held against the real one.
+    If both are equally good, it does not matter which of them wrote which output. So outputs are exchanged item by item
+    with a fair coin, and the differences after these exchanges are compared with the real one.
 
     Args:
         first: One system.
-        second: The other, by the same metric on the same items.
-        samples: Random exchanges; at least 2. The smallest p-value is 1 / (samples + 1).
-        seed: Of the coins.
+        second: The other one, measured by the same metric on the same items.
+        samples: How many random exchanges; at least 2. The smallest p-value is 1 / (samples + 1).
+        seed: Seed of the coins.
 
     Raises:
         ValueError: The metrics or the numbers of items differ, or `samples` is out of range.
@@ -93,24 +147,24 @@ def randomize(first: Measurement, second: Measurement, *, samples: int = 1000, s
             f"only one metric on the same items compares; got {first.name} on {len(first)} items and "
             f"{second.name} on {len(second)}"
         )
-    one, other = first.rows.values, second.rows.values
-    total = first.rows.total
+    one, other = first.statistics.values, second.statistics.values
+    total = first.statistics.total
     difference = first.score - second.score
-    # Sums of floats in another order differ in the last digits: equal must count as equal.
-    least = abs(difference) - 1e-12 * max(1.0, abs(first.score), abs(second.score))
+    # Sums of floats in another order differ in the last digits, but equal differences must count as equal.
+    threshold = abs(difference) - 1e-12 * max(1.0, abs(first.score), abs(second.score))
     reached = 0
     for rng, size in _blocks(samples, len(first), seed):
         exchanged = rng.integers(0, 2, size=(size, len(first))) @ (other - one)
-        for moved in exchanged:
-            reached += abs(total(one.sum(axis=0) + moved) - total(other.sum(axis=0) - moved)) >= least
+        for shift in exchanged:
+            reached += abs(total(one.sum(axis=0) + shift) - total(other.sum(axis=0) - shift)) >= threshold
     p_value = (reached + 1) / (samples + 1)
     return Comparison(first.name, first.score, second.score, difference, p_value, samples, first.higher_is_better)
 
 
 def _blocks(samples: int, count: int, seed: int) -> Iterator[tuple[np.random.Generator, int]]:
-    """The draws, cut into blocks that fit into memory."""
+    """The random generator and the number of draws of each block, so that a block fits into memory."""
     rng = np.random.default_rng(seed)
-    size = max(1, _CELLS // count)
+    size = max(1, _MAX_CELLS // count)
     for start in range(0, samples, size):
         yield rng, min(size, samples - start)
 

@@ -1,16 +1,13 @@
-"""Hypotheses and references as a protocol prepares them, once for all metrics.
-
-Knows nothing of scores.
-"""
+"""Hypotheses and references, prepared by a protocol once for all metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
 
-from prefixtune.evaluation.metrics.base import check
-from prefixtune.evaluation.metrics.java import treebank_words
+from prefixtune.evaluation.metrics.base import check_references
 from prefixtune.evaluation.metrics.protocols import Protocol
+from prefixtune.evaluation.metrics.treebank import treebank_words
 
 __all__ = ["Texts"]
 
@@ -20,8 +17,8 @@ class Texts:
 
     Args:
         protocol: How texts are prepared.
-        hypotheses: One text an item; may be empty.
-        references: For each item its references, at least one that is not blank; blank ones are left out.
+        hypotheses: One text per item; may be empty.
+        references: The references of each item, at least one that is not blank; blank ones are left out.
         weights: Folders of model weights, by metric.
 
     Raises:
@@ -38,21 +35,21 @@ class Texts:
         self.protocol = protocol
         self.weights = weights or {}
         self.raw_hypotheses = list(hypotheses)
-        self.raw_references = [item[: protocol.max_references] for item in check(hypotheses, references)]
+        self.raw_references = [item[: protocol.max_references] for item in check_references(hypotheses, references)]
 
     @cached_property
     def hypotheses(self) -> list[str]:
-        """Prepared."""
+        """The prepared hypotheses."""
         return [self.protocol.prepare(text) for text in self.raw_hypotheses]
 
     @cached_property
     def references(self) -> list[list[str]]:
-        """Prepared."""
+        """The prepared references."""
         return [[self.protocol.prepare_reference(text) for text in item] for item in self.raw_references]
 
     @cached_property
     def treebank(self) -> tuple[list[str], list[list[str]]]:
-        """Prepared, and then as Penn Treebank words without punctuation; a text may have none.
+        """Hypotheses and references as Penn Treebank words without punctuation; a text may have none.
 
         Raises:
             Unavailable: Java or pycocoevalcap is missing.
@@ -63,14 +60,14 @@ class Texts:
         return hypotheses, [[next(words) for _ in item] for item in self.references]
 
     def part(self, items: Sequence[int]) -> Texts:
-        """Some of the items, as a set of their own; what was tokenized stays so."""
+        """Some of the items, as a set of their own; texts that are already tokenized are not tokenized again."""
         chosen = Texts(
             self.protocol,
-            [self.raw_hypotheses[number] for number in items],
-            [self.raw_references[number] for number in items],
+            [self.raw_hypotheses[index] for index in items],
+            [self.raw_references[index] for index in items],
             self.weights,
         )
         if "treebank" in self.__dict__:
             hypotheses, references = self.treebank
-            chosen.treebank = [hypotheses[number] for number in items], [references[number] for number in items]
+            chosen.treebank = [hypotheses[index] for index in items], [references[index] for index in items]
         return chosen

@@ -39,7 +39,7 @@ def test_a_missing_package_is_named(metric: str, package: str, monkeypatch: pyte
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("metric", NAMES)
 def test_missing_weights_are_named(metric: str, tmp_path: Path):
-    with pytest.raises(Unavailable, match=f"{metric} needs model weights, which are not fetched unasked"):
+    with pytest.raises(Unavailable, match=f"{metric} needs model weights, which are not downloaded"):
         compute(["a"], [["a"]], metrics=[metric])
     with pytest.raises(Unavailable, match=f"the weights of {metric} are not in"):
         compute(["a"], [["a"]], metrics=[metric], weights={metric: str(tmp_path / "nowhere")})
@@ -68,7 +68,7 @@ def test_bertscore_takes_the_folder_and_its_layer(tmp_path: Path, monkeypatch: p
     assert asked["num_layers"] == 17
     assert made.score == 0.25  # an empty text scores 0
     assert made.part([0]).score == 0.5
-    assert f"bert-score 9.9 (F1, {tmp_path.name}, layer 17 of 24)" in made.rows.implementation
+    assert f"bert-score 9.9 (F1, {tmp_path.name}, layer 17 of 24)" in made.statistics.implementation
 
 
 @pytest.mark.usefixtures("installed")

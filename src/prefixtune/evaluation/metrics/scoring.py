@@ -1,0 +1,177 @@
+"""Score texts against references: scores, intervals, comparisons."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prefixtune.evaluation.metrics.base import ItemStatistics, Score, Unavailable
+from prefixtune.evaluation.metrics.protocols import PROTOCOLS
+from prefixtune.evaluation.metrics.registry import METRICS, Metric
+from prefixtune.evaluation.metrics.significance import Comparison, Measurement, bootstrap, randomize
+from prefixtune.evaluation.metrics.texts import Texts
+
+__all__ = ["bleu", "compare", "compute", "interval", "measure"]
+
+
+def measure(
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    protocol: str = "plain",
+    metrics: Iterable[str] | None = None,
+    weights: Mapping[str, str] | None = None,
+    left_out: dict[str, str] | None = None,
+) -> dict[str, Measurement]:
+    """Compute metrics once, so that scores of parts, intervals and comparisons need no text again.
+
+    Args:
+        hypotheses: One text per item; an empty one is allowed.
+        references: The references of each item, at least one that is not blank; blank ones are ignored.
+        protocol: A name of `PROTOCOLS`: how the texts are prepared.
+        metrics: Names of `METRICS`; None: the protocol's own.
+        weights: For `bertscore`, `moverscore` and `bleurt`, the folder of the model's weights.
+        left_out: If given, a metric that cannot be computed on this machine is left out, and this dict gets the reason;
+            otherwise that is an error.
+
+    Raises:
+        ValueError: The counts differ, there is no item, an item has no reference, or a name is unknown.
+        Unavailable: (a ValueError) Something that a metric needs is missing on this machine.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(_unknown("protocol", protocol, PROTOCOLS))
+    names = list(dict.fromkeys(PROTOCOLS[protocol].metrics if metrics is None else metrics))
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(_unknown("metric", name, METRICS))
+    texts = Texts(PROTOCOLS[protocol], hypotheses, references, dict(weights or {}))
+    measured = {}
+    for name in names:
+        metric = METRICS[name]
+        try:
+            statistics = metric.measure(texts)
+        except Unavailable as error:
+            if left_out is None:
+                raise
+            left_out[name] = str(error)
+            continue
+        measured[name] = Measurement(metric.title, metric.higher_is_better, statistics, _remeasure(metric, texts))
+    return measured
+
+
+def compute(
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    protocol: str = "plain",
+    metrics: Iterable[str] | None = None,
+    weights: Mapping[str, str] | None = None,
+    left_out: dict[str, str] | None = None,
+) -> dict[str, Score]:
+    """Score texts against their references.
+
+    >>> scores = compute(["a b c d e"], [["a b c d e", "f"]], metrics=["bleu", "ter"])
+    >>> round(scores["bleu"].score, 6), scores["ter"].score
+    (100.0, 0.0)
+
+    Args:
+        hypotheses: As in `measure`, like the other arguments.
+        references: Likewise.
+        protocol: Likewise.
+        metrics: Likewise.
+        weights: Likewise.
+        left_out: Likewise.
+
+    Returns:
+        By metric, in the order of `metrics` or the protocol's.
+
+    Raises:
+        ValueError: As `measure`.
+    """
+    measured = measure(hypotheses, references, protocol=protocol, metrics=metrics, weights=weights, left_out=left_out)
+    return {name: measurement.to_score() for name, measurement in measured.items()}
+
+
+def interval(
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metric: str,
+    protocol: str = "plain",
+    *,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """A confidence interval of one score, by the bootstrap over items.
+
+    Args:
+        hypotheses: As in `measure`.
+        references: Likewise.
+        metric: A name of `METRICS`.
+        protocol: A name of `PROTOCOLS`.
+        samples: How many sets of items are drawn.
+        level: Share of their scores within the interval.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: As `measure`, or `samples` or `level` is out of range.
+    """
+    measured = measure(hypotheses, references, protocol=protocol, metrics=[metric])[metric]
+    return bootstrap(measured, samples=samples, level=level, seed=seed)
+
+
+def compare(
+    first: Sequence[str],
+    second: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metric: str,
+    protocol: str = "plain",
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Comparison:
+    """Test whether two systems' scores differ by more than chance (see `randomize`).
+
+    >>> compare(["a b c d e"] * 2, ["a b c d e"] * 2, [["a b c d e"]] * 2, "bleu").p_value
+    1.0
+
+    Args:
+        first: One system's outputs, one per item.
+        second: The other system's outputs for the same items.
+        references: As in `measure`.
+        metric: A name of `METRICS`.
+        protocol: A name of `PROTOCOLS`.
+        samples: How many random exchanges.
+        seed: Seed of the exchanges.
+
+    Raises:
+        ValueError: As `measure`, or `samples` is out of range.
+    """
+    one, other = (measure(texts, references, protocol=protocol, metrics=[metric])[metric] for texts in (first, second))
+    return randomize(one, other, samples=samples, seed=seed)
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Score:
+    """Corpus BLEU on the scale 0 to 100: lower-cased, 13a tokens, each item against all its own references.
+
+    The settings reproduce the official figures of the E2E challenge. Items may differ in their number of references;
+    an absent one is ignored, not counted as an empty text. An empty hypothesis is allowed and scores nothing.
+
+    Args:
+        hypotheses: One text per item.
+        references: The references of each item, at least one that is not blank; blank ones are ignored.
+
+    Raises:
+        ValueError: The counts differ, there is no item, or an item has no reference.
+    """
+    return compute(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
+
+
+def _remeasure(metric: Metric, texts: Texts) -> Callable[[Sequence[int]], ItemStatistics]:
+    return lambda items: metric.measure(texts.part(items))
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    more = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"there is no {what} {name!r}; {more}"
