@@ -64,12 +64,13 @@ test-vllm: $(VENV)/.tested  ## the tests of the vLLM plugin, with vLLM in an env
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	PREFIXTUNE_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python $(PARALLEL) $(BIN)/python -m pytest tests/integrations/test_vllm.py
 
-check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
+check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies, and measures of size
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
+	$(BIN)/python -m tools.measures
 
 system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium and nginx (to test pages and replicas), where they are missing
 	@command -v java >/dev/null || $(call apt,default-jre-headless,METEOR and CIDEr are left out)
@@ -119,17 +120,18 @@ studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (a
 		--output runs/report.html
 
 models: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
-	$(BIN)/python docs/support.py
+	$(BIN)/python -m tools.models_page
 
 docs: $(VENV)/.integrated  ## write the generated pages of docs/
-	$(BIN)/python docs/build.py
-	$(BIN)/python docs/support.py
-	$(BIN)/python docs/scale.py
-	$(BIN)/python docs/deploy.py
+	$(BIN)/python -m tools.cli_page
+	$(BIN)/python -m tools.demo_picture
+	$(BIN)/python -m tools.models_page
+	$(BIN)/python -m tools.scale_page
+	$(BIN)/python -m tools.deploy_page
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-adapters $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps below make later runs quick: they are redone only when pyproject.toml changes.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PLACES, ROOT, Machine, call
+from empty_machine import PLACES, ROOT, Machine, call
 
 INSTALLED = """
 import json, re

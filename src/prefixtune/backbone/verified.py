@@ -1,4 +1,4 @@
-"""The model types that carry prefixes. Written by `make models` (docs/support.py): do not edit."""
+"""The model types that carry prefixes. Written by `make models` (tools/models_page.py): do not edit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["VERIFIED", "VERIFIED_WITH"]
 
 
 VERIFIED_WITH = "5.24.0"
-"""The version of transformers that they were examined with."""
+"""The version of transformers they were examined with."""
 
 VERIFIED = frozenset(
     {

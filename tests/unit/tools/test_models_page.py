@@ -1,9 +1,8 @@
-"""docs/models.md says of every model type what `prefixtune doctor` finds, on a tiny random model of it."""
+"""docs/models.md holds the result of `prefixtune doctor` for every model type, on a tiny random model of it."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import transformers
 from prefixtune.backbone.selfcheck import SWITCH
 from prefixtune.backbone.verified import VERIFIED, VERIFIED_WITH
 from tiny_config import model_types
+from tools.models_page import COMMAND, table
+from tools.models_sweep import FAULTS, examine_one
 from zoo import ZOO, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-sys.path.insert(0, str(ROOT / "docs"))
-
-import support  # noqa: E402
 
 MADE_WITH = re.search(r"with transformers (\S+) and torch ", PAGE)
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.splitlines() if line.startswith("| `")]
@@ -41,8 +39,8 @@ def test_the_verdict_on_a_model_is_current(
 ) -> None:
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
     monkeypatch.delenv(SWITCH, raising=False)
-    row = support.table([support.examine_one(name, tokenizer)])[-1]
-    assert row in PAGE.splitlines(), f"run `{support.COMMAND}`: {row}"
+    row = table([examine_one(name, tokenizer)])[-1]
+    assert row in PAGE.splitlines(), f"run `{COMMAND}`: {row}"
 
 
 def test_the_page_and_the_list_in_the_code_agree() -> None:
@@ -56,7 +54,7 @@ def test_the_page_and_the_list_in_the_code_agree() -> None:
 
 def test_no_model_gives_wrong_results_or_a_traceback() -> None:
     assert len(ROWS) > len(ZOO)
-    assert not [row[0] for row in ROWS if row[3] in support.FAULTS]
+    assert not [row[0] for row in ROWS if row[3] in FAULTS]
 
 
 @HERE

@@ -1,11 +1,11 @@
-"""Write `docs/scale.md`: what a fleet that serves prefixes needs, worked out and simulated.
+"""Write docs/scale.md: what a fleet that serves prefixes needs, computed and simulated.
 
-    python docs/scale.py            # write the page
-    python docs/scale.py --check    # only see whether it is up to date
+    python -m tools.scale_page            # write it
+    python -m tools.scale_page --check    # exit 1 if it is out of date
 
-Sizes follow from the backbones' published shapes. Speeds are those that `bench/decode.py` measured
-(`STEPS`); nothing here was run on a GPU. The simulation of caches is exact for what it assumes: requests whose
-tasks are drawn by Zipf's law, one after the other.
+Sizes follow from the published shapes of the backbones. Speeds (`STEP_SECONDS`) were measured with
+`bench.serving.decode`; nothing here was run on a GPU. The simulation of caches is exact under its assumption: requests
+one after the other, whose tasks follow Zipf's law.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-PAGE = Path(__file__).with_name("scale.md")
-HALF = 2
-"""Bytes of a number in bfloat16."""
+from tools.pages import DOCS, write_or_check
+
+PAGE = DOCS / "scale.md"
+BYTES = 2
+"""Of a number in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Model:
     """A backbone's published shape.
 
     Attributes:
-        name: What it is called.
-        parameters: How many.
-        layers: Of attention.
-        kv_heads: Of each layer.
-        head_dim: Of keys and values.
+        name: The name of the model.
+        parameters: Number of parameters.
+        layers: Number of attention layers.
+        kv_heads: KV heads of each layer.
+        head_dim: Size of a head.
     """
 
     name: str
@@ -42,13 +43,13 @@ class Model:
 
     @property
     def position_bytes(self) -> int:
-        """What one position of keys and values takes in bfloat16: of a prefix, and of a running text."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * HALF
+        """Bytes of the keys and values of one position, of a prefix or of a running text, in bfloat16."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * BYTES
 
     @property
     def weight_bytes(self) -> float:
-        """What the weights take in bfloat16."""
-        return self.parameters * HALF
+        """Bytes of the weights in bfloat16."""
+        return self.parameters * BYTES
 
 
 MODELS = (
@@ -60,10 +61,10 @@ MODELS = (
     Model("Llama-3.1-70B", 70.6e9, 80, 8, 128),
 )
 DEVICES = {"24 GiB": 24, "80 GiB": 80, "8 x 80 GiB": 640}
-KEPT_FREE = 0.1
-"""Share of a device's memory that is left to products and the allocator."""
+FREE_SHARE = 0.1
+"""Share of a device's memory left for intermediate results and the allocator."""
 
-STEPS = {
+STEP_SECONDS = {
     (1, 0): 0.0305,
     (1, 10): 0.0294,
     (1, 200): 0.0300,
@@ -77,12 +78,12 @@ STEPS = {
     (64, 10): 0.1226,
     (64, 200): 0.1562,
 }
-"""Seconds of a decode step by texts and P, each text with a prefix of its own: `bench/decode.py`, SmolLM2-135M in
-bfloat16 on two cores, 2026-11-25."""
+"""Seconds of a decode step by texts and P, each text with a prefix of its own: `bench.serving.decode`, SmolLM2-135M
+in bfloat16 on two cores, 2026-11-25."""
 
 REPLICAS, TASKS, REQUESTS = 8, 10_000, 200_000
 CACHES = (100, 300, 1_000)
-COLD = ("SmolLM2-135M", "Llama-3.1-8B", "Llama-3.1-70B")
+LOADED = ("SmolLM2-135M", "Llama-3.1-8B", "Llama-3.1-70B")
 
 
 def prefixes_table(length: int = 10, text: int = 512) -> list[str]:
@@ -100,14 +101,14 @@ def prefixes_table(length: int = 10, text: int = 512) -> list[str]:
     return lines
 
 
-def room_table(texts: int = 64, length: int = 10, text: int = 512) -> list[str]:
-    """How many tasks a device holds beside its weights and running texts."""
+def capacity_table(texts: int = 64, length: int = 10, text: int = 512) -> list[str]:
+    """The number of tasks that fit on a device together with the weights and running texts."""
     lines = [f"| backbone | {' | '.join(DEVICES)} |", "|---|" + "---|" * len(DEVICES)]
     for model in MODELS:
         cells = []
         for gib in DEVICES.values():
             running = texts * model.position_bytes * (text + length)
-            left = gib * 2**30 * (1 - KEPT_FREE) - model.weight_bytes - running
+            left = gib * 2**30 * (1 - FREE_SHARE) - model.weight_bytes - running
             count = int(left // (model.position_bytes * length))
             cells.append(f"{count:,}" if count > 0 else "does not fit")
         lines.append(f"| {model.name} | {' | '.join(cells)} |")
@@ -116,56 +117,56 @@ def room_table(texts: int = 64, length: int = 10, text: int = 512) -> list[str]:
 
 def length_table() -> list[str]:
     """Tokens a second by the number of texts and the prefix's length."""
-    counts, lengths = (sorted({pair[place] for pair in STEPS}) for place in (0, 1))
+    counts, lengths = (sorted({setting[axis] for setting in STEP_SECONDS}) for axis in (0, 1))
     lines = [f"| texts at once | {' | '.join(f'P = {length}' for length in lengths)} |"]
     lines.append("|---|" + "---|" * len(lengths))
     for count in counts:
-        cells = (f"{count / STEPS[count, length]:,.0f}" for length in lengths)
+        cells = (f"{count / STEP_SECONDS[count, length]:,.0f}" for length in lengths)
         lines.append(f"| {count} | {' | '.join(cells)} |")
     return lines
 
 
 def simulate(route: Callable[[int, random.Random], int], capacity: int, replicas: int = REPLICAS) -> float:
-    """The share of requests that find their prefix in their replica's cache, by which the least recent one is dropped.
+    """The share of requests that find their prefix in the cache of their replica, which drops the least recently used.
 
     Args:
         route: Task -> replica.
         capacity: Prefixes that a replica keeps.
-        replicas: How many.
+        replicas: Number of replicas.
     """
     draw = random.Random(0)
     weights = [1 / rank for rank in range(1, TASKS + 1)]
     tasks = draw.choices(range(TASKS), weights=weights, k=REQUESTS)
     caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(replicas)]
     hits = counted = 0
-    for number, task in enumerate(tasks):
+    for index, task in enumerate(tasks):
         cache = caches[route(task, draw)]
-        found = task in cache
-        if found:
+        is_hit = task in cache
+        if is_hit:
             cache.move_to_end(task)
         else:
             cache[task] = None
             if len(cache) > capacity:
                 cache.popitem(last=False)
         # The first quarter fills the caches.
-        if number >= REQUESTS // 4:
-            hits += found
+        if index >= REQUESTS // 4:
+            hits += is_hit
             counted += 1
     return hits / counted
 
 
 def anywhere(task: int, draw: random.Random) -> int:
-    """As a plain load balancer does."""
+    """Like a plain load balancer."""
     return draw.randrange(REPLICAS)
 
 
 def by_prefix(task: int, draw: random.Random) -> int:
-    """Each task always to one replica."""
+    """Every task always to the same replica."""
     return (task * 2_654_435_761 >> 7) % REPLICAS
 
 
 def hot_anywhere(task: int, draw: random.Random) -> int:
-    """The hundred most asked for to any replica, each of the others to one."""
+    """The hundred most requested tasks to any replica, every other one always to the same."""
     return anywhere(task, draw) if task < 100 else by_prefix(task, draw)
 
 
@@ -175,71 +176,72 @@ def routing_table() -> list[str]:
         f"| routing | {' | '.join(f'{size:,} prefixes a replica' for size in CACHES)} |",
         "|---|" + "---|" * len(CACHES),
     ]
-    named = {
+    routes = {
         "any replica": anywhere,
         "by prefix": by_prefix,
-        "by prefix, the 100 hottest to any": hot_anywhere,
+        "by prefix, the 100 most requested to any": hot_anywhere,
     }
-    for name, route in named.items():
+    for name, route in routes.items():
         lines.append(f"| {name} | {' | '.join(f'{simulate(route, size):.3f}' for size in CACHES)} |")
     return lines
 
 
 TEXT = """# From one machine to a fleet
 
-Worked out by `python docs/scale.py`, which writes this page. Sizes follow from published shapes. Speeds are those
-measured on two CPU cores; nothing on this page was run on a GPU, and none of it on more than one machine.
+Written by `python -m tools.scale_page`. Sizes are computed from published shapes. Speeds were measured on two CPU
+cores; nothing on this page was run on a GPU, and nothing on more than one machine.
 
-## What it takes
+## Memory
 
-Keys and values in bfloat16. A prefix takes as much as so many positions of a running text, so that a hundred tasks of
-P = 10 cost what two texts of 512 positions do.
+Keys and values in bfloat16. A prefix of P positions takes as much memory as P positions of a running text, so a hundred
+tasks of P = 10 take as much as two texts of 512 positions.
 
 {sizes}
 
-So many tasks of P = 10 does a device hold in its own memory, beside the weights and 64 running texts of 512
-positions, with a tenth kept free. All others wait in the machine's memory or on its disk, and are copied in when
-asked for.
+The number of tasks of P = 10 that fit into a device's own memory, together with the weights and 64 running texts of 512
+positions, with a tenth kept free. All others stay in the machine's memory or on its disk, and are copied when they are
+requested.
 
 {room}
 
-Where even the weights do not fit, shard the backbone (tensor parallelism: each device takes its KV heads of every
-prefix) before anything else; prefixes are never the reason to.
+If the weights do not fit, shard the backbone (tensor parallelism: each device takes its KV heads of every prefix);
+prefixes are never the reason for it.
 
-## How throughput moves
+## Throughput
 
-Tokens a second by `bench/decode.py`: SmolLM2-135M in bfloat16, texts of about 80 positions besides the prefix, each
-with a prefix of its own, nothing read meanwhile.
+Tokens per second, measured with `python -m bench.serving.decode`: SmolLM2-135M in bfloat16, texts of about 80 positions
+besides the prefix, each with a prefix of its own, while no prompt is computed.
 
 {speeds}
 
-A step of one text costs nearly what one of eight does; from about 32 on the products themselves take the time. A
-prefix lengthens attention alone. The number of different tasks in a batch does not enter: 32 prefixes ran as fast as
-one (`bench/serve.py`). What it costs to have many tasks is memory, and the misses of a cache.
+A step of one text takes nearly as long as one of eight; from about 32 texts on the matrix products take the time. A
+prefix makes only attention longer. The number of different tasks in a batch does not matter: 32 prefixes ran as fast as
+one (`python -m bench.serving.serve`). Many tasks cost memory and cache misses.
 
 ## Routing
 
-{replicas} replicas, {tasks:,} tasks asked for by Zipf's law, {requests:,} requests, each replica with a cache of its
-own that drops what was used least recently. The share of requests that find their prefix there:
+{replicas} replicas, {tasks:,} tasks requested by Zipf's law, {requests:,} requests, and a cache in each replica that
+drops the least recently used prefix. The share of requests that find their prefix in the cache:
 
 {routing}
 
-So a plain load balancer will do while the caches hold what is asked for, and that is cheap: 10,000 prefixes of P = 10
-for an 8B model take 12 GiB of a machine's memory. Below that, hash the model's name (`hash` in nginx,
-`consistentHash` in Envoy) and let the hottest go anywhere, or one replica has them all to itself.
+So a plain load balancer is enough while the caches hold the requested prefixes, and that is cheap: 10,000 prefixes of
+P = 10 for an 8B model take 12 GiB of a machine's memory. With less memory, route by the hash of the model's name
+(`hash` in nginx, `consistentHash` in Envoy) and send the most requested ones to any replica; otherwise one replica gets
+all their requests.
 
-## A prefix that is not there
+## Loading a prefix
 
-From object storage, at 50 ms to the first byte and 100 MB a second (assumed): {cold}. From a disk beside it, a few
-milliseconds. A miss delays its own request and nobody else's: `prefixtune serve` loads in a thread, and checks a file
-as a whole before it is used.
+From object storage, with 50 ms to the first byte and 100 MB per second (assumed): {cold}. From a local disk, a few
+milliseconds. A miss delays only its own request: `prefixtune serve` loads in a thread, and checks the whole file before
+it is used.
 
 ## Which tool, when
 
 | | what to use |
 |---|---|
 | one machine, CPU or one GPU, hundreds of tasks | `prefixtune serve` |
-| more requests than one machine takes | replicas behind nginx or any load balancer, and one folder of prefixes; \
+| more requests than one machine can serve | replicas behind nginx or any load balancer, and one folder of prefixes; \
 `deploy/nginx.conf` is tested with two |
 | a backbone larger than a device | train with `--shard`; serve with `--engine vllm` and its tensor parallelism |
 | studies and many training runs | `prefixtune study` in as many processes as there are devices, or `--ray N` over a \
@@ -249,10 +251,10 @@ cluster; `train --together` for small batches on one |
 
 def page() -> str:
     """The whole page."""
-    waits = ((model.name, 0.05 + model.position_bytes * 10 / 100e6) for model in MODELS if model.name in COLD)
+    waits = ((model.name, 0.05 + model.position_bytes * 10 / 100e6) for model in MODELS if model.name in LOADED)
     return TEXT.format(
         sizes="\n".join(prefixes_table()),
-        room="\n".join(room_table()),
+        room="\n".join(capacity_table()),
         speeds="\n".join(length_table()),
         replicas=REPLICAS,
         tasks=TASKS,
@@ -262,14 +264,5 @@ def page() -> str:
     )
 
 
-def main() -> int:
-    """Write the page, or see whether it is up to date."""
-    made = page()
-    if "--check" in sys.argv[1:]:
-        return int(PAGE.read_text(encoding="utf-8") != made)
-    PAGE.write_text(made, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page(), __doc__))

@@ -1,9 +1,9 @@
-"""Write docs/deploy.md: where a prefix goes, which models were tried there, and which test says so.
+"""Write docs/deploy.md: the programs that can use a prefix, with which models, and the test that shows it.
 
-python docs/deploy.py            write it
-python docs/deploy.py --check    exit 1 if it is not what the tests say
+    python -m tools.deploy_page            # write it
+    python -m tools.deploy_page --check    # exit 1 if it is out of date
 
-The table's rows are the tests marked `deploys`; each is a test of the suite that compares with `generate`.
+The table's rows are the tests marked `deploys`; each compares with `generate`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).resolve().parent
-ROOT = DOCS.parent
+from tools.pages import DOCS, ROOT, write_or_check
+
 PAGE = DOCS / "deploy.md"
 
 TARGETS = {
@@ -30,37 +30,36 @@ TARGETS = {
     "PEFT": "[convert.md](convert.md#peft)",
     "the authors' checkpoints, read": "[convert.md](convert.md#the-authors-checkpoints)",
 }
-"""Where prefixes go or come from, in the page's order, and where it is told how."""
+"""Programs that prefixes go to or come from, in the page's order, and their documentation."""
 
 INTRODUCTION = """# Where a prefix goes
 
-A prefix is keys and values of P positions. Whatever lets them stand in its cache can use it. The table is made by
-`python docs/deploy.py` from the suite's own tests: each row is a test that compares with this project's `generate` or
-forward pass on the same prefix. Models in small letters are tiny ones of that type with random weights, made by the
-test. They run by `make test-integrations`, which installs the programs, and vLLM's by `make test-vllm`.
-All ran on CPUs; nothing here was seen on a GPU.
+A prefix is the keys and values of P positions. A program that can start with them in its cache can use a prefix. The
+table is written by `python -m tools.deploy_page` from this project's tests: each row is a test that compares with
+`generate` or the forward pass of this project on the same prefix. Models in lower case are tiny models of that type
+with random weights, made by the test. `make test-integrations` installs the programs and runs the tests, and
+`make test-vllm` runs those with vLLM. All ran on CPUs; nothing here was tried on a GPU.
 """
 
 CLOSING = """
-What else carries prefixes stays in this project's own hands: training and serving, for the models of
-[models.md](models.md).
+For all other models of [models.md](models.md), this project itself trains and serves.
 
 **Which one?** For many tasks on one machine, `prefixtune serve`. For a model larger than a device, or traffic beyond
-one, vLLM with tensor parallelism and replicas behind its router. For a laptop or a phone, llama.cpp. For a program that
-cannot have Python at all, ONNX Runtime or OpenVINO. For code that speaks PEFT, its own format. A prefix for weights
-that were rounded afterwards (int4, Q4) is to be scored again on the target before it is trusted.
+one, vLLM with tensor parallelism and replicas behind its router. For a laptop or a phone, llama.cpp. For a program
+without Python, ONNX Runtime or OpenVINO. For code that uses PEFT, PEFT's format. If the weights are quantized
+after training (int4, Q4), score the prefix again on the target before you rely on it.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a test proves.
+    """What a test shows.
 
     Attributes:
-        model: Of which model.
-        how: By what it compares.
-        refused: Whether it is that such a model is refused.
-        test: The file that it stands in.
+        model: The model.
+        how: What is compared.
+        refused: Whether it shows that such a model is refused.
+        test: The file of the test.
     """
 
     model: str
@@ -70,13 +69,13 @@ class Row:
 
 
 class Collector:
-    """A pytest plugin that notes marked tests, and runs none."""
+    """A pytest plugin that collects the marked tests; none runs."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Row]] = defaultdict(list)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Called with all tests that were found."""
+        """Collect the rows; pytest calls this with all tests."""
         for item in session.items:
             for mark in item.iter_markers("deploys"):
                 target, how = mark.args
@@ -93,8 +92,12 @@ def _model_of(item: Any, mark: pytest.Mark) -> str:
 
 
 def collect() -> dict[str, list[Row]]:
-    """The rows by target."""
-    found = Collector()
+    """The rows by target.
+
+    Raises:
+        SystemExit: Tests cannot be collected, or name an unknown target.
+    """
+    collector = Collector()
     arguments = [
         "--collect-only",
         "-q",
@@ -106,14 +109,14 @@ def collect() -> dict[str, list[Row]]:
         str(ROOT),
         str(ROOT / "tests"),
     ]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        status = pytest.main(arguments, plugins=[found])
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = pytest.main(arguments, plugins=[collector])
     if status != pytest.ExitCode.OK:
-        raise SystemExit(said.getvalue())
-    unknown = found.rows.keys() - TARGETS.keys()
+        raise SystemExit(output.getvalue())
+    unknown = collector.rows.keys() - TARGETS.keys()
     if unknown:
-        raise SystemExit(f"tests name targets that the page does not: {', '.join(sorted(unknown))}")
-    return found.rows
+        raise SystemExit(f"tests name targets that the page does not have: {', '.join(sorted(unknown))}")
+    return collector.rows
 
 
 def page(rows: dict[str, list[Row]]) -> str:
@@ -124,28 +127,17 @@ def page(rows: dict[str, list[Row]]) -> str:
         (True, "Refused, with the reason", "| target | models | what | test |"),
     ):
         parts += [f"## {title}\n", head, "|---|---|---|---|"]
-        for target, told in TARGETS.items():
+        for target, documentation in TARGETS.items():
             models: dict[tuple[str, str], list[str]] = defaultdict(list)
             for row in rows.get(target, []):
                 if row.refused == refused:
                     models[row.how, row.test].append(row.model)
             for (how, test), names in models.items():
                 link = f"[{Path(test).name}](../{test})"
-                parts.append(f"| {target} ({told}) | {', '.join(names)} | {how} | {link} |")
+                parts.append(f"| {target} ({documentation}) | {', '.join(names)} | {how} | {link} |")
         parts.append("")
     return "\n".join(parts).rstrip() + "\n" + CLOSING
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    text = page(collect())
-    if "--check" in sys.argv:
-        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        print("docs/deploy.md is current" if current else "docs/deploy.md is out of date: run `make docs`")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page(collect()), __doc__))

@@ -1,0 +1,157 @@
+"""Write docs/models.md and the list of verified types: the model types that carry prefixes (`make models`).
+
+    python -m tools.models_page                 # examine all types, about ten minutes, and write the page and the list
+    python -m tools.models_page gpt2 t5 bert    # examine these only, and print their table
+    python -m tools.models_page --json ...      # print every check as JSON instead; writes nothing
+
+Exits 1 if a model gives wrong results or a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+import transformers
+
+from tools.models_sweep import FAULTS, Result, examine_all, names_of_all
+from tools.pages import DOCS, ROOT
+
+PAGE = DOCS / "models.md"
+LIST = ROOT / "src" / "prefixtune" / "backbone" / "verified.py"
+COMMAND = "make models"
+
+KINDS = {
+    "decoder": "Decoder-only models",
+    "hybrid": "Hybrids and state-space models",
+    "encoder-decoder": "Encoder-decoders",
+    "encoder": "Encoders",
+}
+"""The zoo's kinds, and their headings."""
+
+INTRODUCTION = """# Models
+
+Which types of model carry a prefix. Each row is a tiny model of that type with random weights, examined with the checks
+of `prefixtune doctor`: the prefix reaches every attention layer and gets a gradient there; padding, batching and
+caching change no number; generation uses the prefix; the model stays the same bit for bit.
+
+| verdict | meaning |
+|---|---|
+| works | every check passes |
+| works, but | every check passes; the note says what is missing or done in another way |
+| refused | a prefix would not reach its attention correctly: loading stops with the message in the note |
+| wrong, traceback | a check fails, or loading stops with an unexpected error: a fault of this project |
+| not built | no tiny model of it could be made; the self-check decides when one is loaded |
+| absent | the installed transformers has no such type |
+
+A site is an attention with a prefix: the decoder's self-attention, the encoder's, or the decoder's attention to the
+encoder (cross). Rows that are padded instead of packed, and prefixes that are added in every decoding step instead of
+read from the cache, cost time and change no number. A type says how a model attends, not how well it learns. Examine a
+model of your own with `prefixtune doctor your/model`, which uses its real weights.
+
+The types that work are listed in the code, for the version of transformers named below. A model of any other type, or
+with another version, gets a quick self-check when it is first loaded: cached decoding with a prefix is compared
+with full recomputation, and a gradient must reach every layer's prefix. It takes about eight calls on a few tokens.
+A pass is stored in the cache folder (`$PREFIXTUNE_HOME`) for this type, configuration, dtype, device, attention kernel
+and these versions; a model that fails is refused with the reason. `PREFIXTUNE_SELF_CHECK=0` turns the check off, for
+users who have checked the model with `prefixtune doctor`."""
+
+
+def models_page(results: Sequence[Result]) -> str:
+    """The page, in Markdown."""
+    working = sum(result.verdict in ("works", "works, but") for result in results)
+    versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
+    counts = ", ".join(f"{sum(r.verdict == v for r in results)} {v}" for v in ("refused", "not built", *FAULTS))
+    summary = f"{working} of {len(results)} work ({counts}), with {versions}. Written by `{COMMAND}`."
+    parts = [INTRODUCTION, "", summary]
+    for kind, heading in KINDS.items():
+        rows = [result for result in results if result.kind == kind]
+        if rows:
+            parts += ["", f"## {heading}", "", *table(rows)]
+    return "\n".join([*parts, ""])
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """The rows of a table, its heading first."""
+    lines = ["| model type | such as | sites | verdict | note |", "|---|---|---|---|---|"]
+    for result in results:
+        variant = result.name.removeprefix(result.model_type).lstrip("-")
+        shown = f"`{result.model_type}`" + (f" ({variant})" if variant else "")
+        cells = (shown, result.family, ", ".join(result.sites) or "-", result.verdict, result.note)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def verified(results: Sequence[Result]) -> list[str]:
+    """The types of which every model works, in order."""
+    works = {result.model_type for result in results if result.verdict in ("works", "works, but")}
+    return sorted(works - {result.model_type for result in results if result.verdict not in ("works", "works, but")})
+
+
+def verified_list(results: Sequence[Result]) -> str:
+    """The list in the code, as Python."""
+    return f'''"""The model types that carry prefixes. Written by `make models` (tools/models_page.py): do not edit."""
+
+from __future__ import annotations
+
+__all__ = ["VERIFIED", "VERIFIED_WITH"]
+
+VERIFIED_WITH = "{transformers.__version__}"
+"""The version of transformers they were examined with."""
+
+VERIFIED = frozenset(
+    {{
+{chr(10).join(f'        "{name}",' for name in verified(results))}
+    }}
+)
+"""Types of which every tiny random model passes all checks of `prefixtune doctor`."""
+'''
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Examine, and write or print; exits 1 if a model gives wrong results or a traceback."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Examine tiny models of many types.", allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="TYPE", help="model types, or names in tests/zoo.py (default: all)")
+    parser.add_argument("--json", action="store_true", help="print every check as JSON; writes no page")
+    options = parser.parse_args(arguments)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    known = names_of_all()
+    unknown = [name for name in options.names if name not in known]
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+
+    def show(result: Result) -> None:
+        print(f"{result.name:26}{result.verdict:12}{result.note[:140]}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        # An empty cache folder: results of earlier self-checks do not count.
+        os.environ["PREFIXTUNE_HOME"] = folder
+        results = examine_all(options.names, on_result=show)
+    if options.json:
+        print(json.dumps(report(results), indent=1, ensure_ascii=False))
+    elif options.names:
+        print("\n".join(table(results)))
+    else:
+        PAGE.write_text(models_page(results), encoding="utf-8")
+        LIST.write_text(verified_list(results), encoding="utf-8")
+        print(f"wrote {PAGE} and {LIST}", file=sys.stderr)
+    for verdict in FAULTS:
+        print(f"{verdict}: {', '.join(r.name for r in results if r.verdict == verdict) or 'none'}", file=sys.stderr)
+    return int(any(result.verdict in FAULTS for result in results))
+
+
+def report(results: Sequence[Result]) -> dict[str, object]:
+    """Every result with its checks, and the versions they hold for; to be written as JSON."""
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    return {"command": COMMAND, **versions, "models": [asdict(result) for result in results]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Examine tiny random models of every type of the installed transformers, each in a process with limits.
+
+The models of tests/zoo.py are made as described there, the others from their default configuration, reduced by
+tests/tiny_config.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import auto_class
+from prefixtune.doctor.examine import Check, examine
+from prefixtune.errors import PrefixError
+from tiny_config import model_types, tiny_config
+from zoo import ZOO, exists, make_model, make_tokenizer, random_model
+
+SECONDS = 180
+"""Most seconds for one model."""
+MEMORY = 12 * 2**30
+"""Most bytes of address space of a process, where the system can limit it."""
+PARAMETERS = 20_000_000
+"""Most parameters of a tiny model."""
+
+Verdict = Literal["works", "works, but", "refused", "wrong", "traceback", "not built", "absent"]
+FAULTS = ("wrong", "traceback")
+
+HARMLESS = "dropout stays off in training mode"
+"""A check that fails for routers of experts that draw at random in training mode; frozen models never are in it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome for one model.
+
+    Attributes:
+        name: Its name in the zoo.
+        model_type: Its name in transformers.
+        kind: The zoo's kind.
+        family: Well-known models of the type.
+        sites: The sites for prefixes; empty for a model that was refused.
+        verdict: `works`; `works, but` with a restriction, named in `note`; `refused` when it is loaded; `wrong`: it
+            fails a check; `traceback`: an unexpected error; `not built` as a tiny model; `absent` from the installed
+            transformers.
+        note: The restriction, the reason, or what failed; or empty.
+        checks: All checks.
+    """
+
+    name: str
+    model_type: str
+    kind: str
+    family: str
+    sites: tuple[str, ...]
+    verdict: Verdict
+    note: str
+    checks: tuple[Check, ...] = ()
+
+
+def names_of_all() -> list[str]:
+    """The zoo's names, and the other types of transformers."""
+    known = {entry.model_type for entry in ZOO.values()}
+    return [*ZOO, *(name for name in model_types() if name not in known)]
+
+
+def examine_all(names: Sequence[str] = (), *, on_result: Callable[[Result], None] | None = None) -> list[Result]:
+    """Examine models as `prefixtune doctor` would, in processes of their own, two at a time.
+
+    Args:
+        names: Names of `names_of_all`; none: all.
+        on_result: Called with every result as soon as it is known.
+    """
+    results: dict[str, Result] = {}
+    waiting = list(names or names_of_all())[::-1]
+    order = waiting[::-1]
+    workers = [_Worker() for _ in range(min(2, len(waiting)))]
+    try:
+        while waiting or any(worker.name for worker in workers):
+            for worker in workers:
+                if not worker.name and waiting:
+                    worker.start(waiting.pop())
+                result = worker.poll()
+                if result is not None:
+                    results[result.name] = result
+                    if on_result is not None:
+                        on_result(result)
+    finally:
+        for worker in workers:
+            worker.stop()
+    return [results[name] for name in order]
+
+
+class _Worker:
+    """A process that examines models; it is replaced if a model takes too long or kills it."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._process: Any = None
+        self._waited = 0.0
+
+    def start(self, name: str) -> None:
+        """Start to examine a model."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, child_pipe = context.Pipe()
+            self._process = context.Process(target=_work, args=(child_pipe,), daemon=True)
+            self._process.start()
+            child_pipe.close()
+        self.name, self._waited = name, 0.0
+        self._pipe.send(name)
+
+    def poll(self, seconds: float = 0.2) -> Result | None:
+        """The result, or None while there is none."""
+        if not self.name:
+            return None
+        reason = f"took more than {SECONDS} s"
+        try:
+            if self._pipe.poll(seconds):
+                result: Result = self._pipe.recv()
+                self.name = ""
+                return result
+            self._waited += seconds
+            if self._waited < SECONDS:
+                return None
+        except (EOFError, OSError):
+            reason = "the process ended"
+        failed = Result(self.name, self.name, kind_of(self.name), "", (), "traceback", reason)
+        self.stop()
+        return failed
+
+    def stop(self) -> None:
+        """End the process."""
+        self.name = ""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def _work(pipe: Any) -> None:
+    """Examine the models named in a pipe, within the limits."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    tokenizer = make_tokenizer()
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(examine_one(name, tokenizer))
+
+
+def kind_of(name: str) -> str:
+    """The heading of a type."""
+    return ZOO[name].kind if name in ZOO else model_types().get(name, "decoder")
+
+
+def make_tiny(name: str, tokenizer: object) -> Any:
+    """A tiny random model of a type: the zoo's, or one of the type's default configuration, reduced.
+
+    Raises:
+        ValueError: It is not tiny.
+    """
+    if name in ZOO:
+        return make_model(name, tokenizer)
+    config = tiny_config(name, tokenizer)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in auto_class(config).from_config(config).parameters())
+    if count > PARAMETERS:
+        raise ValueError(f"{count:,} parameters are too many")
+    return random_model(auto_class(config), config)
+
+
+def examine_one(name: str, tokenizer: object) -> Result:
+    """Make a tiny model, load it as a backbone, and run the doctor's checks on it."""
+    model_type, kind, family = name, kind_of(name), ""
+    if name in ZOO:
+        model_type, family = ZOO[name].model_type, ZOO[name].family
+
+    def result(verdict: Verdict, note: str = "", sites: tuple[str, ...] = (), checks: tuple[Check, ...] = ()) -> Result:
+        return Result(name, model_type, kind, family, sites, verdict, note, checks)
+
+    if name in ZOO and not exists(name):
+        return result("absent", "not in the installed transformers")
+    try:
+        model = make_tiny(name, tokenizer)
+    except Exception as error:
+        return result("not built", _one_line(error)[:200])
+    try:
+        backbone = Backbone.from_model(model, tokenizer, f"tiny-{name}")
+    except PrefixError as error:
+        return result("refused", error.message)
+    except Exception as error:
+        return result("traceback", f"loading: {_one_line(error)}")
+    sites = tuple(backbone.layout.geometry)
+    if name not in ZOO:
+        kind = backbone.kind
+    try:
+        checks = tuple(examine(backbone))
+    except Exception as error:
+        return result("traceback", f"examining: {_one_line(error)}", sites)
+    failed = [check for check in checks if not check.passed and check.name != HARMLESS]
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        return result("wrong", f"{failed[0].name}: {failed[0].detail}{more}", sites, checks)
+    notes = restrictions(backbone)
+    if not all(check.passed for check in checks):
+        notes.append("`.train()`, which nothing here calls, changes its numbers")
+    return result("works, but" if notes else "works", "; ".join(notes), sites, checks)
+
+
+def restrictions(backbone: Backbone) -> list[str]:
+    """What a backbone lacks, or does in another way than most of its kind."""
+    layout = backbone.layout
+    notes = list(layout.notes)
+    if not layout.packable and layout.kind != "encoder":
+        notes.append("rows are padded, not packed")
+    if layout.cache_layers is None and layout.kind == "decoder":
+        notes.append("generation injects the prefix")
+    if not layout.forwards_kwargs:
+        notes.append("no gradient checkpointing")
+    return notes
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
