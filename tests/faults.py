@@ -26,7 +26,8 @@ from live_server import make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key

@@ -19,7 +19,8 @@ from bench.machine import BackgroundLoad
 from bench.results import FOLDER, write_results
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.training.initialize import from_words
 
@@ -34,7 +35,9 @@ def step_seconds(backbone: Backbone, num_texts: int, prefix_length: int) -> floa
         prefix = from_words(backbone, f"Describe number {index}:", prefix_length) if prefix_length else None
         prompt = tuple(range(100 + index, 100 + index + PROMPT_LENGTH))
         engine.add(Request(prompt, prefix, SamplingParams(max_new_tokens=new, min_new_tokens=new)))
-    while not all(sequence.num_new > WARMUP_STEPS for sequence in engine.scheduler.running) or engine.num_waiting:
+    while (
+        not all(sequence.num_new_tokens > WARMUP_STEPS for sequence in engine.scheduler.running) or engine.num_waiting
+    ):
         engine.step()
     seconds = []
     for _ in range(STEPS):

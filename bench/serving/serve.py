@@ -46,7 +46,8 @@ from bench.serving.sides import (
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
@@ -143,7 +144,7 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
     with EngineWorker(Engine(backbone, EngineConfig(num_slots=requests))) as worker:
         with open_sides(options, worker, backbone, prefixes, new) as sides:
             timing = take_turns(sides, prompts, requests, new, log)
-        memory["slots_bytes"] = worker.engine.cache.num_bytes
+        memory["slots_bytes"] = worker.engine.runner.kv_cache.num_bytes
     values = {
         "data": examples.describe(),
         "settings": {"requests": requests, "tokens_in": tokens_in, "tokens_out": new, "prefix_length": PREFIX_LENGTH},

@@ -16,7 +16,8 @@ from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.attention import SlotAttention
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.config import GenerateConfig
@@ -235,7 +236,9 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         else:
             assert found[request, index] == whole
     assert engine.num_running == engine.num_waiting == 0
-    assert all(float(buffer.abs().max()) == 0 for buffer in (*engine.cache.keys, *engine.cache.values))
+    assert all(
+        float(buffer.abs().max()) == 0 for buffer in (*engine.runner.kv_cache.keys, *engine.runner.kv_cache.values)
+    )
 
 
 def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any, requests: Any):

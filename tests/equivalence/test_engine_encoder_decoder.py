@@ -15,7 +15,8 @@ from patching import replace_everywhere
 from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.inference.config import GenerateConfig
@@ -217,8 +218,8 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         elif output.finish_reason:
             assert found[output.request_id, output.index] == expected[output.request_id, output.index]
     assert sorted(found) == sorted(expected), "every text ends"
-    assert engine.sources is not None
-    for cache in (engine.cache, engine.sources.cache):
+    assert engine.runner.encoder_cache is not None
+    for cache in (engine.runner.kv_cache, engine.runner.encoder_cache.kv_cache):
         assert all(float(buffer.abs().max()) == 0 for buffer in (*cache.keys, *cache.values))
 
 
@@ -268,7 +269,7 @@ def test_too_long_a_source_or_text_is_refused(made: Any, random_ids: Any, random
     backbone = made("bart")
     limit = backbone.max_positions
     engine = Engine(backbone)
-    with pytest.raises(RequestError, match=rf"{limit + 1} \(text\) and 5 \(new\).*{limit} are there on either side"):
+    with pytest.raises(RequestError, match=rf"{limit + 1} \(text\) and 5 \(new\).*the limit is {limit} on either side"):
         engine.add(Request(tuple(random_ids(limit + 1)), None, SamplingParams(max_new_tokens=5)))
     with pytest.raises(RequestError, match="on either side"):
         engine.add(Request((1,), None, SamplingParams(max_new_tokens=limit)))
@@ -302,5 +303,5 @@ def test_what_cannot_write_side_by_side_is_refused(tiny_backbone: Any):
     with pytest.raises(BackboneError, match="is an encoder"):
         Engine(tiny_backbone("bert"))
     # Its decoder works positions out from the row.
-    with pytest.raises(BackboneError, match="side by side"):
+    with pytest.raises(BackboneError, match="several texts in one row"):
         Engine(tiny_backbone("m2m_100"))

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prepack import PrepackedLinear, prepack
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from zoo import ZOO, make_model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.engine.engine import EngineConfig
+from prefixtune.engine.config import EngineConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.report import read_results
 from prefixtune.server.settings import ServeConfig

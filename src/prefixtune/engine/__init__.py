@@ -1,13 +1,14 @@
-"""Many requests over one frozen model, each with its own prefix, in one running batch.
+"""Continuous batching: many requests over one frozen model, each with its own prefix, in one running batch.
 
-Requests join and leave between steps. The nouns: a *request* is what somebody asks for; a *sequence* is one text that
-is being written for it; a *slot* holds a sequence's keys and values; the *scheduler* says who computes what in the next
-step; the *runner* computes it; the *store* holds prefixes by name; the *worker* runs an engine in a thread of its own.
-Knows nothing of HTTP.
+A *request* asks for one or several *sequences*, which join and leave the batch between steps. A *slot* of the KV cache
+holds a sequence's keys and values. Each step, the *scheduler* chooses what to compute, the *model runner* computes it,
+and the *sampler* picks the next tokens. The *worker* runs an engine in a thread of its own. Knows no HTTP and no files.
 """
 
-from prefixtune.engine.engine import Engine, EngineConfig, RunningSequence
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput, Token
+from prefixtune.engine.sequence import RunningSequence
 from prefixtune.engine.worker import EngineWorker, Snapshot
 
 __all__ = [

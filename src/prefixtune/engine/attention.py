@@ -11,16 +11,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_attention
-from prefixtune.engine.kv_cache import KVCache, Span
+from prefixtune.engine.kv_cache import KVCache
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["EncoderAttention", "SlotAttention"]
+__all__ = ["EncoderAttention", "QuerySpan", "SlotAttention"]
 
 _SMALL = 2**20
 """Up to as many numbers in the keys, plain matrix products beat the CPU's fused bf16 kernel (1.4 times at 138 positions
 of 32 texts with 3 KV heads of 64)."""
 CALL_OVERHEAD = 300
 """What attending to a text by itself costs besides its own length, in positions of a shared call."""
+
+
+@dataclass(frozen=True)
+class QuerySpan:
+    """Tokens of one sequence that a step computes.
+
+    Attributes:
+        slot: The sequence's slot.
+        start: Position in the slot of the first of them; the prefix starts at 0.
+        count: How many tokens.
+        prefix_length: Length of the sequence's prefix.
+    """
+
+    slot: int
+    start: int
+    count: int
+    prefix_length: int
+
+    @property
+    def stop(self) -> int:
+        """The position after the last of them."""
+        return self.start + self.count
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +73,8 @@ class SlotAttention:
     """
 
     cache: KVCache
-    singles: Sequence[Span]
-    spans: Sequence[Span]
+    singles: Sequence[QuerySpan]
+    spans: Sequence[QuerySpan]
     relative: Mapping[int, Float[Tensor, "Hq N"]] = field(default_factory=dict)
     _masks: dict[object, Tensor] = field(default_factory=dict, repr=False)
     _span_known: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
@@ -142,7 +164,9 @@ class SlotAttention:
             out = out.flatten(1, 2)
         return out if self.whole else out[self.slots]
 
-    def _attend_span(self, query: Float[Tensor, "1 Hq T Dk"], span: Span, layer: _Layer) -> Float[Tensor, "T Hq Dv"]:
+    def _attend_span(
+        self, query: Float[Tensor, "1 Hq T Dk"], span: QuerySpan, layer: _Layer
+    ) -> Float[Tensor, "T Hq Dv"]:
         """One text by itself, over its own length."""
         buffers = (layer.keys, layer.values)
         key, value = (buffer[span.slot : span.slot + 1, :, : span.stop] for buffer in buffers)
@@ -177,7 +201,9 @@ class SlotAttention:
             self._masks[layer.masked_as, heads] = known
         return known
 
-    def _span_masks(self, span: Span, layer: _Layer) -> tuple[Float[Tensor, "T S"], Float[Tensor, "1 Hq T S"] | None]:
+    def _span_masks(
+        self, span: QuerySpan, layer: _Layer
+    ) -> tuple[Float[Tensor, "T S"], Float[Tensor, "1 Hq T S"] | None]:
         known = self._span_known.get((span, layer.masked_as))
         if known is None:
             place = torch.arange(span.start, span.stop, device=self.cache.device)[:, None]

@@ -1,7 +1,7 @@
-"""What the texts of an encoder-decoder look at: each one's source, read once and kept in the text's slot.
+"""What an encoder-decoder's running sequences read: their sources, encoded once and kept in the sequence's slot.
 
-An encoder reads a source in one piece, alone; what the decoder sees of it is worked out in the text's first step, with
-all others'. Knows nothing of requests' order and of text.
+The encoder reads a source in one piece. Its cross-attention keys and values are computed in the sequence's first step,
+in the same pass as all other sequences' tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from torch import Tensor
 from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import EncoderAttention, SlotAttention
-from prefixtune.engine.kv_cache import KVCache, Span
+from prefixtune.engine.attention import EncoderAttention, QuerySpan, SlotAttention
+from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
 from prefixtune.engine.sequence import TokenSequence
 
 __all__ = ["EncoderCache"]
-
-
-UNBOUNDED = 2**31
-"""Positions of a slot: sources are bounded where requests are taken."""
 
 
 class EncoderCache:
@@ -29,80 +25,87 @@ class EncoderCache:
 
     Args:
         backbone: An encoder-decoder.
-        num_slots: Texts at once.
+        num_slots: Sequences at once.
+
+    Attributes:
+        kv_cache: Cross-attention keys and values.
     """
 
     def __init__(self, backbone: Backbone, num_slots: int) -> None:
         self.backbone = backbone
-        self.cache = KVCache(
+        self.kv_cache = KVCache(
             backbone.geometry["cross"], num_slots, UNBOUNDED, backbone.dtype, backbone.device, site="cross"
         )
+        # By slot: prefix and source positions, and the sources whose keys and values the next step computes.
         self._lengths: dict[int, int] = {}
-        self._fresh: dict[int, Float[Tensor, "1 S E"]] = {}
-        self._nothing: Float[Tensor, "1 1 E"] | None = None
-        self._relative: dict[int, Float[Tensor, "Hq N"]] = {}
-        self._relative_length = 0
+        self._new_sources: dict[int, Float[Tensor, "1 S E"]] = {}
+        # What the pass reads if there is no new source.
+        self._placeholder: Float[Tensor, "1 1 E"] | None = None
+        self._bias_by_layer: dict[int, Float[Tensor, "Hq N"]] = {}
+        self._bias_length = 0
 
-    def read(self, sequence: TokenSequence) -> None:
-        """Encode a text's source, and make room for it in the text's slot."""
+    def encode(self, sequence: TokenSequence) -> None:
+        """Encode a sequence's source, and make room for it in the sequence's slot."""
         prefix, prompt = sequence.request.prefix, sequence.request.prompt
-        self.cache.reserve(_prefix_length(sequence) + len(prompt))
+        length = _prefix_length(sequence) + len(prompt)
+        self.kv_cache.reserve(length)
         if prefix is not None:
-            self.cache.put(sequence.slot, prefix)
+            self.kv_cache.put(sequence.slot, prefix)
         with self.backbone.autocast():
             ids = torch.tensor([prompt], device=self.backbone.device)
             encoded = run_encoder(self.backbone.model, self.backbone.layout, ids, prefix)
-        if self._nothing is None:
-            self._nothing = torch.zeros_like(encoded[:, :1])
-        self._fresh[sequence.slot] = encoded
-        self._lengths[sequence.slot] = _prefix_length(sequence) + len(prompt)
+        if self._placeholder is None:
+            self._placeholder = torch.zeros_like(encoded[:, :1])
+        self._new_sources[sequence.slot] = encoded
+        self._lengths[sequence.slot] = length
 
-    def share(self, sequence: TokenSequence, other: TokenSequence) -> None:
-        """Give a text what another one of the same request looks at."""
-        self._lengths[sequence.slot] = self._lengths[other.slot]
-        if other.slot in self._fresh:
+    def share(self, sequence: TokenSequence, encoded: TokenSequence) -> None:
+        """Give a sequence the source of another sequence of the same request."""
+        self._lengths[sequence.slot] = self._lengths[encoded.slot]
+        if encoded.slot in self._new_sources:
             if sequence.request.prefix is not None:
-                self.cache.put(sequence.slot, sequence.request.prefix)
-            self._fresh[sequence.slot] = self._fresh[other.slot]
+                self.kv_cache.put(sequence.slot, sequence.request.prefix)
+            self._new_sources[sequence.slot] = self._new_sources[encoded.slot]
         else:
-            self.cache.copy(other.slot, sequence.slot, self._lengths[other.slot])
+            self.kv_cache.copy(encoded.slot, sequence.slot, self._lengths[encoded.slot])
 
-    def begin(
+    def attention(
         self, decoder: SlotAttention, sequences: list[TokenSequence]
     ) -> tuple[EncoderAttention, Float[Tensor, "1 S E"]]:
-        """A step of some texts: how its decoder attends, and the sources that the pass is to bring.
+        """How a step's decoder attends, and the new sources, in one row, that the pass reads.
 
         Args:
-            decoder: The texts' own slots.
-            sequences: The texts, as they stand in the row.
+            decoder: Attention over the sequences' own slots.
+            sequences: The sequences of the step, in the order of the row.
         """
-        if self._nothing is None:
-            raise RuntimeError("no source was read")
-        places: dict[int, list[tuple[int, int]]] = {}
-        parts: dict[int, Float[Tensor, "1 S E"]] = {}
+        if self._placeholder is None:
+            raise RuntimeError("no source was encoded")
+        # Sequences of one request share a source.
+        sources: dict[int, Float[Tensor, "1 S E"]] = {}
+        readers: dict[int, list[tuple[int, int]]] = {}
         for sequence in sequences:
-            encoded = self._fresh.pop(sequence.slot, None)
+            encoded = self._new_sources.pop(sequence.slot, None)
             if encoded is not None:
-                parts[id(encoded)] = encoded
-                places.setdefault(id(encoded), []).append((sequence.slot, _prefix_length(sequence)))
-        spans = [Span(sequence.slot, self._lengths[sequence.slot] - 1, 1, 0) for sequence in sequences]
-        fresh = [(parts[name].shape[1], found) for name, found in places.items()]
-        decoder.relative = self._relative_of(decoder.cache.capacity, self._nothing)
-        row = torch.cat(list(parts.values()), dim=1) if parts else self._nothing
-        return EncoderAttention(decoder, SlotAttention(self.cache, spans, ()), fresh), row
+                sources[id(encoded)] = encoded
+                readers.setdefault(id(encoded), []).append((sequence.slot, _prefix_length(sequence)))
+        spans = [QuerySpan(sequence.slot, self._lengths[sequence.slot] - 1, 1, 0) for sequence in sequences]
+        new_sources = [(source.shape[1], readers[key]) for key, source in sources.items()]
+        decoder.relative = self._distance_bias(decoder.cache.capacity, self._placeholder)
+        row = torch.cat(list(sources.values()), dim=1) if sources else self._placeholder
+        return EncoderAttention(decoder, SlotAttention(self.kv_cache, spans, ()), new_sources), row
 
     def wipe(self, slot: int) -> None:
-        """Leave nothing of a text."""
-        self._fresh.pop(slot, None)
+        """Leave nothing of a sequence in its slot."""
+        self._new_sources.pop(slot, None)
         # A failed step may have written a source whose length is known.
-        self.cache.wipe(slot, self._lengths.pop(slot, 0))
+        self.kv_cache.wipe(slot, self._lengths.pop(slot, 0))
 
-    def _relative_of(self, capacity: int, encoded: Float[Tensor, "1 1 E"]) -> dict[int, Float[Tensor, "Hq N"]]:
-        """What the decoder adds to scores by distance, for as many distances as slots have positions."""
-        if capacity > self._relative_length:
-            self._relative = relative_bias(self.backbone.model, self.backbone.layout, capacity, encoded)
-            self._relative_length = capacity if self._relative else UNBOUNDED
-        return self._relative
+    def _distance_bias(self, capacity: int, encoded: Float[Tensor, "1 1 E"]) -> dict[int, Float[Tensor, "Hq N"]]:
+        """Per layer, the decoder's bias by distance, for as many distances as slots have positions."""
+        if capacity > self._bias_length:
+            self._bias_by_layer = relative_bias(self.backbone.model, self.backbone.layout, capacity, encoded)
+            self._bias_length = capacity if self._bias_by_layer else UNBOUNDED
+        return self._bias_by_layer
 
 
 def _prefix_length(sequence: TokenSequence) -> int:

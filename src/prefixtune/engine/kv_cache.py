@@ -1,15 +1,12 @@
-"""Where running texts keep their keys and values: one buffer per layer, a slot per text, written in place.
+"""Keys and values of running sequences: one buffer per layer, one slot per sequence, written in place.
 
-A prefix is copied into a slot's first positions; the text follows. A step's tokens stand in one row, whatever texts
-they belong to; their attention is computed for all texts that add one token together, and one by one for texts that
-add several, or that are far longer than the others. A slot that is given back is wiped: what stood there can reach no
-other text, not even as NaN behind a mask. Knows nothing of requests and of models.
+A prefix is copied into a slot's first positions; the sequence's tokens follow. A freed slot is wiped: its old content
+must not reach another sequence, not even as NaN behind a mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,33 +16,13 @@ from prefixtune.errors import RequestError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["KVCache", "Span"]
+__all__ = ["UNBOUNDED", "KVCache"]
 
 
+UNBOUNDED = 2**31
+"""Positions of a slot whose content is limited elsewhere."""
 _FIRST_CAPACITY = 256
-"""Positions of a slot at first; doubled when a text needs more."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens of one text that are computed in a step.
-
-    Attributes:
-        slot: The text's.
-        start: Position of the first of them, counted from the prefix's start.
-        count: How many.
-        prefix_length: Of the text's prefix.
-    """
-
-    slot: int
-    start: int
-    count: int
-    prefix_length: int
-
-    @property
-    def stop(self) -> int:
-        """The position behind the last."""
-        return self.start + self.count
+"""Positions of a slot at first; doubled when a sequence needs more."""
 
 
 class KVCache:
@@ -53,11 +30,16 @@ class KVCache:
 
     Args:
         shapes: The layers of a site.
-        num_slots: Texts at once.
-        max_length: Most positions of one.
+        num_slots: Sequences at once.
+        max_length: Most positions of a slot.
         dtype: Of keys and values.
-        device: Where they are.
-        site: Which.
+        device: Of keys and values.
+        site: The attention whose keys and values these are.
+
+    Attributes:
+        capacity: Positions that each slot has now.
+        keys: Per layer, (slots, H, capacity, Dk).
+        values: Per layer, (slots, H, capacity, Dv).
     """
 
     def __init__(
@@ -77,7 +59,7 @@ class KVCache:
         self.reserve(1)
 
     def reserve(self, length: int) -> None:
-        """Make room for texts of so many positions; what is there stays.
+        """Let every slot have at least `length` positions; their content stays.
 
         Raises:
             RequestError: It is more than `max_length`.
@@ -89,39 +71,39 @@ class KVCache:
             )
         if length <= self.capacity:
             return
-        before, capacity = self.capacity, min(self.max_length, max(_FIRST_CAPACITY, 2 * self.capacity, length))
-        # Should memory not suffice, some buffers are longer than others: all hold `before` at least.
-        for kind, buffers in (("key_dim", self.keys), ("value_dim", self.values)):
-            for number, shape in enumerate(self.shapes):
-                size = (self.num_slots, shape.num_kv_heads, capacity, getattr(shape, kind))
-                # Zeros, not anything: what is masked must be finite all the same.
-                made = torch.zeros(size, dtype=self.dtype, device=self.device)
-                if before:
-                    made[:, :, :before] = buffers[number][:, :, :before]
-                    buffers[number] = made
+        old, new = self.capacity, min(self.max_length, max(_FIRST_CAPACITY, 2 * self.capacity, length))
+        # If memory does not suffice, some buffers are longer than others: all hold `old` positions at least.
+        for dim, buffers in (("key_dim", self.keys), ("value_dim", self.values)):
+            for layer, shape in enumerate(self.shapes):
+                size = (self.num_slots, shape.num_kv_heads, new, getattr(shape, dim))
+                # Zeros, not `empty`: masked values must be finite.
+                buffer = torch.zeros(size, dtype=self.dtype, device=self.device)
+                if old:
+                    buffer[:, :, :old] = buffers[layer][:, :, :old]
+                    buffers[layer] = buffer
                 else:
-                    buffers.append(made)
-        self.capacity = capacity
+                    buffers.append(buffer)
+        self.capacity = new
 
     def put(self, slot: int, prefix: Prefix) -> None:
         """Copy a prefix into a slot's first positions."""
         length = prefix.length(self.site)
         self.reserve(length)
-        for number, (key, value) in enumerate(prefix.layers.get(self.site, ())):
-            self.keys[number][slot, :, :length] = key.to(self.device)
-            self.values[number][slot, :, :length] = value.to(self.device)
+        for layer, (key, value) in enumerate(prefix.layers.get(self.site, ())):
+            self.keys[layer][slot, :, :length] = key.to(self.device)
+            self.values[layer][slot, :, :length] = value.to(self.device)
 
-    def copy(self, slot: int, other: int, length: int) -> None:
-        """Copy a slot's first positions into another."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy a slot's first positions into another slot."""
         for buffer in (*self.keys, *self.values):
-            buffer[other, :, :length] = buffer[slot, :, :length]
+            buffer[target, :, :length] = buffer[source, :, :length]
 
     def wipe(self, slot: int, length: int) -> None:
-        """Leave nothing in a slot's first positions."""
+        """Set a slot's first positions to zero."""
         for buffer in (*self.keys, *self.values):
             buffer[slot, :, :length] = 0
 
     @property
     def num_bytes(self) -> int:
-        """What the buffers take."""
+        """Memory of the buffers, in bytes."""
         return sum(buffer.numel() * buffer.element_size() for buffer in (*self.keys, *self.values))

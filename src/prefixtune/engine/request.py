@@ -1,7 +1,4 @@
-"""What is asked of the engine, what comes back, and where a text that is being written stands.
-
-Knows nothing of models, slots and schedules.
-"""
+"""What the engine takes and returns: requests with their sampling parameters, and outputs."""
 
 from __future__ import annotations
 
@@ -46,19 +43,19 @@ class ContextLengthError(RequestError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a request are chosen.
+    """How the tokens of a request are sampled.
 
     Attributes:
-        max_new_tokens: Most tokens to write.
+        max_new_tokens: Most tokens to generate.
         min_new_tokens: Fewest before the end token may come; with `max_new_tokens`: exactly so many.
         temperature: 0: greedy; above: sample.
         top_k: Sample from the k likeliest; 0: all.
         top_p: Sample from the likeliest that together reach p.
         seed: Of sampling; None: not reproducible.
         stop: Strings that end a text, and are left out of it.
-        repetition_penalty: Above 1 discourages tokens that the text has already.
-        logprobs: How many of the likeliest tokens to tell at each place, with the chosen one; None: tell none.
-        banned: Tokens that are never chosen.
+        repetition_penalty: Above 1 discourages tokens that the prompt or the text already has.
+        logprobs: Return log-probabilities: of each token, and of that many of the likeliest ones; None: return none.
+        banned: Tokens that are never sampled.
 
     Raises:
         RequestError: Values that are not allowed; all faults at once.
@@ -87,7 +84,7 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if wrong := fit_types(self):
-            raise RequestError("; ".join(wrong.values()) + ".", hint="leave the option out to have its default.")
+            raise RequestError("; ".join(wrong.values()) + ".", hint="leave the option out to use its default.")
         rules = [
             (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "between 0 and max_new_tokens"),
@@ -103,22 +100,22 @@ class SamplingParams:
             f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good
         ]
         if faults:
-            raise RequestError("; ".join(faults) + ".", hint="leave the option out to have its default.")
+            raise RequestError("; ".join(faults) + ".", hint="leave the option out to use its default.")
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One or several texts to be written after a prompt, with one prefix.
+    """One or several texts to generate after a prompt, with one prefix.
 
     Attributes:
-        prompt: Token ids of what stands before.
+        prompt: Token ids to continue (encoder-decoder: for the encoder to read).
         prefix: In front of the prompt: a `Prefix`, or a path, which is read; None: the bare model.
-        sampling: How tokens are chosen: a `SamplingParams`, or a dict of its fields.
-        n: Texts to write; each draws from a seed of its own.
-        tenant: For whom; the engine admits tenants in turn.
-        prefix_name: What the prefix is called, for who looks at the running batch.
-        verbatim: Tell the white space around a text, too.
-        id: A name; made where none is given.
+        sampling: How tokens are sampled: a `SamplingParams`, or a dict of its fields.
+        n: How many texts; each is sampled from its own seed.
+        tenant: Who sends it; tenants share the slots fairly.
+        prefix_name: The prefix's name, shown in the status of the running batch.
+        verbatim: Keep the white space around a text.
+        id: Its id; generated if none is given.
 
     Raises:
         RequestError: The prompt is empty or holds no token ids, n is below 1, or `sampling` is something else.
@@ -146,8 +143,8 @@ class Request:
             object.__setattr__(self, "sampling", SamplingParams(**self.sampling))
         if not isinstance(self.sampling, SamplingParams):
             raise RequestError(
-                f"sampling is {describe_value(self.sampling)}, but must be a Sampling or a dict.",
-                hint="write Sampling(max_new_tokens=20), say.",
+                f"sampling is {describe_value(self.sampling)}, but must be a SamplingParams or a dict.",
+                hint="write SamplingParams(max_new_tokens=20), for example.",
             )
         if not self.prompt:
             raise RequestError("the prompt has no token.", hint="give some text.")

@@ -1,7 +1,4 @@
-"""Logits -> the next token of each text, by its own rules.
-
-Knows nothing of models, slots and schedules.
-"""
+"""Logits -> the next token of each sequence, by its own sampling parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.engine.request import Token
+from prefixtune.engine.request import SamplingParams, Token
 from prefixtune.engine.sequence import TokenSequence
 
 __all__ = ["sample"]
@@ -23,86 +20,87 @@ _LOWEST_TEMPERATURE = 1e-5
 
 
 def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int) -> list[Token | str]:
-    """The next token of every text, or in words why there is none: one text's trouble is not that of the others.
+    """The next token of every sequence, or a sentence that says why there is none; the other sequences are unaffected.
 
-    Texts without rules of their own are decided together; the others one by one, in float32.
+    Plain greedy sequences are decided together; the others one by one, in float32.
 
     Args:
-        logits: One row a text.
-        sequences: The texts.
+        logits: One row per sequence.
+        sequences: The sequences.
         eos_id: The token that ends a text.
     """
-    early = [row for row, s in enumerate(sequences) if s.num_new < s.request.sampling.min_new_tokens]
+    too_short = [row for row, s in enumerate(sequences) if s.num_new_tokens < s.request.sampling.min_new_tokens]
     allowed = logits
-    if early:
+    if too_short:
         allowed = logits.clone()
-        allowed[early, eos_id] = float("-inf")
+        allowed[too_short, eos_id] = float("-inf")
     # A row with a NaN anywhere has NaN as its maximum.
     best = allowed.max(dim=-1)
-    chosen: list[Token | str] = []
+    tokens: list[Token | str] = []
     for row, (sequence, score, token) in enumerate(
         zip(sequences, best.values.tolist(), best.indices.tolist(), strict=True)
     ):
+        params = sequence.request.sampling
         if not math.isfinite(score):
-            chosen.append("the model gave numbers that are not finite; the prefix may be broken, or too large.")
-        elif sequence.first is not None and sequence.num_new == 0:
-            chosen.append(_told(sequence.first, logits[row], sequence))
+            tokens.append("the model's logits are not finite; the prefix may be broken, or its values too large.")
+        elif sequence.forced_bos_id is not None and sequence.num_new_tokens == 0:
+            tokens.append(_with_logprobs(sequence.forced_bos_id, logits[row], params))
+        elif _is_plain_greedy(params):
+            tokens.append(Token(token))
         else:
-            chosen.append(Token(token) if _plain(sequence) else _choose_one(logits[row], allowed[row], sequence))
-    return chosen
+            tokens.append(_sample_one(logits[row], allowed[row], sequence))
+    return tokens
 
 
-def _plain(sequence: TokenSequence) -> bool:
-    """Whether the likeliest token is taken as it is."""
-    rules = sequence.request.sampling
-    return rules.temperature == 0 and rules.logprobs is None and rules.repetition_penalty == 1 and not rules.banned
+def _is_plain_greedy(params: SamplingParams) -> bool:
+    """Whether the likeliest token is all that is needed."""
+    return params.temperature == 0 and params.logprobs is None and params.repetition_penalty == 1 and not params.banned
 
 
-def _choose_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
-    rules = sequence.request.sampling
+def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
+    params = sequence.request.sampling
     scores = allowed.float().clone()
-    if rules.repetition_penalty != 1 and sequence.own_ids:
-        seen = torch.tensor(sorted(set(sequence.own_ids)), device=scores.device)
-        given = scores[seen]
-        scores[seen] = torch.where(given > 0, given / rules.repetition_penalty, given * rules.repetition_penalty)
-    if rules.banned:
-        scores[list(rules.banned)] = float("-inf")
+    if params.repetition_penalty != 1 and sequence.penalized_ids:
+        seen = torch.tensor(sorted(set(sequence.penalized_ids)), device=scores.device)
+        old, penalty = scores[seen], params.repetition_penalty
+        scores[seen] = torch.where(old > 0, old / penalty, old * penalty)
+    if params.banned:
+        scores[list(params.banned)] = float("-inf")
     best = scores.max(dim=-1)
     if not math.isfinite(float(best.values)):
-        return "no token is left that may be chosen."
+        return "every token is banned."
     token = int(best.indices)
-    if rules.temperature > 0:
-        token = _draw((scores - best.values) / max(rules.temperature, _LOWEST_TEMPERATURE), sequence)
-    return _told(token, logits, sequence)
+    if params.temperature > 0:
+        token = _draw((scores - best.values) / max(params.temperature, _LOWEST_TEMPERATURE), sequence)
+    return _with_logprobs(token, logits, params)
 
 
-def _told(token: int, logits: Float[Tensor, " V"], sequence: TokenSequence) -> Token:
-    """A chosen token, with the log-probabilities that were asked for."""
-    rules = sequence.request.sampling
-    if rules.logprobs is None:
+def _with_logprobs(token: int, logits: Float[Tensor, " V"], params: SamplingParams) -> Token:
+    """A token with the requested log-probabilities."""
+    if params.logprobs is None:
         return Token(token)
-    logarithms = logits.float().log_softmax(-1)
-    likeliest = logarithms.topk(min(rules.logprobs, len(logarithms)))
-    pairs = tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
-    return Token(token, float(logarithms[token]), pairs)
+    logprobs = logits.float().log_softmax(-1)
+    top = logprobs.topk(min(params.logprobs, len(logprobs)))
+    top_logprobs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return Token(token, float(logprobs[token]), top_logprobs)
 
 
 def _draw(scores: Float[Tensor, " V"], sequence: TokenSequence) -> int:
-    """Sample within top_k and top_p, by the text's own random numbers: one a token."""
-    rules = sequence.request.sampling
-    if 0 < rules.top_k < len(scores):
-        lowest = scores.topk(rules.top_k).values[-1]
+    """Sample within top_k and top_p, with one of the sequence's own random numbers."""
+    params = sequence.request.sampling
+    if 0 < params.top_k < len(scores):
+        lowest = scores.topk(params.top_k).values[-1]
         scores = scores.masked_fill(scores < lowest, float("-inf"))
     probabilities = scores.double().softmax(-1)
-    # All tokens below this together have less than 1 - p, so that none is among the likeliest that reach p.
-    floor = (1 - rules.top_p) / len(scores)
-    places = ((probabilities >= floor) & (probabilities > 0)).nonzero().flatten()
-    probabilities = probabilities[places]
-    if rules.top_p < 1:
+    # All tokens below this together have less than 1 - p, so none of them is among the likeliest that reach p.
+    floor = (1 - params.top_p) / len(scores)
+    candidates = ((probabilities >= floor) & (probabilities > 0)).nonzero().flatten()
+    probabilities = probabilities[candidates]
+    if params.top_p < 1:
         probabilities, order = probabilities.sort(descending=True, stable=True)
         # The first that reaches p stays.
-        count = int((probabilities.cumsum(-1) - probabilities < rules.top_p).sum())
-        probabilities, places = probabilities[:count], places[order]
-    sums = probabilities.cumsum(-1)
-    drawn = int(torch.searchsorted(sums, float(sums[-1]) * sequence.random.random(), right=True))
-    return int(places[min(drawn, len(sums) - 1)])
+        count = int((probabilities.cumsum(-1) - probabilities < params.top_p).sum())
+        probabilities, candidates = probabilities[:count], candidates[order]
+    cumulative = probabilities.cumsum(-1)
+    drawn = int(torch.searchsorted(cumulative, float(cumulative[-1]) * sequence.random.random(), right=True))
+    return int(candidates[min(drawn, len(cumulative) - 1)])

@@ -1,7 +1,7 @@
-"""Who computes what in the next step: every running text its next token, and prompts in bounded pieces beside them.
+"""What is computed in the next step: the next token of every running sequence, and pieces of prompts of bounded size.
 
-A free slot goes to the tenant who holds the fewest, so that none starves another; within a tenant, first come, first
-served. Knows nothing of models.
+A free slot goes to the tenant with the fewest slots, so that no tenant starves another; within a tenant, first come,
+first served.
 """
 
 from __future__ import annotations
@@ -17,133 +17,133 @@ __all__ = ["ScheduledSequence", "Scheduler"]
 
 
 IDLE_PREFILL_FACTOR = 4
-"""How much larger pieces of prompts are where no text is held up by them: larger products are quicker."""
+"""How much larger pieces of prompts are while no sequence is delayed by them: larger products are faster."""
 
 
 @dataclass(frozen=True, eq=False)
 class ScheduledSequence:
-    """A piece of one text to be computed in a step.
+    """Tokens of one sequence to compute in a step.
 
     Attributes:
-        sequence: The text.
-        count: How many of its tokens, from the first that is not computed yet.
+        sequence: The sequence.
+        num_tokens: How many of its tokens, from the first that is not computed yet.
     """
 
     sequence: TokenSequence
-    count: int
+    num_tokens: int
 
     @property
-    def wants_logits(self) -> bool:
-        """Whether the text's next token follows from it."""
-        return self.count == self.sequence.num_uncomputed
+    def needs_logits(self) -> bool:
+        """Whether the sequence's next token is sampled after it."""
+        return self.num_tokens == self.sequence.num_uncomputed
 
 
 class Scheduler:
     """Queues and slots.
 
     Args:
-        num_slots: Texts that run at once.
-        prefill_tokens: Most prompt tokens computed in a step beside texts that are being written, which wait meanwhile;
-            where there are none, four times as many.
+        num_slots: Sequences that run at once.
+        prefill_tokens: Most prompt tokens computed in a step while sequences are being generated; if there are none,
+            four times as many.
     """
 
     def __init__(self, num_slots: int, prefill_tokens: int) -> None:
         self.prefill_tokens = prefill_tokens
-        # The tenant whose turn was longest ago comes first.
+        # The tenant who has waited longest for a turn comes first.
         self.waiting: OrderedDict[str, deque[TokenSequence]] = OrderedDict()
         self.num_waiting = 0
         self.running: list[TokenSequence] = []
-        self.free = list(range(num_slots))
-        self._held: Counter[str] = Counter()
+        self.free_slots = list(range(num_slots))
+        self._slots_held: Counter[str] = Counter()
 
     def add(self, sequences: Iterable[TokenSequence]) -> None:
-        """Queue texts of one request."""
+        """Queue the sequences of one request."""
         for sequence in sequences:
             self.waiting.setdefault(sequence.request.tenant, deque()).append(sequence)
             self.num_waiting += 1
 
     def admit(self) -> list[TokenSequence]:
-        """Give free slots to waiting texts; returns those that got one."""
+        """Assign free slots to waiting sequences; returns those that got one."""
         admitted = []
-        while self.free and self.waiting:
-            # The first of those who hold the fewest.
-            tenant = min(self.waiting, key=self._held.__getitem__)
+        while self.free_slots and self.waiting:
+            # The first of those with the fewest slots.
+            tenant = min(self.waiting, key=self._slots_held.__getitem__)
             queue = self.waiting.pop(tenant)
             sequence = queue.popleft()
             self.num_waiting -= 1
             if queue:
                 self.waiting[tenant] = queue
-            # The lowest free slot: running slots stay close together.
-            sequence.slot = heapq.heappop(self.free)
-            self._held[tenant] += 1
+            # The lowest free slot: used slots stay close together.
+            sequence.slot = heapq.heappop(self.free_slots)
+            self._slots_held[tenant] += 1
             self.running.append(sequence)
             admitted.append(sequence)
         return admitted
 
-    def plan(self) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
-        """The next step's work: texts that add one token, by slot; and pieces of prompts, the oldest first.
+    def schedule(self) -> tuple[list[ScheduledSequence], list[ScheduledSequence]]:
+        """The next step's work: decodes (one token each), by slot, and prefills (pieces of prompts), the oldest first.
 
-        Up to half of the room for prompts goes to the oldest; the rest to the shortest first, which need not wait
-        behind long ones.
+        Up to half of the prompt tokens of a step go to the oldest prompt; the rest to the shortest prompts first, which
+        need not wait behind long ones.
         """
-        ready = [s for s in self.running if not s.to_encode]
-        singles = sorted((s for s in ready if s.num_uncomputed == 1), key=lambda s: s.slot)
-        # Of texts with one prompt, the first computes it, and the others wait for it (see `followers`).
-        firsts = {s.request.id: s for s in reversed(ready) if s.num_uncomputed > 1}
-        prompts = [s for s in ready if firsts.get(s.request.id) is s]
-        counts = dict.fromkeys(prompts, 0)
-        room = self._room(bool(singles))
-        if prompts:
-            counts[prompts[0]] = min(prompts[0].num_uncomputed, (room + 1) // 2)
-            room -= counts[prompts[0]]
-        for sequence in sorted(prompts, key=lambda s: s.num_uncomputed):
-            more = min(sequence.num_uncomputed - counts[sequence], room)
+        ready = [s for s in self.running if not s.num_unencoded]
+        decodes = sorted((s for s in ready if s.num_uncomputed == 1), key=lambda s: s.slot)
+        # Of sequences with one prompt, the first computes it, and the others wait for it (see `shared_prompts`).
+        first_of_request = {s.request.id: s for s in reversed(ready) if s.num_uncomputed > 1}
+        prefills = [s for s in ready if first_of_request.get(s.request.id) is s]
+        counts = dict.fromkeys(prefills, 0)
+        budget = self._prompt_budget(delays_others=bool(decodes))
+        if prefills:
+            counts[prefills[0]] = min(prefills[0].num_uncomputed, (budget + 1) // 2)
+            budget -= counts[prefills[0]]
+        for sequence in sorted(prefills, key=lambda s: s.num_uncomputed):
+            more = min(sequence.num_uncomputed - counts[sequence], budget)
             counts[sequence] += more
-            room -= more
-        return [ScheduledSequence(s, 1) for s in singles], [
+            budget -= more
+        return [ScheduledSequence(s, 1) for s in decodes], [
             ScheduledSequence(s, count) for s, count in counts.items() if count
         ]
 
-    def followers(self) -> list[tuple[TokenSequence, TokenSequence]]:
-        """Texts that still lack what another text of the same request has computed of their prompt, each with that."""
-        known: dict[str, TokenSequence] = {}
-        lacking = []
+    def shared_prompts(self) -> list[tuple[TokenSequence, TokenSequence]]:
+        """Pairs of one request: a sequence whose prompt is not computed yet, and one whose prompt is."""
+        computed: dict[str, TokenSequence] = {}
+        uncomputed = []
         for sequence in self.running:
-            if sequence.to_encode or sequence.num_uncomputed > 1:
+            if sequence.num_unencoded or sequence.num_uncomputed > 1:
                 if sequence.request.n > 1:
-                    lacking.append(sequence)
-            elif sequence.num_computed_tokens >= sequence.num_given - 1:
-                known.setdefault(sequence.request.id, sequence)
-        return [(sequence, known[sequence.request.id]) for sequence in lacking if sequence.request.id in known]
+                    uncomputed.append(sequence)
+            elif sequence.num_computed_tokens >= sequence.num_input_ids - 1:
+                computed.setdefault(sequence.request.id, sequence)
+        return [(s, computed[s.request.id]) for s in uncomputed if s.request.id in computed]
 
-    def sources(self) -> list[TokenSequence]:
-        """Texts whose sources an encoder reads next: the oldest first, one of a request, as many as there is room for.
+    def sequences_to_encode(self) -> list[TokenSequence]:
+        """Sequences whose source the encoder reads next: one of a request, the oldest first, as many as fit.
 
-        A source is read in one piece; one at least is read, however long it is.
+        A source is read in one piece; at least one is read, however long it is.
         """
         chosen: dict[str, TokenSequence] = {}
-        room = self._room(any(not s.to_encode for s in self.running))
+        budget = self._prompt_budget(delays_others=any(not s.num_unencoded for s in self.running))
         for sequence in self.running:
-            if sequence.to_encode and sequence.request.id not in chosen:
-                if chosen and sequence.to_encode > room:
+            if sequence.num_unencoded and sequence.request.id not in chosen:
+                if chosen and sequence.num_unencoded > budget:
                     break
                 chosen[sequence.request.id] = sequence
-                room -= sequence.to_encode
+                budget -= sequence.num_unencoded
         return list(chosen.values())
 
-    def _room(self, someone_waits: bool) -> int:
-        return self.prefill_tokens * (1 if someone_waits else IDLE_PREFILL_FACTOR)
+    def _prompt_budget(self, *, delays_others: bool) -> int:
+        return self.prefill_tokens * (1 if delays_others else IDLE_PREFILL_FACTOR)
 
     def release(self, sequence: TokenSequence) -> None:
-        """Take a text out, wherever it is; its slot is free at once."""
+        """Remove a sequence, running or waiting; its slot is free at once."""
         tenant = sequence.request.tenant
         if sequence.slot >= 0:
             self.running.remove(sequence)
-            heapq.heappush(self.free, sequence.slot)
+            heapq.heappush(self.free_slots, sequence.slot)
             sequence.slot = -1
-            self._held[tenant] -= 1
-            if not self._held[tenant]:
-                del self._held[tenant]
+            self._slots_held[tenant] -= 1
+            if not self._slots_held[tenant]:
+                del self._slots_held[tenant]
             return
         queue = self.waiting.get(tenant)
         if queue is not None and sequence in queue:

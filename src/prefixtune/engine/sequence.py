@@ -8,64 +8,100 @@ from dataclasses import dataclass, field
 from prefixtune.engine.request import FinishReason, Request
 from prefixtune.inference.detokenizer import Detokenizer
 
-__all__ = ["TokenSequence"]
+__all__ = ["RunningSequence", "TokenSequence"]
+
+
+@dataclass(frozen=True)
+class RunningSequence:
+    """A snapshot of a sequence that has a slot.
+
+    Attributes:
+        slot: Its slot.
+        request_id: The request's id.
+        index: Which of the request's n sequences.
+        tenant: The request's tenant.
+        prefix_name: The name of its prefix; empty: unknown, or there is no prefix.
+        prompt_tokens: Tokens of the prompt.
+        num_computed_tokens: Tokens of prompt and text computed so far.
+        new_tokens: Tokens generated so far.
+    """
+
+    slot: int
+    request_id: str
+    index: int
+    tenant: str
+    prefix_name: str
+    prompt_tokens: int
+    num_computed_tokens: int
+    new_tokens: int
 
 
 @dataclass(eq=False)
 class TokenSequence:
-    """One text that is being written.
+    """One text that is being generated.
 
     Attributes:
-        request: For which request.
-        index: Which of its texts.
-        text: What was written, as text.
-        start: What an encoder-decoder's decoder starts from, as the prompt is for its encoder; None: the text goes on
-            from the prompt.
-        first: The token that every text of the model begins with, whatever the scores; None: there is none.
-        slot: Where its keys and values are; -1: it has none yet.
-        num_computed_tokens: How many of its tokens have their keys and values in the slot.
-        to_encode: How many of the prompt's tokens an encoder has still to read.
-        ids: What is written after (the prompt, or `start`), then what was written, without the end token.
+        request: The request that it belongs to.
+        index: Which of the request's n sequences.
+        detokenizer: Its new tokens as text.
+        decoder_start_id: The first token of an encoder-decoder's decoder, whose encoder reads the prompt; None: a
+            decoder-only model, which continues the prompt.
+        forced_bos_id: The first token to generate, whatever the scores; None: there is none.
+        slot: Where its keys and values are; -1: it has no slot yet.
+        num_computed_tokens: Of `token_ids`: how many have their keys and values in the slot.
+        num_unencoded: Prompt tokens that the encoder has still to read.
+        token_ids: The input (the prompt, or `decoder_start_id`), then the generated tokens without the end token.
+        num_input_ids: Length of that input.
         finish_reason: None: it goes on.
     """
 
     request: Request
     index: int
-    text: Detokenizer
-    start: int | None = None
-    first: int | None = None
+    detokenizer: Detokenizer
+    decoder_start_id: int | None = None
+    forced_bos_id: int | None = None
     slot: int = -1
     num_computed_tokens: int = 0
-    to_encode: int = field(init=False)
-    ids: list[int] = field(init=False)
+    num_unencoded: int = field(init=False)
+    token_ids: list[int] = field(init=False)
+    num_input_ids: int = field(init=False)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        self.ids = list(self.request.prompt) if self.start is None else [self.start]
-        self.to_encode = 0 if self.start is None else len(self.request.prompt)
-        self.num_given = len(self.ids)
+        prompt, start = self.request.prompt, self.decoder_start_id
+        self.token_ids = list(prompt) if start is None else [start]
+        self.num_unencoded = 0 if start is None else len(prompt)
+        self.num_input_ids = len(self.token_ids)
         seed = self.request.sampling.seed
-        # Each of a request's texts draws numbers of its own.
+        # Each sequence of a request draws its own numbers.
         self.random = random.Random(None if seed is None else f"{seed}/{self.index}")
 
     @property
-    def num_new(self) -> int:
-        """Tokens that were written."""
-        return len(self.ids) - self.num_given
+    def num_new_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_input_ids
 
     @property
-    def own_ids(self) -> list[int]:
-        """The tokens that count as repeated: prompt and text, but not what a decoder starts from."""
-        return self.ids if self.start is None else self.ids[1:]
-
-    @property
-    def num_read(self) -> int:
-        """Of prompt and text: how many tokens were computed."""
-        return (
-            self.num_computed_tokens if self.start is None else len(self.request.prompt) - self.to_encode + self.num_new
-        )
+    def penalized_ids(self) -> list[int]:
+        """The tokens that `repetition_penalty` counts: prompt and text, but not the decoder's start token."""
+        return self.token_ids if self.decoder_start_id is None else self.token_ids[1:]
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens that are still to be computed before the next one can be chosen."""
-        return len(self.ids) - self.num_computed_tokens
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def snapshot(self) -> RunningSequence:
+        """What it is at now."""
+        request, num_prompt_tokens = self.request, len(self.request.prompt)
+        encoded = num_prompt_tokens - self.num_unencoded + self.num_new_tokens
+        return RunningSequence(
+            slot=self.slot,
+            request_id=request.id,
+            index=self.index,
+            tenant=request.tenant,
+            prefix_name=request.prefix_name,
+            prompt_tokens=num_prompt_tokens,
+            num_computed_tokens=self.num_computed_tokens if self.decoder_start_id is None else encoded,
+            new_tokens=self.num_new_tokens,
+        )

@@ -1,7 +1,7 @@
-"""An engine that runs in a thread of its own, for callers who only hand in requests and are told what comes of them.
+"""An engine that runs in a thread of its own; callers submit requests and get their outputs through a callback.
 
-News is delivered in a second thread, so that whoever takes it slowly never holds up the computing. If the engine itself
-breaks, its requests end with `error`, it is made anew, and serving goes on.
+Callbacks run in a second thread, so that a slow one never delays the computing. If the engine itself fails, its
+requests end with `error`, a new engine is created, and the worker goes on.
 """
 
 from __future__ import annotations
@@ -16,31 +16,32 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from prefixtune.engine.engine import Engine, RunningSequence
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SequenceOutput
+from prefixtune.engine.sequence import RunningSequence
 
 __all__ = ["EngineWorker", "Snapshot"]
 
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 5.0
-"""Seconds between attempts to make a broken engine anew."""
+"""Seconds between attempts to restart a failed engine."""
 
 OnOutput = Callable[[SequenceOutput], None]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the engine is at.
+    """What the engine is doing now, and its counters.
 
     Attributes:
-        running: The texts that have a slot, by slot.
-        waiting: How many wait for one.
+        running: The sequences that have a slot, by slot.
+        waiting: How many sequences wait for a slot.
         steps: Steps computed so far.
-        tokens: Tokens written so far.
-        batch_sizes: Texts computed in a step -> in how many steps so many were.
-        restarts: How often the engine had to be made anew.
-        failed_callbacks: How often taking news failed.
+        tokens: Tokens generated so far.
+        batch_sizes: Sequences computed in a step -> number of such steps.
+        restarts: How often the engine failed and was restarted.
+        failed_callbacks: How often a callback raised an error.
     """
 
     running: tuple[RunningSequence, ...]
@@ -53,86 +54,91 @@ class Snapshot:
 
 
 @dataclass(eq=False)
-class _Live:
-    """A request whose end was not told yet: who is told, and which of its texts go on."""
+class _Submission:
+    """A request that has not ended: its callback, and which of its sequences go on."""
 
     on_output: OnOutput
-    open: set[int]
-    heard: bool = True
+    unfinished: set[int]
+    callback_failed: bool = False
 
 
 class EngineWorker:
     """Runs an engine until it is closed. May be used from any thread.
 
     Args:
-        engine: Not to be used by anyone else from now on.
+        engine: The worker's alone from now on.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._live: dict[str, _Live] = {}
-        self._deadlines: list[tuple[float, int, str, _Live]] = []
-        self._numbers = itertools.count()
-        self._accepting, self._closing, self._broken = True, False, False
+        self._submissions: dict[str, _Submission] = {}
+        self._deadlines: list[tuple[float, int, str, _Submission]] = []
+        self._deadline_numbers = itertools.count()
+        self._accepting, self._closing, self._restarting = True, False, False
         self._steps = self._tokens = self._restarts = self._failed_callbacks = 0
         self._batch_sizes: Counter[int] = Counter()
-        # Over all of the above. Taken before the engine's own lock, never the other way round.
+        # Guards all of the above. Acquired before the engine's own lock, never after it.
         self._changed = threading.Condition()
-        self._news: queue.SimpleQueue[tuple[_Live, SequenceOutput] | threading.Event | None] = queue.SimpleQueue()
+        self._outputs: queue.SimpleQueue[tuple[_Submission, SequenceOutput] | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
         self._threads = [
             threading.Thread(target=self._compute, name="prefixtune-engine", daemon=True),
-            threading.Thread(target=self._deliver, name="prefixtune-news", daemon=True),
+            threading.Thread(target=self._deliver, name="prefixtune-outputs", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
 
-    # --- what others ask ----------------------------------------------------------------------------------------------
+    # --- for callers --------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, on_output: OnOutput, deadline: float | None = None) -> None:
-        """Hand in a request.
+        """Submit a request.
 
         Args:
-            request: What is asked for.
-            on_output: Told all news of it, in order, from a thread of the worker's. Slow ones hold up the news of
-                others; if it raises, the request is given up.
-            deadline: Seconds from now in which the request must be done; else its texts end with `timeout`.
+            request: The request.
+            on_output: Called with all its outputs, in order, from a thread of the worker. A slow one delays the outputs
+                of other requests; if it raises, the request is cancelled.
+            deadline: Seconds from now until the request must be done; then its sequences end with `timeout`.
 
         Raises:
-            EngineFull: Too many wait, the worker is being closed, or the engine is being made anew: try again later.
+            EngineFull: Too many texts wait, the worker is closing, or the engine is restarting: try again later.
             RequestError: The engine refuses it.
             BackboneError: Its prefix does not fit the backbone.
         """
         with self._changed:
             if not self._accepting:
-                raise EngineFull("the engine takes no more requests: it is being closed.", hint="ask another replica.")
-            if self._broken:
-                raise EngineFull("the engine is being made anew.", hint="try again later.")
-            # Refuses a name in use, so that nobody's entry is overwritten below.
+                raise EngineFull(
+                    "the engine is being closed and accepts no more requests.", hint="use another replica."
+                )
+            if self._restarting:
+                raise EngineFull("the engine is restarting.", hint="try again later.")
+            # Refuses an id in use, so that no entry is overwritten below.
             self.engine.add(request)
-            live = self._live[request.id] = _Live(on_output, set(range(request.n)))
+            submission = self._submissions[request.id] = _Submission(on_output, set(range(request.n)))
             if deadline is not None:
-                heapq.heappush(self._deadlines, (time.monotonic() + deadline, next(self._numbers), request.id, live))
+                entry = (time.monotonic() + deadline, next(self._deadline_numbers), request.id, submission)
+                heapq.heappush(self._deadlines, entry)
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
-        """Give a request up; its texts end with `cancelled`. Unknown names are passed over."""
+        """Cancel a request; its sequences end with `cancelled`. Unknown ids are ignored."""
         with self._changed:
             self.engine.cancel(request_id)
             self._changed.notify_all()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait until all are done and all news is delivered.
+        """Accept no more requests, and wait until all are done and all outputs are delivered.
 
         Returns:
-            Whether that was reached within `timeout` seconds.
+            Whether that took no more than `timeout` seconds.
         """
         end = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             self._accepting = False
-            if not self._changed.wait_for(lambda: not self._live, timeout):
+            if not self._changed.wait_for(lambda: not self._submissions, timeout):
                 return False
         delivered = threading.Event()
-        self._news.put(delivered)
+        self._outputs.put(delivered)
         while not delivered.wait(0.02):
             if end is not None and time.monotonic() > end:
                 return False
@@ -141,11 +147,11 @@ class EngineWorker:
         return True
 
     def close(self, timeout: float = 10.0) -> None:
-        """Give up what is still running, and stop; waits at most `timeout` seconds for a step or for slow callers."""
+        """Cancel what still runs, and stop; waits at most `timeout` seconds for a step or for slow callbacks."""
         with self._changed:
             self._accepting, self._closing = False, True
-            for name in self._live:
-                self.engine.cancel(name)
+            for request_id in self._submissions:
+                self.engine.cancel(request_id)
             self._changed.notify_all()
         end = time.monotonic() + timeout
         for thread in self._threads:
@@ -160,16 +166,16 @@ class EngineWorker:
 
     @property
     def healthy(self) -> bool:
-        """Whether requests are computed: its threads live, and the engine is not being made anew."""
-        return not self._broken and all(thread.is_alive() for thread in self._threads)
+        """Whether requests are computed: both threads are alive, and the engine is not restarting."""
+        return not self._restarting and all(thread.is_alive() for thread in self._threads)
 
     @property
-    def num_live(self) -> int:
-        """Requests whose end was not told yet."""
-        return len(self._live)
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._submissions)
 
     def snapshot(self) -> Snapshot:
-        """What the engine is at."""
+        """What the engine is doing now, and its counters."""
         with self._changed:
             return Snapshot(
                 running=self.engine.running_sequences(),
@@ -188,92 +194,92 @@ class EngineWorker:
             try:
                 outputs = self.engine.step()
             except BaseException as error:
-                _log.exception("the engine broke; it is made anew.")
+                _log.exception("the engine failed; it is restarted.")
                 self._restart(error)
                 continue
-            self._note(outputs)
-        self._news.put(None)
+            self._record_step(outputs)
+        self._outputs.put(None)
 
     def _wait_for_work(self) -> bool:
-        """Wait until there is something to compute; False: the worker is to end."""
+        """Wait until there is something to compute; False: the worker ends."""
         with self._changed:
             while True:
-                if self._closing and (self._broken or not self.engine.busy):
+                if self._closing and (self._restarting or not self.engine.busy):
                     return False
-                self._expire()
+                self._cancel_expired()
                 if self.engine.busy:
                     return True
                 self._changed.wait()
 
-    def _expire(self) -> None:
-        """Give up the requests whose time is over; the lock is held."""
+    def _cancel_expired(self) -> None:
+        """Cancel the requests whose deadline has passed; the lock is held."""
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, name, live = heapq.heappop(self._deadlines)
-            if self._live.get(name) is live:
-                self.engine.cancel(name, "timeout")
-        # Those of requests that ended in time are dropped before they pile up.
-        if len(self._deadlines) > 2 * len(self._live) + 100:
-            self._deadlines = [entry for entry in self._deadlines if self._live.get(entry[2]) is entry[3]]
+            _, _, request_id, submission = heapq.heappop(self._deadlines)
+            if self._submissions.get(request_id) is submission:
+                self.engine.cancel(request_id, "timeout")
+        # Entries of requests that ended in time are dropped before they pile up.
+        if len(self._deadlines) > 2 * len(self._submissions) + 100:
+            self._deadlines = [entry for entry in self._deadlines if self._submissions.get(entry[2]) is entry[3]]
             heapq.heapify(self._deadlines)
 
-    def _note(self, outputs: list[SequenceOutput]) -> None:
+    def _record_step(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:
             if self.engine.batch_size:
                 self._steps += 1
                 self._batch_sizes[self.engine.batch_size] += 1
             for output in outputs:
                 self._tokens += len(output.tokens)
-                self._tell(output)
+                self._enqueue(output)
             self._changed.notify_all()
 
-    def _tell(self, output: SequenceOutput) -> None:
-        """Pass news on; the lock is held."""
-        live = self._live.get(output.request_id)
-        if live is None:
+    def _enqueue(self, output: SequenceOutput) -> None:
+        """Queue an output for delivery; the lock is held."""
+        submission = self._submissions.get(output.request_id)
+        if submission is None:
             return
         if output.finish_reason is not None:
-            live.open.discard(output.index)
-            if not live.open:
-                del self._live[output.request_id]
-        self._news.put((live, output))
+            submission.unfinished.discard(output.index)
+            if not submission.unfinished:
+                del self._submissions[output.request_id]
+        self._outputs.put((submission, output))
 
     def _restart(self, error: BaseException) -> None:
-        """End all requests and make a new engine."""
-        told = f"the engine broke and was made anew ({type(error).__name__}): send the request again."
+        """End all requests and create a new engine."""
+        message = f"the engine failed and was restarted ({type(error).__name__}): send the request again."
         with self._changed:
-            self._broken = True
+            self._restarting = True
             self._restarts += 1
-            for name, live in list(self._live.items()):
-                for index in sorted(live.open):
-                    self._tell(SequenceOutput(name, index, (), "", "error", told, engine_crashed=True))
+            for request_id, submission in list(self._submissions.items()):
+                for index in sorted(submission.unfinished):
+                    self._enqueue(SequenceOutput(request_id, index, (), "", "error", message, engine_crashed=True))
             self._changed.notify_all()
         pause = 0.05
         while not self._closing:
             try:
-                made = Engine(self.engine.backbone, self.engine.config)
+                engine = Engine(self.engine.backbone, self.engine.config)
             except Exception:
-                _log.exception("the engine cannot be made anew yet.")
+                _log.exception("the engine cannot be restarted yet.")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
             with self._changed:
-                self.engine, self._broken = made, False
+                self.engine, self._restarting = engine, False
             return
 
     def _deliver(self) -> None:
-        while (news := self._news.get()) is not None:
-            if isinstance(news, threading.Event):
-                news.set()
+        while (item := self._outputs.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
                 continue
-            live, output = news
-            if not live.heard:
+            submission, output = item
+            if submission.callback_failed:
                 continue
             try:
-                live.on_output(output)
+                submission.on_output(output)
             except BaseException:
-                _log.exception("whoever asked for %s cannot take its news; it is given up.", output.request_id)
-                live.heard = False
+                _log.exception("the callback of request %s failed; the request is cancelled.", output.request_id)
+                submission.callback_failed = True
                 with self._changed:
                     self._failed_callbacks += 1
                 self.cancel(output.request_id)

@@ -87,7 +87,8 @@ def _bind(config: ServeConfig) -> socket.socket:
 def _load(config: ServeConfig, console: Console) -> ServerState:
     # Slow imports: errors of the folder and the address come before them.
     from prefixtune.backbone.load import load_backbone
-    from prefixtune.engine.engine import Engine, EngineConfig
+    from prefixtune.engine.config import EngineConfig
+    from prefixtune.engine.engine import Engine
     from prefixtune.engine.worker import EngineWorker
     from prefixtune.inference.decoding import newline_tokens
     from prefixtune.server.api.admin import clear_uploads

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.scheduler import Scheduler
 from prefixtune.engine.sequence import TokenSequence
@@ -24,8 +25,8 @@ def make(tenant: str = "", prompt: int = 1, number: int = 0) -> TokenSequence:
 
 def work_off(scheduler: Scheduler) -> None:
     """Compute a step, in thought."""
-    for work in (piece for pieces in scheduler.plan() for piece in pieces):
-        work.sequence.num_computed_tokens += work.count
+    for work in (piece for pieces in scheduler.schedule() for piece in pieces):
+        work.sequence.num_computed_tokens += work.num_tokens
 
 
 # --- fair admission --------------------------------------------------------------------------------------------------
@@ -96,12 +97,12 @@ def test_running_texts_are_not_held_up_by_prompts():
     scheduler.add([*writing, make(prompt=1000, number=9)])
     scheduler.admit()
     for _ in range(5):
-        singles, prompts = scheduler.plan()
-        assert [work.sequence for work in singles] == writing
-        assert sum(work.count for work in prompts) == 16
-        assert not any(work.wants_logits for work in prompts)
-        for work in prompts:
-            work.sequence.num_computed_tokens += work.count
+        decodes, prefills = scheduler.schedule()
+        assert [work.sequence for work in decodes] == writing
+        assert sum(work.num_tokens for work in prefills) == 16
+        assert not any(work.needs_logits for work in prefills)
+        for work in prefills:
+            work.sequence.num_computed_tokens += work.num_tokens
 
 
 def test_a_short_prompt_passes_a_long_one_which_goes_on():
@@ -110,9 +111,9 @@ def test_a_short_prompt_passes_a_long_one_which_goes_on():
     long, short = make(prompt=1000, number=1), make(prompt=6, number=2)
     scheduler.add([long, short])
     scheduler.admit()
-    _, prompts = scheduler.plan()
-    assert {work.sequence: work.count for work in prompts} == {long: 10, short: 6}
-    assert [work.wants_logits for work in prompts] == [False, True]
+    _, prefills = scheduler.schedule()
+    assert {work.sequence: work.num_tokens for work in prefills} == {long: 10, short: 6}
+    assert [work.needs_logits for work in prefills] == [False, True]
 
 
 def test_the_oldest_prompt_is_not_starved_by_short_ones():

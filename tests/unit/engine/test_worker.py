@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from prefixtune.engine import worker as worker_module
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, RequestError
@@ -88,7 +89,7 @@ def test_news_is_what_the_engine_says_in_order(worker: EngineWorker, llama: Any,
             assert tokens(outputs, index) == [token.id for token in text.tokens]
             assert "".join(output.text for output in outputs if output.index == index) == text.text
         assert threading.get_ident() not in ear.threads
-    assert worker.num_live == 0
+    assert worker.num_unfinished == 0
 
 
 def test_what_the_engine_refuses_is_raised_at_once(worker: EngineWorker, tiny_backbone: Any, random_prefix: Any):
@@ -146,7 +147,7 @@ def test_a_caller_who_raises_is_not_told_more_and_harms_nobody(worker: EngineWor
     worker.submit(Request((1,), sampling=LONG, id="bad"), bad)
     worker.submit(Request((2,), sampling=SHORT), good)
     assert good.reason == "length"
-    wait_until(lambda: worker.num_live == 0)
+    wait_until(lambda: worker.num_unfinished == 0)
     assert worker.drain(PATIENCE)
     assert len(heard) == 1
     assert worker.snapshot().failed_callbacks == 1

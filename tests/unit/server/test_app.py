@@ -21,7 +21,8 @@ import torch
 
 from asgi_client import NEVER, Answer, call
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import SequenceOutput, Token
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
@@ -77,7 +78,7 @@ def in_time(state: ServerState) -> float:
     """How many texts run in the engine, after a while."""
 
     async def wait() -> None:
-        while state.worker.num_live:
+        while state.worker.num_unfinished:
             await asyncio.sleep(0.01)
 
     asyncio.run(asyncio.wait_for(wait(), 10))

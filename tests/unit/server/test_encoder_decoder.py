@@ -13,7 +13,8 @@ from asgi_client import Answer, call
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.data.encoding import default_format, encode_prompts
-from prefixtune.engine.engine import Engine, EngineConfig
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate

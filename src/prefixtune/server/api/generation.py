@@ -235,7 +235,7 @@ def _fit_sampling(
         )
     if request.has_max_tokens:
         return request.sampling
-    fitting = min(default_max_tokens, context.state.engine.room(prompt_tokens, model.prefix_length))
+    fitting = min(default_max_tokens, context.state.engine.available_tokens(prompt_tokens, model.prefix_length))
     return replace(request.sampling, max_new_tokens=max(1, request.sampling.min_new_tokens, fitting))
 
 
