@@ -1,8 +1,8 @@
-"""Reports: folders of runs, evaluations and studies become one HTML page and the same as Markdown.
+"""Reports: the results of runs, evaluations and studies as one HTML page, and the same as Markdown.
 
-    folders -> compose (study, comparison, training) -> document -> html | markdown
+    files -> load -> results -> compose (sections) -> document -> html | markdown
 
-Reads folders as JSON and TOML. Knows nothing of models, and runs nothing.
+Reads JSON and TOML files. Knows nothing of models, and runs nothing.
 """
 
 from __future__ import annotations

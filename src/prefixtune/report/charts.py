@@ -1,6 +1,6 @@
-"""Line charts and bars as SVG strings, whose colours come from the page's style, so that dark mode works.
+"""Line charts and bars as SVG strings. Colours come from the page's style, so that dark mode works.
 
-Series differ by colour, dashes and markers. Knows numbers and labels, and nothing of runs.
+Series differ by colour, dashes and markers.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
-"""From folders to a document: studies one by one, evaluations of the same data side by side, trainings together.
-
-Knows folders' contents and the document's blocks; nothing of how either is written.
-"""
+"""From results to a document: studies one by one, evaluations of the same data side by side, trainings together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from prefixtune.report.document import Block, Document, Facts, Headline, Section, Text
-from prefixtune.report.format import count, fixed, metric_name
-from prefixtune.report.load import Evaluation, Run, Study
+from prefixtune.report.format import count, fixed, metric_name, signed
+from prefixtune.report.results import Evaluation, Run, Study
 from prefixtune.report.sections.details import losses_section, outputs_section, settings_section
 from prefixtune.report.sections.groups import groups_section
 from prefixtune.report.sections.study import Part, study_part
@@ -22,10 +19,10 @@ def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
     """Make a report.
 
     Args:
-        sources: At least one folder, as read by `read_results`.
-        title: Empty: told by the folders.
+        sources: At least one, as read by `read_results`.
+        title: Empty: made from the results.
     """
-    parts = [study_part(source, f"p{n}") for n, source in enumerate(sources) if isinstance(source, Study)]
+    parts = [study_part(source, f"p{index}") for index, source in enumerate(sources) if isinstance(source, Study)]
     runs = [source for source in sources if isinstance(source, Run)]
     for group in _same_data([run for run in runs if run.evaluation is not None]):
         parts.append(_comparison(group, f"p{len(parts)}"))
@@ -51,19 +48,19 @@ def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
 
 
 def _same_data(runs: Sequence[Run]) -> list[list[Run]]:
-    """Evaluations of the same examples together, each in the place of its first."""
+    """Evaluations of the same examples together, in the order of the first of each group."""
     groups: list[list[Run]] = []
     for run in runs:
-        fitting = next((group for group in groups if _alike(group[0].evaluation, run.evaluation)), None)
-        if fitting is None:
+        same = next((group for group in groups if _on_same_data(group[0].evaluation, run.evaluation)), None)
+        if same is None:
             groups.append([run])
         else:
-            fitting.append(run)
+            same.append(run)
     return groups
 
 
-def _alike(one: Evaluation | None, other: Evaluation | None) -> bool:
-    """Whether two were scored on the same examples: by their sources, or where none are stored by the file's name."""
+def _on_same_data(one: Evaluation | None, other: Evaluation | None) -> bool:
+    """Whether two were scored on the same examples: by their sources, or by the file's name where none are stored."""
     if one is None or other is None or one.task != other.task or one.num_examples != other.num_examples:
         return False
     if one.outputs and other.outputs:
@@ -75,24 +72,25 @@ def _comparison(runs: Sequence[Run], identity: str) -> Part:
     """Evaluations of the same examples."""
     names = _names(runs)
     systems = [
-        System(name, [run], [figures_of(run)], style=number)
-        for number, (name, run) in enumerate(zip(names, runs, strict=True))
+        System(name, [run], [figures_of(run)], style=index)
+        for index, (name, run) in enumerate(zip(names, runs, strict=True))
     ]
     evaluations = [run.evaluation for run in runs if run.evaluation is not None]
     first, main = evaluations[0], main_metric(systems)
-    missing = [
+    named = list(zip(names, evaluations, strict=True))
+    warnings = [
         f"{name}: no finite {metric_name(metric)}."
-        for name, each in zip(names, evaluations, strict=True)
-        for metric, measure in each.scores.items()
-        if measure.score is None
+        for name, evaluation in named
+        for metric, score in evaluation.scores.items()
+        if score.score is None
     ]
-    missing += [f"{name}: {each.overlap}." for name, each in zip(names, evaluations, strict=True) if each.overlap]
-    missing += [f"{name}: no scores." for name, each in zip(names, evaluations, strict=True) if not each.scores]
+    warnings += [f"{name}: {evaluation.overlap}." for name, evaluation in named if evaluation.overlap]
+    warnings += [f"{name}: no scores." for name, evaluation in named if not evaluation.scores]
     facts = [
         ("task", first.task),
         ("data", f"{first.data}, {first.split}" if first.split else first.data),
         ("examples", count(first.num_examples)),
-        ("backbone", ", ".join(dict.fromkeys(each.backbone for each in evaluations if each.backbone))),
+        ("backbone", ", ".join(dict.fromkeys(e.backbone for e in evaluations if e.backbone))),
         ("difference", _difference(systems, main)),
     ]
     sections = [
@@ -102,18 +100,17 @@ def _comparison(runs: Sequence[Run], identity: str) -> Part:
         outputs_section(systems),
         settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
     ]
-    alone = names[0] if len(runs) == 1 else f"{len(runs)} systems on {first.task or first.data}"
     return Part(
-        title=alone,
+        title=names[0] if len(runs) == 1 else f"{len(runs)} systems on {first.task or first.data}",
         facts=[(name, text) for name, text in facts if text],
-        warnings=missing,
+        warnings=warnings,
         headline=headline(systems, main),
         sections=[section for section in sections if section is not None],
     )
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has: its title, else its folder's name, else its whole path."""
+    """A unique name for each run: its title, or its folder's name, or its whole path."""
     titles = [(run.evaluation.title if run.evaluation else "") or run.path.resolve().name for run in runs]
     names = [
         title if titles.count(title) == 1 else f"{title} ({run.path.resolve().name})"
@@ -132,17 +129,17 @@ def _difference(systems: Sequence[System], main: str) -> str:
         return ""
     gap = spreads[1].mean - spreads[0].mean
     decimals = 4 if max(abs(spreads[0].mean), abs(spreads[1].mean)) < 1 else 2
-    return f"{'+' * (gap >= 0)}{fixed(gap, decimals)} {metric_name(main)} from {systems[0].name} to {systems[1].name}"
+    return f"{signed(gap, decimals)} {metric_name(main)} from {systems[0].name} to {systems[1].name}"
 
 
 def _trainings(runs: Sequence[Run], identity: str) -> Part:
     """Training runs that were not evaluated."""
     systems = [
-        System(name, [run], [figures_of(run)], style=number)
-        for number, (name, run) in enumerate(zip(_names(runs), runs, strict=True))
+        System(name, [run], [figures_of(run)], style=index)
+        for index, (name, run) in enumerate(zip(_names(runs), runs, strict=True))
     ]
     unfinished = [
-        f"{system.name}: the log has no end; the run was stopped, or is still going on."
+        f"{system.name}: the log has no end; the run was stopped, or still goes on."
         for system, run in zip(systems, runs, strict=True)
         if not any(event.get("event") == "end" for event in run.events)
     ]
@@ -151,7 +148,7 @@ def _trainings(runs: Sequence[Run], identity: str) -> Part:
         for key in ("task", "backbone", "train")
     ]
     sections = [
-        Section("Runs", [scores_table(systems, "", "What each run came to", what="run")]),
+        Section("Runs", [scores_table(systems, "", "The result of each run", what="run")]),
         losses_section(systems, identity),
         settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
     ]
@@ -168,7 +165,7 @@ def _loss_headline(systems: Sequence[System]) -> Headline | None:
     """The best development loss of each run."""
     losses = [(system.name, system.cost("dev_loss")) for system in systems]
     items = [(name, fixed(loss, 3), "") for name, loss in losses if loss is not None]
-    least = min((loss for _, loss in losses if loss is not None), default=None)
-    best = [number for number, (_, text, _) in enumerate(items) if text == fixed(least, 3)]
+    lowest = min((loss for _, loss in losses if loss is not None), default=None)
+    best = [index for index, (_, text, _) in enumerate(items) if text == fixed(lowest, 3)]
     marked = frozenset(best) if len(items) > len(best) else frozenset[int]()
     return Headline("development loss per token, lower is better", items, marked) if items else None

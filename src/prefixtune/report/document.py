@@ -1,7 +1,4 @@
-"""A report as a tree of blocks, before it is HTML or Markdown. Every text in it is plain: the writers escape.
-
-Knows nothing of folders, and of no format but the charts' SVG.
-"""
+"""A report as a tree of blocks, before it is HTML or Markdown. Every text in it is plain: the writers escape."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefixtune.report.format import Number
-from prefixtune.report.load import Output
 from prefixtune.report.markup import Safe
+from prefixtune.report.results import Output
 
 __all__ = [
     "Block",
@@ -48,7 +45,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what they are."""
+    """Names with their values."""
 
     items: Sequence[tuple[str, str]]
 
@@ -59,8 +56,8 @@ class Headline:
 
     Attributes:
         what: What is measured.
-        items: Name, figure, and what is said of it in small print.
-        best: Numbers of the best items.
+        items: Name, figure, and small print.
+        best: Indices of the best items.
     """
 
     what: str
@@ -70,7 +67,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's name, what is said of it in small print, and whether it holds numbers."""
+    """A column's name, its small print, and whether it holds numbers."""
 
     name: str
     small: str = ""
@@ -108,8 +105,8 @@ class Chart:
     """A picture, and its figures as a table.
 
     Attributes:
-        description: What a reader who cannot see the picture is told.
-        legend: Each series' name and the picture of its line.
+        description: For a reader who cannot see the picture.
+        legend: The name of each series and the picture of its line.
     """
 
     title: str
@@ -128,7 +125,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Item:
-    """One example with what each system made of it; None where a system has no output for it."""
+    """One example with the output of each system; None where a system has none."""
 
     example: Output
     outputs: Sequence[str | None]

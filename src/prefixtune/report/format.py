@@ -1,7 +1,4 @@
-"""Numbers as people read them, and the names of what they measure.
-
-Knows nothing of documents or folders.
-"""
+"""Numbers as people read them, and the names of what they measure."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ __all__ = [
     "natural",
     "plain",
     "short",
+    "signed",
     "size",
     "words",
 ]
@@ -65,12 +63,12 @@ class Spread:
 
 
 def decimals_for(values: Sequence[Number]) -> int:
-    """How many decimals a column of scores gets: those below one (METEOR, TER) get four, others two."""
+    """How many decimals a column of scores gets: four where all are below one (METEOR, TER), else two."""
     return 4 if values and max(abs(value) for value in values) < 1 else 2
 
 
 def fixed(value: Number | None, decimals: int = 2) -> str:
-    """A number with a fixed number of decimals, and thousands apart.
+    """A number with a fixed number of decimals, and with commas between thousands.
 
     >>> fixed(1234.5), fixed(-0.001), fixed(None)
     ('1,234.50', '0.00', 'n/a')
@@ -81,8 +79,17 @@ def fixed(value: Number | None, decimals: int = 2) -> str:
     return text.lstrip("-") if not text.strip("-0.,") else text
 
 
+def signed(value: Number, decimals: int) -> str:
+    """A difference with its sign.
+
+    >>> signed(0.5, 1), signed(-0.25, 2)
+    ('+0.5', '-0.25')
+    """
+    return f"{'+' * (value >= 0)}{fixed(value, decimals)}"
+
+
 def short(value: Number) -> str:
-    """A number in four significant digits at most, without noughts at its end.
+    """A number with at most four significant digits, without zeros at its end.
 
     >>> [short(value) for value in (0.001, 100, 2.34567, 5e-05, 123456)]
     ['0.001', '100', '2.346', '5e-05', '123,456']
@@ -108,7 +115,7 @@ def plain(value: object) -> str:
 
 
 def count(value: Number | None) -> str:
-    """A whole number, thousands apart."""
+    """A whole number with commas between thousands."""
     return fixed(value, 0)
 
 

@@ -1,7 +1,4 @@
-"""A document as one HTML page: no network, no fonts and no scripts but its own, whole without its script.
-
-Knows the document's blocks, and nothing of what they are about.
-"""
+"""A document as one HTML page that needs no network, no fonts and no other files, and works without its script."""
 
 from __future__ import annotations
 
@@ -247,4 +244,4 @@ def _item(item: Item, systems: Sequence[str]) -> Safe:
             text = tag("dd", output, dir="auto")
         match = tag("span", "= a reference", class_="match") if output in example.references else None
         pairs.append(tag("div", tag("dt", name, match), text, class_="system"))
-    return tag("li", tag("p", f"Example {example.number}{groups}", class_="meta"), tag("dl", *pairs))
+    return tag("li", tag("p", f"Example {example.index}{groups}", class_="meta"), tag("dl", *pairs))

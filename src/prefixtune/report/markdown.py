@@ -1,7 +1,4 @@
-"""A document as GitHub Markdown: the same words and figures as the page, with tables in the place of charts.
-
-Knows the document's blocks, and nothing of what they are about.
-"""
+"""A document as GitHub Markdown: the same words and figures as the page, with tables in place of charts."""
 
 from __future__ import annotations
 
@@ -122,7 +119,7 @@ def _outputs(outputs: Outputs) -> Iterator[str]:
         rows += [[Value("reference"), Value(text)] for text in example.references]
         for name, output in zip(outputs.systems, item.outputs, strict=True):
             rows.append([Value(name), Value("(no output)" if output is None else output or "(empty)")])
-        yield from (f"**Example {example.number}{_inline(groups)}**", "")
+        yield from (f"**Example {example.index}{_inline(groups)}**", "")
         yield from _rows(columns, rows)
     if outputs.others:
         yield from (f"The other {len(outputs.others):,} examples are in the HTML file.", "")

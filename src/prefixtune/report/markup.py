@@ -1,7 +1,4 @@
-"""HTML and SVG as strings that cannot be forgotten to be escaped: only `tag` makes markup, and it escapes the rest.
-
-Knows nothing of reports.
-"""
+"""HTML and SVG as strings that are always escaped: only `tag` makes markup, and it escapes everything else."""
 
 from __future__ import annotations
 

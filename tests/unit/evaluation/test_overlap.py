@@ -73,7 +73,7 @@ def test_a_study_counts_them_and_its_report_tells(tmp_path: Path, tiny_backbone:
     stored = json.loads((tmp_path / "study" / "study.json").read_text())
     assert stored["overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.train}
     warnings = compose([read_results(tmp_path / "study")], "").warnings
-    assert any("1 of 2 test sources (50.0%) stand in the training set" in warning for warning in warnings)
+    assert any("1 of 2 test sources (50.0%) are in the training set" in warning for warning in warnings)
     # A second look at what is done forgets nothing.
     run_study(config, backbone=tiny_backbone("llama"))
     assert json.loads((tmp_path / "study" / "study.json").read_text())["overlap"] == stored["overlap"]

@@ -474,9 +474,9 @@ def damaged(folder: Path, name: str, text: str) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: f / "nowhere", "is no folder"),
+        (lambda f: f / "nowhere", "does not exist"),
         (lambda f: f, "holds no run"),
-        (lambda f: damaged(evaluation(f), "evaluation.json", "{"), "evaluation.json' is no JSON"),
+        (lambda f: damaged(evaluation(f), "evaluation.json", "{"), "evaluation.json' is not JSON"),
         (lambda f: damaged(evaluation(f), "evaluation.json", "[]"), "must be an object"),
         (lambda f: damaged(evaluation(f), "evaluation.json", "{}"), "has no 'scores'"),
         (lambda f: evaluation(f, scores={"bleu": {"score": "high"}}), "'score' in 'bleu' in .* must be a number"),
@@ -486,7 +486,7 @@ def damaged(folder: Path, name: str, text: str) -> Path:
         (lambda f: damaged(evaluation(f), "outputs.jsonl", '{"references": [1]}\n'), "must be a list of strings"),
         (lambda f: damaged(training(f), "events.jsonl", '{"event"\n{"event": "end"}\n'), "line 1 of .*events.jsonl"),
         (lambda f: damaged(training(f), "events.jsonl", '{"event": "step", "step": "one"}\n'), "must be a number"),
-        (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml' is no TOML"),
+        (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml' is not TOML"),
         (lambda f: damaged(methods_study(f), "study.json", '{"cut": "all"}'), "'cut' in .* must be a list"),
         (lambda f: damaged(methods_study(f), "comparisons.json", '{"points": [1]}'), "must be an object"),
         (lambda f: damaged(methods_study(f), "cells/lora/cell.json", '{"status": "gone"}'), "must be one of done"),

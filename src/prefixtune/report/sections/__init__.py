@@ -1,1 +1,1 @@
-"""One module a section of the page."""
+"""The sections of the page, one module each."""

@@ -1,7 +1,4 @@
-"""What stands behind the scores: loss curves, outputs side by side, and the settings.
-
-Knows folders' contents and the document's blocks; nothing of how either is written.
-"""
+"""The details behind the scores: loss curves, outputs side by side, and the settings."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from prefixtune.report.document import (
     Value,
 )
 from prefixtune.report.format import MISSING, Number, count, fixed, plain
-from prefixtune.report.load import Output, Run
+from prefixtune.report.results import Output, Run
 from prefixtune.report.sections.losses import points, smooth
 from prefixtune.report.sections.systems import System
 
@@ -36,21 +33,21 @@ MOST_CHARTS, MOST_POINTS, MOST_ROWS, MOST_SYSTEMS, SAMPLE = 6, 240, 24, 6, 20
 
 
 def spread_out(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spread, the first and the last among them.
+    """At most `most` of the items, evenly spread, with the first and the last.
 
     >>> spread_out(range(10), 4)
     [0, 3, 6, 9]
     """
     if len(items) <= most:
         return list(items)
-    return [items[number * (len(items) - 1) // (most - 1)] for number in range(most)]
+    return [items[index * (len(items) - 1) // (most - 1)] for index in range(most)]
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
 def losses_section(systems: Sequence[System], identity: str) -> Section | None:
-    """Training and development loss of each system, its repetitions in one picture."""
+    """Training and development loss of each system, all repetitions in one chart."""
     charts: list[Chart] = []
     for system in systems:
         chart = _loss_chart(system.label, system.runs, f"{identity}-loss-{len(charts) + 1}")
@@ -85,11 +82,11 @@ def _loss_chart(name: str, runs: Sequence[Run], identity: str) -> Chart | None:
         return None
     unit = "loss per token" if per_token else "loss"
     ends = [line.points[-1][1] for line in lines if line.style == 1]
-    least = [min(y for _, y in line.points) for line in lines if line.style == 1]
+    lowest = [min(y for _, y in line.points) for line in lines if line.style == 1]
     text = f"{unit} over the optimizer steps of {len(runs)} {'run' if len(runs) == 1 else 'runs'}."
     if ends:
-        text += f" The least development loss is {fixed(min(least), 3)}, the last {fixed(ends[-1], 3)}."
-    picture = line_chart(lines, x_label="optimizer step", y_label=unit, identity=identity, title=name, text=text)
+        text += f" The lowest development loss is {fixed(min(lowest), 3)}, the last {fixed(ends[-1], 3)}."
+    svg = line_chart(lines, x_label="optimizer step", y_label=unit, identity=identity, title=name, text=text)
     kinds = {line.style for line in lines}
     legend = [("training, smoothed", 0, "plain"), ("development", 1, "marked" if len(runs) == 1 else "plain")]
     columns = [Column("step"), Column("training, smoothed"), Column("development")]
@@ -97,7 +94,7 @@ def _loss_chart(name: str, runs: Sequence[Run], identity: str) -> Chart | None:
     return Chart(
         title=name,
         description=text,
-        svg=picture,
+        svg=svg,
         legend=[(label, swatch(style, kind)) for label, style, kind in legend if style in kinds],
         table=Table(f"Losses of {name}", columns, rows, num_headers=len(columns) - 2),
     )
@@ -129,29 +126,29 @@ def outputs_section(systems: Sequence[System], note: str = "") -> Section | None
     """The first finished run's outputs of each system, side by side."""
     chosen: list[tuple[str, dict[int, Output]]] = []
     for system in systems:
-        found = next((each.outputs for each in system.evaluations if each.outputs), ())
-        if found:
-            chosen.append((system.name, {output.number: output for output in found}))
+        outputs = next((evaluation.outputs for evaluation in system.evaluations if evaluation.outputs), ())
+        if outputs:
+            chosen.append((system.name, {output.index: output for output in outputs}))
     if not chosen:
         return None
     if len(chosen) > MOST_SYSTEMS:
         note = f"{note} The first {MOST_SYSTEMS} of {len(chosen)} systems are shown.".strip()
         chosen = chosen[:MOST_SYSTEMS]
-    items = [_item(number, chosen) for number in sorted({n for _, outputs in chosen for n in outputs})]
-    picked = {id(item) for item in spread_out(items, SAMPLE)}
-    outputs = Outputs(
+    items = [_item(index, chosen) for index in sorted({index for _, outputs in chosen for index in outputs})]
+    sample = {id(item) for item in spread_out(items, SAMPLE)}
+    block = Outputs(
         [name for name, _ in chosen],
-        [item for item in items if id(item) in picked],
-        [item for item in items if id(item) not in picked],
+        [item for item in items if id(item) in sample],
+        [item for item in items if id(item) not in sample],
     )
-    return Section("Outputs", [Text(note), outputs] if note else [outputs])
+    return Section("Outputs", [Text(note), block] if note else [block])
 
 
-def _item(number: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> Item:
-    """An example's outputs; that of a system which was asked something else under this number is left out."""
-    example = next(outputs[number] for _, outputs in chosen if number in outputs)
-    found = [outputs.get(number) for _, outputs in chosen]
-    return Item(example, [None if one is None or one.source != example.source else one.output for one in found])
+def _item(index: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> Item:
+    """An example's outputs; the output of a system whose source at this index is another one is left out."""
+    example = next(outputs[index] for _, outputs in chosen if index in outputs)
+    candidates = [outputs.get(index) for _, outputs in chosen]
+    return Item(example, [None if o is None or o.source != example.source else o.output for o in candidates])
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -160,13 +157,13 @@ def _item(number: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> It
 def settings_section(
     systems: Sequence[System], facts: Sequence[tuple[str, str]] = (), study: Mapping[str, Any] | None = None
 ) -> Section | None:
-    """What every run was set to: what differs as a table, what is equal folded away; and a study's own settings."""
+    """The settings of all runs: what differs as a table, what is equal folded away; and a study's own settings."""
     columns: list[tuple[str, list[dict[str, str]]]] = [
         (system.label, [_settings(run) for run in system.runs]) for system in systems if system.runs
     ]
     everything = [settings for _, runs in columns for settings in runs]
     keys = list(dict.fromkeys(key for settings in everything for key in settings))
-    # A run that lacks a key was not set to anything: the bare model has no learning rate.
+    # A run without a key has no value for it: the bare model has no learning rate.
     values = {key: [settings[key] for settings in everything if key in settings] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1]
     blocks: list[Block] = [Facts(facts)] if facts else []
@@ -185,15 +182,15 @@ def settings_section(
 
 
 def _settings(run: Run) -> dict[str, str]:
-    found: dict[str, Any] = dict(run.config)
+    settings: dict[str, Any] = dict(run.config)
     evaluation = run.evaluation
     if evaluation is not None:
         for key in ("data", "split", "num_examples", "prefix", "backbone", "method"):
-            found[f"evaluation: {key}"] = getattr(evaluation, key)
+            settings[f"evaluation: {key}"] = getattr(evaluation, key)
         for above, values in (("evaluation: ", evaluation.settings), ("machine: ", evaluation.machine)):
-            found.update(_flat(values, above))
-        found.update(_flat(evaluation.versions, "version: "))
-    return {key: plain(value) or '""' for key, value in found.items()}
+            settings.update(_flat(values, above))
+        settings.update(_flat(evaluation.versions, "version: "))
+    return {key: plain(value) or '""' for key, value in settings.items()}
 
 
 def _flat(values: Mapping[str, Any], above: str) -> Iterable[tuple[str, Any]]:
@@ -205,7 +202,7 @@ def _flat(values: Mapping[str, Any], above: str) -> Iterable[tuple[str, Any]]:
 
 
 def _differing_table(columns: Sequence[tuple[str, list[dict[str, str]]]], keys: Sequence[str]) -> Table:
-    """A column for each system, or for many systems one with all values."""
+    """A column for each system; where there are many systems, one column with all values."""
     few = len(columns) <= MOST_SYSTEMS
     shown = columns if few else [("values", [settings for _, runs in columns for settings in runs])]
     rows = [[Value(key), *(Value(_distinct([s[key] for s in runs if key in s])) for _, runs in shown)] for key in keys]
@@ -215,7 +212,7 @@ def _differing_table(columns: Sequence[tuple[str, list[dict[str, str]]]], keys: 
 
 def _distinct(values: Sequence[str]) -> str:
     """All values, or how many there are."""
-    found = list(dict.fromkeys(values)) or [MISSING]
-    if len(found) > 4:
-        return f"{len(found)} different values"
-    return found[0] if len(found) == 1 else ", ".join(f"{value} ({values.count(value)})" for value in found)
+    distinct = list(dict.fromkeys(values)) or [MISSING]
+    if len(distinct) > 4:
+        return f"{len(distinct)} different values"
+    return distinct[0] if len(distinct) == 1 else ", ".join(f"{value} ({values.count(value)})" for value in distinct)

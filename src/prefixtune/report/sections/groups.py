@@ -1,7 +1,4 @@
-"""Scores by parts of the data: by category, by number of triples, by what was seen in training.
-
-Knows folders' contents and the document's blocks; nothing of how either is written.
-"""
+"""Scores by parts of the data: by category, by number of triples, by what was seen in training."""
 
 from __future__ import annotations
 
@@ -53,25 +50,25 @@ def _group_metrics(systems: Sequence[System], main: str, kind: str) -> list[str]
 def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping[str, int], identity: str) -> Chart:
     spreads = {(s.style, name): s.spread(main, (kind, name)) for s in systems for name in sizes}
     decimals = decimals_for([spread.mean for spread in spreads.values() if spread is not None])
-    # Colours alone tell nothing to some eyes, and there are more systems than colours.
-    letters = [f"{_letters(number)} " if len(systems) > 1 else "" for number in range(len(systems))]
+    # Not everybody can tell the colours apart, and there may be more systems than colours.
+    letters = [f"{_letters(index)} " if len(systems) > 1 else "" for index in range(len(systems))]
     groups = []
-    for name, number in sizes.items():
+    for name, size in sizes.items():
         bars = []
         for letter, system in zip(letters, systems, strict=True):
             spread = spreads[system.style, name]
             mean = None if spread is None else spread.mean
             bars.append(Bar(mean, letter + fixed(mean, decimals), system.style, system.span(main, (kind, name))))
-        groups.append((f"{name} ({number:,})", bars))
+        groups.append((f"{name} ({size:,})", bars))
     title = f"{metric_name(main)} by {_KINDS.get(kind, words(kind))}"
-    text = f"Bars of {metric_name(main)} for each of {len(sizes)} parts; the table below tells the figures."
+    text = f"Bars of {metric_name(main)} for each of {len(sizes)} parts; the figures are in the table below."
     rows = []
-    for name, number in sizes.items():
+    for name, size in sizes.items():
         values = [score_value(system, main, decimals, (kind, name)) for system in systems]
         rows.append(
             [
                 Value(name),
-                Value(count(number), number=number),
+                Value(count(size), number=size),
                 *mark_best(values, higher=is_higher_better(systems, main)),
             ]
         )
@@ -85,17 +82,17 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
     )
 
 
-def _letters(number: int) -> str:
+def _letters(index: int) -> str:
     """The letters of a series.
 
-    >>> [_letters(number) for number in (0, 25, 26)]
+    >>> [_letters(index) for index in (0, 25, 26)]
     ['A', 'Z', 'AA']
     """
-    return (_letters(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
 def _slug(text: str) -> str:
-    """An id without spaces, which would make it two where another element points to it."""
+    """An id without spaces, which would split it in two where another element refers to it."""
     return re.sub(r"\s+", "_", text)
 
 

@@ -1,7 +1,4 @@
-"""Losses over a run's steps: as points, smoothed, and as a picture.
-
-Reads the events that a run yields, as mappings. Knows nothing of models, and runs nothing.
-"""
+"""Losses over a run's steps: as points, smoothed, and as a picture."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
 
     Args:
         events: Of these, `{"event": "step", "step": 1, "loss": 3.2}` gives the training loss and
-            `{"event": "evaluation", "step": 50, "loss": 2.1}` the development loss; others are passed over.
+            `{"event": "evaluation", "step": 50, "loss": 2.1}` the development loss; others are ignored.
         path: The PNG file, written atomically.
         title: Above the picture.
 
@@ -71,7 +68,7 @@ def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Average each value with those before it, the nearer the heavier; over about a twentieth of the run.
+    """Average each value with those before it, nearer ones with more weight; over about a twentieth of the run.
 
     The weights always sum to one, so the line starts at the first value and not at zero.
 
@@ -93,17 +90,17 @@ def points(events: Sequence[Mapping[str, Any]], kind: str, key: str = "loss") ->
 
     Losses that are missing or not finite are left out, and of a step that was done twice the later one counts.
     """
-    found: dict[int, float] = {}
+    losses: dict[int, float] = {}
     for event in events:
         step, loss = event.get("step"), event.get(key)
         if event.get("event") == kind and step is not None and loss is not None and math.isfinite(loss):
-            found[int(step)] = float(loss)
-    steps = sorted(found)
-    return steps, [found[step] for step in steps]
+            losses[int(step)] = float(loss)
+    steps = sorted(losses)
+    return steps, [losses[step] for step in steps]
 
 
 def limits(raw: Sequence[float], must_show: Sequence[float]) -> tuple[float, float]:
-    """Give room to the lines that matter; the highest 2 % of the raw losses may leave the picture."""
+    """The range of the vertical axis; the highest 2 % of the raw losses may lie outside."""
     inner = sorted(raw)[: max(1, math.ceil(0.98 * len(raw)))]
     low, high = min([*raw, *must_show]), max([*inner, *must_show])
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0

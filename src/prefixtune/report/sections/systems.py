@@ -1,7 +1,4 @@
-"""What is compared: systems, each with its repetitions; and the tables and charts that studies and comparisons share.
-
-Knows folders' contents and the document's blocks; nothing of how either is written.
-"""
+"""The systems that are compared, each with its repetitions, and the tables that studies and comparisons share."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from prefixtune.report.format import (
     size,
     words,
 )
-from prefixtune.report.load import Evaluation, Measure, Run
+from prefixtune.report.results import Evaluation, Run, Score
 from prefixtune.report.sections.losses import points
 
 __all__ = [
@@ -41,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Cost:
-    """A column: a figure, and maybe another one in small print under it."""
+    """A column with a figure, and perhaps a second one in small print under it."""
 
     key: str
     name: str
@@ -68,81 +65,82 @@ class System:
     Attributes:
         name: A method, or whatever varies.
         runs: Its finished repetitions.
-        figures: Each repetition's costs.
-        planned: How many repetitions there are to be.
-        place: Its value on the study's axis; None where it has none.
-        axis: The axis.
-        style: Number of its colour.
+        figures: The costs of each repetition.
+        num_planned: Repetitions that the study plans.
+        axis: The study's axis.
+        axis_value: Its value on the axis; None where it has none.
+        style: Index of its colour.
     """
 
     name: str
     runs: Sequence[Run]
     figures: Sequence[Mapping[str, float]]
-    planned: int = 1
-    place: float | None = None
+    num_planned: int = 1
     axis: str = ""
+    axis_value: float | None = None
     style: int = 0
 
     @property
     def label(self) -> str:
-        """Its name, and where on the axis it is."""
-        return self.name if self.place is None else f"{self.name}, {words(self.axis)} {short(self.place)}"
+        """Its name, and its value on the axis."""
+        return self.name if self.axis_value is None else f"{self.name}, {words(self.axis)} {short(self.axis_value)}"
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """Of the repetitions that have one."""
+        """The evaluations of the repetitions that have one."""
         return [run.evaluation for run in self.runs if run.evaluation is not None]
 
-    def measures(self, metric: str, group: tuple[str, str] | None = None) -> list[Measure]:
-        """A metric's finite scores, of all examples or of a group's (its kind and name)."""
-        found = []
+    def scores(self, metric: str, group: tuple[str, str] | None = None) -> list[Score]:
+        """A metric's finite scores, on all examples or on a group of them (its kind and name)."""
+        finite = []
         for evaluation in self.evaluations:
             scores = evaluation.scores
             if group is not None:
                 part = evaluation.groups.get(group[0], {}).get(group[1])
                 scores = {} if part is None else part.scores
-            measure = scores.get(metric)
-            if measure is not None and measure.score is not None:
-                found.append(measure)
-        return found
+            score = scores.get(metric)
+            if score is not None and score.score is not None:
+                finite.append(score)
+        return finite
 
     def spread(self, metric: str, group: tuple[str, str] | None = None) -> Spread | None:
         """A metric over the repetitions."""
-        return Spread.of([m.score for m in self.measures(metric, group) if m.score is not None])
+        return Spread.of([s.score for s in self.scores(metric, group) if s.score is not None])
 
     def span(self, metric: str, group: tuple[str, str] | None = None) -> tuple[float, float] | None:
-        """What an error bar shows: least and greatest of several repetitions, the interval of a single one."""
-        measures = self.measures(metric, group)
+        """What an error bar shows: lowest and highest of several repetitions, the interval of a single one."""
+        scores = self.scores(metric, group)
         spread = self.spread(metric, group)
         if spread is None or spread.count == 1:
-            return measures[0].interval if measures else None
+            return scores[0].interval if scores else None
         return spread.low, spread.high
 
     def cost(self, key: str) -> float | None:
-        """The mean over the repetitions that tell it."""
+        """The mean over the repetitions that have it."""
         spread = Spread.of([figures[key] for figures in self.figures if key in figures])
         return None if spread is None else spread.mean
 
 
 def figures_of(run: Run) -> dict[str, float]:
-    """What a run cost, as far as its log and files tell."""
-    found: dict[str, float | None] = {"file_bytes": run.file_bytes}
+    """What a run cost, as far as its log and files say."""
+    figures: dict[str, float | None] = {"file_bytes": run.file_bytes}
     steps, _ = points(run.events, "step")
     for event in run.events:
         if event.get("event") == "start":
-            found["trained_parameters"], found["stored_parameters"] = event.get("num_trained"), event.get("num_stored")
+            figures["trained_parameters"] = event.get("num_trained")
+            figures["stored_parameters"] = event.get("num_stored")
         if event.get("event") == "evaluation":
-            found["dev_loss"] = event.get("best_loss", event.get("loss"))
+            figures["dev_loss"] = event.get("best_loss", event.get("loss"))
     if steps:
         seconds = {e["step"]: e["seconds"] for e in run.events if e.get("event") == "step" and e.get("seconds")}
-        found["steps"], found["train_seconds"] = steps[-1], sum(seconds.values()) or None
+        figures["steps"], figures["train_seconds"] = steps[-1], sum(seconds.values()) or None
     if run.evaluation is not None:
-        found["evaluate_seconds"] = run.evaluation.seconds
-    return {key: float(value) for key, value in found.items() if value is not None and value == value}
+        figures["evaluate_seconds"] = run.evaluation.seconds
+    return {key: float(value) for key, value in figures.items() if value is not None and value == value}
 
 
 def main_metric(systems: Iterable[System], preferred: str = "") -> str:
-    """The preferred metric where any system has it, else the first one that was written down; empty: none."""
+    """The preferred metric where any system has it, else the first one; empty: there is none."""
     names = metric_keys(systems, preferred)
     return names[0] if names else ""
 
@@ -155,8 +153,7 @@ def metric_keys(systems: Iterable[System], main: str) -> list[str]:
 
 def is_higher_better(systems: Sequence[System], metric: str) -> bool:
     """Whether higher is better."""
-    measures = [m for system in systems for m in system.measures(metric)]
-    return all(measure.higher_is_better for measure in measures)
+    return all(score.higher_is_better for system in systems for score in system.scores(metric))
 
 
 def score_value(system: System, metric: str, decimals: int, group: tuple[str, str] | None = None) -> Value:
@@ -186,28 +183,29 @@ def mark_best(values: Sequence[Value], *, higher: bool) -> list[Value]:
 
 
 def _marked(systems: Sequence[System], values: Sequence[Value], *, higher: bool) -> list[Value]:
-    """Mark the best among the systems at the same place of the axis; of a single series, the best of all."""
-    if len({system.name for system in systems if system.place is not None}) < 2:
+    """Mark the best among the systems with the same value on the axis; of a single series, the best of all."""
+    if len({system.name for system in systems if system.axis_value is not None}) < 2:
         return mark_best(values, higher=higher)
     result = list(values)
-    for place in {system.place for system in systems}:
-        numbers = [number for number, system in enumerate(systems) if system.place == place]
-        for number, value in zip(numbers, mark_best([values[n] for n in numbers], higher=higher), strict=True):
-            result[number] = value
+    for axis_value in {system.axis_value for system in systems}:
+        indices = [index for index, system in enumerate(systems) if system.axis_value == axis_value]
+        for index, value in zip(indices, mark_best([values[i] for i in indices], higher=higher), strict=True):
+            result[index] = value
     return result
 
 
 def scores_table(systems: Sequence[System], main: str, caption: str, axis: str = "", what: str = "system") -> Table:
-    """Scores with their intervals or spreads, and beside them what each system cost."""
+    """Scores with their intervals or spreads, and what each system cost."""
     columns, cells = [Column(what, numeric=False)], [[Value(system.name)] for system in systems]
     if axis:
         columns.append(Column(words(axis)))
         for row, system in zip(cells, systems, strict=True):
-            row.append(Value("–" if system.place is None else short(system.place), number=system.place))
-    if any(system.planned > 1 or len(system.runs) < system.planned for system in systems):
+            axis_value = system.axis_value
+            row.append(Value("–" if axis_value is None else short(axis_value), number=axis_value))
+    if any(system.num_planned > 1 or len(system.runs) < system.num_planned for system in systems):
         columns.append(Column("runs", "done of planned"))
         for row, system in zip(cells, systems, strict=True):
-            row.append(Value(f"{len(system.runs)} of {system.planned}", number=len(system.runs)))
+            row.append(Value(f"{len(system.runs)} of {system.num_planned}", number=len(system.runs)))
     for index, metric in enumerate(metric_keys(systems, main)):
         higher = is_higher_better(systems, metric)
         means = [spread.mean for system in systems if (spread := system.spread(metric)) is not None]
@@ -223,7 +221,7 @@ def scores_table(systems: Sequence[System], main: str, caption: str, axis: str =
 
 
 def _cost_columns(systems: Sequence[System]) -> Iterator[tuple[Column, list[Value]]]:
-    """The costs that any system tells."""
+    """The costs that are known for any system."""
     for cost in _COSTS:
         figures = [(system.cost(cost.key), system.cost(cost.also)) for system in systems]
         if any(figure is not None for pair in figures for figure in pair):
@@ -240,7 +238,7 @@ def implementations(systems: Sequence[System]) -> list[str]:
     """What computed each metric; and a warning where the systems differ in it."""
     lines = []
     for metric in metric_keys(systems, ""):
-        names = sorted({m.implementation for system in systems for m in system.measures(metric)} - {""})
+        names = sorted({score.implementation for system in systems for score in system.scores(metric)} - {""})
         if names:
             lines.append(f"{metric_name(metric)}: {'; or '.join(names)}")
         if len(names) > 1:
@@ -251,17 +249,17 @@ def implementations(systems: Sequence[System]) -> list[str]:
 def scores_section(systems: Sequence[System], main: str, axis: str = "", what: str = "system") -> Section:
     """The table of scores, and how to read it."""
     single = [system for system in systems if len(system.runs) == 1]
-    measures = [m for system in single for metric in metric_keys(systems, "") for m in system.measures(metric)]
+    scores = [score for system in single for metric in metric_keys(systems, "") for score in system.scores(metric)]
     blocks: list[Block] = [scores_table(systems, main, "Scores, and what they cost", axis, what)]
     notes = []
     if any(value.best for row in blocks[0].rows for value in row):  # type: ignore[union-attr]
-        several = len({system.name for system in systems if system.place is not None}) > 1
+        several = len({system.name for system in systems if system.axis_value is not None}) > 1
         among = f", among those of the same {words(axis)}" if several else ""
         notes.append(f"★ and bold: the best of its column{among}.")
-    if any(measure.interval for measure in measures):
+    if any(score.interval for score in scores):
         notes.append("In brackets: the confidence interval of a single run's score.")
     if any(len(system.runs) > 1 for system in systems):
-        notes.append("Of several runs: the mean ± the standard deviation, and the least to the greatest; costs: means.")
+        notes.append("Of several runs: the mean ± the standard deviation, and the lowest to the highest; costs: means.")
     notes += implementations(systems)
     left_out = dict.fromkeys(
         pair for system in systems for each in system.evaluations for pair in each.left_out.items()
@@ -283,6 +281,6 @@ def headline(systems: Sequence[System], main: str, where: str = "") -> Headline 
         items.append((system.name, fixed(spread.mean, decimals), small or value.small))
         values.append(value)
     marked = mark_best(values, higher=is_higher_better(systems, main))
-    best = frozenset(number for number, value in enumerate(marked) if value.best)
+    best = frozenset(index for index, value in enumerate(marked) if value.best)
     lower = "" if is_higher_better(systems, main) else ", lower is better"
     return Headline(f"{metric_name(main)}{where}{lower}", items, best)
