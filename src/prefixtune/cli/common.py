@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -231,35 +231,14 @@ def run_training(
 def run_training_together(
     console: Console, configs: Sequence[TrainConfig], *, resume: bool = False, as_json: bool = False
 ) -> Any:
-    """`training.train_together` with its events shown."""
+    """`training.train_together` with its progress shown, or with its events as JSON lines."""
+    from prefixtune.training.progress import show_training
     from prefixtune.training.train import train_together as run
 
     console.info(f"{len(configs)} runs share the backbone {configs[0].backbone}")
-    totals: dict[str, int] = {}
-    steps: dict[str, int] = {}
-    with ExitStack() as stack:
-        bar: list[Any] = []
-
-        def show(event: dict[str, Any]) -> None:
-            if as_json:
-                _print_event(event)
-                return
-            name = event["run"]
-            if event["event"] in ("start", "resume"):
-                totals[name], steps[name] = event["total_steps"], event.get("step", 0)
-            if event["event"] == "step":
-                if not bar:
-                    title = f"training {len(configs)} prefixes"
-                    bar.append(
-                        stack.enter_context(console.progress(title, sum(totals.values()), start=sum(steps.values())))
-                    )
-                steps[name] = event["step"]
-                bar[0].update(sum(steps.values()), loss=round(event["loss_per_token"], 4))
-            if event["event"] == "evaluation" and "loss" in event:
-                console.info(f"{name}: step {event['step']}: development loss {event['loss']:.4f} per token")
-
+    with show_training(console, num_runs=len(configs)) as show:
         try:
-            return run(configs, resume=resume, on_event=show)
+            return run(configs, resume=resume, on_event=_print_event if as_json else show)
         except KeyboardInterrupt as stopped:
             kept = str(stopped) or "stopped at once; the last saves are kept"
             raise KeyboardInterrupt(f"{kept}; go on with the same command and --resume.") from None

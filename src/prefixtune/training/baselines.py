@@ -1,8 +1,7 @@
-"""What other methods than a prefix train, to compare with: the whole model, its top layers, adapters, LoRA.
+"""The methods that a prefix is compared with: the whole model, its top layers, adapters or LoRA are trained.
 
-Each works on a loaded backbone that is its own, and changes it: parameters are set to train, layers may be put in. What
-is trained is kept in float32; the rest stays as it was loaded, and products are computed in the loaded dtype. Knows
-nothing of prefixes, data, losses and files.
+Each changes a backbone that was loaded for it: parameters are set to train, layers may be inserted. What trains is kept
+in float32; the rest stays in the dtype that it was loaded in, and products are computed in that dtype.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ __all__ = ["DEFAULT_SIZES", "Bottleneck", "Tuning", "freeze_tuned", "load_tuned_
 
 
 DEFAULT_SIZES = {"full": 0, "top": 2, "adapter": 64, "lora": 8}
-"""Method -> layers from the top, width of a bottleneck, or rank, where none is given."""
+"""Method -> the default number of top layers, width of the bottleneck, or rank."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is trained.
+    """A method and its size.
 
     Attributes:
         method: `full`, `top`, `adapter` or `lora`.
-        size: Layers from the top (`top`), the bottleneck's width (`adapter`), the rank (`lora`); 0: the usual one.
+        size: Layers from the top (`top`), the bottleneck's width (`adapter`), the rank (`lora`); 0: the default.
 
     Raises:
         ConfigError: There is no such method, or the size is negative.
@@ -46,19 +45,19 @@ class Tuning:
         if self.method not in DEFAULT_SIZES:
             raise ConfigError(f"unknown method {self.method!r}.", hint=did_you_mean(self.method, DEFAULT_SIZES))
         if self.size < 0:
-            raise ConfigError(f"method_size is {self.size}, but must be at least 0.", hint="0 takes the usual size.")
+            raise ConfigError(f"method_size is {self.size}, but must be at least 0.", hint="0 is the default size.")
         if not self.size:
             object.__setattr__(self, "size", DEFAULT_SIZES[self.method])
 
 
 class Bottleneck(nn.Module):
-    """A bottleneck adapter (Houlsby et al. 2019; its place after the layer: Lin et al. 2020), without effect at first.
+    """A bottleneck adapter (Houlsby et al. 2019), inserted after a layer (Lin et al. 2020); at first without effect.
 
     h + W_up gelu(W_down LayerNorm(h)), with W_up = 0 at the start.
 
     Args:
         hidden_size: d, the width of the model.
-        bottleneck_size: m, the width between.
+        bottleneck_size: m, the width of the bottleneck.
     """
 
     def __init__(self, hidden_size: int, bottleneck_size: int) -> None:
@@ -72,24 +71,25 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """What a layer gave, with the adapter's part added."""
+        """A layer's output with the adapter's part added, of the same shape (B, T, d)."""
         added: Tensor = self.up(nn.functional.gelu(self.down(self.norm(hidden.to(self.norm.weight.dtype)))))
         return hidden + added.to(hidden.dtype)
 
 
 def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
-    """Set a backbone's parameters to train, putting adapters in where the method has some.
+    """Set a backbone's parameters to train, and insert adapters if the method has some.
 
     Args:
-        backbone: Loaded for this alone: it is changed.
-        tuning: What is trained.
-        seed: Of fresh parameters.
+        backbone: It is changed, so it must be used for nothing else.
+        tuning: What trains.
+        seed: Of new parameters.
 
     Returns:
-        The same backbone, told so; its fingerprint stays that of the weights that it was loaded with.
+        The same backbone, which computes in its loaded dtype; its fingerprint stays that of the weights as loaded.
 
     Raises:
-        BackboneError: The model's layers are not where they are looked for.
+        BackboneError: The model has no list of layers to train or to insert adapters in.
+        ConfigError: The model has fewer layers than are to be trained.
     """
     model, dtype = backbone.model, backbone.dtype
     if tuning.method == "full":
@@ -127,31 +127,31 @@ def _through_bottleneck(layer: Any, inputs: Any, output: Any) -> Any:
 
 
 def decoder_layers(backbone: Backbone) -> list[Any]:
-    """The layers of the model that writes, from the bottom up.
+    """The decoder's layers, from the bottom up.
 
     Raises:
-        BackboneError: No list of layers holds one attention layer of the decoder each.
+        BackboneError: The model has no list of layers with at most one of the decoder's attention layers in each.
     """
-    places = [module for module, (site, _) in backbone.layout.layer_of.items() if site == "decoder"]
-    for modules in backbone.model.modules():
-        if isinstance(modules, nn.ModuleList) and len(modules) >= len(places) > 0:
-            held = [sum(place in set(layer.modules()) for place in places) for layer in modules]
-            if sum(held) == len(places) and max(held) == 1:
-                return list(modules)
+    attention_layers = [module for module, (site, _) in backbone.layout.layer_of.items() if site == "decoder"]
+    for layers in backbone.model.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) >= len(attention_layers) > 0:
+            counts = [sum(module in set(layer.modules()) for module in attention_layers) for layer in layers]
+            if sum(counts) == len(attention_layers) and max(counts) == 1:
+                return list(layers)
     raise BackboneError(
-        f"the layers of {backbone.name!r} are not in one list with an attention layer each.",
+        f"{backbone.name!r} has no list of layers with one attention layer in each.",
         hint="use method = 'prefix', 'lora' or 'full'.",
     )
 
 
 def tuned_weights(backbone: Backbone) -> dict[str, Tensor]:
-    """What was trained, by name, as it is now."""
+    """The trained parameters as they are now, by name."""
     return {name: parameter.detach() for name, parameter in backbone.adapter_parameters.items()}
 
 
 @torch.no_grad()
 def load_tuned_weights(backbone: Backbone, tensors: Mapping[str, Tensor]) -> None:
-    """Put trained weights into a backbone that was tuned likewise.
+    """Put trained weights into a backbone that `tune` prepared in the same way.
 
     Raises:
         BackboneError: Names or shapes differ.
@@ -173,7 +173,7 @@ def load_tuned_weights(backbone: Backbone, tensors: Mapping[str, Tensor]) -> Non
 
 
 def freeze_tuned(backbone: Backbone) -> Backbone:
-    """End the training: what was trained takes the dtype of the rest, and needs no gradient any more."""
+    """End the training: the trained parameters take the dtype of the rest, and need no gradient any more."""
     for parameter in backbone.adapter_parameters.values():
         parameter.data = parameter.data.to(backbone.dtype)
         parameter.requires_grad_(False)

@@ -43,7 +43,7 @@ def _check_start(config: TrainConfig) -> None:
 
 def no_start() -> ConfigError:
     """The error of a prompt that is to start from a prefix."""
-    return ConfigError("a prompt cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
+    return ConfigError("method 'prompt' cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
 
 
 def no_head(config: TrainConfig) -> ConfigError:

@@ -1,7 +1,6 @@
-"""What a run is: one frozen dataclass, read from TOML and from flags, checked as a whole.
+"""The configuration of a run: one frozen dataclass, read from TOML and from flags, and checked as a whole.
 
-Each field carries its help text, so that the command line, the documentation and the errors tell the same story.
-Knows nothing of what the values do.
+The help text of an option is kept with its field; the command line and the documentation take it from there.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from prefixtune.utils.options import check_names, fit_types
 __all__ = ["TrainConfig", "default_learning_rate"]
 
 
+_PREFIX_METHODS = ("prefix", "prompt", "infix")
 _AT_LEAST_ONE = (
     *("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation", "save_every"),
 )
-_OF_PREFIXES = ("prefix", "prompt", "infix")
 _NOT_NEGATIVE = (
     *("limit", "dev_limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
     *("weight_decay", "max_grad_norm", "learning_rate", "seed", "adapter_rank", "method_size"),
@@ -33,7 +32,7 @@ _NOT_NEGATIVE = (
 
 
 _HINT = "`prefixtune train --help` explains every option."
-_ELSEWHERE = {
+_OTHER_NAMES = {
     "lr": "it is called learning_rate here.",
     "model": "it is called backbone here.",
     "model_name_or_path": "it is called backbone here.",
@@ -50,7 +49,7 @@ _ELSEWHERE = {
     "train_dataset": "give examples=[...] (dicts or Example), or train=FILE.",
     "eval_dataset": "give dev_examples=[...] (dicts or Example), or dev=FILE.",
 }
-"""Names of transformers and PEFT, and what to write here instead."""
+"""Option names of transformers and PEFT, and what to write here instead."""
 
 
 def _option(default: Any, text: str, group: str) -> Any:
@@ -67,22 +66,24 @@ class TrainConfig:
 
     backbone: str = _option("smollm2-135m", "embedded name, hub id, local folder or .gguf file", "backbone")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "of the frozen weights; the prefix always trains in float32", "backbone"
+        "auto", "dtype of the frozen weights; the prefix always trains in float32", "backbone"
     )
     device: str = _option("auto", "cpu, cuda, cuda:0, mps or auto", "backbone")
-    quantize: Literal["", "int8", "int4"] = _option("", "round the frozen weights (torchao): int8 or int4", "backbone")
-    adapter: str = _option("", "folder of a LoRA adapter (PEFT) to put on the backbone first", "backbone")
-    train_adapter: bool = _option(False, "train that adapter together with the prefix", "backbone")
-    adapter_rank: int = _option(0, "train a fresh LoRA adapter of this rank with the prefix; 0: none", "backbone")
+    quantize: Literal["", "int8", "int4"] = _option(
+        "", "quantize the frozen weights (torchao): int8 or int4", "backbone"
+    )
+    adapter: str = _option("", "folder of a LoRA adapter (PEFT) to load into the backbone first", "backbone")
+    train_adapter: bool = _option(False, "train the loaded adapter together with the prefix", "backbone")
+    adapter_rank: int = _option(0, "train a new LoRA adapter of this rank with the prefix; 0: none", "backbone")
 
     method: Literal["prefix", "prompt", "infix", "full", "top", "adapter", "lora"] = _option(
         "prefix",
-        "what is trained: a prefix; to compare with: prompt (embeddings at the input alone), infix (between source and "
-        "target), full (all weights), top (the top layers), adapter (bottlenecks), lora",
+        "what is trained: prefix; or, to compare with it: prompt (embeddings at the input only), infix (between source "
+        "and target), full (all weights), top (the top layers), adapter (bottlenecks), lora",
         "method",
     )
     method_size: int = _option(
-        0, "top: layers (2); adapter: width of the bottleneck (64); lora: rank (8); 0: as in brackets", "method"
+        0, "top: layers (2); adapter: width of the bottleneck (64); lora: rank (8); 0: the number in brackets", "method"
     )
 
     task: str = _option(
@@ -93,79 +94,93 @@ class TrainConfig:
     )
     train: str = _option("", "training file, or a folder that holds a training set", "data")
     dev: str = _option(
-        "", "development file (or the folder again), for evaluation, early stopping and keeping the best", "data"
+        "", "development file (or the folder again), to evaluate on, stop early and keep the best prefix", "data"
     )
-    source: str = _option("", "column name or template such as '{name} is {food}', for your own files", "data")
-    target: str = _option("", "column name or template, for your own files; a list means several targets", "data")
+    source: str = _option(
+        "", "column or template of the source, such as '{name} is {food}', for your own files", "data"
+    )
+    target: str = _option(
+        "", "column or template of the target, for your own files; a list holds several targets", "data"
+    )
     classifier: Literal["auto", "head", "words"] = _option(
-        "auto", "classification: a trained head, or the model's own words; auto: words unless it is an encoder", "data"
+        "auto",
+        "classification by a trained head or by the model's own words; auto: words, with an encoder a head",
+        "data",
     )
-    label_words: str = _option("", "classification by words: LABEL=WORD,...; a label not named is its own word", "data")
+    label_words: str = _option(
+        "", "classification by words: LABEL=WORD,...; a label without a word is its own word", "data"
+    )
     limit: int = _option(0, "use only the first N training targets; 0: all", "data")
     dev_limit: int = _option(0, "use only the first N development targets; 0: all", "data")
     prompt_format: str = _option(
-        "", "text before the target; empty: ' {source} {separator}', or '{source}' where an encoder reads it", "data"
+        "", "text before the target; empty: ' {source} {separator}', or '{source}' for an encoder", "data"
     )
     target_format: str = _option(
-        "", "the target's text, before the end token; empty: ' {target} ', or '{target}' with an encoder", "data"
+        "", "text of the target, before the end token; empty: ' {target} ', or '{target}' with an encoder", "data"
     )
     max_length: int = _option(
-        0, "positions of source and target together (encoder-decoder: of each); 0: what the backbone allows", "data"
+        0, "most positions of source and target together (encoder-decoder: of each); 0: the backbone's", "data"
     )
-    on_too_long: Literal["cut", "error"] = _option("cut", "cut a too long source (counted), or refuse", "data")
+    on_too_long: Literal["cut", "error"] = _option(
+        "cut", "a source that is too long: cut it (counted), or stop with an error", "data"
+    )
 
     prefix_length: int = _option(10, "P, the number of virtual tokens", "prefix")
     sites: str = _option(
-        "", "where: encoder, decoder, cross, with own lengths as in encoder=20,cross=5; empty: all there are", "prefix"
+        "",
+        "sites of the prefix: encoder, decoder, cross, with own lengths as in encoder=20,cross=5; empty: all",
+        "prefix",
     )
     reparameterization: Literal["none", "mlp", "residual"] = _option(
-        "residual", "none: the prefix itself; mlp: the paper's; residual: start plus an MLP from zero", "prefix"
+        "residual",
+        "none: the prefix itself trains; mlp: the paper's MLP; residual: the start plus an MLP that begins at zero",
+        "prefix",
     )
     bottleneck_size: int = _option(512, "hidden width of the MLP", "prefix")
     initialization: Literal["words", "random", "prefix"] = _option(
-        "words", "start from real words' activations, at random, or from another prefix", "prefix"
+        "words", "start from the activations of real words, at random, or from another prefix", "prefix"
     )
     init_text: str = _option(
-        "Describe the following data in one sentence:", "words to start from; cycled or cut to P tokens", "prefix"
+        "Describe the following data in one sentence:", "words to start from; repeated or cut to P tokens", "prefix"
     )
     init_prefix: str = _option("", "prefix to start from: a file, the folder of a run, or hub:OWNER/NAME", "prefix")
 
     learning_rate: float = _option(
         0.0,
-        "peak; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top 3e-4, adapter and lora 1e-3",
+        "peak rate; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top 3e-4, adapter and lora 1e-3",
         "training",
     )
-    weight_decay: float = _option(0.0, "AdamW's", "training")
-    warmup_steps: int = _option(20, "steps of linear warm-up, before the linear decay to 0", "training")
+    weight_decay: float = _option(0.0, "weight decay of AdamW", "training")
+    warmup_steps: int = _option(20, "steps of linear warm-up; a linear decay to 0 follows", "training")
     epochs: float = _option(5.0, "passes over the training targets; max_steps overrides it", "training")
-    max_steps: int = _option(0, "optimizer steps; 0: as many as the epochs take", "training")
+    max_steps: int = _option(0, "optimizer steps; 0: those of the epochs", "training")
     batch_size: int = _option(16, "targets per forward pass", "training")
     targets_per_source: int = _option(
-        4, "most targets of one source in a batch; they share its computation", "training"
+        4, "most targets of one source in a batch; they share the source's computation", "training"
     )
     gradient_accumulation: int = _option(1, "forward passes per optimizer step", "training")
     max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0: do not clip", "training")
     loss_reduction: Literal["sentence", "token"] = _option(
-        "sentence", "sentence: sum over a target, mean over the batch (the paper); token: mean over tokens", "training"
+        "sentence", "sentence: sum over a target, mean over targets (the paper); token: mean over tokens", "training"
     )
-    gradient_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory", "training")
+    gradient_checkpointing: bool = _option(False, "recompute layers in the backward pass, to save memory", "training")
     shard: bool = _option(
         False,
-        "with several processes: split the backbone's weights among them (FSDP), for one larger than a device",
+        "with several processes: split the backbone's weights among them (FSDP), if it is larger than a device",
         "training",
     )
-    seed: int = _option(0, "of the start and the order of the data", "training")
+    seed: int = _option(0, "seed of the start and of the order of the data", "training")
 
     output: str = _option("runs/prefix", "folder of the run", "output")
     eval_every: int = _option(100, "evaluate on the development file every N steps; 0: only at the end", "output")
     patience: int = _option(0, "stop after N evaluations without a better loss; 0: never", "output")
     save_every: int = _option(100, "save the resumable state every N steps", "output")
-    save_dtype: Literal["float32", "bfloat16"] = _option("float32", "of the stored prefix", "output")
-    license: str = _option("", "license note for the prefix's header", "output")
+    save_dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype of the stored prefix", "output")
+    license: str = _option("", "license note for the header of the prefix", "output")
 
     def __new__(cls, *_: Any, **values: Any) -> TrainConfig:
-        """Refuse unknown names as `from_mapping` does."""
-        check_names(cls, values, "TrainConfig has no such option", _HINT, _ELSEWHERE)
+        """Refuse unknown names, as `from_mapping` does."""
+        check_names(cls, values, "TrainConfig has no such option", _HINT, _OTHER_NAMES)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -176,7 +191,7 @@ class TrainConfig:
             raise ConfigError("; ".join(faults.values()) + ".", hint=_HINT)
 
     def _wrong_values(self, skip: set[str]) -> Iterator[tuple[str, str]]:
-        """Names and faults of values out of range, leaving out those of a wrong type."""
+        """Names and faults of values out of range; those of a wrong type, in `skip`, are left out."""
         least = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
         for name in sorted(set(least) - skip):
             value = getattr(self, name)
@@ -189,9 +204,9 @@ class TrainConfig:
                 self.words_by_label  # noqa: B018
             except ValueError as error:
                 yield "label_words", str(error)
-        if "method" not in skip and self.method not in _OF_PREFIXES:
-            for name, usual in (("adapter_rank", 0), ("train_adapter", False), ("quantize", "")):
-                if name not in skip and getattr(self, name) != usual:
+        if "method" not in skip and self.method not in _PREFIX_METHODS:
+            for name, default in (("adapter_rank", 0), ("train_adapter", False), ("quantize", "")):
+                if name not in skip and getattr(self, name) != default:
                     yield name, f"{name} is {getattr(self, name)!r}, which does not go with method {self.method!r}"
         if "sites" not in skip and (fault := _site_fault(self.sites)):
             yield "sites", fault
@@ -204,7 +219,7 @@ class TrainConfig:
 
     @property
     def site_lengths(self) -> dict[Site, int]:
-        """Each named site's prefix length; empty: all sites that the backbone has, with `prefix_length`.
+        """The prefix length of each named site; empty: all sites of the backbone, with `prefix_length`.
 
         >>> TrainConfig(sites="encoder=20, cross", prefix_length=5).site_lengths
         {'encoder': 20, 'cross': 5}
@@ -216,7 +231,7 @@ class TrainConfig:
 
     @property
     def words_by_label(self) -> dict[str, str]:
-        """Each label's word, as far as given.
+        """The word of each label that `label_words` names.
 
         >>> TrainConfig(label_words="pos=great, neg=bad").words_by_label
         {'pos': 'great', 'neg': 'bad'}
@@ -231,18 +246,18 @@ class TrainConfig:
 
     @property
     def trains_prefix(self) -> bool:
-        """Whether the method leaves the backbone as it is and trains what stands in front of its text."""
-        return self.method in _OF_PREFIXES
+        """Whether the method trains a prefix and leaves the backbone frozen."""
+        return self.method in _PREFIX_METHODS
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate in force: the given one, or the default of the method or reparameterization."""
+        """The configured learning rate, or the default of the method or reparameterization."""
         return self.learning_rate or default_learning_rate(
             self.reparameterization if self.trains_prefix else self.method
         )
 
     def replace(self, **changes: Any) -> TrainConfig:
-        """The same run with some values changed.
+        """A copy with some values changed.
 
         Raises:
             ConfigError: An unknown key, or a value that is not allowed.
@@ -250,15 +265,15 @@ class TrainConfig:
         return self.from_mapping({**dataclasses.asdict(self), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """All values, for a header or a state."""
+        """All values, by name."""
         return dataclasses.asdict(self)
 
     def to_toml(self) -> str:
-        """The configuration as a TOML document that `from_toml` reads back."""
+        """A TOML document that `from_toml` reads back."""
         lines = []
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, str):
-                # JSON's strings are TOML's, but for DEL, which TOML wants escaped.
+                # Strings are written as in JSON, except that TOML escapes DEL.
                 text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             else:
                 text = str(value).lower() if isinstance(value, bool) else str(value)
@@ -267,17 +282,17 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
-        """Make a configuration from keys and values.
+        """A configuration from keys and values.
 
         Raises:
             ConfigError: Unknown keys (with the nearest known one), or values that are not allowed.
         """
-        check_names(cls, values, f"{where} has unknown keys", _HINT, _ELSEWHERE)
+        check_names(cls, values, f"{where} has unknown keys", _HINT, _OTHER_NAMES)
         return cls(**values)
 
     @classmethod
     def from_toml(cls, path: str | Path, *, beneath: Mapping[str, Any] | None = None, **overrides: Any) -> TrainConfig:
-        """Read a TOML file; `overrides` win over it, and it wins over the values `beneath`.
+        """Read a TOML file: `overrides` replace its values, and its values replace those of `beneath`.
 
         Raises:
             ConfigError: The file is missing or no TOML, or a key or value in it is wrong.
@@ -296,7 +311,7 @@ class TrainConfig:
 
 
 def _site_fault(text: str) -> str:
-    """What is wrong with a list of sites."""
+    """What is wrong with the value of `sites`; empty: nothing."""
     seen: set[str] = set()
     for part in text.split(",") if text.strip() else ():
         site, equals, length = (piece.strip() for piece in part.partition("="))
@@ -311,6 +326,6 @@ def _site_fault(text: str) -> str:
 
 
 def default_learning_rate(trained: str) -> float:
-    """The peak learning rate of a reparameterization, or of another method, unless told otherwise."""
+    """The default peak learning rate of a reparameterization, or of another method."""
     rates = {"none": 5e-3, "residual": 1e-3, "mlp": 5e-4}
     return {**rates, "full": 1e-4, "top": 3e-4, "adapter": 1e-3, "lora": 1e-3}[trained]

@@ -1,9 +1,7 @@
-"""Hyperparameters known to have worked, by name, task and method: the paper's (Li & Liang 2021, tables 6 and 8).
+"""Hyperparameters by preset, task and method: the paper's (Li & Liang 2021, tables 6 and 8).
 
-A preset gives values for keys of `TrainConfig`; whatever it leaves out stays as it is. The paper's models are GPT-2 for
-table-to-text and BART-large for summaries; another backbone may want another learning rate.
-
-Knows nothing of the tasks' files, nor of how a method trains.
+A preset has values for some fields of `TrainConfig`; the others stay as they are. The paper's models are GPT-2 for
+table-to-text and BART-large for summaries; another backbone may need another learning rate.
 """
 
 from __future__ import annotations
@@ -26,8 +24,8 @@ class Preset:
 
     Attributes:
         description: One line for people.
-        runs: Task -> method -> values by key of `TrainConfig`. A value that depends on the number of training targets
-            is a mapping: most targets -> value.
+        runs: Task -> method -> values by field of `TrainConfig`. A value that depends on the number of training targets
+            is a mapping: largest number of targets -> value.
     """
 
     description: str
@@ -35,7 +33,7 @@ class Preset:
 
 
 def preset(name: str, task: str, method: str = "prefix", *, num_targets: int = 100) -> dict[str, Any]:
-    """The values of one run, to change a `TrainConfig` with.
+    """The values of one run, for `TrainConfig.replace`.
 
     >>> values = preset("paper", "e2e")
     >>> values["learning_rate"], values["epochs"], values["batch_size"], values["prefix_length"]
@@ -47,8 +45,8 @@ def preset(name: str, task: str, method: str = "prefix", *, num_targets: int = 1
         name: A name of `PRESETS`.
         task: A task's name.
         method: What is trained, as `TrainConfig.method` names it.
-        num_targets: Training targets, for presets with few of them: the values of the next larger number that the paper
-            tried (50, 100, 200 or 500), or of the largest.
+        num_targets: Number of training targets, for the low-data presets: the values of the next larger number that the
+            paper tried (50, 100, 200 or 500), or of the largest.
 
     Raises:
         ConfigError: The preset is unknown, or has no such run.
@@ -99,13 +97,13 @@ def _run(learning_rate: float, epochs: int, batch_size: int, **more: Any) -> Val
 def _prefix(
     learning_rate: float, epochs: int, batch_size: int, length: int, bottleneck: int = 512, **more: Any
 ) -> Values:
-    """A run of the paper's own method. With full data its start is random: there words made no difference."""
+    """A run of the paper's own method. With full data it starts at random, since words made no difference there."""
     own = {"prefix_length": length, "reparameterization": "mlp", "bottleneck_size": bottleneck}
     return _run(learning_rate, epochs, batch_size, **{**own, "initialization": "random", **more})
 
 
 def _summaries(runs: Mapping[str, Values]) -> dict[str, Mapping[str, Values]]:
-    """The paper's summaries are XSUM's; the other tasks of summaries have nothing nearer."""
+    """The paper's runs on XSUM, for the other summarization tasks too: it has none on them."""
     return dict.fromkeys(("xsum", "summarization", "scitldr"), runs)
 
 
@@ -129,7 +127,7 @@ def _few_summaries(method: str) -> Values:
 
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
-        "the paper's runs on the full training sets; summaries: XSUM's",
+        "the paper's runs on the full training sets; for summaries, those on XSUM",
         {
             "e2e": {
                 "prefix": _prefix(8e-5, 5, 10, 5),
@@ -155,7 +153,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "paper-small-adapter": Preset(
-        "the paper's adapters of 0.1 % of the weights, where `paper` has those of 3 %",
+        "the paper's adapters with 0.1 % of the weights; those of `paper` have 3 %",
         {
             "e2e": {"adapter": _run(8e-5, 10, 5)},
             "webnlg": {"adapter": _run(5e-5, 10, 5)},
@@ -170,11 +168,11 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "paper-within-news": Preset(
-        "the paper's summaries of other topics than those trained on",
+        "the paper's run on summaries of news topics that are not in the training set",
         _summaries({"prefix": _prefix(5e-5, 30, 36, 80, 800, **_SUMMARY)}),
     ),
     "paper-news-to-sports": Preset(
-        "the paper's summaries of sports, trained on other news",
+        "the paper's run on summaries of sports, trained on other news",
         _summaries({"prefix": _prefix(5e-5, 15, 36, 40, 800, **_SUMMARY)}),
     ),
 }

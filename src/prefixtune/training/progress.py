@@ -1,56 +1,72 @@
-"""A training's events as people see them: a progress bar and messages, for the command and for Python alike.
-
-Knows nothing of how a training goes.
-"""
+"""Show people the events of a training: messages and a progress bar."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
 
-from prefixtune.utils.console import Console
+from prefixtune.training.folder import Event
+from prefixtune.utils.console import Console, Progress
 
 __all__ = ["show_training"]
 
 
-@contextmanager
-def show_training(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that shows a run's events, one by one.
+@contextlib.contextmanager
+def show_training(console: Console, *, num_runs: int = 1) -> Iterator[Callable[[Event], None]]:
+    """Yield a function that shows events, one by one.
 
     Args:
-        console: Where to.
+        console: Where they are shown.
+        num_runs: Runs that train together; their events name the `run`, and share one bar.
     """
-    with ExitStack() as stack:
-        bar: list[Any] = []
-        total = [0]
+    steps: dict[str, int] = {}
+    total_steps: dict[str, int] = {}
+    bar: Progress | None = None
 
-        def show(event: dict[str, Any]) -> None:
-            if event["event"] == "start":
-                total[0] = event["total_steps"]
-                cut = f", {event['num_cut']} sources truncated to fit" if event["num_cut"] else ""
-                console.info(
-                    f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
-                    f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
-                    f"{event['dtype']} on {event['device']}"
-                )
-            if event["event"] == "resume":
-                total[0] = event["total_steps"]
-                console.info(f"resuming after step {event['step']} of {event['total_steps']}")
-            if event["event"] == "extend":
-                console.info(
-                    f"the run was planned with {event['planned']} steps; from here on the learning rate is that of "
-                    f"{event['total_steps']}"
-                )
-            if event["event"] == "step":
-                if not bar:
-                    bar.append(
-                        stack.enter_context(console.progress("training", total[0] or None, start=event["step"] - 1))
-                    )
-                rate = event["target_tokens"] / max(event["seconds"], 1e-9)
-                bar[0].update(event["step"], loss=round(event["loss_per_token"], 4), tokens_per_second=round(rate))
-            if event["event"] == "evaluation" and "loss" in event:
-                best = f"(best {event['best_loss']:.4f})"
-                console.info(f"step {event['step']}: development loss {event['loss']:.4f} per token {best}")
+    with contextlib.ExitStack() as stack:
+
+        def show(event: Event) -> None:
+            nonlocal bar
+            kind, run = event["event"], event.get("run", "")
+            if kind in ("start", "resume"):
+                steps[run], total_steps[run] = event.get("step", 0), event["total_steps"]
+            if kind == "step":
+                if bar is None:
+                    title = "training" if num_runs == 1 else f"training {num_runs} prefixes"
+                    total = sum(total_steps.values()) or None
+                    bar = stack.enter_context(console.progress(title, total, start=sum(steps.values())))
+                steps[run] = event["step"]
+                bar.update(sum(steps.values()), **_step_figures(event, with_speed=num_runs == 1))
+            elif (num_runs == 1 or kind == "evaluation") and (message := _describe(event)):
+                console.info(f"{run}: {message}" if run else message)
 
         yield show
+
+
+def _step_figures(event: Event, *, with_speed: bool) -> dict[str, float]:
+    loss = round(event["loss_per_token"], 4)
+    if not with_speed:
+        return {"loss": loss}
+    return {"loss": loss, "tokens_per_second": round(event["target_tokens"] / max(event["seconds"], 1e-9))}
+
+
+def _describe(event: Event) -> str:
+    """What a message says of an event; empty: nothing."""
+    if event["event"] == "start":
+        cut = f", {event['num_cut']} sources truncated to fit" if event["num_cut"] else ""
+        return (
+            f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
+            f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
+            f"{event['dtype']} on {event['device']}"
+        )
+    if event["event"] == "resume":
+        return f"resuming after step {event['step']} of {event['total_steps']}"
+    if event["event"] == "extend":
+        return (
+            f"the run was planned with {event['planned']} steps; from here on the learning rate is that of a run of "
+            f"{event['total_steps']} steps"
+        )
+    if event["event"] == "evaluation" and "loss" in event:
+        best = f" (best {event['best_loss']:.4f})"
+        return f"step {event['step']}: development loss {event['loss']:.4f} per token{best}"
+    return ""
