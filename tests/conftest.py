@@ -134,13 +134,14 @@ def rewrite_header() -> Callable[..., Path]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from prefixtune.prefix.artifact import HEADER_KEY, checked_metadata
+    from prefixtune.prefix.header import HEADER_KEY
+    from prefixtune.prefix.tensor_file import metadata_with_checksum
 
     def rewrite(path: Path, **fields: Any) -> Path:
         with safe_open(path, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             header = json.loads(handle.metadata()[HEADER_KEY])
-        save_file(tensors, path, checked_metadata(HEADER_KEY, {**header, **fields}, tensors))
+        save_file(tensors, path, metadata_with_checksum(HEADER_KEY, {**header, **fields}, tensors))
         return path
 
     return rewrite

@@ -256,7 +256,7 @@ MISTAKES = {
     "nothing to resume": (("train", "--resume", "--output", "/nowhere"), "/nowhere", "without --resume"),
     "no such config": (("train", "--config", "/nowhere.toml"), "/nowhere.toml", "check the path"),
     "no such prefix": (("generate", "--prefix", "/nowhere.safetensors", "x"), "/nowhere.safetensors", "check the path"),
-    "not a prefix": (("inspect", __file__), "no whole safetensors file", "truncated"),
+    "not a prefix": (("inspect", __file__), "not a complete safetensors file", "truncated"),
     "nothing to generate": (("generate",), "stdin holds no text", "one source a line"),
     "a folder that is no model": (("doctor", os.path.dirname(__file__)), "cannot load the backbone", "config.json"),
     "a GGUF that is not there": (("doctor", "/nowhere.gguf"), "/nowhere.gguf", "check the path"),

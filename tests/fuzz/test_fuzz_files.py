@@ -37,7 +37,8 @@ from prefixtune.data.tasks.records import check_template, render
 from prefixtune.errors import PrefixError
 from prefixtune.evaluation.decode import read_decoded
 from prefixtune.interop.hub import read_evaluation
-from prefixtune.prefix.artifact import HEADER_KEY, read_artifact, read_outline, save_prefix
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.header import HEADER_KEY, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.report import compose, read_results, to_html, to_markdown

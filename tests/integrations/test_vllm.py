@@ -277,7 +277,7 @@ def test_what_is_not_there_and_what_is_broken(server: Server):
     origin = {**other.header["backbone"], "fingerprint": other.header["backbone"]["fingerprint"][:-8] + "AAAAAAA="}
     save_prefix(server.folder / "other.safetensors", Prefix(other.layers, {**other.header, "backbone": origin}))
     try:
-        with pytest.raises(openai.InternalServerError, match="no whole prefix"):
+        with pytest.raises(openai.InternalServerError, match="not a complete prefix"):
             server.complete("broken", "Hello")
         with pytest.raises(openai.InternalServerError, match="other weights"):
             server.complete("other", "Hello")

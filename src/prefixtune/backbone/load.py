@@ -19,8 +19,9 @@ from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder, silence
 from prefixtune.backbone.quantization import QUANTIZATIONS
 from prefixtune.backbone.quantization import quantize as quantize_weights
 from prefixtune.errors import BackboneError, ConfigError, describe_value, did_you_mean
-from prefixtune.prefix.artifact import DTYPES, parse_header
+from prefixtune.prefix.artifact import DTYPES
 from prefixtune.prefix.geometry import LayerShape
+from prefixtune.prefix.header import parse_header
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.utils.extras import require
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.prefix.artifact import parse_header
+from prefixtune.prefix.header import parse_header
 from prefixtune.utils.extras import require
 
 __all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_lora", "is_adapter", "load_adapter"]

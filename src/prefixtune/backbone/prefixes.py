@@ -9,8 +9,9 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.errors import BackboneError
-from prefixtune.prefix.artifact import prefix_file, read_artifact
+from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix, check_fits
 
 __all__ = ["PrefixLike", "as_prefix", "load_prefix", "make_header"]

@@ -76,7 +76,7 @@ def load_with_prefixes(
     """
     from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.artifact import prefix_file
+    from prefixtune.prefix.hub import prefix_file
     from prefixtune.prefix.text_format import read_text_format
 
     # Read first: a wrong file is reported at once, before the model loads.
@@ -134,7 +134,7 @@ def find_artifact(options: argparse.Namespace, file: str | None) -> tuple[str | 
         file: The prefix that was named: a path, the folder of a run or `hub:OWNER/NAME`.
     """
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.artifact import prefix_file
+    from prefixtune.prefix.hub import prefix_file
     from prefixtune.training.artifact import load_weights
     from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
 

@@ -16,8 +16,7 @@ from typing import Any
 from prefixtune import __version__
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.prefix.artifact import prefix_file
-from prefixtune.prefix.hub import FILE, download, hub_errors
+from prefixtune.prefix.hub import FILE, download, hub_errors, prefix_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_path
 from prefixtune.utils.writable import check_writable

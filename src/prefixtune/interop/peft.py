@@ -23,9 +23,9 @@ from prefixtune.backbone.lora import ADAPTER_CONFIG, adapter_config
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, did_you_mean
 from prefixtune.interop.safetensors import conversion, read_tensors
-from prefixtune.prefix.artifact import parse_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import LayerShape, describe
+from prefixtune.prefix.header import parse_header
 from prefixtune.prefix.prefix import Prefix, check_fits, flatten, unflatten
 from prefixtune.utils.files import atomic_files
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.artifact import read_file
+from prefixtune.prefix.tensor_file import read_file
 
 __all__ = ["conversion", "is_pickle", "read_tensors"]
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefixtune import __version__
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value
 
-__all__ = ["FILE", "HUB", "download", "hub_errors", "is_repository", "repository_of"]
+__all__ = ["FILE", "HUB", "download", "hub_errors", "is_repository", "prefix_file", "repository_of"]
 
 
 FILE = "prefix.safetensors"
@@ -121,3 +121,46 @@ def hub_errors(what: str) -> Iterator[None]:
         if not client and not isinstance(error, OSError):
             raise
         raise PrefixError(f"{what}: {str(error).rstrip('.')}.", hint="check the connection.") from error
+
+
+def prefix_file(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant by a path, by a run's folder, or by `hub:OWNER/NAME`, which is downloaded.
+
+    Raises:
+        CheckpointError: There is nothing of that name, or a folder without a prefix.
+        ConfigError: `path` is no path.
+        PrefixError: The hub cannot be reached, or has no such file.
+    """
+    if not isinstance(path, str | os.PathLike):
+        from prefixtune.prefix.prefix import Prefix  # needs torch, which a command line does without
+
+        inner = " (its `.prefix` is one)" if isinstance(getattr(path, "prefix", None), Prefix) else ""
+        raise ConfigError(
+            f"the prefix is {describe_value(path)}{inner}, but must be a path, hub:OWNER/NAME or a Prefix.",
+            hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
+        )
+    repository = repository_of(path)
+    if repository is not None:
+        return download(repository)
+    try:
+        return _on_this_machine(Path(path))
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
+        ) from error
+
+
+def _on_this_machine(path: Path) -> Path:
+    if path.is_dir():
+        if not (path / FILE).is_file():
+            raise CheckpointError(
+                f"there is no file {FILE} in the folder {str(path)!r}.",
+                hint="give a file, or the --output folder of a training that came to its end; runs of other methods go "
+                "with --run of `prefixtune generate` and `evaluate`.",
+            )
+        return path / FILE
+    if is_repository(path) and path.suffix != ".safetensors" and not path.exists():
+        raise CheckpointError(
+            f"there is no file or folder {str(path)!r}.", hint=f"check the path; hub:{path} is fetched from the hub."
+        )
+    return path

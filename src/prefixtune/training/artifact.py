@@ -16,9 +16,11 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.data.encoding import default_format
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.prefix.artifact import check_header, checked_metadata, read_checked, save_file, save_prefix
+from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.header import check_header
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.baselines import Tuning, freeze_tuned, load_tuned_weights, tune, tuned_weights
 from prefixtune.training.checkpoint import TrainState, dtype_name, finite_or_none
@@ -117,7 +119,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mappin
     if broken:
         raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
     with atomic_path(path) as temporary:
-        save_file(stored, temporary, checked_metadata(_WEIGHTS, header, stored))
+        save_file(stored, temporary, metadata_with_checksum(_WEIGHTS, header, stored))
     return path
 
 
@@ -128,7 +130,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: The file is missing, truncated, damaged, something else or of an unknown version.
     """
     hint = "give the weights.safetensors that `prefixtune train --method full` (or another) wrote."
-    tensors, header = read_checked(path, _WEIGHTS, "holds no weights of another method", hint)
+    tensors, header = read_verified(path, _WEIGHTS, "holds no weights of another method", hint)
     check_header(header, repr(str(path)))
     return tensors, header
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.prefix.artifact import checked_metadata, read_checked, save_file
 from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.folder import STATE_FILE
 from prefixtune.utils.files import atomic_path
@@ -108,7 +108,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(Path(path)) as temporary:
-        save_file(stored, temporary, checked_metadata(_STATE, facts, stored))
+        save_file(stored, temporary, metadata_with_checksum(_STATE, facts, stored))
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -118,7 +118,7 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: The file is missing, truncated, damaged, no state, or of an unknown version.
     """
     hint = "resume a folder that `prefixtune train` made."
-    return read_checked(path, _STATE, "is not a training state", hint)
+    return read_verified(path, _STATE, "is not a training state", hint)
 
 
 def state_facts(config: TrainConfig, backbone: Backbone, data_digest: str, state: TrainState) -> dict[str, Any]:

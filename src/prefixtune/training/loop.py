@@ -25,8 +25,9 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, epoch_batches, join
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import TrainingError
-from prefixtune.prefix.artifact import check_storable, describe_tensors
+from prefixtune.prefix.artifact import describe_tensors
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder
+from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.artifact import make_run_header, save_artifact
 from prefixtune.training.checkpoint import (

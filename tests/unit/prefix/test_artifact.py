@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError, CheckpointError, PrefixError
-from prefixtune.prefix.artifact import read_outline, save_prefix
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.header import read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.checkpoint import load_state, save_state
 
@@ -138,7 +139,7 @@ def test_other_shapes_are_always_refused(allowed: bool, path: Path, tiny_backbon
 def test_a_truncated_file_is_refused(share: float, path: Path):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match="no whole safetensors file") as error:
+    with pytest.raises(CheckpointError, match="not a complete safetensors file") as error:
         load_prefix(path)
     assert "truncated" in error.value.hint
 
@@ -209,10 +210,10 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path):
     bad = tmp_path / "p.safetensors"
     bad.write_bytes(pickle.dumps(Bomb()))
     for load in (load_prefix, load_state):
-        with pytest.raises(CheckpointError, match="no whole safetensors file"):
+        with pytest.raises(CheckpointError, match="not a complete safetensors file"):
             load(bad)
     torch.save({"decoder.0.key": torch.zeros(1, 2, 3)}, bad)
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         load_prefix(bad)
     assert not ran.exists()
 

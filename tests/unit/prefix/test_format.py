@@ -21,7 +21,8 @@ from file_format import checksum_by_hand
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, PrefixWarning
-from prefixtune.prefix.artifact import read_outline, save_prefix
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.header import read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.training.artifact import load_weights, save_weights
@@ -128,7 +129,7 @@ def test_old_files_are_read_with_a_note(
     before = load(path)
     key = {"prefix": "prefixtune", "state": "prefixtune_state", "weights": "prefixtune_weights"}[path.stem]
     as_version_1(path, key)
-    monkeypatch.setattr("prefixtune.prefix.artifact._unverified", itertools.count())
+    monkeypatch.setattr("prefixtune.prefix.tensor_file._unverified", itertools.count())
     with pytest.warns(PrefixWarning, match=rf"'{path.name}' is of format version 1, which has no checksum") as told:
         after, _ = load(path), load(path)
     # Of the first file alone, as a server may read thousands.
@@ -144,7 +145,7 @@ def test_a_command_says_so_in_one_line(
     tmp_path: Path, prefix: Prefix, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     path = as_version_1(save_prefix(tmp_path / "old.safetensors", prefix), "prefixtune")
-    monkeypatch.setattr("prefixtune.prefix.artifact._unverified", itertools.count())
+    monkeypatch.setattr("prefixtune.prefix.tensor_file._unverified", itertools.count())
     assert main(["inspect", str(path)]) == 0
     told = capsys.readouterr().err
     assert "'old.safetensors' is of format version 1" in told
@@ -168,9 +169,9 @@ def test_every_field_is_documented(tmp_path: Path, prefix: Prefix):
     header = load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).header
     for field in header:
         assert f"`{field}`" in page, field
-    from prefixtune.prefix.artifact import _FIELDS
+    from prefixtune.prefix.header import HEADER_FIELDS
 
-    for field in _FIELDS:
+    for field in HEADER_FIELDS:
         assert f"`{field}`" in page, field
 
 
@@ -199,13 +200,13 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
         ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "nests more than 16 levels"),
         ('{"format_version": 2, "long": "' + "a" * 2**20 + '"}', "bytes, but may take 1,048,576"),
         ('{"format_version": ' + "9" * 5000 + "}", "JSON"),
-        ('{"format_version": 2, "backbone": "gpt2"}', "says backbone 'gpt2', but it must be an object"),
-        ('{"format_version": 2, "backbone": {"name": 3}}', "says backbone.name '3', but it must be a text"),
-        ('{"format_version": 2, "task": ["toy"]}', "says task"),
-        ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "says text_format.end"),
+        ('{"format_version": 2, "backbone": "gpt2"}', "has backbone 'gpt2', but it must be an object"),
+        ('{"format_version": 2, "backbone": {"name": 3}}', "has backbone.name '3', but it must be a text"),
+        ('{"format_version": 2, "task": ["toy"]}', "has task"),
+        ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "has text_format.end"),
         ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a", 2]}}', "labels.names"),
-        ('{"format_version": 2, "labels": {"kind": "tagging"}}', "not their kind, by and names"),
-        ('{"format_version": 2, "placement": 3}', "says placement"),
+        ('{"format_version": 2, "labels": {"kind": "tagging"}}', "without their kind, by and names"),
+        ('{"format_version": 2, "placement": 3}', "has placement"),
     ],
 )
 def test_headers_that_nobody_can_use_are_refused(

@@ -39,7 +39,7 @@ _PLAIN = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 def run(options: argparse.Namespace) -> int:
     """`prefixtune generate`."""
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.artifact import prefix_file
+    from prefixtune.prefix.hub import prefix_file
 
     console = Console(quiet=options.quiet or options.json)
     lines = options.texts or _stdin_lines(console)

@@ -23,7 +23,7 @@ SHOWN_WEIGHTS = 10
 def run(options: argparse.Namespace) -> int:
     """`prefixtune inspect`."""
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.artifact import prefix_file
+    from prefixtune.prefix.hub import prefix_file
 
     if os.path.isdir(options.file):  # Path.is_dir raises where the parent folder is closed to us
         return _list(options, Path(options.file))

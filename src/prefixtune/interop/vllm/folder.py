@@ -9,10 +9,10 @@ from pathlib import Path
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.interop.vllm.reference import PrefixReference
 from prefixtune.interop.vllm.settings import Settings
-from prefixtune.prefix.artifact import Outline, read_outline, reasons_against
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.folder import Signature, check_name, check_place, list_names, path_of, signature_of
 from prefixtune.prefix.geometry import Geometry
+from prefixtune.prefix.header import Outline, incompatibilities, read_outline
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 
 __all__ = ["PrefixFolder", "ServedPrefix"]
@@ -113,7 +113,7 @@ class PrefixFolder:
             outline = read_outline(path)
         except PrefixError as error:
             return error.message
-        reasons = reasons_against(outline, self.geometry, self.model_name)
+        reasons = incompatibilities(outline, self.geometry, self.model_name)
         if not reasons and not self._has_same_weights(outline):
             reasons.append(f"it was trained for other weights than those of {self.model_name!r}")
         needed = outline.num_elements * 4

@@ -10,8 +10,8 @@ from pathlib import Path
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError, PrefixError
-from prefixtune.prefix.artifact import read_outline, reasons_against
 from prefixtune.prefix.folder import ENDING
+from prefixtune.prefix.header import incompatibilities, read_outline
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["PrefixValidator"]
@@ -38,7 +38,7 @@ class PrefixValidator:
         """
         outline = read_outline(path)
         fingerprint = None if self.allow_other_backbone else self.backbone.fingerprint
-        reasons = reasons_against(outline, self.backbone.geometry, self.backbone.name, fingerprint)
+        reasons = incompatibilities(outline, self.backbone.geometry, self.backbone.name, fingerprint)
         num_bytes = outline.num_elements * self.backbone.dtype.itemsize
         if num_bytes > self.max_bytes:
             reasons.append(f"it takes {num_bytes:,} bytes, but all prefixes together may take {self.max_bytes:,}")

@@ -1,0 +1,283 @@
+"""The header of a prefix's file: its fields, and reading it without the tensors. See `docs/format.md`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import CheckpointError
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.prefix.geometry import Geometry
+from prefixtune.prefix.text_format import read_text_format
+
+__all__ = [
+    "FORMAT_VERSION",
+    "HEADER_FIELDS",
+    "HEADER_KEY",
+    "Outline",
+    "check_header",
+    "check_storable",
+    "check_version",
+    "dump_header",
+    "incompatibilities",
+    "parse_header",
+    "read_outline",
+]
+
+
+FORMAT_VERSION = 2
+"""Of files that are written now. Version 1 had no checksum; it is read, too."""
+
+HEADER_KEY = "prefixtune"
+"""The header's key in the file's metadata."""
+
+_TENSOR = re.compile(r"(encoder|decoder|cross)\.\d{1,5}\.(key|value)|head\.(weight|bias)")
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_HEADER_BYTES = 2**20
+"""Longest header that is read or written, in the bytes of the file; an ordinary one has a few thousand."""
+_TENSORS_BYTES = 2**18
+"""Longest table of tensors, in bytes; it has about a hundred per tensor."""
+_RESERVE = 2**12
+"""Bytes that a header may grow by while its prefix is trained."""
+_HEADER_DEPTH = 16
+"""How deep objects and lists may be nested in a header."""
+
+HEADER_FIELDS: Mapping[str, type] = {
+    "adapter": str,
+    "backbone": dict,
+    "backbone.fingerprint": str,
+    "backbone.kind": str,
+    "backbone.name": str,
+    "description": str,
+    "initialization": dict,
+    "labels": dict,
+    "labels.by": str,
+    "labels.kind": str,
+    "labels.names": list,
+    "labels.words": list,
+    "license": str,
+    "made_with": dict,
+    "method": str,
+    "peft": dict,
+    "placement": str,
+    "task": str,
+    "text_format": dict,
+    "text_format.end": str,
+    "text_format.prompt": str,
+    "text_format.separator": str,
+    "text_format.source": str,
+    "text_format.target": str,
+    "training": dict,
+}
+"""Types of the header's fields, where they are present; other fields are kept as they are."""
+_TYPE_NAMES: Mapping[type, str] = {str: "a text", dict: "an object", list: "a list of texts"}
+
+
+def parse_header(text: str) -> dict[str, Any]:
+    """Read a header's JSON, which may come from anybody.
+
+    Raises:
+        ValueError: It is too long, too deep or no object, or it holds what is not JSON: NaN, infinity, half a surrogate
+            pair.
+    """
+    # Its size as a string in the JSON of the file. Half a surrogate pair, refused below, must not fail here.
+    size = len(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > _HEADER_BYTES:
+        raise ValueError(f"it takes {size:,} bytes, but may take {_HEADER_BYTES:,}")
+    try:
+        value = json.loads(text)
+        # `loads` reads numbers such as 1e999 as infinity, and takes half a surrogate pair.
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"it nests more than {_HEADER_DEPTH} levels") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    if _is_deeper(value, _HEADER_DEPTH):
+        raise ValueError(f"it nests more than {_HEADER_DEPTH} levels")
+    return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(item, levels - 1) for item in inner)
+
+
+def check_version(header: Mapping[str, Any], what: str) -> None:
+    """Refuse a file of an unknown format version; `what` names it in the message.
+
+    Raises:
+        CheckpointError: The version is missing or unknown.
+    """
+    version = header.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{what} cannot be read: its format version is {version!r}, but this prefixtune reads up to "
+            f"{FORMAT_VERSION}.",
+            hint="upgrade prefixtune, or get the file again.",
+        )
+
+
+def check_header(header: Mapping[str, Any], what: str) -> None:
+    """Check the types of the fields that are read elsewhere, and the text format.
+
+    Raises:
+        CheckpointError: A type is wrong, or the text format cannot be used.
+    """
+    for field, kind in HEADER_FIELDS.items():
+        name, _, inner = field.partition(".")
+        value = header.get(name)
+        if inner:
+            # The object itself comes earlier in the list.
+            value = value.get(inner) if isinstance(value, Mapping) else None
+        fits = isinstance(value, Mapping if kind is dict else (list, tuple) if kind is list else kind)
+        if fits and kind is list:
+            fits = all(isinstance(item, str) for item in value or ())
+        if value is not None and not fits:
+            raise CheckpointError(
+                f"the header of {what} has {field} {str(value)[:80]!r}, but it must be {_TYPE_NAMES[kind]}.",
+                hint="docs/format.md lists the fields; get the file again.",
+            )
+    labels = header.get("labels")
+    if labels is not None and any(labels.get(key) is None for key in ("kind", "by", "names")):
+        raise CheckpointError(
+            f"the header of {what} has labels without their kind, by and names.", hint="get the file again."
+        )
+    try:
+        read_text_format(header)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what} cannot be used: {error.message}", hint=error.hint) from error
+
+
+def check_storable(header: Mapping[str, Any]) -> None:
+    """Check, before long work, that a header can be stored, with some room for the figures of the outcome.
+
+    Raises:
+        CheckpointError: It is too long, or could not be read again.
+    """
+    dump_header({**header, "room": "0" * _RESERVE})
+
+
+def dump_header(header: Mapping[str, Any]) -> str:
+    """A header as JSON, with the version of the format.
+
+    Raises:
+        CheckpointError: It could not be read again.
+    """
+    text = json.dumps({**header, "format_version": FORMAT_VERSION}, ensure_ascii=False)
+    try:
+        parse_header(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the header cannot be stored: {error}.", hint="make labels, templates and descriptions shorter."
+        ) from error
+    return text
+
+
+# --- without the tensors ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a file without reading its tensors.
+
+    Attributes:
+        header: The artifact's header.
+        shapes: Name of a tensor -> its shape.
+    """
+
+    header: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers all tensors hold."""
+        return sum(map(math.prod, self.shapes.values()))
+
+
+def read_outline(path: Path) -> Outline:
+    """Read and check a file's header, without its tensors.
+
+    The file is not mapped into memory: one that is truncated meanwhile would end the process.
+
+    Raises:
+        CheckpointError: It is not a complete prefix.
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        start = handle.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_HEADER_BYTES + _TENSORS_BYTES, size - 8):
+            raise _broken(f"its header would take {length} bytes")
+        text = handle.read(length)
+    try:
+        tensors = json.loads(text)
+        header = parse_header(tensors.pop("__metadata__")[HEADER_KEY])
+        shapes = {name: tuple(map(_whole, entry["shape"])) for name, entry in tensors.items()}
+        expected = sum(math.prod(shapes[name]) * _ITEM_BYTES[entry["dtype"]] for name, entry in tensors.items())
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _broken("its header is not that of a prefix") from error
+    check_version(header, "it")
+    check_header(header, "it")
+    if expected != size - 8 - length:
+        raise _broken(f"its header announces {expected} bytes, but {size - 8 - length} follow")
+    return Outline(header, shapes)
+
+
+def incompatibilities(outline: Outline, geometry: Geometry, name: str, fingerprint: str | None = None) -> list[str]:
+    """Why a prefix cannot be served in front of a model's text; empty: no reason is known.
+
+    Args:
+        outline: Of the prefix's file.
+        geometry: The model's.
+        name: The model's, for messages.
+        fingerprint: The model's; None: weights are not compared.
+    """
+    header, shapes, reasons = outline.header, outline.shapes, []
+    if "head.weight" in shapes or header.get("labels"):
+        reasons.append("it classifies, and writes no text")
+    if header.get("adapter"):
+        reasons.append("it was trained together with a LoRA adapter")
+    if header.get("placement", "front") != "front":
+        reasons.append(f"it is an {header['placement']}, and not in front of the text")
+    if any(not _TENSOR.fullmatch(tensor) for tensor in shapes):
+        reasons.append("it holds tensors that do not belong to a prefix")
+    elif not reasons and not _fits(shapes, geometry):
+        reasons.append(f"its shapes are not those of {name!r}")
+    elif not reasons and fingerprint is not None:
+        origin = header.get("backbone")
+        stored = origin.get("fingerprint", fingerprint) if isinstance(origin, dict) else fingerprint
+        if not fingerprints_match(str(stored), fingerprint):
+            reasons.append(f"it was trained for other weights than those of {name!r}")
+    return reasons
+
+
+def _fits(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry) -> bool:
+    expected = {}
+    named = {name.partition(".")[0] for name in shapes}
+    for site, layers in geometry.items():
+        for index, shape in enumerate(layers if site in named else ()):
+            for part, size in (("key", shape.key_dim), ("value", shape.value_dim)):
+                expected[f"{site}.{index}.{part}"] = (shape.num_kv_heads, size)
+    return (
+        bool(shapes)
+        and shapes.keys() == expected.keys()
+        and all(len(shape) == 3 and (shape[0], shape[2]) == expected[name] for name, shape in shapes.items())
+    )
+
+
+def _broken(what: str) -> CheckpointError:
+    return CheckpointError(f"it is not a complete prefix: {what}.", hint="get the file again.")
+
+
+def _whole(size: object) -> int:
+    if not isinstance(size, int) or size < 0:
+        raise ValueError(size)
+    return size
