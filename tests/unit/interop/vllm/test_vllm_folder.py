@@ -48,9 +48,9 @@ def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, ran
     (path / "link.safetensors").symlink_to("/etc/hostname")
     (path / "folder.safetensors").mkdir()
     reasons = {
-        "cut": "no whole prefix",
+        "cut": "not a complete prefix",
         "foreign": "other weights",
-        "infix": "stands as 'infix'",
+        "infix": "an infix, and not in front",
         "shallow": "shapes",
         "link": "out of the folder",
         "folder": "no ordinary file",
