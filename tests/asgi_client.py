@@ -1,4 +1,4 @@
-"""Requests to a server's application in this process, as uvicorn would send them."""
+"""Requests to a server's application in this process, sent as uvicorn would send them."""
 
 from __future__ import annotations
 
@@ -10,38 +10,51 @@ from typing import Any
 NEVER = "a body that does not arrive"
 
 
-class Answer:
-    """What came back of one request."""
+class Response:
+    """The response to one request."""
 
     def __init__(self) -> None:
         self.status, self.headers, self.body, self.ended = 0, dict[str, str](), b"", False
 
     @property
     def json(self) -> Any:
+        """The body."""
         return json.loads(self.body)
 
     @property
     def code(self) -> Any:
+        """The code of an error."""
         return self.json["error"]["code"]
 
 
-async def call(
+async def send(
     app: Any,
     method: str,
     path: str,
     body: Any = None,
     *,
     headers: dict[str, str] | None = None,
-    gone: asyncio.Event | None = None,
-    slow: Callable[[], Awaitable[None]] | None = None,
+    disconnected: asyncio.Event | None = None,
+    before_reading: Callable[[], Awaitable[None]] | None = None,
     client: str = "127.0.0.1",
-) -> Answer:
-    """Send a request as uvicorn would; `gone`: when the client goes away; `slow`: how it reads a piece."""
-    answer, sent, gone = Answer(), False, gone or asyncio.Event()
-    given = {"host": "127.0.0.1:8000", "content-type": "application/json", **(headers or {})}
+) -> Response:
+    """Send a request.
+
+    Args:
+        app: The application.
+        method: Of HTTP.
+        path: Of the URL.
+        body: Bytes, or what is sent as JSON.
+        headers: More headers.
+        disconnected: Set when the client disconnects.
+        before_reading: What the client does before it reads a piece of the response.
+        client: Its address.
+    """
+    response, sent, disconnected = Response(), False, disconnected or asyncio.Event()
+    headers = {"host": "127.0.0.1:8000", "content-type": "application/json", **(headers or {})}
     scope = {
         "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in given.items()], "root_path": "",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "root_path": "",
         "client": (client, 1),
     }  # fmt: skip
 
@@ -52,18 +65,39 @@ async def call(
         if not sent and body is not NEVER:
             sent = True
             return {"type": "http.request", "body": data}
-        await gone.wait()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, Any]) -> None:
+    async def take(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            answer.status = message["status"]
-            answer.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+            response.status = message["status"]
+            response.headers = {name.decode(): value.decode() for name, value in message["headers"]}
             return
-        if slow is not None:
-            await slow()
-        answer.body += message.get("body", b"")
-        answer.ended = not message.get("more_body", False)
+        if before_reading is not None:
+            await before_reading()
+        response.body += message.get("body", b"")
+        response.ended = not message.get("more_body", False)
 
-    await asyncio.wait_for(app(scope, receive, send), 30)
-    return answer
+    await asyncio.wait_for(app(scope, receive, take), 30)
+    return response
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    """A body of `/v1/completions` for the prefix `a`: five tokens, greedy."""
+    return {"model": "a", "prompt": "hello", "max_tokens": 5, "temperature": 0, **fields}
+
+
+def bearer(name: str) -> dict[str, str]:
+    """The header with the key `pt-NAME`."""
+    return {"authorization": f"Bearer pt-{name}"}
+
+
+def texts_when_done(state: Any) -> int:
+    """How many texts a server still counts once its engine has ended all requests."""
+
+    async def wait() -> None:
+        while state.worker.num_unfinished:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(wait(), 10))
+    return int(state.admission.texts)

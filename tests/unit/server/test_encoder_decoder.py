@@ -1,4 +1,4 @@
-"""The application over an encoder-decoder: completions and tasks as `generate` gives them, chats refused."""
+"""The application over an encoder-decoder: completions and tasks as those of `generate`, and refused chats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asgi_client import Answer, call
+from asgi_client import Response, send
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.data.encoding import default_format, encode_prompts
@@ -42,37 +42,37 @@ def test_an_encoder_decoder_is_served(
     state = ServerState(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
     app = make_app(state)
 
-    async def ask_all() -> list[Answer]:
+    async def send_all() -> list[Response]:
         short = {"max_tokens": 8, "temperature": 0}
         return list(
             await asyncio.gather(
                 *(
-                    call(app, "POST", "/v1/completions", {"model": name, "prompt": SOURCE, **short})
+                    send(app, "POST", "/v1/completions", {"model": name, "prompt": SOURCE, **short})
                     for name in prefixes
                 ),
-                *(call(app, "POST", f"/v1/tasks/{name}", {"source": SOURCE, **short}) for name in prefixes),
+                *(send(app, "POST", f"/v1/tasks/{name}", {"source": SOURCE, **short}) for name in prefixes),
             )
         )
 
     try:
-        answers = asyncio.run(ask_all())
-        assert [answer.status for answer in answers] == [200] * 6, [answer.body for answer in answers]
-        form = default_format(backbone)
-        (ids,) = encode_prompts(backbone, form, [SOURCE])
+        responses = asyncio.run(send_all())
+        assert [response.status for response in responses] == [200] * 6, [response.body for response in responses]
+        text_format = default_format(backbone)
+        (ids,) = encode_prompts(backbone, text_format, [SOURCE])
         assert ids[-1] == backbone.eos_id, "the encoder's own special tokens"
-        for number, (name, prefix) in enumerate(prefixes.items()):
+        for index, (name, prefix) in enumerate(prefixes.items()):
             (expected,) = generate(
-                backbone, [SOURCE], prefix, text_format=form, config=GenerateConfig(max_new_tokens=8)
+                backbone, [SOURCE], prefix, text_format=text_format, config=GenerateConfig(max_new_tokens=8)
             )
-            completion, task = answers[number].json, answers[number + 3].json
+            completion, task = responses[index].json, responses[index + 3].json
             assert completion["choices"][0]["text"].strip() == task["output"] == expected, name
             assert completion["usage"]["prompt_tokens"] == len(ids)
         chat = {"model": "all", "messages": [{"role": "user", "content": "hello"}]}
-        refused = asyncio.run(call(app, "POST", "/v1/chat/completions", chat))
+        refused = asyncio.run(send(app, "POST", "/v1/chat/completions", chat))
         assert (refused.status, refused.code) == (400, "no_chat_template")
         long = {"model": "all", "prompt": "word " * 3000, "max_tokens": 5} if family == "bart" else None
         if long:
-            refused = asyncio.run(call(app, "POST", "/v1/completions", long))
+            refused = asyncio.run(send(app, "POST", "/v1/completions", long))
             assert (refused.status, refused.code) == (400, "context_length_exceeded")
             assert "on either side" in refused.json["error"]["message"]
     finally:

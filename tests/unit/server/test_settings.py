@@ -1,4 +1,4 @@
-"""What a server is told: the file, the environment, flags, and every fault at once."""
+"""The configuration: the file, the environment, flags, and all faults at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
     assert listed.cors_origins == ("https://a.example", "https://b.example")
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path, 'prot = 1\nnum_slots = "many"\nmax_texts = 0\ndeadline = nan\ncors_origins = ["a.example"]\n'
     )
@@ -82,7 +82,7 @@ def test_keys_come_from_tables(tmp_path: Path) -> None:
     assert not keys["alice"].admin
 
 
-def test_faults_of_keys_are_told_without_the_keys_themselves(tmp_path: Path) -> None:
+def test_faults_of_keys_do_not_repeat_the_keys(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         'host = "0.0.0.0"\n[keys.a]\nhash = "pt-in-the-clear"\n[keys.b]\nadmni = true\nconcurrent = -1\n'
@@ -103,12 +103,12 @@ def test_faults_of_keys_are_told_without_the_keys_themselves(tmp_path: Path) -> 
     assert "two keys have the same hash" in refusal(write(tmp_path, twice))
 
 
-def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_not_toml(tmp_path: Path) -> None:
     assert "cannot read" in refusal(tmp_path / "none.toml")
     assert "is not TOML" in refusal(write(tmp_path, "port = "))
 
 
-def test_the_backbones_name_is_no_path() -> None:
+def test_the_backbones_name_is_not_a_path() -> None:
     assert ServeConfig(backbone="/srv/models/tiny").model_id == "tiny"
     assert ServeConfig(backbone="/srv/models/tiny.gguf").model_id == "tiny"
     assert ServeConfig(backbone="/srv/models/tiny", backbone_id="base").model_id == "base"

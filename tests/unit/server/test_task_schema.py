@@ -1,4 +1,4 @@
-"""A task's own fields become the very sources that training read from its files."""
+"""A task's own fields become the same sources as the files that training reads."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def test_the_source_is_that_of_the_file(
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({**fields, **more}) + "\n", encoding="utf-8")
     (example,) = read_task(task, path, source=template or None)
-    form = task_schema_of({"task": task, "text_format": {"source": template}})
-    assert form is not None
-    assert set(form.columns) == set(fields)
-    assert form.source(fields) == example.source
+    schema = task_schema_of({"task": task, "text_format": {"source": template}})
+    assert schema is not None
+    assert set(schema.columns) == set(fields)
+    assert schema.source(fields) == example.source
 
 
-def test_the_made_tables_source_is_that_of_its_set() -> None:
-    form = task_schema_of({"task": "toy"})
-    assert form is not None
+def test_the_toy_tasks_source_is_that_of_its_data() -> None:
+    schema = task_schema_of({"task": "toy"})
+    assert schema is not None
     for example in read_task("toy", "held_out")[:10]:
-        assert form.source(example.fields) == example.source
+        assert schema.source(example.fields) == example.source
 
 
-def test_examples_of_forms_are_good_ones() -> None:
+def test_examples_of_fields_are_valid() -> None:
     for task in ("e2e", "webnlg", "dart", "toy"):
-        form = task_schema_of({"task": task})
-        assert form is not None
-        assert form.source({field.name: field.example for field in form.fields})
-        # A page makes its form of this.
-        assert json.loads(json.dumps(form.describe()))[0]["name"] == form.columns[0]
+        schema = task_schema_of({"task": task})
+        assert schema is not None
+        assert schema.source({field.name: field.example for field in schema.fields})
+        # A page makes its schema of this.
+        assert json.loads(json.dumps(schema.describe()))[0]["name"] == schema.columns[0]
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_examples_of_forms_are_good_ones() -> None:
         ({"task": "toy"}, {"train": "Heron"}),
     ],
 )
-def test_wrong_fields_are_the_requests_fault(header: dict[str, Any], record: dict[str, Any]) -> None:
-    form = task_schema_of(header)
-    assert form is not None
+def test_wrong_fields_are_data_errors(header: dict[str, Any], record: dict[str, Any]) -> None:
+    schema = task_schema_of(header)
+    assert schema is not None
     with pytest.raises(DataError):
-        form.source(record)
+        schema.source(record)
 
 
 @pytest.mark.parametrize(
@@ -88,17 +88,17 @@ def test_wrong_fields_are_the_requests_fault(header: dict[str, Any], record: dic
         {"task": "mystery", "text_format": "no table"},
     ],
 )
-def test_headers_that_tell_of_no_fields(header: dict[str, Any]) -> None:
+def test_headers_without_fields(header: dict[str, Any]) -> None:
     assert task_schema_of(header) is None
 
 
-def test_a_template_of_an_artifact_is_filled_in_and_never_run() -> None:
-    form = task_schema_of({"task": "records", "text_format": {"source": "{a.__class__} {a!r} {0} {{{{ 7*7 }}}}"}})
-    assert form is not None
-    assert form.columns == ("a.__class__", "a!r", "0")
-    assert form.source({"a.__class__": "x", "a!r": "y", "0": "z"}) == "x y z {{ 7*7 }}"
+def test_a_template_of_a_header_is_filled_in_and_never_executed() -> None:
+    schema = task_schema_of({"task": "records", "text_format": {"source": "{a.__class__} {a!r} {0} {{{{ 7*7 }}}}"}})
+    assert schema is not None
+    assert schema.columns == ("a.__class__", "a!r", "0")
+    assert schema.source({"a.__class__": "x", "a!r": "y", "0": "z"}) == "x y z {{ 7*7 }}"
 
 
-def test_customary_decoding() -> None:
+def test_default_decoding() -> None:
     assert task_decoding({"task": "e2e"}) == TASKS["e2e"].decoding
     assert task_decoding({"task": ["e2e"]}) == {} == task_decoding({})

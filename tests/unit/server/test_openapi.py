@@ -1,4 +1,4 @@
-"""The document of the interface: whole, secret-free, and of one mind with what the server really takes."""
+"""The OpenAPI document: complete, without secrets, and in agreement with what the server accepts."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ VALUES: list[Any] = [
     [{"role": ["user"], "content": ""}],
 ]  # fmt: skip
 
-# What a field needs beside it: that fields go together is told in words only.
-BESIDE: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
+# Other fields that a field needs: the document says so in words only.
+COMPANIONS: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
 COLUMNS = ("name", "food")
 
 
 async def nothing(*_: Any) -> None:
-    """An application, of which nothing is asked."""
+    """An application that is never called."""
 
 
 def document(**options: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def validator(name: str) -> Draft202012Validator:
     return Draft202012Validator({**document(), "$ref": f"#/components/schemas/{name}"})
 
 
-def takes(kind: str, body: Mapping[str, Any]) -> bool:
+def accepts(kind: str, body: Mapping[str, Any]) -> bool:
     try:
         if kind == "TaskRequest":
             parse_task(body, LIMITS, COLUMNS)
@@ -68,7 +68,7 @@ def takes(kind: str, body: Mapping[str, Any]) -> bool:
     return True
 
 
-NEEDED: dict[str, dict[str, Any]] = {
+REQUIRED: dict[str, dict[str, Any]] = {
     "CompletionRequest": {"model": "m", "prompt": "text"},
     "ChatRequest": {"model": "m", "messages": [USER]},
     "TaskRequest": {"source": "text"},
@@ -76,49 +76,49 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def body_with(kind: str, name: str, value: Any) -> dict[str, Any]:
-    """A body that is good but for a field, perhaps."""
+    """A body that is valid, except perhaps for one field."""
     if name == "fields" and value and isinstance(value, dict):
         return {"fields": dict.fromkeys(COLUMNS, value)}
     if name == "source":
         return {name: value} if isinstance(value, str) else {"food": "soup", name: value}
-    return {**NEEDED[kind], **BESIDE.get(name, {}), name: value}
+    return {**REQUIRED[kind], **COMPANIONS.get(name, {}), name: value}
 
 
-@pytest.mark.parametrize("kind", NEEDED)
-def test_the_document_allows_what_is_taken_and_nothing_else(kind: str) -> None:
+@pytest.mark.parametrize("kind", REQUIRED)
+def test_the_document_allows_what_is_accepted_and_nothing_else(kind: str) -> None:
     names, allows = list(document()["components"]["schemas"][kind]["properties"]), validator(kind)
-    # What is no option of a task may be a field of its own.
+    # Any other field of a task may be its own.
     for name in (*names, *(() if kind == "TaskRequest" else ("unknown", "max_token"))):
         outcomes = set()
         for value in VALUES:
             body = body_with(kind, name, value)
-            assert takes(kind, body) == allows.is_valid(body), (name, value)
-            outcomes.add(takes(kind, body))
+            assert accepts(kind, body) == allows.is_valid(body), (name, value)
+            outcomes.add(accepts(kind, body))
         assert True in outcomes or name not in names
         assert False in outcomes or name in IGNORED
     if kind != "TaskRequest":
-        for name in NEEDED[kind]:
-            body = {each: value for each, value in NEEDED[kind].items() if each != name}
-            assert not takes(kind, body)
+        for name in REQUIRED[kind]:
+            body = {field: value for field, value in REQUIRED[kind].items() if field != name}
+            assert not accepts(kind, body)
             assert not allows.is_valid(body)
 
 
-def test_a_tasks_own_fields_stand_beside_the_options() -> None:
+def test_a_tasks_own_fields_may_be_beside_the_options() -> None:
     allows = validator("TaskRequest")
     for body in ({"name": "Aromi", "food": 3}, {"fields": {"name": "Aromi"}, "max_tokens": 5}, {"source": "a"}):
-        assert takes("TaskRequest", body)
+        assert accepts("TaskRequest", body)
         assert allows.is_valid(body)
 
 
-def test_defaults_are_those_that_hold() -> None:
+def test_documented_defaults_are_the_real_ones() -> None:
     schemas = document()["components"]["schemas"]
-    plain = parse_completion(NEEDED["CompletionRequest"], LIMITS)
-    told = {
+    plain = parse_completion(REQUIRED["CompletionRequest"], LIMITS)
+    defaults = {
         name: field["default"]
         for name, field in schemas["CompletionRequest"]["properties"].items()
         if "default" in field
     }
-    assert told == {
+    assert defaults == {
         "min_tokens": plain.sampling.min_new_tokens,
         "temperature": plain.sampling.temperature,
         "top_p": plain.sampling.top_p,
@@ -126,25 +126,27 @@ def test_defaults_are_those_that_hold() -> None:
         "repetition_penalty": plain.sampling.repetition_penalty,
         "n": plain.n,
     }
-    assert told == {"min_tokens": 0, "temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "n": 1}
-    task = parse_task(NEEDED["TaskRequest"], LIMITS, ())
+    assert defaults == {"min_tokens": 0, "temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "n": 1}
+    task = parse_task(REQUIRED["TaskRequest"], LIMITS, ())
     assert schemas["TaskRequest"]["properties"]["temperature"]["default"] == task.sampling.temperature
 
 
-def test_it_is_openapi_and_tells_the_limits() -> None:
-    told = document(max_body_kib=3, max_upload_mib=5)
-    OpenAPIV31SpecValidator(told).validate()
-    assert "3,072 bytes" in told["paths"]["/v1/completions"]["post"]["requestBody"]["description"]
-    assert "5,242,880 bytes" in told["paths"]["/admin/prefixes/{name}"]["put"]["requestBody"]["description"]
-    schemas = told["components"]["schemas"]
+def test_it_is_openapi_and_contains_the_limits() -> None:
+    openapi_json = document(max_body_kib=3, max_upload_mib=5)
+    OpenAPIV31SpecValidator(openapi_json).validate()
+    assert "3,072 bytes" in openapi_json["paths"]["/v1/completions"]["post"]["requestBody"]["description"]
+    assert "5,242,880 bytes" in openapi_json["paths"]["/admin/prefixes/{name}"]["put"]["requestBody"]["description"]
+    schemas = openapi_json["components"]["schemas"]
     assert schemas["ChatRequest"]["properties"]["max_completion_tokens"]["maximum"] == 100
     assert schemas["CompletionRequest"]["properties"]["n"]["maximum"] == 6
-    names = [operation["operationId"] for methods in told["paths"].values() for operation in methods.values()]
+    names = [operation["operationId"] for methods in openapi_json["paths"].values() for operation in methods.values()]
     assert len(set(names)) == len(names)
 
 
-def test_it_holds_nothing_secret() -> None:
+def test_it_contains_nothing_secret() -> None:
     keys = {"acme": KeyConfig(hash_key("pt-x"), ("acme-*",)), "boss": KeyConfig(hash_key("pt-y"), admin=True)}
-    told = json.dumps(document(keys=keys, backbone="/srv/models/tiny", prefixes="/srv/prefixes", host="10.1.2.3"))
+    openapi_json = json.dumps(
+        document(keys=keys, backbone="/srv/models/tiny", prefixes="/srv/prefixes", host="10.1.2.3")
+    )
     for secret in ("acme", "boss", "sha256", "/srv", "tiny", "10.1.2.3"):
-        assert secret not in told
+        assert secret not in openapi_json

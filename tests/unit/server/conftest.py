@@ -1,0 +1,79 @@
+"""A tiny model, a folder of prefixes, and a server's application over a real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.worker import EngineWorker
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.app import make_app
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.settings import ServeConfig
+from prefixtune.server.state import ServerState
+
+FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}"}
+
+
+@pytest.fixture
+def text_format() -> dict[str, str]:
+    """The text format of the prefixes `a` and `b`."""
+    return dict(FORMAT)
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+    """A tiny backbone of 512 positions that never generates its end token."""
+    backbone = tiny_backbone("llama", max_position_embeddings=512)
+    with torch.no_grad():
+        # The end token is never the likeliest: every text is as long as requested.
+        backbone.model.lm_head.weight[backbone.eos_id] = 0.0
+    return backbone
+
+
+@pytest.fixture
+def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A factory: `make_server(**options)` makes an application and its state, with the prefixes `a` and `b`."""
+    states: list[ServerState] = []
+
+    def make(**options: Any) -> tuple[Any, ServerState]:
+        folder = tmp_path / "prefixes"
+        folder.mkdir(exist_ok=True)
+        for seed, name in enumerate(("a", "b")):
+            header = make_header(backbone, task="records", text_format=FORMAT)
+            prefix = Prefix(random_prefix(backbone, 4, seed).layers, header)
+            save_prefix(folder / f"{name}.safetensors", prefix)
+        config = ServeConfig(**{"backbone": "tiny", "prefixes": str(folder), "num_slots": 4, **options})
+        engine = Engine(backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
+        state = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
+        states.append(state)
+        return make_app(state), state
+
+    yield make
+    for state in states:
+        state.close()
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_backbone: Callable[..., Any]) -> Any:
+    """A tiny backbone, for the store."""
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def save(tmp_path: Path, llama: Any, random_prefix: Callable[..., Any]) -> Callable[..., Path]:
+    """A factory: `save(name, seed, **facts)` writes a prefix into the folder."""
+
+    def write(name: str, seed: int = 0, *, length: int = 3, folder: Path = tmp_path, **facts: Any) -> Path:
+        prefix = random_prefix(llama, length, seed)
+        return save_prefix(folder / f"{name}.safetensors", Prefix(prefix.layers, make_header(llama, **facts)))
+
+    return write

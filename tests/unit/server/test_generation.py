@@ -1,0 +1,166 @@
+"""The engine's part of a request: failures, deadlines, disconnects, and lengths."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asgi_client import Response, completion, send, texts_when_done
+from prefixtune.engine.request import SequenceOutput
+
+
+def test_a_request_that_fails_fails_alone(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, state = make_server()
+    submit = state.worker.submit
+
+    def failing(request: Any, on_output: Any, deadline: Any = None) -> None:
+        if request.prefix_name == "b":
+            on_output(SequenceOutput(request.id, 0, (), "", "error", "NaN in /srv/models"))
+        else:
+            submit(request, on_output, deadline)
+
+    monkeypatch.setattr(state.worker, "submit", failing)
+
+    async def both() -> list[Response]:
+        return list(
+            await asyncio.gather(
+                *(
+                    send(app, "POST", "/v1/completions", completion(model=name, stream=s))
+                    for name in "ab"
+                    for s in (False, True)
+                )
+            )
+        )
+
+    good, good_stream, bad, bad_stream = asyncio.run(both())
+    assert good.status == 200
+    assert good_stream.body.endswith(b"data: [DONE]\n\n")
+    assert (bad.status, bad.code) == (500, "engine_error")
+    # The status of a stream was sent: the error is its last event.
+    assert bad_stream.status == 200
+    last = bad_stream.body.decode().strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_error"
+    assert bad_stream.ended
+    assert b"/srv" not in bad.body + bad_stream.body
+
+
+def test_when_the_engine_fails_its_requests_get_503_and_later_ones_are_served(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    engine = state.worker.engine
+
+    def broken() -> Any:
+        raise RuntimeError("out of memory at 0x7f")
+
+    monkeypatch.setattr(engine, "step", broken)
+    response = asyncio.run(send(app, "POST", "/v1/completions", completion()))
+    assert (response.status, response.code) == (503, "engine_failed")
+    assert response.headers["retry-after"] == "1"
+    assert "0x7f" not in response.body.decode()
+
+    async def until_served() -> Response:
+        while (later := await send(app, "POST", "/v1/completions", completion())).status == 503:
+            await asyncio.sleep(0.01)
+        return later
+
+    assert asyncio.run(until_served()).status == 200
+    assert state.worker.engine is not engine
+
+
+def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
+    app, state = make_server(deadline=0.1)
+    response = asyncio.run(send(app, "POST", "/v1/completions", completion(max_tokens=450, n=4)))
+    assert (response.status, response.code) == (504, "deadline_exceeded")
+    # OpenAI's client would try twice more by itself.
+    assert response.headers["x-should-retry"] == "false"
+    assert texts_when_done(state) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_disconnected_client_frees_its_slots(make_server: Callable[..., Any], stream: bool) -> None:
+    app, state = make_server()
+
+    async def leave() -> Response:
+        disconnected = asyncio.Event()
+        running = asyncio.ensure_future(
+            send(
+                app,
+                "POST",
+                "/v1/completions",
+                completion(max_tokens=500, n=4, stream=stream),
+                disconnected=disconnected,
+            )
+        )
+        while not state.worker.snapshot().running:
+            await asyncio.sleep(0.005)
+        disconnected.set()
+        return await running
+
+    response = asyncio.run(leave())
+    assert not response.ended
+    assert texts_when_done(state) == 0
+    metrics = state.metrics.render().decode()
+    assert 'prefixtune_texts_total{finished="gone",prefix="a"} 4.0' in metrics
+    assert 'prefixtune_requests_total{route="/v1/completions",status="499"} 1.0' in metrics
+
+
+def test_lengths_fit_the_positions(make_server: Callable[..., Any]) -> None:
+    app, state = make_server(default_max_tokens=300, max_tokens=511, max_prompt_tokens=400, raw_completions=True)
+    # 512 positions, 4 of them the prefix's; the last new token takes none.
+    prompt = "x" * 400
+
+    def outcome(**more: Any) -> Response:
+        return asyncio.run(send(app, "POST", "/v1/completions", completion(prompt=prompt, **more)))
+
+    assert outcome(max_tokens=109).json["usage"] == {
+        "prompt_tokens": 400,
+        "completion_tokens": 109,
+        "total_tokens": 509,
+    }
+    assert outcome(max_tokens=None).json["usage"]["completion_tokens"] == 109
+    assert outcome(model="tiny", max_tokens=113).json["usage"]["completion_tokens"] == 113
+    for more in ({"max_tokens": 110}, {"model": "tiny", "max_tokens": 114}, {"max_tokens": None, "min_tokens": 110}):
+        assert (outcome(**more).status, outcome(**more).code) == (400, "context_length_exceeded")
+    too_long = asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 401)))
+    assert too_long.code == "context_length_exceeded"
+    assert texts_when_done(state) == 0
+
+
+def test_unknown_token_ids_are_refused(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server()
+    for prompt in ([10**9], [-1], [[5], [10**30]]):
+        response = asyncio.run(send(app, "POST", "/v1/completions", completion(prompt=prompt)))
+        assert (response.status, response.json["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_all_texts_of_a_request_share_its_deadline(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(deadline=1.0)
+    encode = type(state.backbone).encode_sources
+    deadlines: list[float] = []
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.25)
+        return encode(*arguments)
+
+    def submit(request: Any, on_output: Any, deadline: float) -> None:
+        deadlines.append(deadline)
+        on_output(SequenceOutput(request.id, 0, (), "", "length"))
+
+    monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)
+    monkeypatch.setattr(state.worker, "submit", submit)
+    few = asyncio.run(send(app, "POST", "/v1/completions", completion(model="tiny", prompt=["x", "y"])))
+    assert few.status == 200
+    # The engine gets what tokenizing left of the time.
+    assert len(deadlines) == 2
+    assert all(seconds <= 0.5 for seconds in deadlines)
+    many = asyncio.run(send(app, "POST", "/v1/completions", completion(model="tiny", prompt=["x"] * 8)))
+    assert (many.status, many.code) == (504, "deadline_exceeded")
+    assert len(deadlines) == 2

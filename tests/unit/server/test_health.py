@@ -1,0 +1,130 @@
+"""Health, status, and the watch on the folder."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asgi_client import Response, bearer, completion, send
+from prefixtune.errors import PrefixError
+from prefixtune.server.api.health import watch_folder
+from prefixtune.server.auth import hash_key
+from prefixtune.server.settings import KeyConfig
+
+
+def test_while_draining_only_running_requests_go_on(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+
+    async def drain() -> tuple[Response, Response, Response, Response, bool]:
+        running = asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(max_tokens=100)))
+        while not state.admission.texts:
+            await asyncio.sleep(0.005)
+        draining = asyncio.ensure_future(state.drain(20))
+        await asyncio.sleep(0)
+        refused = await send(app, "POST", "/v1/completions", completion())
+        alive, ready = await send(app, "GET", "/healthz"), await send(app, "GET", "/readyz")
+        return await running, refused, alive, ready, await draining
+
+    done, refused, alive, ready, in_time = asyncio.run(drain())
+    assert (done.status, done.json["usage"]["completion_tokens"]) == (200, 100)
+    assert (refused.status, refused.code) == (503, "draining")
+    assert "retry-after" in refused.headers
+    assert (alive.status, ready.status, in_time) == (200, 503, True)
+
+
+def test_status_hides_the_names_of_other_callers_models(make_server: Callable[..., Any]) -> None:
+    keys = {name: KeyConfig(hash_key(f"pt-{name}"), (name,)) for name in "ab"}
+    app, state = make_server(keys=keys)
+
+    async def look() -> list[Response]:
+        disconnected = asyncio.Event()
+        running = [
+            asyncio.ensure_future(
+                send(
+                    app,
+                    "POST",
+                    "/v1/completions",
+                    completion(model=name, max_tokens=500),
+                    headers=bearer(name),
+                    disconnected=disconnected,
+                )
+            )
+            for name in "ab"
+        ]
+        while len(state.worker.snapshot().running) < 2:
+            await asyncio.sleep(0.005)
+        statuses = [await send(app, "GET", "/v1/status", headers=bearer(name)) for name in "ab"]
+        disconnected.set()
+        await asyncio.gather(*running)
+        return statuses
+
+    for name, response in zip("ab", asyncio.run(look()), strict=True):
+        assert sorted(str(text["model"]) for text in response.json["running"]) == sorted(["None", name])
+
+
+def test_a_link_to_itself_is_one_bad_file_and_watching_goes_on(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    _, state = make_server(reload_seconds=0.02)
+    folder = tmp_path / "prefixes"
+
+    async def watch() -> None:
+        watching = asyncio.ensure_future(watch_folder(state))
+        (folder / "loop.safetensors").symlink_to("loop.safetensors")
+        async with asyncio.timeout(10):
+            while "loop" not in state.store.refused:
+                await asyncio.sleep(0.01)
+            (folder / "c.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+            while "c" not in state.store:
+                await asyncio.sleep(0.01)
+        assert not watching.done()
+        watching.cancel()
+
+    asyncio.run(watch())
+    assert state.store.names() == ["a", "b", "c"]
+    assert list(state.store.refused) == ["loop"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("/srv/x"), PrefixError("/srv/x"), RecursionError(), MemoryError()])
+def test_after_any_error_watching_goes_on_with_pauses_and_health_reports_it(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    app, state = make_server(reload_seconds=0.01)
+    reload, times = state.store.reload, list[float]()
+
+    def failing() -> None:
+        times.append(time.monotonic())
+        if len(times) <= 4:
+            raise error
+        reload()
+
+    monkeypatch.setattr(state.store, "reload", failing)
+
+    async def watch() -> list[Any]:
+        watching, reports = asyncio.ensure_future(watch_folder(state)), []
+        async with asyncio.timeout(10):
+            while len(times) < 4:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
+            reports.append([(await send(app, "GET", path)) for path in ("/healthz", "/readyz")])
+            while len(times) < 7:
+                await asyncio.sleep(0.001)
+            reports.append([(await send(app, "GET", path)) for path in ("/healthz", "/readyz")])
+        watching.cancel()
+        return reports
+
+    with caplog.at_level(logging.WARNING, "prefixtune.server"):
+        bad, good = asyncio.run(watch())
+    # Loaded prefixes are still served.
+    assert [(response.status, response.json) for response in bad] == [
+        (200, {"status": "ok", "folder": "cannot be read"})
+    ] * 2
+    assert [(response.status, response.json) for response in good] == [(200, {"status": "ok", "folder": "ok"})] * 2
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert all(pause > 0.018 * 2**index for index, pause in enumerate(pauses[:4])), "each pause is twice the one before"
+    assert [record.getMessage() for record in caplog.records] == ["reload_failed"] * 4

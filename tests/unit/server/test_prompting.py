@@ -1,0 +1,157 @@
+"""Prompts: the prefix's text format, long sources, earlier messages, and turns at the tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asgi_client import Response, bearer, completion, send
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.auth import hash_key
+from prefixtune.server.settings import KeyConfig
+
+
+def test_dropped_messages_are_reported(make_server: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    app, _ = make_server(earlier_messages="drop")
+    chat_body = {"model": "a", "max_tokens": 6, "temperature": 0}
+    last = {"role": "user", "content": "hello"}
+    alone = asyncio.run(send(app, "POST", "/v1/chat/completions", {**chat_body, "messages": [last]}))
+    assert "x-prefixtune-dropped-messages" not in alone.headers
+    before = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "more"}]
+    for stream in (False, True):
+        with caplog.at_level(logging.DEBUG, "prefixtune.server"):
+            body = {**chat_body, "messages": [*before, last], "stream": stream}
+            response = asyncio.run(send(app, "POST", "/v1/chat/completions", body))
+        assert response.headers["x-prefixtune-dropped-messages"] == "2"
+        assert caplog.records[-1].__dict__["fields"]["dropped_messages"] == 2
+        if not stream:
+            assert response.json["choices"][0]["message"] == alone.json["choices"][0]["message"]
+
+
+def test_long_sources_are_treated_as_in_training(
+    make_server: Callable[..., Any],
+    backbone: Any,
+    text_format: dict[str, str],
+    random_prefix: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app, state = make_server()
+    cutting_format = {**text_format, "max_length": 60, "on_too_long": "cut", "longest_target": 20}
+    header = make_header(backbone, task="records", text_format=cutting_format)
+    prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
+    save_prefix(state.store.folder / "cuts.safetensors", prefix)
+    state.store.reload()
+    source = "abcdefghij" * 9
+    cut: list[Any] = []
+    (expected,) = generate(backbone, [source], prefix, max_new_tokens=12, on_cut=cut.append)
+    assert cut == [[0]]
+    shared: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+    body = {"model": "cuts", "prompt": source, **shared}
+    with caplog.at_level(logging.DEBUG, "prefixtune.server"):
+        response = asyncio.run(send(app, "POST", "/v1/completions", body))
+    assert response.json["choices"][0]["text"] == expected
+    # 93 tokens with the text format, of which 40 may stay.
+    assert response.headers["x-prefixtune-cut-tokens"] == "53"
+    assert caplog.records[-1].__dict__["fields"]["cut_tokens"] == 53
+    assert response.json["usage"]["prompt_tokens"] == 40
+    chat_body = {"model": "cuts", "messages": [{"role": "user", "content": source}], **shared}
+    chat = asyncio.run(send(app, "POST", "/v1/chat/completions", chat_body))
+    task = asyncio.run(send(app, "POST", "/v1/tasks/cuts", {"source": source, **shared}))
+    assert chat.json["choices"][0]["message"]["content"] == task.json["output"] == expected
+    assert chat.headers["x-prefixtune-cut-tokens"] == task.headers["x-prefixtune-cut-tokens"] == "53"
+    # on_too_long of the server decides for all prefixes.
+    strict, _ = make_server(on_too_long="error")
+    refused = asyncio.run(send(strict, "POST", "/v1/completions", body))
+    assert (refused.status, refused.code) == (400, "context_length_exceeded")
+    assert "max_length 60" in refused.json["error"]["message"]
+    longer = asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 600)))
+    assert (longer.status, longer.code) == (400, "context_length_exceeded")
+
+
+def test_a_prefix_with_an_invalid_text_format_is_not_served(
+    make_server: Callable[..., Any], rewrite_header: Callable[..., Path]
+) -> None:
+    app, state = make_server()
+    path = state.store.folder / "bad.safetensors"
+    path.write_bytes((state.store.folder / "a.safetensors").read_bytes())
+    rewrite_header(path, text_format={"prompt": "{source}" * 1500, "target": "{target}"})
+    state.store.reload()
+    response = asyncio.run(send(app, "POST", "/v1/completions", completion(model="bad")))
+    assert (response.status, response.code) == (503, "model_not_served")
+    assert "1,500 times" in state.store.refused["bad"]
+
+
+def test_long_texts_of_one_caller_do_not_delay_another(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(keys={name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")})
+    encode, tokenized = type(state.backbone).encode_sources, list[str]()
+
+    def slowly(self: Any, texts: list[str]) -> Any:
+        tokenized.extend(name for text in texts for name in ("heavy", "light") if name in text)
+        time.sleep(0.05)
+        return encode(self, texts)
+
+    monkeypatch.setattr(type(state.backbone), "encode_sources", slowly)
+
+    async def both() -> tuple[Response, int, list[Response]]:
+        heavy = [
+            asyncio.ensure_future(
+                send(app, "POST", "/v1/completions", completion(prompt="heavy"), headers=bearer("heavy"))
+            )
+            for _ in range(20)
+        ]
+        while not tokenized:
+            await asyncio.sleep(0.001)
+        light = await send(app, "POST", "/v1/completions", completion(prompt="light"), headers=bearer("light"))
+        before = tokenized.count("heavy")
+        return light, before, list(await asyncio.gather(*heavy))
+
+    light, before, heavy = asyncio.run(both())
+    assert (light.status, {response.status for response in heavy}) == (200, {200})
+    # Of the twenty, at most the one being tokenized and the next one come first.
+    assert tokenized.index("light") <= 2
+    assert before < 20
+
+
+def test_a_caller_who_disconnects_while_waiting_for_the_tokenizer_holds_nothing(
+    make_server: Callable[..., Any],
+) -> None:
+    app, state = make_server()
+
+    async def leave() -> Response:
+        disconnected = asyncio.Event()
+        async with state.tokenizer_lock.hold("somebody"):
+            waiting = asyncio.ensure_future(
+                send(app, "POST", "/v1/completions", completion(), disconnected=disconnected)
+            )
+            while not state.pending_bytes.used:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            disconnected.set()
+            left = await waiting
+        # The next caller gets the tokenizer.
+        assert (await send(app, "POST", "/v1/completions", completion())).status == 200
+        return left
+
+    assert asyncio.run(leave()).status == 0
+    assert state.pending_bytes.used == 0
+
+
+def test_waiting_for_the_tokenizer_ends_at_the_deadline(make_server: Callable[..., Any]) -> None:
+    app, state = make_server(deadline=0.1)
+
+    async def wait() -> Response:
+        async with state.tokenizer_lock.hold("somebody"):
+            return await send(app, "POST", "/v1/completions", completion())
+
+    assert asyncio.run(wait()).code == "deadline_exceeded"

@@ -1,0 +1,66 @@
+"""Streams: clients that disconnect or do not read, and silence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asgi_client import Response, completion, send, texts_when_done
+from prefixtune.engine.request import SequenceOutput
+
+
+def test_a_client_that_disconnected_before_the_first_byte_holds_nothing(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+
+    async def leave() -> None:
+        disconnected = asyncio.Event()
+        disconnected.set()
+        await send(app, "POST", "/v1/completions", completion(max_tokens=500, stream=True), disconnected=disconnected)
+
+    asyncio.run(leave())
+    assert texts_when_done(state) == 0
+
+
+def test_a_client_that_does_not_read_is_disconnected(make_server: Callable[..., Any]) -> None:
+    app, state = make_server(client_timeout=0.1)
+
+    async def never() -> None:
+        await asyncio.sleep(60)
+
+    response = asyncio.run(
+        send(app, "POST", "/v1/completions", completion(max_tokens=500, stream=True), before_reading=never)
+    )
+    assert not response.ended
+    assert texts_when_done(state) == 0
+
+
+def test_a_silent_stream_sends_keep_alive_comments(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    monkeypatch.setattr("prefixtune.server.api.generation.KEEP_ALIVE_SECONDS", 0.05)
+    later: list[Any] = []
+    monkeypatch.setattr(state.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output)))
+
+    async def wait() -> Response:
+        running = asyncio.ensure_future(send(app, "POST", "/v1/chat/completions", body))
+        while not later:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        request, tell = later[0]
+        tell(SequenceOutput(request.id, 0, (), "done", "stop"))
+        return await running
+
+    body = completion(stream=True)
+    del body["prompt"]
+    body["messages"] = [{"role": "user", "content": "hi"}]
+    state.backbone.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    try:
+        response = asyncio.run(wait())
+    finally:
+        state.backbone.tokenizer.chat_template = None
+    assert response.body.count(b": waiting\n\n") >= 2
+    assert response.body.endswith(b"data: [DONE]\n\n")
