@@ -15,7 +15,7 @@ from prefixtune.prefix.encoder import KINDS
 from prefixtune.training.config import TrainConfig, default_learning_rate
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         TrainConfig(
             prefix_length=0,
@@ -58,7 +58,7 @@ def test_an_initialization_needs_what_it_starts_from():
     assert TrainConfig(initialization="random", init_text="").initialization == "random"
 
 
-def test_unknown_keys_are_told_with_the_nearest_known_one(tmp_path: Path):
+def test_unknown_keys_are_reported_with_the_nearest_known_one(tmp_path: Path):
     with pytest.raises(ConfigError) as error:
         TrainConfig.from_mapping({"prefix_lenght": 5, "sed": 1})
     assert "'prefix_lenght': did you mean 'prefix_length'?" in error.value.message
@@ -71,7 +71,7 @@ def test_unknown_keys_are_told_with_the_nearest_known_one(tmp_path: Path):
         TrainConfig().replace(patiense=1)
 
 
-def test_integers_are_taken_for_floats():
+def test_integers_are_accepted_as_floats():
     config = TrainConfig(epochs=3, learning_rate=1)
     assert isinstance(config.epochs, float)
     assert isinstance(config.learning_rate, float)
@@ -80,12 +80,12 @@ def test_integers_are_taken_for_floats():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_learning_rate_in_force(kind: Any):
+def test_the_effective_learning_rate(kind: Any):
     assert TrainConfig(reparameterization=kind).peak_learning_rate == default_learning_rate(kind) > 0
     assert TrainConfig(reparameterization=kind, learning_rate=0.25).peak_learning_rate == 0.25
 
 
-def test_every_field_tells_what_it_is():
+def test_every_field_has_help():
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"]
         assert field.metadata["group"]
@@ -121,7 +121,7 @@ def test_overrides_win_over_the_file(tmp_path: Path):
     assert (config.prefix_length, config.seed, config.init_text) == (3, 5, "über")
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path):
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path):
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         TrainConfig.from_toml(tmp_path / "none.toml")
     bad = tmp_path / "bad.toml"

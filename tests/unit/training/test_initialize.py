@@ -1,4 +1,4 @@
-"""Where a prefix begins: real words' activations are what the model would have cached, and another prefix."""
+"""Starts of a prefix: from words, exactly what the model would have cached for them; from another prefix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_words_are_cut_and_cycled(backbone: Any):
     assert not from_words(backbone, "abcd", 4).equal(from_words(backbone, "abce", 4))
 
 
-def test_it_is_of_the_backbones_shapes_in_float32(tiny_backbone: Any):
+def test_it_has_the_backbones_shapes_in_float32(tiny_backbone: Any):
     backbone = tiny_backbone("qwen3")
     backbone.model.to(torch.bfloat16)
     prefix = from_words(backbone, "abc", 5)
@@ -48,11 +48,11 @@ def test_text_without_a_token_is_refused(tiny_backbone: Any):
 
 def test_another_prefix_is_checked(tiny_backbone: Any, random_prefix: Any):
     backbone = tiny_backbone("llama")
-    given = random_prefix(backbone, 4).to(torch.bfloat16)
-    start = from_prefix(backbone, given, 4)
-    assert start.equal(given.to(torch.float32))
+    other = random_prefix(backbone, 4).to(torch.bfloat16)
+    start = from_prefix(backbone, other, 4)
+    assert start.equal(other.to(torch.float32))
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 6") as error:
-        from_prefix(backbone, given, 6)
+        from_prefix(backbone, other, 6)
     assert "set prefix_length to 4" in error.value.hint
     with pytest.raises(BackboneError, match=r"2 KV heads x 8.*2 KV heads x 16"):
-        from_prefix(tiny_backbone("qwen3"), given, 4)
+        from_prefix(tiny_backbone("qwen3"), other, 4)

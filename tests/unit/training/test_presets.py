@@ -1,4 +1,4 @@
-"""Presets: the paper's figures, valid in a configuration, and what a wrong name is told."""
+"""Presets: the paper's figures, valid in a configuration, and the error of a wrong name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prefixtune.training.presets import PRESETS, preset
 
 
 def test_every_preset_makes_a_configuration():
-    for name, found in PRESETS.items():
-        for task, methods in found.runs.items():
+    for name in PRESETS:
+        for task, methods in PRESETS[name].runs.items():
             assert task in TASKS
             for method in methods:
                 values = preset(name, task, method)
@@ -75,7 +75,7 @@ def test_a_preset_is_the_callers_own():
         (("paper", "xsum", "adapter"), "nothing for 'xsum' with the method 'adapter'; it has prefix, full"),
     ],
 )
-def test_a_wrong_name_is_told_the_nearest(arguments: tuple[str, ...], says: str):
+def test_a_wrong_name_gets_the_nearest_one(arguments: tuple[str, ...], says: str):
     with pytest.raises(ConfigError, match=says) as caught:
         preset(*arguments)
     assert caught.value.hint

@@ -1,0 +1,121 @@
+"""The folder of a run: damaged logs, and two runs at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.cli.main import main
+from prefixtune.errors import CheckpointError, PrefixError
+from prefixtune.utils.locks import claim_folder
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"event": "st', b"\x00" * 700, b"\xff\xfe", b"{", b"[1]", b"3"])
+def test_a_torn_last_line_is_left_out(
+    tail: bytes, train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
+) -> None:
+    log = tmp_path / "run" / "events.jsonl"
+    train_until(2)
+    log.write_bytes(log.read_bytes() + tail)
+    result = train(resume=True)
+    steps = [event["step"] for event in result.events if event["event"] == "step"]
+    assert steps == [1, 2, 3]
+    assert [json.loads(line)["event"] for line in log.read_text().splitlines()].count("step") == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\x00\xff\xfe",
+        b"[]",
+        b"3",
+        b'"step"',
+        b"{}",
+        b'{"event": 3, "step": "two"}',
+        b'{"event": "step", "step": []}',
+        b"[" * 100_000,
+        b"",
+    ],
+)
+def test_a_damaged_log_is_named_with_a_hint(
+    line: bytes, train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
+) -> None:
+    log = tmp_path / "run" / "events.jsonl"
+    train_until(2)
+    first, *rest = log.read_bytes().split(b"\n")
+    log.write_bytes(b"\n".join([first, line, *rest]))
+    with pytest.raises(CheckpointError, match=r"line 2 of '.*events\.jsonl' is no event of a training run") as caught:
+        train(resume=True)
+    assert "delete the file" in caught.value.hint
+    log.unlink()
+    # As the hint says.
+    assert [event["step"] for event in train(resume=True).events if event["event"] == "step"] == [3]
+
+
+def test_an_empty_log_can_be_resumed(
+    train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
+) -> None:
+    train_until(2)
+    (tmp_path / "run" / "events.jsonl").write_bytes(b"")
+    assert train(resume=True).steps == 3
+
+
+def test_a_log_that_cannot_be_read_or_written(
+    train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
+) -> None:
+    log = tmp_path / "run" / "events.jsonl"
+    train_until(2)
+    log.unlink()
+    log.mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read '.*events\.jsonl': Is a directory"):
+        train(resume=True)
+    log.rmdir()
+    assert train(resume=True).steps == 3
+
+
+def test_a_run_locks_its_folder_to_its_end(train: Callable[..., Any], tmp_path: Path) -> None:
+    messages: list[str] = []
+
+    def on_event(event: Any) -> None:
+        with pytest.raises(PrefixError, match="in use") as caught:
+            train()
+        messages.append(caught.value.message)
+
+    train(on_event=on_event)
+    assert len(messages) > 3
+    with claim_folder(tmp_path / "run"):
+        pass
+
+
+def test_two_runs_in_one_folder(train: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from prefixtune.utils.locks import claim_folder
+with claim_folder(Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    folder = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, env=environment)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(PrefixError, match=rf"run' is in use by process {other.pid} "):
+            train()
+        words = ["train", "--train", "missing.csv", "--task", "e2e", "--output", str(folder), "--quiet"]
+        assert main(words) == 2
+        assert f"'{folder}' is in use by process {other.pid}" in " ".join(capsys.readouterr().err.split())
+    finally:
+        other.kill()
+        other.communicate()
+    assert train().steps == 3
+    assert not list(folder.glob(".*"))
