@@ -1,0 +1,86 @@
+"""The results of studies in docs/: the tables come from them, and a study goes on from its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from made_up_runs import low_data_study, write
+from prefixtune.errors import DataError
+from prefixtune.report import compose, read_results, to_markdown
+from prefixtune.report.results import Study
+from prefixtune.studies import StudyConfig, plan
+from prefixtune.studies.records import check_same_study, read_outcome, read_study
+from tools import results
+
+FILES = sorted(results.PACKED.glob("*.json"))
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    page = results.PAGE.read_text(encoding="utf-8")
+    assert results.with_tables(page, FILES) == page, "run `python -m tools.results`"
+    assert [path.stem for path in FILES if f"<!-- {path.stem} -->" not in page] == []
+    assert results.with_tables(page.replace("| adapter:115 | 1 | 0.009 ", "| adapter:115 | 1 | 0.1 "), FILES) == page
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_study_goes_on_from_its_file(path: Path, tmp_path: Path) -> None:
+    results.unpack(path, tmp_path)
+    toml = results.ROOT / "studies" / f"{path.stem.replace('-', '_')}.toml"
+    config = StudyConfig.from_toml(path.stem, toml, {"output": str(tmp_path)})
+    stored = read_study(config)
+    assert stored is not None
+    check_same_study(config, stored)
+    outcome = read_outcome(config, plan(config))
+    assert (outcome.done, outcome.left) == (tuple(cell.id for cell in plan(config)), ())
+    results.pack(tmp_path, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_a_file_reads_as_the_folder_that_it_was_packed_from(tmp_path: Path) -> None:
+    folder, path = tmp_path / "study", tmp_path / "study.json"
+    low_data_study(folder)
+    points = [{"point": "a", "reference": "b", "differences": [1.5], "p_values": [0.01], "mean": 1.5}]
+    write(folder / "comparisons.json", {"metric": "bleu", "test": "a test", "points": points})
+    # What is not packed.
+    for name in ("outputs.jsonl", "events.jsonl", "config.toml", "prefix.safetensors"):
+        for file in folder.rglob(name):
+            file.unlink()
+    results.pack(folder, path)
+    packed, whole = read_results(path), read_results(folder)
+    assert isinstance(packed, Study)
+    assert isinstance(whole, Study)
+    assert packed.differences == whole.differences != ()
+    assert [(c.id, c.status, c.figures) for c in packed.cells] == [(c.id, c.status, c.figures) for c in whole.cells]
+    assert to_markdown(compose([packed])).replace(path.name, folder.name) == to_markdown(compose([whole]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "study.json' is not JSON"),
+        ("[]", "must be an object"),
+        ("{}", "holds no study"),
+        ('{"study.json": 3, "cells/a/cell.json": {}}', "must be an object"),
+        ('{"study.json": {}}', "has no cells"),
+        ('{"study.json": {}, "cells/a/evaluation.json": {}}', "has no 'scores'"),
+        ('{"study.json": {}, "cells/a/config.toml": {}}', "cannot read .*config.toml"),
+    ],
+)
+def test_a_broken_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message) as error:
+        read_results(path)
+    assert str(path) in error.value.message
+
+
+@pytest.mark.parametrize("name", ["../study.json", "cells/../../cell.json", "/study.json", "cells/a/b/cell.json", "x"])
+def test_nothing_is_unpacked_elsewhere(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "packed.json"
+    path.write_text(json.dumps({"study.json": {}, name: {}}))
+    with pytest.raises(ValueError, match="belongs to no study"):
+        results.unpack(path, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
