@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="folder of a training run, an evaluation or a study; several are compared",
+        help="folder of a training run, an evaluation or a study, or a study in one JSON file; several are compared",
     )
     parser.add_argument(
         "--output",
