@@ -67,7 +67,7 @@ def make_model(folder: Path, *, template: bool = True) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
-            # ScoreOptions tokens are never the likeliest, so that a text is as long as was asked for.
+            # Special tokens are never the likeliest: every text is as long as requested.
             model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"])] = 0.0
     if template:
         tokenizer.chat_template = TEMPLATE
