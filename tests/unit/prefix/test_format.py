@@ -97,7 +97,7 @@ def test_a_damaged_file_is_not_served(tmp_path: Path, llama: Any, prefix: Prefix
         store.get("p")
     assert "damaged" in store.refused["p"]
     (tmp_path / "up").write_bytes(broken)
-    with pytest.raises(CheckpointError, match=r"not taken: .*damaged"):
+    with pytest.raises(CheckpointError, match=r"not accepted: .*damaged"):
         store.put("q", tmp_path / "up")
 
 
