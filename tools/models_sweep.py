@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import auto_class
+from prefixtune.backbone.checkpoint import auto_class
 from prefixtune.doctor.examine import Check, examine
 from prefixtune.errors import PrefixError
 from tiny_config import model_types, tiny_config

@@ -110,7 +110,7 @@ def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
     folder = make_lora("lora")
     with pytest.raises(ConfigError, match="a LoRA adapter itself"):
         load_backbone(folder, adapter=folder)
-    with pytest.raises(ConfigError, match="a fresh one of rank 2"):
+    with pytest.raises(ConfigError, match="adapter_rank = 2, but a backbone has one adapter"):
         load_backbone(folder, device="cpu", adapter_rank=2)
     with pytest.raises(ConfigError, match="neither device_map nor an adapter"):
         load_backbone(folder, device="cpu", quantize="int8")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.packaged import silence
 from prefixtune.backbone.quantization import quantize
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data import Example
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.evaluation.evaluate import evaluate
@@ -81,7 +81,7 @@ def test_what_other_weights_decoded_is_no_part_of_an_evaluation(tiny_backbone: M
     kept, config = tmp_path / "decoded.jsonl", GenerateConfig(max_new_tokens=6, batch_size=2)
     model = tiny_backbone("llama")
     whole = evaluate(model, EXAMPLES[:2], config=config, resume_file=kept)
-    with silence():
+    with quiet_transformers():
         quantize(model.model, kind)
     with pytest.raises(ConfigError, match="outputs of another evaluation"):
         evaluate(model, EXAMPLES[:2], config=config, resume_file=kept)
@@ -206,7 +206,7 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
     (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(BackboneError, match=r"adapter_model\.safetensors"):
         load_backbone(folder, device="cpu", adapter=pickled)
-    with pytest.raises(ConfigError, match="a fresh one of rank 2"):
+    with pytest.raises(ConfigError, match="adapter_rank = 2, but a backbone has one adapter"):
         load_backbone(folder, device="cpu", adapter=pickled, adapter_rank=2)
 
 

@@ -72,7 +72,7 @@ MISTAKES = [
     (TRAIN.replace("rows.jsonl", "model"), "is a folder"),
     (TRAIN.replace("rows.jsonl", "file"), "has no ending"),
     (TRAIN.replace("--backbone model", "--backbone adapter"), "no config.json"),
-    (TRAIN.replace("--backbone model", "--backbone ./nowhere"), "no folder of a model"),
+    (TRAIN.replace("--backbone model", "--backbone ./nowhere"), "neither a folder of a model"),
     (TRAIN.replace("--backbone model", "--backbone nowhere.gguf"), "there is no GGUF file"),
     (TRAIN + "--adapter adapter", "holds no adapter_config.json"),
     (TRAIN + "--initialization prefix --init-prefix nowhere.safetensors", "there is no file 'nowhere.safetensors'"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefixtune.backbone.load import choose_device
+from prefixtune.backbone.devices import choose_device
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 
@@ -89,6 +89,6 @@ def test_auto_takes_what_there_is(cuda: bool, mps: bool, chosen: str, monkeypatc
     if mps:
         assert choose_device("mps") == torch.device("mps")
     else:
-        with pytest.raises(ConfigError, match="'mps' was asked for, but this machine has no MPS"):
+        with pytest.raises(ConfigError, match="device is 'mps', but this machine has no MPS"):
             choose_device("mps")
     assert TrainConfig(device="mps").device == "mps"

@@ -8,28 +8,25 @@ that nobody turns it on by accident. Knows nothing of prefixes' contents, traini
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prefixtune.attention.forward import forward_with_prefixes
-from prefixtune.attention.layout import Layout, main_device, setting
+from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
-from prefixtune.backbone.packaged import silence
+from prefixtune.backbone.fingerprint import fingerprint
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.backbone.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
-from prefixtune.prefix.fingerprint import sample_weights
 from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
 from prefixtune.utils.files import atomic_files
 
-__all__ = ["Backbone", "weights"]
+__all__ = ["Backbone"]
 
 _POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 
@@ -41,7 +38,7 @@ class Backbone:
     Attributes:
         model: The transformers model, in evaluation mode, without gradients.
         tokenizer: Its tokenizer.
-        name: As it was asked for: an embedded name, a hub id or a path.
+        name: What it was loaded by: an embedded name, a hub id or a path.
         layout: Its attention layers, found by running it.
         fingerprint: Of configuration and sampled weights; the same in every dtype. See `fingerprints_match`.
         adapter: PEFT's view of the model, where it holds a LoRA adapter.
@@ -210,7 +207,7 @@ class Backbone:
 
     def save_adapter(self, folder: Path) -> Backbone:
         """Store the LoRA adapter as PEFT does, and return the backbone as it now is, with its present fingerprint."""
-        with atomic_files(folder) as made, silence():
+        with atomic_files(folder) as made, quiet_transformers():
             self.adapter.save_pretrained(made)
         return replace(self, fingerprint=fingerprint(self.model, self.layout.geometry))
 
@@ -292,50 +289,3 @@ def silence_dropout(model: torch.nn.Module) -> None:
             dropped = ("drop" in attribute and attribute != "moe_token_dropout") or attribute == "jitter_noise"
             if isinstance(value, float) and dropped:
                 setattr(module, attribute, 0.0)
-
-
-def fingerprint(model: Any, geometry: Geometry) -> str:
-    """Tell a model by its shape and by sampled weights, cheaply and whatever the dtype.
-
-    Returns:
-        `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
-        spread over all parameters (half of them over a LoRA adapter's, whose scaling counts too), as bfloat16. Compare
-        with `fingerprints.fingerprints_match`, which allows for rounding.
-    """
-    embeddings = model.get_input_embeddings().weight
-    config = model.config.get_text_config(decoder=True)
-    facts = {
-        "model_type": model.config.model_type,
-        # A prefix holds keys after any rotary embedding, seen through the layers' windows.
-        "rope": getattr(config, "rope_parameters", None),
-        "window": setting(config, "sliding_window"),
-        "embeddings": list(embeddings.shape),
-        "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
-        **_adapter_facts(model),
-    }
-    shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    named = dict(weights(model))
-    sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
-    return f"{shape}:{sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])}"
-
-
-def _adapter_facts(model: Any) -> Mapping[str, Any]:
-    """What a LoRA adapter's effect depends on besides its weights; empty where there is none."""
-    scalings = [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]
-    return {"adapter": scalings} if scalings else {}
-
-
-def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by name, also those that Accelerate keeps on disk or elsewhere until they are needed."""
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            yield name, parameter
-            continue
-        owner, _, last = name.rpartition(".")
-        hook = getattr(model.get_submodule(owner), "_hf_hook", None)
-        stored: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
-        if stored is None or last not in stored:
-            raise BackboneError(
-                f"the weight {name!r} is nowhere to be found.", hint="load the model without offloading."
-            )
-        yield name, stored[last]

@@ -166,7 +166,7 @@ def load_artifact(
 ) -> tuple[Backbone, Prefix | None, TextFormat | None]:
     """The model, prefix and text format of what `find_artifact` found."""
     if weights is not None:
-        from prefixtune.backbone.load import choose_device, choose_dtype
+        from prefixtune.backbone.devices import choose_device, choose_dtype
         from prefixtune.training.artifact import load_tuned
 
         choose_dtype(options.dtype, choose_device(options.device))

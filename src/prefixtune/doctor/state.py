@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixtune.backbone.backbone import weights
+from prefixtune.backbone.fingerprint import weights
 
 __all__ = ["ModelState"]
 

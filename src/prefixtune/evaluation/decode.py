@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from prefixtune.backbone.backbone import Backbone, weights
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.fingerprint import weights
 from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.inference.config import GenerateConfig

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import choose_device, choose_dtype
+from prefixtune.backbone.devices import choose_device, choose_dtype
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, PrefixError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.lora import add_adapter
-from prefixtune.backbone.packaged import silence
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError, did_you_mean
 
 __all__ = ["DEFAULT_SIZES", "Bottleneck", "Tuning", "freeze_tuned", "load_tuned_weights", "tune", "tuned_weights"]
@@ -95,7 +95,7 @@ def tune(backbone: Backbone, tuning: Tuning, *, seed: int = 0) -> Backbone:
     if tuning.method == "full":
         model.requires_grad_(True)
     elif tuning.method == "lora":
-        with silence():
+        with quiet_transformers():
             add_adapter(model, tuning.size, seed=seed)
     else:
         layers = decoder_layers(backbone)

@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from prefixtune.backbone.backbone import Backbone, fingerprint
-from prefixtune.backbone.load import choose_dtype, load_backbone
+from prefixtune.backbone.devices import choose_dtype
+from prefixtune.backbone.load import load_backbone
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import LayerShape
@@ -129,7 +130,7 @@ def test_pickled_weights_are_not_loaded(folder: Path, tiny_models: Any):
 
 
 def test_what_is_missing_is_told(folder: Path, tmp_path: Path):
-    with pytest.raises(BackboneError, match="is no folder of a model") as error:
+    with pytest.raises(BackboneError, match="is neither a folder of a model") as error:
         load_backbone(tmp_path / "none")
     assert error.value.hint
     with pytest.raises(BackboneError, match="there is no GGUF file"):
@@ -159,7 +160,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
 
 
 def test_the_embedded_backbone_must_be_prepared(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefixtune.backbone.load.pretrained_folder", lambda _: None)
+    monkeypatch.setattr("prefixtune.backbone.checkpoint.pretrained_folder", lambda _: None)
     with pytest.raises(BackboneError, match="not prepared on this machine") as error:
         load_backbone()
     assert "prefixtune prepare" in error.value.hint

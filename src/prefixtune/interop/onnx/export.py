@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from prefixtune.attention.cache import cache_argument, growing_cache
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.packaged import silence
+from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.export import check_exportable, describe_origin, write_manifest
 from prefixtune.interop.onnx.run import pad, past_names, start, step
@@ -136,7 +136,7 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
         facts["versions"] = {"torch": str(torch.__version__), "onnxruntime": runtime.__version__}
         if not baked:
             save_file(past, made / PAST)
-        with silence():
+        with quiet_transformers():
             backbone.tokenizer.save_pretrained(made)
         script = importlib.resources.files("prefixtune.interop.onnx") / "run.py"
         (made / "run.py").write_bytes(script.read_bytes())
@@ -176,7 +176,7 @@ def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], p
     }
     module = _Step(model, [tensor.to(device) for tensor in baked]).eval()
     try:
-        with silence(), _quiet_exporter(), torch.no_grad():
+        with quiet_transformers(), _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 (ids, mask, positions, past),

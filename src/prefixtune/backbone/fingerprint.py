@@ -1,0 +1,64 @@
+"""Compute the fingerprint of a model, which a prefix's header keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from prefixtune.attention.layout import setting
+from prefixtune.errors import BackboneError
+from prefixtune.prefix.fingerprint import sample_weights
+from prefixtune.prefix.geometry import Geometry
+
+__all__ = ["fingerprint", "weights"]
+
+
+def fingerprint(model: Any, geometry: Geometry) -> str:
+    """Tell a model by its shape and by sampled weights, cheaply and whatever the dtype.
+
+    Returns:
+        `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
+        spread over all parameters (half of them over a LoRA adapter's, whose scaling counts too), as bfloat16. Compare
+        with `fingerprints.fingerprints_match`, which allows for rounding.
+    """
+    embeddings = model.get_input_embeddings().weight
+    config = model.config.get_text_config(decoder=True)
+    facts = {
+        "model_type": model.config.model_type,
+        # A prefix holds keys after any rotary embedding, seen through the layers' windows.
+        "rope": getattr(config, "rope_parameters", None),
+        "window": setting(config, "sliding_window"),
+        "embeddings": list(embeddings.shape),
+        "geometry": {site: [[s.num_kv_heads, s.key_dim, s.value_dim] for s in g] for site, g in geometry.items()},
+        **_adapter_facts(model),
+    }
+    shape = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    named = dict(weights(model))
+    sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
+    return f"{shape}:{sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])}"
+
+
+def _adapter_facts(model: Any) -> Mapping[str, Any]:
+    """What a LoRA adapter's effect depends on besides its weights; empty where there is none."""
+    scalings = [sorted(module.scaling.values()) for module in model.modules() if hasattr(module, "lora_A")]
+    return {"adapter": scalings} if scalings else {}
+
+
+def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, also those that Accelerate keeps on disk or elsewhere until they are needed."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            yield name, parameter
+            continue
+        owner, _, last = name.rpartition(".")
+        hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+        stored: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
+        if stored is None or last not in stored:
+            raise BackboneError(
+                f"the weight {name!r} is nowhere to be found.", hint="load the model without offloading."
+            )
+        yield name, stored[last]

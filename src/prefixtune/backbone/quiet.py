@@ -1,0 +1,34 @@
+"""Keep transformers quiet while it loads or converts something."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+__all__ = ["quiet_transformers"]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """While the block runs, no progress bars, advice or warnings of transformers reach the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    # transformers imports torchao where it is installed, and that makes torch warn in its log.
+    registry = logging.getLogger("torch.utils._pytree")
+    level = registry.level
+    registry.setLevel(logging.ERROR)
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registry.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
