@@ -65,7 +65,7 @@ def config_for(tmp_path: Path) -> Callable[..., TrainConfig]:
 
 
 class Killed(Exception):
-    """Stands for whatever ends a process."""
+    """Whatever ends a process."""
 
 
 def at(kind: str, step: int, act: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
@@ -125,12 +125,12 @@ def test_every_slot_of_every_layer_gets_a_gradient(
     gradients: list[Tensor] = []
     original = prefixtune.training.loop.batch_loss
 
-    def watched(backbone: Any, prefix: Any, batch: Any) -> Tensor:
+    def with_hooks(backbone: Any, prefix: Any, batch: Any) -> Tensor:
         for tensor in prefix.tensors():
             tensor.register_hook(lambda gradient: gradients.append(gradient.clone()))
         return original(backbone, prefix, batch)
 
-    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", watched)
+    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", with_hooks)
     train(config_for(max_steps=1), backbone=tiny_backbone(family), examples=SHARED)
     assert len(gradients) == 6
     for gradient in gradients:
@@ -197,7 +197,7 @@ def test_a_run_that_stopped_early_stays_stopped(backbone: Any, config_for: Calla
     assert again.prefix.equal(first.prefix)
 
 
-def test_the_best_and_the_misses_are_remembered_over_a_stop(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_the_best_loss_and_the_patience_survive_a_stop(backbone: Any, config_for: Callable[..., TrainConfig]):
     options = {"learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 40, "eval_every": 2, "patience": 3}
     data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
     whole = train(config_for("whole", **options), **data)
@@ -254,9 +254,9 @@ def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for
 def test_a_seed_fixes_every_bit(kind: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
     options = {"reparameterization": kind, "initialization": "random"}
     runs = []
-    for number in range(2):
-        torch.manual_seed(number)
-        runs.append(train(config_for(str(number), **options), backbone=tiny_backbone("llama"), examples=SHARED))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        runs.append(train(config_for(str(seed), **options), backbone=tiny_backbone("llama"), examples=SHARED))
     assert losses(runs[0]) == losses(runs[1])
     assert runs[0].prefix.equal(runs[1].prefix)
     other = train(config_for("other", **options, seed=1), backbone=tiny_backbone("llama"), examples=SHARED)
@@ -269,7 +269,7 @@ def test_the_learning_rate_rises_then_falls_to_zero(backbone: Any, config_for: C
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
-# --- stopping and going on -------------------------------------------------------------------------------------------
+# --- stopping and resuming -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -357,7 +357,7 @@ def test_a_finished_run_can_be_extended(kind: str, backbone: Any, config_for: Ca
     evaluations = [e for e in longer.events if e["event"] == "evaluation"]
     assert [e["step"] for e in evaluations] == [2, 4, 6, 8, 10, 12, 14]
     assert longer.best_loss == min(e["loss"] for e in evaluations)
-    # Log and configuration are those of the longer run, which can be resumed without a word.
+    # Log and configuration are those of the longer run, which can be resumed without options.
     folder = Path(config_for().output)
     logged = list(map(json.loads, (folder / "events.jsonl").read_text().splitlines()))
     assert [e for e in logged if e["event"] == "extend"] == [
@@ -402,7 +402,7 @@ def test_an_extension_keeps_the_best_and_survives_a_kill(backbone: Any, config_f
     assert again.prefix.equal(extended.prefix)
 
 
-def test_what_cannot_be_extended_is_told(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_what_cannot_be_extended_is_refused(backbone: Any, config_for: Callable[..., TrainConfig]):
     data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
     train(config_for(), **data)
     before = {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()}
@@ -473,12 +473,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     tensors, facts = load_state(Path(config.output) / "state.safetensors")
     assert facts["step"] == 3
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
-    # The fault gone, the run goes on as if nothing had been.
+    # Without the fault, the run resumes as if nothing had happened.
     whole = train(config_for("whole"), backbone=backbone, examples=SHARED)
     assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
 
 
-def test_a_learning_rate_far_too_high_is_told(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_a_learning_rate_far_too_high_is_reported(backbone: Any, config_for: Callable[..., TrainConfig]):
     with pytest.raises(TrainingError, match="step") as error:
         train(
             config_for(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0, max_steps=20),
@@ -488,7 +488,7 @@ def test_a_learning_rate_far_too_high_is_told(backbone: Any, config_for: Callabl
     assert "a lower learning rate (now 1e+30)" in error.value.hint
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_state(
+def test_a_full_disk_is_reported_and_leaves_the_last_state(
     backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     config = config_for()
@@ -514,7 +514,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_state(
     assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
 
 
-def test_missing_data_is_told(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_missing_data_is_reported(backbone: Any, config_for: Callable[..., TrainConfig]):
     with pytest.raises(ConfigError, match="no training file"):
         train(config_for(), backbone=backbone)
     with pytest.raises(DataError, match="no example"):
@@ -527,18 +527,18 @@ def test_missing_data_is_told(backbone: Any, config_for: Callable[..., TrainConf
 def test_a_run_may_start_from_another_prefix(
     backbone: Any, random_prefix: Any, tmp_path: Path, config_for: Callable[..., TrainConfig]
 ):
-    given = random_prefix(backbone, 4).detach()
-    path = save_prefix(tmp_path / "given.safetensors", given)
+    start = random_prefix(backbone, 4).detach()
+    path = save_prefix(tmp_path / "start.safetensors", start)
     config = config_for(initialization="prefix", init_prefix=str(path))
     for kind in ("none", "residual"):
-        module, facts = build_encoder(config.replace(reparameterization=kind), backbone)
-        assert module.bake().equal(given)
-        assert facts == {"kind": "prefix", "file": "given.safetensors"}
+        encoder, initialization = build_encoder(config.replace(reparameterization=kind), backbone)
+        assert encoder.bake().equal(start)
+        assert initialization == {"kind": "prefix", "file": "start.safetensors"}
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3"):
         build_encoder(config.replace(prefix_length=3), backbone)
 
 
-def test_the_artifact_tells_how_it_was_made(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_the_header_describes_the_training(backbone: Any, config_for: Callable[..., TrainConfig]):
     config = config_for(
         prompt_format="{source} {separator}", save_dtype="bfloat16", license="CC0", reparameterization="mlp"
     )

@@ -1,4 +1,4 @@
-"""The methods that a prefix is compared with: each trains what it names and nothing else, in the same loop."""
+"""The methods that a prefix is compared with: each trains what its name says and nothing else, in the same loop."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def losses(result: TrainResult) -> list[float]:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bart", "t5"])
 @pytest.mark.parametrize("method", ["adapter", "lora"])
-def test_what_is_put_in_has_no_effect_at_first(
+def test_inserted_layers_have_no_effect_at_first(
     method: str, name: str, tiny_backbone: Make, random_ids: Make, assert_same: Make
 ) -> None:
     backbone = tiny_backbone(name)
@@ -84,7 +84,7 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
 ) -> None:
     backbone = Backbone.from_model(tiny_models("llama").to(dtype), tiny_tokenizer, "tiny")
     before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
-    # Two steps: what starts at zero holds the other half of LoRA and of a bottleneck back in the first.
+    # Two steps: in the first, the half of LoRA and of a bottleneck that starts at zero keeps the other half in place.
     run(method, backbone=backbone, max_steps=2, learning_rate=1e-2, dtype="auto")
     last = {f"model.layers.2.{name}" for name, _ in backbone.model.model.layers[2].named_parameters()}
     moved = set()
@@ -115,20 +115,20 @@ def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run
     texts = [example.source for example in EIGHT]
     if method in WEIGHT_METHODS:
         assert result.prefix is None
-        backbone, form = load_tuned(result.path)
-        outputs = generate(backbone, texts, text_format=form, max_new_tokens=12)
+        backbone, text_format = load_tuned(result.path)
+        outputs = generate(backbone, texts, text_format=text_format, max_new_tokens=12)
     else:
         assert load_prefix(result.path).placement == ("infix" if method == "infix" else "front")
         outputs = generate(load_backbone(folder), texts, load_prefix(result.path), max_new_tokens=12)
     if method == "prompt":
-        # It says too little at the input layer of so small a model to tell all eight apart.
+        # At the input layer of so small a model, a prompt has too little effect to distinguish all eight.
         assert sum(output.endswith(" eats.") for output in outputs) >= 4, outputs
     else:
         assert sum(output in example.targets for output, example in zip(outputs, EIGHT, strict=True)) >= 7, outputs
 
 
 @pytest.mark.parametrize("method", ["full", "adapter", "prompt", "infix"])
-def test_a_killed_run_goes_on_to_the_same_losses(method: str, run: Make) -> None:
+def test_a_killed_run_resumes_to_the_same_losses(method: str, run: Make) -> None:
     def kill(event: dict[str, Any]) -> None:
         if event["event"] == "save" and event["step"] == 2:
             raise RuntimeError
@@ -152,15 +152,15 @@ def test_the_weights_file_says_what_it_is(run: Make) -> None:
         load_prefix(result.path)
 
 
-def test_a_settled_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
+def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
     backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny")
-    done = freeze_tuned(tune(backbone, Tuning("adapter", 4)))
-    assert {parameter.dtype for parameter in done.model.parameters()} == {torch.bfloat16}
-    assert not done.adapter_parameters
-    assert done.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16
+    frozen = freeze_tuned(tune(backbone, Tuning("adapter", 4)))
+    assert {parameter.dtype for parameter in frozen.model.parameters()} == {torch.bfloat16}
+    assert not frozen.adapter_parameters
+    assert frozen.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16
 
 
-def test_layers_are_found_from_the_bottom_up(tiny_backbone: Make) -> None:
+def test_decoder_layers_are_in_order_from_the_bottom(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("bart")
     assert decoder_layers(backbone) == list(backbone.model.model.decoder.layers)
 

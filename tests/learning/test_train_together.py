@@ -1,4 +1,4 @@
-"""Many prefixes trained at once: each as it would be alone, whatever is trained beside it."""
+"""Several prefixes trained at once: each as if it were trained alone, whatever the others are."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ DATA = [EATS, GOES, EATS[::-1], GOES]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bart", "t5", "gemma2", "gpt_oss"])
-def test_gradients_are_those_of_each_alone(
+def test_gradients_equal_those_of_separate_runs(
     family: str, tiny_backbone: Any, tiny_tokenizer: Any, random_prefix: Any, random_ids: Any
 ) -> None:
     if family in ("gemma2", "gpt_oss"):
@@ -104,14 +104,14 @@ def test_gradients_are_those_of_each_alone(
     losses = batch_loss(backbone, leaves, join(batches))
     losses.sum().backward()
     assert torch.allclose(losses, torch.cat(alone), rtol=1e-5, atol=1e-5)
-    for leaf, found in zip(leaves, expected, strict=True):
-        assert len(gradients(leaf)) == len(found) == len(leaf.tensors())
-        for one, other in zip(gradients(leaf), found, strict=True):
+    for leaf, own in zip(leaves, expected, strict=True):
+        assert len(gradients(leaf)) == len(own) == len(leaf.tensors())
+        for one, other in zip(gradients(leaf), own, strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-7)
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
-def test_runs_together_are_each_run_alone(
+def test_runs_trained_together_equal_separate_runs(
     family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
 ) -> None:
     backbone = tiny_backbone(family)
@@ -133,24 +133,24 @@ def test_runs_together_are_each_run_alone(
         for mine, theirs in zip(one.prefix.tensors(), other.prefix.tensors(), strict=True):
             assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
         assert other.prefix.header["training"]["seed"] == config.seed
-        told = [event for event in events if event["run"] == config.output]
-        assert [{k: v for k, v in event.items() if k != "run"} for event in told] == list(other.events)
+        of_run = [event for event in events if event["run"] == config.output]
+        assert [{k: v for k, v in event.items() if k != "run"} for event in of_run] == list(other.events)
         logged = (Path(config.output) / "events.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in logged] == list(other.events)
     assert all(torch.equal(before[name], p) for name, p in backbone.model.named_parameters())
 
 
-def test_all_share_one_pass(
+def test_all_runs_share_one_pass(
     tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     own = prefixtune.training.loop.batch_loss
 
-    def watch(backbone: Any, prefix: Any, batch: Any) -> Any:
+    def counted(backbone: Any, prefix: Any, batch: Any) -> Any:
         calls.append(len(prefix) if isinstance(prefix, list) else 1)
         return own(backbone, prefix, batch)
 
-    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", watch)
+    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", counted)
     train_together(
         [config_for(name, max_steps=3) for name in "abc"], backbone=tiny_backbone("llama"), examples=DATA[:3]
     )
@@ -163,10 +163,10 @@ def test_a_run_whose_loss_is_not_finite_leaves_the_others(
     backbone, good = tiny_backbone("llama"), config_for("good")
     own = prefixtune.training.loop.forward_backward
 
-    def spoil(backbone: Any, pendings: Any) -> None:
-        own(backbone, pendings)
-        if len(pendings) == 2 and spoil.steps == 3:  # type: ignore[attr-defined]
-            pendings[1].loss = float("nan")
+    def spoil(backbone: Any, steps: Any) -> None:
+        own(backbone, steps)
+        if len(steps) == 2 and spoil.steps == 3:  # type: ignore[attr-defined]
+            steps[1].loss = float("nan")
         spoil.steps += 1  # type: ignore[attr-defined]
 
     spoil.steps = 0  # type: ignore[attr-defined]
@@ -183,7 +183,7 @@ def test_a_run_whose_loss_is_not_finite_leaves_the_others(
     assert resumed.steps == alone.steps
 
 
-def test_stopped_runs_go_on_to_the_same_end(
+def test_stopped_runs_resume_to_the_same_end(
     tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_backbone("llama")
@@ -191,12 +191,12 @@ def test_stopped_runs_go_on_to_the_same_end(
     own = prefixtune.training.loop.forward_backward
     count = 0
 
-    def kill(backbone: Any, pendings: Any) -> None:
+    def kill(backbone: Any, steps: Any) -> None:
         nonlocal count
         count += 1
         if count == 5:
             raise MemoryError
-        own(backbone, pendings)
+        own(backbone, steps)
 
     with monkeypatch.context() as patch:
         replace_everywhere(patch, forward_backward, kill)
