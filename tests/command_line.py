@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli.main import main
+from prefixtune.cli.main import build_parser, main
 
 
 def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None) -> tuple[str, str]:
@@ -34,6 +34,13 @@ def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None
         returned = main(arguments)
     assert returned == code, f"exit code {returned}\n{out.getvalue()}\n{err.getvalue()}"
     return out.getvalue(), err.getvalue()
+
+
+def call(*arguments: object) -> int:
+    """A command within this process, whose errors are raised and not printed; its exit code."""
+    options = build_parser()[0].parse_args([str(argument) for argument in arguments])
+    code: int = options.run(options)
+    return code
 
 
 def run_apart(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -> tuple[str, str]:

@@ -228,7 +228,7 @@ def run(work: Path) -> None:
     # The same tiny model each time.
     with (
         mock.patch("prefixtune.training.train.load_backbone", return_value=backbone),
-        mock.patch("prefixtune.cli.common.load", return_value=backbone),
+        mock.patch("prefixtune.cli.loading.load", return_value=backbone),
     ):
         (work / "train").mkdir()
         training(work / "train", model, data).run("train")

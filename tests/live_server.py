@@ -27,17 +27,9 @@ TEMPLATE = (
 
 # The code runs the command as `prefixtune serve` does.
 COMMAND = """
-import argparse, sys
-from prefixtune.cli.commands.serve import add_arguments, run
-from prefixtune.utils.console import Console
-from prefixtune.errors import PrefixError
-parser = argparse.ArgumentParser()
-add_arguments(parser)
-try:
-    sys.exit(run(parser.parse_args()))
-except PrefixError as error:
-    Console().error(error.message, error.hint)
-    sys.exit(2)
+import sys
+from prefixtune.cli.main import main
+sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 

@@ -32,12 +32,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[1]["output"] = "unbreakable" * 40
     write_lines(one / "outputs.jsonl", rows)
     made = (methods_study(folder / "methods"), low_data_study(folder / "low"), length_study(folder / "length"), one)
-    code = (
-        "import argparse, sys\nfrom prefixtune.cli.commands.report import add_arguments, run\n"
-        "parser = argparse.ArgumentParser()\nadd_arguments(parser)\nsys.exit(run(parser.parse_args()))"
-    )
     path = folder / "report.html"
-    subprocess.run([sys.executable, "-c", code, *map(str, made), "--output", str(path), "--quiet"], check=True)
+    command = [sys.executable, "-m", "prefixtune", "report", *map(str, made), "--output", str(path), "--quiet"]
+    subprocess.run(command, check=True)
     return path
 
 

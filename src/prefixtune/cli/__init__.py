@@ -1,1 +1,1 @@
-"""The command line: parse and call; one module a command."""
+"""The command line: parse and call; one module a command in `commands`."""

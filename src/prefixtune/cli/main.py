@@ -1,7 +1,7 @@
-"""The command line: parse, call, and turn mistakes into one line with a hint.
+"""The command line: parse, call the command, and print errors as one line with a hint.
 
-Exit codes: 0 good, 1 a check failed or a bug (with its traceback), 2 the user's mistake, 130 interrupted. With `--json`
-a mistake is one JSON object on stderr, and nothing else is written there.
+Exit codes: 0 success, 1 a failed check or a bug (with its traceback), 2 wrong use or input, 130 interrupted. With
+`--json` an error is one JSON object on stderr, and nothing else is written there.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from prefixtune.cli.commands import (
     evaluate,
     export,
     generate,
-    hub,
     inspect,
     prepare,
+    pull,
+    push,
     report,
     score,
     serve,
@@ -42,11 +43,11 @@ __all__ = ["build_parser", "main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # Mistakes in the arguments, too, are reported as they ask for.
-    as_json = "--json" in (given[: given.index("--")] if "--" in given else given)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # --json also holds for errors in the arguments themselves.
+    as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     try:
-        options = _parse(given)
+        options = _parse(words)
         with _shown_warnings(Console(quiet=as_json)):
             code: int = options.run(options)
         sys.stdout.flush()
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         return _print_error("interrupted.", str(stopped), "Interrupted", 130, as_json)
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; keep Python from complaining while it closes stdout.
+        # The reader, such as `head`, closed the pipe; keep Python from complaining when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -72,16 +73,16 @@ def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -
 
 @contextlib.contextmanager
 def _shown_warnings(console: Console) -> Iterator[None]:
-    """Show this project's own warnings as one line, without the place in the code that they come from."""
+    """Show this project's own warnings as one line, without the position in the code."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", PrefixWarning)
         show = warnings.showwarning
 
-        def show_plainly(message: Warning | str, category: type[Warning], *given: Any, **more: Any) -> None:
+        def show_plainly(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
             if issubclass(category, PrefixWarning):
                 console.warn(str(message))
             else:
-                show(message, category, *given, **more)
+                show(message, category, *rest, **options)
 
         warnings.showwarning = show_plainly
         yield
@@ -102,13 +103,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             raise ConfigError(f"unknown option {word!r}.", hint=did_you_mean(word, command.options()))
         raise ConfigError(f"unexpected argument {word!r}.", hint=f"`{command.prog} --help` explains the options.")
     if getattr(options, "json", False):
-        # Programs read stderr, too.
+        # Programs also read stderr.
         options.quiet = True
     return options
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
-    """The whole parser, and each command's own."""
+    """The parser of the whole command line, and of each command by name."""
     parser = CommandParser(
         prog="prefixtune",
         description="Train, evaluate and use prefixes for frozen language models (prefix-tuning).",
@@ -117,7 +118,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
     )
     parser.add_argument("--version", action="version", version=f"prefixtune {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
-    made: dict[str, CommandParser] = {}
+    parsers: dict[str, CommandParser] = {}
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> CommandParser:
         sub: CommandParser = subparsers.add_parser(
@@ -127,7 +128,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
-        made[name] = sub
+        parsers[name] = sub
         return sub
 
     for module in (
@@ -143,12 +144,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
         report,
         inspect,
         convert,
-        hub,
+        push,
+        pull,
         export,
         doctor,
     ):
         module.register(command)
-    return parser, made
+    return parser, parsers
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--to", "llama.cpp", "--baked"], "--baked is for onnx, but the target is llama.cpp"),
         (["--to", "onnx", "--patch", "a.bin"], "--patch is for llama.cpp, but the target is onnx"),
         (["--to", "onnx", "--kv-type", "f16"], "--kv-type is for llama.cpp"),
-        (["--to", "llama.cpp", "--patch", "a.bin", "--state-version", "3"], "with --patch the slot file decides"),
+        (
+            ["--to", "llama.cpp", "--patch", "a.bin", "--state-version", "3"],
+            "cannot go with --patch, since the slot file decides",
+        ),
         (["--to", "llama.cpp", "--patch", "none.bin"], "cannot read the slot file 'none.bin'"),
         (["--to", "llama.cpp", "--state-version", "9"], "state version 9"),
         (["--to", "onnx", "--dtype", "bfloat16"], "the backbone is in torch.bfloat16"),

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 
+from command_line import call
 from made_up_runs import evaluation, low_data_study
-from prefixtune.cli.commands.report import add_arguments
-from prefixtune.cli.commands.report import run as run_command
 from prefixtune.errors import ConfigError, DataError
 
 
 def run(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run_command(parser.parse_args([str(argument) for argument in arguments]))
+    return call("report", *arguments)
 
 
 def test_writes_the_page_and_markdown_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

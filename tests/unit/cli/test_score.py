@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -11,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli.commands.score import add_arguments
-from prefixtune.cli.commands.score import run as run_command
+from command_line import call
 from prefixtune.errors import ConfigError, DataError
 
 ITEMS = [
@@ -39,9 +37,7 @@ def hypotheses(tmp_path: Path) -> str:
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run_command(parser.parse_args(arguments))
+    return call("score", *arguments)
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
 import pytest
 
-from prefixtune.cli.commands.tasks import add_arguments
-from prefixtune.cli.commands.tasks import run as run_command
+from command_line import call
 from prefixtune.data import TASKS
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.training.presets import PRESETS, preset
 
 
 def run(*arguments: str) -> None:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert run_command(parser.parse_args(arguments)) == 0
+    assert call("tasks", *arguments) == 0
 
 
 def test_every_task_and_preset_is_listed(capsys: pytest.CaptureFixture[str]):

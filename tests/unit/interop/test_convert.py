@@ -136,7 +136,7 @@ def test_mistakes_end_with_2(
     adapter = export_peft(prefix, tmp_path / "adapter")
     refused("give its folder", adapter / "adapter_model.safetensors", out, "--to", "prefixtune")
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
-    refused("no prefix that is known here", tmp_path / "other.safetensors", out, "--to", "prefixtune")
+    refused("in no known format of prefixes", tmp_path / "other.safetensors", out, "--to", "prefixtune")
     save_file({"control_trans": torch.zeros(2)}, tmp_path / "authors.safetensors")
     refused("--backbone", tmp_path / "authors.safetensors", out, "--to", "prefixtune")
     refused("yields", tmp_path / "authors.safetensors", out, "--to", "prefixtune", "--backbone", model)

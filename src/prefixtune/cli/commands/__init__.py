@@ -1,4 +1,4 @@
-"""What each command of the command line does: call the library, and show the outcome.
+"""The commands, one module each: `register` adds the options, `run` calls the library and shows the outcome.
 
-One module a command, or a few of a kind. Nothing heavy is imported before a command runs.
+Nothing heavy is imported before a command runs.
 """

@@ -1,14 +1,15 @@
-"""Doctor."""
+"""`prefixtune doctor`: check that a backbone carries prefixes correctly."""
 
 from __future__ import annotations
 
 import argparse
 
 from prefixtune.cli.commands.inspect import SHOWN_WEIGHTS
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, load, print_json
+from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from prefixtune.cli.loading import DEFAULT_BACKBONE, load
 from prefixtune.utils.console import Console
 
-__all__ = ["run"]
+__all__ = ["register"]
 
 
 def register(command: AddCommand) -> None:
@@ -19,12 +20,12 @@ def register(command: AddCommand) -> None:
         "check that a backbone carries prefixes correctly; exits 1 if anything fails",
         "Run it once for every backbone and version of transformers that you rely on.",
     )
-    parser.add_argument("backbone", nargs="?", default="smollm2-135m", help="name, hub id, folder or .gguf file")
+    parser.add_argument("backbone", nargs="?", default=DEFAULT_BACKBONE, help="name, hub id, folder or .gguf file")
     parser.add_argument(
         "--dtype", default="float32", help="float32 (strictest, the default), bfloat16, float16 or auto"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    parser.add_argument("--quantize", default="", metavar="{int8,int4}", help="round the frozen weights (torchao)")
+    parser.add_argument("--quantize", default="", metavar="{int8,int4}", help="quantize the frozen weights (torchao)")
     add_json_and_quiet(parser, "every check")
 
 

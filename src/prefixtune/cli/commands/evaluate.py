@@ -8,14 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.cli.common import (
-    AddCommand,
-    add_decoding_arguments,
-    find_artifact,
-    generate_config,
-    load_artifact,
-    print_json,
-)
+from prefixtune.cli.common import AddCommand, print_json
+from prefixtune.cli.decoding import add_decoding_arguments, generate_config
+from prefixtune.cli.loading import Artifact, find_artifact, load_artifact
 from prefixtune.errors import ConfigError, PrefixError, did_you_mean
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import Console
@@ -23,12 +18,24 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.data import Example, Task
     from prefixtune.evaluation.records import Evaluation
+    from prefixtune.inference.config import GenerateConfig
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["register"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `prefixtune evaluate` takes, besides how to decode."""
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    parser = command(
+        "evaluate",
+        run,
+        "decode for every example of a file and score the outputs",
+        """
+
+examples:
+  prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv
+  prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
+  prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/""",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--prefix",
@@ -61,10 +68,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outputs", metavar="FILE", help="also write the outputs, one a line")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
+    add_decoding_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """`prefixtune evaluate`."""
+    _check_options(options)
+    from prefixtune.data import TASKS, read_task
+    from prefixtune.evaluation.evaluate import check_examples, check_kind
+    from prefixtune.evaluation.records import summarize, write_evaluation
+    from prefixtune.utils.files import write_text
+
+    console = Console(quiet=options.quiet or options.json)
+    # Everything that can be wrong is reported before the model loads.
+    artifact = find_artifact(options, options.prefix)
+    name = options.task or artifact.header.get("task") or "records"
+    source, target = _columns(options, name, artifact)
+    examples = read_task(name, options.data, source=source, target=target, split=options.split)
+    examples = examples[: options.limit or None]
+    task = TASKS[name]
+    metrics = task.metrics if options.metrics is None else _check_metrics(options.metrics, task)
+    check_examples(examples)
+    labelled = artifact.weights is None and bool(artifact.header.get("labels"))
+    check_kind(task.kind, labelled=labelled, intervals=options.intervals)
+    config = generate_config(options, [], name)
+    _check_outputs(options)
+    shots = _read_shots(options, name, source, target)
+    training_data = options.train if shots else artifact.weights or artifact.prefix
+    overlap = _overlap(console, examples, training_data, shots)
+    outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots)
+    if options.output:
+        method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
+        facts = {**_describe(options, name, "few-shot" if shots else method), **settings, **overlap}
+        write_evaluation(Path(options.output), outcome, examples, facts, protocol=task.protocol)
+        console.info(f"scores, outputs and settings: {options.output}")
+    if options.json:
+        facts = {"num_examples": len(examples), "task": name, "prefix": options.prefix, "run": options.run_folder}
+        print_json({**summarize(outcome), **facts, **overlap})
+    else:
+        _print_scores(console, outcome, len(examples), options.data)
+    if options.outputs:
+        write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
+    return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ConfigError: They do not, or a number is negative.
+    """
     for name in ("limit", "shots"):
         if getattr(options, name) < 0:
             raise ConfigError(
@@ -79,93 +132,101 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             "--instruction is for the bare model; a prefix needs none.", hint="leave out --prefix and --run."
         )
-    from prefixtune.data import TASKS, read_task
-    from prefixtune.data.encoding import default_format
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Check that --outputs and --output can be written.
+
+    Raises:
+        PrefixError: One cannot.
+    """
     from prefixtune.evaluation.decode import DECODED_FILE
-    from prefixtune.evaluation.evaluate import check_examples, check_kind, evaluate
-    from prefixtune.evaluation.prompting import few_shot_format, instruction_format
-    from prefixtune.evaluation.records import summarize, write_evaluation
-    from prefixtune.prefix.text_format import read_text_format
-    from prefixtune.utils.files import write_text
     from prefixtune.utils.writable import check_writable
 
-    console = Console(quiet=options.quiet or options.json)
-    # All that can be wrong is reported before the model loads.
-    file, weights, header = find_artifact(options, options.prefix)
-    task = options.task or header.get("task") or "records"
-    source, target = options.source, options.target
-    trained = read_text_format(header)
-    if trained is not None and task in TASKS and TASKS[task].takes_columns and not _is_conll(options.data):
-        # References are made as the training made its targets.
-        source, target = source or trained.source or None, target or trained.target_template or None
-    examples = read_task(task, options.data, source=source, target=target, split=options.split)
-    examples = examples[: options.limit or None]
-    chosen = TASKS[task]
-    metrics: Sequence[str] = chosen.metrics
-    if options.metrics is not None:
-        metrics = _asked_for(options.metrics, chosen)
-    check_examples(examples)
-    check_kind(chosen.kind, labelled=weights is None and bool(header.get("labels")), intervals=options.intervals)
-    config = generate_config(options, [], task)
-    folder = Path(options.output) if options.output else None
-    written = [Path(options.outputs)] if options.outputs else []
-    for path in [*written, *([folder / DECODED_FILE] if folder else [])]:
-        check_writable(path)
-    shown = _shots(options, task, source, target)
-    overlap = _overlap(console, examples, options.train if shown else weights or file, shown)
-    backbone, prefix, form = load_artifact(console, options, file, weights)
+    if options.outputs:
+        check_writable(Path(options.outputs))
+    if options.output:
+        check_writable(Path(options.output) / DECODED_FILE)
+
+
+def _columns(options: argparse.Namespace, task: str, artifact: Artifact) -> tuple[str | None, str | None]:
+    """--source and --target, or those of the training for tasks with columns.
+
+    References are made in the same way as the training made its targets.
+    """
+    from prefixtune.data import TASKS
+    from prefixtune.prefix.text_format import read_text_format
+
+    trained = read_text_format(artifact.header)
+    if trained is None or task not in TASKS or not TASKS[task].takes_columns or _is_conll(options.data):
+        return options.source, options.target
+    return options.source or trained.source or None, options.target or trained.target_template or None
+
+
+def _evaluate(
+    console: Console,
+    options: argparse.Namespace,
+    artifact: Artifact,
+    examples: Sequence[Example],
+    task: Task,
+    metrics: Sequence[str],
+    config: GenerateConfig,
+    shots: Sequence[Example],
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Load the model, decode and score; returns the evaluation, and the backbone and settings for its files."""
+    from prefixtune.data.encoding import default_format
+    from prefixtune.evaluation.decode import DECODED_FILE
+    from prefixtune.evaluation.evaluate import evaluate
+    from prefixtune.evaluation.prompting import few_shot_format, instruction_format
+
+    backbone, prefix, text_format = load_artifact(console, options, artifact)
     if options.instruction:
-        form = instruction_format(backbone, options.instruction, shown)
-    elif shown:
-        form = few_shot_format(form or default_format(backbone), shown, backbone.separator, backbone.end)
+        text_format = instruction_format(backbone, options.instruction, shots)
+    elif shots:
+        text_format = few_shot_format(text_format or default_format(backbone), shots, backbone.separator, backbone.end)
     with console.progress("generating", len(examples)) as bar:
         outcome = evaluate(
             backbone,
             examples,
             prefix,
-            text_format=form,
+            text_format=text_format,
             config=config,
-            kind=chosen.kind,
-            protocol=chosen.protocol,
+            kind=task.kind,
+            protocol=task.protocol,
             metrics=metrics,
             intervals=options.intervals,
-            resume_file=None if folder is None else folder / DECODED_FILE,
+            resume_file=Path(options.output) / DECODED_FILE if options.output else None,
             on_batch=bar.update,
             on_cut=lambda cut: console.info(f"{len(cut)} of {len(examples)} sources were truncated to fit"),
         )
-    facts = {
+    settings = {
+        "decoding": dataclasses.asdict(config),
+        "text_format": None if text_format is None else text_format.to_dict(),
+        "shots": options.shots,
+        "limit": options.limit,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "protocol": task.protocol,
+    }
+    return outcome, {"backbone": backbone.name, "prefix": options.prefix, "settings": settings}
+
+
+def _describe(options: argparse.Namespace, task: str, method: str) -> dict[str, Any]:
+    """What was evaluated, for the files of --output."""
+    return {
         "title": _title(options, task),
         "task": task,
         "data": Path(options.data).name,
         "split": options.split,
-        "method": "few-shot" if options.shots else header.get("method", "prefix") if header else "zero-shot",
-        "backbone": backbone.name,
-        "prefix": options.prefix,
-        "settings": {
-            "decoding": dataclasses.asdict(config),
-            "text_format": None if form is None else form.to_dict(),
-            "shots": options.shots,
-            "limit": options.limit,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            "protocol": chosen.protocol,
-        },
-        **overlap,
+        "method": method,
     }
-    if folder is not None:
-        write_evaluation(folder, outcome, examples, facts, protocol=chosen.protocol)
-        console.info(f"scores, outputs and settings: {folder}")
-    if options.json:
-        asked = {"num_examples": len(examples), "task": task, "prefix": options.prefix, "run": options.run_folder}
-        print_json({**summarize(outcome), **asked, **overlap})
-    else:
-        _show(console, outcome, len(examples), options.data)
-    if options.outputs:
-        write_text(Path(options.outputs), "".join(line.replace("\n", " ") + "\n" for line in outcome.outputs))
-    return 0
 
 
-def _asked_for(names: str, task: Task) -> list[str]:
-    """The metrics that were named, all of which can be computed here."""
+def _check_metrics(names: str, task: Task) -> list[str]:
+    """The metrics of --metrics.
+
+    Raises:
+        ConfigError: One is unknown, or cannot be computed here.
+    """
     from prefixtune.evaluation.metrics import METRICS, Unavailable, measure
 
     metrics = [name.strip() for name in names.split(",") if name.strip()]
@@ -180,42 +241,53 @@ def _asked_for(names: str, task: Task) -> list[str]:
     if unknown is not None:
         raise ConfigError(f"there is no metric {unknown!r}.", hint=did_you_mean(unknown, METRICS))
     try:
-        # What is missing shows on any text.
+        # Any text shows whether a library is missing.
         measure(["a word"], [["a word"]], protocol=task.protocol, metrics=metrics)
     except Unavailable as error:
         raise ConfigError(f"{error.reason}.", hint=f"{error.remedy}, or leave the metric out.") from error
     return metrics
 
 
-def _shots(options: argparse.Namespace, task: str, source: str | None, target: str | None) -> list[Example]:
-    """The solved examples that the bare model is shown."""
+def _read_shots(options: argparse.Namespace, task: str, source: str | None, target: str | None) -> list[Example]:
+    """The solved examples of --shots.
+
+    Raises:
+        ConfigError: There are too few.
+    """
     from prefixtune.data import read_task
 
     if not options.shots:
         return []
-    read = read_task(task, options.train, source=source, target=target, split="train")
-    shown = [example for example in read if example.targets][: options.shots]
-    if len(shown) < options.shots:
+    examples = read_task(task, options.train, source=source, target=target, split="train")
+    shots = [example for example in examples if example.targets][: options.shots]
+    if len(shots) < options.shots:
         raise ConfigError(
-            f"--shots is {options.shots}, but {options.train!r} has {len(shown)} examples with a target.",
+            f"--shots is {options.shots}, but {options.train!r} has {len(shots)} examples with a target.",
             hint="show fewer.",
         )
-    return shown
+    return shots
 
 
 def _overlap(
-    console: Console, examples: Sequence[Example], origin: str | Path | None, shown: Sequence[Example]
+    console: Console, examples: Sequence[Example], training_data: str | Path | None, shots: Sequence[Example]
 ) -> dict[str, Any]:
-    """How many of the examples stand in what the model was trained on or shown, where that is known; with a warning."""
+    """How many examples are also in the training set, or among the shots, if known; warns if there are any.
+
+    Args:
+        console: Shows the warning.
+        examples: The examples to evaluate on.
+        training_data: The file of the shots, or a file in the folder of the training run; None: the bare model.
+        shots: The solved examples in the prompt.
+    """
     from prefixtune.evaluation.overlap import find_overlap, training_examples
     from prefixtune.training.folder import CONFIG_FILE
 
-    if origin is None:
+    if training_data is None:
         return {}
-    training: Sequence[Example] | None = shown
-    name = str(origin)
-    if not shown:
-        path = Path(origin).parent / CONFIG_FILE
+    training: Sequence[Example] | None = shots
+    name = str(training_data)
+    if not shots:
+        path = Path(training_data).parent / CONFIG_FILE
         if not path.is_file():
             return {}
         try:
@@ -226,10 +298,10 @@ def _overlap(
             return {}
     if training is None:
         return {}
-    found = find_overlap(examples, training, name)
-    if found.count:
-        console.warn(f"{found}.")
-    return {"overlap": found.to_dict()}
+    overlap = find_overlap(examples, training, name)
+    if overlap.count:
+        console.warn(f"{overlap}.")
+    return {"overlap": overlap.to_dict()}
 
 
 def _title(options: argparse.Namespace, task: str) -> str:
@@ -237,16 +309,16 @@ def _title(options: argparse.Namespace, task: str) -> str:
     return f"{of} on {task}{f' ({options.split})' if options.split else ''}"
 
 
-def _show(console: Console, outcome: Evaluation, count: int, data: str) -> None:
+def _print_scores(console: Console, outcome: Evaluation, count: int, data: str) -> None:
     rows = []
     for name, score in outcome.scores.items():
-        between = "" if score.interval is None else f" [{score.interval[0]:.4g}, {score.interval[1]:.4g}]"
-        rows.append([name, f"{score.score:.{2 if abs(score.score) >= 10 else 4}f}{between}", score.implementation])
+        interval = "" if score.interval is None else f" [{score.interval[0]:.4g}, {score.interval[1]:.4g}]"
+        rows.append([name, f"{score.score:.{2 if abs(score.score) >= 10 else 4}f}{interval}", score.implementation])
     console.table(f"{count} examples of {data}", ["metric", "score", "implementation"], rows, result=True)
     for grouping, groups in outcome.groups.items():
         lines = [
-            [group, str(found.num_examples), *(f"{score.score:.2f}" for score in found.scores.values())]
-            for group, found in groups.items()
+            [group, str(scores.num_examples), *(f"{score.score:.2f}" for score in scores.scores.values())]
+            for group, scores in groups.items()
         ]
         names = list(next(iter(groups.values())).scores)
         console.table(f"by {grouping}", ["", "examples", *names], lines, result=True)
@@ -255,22 +327,5 @@ def _show(console: Console, outcome: Evaluation, count: int, data: str) -> None:
 
 
 def _is_conll(path: str) -> bool:
-    """Whether a file has no columns by name."""
+    """Whether a file has no named columns."""
     return path.removesuffix(".gz").endswith((".conll", ".bio", ".txt"))
-
-
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "evaluate",
-        run,
-        "decode for every example of a file and score the outputs",
-        """
-
-examples:
-  prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv
-  prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
-  prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/""",
-    )
-    add_arguments(parser)
-    add_decoding_arguments(parser)

@@ -1,4 +1,4 @@
-"""`prefixtune prepare`, `inspect`, `doctor`: fetch a backbone, look at a prefix, check that a model carries one."""
+"""`prefixtune inspect`: show a prefix file, or list the prefixes of a folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.utils.console import Console
 
-__all__ = ["SHOWN_WEIGHTS", "run"]
+__all__ = ["SHOWN_WEIGHTS", "register"]
 
 
 SHOWN_WEIGHTS = 10
-"""How many names of unused weights `doctor` prints; `--json` gives all."""
+"""Most names of unused weights that `doctor` prints; `--json` prints all."""
+
+
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    parser = command("inspect", run, "show a prefix file: header, sizes, norms per layer; or list a folder")
+    parser.add_argument(
+        "file",
+        metavar="PATH",
+        help="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
+        "method, are listed, broken ones with the reason (exit code 1)",
+    )
+    add_json_and_quiet(parser, "all of it")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,19 +37,19 @@ def run(options: argparse.Namespace) -> int:
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.hub import prefix_file
 
-    if os.path.isdir(options.file):  # Path.is_dir raises where the parent folder is closed to us
+    if os.path.isdir(options.file):  # Path.is_dir raises if the parent folder may not be read
         return _list(options, Path(options.file))
     path = prefix_file(options.file)
     prefix = load_prefix(path)
     norms = [
         {
             "site": site,
-            "layer": number,
+            "layer": index,
             "key_norm": round(float(key.float().norm(dim=-1).mean()), 4),
             "value_norm": round(float(value.float().norm(dim=-1).mean()), 4),
         }
         for site, layers in prefix.layers.items()
-        for number, (key, value) in enumerate(layers)
+        for index, (key, value) in enumerate(layers)
     ]
     sizes = {
         "file_bytes": path.stat().st_size,
@@ -50,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     console = Console(quiet=options.quiet)
     print(f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes")
-    console.table("header", ["key", "value"], list(_flat(prefix.header)), result=True)
+    console.table("header", ["key", "value"], list(_flatten(prefix.header)), result=True)
     console.table(
         "mean norm of a head's vector",
         ["site", "layer", "key", "value"],
@@ -61,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace, folder: Path) -> int:
-    """The prefixes of a folder, and the runs in it; 1 where a file is broken."""
+    """List the prefixes of a folder and the runs in it; returns 1 if a file is broken."""
     try:
         rows = [_row(folder, path) for path in _artifacts(folder)]
     except OSError as error:
@@ -70,7 +82,7 @@ def _list(options: argparse.Namespace, folder: Path) -> int:
         ) from error
     if not rows:
         raise CheckpointError(
-            f"{str(folder)!r} holds no prefix, and no run that came to its end.",
+            f"{str(folder)!r} holds no prefix and no finished run.",
             hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
         )
     broken = [row for row in rows if "error" in row]
@@ -80,15 +92,15 @@ def _list(options: argparse.Namespace, folder: Path) -> int:
         return 1 if broken else 0
     console = Console(quiet=options.quiet)
     others = sum(not row["prefix_length"] for row in good)
-    title = _counted(len(good) - others, "prefix", "prefixes")
+    title = _count(len(good) - others, "prefix", "prefixes")
     if others:
-        title += f" and {_counted(others, 'run', 'runs')} of other methods"
+        title += f" and {_count(others, 'run', 'runs')} of other methods"
     columns = ("name", "bytes", "method", "backbone", "length", "task")
-    shown = [{**row, "bytes": row["file_bytes"], "length": _in_words(row["prefix_length"])} for row in good]
+    shown = [{**row, "bytes": row["file_bytes"], "length": _format_lengths(row["prefix_length"])} for row in good]
     console.table(f"{title} in {folder}", columns, [[row[name] for name in columns] for row in shown], result=True)
     if broken:
         console.table(
-            _counted(len(broken), "broken file", "broken files"),
+            _count(len(broken), "broken file", "broken files"),
             ["name", "why"],
             [[row["name"], row["error"]] for row in broken],
             result=True,
@@ -106,7 +118,7 @@ def _artifacts(folder: Path) -> list[Path]:
 
 
 def _trained_in(run: Path) -> list[Path]:
-    """The prefix or the weights in a folder; of one that nobody may look into, the folder, for `_row` to say so."""
+    """The prefix or the weights in a folder; the folder itself if it may not be read, for `_row` to report."""
     from prefixtune.prefix.hub import FILE
     from prefixtune.training.folder import WEIGHTS_FILE
 
@@ -117,7 +129,7 @@ def _trained_in(run: Path) -> list[Path]:
 
 
 def _row(folder: Path, path: Path) -> dict[str, Any]:
-    """What a list says of a file: all of it is read, as when it is used."""
+    """The row of a file in the list; the whole file is read and checked, as when it is used."""
     row: dict[str, Any] = {"name": str(path.relative_to(folder)), "file": str(path)}
     try:
         row["file_bytes"] = path.stat().st_size
@@ -137,7 +149,7 @@ def _row(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """The header of a prefix, or of the weights of another method, and the sizes of what it stands for."""
+    """The header and the sizes of a prefix, or of the weights of another method."""
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.training.artifact import load_weights
     from prefixtune.training.folder import WEIGHTS_FILE
@@ -150,14 +162,14 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     return prefix.header, {"parameters": prefix.num_parameters, "prefix_length": lengths}
 
 
-def _counted(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
+def _count(count: int, singular: str, plural: str) -> str:
+    return f"{count} {singular if count == 1 else plural}"
 
 
-def _in_words(lengths: Mapping[str, int]) -> str:
+def _format_lengths(lengths: Mapping[str, int]) -> str:
     """A prefix's length at each site.
 
-    >>> _in_words({"decoder": 10}), _in_words({"encoder": 20, "cross": 5})
+    >>> _format_lengths({"decoder": 10}), _format_lengths({"encoder": 20, "cross": 5})
     ('10', 'encoder 20, cross 5')
     """
     if len(set(lengths.values())) == 1:
@@ -165,23 +177,11 @@ def _in_words(lengths: Mapping[str, int]) -> str:
     return ", ".join(f"{site} {length}" for site, length in lengths.items())
 
 
-def _flat(header: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
-    """A header's entries as rows; long lists and fingerprints are cut short."""
+def _flatten(header: Mapping[str, Any], above: str = "") -> Iterator[list[str]]:
+    """A header's entries as rows; long values are cut."""
     for key, value in header.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
+            yield from _flatten(value, f"{above}{key}.")
         else:
             text = json.dumps(value, ensure_ascii=False)
             yield [f"{above}{key}", text if len(text) <= 90 else f"{text[:87]}..."]
-
-
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command("inspect", run, "show a prefix file: header, sizes, norms per layer; or list a folder")
-    parser.add_argument(
-        "file",
-        metavar="PATH",
-        help="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
-        "method, are listed, broken ones with the reason (exit code 1)",
-    )
-    add_json_and_quiet(parser, "all of it")

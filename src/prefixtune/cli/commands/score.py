@@ -1,17 +1,13 @@
-"""`prefixtune score`: outputs of any system against the references of a task, as its official script scores them.
-
-Knows nothing of models, and of how a score is computed: texts come from files and go to `evaluation.metrics`.
-"""
+"""`prefixtune score`: score the outputs of any system against the references of a task, like its official script."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.cli.common import AddCommand
+from prefixtune.cli.common import AddCommand, print_json
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.utils.console import Console
 
@@ -19,16 +15,26 @@ if TYPE_CHECKING:
     from prefixtune.data import Example
     from prefixtune.evaluation.metrics import Comparison, Measurement, Score
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["register"]
 
 
 _LEVEL = 0.95
 _LABEL_METRICS = {"classification": ("accuracy", "macro_f1"), "tagging": ("span_f1", "accuracy")}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `prefixtune score` takes."""
-    parser.add_argument("--task", required=True, help="whose files the references are, and how they are scored")
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    parser = command(
+        "score",
+        run,
+        "score texts of any system against a data set's references",
+        """
+
+examples:
+  prefixtune score --task e2e --hypotheses out.txt --references testset_w_refs.csv
+  prefixtune score --task webnlg --hypotheses a.txt --against b.txt --references test.jsonl --metrics bleu,ter""",
+    )
+    parser.add_argument("--task", required=True, help="the task of the references: how they are read and scored")
     parser.add_argument(
         "--hypotheses", required=True, metavar="FILE", help='outputs, one a line, or .jsonl with the key "output"'
     )
@@ -36,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--references", required=True, metavar="FILE", help="the task's examples, in the order of the outputs"
     )
     parser.add_argument("--against", metavar="FILE", help="outputs of a second system: test the difference")
-    parser.add_argument("--metrics", metavar="NAMES", help="as in bleu,nist (default: those of the protocol)")
+    parser.add_argument("--metrics", metavar="NAMES", help="such as bleu,nist (default: those of the protocol)")
     parser.add_argument(
         "--protocol", help="e2e, webnlg, dart, summarization or plain: how texts are prepared (default: the task's)"
     )
@@ -54,16 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC=FOLDER",
         help="model weights of bertscore, moverscore or bleurt; repeatable; none are fetched",
     )
-    parser.add_argument("--split", help="train, dev or test, where the references are a folder of several")
+    parser.add_argument("--split", help="train, dev or test, if the references are a folder")
     parser.add_argument("--source", help="records, classification, tagging: column or template")
-    parser.add_argument("--target", help="likewise, of the references")
+    parser.add_argument("--target", help="the same, for the references")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON on stdout")
     parser.add_argument("--quiet", action="store_true", help="no warnings, only results and errors")
 
 
 def run(options: argparse.Namespace) -> int:
     """`prefixtune score`."""
-    from prefixtune.data import TASKS, read_all_entries, read_task
+    from prefixtune.data import TASKS, read_task
 
     if options.samples < 2 or options.seed < 0:
         raise ConfigError(
@@ -80,20 +86,8 @@ def run(options: argparse.Namespace) -> int:
                 f"example {number} of {options.references} ({example.source[:60]!r}) has no reference.",
                 hint="name a file with references, or the column with --target.",
             )
-    systems = []
-    for name in (options.hypotheses, options.against):
-        if name is None:
-            continue
-        outputs = _read_outputs(Path(name))
-        if len(outputs) != len(examples):
-            # Maybe of all entries, also of those that are no examples.
-            entries = read_all_entries(options.task, options.references, split=options.split)
-            if len(outputs) != len(entries):
-                raise _other_count(name, len(outputs), len(examples), len(entries), options.references)
-            outputs = [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
-            told = f"{len(entries) - len(examples)} of {len(entries):,} entries have no text to compare with"
-            console.info(f"{name}: {told}; the outputs for them are left out")
-        systems.append(outputs)
+    names = [name for name in (options.hypotheses, options.against) if name is not None]
+    systems = [_outputs_of_examples(console, options, name, len(examples)) for name in names]
     kind = TASKS[options.task].kind
     if kind == "generation":
         result = _score_texts(options, examples, systems)
@@ -103,14 +97,38 @@ def run(options: argparse.Namespace) -> int:
     for name, reason in result.get("left_out", {}).items():
         console.warn(f"{name} is left out: {reason}")
     if options.json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print_json(result)
     else:
         _show(console, result, options)
     return 0
 
 
+def _outputs_of_examples(console: Console, options: argparse.Namespace, name: str, num_examples: int) -> list[str]:
+    """The outputs in a file, one for each example.
+
+    Raises:
+        DataError: Their number is neither that of the examples nor that of all entries of the references.
+    """
+    from prefixtune.data import read_all_entries
+
+    outputs = _read_outputs(Path(name))
+    if len(outputs) == num_examples:
+        return outputs
+    # Perhaps for all entries, including those without a reference.
+    entries = read_all_entries(options.task, options.references, split=options.split)
+    if len(outputs) != len(entries):
+        raise _wrong_count(name, len(outputs), num_examples, len(entries), options.references)
+    reason = f"{len(entries) - num_examples} of {len(entries):,} entries have no text to compare with"
+    console.info(f"{name}: {reason}; the outputs for them are left out")
+    return [output for output, entry in zip(outputs, entries, strict=True) if entry is not None]
+
+
 def _read_outputs(path: Path) -> list[str]:
-    """One text an item: lines as they are, blank ones too, or the outputs of JSON lines."""
+    """The outputs of a file: its lines, also blank ones, or the values of "output" in JSON lines.
+
+    Raises:
+        DataError: It is neither, or cannot be read.
+    """
     from prefixtune.data.files import check_file, read_rows, read_text
 
     check_file(path)
@@ -130,15 +148,20 @@ def _read_outputs(path: Path) -> list[str]:
                 )
             outputs.append(output)
     else:
-        # Only "\n" ends a line; the last one's is no further, empty output.
+        # Only "\n" ends a line; the one after the last line adds no empty output.
         outputs = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
     return outputs
 
 
-def _other_count(name: str, found: int, wanted: int, entries: int, references: str) -> DataError:
-    or_entries = f" (or {entries:,}, with the entries that have no text to compare with)" if entries > wanted else ""
+def _wrong_count(name: str, num_outputs: int, num_examples: int, num_entries: int, references: str) -> DataError:
+    or_entries = (
+        f" (or {num_entries:,}, with the entries that have no text to compare with)"
+        if num_entries > num_examples
+        else ""
+    )
     return DataError(
-        f"{name} has {found:,} outputs, but {references} has {wanted:,} examples{or_entries}; the counts must agree.",
+        f"{name} has {num_outputs:,} outputs, but {references} has {num_examples:,} examples{or_entries}; "
+        "the counts must agree.",
         hint="write one output a line, in the order of the examples; an empty output is an empty line.",
     )
 
@@ -149,46 +172,30 @@ def _other_count(name: str, found: int, wanted: int, entries: int, references: s
 def _score_texts(
     options: argparse.Namespace, examples: Sequence[Example], systems: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    from prefixtune.data import TASKS, references_of
-    from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, Unavailable, measure, randomize
+    """The scores of one or two systems, of groups of examples, and the test of the difference.
 
-    protocol = options.protocol or TASKS[options.task].protocol
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"there is no protocol {protocol!r}.", hint=did_you_mean(protocol, PROTOCOLS))
-    names = _asked(options.metrics, list(METRICS))
-    weights = dict(_weight(text, METRICS) for text in options.weights)
-    references = [references_of(example, protocol) for example in examples]
+    Raises:
+        PrefixError: A name is unknown, a metric cannot be computed here, or the outputs do not fit the examples.
+    """
+    from prefixtune.evaluation.metrics import Unavailable, randomize
+
+    draws: dict[str, Any] = {"samples": options.samples, "seed": options.seed}
+    level = _LEVEL if options.intervals else None
     left_out: dict[str, str] = {}
     try:
-        measured = [
-            measure(
-                outputs,
-                references,
-                protocol=protocol,
-                metrics=names,
-                weights=weights,
-                left_out=left_out if names is None else None,
-            )
-            for outputs in systems
-        ]
-        first = measured[0]
-        if not first:
-            reason, _, remedy = next(iter(left_out.values())).partition("; ")
-            raise ConfigError(f"no metric can be computed here: {reason}.", hint=f"{remedy}.")
-        draws: dict[str, Any] = {"samples": options.samples, "seed": options.seed}
-        level = _LEVEL if options.intervals else None
+        protocol, (first, *others) = _measure(options, examples, systems, left_out)
         result: dict[str, Any] = {
-            "scores": {name: _as_json(one.to_score(level=level, **draws)) for name, one in first.items()},
+            "scores": {name: _as_json(metric.to_score(level=level, **draws)) for name, metric in first.items()},
             "protocol": protocol,
         }
         groups = _groups(examples, first)
         if groups:
             result["groups"] = groups
-        for other in measured[1:]:
+        for other in others:
             result["against"] = {
                 "hypotheses": options.against,
-                "scores": {name: _as_json(one.to_score(level=level, **draws)) for name, one in other.items()},
-                "comparison": {name: _compared(randomize(first[name], other[name], **draws)) for name in first},
+                "scores": {name: _as_json(metric.to_score(level=level, **draws)) for name, metric in other.items()},
+                "comparison": {name: _comparison_json(randomize(first[name], other[name], **draws)) for name in first},
             }
     except Unavailable as error:
         raise ConfigError(f"{error.reason}.", hint=f"{error.remedy}.") from error
@@ -199,19 +206,62 @@ def _score_texts(
     return result
 
 
-def _asked(given: str | None, known: Sequence[str]) -> list[str] | None:
-    """The metrics that were asked for; None: none in particular."""
-    if given is None:
+def _measure(
+    options: argparse.Namespace,
+    examples: Sequence[Example],
+    systems: Sequence[Sequence[str]],
+    left_out: dict[str, str],
+) -> tuple[str, list[dict[str, Measurement]]]:
+    """The protocol, and the metrics of every system; default metrics that cannot be computed go to `left_out`.
+
+    Raises:
+        ConfigError: A name is unknown, or no metric can be computed here.
+        Unavailable: A metric of --metrics cannot be computed here.
+        ValueError: The outputs cannot be scored.
+    """
+    from prefixtune.data import TASKS, references_of
+    from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, measure
+
+    protocol = options.protocol or TASKS[options.task].protocol
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"there is no protocol {protocol!r}.", hint=did_you_mean(protocol, PROTOCOLS))
+    names = _parse_metrics(options.metrics, list(METRICS))
+    weights = dict(_parse_weights(text, METRICS) for text in options.weights)
+    references = [references_of(example, protocol) for example in examples]
+    measured = [
+        measure(
+            outputs,
+            references,
+            protocol=protocol,
+            metrics=names,
+            weights=weights,
+            left_out=left_out if names is None else None,
+        )
+        for outputs in systems
+    ]
+    if not measured[0]:
+        reason, _, remedy = next(iter(left_out.values())).partition("; ")
+        raise ConfigError(f"no metric can be computed here: {reason}.", hint=f"{remedy}.")
+    return protocol, measured
+
+
+def _parse_metrics(text: str | None, known: Sequence[str]) -> list[str] | None:
+    """The names of --metrics; None: the default.
+
+    Raises:
+        ConfigError: One is unknown, or there is none.
+    """
+    if text is None:
         return None
-    names = [name.strip() for name in given.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        what = unknown[0] if unknown else given
-        raise ConfigError(f"there is no metric {what!r} for this task.", hint=did_you_mean(what, known))
+        wrong = unknown[0] if unknown else text
+        raise ConfigError(f"there is no metric {wrong!r} for this task.", hint=did_you_mean(wrong, known))
     return names
 
 
-def _weight(text: str, known: Iterable[str]) -> tuple[str, str]:
+def _parse_weights(text: str, known: Iterable[str]) -> tuple[str, str]:
     metric, sign, folder = text.partition("=")
     if sign and metric not in known:
         raise ConfigError(f"--weights names the metric {metric!r}.", hint=did_you_mean(metric, known))
@@ -221,30 +271,31 @@ def _weight(text: str, known: Iterable[str]) -> tuple[str, str]:
 
 
 def _groups(examples: Sequence[Example], measured: Mapping[str, Measurement]) -> dict[str, Any]:
-    """The scores of every group of examples: numbers in their order, names in that of first appearance."""
+    """The scores of every group of examples; groups that are numbers are sorted, others keep the order of the data."""
     members: dict[str, dict[str, list[int]]] = {}
-    for number, example in enumerate(examples):
+    for index, example in enumerate(examples):
         for grouping, group in example.groups.items():
-            members.setdefault(grouping, {}).setdefault(group, []).append(number)
+            members.setdefault(grouping, {}).setdefault(group, []).append(index)
     return {
         grouping: {
             group: {
-                "num_examples": len(numbers),
-                "scores": {name: _as_json(one.part(numbers).to_score()) for name, one in measured.items()},
+                "num_examples": len(indices),
+                "scores": {name: _as_json(metric.part(indices).to_score()) for name, metric in measured.items()},
             }
-            for group, numbers in sorted(groups.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0)
+            for group, indices in sorted(groups.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0)
         }
         for grouping, groups in members.items()
     }
 
 
-def _as_json(one: Score) -> dict[str, Any]:
-    made = {"score": one.score, "implementation": one.implementation, "higher_is_better": one.higher_is_better}
-    return made if one.interval is None else {**made, "interval": list(one.interval)}
+def _as_json(score: Score) -> dict[str, Any]:
+    fields = ("score", "implementation", "higher_is_better")
+    values = {name: getattr(score, name) for name in fields}
+    return values if score.interval is None else {**values, "interval": list(score.interval)}
 
 
-def _compared(one: Comparison) -> dict[str, Any]:
-    return {"difference": one.difference, "p_value": one.p_value, "samples": one.samples, "method": one.method}
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
+    return {name: getattr(comparison, name) for name in ("difference", "p_value", "samples", "method")}
 
 
 # --- labels and tags -------------------------------------------------------------------------------------------------
@@ -253,58 +304,59 @@ def _compared(one: Comparison) -> dict[str, Any]:
 def _score_labels(
     options: argparse.Namespace, examples: Sequence[Example], outputs: Sequence[str], kind: str
 ) -> dict[str, Any]:
-    """Accuracy and F1 of lines that are labels, or tags with a space between."""
+    """Accuracy and F1 of lines of labels, or of tags separated by spaces.
+
+    Raises:
+        PrefixError: An option is for texts only, or the outputs do not fit the examples.
+    """
     from prefixtune.evaluation.metrics import accuracy, macro_f1, span_f1
 
-    for option, given in (("--against", options.against), ("--intervals", options.intervals)):
-        if given:
+    for option, value in (("--against", options.against), ("--intervals", options.intervals)):
+        if value:
             raise ConfigError(f"{option} is for texts, but the task {options.task!r} is {kind}.", hint="leave it out.")
     known = _LABEL_METRICS[kind]
-    names = _asked(options.metrics, known) or known
-    told = [output.strip() for output in outputs]
-    wanted = [example.targets[0] for example in examples]
+    names = _parse_metrics(options.metrics, known) or known
+    predicted = [output.strip() for output in outputs]
+    expected = [example.targets[0] for example in examples]
     try:
         if kind == "classification":
-            made = {"accuracy": accuracy(told, wanted), "macro_f1": macro_f1(told, wanted)}
+            scores = {"accuracy": accuracy(predicted, expected), "macro_f1": macro_f1(predicted, expected)}
         else:
-            rows, others = [line.split() for line in told], [line.split() for line in wanted]
-            made = {"span_f1": span_f1(rows, others)}
-            made["accuracy"] = accuracy([tag for row in rows for tag in row], [tag for row in others for tag in row])
+            rows, expected_rows = [line.split() for line in predicted], [line.split() for line in expected]
+            flat, expected_flat = ([tag for row in tags for tag in row] for tags in (rows, expected_rows))
+            scores = {"span_f1": span_f1(rows, expected_rows), "accuracy": accuracy(flat, expected_flat)}
     except ValueError as error:
         raise DataError(f"the outputs cannot be scored: {error}.", hint="check both files.") from error
-    return {"scores": {name: _as_json(made[name]) for name in names}}
+    return {"scores": {name: _as_json(scores[name]) for name in names}}
 
 
 # --- on the terminal -------------------------------------------------------------------------------------------------
 
 
 def _show(console: Console, result: Mapping[str, Any], options: argparse.Namespace) -> None:
-    def figure(found: Mapping[str, Any]) -> str:
-        text = f"{found['score']:.4f}"
-        return text if "interval" not in found else "{} ({:.4f} to {:.4f})".format(text, *found["interval"])
-
+    """Print tables of the scores, of the groups and of the comparison."""
     scores = result["scores"]
-    rows = [[name, figure(found), found["implementation"]] for name, found in scores.items()]
+    rows = [[name, _format_score(score), score["implementation"]] for name, score in scores.items()]
     title = f"{result['num_examples']:,} outputs of {options.hypotheses}"
     console.table(title, ["metric", "score", "implementation"], rows, result=True)
     for grouping, groups in result.get("groups", {}).items():
-        cells = [
-            [group, f"{found['num_examples']:,}", *(figure(one) for one in found["scores"].values())]
-            for group, found in groups.items()
+        rows = [
+            [name, f"{group['num_examples']:,}", *(_format_score(score) for score in group["scores"].values())]
+            for name, group in groups.items()
         ]
-        console.table("", [grouping, "outputs", *scores], cells, result=True)
+        console.table("", [grouping, "outputs", *scores], rows, result=True)
     if "against" in result:
         other = result["against"]
         method = next(iter(other["comparison"].values()))["method"]
         rows = [
             [
                 name,
-                figure(scores[name]),
-                figure(other["scores"][name]),
-                f"{one['difference']:+.4f}",
-                f"{one['p_value']:.4f}",
+                _format_score(scores[name]),
+                _format_score(other["scores"][name]),
+                f"{comparison['difference']:+.4f}",
+                f"{comparison['p_value']:.4f}",
             ]
-            for name, one in other["comparison"].items()
+            for name, comparison in other["comparison"].items()
         ]
         console.table(
             f"against {options.against}: {method}, {options.samples} samples",
@@ -314,16 +366,6 @@ def _show(console: Console, result: Mapping[str, Any], options: argparse.Namespa
         )
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "score",
-        run,
-        "score texts of any system against a data set's references",
-        """
-
-examples:
-  prefixtune score --task e2e --hypotheses out.txt --references testset_w_refs.csv
-  prefixtune score --task webnlg --hypotheses a.txt --against b.txt --references test.jsonl --metrics bleu,ter""",
-    )
-    add_arguments(parser)
+def _format_score(score: Mapping[str, Any]) -> str:
+    text = f"{score['score']:.4f}"
+    return text if "interval" not in score else "{} ({:.4f} to {:.4f})".format(text, *score["interval"])

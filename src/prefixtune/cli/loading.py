@@ -1,0 +1,180 @@
+"""Load the backbone, and the prefix or trained weights that the options name, after checking all that can be wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixtune.errors import ConfigError, check_all
+from prefixtune.utils.console import Console
+
+if TYPE_CHECKING:
+    from prefixtune.backbone.backbone import Backbone
+    from prefixtune.prefix.prefix import Prefix
+    from prefixtune.prefix.text_format import TextFormat
+
+__all__ = ["DEFAULT_BACKBONE", "Artifact", "find_artifact", "load", "load_artifact", "load_with_prefixes"]
+
+DEFAULT_BACKBONE = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The result of a training that a command uses; empty for the bare model.
+
+    Attributes:
+        prefix: The file of a prefix.
+        weights: The file of the trained weights of another method.
+        header: The header of that file.
+    """
+
+    prefix: str | None = None
+    weights: Path | None = None
+    header: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load(console: Console, name: str, options: argparse.Namespace, adapter: str | None = None) -> Backbone:
+    """Load a backbone with the `dtype`, `device` and `quantize` of the options, and report it."""
+    from prefixtune.backbone.load import load_backbone
+
+    _check_loadable(options, name, adapter)
+    with_adapter = f" with the adapter {adapter}" if adapter else ""
+    console.info(f"loading {name}{with_adapter} ...")
+    backbone = load_backbone(
+        name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter
+    )
+    console.info(f"{backbone!r}")
+    return backbone
+
+
+def load_with_prefixes(
+    console: Console,
+    options: argparse.Namespace,
+    files: Sequence[str],
+    check: Callable[[Sequence[Prefix]], object] | None = None,
+) -> tuple[Backbone, list[Prefix]]:
+    """Load the backbone that the prefixes name (or that --backbone names), and the prefixes, checked against it.
+
+    Args:
+        console: Reports what is loaded.
+        options: The options of the command.
+        files: Prefixes: paths, folders of runs or `hub:OWNER/NAME`.
+        check: Checks the prefixes against other options; called before the backbone loads.
+
+    Raises:
+        PrefixError: A prefix or an option is wrong, or they do not fit each other; all faults at once.
+    """
+    from prefixtune.backbone.load import check_size
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.prefix.hub import prefix_file
+    from prefixtune.prefix.text_format import read_text_format
+
+    # Read first: a wrong file is reported at once, before the model loads.
+    files = [str(prefix_file(file)) for file in files]
+    prefixes = [load_prefix(file) for file in files]
+    names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes} - {""}
+    if options.backbone is None and len(names) > 1:
+        raise ConfigError(
+            f"the prefixes name different backbones: {', '.join(sorted(names))}.",
+            hint="generate for one at a time, or pass --backbone.",
+        )
+    name = options.backbone or next(iter(names), DEFAULT_BACKBONE)
+    adapter = _adapter(options, files, prefixes)
+    check_all(
+        [
+            partial(_check_loadable, options, name, adapter),
+            *(partial(read_text_format, prefix.header) for prefix in prefixes),
+            *(partial(check_size, prefix, name) for prefix in prefixes),
+            *([] if check is None else [partial(check, prefixes)]),
+        ]
+    )
+    backbone = load(console, name, options, adapter)
+    return backbone, [load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in files]
+
+
+def _check_loadable(options: argparse.Namespace, name: str, adapter: str | None = None) -> None:
+    from prefixtune.backbone.load import check_loadable
+
+    check_loadable(name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter)
+
+
+def _adapter(options: argparse.Namespace, files: Sequence[str], prefixes: Sequence[Prefix]) -> str | None:
+    """The LoRA adapter of --adapter, or the one that the prefixes were trained with.
+
+    Raises:
+        ConfigError: The prefixes were trained with different ones.
+    """
+    if options.adapter:
+        return str(options.adapter)
+    adapters: set[str | None] = set()
+    for file, prefix in zip(files, prefixes, strict=True):
+        name = prefix.header.get("adapter")
+        next_to_file = Path(file).parent / str(name)
+        adapters.add(None if not name else str(next_to_file) if next_to_file.is_dir() else str(name))
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"the prefixes were trained with different adapters: {', '.join(sorted(map(str, adapters)))}.",
+            hint="generate for one at a time.",
+        )
+    return adapters.pop() if adapters else None
+
+
+def find_artifact(options: argparse.Namespace, file: str | None) -> Artifact:
+    """The prefix or the trained weights to use, with their header.
+
+    Args:
+        options: With `run_folder` (--run): the folder of a run; its prefix or weights are used.
+        file: Without --run: a prefix as a path, the folder of a run or `hub:OWNER/NAME`; empty: the bare model.
+
+    Raises:
+        ConfigError: The run has neither, or --quantize or --adapter does not go with its weights.
+    """
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.prefix.hub import prefix_file
+    from prefixtune.training.artifact import load_weights
+    from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
+
+    if options.run_folder:
+        folder = Path(options.run_folder)
+        weights = folder / WEIGHTS_FILE
+        if os.path.isfile(weights):  # Path.is_file raises if the folder may not be read
+            for name in ("quantize", "adapter"):
+                if getattr(options, name):
+                    raise ConfigError(
+                        f"--{name} is {getattr(options, name)!r}, but {str(weights)!r} holds weights of its own.",
+                        hint=f"leave --{name} out; it goes with a prefix or the bare model.",
+                    )
+            return Artifact(weights=weights, header=load_weights(weights)[1])
+        if not os.path.isfile(folder / PREFIX_FILE):
+            raise ConfigError(
+                f"{options.run_folder!r} holds neither {PREFIX_FILE} nor {WEIGHTS_FILE}.",
+                hint="name the --output folder of a `prefixtune train` that was finished.",
+            )
+        file = str(folder / PREFIX_FILE)
+    if not file:
+        return Artifact()
+    file = str(prefix_file(file))
+    return Artifact(prefix=file, header=load_prefix(file).header)
+
+
+def load_artifact(
+    console: Console, options: argparse.Namespace, artifact: Artifact
+) -> tuple[Backbone, Prefix | None, TextFormat | None]:
+    """The model, the prefix and the text format of an artifact."""
+    if artifact.weights is not None:
+        from prefixtune.backbone.devices import choose_device, choose_dtype
+        from prefixtune.training.artifact import load_tuned
+
+        choose_dtype(options.dtype, choose_device(options.device))
+        console.info(f"loading {artifact.weights} ...")
+        backbone, text_format = load_tuned(
+            artifact.weights, name_or_path=options.backbone, dtype=options.dtype, device=options.device
+        )
+        return backbone, None, text_format
+    backbone, prefixes = load_with_prefixes(console, options, [artifact.prefix] if artifact.prefix else [])
+    return backbone, prefixes[0] if prefixes else None, None
