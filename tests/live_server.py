@@ -1,4 +1,4 @@
-"""`prefixtune serve` in a subprocess over a tiny model and made-up prefixes, for the tests of the server."""
+"""`prefixtune serve` in a subprocess over a tiny model and random prefixes, for tests of the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 MODEL = "tiny-chat"
 POSITIONS = 512
 
-# How messages are laid out by the tiny model; refuses a talk that does not begin with the user or the system.
+# The chat template of the tiny model; refuses a chat that does not begin with the user or the system.
 TEMPLATE = (
     "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the assistant cannot begin') }}{% endif %}"
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}</s>{% endfor %}"
@@ -34,7 +34,7 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 
 def make_model(folder: Path, *, template: bool = True) -> Path:
-    """A tiny LLaMA that writes on and on, stored as a user would store one."""
+    """A tiny LLaMA that never generates its end token, stored as a user would store one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,8 +84,8 @@ def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **head
     return save_prefix(path, Prefix({"decoder": layers}, make_header(backbone, **header)))
 
 
-def alone(backbone: Any, prefixes: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
-    """What is written with nobody else in the batch; white space around it included."""
+def generate_alone(backbone: Any, prefixes: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
+    """The text of one request that is alone in the batch, white space around it included."""
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.engine.engine import Engine
     from prefixtune.engine.request import Request, SamplingParams
@@ -97,16 +97,16 @@ def alone(backbone: Any, prefixes: Path, prompt: list[int], name: str | None, **
     return text
 
 
-class Address:
-    """Somewhere to ask."""
+class HttpClient:
+    """Sends requests to a URL."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def ask(
+    def request(
         self, method: str, path: str, body: Any = None, *, key: str = "", headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any, dict[str, str]]:
-        """Status, JSON or text, and headers of a request; a body that is no bytes is sent as JSON."""
+        """Status, JSON or text, and headers of the response; a body other than bytes is sent as JSON."""
         sent = {"Content-Type": "application/json"} if body is not None else {}
         sent |= {"Authorization": f"Bearer {key}"} if key else {}
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -119,29 +119,29 @@ class Address:
                 return error.code, _content(error), dict(error.headers)
 
     def get(self, path: str, **options: Any) -> tuple[int, Any, dict[str, str]]:
-        return self.ask("GET", path, **options)
+        return self.request("GET", path, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any, dict[str, str]]:
-        return self.ask("POST", path, body, **options)
+        return self.request("POST", path, body, **options)
 
-    def figure(self, name: str, key: str = "", **labels: str) -> float:
-        """The sum of a figure of `/metrics` over all samples with these labels."""
+    def metric(self, name: str, key: str = "", **labels: str) -> float:
+        """The sum of a metric over all samples with these labels."""
         from prometheus_client.parser import text_string_to_metric_families
 
         families = text_string_to_metric_families(self.get("/metrics", key=key)[1])
         samples = [sample for family in families for sample in family.samples if sample.name == name]
-        assert samples or labels, f"no figure {name}"
+        assert samples or labels, f"no metric {name}"
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
     def until(self, good: Any, seconds: float = 10) -> None:
         """Wait until a condition holds."""
         end = time.monotonic() + seconds
         while not good():
-            assert time.monotonic() < end, "it did not come to pass"
+            assert time.monotonic() < end, "the condition did not come true in time"
             time.sleep(0.02)
 
 
-class LiveServer(Address):
+class LiveServer(HttpClient):
     """`prefixtune serve` in a subprocess."""
 
     def __init__(self, model: Path, prefixes: Path, *flags: str, environment: Mapping[str, str] | None = None) -> None:

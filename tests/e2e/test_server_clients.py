@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 
-from live_server import MODEL, POSITIONS, LiveServer, alone, make_model, make_prefix
+from live_server import MODEL, POSITIONS, LiveServer, generate_alone, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
@@ -80,9 +80,9 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
 def target(backbone: Any, folder: Path, source: str, name: str, length: int) -> str:
     """What `prefixtune generate` gives for a source, greedily."""
     prefix = load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
-    customs = {name: TASKS[prefix.header["task"]].decoding.get(name) for name in ("min_new_tokens", "ban_newlines")}
-    given = {name: value for name, value in customs.items() if value is not None}
-    (written,) = generate(backbone, [source], prefix, max_new_tokens=length, **given)
+    defaults = {name: TASKS[prefix.header["task"]].decoding.get(name) for name in ("min_new_tokens", "ban_newlines")}
+    options = {name: value for name, value in defaults.items() if value is not None}
+    (written,) = generate(backbone, [source], prefix, max_new_tokens=length, **options)
     return written
 
 
@@ -100,26 +100,26 @@ def test_models_are_listed_and_shown(client: openai.OpenAI) -> None:
         client.models.retrieve("pbus")
 
 
-def test_a_completion_is_what_the_engine_writes_alone(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
+def test_a_completion_is_the_text_of_the_engine_alone(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
     prompt = "Two trains to Oldbridge"
     for name in ("plain", MODEL, "pubs", "facts"):
         answer = client.completions.create(model=name, prompt=prompt, max_tokens=20, temperature=0)
         if name in ("pubs", "facts"):
-            wanted, read = target(backbone, folder, prompt, name, 20), len(f" {prompt} ") + 1
+            expected, read = target(backbone, folder, prompt, name, 20), len(f" {prompt} ") + 1
         else:
-            given = None if name == MODEL else name
-            wanted, read = (
-                alone(backbone, folder / "prefixes", backbone.encode(prompt), given, max_new_tokens=20),
+            prefix = None if name == MODEL else name
+            expected, read = (
+                generate_alone(backbone, folder / "prefixes", backbone.encode(prompt), prefix, max_new_tokens=20),
                 len(prompt),
             )
-        assert answer.choices[0].text == wanted
+        assert answer.choices[0].text == expected
         assert answer.choices[0].finish_reason == "length"
         # The prefix's positions are not counted.
         assert answer.usage is not None
         assert answer.usage.prompt_tokens == read
         assert answer.usage.completion_tokens == 20
     ids = client.completions.create(model="pubs", prompt=backbone.encode(prompt), max_tokens=20, temperature=0)
-    assert ids.choices[0].text == alone(
+    assert ids.choices[0].text == generate_alone(
         backbone, folder / "prefixes", backbone.encode(prompt), "pubs", max_new_tokens=20
     )
     texts = client.completions.create(model="pubs", prompt=[prompt, "x"], max_tokens=20, temperature=0, n=2)
@@ -133,19 +133,19 @@ def test_the_same_source_gives_the_same_text_everywhere(
 ) -> None:
     source = "Aromi: soup"
     for name in ("pubs", "facts", "mine", "worded"):
-        wanted = target(backbone, folder, source, name, 24)
+        expected = target(backbone, folder, source, name, 24)
         options: dict[str, Any] = {"model": name, "max_tokens": 24, "temperature": 0}
         messages: Any = [{"role": "user", "content": source}]
-        assert server.post(f"/v1/tasks/{name}", {"source": source, "max_tokens": 24})[1]["output"] == wanted
-        assert client.completions.create(prompt=source, **options).choices[0].text == wanted
-        assert client.chat.completions.create(messages=messages, **options).choices[0].message.content == wanted
+        assert server.post(f"/v1/tasks/{name}", {"source": source, "max_tokens": 24})[1]["output"] == expected
+        assert client.completions.create(prompt=source, **options).choices[0].text == expected
+        assert client.chat.completions.create(messages=messages, **options).choices[0].message.content == expected
         pieces = client.completions.create(prompt=source, stream=True, **options)
-        assert "".join(piece.choices[0].text for piece in pieces) == wanted
+        assert "".join(piece.choices[0].text for piece in pieces) == expected
         chunks = client.chat.completions.create(messages=messages, stream=True, **options)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
-def test_a_chat_that_a_prefix_cannot_carry(client: openai.OpenAI) -> None:
+def test_a_chat_that_a_prefix_cannot_read(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": "pubs", "max_tokens": 5}
     for before in ({"role": "system", "content": "be kind"}, {"role": "user", "content": "earlier"}):
         messages: Any = [before, {"role": "user", "content": "a"}]
@@ -171,10 +171,10 @@ def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
-    for number in range(2):
-        pieces = [c for chunk in chunks[:-1] for c in chunk.choices if c.index == number]
+    for index in range(2):
+        pieces = [c for chunk in chunks[:-1] for c in chunk.choices if c.index == index]
         assert len(pieces) > 20
-        assert "".join(piece.text for piece in pieces) == whole.choices[number].text
+        assert "".join(piece.text for piece in pieces) == whole.choices[index].text
         assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["length"]
     assert whole.choices[0].text != whole.choices[1].text
 
@@ -195,12 +195,12 @@ def test_white_space_around_a_text_is_the_models_own(client: openai.OpenAI) -> N
     assert spaced == {"lstrip", "rstrip"}
 
 
-def test_a_chat_goes_through_the_backbones_template(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
+def test_a_chat_uses_the_backbones_template(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
     messages: Any = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hello!"}]
     options: dict[str, Any] = {"model": "plain", "messages": messages, "max_tokens": 30, "temperature": 0}
     whole = client.chat.completions.create(**options)
     prompt = "[system]be kind</s>[user]Hello!</s>[assistant]"
-    text = alone(backbone, folder / "prefixes", backbone.encode(prompt), "plain", max_new_tokens=30)
+    text = generate_alone(backbone, folder / "prefixes", backbone.encode(prompt), "plain", max_new_tokens=30)
     assert whole.choices[0].message.content == text
     assert whole.choices[0].message.role == "assistant"
     chunks = list(client.chat.completions.create(**options, stream=True))
@@ -233,7 +233,7 @@ def test_logprobs_stops_and_seeds(client: openai.OpenAI) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_errors_are_those_that_the_client_knows(client: openai.OpenAI) -> None:
+def test_errors_are_those_of_openais_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="pubs", prompt="a", extra_body={"max_token": 3})
     assert caught.value.param == "max_token"
@@ -269,22 +269,22 @@ def test_a_stream_that_the_client_closes_stops_the_engine(server: LiveServer, cl
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_tasks_output_is_what_generate_gives(server: LiveServer, backbone: Any, folder: Path) -> None:
+def test_a_tasks_output_is_that_of_generate(server: LiveServer, backbone: Any, folder: Path) -> None:
     prefix = load_prefix(folder / "prefixes" / "pubs.safetensors", backbone)
     greedy = {"max_new_tokens": 60, "min_new_tokens": 5, "ban_newlines": True}
-    (wanted,) = generate(backbone, [linearize(MR)], prefix, **greedy)
+    (expected,) = generate(backbone, [linearize(MR)], prefix, **greedy)
     status, answer, _ = server.post("/v1/tasks/pubs", {"mr": MR, "max_tokens": 60})
     assert status == 200
-    assert answer["output"] == wanted
+    assert answer["output"] == expected
     assert answer["source"] == "name : The Vaults | Type : pub | area : riverside"
     assert answer["usage"]["completion_tokens"] == 60
-    assert server.post("/v1/tasks/pubs", {"source": answer["source"], "max_tokens": 60})[1]["output"] == wanted
-    # The customary length, where nothing is said.
+    assert server.post("/v1/tasks/pubs", {"source": answer["source"], "max_tokens": 60})[1]["output"] == expected
+    # The task's own length by default.
     assert server.post("/v1/tasks/pubs", {"mr": MR})[1]["usage"]["completion_tokens"] == 100
     # The bare backbone on the very same text.
     (bare,) = generate(backbone, [linearize(MR)], None, **greedy)
     other = server.post(f"/v1/tasks/{MODEL}", {"mr": MR, "format_of": "pubs", "max_tokens": 60})[1]
-    assert other["output"] == bare != wanted
+    assert other["output"] == bare != expected
 
 
 def test_tasks_stream_and_take_records_and_triples(server: LiveServer, backbone: Any, folder: Path) -> None:
@@ -299,9 +299,9 @@ def test_tasks_stream_and_take_records_and_triples(server: LiveServer, backbone:
     assert server.post("/v1/tasks/facts", triples)[1]["source"] == " | Aarhus : country : Denmark"
     # Words around the target are taken off the whole output: a stream gives it at once.
     prefix = load_prefix(folder / "prefixes" / "worded.safetensors", backbone)
-    (wanted,) = generate(backbone, ["a text"], prefix, max_new_tokens=20)
+    (expected,) = generate(backbone, ["a text"], prefix, max_new_tokens=20)
     streamed = events_of(server.post("/v1/tasks/worded", {"text": "a text", "max_tokens": 20, "stream": True})[1])
-    assert [json.loads(part[6:])["output"] for part in streamed] == [wanted]
+    assert [json.loads(part[6:])["output"] for part in streamed] == [expected]
 
 
 def events_of(text: str) -> list[str]:
@@ -310,7 +310,7 @@ def events_of(text: str) -> list[str]:
     return parts[:-1]
 
 
-def test_a_task_tells_its_fields_and_their_faults(server: LiveServer) -> None:
+def test_a_task_lists_its_fields_and_their_faults(server: LiveServer) -> None:
     assert [field["name"] for field in server.get("/v1/tasks/mine")[1]["fields"]] == ["name", "food"]
     for name, body, part in (
         ("pubs", {"mr": "name[x], foood[y]"}, "Did you mean 'food'?"),
@@ -332,21 +332,19 @@ def test_a_task_tells_its_fields_and_their_faults(server: LiveServer) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with a file system of its own, of 256 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     if shutil.which("mount") is None:
         pytest.skip("there is no mount")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no file system can be mounted: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_uploads_to_a_full_disk_leave_all_as_it_was(
-    small_disk: Path, folder: Path, backbone: Any, tmp_path: Path
-) -> None:
+def test_uploads_to_a_full_disk_change_nothing(small_disk: Path, folder: Path, backbone: Any, tmp_path: Path) -> None:
     old, new = (
         make_prefix(backbone, tmp_path / f"{seed}.safetensors", seed, length=160).read_bytes() for seed in (60, 61)
     )
@@ -357,7 +355,7 @@ def test_uploads_to_a_full_disk_leave_all_as_it_was(
 
     def put(name: str) -> tuple[int, Any]:
         octets = {"Content-Type": "application/octet-stream"}
-        return server.ask("PUT", f"/admin/prefixes/{name}", new, key="pt-me", headers=octets)[:2]
+        return server.request("PUT", f"/admin/prefixes/{name}", new, key="pt-me", headers=octets)[:2]
 
     def written() -> tuple[int, str]:
         body = {"model": "held", "prompt": "abc", "max_tokens": 20, "temperature": 0}
@@ -379,8 +377,8 @@ def test_uploads_to_a_full_disk_leave_all_as_it_was(
                 assert str(small_disk) not in answer["error"]["message"]
             assert {path.name: path.read_bytes() for path in small_disk.iterdir()} == listed
             assert written() == before
-            told = server.get("/admin/prefixes", key="pt-me")[1]
-            assert (told["prefixes"], told["refused"]) == (["held"], {})
+            listed = server.get("/admin/prefixes", key="pt-me")[1]
+            assert (listed["prefixes"], listed["refused"]) == (["held"], {})
         filler.unlink()
         assert put("held")[0] == 200
         assert put("fresh")[0] == 201
@@ -397,15 +395,15 @@ def test_uploads_to_a_full_disk_leave_all_as_it_was(
 def test_curl_streams(server: LiveServer) -> None:
     body = json.dumps({"model": "pubs", "prompt": "Hello", "max_tokens": 10, "temperature": 0, "stream": True})
     command = ["curl", "-sS", "-N", "-i", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
-    told = subprocess.run([*command, "-d", body], capture_output=True, text=True, check=True, timeout=60).stdout
-    head, _, rest = told.partition("\n\n")
+    output = subprocess.run([*command, "-d", body], capture_output=True, text=True, check=True, timeout=60).stdout
+    head, _, rest = output.partition("\n\n")
     assert "200" in head.splitlines()[0]
     assert "text/event-stream" in head
     assert rest.count("data: ") >= 10
     assert rest.rstrip().endswith("data: [DONE]")
 
 
-def test_answers_carry_security_headers_and_a_name(server: LiveServer) -> None:
+def test_responses_have_security_headers_and_a_request_id(server: LiveServer) -> None:
     for path in ("/v1/models", "/", "/nothing", "/healthz"):
         headers = {name.lower(): value for name, value in server.get(path)[2].items()}
         assert headers["x-content-type-options"] == "nosniff"
@@ -426,12 +424,12 @@ def test_answers_carry_security_headers_and_a_name(server: LiveServer) -> None:
     ],
 )  # fmt: skip
 def test_every_error_has_openais_shape(server: LiveServer, method: str, path: str, status: int) -> None:
-    got, answer, _ = server.ask(method, path, {} if method == "POST" else None)
-    assert got == status
+    actual, answer, _ = server.request(method, path, {} if method == "POST" else None)
+    assert actual == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_body_that_never_comes_is_not_waited_for_by_others(server: LiveServer) -> None:
+def test_a_body_that_never_arrives_does_not_delay_others(server: LiveServer) -> None:
     host, _, port = server.url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
@@ -439,10 +437,14 @@ def test_a_body_that_never_comes_is_not_waited_for_by_others(server: LiveServer)
         assert server.post("/v1/completions", {"model": "pubs", "prompt": "a", "max_tokens": 2})[0] == 200
 
 
-def test_two_hundred_connections_at_once_get_their_own_answers(server: LiveServer, backbone: Any, folder: Path) -> None:
+def test_two_hundred_connections_at_once_get_their_own_responses(
+    server: LiveServer, backbone: Any, folder: Path
+) -> None:
     names = ("pubs", "other-pubs", "facts", "mine", MODEL)
-    wanted = {
-        (name, letter): alone(backbone, folder / "prefixes", backbone.encode(letter * 3), None, max_new_tokens=8)
+    expected = {
+        (name, letter): generate_alone(
+            backbone, folder / "prefixes", backbone.encode(letter * 3), None, max_new_tokens=8
+        )
         if name == MODEL
         else target(backbone, folder, letter * 3, name, 8)
         for name in names
@@ -450,43 +452,43 @@ def test_two_hundred_connections_at_once_get_their_own_answers(server: LiveServe
     }
     barrier = threading.Barrier(200)
 
-    def one(number: int) -> tuple[tuple[str, str], int, Any]:
-        name, letter = names[number % 5], "abcd"[number // 5 % 4]
+    def complete_one(index: int) -> tuple[tuple[str, str], int, Any]:
+        name, letter = names[index % 5], "abcd"[index // 5 % 4]
         barrier.wait()
         body = {"model": name, "prompt": letter * 3, "max_tokens": 8, "temperature": 0}
         status, answer, _ = server.post("/v1/completions", body)
         return (name, letter), status, answer
 
     with ThreadPoolExecutor(200) as pool:
-        outcomes = list(pool.map(one, range(200)))
+        outcomes = list(pool.map(complete_one, range(200)))
     assert {status for _, status, _ in outcomes} == {200}
-    assert all(answer["choices"][0]["text"] == wanted[asked] for asked, _, answer in outcomes)
+    assert all(answer["choices"][0]["text"] == expected[key] for key, _, answer in outcomes)
     assert server.get("/v1/status")[1]["running"] == []
 
 
-def test_figures_can_be_read_by_prometheus(server: LiveServer) -> None:
+def test_metrics_can_be_read_by_prometheus(server: LiveServer) -> None:
     # The first request reads the prefix, the next ones find it; and somebody asks for what is not there.
     server.post("/v1/completions", {"model": "facts", "prompt": "abc", "max_tokens": 2, "temperature": 0})
     assert server.get("/nowhere")[0] == 404
-    before = server.figure("prefixtune_new_tokens_total", prefix="facts")
-    texts = server.figure("prefixtune_texts_total", prefix="facts", finished="length")
+    before = server.metric("prefixtune_new_tokens_total", prefix="facts")
+    texts = server.metric("prefixtune_texts_total", prefix="facts", finished="length")
     server.post("/v1/completions", {"model": "facts", "prompt": "abc", "max_tokens": 11, "n": 2, "temperature": 0})
-    assert server.figure("prefixtune_new_tokens_total", prefix="facts") == before + 22
-    assert server.figure("prefixtune_texts_total", prefix="facts", finished="length") == texts + 2
-    assert server.figure("prefixtune_slots") == 32
-    assert server.figure("prefixtune_refused_prefixes") == 1
-    assert server.figure("prefixtune_prefix_cache_hits_total") > 0
-    assert server.figure("prefixtune_first_token_seconds_count") > 0
-    assert server.figure("prefixtune_step_texts_total") > server.figure("prefixtune_steps_total") > 0
-    assert server.figure("prefixtune_requests_total", route="unknown") >= 1
+    assert server.metric("prefixtune_new_tokens_total", prefix="facts") == before + 22
+    assert server.metric("prefixtune_texts_total", prefix="facts", finished="length") == texts + 2
+    assert server.metric("prefixtune_slots") == 32
+    assert server.metric("prefixtune_refused_prefixes") == 1
+    assert server.metric("prefixtune_prefix_cache_hits_total") > 0
+    assert server.metric("prefixtune_first_token_seconds_count") > 0
+    assert server.metric("prefixtune_step_texts_total") > server.metric("prefixtune_steps_total") > 0
+    assert server.metric("prefixtune_requests_total", route="unknown") >= 1
 
 
 def test_the_log_is_json_and_holds_no_prompts(server: LiveServer) -> None:
     server.post("/v1/completions", {"model": "pubs", "prompt": "a most secret word", "max_tokens": 3})
     time.sleep(0.2)
-    asked = [line for line in server.lines if line["event"] == "request" and line["path"] == "/v1/completions"]
-    assert {"id", "key", "model", "status", "seconds", "prompt_tokens", "completion_tokens"} <= set(asked[-1])
-    assert asked[-1]["prompt_tokens"] == len(" a most secret word ") + 1
+    logged = [line for line in server.lines if line["event"] == "request" and line["path"] == "/v1/completions"]
+    assert {"id", "key", "model", "status", "seconds", "prompt_tokens", "completion_tokens"} <= set(logged[-1])
+    assert logged[-1]["prompt_tokens"] == len(" a most secret word ") + 1
     assert "secret" not in json.dumps(server.lines)
     assert not [line for line in server.lines if line["level"] == "error"]
     assert "broken is not served" in "".join(server.errors)

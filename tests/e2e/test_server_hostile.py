@@ -60,13 +60,13 @@ def connect(server: LiveServer, source: str = "127.0.0.1") -> socket.socket:
 
 
 def until_closed(connection: socket.socket, seconds: float = 15) -> tuple[float, bytes]:
-    """Seconds until the server ends the connection, and what it said."""
-    begun, told = time.monotonic(), b""
+    """Seconds until the server ends the connection, and what it sent."""
+    started, received = time.monotonic(), b""
     connection.settimeout(seconds)
     with contextlib.suppress(ConnectionError):
         while piece := connection.recv(65536):
-            told += piece
-    return time.monotonic() - begun, told
+            received += piece
+    return time.monotonic() - started, received
 
 
 def send_slowly(connection: socket.socket, data: bytes, seconds: float = 0.1) -> None:
@@ -107,19 +107,19 @@ def is_served(server: LiveServer) -> bool:
         pytest.param(HEALTH + b"\r\n", b"", b" 200 ", KEEP_ALIVE, KEEP_ALIVE + 2, id="idle after a request"),
     ],
 )  # fmt: skip
-def test_who_is_slow_is_cut_off(
+def test_slow_clients_are_disconnected(
     server: LiveServer, start: bytes, slow: bytes, status: bytes, least: float, most: float
 ) -> None:
     with connect(server) as connection:
         connection.sendall(start)
         send_slowly(connection, slow)
-        seconds, told = until_closed(connection)
-    assert status in told[:20]
+        seconds, received = until_closed(connection)
+    assert status in received[:20]
     # Half a second for a slow machine's clock.
     assert least - 0.5 <= seconds <= most
 
 
-def test_who_does_not_read_is_cut_off(server: LiveServer) -> None:
+def test_clients_that_do_not_read_are_disconnected(server: LiveServer) -> None:
     host, _, port = server.url.removeprefix("http://").partition(":")
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -144,11 +144,11 @@ def is_cut_off(connection: socket.socket, data: bytes) -> bool:
     return False
 
 
-def test_silent_connections_make_room_for_who_has_something_to_ask(server: LiveServer) -> None:
+def test_silent_connections_make_room_for_requests(server: LiveServer) -> None:
     with contextlib.ExitStack() as stack:
-        for number in range(2 * CONNECTIONS):
+        for index in range(2 * CONNECTIONS):
             # From several addresses of this machine, so that no single one has too many.
-            stack.enter_context(connect(server, f"127.0.0.{2 + number % 4}"))
+            stack.enter_context(connect(server, f"127.0.0.{2 + index % 4}"))
         for _ in range(5):
             assert is_served(server)
     assert is_served(server)
@@ -164,9 +164,9 @@ def test_one_address_cannot_take_all_connections(server: LiveServer) -> None:
             stack.enter_context(connect(server, "127.0.0.7")).sendall(request)
         time.sleep(0.2)
         with connect(server, "127.0.0.7") as one_more:
-            told = until_closed(one_more)[1]
-        assert b" 503 Service Unavailable" in told
-        assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many_connections"
+            received = until_closed(one_more)[1]
+        assert b" 503 Service Unavailable" in received
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many_connections"
         assert is_served(server)
 
 
@@ -191,17 +191,15 @@ def test_one_address_cannot_take_all_connections(server: LiveServer) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else next(reversed(value))[:9],
 )
-def test_while_a_hostile_text_is_worked_on_others_are_answered(
-    server: LiveServer, path: str, body: dict[str, Any]
-) -> None:
+def test_a_hostile_text_does_not_delay_others(server: LiveServer, path: str, body: dict[str, Any]) -> None:
     with ThreadPoolExecutor(1) as pool:
-        begun, waits = time.monotonic(), []
+        started, waits = time.monotonic(), []
         hostile = pool.submit(server.post, path, body, key="pt-me")
         while not hostile.done() or len(waits) < 5:
-            asked = time.monotonic()
+            started = time.monotonic()
             assert server.get("/healthz")[0] == 200
-            waits.append(time.monotonic() - asked)
-        seconds = time.monotonic() - begun
+            waits.append(time.monotonic() - started)
+        seconds = time.monotonic() - started
     status, answer, _ = hostile.result()
     # Blanks around a value say nothing.
     assert status in (200, 400), answer
@@ -230,13 +228,13 @@ def test_while_a_hostile_text_is_worked_on_others_are_answered(
         b"POST /v1/completions HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}XX\r\n",
     ],
 )  # fmt: skip
-def test_what_is_no_http_is_400_and_the_end(server: LiveServer, data: bytes) -> None:
+def test_invalid_http_is_400_and_closes_the_connection(server: LiveServer, data: bytes) -> None:
     with connect(server) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(data)
-        seconds, told = until_closed(connection)
-    assert b"HTTP/1.1 400 Bad Request" in told[:30]
-    assert json.loads(told.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+        seconds, received = until_closed(connection)
+    assert b"HTTP/1.1 400 Bad Request" in received[:30]
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
     assert seconds < HEADER_SECONDS + 2
 
 
@@ -247,35 +245,35 @@ def test_an_endless_body_ends_at_its_limit(server: LiveServer) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
             for _ in range(400):
                 connection.sendall(piece)
-        told = until_closed(connection)[1]
-    assert b" 413 " in told[:20] or told == b""
+        received = until_closed(connection)[1]
+    assert b" 413 " in received[:20] or received == b""
     assert is_served(server)
 
 
-def test_requests_one_behind_the_other_are_answered_in_order(server: LiveServer) -> None:
+def test_pipelined_requests_are_answered_in_order(server: LiveServer) -> None:
     body = json.dumps({"model": "mine", "prompt": "a", "max_tokens": 2}).encode()
     complete = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
     nothing = b"GET /none HTTP/1.1\r\n" + HEAD + b"\r\n"
     last = b"GET /healthz HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n"
     with connect(server) as connection:
         connection.sendall((complete + nothing) * 20 + last)
-        told = until_closed(connection)[1]
-    assert re.findall(rb"HTTP/1\.1 (\d+)", told) == [b"200", b"404"] * 20 + [b"200"]
+        received = until_closed(connection)[1]
+    assert re.findall(rb"HTTP/1\.1 (\d+)", received) == [b"200", b"404"] * 20 + [b"200"]
 
 
-def test_streams_that_are_left_leave_nothing_behind(server: LiveServer) -> None:
+def test_abandoned_streams_leave_nothing_behind(server: LiveServer) -> None:
     body = json.dumps({"model": "mine", "prompt": "a", "max_tokens": 6, "n": 4, "stream": True}).encode()
     request = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
-    for number in range(40):
+    for index in range(40):
         with connect(server) as connection:
-            connection.sendall(request[: len(request) - number % 3])
-            if number % 3 == 0:
+            connection.sendall(request[: len(request) - index % 3])
+            if index % 3 == 0:
                 connection.recv(100)
     idle = {"running": [], "waiting": 0}
 
     def is_idle() -> bool:
-        told: dict[str, Any] = server.get("/v1/status", key="pt-me")[1]
-        return {name: told[name] for name in idle} == idle
+        status: dict[str, Any] = server.get("/v1/status", key="pt-me")[1]
+        return {name: status[name] for name in idle} == idle
 
     server.until(is_idle, CLIENT_SECONDS + 5)
     assert is_served(server)

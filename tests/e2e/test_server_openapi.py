@@ -1,4 +1,4 @@
-"""A real server against its own document: routes, replies, and what is made up to break it."""
+"""A real server against its own document: routes, responses, and random requests that try to break it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NE
 CASES = [
     pytest.param(method, path, mode, id=f"{method} {path} {mode.value}")
     for (method, path), operation in openapi.OPERATIONS.items()
-    # Where nothing is said, nothing can be wrong.
+    # An empty schema allows anything.
     for mode in ([GOOD, BAD] if operation.body or "{name}" in path else [GOOD])
 ]
 CHECKS = [
@@ -99,7 +99,7 @@ def hostile(document: dict[str, Any]) -> Any:
 
 
 def close(schema: Any) -> None:
-    """Allow nothing in objects but the properties that are told."""
+    """Allow no other properties in objects than the documented ones."""
     if isinstance(schema, dict):
         if "properties" in schema:
             schema.setdefault("additionalProperties", False)
@@ -114,27 +114,27 @@ def test_the_document_is_openapi(document: dict[str, Any]) -> None:
     OpenAPIV31SpecValidator(document).validate()
 
 
-def test_real_replies_are_those_of_the_document(document: dict[str, Any], server: LiveServer, folder: Path) -> None:
+def test_real_responses_match_the_document(document: dict[str, Any], server: LiveServer, folder: Path) -> None:
     closed = copy.deepcopy(document)
     close(closed["components"]["schemas"])
     seen = set()
 
     def check(method: str, path: str, status: int, body: Any = None, *, key: str = KEY, **more: Any) -> None:
-        place = path
+        route = path
         for prefix in ("/v1/models/", "/v1/tasks/", "/admin/prefixes/"):
-            place = f"{prefix}{{name}}" if path.startswith(prefix) else place
-        got, answer, headers = server.ask(method, path, body, key=key, headers=more)
-        assert got == status, answer
-        told = closed["paths"][place][method.lower()]["responses"][str(status)]
-        if "$ref" in told:
-            told = closed["components"]["responses"][told["$ref"].rpartition("/")[2]]
+            route = f"{prefix}{{name}}" if path.startswith(prefix) else route
+        actual, answer, headers = server.request(method, path, body, key=key, headers=more)
+        assert actual == status, answer
+        described = closed["paths"][route][method.lower()]["responses"][str(status)]
+        if "$ref" in described:
+            described = closed["components"]["responses"][described["$ref"].rpartition("/")[2]]
         kind = headers.get("content-type", "").partition(";")[0]
-        assert (kind in told.get("content", ())) == (status != 204)
-        seen.add((method, place, status, kind))
+        assert (kind in described.get("content", ())) == (status != 204)
+        seen.add((method, route, status, kind))
         if kind == "application/json":
-            fits(told["content"][kind]["schema"], answer)
+            fits(described["content"][kind]["schema"], answer)
         elif kind == "text/event-stream":
-            (event,) = told["content"][kind]["schema"]["properties"].values()
+            (event,) = described["content"][kind]["schema"]["properties"].values()
             *events, last = [part for part in answer.split("\n\n") if part]
             assert last == "data: [DONE]"
             assert len(events) > 1
@@ -161,9 +161,9 @@ def test_real_replies_are_those_of_the_document(document: dict[str, Any], server
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     for more in ({}, {"logprobs": 2}, {"logprobs": 0, **usage}, {"n": 2, "stream": True, "stop": ["e"]}):
         check("POST", "/v1/completions", 200, {"model": "mine", "prompt": "a", "seed": 3, **more})
-    talk = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     for more in ({}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2, **usage}, {"n": 2, "stream": True}):
-        check("POST", "/v1/chat/completions", 200, {"model": "pubs", "messages": talk, "seed": 3, **more})
+        check("POST", "/v1/chat/completions", 200, {"model": "pubs", "messages": messages, "seed": 3, **more})
     for more in ({}, {"stream": True}):
         check("POST", "/v1/tasks/mine", 200, {"name": "Aromi", "food": "soup", "min_tokens": 6, **more})
     check("POST", f"/v1/tasks/{MODEL}", 200, {"source": "a", "format_of": "pubs"})
@@ -189,20 +189,20 @@ def test_real_replies_are_those_of_the_document(document: dict[str, Any], server
         check(method, path, 401, {} if method == "POST" else None, key="pt-none")
     for path in ("/v1/models/no", "/v1/tasks/no", "/admin/prefixes/no"):
         check("GET", path, 404)
-    # Everything that goes well was seen.
+    # Every documented success was seen.
     every = {
         (method.upper(), path, int(status), kind)
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
-        for status, told in operation["responses"].items()
+        for status, described in operation["responses"].items()
         if int(status) < 400
-        for kind in told.get("content", {"": None})
+        for kind in described.get("content", {"": None})
     }
     assert every <= seen
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), CASES)
-def test_what_is_made_up_gets_an_answer_of_the_document(
+def test_random_requests_get_a_documented_response(
     hostile: Any, server: LiveServer, method: str, path: str, mode: schemathesis.GenerationMode
 ) -> None:
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=HealthCheck)

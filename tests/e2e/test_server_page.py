@@ -65,11 +65,11 @@ def write(page: Browser) -> None:
 
 
 def outputs(page: Browser) -> dict[str, str]:
-    found: dict[str, str] = page.value(
+    outputs_by_model: dict[str, str] = page.value(
         "Object.fromEntries([...document.querySelectorAll('.output')].map((each) => "
         "[each.querySelector('h3').textContent, each.querySelector('.text').textContent]))"
     )
-    return found
+    return outputs_by_model
 
 
 def use_mode(page: Browser, mode: str, selector: str) -> None:
@@ -77,13 +77,13 @@ def use_mode(page: Browser, mode: str, selector: str) -> None:
     page.until(f"document.querySelector('{selector}') !== null")
 
 
-def test_loads_without_complaint_and_from_this_server_only(page: Browser, server: LiveServer) -> None:
+def test_loads_without_errors_and_from_this_server_only(page: Browser, server: LiveServer) -> None:
     assert page.complaints() == []
     assert {url for url in page.requests() if not url.startswith(("data:", f"{server.url}/"))} == set()
     assert page.value("document.querySelectorAll('script[src], link[rel=stylesheet], [style]').length") == 0
 
 
-def test_without_a_key_the_page_says_what_it_needs(browser: Browser, server: LiveServer) -> None:
+def test_without_a_key_the_page_asks_for_one(browser: Browser, server: LiveServer) -> None:
     browser.open(f"{server.url}/healthz")
     browser.value("sessionStorage.clear()")
     browser.open(f"{server.url}/")
@@ -94,7 +94,7 @@ def test_without_a_key_the_page_says_what_it_needs(browser: Browser, server: Liv
     assert browser.value("localStorage.length + document.cookie.length") == 0
 
 
-def test_outputs_stand_side_by_side_and_are_the_servers(page: Browser, server: LiveServer) -> None:
+def test_outputs_are_side_by_side_and_the_servers(page: Browser, server: LiveServer) -> None:
     choose(page, "pubs", "other-pubs", MODEL)
     page.until("document.querySelectorAll('#inputs input').length === 8")
     page.value("document.getElementById('max_tokens').value = '30'")
@@ -129,7 +129,7 @@ def test_the_batch_is_seen_while_it_runs_and_can_be_stopped(page: Browser, serve
     assert server.get("/v1/status", key="pt-me")[1]["running"] == []
 
 
-def test_forms_are_those_of_the_task(page: Browser, server: LiveServer) -> None:
+def test_forms_have_the_fields_of_the_task(page: Browser, server: LiveServer) -> None:
     choose(page, "facts")
     page.until("document.querySelectorAll('.triple').length === 2")
     page.value("document.querySelector('#inputs > button').click()")
@@ -148,7 +148,7 @@ def test_forms_are_those_of_the_task(page: Browser, server: LiveServer) -> None:
     assert outputs(page)["bare"]
 
 
-def test_an_error_is_shown_where_the_output_would_be(page: Browser) -> None:
+def test_an_error_is_shown_in_place_of_the_output(page: Browser) -> None:
     choose(page, "pubs", "facts")
     # Fields of pubs, which facts has not.
     page.until("document.querySelectorAll('#inputs input').length === 8")
@@ -160,7 +160,7 @@ def test_an_error_is_shown_where_the_output_would_be(page: Browser) -> None:
     assert page.value("document.querySelectorAll('.output .error').length") == 1
 
 
-def test_what_a_model_writes_is_never_run(page: Browser) -> None:
+def test_generated_text_is_never_executed(page: Browser) -> None:
     attack = "<img src=x onerror='window.attacked = true'><script>window.attacked = true</script>"
     stream = f"data: {json.dumps({'delta': attack})}\n\ndata: [DONE]\n\n"
     page.value(f"window.fetch = async () => new Response({json.dumps(stream)})")
@@ -210,7 +210,7 @@ def test_the_keyboard_is_enough(page: Browser) -> None:
     assert outputs(page)
 
 
-def test_everything_has_a_name_for_who_does_not_see_it(page: Browser) -> None:
+def test_everything_has_an_accessible_name(page: Browser) -> None:
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     seen = [node for node in nodes if not node.get("ignored")]
     names = {(node.get("role", {}).get("value", ""), node.get("name", {}).get("value", "").strip()) for node in seen}

@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 
-from live_server import MODEL, Address, LiveServer, make_model, make_prefix
+from live_server import MODEL, HttpClient, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.server.auth import hash_key
 
@@ -46,13 +46,13 @@ def replicas(folder: Path) -> Iterator[list[LiveServer]]:
 
 
 @pytest.fixture(scope="module")
-def front(folder: Path, replicas: list[LiveServer]) -> Iterator[Address]:
-    with nginx(folder, replicas) as front:
-        yield front
+def proxy(folder: Path, replicas: list[LiveServer]) -> Iterator[HttpClient]:
+    with nginx(folder, replicas) as proxy:
+        yield proxy
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, replicas: list[LiveServer]) -> Iterator[Address]:
+def nginx(folder: Path, replicas: list[LiveServer]) -> Iterator[HttpClient]:
     """The configuration of deploy/ with other ports, and nothing but this test's folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -66,17 +66,17 @@ def nginx(folder: Path, replicas: list[LiveServer]) -> Iterator[Address]:
     path = folder / "nginx.conf"
     path.write_text(f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'log'};\nuser {_user()};\n{text}")
     process = subprocess.Popen([str(NGINX), "-e", str(folder / "log"), "-p", str(folder), "-c", str(path)])
-    front = Address(f"http://{address}")
+    proxy = HttpClient(f"http://{address}")
 
     def answers() -> bool:
         try:
-            return front.get("/healthz")[0] == 200
+            return proxy.get("/healthz")[0] == 200
         except OSError:
             return False
 
-    front.until(answers)
+    proxy.until(answers)
     try:
-        yield front
+        yield proxy
     finally:
         process.send_signal(signal.SIGQUIT)
         process.wait(10)
@@ -86,25 +86,25 @@ def _user() -> str:
     return getpass.getuser()
 
 
-def test_two_replicas(front: Address, replicas: list[LiveServer], folder: Path) -> None:
-    a_prefix_that_one_takes_in_is_served_by_both(front, replicas, folder)
-    pieces_come_as_they_are_written(front, replicas)
+def test_two_replicas(proxy: HttpClient, replicas: list[LiveServer], folder: Path) -> None:
+    a_prefix_uploaded_to_one_is_served_by_both(proxy, replicas, folder)
+    pieces_arrive_as_they_are_generated(proxy, replicas)
     # The last: one of them is gone afterwards.
-    while_one_stops_nobody_is_refused(front, replicas)
+    no_request_is_refused_while_one_replica_stops(proxy, replicas)
 
 
-def test_without_keys_a_replica_refuses_whatever_comes_through_nginx(folder: Path, tmp_path: Path) -> None:
+def test_without_keys_a_replica_refuses_requests_through_nginx(folder: Path, tmp_path: Path) -> None:
     server = LiveServer(folder / MODEL, folder / "prefixes")
     try:
         server.wait()
-        with nginx(tmp_path, [server, server]) as front:
+        with nginx(tmp_path, [server, server]) as proxy:
             for headers in ({}, {"Host": "localhost"}, {"X-Forwarded-For": "127.0.0.1"}, {"Host": "evil.example"}):
                 for method, path, body in (
                     ("GET", "/v1/models", None),
                     ("POST", "/v1/completions", {"model": MODEL, "prompt": "a"}),
                     ("GET", "/admin/prefixes", None),
                 ):
-                    status, answer, _ = front.ask(method, path, body, headers=headers)
+                    status, answer, _ = proxy.request(method, path, body, headers=headers)
                     assert (status, answer["error"]["code"] in ("key_needed", "host_not_allowed")) == (403, True)
             # Directly, from this machine, it answers.
             assert server.get("/v1/models")[0] == 200
@@ -112,28 +112,28 @@ def test_without_keys_a_replica_refuses_whatever_comes_through_nginx(folder: Pat
         server.stop()
 
 
-def complete(front: Address, model: str = MODEL, **more: Any) -> tuple[int, Any, dict[str, str]]:
+def complete(proxy: HttpClient, model: str = MODEL, **more: Any) -> tuple[int, Any, dict[str, str]]:
     body = {"model": model, "prompt": "abc", "max_tokens": 10, "temperature": 0, **more}
-    return front.post("/v1/completions", body, key="pt-me")
+    return proxy.post("/v1/completions", body, key="pt-me")
 
 
-def a_prefix_that_one_takes_in_is_served_by_both(front: Address, replicas: list[LiveServer], folder: Path) -> None:
+def a_prefix_uploaded_to_one_is_served_by_both(proxy: HttpClient, replicas: list[LiveServer], folder: Path) -> None:
     backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
     file = make_prefix(backbone, folder / "one.safetensors", 1).read_bytes()
     kind = {"Content-Type": "application/octet-stream"}
-    assert front.ask("PUT", "/admin/prefixes/one", file, key="pt-me", headers=kind)[0] == 201
+    assert proxy.request("PUT", "/admin/prefixes/one", file, key="pt-me", headers=kind)[0] == 201
     for replica in replicas:
         replica.until(lambda replica=replica: replica.get("/v1/models/one", key="pt-me")[0] == 200, 5)
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: complete(front, "one"), range(40)))
+        answers = list(pool.map(lambda _: complete(proxy, "one"), range(40)))
     assert {status for status, _, _ in answers} == {200}
     assert len({answer["choices"][0]["text"] for _, answer, _ in answers}) == 1
     for replica in replicas:
-        assert replica.figure("prefixtune_texts_total", key="pt-me", prefix="one") > 5
+        assert replica.metric("prefixtune_texts_total", key="pt-me", prefix="one") > 5
 
 
-def pieces_come_as_they_are_written(front: Address, replicas: list[LiveServer]) -> None:
-    with openai.OpenAI(base_url=f"{front.url}/v1", api_key="pt-me", max_retries=0) as client:
+def pieces_arrive_as_they_are_generated(proxy: HttpClient, replicas: list[LiveServer]) -> None:
+    with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="pt-me", max_retries=0) as client:
         stream = client.completions.create(model=MODEL, prompt="a", max_tokens=500, temperature=0, stream=True)
         next(iter(stream))
         # The rest is still being written.
@@ -143,11 +143,11 @@ def pieces_come_as_they_are_written(front: Address, replicas: list[LiveServer]) 
             replica.until(lambda replica=replica: not replica.get("/v1/status", key="pt-me")[1]["running"], 5)
 
 
-def while_one_stops_nobody_is_refused(front: Address, replicas: list[LiveServer]) -> None:
+def no_request_is_refused_while_one_replica_stops(proxy: HttpClient, replicas: list[LiveServer]) -> None:
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(complete, front, max_tokens=60) for _ in range(80)]
-        replicas[0].until(lambda: asked[10].done(), 20)
+        futures = [pool.submit(complete, proxy, max_tokens=60) for _ in range(80)]
+        replicas[0].until(lambda: futures[10].done(), 20)
         assert replicas[0].stop() == 0
-        assert [each.result()[0] for each in asked] == [200] * 80
-    assert complete(front)[0] == 200
-    assert front.get("/metrics")[0] == 404
+        assert [future.result()[0] for future in futures] == [200] * 80
+    assert complete(proxy)[0] == 200
+    assert proxy.get("/metrics")[0] == 404

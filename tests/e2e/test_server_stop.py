@@ -44,20 +44,20 @@ def start(folder: Path) -> Iterator[Callable[..., LiveServer]]:
             server.stop()
 
 
-def test_sigterm_under_load_finishes_what_runs_and_takes_no_more(start: Callable[..., LiveServer]) -> None:
+def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start: Callable[..., LiveServer]) -> None:
     server = start("--num-slots", "8")
     body = {"model": "one", "prompt": "abc", "max_tokens": 200, "temperature": 0, "n": 1}
 
-    def whole(number: int) -> Any:
-        return server.post("/v1/completions", {**body, "prompt": f"text {number}"})
+    def whole(index: int) -> Any:
+        return server.post("/v1/completions", {**body, "prompt": f"text {index}"})
 
-    def streamed(number: int) -> Any:
-        return server.post("/v1/completions", {**body, "prompt": f"text {number}", "stream": True})
+    def streamed(index: int) -> Any:
+        return server.post("/v1/completions", {**body, "prompt": f"text {index}", "stream": True})
 
     with ThreadPoolExecutor(24) as pool:
         # More than there are slots: some wait.
-        wholes = [pool.submit(whole, number) for number in range(12)]
-        streams = [pool.submit(streamed, number) for number in range(12)]
+        wholes = [pool.submit(whole, index) for index in range(12)]
+        streams = [pool.submit(streamed, index) for index in range(12)]
         server.until(lambda: server.get("/v1/status")[1]["waiting"] == 16, 20)
         server.process.send_signal(signal.SIGTERM)
         server.until(lambda: server.get("/readyz")[0] == 503, 5)
@@ -79,9 +79,7 @@ def test_sigterm_under_load_finishes_what_runs_and_takes_no_more(start: Callable
     assert "Traceback" not in "".join(server.errors)
 
 
-def test_killed_during_an_upload_then_told_to_stop_within_a_limit(
-    start: Callable[..., LiveServer], folder: Path
-) -> None:
+def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[..., LiveServer], folder: Path) -> None:
     (folder / "serve.toml").write_text(f'drain_seconds = 60.0\n[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n')
     keyed = ("--config", str(folder / "serve.toml"))
     server, prefixes = start(*keyed), folder / "prefixes"
@@ -102,10 +100,10 @@ def test_killed_during_an_upload_then_told_to_stop_within_a_limit(
     assert [path.name for path in prefixes.iterdir()] == ["one.safetensors"]
     assert server.get("/admin/prefixes", key="pt-me")[1]["refused"] == {}
     assert server.get("/")[0] == 404
-    what_is_not_done_in_time_is_given_up_and_told(server)
+    unfinished_requests_are_cancelled_and_reported(server)
 
 
-def what_is_not_done_in_time_is_given_up_and_told(server: LiveServer) -> None:
+def unfinished_requests_are_cancelled_and_reported(server: LiveServer) -> None:
     body = {"model": MODEL, "prompt": "abc", "max_tokens": 500, "temperature": 0, "n": 16}
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.post, "/v1/completions", body, key="pt-me")
@@ -121,7 +119,7 @@ def what_is_not_done_in_time_is_given_up_and_told(server: LiveServer) -> None:
 
 
 def refusal(*flags: str, **options: Any) -> str:
-    """What is said when it does not start."""
+    """The error when it does not start."""
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *flags], capture_output=True, text=True, timeout=60, check=False, **options
     )
@@ -131,18 +129,18 @@ def refusal(*flags: str, **options: Any) -> str:
     return done.stderr
 
 
-def test_it_does_not_start_open_to_the_world(folder: Path) -> None:
-    told = refusal("--prefixes", str(folder), "--host", "0.0.0.0")
-    assert "no key is configured" in told
-    assert "--new-key" in told
+def test_it_does_not_start_without_keys_on_a_public_address(folder: Path) -> None:
+    error = refusal("--prefixes", str(folder), "--host", "0.0.0.0")
+    assert "no key is configured" in error
+    assert "--new-key" in error
 
 
 def test_the_shipped_configuration_does_not_start_without_a_key(folder: Path, tmp_path: Path) -> None:
     shipped = Path(__file__).resolve().parents[2] / "deploy" / "serve.toml"
     options = ("--prefixes", str(folder / "prefixes"), "--backbone", str(folder / MODEL), "--port", "0")
-    told = refusal("--config", str(shipped), *options)
-    assert "proxies are named and no key is configured" in told
-    assert "--new-key" in told
+    error = refusal("--config", str(shipped), *options)
+    assert "proxies are named and no key is configured" in error
+    assert "--new-key" in error
     # As it says itself, a table for a key is all that it lacks.
     whole = tmp_path / "serve.toml"
     whole.write_text(f'{shipped.read_text()}\n[keys.me]\nhash = "{hash_key("pt-me")}"\n')
@@ -157,8 +155,8 @@ def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         # Before the model is looked for.
-        told = refusal("--backbone", "no/such-model", "--prefixes", str(folder / "prefixes"), "--port", port)
-    assert f"cannot listen on 127.0.0.1 port {port}" in told
+        error = refusal("--backbone", "no/such-model", "--prefixes", str(folder / "prefixes"), "--port", port)
+    assert f"cannot listen on 127.0.0.1 port {port}" in error
 
 
 def test_a_new_key_is_printed_with_its_table(tmp_path: Path) -> None:

@@ -71,14 +71,14 @@ def code(answer: tuple[int, Any, dict[str, str]]) -> tuple[int, str]:
     return answer[0], answer[1]["error"]["code"]
 
 
-def test_without_a_key_nothing_is_told(server: LiveServer) -> None:
+def test_without_a_key_nothing_is_revealed(server: LiveServer) -> None:
     for key in ("", "pt-wrong", hash_key(KEYS["admin"]), KEYS["admin"] + "x", KEYS["admin"][:-1]):
         for method, path in (
             *(("GET", "/v1/models"), ("GET", "/v1/models/bob-1"), ("POST", "/v1/completions"), ("GET", "/metrics")),
             *(("GET", "/v1/status"), ("GET", "/v1/tasks/bob-1"), ("GET", "/admin/prefixes"), ("POST", "/admin/reload")),
             *(("PUT", "/admin/prefixes/x"), ("DELETE", "/admin/prefixes/bob-1")),
         ):
-            answer = server.ask(method, path, {} if method in ("POST", "PUT") else None, key=key)
+            answer = server.request(method, path, {} if method in ("POST", "PUT") else None, key=key)
             assert code(answer) == (401, "invalid_api_key")
             assert answer[2]["www-authenticate"] == "Bearer"
     # Load balancers have no key.
@@ -158,7 +158,7 @@ def test_a_full_queue_says_when_to_come_back(server: LiveServer) -> None:
 
 def test_tenants_see_their_own_outputs_only(server: LiveServer, backbone: Any, folder: Path) -> None:
     models = {"alice": "alice-1", "bob": "bob-2"}
-    prompts = [f"{letter}{number}" for letter in "pq" for number in range(6)]
+    prompts = [f"{letter}{index}" for letter in "pq" for index in range(6)]
     prefixes = {name: load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone) for name in models.values()}
     engine = Engine(backbone)
     wanted = {
@@ -170,21 +170,21 @@ def test_tenants_see_their_own_outputs_only(server: LiveServer, backbone: Any, f
     }
     assert len(set(wanted.values())) == len(wanted)
 
-    def one(asked: tuple[str, str]) -> str:
-        who, prompt = asked
+    def complete_one(key_and_prompt: tuple[str, str]) -> str:
+        who, prompt = key_and_prompt
         status, answer, _ = complete(server, KEYS[who], models[who], prompt=prompt, max_tokens=30)
         assert status == 200
         return str(answer["choices"][0]["text"])
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(one, wanted)) == list(wanted.values())
+        assert list(pool.map(complete_one, wanted)) == list(wanted.values())
 
 
 # --- uploads ----------------------------------------------------------------------------------------------------------
 
 
 def put(server: LiveServer, name: str, body: bytes, method: str = "PUT", key: str = "admin") -> tuple[int, Any, Any]:
-    return server.ask(method, f"/admin/prefixes/{name}", body, key=KEYS[key], headers=OCTETS)
+    return server.request(method, f"/admin/prefixes/{name}", body, key=KEYS[key], headers=OCTETS)
 
 
 @pytest.fixture(scope="module")
@@ -207,32 +207,32 @@ def test_a_prefix_is_uploaded_used_replaced_and_deleted(
     assert (status, answer["replaced"]) == (200, True)
     assert complete(server, KEYS["alice"], "alice-new", max_tokens=20)[1]["choices"][0]["text"] != first
     assert "alice-new" in server.get("/admin/prefixes", key=KEYS["admin"])[1]["prefixes"]
-    assert server.ask("DELETE", "/admin/prefixes/alice-new", key=KEYS["admin"])[0] == 204
+    assert server.request("DELETE", "/admin/prefixes/alice-new", key=KEYS["admin"])[0] == 204
     assert complete(server, KEYS["alice"], "alice-new")[0] == 404
-    assert code(server.ask("DELETE", "/admin/prefixes/alice-new", key=KEYS["admin"])) == (404, "prefix_not_found")
+    assert code(server.request("DELETE", "/admin/prefixes/alice-new", key=KEYS["admin"])) == (404, "prefix_not_found")
     assert not (folder / "prefixes" / "alice-new.safetensors").exists()
 
 
-def test_files_that_come_and_go_are_seen_on_reload(server: LiveServer, folder: Path, good: bytes) -> None:
+def test_added_and_removed_files_are_seen_on_reload(server: LiveServer, folder: Path, good: bytes) -> None:
     path = folder / "prefixes" / "alice-dropped.safetensors"
     path.write_bytes(good)
     (folder / "prefixes" / "bad.safetensors").write_bytes(good[:-1])
-    told = server.post("/admin/reload", {}, key=KEYS["admin"])[1]
-    assert told["added"] == ["alice-dropped"]
-    assert list(told["refused"]) == ["bad"]
+    reloaded = server.post("/admin/reload", {}, key=KEYS["admin"])[1]
+    assert reloaded["added"] == ["alice-dropped"]
+    assert list(reloaded["refused"]) == ["bad"]
     assert complete(server, KEYS["alice"], "alice-dropped")[0] == 200
     path.unlink()
     (folder / "prefixes" / "bad.safetensors").unlink()
-    told = server.post("/admin/reload", {}, key=KEYS["admin"])[1]
-    assert (told["removed"], told["refused"]) == (["alice-dropped"], {})
+    reloaded = server.post("/admin/reload", {}, key=KEYS["admin"])[1]
+    assert (reloaded["removed"], reloaded["refused"]) == (["alice-dropped"], {})
 
 
 def hostile(backbone: Any, folder: Path, good: bytes) -> dict[str, bytes]:
     """Files that must not be taken in, by what is wrong with them."""
     prefix = load_prefix(folder / "good.safetensors")
     tensors = {
-        f"decoder.{number}.{part}": tensor
-        for number, pair in enumerate(prefix.layers["decoder"])
+        f"decoder.{index}.{part}": tensor
+        for index, pair in enumerate(prefix.layers["decoder"])
         for part, tensor in zip(("key", "value"), pair, strict=True)
     }
     facts = {"prefixtune": json.dumps({**prefix.header})}
@@ -310,12 +310,12 @@ def test_an_upload_is_bounded_and_needs_an_admin(server: LiveServer, folder: Pat
     before = sorted((folder / "prefixes").iterdir())
     assert code(put(server, "alice-2", good, key="alice")) == (403, "admin_key_needed")
     assert put(server, MODEL, good)[0] == 400
-    # By the length that is told beforehand, and by what comes where none is told.
+    # By the announced length and, without one, by what arrives.
     host, _, port = server.url.removeprefix("http://").partition(":")
     head = f"PUT /admin/prefixes/big HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['admin']}\r\n"
-    with socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), int(port))) as told:
-        told.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
-        assert b" 413 " in told.recv(4096)
+    with socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
+        assert b" 413 " in connection.recv(4096)
     with socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), int(port))) as untold:
         untold.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
@@ -328,7 +328,7 @@ def test_an_upload_is_bounded_and_needs_an_admin(server: LiveServer, folder: Pat
     assert sorted((folder / "prefixes").iterdir()) == before
 
 
-def test_an_upload_that_is_broken_off_leaves_nothing(server: LiveServer, folder: Path, good: bytes) -> None:
+def test_an_interrupted_upload_leaves_nothing(server: LiveServer, folder: Path, good: bytes) -> None:
     before = sorted((folder / "prefixes").iterdir())
     host, _, port = server.url.removeprefix("http://").partition(":")
     with socket.create_connection((host.replace("0.0.0.0", "127.0.0.1"), int(port))) as half:

@@ -10,7 +10,7 @@ import langchain_openai
 import openai
 import pytest
 
-from live_server import MODEL, LiveServer, alone, make_model, make_prefix
+from live_server import MODEL, LiveServer, generate_alone, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 
 
@@ -49,7 +49,7 @@ def test_langchain_completes_and_chats_whole_and_in_pieces(
     }
     prompt = "Two trains to Oldbridge"
     model = langchain_openai.OpenAI(model="pubs", **options)
-    wanted = alone(backbone, folder / "prefixes", backbone.encode(prompt), "pubs", max_new_tokens=20)
+    wanted = generate_alone(backbone, folder / "prefixes", backbone.encode(prompt), "pubs", max_new_tokens=20)
     assert model.invoke(prompt) == wanted
     pieces = list(model.stream(prompt))
     assert len(pieces) > 10
@@ -59,7 +59,7 @@ def test_langchain_completes_and_chats_whole_and_in_pieces(
     talker = langchain_openai.ChatOpenAI(model="facts", stream_usage=True, **options)
     messages = [("system", "be kind"), ("human", "Hello!")]
     ids = backbone.encode("[system]be kind</s>[user]Hello!</s>[assistant]")
-    said = alone(backbone, folder / "prefixes", ids, "facts", max_new_tokens=20)
+    said = generate_alone(backbone, folder / "prefixes", ids, "facts", max_new_tokens=20)
     answer = talker.invoke(messages)
     assert answer.content == said
     assert answer.usage_metadata["output_tokens"] == 20

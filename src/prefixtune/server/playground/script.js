@@ -1,16 +1,16 @@
 "use strict";
 (() => {
   const at = (id) => document.getElementById(id);
-  const MOST_SHOWN = 200, MOST_CHOSEN = 8;
-  const ABOUT = {
-    fields: "The task's own fields; the prefix's file knows how they become its source.",
-    source: "A linearized source; the text format of the prefix is put around it.",
+  const MAX_SHOWN = 200, MAX_CHOSEN = 8;
+  const DESCRIPTIONS = {
+    fields: "The task's own fields; the prefix's file says how they become its source.",
+    source: "A linearized source; it is put into the prefix's text format.",
     prompt: "The text as it is, after the prefix: nothing is added.",
-    chat: "One message, through the backbone's chat template.",
+    chat: "One message, in the backbone's chat template.",
   };
   const state = { models: [], chosen: [], tasks: new Map(), runs: [], running: 0, form: "", read: null, turn: 0 };
 
-  // --- small things ---
+  // --- helpers ---
 
   function make(tag, properties = {}, ...children) {
     const element = Object.assign(document.createElement(tag), properties);
@@ -19,8 +19,8 @@
   }
 
   function color(name) {
-    const place = state.chosen.indexOf(name);
-    if (place >= 0) return `k${place % 8}`;
+    const index = state.chosen.indexOf(name);
+    if (index >= 0) return `k${index % 8}`;
     let sum = 0;
     for (const letter of name) sum = (sum * 31 + letter.codePointAt(0)) % 65521;
     return `k${sum % 8}`;
@@ -32,14 +32,14 @@
   async function api(path, options = {}) {
     const key = sessionStorage.getItem("key");
     const headers = { ...(options.body ? { "Content-Type": "application/json" } : {}), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-    const answer = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store" });
-    if (!answer.ok) {
-      const told = await answer.json().catch(() => null);
-      const error = new Error(told && told.error ? told.error.message : `HTTP ${answer.status}`);
-      error.status = answer.status;
+    const response = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store" });
+    if (!response.ok) {
+      const body = await response.json().catch(() => null);
+      const error = new Error(body && body.error ? body.error.message : `HTTP ${response.status}`);
+      error.status = response.status;
       throw error;
     }
-    return answer;
+    return response;
   }
 
   // --- models ---
@@ -49,7 +49,7 @@
       state.models = (await (await api("/v1/models")).json()).data;
     } catch (error) {
       state.models = [];
-      say(error.message, true);
+      showServer(error.message, true);
     }
     const names = state.models.map((model) => model.id);
     state.chosen = state.chosen.filter((name) => names.includes(name));
@@ -60,22 +60,22 @@
   }
 
   function showModels() {
-    const wanted = at("filter").value.trim().toLowerCase();
-    const fitting = state.models.filter((model) => `${model.id} ${model.task || ""}`.toLowerCase().includes(wanted));
-    at("models").replaceChildren(...fitting.slice(0, MOST_SHOWN).map((model) => {
+    const filter = at("filter").value.trim().toLowerCase();
+    const matching = state.models.filter((model) => `${model.id} ${model.task || ""}`.toLowerCase().includes(filter));
+    at("models").replaceChildren(...matching.slice(0, MAX_SHOWN).map((model) => {
       const box = make("input", { type: "checkbox", value: model.id, checked: state.chosen.includes(model.id) });
       box.addEventListener("change", () => choose(box));
       const task = make("small", {}, model.task || (model.id === backbone() ? "no prefix" : ""));
       return make("li", {}, make("label", { title: model.description }, box, make("span", {}, model.id, " ", task)));
     }));
-    const more = fitting.length > MOST_SHOWN ? `, ${MOST_SHOWN} shown` : "";
-    at("count").textContent = `${state.chosen.length} chosen of ${fitting.length}${more}`;
+    const more = matching.length > MAX_SHOWN ? `, ${MAX_SHOWN} shown` : "";
+    at("count").textContent = `${state.chosen.length} chosen of ${matching.length}${more}`;
   }
 
   async function choose(box) {
-    if (box.checked && state.chosen.length >= MOST_CHOSEN) {
+    if (box.checked && state.chosen.length >= MAX_CHOSEN) {
       box.checked = false;
-      tell(`At most ${MOST_CHOSEN} models at once.`);
+      showMessage(`At most ${MAX_CHOSEN} models at once.`);
       return;
     }
     state.chosen = box.checked ? [...state.chosen, box.value] : state.chosen.filter((name) => name !== box.value);
@@ -91,8 +91,8 @@
     return state.tasks.get(name);
   }
 
-  /** The chosen prefix whose fields are asked for: the first that has any. */
-  async function leader() {
+  /** The task of the form: that of the first chosen model with fields of its own. */
+  async function formTask() {
     for (const name of state.chosen) {
       const task = await taskOf(name).catch(() => ({ fields: [] }));
       if (task.fields.length) return task;
@@ -104,10 +104,10 @@
 
   async function showInputs() {
     const kind = mode(), turn = ++state.turn;
-    const task = kind === "fields" ? await leader() : null;
-    // Something else was chosen meanwhile.
+    const task = kind === "fields" ? await formTask() : null;
+    // The choice has changed meanwhile.
     if (turn !== state.turn) return;
-    at("about").textContent = kind === "fields" && !task ? "None of the chosen models has fields of its own: choose another one, or another kind of input." : ABOUT[kind];
+    at("about").textContent = kind === "fields" && !task ? "None of the chosen models has fields of its own: choose another one, or another kind of input." : DESCRIPTIONS[kind];
     const form = JSON.stringify([kind, task && task.fields]);
     if (form === state.form) return;
     state.form = form;
@@ -138,9 +138,9 @@
   }
 
   function addAttributes(box, field) {
-    const given = new Map([...field.example.matchAll(/([^\[\],]+)\[([^\]]*)\]/g)].map((pair) => [pair[1].trim(), pair[2]]));
+    const values = new Map([...field.example.matchAll(/([^\[\],]+)\[([^\]]*)\]/g)].map((pair) => [pair[1].trim(), pair[2]]));
     const inputs = field.parts.map((name) => {
-      const input = make("input", { value: given.get(name) || "" });
+      const input = make("input", { value: values.get(name) || "" });
       box.append(make("label", { className: "pair" }, name, input));
       return [name, input];
     });
@@ -151,8 +151,8 @@
     const rows = make("div", { role: "group" });
     rows.setAttribute("aria-label", field.name);
     const add = (parts) => {
-      const inputs = ["subject", "property", "object"].map((name, place) => {
-        const input = make("input", { value: parts[place] || "", placeholder: name });
+      const inputs = ["subject", "property", "object"].map((name, index) => {
+        const input = make("input", { value: parts[index] || "", placeholder: name });
         input.setAttribute("aria-label", name);
         return input;
       });
@@ -178,28 +178,28 @@
     return options;
   }
 
-  // --- writing ---
+  // --- requests ---
 
   async function run() {
     halt();
-    if (!state.chosen.length) { tell("Choose a model first."); return; }
-    const kind = mode(), asked = state.read(), options = { ...sampling(), stream: true };
-    const lead = kind === "fields" || kind === "source" ? await leader() : null;
-    const other = lead ? lead.id : state.chosen.find((name) => name !== backbone());
+    if (!state.chosen.length) { showMessage("Choose a model first."); return; }
+    const kind = mode(), input = state.read(), options = { ...sampling(), stream: true };
+    const task = kind === "fields" || kind === "source" ? await formTask() : null;
+    const other = task ? task.id : state.chosen.find((name) => name !== backbone());
     const cards = state.chosen.map(card);
-    at("outputs").replaceChildren(...cards.map((each) => each.element));
+    at("outputs").replaceChildren(...cards.map((card) => card.element));
     state.running = cards.length;
     at("run").disabled = true;
     at("halt").disabled = false;
     poll();
-    tell(`Writing with ${cards.length} ${cards.length === 1 ? "model" : "models"} …`);
-    await Promise.all(cards.map((each) => write(each, kind, asked, options, other)));
+    showMessage(`Writing with ${cards.length} ${cards.length === 1 ? "model" : "models"} …`);
+    await Promise.all(cards.map((card) => write(card, kind, input, options, other)));
     state.runs = [];
     state.running = 0;
     at("run").disabled = false;
     at("halt").disabled = true;
-    const failed = cards.filter((each) => each.failed).length;
-    tell(failed ? `${failed} of ${cards.length} failed.` : "Done.");
+    const failed = cards.filter((card) => card.failed).length;
+    showMessage(failed ? `${failed} of ${cards.length} failed.` : "Done.");
   }
 
   function card(name) {
@@ -210,34 +210,34 @@
     return { name, element, text, facts, failed: false };
   }
 
-  function question(name, kind, asked, options, other) {
-    if (kind === "prompt") return ["/v1/completions", { model: name, ...asked, ...options, stream_options: { include_usage: true } }];
-    if (kind === "chat") return ["/v1/chat/completions", { model: name, ...asked, ...options, stream_options: { include_usage: true } }];
-    // The bare backbone is given the very text that a prefix is given.
+  function requestFor(name, kind, input, options, other) {
+    if (kind === "prompt") return ["/v1/completions", { model: name, ...input, ...options, stream_options: { include_usage: true } }];
+    if (kind === "chat") return ["/v1/chat/completions", { model: name, ...input, ...options, stream_options: { include_usage: true } }];
+    // The bare backbone gets the same text as a prefix.
     const format = name === backbone() && other ? { format_of: other } : {};
-    return [`/v1/tasks/${encodeURIComponent(name)}`, { ...asked, ...options, ...format }];
+    return [`/v1/tasks/${encodeURIComponent(name)}`, { ...input, ...options, ...format }];
   }
 
-  async function write(card, kind, asked, options, other) {
+  async function write(card, kind, input, options, other) {
     const control = new AbortController();
     state.runs.push(control);
-    const begun = performance.now();
+    const started = performance.now();
     let first = 0, usage = null, reason = "";
     try {
-      const [path, body] = question(card.name, kind, asked, options, other);
-      const answer = await api(path, { method: "POST", body: JSON.stringify(body), signal: control.signal });
-      for await (const news of events(answer)) {
-        if (news.error) throw new Error(news.error.message);
-        const choice = (news.choices || [])[0] || {};
-        const piece = news.delta || choice.text || (choice.delta || {}).content || "";
-        if (piece && !first) first = performance.now() - begun;
-        if (news.output === undefined) card.text.append(piece);
-        else card.text.textContent = news.output;
-        usage = news.usage || usage;
-        reason = news.finish_reason || choice.finish_reason || reason;
+      const [path, body] = requestFor(card.name, kind, input, options, other);
+      const response = await api(path, { method: "POST", body: JSON.stringify(body), signal: control.signal });
+      for await (const event of events(response)) {
+        if (event.error) throw new Error(event.error.message);
+        const choice = (event.choices || [])[0] || {};
+        const piece = event.delta || choice.text || (choice.delta || {}).content || "";
+        if (piece && !first) first = performance.now() - started;
+        if (event.output === undefined) card.text.append(piece);
+        else card.text.textContent = event.output;
+        usage = event.usage || usage;
+        reason = event.finish_reason || choice.finish_reason || reason;
       }
-      const seconds = (performance.now() - begun) / 1000, tokens = usage ? usage.completion_tokens : 0;
-      card.facts.textContent = `${tokens} tokens · ${(tokens / seconds).toFixed(0)} a second · first after ${first.toFixed(0)} ms · ${reason === "length" ? "cut at its length" : "complete"}`;
+      const seconds = (performance.now() - started) / 1000, tokens = usage ? usage.completion_tokens : 0;
+      card.facts.textContent = `${tokens} tokens · ${(tokens / seconds).toFixed(0)} a second · first after ${first.toFixed(0)} ms · ${reason === "length" ? "reached its length limit" : "complete"}`;
     } catch (error) {
       card.failed = error.name !== "AbortError";
       card.facts.textContent = card.failed ? "failed" : "stopped";
@@ -247,9 +247,9 @@
     }
   }
 
-  /** Server-sent events of an answer, as objects. */
-  async function* events(answer) {
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  /** The server-sent events of a response, as objects. */
+  async function* events(response) {
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "", ended = false;
     for (;;) {
       const { done, value } = await reader.read();
@@ -261,7 +261,7 @@
         else if (part.startsWith("data: ")) yield JSON.parse(part.slice(6));
       }
     }
-    if (!ended) throw new Error("the connection broke off.");
+    if (!ended) throw new Error("the connection was lost.");
   }
 
   function halt() {
@@ -269,14 +269,14 @@
     state.runs = [];
   }
 
-  function tell(text) { at("said").textContent = text; }
+  function showMessage(text) { at("said").textContent = text; }
 
   // --- the running batch ---
 
-  let before = null, timer = 0;
+  let previous = null, timer = 0;
   const rates = [];
 
-  function say(text, bad) {
+  function showServer(text, bad) {
     at("server").textContent = text;
     at("server").className = bad ? "bad" : "";
   }
@@ -287,7 +287,7 @@
       try {
         show(await (await api("/v1/status")).json());
       } catch (error) {
-        say(error.status ? error.message : "the server does not answer.", true);
+        showServer(error.status ? error.message : "the server does not respond.", true);
       }
     }
     clearTimeout(timer);
@@ -296,13 +296,13 @@
 
   function show(now) {
     const count = state.models.length - 1;
-    say(`${count} ${count === 1 ? "prefix" : "prefixes"} on ${backbone() || "one backbone"}${now.draining ? " · about to stop" : ""}`, now.draining);
+    showServer(`${count} ${count === 1 ? "prefix" : "prefixes"} on ${backbone() || "one backbone"}${now.draining ? " · shutting down" : ""}`, now.draining);
     const slots = at("slots");
     while (slots.children.length < Math.min(now.slots, 256)) slots.append(make("li"));
     for (const cell of slots.children) { cell.className = ""; cell.removeAttribute("title"); }
     const groups = new Map();
     for (const text of now.running) {
-      const name = text.model === null ? "another's" : text.model;
+      const name = text.model === null ? "other" : text.model;
       groups.set(name, (groups.get(name) || 0) + 1);
       const cell = slots.children[text.slot];
       if (!cell) continue;
@@ -311,30 +311,30 @@
     }
     const entries = [...groups].map(([name, texts]) => make("li", {}, make("i", { className: color(name) }), `${name} × ${texts}`));
     at("legend").replaceChildren(...(entries.length ? entries : [make("li", { className: "quiet", textContent: "idle" })]));
-    const gone = before ? now.seconds - before.seconds : 0;
-    const tokens = before ? Math.max(0, now.tokens - before.tokens) : 0, steps = before ? Math.max(0, now.steps - before.steps) : 0;
-    const rate = gone > 0 ? tokens / gone : 0;
-    before = now;
+    const elapsed = previous ? now.seconds - previous.seconds : 0;
+    const tokens = previous ? Math.max(0, now.tokens - previous.tokens) : 0, steps = previous ? Math.max(0, now.steps - previous.steps) : 0;
+    const rate = elapsed > 0 ? tokens / elapsed : 0;
+    previous = now;
     rates.push(rate);
     if (rates.length > 120) rates.shift();
-    const asked = now.cache.hits + now.cache.misses;
-    figures([
+    const lookups = now.cache.hits + now.cache.misses;
+    showFigures([
       ["running", `${now.running.length} of ${now.slots}`],
       ["waiting", now.waiting],
       ["tokens a second", rate.toFixed(0)],
       ["tokens a step", steps ? (tokens / steps).toFixed(1) : "–"],
       ["prefixes in memory", now.cache.prefixes],
-      ["found there", asked ? `${Math.round(100 * now.cache.hits / asked)} %` : "–"],
+      ["cache hits", lookups ? `${Math.round(100 * now.cache.hits / lookups)} %` : "–"],
     ]);
-    const most = Math.max(...rates, 1);
-    at("rate").firstElementChild.setAttribute("points", rates.map((value, place) => `${240 - 2 * (rates.length - 1 - place)},${(42 - 40 * value / most).toFixed(1)}`).join(" "));
+    const highest = Math.max(...rates, 1);
+    at("rate").firstElementChild.setAttribute("points", rates.map((value, index) => `${240 - 2 * (rates.length - 1 - index)},${(42 - 40 * value / highest).toFixed(1)}`).join(" "));
   }
 
-  function figures(pairs) {
+  function showFigures(pairs) {
     at("figures").replaceChildren(...pairs.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
   }
 
-  // --- begin ---
+  // --- start ---
 
   at("key").value = sessionStorage.getItem("key") || "";
   at("key-form").addEventListener("submit", (event) => {
@@ -350,7 +350,7 @@
   at("ask").addEventListener("submit", (event) => { event.preventDefault(); run(); });
   at("ask").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); if (!at("run").disabled) run(); }
-    // A line break in the filter is no wish to write.
+    // Enter in the filter does not start a request.
     else if (event.key === "Enter" && event.target === at("filter")) event.preventDefault();
   });
   at("halt").addEventListener("click", halt);
