@@ -1,4 +1,10 @@
-"""Other projects' files, in and out: PEFT's prefix adapters, and the checkpoints of the method's authors.
+"""Other programs' formats, read and written.
 
-Knows nothing of how a prefix is trained and used.
+    peft, authors, safetensors    PEFT's adapters and the authors' checkpoints
+    hub                           prefixes and model cards on the Hugging Face hub
+    trainer, collator             training inside transformers' `Trainer` and TRL
+    export, llama_cpp, onnx       prefixes for other runtimes
+    vllm                          prefixes in vLLM; runs in vLLM's environment
+
+Importing this package loads none of these programs.
 """

@@ -1,7 +1,4 @@
-"""What every export needs: to refuse what a runtime cannot carry, and a manifest beside the files.
-
-Knows nothing of the runtimes' formats.
-"""
+"""What all exports share: refusing what another runtime cannot use, and the manifest that goes with the files."""
 
 from __future__ import annotations
 
@@ -20,21 +17,23 @@ __all__ = ["MANIFEST", "check_exportable", "check_prefix", "describe_origin", "w
 
 MANIFEST = "export.json"
 
+_HINT = "use `prefixtune generate` or `prefixtune serve` for it."
+
 
 def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
-    """Refuse what another runtime would carry wrongly, or what was never tried.
+    """Refuse what another runtime would compute wrongly, or what was never tested.
 
     Raises:
-        BackboneError: The backbone is no plain decoder whose layers all keep keys and values of one shape and see the
-            whole text, or the prefix does not fit it.
-        ConfigError: The prefix is empty, an infix, or holds NaN, or comes with a head.
+        BackboneError: The backbone is not a plain decoder whose layers all keep keys and values of one shape and see
+            the whole text, or the prefix does not fit it.
+        ConfigError: The prefix is empty, an infix, holds NaN, or has a head.
     """
     name = backbone.name
     if backbone.kind != "decoder":
         raise BackboneError(
-            f"{target} gets decoder-only models, but {name!r} is of kind {backbone.kind!r}: a prefix at its sites "
-            f"({', '.join(backbone.geometry)}) is no part of a cache that can be filled beforehand.",
-            hint="use `prefixtune generate` or `prefixtune serve` for it.",
+            f"{target} takes decoder-only models, but {name!r} is of kind {backbone.kind!r}: a prefix at its sites "
+            f"({', '.join(backbone.geometry)}) is not part of a cache that can be filled beforehand.",
+            hint=_HINT,
         )
     check_fits(prefix, backbone.geometry, name)
     check_prefix(prefix, target)
@@ -42,25 +41,25 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
 
 
 def check_prefix(prefix: Prefix, target: str) -> None:
-    """Refuse a prefix that another runtime would carry wrongly, whatever the backbone.
+    """Refuse a prefix that another runtime would compute wrongly, whatever the backbone.
 
     Raises:
-        ConfigError: It is empty, an infix, or holds NaN, or comes with a head.
+        ConfigError: It is empty, an infix, holds NaN, or has a head.
     """
     if prefix.placement != "front":
         raise ConfigError(
-            f"the prefix is an {prefix.placement}, which stands between source and target; {target} gets prefixes in "
+            f"the prefix is an {prefix.placement}, which goes between source and target; {target} takes prefixes in "
             "front of the text.",
             hint="use `prefixtune generate`, or `prefixtune train --method prefix`.",
         )
     if prefix.head is not None:
         raise ConfigError(
-            f"the prefix comes with a head of {len(prefix.head.bias)} labels, which reads hidden states; {target} "
-            "gives the scores of tokens.",
-            hint="`prefixtune train --classifier words` makes labels of words that the model writes.",
+            f"the prefix has a head of {len(prefix.head.bias)} labels, which reads hidden states; {target} returns the "
+            "scores of tokens.",
+            hint="`prefixtune train --classifier words` uses words that the model writes as labels.",
         )
     if prefix.prefix_length == 0:
-        raise ConfigError("the prefix has no positions (P = 0).", hint=f"give {target} the backbone alone.")
+        raise ConfigError("the prefix has no positions (P = 0).", hint=f"use the backbone alone in {target}.")
     if not prefix.is_finite():
         raise ConfigError("the prefix holds NaN or infinity.", hint="train it again.")
 
@@ -70,47 +69,50 @@ def _check_layers(backbone: Backbone, target: str) -> None:
     config = backbone.model.config.get_text_config(decoder=True)
     if len(set(shapes)) > 1 or shapes[0].key_dim != shapes[0].value_dim:
         raise BackboneError(
-            f"the layers of {backbone.name!r} differ in KV heads or head sizes; {target} gets equal ones.",
-            hint="use `prefixtune generate` or `prefixtune serve` for it.",
+            f"the layers of {backbone.name!r} differ in KV heads or head sizes; {target} takes equal ones.",
+            hint=_HINT,
         )
-    window = _window(config)
+    window = _find_window(config)
     if window is not None:
         raise BackboneError(
-            f"{backbone.name!r} looks back {window or 'some'} positions only; here the prefix stays visible to every "
-            f"token, in {target} it would leave the window.",
-            hint="use `prefixtune generate` or `prefixtune serve` for it.",
+            f"{backbone.name!r} has a window of {window or 'some'} positions; in prefixtune the prefix stays visible "
+            f"to every token, in {target} it would leave the window.",
+            hint=_HINT,
         )
     if backbone.layout.cache_layers != tuple(range(len(shapes))) or config.num_hidden_layers != len(shapes):
         raise BackboneError(
-            f"the cache of {backbone.name!r} does not hold every layer's own keys and values, so that {target} cannot "
-            "be given a prefix in it.",
-            hint="use `prefixtune generate` or `prefixtune serve` for it.",
+            f"the cache of {backbone.name!r} does not hold every layer's own keys and values, so {target} cannot start "
+            "from a prefix in it.",
+            hint=_HINT,
         )
 
 
-def _window(config: Any) -> int | None:
-    """How far layers look back, where some do not see the whole text (0: not told); None: all see it."""
-    kinds = getattr(config, "layer_types", None)
+def _find_window(config: Any) -> int | None:
+    """The window of layers that do not see the whole text (0: unknown size); None: all layers see it."""
+    layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    if kinds is not None:
-        return int(window or 0) if {"sliding_attention", "chunked_attention"} & set(kinds) else None
+    if layer_types is not None:
+        return int(window or 0) if {"sliding_attention", "chunked_attention"} & set(layer_types) else None
     return None if window is None else int(window)
 
 
 def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
-    """What a manifest says of where the files come from, and of the text that goes with them."""
-    form = format_of(backbone, prefix)
+    """The manifest's part about the backbone, the prefix and its text format."""
+    text_format = format_of(backbone, prefix)
     return {
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "model_type": backbone.model.config.model_type,
         "prefix_length": prefix.prefix_length,
         "positions": "text starts at position P",
-        "text_format": {"prompt": form.format_prompt("{source}", backbone.separator), "target": form.target},
+        "text_format": {
+            "prompt": text_format.format_prompt("{source}", backbone.separator),
+            "target": text_format.target,
+        },
         "end": backbone.end,
         **{key: prefix.header[key] for key in ("task", "license") if prefix.header.get(key)},
     }
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Store what was exported beside the files, as JSON."""
+    """Write `export.json` into the folder of the exported files."""
     (folder / MANIFEST).write_text(json.dumps(facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Prefixes on the Hugging Face hub: `push` uploads a prefix with a model card, `pull` brings one here.
+"""Prefixes on the Hugging Face hub: `push` uploads a prefix with a model card, `pull` downloads one.
 
 A repository holds `prefix.safetensors` and `README.md`: a card made from the prefix's header and, where it was
-evaluated, the scores in the hub's model-index form. Nothing goes over the network but on these two calls, and where a
-prefix is given as `hub:OWNER/NAME` (see `prefixtune.prefix.hub`). Knows nothing of backbones.
+evaluated, the scores in the hub's model-index format. Only these two functions use the network, and names such as
+`hub:OWNER/NAME` (see `prefixtune.prefix.hub`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from prefixtune.utils.writable import check_writable
 __all__ = ["FILE", "make_card", "pull", "push", "read_evaluation"]
 
 
-_LOCAL = ("/", ".", "~")
+_LOCAL_PATH_STARTS = ("/", ".", "~")
+_TRAINING_FACTS = ("steps", "num_targets", "learning_rate", "seed")
+"""What the card repeats of a header's `training`."""
 
 
 def push(
@@ -37,28 +39,28 @@ def push(
     token: str | None = None,
     message: str = "",
 ) -> str:
-    """Upload a prefix with its card; the repository is made where there is none.
+    """Upload a prefix with its card; creates the repository where it does not exist.
 
     Args:
         path: The artifact, or the folder of its run.
         repo_id: `OWNER/NAME`.
         evaluation: `evaluation.json` of `prefixtune evaluate`, or its folder: its scores go into the card.
-        private: A new repository can be seen by its owner alone.
-        revision: A branch; None: the main one.
-        token: Of the hub; None: the one that `hf auth login` stored.
-        message: Of the commit; empty: one that names the file.
+        private: Only its owner can see a new repository.
+        revision: A branch; None: the main branch.
+        token: The hub's token; None: the one that `hf auth login` stored.
+        message: The commit message; empty: one with the file's name.
 
     Returns:
-        Where the upload can be looked at.
+        The address of the upload.
 
     Raises:
-        CheckpointError: The file is no prefix.
-        ConfigError: The evaluation cannot be read, or the name is none.
+        CheckpointError: The file is not a prefix.
+        ConfigError: The evaluation cannot be read, or the repository's name is not valid.
         PrefixError: The hub cannot be reached, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    # Wholly read and checked before any of it leaves.
+    # Read and checked as a whole before anything is sent.
     path = prefix_file(path)
     prefix = load_prefix(path)
     card = make_card(prefix, repo_id, read_evaluation(evaluation))
@@ -80,61 +82,45 @@ def push(
 def pull(
     repo_id: str, output: str | Path, *, revision: str | None = None, token: str | None = None, name: str = FILE
 ) -> Prefix:
-    """Download a prefix, check it, and put it in a file.
+    """Download a prefix, check it, and store it in a file.
 
     Args:
         repo_id: `OWNER/NAME`.
-        output: Ends with `.safetensors`. A file that is there is replaced only by a prefix that is good.
+        output: Ends with `.safetensors`. An existing file is replaced only by a valid prefix.
         revision: A branch, a tag or a commit; None: the main branch.
-        token: Of the hub; None: the one that `hf auth login` stored.
+        token: The hub's token; None: the one that `hf auth login` stored.
         name: The file in the repository.
 
     Raises:
-        CheckpointError: What came is no prefix, or the output has another ending.
+        CheckpointError: The download is not a prefix, or the output has another ending.
         PrefixError: The hub cannot be reached, or has no such file.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
-        raise CheckpointError(f"{str(output)!r} does not end with .safetensors.", hint="name such a file.")
+        raise CheckpointError(f"{str(output)!r} does not end with .safetensors.", hint="choose such a name.")
     check_writable(output)
-    found = download(repo_id, name, revision=revision, token=token)
-    prefix = load_prefix(found)
+    downloaded = download(repo_id, name, revision=revision, token=token)
+    prefix = load_prefix(downloaded)
     with atomic_path(output) as temporary:
-        shutil.copyfile(found, temporary)
+        shutil.copyfile(downloaded, temporary)
     return prefix
 
 
 def make_card(prefix: Prefix, repo_id: str, evaluation: Mapping[str, Any] | None = None) -> str:
-    """The model card: front matter that the hub reads, and a page for people.
+    """The model card: metadata that the hub reads, and a page for people.
 
     Args:
         prefix: With its header.
         repo_id: `OWNER/NAME`, for the examples.
         evaluation: What `prefixtune evaluate` wrote; None: it was not evaluated.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    header = prefix.header
-    origin = header.get("backbone") if isinstance(header.get("backbone"), Mapping) else {}
-    base, task = str((origin or {}).get("name", "")), str(header.get("task", ""))
-    # A folder of somebody's machine is nobody else's model.
-    on_hub = base.count("/") <= 1 and not base.startswith(_LOCAL) and "\\" not in base
-    results = None
-    if evaluation is not None:
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=str(evaluation["task"]),
-                dataset_name=str(evaluation["data"]),
-                dataset_split=str(evaluation["split"]),
-                metric_type=name,
-                metric_value=round(float(found["score"]), 4),
-                metric_name=f"{name} ({found['implementation']})",
-            )
-            for name, found in evaluation["scores"].items()
-        ]
+    header, base_model = prefix.header, _find_base_model(prefix)
+    task = str(header.get("task", ""))
+    results = None if evaluation is None else _make_results(evaluation)
     data = ModelCardData(
-        base_model=base if on_hub and base else None,
+        base_model=base_model or None,
         library_name="prefixtune",
         license=str(header["license"]) if header.get("license") else None,
         pipeline_tag="text-generation",
@@ -142,35 +128,47 @@ def make_card(prefix: Prefix, repo_id: str, evaluation: Mapping[str, Any] | None
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_page(prefix, repo_id, base if on_hub else '', task, evaluation)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{_make_page(prefix, repo_id, base_model, task, evaluation)}"
 
 
-def _page(prefix: Prefix, repo_id: str, base: str, task: str, evaluation: Mapping[str, Any] | None) -> str:
+def _find_base_model(prefix: Prefix) -> str:
+    """The backbone's name where it may be one of the hub; a folder on somebody's machine is nobody else's model."""
+    origin = prefix.header.get("backbone")
+    name = str(origin.get("name", "")) if isinstance(origin, Mapping) else ""
+    is_on_hub = name.count("/") <= 1 and not name.startswith(_LOCAL_PATH_STARTS) and "\\" not in name
+    return name if is_on_hub else ""
+
+
+def _make_results(evaluation: Mapping[str, Any]) -> list[Any]:
+    """The scores in the hub's model-index format."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=str(evaluation["task"]),
+            dataset_name=str(evaluation["data"]),
+            dataset_split=str(evaluation["split"]),
+            metric_type=metric,
+            metric_value=round(float(score["score"]), 4),
+            metric_name=f"{metric} ({score['implementation']})",
+        )
+        for metric, score in evaluation["scores"].items()
+    ]
+
+
+def _make_page(prefix: Prefix, repo_id: str, base_model: str, task: str, evaluation: Mapping[str, Any] | None) -> str:
     name = repo_id.rpartition("/")[2]
-    sites = ", ".join(f"{site} (P = {prefix.length(site)})" for site in prefix.sites)
-    model = base or "the model that its header names"
-    stored = prefix.header.get("training")
-    training = stored if isinstance(stored, Mapping) else {}
-    facts = {
-        "model": model,
-        "task": task or "not told",
-        "sites": sites,
-        "parameters": f"{prefix.num_parameters:,}",
-        **{
-            key.replace("_", " "): training[key]
-            for key in ("steps", "num_targets", "learning_rate", "seed")
-            if key in training
-        },
-    }
+    model = base_model or "the model that its header names"
     lines = [
         f"# {name}",
         "",
         f"A prefix for {model}: keys and values of virtual tokens, put in front of the text's own at every layer "
-        "(Li & Liang 2021). The model itself stays as it is.",
+        "(Li & Liang 2021). The model itself stays unchanged.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in facts.items()),
+        *(f"| {key} | {value} |" for key, value in _list_facts(prefix, model, task).items()),
         "",
         "```bash",
         "pip install prefixtune",
@@ -185,38 +183,49 @@ def _page(prefix: Prefix, repo_id: str, base: str, task: str, evaluation: Mappin
             "",
             "| metric | score | 95 % | by |",
             "|---|---|---|---|",
-            *(f"| {metric} | {_score(found)} |" for metric, found in evaluation["scores"].items()),
+            *(f"| {metric} | {_format_score(score)} |" for metric, score in evaluation["scores"].items()),
         ]
     return "\n".join(lines) + "\n"
 
 
-def _score(found: Mapping[str, Any]) -> str:
-    interval = found.get("interval")
+def _list_facts(prefix: Prefix, model: str, task: str) -> dict[str, Any]:
+    training = prefix.header.get("training")
+    stored = training if isinstance(training, Mapping) else {}
+    return {
+        "model": model,
+        "task": task or "unknown",
+        "sites": ", ".join(f"{site} (P = {prefix.length(site)})" for site in prefix.sites),
+        "parameters": f"{prefix.num_parameters:,}",
+        **{key.replace("_", " "): stored[key] for key in _TRAINING_FACTS if key in stored},
+    }
+
+
+def _format_score(score: Mapping[str, Any]) -> str:
+    interval = score.get("interval")
     between = f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
-    return f"{found['score']:.4g} | {between} | {found['implementation']}"
+    return f"{score['score']:.4g} | {between} | {score['implementation']}"
 
 
-def read_evaluation(given: str | Path | None) -> dict[str, Any] | None:
-    """What `prefixtune evaluate` wrote, by its file or folder; None where none is given.
+def read_evaluation(path: str | Path | None) -> dict[str, Any] | None:
+    """What `prefixtune evaluate` wrote, from its file or folder; None: nothing.
 
     Raises:
         ConfigError: It cannot be read, or holds no scores.
     """
-    if given is None:
+    if path is None:
         return None
-    path = Path(given) / "evaluation.json" if Path(given).is_dir() else Path(given)
+    path = Path(path) / "evaluation.json" if Path(path).is_dir() else Path(path)
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        if read["kind"] != "evaluation" or not isinstance(read["scores"], dict):
-            raise ValueError("it is no evaluation")
-        for found in read["scores"].values():
-            float(found["score"])
-            str(found["implementation"])
-        {name: read[name] for name in ("task", "data", "split", "num_examples")}
+        evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if evaluation["kind"] != "evaluation" or not isinstance(evaluation["scores"], dict):
+            raise ValueError("it is not an evaluation")
+        for score in evaluation["scores"].values():
+            float(score["score"])
+            str(score["implementation"])
+        {name: evaluation[name] for name in ("task", "data", "split", "num_examples")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{str(path)!r} holds no scores: {error}.",
             hint="give the folder that `prefixtune evaluate --output` wrote.",
         ) from error
-    evaluation: dict[str, Any] = read
     return evaluation

@@ -1,11 +1,11 @@
-"""PEFT's prefix adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+"""PEFT's prefix adapters, read and written: `adapter_config.json` and `adapter_model.safetensors` in a folder.
 
-PEFT keeps one tensor, `prompt_embeddings` of shape (P, L * 2 * H * D): a row per position, layer by layer, keys before
-values. These are the rows of `prefix.flatten`, so nothing is computed, and a prefix that goes there and back is the
-same bit for bit. An MLP (`prefix_projection`) is run once when PEFT saves; its file holds the outcome. `PREFIX_TUNING`
-and `CARTRIDGE` differ only in that the latter tells how many first positions PEFT is not to train.
+PEFT stores one tensor, `prompt_embeddings` of shape (P, L * 2 * H * D): a row per position, layer by layer, keys before
+values. These are the rows of `prefix.flatten`, so nothing is computed, and a prefix that is exported and imported again
+is the same bit for bit. PEFT runs an MLP (`prefix_projection`) once when it saves, and stores the result.
+`PREFIX_TUNING` and `CARTRIDGE` differ only in that the latter says how many first positions PEFT does not train.
 
-In PEFT too the text starts at position P. PEFT itself is not needed. Knows nothing of training.
+In PEFT, too, the text starts at position P. PEFT itself need not be installed.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 
 _WEIGHTS, _PICKLE, _TENSOR = "adapter_model.safetensors", "adapter_model.bin", "prompt_embeddings"
 _HEADER = "prefixtune_header"
-"""In the tensors' metadata, which PEFT passes over: what our own file says of the prefix."""
+"""The key of our own header in the tensors' metadata, which PEFT ignores."""
 
 _SIZES = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
 
 
-# --- in --------------------------------------------------------------------------------------------------------------
+# --- import ----------------------------------------------------------------------------------------------------------
 
 
 def import_peft(folder: str | Path, backbone: Backbone | None = None) -> Prefix:
     """Read a prefix that PEFT saved, or that `export_peft` wrote.
 
-    Its header tells the base model, and the text format: PEFT puts nothing around a text. What `export_peft` wrote has
-    the header that it was given.
+    Its header holds the base model and the text format: PEFT puts nothing around a text. A prefix from `export_peft`
+    keeps its own header.
 
     Args:
         folder: Written by PEFT's `save_pretrained`.
-        backbone: Also check that it fits this model, and name it in the header.
+        backbone: Also check that the prefix fits this model, and put the model into the header.
 
     Raises:
         CheckpointError: A file is missing, broken or a pickle; the adapter is of another type or task, its shapes
@@ -60,39 +60,40 @@ def import_peft(folder: str | Path, backbone: Backbone | None = None) -> Prefix:
         BackboneError: It does not fit the backbone.
     """
     folder = Path(folder)
-    facts = adapter_config(folder)
-    _check_kind(facts, folder)
-    flat, stored = _read_rows(folder)
-    shapes = _shapes(facts, flat, folder)
-    made = Prefix({"decoder": tuple((k.contiguous(), v.contiguous()) for k, v in unflatten(flat, shapes))})
-    if not made.is_finite():
+    config = adapter_config(folder)
+    _check_type(config, folder)
+    flat, stored_header = _read_rows(folder)
+    shapes = _read_shapes(config, flat, folder)
+    prefix = Prefix({"decoder": tuple((k.contiguous(), v.contiguous()) for k, v in unflatten(flat, shapes))})
+    if not prefix.is_finite():
         raise CheckpointError(
             f"{str(folder)!r} holds NaN or infinity.", hint="get the adapter again, or train it again."
         )
-    header: dict[str, Any] = stored or {
-        "backbone": {"name": str(facts.get("base_model_name_or_path") or ""), "kind": "decoder"},
+    header: dict[str, Any] = stored_header or {
+        "backbone": {"name": str(config.get("base_model_name_or_path") or ""), "kind": "decoder"},
         "text_format": {"prompt": "{source}", "target": "{target}"},
     }
     if backbone is not None:
-        _check_backbone(made, header, backbone)
+        _check_backbone(prefix, header, backbone)
         header |= make_header(backbone)
-    origin = {name: facts[name] for name in ("peft_type", "num_frozen_tokens") if name in facts}
-    return Prefix(made.layers, {**header, "peft": origin})
+    origin = {name: config[name] for name in ("peft_type", "num_frozen_tokens") if name in config}
+    return Prefix(prefix.layers, {**header, "peft": origin})
 
 
-def _check_kind(facts: Mapping[str, Any], folder: Path) -> None:
-    kind, task = facts.get("peft_type"), facts.get("task_type")
-    if kind not in PEFT_TYPES:
+def _check_type(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse an adapter that is not a prefix, or not one for a decoder-only model."""
+    peft_type, task = config.get("peft_type"), config.get("task_type")
+    if peft_type not in PEFT_TYPES:
         hint = "only adapters that are keys and values of every layer are prefixes."
-        if kind == "LORA":
+        if peft_type == "LORA":
             hint = f"it is part of a backbone: load_backbone({str(folder)!r}), or --backbone {folder}."
         raise CheckpointError(
-            f"{str(folder)!r} is an adapter of type {kind!r}, not {' or '.join(PEFT_TYPES)}.", hint=hint
+            f"{str(folder)!r} is an adapter of type {peft_type!r}, not {' or '.join(PEFT_TYPES)}.", hint=hint
         )
-    if task == "SEQ_2_SEQ_LM" or facts.get("num_transformer_submodules") == 2:
+    if task == "SEQ_2_SEQ_LM" or config.get("num_transformer_submodules") == 2:
         raise CheckpointError(
-            f"{str(folder)!r} is for an encoder-decoder, where PEFT moves the decoder's text P positions on, or biases "
-            "the prefix by its distance; here neither is done, so that the same numbers would mean another prefix.",
+            f"{str(folder)!r} is for an encoder-decoder, where PEFT shifts the decoder's text by P positions, or "
+            "biases the prefix by its distance; prefixtune does neither, so the same numbers would be another prefix.",
             hint="train it here: `prefixtune train --backbone NAME`, with prefixes at all three sites.",
         )
     if task not in (None, "CAUSAL_LM"):
@@ -107,7 +108,7 @@ def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
     if not (folder / _WEIGHTS).is_file() and (folder / _PICKLE).is_file():
         raise CheckpointError(
             f"{str(folder)!r} holds its tensors as {_PICKLE}, a pickle, which could run code; only {_WEIGHTS} is read.",
-            hint=f"convert it, if you trust where it is from: {conversion(folder / _PICKLE)}",
+            hint=f"convert it, if you trust its source: {conversion(folder / _PICKLE)}",
         )
     tensors, metadata = read_tensors(folder / _WEIGHTS)
     if _TENSOR not in tensors or len(tensors) > 1:
@@ -122,27 +123,27 @@ def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
     return tensors[_TENSOR], header
 
 
-def _shapes(facts: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple[LayerShape, ...]:
-    """The layers that a configuration tells of, which must be those of the tensor."""
-    sizes = {name: facts.get(name) for name in _SIZES}
+def _read_shapes(config: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple[LayerShape, ...]:
+    """The shapes of the layers by the configuration, which must agree with the tensor."""
+    sizes = {name: config.get(name) for name in _SIZES}
     wrong = [f"{name} is {size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
     if wrong:
         raise CheckpointError(
             f"{str(folder / ADAPTER_CONFIG)!r}: {', '.join(wrong)}, but must be a whole number of at least 1.",
             hint="save the adapter again with PEFT, which fills them in.",
         )
-    positions, layers, heads, width = (int(facts[name]) for name in _SIZES)
+    positions, layers, heads, width = (int(config[name]) for name in _SIZES)
     if width % heads or tuple(flat.shape) != (positions, layers * 2 * width) or not flat.is_floating_point():
         raise CheckpointError(
             f"{_TENSOR} in {str(folder)!r} has shape {tuple(flat.shape)} and type {flat.dtype}, but its configuration "
             f"says {positions} positions of {layers} layers x 2 x {width} numbers, over {heads} heads.",
-            hint="its two files are not of one adapter; get it again.",
+            hint="its two files do not belong together; get the adapter again.",
         )
     return (LayerShape(heads, width // heads, width // heads),) * layers
 
 
 def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbone) -> None:
-    """Refuse a prefix that is another model's, and a model in whose cache PEFT would put it elsewhere."""
+    """Refuse a prefix of another model, and a model in which PEFT would put the prefix into other layers."""
     if backbone.kind != "decoder":
         raise BackboneError(
             f"{backbone.name!r} is of kind {backbone.kind!r}; PEFT's prefixes are for decoder-only models here.",
@@ -150,15 +151,15 @@ def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbon
         )
     check_fits(prefix, backbone.geometry, backbone.name)
     count = len(prefix.layers["decoder"])
-    there = getattr(backbone.model.config.get_text_config(decoder=True), "num_hidden_layers", count)
-    if backbone.layout.cache_layers != tuple(range(count)) or count != there:
+    num_hidden_layers = getattr(backbone.model.config.get_text_config(decoder=True), "num_hidden_layers", count)
+    if backbone.layout.cache_layers != tuple(range(count)) or count != num_hidden_layers:
         raise BackboneError(
             f"not every layer of {backbone.name!r} keeps keys and values of its own: PEFT would put the prefix into "
             "other layers than those it is for.",
-            hint="hybrids, and models whose layers share keys, carry a prefix here only.",
+            hint="prefixes for hybrids and for models whose layers share keys can only be used in prefixtune.",
         )
-    named = header.get("backbone")
-    origin = named if isinstance(named, Mapping) else {}
+    stored = header.get("backbone")
+    origin = stored if isinstance(stored, Mapping) else {}
     if "fingerprint" in origin and not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
         raise BackboneError(
             f"the prefix was trained for {origin.get('name')!r} with other weights than {backbone.name!r}.",
@@ -166,7 +167,7 @@ def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbon
         )
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------------------------------
 
 
 def export_peft(
@@ -182,12 +183,13 @@ def export_peft(
     Args:
         prefix: Of a decoder-only model.
         folder: Made where it is missing; its two files are replaced.
-        backbone: Also check that the prefix is for this model, and that PEFT puts it where it belongs; and name it.
-        peft_type: `PREFIX_TUNING` or `CARTRIDGE`; None: what it came from, or else `PREFIX_TUNING`.
-        num_frozen_tokens: For `CARTRIDGE`: first positions that PEFT is not to train; None: as it came, or else 1.
+        backbone: Also check that the prefix is for this model, and that PEFT puts it into the right layers; and put the
+            model into the header.
+        peft_type: `PREFIX_TUNING` or `CARTRIDGE`; None: the type it was imported from, or else `PREFIX_TUNING`.
+        num_frozen_tokens: For `CARTRIDGE`: first positions that PEFT does not train; None: as imported, or else 1.
 
     Raises:
-        ConfigError: The prefix has what PEFT has no place for, or an option is wrong.
+        ConfigError: PEFT's format cannot hold the prefix, or an option is wrong.
         CheckpointError: It holds NaN or infinity.
         BackboneError: It is not for the backbone.
         PrefixError: A file cannot be written.
@@ -200,15 +202,29 @@ def export_peft(
     if backbone is not None:
         _check_backbone(prefix, header, backbone)
         header |= make_header(backbone)
+    config = _make_config(prefix, shape, header, peft_type, num_frozen_tokens)
+    rows = flatten(prefix.layers["decoder"]).detach().to("cpu").contiguous()
+    metadata = {"format": "pt", **({_HEADER: json.dumps(header, ensure_ascii=False)} if header else {})}
+    with atomic_files(folder) as temporary:
+        save_file({_TENSOR: rows}, temporary / _WEIGHTS, metadata)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (temporary / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _make_config(
+    prefix: Prefix, shape: LayerShape, header: dict[str, Any], peft_type: str | None, num_frozen_tokens: int | None
+) -> dict[str, Any]:
+    """What `adapter_config.json` holds; takes what an import noted out of the header."""
     origin = header.pop("peft", {})
-    kind = peft_type or origin.get("peft_type", PEFT_TYPES[0])
-    if kind not in PEFT_TYPES:
-        raise ConfigError(f"unknown peft_type {kind!r}.", hint=did_you_mean(kind, PEFT_TYPES))
-    named = header.get("backbone")
-    facts: dict[str, Any] = {
-        "peft_type": kind,
+    peft_type = peft_type or origin.get("peft_type", PEFT_TYPES[0])
+    if peft_type not in PEFT_TYPES:
+        raise ConfigError(f"unknown peft_type {peft_type!r}.", hint=did_you_mean(str(peft_type), PEFT_TYPES))
+    stored = header.get("backbone")
+    config: dict[str, Any] = {
+        "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": (named.get("name") or None) if isinstance(named, Mapping) else None,
+        "base_model_name_or_path": (stored.get("name") or None) if isinstance(stored, Mapping) else None,
         "inference_mode": True,
         "num_virtual_tokens": prefix.length(),
         "num_layers": len(prefix.layers["decoder"]),
@@ -216,49 +232,48 @@ def export_peft(
         "token_dim": shape.num_kv_heads * shape.key_dim,
         "num_transformer_submodules": 1,
     }
-    if kind == "CARTRIDGE":
-        facts["num_frozen_tokens"] = _frozen(prefix, num_frozen_tokens, origin)
-    elif num_frozen_tokens:
+    if peft_type == "CARTRIDGE":
+        return {**config, "num_frozen_tokens": _count_frozen(prefix, num_frozen_tokens, origin)}
+    if num_frozen_tokens:
         raise ConfigError(
             f"num_frozen_tokens is {num_frozen_tokens}, which goes with peft_type CARTRIDGE only.", hint="leave it out."
         )
-    else:
-        facts |= {"prefix_projection": False, "encoder_hidden_size": facts["token_dim"]}
-    rows = flatten(prefix.layers["decoder"]).detach().to("cpu").contiguous()
-    metadata = {"format": "pt", **({_HEADER: json.dumps(header, ensure_ascii=False)} if header else {})}
-    with atomic_files(folder) as made:
-        save_file({_TENSOR: rows}, made / _WEIGHTS, metadata)
-        (made / ADAPTER_CONFIG).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
+    return {**config, "prefix_projection": False, "encoder_hidden_size": config["token_dim"]}
 
 
 def _only_shape(prefix: Prefix) -> LayerShape:
-    """The shape of all layers, of a prefix that PEFT has a place for."""
+    """The one shape of all layers.
+
+    Raises:
+        ConfigError: PEFT's format cannot hold the prefix; with all reasons.
+    """
     origin = prefix.header.get("backbone")
     kind = origin.get("kind", "decoder") if isinstance(origin, Mapping) else "decoder"
     shapes = set(prefix.geometry.get("decoder", ()))
     dtypes = {tensor.dtype for tensor in prefix.tensors()}
     faults = {
         f"it is for a model of kind {kind!r}": kind != "decoder",
-        f"it stands at {', '.join(prefix.sites)}, and only decoder self-attention has a place": prefix.sites
+        f"it has the sites {', '.join(prefix.sites)}, and only decoder self-attention can be stored": prefix.sites
         != ("decoder",),
-        "it is an infix, and PEFT's stand before the text": prefix.placement != "front",
+        "it is an infix, and PEFT puts prefixes before the text": prefix.placement != "front",
         "it has a head for labels": prefix.head is not None,
-        "it was trained together with a LoRA adapter, and belongs behind it": bool(prefix.header.get("adapter")),
+        "it was trained together with a LoRA adapter, and needs it": bool(prefix.header.get("adapter")),
         f"its layers differ ({describe(prefix.geometry)})": len(shapes) > 1 or len(dtypes) > 1,
         "its keys and values differ in size": any(shape.key_dim != shape.value_dim for shape in shapes),
     }
-    found = [fault for fault, there in faults.items() if there]
-    if found:
+    reasons = [fault for fault, applies in faults.items() if applies]
+    if reasons:
         raise ConfigError(
-            f"PEFT's format cannot hold this prefix: {'; '.join(found)}.", hint="keep it as prefixtune's own file."
+            f"PEFT's format cannot hold this prefix: {'; '.join(reasons)}.", hint="keep it as prefixtune's own file."
         )
     return shapes.pop()
 
 
-def _frozen(prefix: Prefix, given: int | None, origin: Mapping[str, Any]) -> int:
+def _count_frozen(prefix: Prefix, num_frozen_tokens: int | None, origin: Mapping[str, Any]) -> int:
     """How many first positions of a cartridge are not trained."""
-    count = int(origin.get("num_frozen_tokens", min(1, prefix.length()))) if given is None else given
+    count = num_frozen_tokens
+    if count is None:
+        count = int(origin.get("num_frozen_tokens", min(1, prefix.length())))
     if not 0 <= count <= prefix.length():
         raise ConfigError(
             f"num_frozen_tokens is {count}, but must be from 0 to the prefix's length, {prefix.length()}.",

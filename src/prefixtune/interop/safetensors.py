@@ -1,7 +1,4 @@
-"""Tensors by name, from safetensors files; a pickle is refused, with the line that converts it.
-
-Knows nothing of what the tensors are.
-"""
+"""Tensors by name, read from safetensors files; a pickle is refused, with the command that converts it."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ __all__ = ["conversion", "is_pickle", "read_tensors"]
 
 
 _PICKLES = (b"PK\x03\x04", b"\x80")
-"""How files of `torch.save` begin: zip archives since 1.6, bare pickles before."""
+"""First bytes of files from `torch.save`: zip archives since torch 1.6, bare pickles before."""
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file was made by `torch.save`, whatever its name."""
+    """Whether a file was written by `torch.save`, whatever its name."""
     with open(path, "rb") as handle:
         start = handle.read(9)
     # A safetensors file begins with the length of its table, which may look like a pickle, and the table.
@@ -29,12 +26,12 @@ def is_pickle(path: Path) -> bool:
 
 
 def conversion(path: Path) -> str:
-    """The command that turns a pickle of tensors into safetensors, reading nothing of it but tensors."""
-    new = str(path.with_suffix(".safetensors"))
+    """The command that converts a pickle of tensors to safetensors, and reads nothing but tensors."""
+    output = str(path.with_suffix(".safetensors"))
     code = (
         "import torch; from safetensors.torch import save_file; "
         f"save_file({{name: t.detach().clone().contiguous() for name, t in "
-        f"torch.load({str(path)!r}, map_location='cpu', weights_only=True).items()}}, {new!r})"
+        f"torch.load({str(path)!r}, map_location='cpu', weights_only=True).items()}}, {output!r})"
     )
     return f"python -c {shlex.quote(code)}"
 
@@ -48,6 +45,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.is_file() and is_pickle(path):
         raise CheckpointError(
             f"{str(path)!r} is a pickle, which could run code; only safetensors files are read.",
-            hint=f"convert it, if you trust where it is from: {conversion(path)}",
+            hint=f"convert it, if you trust its source: {conversion(path)}",
         )
     return read_file(path)

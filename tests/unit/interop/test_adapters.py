@@ -109,10 +109,10 @@ def test_a_cartridge_keeps_its_frozen_positions(prefix: Prefix, tmp_path: Path) 
     assert facts_of(export_peft(prefix, tmp_path / "c", peft_type="CARTRIDGE"))["num_frozen_tokens"] == 1
 
 
-# --- what PEFT has no place for --------------------------------------------------------------------------------------
+# --- what PEFT cannot hold -------------------------------------------------------------------------------------------
 
 
-def test_prefixes_that_do_not_go_out(
+def test_prefixes_that_peft_cannot_hold(
     prefix: Prefix, llama: Any, tiny_backbone: Make, random_prefix: Make, tmp_path: Path
 ) -> None:
     def refused(made: Prefix, text: str, *options: Any, **named: Any) -> None:
@@ -121,7 +121,7 @@ def test_prefixes_that_do_not_go_out(
 
     bart = tiny_backbone("bart")
     three = Prefix(random_prefix(bart, 2).detach().layers, make_header(bart))
-    refused(three, "kind 'encoder-decoder'.*stands at encoder, decoder, cross")
+    refused(three, "kind 'encoder-decoder'.*the sites encoder, decoder, cross")
     refused(Prefix({"decoder": three.layers["decoder"]}, make_header(bart)), "kind 'encoder-decoder'")
     refused(Prefix(prefix.layers, {"placement": "infix"}), "an infix")
     refused(Prefix(prefix.layers, head=Head(torch.zeros(2, 32), torch.zeros(2))), "a head for labels")
@@ -150,7 +150,7 @@ def test_models_in_which_peft_would_miss_the_layers(
         import_peft(export_peft(made, tmp_path / "adapter"), backbone)
 
 
-# --- adapters that do not come in ------------------------------------------------------------------------------------
+# --- adapters that are refused ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_models_in_which_peft_would_miss_the_layers(
     [
         ({"peft_type": "LORA"}, "type 'LORA'.*part of a backbone"),
         ({"peft_type": "PROMPT_TUNING"}, "type 'PROMPT_TUNING', not PREFIX_TUNING or CARTRIDGE"),
-        ({"task_type": "SEQ_2_SEQ_LM"}, "moves the decoder's text P positions on"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "shifts the decoder's text by P positions"),
         ({"num_transformer_submodules": 2}, "for an encoder-decoder"),
         ({"task_type": "SEQ_CLS"}, "task 'SEQ_CLS'"),
         ({"num_virtual_tokens": 5}, r"shape \(4, 96\).* 5 positions of 3 layers"),

@@ -25,18 +25,18 @@ Make = Callable[..., Any]
     [
         ("bart", {}, "is of kind 'encoder-decoder'"),
         ("bert", {}, "is of kind 'encoder'"),
-        ("mistral", {}, "looks back 4 positions only"),
-        ("gemma3_text", {}, "looks back 4 positions only"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, "looks back 5 positions"),
+        ("mistral", {}, "has a window of 4 positions"),
+        ("gemma3_text", {}, "has a window of 4 positions"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, "has a window of 5 positions"),
         ("gemma4_text", {}, "differ in KV heads or head sizes"),
         ("deepseek_v3", {}, "differ in KV heads or head sizes"),
-        ("gemma3n_text", {}, "looks back 4 positions only"),
-        ("modernbert-decoder", {}, "positions only"),
+        ("gemma3n_text", {}, "has a window of 4 positions"),
+        ("modernbert-decoder", {}, "has a window of"),
         ("jamba", {}, "does not hold every layer's own"),
-        ("llama4_text", {}, "looks back 8 positions only"),
+        ("llama4_text", {}, "has a window of 8 positions"),
     ],
 )
-def test_backbones_that_no_runtime_gets(
+def test_backbones_that_no_runtime_can_use(
     name: str, changes: dict[str, Any], message: str, tiny_backbone: Make, random_prefix: Make
 ) -> None:
     backbone = tiny_backbone(name, **changes)

@@ -1,1 +1,7 @@
-"""A trained prefix for llama.cpp: a sequence-state file, and a check that it is in effect."""
+"""A prefix for llama.cpp: a saved sequence state, which `llama-server` restores into a slot, and a check that it is in
+effect.
+
+    export   from a prefix to the files
+    state    the bytes of a state file, and a slot that is patched
+    check    the script that is exported with the files; it needs nothing but Python
+"""

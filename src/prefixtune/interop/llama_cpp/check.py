@@ -2,7 +2,8 @@
 
     python check.py http://127.0.0.1:8080 [--slot 0] [--text "..."]
 
-Stands beside export.json, and needs nothing but Python. The exported file must lie in the server's --slot-save-path.
+It is exported together with export.json, and needs nothing but Python. The exported state must be in the server's
+--slot-save-path.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ __all__ = ["NotInEffectError", "check", "main"]
 
 
 _TIMEOUT = 600.0
-_NEAR = 0.02
+_MIN_DIFFERENCE = 0.02
 """Log-probabilities that differ by less may differ by rounding alone."""
 
 
 class NotInEffectError(Exception):
-    """The server does not answer with the prefix; says what was seen."""
+    """The server does not answer with the prefix; the message says what was seen."""
 
 
 def check(url: str, facts: Mapping[str, Any], *, slot: int = 0, text: str = "", timeout: float = _TIMEOUT) -> list[str]:
-    """Restore the slot, and ask with the prefix, with its placeholders alone, and without both.
+    """Restore the slot, and send a prompt with the prefix, with its placeholders as tokens, and without both.
 
     Args:
         url: The server's address.
-        facts: What export.json says.
-        slot: The slot to restore; the others are left alone.
-        text: What to ask; empty: the prompt of the text format.
-        timeout: Of each request, in seconds.
+        facts: The content of export.json.
+        slot: The slot to restore; the others are not used.
+        text: The prompt; empty: the prompt of the text format.
+        timeout: For each request, in seconds.
 
     Returns:
         What was seen, one line each.
@@ -50,45 +51,46 @@ def check(url: str, facts: Mapping[str, Any], *, slot: int = 0, text: str = "", 
         reply = _post(url, f"/slots/{slot}?action=restore", {"filename": facts["file"]}, timeout)
         return int(reply.get("n_restored", 0))
 
-    def ask(prompt: Sequence[int | str], cached: bool) -> tuple[int, dict[int, float]]:
+    def complete(prompt: Sequence[int | str], cached: bool) -> tuple[int, dict[int, float]]:
         body = {"prompt": list(prompt), "id_slot": slot, "cache_prompt": cached, "n_predict": 1, "n_probs": 10}
         reply = _post(url, "/completion", {**body, "temperature": 0}, timeout)
         first = (reply.get("completion_probabilities") or [{}])[0].get("top_logprobs") or []
         if not first:
-            raise NotInEffectError("the server told no probabilities (n_probs), so that nothing can be compared.")
-        found = int((reply.get("timings") or {}).get("cache_n", -1))
-        return found, {int(entry["id"]): float(entry["logprob"]) for entry in first}
+            raise NotInEffectError("the server returned no probabilities (n_probs), so nothing can be compared.")
+        num_cached = int((reply.get("timings") or {}).get("cache_n", -1))
+        return num_cached, {int(entry["id"]): float(entry["logprob"]) for entry in first}
 
     restored = restore()
     if restored < length:
         raise NotInEffectError(f"n_restored is {restored}, but the prefix has {length} positions.")
-    found, with_prefix = ask([*placeholders, text], True)
-    if found < length:
+    num_cached, with_prefix = complete([*placeholders, text], True)
+    if num_cached < length:
         raise NotInEffectError(
-            f"timings.cache_n is {found}, but must be {length} or more: the placeholders were read as ordinary tokens."
+            f"timings.cache_n is {num_cached}, but must be {length} or more: "
+            "the placeholders were read as ordinary tokens."
         )
-    _, as_tokens = ask([*placeholders, text], False)
-    _, without = ask([text], False)
-    apart = {"the placeholders read as tokens": as_tokens, "no prefix": without}
-    lines = [f"n_restored {restored}, timings.cache_n {found}"]
-    for name, other in apart.items():
+    _, as_tokens = complete([*placeholders, text], False)
+    _, without = complete([text], False)
+    others = {"the placeholders read as tokens": as_tokens, "no prefix": without}
+    lines = [f"n_restored {restored}, timings.cache_n {num_cached}"]
+    for name, other in others.items():
         difference = _difference(with_prefix, other)
-        if difference < _NEAR:
+        if difference < _MIN_DIFFERENCE:
             raise NotInEffectError(f"the first token is as likely with the prefix as with {name}: it changes nothing.")
-        lines.append(f"against {name}: {_words(difference)}")
-    # The last request took the prefix out of the slot.
+        lines.append(f"against {name}: {_describe(difference)}")
+    # The last request removed the prefix from the slot.
     if restore() < length:
         raise NotInEffectError("the slot could not be restored a second time.")
     return lines
 
 
-def _difference(one: Mapping[int, float], other: Mapping[int, float]) -> float:
-    """The largest difference over tokens that both name; infinite where they share none."""
-    shared = one.keys() & other.keys()
-    return max((abs(one[token] - other[token]) for token in shared), default=float("inf"))
+def _difference(logprobs: Mapping[int, float], others: Mapping[int, float]) -> float:
+    """The largest difference over the tokens that both have; infinite where they share none."""
+    shared = logprobs.keys() & others.keys()
+    return max((abs(logprobs[token] - others[token]) for token in shared), default=float("inf"))
 
 
-def _words(difference: float) -> str:
+def _describe(difference: float) -> str:
     if difference == float("inf"):
         return "none of the likeliest first tokens are the same"
     return f"log-probabilities of the first token differ by up to {difference:.4g}"
@@ -107,7 +109,7 @@ def _post(url: str, path: str, body: Mapping[str, Any], timeout: float) -> dict[
     except (OSError, ValueError) as error:
         raise NotInEffectError(f"{url}{path} cannot be reached: {error}") from error
     if not isinstance(answer, dict):
-        raise NotInEffectError(f"{path} answered no JSON object.")
+        raise NotInEffectError(f"the response of {path} is not a JSON object.")
     return answer
 
 
@@ -116,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Ask a running llama-server whether the exported prefix is in effect.")
     parser.add_argument("url", help="such as http://127.0.0.1:8080")
     parser.add_argument("--slot", type=int, default=0, help="the slot to restore (default: 0)")
-    parser.add_argument("--text", default="", help="what to ask")
+    parser.add_argument("--text", default="", help="the prompt")
     parser.add_argument(
         "--export",
         default=str(Path(__file__).resolve().parent / "export.json"),
         metavar="FILE",
-        help="export.json (default: the one beside this file)",
+        help="export.json (default: in the folder of this file)",
     )
     options = parser.parse_args(arguments)
     facts = json.loads(Path(options.export).read_text(encoding="utf-8"))

@@ -1,5 +1,5 @@
-"""A trained prefix for other runtimes: `llama_cpp` (a sequence-state file) and `onnx` (a graph with explicit past).
+"""A prefix for ONNX Runtime and OpenVINO: the backbone as a graph whose past is an input, and the prefix as that past.
 
-What no runtime can tell from the files, such as that a prefix was not put in front, is checked by what is written
-beside them. Knows nothing of training; vLLM and this project's own server need no export.
+export   traces the graph, and compares it with the backbone
+run      the script that is exported with the graph; it needs numpy, and something that runs the graph
 """

@@ -1,11 +1,11 @@
-"""ONNX: the backbone as a graph whose past is an input, and the prefix as the past that it starts from.
+"""Writes a backbone as an ONNX graph whose past is an input, and a prefix as the past that it starts from.
 
 Inputs: `input_ids` (B, T), `attention_mask` (B, S + T), `position_ids` (B, T), and per layer `past_key_values.N.key`
 and `.value` (B, H, S, D); outputs: `logits` (B, T, vocabulary), `present.N.key` and `.value`. B, T and S are free. The
-prefix is the first past, S = P; or it is baked: the graph puts it in front by itself, and the first past is empty.
+prefix is the first past, S = P; or it is baked: the graph puts it in front itself, and the first past is empty.
 
-Every export is run once in ONNX Runtime and compared with the backbone. `run.py`, written beside the graph, shows the
-loop and needs no torch. Knows nothing of quantizing a graph, nor of other runtimes' own formats.
+Every export is run once in ONNX Runtime and compared with the backbone. `run.py`, exported with the graph, shows the
+loop and needs no torch.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ __all__ = ["GRAPH", "PAST", "export_onnx", "require_onnx"]
 
 
 GRAPH = "model.onnx"
-"""The graph's file; large weights go into `model.onnx.data` beside it."""
+"""The graph's file; large weights go into `model.onnx.data` in the same folder."""
 
 PAST = "prefix.safetensors"
-"""The file of the first past, by the names of the inputs, with one row."""
+"""The file of the first past: one row, by the names of the inputs."""
 
 _TOLERANCE = 1e-4
-"""How far logits may be from the backbone's, relative to the largest."""
+"""Largest difference from the backbone's logits, relative to the largest of these."""
 
-_ONE_FILE = 1_500_000_000
-"""A graph with more bytes of weights keeps them in a file of their own; protobuf ends at two gigabytes."""
+_MAX_BYTES_IN_GRAPH = 1_500_000_000
+"""More bytes of weights go into a separate file; protobuf ends at two gigabytes."""
 
 
 class _Step(nn.Module):
-    """One call of the model, with past and present as arguments and results."""
+    """One call of the model, with the past as an argument and the present as a result."""
 
     def __init__(self, model: nn.Module, past: Sequence[Tensor]) -> None:
         super().__init__()
         self.model = model
-        for number, tensor in enumerate(past):
-            self.register_buffer(f"prefix_{number}", tensor)
+        for index, tensor in enumerate(past):
+            self.register_buffer(f"prefix_{index}", tensor)
         self.num_baked = len(past)
 
     def forward(
@@ -88,17 +88,17 @@ class _Step(nn.Module):
 
 
 def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked: bool = False) -> dict[str, Any]:
-    """Write a backbone as a graph, with a prefix to start from, and how to run it.
+    """Write a backbone as a graph, a prefix to start from, and how to run both.
 
     Args:
         prefix: Trained for a decoder-only model.
         backbone: That model, in float32.
         folder: Gets `model.onnx`, `prefix.safetensors` (unless it is baked), the tokenizer, `run.py`, `export.json` and
             `README.md`.
-        baked: Put the prefix into the graph, for runtimes that cannot be given a past to start from.
+        baked: Put the prefix into the graph, for runtimes that cannot start from a past.
 
     Returns:
-        What `export.json` says, with the largest difference from the backbone's logits that was seen.
+        What `export.json` says, with the largest difference from the backbone's logits.
 
     Raises:
         BackboneError: The model cannot be traced, or ONNX Runtime computes something else; nothing is written.
@@ -109,46 +109,50 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path, *, baked
     check_exportable(prefix, backbone, "ONNX")
     if backbone.model.dtype != torch.float32:
         raise ConfigError(
-            f"the backbone is in {backbone.model.dtype}, but a graph is made and compared in float32.",
+            f"the backbone is in {backbone.model.dtype}, but a graph is written and compared in float32.",
             hint="load it with dtype float32 (--dtype float32), and convert the graph afterwards.",
         )
-    folder = Path(folder)
-    shape = backbone.geometry["decoder"][0]
-    facts: dict[str, Any] = {
-        "target": "onnx",
-        "file": GRAPH,
-        "prefix_file": None if baked else PAST,
-        **describe_origin(prefix, backbone),
-        "baked": baked,
-        "num_layers": len(backbone.geometry["decoder"]),
-        "num_kv_heads": shape.num_kv_heads,
-        "head_dim": shape.key_dim,
-        "end_id": backbone.eos_id,
-        "pad_id": backbone.pad_id,
-    }
+    folder, facts = Path(folder), _list_facts(prefix, backbone, baked)
     past = {
         name: tensor.detach().float().cpu()[None].contiguous()
         for name, tensor in zip(past_names(facts), prefix.tensors(), strict=True)
     }
-    with atomic_files(folder) as made:
-        _trace(backbone, list(past.values()) if baked else [], facts, made / GRAPH)
-        facts["max_difference"] = _compare(runtime, made / GRAPH, prefix, backbone, facts, past)
+    with atomic_files(folder) as temporary:
+        _trace(backbone, list(past.values()) if baked else [], facts, temporary / GRAPH)
+        facts["max_difference"] = _compare(runtime, temporary / GRAPH, prefix, backbone, facts, past)
         facts["versions"] = {"torch": str(torch.__version__), "onnxruntime": runtime.__version__}
         if not baked:
-            save_file(past, made / PAST)
+            save_file(past, temporary / PAST)
         with quiet_transformers():
-            backbone.tokenizer.save_pretrained(made)
+            backbone.tokenizer.save_pretrained(temporary)
         script = importlib.resources.files("prefixtune.interop.onnx") / "run.py"
-        (made / "run.py").write_bytes(script.read_bytes())
-        (made / "README.md").write_text(_readme(facts), encoding="utf-8")
-        write_manifest(made, facts)
+        (temporary / "run.py").write_bytes(script.read_bytes())
+        (temporary / "README.md").write_text(_make_readme(facts), encoding="utf-8")
+        write_manifest(temporary, facts)
     if baked:
         (folder / PAST).unlink(missing_ok=True)
     return facts
 
 
+def _list_facts(prefix: Prefix, backbone: Backbone, baked: bool) -> dict[str, Any]:
+    """What `export.json` says and `run.py` reads."""
+    shapes = backbone.geometry["decoder"]
+    return {
+        "target": "onnx",
+        "file": GRAPH,
+        "prefix_file": None if baked else PAST,
+        **describe_origin(prefix, backbone),
+        "baked": baked,
+        "num_layers": len(shapes),
+        "num_kv_heads": shapes[0].num_kv_heads,
+        "head_dim": shapes[0].key_dim,
+        "end_id": backbone.eos_id,
+        "pad_id": backbone.pad_id,
+    }
+
+
 def require_onnx() -> Any:
-    """Import what an export needs, and return ONNX Runtime.
+    """Import what an export needs; returns ONNX Runtime.
 
     Raises:
         ConfigError: A library of the extra `onnx` is missing.
@@ -157,16 +161,16 @@ def require_onnx() -> Any:
 
 
 def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], path: Path) -> None:
-    """Write the graph of one call."""
+    """Trace one call of the model, and write its graph."""
     model, device = backbone.model, backbone.device
-    # Sizes that differ from each other and from 1, so that none is taken for a constant.
-    rows, tokens, before = 2, 3, 5
+    # Sizes that differ from each other and from 1, so that none is traced as a constant.
+    rows, tokens, past_length = 2, 3, 5
     heads, size = facts["num_kv_heads"], facts["head_dim"]
     names = past_names(facts)
-    past = [torch.zeros(rows, heads, before, size, device=device) for _ in names]
+    past = [torch.zeros(rows, heads, past_length, size, device=device) for _ in names]
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
-    mask = torch.ones(rows, before + tokens, dtype=torch.long, device=device)
-    positions = (torch.arange(tokens, device=device) + before).expand(rows, -1).contiguous()
+    mask = torch.ones(rows, past_length + tokens, dtype=torch.long, device=device)
+    positions = (torch.arange(tokens, device=device) + past_length).expand(rows, -1).contiguous()
     by_token = {0: "batch", 1: "sequence"}
     shapes = {
         "input_ids": by_token,
@@ -188,7 +192,7 @@ def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], p
             )
             size_in_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
             if program is not None:
-                program.save(path, external_data=size_in_bytes > _ONE_FILE)
+                program.save(path, external_data=size_in_bytes > _MAX_BYTES_IN_GRAPH)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BackboneError(
@@ -200,7 +204,7 @@ def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], p
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep what the exporter logs of libraries that are not installed off the terminal."""
+    """Hide the exporter's log messages about libraries that are not installed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -214,10 +218,10 @@ def _quiet_exporter() -> Iterator[None]:
 def _compare(
     runtime: Any, path: Path, prefix: Prefix, backbone: Backbone, facts: dict[str, Any], past: dict[str, Tensor]
 ) -> float:
-    """The largest difference between the graph's logits and the backbone's: for two texts of unequal length, and on.
+    """The largest difference between the graph's logits and the backbone's, for two texts of unequal length.
 
     Raises:
-        BackboneError: It is larger than rounding explains.
+        BackboneError: It is too large to be rounding.
     """
     generator = torch.Generator().manual_seed(0)
     size = min(len(backbone.tokenizer), int(backbone.model.get_input_embeddings().weight.shape[0]))
@@ -226,15 +230,15 @@ def _compare(
     ids, mask = pad(prompts, backbone.pad_id)
     first = None if facts["baked"] else {name: tensor.numpy() for name, tensor in past.items()}
     state = start(facts, first, mask)
-    found = [step(lambda feed: session.run(None, feed), state, ids)]
+    steps = [step(lambda feed: session.run(None, feed), state, ids)]
     following = torch.randint(size, (2, 1), generator=generator)
-    found.append(step(lambda feed: session.run(None, feed), state, following.numpy()))
+    steps.append(step(lambda feed: session.run(None, feed), state, following.numpy()))
     all_ids = torch.cat([torch.from_numpy(ids), following], dim=1).to(backbone.device)
     all_mask = nn.functional.pad(torch.from_numpy(mask), (0, 1), value=1).to(backbone.device)
-    wanted = backbone.forward(all_ids, all_mask, prefixes=prefix).logits.float().cpu()
-    logits = torch.cat([torch.from_numpy(part) for part in found], dim=1)
+    expected = backbone.forward(all_ids, all_mask, prefixes=prefix).logits.float().cpu()
+    logits = torch.cat([torch.from_numpy(part) for part in steps], dim=1)
     real = all_mask.bool().cpu()
-    difference, largest = _largest(logits[real] - wanted[real]), _largest(wanted[real])
+    difference, largest = _largest(logits[real] - expected[real]), _largest(expected[real])
     if not difference <= _TOLERANCE * max(largest, 1.0):
         raise BackboneError(
             f"ONNX Runtime computes other logits than {backbone.name!r} (model type "
@@ -244,19 +248,19 @@ def _compare(
     return difference
 
 
-def _largest(numbers: Float[Tensor, "N V"]) -> float:
-    return float(numbers.abs().max())
+def _largest(logits: Float[Tensor, "N V"]) -> float:
+    return float(logits.abs().max())
 
 
-def _readme(facts: dict[str, Any]) -> str:
+def _make_readme(facts: dict[str, Any]) -> str:
     """How to run the files."""
     length = facts["prefix_length"]
     if facts["baked"]:
-        past = f"""The prefix of {length} positions is in the graph: it stands in front of whatever past is given, and
+        past = f"""The prefix of {length} positions is in the graph: it comes in front of any past that is passed, and
 is left out of `present`. Begin with an empty past (S = 0), a mask of the text alone, and positions from 0 on."""
     else:
-        past = f"""The prefix is the first past: `{PAST}` holds it by the names of the inputs, with one row to be
-repeated. The mask has {length} ones for it in front, and text stands at positions {length}, {length + 1}, ...
+        past = f"""The prefix is the first past: `{PAST}` holds it by the names of the inputs, one row that you repeat.
+The mask begins with {length} ones for it, and the text has the positions {length}, {length + 1}, ...
 Without it the graph is the bare backbone."""
     prompt = json.dumps(facts["text_format"]["prompt"], ensure_ascii=False)
     return f"""# A prefix of {length} positions in ONNX

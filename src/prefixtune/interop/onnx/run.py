@@ -2,7 +2,7 @@
 
     python run.py "a source" "another source"
 
-Stands beside model.onnx. The functions do not care what runs the graph: `run` takes the inputs by name, and gives the
+It is exported together with model.onnx. Anything may run the graph: `run` takes the inputs by name, and returns the
 outputs in the graph's order. With ONNX Runtime it is `lambda feed: session.run(None, feed)`, with OpenVINO
 `lambda feed: list(compiled(feed).values())`.
 """
@@ -27,12 +27,12 @@ Run = Callable[[dict[str, Any]], Sequence[Any]]
 
 @dataclass
 class State:
-    """Where the texts of a batch stand.
+    """The state of a batch between two steps.
 
     Attributes:
         mask: (B, S + T), 1 where a slot of the past or a token is real.
         positions: (B, T), of the tokens to be read next.
-        past: By the names of the inputs, each (B, H, S, D).
+        past: (B, H, S, D) tensors, by the names of the inputs.
     """
 
     mask: Any
@@ -42,24 +42,24 @@ class State:
 
 def past_names(facts: Mapping[str, Any]) -> list[str]:
     """The inputs that hold the past, in order; the outputs that hold the present come in the same order."""
-    return [f"past_key_values.{n}.{part}" for n in range(facts["num_layers"]) for part in ("key", "value")]
+    return [f"past_key_values.{index}.{part}" for index in range(facts["num_layers"]) for part in ("key", "value")]
 
 
-def pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[Any, Any]:
+def pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Any, Any]:
     """Token ids and mask of texts, padded on the left."""
     longest = max(len(prompt) for prompt in prompts)
-    ids = [[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return np.array(ids, dtype=np.int64), np.array(mask, dtype=np.int64)
 
 
 def start(facts: Mapping[str, Any], prefix: Mapping[str, Any] | None, mask: Any) -> State:
-    """The state before a batch of prompts is read.
+    """The state before the prompts are read.
 
     Args:
-        facts: What export.json says.
-        prefix: The first past, with one row; None: an empty one, with which a baked graph begins (and with which one
-            that is not baked is the bare backbone).
+        facts: The content of export.json.
+        prefix: The first past, one row; None: an empty past, for a baked graph (a graph that is not baked is then the
+            bare backbone).
         mask: (B, T), of the prompts.
     """
     rows = mask.shape[0]
@@ -74,7 +74,7 @@ def start(facts: Mapping[str, Any], prefix: Mapping[str, Any] | None, mask: Any)
 
 
 def step(run: Run, state: State, ids: Any) -> Any:
-    """Read tokens: their logits, (B, T, vocabulary); the state goes on to the token after them."""
+    """Read tokens, and advance the state to the token after them; returns their logits, (B, T, vocabulary)."""
     feed = {"input_ids": ids, "attention_mask": state.mask, "position_ids": state.positions, **state.past}
     logits, *present = run(feed)
     state.past = dict(zip(state.past, present, strict=True))
@@ -91,11 +91,11 @@ def generate(
     *,
     max_new_tokens: int = 100,
 ) -> list[list[int]]:
-    """What follows each prompt, greedily, without the end token.
+    """Each prompt's greedy continuation, without the end token.
 
     Args:
         run: Runs the graph once.
-        facts: What export.json says.
+        facts: The content of export.json.
         prefix: The first past; None for a baked graph.
         prompts: Token ids, of any lengths.
         max_new_tokens: Most tokens to generate.
@@ -116,7 +116,7 @@ def generate(
 
 
 def target_of(template: str, output: str) -> str:
-    """The target within an output: what the text format puts around it, and outer space, taken off."""
+    """The target within an output, without the text format's words and space around it."""
     head, _, tail = template.partition("{target}")
     return output.strip().removeprefix(head.strip()).removesuffix(tail.strip()).strip()
 
