@@ -27,7 +27,11 @@ Make = Callable[..., Any]
         ("bert", {}, "is of kind 'encoder'"),
         ("mistral", {}, "has a window of 4 positions"),
         ("gemma3_text", {}, "has a window of 4 positions"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, "has a window of 5 positions"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+            "has a window of 5 positions",
+        ),
         ("gemma4_text", {}, "differ in KV heads or head sizes"),
         ("deepseek_v3", {}, "differ in KV heads or head sizes"),
         ("gemma3n_text", {}, "has a window of 4 positions"),
