@@ -98,8 +98,9 @@ def text_until_stop(decode: Decode, ids: Sequence[int], stop: Sequence[str]) -> 
 
 def ids_until_stop(decode: Decode, ids: Sequence[int], stop: Sequence[str]) -> list[int]:
     """The tokens up to the one that completes a stop string; all of them if none does."""
-    text = Detokenizer(decode, stop)
-    for count, token in enumerate(ids, start=1):
+    whole, text = Detokenizer(decode, stop), Detokenizer(decode, stop)
+    whole.add(*ids)
+    for count, token in enumerate(ids if whole.stopped else (), start=1):
         text.add(token)
         if text.stopped:
             return list(ids[:count])
