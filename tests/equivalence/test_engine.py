@@ -21,8 +21,8 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.decoding import newline_tokens
 from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from zoo import ZOO, make_model

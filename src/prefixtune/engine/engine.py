@@ -331,7 +331,7 @@ def _check_generates(backbone: Backbone) -> None:
     """Refuse a model that the engine cannot run."""
     if backbone.kind == "encoder":
         raise BackboneError(
-            f"{backbone.name!r} is an encoder, which reads text and generates none.",
+            f"{backbone.name!r} is an encoder, which reads text and writes none.",
             hint="use it for classification or tagging, or choose a model that generates.",
         )
     if not backbone.layout.packable:

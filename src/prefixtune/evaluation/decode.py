@@ -17,7 +17,8 @@ from prefixtune.backbone.fingerprint import weights
 from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, prepare_prompts
+from prefixtune.inference.generate import generate
+from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.utils.files import line_writer

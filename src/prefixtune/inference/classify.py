@@ -1,18 +1,19 @@
 """Classification and tagging: labels instead of texts.
 
-Two ways. A *head*: a linear layer on the last hidden state, trained with the prefix and stored with it (P-tuning v2).
-*Words*: each label has a word, and the language model itself tells how likely each is after the text; no head is
-needed. An encoder takes a head, as it writes no words; tagging always does.
-
-Knows nothing of files and of training's steps.
+Two ways. A *head*: a linear layer on the last hidden state, trained and stored with the prefix (P-tuning v2). *Words*:
+each label has a word, and the language model itself says how likely each word is after the text; no head is needed. An
+encoder needs a head, because it generates no words; tagging always needs one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
@@ -29,19 +30,24 @@ from prefixtune.data.encoding import (
 )
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
-from prefixtune.data.truncation import report_truncated, truncate_prompt
+from prefixtune.data.truncation import report_truncated
 from prefixtune.errors import ConfigError, RequestError, describe_value
+from prefixtune.inference.prompts import check_positions, truncate_prompts
 from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.text_format import TextFormat
 
 __all__ = ["Prediction", "classify", "tag"]
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """What was told of one text, or of one token of it.
+    """The label of one text, or of one token of it.
 
     Attributes:
-        label: The likeliest.
+        label: The likeliest label.
         probabilities: Of every label; they sum to 1.
     """
 
@@ -62,21 +68,21 @@ def classify(
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
 ) -> list[Prediction]:
-    """Tell each text's label, and how likely every label is.
+    """Predict each text's label, and how likely every label is.
 
     Args:
         backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
         texts: Sources, as in training.
         prefix: Trained for classification: a `Prefix`, a path, or a repository of the hub; None: the bare model, by the
             labels' own words.
-        labels: For the bare model: what to tell apart.
+        labels: For the bare model: the labels to choose from.
         text_format: The text around a source; None: what the prefix was trained with.
         batch_size: Texts per batch.
         max_total_length: Positions of a text; 0: as in training.
         on_too_long: `cut` a text that is too long, or raise an `error`; empty: as in training.
-        on_batch: Told after each batch how many texts are done.
-        on_cut: Called before the work with the numbers of the texts that were cut to fit, counted from 0, where any
-            were; None: a warning says so.
+        on_batch: Called after each batch with the number of texts that are done.
+        on_cut: Called before the work with the indices of the truncated texts, if there are any; None: a warning says
+            so.
 
     Raises:
         ConfigError: The prefix is for something else, or there are no labels.
@@ -87,37 +93,51 @@ def classify(
     if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
         raise ConfigError(f"labels is {describe_value(labels)}, but must be a list of strings.", hint="write [a, b].")
     backbone = as_backbone(backbone)
-    prefix = as_prefix(prefix, backbone)
-    chosen = labels_for("classification", prefix, labels)
-    form = format_of(backbone, prefix, as_text_format(text_format)).with_lengths(max_total_length, on_too_long)
-    if prefix is not None:
-        check_fits(prefix, backbone.geometry, backbone.name)
-    whole = encode_prompts(backbone, form, list(texts)) if texts else []
-    answers: list[tuple[int, ...]] = []
-    if chosen.by == "words":
-        if backbone.kind == "encoder":
-            raise ConfigError(f"{backbone.name!r} is an encoder and writes no words.", hint="train a head with it.")
-        answers = [tuple(ids) for ids in backbone.encode_targets([form.format_target(word) for word in chosen.words])]
-    room = max((len(answer) for answer in answers), default=0) if backbone.kind == "decoder" else 0
-    length = 0 if prefix is None else prefix.length()
-    prompts = [
-        truncate_prompt(backbone, form, prompt, prefix_length=length, new_tokens=room, name=f"text {number}")
-        for number, prompt in enumerate(whole, start=1)
-    ]
-    report_truncated(whole, prompts, on_cut)
-    _check_lengths(backbone, prefix, [len(prompt) + room for prompt in prompts])
+    loaded = as_prefix(prefix, backbone)
+    chosen = _labels_for("classification", loaded, labels)
+    form = format_of(backbone, loaded, as_text_format(text_format)).with_lengths(max_total_length, on_too_long)
+    if loaded is not None:
+        check_fits(loaded, backbone.geometry, backbone.name)
+    words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
+    prompts = _encode_texts(backbone, texts, loaded, form, words, on_cut)
     predictions: list[Prediction] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        if chosen.by == "words":
-            scores = _score_words(backbone, prefix, chunk, answers)
+    for batch in _batches(prompts, batch_size):
+        if words:
+            scores = _score_words(backbone, loaded, batch, words)
         else:
-            place = [0 if backbone.kind == "encoder" else len(prompt) - 1 for prompt in chunk]
-            scores = _score_head(backbone, prefix, chunk, [[p] for p in place])
+            # An encoder's first token stands for the text, a decoder's last one.
+            positions = [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in batch]
+            scores = _score_head(backbone, loaded, batch, positions)
         predictions.extend(_predict(row, chosen.names) for row in scores)
         if on_batch is not None:
             on_batch(len(predictions))
     return predictions
+
+
+def _encode_label_words(backbone: Backbone, form: TextFormat, labels: Labels) -> list[tuple[int, ...]]:
+    """Every label's word as token ids."""
+    if backbone.kind == "encoder":
+        raise ConfigError(f"{backbone.name!r} is an encoder and generates no words.", hint="train a head with it.")
+    return [tuple(ids) for ids in backbone.encode_targets([form.format_target(word) for word in labels.words])]
+
+
+def _encode_texts(
+    backbone: Backbone,
+    texts: Sequence[str],
+    prefix: Prefix | None,
+    form: TextFormat,
+    words: Sequence[tuple[int, ...]],
+    on_cut: Callable[[Sequence[int]], None] | None,
+) -> list[list[int]]:
+    """Prompts that leave room for the longest label word."""
+    whole = encode_prompts(backbone, form, list(texts)) if texts else []
+    longest = max((len(word) for word in words), default=0) if backbone.kind == "decoder" else 0
+    count = len(whole)
+    prefixes, new_tokens = [prefix] * count, [longest] * count
+    prompts = truncate_prompts(backbone, whole, [form] * count, prefixes, new_tokens)
+    report_truncated(whole, prompts, on_cut)
+    check_positions(backbone, prompts, prefixes, new_tokens, hint="shorten the text.")
+    return prompts
 
 
 def tag(
@@ -129,7 +149,7 @@ def tag(
     batch_size: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[Prediction]]:
-    """Tell each token's tag, and how likely every tag is.
+    """Predict each token's tag, and how likely every tag is.
 
     Args:
         backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
@@ -137,7 +157,7 @@ def tag(
         prefix: Trained for tagging: a `Prefix`, a path, or a repository of the hub.
         text_format: The text around a source; None: what the prefix was trained with.
         batch_size: Texts per batch.
-        on_batch: Told after each batch how many texts are done.
+        on_batch: Called after each batch with the number of texts that are done.
 
     Raises:
         ConfigError: The prefix is for something else.
@@ -150,76 +170,73 @@ def tag(
     loaded = as_prefix(prefix, backbone)
     if loaded is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
-    chosen = labels_for("tagging", loaded, None)
+    names = _labels_for("tagging", loaded, None).names
     form = format_of(backbone, loaded, as_text_format(text_format))
     check_fits(loaded, backbone.geometry, backbone.name)
-    for number, tokens in enumerate(texts):
+    for number, tokens in enumerate(texts, start=1):
         if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
-            raise RequestError(f"text {number + 1} is {tokens!r}, not a list of tokens.", hint="write text.split().")
-    pairs = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
-    _check_lengths(backbone, loaded, [len(prompt) for prompt, _ in pairs])
-    tagged: list[list[Prediction]] = []
-    for start in range(0, len(pairs), batch_size):
-        chunk = pairs[start : start + batch_size]
-        scores = iter(_score_head(backbone, loaded, [prompt for prompt, _ in chunk], [places for _, places in chunk]))
-        tagged.extend([_predict(next(scores), chosen.names) for _ in places] for _, places in chunk)
+            raise RequestError(f"text {number} is {tokens!r}, not a list of tokens.", hint="write text.split().")
+    # A prompt, and the positions of its tokens that are tagged.
+    encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
+    nothing_new, prefixes = [0] * len(encoded), [loaded] * len(encoded)
+    check_positions(backbone, [prompt for prompt, _ in encoded], prefixes, nothing_new, hint="shorten the text.")
+    predictions: list[list[Prediction]] = []
+    for batch in _batches(encoded, batch_size):
+        prompts, positions = zip(*batch, strict=True)
+        scores = iter(_score_head(backbone, loaded, prompts, positions))
+        predictions.extend([_predict(next(scores), names) for _ in tagged] for tagged in positions)
         if on_batch is not None:
-            on_batch(len(tagged))
-    return tagged
+            on_batch(len(predictions))
+    return predictions
 
 
-def labels_for(kind: TaskKind, prefix: Prefix | None, given: Sequence[str] | None) -> Labels:
+def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] | None) -> Labels:
+    """The labels that a prefix was trained with, or for the bare model the requested ones."""
     stored = labels_of(prefix)
-    if stored is not None and stored.kind == kind and given is None:
+    if stored is not None and stored.kind == kind and requested is None:
         return stored
-    if prefix is None and given:
-        names = tuple(dict.fromkeys(given))
+    if prefix is None and requested:
+        names = tuple(dict.fromkeys(requested))
         return Labels(kind, "words", names, names)
     what = "the bare model" if prefix is None else f"a prefix for {stored.kind if stored else 'generation'}"
     raise ConfigError(
-        f"{what} cannot be used for {kind}{' with given labels' if given else ''}.",
+        f"{what} cannot be used for {kind}{' with given labels' if requested else ''}.",
         hint=f"give a prefix that was trained for {kind}, or for the bare model a list of labels.",
     )
 
 
-def _check_lengths(backbone: Backbone, prefix: Prefix | None, lengths: Sequence[int]) -> None:
-    limit = backbone.max_positions
-    taken = backbone.prefix_positions(0 if prefix is None else prefix.length())
-    for number, length in enumerate(lengths):
-        if length == 0:
-            raise RequestError(f"text {number + 1} has no token.", hint="give it some words.")
-        if limit is not None and length + taken > limit:
-            raise RequestError(
-                f"text {number + 1} needs {length + taken} positions, but {backbone.name!r} has {limit}.",
-                hint="shorten the text.",
-            )
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 @torch.inference_mode()
 def _score_words(
-    backbone: Backbone, prefix: Prefix | None, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[int, ...]]
-) -> torch.Tensor:
-    """How likely the model finds each answer after each prompt: (texts, labels), logarithms."""
-    batch = collate(backbone, [TokenizedExample(tuple(prompt), tuple(answers)) for prompt in prompts])
+    backbone: Backbone, prefix: Prefix | None, prompts: Sequence[Sequence[int]], words: Sequence[tuple[int, ...]]
+) -> Float[Tensor, "N labels"]:
+    """The log-probability of each label's word after each prompt."""
+    batch = collate(backbone, [TokenizedExample(tuple(prompt), tuple(words)) for prompt in prompts])
     losses = batch_loss(backbone, prefix, batch)
     total = torch.zeros(batch.num_targets, device=losses.device).index_add_(
         0, batch.target_index.to(losses.device), losses
     )
-    return -total.reshape(len(prompts), len(answers))
+    return -total.reshape(len(prompts), len(words))
 
 
 @torch.inference_mode()
 def _score_head(
-    backbone: Backbone, prefix: Prefix | None, prompts: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
-) -> torch.Tensor:
-    """The head's scores at every place of every prompt: (places, labels)."""
+    backbone: Backbone, prefix: Prefix | None, prompts: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+) -> Float[Tensor, "N labels"]:
+    """The head's scores at every given position of every prompt."""
     if prefix is None or prefix.head is None:
-        raise ConfigError("the prefix has no head.", hint="get the file again; its header speaks of one.")
-    zipped = zip(prompts, places, strict=True)
-    batch = collate(backbone, [TokenizedExample(tuple(p), (tuple(0 for _ in at),), tuple(at)) for p, at in zipped])
-    return prefix.head(hidden_states_at(backbone, prefix, batch))
+        raise ConfigError("the prefix has no head, though its header says so.", hint="get the file again.")
+    examples = [
+        TokenizedExample(tuple(prompt), ((0,) * len(at),), tuple(at))
+        for prompt, at in zip(prompts, positions, strict=True)
+    ]
+    return prefix.head(hidden_states_at(backbone, prefix, collate(backbone, examples)))
 
 
-def _predict(scores: torch.Tensor, names: Sequence[str]) -> Prediction:
-    shares = scores.float().softmax(-1).tolist()
-    return Prediction(names[max(range(len(names)), key=shares.__getitem__)], dict(zip(names, shares, strict=True)))
+def _predict(scores: Float[Tensor, " labels"], names: Sequence[str]) -> Prediction:
+    probabilities = scores.float().softmax(-1).tolist()
+    best = max(range(len(names)), key=probabilities.__getitem__)
+    return Prediction(names[best], dict(zip(names, probabilities, strict=True)))

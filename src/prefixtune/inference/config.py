@@ -1,4 +1,4 @@
-"""Config."""
+"""How to decode."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ class GenerateConfig:
         top_k: Sample from the k likeliest; 0: all.
         top_p: Sample from the likeliest that together reach p.
         seed: Of sampling; None: not reproducible.
-        stop: One string or several that end an output, and are left out of it; kept as a tuple.
-        ban_newlines: Never generate a token that holds a line break.
+        stop: One string or several that end an output, and are left out of it; stored as a tuple.
+        ban_newlines: Never generate a token with a line break.
         repetition_penalty: Above 1 discourages repeating.
         batch_size: Texts per batch.
-        cache: `dynamic` grows with the text; `static` is one buffer, written in place.
+        cache: `dynamic` grows with the text; `static` is one preallocated buffer.
         compile: Compile the decoding step with torch.compile; needs the static cache.
-        prompt_lookup: Guess up to this many tokens from what the text already holds, and check them in one pass; 0: no
-            guessing. Texts go one at a time.
+        prompt_lookup: Guess up to this many tokens from earlier parts of the text, and check them in one pass; 0: no
+            guessing. Texts are generated one at a time.
         max_total_length: Positions of source and target together (of each, for an encoder-decoder); 0: as in training.
-        on_too_long: `cut` a source that is too long, or raise an `error`; empty: as in training.
+        on_too_long: `cut` (truncate) a source that is too long, or raise an `error`; empty: as in training.
 
     Raises:
         ConfigError: Values that are not allowed; all faults at once.
@@ -144,12 +144,12 @@ class GenerateConfig:
 
 
 def check_tagging_lengths(config: GenerateConfig) -> None:
-    """Refuse options for long sources where texts are tagged: every token gets its tag.
+    """Refuse to truncate texts that are tagged: every token gets its tag.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: The configuration limits or truncates texts.
     """
     if config.max_total_length or config.on_too_long == "cut":
         raise ConfigError(
-            "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
+            "texts to be tagged are never truncated: every token gets its tag.", hint="leave max_length and on_too_long out."
         )

@@ -1,4 +1,9 @@
-"""Decoding."""
+"""One batch of transformers' `generate`, with prefixes.
+
+transformers generates. It gets a cache that already holds the prefixes, or, if a model keeps no such cache
+(encoder-decoders, latent attention, hybrids), the prefixes are injected in front of every attention. Beams, logits
+processors and stopping are transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.detokenizer import StopStringCriterion, ids_until_stop
+from prefixtune.inference.generation_config import to_generation_config
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["generate_batch", "sampling_seed"]
+__all__ = ["generate_batch", "seeded"]
 
 
 @torch.inference_mode()
@@ -29,24 +35,24 @@ def generate_batch(
     assistant: Backbone | None,
     streamer: Any,
 ) -> list[list[int]]:
-    """Token ids that continue each prompt of one batch, (B,) lists; ended at the end token."""
+    """Token ids that continue each prompt of one batch, B lists; they end before the end token."""
     arguments = _inputs(backbone, prompts)
     guessing = assistant is not None or config.prompt_lookup > 0
     if any(prefix is not None and prefix.placement == "infix" for prefix in prefixes):
-        ours = cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
-    # Guessed tokens come from the ids, among which a prefilled cache's slots would stand.
+        prefix_context = cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
+    # Guessed tokens are looked up in the ids, which would hold padding for a prefilled cache's prefix.
     elif backbone.layout.cache_layers is not None and not guessing:
-        ours = cached_prefix_slots(_prefill(arguments, backbone, prefixes, config))
+        prefix_context = cached_prefix_slots(_prefill(arguments, backbone, prefixes, config))
     else:
-        ours = injecting(_inject(arguments, backbone, prefixes, config))
+        prefix_context = injecting(_inject(arguments, backbone, prefixes, config))
     start = 1 if backbone.kind == "encoder-decoder" else arguments["input_ids"].shape[1]
     if streamer is not None:
         arguments["streamer"] = streamer
     if assistant is not None:
         arguments["assistant_model"] = assistant.model
-    _own_rules(arguments, backbone, prompts, config, start)
-    with ours, backbone.autocast(), _compiler_errors():
-        output = backbone.model.generate(**arguments, generation_config=_transformers_config(backbone, config))
+    _add_rules(arguments, backbone, prompts, config, start)
+    with prefix_context, backbone.autocast(), _compiler_errors():
+        output = backbone.model.generate(**arguments, generation_config=to_generation_config(backbone, config))
     new = output[:, start:].tolist()
     rows = [row[: row.index(backbone.eos_id)] if backbone.eos_id in row else row for row in new]
     return [ids_until_stop(backbone.decode, row, config.stop) for row in rows] if config.stop else rows
@@ -54,7 +60,7 @@ def generate_batch(
 
 @contextlib.contextmanager
 def _compiler_errors() -> Iterator[None]:
-    """Report a compiler that is missing or fails as what it is: nothing is wrong with the request."""
+    """Report a missing or failing compiler as such: nothing is wrong with the request."""
     try:
         yield
     except RuntimeError as error:
@@ -69,15 +75,15 @@ def _compiler_errors() -> Iterator[None]:
 
 
 def _inputs(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Ids and mask: padded on the left where the model continues them, on the right where an encoder reads them."""
+    """Ids and mask: padded on the left for a decoder-only model, on the right for an encoder."""
     longest = max(len(prompt) for prompt in prompts)
     left = backbone.kind == "decoder"
     ids, mask = [], []
     for prompt in prompts:
         padding = longest - len(prompt)
-        filled, real = [backbone.pad_id] * padding, [1] * len(prompt)
-        ids.append([*filled, *prompt] if left else [*prompt, *filled])
-        mask.append([0] * padding + real if left else real + [0] * padding)
+        pads, ones = [backbone.pad_id] * padding, [1] * len(prompt)
+        ids.append([*pads, *prompt] if left else [*prompt, *pads])
+        mask.append([0] * padding + ones if left else ones + [0] * padding)
     return {
         "input_ids": torch.tensor(ids, device=backbone.device),
         "attention_mask": torch.tensor(mask, device=backbone.device),
@@ -87,19 +93,19 @@ def _inputs(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> dict[str, A
 def _prefill(
     arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> int:
-    """Put the prefixes into the cache that generation starts from; returns how many slots they take."""
+    """Start generation from a cache that holds the prefixes; returns how many slots they take."""
     rows, length = arguments["input_ids"].shape
     width = max(0 if prefix is None else prefix.length() for prefix in prefixes)
-    room = width + length + config.max_new_tokens if config.cache == "static" else None
+    static_length = width + length + config.max_new_tokens if config.cache == "static" else None
     cache, slots = prefilled_cache(
-        backbone.model, backbone.layout, prefixes, repeats=config.num_beams, static_length=room
+        backbone.model, backbone.layout, prefixes, repeats=config.num_beams, static_length=static_length
     )
     if width:
-        # The prefix's slots are already in the cache; transformers wants to see them in ids and mask all the same.
-        front = torch.full((rows, width), backbone.pad_id, device=backbone.device)
-        arguments["input_ids"] = torch.cat([front, arguments["input_ids"]], dim=1)
+        # transformers counts the cached prefix slots in ids and mask.
+        pads = torch.full((rows, width), backbone.pad_id, device=backbone.device)
+        arguments["input_ids"] = torch.cat([pads, arguments["input_ids"]], dim=1)
         arguments["attention_mask"] = torch.cat([slots.long(), arguments["attention_mask"]], dim=1)
-    if width or room is not None:
+    if width or static_length is not None:
         arguments[cache_argument(backbone.model)] = cache
     return width
 
@@ -111,14 +117,14 @@ def _prefill_infix(
     config: GenerateConfig,
     guessing: bool,
 ) -> int:
-    """Put the infixes into the cache, and the sources, which do not see them; returns how many slots infixes take.
+    """Start from a cache that holds the infixes, and the sources, which do not see them; returns the infixes' slots.
 
-    The prompt's last token stays outside: it is the first that sees the infix, as in training.
+    The prompt's last token is not in it: it is the first that sees the infix, as in training.
     """
     if backbone.layout.cache_layers is None or guessing or config.cache != "dynamic":
         raise ConfigError(
-            "an infix is decoded with a dynamic cache that can be filled, and without guessing.",
-            hint="leave cache, prompt_lookup and the assistant as they are, or use a prefix.",
+            "an infix needs a dynamic cache that can be prefilled, and no prompt look-up or assistant.",
+            hint="leave cache, prompt_lookup and the assistant out, or use a prefix.",
         )
     ids, mask = arguments["input_ids"], arguments["attention_mask"]
     cache = growing_cache(backbone.model)
@@ -133,19 +139,19 @@ def _prefill_infix(
             **{name: cache},
         )
     width = _prefill(arguments, backbone, prefixes, config)
-    filled = arguments[cache_argument(backbone.model)]
+    prefilled = arguments[cache_argument(backbone.model)]
     if ids.shape[1] > 1:
-        for number in backbone.layout.cache_layers or ():
-            layer = cache.layers[number]
+        for index in backbone.layout.cache_layers or ():
+            layer = cache.layers[index]
             repeated = (part.repeat_interleave(config.num_beams, dim=0) for part in (layer.keys, layer.values))
-            filled.update(*repeated, number)
+            prefilled.update(*repeated, index)
     return width
 
 
 def _inject(
     arguments: dict[str, Any], backbone: Backbone, prefixes: Sequence[Prefix | None], config: GenerateConfig
 ) -> Injection:
-    """What puts the prefixes in front of every attention, with positions and cache to match."""
+    """Injects the prefixes in front of every attention; positions and cache are set to match."""
     if backbone.kind == "decoder":
         shift = torch.tensor([0 if p is None else p.length() for p in prefixes], device=backbone.device)
         counted = (arguments["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -155,19 +161,19 @@ def _inject(
     elif config.cache == "dynamic":
         from transformers import DynamicCache, EncoderDecoderCache
 
-        # transformers' own is as deep as the encoder, which fails where the decoder is deeper.
+        # transformers' own cache is as deep as the encoder, which fails if the decoder is deeper.
         arguments[cache_argument(backbone.model)] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     return batch_prefixes(prefixes, backbone.layout, backbone.dtype, backbone.device)
 
 
-def _own_rules(
+def _add_rules(
     arguments: dict[str, Any],
     backbone: Backbone,
     prompts: Sequence[Sequence[int]],
     config: GenerateConfig,
     start: int,
 ) -> None:
-    """Stopping and penalties that look at a row's own tokens only, not at the prompt or the padding before it."""
+    """Stop strings and repetition penalty of each row's own text: without padding, prefix slots and other rows."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     if config.stop:
@@ -178,76 +184,20 @@ def _own_rules(
 
         def penalize(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             seen = torch.zeros_like(scores, dtype=torch.bool)
-            for number, row in enumerate(input_ids[:, start:].tolist()):
-                # An encoder-decoder repeats nothing when it takes up its source.
-                given = prompts[number // config.num_beams] if backbone.kind == "decoder" else ()
-                seen[number, [*given, *row]] = True
+            for row, ids in enumerate(input_ids[:, start:].tolist()):
+                # An encoder-decoder may repeat its source.
+                prompt = prompts[row // config.num_beams] if backbone.kind == "decoder" else ()
+                seen[row, [*prompt, *ids]] = True
             penalty = config.repetition_penalty
             return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
         arguments["logits_processor"] = LogitsProcessorList([penalize])
 
 
-def _transformers_config(backbone: Backbone, config: GenerateConfig) -> Any:
-    from transformers import GenerationConfig
-
-    values: dict[str, Any] = {
-        "max_new_tokens": config.max_new_tokens,
-        "num_beams": config.num_beams,
-        "do_sample": config.temperature > 0,
-        "pad_token_id": backbone.pad_id,
-        "eos_token_id": backbone.eos_id,
-        "use_cache": True,
-    }
-    if backbone.kind == "encoder-decoder":
-        values["decoder_start_token_id"] = backbone.decoder_start_id
-        if backbone.forced_bos_id is not None:
-            values["forced_bos_token_id"] = backbone.forced_bos_id
-    if config.cache == "static" and backbone.layout.cache_layers is None:
-        values["cache_implementation"] = "static"
-    if config.compile:
-        from transformers import CompileConfig
-
-        values["compile_config"] = CompileConfig(fullgraph=False)
-        # By default transformers compiles on accelerators alone.
-        values["compile_config"]._compile_all_devices = True
-    else:
-        values["disable_compile"] = True
-    if config.prompt_lookup:
-        values["prompt_lookup_num_tokens"] = config.prompt_lookup
-    if config.min_new_tokens:
-        values["min_new_tokens"] = config.min_new_tokens
-    if config.num_beams > 1:
-        values["length_penalty"] = config.length_penalty
-    if config.temperature > 0:
-        values |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    if config.ban_newlines:
-        values["suppress_tokens"] = newline_tokens(backbone)
-    return GenerationConfig(**values)
-
-
-def newline_tokens(backbone: Backbone) -> list[int]:
-    """Every token whose text holds a line break."""
-    found: list[int] | None = backbone.tokenizer_cache.get("newline_tokens")
-    if found is None:
-        size = int(backbone.model.get_output_embeddings().weight.shape[0])
-        texts = backbone.tokenizer.batch_decode([[number] for number in range(min(size, len(backbone.tokenizer)))])
-        found = [number for number, text in enumerate(texts) if "\n" in text or "\r" in text]
-        backbone.tokenizer_cache["newline_tokens"] = found
-    return found
-
-
-class sampling_seed:
-    """Draw from a given seed, and leave torch's own random state as it was."""
-
-    def __init__(self, seed: int | None, device: torch.device) -> None:
-        self.seed, self.devices = seed, [device] if device.type == "cuda" else []
-
-    def __enter__(self) -> None:
-        self.fork = torch.random.fork_rng(devices=self.devices, enabled=self.seed is not None)
-        self.fork.__enter__()
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
-
-    def __exit__(self, *details: Any) -> None:
-        self.fork.__exit__(*details)
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Sample from `seed`, then restore torch's random state; None: leave it alone."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

@@ -16,7 +16,8 @@ from prefixtune.data.encoding import TextFormatLike, as_text_format
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.detokenizer import Detokenizer
-from prefixtune.inference.generate import generate_ids, prepare_prompts, read_output
+from prefixtune.inference.generate import generate_ids, read_output
+from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.utils.options import as_config
 
 __all__ = ["stream"]
@@ -32,36 +33,36 @@ def stream(
     on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Continue one text, yielding pieces as they are decided; the pieces joined equal `generate`'s output.
+    """Continue one text, yielding pieces as they become certain; joined, they are `generate`'s output.
 
     Arguments as for `generate`; beam search cannot stream.
 
     Raises:
-        ConfigError: Beam search was asked for.
+        ConfigError: The configuration uses beam search.
     """
-    chosen = as_config(GenerateConfig, config, options)
-    check_streams(chosen)
+    config = as_config(GenerateConfig, config, options)
+    check_streams(config)
     if not isinstance(text, str):
         raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
-    prompts = prepare_prompts(backbone, [text], [prefix], chosen, as_text_format(text_format), on_cut=on_cut)
+    prompts = prepare_prompts(backbone, [text], [prefix], config, as_text_format(text_format), on_cut=on_cut)
     form, prompt = prompts.formats[0], prompts.ids[0]
-    shared: dict[str, Any] = {"config": chosen, "new_tokens": prompts.new_tokens}
+    shared: dict[str, Any] = {"config": config, "new_tokens": prompts.new_tokens}
     if any(form.target_words):
-        # Words around the target can be taken off the whole output only.
+        # Words around the target can only be removed from the whole output.
         (ids,) = generate_ids(backbone, [prompt], [prefix], **shared)
-        yield read_output(backbone, ids, form, chosen)
+        yield read_output(backbone, ids, form, config)
         return
-    streamer = _Streamer(backbone, chosen.stop)
+    streamer = _Streamer(backbone, config.stop)
 
-    def work() -> None:
+    def run() -> None:
         try:
             generate_ids(backbone, [prompt], [prefix], streamer=streamer, **shared)
         except BaseException as error:
             streamer.fail(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield from streamer
@@ -71,14 +72,14 @@ def stream(
 
 
 def check_streams(config: GenerateConfig) -> None:
-    """Refuse a way of decoding that cannot stream.
+    """Refuse a configuration that cannot stream.
 
     Raises:
-        ConfigError: Beam search was asked for.
+        ConfigError: The configuration uses beam search.
     """
     if config.num_beams > 1:
         raise ConfigError(
-            "beam search cannot stream: its best beam is known at the end only.",
+            "beam search cannot stream: the best beam is known only at the end.",
             hint="set num_beams to 1 (--num-beams 1).",
         )
 

@@ -90,7 +90,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.engine.config import EngineConfig
     from prefixtune.engine.engine import Engine
     from prefixtune.engine.worker import EngineWorker
-    from prefixtune.inference.decoding import newline_tokens
+    from prefixtune.inference.generation_config import newline_tokens
     from prefixtune.server.api.admin import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState

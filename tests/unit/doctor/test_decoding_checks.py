@@ -34,8 +34,8 @@ from prefixtune.attention.masks import cached_prefix_slots, extend_mask
 from prefixtune.attention.registry import attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor.examine import examine
-from prefixtune.inference.decoding import _transformers_config
 from prefixtune.inference.generate import generate_ids
+from prefixtune.inference.generation_config import to_generation_config
 
 Make = Callable[..., Any]
 
@@ -117,14 +117,14 @@ def test_generation_that_drops_the_prefilled_cache(tiny_backbone: Make, monkeypa
 
 def test_a_cache_that_is_lost_between_steps(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    make = _transformers_config
+    make = to_generation_config
 
     def uncached(*args: Any) -> Any:
         config = make(*args)
         config.use_cache = False
         return config
 
-    replace_everywhere(monkeypatch, _transformers_config, uncached)
+    replace_everywhere(monkeypatch, to_generation_config, uncached)
     backbone = tiny_backbone("llama")
     assert {GREEDY} <= failed(backbone).keys()
 

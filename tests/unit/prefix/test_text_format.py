@@ -19,7 +19,8 @@ from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, prepare_prompts
+from prefixtune.inference.generate import generate
+from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix

@@ -15,7 +15,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import RequestError
-from prefixtune.inference.decoding import newline_tokens
+from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.generation import deadline_exceeded

@@ -1,0 +1,163 @@
+"""Texts -> prompts: formatted, tokenized, truncated, and checked before any of them is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import encode_prompts, format_of
+from prefixtune.data.truncation import report_truncated, truncate_prompt
+from prefixtune.errors import RequestError
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.text_format import TextFormat
+
+__all__ = ["Prompts", "check_positions", "check_requests", "prepare_prompts", "truncate_prompts"]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts as token ids, checked and truncated.
+
+    Attributes:
+        ids: Of each text.
+        formats: Of each text.
+        new_tokens: Most tokens to generate for each.
+    """
+
+    ids: tuple[list[int], ...]
+    formats: tuple[TextFormat, ...]
+    new_tokens: tuple[int, ...]
+
+
+def prepare_prompts(
+    backbone: Backbone,
+    texts: Sequence[str],
+    prefixes: Sequence[Prefix | None],
+    config: GenerateConfig,
+    text_format: TextFormat | None = None,
+    *,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
+) -> Prompts:
+    """Format, tokenize, and truncate or check all texts of a generation.
+
+    Args:
+        backbone: The frozen model.
+        texts: Sources, as in training.
+        prefixes: One per text.
+        config: How to decode, and what happens to long sources.
+        text_format: The text around a source; None: what each prefix was trained with.
+        on_cut: Called with the indices of the truncated sources, if there are any; None: a warning says so.
+
+    Raises:
+        RequestError: A text does not fit, and may not be truncated.
+        BackboneError: A prefix does not fit the backbone.
+        CheckpointError: A prefix's header has an invalid text format.
+    """
+    format_by_prefix = {id(prefix): format_of(backbone, prefix, text_format) for prefix in prefixes}
+    formats = [
+        format_by_prefix[id(prefix)].with_lengths(config.max_total_length, config.on_too_long) for prefix in prefixes
+    ]
+    whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
+    new_tokens = [
+        _max_new_tokens(backbone, form, prompt, prefix, config)
+        for prompt, form, prefix in zip(whole, formats, prefixes, strict=True)
+    ]
+    ids = truncate_prompts(backbone, whole, formats, prefixes, new_tokens)
+    check_requests(backbone, ids, prefixes, new_tokens)
+    report_truncated(whole, ids, on_cut)
+    return Prompts(tuple(ids), tuple(formats), tuple(new_tokens))
+
+
+def truncate_prompts(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    formats: Sequence[TextFormat],
+    prefixes: Sequence[Prefix | None],
+    new_tokens: Sequence[int],
+) -> list[list[int]]:
+    """Every prompt with its source truncated, if it is too long and its text format allows that.
+
+    Raises:
+        RequestError: It is longer than in training and may not be truncated, or nothing of its source would be left.
+    """
+    return [
+        truncate_prompt(backbone, form, prompt, prefix_length=_length(prefix), new_tokens=most, name=f"text {number}")
+        for number, (prompt, form, prefix, most) in enumerate(
+            zip(prompts, formats, prefixes, new_tokens, strict=True), start=1
+        )
+    ]
+
+
+def check_requests(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], prefixes: Sequence[Prefix | None], new_tokens: Sequence[int]
+) -> None:
+    """Refuse a generation that cannot work.
+
+    Raises:
+        RequestError: The backbone is an encoder, or a prompt is empty or does not fit.
+        BackboneError: A prefix does not fit the backbone.
+    """
+    for prefix in {id(p): p for p in prefixes if p is not None}.values():
+        check_fits(prefix, backbone.geometry, backbone.name)
+    if backbone.kind == "encoder":
+        raise RequestError(
+            f"{backbone.name!r} is an encoder, which reads text and writes none.",
+            hint="use it for classification or tagging, or choose a model that generates.",
+        )
+    check_positions(backbone, prompts, prefixes, new_tokens, hint="shorten the text or lower max_new_tokens.")
+
+
+def check_positions(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    prefixes: Sequence[Prefix | None],
+    new_tokens: Sequence[int],
+    *,
+    hint: str,
+) -> None:
+    """Refuse prompts that are empty, or need more positions than the backbone has.
+
+    Args:
+        backbone: The frozen model.
+        prompts: Token ids.
+        prefixes: One per prompt.
+        new_tokens: Tokens after each prompt.
+        hint: What to do if one is too long.
+
+    Raises:
+        RequestError: There is such a prompt.
+    """
+    limit = backbone.max_positions
+    separate = backbone.kind == "encoder-decoder"
+    for number, (prompt, prefix, new) in enumerate(zip(prompts, prefixes, new_tokens, strict=True), start=1):
+        if not prompt:
+            raise RequestError(
+                f"text {number} has no token.", hint="write some text, or use a prompt format with a separator."
+            )
+        prefix_positions = backbone.prefix_positions(_length(prefix))
+        needed = max(len(prompt), new + 1) if separate else prefix_positions + len(prompt) + new
+        if limit is not None and needed > limit:
+            parts = [] if separate else [f"{prefix_positions} (prefix)"]
+            parts += [f"{len(prompt)} (text)", *([f"{new} (new)"] if new else [])]
+            raise RequestError(
+                f"text {number} needs {(' and ' if separate else ' + ').join(parts)} positions, but {backbone.name!r} "
+                f"has {limit}{' on either side' if separate else ''}.",
+                hint=hint,
+            )
+
+
+def _max_new_tokens(
+    backbone: Backbone, text_format: TextFormat, prompt: Sequence[int], prefix: Prefix | None, config: GenerateConfig
+) -> int:
+    """Most tokens to generate: no more than fit after a prompt that training did not truncate."""
+    limit = backbone.max_positions
+    if backbone.kind != "decoder" or limit is None or len(prompt) > text_format.longest_prompt:
+        return config.max_new_tokens
+    left = limit - backbone.prefix_positions(_length(prefix)) - len(prompt)
+    return min(left, config.max_new_tokens) if left > 0 else config.max_new_tokens
+
+
+def _length(prefix: Prefix | None) -> int:
+    return 0 if prefix is None else prefix.length()
