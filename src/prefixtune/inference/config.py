@@ -151,5 +151,5 @@ def check_tagging_lengths(config: GenerateConfig) -> None:
     """
     if config.max_total_length or config.on_too_long == "cut":
         raise ConfigError(
-            "texts to be tagged are never truncated: every token gets its tag.", hint="leave max_length and on_too_long out."
+            "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
         )
