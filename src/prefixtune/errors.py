@@ -32,6 +32,7 @@ __all__ = [
     "check_all",
     "describe_value",
     "did_you_mean",
+    "short_repr",
 ]
 
 
@@ -118,6 +119,16 @@ def describe_value(value: object) -> str:
     if isinstance(value, str):
         return f"of type {kind}, {value if len(value) <= 40 else value[:40] + '...'!r}"
     return f"{value!r} (of type {kind})" if isinstance(value, bool | int | float) else f"of type {kind}"
+
+
+def short_repr(value: object) -> str:
+    """A value as messages show it: its `repr`, at most 60 characters long.
+
+    >>> short_repr("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
+    """
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_all(checks: Iterable[Callable[[], object]]) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from prefixtune.data import files as reading
-from prefixtune.data.files import read_rows
+from prefixtune.data.files import read_file
 from prefixtune.data.tasks.records import read_records
 from prefixtune.errors import DataError
 
@@ -32,10 +32,10 @@ def write_parquet(path: Path) -> None:
 def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path)
-    first, second = (row.values for row in read_rows(path))
+    first, second = (row.values for row in read_file(path))
     assert first == {"name": "Aromi", "stars": 1, "texts": ["Eat.", "Go."], "day": "2024-02-29", "price": "1.50"}
     assert second == {"name": None, "stars": 2, "texts": [], "day": None, "price": None}
-    assert [row.where for row in read_rows(path)] == [f"{path}, row 1", f"{path}, row 2"]
+    assert [row.where for row in read_file(path)] == [f"{path}, row 1", f"{path}, row 2"]
     with pytest.raises(DataError, match=r"a\.parquet, row 2: .*nothing \(null\)"):
         read_records(path, "name")
 
@@ -43,13 +43,13 @@ def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
 def test_parquet_that_holds_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path)
-    monkeypatch.setattr(reading, "_MOST_BYTES", 50)
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 50)
     with pytest.raises(DataError, match="50"):
-        read_rows(path)
+        read_file(path)
 
 
 def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(DataError, match="is no whole Parquet file") as raised:
-        read_rows(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="is not a complete Parquet file") as raised:
+        read_file(tmp_path / "a.parquet")
     assert "again" in raised.value.hint

@@ -1,7 +1,7 @@
-"""Files -> examples: the tasks that this project reads.
+"""Files -> examples -> token ids -> batches.
 
-A task knows its file formats and its linearization (structured fields -> one source string). It knows nothing of
-tokenizers, tensors or training.
+A task (`tasks/`, `registry`) knows its file formats and its linearization (structured fields -> one source string), and
+nothing about models. Importing this package needs no backbone; `encoding`, `labels` and `batching` do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every task produces: a source with all of its targets."""
+"""An example: a source with all its targets, as every task produces it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SplitName = Literal["train", "dev", "test"]
 
 @dataclass(frozen=True)
 class Example:
-    """One source and every target (reference) that it has.
+    """One source and all its targets (references).
 
     Attributes:
         source: The linearized input, as the model reads it, without separators.
-        targets: The wanted outputs, or the only one; empty where only generation is meant.
+        targets: The wanted outputs, or the only one; empty if the example is only for generation.
         fields: The record that the source was made from, for reports and templates.
-        groups: What scores are split by: the name of a grouping -> this example's group, as in `{"category": "Food"}`.
+        groups: How scores are grouped: the name of a grouping -> this example's group, as in `{"category": "Food"}`.
 
     Raises:
-        DataError: Source or targets are no texts.
+        DataError: Source or targets are not texts.
     """
 
     source: str
@@ -42,9 +42,9 @@ class Example:
                 hint='write Example("source", ("target",)).',
             )
         if not isinstance(self.targets, tuple):
-            # A single text would be taken for as many targets as it has characters.
-            given = (self.targets,) if isinstance(self.targets, str) else self.targets
-            object.__setattr__(self, "targets", tuple(given) if isinstance(given, Sequence) else given)
+            # As a sequence, a single text would be one target per character.
+            targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+            object.__setattr__(self, "targets", tuple(targets) if isinstance(targets, Sequence) else targets)
         if not isinstance(self.targets, tuple) or not all(isinstance(target, str) for target in self.targets):
             raise DataError(
                 f"the targets of the example {self.source[:60]!r} are {describe_value(self.targets)}, not texts.",
@@ -53,11 +53,11 @@ class Example:
 
 
 ExampleLike = Example | Mapping[str, Any]
-"""What stands for an example: itself, or a dict of its fields."""
+"""An example, or a dict of its fields."""
 
 
 def references_of(example: Example, protocol: str) -> list[str]:
-    """What an output is scored against: the targets; for DART the official scorer's texts, where the file has them."""
+    """The texts that an output is scored against: the targets; for DART the official scorer's, if the file has them."""
     official = example.fields.get("official_references") if protocol == "dart" else None
     return list(official or example.targets)
 

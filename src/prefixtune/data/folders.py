@@ -1,10 +1,8 @@
-"""Where a folder keeps its training, development and test set.
+"""Find the training, development and test set in a folder.
 
-Looked for, in this order: `SPLIT.jsonl`, `SPLIT.json`, ... (the formats that the task reads, each also `.gz`; for `dev`
-also under the names `validation`, `valid` and `val`), then the names of the task's release. A set of the `datasets`
-library has its splits' names written down.
-
-Knows nothing of what the files hold.
+The search is for `SPLIT.jsonl`, `SPLIT.json`, ... (the formats that the task reads, each also `.gz`; for `dev` also
+with the names `validation`, `valid` and `val`), then for the file names of the task's release. A set of the `datasets`
+library lists the names of its splits.
 """
 
 from __future__ import annotations
@@ -12,7 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
+from prefixtune.data.examples import SplitName
 from prefixtune.data.hub import dataset_splits, is_dataset, split_path
 from prefixtune.errors import ConfigError, DataError, did_you_mean
 from prefixtune.prefix.hub import HUB
@@ -20,46 +20,61 @@ from prefixtune.prefix.hub import HUB
 __all__ = ["SPLITS", "locate"]
 
 
-#: Split -> the names that it goes by.
-SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+#: Split -> the names that it may have.
+SPLITS: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train",),
+    "dev": ("dev", "validation", "valid", "val"),
+    "test": ("test",),
+}
 
 
-def locate(path: Path, split: str | None, formats: Sequence[str], release: Mapping[str, Sequence[str]]) -> Path:
-    """The file (or folder of files, or address) that holds a split; a file's path stays as it is.
+Release = Mapping[SplitName, Sequence[str]]
+"""Split -> glob patterns for the names of its files in the task's release, with `/` between folders; a pattern that
+ends with `/` means a folder of files."""
+
+
+def locate(path: Path, split: str | None, formats: Sequence[str], release: Release) -> Path:
+    """The file (or folder of files, or address) of a split; the path of a file is returned as it is.
 
     Args:
         path: A file, a folder, or a set of the `datasets` library.
-        split: `train`, `dev` or `test`; None: the path is to hold one thing only.
-        formats: The endings that the task reads.
-        release: Split -> glob patterns for the names in the task's release, with `/` between folders. One that ends
-            with `/` stands for a folder of files.
+        split: `train`, `dev` or `test`; None: the path may not have several splits.
+        formats: The file endings that the task reads.
+        release: The names of the files in the task's release.
 
     Raises:
         ConfigError: The split is unknown.
-        DataError: The folder has no such split, or has several and none was chosen.
+        DataError: The folder has no such split, or has several and none was named.
     """
-    if split is not None and split not in SPLITS:
-        raise ConfigError(
-            f"split is {split!r}, but must be one of {', '.join(SPLITS)}.", hint=did_you_mean(split, SPLITS)
-        )
+    chosen = None if split is None else _as_split(split)
     if is_dataset(path):
-        return _in_set(path, split)
+        return _locate_in_dataset(path, chosen)
     if not os.path.isdir(path):
         return path
-    if split is None:
-        return _only(path, formats, release)
-    looked_for = list(_patterns(split, formats, release))
-    for pattern in looked_for:
-        if found := _first(path, pattern):
-            return found
-    known = _found(path, formats, release)
+    if chosen is None:
+        return _locate_single(path, formats, release)
+    patterns = list(_patterns(chosen, formats, release))
+    for pattern in patterns:
+        if match := _first_match(path, pattern):
+            return match
+    existing = _existing_splits(path, formats, release)
     raise DataError(
-        f"{path} is a folder without a {split} set; looked for {', '.join(looked_for)}.",
-        hint=f"it has: {', '.join(known)}." if known else "rename the file to one of these, or name the file itself.",
+        f"{path} is a folder without a {chosen} set; looked for {', '.join(patterns)}.",
+        hint=f"it has: {', '.join(existing)}."
+        if existing
+        else "rename the file to one of these, or name the file itself.",
     )
 
 
-def _in_set(path: Path, split: str | None) -> Path:
+def _as_split(name: str) -> SplitName:
+    for split in get_args(SplitName):
+        if name == split:
+            chosen: SplitName = split
+            return chosen
+    raise ConfigError(f"split is {name!r}, but must be one of {', '.join(SPLITS)}.", hint=did_you_mean(name, SPLITS))
+
+
+def _locate_in_dataset(path: Path, split: SplitName | None) -> Path:
     names = dataset_splits(path)
     if not names:
         return path
@@ -79,35 +94,39 @@ def _in_set(path: Path, split: str | None) -> Path:
     )
 
 
-def _only(folder: Path, formats: Sequence[str], release: Mapping[str, Sequence[str]]) -> Path:
-    """The folder itself, where its task reads a folder of files, and this one has no splits."""
-    known = _found(folder, formats, release)
-    if known:
+def _locate_single(folder: Path, formats: Sequence[str], release: Release) -> Path:
+    """The folder itself, if its task reads a folder of files and this one has no splits."""
+    existing = _existing_splits(folder, formats, release)
+    if existing:
         raise DataError(
-            f"{folder} is a folder with the splits {', '.join(known)}; one of them is needed.",
+            f"{folder} is a folder with the splits {', '.join(existing)}; one of them is needed.",
             hint="name the split, or one file.",
         )
-    whole = any(pattern.endswith("/") for patterns in release.values() for pattern in patterns)
-    if not whole:
+    reads_folders = any(pattern.endswith("/") for patterns in release.values() for pattern in patterns)
+    if not reads_folders:
         raise DataError(f"{folder} is a folder; a file is needed.", hint="name one file in it.")
     return folder
 
 
-def _found(folder: Path, formats: Sequence[str], release: Mapping[str, Sequence[str]]) -> list[str]:
+def _existing_splits(folder: Path, formats: Sequence[str], release: Release) -> list[str]:
     """The splits that a folder has."""
-    return [split for split in SPLITS if any(_first(folder, p) for p in _patterns(split, formats, release))]
+    return [
+        split
+        for split in SPLITS
+        if any(_first_match(folder, pattern) for pattern in _patterns(split, formats, release))
+    ]
 
 
-def _patterns(split: str, formats: Sequence[str], release: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _patterns(split: SplitName, formats: Sequence[str], release: Release) -> Iterator[str]:
     for name in SPLITS[split]:
         for ending in formats:
             yield from (f"{name}{ending}", f"{name}{ending}.gz")
     yield from release.get(split, ())
 
 
-def _first(folder: Path, pattern: str) -> Path | None:
-    """The first match of a pattern, in the order of names; a folder only where it holds a file."""
-    for found in sorted(folder.glob(pattern.rstrip("/"))):
-        if found.is_file() if not pattern.endswith("/") else any(inner.is_file() for inner in found.rglob("*")):
-            return found
+def _first_match(folder: Path, pattern: str) -> Path | None:
+    """The first match of a pattern, in the order of names; a folder only if it has a file."""
+    for match in sorted(folder.glob(pattern.rstrip("/"))):
+        if match.is_file() if not pattern.endswith("/") else any(inner.is_file() for inner in match.rglob("*")):
+            return match
     return None

@@ -1,11 +1,9 @@
-"""Data sets of the `datasets` library: a folder that `save_to_disk` wrote, or a set on the hub, written `hub:NAME`.
+"""Data sets of the `datasets` library: a folder that `save_to_disk` wrote, or a set on the hub, named `hub:NAME`.
 
     hub:OWNER/NAME[:CONFIGURATION][@SPLIT]
 
-A set's split is an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. Nothing is downloaded unless `hub:` is
-written; class numbers become the classes' names. The library is optional, and imported only when a set is read.
-
-Knows nothing of what a row means: no task, no column name.
+A set's split has an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. Nothing is downloaded without `hub:`.
+Class numbers become class names. The library is optional, and imported only when a set is read.
 """
 
 from __future__ import annotations
@@ -23,36 +21,39 @@ from prefixtune.prefix.hub import HUB
 __all__ = ["HUB", "dataset_rows", "dataset_splits", "is_dataset", "split_path"]
 
 
-_ONE, _SEVERAL = "dataset_info.json", "dataset_dict.json"
+_DATASET_INFO, _DATASET_DICT = "dataset_info.json", "dataset_dict.json"
+"""The files by which a folder of one split, or of several splits, is recognized."""
 
 
 def is_dataset(path: Path | str) -> bool:
-    """Whether a path names a set of the `datasets` library rather than a file.
+    """Whether a path names a set of the `datasets` library, not a file.
 
     >>> is_dataset("hub:GEM/e2e_nlg"), is_dataset("train.csv")
     (True, False)
     """
-    return str(path).startswith(HUB) or any(os.path.isfile(os.path.join(path, name)) for name in (_ONE, _SEVERAL))
+    return str(path).startswith(HUB) or any(
+        os.path.isfile(os.path.join(path, name)) for name in (_DATASET_INFO, _DATASET_DICT)
+    )
 
 
 def dataset_splits(path: Path | str) -> tuple[str, ...]:
-    """The names of a set's splits; none where the path is one split already.
+    """The names of a set's splits; none if the path is already one split.
 
     Raises:
-        ConfigError: The `datasets` library is needed, and not installed.
+        ConfigError: The `datasets` library is needed and not installed.
         DataError: The set cannot be found or read.
     """
     if str(path).startswith(HUB):
         name, configuration, split = _address(str(path))
         return () if split else tuple(_load_from_hub(name, configuration))
-    if os.path.isfile(os.path.join(path, _ONE)):
+    if os.path.isfile(os.path.join(path, _DATASET_INFO)):
         return ()
     try:
-        names = json.loads((Path(path) / _SEVERAL).read_text(encoding="utf-8"))["splits"]
+        names = json.loads((Path(path) / _DATASET_DICT).read_text(encoding="utf-8"))["splits"]
         return tuple(map(str, names))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
-            f"{Path(path) / _SEVERAL} cannot be read: {error}.", hint="save the set anew with save_to_disk."
+            f"{Path(path) / _DATASET_DICT} cannot be read: {error}.", hint="save the set again with save_to_disk."
         ) from error
 
 
@@ -69,14 +70,14 @@ def split_path(path: Path | str, split: str) -> Path:
         return Path(f"{path}@{split}")
     if not is_dataset(folder := Path(path) / split):
         raise DataError(
-            f"{path} names the split {split!r}, but {folder} is no folder of a saved set.",
-            hint="copy the whole folder again, or save the set anew with save_to_disk.",
+            f"{path} names the split {split!r}, but {folder} is not a folder of a saved set.",
+            hint="copy the whole folder again, or save the set again with save_to_disk.",
         )
     return folder
 
 
 def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row stands, and its values by column.
+    """Each row's location, for messages, and its values by column.
 
     Raises:
         ConfigError: The `datasets` library is not installed.
@@ -89,17 +90,20 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         )
     if str(path).startswith(HUB):
         name, configuration, split = _address(str(path))
-        found = _load_from_hub(name, configuration)
-        if split not in found:
-            raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(found)}.")
-        data = found[split]
+        splits_by_name = _load_from_hub(name, configuration)
+        if split not in splits_by_name:
+            raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(splits_by_name)}.")
+        data = splits_by_name[split]
     else:
         data = _load_from_disk(path)
     if not len(data):
         raise DataError(f"{path} has no rows; at least one is needed.", hint="check how the set was made.")
     features = dict(data.features)
     for number, values in enumerate(data, start=1):
-        yield f"{path}, row {number}", {column: _named(features[column], value) for column, value in values.items()}
+        yield (
+            f"{path}, row {number}",
+            {column: _with_class_names(features[column], value) for column, value in values.items()},
+        )
 
 
 def _address(path: str) -> tuple[str, str | None, str | None]:
@@ -125,12 +129,12 @@ def _load_from_disk(path: Path | str) -> Any:
     library = _library()
     try:
         return library.load_from_disk(str(path))
-    except Exception as error:  # the library raises many kinds, pyarrow's among them
+    except Exception as error:  # the library raises many types, also pyarrow's
         if isinstance(error, IndexError) and not list(Path(path).glob("*.arrow")):
-            return []  # saved without any row, which the library does not read back
+            return []  # saved without rows, which the library cannot read
         raise DataError(
-            f"{path} is no readable set of the datasets library: {_first_line(error)}.",
-            hint="copy the whole folder again, or save the set anew with save_to_disk.",
+            f"{path} cannot be read as a set of the datasets library: {_first_line(error)}.",
+            hint="copy the whole folder again, or save the set again with save_to_disk.",
         ) from error
 
 
@@ -138,7 +142,7 @@ def _load_from_hub(name: str, configuration: str | None) -> Any:
     library = _library()
     try:
         return library.load_dataset(name, configuration)
-    except Exception as error:  # as above, and the network's
+    except Exception as error:  # as above, also the network's
         raise DataError(
             f"{HUB}{name}{f':{configuration}' if configuration else ''} cannot be loaded: {_first_line(error)}.",
             hint="check the name (and configuration, hub:OWNER/NAME:CONFIGURATION) and the network.",
@@ -149,11 +153,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _named(feature: Any, value: Any) -> Any:
-    """A value with class numbers told by their names, alone or in a list."""
+def _with_class_names(feature: Any, value: Any) -> Any:
+    """A value with class names instead of class numbers, alone or in a list."""
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return [_named(inner, item) for item in value]
+        return [_with_class_names(inner, item) for item in value]
     if isinstance(value, int) and hasattr(feature, "int2str"):
-        return feature.int2str(value) if value >= 0 else None  # -1 stands for an unlabelled row
+        return feature.int2str(value) if value >= 0 else None  # -1 means an unlabelled row
     return value

@@ -1,18 +1,15 @@
-"""The tasks by name: how each is read, and how its outputs are decoded unless told otherwise.
-
-Knows nothing of how a model decodes; the settings are handed on by name.
-"""
+"""The tasks by name: how each is read, and how its outputs are decoded and scored by default."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.files import FORMATS
-from prefixtune.data.folders import locate
+from prefixtune.data.folders import Release, locate
 from prefixtune.data.tasks.classification import read_classification
 from prefixtune.data.tasks.dart import DART_FORMATS, dart_entries, read_dart
 from prefixtune.data.tasks.e2e import E2E_FORMATS, read_e2e
@@ -36,23 +33,23 @@ class Task:
     """One kind of data.
 
     Attributes:
-        name: As written in a configuration.
-        description: One line for people.
+        name: As in a configuration.
+        description: One line for users.
         read: (path, source template, target template) -> examples.
-        decoding: Decoding settings, by name; copy it before changing it.
-        kind: What a target is: a text (generation), one label (classification), or a tag for each token, with a space
-            between (tagging). It decides how outputs are scored.
-        parts: Of a set that is made here: the names that stand in for a file's path, the training part first.
-        metrics: The scores that are customary, by name, the main one first.
-        protocol: By whose rules texts are made ready for scoring: those of `e2e`, `webnlg`, `dart`, `summarization`; or
+        decoding: Fields of `GenerateConfig` by name; copy it before changing it.
+        kind: What a target is.
+        parts: Of a set that is made here: the names that are used instead of a path, the training part first.
+        metrics: The usual scores, by name, the main one first.
+        protocol: By whose rules texts are prepared for scoring: those of `e2e`, `webnlg`, `dart`, `summarization`; or
             `plain`.
-        groups: The names of the groupings that an example may have (`Example.groups`), by which scores are split.
+        groups: The names of the groupings that an example may have (`Example.groups`), for which scores are also
+            reported.
         formats: The endings of the files that are read, each also with `.gz`.
-        release: Split -> patterns of the names that its files have in the original release (see `folders.locate`).
+        release: The names of the files in the original release.
         takes_columns: Whether source and target may name columns (templates).
-        max_source_length: Tokens of a source that the paper's models read; 0: all. For people and presets.
-        entries: Of a set some of whose entries are no examples (they have no good text): path -> every entry, and None
-            for those that are left out.
+        max_source_length: Tokens of a source that the paper's models read; 0: all. For users and presets.
+        read_all: If some entries of a file are not examples (they have no good text): path -> every entry, with None
+            for those.
     """
 
     name: str
@@ -65,10 +62,10 @@ class Task:
     protocol: str = "plain"
     groups: tuple[str, ...] = ()
     formats: tuple[str, ...] = FORMATS
-    release: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    release: Release = field(default_factory=dict)
     takes_columns: bool = False
     max_source_length: int = 0
-    entries: Callable[[Path], list[Example | None]] | None = None
+    read_all: Callable[[Path], list[Example | None]] | None = None
 
 
 def read_task(
@@ -81,40 +78,40 @@ def read_task(
 
     Args:
         task: A name of `TASKS`.
-        path: The file; a folder of files, or one that the `datasets` library saved, or `hub:NAME`; `train` or
-            `held_out` for the sets made here (`toy`, `toy_labels`, `toy_tags`).
-        source: Template of the source, for `records`, which needs it, `classification`, `summarization` and `xsum`; a
-            column's name for `tagging`.
-        target: Likewise of the target.
-        split: `train`, `dev` or `test`: what to read of a folder or a set that holds several; a file is read whole,
-            and so is a part of a set made here.
+        path: A file; a folder of files, or one that the `datasets` library saved; or `hub:NAME`. For the sets made here
+            (`toy`, `toy_labels`, `toy_tags`): `train` or `held_out`.
+        source: Template of the source, for `records` (which needs it), `classification`, `summarization` and `xsum`;
+            for `tagging` the name of a column.
+        target: Template of the target, likewise.
+        split: `train`, `dev` or `test`: which part of a folder or set to read; ignored for a file and for a set made
+            here.
 
     Raises:
-        ConfigError: The task or the split is unknown, or a template is missing, malformed or given to a task that takes
-            none; or the `datasets` library is needed, and not installed.
-        DataError: The file or one of its rows is wrong, or the folder has no such split, or several and none was
-            chosen.
+        ConfigError: The task or the split is unknown; a template is missing, malformed, or given to a task that takes
+            none; or the `datasets` library is needed and not installed.
+        DataError: The file or one of its rows is wrong; or the folder has no such split, or several and none was
+            named.
     """
     if task not in TASKS:
         raise ConfigError(f"there is no task {task!r}.", hint=did_you_mean(task, TASKS))
     chosen = TASKS[task]
-    # A part of a made set is no path, even where a folder has its name.
-    place = Path(path) if chosen.parts else locate(Path(path), split, chosen.formats, chosen.release)
-    return chosen.read(place, source, target)
+    # A part of a set made here is not a path, even if a folder has its name.
+    file = Path(path) if chosen.parts else locate(Path(path), split, chosen.formats, chosen.release)
+    return chosen.read(file, source, target)
 
 
 def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
-    """Every entry of a set that `read_task` reads, None for those that it leaves out; empty: it leaves none out.
+    """Every entry of a file, with None for those that `read_task` leaves out; empty if the task leaves none out.
 
     Args:
         task: A name of `TASKS`.
-        path: As in `read_task`, like `split`.
-        split: Likewise.
+        path: As in `read_task`.
+        split: As in `read_task`.
     """
     chosen = TASKS[task]
-    if chosen.entries is None:
+    if chosen.read_all is None:
         return []
-    return chosen.entries(locate(Path(path), split, chosen.formats, chosen.release))
+    return chosen.read_all(locate(Path(path), split, chosen.formats, chosen.release))
 
 
 def _no_templates(task: str, source: str | None, target: str | None) -> None:
@@ -129,7 +126,7 @@ def _no_templates(task: str, source: str | None, target: str | None) -> None:
 def _own_format(
     task: str, read_file: Callable[[Path], list[Example]]
 ) -> Callable[[Path, str | None, str | None], list[Example]]:
-    """The reader of a set that has its own format, and so takes no templates."""
+    """The reader of a set that has its own format and therefore takes no templates."""
 
     def read(path: Path, source: str | None, target: str | None) -> list[Example]:
         _no_templates(task, source, target)
@@ -147,7 +144,7 @@ def _read_records(path: Path, source: str | None, target: str | None) -> list[Ex
     return read_records(path, source, target)
 
 
-def _made(
+def _toy_reader(
     name: str, make: Callable[[], tuple[list[Example], list[Example]]]
 ) -> Callable[[Path, str | None, str | None], list[Example]]:
     """The reader of a set that is made here."""
@@ -157,7 +154,7 @@ def _made(
         part = str(path)
         if part not in _PARTS:
             raise ConfigError(
-                f"task {name!r} is made, not read: its path is one of {', '.join(_PARTS)}; got {part!r}.",
+                f"task {name!r} is made here, not read: its path is one of {', '.join(_PARTS)}; got {part!r}.",
                 hint=did_you_mean(part, _PARTS),
             )
         return make()[_PARTS.index(part)]
@@ -165,7 +162,7 @@ def _made(
     return read
 
 
-# Where labels and tags are generated as text: greedily, and on one line.
+# For labels and tags that are generated as text: greedily, on one line.
 _LABEL: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 16, "ban_newlines": True}
 _TAGS: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 200, "ban_newlines": True}
 _TEXT: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 100}
@@ -216,7 +213,7 @@ TASKS: dict[str, Task] = {
             "WebNLG challenge 2017: texts about triples; the release's XML, or JSON lines",
             _own_format("webnlg", read_webnlg),
             _TABLE,
-            entries=webnlg_entries,
+            read_all=webnlg_entries,
             metrics=("bleu", "meteor", "ter"),
             protocol="webnlg",
             groups=("category", "seen", "triples"),
@@ -232,7 +229,7 @@ TASKS: dict[str, Task] = {
             "DART: texts about triples of many tables; the release's JSON and XML, or JSON lines",
             _own_format("dart", read_dart),
             _TABLE,
-            entries=dart_entries,
+            read_all=dart_entries,
             metrics=("bleu", "meteor", "ter"),
             protocol="dart",
             groups=("triples", "source"),
@@ -272,8 +269,8 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "toy",
-            "a small night-train board made here, to try things on",
-            _made("toy", make_toy),
+            "a small night-train board, made here to try things on",
+            _toy_reader("toy", make_toy),
             _TEXT,
             parts=_PARTS,
         ),
@@ -289,7 +286,7 @@ TASKS: dict[str, Task] = {
         Task(
             "toy_labels",
             "messages to a night-train office and their departments, made here",
-            _made("toy_labels", make_toy_labels),
+            _toy_reader("toy_labels", make_toy_labels),
             _LABEL,
             "classification",
             parts=_PARTS,
@@ -308,7 +305,7 @@ TASKS: dict[str, Task] = {
         Task(
             "toy_tags",
             "messages to a night-train office with trains, stations, times and coaches, made here",
-            _made("toy_tags", make_toy_tags),
+            _toy_reader("toy_tags", make_toy_tags),
             _TAGS,
             "tagging",
             parts=_PARTS,

@@ -1,1 +1,1 @@
-"""Prefix and data -> scores."""
+"""Prefix and examples -> scores; `metrics` scores strings and imports nothing of this project."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from prefixtune.errors import CheckpointError, DataError, RequestError
+from prefixtune.errors import CheckpointError, DataError, RequestError, short_repr
 
 __all__ = [
     "MAX_TEMPLATE_CHARS",
@@ -84,14 +84,14 @@ class TextFormat:
             if count != 1:
                 what = f"does not contain {needed}" if not count else f"contains {needed} {count:,} times, not once"
                 raise DataError(
-                    f"text format: {name} template {_short(template)} {what}.",
+                    f"text format: {name} template {short_repr(template)} {what}.",
                     hint=f"write {needed} once, where the text belongs.",
                 )
         count = self.prompt.count("{separator}")
         if count > _MAX_SEPARATORS:
             raise DataError(
-                f"text format: prompt template {_short(self.prompt)} contains {{separator}} {count:,} times, but at "
-                f"most {_MAX_SEPARATORS} are allowed.",
+                f"text format: prompt template {short_repr(self.prompt)} contains {{separator}} {count:,} times, but "
+                f"at most {_MAX_SEPARATORS} are allowed.",
                 hint="write it once, between source and target.",
             )
         if "{source}" in self.separator:
@@ -217,7 +217,7 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
         return None
     try:
         if not isinstance(stored, Mapping):
-            raise DataError(f"text format: it is {_short(stored)}, but must be an object.")
+            raise DataError(f"text format: it is {short_repr(stored)}, but must be an object.")
         _check_values(stored)
         return TextFormat(**stored)
     except DataError as error:
@@ -234,10 +234,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         if name not in _KINDS:
-            raise DataError(f"text format: unknown field {_short(name)}; known are {', '.join(_KINDS)}.")
+            raise DataError(f"text format: unknown field {short_repr(name)}; known are {', '.join(_KINDS)}.")
         if type(value) is not _KINDS[name]:
             expected = "a text" if _KINDS[name] is str else "a whole number"
-            raise DataError(f"text format: {name} is {_short(value)}, but must be {expected}.")
+            raise DataError(f"text format: {name} is {short_repr(value)}, but must be {expected}.")
         most = _MAX_TOKEN_CHARS if name in ("separator", "end") else MAX_TEMPLATE_CHARS
         if isinstance(value, str) and len(value) > most:
             raise DataError(
@@ -249,7 +249,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
         for column, count in Counter(_COLUMN.findall(values.get(name, ""))).items():
             if count > _MAX_REPEATS:
                 raise DataError(
-                    f"text format: {name} repeats the column {_short(column)} {count:,} times, but at most "
+                    f"text format: {name} repeats the column {short_repr(column)} {count:,} times, but at most "
                     f"{_MAX_REPEATS} are allowed.",
                     hint="write every column once.",
                 )
@@ -265,12 +265,12 @@ def _check_lengths(values: Mapping[str, Any]) -> None:
         value = values.get(name, 0)
         if type(value) is not int or not 0 <= value < _MAX_POSITIONS:
             raise DataError(
-                f"text format: {name} is {_short(value)}, but must be a whole number between 0 and "
+                f"text format: {name} is {short_repr(value)}, but must be a whole number between 0 and "
                 f"{_MAX_POSITIONS - 1}."
             )
     policy = values.get("on_too_long", "error")
     if policy not in POLICIES:
-        raise DataError(f"text format: on_too_long is {_short(policy)}, but must be {' or '.join(POLICIES)}.")
+        raise DataError(f"text format: on_too_long is {short_repr(policy)}, but must be {' or '.join(POLICIES)}.")
 
 
 def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:
@@ -366,8 +366,3 @@ class TargetStream:
         self._held = text[len(given) :]
         self._begun = self._begun or bool(given)
         return given
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

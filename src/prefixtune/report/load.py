@@ -114,12 +114,12 @@ def _read_evaluation(files: Files) -> Evaluation:
 
 
 def _overlap(record: Record) -> str:
-    """How many test sources are in the training set, in words; empty: none, or it is not known."""
+    """How many test sources are also in the training set, in words; empty: none, or it is not known."""
     count, total = record.get("count", int, 0), record.get("num_examples", int, 0)
     if count < 1 or total < 1:
         return ""
     train = record.get("train", str, "")
-    return f"{count:,} of {total:,} test sources ({count / total:.1%}) are in the training set {train!r}, too"
+    return f"{count:,} of {total:,} test sources ({count / total:.1%}) are also in the training set {train!r}"
 
 
 def _scores(record: Record) -> dict[str, Score]:

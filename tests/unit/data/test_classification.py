@@ -98,7 +98,7 @@ def test_a_label_is_the_text_that_json_writes(tmp_path: Path, value: str, label:
         ("a.jsonl", '{"text": "x", "label": null}', r"line 1: column 'label' holds nothing \(null\)"),
         ("a.jsonl", '{"text": "x", "label": ["a", "b"]}', "line 1: 'label' holds 2 labels; exactly one"),
         ("a.json", '[{"text": "x", "label": []}]', "item 1: 'label' holds 0 labels"),
-        ("a.jsonl", '{"text": "x", "label": 2.5}', "line 1: label 2.5 is no whole number"),
+        ("a.jsonl", '{"text": "x", "label": 2.5}', "line 1: label 2.5 is not a whole number"),
         ("a.jsonl", '{"text": "x", "label": {"a": 1}}', "line 1: column 'label' holds an object"),
         ("a.jsonl", '{"text": ["x"], "label": "a"}', "line 1: column 'text' holds a list"),
         ("a.txt", "x", r"allowed: \.jsonl, \.json, \.csv, \.tsv"),
@@ -136,7 +136,7 @@ def test_an_unknown_label_is_named_with_the_nearest_known_one():
     names = ("negative", "positive")
     check_labels(labelled("positive", "positive"), names)
     check_labels([], names)
-    with pytest.raises(DataError, match=r"label 'postive' of example 2 is none of the 2 .*'mixed'.*mean 'positive'"):
+    with pytest.raises(DataError, match=r"label 'postive' of example 2 is not one of the 2 .*'mixed'.*mean 'positive'"):
         check_labels(labelled("negative", "postive", "mixed", "postive"), names)
     with pytest.raises(DataError, match="known: negative, positive"):
         check_labels(labelled("3"), names)

@@ -11,13 +11,13 @@ import pytest
 
 from prefixtune.data import files as reading
 from prefixtune.data import parquet
-from prefixtune.data.files import read_rows
+from prefixtune.data.files import read_file
 from prefixtune.errors import ConfigError, DataError
 
 
 def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return [row.values for row in read_rows(path)]
+    return [row.values for row in read_file(path)]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_text_with_a_byte_order_mark_is_read(mark: bytes, encoding: str, tmp_pat
         ("a.csv", "name\nCafé\n".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8", "iconv -f WINDOWS-1252"),
         ("a.csv", "name\nx\n".encode("utf-16-le"), "line 1: there is a NUL character", ""),
         ("a.csv", codecs.BOM_UTF16_LE + b"a\x00b", "is not UTF-16-LE", "UTF-8"),
-        ("a.csv.gz", b"name\nx\n", "ends with .gz but is not a gzip file", "drop .gz"),
+        ("a.csv.gz", b"name\nx\n", "ends with .gz but is not a gzip file", "remove .gz"),
         ("a.csv.gz", gzip.compress(b"name\nx\n", mtime=0)[:-9], "is a broken gzip file", "again"),
         ("a.csv", gzip.compress(b"name\nx\n", mtime=0), "does not end with .gz", "add .gz"),
         ("a.xlsx", b"PK", "has the ending '.xlsx'; allowed: .jsonl, .json, .csv, .tsv, .parquet", ""),
@@ -104,11 +104,11 @@ def test_what_cannot_be_read_is_refused_in_one_line(
 def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(DataError, match="is a folder"):
-        read_rows(tmp_path / "a.csv")
+        read_file(tmp_path / "a.csv")
 
 
 def test_what_unzips_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_MOST_BYTES", 2**22)
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 2**22)
     with pytest.raises(DataError, match="holds more than 4,194,304 bytes"):
         rows_of(tmp_path / "a.csv.gz", gzip.compress(b"x" * 2**24))
 
@@ -120,5 +120,5 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(parquet.importlib, "import_module", missing)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match="pyarrow, which is not installed") as raised:
-        read_rows(tmp_path / "a.parquet")
+        read_file(tmp_path / "a.parquet")
     assert "prefixtune[datasets]" in raised.value.hint

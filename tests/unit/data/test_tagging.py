@@ -59,7 +59,7 @@ def test_other_columns_may_be_named(tmp_path: Path):
     path = write(tmp_path / "a.jsonl", '{"words": ["Hello"], "ner": ["O"], "tokens": 3}')
     (example,) = read_task("tagging", path, source="words", target="ner")
     assert dict(example.fields) == {"tokens": ("Hello",), "tags": ("O",)}
-    with pytest.raises(ConfigError, match="no column's name"):
+    with pytest.raises(ConfigError, match="not the name of a column"):
         read_tagging(path, "{words}", "ner")
     lines = write(tmp_path / "a.conll", LINES)
     with pytest.raises(ConfigError, match="no named columns, but target is 'ner'"):
@@ -106,18 +106,22 @@ def test_what_is_written_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
         ("a.jsonl", '{"words": ["a"], "tags": ["O"]}', "line 1: there is no column 'tokens'; there are: words, tags"),
         ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}', "line 1: 'tokens' is 'a b'; a list"),
         ("a.jsonl", '{"tokens": [], "tags": []}', r"line 1: 'tokens' is \[\]; a list of at least one"),
-        ("a.jsonl", '{"tokens": ["a"], "tags": [3]}', "line 1: item 1 of 'tags' is 3; a string.*by their names"),
+        (
+            "a.jsonl",
+            '{"tokens": ["a"], "tags": [3]}',
+            "line 1: item 1 of 'tags' is 3; a string.*the names of numbered tags",
+        ),
         ("a.jsonl", '{"tokens": ["a", null], "tags": ["O", "O"]}', "line 1: item 2 of 'tokens' is None"),
         ("a.jsonl", '{"tokens": ["New York"], "tags": ["O"]}', "line 1: token 'New York' holds white space"),
         ("a.jsonl", '{"tokens": ["10\\u00a0000"], "tags": ["O"]}', "line 1: token .* holds white space"),
         ("a.jsonl", '{"tokens": [""], "tags": ["O"]}', "line 1: token '' is empty"),
-        ("a.jsonl", '{"tokens": ["a"], "tags": ["NN"]}', "line 1: tag 'NN' of 'a' is none of the BIO scheme.*B-TYPE"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": ["NN"]}', "line 1: tag 'NN' of 'a' is not in the BIO scheme.*B-TYPE"),
         ("a.json", '[{"tokens": ["a"], "tags": ["B-"]}]', "item 1: tag 'B-' of 'a'"),
         ("a.txt", "a O\n\nb\n", "line 3 is 'b' alone; a token and a tag are needed"),
         ("a.txt", "a O\nNew York\tB-X\n", "line 2: token 'New York' holds white space"),
         ("a.txt", "a O\n10\u00a0000 O\n", "line 2: token .* holds white space"),
-        ("a.txt", "a O\nb \tO\nc o\n", "line 3: tag 'o' of 'c' is none"),
-        ("a.txt", "# one\na S-X\n", "line 2: tag 'S-X' of 'a' is none.*BIOES"),
+        ("a.txt", "a O\nb \tO\nc o\n", "line 3: tag 'o' of 'c' is not in"),
+        ("a.txt", "# one\na S-X\n", "line 2: tag 'S-X' of 'a' is not in.*BIOES"),
         ("a.conll", "# a\n-DOCSTART- O\n", "no sentences"),
         ("a.conll", "\n", "is empty"),
         ("a.csv", "a,b", r"allowed: \.jsonl, \.json, \.conll, \.bio, \.txt"),
@@ -152,5 +156,5 @@ def test_the_names_are_whole_pairs_after_o():
 def test_an_unknown_tag_is_named_with_the_nearest_known_one():
     names = tag_names([tagged(["a"], ["B-STATION"])])
     check_tags([tagged(["a", "b"], ["B-STATION", "I-STATION"])], names)
-    with pytest.raises(DataError, match=r"tag 'B-STATIN' of example 2 \('b'\) is none of the 3 .*mean 'B-STATION'"):
+    with pytest.raises(DataError, match=r"tag 'B-STATIN' of example 2 \('b'\) is not one of the 3 .*mean 'B-STATION'"):
         check_tags([tagged(["a"], ["O"]), tagged(["b"], ["B-STATIN"])], names)

@@ -138,7 +138,7 @@ GOOD = entry([LEADER], [("good", "x")])
         ("a.xml", " \n", "is empty"),
         ("a.xml", benchmark(), "has no entries"),
         ("a.xml", "<html><entry/></html>", "line 1: the outermost element is <html>; <benchmark>"),
-        ("a.xml", "<benchmark>\n<lex>x</lex></benchmark>", "line 2: <lex> stands outside an <entry>"),
+        ("a.xml", "<benchmark>\n<lex>x</lex></benchmark>", "line 2: <lex> is outside an <entry>"),
         ("a.xml", "<benchmark>" * 70, "nested more than 64 deep"),
         ("a.xml", benchmark(entry([["a", "b"]], [("good", "x")])), r"line 4: triple 'a \| b' has 2 parts; three"),
         ("a.xml", benchmark(entry([], [("good", "x")])), "line 4: 'triples' is .*at least one triple"),

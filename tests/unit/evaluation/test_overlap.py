@@ -1,4 +1,4 @@
-"""Test sources that stand in the training set: counted, warned of, and kept with the scores."""
+"""Test sources that are also in the training set: counted, warned of, and kept with the scores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_training_set_that_is_not_at_hand_is_left_alone(tmp_path: Path, monkey
     assert training_examples(TrainConfig(train="/nowhere.jsonl", source="name")) is None
     assert training_examples(TrainConfig(train="hub:some/set", source="name")) is None
     assert training_examples(TrainConfig(source="name")) is None
-    monkeypatch.setattr(overlap, "_MOST_BYTES", 10)
+    monkeypatch.setattr(overlap, "MAX_TRAINING_BYTES", 10)
     assert training_examples(TrainConfig(train=path, source="name")) is None
 
 
@@ -73,7 +73,7 @@ def test_a_study_counts_them_and_its_report_tells(tmp_path: Path, tiny_backbone:
     stored = json.loads((tmp_path / "study" / "study.json").read_text())
     assert stored["overlap"] == {"count": 1, "share": 0.5, "num_examples": 2, "train": config.train}
     warnings = compose([read_results(tmp_path / "study")], "").warnings
-    assert any("1 of 2 test sources (50.0%) are in the training set" in warning for warning in warnings)
+    assert any("1 of 2 test sources (50.0%) are also in the training set" in warning for warning in warnings)
     # A second look at what is done forgets nothing.
     run_study(config, backbone=tiny_backbone("llama"))
     assert json.loads((tmp_path / "study" / "study.json").read_text())["overlap"] == stored["overlap"]

@@ -129,7 +129,7 @@ def _read_outputs(path: Path) -> list[str]:
     Raises:
         DataError: It is neither, or cannot be read.
     """
-    from prefixtune.data.files import check_file, read_rows, read_text
+    from prefixtune.data.files import check_file, read_file, read_text
 
     check_file(path)
     name = path.name.lower().removesuffix(".gz")
@@ -140,11 +140,12 @@ def _read_outputs(path: Path) -> list[str]:
         )
     if name.endswith(".jsonl"):
         outputs = []
-        for row in read_rows(path, (".jsonl",)):
+        for row in read_file(path, (".jsonl",)):
             output = row.values.get("output")
             if not isinstance(output, str):
                 raise DataError(
-                    f"{row.where}: 'output' is {output!r}; a text is needed.", hint='write lines as {"output": "..."}.'
+                    f"{row.location}: 'output' is {output!r}; a text is needed.",
+                    hint='write lines as {"output": "..."}.',
                 )
             outputs.append(output)
     else:

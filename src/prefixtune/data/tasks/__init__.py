@@ -1,1 +1,1 @@
-"""One module a task: its file formats, and how a record becomes a source."""
+"""One module per kind of data: its files -> examples."""

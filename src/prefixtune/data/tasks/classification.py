@@ -1,13 +1,11 @@
-"""Text -> one label: a table of texts and labels, and the checks that a set of labels needs.
+"""Text -> one label: a table of texts and labels, and the checks of its labels.
 
 Columns are named by templates as in `records`: the name of one column (`text`), or text with columns in braces
-(`{premise} => {hypothesis}`). Unlike there, each row stays its own example: a text that occurs twice counts twice, as
-in the published figures of a test set.
+(`{premise} => {hypothesis}`). Unlike there, each row is an example of its own: a text that occurs twice counts twice,
+as in the published figures of a test set.
 
 A label is a string. Whole numbers and truth values become the text that JSON writes for them (`3`, `true`). Other
-numbers are refused, since an amount is no class.
-
-Knows nothing of models: neither how a label is predicted, nor that a label may be several tokens.
+numbers are refused, because an amount is not a class.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Row, read_rows
+from prefixtune.data.files import Record, read_file
 from prefixtune.data.tasks.records import check_template, render
 from prefixtune.errors import DataError, did_you_mean
 
@@ -24,7 +22,7 @@ __all__ = ["check_labels", "label_names", "read_classification"]
 
 
 def read_classification(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
-    """Read `.jsonl`, `.json` (a list), `.csv` or `.tsv`, each also `.gz`.
+    """Read a file of texts and labels (see `files.FORMATS`).
 
     Args:
         path: The file.
@@ -32,7 +30,7 @@ def read_classification(path: Path, source: str | None = None, target: str | Non
         target: Template of the label; None: the column `label`.
 
     Returns:
-        One example a row, with one target; `fields` is the row.
+        One example per row, with one target; `fields` is the row.
 
     Raises:
         ConfigError: A template is malformed.
@@ -42,9 +40,11 @@ def read_classification(path: Path, source: str | None = None, target: str | Non
     target = "label" if target is None else target
     columns = [*check_template(source), *check_template(target)]
     examples = []
-    for row in read_rows(path):
-        _check_columns(row, columns)
-        examples.append(Example(render(source, row.values, row.where), (_label(target, row),), row.values))
+    for record in read_file(path):
+        _check_columns(record, columns)
+        examples.append(
+            Example(render(source, record.values, record.location), (_label(target, record),), record.values)
+        )
     return examples
 
 
@@ -55,12 +55,12 @@ def label_names(examples: Iterable[Example]) -> tuple[str, ...]:
     ('bad', 'good')
 
     Raises:
-        DataError: There are fewer than two labels, or an example has not exactly one.
+        DataError: There are fewer than two labels, or an example does not have exactly one.
     """
     names = tuple(sorted({_only_label(example, number) for number, example in enumerate(examples, start=1)}))
     if len(names) < 2:
-        found = f"all examples have the label {names[0]!r}" if names else "there is no example"
-        raise DataError(f"{found}; at least two labels are needed.", hint="check the file and the target column.")
+        reason = f"all examples have the label {names[0]!r}" if names else "there is no example"
+        raise DataError(f"{reason}; at least two labels are needed.", hint="check the file and the target column.")
     return names
 
 
@@ -73,7 +73,7 @@ def check_labels(examples: Iterable[Example], labels: Sequence[str]) -> None:
 
     Raises:
         DataError: A label is unknown (the message names it, its first example and the nearest known one), or an example
-            has not exactly one.
+            does not have exactly one.
     """
     unknown: dict[str, int] = {}
     for number, example in enumerate(examples, start=1):
@@ -84,7 +84,7 @@ def check_labels(examples: Iterable[Example], labels: Sequence[str]) -> None:
         (label, number), *others = unknown.items()
         more = f" (further unknown labels: {', '.join(repr(name) for name, _ in others[:5])})" if others else ""
         raise DataError(
-            f"label {label!r} of example {number} is none of the {len(labels)} known labels{more}.",
+            f"label {label!r} of example {number} is not one of the {len(labels)} known labels{more}.",
             hint=did_you_mean(label, labels),
         )
 
@@ -98,29 +98,33 @@ def _only_label(example: Example, number: int) -> str:
     return example.targets[0]
 
 
-def _check_columns(row: Row, columns: Sequence[str]) -> None:
-    missing = [column for column in dict.fromkeys(columns) if column not in row.values]
+def _check_columns(record: Record, columns: Sequence[str]) -> None:
+    missing = [column for column in dict.fromkeys(columns) if column not in record.values]
     if missing:
         absent = " and no column ".join(map(repr, missing))
         raise DataError(
-            f"{row.where}: there is no column {absent}; there are: {', '.join(map(str, row.values)) or 'none'}.",
+            f"{record.location}: there is no column {absent}; there are: "
+            f"{', '.join(map(str, record.values)) or 'none'}.",
             hint="name the column of the text with source, and that of the label with target.",
         )
 
 
-def _label(template: str, row: Row) -> str:
+def _label(template: str, record: Record) -> str:
     """The one label of a row; a column may hold it in a list of one."""
-    value = row.values.get(template)
+    value = record.values.get(template)
     if isinstance(value, list):
         if len(value) != 1:
             raise DataError(
-                f"{row.where}: {template!r} holds {len(value)} labels; exactly one is needed.",
+                f"{record.location}: {template!r} holds {len(value)} labels; exactly one is needed.",
                 hint="keep one label, or split the row.",
             )
         value = value[0]
     if isinstance(value, float):
         raise DataError(
-            f"{row.where}: label {value!r} is no whole number; text, a whole number or a truth value is allowed.",
+            f"{record.location}: label {value!r} is not a whole number; text, a whole number or a truth value is "
+            "allowed.",
             hint="write the classes as text, or name another target column.",
         )
-    return render(template, {**row.values, template: value} if template in row.values else row.values, row.where)
+    return render(
+        template, {**record.values, template: value} if template in record.values else record.values, record.location
+    )

@@ -5,11 +5,9 @@ Reads the original release's CSV (columns `mr`, `ref`; only `mr` in the test set
 `target` and `references`). Equal meaning representations become one example, in order of first appearance, with their
 references in order (repeated ones are kept).
 
-References keep their words and case; only outer white space is cut, and an inner line break becomes one space, since
-generation for this task bans line breaks. The data that the authors of prefix-tuning released has its texts
-tokenized besides (`city centre .`); this reader leaves the original spelling, as BLEU's tokenizer expects it.
-
-Knows nothing of tokenizers or training.
+References keep their words and case; only outer white space is removed, and an inner line break becomes one space,
+because generation for this task bans line breaks. In the data that the authors of prefix-tuning released, texts are
+also tokenized (`city centre .`); this reader keeps the original spelling, which BLEU's tokenizer expects.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import re
 from pathlib import Path
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Row, file_format, one_line, read_rows
+from prefixtune.data.files import Record, file_format, one_line, read_file
 from prefixtune.data.hub import is_dataset
 from prefixtune.errors import DataError, did_you_mean
 
@@ -93,30 +91,30 @@ def read_e2e(path: Path) -> list[Example]:
     """Read an E2E file (`.csv` or `.jsonl`, each also `.gz`), or a set of the `datasets` library.
 
     Args:
-        path: The file. Column names may be in either case; columns besides the two are ignored.
+        path: The file. Column names may be in either case; other columns are ignored.
 
     Returns:
         One example for each distinct meaning representation; `fields` is `{"mr": the original text}`, and the group
-        `attributes` is the number of its attributes; no targets where the file has no references.
+        `attributes` is the number of its attributes; no targets if the file has no references.
 
     Raises:
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
     path = Path(path)
-    rows = read_rows(path, E2E_FORMATS)
+    records = read_file(path, E2E_FORMATS)
     if is_dataset(path):
-        rows, wanted = [_from_hub(row) for row in rows], "references"
+        records, wanted = [_from_hub(record) for record in records], "references"
     else:
         wanted = "ref" if file_format(path, E2E_FORMATS) == ".csv" else "references"
     sources: dict[str, str] = {}
     targets: dict[str, list[str]] = {}
-    for row in rows:
-        mr, references = _read_row(row, wanted)
+    for record in records:
+        mr, references = _read_row(record, wanted)
         if mr not in sources:
             try:
                 sources[mr] = linearize(mr)
             except DataError as error:
-                raise DataError(f"{row.where}: {error.message}", hint=error.hint) from error
+                raise DataError(f"{record.location}: {error.message}", hint=error.hint) from error
         targets.setdefault(mr, []).extend(references)
     return [
         Example(source, tuple(targets[mr]), {"mr": mr}, {"attributes": str(len(parse_mr(mr)))})
@@ -124,38 +122,38 @@ def read_e2e(path: Path) -> list[Example]:
     ]
 
 
-def _from_hub(row: Row) -> Row:
-    """A row of a set of the hub, under the names of the JSON lines."""
-    values = row.values
+def _from_hub(record: Record) -> Record:
+    """A record with the column names of the JSON lines instead of those of the hub's sets."""
+    values = record.values
     renamed = {}
     if "mr" in values or "meaning_representation" in values:
         renamed["mr"] = values.get("mr", values.get("meaning_representation"))
-    # GEM's training rows have an empty list of references beside their one target.
+    # GEM's training rows have an empty list of references and one target.
     singles = [values[name] for name in ("ref", "human_reference", "target") if name in values]
     if references := values.get("references") or singles[:1]:
         renamed["references"] = references
-    return Row(row.where, renamed or values)
+    return Record(record.location, renamed or values)
 
 
-def _read_row(row: Row, wanted: str) -> tuple[str, list[str]]:
-    """The meaning representation and the cleaned references of one row."""
-    values = {name.lower(): value for name, value in row.values.items()}
-    # References may be left out as a whole; a second column under another name is a mistake, not a test set.
+def _read_row(record: Record, wanted: str) -> tuple[str, list[str]]:
+    """The meaning representation and the cleaned references of one record."""
+    values = {name.lower(): value for name, value in record.values.items()}
+    # A file may have no references at all; but a second column with another name is a mistake, not a test set.
     for column in ("mr", wanted):
         if column not in values and (column == "mr" or len(values) > 1):
             raise DataError(
-                f"{row.where}: no column {column!r}; needed: 'mr' and {wanted!r} (or 'mr' alone to generate only).",
-                hint=did_you_mean(column, row.values),
+                f"{record.location}: no column {column!r}; needed: 'mr' and {wanted!r} ('mr' alone for generation).",
+                hint=did_you_mean(column, record.values),
             )
     mr = values["mr"]
     if not isinstance(mr, str):
-        raise DataError(f"{row.where}: 'mr' is {mr!r}; a string is needed.", hint=_SHAPE)
+        raise DataError(f"{record.location}: 'mr' is {mr!r}; a string is needed.", hint=_SHAPE)
     if wanted not in values:
         return mr.strip(), []
     references = [values[wanted]] if wanted == "ref" else values[wanted]
     if not isinstance(references, list) or not references:
         raise DataError(
-            f"{row.where}: {wanted!r} is {references!r}; a list of at least one string is needed.",
+            f"{record.location}: {wanted!r} is {references!r}; a list of at least one string is needed.",
             hint=f'write "{wanted}": ["..."], or leave it out of every row.',
         )
-    return mr.strip(), [one_line(reference, wanted, row.where) for reference in references]
+    return mr.strip(), [one_line(reference, wanted, record.location) for reference in references]

@@ -1,13 +1,11 @@
 """A document -> its summary: tables of documents and summaries (XSUM, CNN/DailyMail), and SciTLDR.
 
-Columns are named by templates as in `records`; without any, the ones that the well-known sets have are taken. SciTLDR
-is read as released (SciTLDR-A: `source` is an abstract's sentences, `target` its summaries) and as JSON lines
+Columns are named by templates as in `records`; without templates, those of the well-known sets are used. SciTLDR is
+read as released (SciTLDR-A: `source` is an abstract's sentences, `target` its summaries) and as JSON lines
 `{"document", "references"}`.
 
-Each row stays its own example, so that a set's published scores count them all. Documents and summaries become one
-line, since generation for these tasks bans line breaks.
-
-Knows nothing of tokenizers or training, nor of how many tokens of a document a model reads.
+Each row is an example of its own, because a set's published scores count them all. Documents and summaries become one
+line, because generation for these tasks bans line breaks.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Row, join_lines, one_line, read_rows
+from prefixtune.data.files import Record, join_lines, one_line, read_file
 from prefixtune.data.tasks.records import check_template, render, targets_of
 from prefixtune.errors import DataError
 
@@ -28,26 +26,26 @@ SCITLDR_FORMATS = (".jsonl", ".json")
 
 
 def read_summaries(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
-    """Read `.jsonl`, `.json` (a list), `.csv` or `.tsv`, each also `.gz`, or a set of the `datasets` library.
+    """Read a file of documents and summaries (see `files.FORMATS`), or a set of the `datasets` library.
 
     Args:
         path: The file.
-        source: Template of the document; None: the column `document`, or else `article`.
-        target: Template of the summary, or the name of a column that holds a list of them; None: the column `summary`,
-            or else `highlights`.
+        source: Template of the document; None: the column `document` or `article`.
+        target: Template of the summary, or the name of a column that holds a list of them; None: the column `summary`
+            or `highlights`.
 
     Returns:
-        One example a row; `fields` is the row.
+        One example per row; `fields` is the row.
 
     Raises:
-        ConfigError: A template is malformed, or the `datasets` library is needed, and not installed.
+        ConfigError: A template is malformed, or the `datasets` library is needed and not installed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
     return _read(path, source, target, ("document", "article"), ("summary", "highlights"))
 
 
 def read_xsum(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
-    """As `read_summaries`, with XSUM's columns only: `document` and `summary`, unless named."""
+    """Like `read_summaries`, but the default columns are XSUM's only: `document` and `summary`."""
     return _read(path, source, target, ("document",), ("summary",))
 
 
@@ -55,25 +53,25 @@ def read_scitldr(path: Path) -> list[Example]:
     """Read SciTLDR-A (`.jsonl` or `.json`, each also `.gz`), or a set of the `datasets` library.
 
     Returns:
-        One example a row, with each of its summaries; `fields` is the row.
+        One example per row, with all of its summaries; `fields` is the row.
 
     Raises:
-        ConfigError: The `datasets` library is needed, and not installed.
+        ConfigError: The `datasets` library is needed and not installed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
     examples = []
-    for row in read_rows(path, SCITLDR_FORMATS):
-        document, column = _column(row, ("document", "source"), "document")
+    for record in read_file(path, SCITLDR_FORMATS):
+        document, column = _column(record, ("document", "source"), "document")
         if isinstance(document, list):
-            document = " ".join(one_line(sentence, column, row.where) for sentence in document)
-        summaries, summary_column = _column(row, ("references", "target"), "summaries")
+            document = " ".join(one_line(sentence, column, record.location) for sentence in document)
+        summaries, summary_column = _column(record, ("references", "target"), "summaries")
         if not isinstance(summaries, list) or not summaries:
             raise DataError(
-                f"{row.where}: {summary_column!r} is {summaries!r}; a list of at least one text is needed.",
+                f"{record.location}: {summary_column!r} is {summaries!r}; a list of at least one text is needed.",
                 hint=f'write "{summary_column}": ["..."].',
             )
-        targets = tuple(one_line(summary, summary_column, row.where) for summary in summaries)
-        examples.append(Example(one_line(document, column, row.where), targets, row.values))
+        targets = tuple(one_line(summary, summary_column, record.location) for summary in summaries)
+        examples.append(Example(one_line(document, column, record.location), targets, record.values))
     return examples
 
 
@@ -84,21 +82,23 @@ def _read(
         if template is not None:
             check_template(template)
     examples = []
-    for row in read_rows(path):
-        from_columns = _column(row, documents, "document", "source")[1] if source is None else source
-        to_columns = _column(row, summaries, "summary", "target")[1] if target is None else target
-        targets = tuple(join_lines(text) for text in targets_of(to_columns, row))
-        examples.append(Example(join_lines(render(from_columns, row.values, row.where)), targets, row.values))
+    for record in read_file(path):
+        from_columns = _column(record, documents, "document", "source")[1] if source is None else source
+        to_columns = _column(record, summaries, "summary", "target")[1] if target is None else target
+        targets = tuple(join_lines(text) for text in targets_of(to_columns, record))
+        examples.append(
+            Example(join_lines(render(from_columns, record.values, record.location)), targets, record.values)
+        )
     return examples
 
 
-def _column(row: Row, names: Sequence[str], what: str, option: str = "") -> tuple[Any, str]:
-    """What the first of these columns that a row has holds, and its name."""
+def _column(record: Record, names: Sequence[str], what: str, option: str = "") -> tuple[Any, str]:
+    """The value of the first of these columns that a record has, and the column's name."""
     for name in names:
-        if name in row.values:
-            return row.values[name], name
+        if name in record.values:
+            return record.values[name], name
     raise DataError(
-        f"{row.where}: there is no column {' or '.join(map(repr, names))} for the {what}; there are: "
-        f"{', '.join(map(str, row.values)) or 'none'}.",
+        f"{record.location}: there is no column {' or '.join(map(repr, names))} for the {what}; there are: "
+        f"{', '.join(map(str, record.values)) or 'none'}.",
         hint=f"name the column with {option}." if option else "rename the column.",
     )

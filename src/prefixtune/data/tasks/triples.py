@@ -6,9 +6,7 @@
         <lex comment="good" lid="Id1">The leader of Aarhus is Jacob Bundsgaard.</lex>
       </entry> ...
 
-Such a file may define nothing of its own: a document type, with the entities that it could declare, is refused.
-
-Knows nothing of how triples become a source, nor of which texts are kept.
+Such a file may not define anything: a document type, which could declare entities, is refused.
 """
 
 from __future__ import annotations
@@ -18,87 +16,88 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from prefixtune.data.files import Row, join_lines, one_line, read_text
-from prefixtune.errors import DataError
+from prefixtune.data.files import Record, join_lines, one_line, read_text
+from prefixtune.errors import DataError, short_repr
 
 __all__ = ["Triple", "check_triples", "commented_texts", "read_benchmark", "references_of", "split_triple"]
 
 
 Triple = tuple[str, str, str]
 _SHAPE = 'write it as [["subject", "property", "object"], ...].'
-_DEEPEST = 64
+_MAX_DEPTH = 64
 
 
-def check_triples(value: Any, column: str, where: str) -> tuple[Triple, ...]:
-    """A list of triples, each of three texts; outer white space is cut, and an inner line break becomes one space.
+def check_triples(value: Any, column: str, location: str) -> tuple[Triple, ...]:
+    """A list of triples, each of three texts; outer white space is removed, and an inner line break becomes one space.
 
     A part may be empty, as DART's tables have empty cells.
 
     Raises:
-        DataError: It is no such list, or is empty.
+        DataError: It is not such a list, or is empty.
     """
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: {column!r} is {_short(value)}; a list of at least one triple is needed.", hint=_SHAPE
+            f"{location}: {column!r} is {short_repr(value)}; a list of at least one triple is needed.", hint=_SHAPE
         )
     triples: list[Triple] = []
     for number, triple in enumerate(value, start=1):
         parts = triple if isinstance(triple, list | tuple) else ()
         if len(parts) != 3 or not all(isinstance(part, str) for part in parts):
             raise DataError(
-                f"{where}: triple {number} of {column!r} is {_short(triple)}; three texts are needed.", hint=_SHAPE
+                f"{location}: triple {number} of {column!r} is {short_repr(triple)}; three texts are needed.",
+                hint=_SHAPE,
             )
         subject, relation, target = map(join_lines, parts)
         triples.append((subject, relation, target))
     return tuple(triples)
 
 
-def split_triple(text: Any, where: str) -> list[str]:
+def split_triple(text: Any, location: str) -> list[str]:
     """The three parts of `subject | property | object`.
 
     >>> split_triple("Aarhus | leaderName | Jacob_Bundsgaard", "line 1")
     ['Aarhus', 'leaderName', 'Jacob_Bundsgaard']
 
     Raises:
-        DataError: The text has not three parts.
+        DataError: The text does not have three parts.
     """
     parts = [part.strip() for part in text.split(" | ")] if isinstance(text, str) else []
     if len(parts) != 3:
         raise DataError(
-            f"{where}: triple {_short(text)} has {len(parts)} parts; three are needed.",
+            f"{location}: triple {short_repr(text)} has {len(parts)} parts; three are needed.",
             hint="write it as subject | property | object.",
         )
     return parts
 
 
-def references_of(row: Row) -> tuple[str, ...]:
-    """The texts of the column `references`; none where there is no such column, as in a set to generate for.
+def references_of(record: Record) -> tuple[str, ...]:
+    """The texts of the column `references`; none if there is no such column, as in data that is only for generation.
 
     Raises:
-        DataError: It is no list of at least one text.
+        DataError: It is not a list of at least one text.
     """
-    if "references" not in row.values:
+    if "references" not in record.values:
         return ()
-    references = row.values["references"]
+    references = record.values["references"]
     if not isinstance(references, list) or not references:
         raise DataError(
-            f"{row.where}: 'references' is {_short(references)}; a list of at least one string is needed.",
+            f"{record.location}: 'references' is {short_repr(references)}; a list of at least one string is needed.",
             hint='write "references": ["..."], or leave it out of every row.',
         )
-    return tuple(one_line(reference, "references", row.where) for reference in references)
+    return tuple(one_line(reference, "references", record.location) for reference in references)
 
 
-def commented_texts(value: Any, column: str, comment: str, where: str) -> list[tuple[str, str]]:
-    """Pairs of (comment, text), of a list of objects or, as sets of the hub may have it, of an object of lists.
+def commented_texts(value: Any, column: str, comment: str, location: str) -> list[tuple[str, str]]:
+    """Pairs of (comment, text), from a list of objects or, as in some sets of the hub, from an object of lists.
 
     >>> commented_texts({"source": ["e2e"], "text": [" A pub. "]}, "annotations", "source", "row 1")
     [('e2e', 'A pub.')]
 
     Args:
-        value: What the column holds.
+        value: The column's value.
         column: Its name, for messages.
         comment: The key of the comment; that of the text is `text`.
-        where: Its row, for messages.
+        location: The location of its record, for messages.
 
     Raises:
         DataError: It has another shape.
@@ -111,28 +110,28 @@ def commented_texts(value: Any, column: str, comment: str, where: str) -> list[t
             items = [{comment: one, "text": text} for one, text in zip(comments, texts, strict=True)]
     if not isinstance(items, list) or not items:
         raise DataError(
-            f"{where}: {column!r} is {_short(value)}; a list of at least one object is needed.",
+            f"{location}: {column!r} is {short_repr(value)}; a list of at least one object is needed.",
             hint=f'write it as [{{"{comment}": "...", "text": "..."}}, ...].',
         )
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict) or not all(isinstance(item.get(key), str) for key in (comment, "text")):
             raise DataError(
-                f"{where}: item {number} of {column!r} is {_short(item)}; "
+                f"{location}: item {number} of {column!r} is {short_repr(item)}; "
                 f"texts under {comment!r} and 'text' are needed.",
                 hint="write both as text.",
             )
     return [(item[comment], join_lines(item["text"])) for item in items]
 
 
-def read_benchmark(path: Path) -> list[Row]:
+def read_benchmark(path: Path) -> list[Record]:
     """The entries of an XML file, in order.
 
     Returns:
-        Rows with the attributes of an entry (`category`, `eid`, ...), `triples`, and `lexicalizations`: a list of
+        Records with the attributes of an entry (`category`, `eid`, ...), `triples`, and `lexicalizations`: a list of
         (comment, text) for each `lex`, the texts in one line.
 
     Raises:
-        DataError: The file cannot be read, is no XML of this kind, or declares a document type; the message names the
+        DataError: The file cannot be read, is not XML of this kind, or declares a document type; the message names the
             line.
     """
     reader = _Benchmark(path)
@@ -147,40 +146,40 @@ def read_benchmark(path: Path) -> list[Row]:
     except expat.ExpatError as error:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.offset + 1}: not XML: {expat.ErrorString(error.code)}.",
-            hint="copy or download the file again, or mend the line.",
+            hint="copy or download the file again, or repair the line.",
         ) from error
-    if not reader.rows:
+    if not reader.records:
         raise DataError(
             f"{path} has no entries; at least one <entry> is needed.", hint="check that it is a file of the set."
         )
-    return reader.rows
+    return reader.records
 
 
 @dataclass
 class _Benchmark:
-    """What is read of one file so far."""
+    """What was read of one file so far."""
 
     path: Path
-    rows: list[Row] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     open: list[str] = field(default_factory=list)
     comment: str = ""
     pieces: list[str] = field(default_factory=list)
 
     def start(self, line: int, name: str, attributes: dict[str, str]) -> None:
         """An element begins."""
-        where = f"{self.path}, line {line}"
+        location = f"{self.path}, line {line}"
         if not self.open and name != "benchmark":
             raise DataError(
-                f"{where}: the outermost element is <{name}>; <benchmark> is needed.", hint="check the file."
+                f"{location}: the outermost element is <{name}>; <benchmark> is needed.", hint="check the file."
             )
-        if len(self.open) == _DEEPEST:
-            raise DataError(f"{where}: elements are nested more than {_DEEPEST} deep.", hint="check the file.")
+        if len(self.open) == _MAX_DEPTH:
+            raise DataError(f"{location}: elements are nested more than {_MAX_DEPTH} deep.", hint="check the file.")
         self.open.append(name)
         if name == "entry":
-            self.rows.append(Row(where, {**attributes, "triples": [], "lexicalizations": []}))
+            self.records.append(Record(location, {**attributes, "triples": [], "lexicalizations": []}))
         elif name in ("lex", "mtriple"):
             if "entry" not in self.open:
-                raise DataError(f"{where}: <{name}> stands outside an <entry>.", hint="check the file.")
+                raise DataError(f"{location}: <{name}> is outside an <entry>.", hint="check the file.")
             self.comment, self.pieces = attributes.get("comment", ""), []
 
     def text(self, text: str) -> None:
@@ -193,11 +192,11 @@ class _Benchmark:
         self.open.pop()
         if name not in ("lex", "mtriple"):
             return
-        row, text = self.rows[-1], join_lines("".join(self.pieces))
+        record, text = self.records[-1], join_lines("".join(self.pieces))
         if name == "mtriple":
-            row.values["triples"].append(split_triple(text, row.where))
+            record.values["triples"].append(split_triple(text, record.location))
         else:
-            row.values["lexicalizations"].append((self.comment, text))
+            record.values["lexicalizations"].append((self.comment, text))
 
     def refuse_doctype(self, line: int) -> None:
         """A document type, in which entities could be declared."""
@@ -205,8 +204,3 @@ class _Benchmark:
             f"{self.path}, line {line}: a document type (<!DOCTYPE ...>) is not allowed; a file of the set has none.",
             hint="remove it, with the entities that it declares.",
         )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

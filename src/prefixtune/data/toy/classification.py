@@ -1,14 +1,10 @@
 """A small classification set made here: passengers' messages to a night-train office, and the department of each.
 
-The house rule: what the writer asks for decides. Half of the messages name two subjects, one that is asked about and
-one that is only mentioned (settled, praised or complained of), in either order and with the same phrases whatever the
-subjects; where nothing is asked, the only subject decides. So each pair of subjects goes to one department or the
-other with the same words, and no list of keywords sorts them all. Every message closes with the train and a place,
-where "berth" and "ticket" say nothing of the subject.
-
-The same arguments give the same set on every version of Python.
-
-Knows nothing of tokenizers or training, and reads no file.
+The rule: what the writer asks for decides. Half of the messages name two subjects: one that is asked about and one that
+is only mentioned (settled, praised or complained about), in either order and with the same phrases for all subjects. If
+nothing is asked, the only subject decides. So each pair of subjects goes to one department or the other with the same
+words, and no list of keywords sorts them all. Every message ends with the train and a place, in which "berth" and
+"ticket" say nothing about the subject.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from prefixtune.data.toy.sampler import BalancedSampler, check_sizes
 __all__ = ["DEPARTMENTS", "MENTIONS", "REQUESTS", "make_toy_labels"]
 
 
-#: Department -> its subjects, as they stand in a message.
+#: Department -> its subjects, as they are written in a message.
 DEPARTMENTS: dict[str, tuple[str, ...]] = {
     "bedding": (
         *("the upper berth", "my second pillow", "the thin blankets", "the linen sheets", "the ladder to the bunk"),
@@ -72,7 +68,7 @@ _TRAINS = ("Heron", "Otter", "Badger", "Swan", "Fox", "Owl", "Hare", "Wolf")
 _PLACES = ("berth", "ticket", "coach")
 _NUMBERS = tuple(str(number) for number in range(1, 13))
 _PAIRS = tuple((one, other) for one in DEPARTMENTS for other in DEPARTMENTS if one != other)
-_LEAST = 100
+_MIN_TRAIN = 100
 
 
 def make_toy_labels(seed: int = 7, train: int = 400, held_out: int = 100) -> tuple[list[Example], list[Example]]:
@@ -89,7 +85,7 @@ def make_toy_labels(seed: int = 7, train: int = 400, held_out: int = 100) -> tup
     (('luggage',), 'tickets')
 
     Args:
-        seed: Another seed gives other messages, by the same rules; >= 0.
+        seed: Another seed gives other messages by the same rules; >= 0.
         train: Number of training messages; 100 to 10,000.
         held_out: Number of held-out messages; 0 to 10,000.
 
@@ -97,46 +93,46 @@ def make_toy_labels(seed: int = 7, train: int = 400, held_out: int = 100) -> tup
         ConfigError: A number is out of range.
     """
     hint = "leave the numbers out to have 400 and 100 messages."
-    check_sizes("toy_labels", seed, train, held_out, least=_LEAST, hint=hint)
-    dealer = BalancedSampler(seed)
-    made: dict[str, Example] = {}
-    while len(made) < train + held_out:
-        example = _two_subjects(dealer) if dealer.deal("subjects", (False, True)) else _one_subject(dealer)
-        made.setdefault(example.source, example)
-    examples = list(made.values())
+    check_sizes("toy_labels", seed, train, held_out, min_train=_MIN_TRAIN, hint=hint)
+    sampler = BalancedSampler(seed)
+    messages: dict[str, Example] = {}
+    while len(messages) < train + held_out:
+        example = _two_subjects(sampler) if sampler.draw("subjects", (False, True)) else _one_subject(sampler)
+        messages.setdefault(example.source, example)
+    examples = list(messages.values())
     return examples[:train], examples[train:]
 
 
-def _one_subject(dealer: BalancedSampler) -> Example:
-    label = dealer.deal("department", tuple(DEPARTMENTS))
-    asks = dealer.deal("asks", (False, True))
-    return _message(dealer, (_request if asks else _mention)(dealer, label), label, "")
+def _one_subject(sampler: BalancedSampler) -> Example:
+    label = sampler.draw("department", tuple(DEPARTMENTS))
+    asks = sampler.draw("asks", (False, True))
+    return _message(sampler, (_request if asks else _mention)(sampler, label), label, "")
 
 
-def _two_subjects(dealer: BalancedSampler) -> Example:
-    label, mentioned = dealer.deal("pair", _PAIRS)
-    request, mention = _request(dealer, label), _mention(dealer, mentioned)
-    if dealer.deal("request first", (False, True)):
-        body = request + dealer.deal("after a request", _REQUEST_FIRST) + mention
+def _two_subjects(sampler: BalancedSampler) -> Example:
+    label, mentioned = sampler.draw("pair", _PAIRS)
+    request, mention = _request(sampler, label), _mention(sampler, mentioned)
+    if sampler.draw("request first", (False, True)):
+        body = request + sampler.draw("after a request", _REQUEST_FIRST) + mention
     else:
-        body = mention + dealer.deal("after a mention", _MENTION_FIRST) + request
-    return _message(dealer, body, label, mentioned)
+        body = mention + sampler.draw("after a mention", _MENTION_FIRST) + request
+    return _message(sampler, body, label, mentioned)
 
 
-def _request(dealer: BalancedSampler, department: str) -> str:
-    subject = dealer.deal(f"asked: {department}", DEPARTMENTS[department])
-    return f"{dealer.deal('request', REQUESTS)} {subject}"
+def _request(sampler: BalancedSampler, department: str) -> str:
+    subject = sampler.draw(f"asked: {department}", DEPARTMENTS[department])
+    return f"{sampler.draw('request', REQUESTS)} {subject}"
 
 
-def _mention(dealer: BalancedSampler, department: str) -> str:
-    subject = dealer.deal(f"mentioned: {department}", DEPARTMENTS[department])
-    return f"{dealer.deal('mention', MENTIONS)} {subject}"
+def _mention(sampler: BalancedSampler, department: str) -> str:
+    subject = sampler.draw(f"mentioned: {department}", DEPARTMENTS[department])
+    return f"{sampler.draw('mention', MENTIONS)} {subject}"
 
 
-def _message(dealer: BalancedSampler, body: str, label: str, mentioned: str) -> Example:
+def _message(sampler: BalancedSampler, body: str, label: str, mentioned: str) -> Example:
     first, _, second = body.partition(". ")
     body = f"{first}. {second[0].upper()}{second[1:]}" if second else body
-    place, number = dealer.deal("place", _PLACES), dealer.deal("number", _NUMBERS)
-    train = dealer.deal("train", _TRAINS)
-    text = f"{dealer.deal('greeting', _GREETINGS)}, {body}. {train}, {place} {number}."
+    place, number = sampler.draw("place", _PLACES), sampler.draw("number", _NUMBERS)
+    train = sampler.draw("train", _TRAINS)
+    text = f"{sampler.draw('greeting', _GREETINGS)}, {body}. {train}, {place} {number}."
     return Example(text, (label,), {"text": text, "label": label, "mentioned": mentioned})

@@ -1,9 +1,7 @@
-"""What the sets made here share: cards dealt from shuffled decks, and the check of the sizes asked for.
+"""A sampler of balanced values, and the check of a set's sizes, for all sets made here.
 
-The same seed gives the same set on every version of Python: only `random.Random(seed).random()` is used, the one
-method whose sequence Python promises to keep.
-
-Knows nothing of any one set.
+Equal seeds give equal sets on every version of Python: only `random.Random(seed).random()` is used, the one method
+whose sequence Python guarantees.
 """
 
 from __future__ import annotations
@@ -14,65 +12,65 @@ from typing import TypeVar
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["LARGEST", "BalancedSampler", "check_sizes"]
+__all__ = ["MAX_EXAMPLES", "BalancedSampler", "check_sizes"]
 
 
-#: The most examples of a part.
-LARGEST = 10_000
-_Card = TypeVar("_Card")
+#: Most examples of a part.
+MAX_EXAMPLES = 10_000
+_Value = TypeVar("_Value")
 
 
 class BalancedSampler:
-    """Deals values from named decks: each is shuffled, dealt to its end and shuffled again.
+    """Draws values from named lists: each list is shuffled, used up, and shuffled again.
 
-    So all values of a deck are about equally frequent, and after as many deals as it has cards each has occurred.
+    So all values of a list are about equally frequent, and each occurs within as many draws as the list has values.
 
     Args:
-        seed: Of the shuffling; >= 0.
+        seed: >= 0.
     """
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
-        self._decks: dict[str, list[int]] = {}
+        self._remaining: dict[str, list[int]] = {}
 
-    def below(self, limit: int) -> int:
+    def integer(self, limit: int) -> int:
         """An integer from 0 to `limit` - 1."""
         return int(self._rng.random() * limit)
 
-    def deal(self, deck: str, cards: Sequence[_Card]) -> _Card:
-        """The next card of a deck.
+    def draw(self, name: str, values: Sequence[_Value]) -> _Value:
+        """The next value of a list.
 
         Args:
-            deck: Its name.
-            cards: What it is made of; the same at each call.
+            name: The list's name.
+            values: Its values; the same at each call.
         """
-        left = self._decks.get(deck)
-        if not left:
-            left = self._decks[deck] = list(range(len(cards)))
-            for last in range(len(left) - 1, 0, -1):
-                other = self.below(last + 1)
-                left[last], left[other] = left[other], left[last]
-        return cards[left.pop()]
+        remaining = self._remaining.get(name)
+        if not remaining:
+            remaining = self._remaining[name] = list(range(len(values)))
+            for last in range(len(remaining) - 1, 0, -1):
+                other = self.integer(last + 1)
+                remaining[last], remaining[other] = remaining[other], remaining[last]
+        return values[remaining.pop()]
 
 
-def check_sizes(name: str, seed: int, train: int, held_out: int, *, least: int, hint: str) -> None:
-    """Check what a set is asked for.
+def check_sizes(name: str, seed: int, train: int, held_out: int, *, min_train: int, hint: str) -> None:
+    """Check the arguments of a set.
 
     Args:
-        name: Of the set, for messages.
+        name: The set's name, for messages.
         seed: >= 0.
-        train: Number of training examples; `least` to 10,000.
+        train: Number of training examples; `min_train` to 10,000.
         held_out: Number of held-out examples; 0 to 10,000.
-        least: The fewest training examples.
+        min_train: Fewest training examples.
         hint: The next step.
 
     Raises:
         ConfigError: A number is out of range; all faults are listed at once.
     """
     faults = [
-        f"{part} is {value!r}; allowed: {low} to {LARGEST:,}."
-        for part, value, low in (("train", train, least), ("held_out", held_out, 0))
-        if not low <= value <= LARGEST
+        f"{part} is {value!r}; allowed: {low} to {MAX_EXAMPLES:,}."
+        for part, value, low in (("train", train, min_train), ("held_out", held_out, 0))
+        if not low <= value <= MAX_EXAMPLES
     ]
     if seed < 0:
         faults.append(f"seed is {seed!r}; allowed: 0 and more.")

@@ -1,13 +1,9 @@
 """A small table-to-text set made here: a night-train board, and notices in a house style that no model knows.
 
-A table has six fields (train, to, time, platform, fare, sky). Its notice obeys rules that a model can only learn from
-examples: a platform's letter is spelt as on the radio, a time as a railway says it, a fare is spelt out and called
-"a mere" below ten, and the sky decides the closing phrase. Each table has two notices, which differ in their order;
-either follows from the table word for word.
-
-The same arguments give the same set on every version of Python (see `seeded`).
-
-Knows nothing of tokenizers or training, and reads no file.
+A table has six fields (train, to, time, platform, fare, sky). Its notice follows rules that a model can only learn from
+examples: a platform's letter is spelt as on the radio, a time as railways say it, a fare is spelt out and called "a
+mere" below ten, and the sky decides the closing phrase. Each table has two notices, which differ in their order; both
+follow from the table word for word.
 """
 
 from __future__ import annotations
@@ -82,11 +78,11 @@ def notices(table: Mapping[str, str]) -> tuple[str, str]:
 def make_toy(seed: int = 7, train: int = 320, held_out: int = 40) -> tuple[list[Example], list[Example]]:
     """The training tables and the held-out ones.
 
-    No table is in both, none is repeated, and every value of a held-out table occurs in training, so that what is asked
-    for is the style in new combinations, not new words. From 20 training tables on, every value occurs in training.
+    No table is in both, none is repeated, and every value of a held-out table occurs in training: the held-out tables
+    test the style in new combinations, not new words. From 20 training tables on, every value occurs in training.
 
     Args:
-        seed: Another seed gives other tables, by the same rules; >= 0.
+        seed: Another seed gives other tables by the same rules; >= 0.
         train: Number of training tables; 1 to 10,000.
         held_out: Number of held-out tables; 0 to 10,000.
 
@@ -94,24 +90,24 @@ def make_toy(seed: int = 7, train: int = 320, held_out: int = 40) -> tuple[list[
         ConfigError: A number is out of range, or so few training tables leave too few combinations to hold out.
     """
     hint = "leave the numbers out to have 320 and 40 tables."
-    check_sizes("toy", seed, train, held_out, least=1, hint=hint)
-    dealer = BalancedSampler(seed)
-    training = _deal(dealer, train)
+    check_sizes("toy", seed, train, held_out, min_train=1, hint=hint)
+    sampler = BalancedSampler(seed)
+    training = _distinct_tables(sampler, train)
     seen = {field: sorted({table[field] for table in training}) for field in _VALUES}
-    left = math.prod(len(values) for values in seen.values()) - train
-    if held_out > left:
+    num_unused = math.prod(len(values) for values in seen.values()) - train
+    if held_out > num_unused:
         raise ConfigError(
-            f"toy set: held_out is {held_out}, but {train} training tables leave only {left} other combinations.",
-            hint="ask for more training tables or fewer held-out ones.",
+            f"toy set: held_out is {held_out}, but {train} training tables leave only {num_unused} other combinations.",
+            hint="make more training tables or fewer held-out ones.",
         )
-    taken = {linearize(table) for table in training}
-    holding: list[dict[str, str]] = []
-    while len(holding) < held_out:
-        table = {field: values[dealer.below(len(values))] for field, values in seen.items()}
-        if linearize(table) not in taken:
-            taken.add(linearize(table))
-            holding.append(table)
-    return [_example(table) for table in training], [_example(table) for table in holding]
+    used = {linearize(table) for table in training}
+    held_out_tables: list[dict[str, str]] = []
+    while len(held_out_tables) < held_out:
+        table = {field: values[sampler.integer(len(values))] for field, values in seen.items()}
+        if linearize(table) not in used:
+            used.add(linearize(table))
+            held_out_tables.append(table)
+    return [_example(table) for table in training], [_example(table) for table in held_out_tables]
 
 
 def _example(table: dict[str, str]) -> Example:
@@ -123,10 +119,10 @@ def _clock(time: str) -> str:
     return f"{_HOURS[hour]} {_MINUTES[minute]}"
 
 
-def _deal(dealer: BalancedSampler, count: int) -> list[dict[str, str]]:
+def _distinct_tables(sampler: BalancedSampler, count: int) -> list[dict[str, str]]:
     """Distinct tables, in which all values of a field are about equally frequent."""
     tables: dict[str, dict[str, str]] = {}
     while len(tables) < count:
-        table = {field: dealer.deal(field, values) for field, values in _VALUES.items()}
+        table = {field: sampler.draw(field, values) for field, values in _VALUES.items()}
         tables.setdefault(linearize(table), table)
     return list(tables.values())

@@ -1,15 +1,13 @@
 """A small tagging set made here: passengers' messages to a night-train office, with four kinds of span.
 
 `TRAIN` (Grey Wolf), `STATION` (Port Alder), `TIME` (18:45, quarter to seven) and `COACH` (coach 7, car B). Several
-words are in a span in one place and outside in another, so that a list of words does not tag them: stations named after
-trains (Heron Bridge), animals that are no trains, numbers of people, crowns and hours, a coach without a number. Spans
-stand side by side, of different types (the 18:45 Grey Wolf) and of the same (the Northgate Westport sleeper). In a few
-places the next word decides (the Heron left, the Heron Bridge Westport sleeper), which a model that tags as it reads
-cannot know.
+words are inside a span in one place and outside in another, so that a list of words cannot tag them: stations named
+after trains (Heron Bridge), animals that are not trains, numbers of people, crowns and hours, a coach without a number.
+Some spans follow each other directly, of different types (the 18:45 Grey Wolf) and of the same (the Northgate Westport
+sleeper). In a few places the next word decides (the Heron left, the Heron Bridge Westport sleeper), which a model that
+tags from left to right cannot know.
 
-Tokens are words and marks of punctuation. The same arguments give the same set on every version of Python.
-
-Knows nothing of tokenizers or training, and reads no file.
+Tokens are words and punctuation marks.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ SPANS: dict[str, tuple[str, ...]] = {
     ),
     "COACH": ("coach 7", "coach 12", "coach 4", "car B", "car D", "sleeping car 3", "sleeping car 9"),
 }
-#: What is written; a word in capitals is a span of that type.
+#: The sentences; a word in capitals is replaced by a span of that type.
 _SENTENCES = (
     "Does the TRAIN stop at STATION before TIME ?",
     "We are seven in all and booked COACH on the TRAIN .",
@@ -55,7 +53,7 @@ _SENTENCES = (
     "Ten past the hour is no answer : when does the TRAIN leave STATION ?",
     "Badger and otter were on the menu in COACH , or so we read it .",
 )
-_LEAST = 100
+_MIN_TRAIN = 100
 
 
 def make_toy_tags(seed: int = 7, train: int = 300, held_out: int = 60) -> tuple[list[Example], list[Example]]:
@@ -70,7 +68,7 @@ def make_toy_tags(seed: int = 7, train: int = 300, held_out: int = 60) -> tuple[
     O O O O O B-COACH I-COACH O O B-TIME B-TRAIN O
 
     Args:
-        seed: Another seed gives other messages, by the same rules; >= 0.
+        seed: Another seed gives other messages by the same rules; >= 0.
         train: Number of training messages; 100 to 10,000.
         held_out: Number of held-out messages; 0 to 10,000.
 
@@ -78,28 +76,28 @@ def make_toy_tags(seed: int = 7, train: int = 300, held_out: int = 60) -> tuple[
         ConfigError: A number is out of range.
     """
     hint = "leave the numbers out to have 300 and 60 messages."
-    check_sizes("toy_tags", seed, train, held_out, least=_LEAST, hint=hint)
-    dealer = BalancedSampler(seed)
-    made: dict[str, Example] = {}
-    while len(made) < train + held_out:
+    check_sizes("toy_tags", seed, train, held_out, min_train=_MIN_TRAIN, hint=hint)
+    sampler = BalancedSampler(seed)
+    messages: dict[str, Example] = {}
+    while len(messages) < train + held_out:
         tokens: list[str] = []
         tags: list[str] = []
         last: dict[str, str] = {}
-        for _ in range(dealer.deal("sentences", (1, 2))):
-            for word in dealer.deal("sentence", _SENTENCES).split():
-                span = _span(dealer, word, last).split() if word in SPANS else [word]
+        for _ in range(sampler.draw("sentences", (1, 2))):
+            for word in sampler.draw("sentence", _SENTENCES).split():
+                span = _span(sampler, word, last).split() if word in SPANS else [word]
                 tokens += span
                 tags += [f"B-{word}", *[f"I-{word}"] * (len(span) - 1)] if word in SPANS else ["O"]
         example = tagged(tokens, tags)
-        made.setdefault(example.source, example)
-    examples = list(made.values())
+        messages.setdefault(example.source, example)
+    examples = list(messages.values())
     return examples[:train], examples[train:]
 
 
-def _span(dealer: BalancedSampler, kind: str, last: dict[str, str]) -> str:
-    """The next span of a type, another one than the message's last of that type."""
-    span = dealer.deal(kind, SPANS[kind])
+def _span(sampler: BalancedSampler, kind: str, last: dict[str, str]) -> str:
+    """The next span of a type, different from the message's last span of that type."""
+    span = sampler.draw(kind, SPANS[kind])
     if span == last.get(kind):
-        span = dealer.deal(kind, SPANS[kind])
+        span = sampler.draw(kind, SPANS[kind])
     last[kind] = span
     return span

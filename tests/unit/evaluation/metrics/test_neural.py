@@ -32,7 +32,7 @@ def test_a_missing_package_is_named(metric: str, package: str, monkeypatch: pyte
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
-    with pytest.raises(Unavailable, match=f"{package} is not installed.*pip install {package}.*none are fetched"):
+    with pytest.raises(Unavailable, match=f"{package} is not installed.*pip install {package}.*none are downloaded"):
         compute(["a"], [["a"]], metrics=[metric])
 
 
