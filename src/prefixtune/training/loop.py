@@ -136,7 +136,7 @@ class TrainLoop:
         processes: Those that share the work.
 
     Raises:
-        CheckpointError: The header of the artifact would be too long; said before the work, not after it.
+        CheckpointError: The header of the artifact would be too long; checked before the work, not after it.
     """
 
     def __init__(
@@ -231,13 +231,13 @@ class TrainLoop:
 
         The order of the data is a function of the seed and the step alone, so that a resumed run finds its place.
         """
-        index = 0
+        index, steps_taken = 0, self.state.step
         for epoch in range(self.state.total_steps):
             for batches in optimizer_steps(self.config, self.data.train.examples, epoch):
                 if self.ended or self.stopped:
                     return
                 index += 1
-                if index > self.state.step:
+                if index > steps_taken:
                     yield [_local_batch(self.backbone, groups, self.processes) for groups in batches]
 
     def prepare(self, batches: Sequence[tuple[Batch, bool]]) -> PendingStep:
