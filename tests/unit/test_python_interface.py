@@ -142,7 +142,7 @@ MESSAGES = {
     "Engine: a text as a number": ("ConfigError", "num_slots is '3'"),
     "Request: a text": ("RequestError", "backbone.encode"),
     "Request: a number as prefix": ("ConfigError", "3 (of type int)"),
-    "Request: a number as sampling": ("RequestError", "Sampling or a dict"),
+    "Request: a number as sampling": ("RequestError", "SamplingParams or a dict"),
     "Sampling: a text as a number": ("RequestError", "max_new_tokens is '3'"),
     "TrainConfig: lr": ("ConfigError", "learning_rate"),
     "TrainConfig: a backbone": ("ConfigError", "of type Backbone"),
