@@ -134,7 +134,7 @@ class Runtime:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
     def decode(self, ids: list[int], position: int, sequence: int = 0) -> Tensor:
-        """The logits of tokens that stand from a position on, (T, vocabulary)."""
+        """The logits of tokens from a position on, (T, vocabulary)."""
         batch = self.lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for number, token in enumerate(ids):
@@ -155,8 +155,8 @@ class Runtime:
         return output
 
     def save(self, path: Path, tokens: list[int], sequence: int = 0) -> bytes:
-        given = self.ffi.new("llama_token[]", tokens)
-        assert self.lib.llama_state_seq_save_file(self.context, str(path).encode(), sequence, given, len(tokens))
+        array = self.ffi.new("llama_token[]", tokens)
+        assert self.lib.llama_state_seq_save_file(self.context, str(path).encode(), sequence, array, len(tokens))
         return path.read_bytes()
 
     def load(self, path: Path, sequence: int = 0) -> list[int] | None:

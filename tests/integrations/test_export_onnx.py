@@ -145,8 +145,8 @@ def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make)
         variable.state = openvino.Tensor(state.past[name])
 
     def run(feed: dict[str, Any]) -> Any:
-        given = {name: value for name, value in feed.items() if name not in names}
-        return [request.infer(given)["logits"]]
+        inputs = {name: value for name, value in feed.items() if name not in names}
+        return [request.infer(inputs)["logits"]]
 
     outputs = []
     for _ in range(NEW):

@@ -45,11 +45,11 @@ def bare(name: str, tiny_tokenizer: Any) -> Callable[[], Any]:
 
 
 @pytest.fixture
-def carrier(bare: Callable[[], Any], name: str, tiny_tokenizer: Any) -> Backbone:
+def backbone(bare: Callable[[], Any], name: str, tiny_tokenizer: Any) -> Backbone:
     try:
         return Backbone.from_model(bare(), tiny_tokenizer, name)
     except BackboneError as error:
-        pytest.skip(f"this transformers' {name} carries no prefix: {error.message}")
+        pytest.skip(f"this transformers' {name} cannot use a prefix: {error.message}")
 
 
 @pytest.fixture
@@ -99,26 +99,26 @@ def train_a_step(model: Any, batch: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.deploys("PEFT", "logits of PEFT's own forward; the file comes back bit for bit", by="name")
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_loads_what_is_exported(
-    kind: str, bare: Make, carrier: Backbone, random_prefix: Make, batch: Any, assert_same: Make, tmp_path: Path
+    kind: str, bare: Make, backbone: Backbone, random_prefix: Make, batch: Any, assert_same: Make, tmp_path: Path
 ) -> None:
-    prefix = random_prefix(carrier, P).detach()
+    prefix = random_prefix(backbone, P).detach()
     with warnings.catch_warnings():
         # A key that this PEFT does not know would be warned of.
         warnings.filterwarnings("error", message=".*nexpected keyword")
-        theirs = peft.PeftModel.from_pretrained(bare(), export_peft(prefix, tmp_path, carrier, peft_type=kind)).eval()
+        theirs = peft.PeftModel.from_pretrained(bare(), export_peft(prefix, tmp_path, backbone, peft_type=kind)).eval()
     found = logits(theirs, batch)
-    assert_same(ours(carrier, prefix, batch), found)
+    assert_same(ours(backbone, prefix, batch), found)
     with torch.no_grad():
-        without = carrier.forward(*batch).logits[batch[1].bool()]
+        without = backbone.forward(*batch).logits[batch[1].bool()]
     assert float((without - found).abs().max()) > 1e-2 * float(found.abs().max())
     # And what PEFT then saves is the same again.
     theirs.save_pretrained(tmp_path / "again")
-    assert import_peft(tmp_path / "again", carrier).equal(prefix)
+    assert import_peft(tmp_path / "again", backbone).equal(prefix)
 
 
 @pytest.mark.parametrize(("kind", "projected"), [("PREFIX_TUNING", True), *((kind, False) for kind in KINDS)])
 def test_what_peft_trained_is_imported(
-    kind: str, projected: bool, bare: Make, carrier: Backbone, batch: Any, assert_same: Make, tmp_path: Path
+    kind: str, projected: bool, bare: Make, backbone: Backbone, batch: Any, assert_same: Make, tmp_path: Path
 ) -> None:
     changes = {"prefix_projection": True, "encoder_hidden_size": 12} if projected else {}
     theirs = peft.get_peft_model(bare(), settings(kind, **changes))
@@ -126,11 +126,11 @@ def test_what_peft_trained_is_imported(
     before = theirs.get_prompt_embedding_to_save("default").clone()
     train_a_step(theirs, batch)
     theirs.save_pretrained(tmp_path)
-    prefix = import_peft(tmp_path, carrier)
+    prefix = import_peft(tmp_path, backbone)
     rows = theirs.get_prompt_embedding_to_save("default")
     assert not torch.equal(rows, before)
-    assert prefix.equal(Prefix({"decoder": unflatten(rows, carrier.geometry["decoder"])}))
-    assert_same(ours(carrier, prefix, batch), logits(theirs, batch))
+    assert prefix.equal(Prefix({"decoder": unflatten(rows, backbone.geometry["decoder"])}))
+    assert_same(ours(backbone, prefix, batch), logits(theirs, batch))
     # Back to PEFT, which reads it as its own.
     again = peft.PeftModel.from_pretrained(bare(), export_peft(prefix, tmp_path / "again")).eval()
     assert torch.equal(logits(again, batch), logits(peft.PeftModel.from_pretrained(bare(), tmp_path).eval(), batch))

@@ -41,6 +41,6 @@ def test_workers_of_ray_share_a_study_that_is_killed_and_goes_on(flags: tuple[st
 
 
 def test_a_cluster_that_is_not_there(flags: tuple[str, ...], tmp_path: Path) -> None:
-    told = run_apart(*flags, "--output", str(tmp_path / "s"), "--ray", "2", "--ray-address", "127.0.0.1:1", code=2)[1]
-    assert "cannot start or reach the cluster '127.0.0.1:1'" in told
-    assert "hint: " in told
+    error = run_apart(*flags, "--output", str(tmp_path / "s"), "--ray", "2", "--ray-address", "127.0.0.1:1", code=2)[1]
+    assert "cannot start or reach the cluster '127.0.0.1:1'" in error
+    assert "hint: " in error

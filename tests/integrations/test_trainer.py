@@ -68,9 +68,9 @@ def in_order(cls: Any) -> Any:
 def trainer(model: PrefixModel, folder: Path, data: Sequence[Any], **changes: Any) -> Any:
     from transformers import Trainer
 
-    given = {name: changes.pop(name) for name in ("eval_dataset", "callbacks") if name in changes}
+    options = {name: changes.pop(name) for name in ("eval_dataset", "callbacks") if name in changes}
     return in_order(Trainer)(
-        model, arguments(folder, **changes), train_dataset=data, data_collator=model.collator(), **given
+        model, arguments(folder, **changes), train_dataset=data, data_collator=model.collator(), **options
     )
 
 
@@ -84,13 +84,13 @@ def as_our_loop_takes_them(backbone: Backbone, config: TrainConfig) -> list[dict
     rows = []
     for epoch in range(math.ceil(STEPS * 4 / len(EXAMPLES))):
         plan = epoch_batches(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
-        for hand in (hand for hands in plan for hand in hands):
-            (target,) = hand.targets
+        for group in (group for groups in plan for group in groups):
+            (target,) = group.targets
             if backbone.kind == "decoder":
-                labels = [-100] * len(hand.prompt) + list(target)
-                rows.append({"input_ids": [*hand.prompt, *target], "labels": labels})
+                labels = [-100] * len(group.prompt) + list(target)
+                rows.append({"input_ids": [*group.prompt, *target], "labels": labels})
             else:
-                rows.append({"input_ids": list(hand.prompt), "labels": list(target)})
+                rows.append({"input_ids": list(group.prompt), "labels": list(target)})
     return rows
 
 
@@ -135,7 +135,7 @@ def test_the_losses_are_those_of_our_own_loop(
 ) -> None:
     backbone, config = tiny_backbone(name), settings(reparameterization=reparameterization)
     own = own_loop(backbone, config, tmp_path / "own")
-    before, told = weights_of(backbone), backbone.model.config.to_dict()
+    before, config_before = weights_of(backbone), backbone.model.config.to_dict()
     model = PrefixModel(backbone, config)
     start = model.prefix()
     run = trainer(model, tmp_path / "theirs", as_our_loop_takes_them(backbone, config))
@@ -151,7 +151,7 @@ def test_the_losses_are_those_of_our_own_loop(
     after = weights_of(backbone)
     assert all(torch.equal(after[part], tensor) for part, tensor in before.items())
     assert not backbone.model.training
-    assert backbone.model.config.to_dict() == told
+    assert backbone.model.config.to_dict() == config_before
 
 
 def test_the_number_of_labels_of_a_step_is_honoured(tiny_backbone: Make) -> None:
@@ -257,7 +257,7 @@ def test_the_artifact_is_all_that_is_saved(tiny_backbone: Make, tmp_path: Path) 
 def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
     model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
     made: list[torch.dtype] = []
-    model.trained.register_forward_hook(lambda module, given, prefix: made.append(prefix.dtype))
+    model.trained.register_forward_hook(lambda module, inputs, prefix: made.append(prefix.dtype))
     batch = model.collator()(EXAMPLES[:3])
     exact = float(model(**batch).loss.detach())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -271,7 +271,7 @@ def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
 def test_layers_are_recomputed_when_asked(tiny_backbone: Make, tmp_path: Path) -> None:
     backbone = tiny_backbone("llama")
     calls: list[int] = []
-    backbone.model.model.layers[1].mlp.register_forward_pre_hook(lambda *given: calls.append(1))
+    backbone.model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def losses(name: str, **changes: Any) -> list[float]:
         run = trainer(PrefixModel(backbone, settings()), tmp_path / name, EXAMPLES, **changes)
@@ -370,16 +370,18 @@ def test_trl_trains_it_with_the_losses_of_our_own_loop(name: str, tiny_backbone:
     encoding = encode_examples(backbone, EXAMPLES, TextFormat("{source}", "{target}"), prefix_length=3)
     texts = {encoded.prompt: example for encoded, example in zip(encoding.examples, EXAMPLES, strict=True)}
     rows = [
-        {"prompt": texts[hand.prompt].source, "completion": texts[hand.prompt].targets[0]}
+        {"prompt": texts[group.prompt].source, "completion": texts[group.prompt].targets[0]}
         for epoch in range(3)
-        for hands in epoch_batches(encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch)
-        for hand in hands
+        for groups in epoch_batches(
+            encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch
+        )
+        for group in groups
     ]
     before = weights_of(backbone)
     model = PrefixModel(backbone, config)
     run = in_order(trl.SFTTrainer)(
         model,
-        # It recomputes layers unless told otherwise.
+        # It recomputes layers by default.
         arguments(tmp_path / "theirs", trl.SFTConfig, max_length=100, bf16=False, save_strategy="steps", save_steps=3),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=backbone.tokenizer,

@@ -86,11 +86,11 @@ class Server:
 
     def expected(self, model: str, ids: Sequence[int]) -> str:
         """What `generate` writes after these tokens, alone."""
-        asked = model, tuple(ids)
-        if asked not in self.kept:
+        key = model, tuple(ids)
+        if key not in self.kept:
             (written,) = generate_ids(self.backbone, [list(ids)], [self.prefixes.get(model)], config=SETTINGS)
-            self.kept[asked] = self.backbone.decode(written)
-        return self.kept[asked]
+            self.kept[key] = self.backbone.decode(written)
+        return self.kept[key]
 
     def complete(self, model: str, prompt: Any, **options: Any) -> Any:
         options = {"max_tokens": NEW_TOKENS, "temperature": 0, **options}
@@ -113,8 +113,8 @@ def serving(
 ) -> Iterator[Server]:
     """`prefixtune serve --engine vllm` in float32, with some options of its own and some of vLLM's."""
     (folder / "prefixes").mkdir()
-    for each, prefix in prefixes.items():
-        save_prefix(folder / "prefixes" / f"{each}.safetensors", prefix)
+    for prefix_name, prefix in prefixes.items():
+        save_prefix(folder / "prefixes" / f"{prefix_name}.safetensors", prefix)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -123,7 +123,7 @@ def serving(
     command = [sys.executable, "-m", "prefixtune", "serve", "--engine", "vllm", "--vllm-python", str(PYTHON)]
     command += [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT / "src"), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    # Left to itself it wants a socket of the machine for each process.
+    # By default it wants a CPU socket for each process.
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     with open(log, "wb") as out:
         process = subprocess.Popen(
@@ -159,7 +159,7 @@ def server(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.deploys(
-    "vLLM", "28 mixed requests of 7 prefixes, token for token, some set aside and begun again", model=MODEL
+    "vLLM", "28 mixed requests of 7 prefixes, token for token, some preempted and resumed", model=MODEL
 )
 def test_mixed_requests_equal_generate_one_by_one(server: Server):
     cases = [(model, prompt) for prompt in PROMPTS for model in (BASE, *server.prefixes)]
@@ -175,10 +175,10 @@ def test_mixed_requests_equal_generate_one_by_one(server: Server):
     # Prefixes change what is written, or equality would say nothing.
     assert len({server.expected(model, server.backbone.encode(PROMPTS[0])) for model in (BASE, *server.prefixes)}) > 3
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as reply:
-        told = [
+        preemptions = [
             line.split() for line in reply.read().decode().splitlines() if line.startswith("vllm:num_preemptions_total")
         ]
-    assert float(told[0][-1]) > 0, "texts were to be set aside and begun again"
+    assert float(preemptions[0][-1]) > 0, "some requests should have been preempted"
 
 
 def test_the_same_again_from_cached_blocks(server: Server):
@@ -193,10 +193,10 @@ def test_several_prompts_and_texts(server: Server):
     reply = server.complete("p37", prompts)
     assert [choice.text for choice in reply.choices] == [server.expected("p37", ids) for ids in prompts]
     assert reply.usage.prompt_tokens == sum(map(len, prompts))
-    _, told = server.post(
+    _, response = server.post(
         "/v1/completions", {"model": "p37", "prompt": PROMPTS[0], "max_tokens": 3, "return_token_ids": True}
     )
-    assert told["choices"][0]["prompt_token_ids"] == prompts[0]
+    assert response["choices"][0]["prompt_token_ids"] == prompts[0]
     twice = server.complete("p37", PROMPTS[0], n=2, temperature=0.5, seed=1)
     assert len(twice.choices) == 2
     assert twice.usage.prompt_tokens == len(prompts[0])
@@ -320,25 +320,25 @@ def test_a_prefix_that_cannot_be_loaded_fails_alone(server: Server):
         {"prompt": [["a"]]},
     ],
 )
-def test_what_does_not_go_with_a_prefix_is_refused(server: Server, fields: dict[str, Any]):
-    status, told = server.post("/v1/completions", {"model": "p10", "prompt": "Hello", "max_tokens": 3, **fields})
+def test_what_cannot_be_used_with_a_prefix_is_refused(server: Server, fields: dict[str, Any]):
+    status, response = server.post("/v1/completions", {"model": "p10", "prompt": "Hello", "max_tokens": 3, **fields})
     assert status == 400
-    assert next(iter(fields)) in told["error"]["message"]
+    assert next(iter(fields)) in response["error"]["message"]
 
 
-def test_a_client_cannot_reach_a_prefix_by_itself(server: Server):
+def test_a_client_cannot_forge_a_reference(server: Server):
     ids = server.backbone.encode(PROMPTS[0])
     server.complete("p64", PROMPTS[0])
-    front = [0] * 64 + ids
-    body = {"model": BASE, "prompt": front, "max_tokens": NEW_TOKENS, "temperature": 0}
-    status, told = server.post("/v1/completions", body)
+    ids_with_zeros = [0] * 64 + ids
+    body = {"model": BASE, "prompt": ids_with_zeros, "max_tokens": NEW_TOKENS, "temperature": 0}
+    status, response = server.post("/v1/completions", body)
     assert status == 200
-    assert told["choices"][0]["text"] == server.expected(BASE, front)
-    facts = ["p64", [1, 2], 64]
-    for number, forged in enumerate((3, {"prefix": facts, "proof": ""}, {"prefix": facts, "proof": "\u00e9"})):
-        # What pretends to be the server's fails, and it alone.
-        more = {"kv_transfer_params": {"prefixtune": forged}, "cache_salt": f"own{number}"}
-        status, told = server.post("/v1/completions", {**body, **more})
+    assert response["choices"][0]["text"] == server.expected(BASE, ids_with_zeros)
+    reference = ["p64", [1, 2], 64]
+    for index, forged in enumerate((3, {"prefix": reference, "proof": ""}, {"prefix": reference, "proof": "\u00e9"})):
+        # A forged reference fails, and no other request does.
+        more = {"kv_transfer_params": {"prefixtune": forged}, "cache_salt": f"own{index}"}
+        status, response = server.post("/v1/completions", {**body, **more})
         assert status == 500
     assert server.complete("p64", PROMPTS[0]).choices[0].text == server.expected("p64", ids)
 
@@ -392,15 +392,16 @@ def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
         with ThreadPoolExecutor(len(cases)) as pool:
             replies = list(pool.map(lambda case: running.complete(*case), cases))
         for (name, text), reply in zip(cases, replies, strict=True):
-            # Half a character at the end of a text is told by one side alone.
+            # Half a character at the end of a text is decoded by one side only.
             written, expected = (
-                each.rstrip("\ufffd") for each in (reply.choices[0].text, running.expected(name, backbone.encode(text)))
+                output.rstrip("\ufffd")
+                for output in (reply.choices[0].text, running.expected(name, backbone.encode(text)))
             )
             assert written == expected, (name, text)
         assert len({running.expected(name, backbone.encode("some text")) for name in (BASE, *prefixes)}) == 4
 
 
-@pytest.mark.deploys("vLLM", "layers that look through a sliding window", model="mistral", refused=True)
+@pytest.mark.deploys("vLLM", "layers with a sliding window", model="mistral", refused=True)
 def test_sliding_windows_are_refused(tiny_tokenizer: Any, tmp_path: Path):
     from transformers import MistralConfig, MistralForCausalLM
 

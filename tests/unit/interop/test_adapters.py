@@ -64,11 +64,11 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_prefix_comes_back_bit_for_bit(prefix: Prefix, llama: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    given = prefix.to(dtype)
-    back = import_peft(export_peft(given, tmp_path / "adapter", llama), llama)
-    assert back.equal(given)
+    exported = prefix.to(dtype)
+    imported = import_peft(export_peft(exported, tmp_path / "adapter", llama), llama)
+    assert imported.equal(exported)
     # Also what the file says of it.
-    assert {name: back.header[name] for name in prefix.header} == prefix.header
+    assert {name: imported.header[name] for name in prefix.header} == prefix.header
 
 
 def test_the_files_are_those_of_peft(folder: Path, prefix: Prefix) -> None:

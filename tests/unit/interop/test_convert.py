@@ -39,7 +39,7 @@ def ours(prefix: Prefix, tmp_path: Path) -> Path:
     return save_prefix(tmp_path / "p.safetensors", prefix)
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+def convert(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
     assert main(["convert", *map(str, words), "--json"]) == 0
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
     return printed
@@ -52,14 +52,14 @@ def test_no_length_of_a_table_makes_a_file_look_like_a_pickle(
     for more in range(0, 256, 8):
         save_prefix(path, Prefix(prefix.layers, {**prefix.header, "note": "a" * more}))
         starts.add(path.read_bytes()[0])
-        assert told(capsys, path, tmp_path / "new.safetensors", "--to", "prefixtune")["from"] == "prefixtune"
+        assert convert(capsys, path, tmp_path / "new.safetensors", "--to", "prefixtune")["from"] == "prefixtune"
     # With which pickles begin.
     assert 0x80 in starts
 
 
 def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter, back = tmp_path / "adapter", tmp_path / "back.safetensors"
-    assert told(capsys, ours, adapter, "--to", "peft") == {
+    assert convert(capsys, ours, adapter, "--to", "peft") == {
         "from": "prefixtune",
         "to": "peft",
         "input": str(ours),
@@ -68,7 +68,7 @@ def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pyte
         "prefix_length": {"decoder": 4},
         "parameters": prefix.num_parameters,
     }
-    assert told(capsys, adapter, back, "--to", "prefixtune")["from"] == "peft"
+    assert convert(capsys, adapter, back, "--to", "prefixtune")["from"] == "peft"
     assert load_prefix(back).equal(prefix)
     assert load_prefix(back).header["task"] == "toy"
 
@@ -77,10 +77,10 @@ def test_the_backbone_is_checked_and_named(
     ours: Path, model: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = export_peft(Prefix(prefix.layers), tmp_path / "bare")
-    made = told(capsys, bare, tmp_path / "q.safetensors", "--to", "prefixtune", "--backbone", model)
+    made = convert(capsys, bare, tmp_path / "q.safetensors", "--to", "prefixtune", "--backbone", model)
     assert made["backbone"] == str(model)
     assert load_prefix(tmp_path / "q.safetensors").header["backbone"]["fingerprint"]
-    told(capsys, ours, tmp_path / "adapter", "--to", "peft", "--backbone", model)
+    convert(capsys, ours, tmp_path / "adapter", "--to", "peft", "--backbone", model)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         model
     )
@@ -90,13 +90,13 @@ def test_a_checkpoint_of_the_authors(
     prefix: Prefix, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = flatten(prefix.layers["decoder"])
-    given = tmp_path / "authors.safetensors"
-    save_file({"control_trans": rows.flatten()}, given)
-    made = told(capsys, given, tmp_path / "q.safetensors", "--to", "prefixtune", "--backbone", model)
+    checkpoint = tmp_path / "authors.safetensors"
+    save_file({"control_trans": rows.flatten()}, checkpoint)
+    made = convert(capsys, checkpoint, tmp_path / "q.safetensors", "--to", "prefixtune", "--backbone", model)
     assert made["from"] == "authors"
     assert load_prefix(tmp_path / "q.safetensors").equal(prefix)
     # And from there to PEFT at once.
-    assert told(capsys, given, tmp_path / "adapter", "--to", "peft", "--backbone", model)["from"] == "authors"
+    assert convert(capsys, checkpoint, tmp_path / "adapter", "--to", "peft", "--backbone", model)["from"] == "authors"
     assert import_peft(tmp_path / "adapter").equal(prefix)
 
 

@@ -1,4 +1,4 @@
-"""What no export takes: the reason is told, and nothing is written."""
+"""What no export accepts: a reason is given, and nothing is written."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def test_the_origin_holds_the_text_format(tiny_backbone: Make, random_prefix: Ma
     backbone = tiny_backbone("llama")
     prefix = random_prefix(backbone, 3)
     form = {"prompt": "Q: {source}{separator}A:", "target": " {target}"}
-    told = describe_origin(dataclasses.replace(prefix, header={"text_format": form, "task": "e2e"}), backbone)
-    assert told["text_format"] == {"prompt": "Q: {source}<s>A:", "target": " {target}"}
-    assert (told["task"], told["end"], told["prefix_length"]) == ("e2e", "</s>", 3)
+    origin = describe_origin(dataclasses.replace(prefix, header={"text_format": form, "task": "e2e"}), backbone)
+    assert origin["text_format"] == {"prompt": "Q: {source}<s>A:", "target": " {target}"}
+    assert (origin["task"], origin["end"], origin["prefix_length"]) == ("e2e", "</s>", 3)
     assert describe_origin(prefix, backbone)["text_format"]["prompt"] == " {source} <s>"
 
 

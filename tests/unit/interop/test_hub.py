@@ -1,4 +1,4 @@
-"""Pushing and pulling against a local stand-in of the hub's HTTP calls."""
+"""Pushing and pulling against a local fake of the hub's HTTP calls."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -150,11 +150,11 @@ def evaluation(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_was_pushed_is_pulled(stand_in: Hub, artifact: Path, evaluation: Path, tmp_path: Path) -> None:
+def test_what_was_pushed_is_pulled(fake_hub: Hub, artifact: Path, evaluation: Path, tmp_path: Path) -> None:
     url = hub.push(artifact, "me/pubs", evaluation=evaluation)
-    assert url == f"{stand_in.url}/me/pubs/commit/{COMMIT}"
-    assert stand_in.created[0].get("private") is True or stand_in.created[0].get("visibility") == "private"
-    assert stand_in.repos["me/pubs"].keys() == {"prefix.safetensors", "README.md"}
+    assert url == f"{fake_hub.url}/me/pubs/commit/{COMMIT}"
+    assert fake_hub.created[0].get("private") is True or fake_hub.created[0].get("visibility") == "private"
+    assert fake_hub.repos["me/pubs"].keys() == {"prefix.safetensors", "README.md"}
     pulled = hub.pull("me/pubs", tmp_path / "theirs.safetensors")
     assert (tmp_path / "theirs.safetensors").read_bytes() == artifact.read_bytes()
     for mine, theirs in zip(load_prefix(artifact).tensors(), pulled.tensors(), strict=True):
@@ -163,12 +163,12 @@ def test_what_was_pushed_is_pulled(stand_in: Hub, artifact: Path, evaluation: Pa
 
 
 def test_a_repository_is_a_prefix_and_a_path_is_never_looked_for_on_the_hub(
-    stand_in: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_hub: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.push(artifact, "me/pubs")
     fetched = load_prefix("hub:me/pubs")
     assert torch.equal(fetched.layers["decoder"][0][0], load_prefix(artifact).layers["decoder"][0][0])
-    calls = len(stand_in.calls)
+    calls = len(fake_hub.calls)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs/missing", "./me/missing", "me/missing.safetensors", "missing", "me/pubs"):
@@ -180,23 +180,23 @@ def test_a_repository_is_a_prefix_and_a_path_is_never_looked_for_on_the_hub(
     for name in ("hub:pubs", "hub:", "hub:me/pubs/prefix.safetensors", "hub:../pubs"):
         with pytest.raises(ConfigError, match="names no repository"):
             load_prefix(name)
-    assert len(stand_in.calls) == calls, "the hub was asked for a path"
+    assert len(fake_hub.calls) == calls, "the hub was asked for a path"
 
 
 def test_a_run_is_pushed_and_a_repository_inspected(
-    stand_in: Hub, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake_hub: Hub, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / hub.FILE).write_bytes(artifact.read_bytes())
     hub.push(run, "me/pubs")
-    assert stand_in.repos["me/pubs"][hub.FILE] == artifact.read_bytes()
+    assert fake_hub.repos["me/pubs"][hub.FILE] == artifact.read_bytes()
     assert main(["inspect", "hub:me/pubs", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["header"]["task"] == "e2e"
 
 
 def test_the_commands_take_a_repository_for_a_prefix(
-    stand_in: Hub,
+    fake_hub: Hub,
     artifact: Path,
     tiny_models: Callable[..., Any],
     tiny_tokenizer: Any,
@@ -248,11 +248,11 @@ def test_a_card_names_no_folder_of_a_machine(artifact: Path) -> None:
 
 
 def test_the_commands(
-    stand_in: Hub, artifact: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake_hub: Hub, artifact: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["push", str(artifact), "me/pubs", "--card", "--evaluation", str(evaluation)]) == 0
     assert capsys.readouterr().out.startswith("---\n")
-    assert stand_in.calls == [], "a card is only shown"
+    assert fake_hub.calls == [], "a card is only shown"
     assert main(["push", str(artifact), "me/pubs", "--public", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["repo"] == "me/pubs"
     out = tmp_path / "new" / "theirs.safetensors"
@@ -261,15 +261,15 @@ def test_the_commands(
     assert out.exists()
 
 
-def test_what_goes_wrong_is_told_and_changes_nothing(stand_in: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_errors_are_reported_and_change_nothing(fake_hub: Hub, artifact: Path, tmp_path: Path) -> None:
     old = tmp_path / "old.safetensors"
     old.write_bytes(artifact.read_bytes())
     with pytest.raises(PrefixError, match="no such repository"):
         hub.pull("me/nothing", old)
-    stand_in.repos["me/empty"] = {}
+    fake_hub.repos["me/empty"] = {}
     with pytest.raises(PrefixError, match="no such file"):
         hub.pull("me/empty", old)
-    stand_in.repos["me/broken"] = {hub.FILE: b"not a prefix"}
+    fake_hub.repos["me/broken"] = {hub.FILE: b"not a prefix"}
     with pytest.raises(CheckpointError):
         hub.pull("me/broken", old)
     with pytest.raises(CheckpointError, match="does not end with"):
@@ -280,15 +280,15 @@ def test_what_goes_wrong_is_told_and_changes_nothing(stand_in: Hub, artifact: Pa
         hub.push(tmp_path / "missing.safetensors", "me/pubs")
     with pytest.raises(ConfigError, match="holds no scores"):
         hub.push(artifact, "me/pubs", evaluation=tmp_path)
-    assert not [call for call in stand_in.calls if call[0] == "POST"], "nothing left this machine"
-    stand_in.refuse = 403
+    assert not [call for call in fake_hub.calls if call[0] == "POST"], "nothing left this machine"
+    fake_hub.refuse = 403
     with pytest.raises(PrefixError, match=r"403: .*not today"):
         hub.push(artifact, "me/pubs")
     assert old.read_bytes() == artifact.read_bytes()
 
 
 def test_without_the_hub_it_says_so(
-    stand_in: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_hub: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PrefixError, match="cannot upload"):

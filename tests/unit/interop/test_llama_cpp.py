@@ -222,7 +222,7 @@ FACTS = {
 
 
 class Server:
-    """A stand-in for llama-server: what it answers can be spoiled."""
+    """A fake llama-server, whose answers can be spoiled."""
 
     def __init__(self) -> None:
         self.restored, self.cached, self.spoiled, self.asked = 3, 3, "", []

@@ -25,7 +25,7 @@ PREFIX = {name: np.ones((1, 2, 4, 3), dtype=np.float32) for name in past_names(F
 
 
 class Graph:
-    """Notes what it is given; says that the token after t is t + 1."""
+    """Records its inputs; its logits say that the token after t is t + 1."""
 
     def __init__(self) -> None:
         self.fed: list[dict[str, Any]] = []
