@@ -35,10 +35,10 @@ def cells(events: list[dict[str, Any]], status: str) -> list[str]:
 
 def scores_of(folder: Path) -> dict[str, Any]:
     """Each cell's scores and texts; all must be done."""
-    found = {}
+    scores = {}
     for cell in read_results(folder).cells:
         assert cell.status == "done"
         assert cell.run is not None
         assert cell.run.evaluation is not None
-        found[cell.id] = cell.run.evaluation.scores, [o.output for o in cell.run.evaluation.outputs]
-    return found
+        scores[cell.id] = cell.run.evaluation.scores, [o.output for o in cell.run.evaluation.outputs]
+    return scores

@@ -145,8 +145,8 @@ def with_tables(page: str, studies: Sequence[Path]) -> str:
         assert isinstance(study, Study)
         for mark, table in ((path.stem, scores_table(study)), (f"{path.stem}: differences", differences_table(study))):
             start, end = f"<!-- {mark} -->\n", "<!-- end -->"
-            before, found, rest = page.partition(start)
-            if found:
+            before, mark_found, rest = page.partition(start)
+            if mark_found:
                 page = f"{before}{start}\n{table}\n\n{end}{rest.partition(end)[2]}"
     return page
 

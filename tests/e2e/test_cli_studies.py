@@ -44,17 +44,17 @@ def data(model: str) -> str:
     return str(folder)
 
 
-def test_a_plan_is_told_without_doing_anything(config: str, tmp_path: Path) -> None:
+def test_a_plan_is_printed_without_running_anything(config: str, tmp_path: Path) -> None:
     flags = ("study", "methods", "--config", config, "--methods", "prefix,adapter:8,zero-shot", "--plan")
-    told = json.loads(run(*flags, "--json", cwd=tmp_path)[0])
-    assert told["folder"] == "runs/methods"
-    assert [cell["id"] for cell in told["runs"]] == [
+    planned = json.loads(run(*flags, "--json", cwd=tmp_path)[0])
+    assert planned["folder"] == "runs/methods"
+    assert [cell["id"] for cell in planned["runs"]] == [
         "prefix-n8-P3-task-subset0-seed0",
         "adapter8-n8-subset0-seed0",
         "zero-shot-all-subset0-seed0",
     ]
-    assert told["runs"][1] == {**told["runs"][1], "method": "adapter:8", "num_targets": 8, "subset": 0, "seed": 0}
-    assert run(*flags, cwd=tmp_path)[0].split() == [cell["id"] for cell in told["runs"]]
+    assert planned["runs"][1] == {**planned["runs"][1], "method": "adapter:8", "num_targets": 8, "subset": 0, "seed": 0}
+    assert run(*flags, cwd=tmp_path)[0].split() == [cell["id"] for cell in planned["runs"]]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,39 +68,39 @@ Shared = tuple[Path, list[list[dict[str, Any]]]]
 
 @pytest.fixture(scope="module")
 def shared(flags: tuple[str, ...], config: str) -> Shared:
-    """A study that two processes did together, and the events of either."""
+    """A study that two processes ran together, and the events of both."""
     folder = Path(config).parent / "shared"
     one, other = (start(*flags, "--seeds", "2", "--output", str(folder), "--json") for _ in range(2))
-    # One stands still in the midst of a cell, so that the other is left with what is not this cell's.
-    told = [until(one, lambda event: event["event"] == "step")]
+    # One is stopped in the middle of a cell, so that the other gets all other cells.
+    logs = [until(one, lambda event: event["event"] == "step")]
     one.send_signal(signal.SIGSTOP)
-    told.append(until(other, lambda event: event["event"] == "cell" and event["status"] == "done"))
+    logs.append(until(other, lambda event: event["event"] == "cell" and event["status"] == "done"))
     one.send_signal(signal.SIGCONT)
-    for process, events in zip((one, other), told, strict=True):
+    for process, events in zip((one, other), logs, strict=True):
         # Not by `communicate` alone: it misses the lines that are in the stream's buffer.
         events += until(process, lambda event: event["event"] == "result")
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    return folder, told
+    return folder, logs
 
 
 def test_two_processes_share_a_study(shared: Shared) -> None:
-    folder, told = shared
-    assert [len(events[-1]["done"]) for events in told] == [5, 5]
-    done = [cells(events, "done") for events in told]
+    folder, logs = shared
+    assert [len(events[-1]["done"]) for events in logs] == [5, 5]
+    done = [cells(events, "done") for events in logs]
     assert done[0]
     assert done[1]
     assert len({*done[0], *done[1]}) == len(done[0]) + len(done[1]) == 5
-    starts = Counter((e["cell"], e["learning_rate"]) for events in told for e in events if e["event"] == "start")
+    starts = Counter((e["cell"], e["learning_rate"]) for events in logs for e in events if e["event"] == "start")
     assert len(starts) == 2 * 2 + 2
     assert set(starts.values()) == {1}, "a cell was trained twice"
     assert len(scores_of(folder)) == 5
 
 
 def test_a_study_has_a_report(shared: Shared, tmp_path: Path) -> None:
-    told = json.loads((shared[0] / "study.json").read_text())
-    assert told["command"].startswith("prefixtune study methods --config ")
-    assert told["config"]["tries"] == 2
+    stored = json.loads((shared[0] / "study.json").read_text())
+    assert stored["command"].startswith("prefixtune study methods --config ")
+    assert stored["config"]["tries"] == 2
     page = tmp_path / "page.html"
     files = json.loads(run("report", str(shared[0]), "--output", str(page), "--json")[0])
     assert files["html"] == str(page)
@@ -124,8 +124,8 @@ def test_kill_minus_nine_then_the_same_scores(shared: Shared, flags: tuple[str, 
     assert begun == ["prefix-n8-P3-task-subset0-seed0", "full-n8-subset0-seed0"]
     assert err.count("learning rate 0.001: development loss") == 1
     assert f"prefixtune report {folder}" in err
-    found, whole = scores_of(folder), scores_of(shared[0])
-    assert found == {name: whole[name] for name in found}
+    scores, whole = scores_of(folder), scores_of(shared[0])
+    assert scores == {name: whole[name] for name in scores}
 
 
 def test_a_run_of_another_method_is_evaluated_into_a_folder(
@@ -141,16 +141,16 @@ def test_a_run_of_another_method_is_evaluated_into_a_folder(
     assert f"prefixtune evaluate --run {output}" in err
     more = ("--split", "test", "--metrics", "bleu, ter", "--intervals", "--max-new-tokens", "8", "--num-beams", "2")
     evaluate = ("evaluate", "--run", str(output), "--data", data, *more, "--output", str(scored), "--json")
-    told = json.loads(run(*evaluate)[0])
-    assert (told["num_examples"], told["task"], told["run"]) == (6, "e2e", str(output))
-    assert [*told["scores"]] == ["bleu", "ter"]
-    assert "protocol e2e" in told["scores"]["bleu"]["implementation"]
-    found = read_results(scored).evaluation
-    assert (found.method, found.task, found.split, found.num_examples) == ("full", "e2e", "test", 6)
-    assert found.scores["bleu"].score == told["scores"]["bleu"]["score"]
-    assert list(found.scores["bleu"].interval) == told["scores"]["bleu"]["interval"]
-    assert found.settings["decoding"]["num_beams"] == 2
-    assert found.groups["attributes"]["2"].num_examples == 6
+    printed = json.loads(run(*evaluate)[0])
+    assert (printed["num_examples"], printed["task"], printed["run"]) == (6, "e2e", str(output))
+    assert [*printed["scores"]] == ["bleu", "ter"]
+    assert "protocol e2e" in printed["scores"]["bleu"]["implementation"]
+    stored = read_results(scored).evaluation
+    assert (stored.method, stored.task, stored.split, stored.num_examples) == ("full", "e2e", "test", 6)
+    assert stored.scores["bleu"].score == printed["scores"]["bleu"]["score"]
+    assert list(stored.scores["bleu"].interval) == printed["scores"]["bleu"]["interval"]
+    assert stored.settings["decoding"]["num_beams"] == 2
+    assert stored.groups["attributes"]["2"].num_examples == 6
 
 
 def test_few_shots_of_the_training_file(
@@ -160,9 +160,9 @@ def test_few_shots_of_the_training_file(
     flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data, "--split", "test", *shown)
     assert main([*flags, "--output", str(tmp_path)]) == 0
     assert "6 examples of" in capsys.readouterr().out
-    found = read_results(tmp_path).evaluation
-    assert found.method == "few-shot"
-    prompt = found.settings["text_format"]["prompt"]
+    evaluation = read_results(tmp_path).evaluation
+    assert evaluation.method == "few-shot"
+    prompt = evaluation.settings["text_format"]["prompt"]
     assert prompt == " name : Aromi | food : soup <s> Aromi has soup. </s> name : Aromi | food : cake <s> " + (
         "Aromi has cake. </s> {source} {separator}"
     )
@@ -173,14 +173,14 @@ def test_few_shots_of_the_training_file(
     assert "has 6 examples with a target" in capsys.readouterr().err
 
 
-def test_the_bare_model_is_asked_in_words(
+def test_the_bare_model_gets_an_instruction(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--instruction", "Describe it:", "--metrics", "bleu", "--num-beams", "1", "--max-new-tokens", "6")
     flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data, "--split", "test", *words)
     assert main([*flags, "--output", str(tmp_path / "plain")]) == 0
-    found = read_results(tmp_path / "plain").evaluation
-    assert (found.method, found.settings["text_format"]["prompt"]) == (
+    evaluation = read_results(tmp_path / "plain").evaluation
+    assert (evaluation.method, evaluation.settings["text_format"]["prompt"]) == (
         "zero-shot",
         "Describe it:\n {source} {separator}",
     )
@@ -192,7 +192,7 @@ def test_the_bare_model_is_asked_in_words(
     assert "a prefix needs none" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_told_before_the_model_loads(
+def test_mistakes_are_reported_before_the_model_loads(
     model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data)
@@ -207,9 +207,9 @@ def test_what_is_wrong_is_told_before_the_model_loads(
         (("--split", "test", "--shots", "7", "--train", data), "has 6 examples with a target"),
     ):
         assert main([*flags, *more]) == 2
-        told = capsys.readouterr().err
-        assert says in told
-        assert "loading" not in told
+        stderr = capsys.readouterr().err
+        assert says in stderr
+        assert "loading" not in stderr
     monkeypatch.setenv("PATH", "/nowhere")
     assert main([*flags, "--split", "test", "--metrics", "meteor"]) == 2
     assert "install one (Debian and Ubuntu: apt install default-jre-headless), or leave" in capsys.readouterr().err
@@ -252,12 +252,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_line_with_a_hint(name: str, tmp_path: Path) -> None:
-    arguments, told, hint = MISTAKES[name]
+    arguments, message, hint = MISTAKES[name]
     out, err = run(*arguments, code=2, cwd=tmp_path)
     assert out == ""
     lines = err.splitlines()
     assert lines[0].startswith("error: ")
-    assert told in err
+    assert message in err
     assert hint in err
     assert any(line.startswith("hint: ") for line in lines)
     assert list(tmp_path.iterdir()) == []

@@ -121,14 +121,14 @@ def cell_folder(config: StudyConfig, method: str, seed: int = 0) -> Path:
 
 
 def results(config: StudyConfig) -> dict[str, Any]:
-    """What a study came to, without what differs from run to run: times, memory, the date."""
-    found = {}
+    """The results of a study, without what differs from run to run: times, memory, the date."""
+    by_cell = {}
     for cell in plan(config):
         folder = config.folder / "cells" / cell.id
         facts, scores = read(folder / "cell.json"), read(folder / "evaluation.json")["scores"]
         figures = {k: v for k, v in facts["figures"].items() if not k.endswith(("seconds", "mib"))}
-        found[cell.id] = facts["status"], figures, scores, (folder / "outputs.jsonl").read_bytes()
-    return found
+        by_cell[cell.id] = facts["status"], figures, scores, (folder / "outputs.jsonl").read_bytes()
+    return by_cell
 
 
 # --- a study that runs through ---------------------------------------------------------------------------------------
@@ -155,14 +155,19 @@ def test_every_cell_is_a_run_and_an_evaluation(whole: tuple[StudyConfig, Log]):
             assert (figures["trained_parameters"], figures["stored_parameters"], figures["file_bytes"]) == (0, 0, 0)
             assert not (folder / "events.jsonl").exists()
         assert figures["evaluate_seconds"] > 0
-        told = read(folder / "evaluation.json")
-        assert (told["method"], told["task"], told["split"], told["num_examples"]) == (cell.method, "toy", "test", 3)
+        evaluation = read(folder / "evaluation.json")
+        assert (evaluation["method"], evaluation["task"], evaluation["split"], evaluation["num_examples"]) == (
+            cell.method,
+            "toy",
+            "test",
+            3,
+        )
         rows = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
         assert {row["source"] for row in rows} <= {example.source for example in test}
         again = compute([row["output"] for row in rows], [row["references"] for row in rows], metrics=["bleu"])
-        assert told["scores"]["bleu"]["score"] == again["bleu"].score
-        low, high = told["scores"]["bleu"]["interval"]
-        assert low <= told["scores"]["bleu"]["score"] <= high
+        assert evaluation["scores"]["bleu"]["score"] == again["bleu"].score
+        low, high = evaluation["scores"]["bleu"]["interval"]
+        assert low <= evaluation["scores"]["bleu"]["score"] <= high
     counts = {m: read(cell_folder(config, m) / "cell.json")["figures"]["trained_parameters"] for m in METHODS}
     # By hand, at width 32: norm, down and up of a bottleneck of 2; and two ranks of (in + out) of a layer's matrices.
     assert counts["adapter:2"] == 2 * 32 + (32 * 2 + 2) + (2 * 32 + 32)
@@ -172,18 +177,18 @@ def test_every_cell_is_a_run_and_an_evaluation(whole: tuple[StudyConfig, Log]):
 
 def test_the_studys_own_file(whole: tuple[StudyConfig, Log]):
     config, _ = whole
-    told = read(config.folder / "study.json")
-    assert (told["kind"], told["name"], told["task"], told["metric"]) == ("study", "methods", "toy", "bleu")
-    assert (told["factors"], told["axis"], told["command"]) == (["method"], None, "the command")
-    assert (told["backbone"], told["budget_minutes"], told["config"]) == (config.backbone, None, config.to_dict())
-    assert told["cut"] == [
+    stored = read(config.folder / "study.json")
+    assert (stored["kind"], stored["name"], stored["task"], stored["metric"]) == ("study", "methods", "toy", "bleu")
+    assert (stored["factors"], stored["axis"], stored["command"]) == (["method"], None, "the command")
+    assert (stored["backbone"], stored["budget_minutes"], stored["config"]) == (config.backbone, None, config.to_dict())
+    assert stored["cut"] == [
         "scored on a fixed random sample of 3 test sources",
         "trained on samples of 8 targets",
         "2 tries instead of 3",
     ]
-    assert told["machine"]["cores"] >= 1
-    assert told["versions"]["torch"]
-    assert len(told["date"]) == 10
+    assert stored["machine"]["cores"] >= 1
+    assert stored["versions"]["torch"]
+    assert len(stored["date"]) == 10
     study = read_results(config.folder)
     assert {cell.id: cell.status for cell in study.cells} == {cell.id: "done" for cell in plan(config)}
     assert all(cell.run is not None and cell.run.evaluation is not None for cell in study.cells)
@@ -207,7 +212,7 @@ def test_runs_are_compared_item_by_item(whole: tuple[StudyConfig, Log], tmp_path
         references = [row["references"] for row in texts[first]]
         assert pair["p_value"] == compare(outputs, others, references, "bleu", "plain").p_value
     assert [point["differences"] for point in facts["points"]] == [[pair["difference"]] for pair in facts["pairs"]]
-    # Without the outputs what was found stands; and where a score is another one, it does not.
+    # Without the outputs, p-values are kept where the scores are the same.
     copied = dataclasses.replace(config, output=str(tmp_path / "copied"))
     shutil.copytree(config.folder, copied.folder)
     for path in copied.folder.glob("cells/*/outputs.jsonl"):
@@ -244,7 +249,7 @@ def test_the_best_of_the_tries_becomes_the_cell(whole: tuple[StudyConfig, Log]):
         assert max(event["lr"] for event in events if event["event"] == "step") == float(best)
         if cell.method in ("prefix", "prompt"):
             assert load_prefix(folder / PREFIX_FILE).header["training"]["learning_rate"] == float(best)
-    # The rates are told apart by the losses, so that the choice is one.
+    # The losses of the rates differ, so that there is something to choose.
     assert all(len(set(entry["learning_rate"].values())) == 2 for entry in tuning.values())
 
 
@@ -294,7 +299,7 @@ def test_repetitions_take_the_chosen_rate_and_subsets_differ(configure: Make, tm
     assert "2 subsets instead of 5" in study.cut
 
 
-def test_weights_are_kept_when_asked_for(configure: Make, tmp_path: Path):
+def test_weights_are_kept_on_request(configure: Make, tmp_path: Path):
     config = configure(tmp_path / "study", methods=("top:1",), keep_weights=True)
     run_study(config)
     weights = cell_folder(config, "top:1") / WEIGHTS_FILE
@@ -368,8 +373,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_scores(
     log = Log()
     assert len(run_study(config, on_event=log.events.append).done) == 2
     expected = results(whole[0])
-    for name, found in results(config).items():
-        assert found == expected[name]
+    for name, result in results(config).items():
+        assert result == expected[name]
     assert first.id not in {event["cell"] for event in log.events}, "a cell that was done is not done again"
     # What was trained before the last save is not trained again.
     steps = Counter((e["learning_rate"], e["step"]) for e in [*killed.of("step"), *log.of("step")])
@@ -396,7 +401,7 @@ def test_one_try_is_resumed_in_its_own_folder(configure: Make, tmp_path: Path):
     assert [event["step"] for event in log.of("step")] == [3, 4]
 
 
-def test_other_settings_are_refused_and_places_may_change(configure: Make, tmp_path: Path):
+def test_other_settings_are_refused_and_paths_may_change(configure: Make, tmp_path: Path):
     config = configure(tmp_path / "study", methods=("zero-shot",))
     run_study(config)
     before = (config.folder / "study.json").read_bytes()
@@ -414,7 +419,7 @@ def test_other_settings_are_refused_and_places_may_change(configure: Make, tmp_p
     assert log.events == []
 
 
-def test_a_study_grows_and_what_was_done_stands(configure: Make, tmp_path: Path):
+def test_a_study_grows_and_its_runs_still_count(configure: Make, tmp_path: Path):
     settings: dict[str, Any] = {"name": "low-data", "seeds": 1, "dev_share": 0.0, "patience": 0}
     rates, steps = [1e-3, 3e-3], {"8": 2}
     first = configure(
@@ -489,7 +494,7 @@ def test_runs_at_a_rate_that_is_no_more_chosen_wait(
     assert list(tuning["learning_rate"]) == ["0.0001", "0.0003", "0.0009"]
 
 
-def test_what_a_study_leaves_of_its_own_protocol_is_told(configure: Make, tmp_path: Path):
+def test_reductions_of_the_papers_protocol_are_described(configure: Make, tmp_path: Path):
     values = {"name": "low-data", "methods": ("prefix",), "subsets": 1, "sizes": (50, 500), "patience": 2}
     config = configure(tmp_path / "study", **values, steps_by_size={"50": 60}, max_steps=100, learning_rates={})
     cut = describe_reductions(config, [cell.id for cell in plan(config)], 4)
@@ -542,7 +547,7 @@ def test_a_study_of_the_bare_model_needs_a_test_set_alone(configure: Make, tmp_p
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_any_error_of_a_run_is_told_and_the_others_go_on(
+def test_any_error_of_a_run_is_reported_and_the_others_go_on(
     configure: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, real = configure(tmp_path / "study"), train
@@ -588,7 +593,7 @@ def test_a_file_of_something_else_is_named(
 def test_outputs_with_odd_line_ends_are_compared(configure: Make, tmp_path: Path):
     config = configure(tmp_path / "study", methods=("prefix", "zero-shot"), tries=1)
     run_study(config)
-    found = read(config.folder / "comparisons.json")
+    before = read(config.folder / "comparisons.json")
     path = cell_folder(config, "zero-shot") / "outputs.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     rows[0]["source"] += "\u2028"
@@ -596,12 +601,12 @@ def test_outputs_with_odd_line_ends_are_compared(configure: Make, tmp_path: Path
     (config.folder / "comparisons.json").unlink()
     run_study(config)
     again = read(config.folder / "comparisons.json")
-    assert again["pairs"][0]["difference"] == found["pairs"][0]["difference"]
-    assert found["pairs"][0]["p_value"] is not None
+    assert again["pairs"][0]["difference"] == before["pairs"][0]["difference"]
+    assert before["pairs"][0]["p_value"] is not None
     assert again["pairs"][0]["p_value"] is None, "of another item"
 
 
-def test_a_cell_that_fails_is_told_and_the_others_go_on(configure: Make, tmp_path: Path):
+def test_a_cell_that_fails_is_reported_and_the_others_go_on(configure: Make, tmp_path: Path):
     config = configure(
         tmp_path / "study",
         methods=("full", "prefix"),
@@ -615,17 +620,17 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(configure: Make, tmp_pat
     assert "reached its end at any learning rate of 1e+30, 3e+30" in outcome.failed[failed]
     assert outcome.left == (second,), "there is no rate for it"
     assert len(outcome.done) == 2
-    told = read(config.folder / "cells" / failed / "cell.json")
-    assert (told["status"], told["figures"]) == ("failed", {})
-    assert "lower ones" in told["error"]
+    stored = read(config.folder / "cells" / failed / "cell.json")
+    assert (stored["status"], stored["figures"]) == ("failed", {})
+    assert "lower ones" in stored["error"]
     # Of the prefix's two rates one ends.
     assert "loss" in next(
         event["error"] for event in log.of("try") if event["cell"].startswith("prefix-") and "error" in event
     )
     tuning = read(config.folder / "study.json")["tuning"]
-    (found,) = (entry for group, entry in tuning.items() if group.startswith("prefix"))
-    assert found["chosen"] == 1e-3
-    assert found["learning_rate"]["1e+30"] is None
+    (choice,) = (entry for group, entry in tuning.items() if group.startswith("prefix"))
+    assert choice["chosen"] == 1e-3
+    assert choice["learning_rate"]["1e+30"] is None
     assert {cell.status for cell in read_results(config.folder).cells} == {"done", "failed", "waiting"}
     # The next run tries it once more, and nothing else.
     log = Log()
@@ -633,7 +638,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(configure: Make, tmp_pat
     assert {event["cell"] for event in log.events} == {failed}
 
 
-def test_data_that_is_broken_or_too_small_is_told_before_anything_is_trained(configure: Make, tmp_path: Path):
+def test_data_that_is_broken_or_too_small_is_reported_before_anything_is_trained(configure: Make, tmp_path: Path):
     log, broken = Log(), tmp_path / "test.csv"
     broken.write_text("mr,ref\n")
     good = tmp_path / "train.csv"
@@ -663,9 +668,9 @@ def test_the_budget_leaves_what_it_has_no_time_for_and_says_so(configure: Make, 
     config = configure(tmp_path / "study", methods=("zero-shot", "prefix"), budget=1e-9)
     outcome = run_study(config)
     assert (outcome.done, outcome.left) == ((), tuple(cell.id for cell in plan(config)))
-    told = read(config.folder / "study.json")
-    assert told["budget_minutes"] == 1e-9
-    assert f"2 of 2 runs are not done within 1e-09 minutes: {', '.join(outcome.left)}" in told["cut"]
+    stored = read(config.folder / "study.json")
+    assert stored["budget_minutes"] == 1e-9
+    assert f"2 of 2 runs are not done within 1e-09 minutes: {', '.join(outcome.left)}" in stored["cut"]
     assert {cell.status for cell in read_results(config.folder).cells} == {"waiting"}
     more = dataclasses.replace(config, budget=60.0)
     assert len(run_study(more).done) == 2

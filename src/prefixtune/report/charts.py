@@ -35,7 +35,7 @@ class Line:
 
     Attributes:
         points: x and y.
-        style: Number of its colour, dashes and marker.
+        style: Index of its colour, dashes and marker.
         ranges: Low and high end of each point's error bar; empty for none.
         kind: `marked`: a line with markers; `plain`: without; `faint`: behind the others; `level`: only the first
             point's y counts, drawn across.
@@ -60,8 +60,8 @@ class Bar:
 def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, identity: str, title: str, text: str) -> Safe:
     """Lines over a number.
 
-    The x axis is logarithmic, with the data's own values as ticks, where the points span a factor of ten and stand at
-    few places, as sizes of data do.
+    The x axis is logarithmic, with the data's own values as ticks, where there are few values of x and they span a
+    factor of ten, as sizes of data do.
 
     Args:
         lines: At least one, with finite points.
@@ -71,18 +71,18 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, identity: s
         title: Its name for a screen reader.
         text: Its description for a screen reader.
     """
-    places = sorted({x for line in lines if line.kind != "level" for x, _ in line.points}) or [0.0]
-    few = len(places) <= 12 and any(line.kind == "marked" and line.ranges for line in lines)
-    logarithmic = few and places[0] > 0 and places[-1] >= 10 * places[0]
-    x_axis = _Axis(places[0], places[-1], LEFT + 10 * few, WIDTH - RIGHT - 10 * few, logarithmic)
+    x_values = sorted({x for line in lines if line.kind != "level" for x, _ in line.points}) or [0.0]
+    few = len(x_values) <= 12 and any(line.kind == "marked" and line.ranges for line in lines)
+    logarithmic = few and x_values[0] > 0 and x_values[-1] >= 10 * x_values[0]
+    x_axis = _Axis(x_values[0], x_values[-1], LEFT + 10 * few, WIDTH - RIGHT - 10 * few, logarithmic)
     y_axis = _Axis(*_y_limits(lines), HEIGHT - BOTTOM, TOP)
-    parts = [_grid(y_axis), _x_ticks(x_axis, places if few else _ticks(places[0], places[-1], 6))]
+    parts = [_grid(y_axis), _x_ticks(x_axis, x_values if few else _ticks(x_values[0], x_values[-1], 6))]
     parts.append(tag("text", y_label, class_="label", x=0, y=16))
     parts.append(tag("text", x_label, class_="label", x=WIDTH - RIGHT, y=HEIGHT - 4, text_anchor="end"))
     several = sum(line.kind == "marked" for line in lines)
-    for number, line in enumerate(lines):
-        # Error bars at the same place would hide each other.
-        shift = 5.0 * (number - (several - 1) / 2) if line.ranges and several > 1 else 0.0
+    for index, line in enumerate(lines):
+        # Error bars at the same point would hide each other.
+        shift = 5.0 * (index - (several - 1) / 2) if line.ranges and several > 1 else 0.0
         parts.append(_line(line, x_axis, y_axis, shift))
     return _picture(HEIGHT, identity, title, text, parts)
 
@@ -132,7 +132,7 @@ def swatch(style: int, kind: str = "marked") -> Safe:
 
 
 class _Axis:
-    """From values to places in the picture."""
+    """From values to coordinates in the picture."""
 
     def __init__(self, low: Number, high: Number, start: Number, end: Number, logarithmic: bool = False) -> None:
         self.change = math.log if logarithmic else float
@@ -166,7 +166,7 @@ def _ticks(low: Number, high: Number, most: int) -> list[Number]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [float(f"{number * step:.10g}") for number in range(first, last + 1)]
+    return [float(f"{multiple * step:.10g}") for multiple in range(first, last + 1)]
 
 
 def _grid(axis: _Axis) -> Safe:
@@ -205,8 +205,8 @@ def _line(line: Line, x_axis: _Axis, y_axis: _Axis, shift: float) -> Safe:
     parts = [tag("path", d=path, class_="line", **_stroke(line))]
     for (x, _), (low, high) in zip(line.points, line.ranges, strict=False):
         if high > low:
-            place, top, bottom = x_axis(x) + shift, _at(y_axis(high)), _at(y_axis(low))
-            ends = f"M{_at(place - 4)} {top}h8M{_at(place)} {top}V{bottom}M{_at(place - 4)} {bottom}h8"
+            center, top, bottom = x_axis(x) + shift, _at(y_axis(high)), _at(y_axis(low))
+            ends = f"M{_at(center - 4)} {top}h8M{_at(center)} {top}V{bottom}M{_at(center - 4)} {bottom}h8"
             parts.append(tag("path", d=ends, class_="whisker"))
     if line.kind == "marked":
         parts += [_marker(line.style, x_axis(x) + shift, y_axis(y)) for x, y in line.points]
@@ -256,6 +256,6 @@ def _style(style: int) -> str:
     return f"s{style % NUM_STYLES}"
 
 
-def _at(place: Number) -> str:
-    """A place in the picture, to a tenth: equal inputs give equal bytes on every machine."""
-    return f"{place:.1f}".removesuffix(".0")
+def _at(coordinate: Number) -> str:
+    """A coordinate in the picture, to a tenth: equal inputs give equal bytes on every machine."""
+    return f"{coordinate:.1f}".removesuffix(".0")

@@ -165,7 +165,7 @@ class Document:
 
     Attributes:
         subtitle: What it is about, in a line.
-        warnings: What keeps it from being whole; they stand at its top too.
+        warnings: Why the report may be incomplete; they are also at its top.
     """
 
     title: str

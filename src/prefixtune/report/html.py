@@ -196,10 +196,10 @@ def _simple(block: Text | Listing | Facts | Headline) -> Safe:
         tag(
             "div",
             tag("dt", name),
-            tag("dd", _best(Value(figure, best=number in block.best)), _small(small)),
-            class_="best" if number in block.best else None,
+            tag("dd", _best(Value(figure, best=index in block.best)), _small(small)),
+            class_="best" if index in block.best else None,
         )
-        for number, (name, figure, small) in enumerate(block.items)
+        for index, (name, figure, small) in enumerate(block.items)
     ]
     return join(tag("p", block.what, class_="what"), tag("dl", *figures, class_="headline"))
 
@@ -225,7 +225,7 @@ def _small(text: str) -> Safe | None:
 
 
 def _item(item: Item, systems: Sequence[str]) -> Safe:
-    """An example: what was asked, what was wanted, what each system said."""
+    """An example: source, references, and the output of each system."""
     example = item.example
     groups = "".join(f" · {words(kind)}: {name}" for kind, name in example.groups.items())
     references = tag("ul", *(tag("li", text, dir="auto") for text in example.references))

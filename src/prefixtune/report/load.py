@@ -185,8 +185,8 @@ def _read_study(files: Files) -> Study:
 
 
 def _differences(record: Record) -> Iterator[Difference]:
-    for number, values in enumerate(record.get("points", list, [])):
-        point = Record(values, f"point {number} of {record.where}")
+    for index, values in enumerate(record.get("points", list, [])):
+        point = Record(values, f"point {index} of {record.where}")
         differences, p_values, mean = point.numbers("differences"), point.numbers("p_values"), point.number("mean")
         if mean is None or None in differences or len(p_values) != len(differences):
             continue

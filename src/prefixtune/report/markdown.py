@@ -81,8 +81,8 @@ def _simple(block: Text | Listing | Facts | Headline) -> Iterator[str]:
         yield from (f"- {_inline(name)}: {_inline(text)}" for name, text in block.items)
     else:
         yield from (f"{_inline(block.what)}:", "")
-        for number, (name, figure, small) in enumerate(block.items):
-            shown = _value(Value(figure, small, best=number in block.best))
+        for index, (name, figure, small) in enumerate(block.items):
+            shown = _value(Value(figure, small, best=index in block.best))
             yield f"- {_inline(name)}: {shown}"
     yield ""
 

@@ -163,7 +163,7 @@ def test_differences_of_points_from_their_counterparts(tmp_path: Path) -> None:
     assert "a test of pairs" not in text
 
 
-def test_tuning_tells_what_was_tried_and_what_was_chosen(tmp_path: Path) -> None:
+def test_tuning_shows_what_was_tried_and_what_was_chosen(tmp_path: Path) -> None:
     _, text = pages(methods_study(tmp_path / "methods"))
     rows = next(table for table in markdown_tables(text) if table[0][-1] == "choice")[1:]
     chosen = [(method, setting, tried) for method, setting, tried, _, choice in rows if choice == "chosen"]
@@ -186,9 +186,9 @@ def test_an_unfinished_study_says_so_first(tmp_path: Path) -> None:
     study = low_data_study(tmp_path / "study")
     page, text = pages(study)
     shown = Page(page).text()
-    told = "This study is unfinished: 22 of 25 cells are done, 1 failed, 2 wait."
-    assert shown.index(told) < shown.index("BLEU at number of targets")
-    assert told in text.split("##")[1]
+    warning = "This study is unfinished: 22 of 25 cells are done, 1 failed, 2 wait."
+    assert shown.index(warning) < shown.index("BLEU at number of targets")
+    assert warning in text.split("##")[1]
     assert "TrainingError: the loss is not finite." in shown
     assert "fine-tuning-500-0-0, fine-tuning-500-2-0" in shown
     # Methods are compared where both have come to, and not at the place that only one has reached.
@@ -259,7 +259,7 @@ def test_evaluations_of_other_data_are_not_compared(tmp_path: Path) -> None:
     assert text.count("### Scores") == 2
 
 
-def test_systems_of_one_title_are_told_apart(tmp_path: Path) -> None:
+def test_systems_with_the_same_title_get_different_names(tmp_path: Path) -> None:
     _, text = pages(evaluation(tmp_path / "one"), evaluation(tmp_path / "two", 50.0))
     assert list(column(text, "BLEU")) == ["prefix (one)", "prefix (two)"]
 
@@ -306,7 +306,7 @@ def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
     assert "| learning\\_rate | 0.001 |" in text
 
 
-def test_settings_that_differ_are_told_from_those_that_are_equal(tmp_path: Path) -> None:
+def test_settings_that_differ_are_shown_apart_from_equal_ones(tmp_path: Path) -> None:
     study_json(tmp_path, factors=["method"])
     for seed in range(2):
         cell(tmp_path, {"method": "prefix", "seed": seed}, 50.0)

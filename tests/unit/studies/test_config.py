@@ -18,7 +18,7 @@ from prefixtune.training.config import TrainConfig, default_learning_rate
 FILES = sorted((Path(__file__).resolve().parents[3] / "studies").glob("*.toml"))
 
 
-def told(name: str = "methods", **values: Any) -> str:
+def refusal(name: str = "methods", **values: Any) -> str:
     with pytest.raises(ConfigError) as error:
         StudyConfig.from_mapping(name, values)
     assert error.value.hint
@@ -65,7 +65,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_study(tmp_path: Path):
         ("sizs = [1]", "unknown key 'sizs' (did you mean 'sizes'?)", "--help"),
     ],
 )
-def test_a_wrong_file_is_told_by_name(tmp_path: Path, text: str, message: str, hint: str):
+def test_an_error_names_the_wrong_file(tmp_path: Path, text: str, message: str, hint: str):
     path = tmp_path / "study.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -83,8 +83,8 @@ def test_an_unknown_study():
     assert error.value.hint == "did you mean 'length'?"
 
 
-def test_keys_and_types_that_are_wrong_are_all_told():
-    message = told(sizs=[1], tries="three", sizes=[1.5], methods=3, lengths="1,x", keep_weights=1, train_settings=2)
+def test_all_wrong_keys_and_types_are_reported():
+    message = refusal(sizs=[1], tries="three", sizes=[1.5], methods=3, lengths="1,x", keep_weights=1, train_settings=2)
     for fault in (
         "unknown key 'sizs' (did you mean 'sizes'?)",
         "tries is 'three', but must be of type int",
@@ -95,11 +95,11 @@ def test_keys_and_types_that_are_wrong_are_all_told():
         "train_settings is 2, but must be a table",
     ):
         assert fault in message
-    assert "sizes is [True]" in told(sizes=[True])
+    assert "sizes is [True]" in refusal(sizes=[True])
 
 
-def test_values_that_are_wrong_are_all_told():
-    message = told(
+def test_all_wrong_values_are_reported():
+    message = refusal(
         task="e2ee",
         methods=["prefix", "lorra", "prefix:3", "adapter:", "lora:0", "full:2"],
         starts=["tasks"],
@@ -142,18 +142,20 @@ def test_values_that_are_wrong_are_all_told():
         "train_settings.full is 3, but must be a table",
     ):
         assert fault in message, fault
-    assert message.count("batch_sice") == 1, "a fault of all methods is told once"
+    assert message.count("batch_sice") == 1, "a fault of all methods is reported once"
 
 
 @pytest.mark.parametrize("name", ["methods", "starts", "sizes", "lengths"])
 def test_lists_hold_something_and_nothing_twice(name: str):
     value = {"methods": "full", "starts": "task"}.get(name, 3)
-    assert "must have at least one value" in told(**{name: [value, value]})
-    assert "must have at least one value" in told(**{name: []})
+    assert "must have at least one value" in refusal(**{name: [value, value]})
+    assert "must have at least one value" in refusal(**{name: []})
 
 
 def test_a_study_is_of_a_task_that_generates():
-    assert "'classification' is for classification; studies are for tasks that generate" in told(task="classification")
+    assert "'classification' is for classification; studies are for tasks that generate" in refusal(
+        task="classification"
+    )
 
 
 def test_rates_are_tried_around_the_default_as_many_for_each_method():
@@ -169,7 +171,7 @@ def test_rates_are_tried_around_the_default_as_many_for_each_method():
     assert bare.rates("prefix") == (default_learning_rate("none"),)
 
 
-def test_given_rates_are_taken_and_must_be_equally_many():
+def test_configured_rates_are_used_and_each_method_has_as_many():
     rates = {"prefix": [1e-3, 2e-3], "adapter": [1e-4, 1e-3], "adapter:8": [5e-4, 5e-3]}
     config = StudyConfig.from_mapping(
         "methods", {"methods": ["prefix", "adapter:4", "adapter:8"], "learning_rates": rates}
@@ -177,7 +179,7 @@ def test_given_rates_are_taken_and_must_be_equally_many():
     assert config.rates("adapter:4") == (1e-4, 1e-3)
     assert config.rates("adapter:8") == (5e-4, 5e-3)
     unequal = {"methods": ["prefix", "full", "zero-shot"], "learning_rates": {"full": [1e-4]}, "tries": 3}
-    assert "a comparison needs the same for each" in told(**unequal)
+    assert "a comparison needs the same for each" in refusal(**unequal)
     assert StudyConfig.from_mapping("methods", {**unequal, "tries": 1})
 
 
@@ -205,7 +207,7 @@ def test_given_rates_are_taken_and_must_be_equally_many():
         ("test_limit", 100, 200, False),
     ],
 )
-def test_a_study_grows_where_what_was_done_still_stands(key: str, before: Any, now: Any, grows: bool):
+def test_a_study_grows_where_its_runs_still_count(key: str, before: Any, now: Any, grows: bool):
     usual = {"methods": ["prefix"], "sizes": [2000]}
     old = StudyConfig.from_mapping("methods", {**usual, key: before})
     assert StudyConfig.from_mapping("methods", {**usual, key: now}).grows(old.to_dict(), key) is grows

@@ -48,7 +48,7 @@ def test_pairs_are_drawn_from_everywhere():
     assert seen == set(pairs(SET))
 
 
-def test_nothing_asked_for_is_the_whole_set_as_it_is():
+def test_size_zero_is_the_whole_set():
     assert sample_targets(SET, 0, "pairs", "any") == SET
     assert sorted(pairs(sample_targets(SET, TOTAL, "sources", "any"))) == sorted(pairs(SET))
 

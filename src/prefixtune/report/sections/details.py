@@ -65,7 +65,7 @@ def _loss_chart(name: str, runs: Sequence[Run], identity: str) -> Chart | None:
     lines: list[Line] = []
     rows: list[list[Value]] = []
     per_token = any("loss_per_token" in event for run in runs for event in run.events)
-    for number, run in enumerate(runs, start=1):
+    for repetition, run in enumerate(runs, start=1):
         # The development loss is per token.
         training = points(run.events, "step", "loss_per_token" if per_token else "loss")
         smoothed = list(zip(training[0], smooth(training[1]), strict=True))
@@ -77,7 +77,7 @@ def _loss_chart(name: str, runs: Sequence[Run], identity: str) -> Chart | None:
             lines.append(Line(spread_out(smoothed, MOST_POINTS), 0, kind="plain"))
         if development:
             lines.append(Line(development, 1, kind="marked" if len(runs) == 1 else "plain"))
-        rows += _loss_rows(str(number), dict(smoothed), dict(development), with_run=len(runs) > 1)
+        rows += _loss_rows(str(repetition), dict(smoothed), dict(development), with_run=len(runs) > 1)
     if not lines:
         return None
     unit = "loss per token" if per_token else "loss"
@@ -101,11 +101,11 @@ def _loss_chart(name: str, runs: Sequence[Run], identity: str) -> Chart | None:
 
 
 def _loss_rows(
-    number: str, training: Mapping[int, float], development: Mapping[int, float], *, with_run: bool
+    repetition: str, training: Mapping[int, float], development: Mapping[int, float], *, with_run: bool
 ) -> list[list[Value]]:
     """Every development loss, and some training losses."""
     steps = sorted({*spread_out(sorted(development), MOST_ROWS), *spread_out(sorted(training), MOST_ROWS // 2)})
-    head = [Value(number)] if with_run else []
+    head = [Value(repetition)] if with_run else []
     return [
         [
             *head,
