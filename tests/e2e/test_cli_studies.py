@@ -245,7 +245,7 @@ MISTAKES = {
     "unknown preset": (("train", "--preset", "papper", "--task", "e2e"), "'papper'", "did you mean 'paper'?"),
     "no preset for a task": (("train", "--preset", "paper", "--task", "toy"), "nothing for the task 'toy'", ""),
     "a run and a prefix": (("evaluate", "--run", "a", "--prefix", "b", "--data", "c"), "not allowed with", "--help"),
-    "an empty run": (("evaluate", "--run", ".", "--data", "c"), "holds neither", "came to its end"),
+    "an empty run": (("evaluate", "--run", ".", "--data", "c"), "holds neither", "that was finished"),
     "shots of nothing": (("evaluate", "--shots", "2", "--data", "c"), "of --train FILE", "give --train"),
 }
 
