@@ -53,8 +53,8 @@ def exported(
     folder = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         if name == "qwen2":
-            # As for large models: weights in a file of their own.
-            patch.setattr(target, "_ONE_FILE", 0)
+            # As for large models: weights in a separate file.
+            patch.setattr(target, "MAX_BYTES_IN_GRAPH", 0)
         made = Exported(backbone, prefix, folder, baked=bool(baked))
     assert (folder / "model.onnx.data").exists() == (name == "qwen2")
     return made

@@ -112,7 +112,7 @@ def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
         load_backbone(folder, adapter=folder)
     with pytest.raises(ConfigError, match="adapter_rank = 2, but a backbone has one adapter"):
         load_backbone(folder, device="cpu", adapter_rank=2)
-    with pytest.raises(ConfigError, match="neither device_map nor an adapter"):
+    with pytest.raises(ConfigError, match="cannot be combined with device_map or an adapter"):
         load_backbone(folder, device="cpu", quantize="int8")
     with pytest.raises(BackboneError, match="cannot load the backbone"):
         load_backbone(change(folder, base_model_name_or_path="some/model"), device="cpu")

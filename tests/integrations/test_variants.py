@@ -53,7 +53,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("kind", "near"), [("int8", 0.05), ("int4", 0.5)])
-def test_quantized_weights_carry_the_prefix_and_its_gradients(folder: Path, kind: str, near: float) -> None:
+def test_quantized_weights_keep_the_prefix_and_its_gradients(folder: Path, kind: str, near: float) -> None:
     plain, rounded = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", quantize=kind)
     prefix = from_words(plain, "some words", 5)
     with torch.no_grad():
@@ -193,10 +193,10 @@ def test_training_together_resumes_with_the_same_losses(
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown quantization 'int3'"):
         load_backbone(folder, device="cpu", quantize="int3")
-    with pytest.raises(ConfigError, match="neither device_map nor an adapter"):
+    with pytest.raises(ConfigError, match="cannot be combined with device_map or an adapter"):
         load_backbone(folder, quantize="int8", device_map="auto")
     with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
         load_backbone(folder, device="cpu", adapter=tmp_path)

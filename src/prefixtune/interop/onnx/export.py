@@ -33,7 +33,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.extras import require
 from prefixtune.utils.files import atomic_files
 
-__all__ = ["GRAPH", "PAST", "export_onnx", "require_onnx"]
+__all__ = ["GRAPH", "MAX_BYTES_IN_GRAPH", "PAST", "export_onnx", "require_onnx"]
 
 
 GRAPH = "model.onnx"
@@ -45,7 +45,7 @@ PAST = "prefix.safetensors"
 _TOLERANCE = 1e-4
 """Largest difference from the backbone's logits, relative to the largest of these."""
 
-_MAX_BYTES_IN_GRAPH = 1_500_000_000
+MAX_BYTES_IN_GRAPH = 1_500_000_000
 """More bytes of weights go into a separate file; protobuf ends at two gigabytes."""
 
 
@@ -192,7 +192,7 @@ def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], p
             )
             size_in_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
             if program is not None:
-                program.save(path, external_data=size_in_bytes > _MAX_BYTES_IN_GRAPH)
+                program.save(path, external_data=size_in_bytes > MAX_BYTES_IN_GRAPH)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BackboneError(
