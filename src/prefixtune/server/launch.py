@@ -27,7 +27,7 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.server.state import ServerState
 
-__all__ = ["run"]
+__all__ = ["GracefulServer", "run"]
 
 
 _FLUSH_SECONDS = 5.0
@@ -59,7 +59,7 @@ def run(config: ServeConfig, console: Console) -> int:
         state = _load(config, console)
         configure_logging(config.log_level)
         _report_start(state, console, listener)
-        server = _Server(state, max_connections)
+        server = GracefulServer(state, max_connections)
         try:
             server.run(sockets=[listener])
         finally:
@@ -138,7 +138,7 @@ def _report_start(state: ServerState, console: Console, listener: socket.socket)
     log("started", url=url, prefixes=len(store), refused=len(refused), keys=len(config.keys))
 
 
-class _Server(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """uvicorn, with a shutdown that finishes running requests."""
 
     def __init__(self, state: ServerState, max_connections: int) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = [
     "AddressLimit",
@@ -80,14 +81,14 @@ class Limits:
 
 
 class RateLimited(Exception):
-    """A caller sends too many requests, in a minute or at once.
+    """A caller sends too many requests.
 
     Attributes:
-        reason: `rate`, `concurrency` or `address`.
+        reason: `rate`: in a minute; `concurrency`: at once; `address`: at once from one address.
         retry_after: Seconds after which a retry may succeed.
     """
 
-    def __init__(self, reason: str, message: str, retry_after: float) -> None:
+    def __init__(self, reason: Literal["rate", "concurrency", "address"], message: str, retry_after: float) -> None:
         super().__init__(message)
         self.reason, self.retry_after = reason, retry_after
 

@@ -348,7 +348,7 @@ def _read_keys(tables: Any, faults: list[str]) -> dict[str, KeyConfig]:
                 faults.append(f"{where}.{key} is {value}, but must be at least 0")
         if "hash" not in values:
             faults.append(f"{where} has no hash")
-        # A wrong key counts as one all the same: that there is none would be a second, false message.
+        # A wrong key still counts as a key: otherwise a second message would say that there is none.
         keys[name] = KeyConfig(**values) if len(faults) == before else KeyConfig(f"wrong: {name}")
     hashes = [key.hash for key in keys.values()]
     if len(set(hashes)) < len(hashes):

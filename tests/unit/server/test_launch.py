@@ -9,10 +9,10 @@ from typing import Any
 
 
 def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Callable[..., Any]) -> None:
-    from prefixtune.server.launch import _Server
+    from prefixtune.server.launch import GracefulServer
 
     _, state = make_server(drain_seconds=1000.0)
-    server = _Server(state, 10)
+    server = GracefulServer(state, 10)
 
     async def signals() -> list[tuple[bool, bool, bool]]:
         seen = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from starlette.types import ASGIApp
 
@@ -25,6 +25,7 @@ from prefixtune.server.api.protocol import (
     UNSUPPORTED,
 )
 from prefixtune.server.limits import Limits
+from prefixtune.server.models.task_schema import FieldKind
 from prefixtune.server.settings import ServeConfig
 
 __all__ = ["OPERATIONS", "openapi_document"]
@@ -253,7 +254,7 @@ _RESPONSES: dict[str, Schema] = {
         "max_tokens": {**_or_null(_INTEGER), "description": "The task's own."},
     }),
     "TaskField": _object({
-        "name": _TEXT, "kind": _one_of("line", "text", "attributes", "triples"), "example": {}, "parts": _list(_TEXT),
+        "name": _TEXT, "kind": _one_of(*get_args(FieldKind)), "example": {}, "parts": _list(_TEXT),
     }),
     "TaskOutput": _object({
         **_TASK_HEAD, "object": _one_of("task.output"), "source": _TEXT, "output": _TEXT,

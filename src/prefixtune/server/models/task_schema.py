@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from prefixtune.data import TASKS
 from prefixtune.data.files import join_lines, one_line
@@ -17,11 +17,14 @@ from prefixtune.data.tasks.triples import check_triples
 from prefixtune.data.toy import table_to_text as toy
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["TaskField", "TaskSchema", "task_decoding", "task_schema_of"]
+__all__ = ["FieldKind", "TaskField", "TaskSchema", "task_decoding", "task_schema_of"]
 
 
 _WHERE = "the request"
 _SUMMARIZATION_TASKS = ("summarization", "xsum", "scitldr")
+
+FieldKind = Literal["line", "text", "attributes", "triples"]
+"""How a page asks for a field: one line, a longer text, a meaning representation, or triples."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,13 @@ class TaskField:
 
     Attributes:
         name: As in the request.
-        kind: `line`, `text` (longer), `attributes` (a meaning representation) or `triples`.
+        kind: How a page asks for it.
         example: A valid value, to start from.
         parts: The attributes of `attributes`.
     """
 
     name: str
-    kind: str
+    kind: FieldKind
     example: Any = ""
     parts: tuple[str, ...] = ()
 
@@ -105,7 +108,7 @@ def _template_schema(task: str, template: str) -> TaskSchema | None:
     except ConfigError:
         return None
     # A column that is the whole source may be long; several columns are a few words each.
-    kind = "text" if len(columns) == 1 else "line"
+    kind: FieldKind = "text" if len(columns) == 1 else "line"
 
     def linearize(record: Mapping[str, Any]) -> str:
         text = render(template, record, _WHERE)
