@@ -345,5 +345,5 @@ def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('title = "my site"\n')
     (tmp_path / "precious.txt").write_text("keep")
     _, err = run("demo", "--output", str(tmp_path), code=2)
-    assert "something else than a demo" in err
+    assert "holds other files than those of a demo" in err
     assert (tmp_path / "precious.txt").read_text() == "keep"
