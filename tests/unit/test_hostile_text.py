@@ -1,4 +1,4 @@
-"""Time that work on outside text takes: it grows with the text's length, and not with its square."""
+"""Time of work on outside text: it grows with the length of the text, and not with its square."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from prefixtune.data.tasks.e2e import parse_mr
 from prefixtune.data.tasks.records import check_template, render
 from prefixtune.errors import PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.report.markdown import _inline
+from prefixtune.report.document import Document
+from prefixtune.report.markdown import to_markdown
 
 SIZE = 50_000
 """Characters of the short text; the long one has four times as many."""
@@ -37,7 +38,7 @@ WORK: dict[str, Callable[[str], object]] = {
     "check_template": check_template,
     "did_you_mean": lambda text: did_you_mean(text, ["prompt", "model", text[:9]]),
     "render": lambda text: render("{column} and {column}", {"column": text}, "the request"),
-    "Markdown": _inline,
+    "Markdown": lambda text: to_markdown(Document(text, text, [])),
     **{f"protocol {name}": PROTOCOLS[name].normalize for name in ("plain", "dart")},
 }
 

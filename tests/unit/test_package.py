@@ -1,4 +1,4 @@
-"""The front door: exports, and the generated pages."""
+"""The package as a whole: its exports, a quick import, and tests that are all run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_exports_are_a_dozen_names_and_the_configurations() -> None:
     assert set(CONFIGS) <= set(pt.__all__)
     for name in pt.__all__:
         assert getattr(pt, name) is not None
-    # Functions, not the modules of a like name.
+    # Functions, not modules of the same name.
     assert all(callable(getattr(pt, name)) for name in ("train", "generate", "evaluate", "load_backbone"))
 
 
@@ -37,11 +37,6 @@ def test_importing_is_quick_and_configurations_need_no_extra() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(pt, "no_such_name")
-
-
-def test_the_command_line_page_is_current() -> None:
-    done = subprocess.run([sys.executable, "-m", "tools.cli_page", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_test_is_run_by_make_test_or_by_a_target_of_its_own() -> None:

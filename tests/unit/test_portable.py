@@ -1,4 +1,4 @@
-"""Systems that are not Linux: importing, training and generating without what only POSIX has; Apple's GPUs."""
+"""Systems that are not Linux: importing, training and generating without what only POSIX has."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-from prefixtune.backbone.devices import choose_device
-from prefixtune.errors import ConfigError
-from prefixtune.training.config import TrainConfig
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -76,19 +69,3 @@ def test_nothing_of_posix_is_needed(tmp_path: Path) -> None:
     assert lines[:2] == ["imported", "trained"]
     assert lines[2].startswith("['")
     assert lines[-1] == "['config.toml', 'events.jsonl', 'prefix.safetensors', 'state.safetensors']"
-
-
-@pytest.mark.parametrize(
-    ("cuda", "mps", "chosen"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
-)
-def test_auto_takes_what_there_is(cuda: bool, mps: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert choose_device("auto") == torch.device(chosen)
-    if mps:
-        assert choose_device("mps") == torch.device("mps")
-    else:
-        with pytest.raises(ConfigError, match="device is 'mps', but this machine has no MPS"):
-            choose_device("mps")
-    assert TrainConfig(device="mps").device == "mps"

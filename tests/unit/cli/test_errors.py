@@ -23,7 +23,7 @@ def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind", "told", "hint"),
+    ("arguments", "kind", "message", "hint"),
     [
         (["trian", "--json"], "ConfigError", "'trian'", "did you mean 'train'?"),
         (["--json"], "ConfigError", "COMMAND", "prefixtune --help"),
@@ -35,7 +35,7 @@ def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_with_json_a_mistake_is_one_object_on_stderr(
-    arguments: list[str], kind: str, told: str, hint: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], kind: str, message: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     out, err = capsys.readouterr()
@@ -44,7 +44,7 @@ def test_with_json_a_mistake_is_one_object_on_stderr(
     assert error.keys() == {"error", "hint", "kind", "exit_code"}
     assert error["kind"] == kind
     assert error["exit_code"] == 2
-    assert told in error["error"]
+    assert message in error["error"]
     assert hint in error["hint"]
 
 
@@ -59,8 +59,8 @@ def test_an_interruption_is_json_too(monkeypatch: pytest.MonkeyPatch, capsys: py
 
     monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", stopped)
     assert main(["inspect", "any.safetensors", "--json"]) == 130
-    told = json.loads(capsys.readouterr().err)
-    assert told == {"error": "interrupted.", "hint": "the state is saved", "kind": "Interrupted", "exit_code": 130}
+    message = json.loads(capsys.readouterr().err)
+    assert message == {"error": "interrupted.", "hint": "the state is saved", "kind": "Interrupted", "exit_code": 130}
 
 
 def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     facts = json.loads((folder / "export.json").read_text())
     assert (facts["kv_type"], facts["state_version"], facts["task"]) == ("f32", 3, "e2e")
     assert export(trained, "--to", "llama.cpp", "--output", folder, "--patch", folder / "pubs.bin", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["patched"], told["kv_type"], told["folder"]) == (True, "f32", str(folder))
+    result = json.loads(capsys.readouterr().out)
+    assert (result["patched"], result["kv_type"], result["folder"]) == (True, "f32", str(folder))
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,6 @@ def test_a_run_in_a_folder_that_nobody_may_look_into_is_one_line(
 
 
 def test_a_folder_without_a_prefix_is_no_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = error(capsys, "a text", "--prefix", str(tmp_path))
-    assert "no file prefix.safetensors in the folder" in told
-    assert "--run" in told
+    message = error(capsys, "a text", "--prefix", str(tmp_path))
+    assert "no file prefix.safetensors in the folder" in message
+    assert "--run" in message

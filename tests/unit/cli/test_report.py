@@ -32,9 +32,9 @@ def test_warns_of_an_unfinished_study(tmp_path: Path, capsys: pytest.CaptureFixt
     run(study, "--output", page, "--quiet", "--json")
     shown = capsys.readouterr()
     assert shown.err == ""
-    told = json.loads(shown.out)
-    assert (told["html"], told["markdown"]) == (str(page), str(page.with_suffix(".md")))
-    assert "unfinished" in told["warnings"][0]
+    result = json.loads(shown.out)
+    assert (result["html"], result["markdown"]) == (str(page), str(page.with_suffix(".md")))
+    assert "unfinished" in result["warnings"][0]
 
 
 @pytest.mark.parametrize("name", ["out.md", "out", "folder.html"])

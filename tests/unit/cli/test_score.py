@@ -1,4 +1,4 @@
-"""`prefixtune score`: its JSON, its tables, and what it tells of wrong files and of what is missing."""
+"""`prefixtune score`: its JSON, its tables, and its messages about wrong or missing files."""
 
 from __future__ import annotations
 
@@ -152,8 +152,8 @@ def test_the_official_metrics_come_by_default(references: str, hypotheses: str, 
 
 def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     labels = write(tmp_path / "test.csv", "text,label\nsplendid,good\ndull,bad\nfine,good\n")
-    told = write(tmp_path / "labels.txt", "good\ngood\ngood\n")
-    options = ["--task", "classification", "--hypotheses", told, "--references", labels]
+    hypotheses = write(tmp_path / "labels.txt", "good\ngood\ngood\n")
+    options = ["--task", "classification", "--hypotheses", hypotheses, "--references", labels]
     result = run_json(capsys, *options)
     assert {name: found["score"] for name, found in result["scores"].items()} == {
         "accuracy": pytest.approx(200 / 3),

@@ -29,11 +29,11 @@ def test_every_task_and_preset_is_listed(capsys: pytest.CaptureFixture[str]):
 
 def test_json_holds_what_a_program_needs(capsys: pytest.CaptureFixture[str]):
     run("--json")
-    told: dict[str, Any] = {task["name"]: task for task in json.loads(capsys.readouterr().out)["tasks"]}
-    assert list(told) == list(TASKS)
-    assert told["webnlg"]["formats"] == [".xml", ".jsonl"]
-    assert told["webnlg"]["metrics"] == ["bleu", "meteor", "ter"]
-    assert told["dart"]["presets"]["paper"]["prefix"] == preset("paper", "dart")
-    assert (told["toy"]["parts"], told["toy"]["formats"]) == (["train", "held_out"], [])
-    for task in told.values():
+    tasks: dict[str, Any] = {task["name"]: task for task in json.loads(capsys.readouterr().out)["tasks"]}
+    assert list(tasks) == list(TASKS)
+    assert tasks["webnlg"]["formats"] == [".xml", ".jsonl"]
+    assert tasks["webnlg"]["metrics"] == ["bleu", "meteor", "ter"]
+    assert tasks["dart"]["presets"]["paper"]["prefix"] == preset("paper", "dart")
+    assert (tasks["toy"]["parts"], tasks["toy"]["formats"]) == (["train", "held_out"], [])
+    for task in tasks.values():
         GenerateConfig.from_mapping(task["decoding"])

@@ -21,6 +21,6 @@ def test_a_cache_for_all_misses_once_a_task_and_replica(monkeypatch: pytest.Monk
     monkeypatch.setattr(scale_page, "TASKS", 5)
     monkeypatch.setattr(scale_page, "REQUESTS", 4000)
     assert scale_page.simulate(lambda task, draw: 0, capacity=5) == 1.0
-    # One place in the cache: a hit only where a task comes twice in a row, which for five tasks by Zipf's law is
+    # A cache of one prefix: a hit only where a task comes twice in a row, which for five tasks by Zipf's law is
     # the sum of their squared shares, 0.281.
     assert scale_page.simulate(lambda task, draw: 0, capacity=1) == pytest.approx(0.281, abs=0.03)

@@ -45,9 +45,9 @@ def write_half(path: Path, error: Exception) -> None:
 def test_any_error_leaves_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "old")
     for error in (OSError(errno.ENOSPC, "No space left on device"), Exception("I/O error: full (os error 28)")):
-        with pytest.raises(PrefixError, match=r"cannot write '.*a': No space left on device\.") as told:
+        with pytest.raises(PrefixError, match=r"cannot write '.*a': No space left on device\.") as raised:
             write_half(tmp_path / "a", error)
-        cause = told.value.__cause__
+        cause = raised.value.__cause__
         assert isinstance(cause, OSError)
         assert cause.errno == errno.ENOSPC
     with pytest.raises(ZeroDivisionError):

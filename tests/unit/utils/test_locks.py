@@ -29,9 +29,9 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code = 'with claim_folder(Path(sys.argv[1])):\n    print("ready", flush=True)\n    time.sleep(600)\n'
     other = start_child(code, folder)
-    with pytest.raises(PrefixError, match=rf"run' is in use by process {other.pid} \(") as told, claim_folder(folder):
+    with pytest.raises(PrefixError, match=rf"run' is in use by process {other.pid} \(") as raised, claim_folder(folder):
         pass
-    assert "choose another folder" in told.value.hint
+    assert "choose another folder" in raised.value.hint
     kill(other)
     # The lock ended with its process.
     with claim_folder(folder), claim_folder(tmp_path / "new"):
@@ -76,11 +76,11 @@ def test_a_lock_of_another_user_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     replace_everywhere(monkeypatch, acquire_lock, denied)
     (tmp_path / ".lock").touch()
     with (
-        pytest.raises(PrefixError, match=r"the lock '.*\.lock' belongs to another user") as told,
+        pytest.raises(PrefixError, match=r"the lock '.*\.lock' belongs to another user") as raised,
         claim_folder(tmp_path),
     ):
         pass
-    assert "delete it if nobody works there" in told.value.hint
+    assert "delete it if nobody works there" in raised.value.hint
     assert names(tmp_path) == [".lock"]
     # Where none can be made, whoever writes there meets the error.
     (tmp_path / ".lock").unlink()

@@ -19,20 +19,20 @@ MIB = 2**20
 
 
 def test_the_machine_is_described_in_plain_json():
-    told = describe_machine()
-    assert json.loads(json.dumps(told)) == told
-    assert told["processor"]
-    assert 1 <= told["cores"] <= (os.cpu_count() or 1)
-    assert platform.system() in str(told["system"])
-    assert float(told["memory_gib"]) > 0.5
+    facts = describe_machine()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["processor"]
+    assert 1 <= facts["cores"] <= (os.cpu_count() or 1)
+    assert platform.system() in str(facts["system"])
+    assert float(facts["memory_gib"]) > 0.5
 
 
 def test_versions_are_those_in_use():
-    told = versions()
-    assert told["python"] == platform.python_version()
-    assert told["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert told["prefixtune"] == __version__
-    assert "sacrebleu" in told
+    facts = versions()
+    assert facts["python"] == platform.python_version()
+    assert facts["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts["prefixtune"] == __version__
+    assert "sacrebleu" in facts
 
 
 def test_what_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch):

@@ -34,6 +34,6 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
 
 def test_errors_of_others_are_left_as_they_are(tmp_path: Path) -> None:
     for error in (ValueError("no"), PrefixError("mine"), RuntimeError("os error 28")):
-        with pytest.raises(type(error)) as told, reporting_write_errors(tmp_path):
+        with pytest.raises(type(error)) as raised, reporting_write_errors(tmp_path):
             raise error
-        assert told.value is error
+        assert raised.value is error

@@ -35,7 +35,7 @@ def prefix_for(path: Path, layers: int = 3, **header: Any) -> str:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with data, prefixes and what looks like a model; nobody may load it."""
 
     def loaded(*given: Any, **more: Any) -> Any:
@@ -187,14 +187,14 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("command", "told"), MISTAKES)
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
 def test_a_mistake_is_reported_before_the_model_loads(
-    command: str, told: str, place: Path, capsys: pytest.CaptureFixture[str]
+    command: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert told in err
+    assert message in err
     assert "error: " in err
 
 
@@ -202,26 +202,26 @@ def test_every_command_has_a_mistake_in_the_table() -> None:
     assert {command.split()[0] for command, _ in MISTAKES} == set(build_parser()[1])
 
 
-def test_several_mistakes_are_reported_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_mistakes_are_reported_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = TRAIN.replace("rows.jsonl", "nowhere.jsonl") + "--device gpu --dev lost.jsonl --prompt-format Say"
     assert main(command.split()) == 2
     err = capsys.readouterr().err
-    for told in ("nowhere.jsonl does not exist", "lost.jsonl does not exist", "unknown device 'gpu'", "{source}"):
-        assert told in err
-    assert not (place / "run").exists()
+    for message in ("nowhere.jsonl does not exist", "lost.jsonl does not exist", "unknown device 'gpu'", "{source}"):
+        assert message in err
+    assert not (folder / "run").exists()
 
 
 def test_runs_that_share_a_backbone_are_checked_before_it_loads(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = 'backbone = "model"\nsource = "name"\ntarget = "text"\n'
-    (place / "a.toml").write_text(good + 'train = "rows.jsonl"\noutput = "a"\n')
-    (place / "b.toml").write_text(good + 'train = "nowhere.jsonl"\noutput = "b"\n')
+    (folder / "a.toml").write_text(good + 'train = "rows.jsonl"\noutput = "a"\n')
+    (folder / "b.toml").write_text(good + 'train = "nowhere.jsonl"\noutput = "b"\n')
     assert main(["train", "--together", "a.toml", "b.toml"]) == 2
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err
 
 
-def test_a_model_without_a_mistake_would_be_loaded(place: Path) -> None:
+def test_a_model_without_a_mistake_would_be_loaded(folder: Path) -> None:
     """The table's commands fail for the mistake in them, and for nothing else."""
     for command in (TRAIN, "generate --prefix p.safetensors x", "convert p.safetensors out --to peft --backbone model"):
         with pytest.raises(pytest.fail.Exception, match="the backbone was loaded"):
@@ -229,15 +229,15 @@ def test_a_model_without_a_mistake_would_be_loaded(place: Path) -> None:
 
 
 def test_train_says_that_it_loads_when_it_does(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "--backbone", "model", "--source", "{name}", "--target", "text", "--device", "cpu"]
     assert main([*words, "--train", "nowhere.csv", "--output", "a"]) == 2
     assert "loading" not in capsys.readouterr().err
-    (place / "one.toml").write_text(
+    (folder / "one.toml").write_text(
         'backbone = "model"\nsource = "{name}"\ntarget = "text"\ntrain = "nowhere.csv"\noutput = "one"\n'
     )
-    (place / "two.toml").write_text((place / "one.toml").read_text().replace('"one"', '"two"'))
+    (folder / "two.toml").write_text((folder / "one.toml").read_text().replace('"one"', '"two"'))
     assert main(["train", "--together", "one.toml", "two.toml"]) == 2
     assert "loading" not in capsys.readouterr().err
 
