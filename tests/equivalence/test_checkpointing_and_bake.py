@@ -14,7 +14,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.encoder import KINDS, PrefixEncoder
+from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 
@@ -56,7 +56,7 @@ def test_checkpointing_changes_no_number(packed: bool, backbone: Any, random_pre
     assert all(torch.equal(one, other) for one, other in zip(after, gradients, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 def test_baked_is_the_module(kind: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any):
     backbone = tiny_backbone("qwen3")
     start = None if kind == "mlp" else random_prefix(backbone, 5)

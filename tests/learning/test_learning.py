@@ -22,7 +22,7 @@ from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.encoder import KINDS
+from prefixtune.prefix.encoder import REPARAMETERIZATIONS
 from prefixtune.prefix.prefix import flatten
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
@@ -140,7 +140,7 @@ def test_every_slot_of_every_layer_gets_a_gradient(
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 def test_eight_examples_can_be_overfitted(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
     config = config_for(
         reparameterization=kind,
@@ -250,7 +250,7 @@ def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for
     assert losses(results[1]) == pytest.approx(losses(results[0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 def test_a_seed_fixes_every_bit(kind: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
     options = {"reparameterization": kind, "initialization": "random"}
     runs = []
@@ -272,7 +272,7 @@ def test_the_learning_rate_rises_then_falls_to_zero(backbone: Any, config_for: C
 # --- stopping and resuming -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 @pytest.mark.parametrize("moment", [("step", 3), ("save", 4), ("evaluation", 4), ("step", 9)])
 def test_resumed_is_uninterrupted(
     moment: tuple[str, int], kind: str, backbone: Any, config_for: Callable[..., TrainConfig]
@@ -339,7 +339,7 @@ def test_a_finished_run_can_be_resumed_without_effect(backbone: Any, config_for:
     assert again.prefix.equal(first.prefix)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 def test_a_finished_run_can_be_extended(kind: str, backbone: Any, config_for: Callable[..., TrainConfig]):
     data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
     options = {"reparameterization": kind, "initialization": "random", "eval_every": 2, "warmup_steps": 2}

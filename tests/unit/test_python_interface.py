@@ -101,7 +101,7 @@ MESSAGES = {
     "a dict as prefix": ("ConfigError", "of type dict"),
     "a missing prefix": ("CheckpointError", "missing.safetensors"),
     "a hub id, offline": ("PrefixError", "nobody/such-prefix"),
-    "a hub id without hub:": ("CheckpointError", "hub:nobody/such-prefix is fetched from the hub"),
+    "a hub id without hub:": ("CheckpointError", "hub:nobody/such-prefix is downloaded from the hub"),
     "load_prefix: a number": ("ConfigError", "3 (of type int)"),
     "load_prefix: a wrong backbone": ("ConfigError", "the backbone is 3"),
     "save_prefix: the wrong way round": ("ConfigError", "save_prefix(path, prefix)"),

@@ -38,7 +38,7 @@ def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
         options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        if item.digits_apart:
+        if item.split_digits:
             _split_digits(tokenizer)
         tokenizer.model_max_length = model.config.max_position_embeddings
         for leftover in ("is_local", "local_files_only", "gguf_file", "name_or_path"):

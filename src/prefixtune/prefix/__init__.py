@@ -1,4 +1,5 @@
-"""The value: its shapes, its trainable encoder, its file and the text format in its header.
+"""The prefix as a value: its shapes, its trainable encoder, its file, and the text format in the file's header.
 
-Needs torch and safetensors alone.
+It imports torch and safetensors alone (the hub's client only to download), so that other engines can read prefixes. It
+knows nothing of models, tokenizers and training.
 """

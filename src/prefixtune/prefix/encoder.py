@@ -1,10 +1,10 @@
-"""What is trained: a table or an MLP that yields the prefix; `bake()` drops it and keeps the prefix alone.
+"""What is trained: a table or an MLP that computes the prefix; `bake()` keeps the prefix alone.
 
 `mlp` is the paper's reparameterization (Li & Liang 2021, section 4.3): Embedding(P, d) -> Linear(d, m) -> tanh ->
 Linear(m, S), where S is one position's keys and values over all layers of a site. `none` trains the prefix itself.
 `residual` adds an MLP, whose last layer starts at zero, to a fixed start, so that training begins exactly there.
 
-Each runs once per step, never per row. Knows nothing of models and of where an initialization comes from.
+They run once per step, not once per row.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix.geometry import Geometry, LayerShape, Site
 from prefixtune.prefix.prefix import Head, Prefix, flatten, unflatten
 
-__all__ = ["KINDS", "HeadEncoder", "PrefixEncoder", "PromptEncoder", "SiteEncoder", "fit"]
+__all__ = ["REPARAMETERIZATIONS", "HeadEncoder", "PrefixEncoder", "PromptEncoder", "SiteEncoder", "fit"]
 
 
-KINDS = ("mlp", "none", "residual")
+REPARAMETERIZATIONS = ("mlp", "none", "residual")
 
 RANDOM_STD = 0.02
 """Standard deviation of a random start of a directly trained prefix."""
 
 
 class SiteEncoder(nn.Module):
-    """The trainable parameters of one site, yielding a flat (P, S) matrix.
+    """The trainable parameters of one site, which compute a flat (P, S) matrix.
 
     Args:
         kind: `mlp`, `none` or `residual`.
@@ -53,8 +53,8 @@ class SiteEncoder(nn.Module):
         start: Float[Tensor, "P S"] | None = None,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ConfigError(f"unknown reparameterization {kind!r}.", hint=did_you_mean(kind, KINDS))
+        if kind not in REPARAMETERIZATIONS:
+            raise ConfigError(f"unknown reparameterization {kind!r}.", hint=did_you_mean(kind, REPARAMETERIZATIONS))
         self.kind = kind
         self.register_buffer("start", None)
         if kind != "mlp" and start is None:
@@ -81,8 +81,8 @@ class SiteEncoder(nn.Module):
 class HeadEncoder(nn.Module):
     """The trainable parameters of a linear head.
 
-    Hidden states of a language model share a large common part, beside which what tells texts apart is small; so the
-    head sees them standardized. Centre and spread are constants, folded into the weights that are stored.
+    Hidden states of a language model have a large common part, and the part that differs between texts is small. So the
+    head sees standardized hidden states. Center and spread are constants, folded into the weights that are stored.
 
     Args:
         num_labels: C.
@@ -100,7 +100,7 @@ class HeadEncoder(nn.Module):
         self.register_buffer("spread", torch.ones(hidden_size))
 
     def standardize(self, hidden: Float[Tensor, "N d"]) -> None:
-        """Take centre and spread from some hidden states."""
+        """Set center and spread from some hidden states."""
         hidden = hidden.float()
         self.center.copy_(hidden.mean(0))
         self.spread.copy_(hidden.std(0, correction=0).clamp(min=1e-6 + 1e-3 * float(hidden.std())))
@@ -114,13 +114,13 @@ class HeadEncoder(nn.Module):
 class PromptEncoder(nn.Module):
     """A trainable prompt at the input layer alone (the paper's embedding-only ablation, table 4).
 
-    In a model that reads from left to right a prompt never sees the text after it; so it is worth exactly the keys and
-    values that the model computes for it, which are a prefix. It is trained, stored and used as one.
+    In a model that reads from left to right a prompt never sees the text after it. So it equals the keys and values
+    that the model computes for it, which are a prefix. It is trained, stored and used as one.
 
     Args:
         kind: `mlp`, `none` or `residual`.
         start: What the prompt's embeddings are at the first step, exactly for `none` and `residual`.
-        through: Runs embeddings through the model: the keys and values there, differentiable in them.
+        compute_kv: Runs embeddings through the model; returns its keys and values, differentiable in the embeddings.
         embedding_size: d of the MLP.
         bottleneck_size: m of the MLP.
     """
@@ -129,7 +129,7 @@ class PromptEncoder(nn.Module):
         self,
         kind: str,
         start: Float[Tensor, "P d"],
-        through: Callable[[Tensor], Prefix],
+        compute_kv: Callable[[Tensor], Prefix],
         *,
         embedding_size: int,
         bottleneck_size: int = 512,
@@ -137,16 +137,16 @@ class PromptEncoder(nn.Module):
         super().__init__()
         self.kind = kind
         self.prompt = SiteEncoder(kind, start.shape[1], start.shape[0], embedding_size, bottleneck_size, start)
-        self.through = through
+        self.compute_kv = compute_kv
         self.head = None
 
     def forward(self) -> Prefix:
-        """What the prompt is worth now, in float32, attached to the graph of its parameters."""
-        return self.through(self.prompt())
+        """The prompt as a prefix as it is now, in float32, attached to the graph of its parameters."""
+        return self.compute_kv(self.prompt())
 
     @torch.no_grad()
     def bake(self) -> Prefix:
-        """The same as a prefix, in float32 on the CPU."""
+        """The prompt as a prefix, in float32 on the CPU."""
         prefix: Prefix = self()
         return prefix.to(device="cpu").detach()
 
@@ -160,7 +160,7 @@ class PrefixEncoder(nn.Module):
         prefix_length: P; or P by site.
         embedding_size: d of the MLP.
         bottleneck_size: m of the MLP.
-        start: A prefix to begin at, covering `geometry`'s sites; None: random.
+        start: A prefix to start from, with the sites of `geometry`; None: random.
         head: Labels and width of the hidden states of a linear head to train with it; None: no head.
     """
 
@@ -210,7 +210,7 @@ class PrefixEncoder(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> Prefix:
-        """The prefix alone, in fp32 on the CPU; the MLP is no part of it."""
+        """The prefix alone, without the MLP, in float32 on the CPU."""
         prefix: Prefix = self()
         return Prefix(
             {
@@ -222,7 +222,7 @@ class PrefixEncoder(nn.Module):
 
     @property
     def num_trained(self) -> int:
-        """How many parameters the optimizer moves."""
+        """How many parameters are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -233,23 +233,23 @@ def fit(module: PrefixEncoder, target: Prefix, *, steps: int = 500, learning_rat
 
     Args:
         module: A `PrefixEncoder`; moved in place.
-        target: What it should yield, of the same sites and shapes.
+        target: What it should compute, of the same sites and shapes.
         steps: Adam steps.
         learning_rate: Adam's step size.
 
     Returns:
         Site -> the fit's relative error: mean squared error divided by the target's mean square.
     """
-    wanted = {site: flatten(target.layers[site]).float() for site in module.geometry}
+    targets = {site: flatten(target.layers[site]).float() for site in module.geometry}
     optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate)
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            losses = [nn.functional.mse_loss(module.sites[site](), rows) for site, rows in wanted.items()]
+            losses = [nn.functional.mse_loss(module.sites[site](), rows) for site, rows in targets.items()]
             torch.stack(losses).sum().backward()
             optimizer.step()
     with torch.no_grad():
         return {
             site: float((module.sites[site]() - rows).square().mean() / rows.square().mean())
-            for site, rows in wanted.items()
+            for site, rows in targets.items()
         }

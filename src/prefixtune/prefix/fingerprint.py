@@ -1,7 +1,6 @@
-"""Tell one backbone from another by a short text, cheaply and whatever the dtype.
+"""A short text that identifies a backbone, in any dtype.
 
-A fingerprint is `HASH:SAMPLES`: a hash of facts about the model, and 256 of its weights as bfloat16. Knows nothing of
-how weights are loaded.
+A fingerprint is `HASH:SAMPLES`: a hash of facts about the model, and 256 of its weights as bfloat16.
 """
 
 from __future__ import annotations
@@ -21,24 +20,25 @@ _SLACK = 0.15
 
 
 def sample_weights(sizes: Sequence[tuple[str, int]], take: Callable[[str, int], Tensor]) -> str:
-    """Some of a model's weights, as a fingerprint has them.
+    """Sample a model's weights for its fingerprint.
 
     Args:
         sizes: Name and number of elements of every parameter, tied ones once.
-        take: (name, place in the flattened parameter) -> that weight.
+        take: (name, index in the flattened parameter) -> that weight.
 
     Returns:
-        Base64 of 256 bfloat16 numbers spread over all parameters; half of them over a LoRA adapter's.
+        Base64 of 256 bfloat16 numbers spread over all parameters; with a LoRA adapter, half of them over
+        the adapter's.
     """
     ordered = sorted(sizes)
-    # An adapter's few and small tensors get half of the samples, wherever they stand among the model's.
-    pools = [pool for pool in (ordered, [each for each in ordered if "lora_" in each[0]]) if pool]
+    # An adapter's few and small tensors get half of the samples.
+    pools = [pool for pool in (ordered, [entry for entry in ordered if "lora_" in entry[0]]) if pool]
     picked = []
-    for number in range(_SAMPLES):
-        pool = pools[number % len(pools)]
-        name, size = pool[number * len(pool) // _SAMPLES if len(pool) > _SAMPLES else number // len(pools) % len(pool)]
+    for index in range(_SAMPLES):
+        pool = pools[index % len(pools)]
+        name, size = pool[index * len(pool) // _SAMPLES if len(pool) > _SAMPLES else index // len(pools) % len(pool)]
         # Golden-ratio steps spread the samples over each tensor.
-        picked.append(take(name, int((number * 0.6180339887498949 % 1.0) * size)))
+        picked.append(take(name, int((index * 0.6180339887498949 % 1.0) * size)))
     samples = torch.stack([value.detach().float().cpu() for value in picked]).to(torch.bfloat16).view(torch.int16)
     return base64.b64encode(samples.numpy().astype("<i2").tobytes()).decode()
 

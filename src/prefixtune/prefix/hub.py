@@ -1,7 +1,6 @@
-"""Files of the Hugging Face hub: which texts name a repository, and bringing a file of one here.
+"""Find a prefix's file: on this machine, or on the Hugging Face hub.
 
-What is to be fetched is written `hub:OWNER/NAME`; a name without `hub:` is a path on this machine. Nothing goes over
-the network but in `download`. Knows nothing of what is in the files.
+`hub:OWNER/NAME` is downloaded; a name without `hub:` is a path on this machine. Only `download` uses the network.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ FILE = "prefix.safetensors"
 """A prefix's name in a repository."""
 
 HUB = "hub:"
-"""What stands before the name of what is to be fetched."""
+"""Marks the name of a repository that is to be downloaded."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 def is_repository(name: str | os.PathLike[str]) -> bool:
-    """Whether a text has the form of a repository's name, `OWNER/NAME`; a path on this machine may have it, too.
+    """Whether a text has the form of a repository's name, `OWNER/NAME`; a path on this machine may have it too.
 
     >>> is_repository("me/e2e-prefix"), is_repository("./me/prefix"), is_repository("prefix")
     (True, False, False)
@@ -39,25 +38,27 @@ def is_repository(name: str | os.PathLike[str]) -> bool:
 def repository_of(name: str | os.PathLike[str]) -> str | None:
     """The repository that `hub:OWNER/NAME` names; None: the text is a path on this machine.
 
-    A path that is missing is never looked for elsewhere.
+    A missing path is not looked up on the hub.
 
     >>> repository_of("hub:me/e2e-prefix"), repository_of("me/e2e-prefix")
     ('me/e2e-prefix', None)
 
     Raises:
-        ConfigError: What follows `hub:` is no repository's name.
+        ConfigError: What follows `hub:` is not a repository's name.
     """
     text = os.fspath(name)
     if not text.startswith(HUB):
         return None
     repository = text.removeprefix(HUB)
     if not is_repository(repository):
-        raise ConfigError(f"{text!r} names no repository.", hint="write hub:OWNER/NAME, as in hub:me/e2e-prefix.")
+        raise ConfigError(
+            f"{text!r} is not the name of a repository.", hint="write hub:OWNER/NAME, as in hub:me/e2e-prefix."
+        )
     return repository
 
 
 def download(repo_id: str, name: str = FILE, *, revision: str | None = None, token: str | None = None) -> Path:
-    """Bring a file of a repository here, into the hub's own cache.
+    """Download a file of a repository into the hub's own cache.
 
     Args:
         repo_id: `OWNER/NAME`.
@@ -66,7 +67,7 @@ def download(repo_id: str, name: str = FILE, *, revision: str | None = None, tok
         token: Of the hub; None: the one that `hf auth login` stored.
 
     Raises:
-        ConfigError: The name is none, or the hub is switched off.
+        ConfigError: The name is not valid, or the hub is switched off.
         PrefixError: The hub cannot be reached, or has no such file.
     """
     from huggingface_hub import hf_hub_download
@@ -81,7 +82,7 @@ def download(repo_id: str, name: str = FILE, *, revision: str | None = None, tok
 
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """What goes wrong on the way to the hub, in one line and with a way out."""
+    """While the block runs, errors of the hub become a `PrefixError` with one line and a hint."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -116,7 +117,7 @@ def hub_errors(what: str) -> Iterator[None]:
         reason = str(error.server_message or error).splitlines()[0]
         raise PrefixError(f"{what}: the hub answers {error.response.status_code}: {reason}", hint=hint) from error
     except Exception as error:
-        # Of whichever client library this version of huggingface_hub uses.
+        # The client library depends on the version of huggingface_hub.
         client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
         if not client and not isinstance(error, OSError):
             raise
@@ -124,11 +125,11 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def prefix_file(path: str | os.PathLike[str]) -> Path:
-    """The file that is meant by a path, by a run's folder, or by `hub:OWNER/NAME`, which is downloaded.
+    """The file that a path, a run's folder or `hub:OWNER/NAME` names; from the hub it is downloaded.
 
     Raises:
-        CheckpointError: There is nothing of that name, or a folder without a prefix.
-        ConfigError: `path` is no path.
+        CheckpointError: There is nothing of that name, or it is a folder without a prefix.
+        ConfigError: `path` is not a path.
         PrefixError: The hub cannot be reached, or has no such file.
     """
     if not isinstance(path, str | os.PathLike):
@@ -143,24 +144,24 @@ def prefix_file(path: str | os.PathLike[str]) -> Path:
     if repository is not None:
         return download(repository)
     try:
-        return _on_this_machine(Path(path))
+        return _local_file(Path(path))
     except OSError as error:
         raise CheckpointError(
             f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
         ) from error
 
 
-def _on_this_machine(path: Path) -> Path:
+def _local_file(path: Path) -> Path:
     if path.is_dir():
         if not (path / FILE).is_file():
             raise CheckpointError(
                 f"there is no file {FILE} in the folder {str(path)!r}.",
-                hint="give a file, or the --output folder of a training that came to its end; runs of other methods go "
+                hint="give a file, or the --output folder of a finished training; runs of other methods go "
                 "with --run of `prefixtune generate` and `evaluate`.",
             )
         return path / FILE
     if is_repository(path) and path.suffix != ".safetensors" and not path.exists():
         raise CheckpointError(
-            f"there is no file or folder {str(path)!r}.", hint=f"check the path; hub:{path} is fetched from the hub."
+            f"there is no file or folder {str(path)!r}.", hint=f"check the path; hub:{path} is downloaded from the hub."
         )
     return path

@@ -1,8 +1,8 @@
-"""The value that everything is about: per site and layer, one key and one value tensor.
+"""A prefix: per site and layer, one key and one value tensor.
 
 A `Prefix` is P virtual tokens' keys and values, as the attention of each layer sees them (after any rotary embedding),
-to be put in front of the text's own: K = [P_key; K], V = [P_val; V] (Li & Liang 2021, section 4). It knows its shapes
-and the header it came with; it knows nothing of models, files or training.
+to be put in front of the text's own: K = [P_key; K], V = [P_val; V] (Li & Liang 2021, section 4). It has its shapes and
+the header of the file that it came from.
 
 Axes: P prefix positions, L layers, H key-value heads, D head size.
 """
@@ -54,8 +54,8 @@ class Head:
         return Head(self.weight.detach().clone(), self.bias.detach().clone())
 
 
-def _is_pair(given: object) -> bool:
-    return isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(one, Tensor) for one in given)
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(part, Tensor) for part in value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,11 @@ class Prefix:
 
     Attributes:
         layers: Site -> one (key, value) pair per layer, each of shape (H, P, D).
-        header: What an artifact says of its origin (backbone, task, text format, training); may be empty.
-        head: For classification or tagging through hidden states; None: the model's own words are the output.
+        header: Where it comes from (backbone, task, text format, training), as in the artifact; may be empty.
+        head: For classification or tagging through hidden states; None: the model's own tokens are the output.
 
     Raises:
-        ConfigError: An unknown site, no layer, or layers of one site that differ in length or do not fit together.
+        ConfigError: An unknown site, no layer, or layers of one site whose lengths differ or whose shapes do not match.
     """
 
     layers: Mapping[Site, tuple[KeyValue, ...]]
@@ -91,10 +91,10 @@ class Prefix:
             if not isinstance(layers, Sequence) or not all(_is_pair(pair) for pair in layers):
                 faults.append(f"site {site!r} is no list of (key, value) pairs of tensors")
                 continue
-            for number, (key, value) in enumerate(layers):
+            for index, (key, value) in enumerate(layers):
                 if key.dim() != 3 or value.dim() != 3 or key.shape[:2] != value.shape[:2]:
                     faults.append(
-                        f"{site} layer {number}: key {tuple(key.shape)} and value {tuple(value.shape)} "
+                        f"{site} layer {index}: key {tuple(key.shape)} and value {tuple(value.shape)} "
                         "are not (heads, positions, head size) of the same heads and positions"
                     )
                 else:
@@ -103,12 +103,12 @@ class Prefix:
                 faults.append(f"the layers of site {site!r} have different lengths {sorted(lengths)}")
         if faults:
             raise ConfigError(f"not a prefix: {'; '.join(faults)}.", hint=hint)
-        # One order, whatever a file or a caller had them in.
+        # Always in one order of sites.
         object.__setattr__(self, "layers", {site: self.layers[site] for site in SITES if site in self.layers})
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that it stands at."""
+        """The sites that it has keys and values for."""
         return tuple(self.layers)
 
     @property
@@ -161,7 +161,7 @@ class Prefix:
 
     @property
     def num_bytes(self) -> int:
-        """The tensors' size in bytes, in their present dtype."""
+        """The tensors' size in bytes, in their current dtype."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.stored_tensors())
 
     @property
@@ -279,14 +279,11 @@ def flatten(layers: Sequence[KeyValue]) -> Float[Tensor, "P S"]:
     return torch.cat([part.transpose(0, 1).flatten(1) for part in chain.from_iterable(layers)], dim=1)
 
 
-# --- what a model is like ---------------------------------------------------------------------------------------------
-
-
 def check_fits(prefix: Prefix, geometry: Geometry, name: str) -> None:
     """Refuse a prefix whose shapes are not the backbone's.
 
     Raises:
-        BackboneError: Sites, layers, KV heads or head sizes differ; names both sides.
+        BackboneError: Sites, layers, KV heads or head sizes differ; the message has those of both.
     """
     for site, shapes in prefix.geometry.items():
         if geometry.get(site) != shapes:

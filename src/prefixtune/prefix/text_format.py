@@ -1,7 +1,7 @@
 """The text format that a prefix was trained with, and the one function that reads it from a header.
 
-How a source and a target become one sequence, how long both may be, and which columns they came from. Needs no
-tokenizer: other engines read it too.
+It says how a source and a target become one sequence, how long both may be, and which columns they came from. It needs
+no tokenizer, so that other engines can read it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from prefixtune.errors import CheckpointError, DataError, RequestError, short_re
 __all__ = [
     "MAX_TEMPLATE_CHARS",
     "POLICIES",
-    "TargetStream",
     "TextFormat",
     "TruncationPolicy",
     "cut_prompt",
@@ -44,25 +43,25 @@ _COLUMN = re.compile(r"\{([^{}]*)\}")
 class TextFormat:
     """How a source and a target become one sequence (the authors' format: ` {source} <sep> {target} <end>`).
 
-    `{separator}` stands for a special token: the tokenizer's beginning-of-sequence token, or its end-of-sequence token
-    where it has none. All fields are stored in a prefix's header under `text_format`, so that whoever uses the prefix
-    formats, and cuts, a source as the training did.
+    `{separator}` means a special token: the tokenizer's beginning-of-sequence token, or its end-of-sequence token
+    where it has none. All fields are stored in a prefix's header under `text_format`, so that a source is
+    formatted, and cut, as in training.
 
     Attributes:
-        prompt: Template of the part that is given; has `{source}` once and may have `{separator}`.
-        target: Template of the part that is learned; has `{target}` once; the end token follows it.
-        separator: What `{separator}` stands for; empty: the separator of the tokenizer at hand.
-        end: The end token, as the training's tokenizer writes it; for people and other programs.
-        source: The column or template that sources were made with; empty: the task's own.
-        target_template: Likewise of targets.
+        prompt: Template of what the model reads; has `{source}` once and may have `{separator}`.
+        target: Template of what the model learns to write; has `{target}` once; the end token follows it.
+        separator: What `{separator}` means; empty: the separator of the tokenizer in use.
+        end: The end token of the training's tokenizer; for people and other programs.
+        source: The column or template from which sources were made; empty: the task's own.
+        target_template: The same for targets.
         max_length: Positions of source and target together (of each, for an encoder-decoder); 0: the backbone's.
         on_too_long: `cut` a too long source at its end, or refuse it (`error`).
         longest_target: Tokens of the longest target in training, its end token included; 0: unknown.
         longest_prompt: Tokens of the longest prompt that training, development data included, did not cut; 0: unknown.
 
     Raises:
-        DataError: A template lacks its text or repeats it, the separator stands there too often, or a length or
-            `on_too_long` is none.
+        DataError: A template lacks its text or repeats it, the separator is there too often, or a length or
+            `on_too_long` is not valid.
     """
 
     prompt: str = " {source} {separator}"
@@ -105,24 +104,24 @@ class TextFormat:
 
         Args:
             source: The source.
-            separator: The tokenizer's, where the format says nothing of it.
+            separator: The tokenizer's, used where the format has none.
         """
         before, after = self.around(separator)
         return f"{before}{source}{after}"
 
     def around(self, separator: str) -> tuple[str, str]:
-        """What stands before and after a source.
+        """The text before and after a source.
 
         >>> TextFormat().around("<sep>"), TextFormat(separator="<s>").around("<sep>")
         ((' ', ' <sep>'), (' ', ' <s>'))
         """
-        # Split first: what a separator makes of the words around it is text, and never a place for the source.
+        # Split first: a separator's text could contain or complete `{source}`.
         before, after = self.prompt.split("{source}")
         text = self.separator or separator
         return before.replace("{separator}", text), after.replace("{separator}", text)
 
     def format_target(self, target: str) -> str:
-        """The text that is learned, without its end token.
+        """The text that the model learns to write, without its end token.
 
         >>> TextFormat().format_target("Aromi is a pub.")
         ' Aromi is a pub. '
@@ -131,7 +130,7 @@ class TextFormat:
 
     @property
     def target_words(self) -> tuple[str, str]:
-        """What stands around a target, outer space left out.
+        """The words before and after a target, without outer space.
 
         >>> TextFormat(target=" Answer: {target} !").target_words
         ('Answer:', '!')
@@ -140,7 +139,7 @@ class TextFormat:
         return head.strip(), tail.strip()
 
     def extract_target(self, output: str) -> str:
-        """The target within an output: what `format_target` put around it, and outer space, taken off.
+        """The target within an output: what `format_target` put around it is removed, and so is outer space.
 
         >>> TextFormat(target="Answer: {target} !").extract_target(" Answer: Aromi. ! ")
         'Aromi.'
@@ -151,8 +150,8 @@ class TextFormat:
     def source_room(self, length: int, positions: int | None, new_tokens: int, *, apart: bool = False) -> int | None:
         """Most tokens that are kept of a prompt; None: all.
 
-        A prompt that is no longer than one that training left whole stays whole. Another gets the room that training
-        gave a source with the longest target.
+        A prompt is not cut if training left one of its length uncut. A longer one gets the room that training gave a
+        source with the longest target.
 
         >>> form = TextFormat(max_length=100, longest_target=30, longest_prompt=80)
         >>> form.source_room(80, 1000, 50), form.source_room(81, 1000, 50), TextFormat().source_room(80, 1000, 50)
@@ -168,23 +167,23 @@ class TextFormat:
         if length > self.longest_prompt:
             limits = [self.max_length] if self.max_length else []
             if positions is not None and self.longest_prompt:
-                # Training was held to them too.
+                # They limited training too.
                 limits.append(positions)
             rooms += [limit if apart else limit - self.longest_target for limit in limits]
         return min(rooms, default=None)
 
     def with_lengths(self, max_length: int = 0, on_too_long: str = "") -> TextFormat:
-        """The same with another treatment of long sources, where one is given.
+        """The same with another treatment of long sources; 0 and an empty text change nothing.
 
         Raises:
-            DataError: The length or the treatment is none.
+            DataError: The length or the treatment is not valid.
         """
         narrower = max_length and (not self.max_length or max_length < self.max_length)
         return dataclasses.replace(
             self,
             max_length=max_length or self.max_length,
             on_too_long=on_too_long or self.on_too_long,
-            # What training left whole need not fit there.
+            # A prompt that training left uncut may be too long now.
             longest_prompt=0 if narrower else self.longest_prompt,
         )
 
@@ -193,7 +192,7 @@ class TextFormat:
         return dataclasses.asdict(self)
 
     def check_stored(self) -> None:
-        """Refuse what a header may not hold.
+        """Refuse values that a header may not hold.
 
         Raises:
             DataError: A value is too long or out of range, or a template repeats a column.
@@ -201,13 +200,13 @@ class TextFormat:
         _check_values(self.to_dict())
 
 
-_KINDS = {field.name: int if isinstance(field.default, int) else str for field in dataclasses.fields(TextFormat)}
+_FIELD_TYPES = {field.name: int if isinstance(field.default, int) else str for field in dataclasses.fields(TextFormat)}
 
 
 def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
-    """The text format that a header stores; None: it stores none, and the backbone's usual one counts.
+    """The text format that a header stores; None: it stores none, and the backbone's default applies.
 
-    Fields that older files lack are as they were then: a source that is too long is refused.
+    Fields that older files lack keep their old meaning: a source that is too long is refused.
 
     Raises:
         CheckpointError: It cannot be used; the message says why.
@@ -230,13 +229,13 @@ def _check_values(values: Mapping[str, Any]) -> None:
     """Refuse stored values that are unknown, of the wrong type, too long, or out of range.
 
     Raises:
-        DataError: What is wrong.
+        DataError: A value is not allowed.
     """
     for name, value in values.items():
-        if name not in _KINDS:
-            raise DataError(f"text format: unknown field {short_repr(name)}; known are {', '.join(_KINDS)}.")
-        if type(value) is not _KINDS[name]:
-            expected = "a text" if _KINDS[name] is str else "a whole number"
+        if name not in _FIELD_TYPES:
+            raise DataError(f"text format: unknown field {short_repr(name)}; known are {', '.join(_FIELD_TYPES)}.")
+        if type(value) is not _FIELD_TYPES[name]:
+            expected = "a text" if _FIELD_TYPES[name] is str else "a whole number"
             raise DataError(f"text format: {name} is {short_repr(value)}, but must be {expected}.")
         most = _MAX_TOKEN_CHARS if name in ("separator", "end") else MAX_TEMPLATE_CHARS
         if isinstance(value, str) and len(value) > most:
@@ -256,10 +255,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 def _check_lengths(values: Mapping[str, Any]) -> None:
-    """Refuse lengths that are none, and an unknown treatment of long sources.
+    """Refuse invalid lengths, and an unknown treatment of long sources.
 
     Raises:
-        DataError: What is wrong.
+        DataError: A value is not allowed.
     """
     for name in ("max_length", "longest_target", "longest_prompt"):
         value = values.get(name, 0)
@@ -274,7 +273,7 @@ def _check_lengths(values: Mapping[str, Any]) -> None:
 
 
 def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:
-    """A prompt's tokens, the source cut at its end where they are more than `room`; the last `ending` ones stay.
+    """A prompt's tokens; where they are more than `room`, the source is cut at its end and the last `ending` ones stay.
 
     >>> cut_prompt([1, 2, 3, 4, 5, 0], 4, 1), cut_prompt([1, 0], 4, 1)
     ([1, 2, 3, 0], [1, 0])
@@ -296,19 +295,19 @@ def fit_ids(
 ) -> list[int]:
     """A prompt's tokens, with a source that is too long treated as in training.
 
-    One that does not fit the model is left as it is where its format says `error`: whoever computes it refuses it.
+    Where the format says `error`, one that does not fit the model is returned as it is: the caller refuses it.
 
     Args:
-        text_format: Says what becomes of long sources, and how long they may be.
+        text_format: Says what happens to long sources, and how long they may be.
         ids: The prompt's.
         positions: The model's, without those that the prefix takes; None: any number.
         new_tokens: Most tokens that are to be generated.
-        around: Gives how many tokens stand before and after the source; called where a source is to be cut.
+        around: Returns how many tokens are before and after the source; called only if a source is to be cut.
         apart: An encoder reads the source, so that the target takes none of its positions.
-        name: What to call the text, in messages.
+        name: The text's name in messages.
 
     Raises:
-        RequestError: It is longer than the training allowed, and is not to be cut; or nothing of its source would stay.
+        RequestError: It is longer than training allowed, and must not be cut; or nothing of its source would stay.
     """
     room = text_format.source_room(len(ids), positions, new_tokens, apart=apart)
     if room is None or len(ids) <= room:
@@ -326,43 +325,7 @@ def fit_ids(
     if room <= before + after:
         raise RequestError(
             f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
-            f"for {max(room, 0)} beside {new_tokens} new ones, and a cut would leave nothing of the source.",
+            f"for {max(room, 0)} besides {new_tokens} new ones, and a cut would leave nothing of the source.",
             hint="lower max_new_tokens, or raise max_length.",
         )
     return cut_prompt(ids, room, after)
-
-
-class TargetStream:
-    """`TextFormat.extract_target` for an output that comes in pieces; the pieces joined equal it.
-
-    Held back: white space that may be the last, and everything where the format has words around a target, which can
-    be taken off the whole output only.
-
-    >>> stream = TargetStream(TextFormat())
-    >>> [stream.add(" Aromi "), stream.add("is a pub. "), stream.add("", last=True)]
-    ['Aromi', ' is a pub.', '']
-
-    Args:
-        text_format: Of the output.
-    """
-
-    def __init__(self, text_format: TextFormat) -> None:
-        self._format, self._whole = text_format, any(text_format.target_words)
-        self._held = ""
-        self._begun = False
-
-    def add(self, piece: str, *, last: bool = False) -> str:
-        """What can be given of the output so far."""
-        self._held += piece
-        if last:
-            given = self._format.extract_target(self._held) if self._whole else self._take()
-            self._held = ""
-            return given
-        return "" if self._whole else self._take()
-
-    def _take(self) -> str:
-        text = self._held if self._begun else self._held.lstrip()
-        given = text.rstrip()
-        self._held = text[len(given) :]
-        self._begun = self._begun or bool(given)
-        return given

@@ -45,7 +45,7 @@ def make_wheel(folder: Path, content: bytes = b"not really a model") -> tuple[Pa
         description="a stand-in",
         download_bytes=1,
         disk_bytes=1,
-        digits_apart=True,
+        split_digits=True,
     )
     return wheel, item
 

@@ -178,7 +178,7 @@ def test_a_repository_is_a_prefix_and_a_path_is_never_looked_for_on_the_hub(
         load_prefix("me/pubs")
     assert "hub:me/pubs" in raised.value.hint
     for name in ("hub:pubs", "hub:", "hub:me/pubs/prefix.safetensors", "hub:../pubs"):
-        with pytest.raises(ConfigError, match="names no repository"):
+        with pytest.raises(ConfigError, match="is not the name of a repository"):
             load_prefix(name)
     assert len(fake_hub.calls) == calls, "the hub was asked for a path"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.encoder import KINDS, PrefixEncoder, SiteEncoder, fit
+from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder, SiteEncoder, fit
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, flatten
 from prefixtune.training.initialize import from_words
@@ -40,7 +40,7 @@ def random_start(length: int = 5) -> Prefix:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 def test_it_yields_a_prefix_of_the_geometry(kind: str):
     prefix = module(kind)()
     assert prefix.geometry == GEOMETRY
@@ -79,7 +79,7 @@ def test_the_residuals_start_is_fixed():
     assert moved == {"sites.decoder.output.weight", "sites.decoder.output.bias"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 def test_a_state_brings_back_every_bit(kind: str):
     made, other = module(kind, None if kind == "mlp" else random_start()), module(kind)
     with torch.no_grad():

@@ -24,9 +24,9 @@ from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import (
     MAX_TEMPLATE_CHARS,
-    TargetStream,
     TextFormat,
     cut_prompt,
     read_text_format,

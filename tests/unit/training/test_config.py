@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.encoder import KINDS
+from prefixtune.prefix.encoder import REPARAMETERIZATIONS
 from prefixtune.training.config import TrainConfig, default_learning_rate
 
 
@@ -79,7 +79,7 @@ def test_integers_are_accepted_as_floats():
         TrainConfig(batch_size=2.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
 def test_the_effective_learning_rate(kind: Any):
     assert TrainConfig(reparameterization=kind).peak_learning_rate == default_learning_rate(kind) > 0
     assert TrainConfig(reparameterization=kind, learning_rate=0.25).peak_learning_rate == 0.25
@@ -96,7 +96,7 @@ values = {
     "learning_rate": st.floats(0, 10, allow_nan=False),
     "epochs": st.floats(1e-3, 1e6),
     "gradient_checkpointing": st.booleans(),
-    "reparameterization": st.sampled_from(KINDS),
+    "reparameterization": st.sampled_from(REPARAMETERIZATIONS),
     "init_text": st.text(min_size=1).filter(str.strip),
     "prompt_format": st.text(),
     "license": st.text(),

@@ -10,7 +10,7 @@ from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.interop.vllm.reference import PrefixReference
 from prefixtune.interop.vllm.settings import Settings
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.prefix.folder import Signature, check_name, check_place, list_names, path_of, signature_of
+from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.geometry import Geometry
 from prefixtune.prefix.header import Outline, incompatibilities, read_outline
 from prefixtune.prefix.text_format import TextFormat, read_text_format
@@ -109,7 +109,7 @@ class PrefixFolder:
     def _read(self, name: str, path: Path, signature: Signature) -> ServedPrefix | str:
         """The prefix in a file, or why it is not served."""
         try:
-            check_place(self.settings.folder, name)
+            check_regular_file(self.settings.folder, name)
             outline = read_outline(path)
         except PrefixError as error:
             return error.message

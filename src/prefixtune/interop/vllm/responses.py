@@ -8,8 +8,8 @@ from typing import Any
 from prefixtune.interop.vllm.folder import ServedPrefix
 from prefixtune.interop.vllm.requests import BackboneRequest
 from prefixtune.interop.vllm.state import ServerState
-from prefixtune.prefix.text_format import TargetStream, TextFormat
-from prefixtune.prefix.token_offsets import TargetOffsets
+from prefixtune.prefix.target_stream import TargetOffsets, TargetStream
+from prefixtune.prefix.text_format import TextFormat
 
 __all__ = ["ResponseRewriter", "add_models"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
+from prefixtune.prefix.target_stream import TargetOffsets
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.prefix.token_offsets import TargetOffsets
 
 __all__ = ["ChatChoices", "CompletionChoices"]
 

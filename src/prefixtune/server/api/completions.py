@@ -16,7 +16,8 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from prefixtune.prefix.text_format import TargetStream, TextFormat
+from prefixtune.prefix.target_stream import TargetStream
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.body import read_json
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import RequestContext

@@ -17,7 +17,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
-from prefixtune.prefix.folder import Signature, check_name, check_place, list_names, path_of, signature_of
+from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.cache import CacheStats, PrefixCache
 from prefixtune.server.models.validation import PrefixValidator
@@ -246,7 +246,7 @@ class PrefixStore:
             return
         try:
             check_name(name)
-            check_place(self.folder, name)
+            check_regular_file(self.folder, name)
             header = self._validator.read_header(self._path(name))
         except FileNotFoundError:
             with self._lock:

@@ -53,7 +53,7 @@ def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, ran
         "infix": "an infix, and not in front",
         "shallow": "shapes",
         "link": "out of the folder",
-        "folder": "no ordinary file",
+        "folder": "not a regular file",
     }
     for name, reason in reasons.items():
         with pytest.raises(CheckpointError, match=reason):
