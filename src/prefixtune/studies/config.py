@@ -13,7 +13,7 @@ from typing import Any
 
 from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, did_you_mean
-from prefixtune.studies.kinds import METHODS, STARTS, STUDIES, UNTRAINED, StudyKind, base_method, method_size
+from prefixtune.studies.kinds import METHODS, SIZED, STARTS, STUDIES, UNTRAINED, StudyKind, base_method, method_size
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.utils.options import as_float, check_names, fit_types
 
@@ -21,7 +21,6 @@ __all__ = ["StudyConfig"]
 
 
 _HINT = "`prefixtune study --help` explains every option."
-_SIZED = ("top", "adapter", "lora")
 _LISTS = {"methods": str, "sizes": int, "lengths": int, "starts": str}
 _MINIMUM = dict.fromkeys(("subsets", "seeds", "tries", "decode_batch", "shots"), 1)
 _MINIMUM |= dict.fromkeys(("test_limit", "num_beams", "dev_limit", "dev_share", "patience", "budget", "try_steps"), 0)
@@ -128,7 +127,7 @@ class StudyConfig:
                 base, _, size = value.partition(":")
                 if base not in allowed:
                     yield f"{name} has {value!r} ({did_you_mean(value, allowed)})"
-                elif ":" in value and not (base in _SIZED and size.isascii() and size.isdigit() and int(size)):
+                elif ":" in value and not (base in SIZED and size.isascii() and size.isdigit() and int(size)):
                     yield f"{name} has {value!r}, but a size goes with top, adapter and lora, as in adapter:8"
         for name in _LISTS:
             values = getattr(self, name)

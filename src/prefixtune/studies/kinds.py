@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["METHODS", "STARTS", "STUDIES", "UNTRAINED", "Method", "Split", "StudyKind", "base_method", "method_size"]
+__all__ = [
+    "METHODS",
+    "SIZED",
+    "STARTS",
+    "STUDIES",
+    "UNTRAINED",
+    "Method",
+    "Split",
+    "StudyKind",
+    "base_method",
+    "method_size",
+]
 
 
 Split = Literal["train", "dev", "test"]
@@ -14,6 +25,8 @@ Method = Literal["prefix", "prompt", "infix", "full", "top", "adapter", "lora", 
 METHODS: tuple[Method, ...] = get_args(Method)
 UNTRAINED: tuple[Method, ...] = ("zero-shot", "few-shot")
 """Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
+SIZED: tuple[Method, ...] = ("top", "adapter", "lora")
+"""Methods that may have a size, as in `adapter:8`."""
 STARTS = ("task", "unrelated", "random")
 
 
