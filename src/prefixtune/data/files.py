@@ -75,9 +75,9 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
         suffixes.pop()
     ending = suffixes[-1] if suffixes else ""
     if ending not in formats:
-        found = f"the ending {''.join(path.suffixes[-2:])!r}" if path.suffixes else "no ending"
+        ending_text = f"the ending {''.join(path.suffixes[-2:])!r}" if path.suffixes else "no ending"
         raise DataError(
-            f"{path} has {found}; allowed: {', '.join(formats)}, each with or without .gz.",
+            f"{path} has {ending_text}; allowed: {', '.join(formats)}, each with or without .gz.",
             hint=did_you_mean(ending, formats) if ending else "rename the file, with the ending of its format.",
         )
     return ending

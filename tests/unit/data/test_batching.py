@@ -24,7 +24,7 @@ def encode(backbone: Any, *examples: Example, **options: Any) -> Any:
     return encode_examples(backbone, examples, options.pop("text_format", PLAIN), **{"prefix_length": 10, **options})
 
 
-def test_the_text_format_stands_around_source_and_targets(llama: Any):
+def test_the_text_format_surrounds_source_and_targets(llama: Any):
     encoding = encode(llama, Example("ab", ("c", "de")), text_format=TextFormat())
     (example,) = encoding.examples
     assert example.prompt == tuple(llama.encode(" ab <s>"))
@@ -34,7 +34,7 @@ def test_the_text_format_stands_around_source_and_targets(llama: Any):
     assert encode_prompts(llama, TextFormat(), ["ab"])[0] == list(example.prompt)
 
 
-def test_a_long_source_is_cut_at_its_end_and_keeps_what_follows(llama: Any):
+def test_a_long_source_is_truncated_at_its_end_and_keeps_the_rest_of_the_prompt(llama: Any):
     text_format = TextFormat("<{source}>>{separator}", "{target}")
     # A room of 12 positions: 4 for the longest target and its end, 3 for ">><s>", so 5 for what stands before.
     encoding = encode(
@@ -48,7 +48,7 @@ def test_a_long_source_is_cut_at_its_end_and_keeps_what_follows(llama: Any):
     assert encoding.num_truncated == 1
 
 
-def test_a_source_that_just_fits_is_not_cut(llama: Any):
+def test_a_source_that_just_fits_is_not_truncated(llama: Any):
     assert encode(llama, Example("abcdefg", ("xyz",)), max_length=12).num_truncated == 0
     assert encode(llama, Example("abcdefgh", ("xyz",)), max_length=12).num_truncated == 1
 
@@ -63,12 +63,12 @@ def test_the_prefix_takes_its_positions(llama: Any):
         encode(llama, fits, prefix_length=limit)
 
 
-def test_cutting_can_be_refused(llama: Any):
+def test_truncation_can_be_refused(llama: Any):
     with pytest.raises(DataError, match=r"example 2 \('abcdefgh'\) takes 9 tokens and its longest target 4, but 12"):
         encode(llama, Example("a", ("x",)), Example("abcdefgh", ("xyz",)), max_length=12, on_too_long="error")
 
 
-def test_a_target_is_never_cut(llama: Any):
+def test_a_target_is_never_truncated(llama: Any):
     with pytest.raises(DataError, match=r"a target of example 1 .* takes 13 tokens, but only 12") as error:
         encode(llama, Example("a", ("x" * 12,)), max_length=12)
     assert "never truncated" in error.value.hint

@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 
+from data_files import write
 from prefixtune.data import TASKS, Example, check_labels, label_names, read_task
 from prefixtune.data.tasks.classification import read_classification
 from prefixtune.errors import ConfigError, DataError
 
 ROWS = [{"text": "A fine, warm bed.", "label": "praise"}, {"text": "Cold soup.", "label": "complaint"}]
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_bytes(text.encode())
-    return path
 
 
 def labelled(*labels: str) -> list[Example]:
@@ -142,7 +138,7 @@ def test_an_unknown_label_is_named_with_the_nearest_known_one():
         check_labels(labelled("3"), names)
 
 
-def test_misuse_of_a_check_is_told():
+def test_misuse_of_a_check_is_reported():
     with pytest.raises(DataError, match=r"example 1 .* has 2 labels"):
         check_labels([Example("x", ("a", "b"))], ("a", "b"))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data_files import write
 from prefixtune.data import TASKS, read_task
 from prefixtune.data.tasks.dart import linearize, read_dart
 from prefixtune.errors import ConfigError, DataError
@@ -15,11 +16,6 @@ from prefixtune.errors import ConfigError, DataError
 JOINED = ["Mars Hill College", "JOINED", "1973"]
 PLACE = ["Mars Hill College", "LOCATION", "Mars Hill, North Carolina"]
 SOURCE = "Mars Hill College : joined : 1973 | Mars Hill College : location : Mars Hill, North Carolina"
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def release(*annotations: tuple[str, str], triples: Any = (JOINED, PLACE)) -> dict[str, Any]:

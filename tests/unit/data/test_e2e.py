@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from data_files import write
 from prefixtune.data import TASKS, read_task
 from prefixtune.data.tasks.e2e import linearize, parse_mr, read_e2e
 from prefixtune.errors import ConfigError, DataError
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "e2e"
 SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"
-
-
-def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.write_bytes(text.encode(encoding))
-    return path
 
 
 def test_linearization_is_the_authors():
@@ -117,7 +113,8 @@ def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
     ],
 )
 def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
-    path = write(tmp_path / name, text)
+    path = tmp_path / name
+    path.write_bytes(text.encode())
     with pytest.raises(DataError, match=says) as caught:
         read_e2e(path)
     assert str(path) in str(caught.value)

@@ -43,7 +43,7 @@ def test_plain_names(tmp_path: Path, name: str):
     assert sources(tmp_path, "dev") == ["name : x"]
 
 
-def test_a_missing_split_is_told_with_what_was_looked_for(tmp_path: Path):
+def test_a_missing_split_is_reported_with_the_names_that_were_tried(tmp_path: Path):
     (tmp_path / "devset.csv").write_text(csv("y"))
     with pytest.raises(DataError, match=r"without a test set; looked for test\.csv, .*testset_w_refs\.csv.*has: dev"):
         sources(tmp_path, "test")
@@ -85,7 +85,7 @@ def test_a_task_says_whether_it_takes_columns(tmp_path: Path):
         assert task.takes_columns == ("takes no source template" not in str(caught.value))
 
 
-def test_a_made_set_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_toy_set_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "train").mkdir()
     monkeypatch.chdir(tmp_path)
     assert read_task("toy", "train", split="train") == read_task("toy", "train")

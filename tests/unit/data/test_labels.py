@@ -136,7 +136,7 @@ def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone: Make) -> None:
     assert first.targets == last.targets == ((0, 1),)
 
 
-def test_a_long_text_is_cut_and_counted(tiny_backbone: Make) -> None:
+def test_a_long_text_is_truncated_and_counted(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
     examples = [tagged(["abc"] * 20, ["O"] * 20), tagged(["q"], ["B-Q"])]
     labels = choose_labels("tagging", backbone, examples)
@@ -163,7 +163,7 @@ def test_what_a_backbone_cannot_do_is_refused(tiny_backbone: Make, options: dict
         choose_labels("tagging", tiny_backbone("llama"), TAGGED, by="words")
 
 
-def test_wrong_labels_and_words_are_told(tiny_backbone: Make) -> None:
+def test_wrong_labels_and_words_are_reported(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
     with pytest.raises(ConfigError, match="names 'wiht', which is no label") as error:
         choose_labels("classification", backbone, LABELLED, words={"wiht": "yes"})

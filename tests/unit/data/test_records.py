@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_files import write
 from prefixtune.data import read_task
 from prefixtune.data.tasks.records import read_records, render
 from prefixtune.errors import ConfigError, DataError
 
 ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "food": "French", "text": "Go, eat."}]
 WANTED = [("Aromi is Italian", ("Eat.",)), ("Mill is French", ("Go, eat.",))]
-
-
-def write(path: Path, text: str) -> Path:
-    data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
 
 
 @pytest.mark.parametrize(

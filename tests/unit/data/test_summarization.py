@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 
+from data_files import write
 from prefixtune.data import TASKS, read_task
 from prefixtune.errors import ConfigError, DataError
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(

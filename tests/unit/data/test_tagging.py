@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_files import write
 from prefixtune.data import TASKS, Example, check_tags, read_task, tag_names
 from prefixtune.data.tasks.tagging import read_tagging, tagged
 from prefixtune.errors import ConfigError, DataError
@@ -19,12 +19,6 @@ ROWS = [
     {"tokens": ["Westport", "!"], "tags": ["B-STATION", "O"]},
 ]
 LINES = "The O\nGrey B-TRAIN\nWolf I-TRAIN\nleft O\n\nWestport B-STATION\n! O\n"
-
-
-def write(path: Path, text: str) -> Path:
-    data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
 
 
 @pytest.mark.parametrize(

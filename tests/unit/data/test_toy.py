@@ -70,7 +70,7 @@ def test_a_notice_follows_from_its_table_alone():
         ("22:45", "Twenty-two forty-five:"),
     ],
 )
-def test_times_are_told_in_words(clock: str, words: str):
+def test_times_are_written_in_words(clock: str, words: str):
     told = {example.targets[0].split(" the ")[0] for example in make_toy()[0] if example.fields["time"] == clock}
     assert told == {words}
 

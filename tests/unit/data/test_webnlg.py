@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 
+from data_files import write
 from prefixtune.data import TASKS, Example, limit_targets, read_task
 from prefixtune.data.tasks.webnlg import linearize, read_webnlg
 from prefixtune.errors import ConfigError, DataError
@@ -33,13 +33,6 @@ def entry(triples: list[list[str]], texts: list[tuple[str, str]], category: str 
 
 def benchmark(*entries: str) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?>\n<benchmark>\n<entries>\n{"".join(entries)}</entries></benchmark>\n'
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
 
 
 def test_linearization_is_the_authors():

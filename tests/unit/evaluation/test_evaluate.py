@@ -50,18 +50,18 @@ def prefix(model: Any, random_prefix: Make) -> Any:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes the model say these outputs; without any, its own. Returns the list of what it is asked for."""
+def fake_outputs(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes the model write these outputs; without any, its own. Returns the list of the texts that it gets."""
 
     def install(outputs: dict[str, str] | None = None) -> list[list[str]]:
-        asked: list[list[str]] = []
+        requests: list[list[str]] = []
 
         def count(backbone: Any, texts: list[str], *arguments: Any, **options: Any) -> list[str]:
-            asked.append(list(texts))
+            requests.append(list(texts))
             return [outputs[t] for t in texts] if outputs else generate(backbone, texts, *arguments, **options)
 
         replace_everywhere(monkeypatch, generate, count)
-        return asked
+        return requests
 
     return install
 
@@ -80,8 +80,8 @@ SAID = {
 
 
 @pytest.mark.parametrize("protocol", ["plain", "webnlg", "summarization"])
-def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, told: Make, protocol: str):
-    told(SAID)
+def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, fake_outputs: Make, protocol: str):
+    fake_outputs(SAID)
     outcome = evaluate(model, EXAMPLES, config=CONFIG, protocol=protocol, metrics=METRIC_NAMES)
     assert outcome.outputs == tuple(SAID.values())
     assert outcome.scores == compute(
@@ -91,8 +91,8 @@ def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, told: Make, 
     assert not outcome.scores["ter"].higher_is_better
 
 
-def test_without_names_the_protocol_says_which(model: Any, told: Make):
-    told(SAID)
+def test_without_names_the_protocol_says_which(model: Any, fake_outputs: Make):
+    fake_outputs(SAID)
     assert [*evaluate(model, EXAMPLES, config=CONFIG, metrics=None).scores] == ["bleu", "chrf", "ter"]
 
 
@@ -102,8 +102,8 @@ def test_outputs_are_what_generation_gives(model: Any, prefix: Any):
     assert outcome.outputs != evaluate(model, EXAMPLES, config=CONFIG).outputs
 
 
-def test_a_group_scores_as_if_it_were_all_there_is(model: Any, told: Make):
-    told(SAID)
+def test_a_group_scores_as_if_it_were_all_there_is(model: Any, fake_outputs: Make):
+    fake_outputs(SAID)
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES)
     assert {name: [*groups] for name, groups in outcome.groups.items()} == {
         "parity": ["even", "odd"],
@@ -120,8 +120,8 @@ def test_a_group_scores_as_if_it_were_all_there_is(model: Any, told: Make):
                 assert found.scores[metric].score == pytest.approx(score.score, rel=1e-9)
 
 
-def test_intervals_hold_the_score_and_come_when_asked_for(model: Any, told: Make):
-    told(SAID)
+def test_intervals_hold_the_score_and_come_on_request(model: Any, fake_outputs: Make):
+    fake_outputs(SAID)
     for name, score in evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True).scores.items():
         assert score.interval is not None
         low, high = score.interval
@@ -130,24 +130,24 @@ def test_intervals_hold_the_score_and_come_when_asked_for(model: Any, told: Make
     assert evaluate(model, EXAMPLES, config=CONFIG).scores["bleu"].interval is None
 
 
-def test_unknown_names_are_told_before_anything_is_decoded(model: Any, told: Make):
-    asked = told()
+def test_unknown_names_are_reported_before_anything_is_decoded(model: Any, fake_outputs: Make):
+    requests = fake_outputs()
     with pytest.raises(ConfigError, match="'blue'") as error:
         evaluate(model, EXAMPLES, config=CONFIG, metrics=["ter", "blue"])
     assert error.value.hint == "did you mean 'bleu'?"
     with pytest.raises(ConfigError, match="'webnlgg'") as error:
         evaluate(model, EXAMPLES, config=CONFIG, protocol="webnlgg")
     assert error.value.hint == "did you mean 'webnlg'?"
-    assert asked == []
+    assert requests == []
 
 
-def test_a_metric_that_is_not_available_is_left_out_and_said(
-    model: Any, told: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_metric_that_is_not_available_is_left_out_with_the_reason(
+    model: Any, fake_outputs: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def missing(texts: Any) -> Any:
         raise Unavailable("java is not installed", "install it")
 
-    told(SAID)
+    fake_outputs(SAID)
     monkeypatch.setitem(METRICS, "meteor", dataclasses.replace(METRICS["meteor"], measure=missing))
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=["bleu", "meteor"], intervals=True)
     assert [*outcome.scores] == ["bleu"]
@@ -158,13 +158,13 @@ def test_a_metric_that_is_not_available_is_left_out_and_said(
 
 
 @pytest.mark.parametrize("targets", [(), ("",), (" \n",)])
-def test_an_example_without_a_text_to_compare_with_is_told(model: Any, told: Make, targets: tuple[str, ...]):
-    asked = told()
+def test_an_example_without_a_reference_is_reported(model: Any, fake_outputs: Make, targets: tuple[str, ...]):
+    requests = fake_outputs()
     with pytest.raises(DataError, match=r"example 8 \('nobody'\) has no target"):
         evaluate(model, [*EXAMPLES, Example("nobody", targets)], config=CONFIG)
     with pytest.raises(DataError, match="no example"):
         evaluate(model, [], config=CONFIG)
-    assert asked == []
+    assert requests == []
 
 
 def test_labels_have_no_intervals(model: Any):
@@ -179,7 +179,7 @@ def test_dart_is_scored_against_the_official_references():
     assert references_of(Example("a", ("plain",)), "dart") == ["plain"]
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -198,43 +198,45 @@ SAMPLED = dataclasses.replace(CONFIG, temperature=1.0, seed=3)
 
 
 @pytest.mark.parametrize("config", [CONFIG, SAMPLED], ids=["greedy", "sampled"])
-def test_a_stopped_evaluation_goes_on_where_it_was(
-    model: Any, prefix: Any, told: Make, tmp_path: Path, config: GenerateConfig
+def test_a_stopped_evaluation_continues(
+    model: Any, prefix: Any, fake_outputs: Make, tmp_path: Path, config: GenerateConfig
 ):
-    asked = told()
+    requests = fake_outputs()
     counts: list[int] = []
     whole = evaluate(model, EXAMPLES, prefix, config=config, on_batch=counts.append)
     assert counts == [2, 4, 6, 7]
-    batches = asked.copy()
-    asked.clear()
+    batches = requests.copy()
+    requests.clear()
     kept = tmp_path / "made" / "decoded.jsonl"
     with pytest.raises(Killed):
         evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, on_batch=kill_at(4))
-    assert asked == batches[:2]
+    assert requests == batches[:2]
     resumed = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept)
-    assert asked == batches, "a batch was decoded twice, or not at all"
+    assert requests == batches, "a batch was decoded twice, or not at all"
     assert resumed.outputs == whole.outputs
     assert resumed.scores == whole.scores
-    # What is complete is not decoded again, whatever scores are asked for; the time is still that of the decoding.
+    # What is complete is not decoded again, whatever scores are requested; the time is still that of the decoding.
     again = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, metrics=["ter"])
-    assert asked == batches
+    assert requests == batches
     assert again.outputs == whole.outputs
     assert again.seconds == pytest.approx(resumed.seconds, abs=1e-4)
     assert again.seconds > 0
 
 
 @pytest.mark.parametrize(("cut", "batches"), [(1, 0), (2, 1), (20, 1), (200, 2)])
-def test_a_line_that_a_kill_cut_off_is_decoded_again(model: Any, told: Make, tmp_path: Path, cut: int, batches: int):
-    asked = told()
+def test_an_incomplete_last_line_is_decoded_again(
+    model: Any, fake_outputs: Make, tmp_path: Path, cut: int, batches: int
+):
+    requests = fake_outputs()
     kept = tmp_path / "decoded.jsonl"
     whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept)
     kept.write_bytes(kept.read_bytes()[:-cut])
-    asked.clear()
+    requests.clear()
     assert evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
-    assert len(asked) == batches
-    asked.clear()
+    assert len(requests) == batches
+    requests.clear()
     assert evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
-    assert asked == []
+    assert requests == []
 
 
 def test_outputs_of_another_evaluation_are_refused(
@@ -271,7 +273,7 @@ def test_outputs_of_another_evaluation_are_refused(
         (lambda path: path.write_text('\n{"number": 0}\n'), "line 2 of .* is not what an evaluation writes"),
     ],
 )
-def test_what_was_kept_and_is_broken_is_told_before_anything_is_decoded(
+def test_a_broken_resume_file_is_reported_before_anything_is_decoded(
     model: Any, tmp_path: Path, damage: Callable[[Path], Any], says: str
 ):
     kept = tmp_path / "decoded.jsonl"
@@ -283,7 +285,7 @@ def test_what_was_kept_and_is_broken_is_told_before_anything_is_decoded(
     assert batches == []
 
 
-def test_a_place_that_cannot_be_is_told_before_anything_is_decoded(model: Any, tmp_path: Path):
+def test_a_path_that_cannot_be_written_is_reported_before_anything_is_decoded(model: Any, tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
     batches: list[int] = []
     kept = tmp_path / "file" / "decoded.jsonl"
@@ -325,8 +327,8 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_the_folder_is_valid_and_readable_by_reports(model: Any, told: Make, tmp_path: Path):
-    told(SAID)
+def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: Make, tmp_path: Path):
+    fake_outputs(SAID)
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True)
     facts = {
         "title": "a title",
@@ -339,12 +341,12 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, told: Make, tmp
         "settings": {"decoding": dataclasses.asdict(CONFIG)},
     }
     write_evaluation(tmp_path / "new", outcome, EXAMPLES, facts)
-    told_of = strict((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8"))
-    assert told_of["kind"] == "evaluation"
-    assert told_of["settings"]["decoding"]["max_new_tokens"] == 6
-    assert told_of["versions"]["torch"]
-    assert told_of["machine"]["cores"] >= 1
-    assert {key: told_of[key] for key in summarize(outcome)} == json.loads(json.dumps(summarize(outcome)))
+    summary = strict((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8"))
+    assert summary["kind"] == "evaluation"
+    assert summary["settings"]["decoding"]["max_new_tokens"] == 6
+    assert summary["versions"]["torch"]
+    assert summary["machine"]["cores"] >= 1
+    assert {key: summary[key] for key in summarize(outcome)} == json.loads(json.dumps(summarize(outcome)))
     rows = [strict(line) for line in (tmp_path / "new" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[1] == {
         "number": 1,
@@ -371,7 +373,7 @@ def test_texts_of_any_script_and_with_line_ends_stay_one_line_each(tmp_path: Pat
     assert [output.output for output in read_results(tmp_path).evaluation.outputs] == list(outputs)
 
 
-def test_a_model_with_a_chat_template_is_asked_in_turns(tiny_backbone: Make, tiny_tokenizer: Any) -> None:
+def test_a_model_with_a_chat_template_is_instructed_in_turns(tiny_backbone: Make, tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     backbone: Any = dataclasses.replace(tiny_backbone("llama"), tokenizer=tokenizer)

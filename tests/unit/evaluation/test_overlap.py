@@ -42,7 +42,7 @@ def test_the_training_set_is_read_as_the_run_read_it(tmp_path: Path) -> None:
     assert len(toy) == 320
 
 
-def test_a_training_set_that_is_not_at_hand_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_training_set_is_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "train.jsonl", ["Ann"])
     assert training_examples(TrainConfig(train="/nowhere.jsonl", source="name")) is None
     assert training_examples(TrainConfig(train="hub:some/set", source="name")) is None
@@ -51,7 +51,7 @@ def test_a_training_set_that_is_not_at_hand_is_left_alone(tmp_path: Path, monkey
     assert training_examples(TrainConfig(train=path, source="name")) is None
 
 
-def test_a_study_counts_them_and_its_report_tells(tmp_path: Path, tiny_backbone: Any) -> None:
+def test_a_study_counts_them_and_its_report_warns(tmp_path: Path, tiny_backbone: Any) -> None:
     config = StudyConfig.from_mapping(
         "length",
         {

@@ -93,7 +93,7 @@ def _columns(state: _State, words: Sequence[Hashable], where: Mapping[Hashable, 
         state: Two bit masks: where a cell is one above, and where it is one below, the cell before it in its column;
             and the last cell, the distance to the whole reference.
         words: What follows.
-        where: The places of each word in the reference, as bits.
+        where: The positions of each word in the reference, as bits.
         size: Words of the reference.
     """
     up, down, score = state
@@ -121,32 +121,32 @@ def _shifts(
 ) -> Iterator[tuple[int, int, int]]:
     """Start, size and target of every shift that Tercom looks at, in its order."""
     align, wrong_words, wrong_reference = _alignment(words, reference, states)
-    places: dict[Hashable, list[int]] = defaultdict(list)
+    positions: dict[Hashable, list[int]] = defaultdict(list)
     for position, word in enumerate(reference):
-        places[word].append(position)
+        positions[word].append(position)
     for start, first in enumerate(words):
-        for there in places.get(first, ()):
-            if abs(there - start) > _MAX_SHIFT_DISTANCE:
+        for other in positions.get(first, ()):
+            if abs(other - start) > _MAX_SHIFT_DISTANCE:
                 continue
-            most = min(_MAX_SHIFT_SIZE, len(words) - start, len(reference) - there)
+            most = min(_MAX_SHIFT_SIZE, len(words) - start, len(reference) - other)
             for size in range(1, most + 1):
-                if words[start + size - 1] != reference[there + size - 1]:
+                if words[start + size - 1] != reference[other + size - 1]:
                     break
-                # Both sides must be wrong now, and the block must not already stand within its own place.
-                if not any(wrong_words[start : start + size]) or not any(wrong_reference[there : there + size]):
+                # Both sides must be wrong now, and the block may not overlap its own target.
+                if not any(wrong_words[start : start + size]) or not any(wrong_reference[other : other + size]):
                     continue
-                if start <= align[there] < start + size:
+                if start <= align[other] < start + size:
                     continue
                 before = -1
-                for place in range(there - 1, there + size):
-                    target = 0 if place < 0 else align[place] + 1
+                for index in range(other - 1, other + size):
+                    target = 0 if index < 0 else align[index] + 1
                     if target != before:
                         before = target
                         yield start, size, target
 
 
 def _move(words: list[Hashable], start: int, size: int, target: int) -> list[Hashable]:
-    """Take a block out and put it before the word that stands at `target` (behind it, where it is within the block)."""
+    """Move a block before the word at `target` (behind that word if it is within the block)."""
     block, end = words[start : start + size], start + size
     if target < start:
         return words[:target] + block + words[target:start] + words[end:]
@@ -158,27 +158,27 @@ def _move(words: list[Hashable], start: int, size: int, target: int) -> list[Has
 def _alignment(
     words: Sequence[Hashable], reference: Sequence[Hashable], states: Sequence[_State]
 ) -> tuple[list[int], list[bool], list[bool]]:
-    """For each word of the reference where it stands in the text, and which words of either are in error.
+    """The position in the text of each word of the reference, and which words of either are wrong.
 
-    Of equally short ways the one is taken that keeps or substitutes rather than deletes, and deletes rather than
-    inserts, seen from the end.
+    Of equally short edits, seen from the end, keeping or substituting is preferred to deleting, and deleting to
+    inserting.
     """
     align, wrong_words, wrong_reference = [-1] * len(reference), [True] * len(words), [True] * len(reference)
-    at, there, now = len(words), len(reference), states[-1][2]
-    while there:
+    at, other, now = len(words), len(reference), states[-1][2]
+    while other:
         if at:
-            # Cells of the column before, from its bits: the distances of its words to `there - 1` and `there` words.
+            # Cells of the column before, from its bits: the distances of its words to `other - 1` and `other` words.
             up, down, _ = states[at - 1]
-            here, mask = 1 << (there - 1), (1 << (there - 1)) - 1
+            here, mask = 1 << (other - 1), (1 << (other - 1)) - 1
             before = at - 1 + (up & mask).bit_count() - (down & mask).bit_count()
-            wrong = words[at - 1] != reference[there - 1]
+            wrong = words[at - 1] != reference[other - 1]
             if before + wrong == now:
-                at, there, now = at - 1, there - 1, before
-                align[there], wrong_words[at], wrong_reference[there] = at, wrong, wrong
+                at, other, now = at - 1, other - 1, before
+                align[other], wrong_words[at], wrong_reference[other] = at, wrong, wrong
                 continue
             if before + bool(up & here) - bool(down & here) + 1 == now:
                 at, now = at - 1, now - 1
                 continue
-        there, now = there - 1, now - 1
-        align[there] = at - 1
+        other, now = other - 1, now - 1
+        align[other] = at - 1
     return align, wrong_words, wrong_reference

@@ -35,7 +35,7 @@ def test_the_official_figure_of_the_e2e_challenge():
     assert f"{score.score:.2f}" == "65.93"
 
 
-def test_a_score_names_what_made_it():
+def test_a_score_names_its_implementation():
     import sacrebleu
 
     score = bleu(["The Mill is a pub near the river."], [["the mill is a pub near the RIVER."]])
@@ -71,7 +71,7 @@ def test_an_empty_hypothesis_scores_nothing():
         ("a", [["a"]], "list of strings"),
     ],
 )
-def test_misuse_is_told(hypotheses: Any, references: Any, says: str):
+def test_misuse_is_reported(hypotheses: Any, references: Any, says: str):
     with pytest.raises(ValueError, match=says):
         bleu(hypotheses, references)
 
@@ -176,7 +176,7 @@ def test_label_scores_do_not_depend_on_order_and_agree_when_perfect(pairs: list[
         (lambda: span_f1([["O"]], "O"), "lists of lists"),
     ],
 )
-def test_misuse_of_label_and_span_scores_is_told(call: Callable[[], Any], says: str):
+def test_misuse_of_label_and_span_scores_is_reported(call: Callable[[], Any], says: str):
     with pytest.raises(ValueError, match=says):
         call()
 

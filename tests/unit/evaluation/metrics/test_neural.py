@@ -46,7 +46,7 @@ def test_missing_weights_are_named(metric: str, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_package_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_package_that_cannot_be_imported_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bleurt_pytorch", None)
     with pytest.raises(Unavailable, match="bleurt_pytorch is installed but cannot be imported here"):
         compute(["a"], [["a"]], metrics=["bleurt"], weights={"bleurt": str(tmp_path)})

@@ -122,7 +122,7 @@ def test_two_systems_of_one_kind_seldom_differ():
     assert sum(small) <= 9
 
 
-def test_one_better_item_cannot_be_told_from_chance():
+def test_one_better_item_is_not_significant():
     """Whichever way the coin falls for that item, the difference is as large."""
     outputs, references = items(40, 0.3)
     better = [references[0][0], *outputs[1:]]
@@ -133,7 +133,7 @@ def test_one_better_item_cannot_be_told_from_chance():
     ("options", "says"),
     [({"samples": 1}, "samples is 1"), ({"level": 1.0}, "level of an interval is 1.0"), ({"level": 0.0}, "level")],
 )
-def test_misuse_is_told(options: dict[str, Any], says: str):
+def test_misuse_is_reported(options: dict[str, Any], says: str):
     with pytest.raises(ValueError, match=says):
         interval(["a", "b"], [["a"], ["b"]], "bleu", **options)
 

@@ -30,7 +30,7 @@ WORDS = st.lists(st.sampled_from("abcdefgh"), max_size=16)
         ("A b", "a b", 1),
     ],
 )
-def test_edits_by_hand(hypothesis: str, reference: str, count: int):
+def test_edits_of_known_pairs(hypothesis: str, reference: str, count: int):
     assert edits(hypothesis.split(), reference.split()) == count
 
 

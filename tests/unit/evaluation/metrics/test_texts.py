@@ -47,7 +47,7 @@ def one(metric: str, hypotheses: list[str], references: list[list[str]], protoco
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
-def test_bleu_by_hand():
+def test_bleu_of_known_texts():
     # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples, and none of 1, which is smoothed to a half.
     assert one("bleu", ["a b c d"], [["a b c e"]]) == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
 
@@ -60,7 +60,7 @@ def test_bleu_of_dart_lets_absent_references_shorten_the_wanted_length():
     assert one("bleu", ["a b c d"], long, "webnlg") == one("bleu_sound", ["a b c d"], long, "webnlg")
 
 
-def test_nist_by_hand():
+def test_nist_of_known_texts():
     # All references: a twice, b and c once; "a b" and "a c" half as often as their beginning "a".
     told_by_words, told_by_pairs = (1 + 2 + 1) / 3, 1 / 1
     ratio = 3 / (4 / 1)
@@ -74,7 +74,7 @@ def test_nist_by_hand():
     assert one("nist", [""], [["a"]]) == 0
 
 
-def test_rouge_by_hand():
+def test_rouge_of_known_texts():
     # Precision 1, recall 2/3; of pairs 1 and 1/2.
     assert one("rouge_1", ["the cat"], [["the cat sat"]]) == pytest.approx(0.8)
     assert one("rouge_2", ["the cat"], [["the cat sat"]]) == pytest.approx(2 / 3)
@@ -85,7 +85,7 @@ def test_rouge_by_hand():
     assert one("rouge_1", ["the cat", "dog"], [["the cat"], ["mouse"]]) == 0.5
 
 
-def test_ter_by_hand():
+def test_ter_of_known_texts():
     # One edit for three words, and one shift for five.
     assert one("ter", ["a x c"], [["a b c"]]) == pytest.approx(1 / 3)
     assert one("ter", ["d e a b c"], [["a b c d e"]]) == pytest.approx(1 / 5)
@@ -96,13 +96,13 @@ def test_ter_by_hand():
     assert one("ter", ["x y z"], [["a"]]) == 3
 
 
-def test_chrf_by_hand():
+def test_chrf_of_known_texts():
     # Half of the characters; no pair of them, no word: the mean of three orders. Longer ones do not occur.
     assert one("chrf", ["ab"], [["ac"]]) == pytest.approx(100 * (1 / 2 + 0 + 0) / 3)
 
 
 @needs_java
-def test_captioning_metrics_by_hand():
+def test_captioning_metrics_of_known_texts():
     references = [["The cat sat.", "the dog"], ["five small red trains"]]
     made = compute(["the cat!", "five small red trains"], references, protocol="e2e", metrics=["rouge_l", "cider"])
     # ROUGE-L: precision 1, recall 2/3 (beta 1.2), and a whole one.
@@ -115,7 +115,7 @@ def test_captioning_metrics_by_hand():
 
 
 @needs_java
-def test_meteor_by_hand_and_odd_texts():
+def test_meteor_of_known_and_odd_texts():
     wanted = [["dog cat sat"], ["red house"], *([text, "x"] for text in ODD)]
     meteor = measure(["cat sat", "red house", *ODD], wanted, metrics=["meteor"])["meteor"]
     # Precision 1, recall 2/3, alpha 0.85; two words in one chunk, gamma 0.6, beta 0.2.
@@ -218,19 +218,19 @@ def test_scores_come_in_the_order_asked_for_and_once():
         (["a"], ["a"], "list of lists"),
     ],
 )
-def test_misuse_is_told(metric: str, hypotheses: Any, references: Any, says: str):
+def test_misuse_is_reported(metric: str, hypotheses: Any, references: Any, says: str):
     with pytest.raises(ValueError, match=says):
         compute(hypotheses, references, metrics=[metric])
 
 
-def test_unknown_names_are_told_with_the_nearest_known_one():
+def test_unknown_names_are_reported_with_the_nearest_known_one():
     with pytest.raises(ValueError, match="no metric 'blue'; did you mean 'bleu'"):
         compute(["a"], [["a"]], metrics=["blue"])
     with pytest.raises(ValueError, match="no protocol 'zzz'; known: plain, e2e"):
         compute(["a"], [["a"]], protocol="zzz")
 
 
-def test_without_java_the_others_are_scored_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_without_java_the_others_are_scored_and_the_reason_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Unavailable, match=r"there is no `java`; install one \(.*default-jre-headless\)"):
         compute(["a b"], [["a b"]], metrics=["meteor"])
@@ -241,7 +241,7 @@ def test_without_java_the_others_are_scored_and_the_reason_is_told(monkeypatch: 
     assert all("default-jre-headless" in reason for reason in left_out.values())
 
 
-def test_without_the_libraries_the_reason_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_without_the_libraries_the_reason_is_reported(monkeypatch: pytest.MonkeyPatch):
     import builtins
 
     def absent(name: str) -> str:
@@ -274,7 +274,7 @@ def test_without_the_libraries_the_reason_is_told(monkeypatch: pytest.MonkeyPatc
         ("echo bad; echo worse", "METEOR failed .*'bad'"),
     ],
 )
-def test_a_failing_java_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str):
+def test_a_failing_java_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str):
     program = tmp_path / "java"
     program.write_text(f"#!/bin/sh\ncat >/dev/null\n{script}\n", encoding="utf-8")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
@@ -284,7 +284,7 @@ def test_a_failing_java_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @needs_java
-def test_the_tokenizer_takes_any_text_and_writes_nothing_beside_itself():
+def test_the_tokenizer_accepts_any_text_and_writes_no_file():
     package = Path(str(metadata.distribution("pycocoevalcap").locate_file("pycocoevalcap/tokenizer")))
     before = sorted(package.iterdir())
     with ThreadPoolExecutor(2) as pool:
