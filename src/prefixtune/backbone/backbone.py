@@ -1,8 +1,6 @@
-"""Load a frozen language model and its tokenizer, and tell what it is.
+"""A frozen language model and its tokenizer, and what is known of them.
 
-The embedded default (`smollm2-135m`), any causal language model, encoder-decoder or text encoder of transformers by hub
-id or local folder, or a GGUF file. The model comes frozen, in evaluation mode, with every dropout rate set to zero, so
-that nobody turns it on by accident. Knows nothing of prefixes' contents, training or generation.
+The model is frozen, in evaluation mode, with every dropout rate set to zero, so that nothing turns it on by accident.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class Backbone:
         adapter: PEFT's view of the model, where it holds a LoRA adapter.
         compute_dtype: The dtype of its products, where some weights are kept in float32 to be trained; None: that of
             the weights.
-        tokenizer_cache: What others worked out about the tokenizer, to keep.
+        tokenizer_cache: Facts about the tokenizer that other modules computed and keep here.
         unused_weights: Names of the checkpoint's weights for which the model has no use, such as another task's head.
     """
 
@@ -113,7 +111,7 @@ class Backbone:
 
     @property
     def supports_logits_to_keep(self) -> bool:
-        """Whether the model can be told at which positions logits are wanted."""
+        """Whether the model can compute logits at chosen positions alone."""
         return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
 
     @property
@@ -159,7 +157,7 @@ class Backbone:
 
     @property
     def forced_bos_id(self) -> int | None:
-        """What an encoder-decoder's output begins with, whatever its scores (a language, in mBART); None: nothing."""
+        """What an encoder-decoder's output starts with, whatever its scores (a language, in mBART); None: nothing."""
         forced = getattr(self.model.generation_config, "forced_bos_token_id", None)
         return None if forced is None or self.kind != "encoder-decoder" else int(forced)
 
@@ -169,7 +167,7 @@ class Backbone:
         return ids
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of what a model is given; with the tokenizer's special tokens where an encoder reads it."""
+        """Token ids of what a model reads; with the tokenizer's special tokens where an encoder reads it."""
         for number, text in enumerate(texts, start=1):
             try:
                 text.encode("utf-8")
@@ -188,7 +186,7 @@ class Backbone:
         if self.kind == "decoder":
             return [[*ids, self.eos_id] for ids in self.encode_sources(texts)]
         rows: list[list[int]] = self.tokenizer(text_target=list(texts), verbose=False)["input_ids"]
-        # What a tokenizer puts after the end (mBART: the language) is not learned.
+        # What a tokenizer adds after the end token (mBART: the language) is not learned.
         return [[*(row[: row.index(self.eos_id)] if self.eos_id in row else row), self.eos_id] for row in rows]
 
     def decode(self, ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Batch."""
+"""One batch: its tokens, its labels, and where these are predicted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Batch:
         label_positions: Where a label is predicted, counted through all rows of logits; logits are needed here only.
         labels: What is predicted there.
         target_index: Which target a label belongs to, counted from 0.
-        packing: Who sees whom in a packed row; None: rows are padded.
+        packing: Which positions of a packed row see which; None: rows are padded.
         attention_mask: Padded rows only: 1 where a token is real.
         decoder_input_ids: Encoder-decoder only: what the decoder reads.
         decoder_attention_mask: Padded rows of an encoder-decoder only.

@@ -18,12 +18,12 @@ __all__ = ["fingerprint", "weights"]
 
 
 def fingerprint(model: Any, geometry: Geometry) -> str:
-    """Tell a model by its shape and by sampled weights, cheaply and whatever the dtype.
+    """Identify a model by its shape and by sampled weights; the same in every dtype.
 
     Returns:
         `HASH:SAMPLES`: a hash of model type, width, vocabulary, layers, rotary settings and window, and 256 weights
         spread over all parameters (half of them over a LoRA adapter's, whose scaling counts too), as bfloat16. Compare
-        with `fingerprints.fingerprints_match`, which allows for rounding.
+        with `prefix.fingerprint.fingerprints_match`, which allows for rounding.
     """
     embeddings = model.get_input_embeddings().weight
     config = model.config.get_text_config(decoder=True)
@@ -58,7 +58,5 @@ def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         hook = getattr(model.get_submodule(owner), "_hf_hook", None)
         stored: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
         if stored is None or last not in stored:
-            raise BackboneError(
-                f"the weight {name!r} is nowhere to be found.", hint="load the model without offloading."
-            )
+            raise BackboneError(f"the weight {name!r} cannot be found.", hint="load the model without offloading.")
         yield name, stored[last]

@@ -1,8 +1,4 @@
-"""Backbones that are more than weights on one device: quantized, spread over devices and disk, or tuned by LoRA.
-
-Rounding and LoRA need a library each (torchao, peft), which is imported when it is asked for. Knows nothing of
-prefixes, tokenizers and training.
-"""
+"""LoRA adapters on a backbone, by PEFT, which is imported when an adapter is used."""
 
 from __future__ import annotations
 
@@ -103,7 +99,7 @@ def base_model_name(folder: Path) -> str:
 
 
 def check_lora(folder: Path) -> None:
-    """Refuse PEFT's other adapters: those in front of the text would be passed over in silence."""
+    """Refuse PEFT's other adapters: those in front of the text would be ignored in silence."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     kind = adapter_config(folder).get("peft_type")

@@ -1,6 +1,6 @@
 """The loss of a batch: next-token prediction at chosen positions, or a head's labels.
 
-The gradient is made in the same pass over the logits. Knows nothing of steps, optimizers and files.
+The gradient is computed in the same pass over the logits.
 """
 
 from __future__ import annotations

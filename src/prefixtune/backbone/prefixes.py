@@ -1,4 +1,4 @@
-"""Prefixes."""
+"""Prefixes for a backbone: read, checked against it, and given a header that names it."""
 
 from __future__ import annotations
 

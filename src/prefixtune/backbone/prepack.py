@@ -1,7 +1,7 @@
 """A frozen model's matrices laid out once as the processor's bf16 products want them, instead of at every call.
 
-For inference alone: no gradient flows through it. The given model stays as it is; what is made of it shares everything
-with it but the matrices. Knows nothing of prefixes and requests.
+For inference alone: no gradient flows through it. The model itself stays as it is; the packed one shares everything
+with it but the matrices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantization."""
+"""Round the weights of a backbone's linear layers to 8 or 4 bits, by torchao."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ passed is remembered in the cache folder, by everything that matters.
 
 `PREFIXTUNE_SELF_CHECK=0` turns it off.
 
-Knows nothing of tokenizers and generation; `doctor` looks more closely.
+`prefixtune doctor` looks more closely.
 """
 
 from __future__ import annotations
