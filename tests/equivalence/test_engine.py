@@ -117,13 +117,13 @@ def test_a_far_longer_text_may_be_attended_to_by_itself(
     asked = [*requests(backbone), Request(tuple(random_ids(120, 9)), None, SamplingParams(max_new_tokens=NEW))]
     expected = [alone(backbone, request) for request in asked]
     seen = []
-    whole = SlotAttention.__post_init__
+    original = SlotAttention.__post_init__
 
-    def watch(step: SlotAttention) -> None:
-        whole(step)
-        seen.append((bool(step.alone), bool(step.common)))
+    def spy(step: SlotAttention) -> None:
+        original(step)
+        seen.append((bool(step.longer), bool(step.common_length)))
 
-    monkeypatch.setattr(SlotAttention, "__post_init__", watch)
+    monkeypatch.setattr(SlotAttention, "__post_init__", spy)
     found = Engine(backbone, EngineConfig(num_slots=8)).run(asked)
     assert [ids(texts[0]) for texts in found] == expected
     assert any(by_itself and together for by_itself, together in seen) == (call < 100)
@@ -204,7 +204,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
 ):
     with pytest.MonkeyPatch.context() as patch:
         # Slots so short at first that they must grow while texts run.
-        patch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 4)
+        patch.setattr("prefixtune.engine.kv_cache.INITIAL_CAPACITY", 4)
         patch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
         engine = Engine(made(name), EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
         outputs, cancelled, expected = [], {}, {}
@@ -521,7 +521,7 @@ def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests
 def test_memory_that_does_not_suffice_fails_the_text_that_needs_it(
     llama: Backbone, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 16)
+    monkeypatch.setattr("prefixtune.engine.kv_cache.INITIAL_CAPACITY", 16)
     few = SamplingParams(max_new_tokens=4)
     small, long = Request(requests(llama)[3].prompt, None, few), Request(tuple(random_ids(100)), None, few)
     engine = Engine(llama, EngineConfig(num_slots=2))

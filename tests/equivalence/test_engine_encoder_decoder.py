@@ -82,7 +82,7 @@ def test_a_mixed_running_batch_is_each_text_alone(
     name: str, call: int, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
     # Slots so short at first that they must grow; texts attended to together, and each by itself.
-    monkeypatch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 4)
+    monkeypatch.setattr("prefixtune.engine.kv_cache.INITIAL_CAPACITY", 4)
     monkeypatch.setattr("prefixtune.engine.attention.CALL_OVERHEAD", call)
     backbone = made(name)
     asked = requests(backbone)
@@ -181,7 +181,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
 ):
     backbone = made(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prefixtune.engine.kv_cache._FIRST_CAPACITY", 4)
+        patch.setattr("prefixtune.engine.kv_cache.INITIAL_CAPACITY", 4)
         engine = Engine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
         outputs, cancelled, expected = [], {}, {}
         for number, one in enumerate(asked):

@@ -13,7 +13,7 @@ from torch import Tensor
 from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import EncoderAttention, QuerySpan, SlotAttention
+from prefixtune.engine.attention import EncoderAttention, NewSource, QuerySpan, SlotAttention
 from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
 from prefixtune.engine.sequence import TokenSequence
 
@@ -82,15 +82,15 @@ class EncoderCache:
             raise RuntimeError("no source was encoded")
         # Sequences of one request share a source.
         sources: dict[int, Float[Tensor, "1 S E"]] = {}
-        readers: dict[int, list[tuple[int, int]]] = {}
+        targets: dict[int, list[tuple[int, int]]] = {}
         for sequence in sequences:
             encoded = self._new_sources.pop(sequence.slot, None)
             if encoded is not None:
                 sources[id(encoded)] = encoded
-                readers.setdefault(id(encoded), []).append((sequence.slot, _prefix_length(sequence)))
+                targets.setdefault(id(encoded), []).append((sequence.slot, _prefix_length(sequence)))
         spans = [QuerySpan(sequence.slot, self._lengths[sequence.slot] - 1, 1, 0) for sequence in sequences]
-        new_sources = [(source.shape[1], readers[key]) for key, source in sources.items()]
-        decoder.relative = self._distance_bias(decoder.cache.capacity, self._placeholder)
+        new_sources = [NewSource(source.shape[1], targets[key]) for key, source in sources.items()]
+        decoder.bias_by_layer = self._distance_bias(decoder.kv_cache.capacity, self._placeholder)
         row = torch.cat(list(sources.values()), dim=1) if sources else self._placeholder
         return EncoderAttention(decoder, SlotAttention(self.kv_cache, spans, ()), new_sources), row
 

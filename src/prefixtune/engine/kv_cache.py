@@ -21,7 +21,7 @@ __all__ = ["UNBOUNDED", "KVCache"]
 
 UNBOUNDED = 2**31
 """Positions of a slot whose content is limited elsewhere."""
-_FIRST_CAPACITY = 256
+INITIAL_CAPACITY = 256
 """Positions of a slot at first; doubled when a sequence needs more."""
 
 
@@ -71,7 +71,7 @@ class KVCache:
             )
         if length <= self.capacity:
             return
-        old, new = self.capacity, min(self.max_length, max(_FIRST_CAPACITY, 2 * self.capacity, length))
+        old, new = self.capacity, min(self.max_length, max(INITIAL_CAPACITY, 2 * self.capacity, length))
         # If memory does not suffice, some buffers are longer than others: all hold `old` positions at least.
         for dim, buffers in (("key_dim", self.keys), ("value_dim", self.values)):
             for layer, shape in enumerate(self.shapes):
