@@ -1,1 +1,1 @@
-"""Generate, stream and classify with prefixes; every text with its own, mixed in one batch."""
+"""Generate, stream and classify; every text with its own prefix, mixed in one batch. Knows no tasks and no training."""
