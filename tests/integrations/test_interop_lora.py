@@ -116,7 +116,7 @@ def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
         load_backbone(folder, device="cpu", quantize="int8")
     with pytest.raises(BackboneError, match="cannot load the backbone"):
         load_backbone(change(folder, base_model_name_or_path="some/model"), device="cpu")
-    with pytest.raises(BackboneError, match=r"'\./nowhere' is no folder"):
+    with pytest.raises(BackboneError, match=r"'\./nowhere' is neither a folder of a model nor a .gguf file"):
         load_backbone(change(folder, base_model_name_or_path="./nowhere"), device="cpu")
     with pytest.raises(BackboneError, match="names no base model"):
         load_backbone(change(folder, base_model_name_or_path=None), device="cpu")
@@ -129,7 +129,7 @@ def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
         load_backbone(folder, device="cpu")
 
 
-def test_a_prefix_is_not_passed_over_in_silence(base: Path, tmp_path: Path) -> None:
+def test_a_prefix_is_not_ignored_in_silence(base: Path, tmp_path: Path) -> None:
     backbone = load_backbone(base, device="cpu")
     adapter = export_peft(from_words(backbone, "some words", 3), tmp_path / "prefix")
     for arguments in ({"name_or_path": adapter}, {"name_or_path": base, "adapter": adapter}):
