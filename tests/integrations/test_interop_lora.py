@@ -116,7 +116,7 @@ def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
         load_backbone(folder, device="cpu", quantize="int8")
     with pytest.raises(BackboneError, match="cannot load the backbone"):
         load_backbone(change(folder, base_model_name_or_path="some/model"), device="cpu")
-    with pytest.raises(BackboneError, match=r"'\./nowhere' is neither a folder of a model nor a .gguf file"):
+    with pytest.raises(BackboneError, match=r"'\./nowhere' is neither a folder of a model nor a \.gguf file"):
         load_backbone(change(folder, base_model_name_or_path="./nowhere"), device="cpu")
     with pytest.raises(BackboneError, match="names no base model"):
         load_backbone(change(folder, base_model_name_or_path=None), device="cpu")
