@@ -17,6 +17,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 
+# Before huggingface_hub is imported, which reads it then; processes that examine models inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 import torch
 import transformers
 
@@ -120,8 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="TYPE", help="model types, or names in tests/zoo.py (default: all)")
     parser.add_argument("--json", action="store_true", help="print every check as JSON; writes no page")
     options = parser.parse_args(arguments)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     known = names_of_all()
     unknown = [name for name in options.names if name not in known]
     if unknown:

@@ -231,7 +231,7 @@ class Load:
                 self.tally.seconds.setdefault(kind.__name__[1:], []).append(time.monotonic() - began)
 
     def _pause(self, response: httpx2.Response, tenant: str) -> float:
-        """Seconds to wait if the server is busy; 0: it responseed.
+        """Seconds to wait if the server is busy; 0: it responded.
 
         Raises:
             ValueError: The status is another error.

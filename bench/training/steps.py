@@ -123,8 +123,10 @@ def measure_peak(side: Trained, batches: Iterable[Any]) -> dict[str, float | Non
     """Peak memory of this process over some steps; the process has loaded nothing but the side."""
     load_pages(side.model)
     gc.collect()
-    loading, loaded = peak_memory_mib() or 0.0, resident_mib()
+    loading = peak_memory_mib() or 0.0
     is_reset = reset_peak_memory()
+    # Read after the reset, which gives freed memory back.
+    loaded = resident_mib()
     for batch in batches:
         step(side, batch)
         gc.collect()

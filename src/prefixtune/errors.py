@@ -2,11 +2,12 @@
 
     PrefixError
     ├── ConfigError       an option, a configuration file or an argument is wrong
-    ├── BackboneError     a model cannot be loaded, or cannot carry a prefix
+    ├── BackboneError     a model cannot be loaded, or cannot have a prefix
     ├── CheckpointError   an artifact or a training state is broken, foreign or newer
     ├── DataError         an input file, a row or an example is wrong
     ├── TrainingError     a run cannot go on (the loss is not finite, the disk is full)
-    └── RequestError      a generation request cannot be served (context overflow, ...)
+    └── RequestError      a generation request cannot be served
+        ├── ContextLengthError  it needs more positions than there are (in `engine.request`)
         └── EngineFull     it could be another time: too many wait (in `engine.request`)
 
 A message says what failed, the value got, what is allowed, and in `hint` the next step. The command line prints
@@ -62,7 +63,7 @@ class ConfigError(PrefixError):
 
 
 class BackboneError(PrefixError):
-    """A model cannot be loaded, or cannot carry a prefix."""
+    """A model cannot be loaded, or cannot have a prefix."""
 
 
 class CheckpointError(PrefixError):

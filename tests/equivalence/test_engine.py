@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine_runs import DECODERS_OF_THE_ZOO, alone, ids
 from patching import replace_everywhere
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
@@ -20,30 +21,14 @@ from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.generate import generate
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from zoo import ZOO, make_model
+from zoo import make_model
 
 NEW = 10
-ZOO_FAMILIES = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe", "starcoder2")
 PLAIN = TextFormat()
-
-
-@pytest.fixture(scope="module")
-def made(tiny_backbone: Callable[..., Any], tiny_tokenizer: Any) -> Callable[[str], Backbone]:
-    """Tiny backbones by family, each made once."""
-
-    @functools.cache
-    def make(name: str) -> Backbone:
-        if name in ZOO_FAMILIES:
-            return Backbone.from_model(make_model(ZOO[name].name, tiny_tokenizer), tiny_tokenizer, f"tiny-{name}")
-        backbone: Backbone = tiny_backbone(name)
-        return backbone
-
-    return make
 
 
 @pytest.fixture
@@ -68,16 +53,6 @@ def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]
     return make
 
 
-def ids(output: SequenceOutput) -> list[int]:
-    return [token.id for token in output.tokens]
-
-
-def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
-    """What `generate_ids` makes of a request by itself."""
-    config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
-    return generate_ids(backbone, [list(request.prompt)], [request.prefix], config=config)[0]
-
-
 def finish(engine: Engine) -> list[SequenceOutput]:
     outputs = []
     while engine.busy:
@@ -95,7 +70,7 @@ def by_text(outputs: list[SequenceOutput]) -> dict[tuple[str, int], list[int]]:
 # --- the same tokens as alone ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "opt", "gpt_neox", "qwen3", *ZOO_FAMILIES])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "opt", "gpt_neox", "qwen3", *DECODERS_OF_THE_ZOO])
 def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests: Any):
     backbone = made(name)
     asked = requests(backbone)

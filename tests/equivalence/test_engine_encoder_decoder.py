@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,37 +10,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine_runs import ENCODER_DECODERS_OF_THE_ZOO, alone, ids
 from patching import replace_everywhere
 from prefixtune.attention.compute import relative_bias
 from prefixtune.attention.forward import run_encoder
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
+from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import BackboneError, RequestError
-from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.prefix import Prefix
-from zoo import ZOO, make_model
 
 NEW = 10
 FAMILIES = ("bart", "mbart", "pegasus", "marian", "blenderbot", "t5", "t5_gated", "mt5")
-ZOO_FAMILIES = ("umt5", "switch_transformers")
 SITES = ({"encoder": 4, "decoder": 3, "cross": 5}, {"decoder": 6}, {"encoder": 2}, {"cross": 7}, {})
-
-
-@pytest.fixture(scope="module")
-def made(tiny_backbone: Callable[..., Any], tiny_tokenizer: Any) -> Callable[[str], Backbone]:
-    """Tiny backbones by family, each made once."""
-
-    @functools.cache
-    def make(name: str) -> Backbone:
-        if name in ZOO_FAMILIES:
-            return Backbone.from_model(make_model(ZOO[name].name, tiny_tokenizer), tiny_tokenizer, f"tiny-{name}")
-        backbone: Backbone = tiny_backbone(name)
-        return backbone
-
-    return make
 
 
 @pytest.fixture
@@ -65,19 +47,8 @@ def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]
     return make
 
 
-def ids(output: SequenceOutput) -> list[int]:
-    assert not output.error
-    return [token.id for token in output.tokens]
-
-
-def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
-    """What `generate_ids` makes of a request by itself."""
-    config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
-    return generate_ids(backbone, [list(request.prompt)], [request.prefix], config=config)[0]
-
-
 @pytest.mark.parametrize("call", [2, 300])
-@pytest.mark.parametrize("name", [*FAMILIES, *ZOO_FAMILIES])
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODER_DECODERS_OF_THE_ZOO])
 def test_a_mixed_running_batch_is_each_text_alone(
     name: str, call: int, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):

@@ -160,7 +160,7 @@ def test_a_broken_or_empty_set(tmp_path: Path):
     folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}])
     (arrow,) = folder.glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:50])
-    with pytest.raises(DataError, match="is no readable set") as caught:
+    with pytest.raises(DataError, match="cannot be read as a set") as caught:
         read_task("xsum", folder)
     assert str(folder) in str(caught.value)
     splits = save_splits(tmp_path / "splits", test=[{"document": "x", "summary": "y"}])
@@ -173,7 +173,7 @@ def test_a_broken_or_empty_set(tmp_path: Path):
         read_task("xsum", empty)
     gone = save_splits(tmp_path / "gone", test=[{"document": "x", "summary": "y"}])
     shutil.rmtree(gone / "test")
-    with pytest.raises(DataError, match=r"names the split 'test', but .* is no folder"):
+    with pytest.raises(DataError, match=r"names the split 'test', but .* is not a folder"):
         read_task("xsum", gone, split="test")
 
 

@@ -18,35 +18,12 @@ from prefixtune.training.checkpoint import load_state
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.initialize import build_encoder
 from prefixtune.training.train import TrainResult, train
-
-NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
-EIGHT = [Example(f"name : {name}", (f"{name} eats.",)) for name in NAMES]
-SHARED = [Example(f"name : {name}", (f"{name} eats.", f"There is {name}.", f"Eat, {name}!")) for name in NAMES[:4]]
-HELD_OUT = [Example("name : Zed", ("Zed eats.",))]
+from short_sentences import EIGHT, HELD_OUT, SHARED
 
 
 @pytest.fixture
-def config_for(tmp_path: Path) -> Callable[..., TrainConfig]:
-    """`config_for(folder, **changes)`: a small run with an output folder of its own."""
-
-    def make(folder: str = "run", **changes: Any) -> TrainConfig:
-        values = {
-            "prefix_length": 4,
-            "reparameterization": "none",
-            "bottleneck_size": 16,
-            "initialization": "random",
-            "batch_size": 4,
-            "targets_per_source": 2,
-            "max_steps": 6,
-            "warmup_steps": 2,
-            "save_every": 1,
-            "learning_rate": 1e-2,
-            "output": str(tmp_path / folder),
-            **changes,
-        }
-        return TrainConfig(**values)
-
-    return make
+def run_defaults() -> dict[str, Any]:
+    return {"initialization": "random"}
 
 
 def losses(result: TrainResult) -> list[float]:

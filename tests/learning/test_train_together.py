@@ -32,24 +32,8 @@ HELD_OUT = [Example("name : Zed", ("Zed eats.",))]
 
 
 @pytest.fixture
-def config_for(tmp_path: Path) -> Callable[..., TrainConfig]:
-    def make(folder: str, **changes: Any) -> TrainConfig:
-        values = {
-            "prefix_length": 4,
-            "reparameterization": "none",
-            "bottleneck_size": 16,
-            "init_text": "Say it",
-            "batch_size": 4,
-            "max_steps": 6,
-            "warmup_steps": 2,
-            "save_every": 2,
-            "learning_rate": 1e-2,
-            "output": str(tmp_path / folder),
-            **changes,
-        }
-        return TrainConfig(**values)
-
-    return make
+def run_defaults() -> dict[str, Any]:
+    return {"init_text": "Say it", "save_every": 2, "targets_per_source": TrainConfig().targets_per_source}
 
 
 def runs_of(make: Callable[..., TrainConfig], where: str) -> list[TrainConfig]:

@@ -227,11 +227,11 @@ def _inject_disentangled(modules: Iterable[nn.Module], injection: Injection) -> 
         yield
 
 
-def to_rows(given: Tensor, rows: int) -> Tensor:
+def to_rows(tensor: Tensor, rows: int) -> Tensor:
     """One entry for all rows, one per row, or one per text whose beams are neighbouring rows."""
-    if given.shape[0] == 1:
-        return given.expand(rows, *given.shape[1:])
-    return given if given.shape[0] == rows else given.repeat_interleave(rows // given.shape[0], dim=0)
+    if tensor.shape[0] == 1:
+        return tensor.expand(rows, *tensor.shape[1:])
+    return tensor if tensor.shape[0] == rows else tensor.repeat_interleave(rows // tensor.shape[0], dim=0)
 
 
 def batch_prefixes(prefixes: Sequence[Prefix | None], layout: Layout, dtype: torch.dtype, device: Any) -> Injection:

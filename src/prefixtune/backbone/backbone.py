@@ -209,11 +209,15 @@ class Backbone:
             self.adapter.save_pretrained(made)
         return replace(self, fingerprint=fingerprint(self.model, self.layout.geometry))
 
+    @property
+    def dtype_name(self) -> str:
+        """`dtype` as files and messages name it: `float32`, say."""
+        return str(self.dtype).removeprefix("torch.")
+
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"Backbone({self.name!r}, {self.num_parameters:,} parameters, {describe(self.geometry)}, "
-            f"{dtype} on {self.device})"
+            f"{self.dtype_name} on {self.device})"
         )
 
     @property
@@ -243,7 +247,7 @@ class Backbone:
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
 
         Raises:
-            BackboneError: It cannot carry a prefix, or fails the self-check; the message says why.
+            BackboneError: It cannot have a prefix, or fails the self-check; the message says why.
         """
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(train_adapter and "lora_" in parameter_name)

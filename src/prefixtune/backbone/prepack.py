@@ -40,18 +40,18 @@ class PrepackedLinear(nn.Module):
         # No buffer: it cannot be copied or saved as others are. Models that ask for a weight's dtype find it.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
-    def forward(self, given: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
+    def forward(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
         """The product, and the bias."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(given, self.weight, self.bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return product
 
 
 @torch.no_grad()
 def prepack(backbone: Backbone) -> Backbone:
-    """The same backbone for inference, quicker on a CPU in bf16; the given one where there is nothing to gain.
+    """The same backbone for inference, quicker on a CPU in bf16; the same object where there is nothing to gain.
 
     On two cores a decode step of 32 texts on SmolLM2-135M takes a sixth less time (`bench.serving.serve`). The
-    matrices are in memory twice until the given backbone is let go.
+    matrices are in memory twice until the first backbone is freed.
 
     Args:
         backbone: Frozen. Layers that are quantized, or not in bf16, stay as they are.
@@ -69,7 +69,7 @@ def prepack(backbone: Backbone) -> Backbone:
             weight = _matrix(child)
             if weight is not None:
                 setattr(parent, name, PrepackedLinear(weight, child.bias))
-    layer_of = {twins[module]: place for module, place in backbone.layout.layer_of.items()}
+    layer_of = {twins[module]: layer for module, layer in backbone.layout.layer_of.items()}
     packed = dataclasses.replace(backbone, model=made, layout=dataclasses.replace(backbone.layout, layer_of=layer_of))
     return packed if _agree(backbone, packed) else backbone
 
@@ -93,11 +93,11 @@ def _matrix(module: nn.Module) -> Float[Tensor, "N K"] | None:
 
 
 def _agree(backbone: Backbone, packed: Backbone) -> bool:
-    """Whether both say the same of a few tokens."""
+    """Whether both compute the same for a few tokens."""
     ids = torch.arange(8)[None] % int(backbone.model.get_input_embeddings().weight.shape[0])
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if backbone.kind == "encoder-decoder" else {})}
     try:
-        plain, other = (each.model(**inputs)[0].float() for each in (backbone, packed))
+        plain, other = (model(**inputs)[0].float() for model in (backbone.model, packed.model))
     except (RuntimeError, AttributeError, TypeError):
         # A model that does more with a layer than to call it.
         return False

@@ -134,7 +134,7 @@ def _label_words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple
     word_of = dict(words or {})
     for name in word_of:
         if name not in names:
-            raise ConfigError(f"label_words names {name!r}, which is no label.", hint=did_you_mean(name, names))
+            raise ConfigError(f"label_words names {name!r}, which is not a label.", hint=did_you_mean(name, names))
     chosen = tuple(word_of.get(name, name) for name in names)
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"two labels share a word: {', '.join(chosen)}.", hint="give every label its own.")

@@ -7,11 +7,12 @@ and the *sampler* picks the next tokens. The *worker* runs an engine in a thread
 
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput, Token
+from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams, SequenceOutput, Token
 from prefixtune.engine.sequence import RunningSequence
 from prefixtune.engine.worker import EngineWorker, Snapshot
 
 __all__ = [
+    "ContextLengthError",
     "Engine",
     "EngineConfig",
     "EngineFull",

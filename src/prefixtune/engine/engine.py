@@ -133,7 +133,7 @@ class Engine:
                     f"the prefix's placement is {request.prefix.placement!r}, but the engine serves 'front' only.",
                     hint="use `generate` for it.",
                 )
-        self._check_length(len(request.prompt), request.prefix_length, request.sampling.max_new_tokens)
+        self.check_length(len(request.prompt), request.prefix_length, request.sampling.max_new_tokens)
         unknown = [token for token in (*request.prompt, *request.sampling.banned) if not 0 <= token < self._vocab_size]
         if unknown:
             raise RequestError(
@@ -158,7 +158,7 @@ class Engine:
         # The last token takes no position.
         return self.max_length - prefix_length - prompt_tokens + 1
 
-    def _check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
+    def check_length(self, prompt_tokens: int, prefix_length: int, new_tokens: int) -> None:
         """Refuse a request that needs more positions than a slot has.
 
         Raises:

@@ -48,7 +48,7 @@ def check_prefix(prefix: Prefix, target: str) -> None:
     """
     if prefix.placement != "front":
         raise ConfigError(
-            f"the prefix is an {prefix.placement}, which goes between source and target; {target} takes prefixes in "
+            f"the prefix has placement {prefix.placement!r}, between source and target; {target} takes prefixes in "
             "front of the text.",
             hint="use `prefixtune generate`, or `prefixtune train --method prefix`.",
         )

@@ -114,7 +114,7 @@ def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:
     if _TENSOR not in tensors or len(tensors) > 1:
         raise CheckpointError(
             f"{str(folder / _WEIGHTS)!r} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not {_TENSOR!r} alone.",
-            hint="modules_to_save and other adapters' weights are no part of a prefix.",
+            hint="modules_to_save and other adapters' weights are not part of a prefix.",
         )
     try:
         header = parse_header(metadata.get(_HEADER, "{}"))

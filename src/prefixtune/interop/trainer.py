@@ -33,6 +33,7 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.collator import IGNORED, Collator
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.checks import check_gradient_checkpointing
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
 from prefixtune.training.folder import PREFIX_FILE
@@ -208,7 +209,7 @@ class PrefixModel(nn.Module):
             text_format=self.text_format.to_dict(),
             initialization=self.initialization,
             training={
-                "backbone_dtype": str(backbone.dtype).removeprefix("torch."),
+                "backbone_dtype": backbone.dtype_name,
                 "loss_reduction": "token",
                 **{name: getattr(config, name) for name in ("reparameterization", "bottleneck_size", "seed")},
             },
@@ -252,12 +253,7 @@ class PrefixModel(nn.Module):
         Raises:
             ConfigError: The backbone would lose the prefix, or an option of it is not supported.
         """
-        if not self.backbone.layout.forwards_kwargs:
-            raise ConfigError(
-                f"{self.backbone.name!r} passes no arguments on to its attention, so recomputed layers would lose the "
-                "prefix.",
-                hint="train without gradient checkpointing.",
-            )
+        check_gradient_checkpointing(self.backbone)
         if (activation_checkpointing_kwargs or {}).get("use_reentrant") or every_n_layers != 1 or offload:
             raise ConfigError(
                 "gradient checkpointing recomputes every layer here, without reentrance or offloading.",

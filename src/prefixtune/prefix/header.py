@@ -246,7 +246,7 @@ def incompatibilities(outline: Outline, geometry: Geometry, name: str, fingerpri
     if header.get("adapter"):
         reasons.append("it was trained together with a LoRA adapter")
     if header.get("placement", "front") != "front":
-        reasons.append(f"it is an {header['placement']}, and not in front of the text")
+        reasons.append(f"its placement is {header['placement']!r}, but only 'front' can be served")
     if any(not _TENSOR.fullmatch(tensor) for tensor in shapes):
         reasons.append("it holds tensors that do not belong to a prefix")
     elif not reasons and not _fits(shapes, geometry):

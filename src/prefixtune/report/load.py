@@ -35,7 +35,12 @@ def read_results(path: Path) -> Study | Run:
         DataError: It is none of these, or a file in it is broken.
     """
     path = Path(path)
-    files = Files.open(path)
+    try:
+        files = Files.open(path)
+    except DataError as error:
+        if path.suffix == ".json":
+            raise
+        raise _no_results(path) from error
     if files.has("study.json"):
         return _read_study(files)
     run = _read_run(files)

@@ -317,7 +317,7 @@ def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
             "decoding": dataclasses.asdict(decoding),
             "protocol": task.protocol,
             "test_limit": config.test_limit,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "dtype": backbone.dtype_name,
             **({} if cell.trains or text_format is None else {"prompt": text_format.prompt}),
         },
     }

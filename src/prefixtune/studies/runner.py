@@ -78,14 +78,15 @@ def run_study(
     cells, budget = plan(config), _Budget(config.budget)
     provenance = _prepare(inputs, cells, command or " ".join(["prefixtune", *sys.argv[1:]]))
 
-    def save() -> None:
-        write_study(config, cells, provenance, is_over_budget=budget.is_over())
+    def save(*, is_over_budget: bool = False) -> None:
+        write_study(config, cells, provenance, is_over_budget=is_over_budget)
 
     save()
+    is_over_budget = False
     try:
-        _run_cells(inputs, cells, budget, save)
+        is_over_budget = _run_cells(inputs, cells, budget, save)
     finally:
-        save()
+        save(is_over_budget=is_over_budget)
     write_comparisons(config, cells)
     return read_outcome(config, cells)
 
@@ -159,8 +160,8 @@ def _check_data(
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def _run_cells(inputs: StudyInputs, cells: Sequence[Cell], budget: _Budget, save: Callable[[], None]) -> None:
-    """Run cells until none is left that this process can run; `save` is called after each."""
+def _run_cells(inputs: StudyInputs, cells: Sequence[Cell], budget: _Budget, save: Callable[[], None]) -> bool:
+    """Run cells until none is left that this process can run, or the budget is over (True); `save` follows each."""
     config = inputs.config
     # What failed before is tried once more; what fails now, in whichever process, is not.
     to_retry = {cell.id for cell in cells if cell_status(config, cell) == "failed"}
@@ -171,7 +172,7 @@ def _run_cells(inputs: StudyInputs, cells: Sequence[Cell], budget: _Budget, save
             if status == "done" or (status == "failed" and cell.id not in to_retry):
                 continue
             if budget.is_over():
-                return
+                return True
             with file_lock(lock_path(config, cell)) as acquired:
                 if not acquired or (cell.trains and not cell.is_first and chosen_rate(config, cell) is None):
                     # Another process works on it, or chooses its learning rate.
@@ -187,7 +188,7 @@ def _run_cells(inputs: StudyInputs, cells: Sequence[Cell], budget: _Budget, save
                 progressed = True
         if not progressed:
             if not waiting:
-                return
+                return False
             time.sleep(_POLL_SECONDS)
 
 

@@ -23,7 +23,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.baselines import Tuning, freeze_tuned, load_tuned_weights, tune, tuned_weights
-from prefixtune.training.checkpoint import TrainState, dtype_name, finite_or_none
+from prefixtune.training.checkpoint import TrainState, finite_or_none
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.training.folder import ADAPTER_FOLDER, PREFIX_FILE, WEIGHTS_FILE
@@ -63,7 +63,7 @@ def make_run_header(
             "total_steps": state.total_steps,
             "dev_loss": finite_or_none(state.best_loss),
             "num_targets": data.train.num_targets,
-            "backbone_dtype": dtype_name(backbone),
+            "backbone_dtype": backbone.dtype_name,
             "reparameterization": config.reparameterization,
             "bottleneck_size": config.bottleneck_size,
             "batch_size": config.batch_size,

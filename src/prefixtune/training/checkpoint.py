@@ -24,7 +24,6 @@ __all__ = [
     "TrainState",
     "check_extension",
     "check_same_run",
-    "dtype_name",
     "finite_or_none",
     "has_new_length",
     "load_state",
@@ -129,7 +128,7 @@ def state_facts(config: TrainConfig, backbone: Backbone, data_digest: str, state
         "best_step": state.best_step,
         "misses": state.evals_without_improvement,
         "fingerprint": backbone.fingerprint,
-        "dtype": dtype_name(backbone),
+        "dtype": backbone.dtype_name,
         "data": data_digest,
         "config": config.to_dict(),
     }
@@ -244,7 +243,7 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
     folder, facts = checkpoint.folder, checkpoint.facts
     if not fingerprints_match(facts["fingerprint"], backbone.fingerprint):
         raise ConfigError(f"the run in {folder!r} was started on another backbone.", hint="load that one.")
-    dtype = dtype_name(backbone)
+    dtype = backbone.dtype_name
     if facts["dtype"] != dtype:
         raise ConfigError(
             f"the run in {folder!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
@@ -285,11 +284,6 @@ def check_extension(config: TrainConfig, state: TrainState, planned_steps: int) 
             "better loss; more steps alone do not make it go on.",
             hint=f"give more patience, too, as in --patience {2 * waited}, or 0 for any number.",
         )
-
-
-def dtype_name(backbone: Backbone) -> str:
-    """The backbone's dtype as it is stored: `float32`, say."""
-    return str(backbone.dtype).removeprefix("torch.")
 
 
 def finite_or_none(value: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import check_loadable
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import ConfigError
@@ -12,7 +13,7 @@ from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 
-__all__ = ["check_together", "early_checks", "no_head", "no_start"]
+__all__ = ["check_gradient_checkpointing", "check_together", "early_checks", "no_head", "no_start"]
 
 
 def early_checks(
@@ -91,4 +92,17 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     if faults:
         raise ConfigError(
             "; ".join(faults) + ".", hint="give each run an output of its own, and train separately what differs."
+        )
+
+
+def check_gradient_checkpointing(backbone: Backbone) -> None:
+    """Refuse it for a backbone whose layers, when they are recomputed, would lose the prefix.
+
+    Raises:
+        ConfigError: The backbone forwards no argument of its call to its attention.
+    """
+    if not backbone.layout.forwards_kwargs:
+        raise ConfigError(
+            f"{backbone.name!r} forwards no argument to its attention: recomputed layers would lose the prefix.",
+            hint="train without gradient checkpointing.",
         )

@@ -35,7 +35,6 @@ from prefixtune.training.checkpoint import (
     TrainState,
     check_extension,
     check_same_run,
-    dtype_name,
     finite_or_none,
     load_tensors,
     save_state,
@@ -196,7 +195,7 @@ class TrainLoop:
             step = self.prepare(batches)
             forward_backward(self.backbone, [step])
             yield self.apply(step, stop)
-            yield from self.evaluate_and_save()
+            yield from self.evaluate_and_save(stop)
         yield from self.last_events()
 
     def first_events(self) -> Iterator[Event]:
@@ -222,7 +221,7 @@ class TrainLoop:
             "num_stored": sum(tensor.numel() for tensor in stored),
             "initialization": self.initialization,
             "backbone": self.backbone.name,
-            "dtype": dtype_name(self.backbone),
+            "dtype": self.backbone.dtype_name,
             "device": str(self.backbone.device),
         }
 
@@ -319,11 +318,17 @@ class TrainLoop:
             return peak * step / warmup
         return peak * (total_steps - step + 1) / (total_steps - warmup)
 
-    def evaluate_and_save(self) -> Iterator[Event]:
-        """After a step: evaluate and save if it is time."""
+    def evaluate_and_save(self, stop: threading.Event) -> Iterator[Event]:
+        """After a step: evaluate and save if it is time, or if the run stops here.
+
+        Args:
+            stop: A run of one process also stops here, at this step; several processes agree on it in `apply`.
+        """
         step, every = self.state.step, self.config.eval_every
         if step == self.state.total_steps or (every and step % every == 0):
             yield self.evaluate()
+        if self.processes.size == 1 and stop.is_set():
+            self.stopped = True
         if self.ended or self.stopped or step % self.config.save_every == 0:
             self.save()
             yield {"event": "save", "step": step}

@@ -21,7 +21,7 @@ from prefixtune.errors import ConfigError, TrainingError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.checkpoint import Checkpoint, has_new_length, read_checkpoint
-from prefixtune.training.checks import check_together, no_head
+from prefixtune.training.checks import check_gradient_checkpointing, check_together, no_head
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData, read_data, tokenize
 from prefixtune.training.distributed import ProcessGroup, init_distributed, shard_model
@@ -240,7 +240,7 @@ def _step_together(
             run = runs[index]
             try:
                 yield run, run.loop.apply(step, stop)
-                yield from ((run, event) for event in run.loop.evaluate_and_save())
+                yield from ((run, event) for event in run.loop.evaluate_and_save(stop))
             except TrainingError as error:
                 errors.append(error)
                 del active[index]
@@ -294,9 +294,13 @@ def _open_runs(
         if backbone is None:
             console.info(f"loading {configs[0].backbone} ...")
         loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
+        for config in configs:
+            _check_backbone(config, loaded, together=together)
         data = [tokenize(config, loaded, *pair) for config, pair in zip(configs, examples, strict=True)]
-        if together:
-            _check_can_share_pass(loaded, data)
+        if together and any(some.has_head for some in data):
+            raise ConfigError(
+                "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
+            )
         loops = [_build_loop(*pair, loaded, processes) for pair in zip(configs, data, strict=True)]
         # Checkpoints are dropped one by one: each may be as large as the model.
         events = [_resume(loop, checkpoints.pop(0)) for loop in loops]
@@ -322,30 +326,24 @@ def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
     return backbone
 
 
-def _check_can_share_pass(backbone: Backbone, data: Sequence[TrainData]) -> None:
-    """Refuse runs whose batches cannot go through the backbone together.
+def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) -> None:
+    """Refuse, before anything is tokenized, what a backbone cannot do.
 
     Raises:
-        ConfigError: The backbone reads no packed rows, or a run trains a head.
+        ConfigError: It reads no packed rows, so that several runs cannot share a pass, or gradient checkpointing would
+            lose the prefix.
     """
-    if not backbone.layout.packable:
+    if together and not backbone.layout.packable:
         raise ConfigError(
             f"{backbone.name!r} reads no packed rows, so that its runs cannot share a pass.",
             hint="train them one after the other.",
         )
-    if any(some.has_head for some in data):
-        raise ConfigError(
-            "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
-        )
+    if config.gradient_checkpointing:
+        check_gradient_checkpointing(backbone)
 
 
 def _build_loop(config: TrainConfig, data: TrainData, backbone: Backbone, processes: ProcessGroup) -> TrainLoop:
     """A loop with what trains in it: an encoder, or the backbone's own weights."""
-    if config.gradient_checkpointing and not backbone.layout.forwards_kwargs:
-        raise ConfigError(
-            f"{backbone.name!r} forwards no argument to its attention: recomputed layers would lose the prefix.",
-            hint="train without gradient_checkpointing.",
-        )
     if config.trains_prefix:
         encoder, initialization = build_encoder(
             config, backbone, num_labels=data.num_head_labels, examples=data.train.examples

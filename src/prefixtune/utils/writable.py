@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prefixtune.errors import PrefixError
 
-__all__ = ["check_folder_writable", "check_writable", "reporting_write_errors", "writable_folder"]
+__all__ = ["check_writable", "reporting_write_errors", "writable_folder"]
 
 
 def check_writable(path: Path) -> None:
@@ -23,16 +23,6 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise PrefixError(f"cannot write {str(path)!r}: it is a folder.", hint="choose another place.")
     with writable_folder(path.parent, path):
-        pass
-
-
-def check_folder_writable(folder: Path) -> None:
-    """Check, before long work, that files can be written to a folder; leaves nothing behind.
-
-    Raises:
-        PrefixError: The path is a file, or the folder cannot be made or written.
-    """
-    with writable_folder(folder, folder):
         pass
 
 

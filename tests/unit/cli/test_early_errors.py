@@ -109,7 +109,7 @@ MISTAKES = [
     ("generate --prefix p.safetensors --dtype bf16 x", "'bf16'"),
     ("generate --prefix p.safetensors --quantize int3 x", "unknown quantization 'int3'"),
     ("generate --stream x y", "--stream prints one text"),
-    ("generate a\udcffb", "text 1 is no UTF-8 text"),
+    ("generate a\udcffb", "text 1 is not UTF-8 text"),
     ("generate --prefix p.safetensors --num-beams 0 x", "num_beams is 0"),
     ("generate --prefix p.safetensors --prefix labels.safetensors x y", "classification, generation"),
     ("generate --prefix labels.safetensors --stream x", "--stream"),

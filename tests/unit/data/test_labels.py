@@ -165,7 +165,7 @@ def test_what_a_backbone_cannot_do_is_refused(tiny_backbone: Make, options: dict
 
 def test_wrong_labels_and_words_are_reported(tiny_backbone: Make) -> None:
     backbone = tiny_backbone("llama")
-    with pytest.raises(ConfigError, match="names 'wiht', which is no label") as error:
+    with pytest.raises(ConfigError, match="names 'wiht', which is not a label") as error:
         choose_labels("classification", backbone, LABELLED, words={"wiht": "yes"})
     assert "'with'" in error.value.hint
     with pytest.raises(ConfigError, match="share a word"):

@@ -127,8 +127,8 @@ CELLS_END = 24 + len(CELLS)
     ("data", "message"),
     [
         (b"", "ends within its part at byte 0"),
-        (b"GGUF" + bytes(40), "is no saved slot"),
-        (encode_blob(OTHER), "is no saved slot"),
+        (b"GGUF" + bytes(40), "is not a saved slot"),
+        (encode_blob(OTHER), "is not a saved slot"),
         (broken(4, "I", 5), "has version 5; known are 2, 3, 4"),
         (broken(8, "I", 10**9), "ends within its part"),
         (broken(12, "i", 6), "holds other tokens than the 3 placeholders"),

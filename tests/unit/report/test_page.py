@@ -477,6 +477,7 @@ def damaged(folder: Path, name: str, text: str) -> Path:
     [
         (lambda f: f / "nowhere", "does not exist"),
         (lambda f: f, "holds no run"),
+        (lambda f: training(f) / "events.jsonl", "holds no study; a training run has an events.jsonl"),
         (lambda f: damaged(evaluation(f), "evaluation.json", "{"), "evaluation.json' is not JSON"),
         (lambda f: damaged(evaluation(f), "evaluation.json", "[]"), "must be an object"),
         (lambda f: damaged(evaluation(f), "evaluation.json", "{}"), "has no 'scores'"),

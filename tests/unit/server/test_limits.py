@@ -40,6 +40,37 @@ def test_the_queue_is_bounded(make_server: Callable[..., Any], monkeypatch: pyte
     assert state.admission.texts == 0
 
 
+def test_what_can_never_fit_is_refused_as_such_before_the_queue(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(max_queue=1)
+    submitted: list[Any] = []
+    monkeypatch.setattr(state.worker, "submit", lambda request, *_, **__: submitted.append(request))
+
+    async def fill() -> list[Response]:
+        disconnected = asyncio.Event()
+        size = state.admission.num_slots + 1
+        running = [
+            asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(), disconnected=disconnected))
+            for _ in range(size)
+        ]
+        while state.admission.texts < size:
+            await asyncio.sleep(0.005)
+        too_long = completion(max_tokens=state.engine.max_length)
+        second_too_long = completion(prompt=["a", "a" * 2_000])
+        answers = [
+            await send(app, "POST", "/v1/completions", body) for body in (completion(), too_long, second_too_long)
+        ]
+        disconnected.set()
+        await asyncio.gather(*running)
+        return answers
+
+    full, *refused = asyncio.run(fill())
+    assert (full.status, full.code) == (429, "queue_full")
+    assert [(answer.status, answer.code) for answer in refused] == [(400, "context_length_exceeded")] * 2
+    assert len(submitted) == state.admission.num_slots + 1
+
+
 def test_a_queue_that_one_tenant_has_filled_is_open_to_the_others() -> None:
     admission = Admission(num_slots=2, max_queue=8)
 

@@ -145,8 +145,8 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: A
     assert store.names() == ["good", "real"]
     assert "leads out" in store.refused["bad"]
     assert "cannot be read" in store.refused["itself"]
-    assert "ordinary" in store.refused["folder"]
-    assert "ordinary" in store.refused["pipe"]
+    assert "regular file" in store.refused["folder"]
+    assert "regular file" in store.refused["pipe"]
     store.get("good")
 
 

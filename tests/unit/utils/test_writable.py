@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune.errors import PrefixError
-from prefixtune.utils.writable import check_folder_writable, check_writable, reporting_write_errors
+from prefixtune.utils.writable import check_writable, reporting_write_errors, writable_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -21,10 +21,14 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
         with pytest.raises(PrefixError, match="cannot write"):
             check_writable(path)
-    with pytest.raises(PrefixError, match=r"cannot write .*file': it is a file"):
-        check_folder_writable(tmp_path / "file")
+    with (
+        pytest.raises(PrefixError, match=r"cannot write .*file': it is a file"),
+        writable_folder(tmp_path / "file", tmp_path / "file"),
+    ):
+        pass
     check_writable(tmp_path / "new" / "deep" / "a")
-    check_folder_writable(tmp_path / "new" / "deep")
+    with writable_folder(tmp_path / "new" / "deep", tmp_path / "new" / "deep"):
+        pass
     # As it was.
     assert names(tmp_path) == ["file"]
     (tmp_path / "old").mkdir()

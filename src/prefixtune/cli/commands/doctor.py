@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from prefixtune.cli.commands.inspect import SHOWN_WEIGHTS
 from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
 from prefixtune.cli.loading import DEFAULT_BACKBONE, load
 from prefixtune.utils.console import Console
 
 __all__ = ["register"]
+
+_SHOWN_WEIGHTS = 10
+"""Most names of unused weights that `doctor` prints; `--json` prints all."""
 
 
 def register(command: AddCommand) -> None:
@@ -58,6 +60,6 @@ def run(options: argparse.Namespace) -> int:
             result=True,
         )
         if unused:
-            shown = ", ".join(unused[:SHOWN_WEIGHTS]) + (", ..." if len(unused) > SHOWN_WEIGHTS else "")
+            shown = ", ".join(unused[:_SHOWN_WEIGHTS]) + (", ..." if len(unused) > _SHOWN_WEIGHTS else "")
             print(f"{len(unused)} weights of the checkpoint are not used: {shown}")
     return 1 if failed else 0

@@ -204,7 +204,7 @@ def _evaluate(
         "text_format": None if text_format is None else text_format.to_dict(),
         "shots": options.shots,
         "limit": options.limit,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": backbone.dtype_name,
         "protocol": task.protocol,
     }
     return outcome, {"backbone": backbone.name, "prefix": options.prefix, "settings": settings}

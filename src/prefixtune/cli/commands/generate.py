@@ -144,7 +144,9 @@ def _check_texts(lines: Sequence[str]) -> None:
         try:
             line.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ConfigError(f"text {number} is no UTF-8 text: {line[:40]!r}.", hint="convert it to UTF-8.") from error
+            raise ConfigError(
+                f"text {number} is not UTF-8 text: {line[:40]!r}.", hint="convert it to UTF-8."
+            ) from error
 
 
 def _is_labelling(prefixes: Sequence[Prefix], options: argparse.Namespace) -> bool:
@@ -336,7 +338,7 @@ def _stdin_lines(console: Console) -> list[str]:
     try:
         lines = [line.rstrip("\r\n") for line in sys.stdin]
     except UnicodeDecodeError as error:
-        raise ConfigError(f"stdin is no UTF-8 text: {error}.", hint="convert it to UTF-8.") from error
+        raise ConfigError(f"stdin is not UTF-8 text: {error}.", hint="convert it to UTF-8.") from error
     blank = [str(number) for number, line in enumerate(lines, start=1) if not line.strip()]
     if len(blank) == len(lines):
         raise ConfigError("stdin holds no text.", hint="give one source a line.")

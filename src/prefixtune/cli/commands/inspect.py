@@ -13,11 +13,7 @@ from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.utils.console import Console
 
-__all__ = ["SHOWN_WEIGHTS", "register"]
-
-
-SHOWN_WEIGHTS = 10
-"""Most names of unused weights that `doctor` prints; `--json` prints all."""
+__all__ = ["register"]
 
 
 def register(command: AddCommand) -> None:

@@ -21,7 +21,7 @@ from prefixtune.interop.vllm.settings import SECRET_VARIABLE
 from prefixtune.server.settings import ServeConfig
 from prefixtune.utils.console import Console
 
-__all__ = ["start_vllm"]
+__all__ = ["PLUGIN_PROBE", "start_vllm"]
 
 
 _PLUGIN = "pip install jaxtyping && pip install --no-deps prefixtune (its other dependencies are not needed there)"
@@ -178,6 +178,10 @@ def _file_of(model: str, name: str) -> Path:
         raise OSError(str(error)) from error
 
 
+PLUGIN_PROBE = "import prefixtune.interop.vllm.middleware, prefixtune.interop.vllm.worker_cache"
+"""Imports all that the plugin needs in vLLM's environment, but vLLM itself."""
+
+
 def _check_vllm(python: str) -> None:
     """Refuse a Python that cannot start vLLM.
 
@@ -185,7 +189,7 @@ def _check_vllm(python: str) -> None:
         ConfigError: vLLM or the plugin is missing there.
     """
     try:
-        for module, install in (("vllm", "pip install vllm"), ("prefixtune.interop.vllm.settings", _PLUGIN)):
+        for module, install in (("vllm", "pip install vllm"), ("prefixtune.interop.vllm.worker_cache", _PLUGIN)):
             search = subprocess.run(
                 [python, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"],
                 capture_output=True,
@@ -193,9 +197,7 @@ def _check_vllm(python: str) -> None:
             )
             if search.returncode:
                 raise ConfigError(f"{python!r} does not find {module.partition('.')[0]}.", hint=install)
-        probe = subprocess.run(
-            [python, "-c", "import prefixtune.interop.vllm.settings"], capture_output=True, text=True, check=False
-        )
+        probe = subprocess.run([python, "-c", PLUGIN_PROBE], capture_output=True, text=True, check=False)
         if probe.returncode:
             last = (probe.stderr.strip().splitlines() or [""])[-1]
             raise ConfigError(f"the plugin does not load in {python!r}: {last}.", hint=_PLUGIN)

@@ -154,7 +154,7 @@ def patch_file(
     reader = _Reader(data, name)
     magic, version, count = reader.take("III")
     if magic != _FILE:
-        raise reader.fault("is no saved slot of llama.cpp", "save one with `POST /slots/0?action=save`.")
+        raise reader.fault("is not a saved slot of llama.cpp", "save one with `POST /slots/0?action=save`.")
     if version not in STATE_VERSIONS:
         raise reader.fault(
             f"has version {version}; known are {', '.join(map(str, STATE_VERSIONS))}",

@@ -71,7 +71,7 @@ def check_content_length(request: Request, limit: int) -> None:
     """
     length = request.headers.get("content-length", "0")
     if not length.isascii() or not length.isdigit():
-        raise bad_request("the content length is no number.")
+        raise bad_request("the content length is not a number.")
     if int(length) > limit:
         raise body_too_large(limit)
 

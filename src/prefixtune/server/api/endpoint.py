@@ -131,7 +131,7 @@ class Endpoint:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         rules = caller.rules
         if self.right == "admin" and not rules.admin:
-            reason = "no key is configured" if keyring.is_open else f"the key {caller.name!r} is none"
+            reason = "no key is configured" if keyring.is_open else f"the key {caller.name!r} is not one"
             raise forbidden(f"an admin key is needed; {reason}.", "admin_key_needed")
         if self.right == "metrics" and not (rules.metrics or rules.admin):
             raise forbidden(f"the key {caller.name!r} may not read the metrics.", "metrics_not_allowed")

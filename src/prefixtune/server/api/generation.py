@@ -196,6 +196,13 @@ def start_generation(
         )
         for prompt in prompts
     ]
+    try:
+        # Before the queue: what can never fit must not be answered with "try again later".
+        for one in requests:
+            state.engine.check_length(len(one.prompt), one.prefix_length, one.sampling.max_new_tokens)
+    except ContextLengthError as error:
+        hint = "shorten the prompt or lower max_tokens."
+        raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
     context.exit_stack.enter_context(state.admission.admit(len(prompts) * request.n, context.tenant))
     generation = Generation(state.worker, requests, model.name, context.remaining, state.metrics)
     context.exit_stack.callback(_finish, context, generation)
@@ -205,9 +212,6 @@ def start_generation(
         if state.draining or not state.worker.healthy:
             raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
         raise QueueFull(error.message.rstrip("."), 1.0) from None
-    except ContextLengthError as error:
-        hint = "shorten the prompt or lower max_tokens."
-        raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
     except PrefixError as error:
         raise bad_request(error.message, hint=error.hint) from None
     for prompt in prompts:
@@ -225,7 +229,7 @@ def _finish(context: RequestContext, generation: Generation) -> None:
 def _fit_sampling(
     context: RequestContext, request: GenerationRequest, model: ServedModel, prompt_tokens: int, default_max_tokens: int
 ) -> SamplingParams:
-    """The request's sampling; a default length is lowered to what fits. Whether all fits, the engine checks."""
+    """The request's sampling; a default length is lowered to what fits."""
     limit = context.state.config.max_prompt_tokens
     if not prompt_tokens:
         raise bad_request("the prompt has no token; some text is needed.", "prompt")

@@ -50,7 +50,7 @@ def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, ran
     reasons = {
         "cut": "not a complete prefix",
         "foreign": "other weights",
-        "infix": "an infix, and not in front",
+        "infix": "its placement is 'infix', but only 'front' can be served",
         "shallow": "shapes",
         "link": "out of the folder",
         "folder": "not a regular file",

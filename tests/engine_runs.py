@@ -1,0 +1,25 @@
+"""What the engine's tests share: backbones by family, a request by itself, and the ids of an output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.engine.request import Request, SequenceOutput
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+
+DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe", "starcoder2")
+ENCODER_DECODERS_OF_THE_ZOO = ("umt5", "switch_transformers")
+
+
+def ids(output: SequenceOutput) -> list[int]:
+    """The token ids of an output that came without an error."""
+    assert not output.error
+    return [token.id for token in output.tokens]
+
+
+def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
+    """What `generate_ids` makes of a request by itself."""
+    config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
+    return generate_ids(backbone, [list(request.prompt)], [request.prefix], config=config)[0]
