@@ -94,16 +94,16 @@ class Operation:
         for nth in range(1, 1000):
             error = (errno.ENOSPC, errno.EIO)[nth % 2]
             with failing(self.folder, nth, error):
-                told = self.act()
+                reported = self.act()
                 if FAULTS.faults_left() > 0:
                     # Nothing failed: there are no more.
                     break
             tried += 1
             found = snapshot(self.folder)
             hidden = [path for path in found if "/." in f"/{path}"]
-            told = told or self.after(found) or (f"left {hidden}" if hidden else None)
-            if told:
-                wrong.append(f"{errno.errorcode[error]} at {nth}: {told}")
+            reported = reported or self.after(found) or (f"left {hidden}" if hidden else None)
+            if reported:
+                wrong.append(f"{errno.errorcode[error]} at {nth}: {reported}")
             shutil.rmtree(self.folder)
             self.folder.mkdir()
             for path, content in before.items():
@@ -181,9 +181,9 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
     app, body = make_app(state), other.read_bytes()
 
     def act() -> str | None:
-        status, told = asyncio.run(put(app, "/admin/prefixes/p", body))
-        good = status in (200, 201) or (status == 507 and isinstance(json.loads(told)["error"]["message"], str))
-        return None if good else f"{status}, {told!r}"
+        status, reported = asyncio.run(put(app, "/admin/prefixes/p", body))
+        good = status in (200, 201) or (status == 507 and isinstance(json.loads(reported)["error"]["message"], str))
+        return None if good else f"{status}, {reported!r}"
 
     def after(found: Files) -> str | None:
         if found not in ({"p.safetensors": one.read_bytes()}, {"p.safetensors": body}):
@@ -201,7 +201,7 @@ async def put(app: Any, path: str, body: bytes) -> tuple[int, bytes]:
         "type": "http", "method": "PUT", "path": path, "raw_path": path.encode(), "query_string": b"",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "root_path": "",
     }  # fmt: skip
-    status, told, sent = 0, b"", False
+    status, reported, sent = 0, b"", False
 
     async def receive() -> dict[str, Any]:
         nonlocal sent
@@ -211,12 +211,12 @@ async def put(app: Any, path: str, body: bytes) -> tuple[int, bytes]:
         return {"type": "http.request", "body": body}
 
     async def send(message: dict[str, Any]) -> None:
-        nonlocal status, told
+        nonlocal status, reported
         status = message.get("status", status)
-        told += message.get("body", b"")
+        reported += message.get("body", b"")
 
     await asyncio.wait_for(app(scope, receive, send), 30)
-    return status, told
+    return status, reported
 
 
 def run(work: Path) -> None:

@@ -152,8 +152,8 @@ def test_evaluate_warns_of_test_sources_that_were_trained_on(trained: Path, fold
     assert f"warning: 1 of 4 test sources (25.0%) are also in the training set {data!r}" in err
     stored = json.loads((folder / "partly" / "evaluation.json").read_text())
     assert stored["overlap"] == {"count": 1, "share": 0.25, "num_examples": 4, "train": data}
-    _, told = run("report", str(folder / "partly"), "--output", str(folder / "partly.html"))
-    assert "1 of 4 test sources (25.0%) are also in the training set" in told
+    _, reported = run("report", str(folder / "partly"), "--output", str(folder / "partly.html"))
+    assert "1 of 4 test sources (25.0%) are also in the training set" in reported
     test.write_text("".join(json.dumps(row) + "\n" for row in other))
     out, err = run(*flags, "--data", str(test), "--json")
     assert err == ""
@@ -266,12 +266,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_line_with_a_hint(name: str, tmp_path: Path) -> None:
-    arguments, told, hint = MISTAKES[name]
+    arguments, reported, hint = MISTAKES[name]
     out, err = run(*arguments, code=2, cwd=tmp_path)
     assert out == ""
     lines = [line for line in err.splitlines() if not line.startswith("loading ")]
     assert lines[0].startswith("error: ")
-    assert told in err
+    assert reported in err
     assert hint in err
     assert any(line.startswith("hint: ") for line in lines)
 

@@ -154,7 +154,7 @@ def test_padding_in_front_moves_no_position(
     check_mixed_batch(tiny_backbone(family), "left", random_prefix, random_ids, assert_same)
 
 
-def test_what_stands_in_the_padding_does_not_matter(encoder: Any, random_prefix: Any, random_ids: Any):
+def test_what_is_in_the_padding_does_not_matter(encoder: Any, random_prefix: Any, random_ids: Any):
     prefix = random_prefix(encoder, P)
     ids, mask = padded([random_ids(3, 1), random_ids(8, 2)], "right", encoder.pad_id)
     other = ids.clone()

@@ -222,11 +222,11 @@ def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any
     for request, (output,) in zip(asked, Engine(backbone).run(asked), strict=True):
         if not output.tokens:
             continue
-        told = torch.tensor([token.logprob for token in output.tokens])
+        reported = torch.tensor([token.logprob for token in output.tokens])
         expected = recomputed(backbone, request, ids(output))
-        chosen = expected[torch.arange(len(told)), ids(output)]
+        chosen = expected[torch.arange(len(reported)), ids(output)]
         # A bfloat16 has 8 bits, and the logits here go up to about 10.
-        assert (told - chosen).abs().max() < 0.3
+        assert (reported - chosen).abs().max() < 0.3
         assert (expected.max(-1).values - chosen).max() < 0.3
 
 
@@ -266,7 +266,7 @@ def ending(made: Any, random_ids: Any) -> Request:
     raise AssertionError("no text of the tiny model ends")
 
 
-def test_the_end_token_ends_a_text_and_is_not_told(llama: Backbone, ending: Request):
+def test_the_end_token_ends_a_text_and_is_left_out(llama: Backbone, ending: Request):
     (output,) = Engine(llama).run([ending])[0]
     assert output.finish_reason == "stop"
     assert ids(output) == alone(llama, ending)
@@ -413,10 +413,10 @@ def test_a_request_given_up_frees_its_slot_before_the_next_step(llama: Backbone,
     engine.step()
     engine.cancel(first.id)
     engine.cancel(third.id)
-    engine.cancel("never heard of")
+    engine.cancel("unknown")
     outputs = engine.step()
-    told = {output.request_id: output.finish_reason for output in outputs}
-    assert told == {first.id: "cancelled", third.id: "cancelled", second.id: None}
+    reported = {output.request_id: output.finish_reason for output in outputs}
+    assert reported == {first.id: "cancelled", third.id: "cancelled", second.id: None}
     assert [text.request_id for text in engine.running_sequences()] == [second.id]
     assert [token for output in (*outputs, *finish(engine)) for token in ids(output)] == alone(llama, second)
     engine.cancel(first.id)
@@ -542,8 +542,8 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         (lambda: Request((1,), Prefix(random_prefix(llama, 2).layers, {"placement": "infix"})), "infix"),
         (lambda: Request((1,), sampling=SamplingParams(temperature=-1.0, top_p=0.0, max_new_tokens=0)), "top_p"),
     ]
-    for make, told in wrong:
-        with pytest.raises(RequestError, match=told) as error:
+    for make, reported in wrong:
+        with pytest.raises(RequestError, match=reported) as error:
             engine.add(make())
         assert error.value.hint
     with pytest.raises(BackboneError):

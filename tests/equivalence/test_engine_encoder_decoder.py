@@ -64,7 +64,7 @@ def test_a_mixed_running_batch_is_each_text_alone(
     assert [ids(texts[0]) for texts in found] == expected
 
 
-def test_a_long_text_goes_beyond_the_farthest_distance_that_a_bias_tells(made: Any, requests: Any):
+def test_a_long_text_goes_beyond_the_farthest_distance_of_a_bias(made: Any, requests: Any):
     backbone = made("t5")
     farthest = backbone.model.config.relative_attention_max_distance
     new = farthest + 20

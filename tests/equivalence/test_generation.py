@@ -399,7 +399,7 @@ def test_the_text_format_comes_from_each_prefix(llama: Any, random_prefix: Any):
     assert asked == [llama.decode(expected[1]).strip()]
 
 
-def test_results_keep_the_order_and_batches_are_told(llama: Any, random_prefix: Any):
+def test_results_keep_the_order_and_batches_are_reported(llama: Any, random_prefix: Any):
     prefix = random_prefix(llama, 3)
     texts = ["long text " * 3, "a", "middle text", "b", "another long text here"]
     done: list[int] = []
@@ -410,7 +410,7 @@ def test_results_keep_the_order_and_batches_are_told(llama: Any, random_prefix: 
     assert done == [2, 4, 5]
 
 
-def test_wrong_options_are_told_all_at_once():
+def test_wrong_options_are_reported_all_at_once():
     with pytest.raises(ConfigError) as error:
         GenerateConfig(max_new_tokens=0, top_p=0.0, num_beams=2, temperature=1.0, stop=("",))
     for name in ("max_new_tokens", "top_p", "stop", "beam search and sampling"):

@@ -85,7 +85,7 @@ def test_a_padded_batch_of_mixed_prefixes_is_each_row_alone(
     assert_same(torch.autograd.grad(sum(part.square().sum() for part in together), leaves), wanted)
 
 
-def test_what_stands_in_the_padding_does_not_matter(backbone: Any, random_prefix: Any, random_ids: Any):
+def test_what_is_in_the_padding_does_not_matter(backbone: Any, random_prefix: Any, random_ids: Any):
     prefix = random_prefix(backbone, 4)
     ids, mask = padded([random_ids(3, 1), random_ids(8, 2)], "left", backbone.pad_id)
     other = ids.clone()

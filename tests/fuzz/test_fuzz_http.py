@@ -144,17 +144,17 @@ def head(method: str, path: str, *headers: tuple[str, str], last: bool = True) -
 def say(server: LiveServer, *pieces: bytes, pause: float = 0.0, answer: bool = True) -> bytes:
     """Send pieces over one connection, and hear what comes of it; whatever the server says, it is no 5xx."""
     host, _, port = server.url.removeprefix("http://").partition(":")
-    told = b""
+    reported = b""
     with contextlib.suppress(ConnectionError), socket.create_connection((host, int(port)), timeout=10) as connection:
         for piece in pieces:
             connection.sendall(piece)
             time.sleep(pause)
         if answer:
             while piece := connection.recv(65536):
-                told += piece
-    for line in told.split(b"HTTP/1.1 ")[1:]:
-        assert line[:1] != b"5", (told[:1000], b"".join(pieces)[:1000])
-    return told
+                reported += piece
+    for line in reported.split(b"HTTP/1.1 ")[1:]:
+        assert line[:1] != b"5", (reported[:1000], b"".join(pieces)[:1000])
+    return reported
 
 
 def some_json(random: random.Random, depth: int = 0) -> Any:
@@ -326,9 +326,10 @@ def uploads(random: random.Random, server: LiveServer) -> None:
     length = random.choice([len(text)] * 3 + lengths)
     data = length.to_bytes(8, "little") + text + random.randbytes(random.randrange(100))
     name = random.choice(["spare", "new", "..", "%2e%2e%2fx", "a" * 200, "a%00b", "\u00e9", MODEL])
-    told = random.choice([len(data)] * 4 + [len(data) + 1, 2**40])
+    reported = random.choice([len(data)] * 4 + [len(data) + 1, 2**40])
     answer = say(
-        server, head(random.choice(["PUT", "POST"]), f"/admin/prefixes/{name}", ("Content-Length", str(told))) + data
+        server,
+        head(random.choice(["PUT", "POST"]), f"/admin/prefixes/{name}", ("Content-Length", str(reported))) + data,
     )
     assert b"HTTP/1.1 20" not in answer
 
@@ -350,7 +351,7 @@ def test_no_bytes_are_a_fault_of_the_server(server: LiveServer, kind: Any) -> No
     assert server.post("/v1/completions", body, key=KEY)[0] == 200
 
     def is_idle() -> bool:
-        told = server.get("/v1/status", key=KEY)[1]
-        return not told["running"] and not told["waiting"]
+        reported = server.get("/v1/status", key=KEY)[1]
+        return not reported["running"] and not reported["waiting"]
 
     server.until(is_idle, 10)

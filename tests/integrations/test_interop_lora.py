@@ -88,7 +88,7 @@ def test_a_prefix_belongs_to_the_adapter(make_lora: Make, base: Path, tmp_path: 
         pt.load_prefix(path, load_backbone(base, device="cpu"))
 
 
-def test_the_fingerprint_tells_adapters_apart(make_lora: Make) -> None:
+def test_the_fingerprint_distinguishes_adapters(make_lora: Make) -> None:
     def fingerprint(folder: Path) -> str:
         return load_backbone(folder, device="cpu").fingerprint
 

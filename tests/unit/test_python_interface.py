@@ -69,7 +69,7 @@ def test_training_takes_what_users_have(calls: dict[str, Any], name: str) -> Non
     assert calls[name]["value"][:2] == [losses, has_prefix]
 
 
-def test_training_shows_its_progress_unless_told_not_to(calls: dict[str, Any]) -> None:
+def test_training_shows_its_progress_unless_it_is_switched_off(calls: dict[str, Any]) -> None:
     shown = calls["train"]["value"][2]
     assert "4 targets of 2 sources" in shown
     assert "training: 2/2" in shown

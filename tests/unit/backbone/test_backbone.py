@@ -129,7 +129,7 @@ def test_pickled_weights_are_not_loaded(folder: Path, tiny_models: Any):
         load_backbone(folder)
 
 
-def test_what_is_missing_is_told(folder: Path, tmp_path: Path):
+def test_what_is_missing_is_named(folder: Path, tmp_path: Path):
     with pytest.raises(BackboneError, match="is neither a folder of a model") as error:
         load_backbone(tmp_path / "none")
     assert error.value.hint
@@ -145,7 +145,7 @@ def test_what_is_missing_is_told(folder: Path, tmp_path: Path):
         load_backbone(folder)
 
 
-def test_a_broken_gguf_file_is_told(tmp_path: Path):
+def test_a_broken_gguf_file_is_reported(tmp_path: Path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(BackboneError, match="cannot load the backbone"):
         load_backbone(tmp_path / "broken.gguf")

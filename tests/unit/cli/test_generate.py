@@ -175,7 +175,7 @@ def test_a_folder_without_a_run_and_a_run_beside_a_prefix_are_refused(
     assert "not allowed with" in error(capsys, "text", "--run", str(tmp_path), "--prefix", prefixes[0])
 
 
-def test_a_run_folder_stands_for_its_prefix_and_the_adapter_beside_it(
+def test_a_run_folder_means_its_prefix_and_its_adapter(
     prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Loaded(Exception):

@@ -185,14 +185,14 @@ def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ("a.jsonl", '{"output": 3}\n', "line 1: 'output' is 3"),
     ],
 )
-def test_wrong_outputs_are_told(tmp_path: Path, references: str, name: str, text: str, says: str):
+def test_wrong_outputs_are_reported(tmp_path: Path, references: str, name: str, text: str, says: str):
     file = write(tmp_path / name, text)
     with pytest.raises(DataError, match=says) as caught:
         run("--task", "e2e", "--hypotheses", file, "--references", references)
     assert caught.value.hint
 
 
-def test_wrong_options_are_told(tmp_path: Path, references: str, hypotheses: str):
+def test_wrong_options_are_reported(tmp_path: Path, references: str, hypotheses: str):
     options = ["--task", "e2e", "--hypotheses", hypotheses, "--references", references]
     for more, says in (
         (["--metrics", "bleu,blue"], "no metric 'blue'.*did you mean 'bleu'"),

@@ -1,4 +1,4 @@
-"""Classification: texts and labels from every format, the set of labels, and what a wrong row is told."""
+"""Classification: texts and labels from every format, the set of labels, and the error for a wrong row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""E2E: the linearization, the release's CSV, JSON lines, and what a wrong file is told."""
+"""E2E: the linearization, the release's CSV, JSON lines, and the error for a wrong file."""
 
 from __future__ import annotations
 

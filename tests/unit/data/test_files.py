@@ -80,7 +80,7 @@ def test_text_with_a_byte_order_mark_is_read(mark: bytes, encoding: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "told", "hint"),
+    ("name", "data", "reported", "hint"),
     [
         ("a.csv", "name\nCafé\n".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8", "iconv -f WINDOWS-1252"),
         ("a.csv", "name\nx\n".encode("utf-16-le"), "line 1: there is a NUL character", ""),
@@ -92,11 +92,11 @@ def test_text_with_a_byte_order_mark_is_read(mark: bytes, encoding: str, tmp_pat
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(
-    name: str, data: bytes, told: str, hint: str, tmp_path: Path
+    name: str, data: bytes, reported: str, hint: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as raised:
         rows_of(tmp_path / name, data)
-    assert told in raised.value.message
+    assert reported in raised.value.message
     assert hint in raised.value.hint
     assert "\n" not in str(raised.value)
 

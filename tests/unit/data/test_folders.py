@@ -1,4 +1,4 @@
-"""Folders with a training, development and test set: the names looked for, and what is told where one is missing."""
+"""Folders with a training, development and test set: the names looked for, and what is said where one is missing."""
 
 from __future__ import annotations
 

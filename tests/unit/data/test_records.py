@@ -1,4 +1,4 @@
-"""People's own data: templates, formats, merging, and what a wrong row is told."""
+"""People's own data: templates, formats, merging, and the error for a wrong row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tagging: tokens and tags from JSON and from CoNLL files, the set of tags, and what a wrong sentence is told."""
+"""Tagging: tokens and tags from JSON and from CoNLL files, the set of tags, and the error for a wrong sentence."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def test_a_notice_follows_from_its_table_alone():
     ],
 )
 def test_times_are_written_in_words(clock: str, words: str):
-    told = {example.targets[0].split(" the ")[0] for example in make_toy()[0] if example.fields["time"] == clock}
-    assert told == {words}
+    reported = {example.targets[0].split(" the ")[0] for example in make_toy()[0] if example.fields["time"] == clock}
+    assert reported == {words}
 
 
 @pytest.mark.parametrize(

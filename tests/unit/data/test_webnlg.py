@@ -1,4 +1,4 @@
-"""WebNLG: the linearization, the challenge's XML, JSON lines, seen and unseen, and what a wrong file is told."""
+"""WebNLG: the linearization, the challenge's XML, JSON lines, seen and unseen, and the error for a wrong file."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Ear:
         self.threads: set[int] = set()
 
     def __call__(self, output: SequenceOutput) -> None:
-        assert not self.ended.is_set(), "nothing is told after the end"
+        assert not self.ended.is_set(), "nothing is reported after the end"
         self.threads.add(threading.get_ident())
         self.outputs.append(output)
         self.began.set()
@@ -136,11 +136,11 @@ def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
 # --- callers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_caller_who_raises_is_not_told_more_and_harms_nobody(worker: EngineWorker):
-    heard = []
+def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker: EngineWorker):
+    received = []
 
     def bad(output: SequenceOutput) -> None:
-        heard.append(output)
+        received.append(output)
         raise SystemExit("the caller is broken")
 
     good = Ear()
@@ -149,7 +149,7 @@ def test_a_caller_who_raises_is_not_told_more_and_harms_nobody(worker: EngineWor
     assert good.reason == "length"
     wait_until(lambda: worker.num_unfinished == 0)
     assert worker.drain(PATIENCE)
-    assert len(heard) == 1
+    assert len(received) == 1
     assert worker.snapshot().failed_callbacks == 1
     assert worker.healthy
 
@@ -173,7 +173,7 @@ def test_a_slow_caller_does_not_hold_up_the_computing(worker: EngineWorker):
     assert len(tokens(other.wait())) == 4
 
 
-def test_a_caller_may_hand_in_more_from_its_news(worker: EngineWorker):
+def test_a_callback_may_submit_more_requests(worker: EngineWorker):
     last = Ear()
 
     def chain(output: SequenceOutput) -> None:
@@ -286,7 +286,7 @@ def test_draining_finishes_what_runs_and_takes_no_more(worker: EngineWorker):
     assert worker.drain(0.5), "there is nothing left to wait for"
 
 
-def test_closing_ends_everything_and_tells(llama: Any):
+def test_closing_ends_everything_and_reports_it(llama: Any):
     worker = EngineWorker(Engine(llama, EngineConfig(num_slots=2)))
     ears = [Ear() for _ in range(5)]
     for ear in ears:

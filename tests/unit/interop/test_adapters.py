@@ -224,7 +224,7 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(folder: Path, prefix
         import_peft(folder)
 
 
-def test_options_are_told_apart_from_faults(prefix: Prefix, tmp_path: Path) -> None:
+def test_options_are_distinguished_from_faults(prefix: Prefix, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         export_peft(Prefix(prefix.layers, {"placement": "infix", "adapter": "x"}), tmp_path / "adapter")
     assert error.value.message.count(";") == 1

@@ -63,7 +63,7 @@ def test_equal_prefixes_are_equal_files(path: Path, prefix: Prefix):
     assert load_prefix(path.parent / "0.safetensors").header["description"] == described.header["description"]
 
 
-def test_the_header_tells_where_it_belongs(path: Path, llama: Any):
+def test_the_header_says_where_it_belongs(path: Path, llama: Any):
     header = load_prefix(path).header
     assert header["format_version"] == 2
     assert header["backbone"] == {
@@ -181,7 +181,7 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: P
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
         (lambda t: {**t, "lm_head.weight": torch.zeros(2)}, "'lm_head.weight'"),
         (lambda t: {**t, "decoder.3.bias": torch.zeros(2)}, "'decoder.3.bias'"),
@@ -193,10 +193,10 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: P
         (lambda _: {}, "no site"),
     ],
 )
-def test_foreign_or_missing_tensors_are_refused(change: Callable[..., Any], told: str, path: Path):
+def test_foreign_or_missing_tensors_are_refused(change: Callable[..., Any], reported: str, path: Path):
     with pytest.raises(CheckpointError) as error:
         load_prefix(rewrite(path, change))
-    assert told in error.value.message
+    assert reported in error.value.message
     assert repr(str(path)) in error.value.message
 
 

@@ -130,10 +130,10 @@ def test_old_files_are_read_with_a_note(
     key = {"prefix": "prefixtune", "state": "prefixtune_state", "weights": "prefixtune_weights"}[path.stem]
     as_version_1(path, key)
     monkeypatch.setattr("prefixtune.prefix.tensor_file._unverified", itertools.count())
-    with pytest.warns(PrefixWarning, match=rf"'{path.name}' is of format version 1, which has no checksum") as told:
+    with pytest.warns(PrefixWarning, match=rf"'{path.name}' is of format version 1, which has no checksum") as reported:
         after, _ = load(path), load(path)
     # Of the first file alone, as a server may read thousands.
-    assert len(told) == 1
+    assert len(reported) == 1
     if path.stem == "prefix":
         assert before.equal(after)
         return
@@ -147,9 +147,9 @@ def test_a_command_says_so_in_one_line(
     path = as_version_1(save_prefix(tmp_path / "old.safetensors", prefix), "prefixtune")
     monkeypatch.setattr("prefixtune.prefix.tensor_file._unverified", itertools.count())
     assert main(["inspect", str(path)]) == 0
-    told = capsys.readouterr().err
-    assert "'old.safetensors' is of format version 1" in told
-    assert "Warning:" not in told
+    reported = capsys.readouterr().err
+    assert "'old.safetensors' is of format version 1" in reported
+    assert "Warning:" not in reported
     assert main(["convert", str(path), str(tmp_path / "new.safetensors"), "--to", "prefixtune"]) == 0
     assert load_prefix(tmp_path / "new.safetensors").header["format_version"] == 2
 
@@ -190,7 +190,7 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ('{"format_version": 2, "training": {"dev_loss": 1e999}}', "JSON"),
         ('{"format_version": 2, "training": {"dev_loss": NaN}}', "JSON"),
@@ -210,12 +210,12 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
     ],
 )
 def test_headers_that_nobody_can_use_are_refused(
-    text: str, told: str, tmp_path: Path, prefix: Prefix, llama: Any, capsys: pytest.CaptureFixture[str]
+    text: str, reported: str, tmp_path: Path, prefix: Prefix, llama: Any, capsys: pytest.CaptureFixture[str]
 ):
     path = with_header(tmp_path / "p.safetensors", prefix, text)
     with pytest.raises(CheckpointError) as error:
         load_prefix(path)
-    assert told in str(error.value)
+    assert reported in str(error.value)
     with pytest.raises(CheckpointError):
         read_outline(path)
     store = PrefixStore(tmp_path, llama)

@@ -27,7 +27,7 @@ def prefix() -> Prefix:
     return Prefix({"decoder": (layer(), layer(start=100), layer(start=200))}, {"task": "toy"})
 
 
-def test_it_tells_its_shape(prefix: Prefix):
+def test_it_shows_its_shape(prefix: Prefix):
     assert prefix.sites == ("decoder",)
     assert prefix.prefix_length == prefix.length() == 3
     assert prefix.length("encoder") == 0
@@ -102,7 +102,7 @@ def test_one_number_that_is_not_finite_is_found(bad: float, prefix: Prefix):
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "reported"),
     [
         ({}, ["it has no site"]),
         ({"decoder": ()}, ["site 'decoder' has no layer"]),
@@ -116,13 +116,13 @@ def test_one_number_that_is_not_finite_is_found(bad: float, prefix: Prefix):
         ),
     ],
 )
-def test_what_is_no_prefix_is_refused_with_all_faults(layers: Any, told: list[str]):
+def test_what_is_no_prefix_is_refused_with_all_faults(layers: Any, reported: list[str]):
     made = object.__new__(Prefix)
     object.__setattr__(made, "layers", layers)
     with pytest.raises(ConfigError) as error:
         # Not through the constructor: while testing, its annotation would refuse some of these first.
         made.__post_init__()
-    for part in told:
+    for part in reported:
         assert part in error.value.message
     assert error.value.hint
 

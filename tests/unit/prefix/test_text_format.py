@@ -143,7 +143,7 @@ def test_a_separator_makes_no_place_for_the_source(prompt: str, separator: str, 
 
 
 @pytest.mark.parametrize("place", ["{source}", "{separator}"])
-def test_shown_examples_stand_as_they_are_or_are_refused(llama: Any, place: str):
+def test_few_shot_examples_are_whole_or_refused(llama: Any, place: str):
     shown = [Example("1+1", ("2",)), Example("a", (f"write {place}",))]
     with pytest.raises(DataError, match=r"example 2 \('a'\) contains " + place):
         few_shot_format(TextFormat(), shown, "<s>", "</s>")
@@ -188,13 +188,13 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     encoding = encode_examples(llama, LONG, form, prefix_length=2, max_length=50)
     assert encoding.num_truncated == 1
     sources = [example.source for example in LONG]
-    told: list[Any] = []
-    prompts = prepare_prompts(llama, sources, [prefix] * 4, GenerateConfig(max_new_tokens=5), on_cut=told.append)
+    reported: list[Any] = []
+    prompts = prepare_prompts(llama, sources, [prefix] * 4, GenerateConfig(max_new_tokens=5), on_cut=reported.append)
     # What training left whole stays whole. The longest target left the least room, and whatever else is cut gets that.
     assert prompts.ids == tuple(list(example.prompt) for example in encoding.examples)
     assert [len(ids) for ids in prompts.ids] == [13, 23, 33, 29]
     assert {ids[-1] for ids in prompts.ids} == {llama.tokenizer.bos_token_id}
-    assert told == [[3]]
+    assert reported == [[3]]
     with pytest.warns(UserWarning, match="1 of 4 sources were truncated"):
         outputs = generate(llama, sources, prefix, max_new_tokens=5)
     pieces: list[Any] = []
@@ -338,10 +338,10 @@ def test_labels_by_words_cut_as_training_did(llama: Any, tmp_path: Path):
         reparameterization="none", dtype="float32", classifier="words",
     )  # fmt: skip
     prefix = train(config, backbone=llama, examples=examples).prefix
-    told: list[Any] = []
+    reported: list[Any] = []
     sources = [example.source for example in examples]
-    cut = classify(llama, sources, prefix, on_cut=told.append)
-    assert told == [[2]]
+    cut = classify(llama, sources, prefix, on_cut=reported.append)
+    assert reported == [[2]]
     form = read_text_format(prefix.header) if prefix is not None else None
     assert form is not None
     (whole,) = encode_prompts(llama, form, [sources[2]])

@@ -240,7 +240,7 @@ def test_a_length_study_is_drawn_over_the_length(tmp_path: Path) -> None:
     assert whole[4][1].startswith("62.90")
 
 
-def test_evaluations_of_the_same_data_stand_side_by_side(tmp_path: Path) -> None:
+def test_evaluations_of_the_same_data_are_shown_side_by_side(tmp_path: Path) -> None:
     one = evaluation(training(tmp_path / "one"), 60.0, title="prefix")
     two = evaluation(tmp_path / "two", 6.1, title="bare model", data="elsewhere/test.jsonl.gz")
     page, text = pages(one, two)

@@ -35,7 +35,7 @@ def test_prefixes_that_cannot_be_served_are_refused_with_the_reason(
     save_prefix(tmp_path / "sister.safetensors", Prefix(made.layers, make_header(sister)))
     store = PrefixStore(tmp_path, llama)
     assert store.names() == ["good"]
-    told = {
+    reported = {
         "lora": "LoRA",
         "labels": "classifies",
         "head": "classifies",
@@ -43,8 +43,8 @@ def test_prefixes_that_cannot_be_served_are_refused_with_the_reason(
         "shapes": "shapes",
         "sister": "other weights",
     }
-    assert store.refused.keys() == told.keys()
-    for name, word in told.items():
+    assert store.refused.keys() == reported.keys()
+    for name, word in reported.items():
         assert word in store.refused[name]
         with pytest.raises(CheckpointError, match=word):
             store.get(name)

@@ -112,7 +112,7 @@ except Exception as error:
     assert "belongs to another user" in done.stdout, done.stdout + done.stderr
 
 
-def test_what_stands_in_a_lock_is_left_alone(tmp_path: Path) -> None:
+def test_the_content_of_a_lock_is_left_alone(tmp_path: Path) -> None:
     """Where a system lacks locks, the library keeps the holder in the file, and reads it again."""
     with claim_folder(tmp_path):
         assert (tmp_path / ".lock").read_bytes() == b""

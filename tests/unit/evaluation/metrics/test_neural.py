@@ -1,4 +1,4 @@
-"""BERTScore, MoverScore and BLEURT: nothing is fetched, and what is missing is told; stand-ins for the packages.
+"""BERTScore, MoverScore and BLEURT: nothing is fetched, and what is missing is named; stand-ins for the packages.
 
 The packages and their weights are not on the machines that run the tests, so no figure of theirs is checked here.
 """

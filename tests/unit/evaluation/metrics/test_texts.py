@@ -1,4 +1,4 @@
-"""Every metric on cases worked out by hand, the protocols, odd texts, and what is told where something is missing."""
+"""Every metric on cases worked out by hand, the protocols, odd texts, and what is said where something is missing."""
 
 from __future__ import annotations
 
