@@ -13,7 +13,6 @@ from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
 from prefixtune.cli.training import run_training, run_training_together
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.folder import stored_config
 from prefixtune.training.presets import preset
 from prefixtune.utils.console import Console
 
@@ -126,6 +125,8 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
 
     A run that is resumed without a file uses its own.
     """
+    from prefixtune.training.folder import stored_config
+
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     flags = {name: value for name, value in vars(options).items() if name in names}
     path = options.config
