@@ -8,7 +8,8 @@ A prefix's effect is measured in the output of the attention layer itself. It mu
 measured in the same output: by a second run of the same row, and by the same row in a batch.
 
 In float32, the largest difference counts, relative to the largest number of the reference, and decoded tokens must be
-the same. In bfloat16 and float16, the root mean square of the differences counts, relative to the reference's, because
+the same. Gradients of a large vocabulary's losses may differ by more, up to twice the noise of the same pairs without
+padding. In bfloat16 and float16, the root mean square of the differences counts, relative to the reference's, because
 rounding moves single numbers far. Decoded tokens are not compared there, because near ties may flip, but the scores of
 the chosen tokens are. The bounds are wider in half precision: a fault in a single layer may stay below them, and a
 token that rounding sends to another expert may exceed them. Use float32 to be sure.

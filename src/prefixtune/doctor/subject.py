@@ -77,7 +77,7 @@ class Subject:
     def check_equal(self, name: str, difference: float, tolerance: float = 0.0) -> tuple[bool, str]:
         """Whether a difference is within the tolerance, and the figures in words."""
         bound = max(tolerance, self.tolerance)
-        return difference <= bound, f"{name} differ by {difference:.1e} (at most {bound:g})"
+        return difference <= bound, f"{name} differ by {difference:.1e} (at most {bound:.2g})"
 
     def ids(self, *lengths: int) -> list[list[int]]:
         """Random token ids."""

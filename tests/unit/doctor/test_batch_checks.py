@@ -34,6 +34,8 @@ from prefixtune.attention.injection import batch_prefixes
 from prefixtune.attention.kernels import packed_attention
 from prefixtune.attention.masks import extend_mask
 from prefixtune.attention.packing import Group, Packing
+from prefixtune.doctor.examine import examine
+from prefixtune.prefix.prefix import Prefix
 
 Make = Callable[..., Any]
 
@@ -129,3 +131,56 @@ def test_an_encoder_with_another_rows_prefix(tiny_backbone: Make, monkeypatch: p
 
     replace_everywhere(monkeypatch, batch_prefixes, turned)
     assert MIXED in failed(tiny_backbone("bert"))
+
+
+class RoundingHead(torch.nn.Linear):
+    """An output layer whose gradients are off in a single row of 6 tokens, as some processors' products are."""
+
+    error = 3e-4
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.requires_grad and input.shape[:-1] == (1, 6):
+            # The same values; the gradient is multiplied.
+            input = input * (1 + self.error) - input.detach() * self.error
+        return super().forward(input)
+
+
+def make_rounding_backbone(tiny_backbone: Make, error: float) -> Any:
+    backbone = tiny_backbone("llama", vocab_size=30_000)
+    backbone.model.lm_head.__class__ = RoundingHead
+    backbone.model.lm_head.error = error
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("error", "faults"),
+    [(3e-4, set()), (2e-2, {PAIRS, PACKING})],  # a sum of 30,000 float32 numbers loses at most 0.0036
+)
+def test_gradients_of_pairs_may_differ_by_the_rounding_of_pairs_alone(
+    error: float, faults: set[str], tiny_backbone: Make
+) -> None:
+    checks = {check.name: check for check in examine(make_rounding_backbone(tiny_backbone, error))}
+    assert {name for name, check in checks.items() if not check.passed} == faults
+    for name in (PAIRS, PACKING):
+        assert "their gradients differ by" in checks[name].detail
+        assert "the same pairs unpadded:" in checks[name].detail
+
+
+def test_gradients_halved_in_every_batch_are_no_rounding(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = forward_with_prefixes
+
+    def halved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor / 2 + tensor.detach() / 2
+
+    def forward_halved(model: Any, layout: Any, input_ids: Any, *args: Any, prefixes: Any = None, **kwargs: Any) -> Any:
+        if len(input_ids) > 1 and prefixes is not None:
+            several = [prefixes] if isinstance(prefixes, Prefix) else prefixes
+            halves = [
+                prefix and Prefix({s: tuple((halved(k), halved(v)) for k, v in p) for s, p in prefix.layers.items()})
+                for prefix in several
+            ]
+            prefixes = halves[0] if isinstance(prefixes, Prefix) else halves
+        return forward(model, layout, input_ids, *args, prefixes=prefixes, **kwargs)
+
+    replace_everywhere(monkeypatch, forward_with_prefixes, forward_halved)
+    assert failed(tiny_backbone("llama", vocab_size=30_000)).keys() == {PAIRS}
