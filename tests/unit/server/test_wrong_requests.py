@@ -1,0 +1,518 @@
+"""What the server says to a hundred wrong requests: the status, the field at fault, the code, and how to go on.
+
+The table has the messages as the first version wrote them, for the reader; what counts is in the pieces: the value that
+came, what is allowed, and what to do. Others may be worded better, and none may be worse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from asgi_client import send
+from prefixtune.server.auth import hash_key
+from prefixtune.server.settings import KeyConfig
+
+COMPLETIONS, CHATS, TASK = "/v1/completions", "/v1/chat/completions", "/v1/tasks/a"
+USER = [{"role": "user", "content": "hi"}]
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error"}
+FOREIGN = ("pydantic", "Input should", "validation error", "Traceback", "type=", "https://")
+"""Words of a library, which say nothing to a caller."""
+
+
+def completion(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {"model": "a", "prompt": "hi", **fields}
+
+
+def chat(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return CHATS, {"model": "a", "messages": USER, **fields}
+
+
+def task(body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return TASK, body
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong request and its answer.
+
+    Attributes:
+        name: What is wrong.
+        request: Path and body; bytes are sent as they are.
+        status: Of HTTP.
+        param: The field at fault.
+        code: Of the error; None: any.
+        message: As the first version wrote it.
+        pieces: What the message has to contain.
+        also: What it contains as well where all faults come in one answer.
+        headers: Of the request.
+        keys: Whether the server has a key, `pt-me`, which may use the prefix `a` alone.
+        method: Of HTTP.
+    """
+
+    name: str
+    request: tuple[str, Any]
+    status: int
+    param: str | None
+    code: str | None
+    message: str
+    pieces: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    keys: bool = False
+    method: str = "POST"
+
+
+# fmt: off
+WRONG = [
+    # wrong types
+    Wrong("a length that is a text", completion(max_tokens="5"),
+          400, "max_tokens", None,
+          "'max_tokens' is \"5\", but must be a whole number between 1 and 100.",
+          ("'max_tokens'", '"5"', "whole number", "1", "100")),
+    Wrong("a length that is a fraction", completion(max_tokens=1.5),
+          400, "max_tokens", None,
+          "'max_tokens' is 1.5, but must be a whole number between 1 and 100.",
+          ("'max_tokens'", "1.5", "whole number")),
+    Wrong("a length that is a boolean", completion(max_tokens=True),
+          400, "max_tokens", None,
+          "'max_tokens' is true, but must be a whole number between 1 and 100.",
+          ("'max_tokens'", "true", "whole number")),
+    Wrong("a temperature that is a text", completion(temperature="hot"),
+          400, "temperature", None,
+          "'temperature' is \"hot\", but must be a number between 0 and 2.",
+          ("'temperature'", '"hot"', "number", "0", "2")),
+    Wrong("a temperature that is a boolean", chat(temperature=True),
+          400, "temperature", None,
+          "'temperature' is true, but must be a number between 0 and 2.",
+          ("'temperature'", "true", "number")),
+    Wrong("a seed that is a list", completion(seed=[1]),
+          400, "seed", None,
+          "'seed' is [1], but must be a whole number between -9223372036854775808 and 9223372036854775807.",
+          ("'seed'", "[1]", "whole number")),
+    Wrong("a stream that is a number", completion(stream=1),
+          400, "stream", None,
+          "'stream' is 1, but must be true or false.",
+          ("'stream'", "1", "true or false")),
+    Wrong("logprobs of a chat that are a number", chat(logprobs=3),
+          400, "logprobs", None,
+          "'logprobs' is 3, but must be true or false.",
+          ("'logprobs'", "3", "true or false")),
+    Wrong("logprobs of a completion that are a boolean", completion(logprobs=True),
+          400, "logprobs", None,
+          "'logprobs' is true, but must be a whole number between 0 and 20.",
+          ("'logprobs'", "true", "whole number", "20")),
+    Wrong("a model that is a number", (COMPLETIONS, {"model": 3, "prompt": "hi"}),
+          400, "model", None,
+          "'model' must be the name of a model; /v1/models lists them.",
+          ("'model'", "/v1/models")),
+    Wrong("no model", (COMPLETIONS, {"prompt": "hi"}),
+          400, "model", None,
+          "'model' must be the name of a model; /v1/models lists them.",
+          ("'model'", "/v1/models")),
+    Wrong("an empty model", (CHATS, {"model": "", "messages": USER}),
+          400, "model", None,
+          "'model' must be the name of a model; /v1/models lists them.",
+          ("'model'", "/v1/models")),
+    Wrong("no prompt", (COMPLETIONS, {"model": "a"}),
+          400, "prompt", None,
+          "'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists.",
+          ("'prompt'", "text", "token ids")),
+    Wrong("an empty prompt", completion(prompt=""),
+          400, "prompt", None,
+          "'prompt' is empty; some text is needed.",
+          ("'prompt'", "empty", "text is needed")),
+    Wrong("a prompt of texts and ids", completion(prompt=["a", 1]),
+          400, "prompt", None,
+          "'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists.",
+          ("'prompt'", "list of texts", "token ids")),
+    Wrong("a prompt that is an object", completion(prompt={"text": "hi"}),
+          400, "prompt", None,
+          "'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists.",
+          ("'prompt'", "a text")),
+    Wrong("stop strings that are numbers", completion(stop=[1]),
+          400, "stop", None,
+          "'stop' must be a text or a list of texts, none of them empty.",
+          ("'stop'", "text", "list of texts")),
+    Wrong("an empty stop string", completion(stop=["a", ""]),
+          400, "stop", None,
+          "'stop' must be a text or a list of texts, none of them empty.",
+          ("'stop'", "empty")),
+    Wrong("stream options that are a text", completion(stream=True, stream_options="usage"),
+          400, "stream_options", None,
+          "'stream_options' must be an object.",
+          ("'stream_options'", "object")),
+    Wrong("a usage flag that is a text", completion(stream=True, stream_options={"include_usage": "yes"}),
+          400, "include_usage", None,
+          "'include_usage' is \"yes\", but must be true or false.",
+          ("'include_usage'", '"yes"', "true or false")),
+    # out of range
+    Wrong("a length of zero", completion(max_tokens=0),
+          400, "max_tokens", None,
+          "'max_tokens' is 0, but must be a whole number between 1 and 100.",
+          ("'max_tokens'", "0", "between 1 and 100")),
+    Wrong("a length above the server's", completion(max_tokens=101),
+          400, "max_tokens", None,
+          "'max_tokens' is 101, but must be a whole number between 1 and 100.",
+          ("'max_tokens'", "101", "between 1 and 100")),
+    Wrong("a chat's length above the server's", chat(max_completion_tokens=101),
+          400, "max_completion_tokens", None,
+          "'max_completion_tokens' is 101, but must be a whole number between 1 and 100.",
+          ("'max_completion_tokens'", "101", "between 1 and 100")),
+    Wrong("a negative length of a task", task({"name": "x", "max_tokens": -1}),
+          400, "max_tokens", None,
+          "'max_tokens' is -1, but must be a whole number between 1 and 100.",
+          ("'max_tokens'", "-1", "between 1 and 100")),
+    Wrong("a temperature that is too high", completion(temperature=2.5),
+          400, "temperature", None,
+          "'temperature' is 2.5, but must be a number between 0 and 2.",
+          ("'temperature'", "2.5", "between 0 and 2")),
+    Wrong("a top_p of zero", completion(top_p=0),
+          400, "top_p", None,
+          "'top_p' is 0, but must be a number above 0 and at most 1.",
+          ("'top_p'", "0", "above 0 and at most 1")),
+    Wrong("a top_p above one", chat(top_p=1.5),
+          400, "top_p", None,
+          "'top_p' is 1.5, but must be a number above 0 and at most 1.",
+          ("'top_p'", "1.5", "above 0 and at most 1")),
+    Wrong("a negative top_k", completion(top_k=-1),
+          400, "top_k", None,
+          "'top_k' is -1, but must be a whole number between 0 and 1000000.",
+          ("'top_k'", "-1", "between 0 and 1000000")),
+    Wrong("a repetition penalty of zero", completion(repetition_penalty=0),
+          400, "repetition_penalty", None,
+          "'repetition_penalty' is 0, but must be a number between 0.01 and 10.",
+          ("'repetition_penalty'", "0", "between 0.01 and 10")),
+    Wrong("a seed of 65 bits", completion(seed=2**64),
+          400, "seed", None,
+          "'seed' is 18446744073709551616, but must be a whole number between -9223372036854775808 and "
+          "9223372036854775807.",
+          ("'seed'", "18446744073709551616", "9223372036854775807")),
+    Wrong("no text at all", completion(n=0),
+          400, "n", None,
+          "'n' is 0, but must be a whole number between 1 and 6.",
+          ("'n'", "0", "between 1 and 6")),
+    Wrong("more texts than allowed", completion(prompt=["a", "b", "c"], n=3),
+          400, "n", None,
+          "3 prompts times n = 3 are more than 6 texts.",
+          ("3 prompts", "n = 3", "6 texts")),
+    Wrong("too many logprobs", completion(logprobs=21),
+          400, "logprobs", None,
+          "'logprobs' is 21, but must be a whole number between 0 and 20.",
+          ("'logprobs'", "21", "between 0 and 20")),
+    Wrong("a number without end", completion(temperature=10**400),
+          400, "temperature", None,
+          "'temperature' is 1000000000000000000000000000000000000..., but must be a number between 0 and 2.",
+          ("'temperature'", "10000", "between 0 and 2")),
+    Wrong("too many stop strings", completion(stop=["a"] * 17),
+          400, "stop", None,
+          "'stop' may have at most 16 texts, of at most 256 characters each.",
+          ("'stop'", "16", "256")),
+    Wrong("a stop string that is too long", completion(stop="a" * 257),
+          400, "stop", None,
+          "'stop' may have at most 16 texts, of at most 256 characters each.",
+          ("'stop'", "16", "256")),
+    # fields that do not fit together
+    Wrong("a least length above the length", completion(min_tokens=5, max_tokens=4),
+          400, "min_tokens", None,
+          "min_tokens is 5, which is more than max_tokens (4).",
+          ("min_tokens is 5", "max_tokens", "4")),
+    Wrong("stream options without a stream", completion(stream_options={"include_usage": True}),
+          400, "stream_options", None,
+          "'stream_options' needs stream to be true.",
+          ("'stream_options'", "stream to be true")),
+    Wrong("top logprobs without logprobs", chat(top_logprobs=2),
+          400, "top_logprobs", None,
+          "top_logprobs needs logprobs to be true.",
+          ("top_logprobs", "logprobs to be true")),
+    # names
+    Wrong("a misspelled field", completion(max_token=5),
+          400, "max_token", "unknown_field",
+          "unknown field 'max_token'. Did you mean 'max_tokens'?",
+          ("'max_token'", "Did you mean 'max_tokens'?")),
+    Wrong("a misspelled field of a chat", chat(temprature=1),
+          400, "temprature", "unknown_field",
+          "unknown field 'temprature'. Did you mean 'temperature'?",
+          ("'temprature'", "Did you mean 'temperature'?")),
+    Wrong("a misspelled field of a task", task({"nam": "x"}),
+          400, "nam", "unknown_field",
+          "unknown field 'nam'. Did you mean 'name'?",
+          ("'nam'", "Did you mean 'name'?")),
+    Wrong("a field of the other endpoint", completion(messages=USER),
+          400, "messages", "unknown_field",
+          "unknown field 'messages'. Known: logprobs, max_tokens, min_tokens, model, n, prompt, "
+          "repetition_penalty, seed, stop, stream, stream_options, temperature, top_k, top_p.",
+          ("unknown field 'messages'",)),
+    Wrong("a misspelled stream option", completion(stream=True, stream_options={"include_usages": True}),
+          400, "stream_options", "unknown_field",
+          "unknown field 'include_usages' in 'stream_options'. Did you mean 'include_usage'?",
+          ("'include_usages'", "'stream_options'", "Did you mean 'include_usage'?")),
+    Wrong("tools", chat(tools=[{"type": "function"}]),
+          400, "tools", "unsupported_field",
+          "'tools' is not supported: tools are not supported.",
+          ("'tools' is not supported",)),
+    Wrong("JSON as the form of a reply", chat(response_format={"type": "json_object"}),
+          400, "response_format", "unsupported_field",
+          "'response_format' is not supported: only text is generated.",
+          ("'response_format' is not supported", "only text")),
+    Wrong("a presence penalty", completion(presence_penalty=0.5),
+          400, "presence_penalty", "unsupported_field",
+          "'presence_penalty' is not supported: use repetition_penalty.",
+          ("'presence_penalty' is not supported", "repetition_penalty")),
+    Wrong("a model that does not exist", (COMPLETIONS, {"model": "aa", "prompt": "hi"}),
+          404, None, "model_not_found",
+          "there is no model 'aa'. Did you mean 'a'?",
+          ("no model 'aa'", "Did you mean 'a'?")),
+    Wrong("a task of a model that does not exist", ("/v1/tasks/nobody", {"source": "x"}),
+          404, None, "model_not_found",
+          "there is no model 'nobody'. Known: a, b, tiny.",
+          ("no model 'nobody'",)),
+    # messages
+    Wrong("no messages", (CHATS, {"model": "a"}),
+          400, "messages", None,
+          "'messages' must be a list of at least one message.",
+          ("'messages'", "at least one message")),
+    Wrong("an empty list of messages", chat(messages=[]),
+          400, "messages", None,
+          "'messages' must be a list of at least one message.",
+          ("'messages'", "at least one message")),
+    Wrong("messages that are a text", chat(messages="hi"),
+          400, "messages", None,
+          "'messages' must be a list of at least one message.",
+          ("'messages'", "list")),
+    Wrong("a message that is a text", chat(messages=["hi"]),
+          400, "messages[0]", None,
+          "messages[0] must be an object with 'role' and 'content'.",
+          ("messages[0]", "'role'", "'content'")),
+    Wrong("a wrong role", chat(messages=[{"role": "tool", "content": "x"}]),
+          400, "messages[0].role", None,
+          "messages[0].role is 'tool', but must be one of system, developer, user, assistant.",
+          ("messages[0].role", "'tool'", "system, developer, user, assistant")),
+    Wrong("a message without a role", chat(messages=[{"content": "x"}]),
+          400, "messages[0].role", None,
+          "messages[0].role is None, but must be one of system, developer, user, assistant.",
+          ("messages[0].role", "system, developer, user, assistant")),
+    Wrong("a message without content", chat(messages=[*USER, {"role": "user"}]),
+          400, "messages[1].content", None,
+          "messages[1].content must be a text.",
+          ("messages[1].content", "text")),
+    Wrong("an image", chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+          400, "messages[0].content[0]", "unsupported_field",
+          "messages[0].content[0] is not a text part; only text is allowed.",
+          ("messages[0].content[0]", "only text")),
+    Wrong("a tool call in a message",
+          chat(messages=[{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]),
+          400, "messages[0].tool_calls", "unsupported_field",
+          "messages[0].tool_calls is not supported: only text is allowed.",
+          ("messages[0].tool_calls", "only text")),
+    Wrong("a chat that a prefix cannot read", chat(messages=USER * 2),
+          400, "messages", "messages_not_carried",
+          "this prefix reads one text, but the chat has 2 messages. Send the last user message alone, or have "
+          "the server drop the others (earlier_messages = 'drop').",
+          ("2 messages", "earlier_messages")),
+    Wrong("a last message that is not the user's", chat(messages=[{"role": "assistant", "content": "x"}]),
+          400, "messages", None,
+          "the last message has the role 'assistant', but must be the user's.",
+          ("'assistant'", "the user's")),
+    Wrong("a message of blanks", chat(messages=[{"role": "user", "content": " "}]),
+          400, "messages", None,
+          "the last message is empty; some text is needed.",
+          ("last message is empty", "text is needed")),
+    # tasks
+    Wrong("no field of the task", task({"max_tokens": 5}),
+          400, "name", None,
+          "the request has none of the task's fields. Give 'name', or 'source'.",
+          ("'name'", "'source'")),
+    Wrong("a source beside the fields", task({"name": "x", "source": "y"}),
+          400, "source", None,
+          "give either 'source' or the task's fields, not both.",
+          ("'source'", "fields", "not both")),
+    Wrong("a source that is a number", task({"source": 3}),
+          400, "source", None,
+          "'source' must be a text.",
+          ("'source'", "text")),
+    Wrong("fields that are a list", task({"fields": ["x"]}),
+          400, "fields", None,
+          "'fields' must be an object.",
+          ("'fields'", "object")),
+    Wrong("a field outside of the fields", task({"fields": {}, "name": "x"}),
+          400, "name", None,
+          "'name' is outside 'fields', but all of the task's fields must be inside.",
+          ("'name'", "'fields'", "inside")),
+    Wrong("a format of a number", task({"source": "x", "format_of": 3}),
+          400, "format_of", None,
+          "'format_of' names a prefix, and goes with the bare backbone only.",
+          ("'format_of'", "prefix")),
+    Wrong("a field that is a list", task({"name": ["x"]}),
+          400, None, None,
+          "the request: column 'name' holds a list; text, a number or a truth value is allowed. Only a target "
+          "that is one column's name may hold a list.",
+          ("name",)),
+    # two at once
+    Wrong("two values out of range", completion(temperature=3, top_p=2),
+          400, "temperature", None,
+          "'temperature' is 3, but must be a number between 0 and 2.",
+          ("'temperature'", "3", "between 0 and 2"), also=("'top_p'", "2", "above 0 and at most 1")),
+    Wrong("a misspelled field and a wrong value", completion(max_token=5, n=0),
+          400, "max_token", "unknown_field",
+          "unknown field 'max_token'. Did you mean 'max_tokens'?",
+          ("'max_token'", "'max_tokens'"), also=("'n'", "between 1 and 6")),
+    Wrong("two wrong messages", chat(messages=["hi", {"role": "tool", "content": "x"}]),
+          400, "messages[0]", None,
+          "messages[0] must be an object with 'role' and 'content'.",
+          ("messages[0]",), also=("messages[1].role", "'tool'")),
+    Wrong("a wrong type and a missing field", (COMPLETIONS, {"model": "a", "max_tokens": "5"}),
+          400, "prompt", None,
+          "'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists.",
+          ("'prompt'",), also=("'max_tokens'", '"5"')),
+    Wrong("two unsupported fields", completion(tools=[1], echo=True),
+          400, "tools", "unsupported_field",
+          "'tools' is not supported: tools are not supported.",
+          ("'tools' is not supported",), also=("'echo' is not supported",)),
+    # bodies
+    Wrong("no body", (COMPLETIONS, b""),
+          400, None, "invalid_json",
+          "the body is not JSON: Expecting value: line 1 column 1 (char 0).",
+          ("not JSON",)),
+    Wrong("half a body", (COMPLETIONS, b'{"model": "a", "prompt"'),
+          400, None, "invalid_json",
+          "the body is not JSON: Expecting ':' delimiter: line 1 column 24 (char 23).",
+          ("not JSON", "line 1")),
+    Wrong("a list as the body", (COMPLETIONS, b"[]"),
+          400, None, "invalid_json",
+          "the body must be a JSON object.",
+          ("JSON object",)),
+    Wrong("a text as the body", (CHATS, b'"hi"'),
+          400, None, "invalid_json",
+          "the body must be a JSON object.",
+          ("JSON object",)),
+    Wrong("NaN", (COMPLETIONS, b'{"model": "a", "prompt": "hi", "temperature": NaN}'),
+          400, None, "invalid_json",
+          "the body is not JSON: NaN is not a number.",
+          ("not JSON", "NaN")),
+    Wrong("infinity", (COMPLETIONS, b'{"model": "a", "prompt": "hi", "temperature": -Infinity}'),
+          400, None, "invalid_json",
+          "the body is not JSON: -Infinity is not a number.",
+          ("not JSON", "Infinity")),
+    Wrong("a number that is too large", (COMPLETIONS, b'{"model": "a", "prompt": "hi", "temperature": 1e999}'),
+          400, None, "invalid_json",
+          "the body is not JSON: 1e999 is too large a number.",
+          ("not JSON", "1e999")),
+    Wrong("thousands of digits", (COMPLETIONS, b'{"model": "a", "prompt": "hi", "seed": ' + b"1" * 5000 + b"}"),
+          400, None, "invalid_json",
+          "the body is not JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 "
+          "digits; use sys.set_int_max_str_digits() to increase the limit.",
+          ("not JSON",)),
+    Wrong("the same key twice, the last one wrong",
+          (COMPLETIONS, b'{"model": "a", "prompt": "hi", "max_tokens": 5, "max_tokens": 200}'),
+          400, "max_tokens", None,
+          "'max_tokens' is 200, but must be a whole number between 1 and 100.",
+          ("'max_tokens'",)),
+    Wrong("deep nesting", (COMPLETIONS, b'{"model": "a", "prompt": ' + b"[" * 40 + b"]" * 40 + b"}"),
+          400, None, "invalid_json",
+          "the body is nested more than 32 levels deep.",
+          ("nested", "32")),
+    Wrong("very deep nesting", (COMPLETIONS, b"[" * 60_000),
+          400, None, "invalid_json",
+          "the body is nested more than 32 levels deep.",
+          ("nested", "32")),
+    Wrong("bytes that are no text", (COMPLETIONS, b'{"model": "\xff"}'),
+          400, None, "invalid_json",
+          "the body is not UTF-8.",
+          ("not UTF-8",)),
+    Wrong("half a surrogate pair", (COMPLETIONS, b'{"model": "a", "prompt": "\\ud800"}'),
+          400, None, "invalid_json",
+          "the body contains half a surrogate pair, which is not valid text.",
+          ("surrogate",)),
+    Wrong("a wrong content type", completion(),
+          415, None, "unsupported_media_type",
+          "the content type is 'text/plain', but must be application/json.",
+          ("text/plain", "application/json"), headers={"content-type": "text/plain"}),
+    Wrong("no content type", completion(),
+          415, None, "unsupported_media_type",
+          "the content type is '', but must be application/json.",
+          ("content type", "application/json"), headers={"content-type": ""}),
+    Wrong("a body that is too large", completion(prompt="a" * 70_000),
+          413, None, "body_too_large",
+          "the body is larger than 65,536 bytes.",
+          ("larger than", "65,536 bytes")),
+    Wrong("a content length that is no number", completion(),
+          400, None, None,
+          "the content length is not a number.",
+          ("content length", "number"), headers={"content-length": "many"}),
+    # prompts that cannot work
+    Wrong("a prompt that is too long", completion(prompt="a" * 600),
+          400, "prompt", "context_length_exceeded",
+          "the request needs 4 (prefix) + 603 (text) + 1 (new) positions, but the limit is 512. Shorten the "
+          "prompt or lower max_tokens.",
+          ("603 (text)", "512", "Shorten the prompt")),
+    Wrong("a token that does not exist", completion(prompt=[1, 99_999]),
+          400, None, None,
+          "there is no token 99999: the model has 105. Encode the text with the backbone's own tokenizer.",
+          ("99999",)),
+    # paths, methods and keys
+    Wrong("a path that does not exist", ("/v1/complete", {"model": "a", "prompt": "hi"}),
+          404, None, "unknown_path",
+          "there is nothing at this path.",
+          ("nothing at this path",)),
+    Wrong("a method that is not allowed", (COMPLETIONS, None),
+          405, None, "method_not_allowed",
+          "/v1/completions allows POST.",
+          ("/v1/completions", "POST"), method="GET"),
+    Wrong("another site's name", completion(),
+          403, None, "host_not_allowed",
+          "without keys, the server answers on localhost only.",
+          ("localhost",), headers={"host": "evil.example"}),
+    Wrong("a proxy without keys", completion(),
+          403, None, "key_needed",
+          "without keys, the server answers no proxy; `prefixtune serve --new-key`.",
+          ("proxy",), headers={"x-forwarded-for": "10.0.0.1"}),
+    Wrong("an administrator without keys", ("/admin/reload", {}),
+          403, None, "admin_key_needed",
+          "an admin key is needed; no key is configured.",
+          ("admin key",)),
+    Wrong("no key", completion(),
+          401, None, "invalid_api_key",
+          "an API key is needed, as in 'Authorization: Bearer pt-...'; it is missing or unknown.",
+          ("API key", "Bearer"), keys=True),
+    Wrong("a wrong key", completion(),
+          401, None, "invalid_api_key",
+          "an API key is needed, as in 'Authorization: Bearer pt-...'; it is missing or unknown.",
+          ("API key", "Bearer"), headers={"authorization": "Bearer pt-wrong"}, keys=True),
+    Wrong("a model of another key", completion(model="b"),
+          403, None, "model_not_allowed",
+          "the key 'me' may not use the model 'b'.",
+          ("'me'", "'b'"), headers={"authorization": "Bearer pt-me"}, keys=True),
+    Wrong("a key that is not an admin's", ("/admin/reload", {}),
+          403, None, "admin_key_needed",
+          "an admin key is needed; the key 'me' is not one.",
+          ("admin", "'me'"), headers={"authorization": "Bearer pt-me"}, keys=True),]
+# fmt: on
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
+def test_the_answer_says_what_is_wrong_and_what_is_allowed(make_server: Callable[..., Any], wrong: Wrong) -> None:
+    keys = {"me": KeyConfig(hash_key("pt-me"), prefixes=("a",))} if wrong.keys else {}
+    app, state = make_server(max_tokens=100, default_max_tokens=20, max_texts=6, max_body_kib=64, keys=keys)
+    path, body = wrong.request
+    response = asyncio.run(send(app, wrong.method, path, body, headers=dict(wrong.headers)))
+    error = response.json["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (response.status, error["param"]) == (wrong.status, wrong.param), error
+    assert error["type"] == ERROR_TYPES.get(wrong.status, "invalid_request_error")
+    assert wrong.code is None or error["code"] == wrong.code
+    missing = [piece for piece in wrong.pieces if piece not in error["message"]]
+    assert not missing, error["message"]
+    assert not [word for word in FOREIGN if word in error["message"]], error["message"]
+    assert error["message"].endswith((".", "?"))
+    # Nothing of it was computed, and nothing is held.
+    assert (state.worker.snapshot().steps, state.admission.texts, state.pending_bytes.used) == (0, 0, 0)
+
+
+def test_the_table_is_what_it_says() -> None:
+    assert len({wrong.name for wrong in WRONG}) == len(WRONG) >= 100
+    assert all(piece in wrong.message for wrong in WRONG for piece in wrong.pieces)
