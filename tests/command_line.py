@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli.main import build_parser, main
+from prefixtune.cli.argparse_main import build_parser
+from prefixtune.cli.main import main
 
 
 def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None) -> tuple[str, str]:

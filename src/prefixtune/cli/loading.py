@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ class Artifact:
     header: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(console: Console, name: str, options: argparse.Namespace, adapter: str | None = None) -> Backbone:
+def load(console: Console, name: str, options: Any, adapter: str | None = None) -> Backbone:
     """Load a backbone with the `dtype`, `device` and `quantize` of the options, and report it."""
     from prefixtune.backbone.load import load_backbone
 
@@ -54,7 +53,7 @@ def load(console: Console, name: str, options: argparse.Namespace, adapter: str 
 
 def load_with_prefixes(
     console: Console,
-    options: argparse.Namespace,
+    options: Any,
     files: Sequence[str],
     check: Callable[[Sequence[Prefix]], object] | None = None,
 ) -> tuple[Backbone, list[Prefix]]:
@@ -97,13 +96,13 @@ def load_with_prefixes(
     return backbone, [load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in files]
 
 
-def _check_loadable(options: argparse.Namespace, name: str, adapter: str | None = None) -> None:
+def _check_loadable(options: Any, name: str, adapter: str | None = None) -> None:
     from prefixtune.backbone.load import check_loadable
 
     check_loadable(name, dtype=options.dtype, device=options.device, quantize=options.quantize, adapter=adapter)
 
 
-def _adapter(options: argparse.Namespace, files: Sequence[str], prefixes: Sequence[Prefix]) -> str | None:
+def _adapter(options: Any, files: Sequence[str], prefixes: Sequence[Prefix]) -> str | None:
     """The LoRA adapter of --adapter, or the one that the prefixes were trained with.
 
     Raises:
@@ -124,7 +123,7 @@ def _adapter(options: argparse.Namespace, files: Sequence[str], prefixes: Sequen
     return adapters.pop() if adapters else None
 
 
-def find_artifact(options: argparse.Namespace, file: str | None) -> Artifact:
+def find_artifact(options: Any, file: str | None) -> Artifact:
     """The prefix or the trained weights to use, with their header.
 
     Args:
@@ -163,7 +162,7 @@ def find_artifact(options: argparse.Namespace, file: str | None) -> Artifact:
 
 
 def load_artifact(
-    console: Console, options: argparse.Namespace, artifact: Artifact
+    console: Console, options: Any, artifact: Artifact
 ) -> tuple[Backbone, Prefix | None, TextFormat | None]:
     """The model, the prefix and the text format of an artifact."""
     if artifact.weights is not None:

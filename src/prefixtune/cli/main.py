@@ -6,39 +6,60 @@ Exit codes: 0 success, 1 a failed check or a bug (with its traceback), 2 wrong u
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cyclopts import App, CycloptsError, Group
+from cyclopts.exceptions import CoercionError, MissingArgumentError, RepeatArgumentError, UnknownOptionError
+
 from prefixtune import __version__
-from prefixtune.cli.commands import (
-    convert,
-    demo,
-    doctor,
-    evaluate,
-    export,
-    generate,
-    inspect,
-    prepare,
-    pull,
-    push,
-    report,
-    score,
-    serve,
-    study,
-    tasks,
-    train,
-)
-from prefixtune.cli.common import CommandParser
+from prefixtune.cli.argparse_main import parse
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean
 from prefixtune.utils.console import Console
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_app", "main"]
+
+_COMMANDS = {
+    "Start": {
+        "demo": "train a prefix on a small set of night-train notices, and show outputs before and after",
+        "prepare": "fetch the default backbone and store it, ready to load without a network",
+        "doctor": "check that a backbone carries prefixes correctly; exits with 1 if anything fails",
+        "env": "show versions, devices, precision and folders: what a bug report needs",
+    },
+    "Train": {
+        "train": "train a prefix and store it as one small file",
+        "tasks": "list the tasks: files, decoding, scores, groups, presets",
+        "config": "write the JSON schema of a configuration, so that editors complete its files",
+    },
+    "Use": {
+        "generate": "generate with a prefix, from arguments or from lines on stdin",
+        "chat": "talk with a model and its prefixes in the terminal",
+        "serve": "serve one model and many prefixes over HTTP, with OpenAI's interface",
+    },
+    "Measure": {
+        "evaluate": "decode for every example of a file and score the outputs",
+        "score": "score texts of any system against a data set's references",
+        "study": "compare methods, sizes, lengths or starts: a grid of runs, stopped and resumed, on several machines",
+        "report": "make one page of runs, evaluations and studies, to look at",
+    },
+    "Share": {
+        "inspect": "show a prefix file: header, sizes, norms per layer; or list a folder",
+        "convert": "take a prefix from PEFT or from the method's authors, or give one to PEFT",
+        "push": "upload a prefix to the Hugging Face hub, with a model card made from its header and scores",
+        "pull": "download a prefix from the Hugging Face hub, and check it",
+        "export": "write a prefix for llama.cpp, or with its backbone as an ONNX graph",
+    },
+}
+"""Group -> command -> one line of help. A command is the function `cli.commands.NAME.NAME`."""
+
+
+_NOT_YET = {"demo", "train", "generate", "serve", "evaluate", "score", "study", "report", "inspect", "convert", "push"}
+_NOT_YET |= {"pull", "export"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,9 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # --json also holds for errors in the arguments themselves.
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     try:
-        options = _parse(words)
         with _shown_warnings(Console(quiet=as_json)):
-            code: int = options.run(options)
+            code = _run(words)
         sys.stdout.flush()
         return code
     except PrefixError as error:
@@ -60,6 +80,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, closed the pipe; keep Python from complaining when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def build_app(command: str = "") -> App:
+    """The command line, to run `command`, whose help is its function's docstring; the others are not imported."""
+    app = App(
+        name="prefixtune",
+        help="Train, evaluate and use prefixes for frozen language models (prefix-tuning).",
+        help_epilogue=None
+        if command
+        else "Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`. Mistakes "
+        "exit with 2, failed checks and bugs with 1; with --json a mistake is one JSON object on stderr.",
+        version=f"prefixtune {__version__}",
+        help_format="plaintext",
+        group_parameters=Group("Options", sort_key=0),
+        default_command=None,
+    )
+    for title, commands in _COMMANDS.items():
+        group = Group.create_ordered(title)
+        for name, text in commands.items():
+            function = name.replace("-", "_")
+            app.command(
+                f"prefixtune.cli.commands.{function}:{function}",
+                name=name,
+                help=None if name == command else text,
+                group=group,
+            )
+    return app
 
 
 def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -> int:
@@ -88,69 +135,70 @@ def _shown_warnings(console: Console) -> Iterator[None]:
         yield
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser, commands_by_name = build_parser()
-    if not arguments:
-        arguments = ["--help"]
-    names = [word for word in arguments if not word.startswith("-")]
-    if names and arguments[0] == names[0] and names[0] not in commands_by_name:
-        raise ConfigError(f"there is no command {names[0]!r}.", hint=did_you_mean(names[0], commands_by_name))
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        command = commands_by_name[options.command]
-        word = unknown[0].split("=")[0]
-        if word.startswith("-"):
-            raise ConfigError(f"unknown option {word!r}.", hint=did_you_mean(word, command.options()))
-        raise ConfigError(f"unexpected argument {word!r}.", hint=f"`{command.prog} --help` explains the options.")
-    if getattr(options, "json", False):
+def _run(words: list[str]) -> int:
+    if words and words[0] in _NOT_YET:
+        parsed = parse(words)
+        code: int = parsed.run(parsed)
+        return code
+    function, bound, faults = _parse(build_app(words[0] if words else ""), words)
+    if not hasattr(function, "options"):
+        # --help, --version and shell completion are cyclopts' own.
+        function(*bound.args, **bound.kwargs)
+        return 0
+    options = function.options.read(bound.arguments, faults)
+    if getattr(options, "as_json", False) and hasattr(options, "quiet"):
         # Programs also read stderr.
-        options.quiet = True
-    return options
+        options = options.replace(quiet=True)
+    result: int = function.run(options)
+    return result
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
-    """The parser of the whole command line, and of each command by name."""
-    parser = CommandParser(
-        prog="prefixtune",
-        description="Train, evaluate and use prefixes for frozen language models (prefix-tuning).",
-        epilog="Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`. Mistakes exit "
-        "with 2, failed checks and bugs with 1; with --json a mistake is one JSON object on stderr.",
-    )
-    parser.add_argument("--version", action="version", version=f"prefixtune {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=CommandParser)
-    parsers: dict[str, CommandParser] = {}
+def _parse(app: App, words: list[str]) -> tuple[Any, Any, list[str]]:
+    """The function that the words call, its arguments, and what is wrong with the words.
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, more: str = "") -> CommandParser:
-        sub: CommandParser = subparsers.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}. {more}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run=run)
-        parsers[name] = sub
-        return sub
+    A wrong word is left out and the others are parsed again, so that all are named at once.
 
-    for module in (
-        demo,
-        prepare,
-        train,
-        generate,
-        serve,
-        evaluate,
-        score,
-        tasks,
-        study,
-        report,
-        inspect,
-        convert,
-        push,
-        pull,
-        export,
-        doctor,
-    ):
-        module.register(command)
-    return parser, parsers
+    Raises:
+        ConfigError: There is no such command, or an argument is missing.
+    """
+    commands = [name for group in _COMMANDS.values() for name in group]
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise ConfigError(f"there is no command {words[0]!r}.", hint=did_you_mean(words[0], commands))
+    words = list(words)
+    faults: list[str] = []
+    function: Any
+    while True:
+        try:
+            function, bound, unused, _ = app.parse_known_args(words)
+            break
+        except CycloptsError as error:
+            fault, option = _describe(error)
+            position = next((at for at, word in enumerate(words) if option and word.partition("=")[0] == option), None)
+            if position is None:
+                raise ConfigError(f"{fault}.", hint="`prefixtune --help` lists the commands.") from error
+            faults.append(fault)
+            del words[position]
+    unknown = [word.partition("=")[0] for word in unused if word.startswith("-") and word != "-"]
+    faults += [f"unknown option {word!r} ({function.options.suggest(word)})" for word in unknown]
+    return function, bound, faults or [f"unexpected argument {word!r}" for word in unused]
+
+
+def _describe(error: CycloptsError) -> tuple[str, str | None]:
+    """What is wrong with the words, and the option that is, if it is one."""
+    error.verbose = False
+    match error:
+        case UnknownOptionError():
+            option = error.token.value.partition("=")[0]
+            options = getattr(error.target, "options", None)
+            return f"unknown option {option!r}{f' ({options.suggest(option)})' if options else ''}", option
+        case MissingArgumentError() if error.argument is not None:
+            option = error.keyword or error.argument.name
+            return f"{option} needs a value", option
+        case CoercionError() if error.token is not None:
+            return f"{error.token.keyword} is a switch and takes no value {error.token.value!r}", error.token.keyword
+        case RepeatArgumentError():
+            return f"{error.token.keyword} is there twice", error.token.keyword
+    return str(error).removesuffix("."), None
 
 
 if __name__ == "__main__":

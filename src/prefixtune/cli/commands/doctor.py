@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
+from typing import Literal
 
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import DEFAULT_BACKBONE, load
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.utils.console import Console
 
-__all__ = ["register"]
+__all__ = ["doctor"]
 
 _SHOWN_WEIGHTS = 10
 """Most names of unused weights that `doctor` prints; `--json` prints all."""
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "doctor",
-        run,
-        "check that a backbone carries prefixes correctly; exits 1 if anything fails",
-        "Run it once for every backbone and version of transformers that you rely on.",
+class DoctorOptions(OutputOptions):
+    """The options of `prefixtune doctor`."""
+
+    backbone: str = positional(DEFAULT_BACKBONE, description="embedded name, hub id, folder or .gguf file")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="dtype of the frozen weights; float32 is checked most strictly"
     )
-    parser.add_argument("backbone", nargs="?", default=DEFAULT_BACKBONE, help="name, hub id, folder or .gguf file")
-    parser.add_argument(
-        "--dtype", default="float32", help="float32 (strictest, the default), bfloat16, float16 or auto"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    parser.add_argument("--quantize", default="", metavar="{int8,int4}", help="quantize the frozen weights (torchao)")
-    add_json_and_quiet(parser, "every check")
+    device: str = Field("auto", description="cpu, cuda, cuda:0, mps or auto")
+    quantize: Literal["", "int8", "int4"] = Field("", description="quantize the frozen weights (torchao)")
+    as_json: bool = json_option("every check")
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune doctor`."""
+@command
+def doctor(options: DoctorOptions) -> int:
+    """Check that a backbone carries prefixes correctly; exits with 1 if anything fails.
+
+    Run it once for every backbone and version of transformers that you rely on.
+    """
     from prefixtune.doctor.examine import examine
 
     console = Console(quiet=options.quiet)
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     )
     failed = [check for check in checks if not check.passed]
     unused = backbone.unused_weights
-    if options.json:
+    if options.as_json:
         print_json(
             {
                 "backbone": backbone.name,

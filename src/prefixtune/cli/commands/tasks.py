@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from prefixtune.cli.common import AddCommand
+from prefixtune.cli.options import CommandOptions, command, json_option
 from prefixtune.data import TASKS, Task
 from prefixtune.training.presets import PRESETS, preset
 
-__all__ = ["register"]
+__all__ = ["tasks"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command("tasks", run, "list the tasks: files, decoding, scores, groups, presets")
-    parser.add_argument("--json", action="store_true", help="print the tasks, with their presets' values, as JSON")
+class TasksOptions(CommandOptions):
+    """The options of `prefixtune tasks`."""
+
+    as_json: bool = json_option("the tasks, with their presets' values,")
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune tasks`."""
-    if options.json:
+@command
+def tasks(options: TasksOptions) -> int:
+    """List the tasks: files, decoding, scores, groups, presets."""
+    if options.as_json:
         print(json.dumps({"tasks": [_as_json(task) for task in TASKS.values()]}, ensure_ascii=False))
         return 0
     for task in TASKS.values():

@@ -1,0 +1,163 @@
+"""A command's options as one pydantic model, and cyclopts' view of it.
+
+cyclopts splits the command line into options and their texts; the model parses and checks these, together with
+configuration files and environment variables, and names all that is wrong in one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from cyclopts import Group, Parameter, Token
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.utils.config import Config, Layer, allowed_range
+
+__all__ = ["CommandOptions", "OutputOptions", "command", "json_option", "positional"]
+
+_NO_DEFAULT_SHOWN = ("", 0, None, False, ())
+
+
+def positional(default: Any = ..., **options: Any) -> Any:
+    """A `Field` that is an argument without a name; of a tuple's type: all that follow."""
+    return Field(default, json_schema_extra={"positional": True}, **options)
+
+
+def json_option(what: str) -> Any:
+    """The field `as_json` of a command that can print `what` for programs: `--json`."""
+    return Field(False, description=f"print {what} as JSON on stdout", json_schema_extra={"flag": "json"})
+
+
+class CommandOptions(Config):
+    """The options of one command; those that it inherits from a configuration may also come from a file."""
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The sources beneath the command line, such as a file that `given` names; the first is the lowest.
+
+        Args:
+            given: The texts of the options that the command line has.
+        """
+        return ()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], faults: Sequence[str] = ()) -> Self:
+        """The options from a command line.
+
+        Args:
+            given: Field name -> the text of an option, its texts if it is a list, or whether a switch is on.
+            faults: What is already known to be wrong.
+
+        Raises:
+            ConfigError: Something is wrong with it, or with a file that it names; all faults at once.
+        """
+        layers: list[Layer] = []
+        try:
+            layers += cls.layers(
+                {name: value[-1] if isinstance(value, list) else value for name, value in given.items()}
+            )
+        except ConfigError as error:
+            faults = [*faults, error.message.removesuffix(".")]
+        return cls.from_layers(*layers, Layer(given, "option", cls.flag, text=True, faults=faults))
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """The option of a field, or the name of an argument."""
+        extra = _extra(cls.model_fields[name]) if name in cls.model_fields else {}
+        if extra.get("positional"):
+            return name.upper()
+        return f"--{extra.get('flag', name.replace('_', '-'))}"
+
+    @classmethod
+    def suggest(cls, option: str) -> str:
+        """What could have been meant by an unknown option."""
+        other = cls.other_names.get(option.lstrip("-").replace("-", "_"))
+        return other or did_you_mean(
+            option, [flag for name in cls.model_fields if (flag := cls.flag(name)).startswith("-")]
+        )
+
+
+class OutputOptions(CommandOptions):
+    """The options of a command that shows progress."""
+
+    quiet: bool = Field(False, description="no progress, only results and errors")
+
+
+def command(run: Callable[[Any], int]) -> Callable[..., int]:
+    """A function for cyclopts, whose parameters are the fields of `run`'s options; its help is `run`'s docstring.
+
+    Its arguments are texts; `main` reads `options` from these and calls `run`.
+    """
+    options: type[CommandOptions] = get_type_hints(run)["options"]
+
+    @functools.wraps(run)
+    def parsed(*arguments: Any, **values: Any) -> int:
+        raise NotImplementedError("main reads the options and calls `run`")
+
+    options.hint = f"`prefixtune {run.__name__.replace('_', '-')} --help` explains the options."
+    parameters = [_parameter(options, name, field) for name, field in options.model_fields.items()]
+    parameters.sort(key=lambda parameter: parameter.kind)
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parsed.__annotations__ = {}
+    parsed.options, parsed.run = options, run  # type: ignore[attr-defined]
+    return parsed
+
+
+def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> inspect.Parameter:
+    extra, kind = _extra(field), field.annotation
+    several, switch = get_origin(kind) is tuple, kind is bool
+    item: Any = get_args(kind)[0] if several else kind
+    choices = [choice for choice in get_args(item) if choice] if get_origin(item) is Literal else []
+    notes = [text for text in (allowed_range(field), "required" if field.is_required() else "") if text]
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    settings: dict[str, Any] = {
+        "name": None if extra.get("positional") else options.flag(name),
+        "help": " ".join([field.description or "", *([f"({', '.join(notes)})"] if notes else [])]),
+        "show_default": extra.get("show_default", default not in _NO_DEFAULT_SHOWN),
+        "negative": None if switch and not _is_own(options, name) else (),
+        "consume_multiple": extra.get("many", False),
+    }
+    if not switch:
+        settings |= {"converter": _list_texts if several else _last_text, "allow_repeating": True}
+        settings["metavar"] = "CHOICE" if choices else _metavar(item)
+        default = list(map(str, default or ())) if several else str(default)
+    if "group" in extra:
+        settings["group"] = _group(extra["group"])
+    # cyclopts takes every text; the model checks it. The choices are for the help and for the shell's completion.
+    text: Any = Literal[*choices] | str if choices else str
+    hint: Any = bool if switch else list[text] if several else text
+    where = inspect.Parameter.POSITIONAL_ONLY if extra.get("positional") else inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, where, default=default, annotation=Annotated[hint, Parameter(**settings)])
+
+
+def _is_own(options: type[CommandOptions], name: str) -> bool:
+    """Whether a field is the command's own, not one of a configuration that a file may set."""
+    return any(name in owner.__annotations__ for owner in options.__mro__ if issubclass(owner, CommandOptions))
+
+
+def _metavar(kind: Any) -> str:
+    kinds = [part for part in get_args(kind) or (kind,) if part is not NoneType]
+    return {int: "N", float: "X"}.get(kinds[0], "TEXT")
+
+
+def _last_text(_: Any, tokens: Sequence[Token]) -> str:
+    return tokens[-1].value
+
+
+def _list_texts(_: Any, tokens: Sequence[Token]) -> list[str]:
+    return [token.value for token in tokens]
+
+
+def _extra(field: FieldInfo) -> Mapping[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+@functools.cache
+def _group(name: str) -> Group:
+    return Group.create_ordered(name)

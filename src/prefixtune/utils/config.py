@@ -1,0 +1,311 @@
+"""The base of every configuration: pydantic models whose mistakes are all named in one `ConfigError`.
+
+A field is written once, with its type, range, choices, default and help. The keys of TOML and YAML files, the options
+of commands, environment variables, Python's keyword arguments, the JSON schema and the documentation come from it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from prefixtune.errors import ConfigError, describe_value, did_you_mean
+from prefixtune.utils.config_files import read_config_file
+from prefixtune.utils.faults import describe_fault, show_value
+
+__all__ = ["CommaList", "Config", "Layer", "Table", "TextList", "allowed_range", "option_group"]
+
+_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
+"""Whole numbers are TOML's: of 64 bits, with a sign."""
+
+_T = TypeVar("_T")
+_ConfigT = TypeVar("_ConfigT", bound="Config")
+
+
+def _split_commas(value: Any) -> Any:
+    """`"a, b"` and `["a", "b"]` -> `("a", "b")`."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    texts = [part.split(",") if isinstance(part, str) else [part] for part in value]
+    return tuple(part.strip() if isinstance(part, str) else part for parts in texts for part in parts if part != "")
+
+
+def _wrap_text(value: Any) -> Any:
+    """`"a"` and `["a"]` -> `("a",)`."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+CommaList = Annotated[tuple[_T, ...], BeforeValidator(_split_commas)]
+"""A list that may be written as one text with commas."""
+
+TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text)]
+"""One text or several."""
+
+
+def option_group(name: str) -> Callable[..., Any]:
+    """A `Field` of pydantic that the help of commands lists under `name`."""
+    return functools.partial(Field, json_schema_extra={"group": name})
+
+
+def allowed_range(field: FieldInfo) -> str:
+    """The bounds of a number; empty: it has none.
+
+    >>> class Model(BaseModel):
+    ...     port: int = Field(0, ge=0, le=65535)
+    ...     rate: float = Field(1.0, gt=0)
+    >>> [allowed_range(field) for field in Model.model_fields.values()]
+    ['between 0 and 65535', 'above 0']
+    """
+    bounds = {
+        name: value
+        for item in field.metadata
+        for name in ("ge", "gt", "le", "lt")
+        if (value := getattr(item, name, None)) is not None
+    }
+    if bounds.keys() == {"ge", "le"}:
+        return f"between {bounds['ge']} and {bounds['le']}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return " and ".join(f"{words[name]} {value}" for name, value in bounds.items())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one source. Layers are stacked; later ones win.
+
+    Attributes:
+        values: Field name -> value.
+        kind: What messages call a name in it: key, option, variable.
+        name: How the source writes a field's name; messages use it.
+        where: The source, in front of what is wrong with its values; empty: none.
+        text: Values are texts (of options, of environment variables), or lists of these where one is repeated.
+        fields: The only names that are allowed; None: those of the configuration.
+        faults: What is wrong with the source itself.
+    """
+
+    values: Mapping[str, Any]
+    kind: str = "option"
+    name: Callable[[str], str] = str
+    where: str = ""
+    text: bool = False
+    fields: frozenset[str] | None = None
+    faults: Sequence[str] = ()
+
+    @classmethod
+    def from_file(cls, path: str | Path, fields: Iterable[str] | None = None) -> Layer:
+        """Read a TOML file, or a YAML file (.yaml, .yml).
+
+        Raises:
+            ConfigError: The file is missing, too large, or neither TOML nor YAML.
+        """
+        allowed = None if fields is None else frozenset(fields)
+        return cls(read_config_file(Path(path)), "key", where=repr(str(path)), fields=allowed)
+
+    @classmethod
+    def from_environment(
+        cls, prefix: str, environment: Mapping[str, str], fields: Iterable[str] | None = None
+    ) -> Layer:
+        """Take the variables whose names begin with `prefix`."""
+        values = {name[len(prefix) :].lower(): text for name, text in environment.items() if name.startswith(prefix)}
+        allowed = None if fields is None else frozenset(fields)
+        return cls(values, "variable", lambda field: f"{prefix}{field.upper()}", text=True, fields=allowed)
+
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any], faults: Sequence[str] = ()) -> Layer:
+        """Options of a command line, by the names of their fields."""
+        return cls(values, "option", lambda field: f"--{field.replace('_', '-')}", text=True, faults=faults)
+
+    def value(self, name: str, field: FieldInfo) -> Any:
+        """A value for a field; a text that is none of the field's type is left as it is, and validation refuses it."""
+        value = self.values[name]
+        if not self.text:
+            return value
+        if get_origin(field.annotation) is tuple:
+            item = get_args(field.annotation)[0]
+            return value if item is str else tuple(_parse(item, part) for part in _split_commas(value))
+        return _parse(field.annotation, value)
+
+
+def _parse(kind: Any, text: Any) -> Any:
+    """A text as a value of a type, or the text itself if it is none."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return _adapter(kind).validate_strings(text)
+    except ValidationError:
+        return text
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+class Table(BaseModel):
+    """A strict and frozen pydantic model: a table inside a configuration."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Config(Table):
+    """The base of every configuration.
+
+    Raises:
+        ConfigError: Unknown names (with the nearest known one) or values that are not allowed; all faults at once.
+    """
+
+    hint: ClassVar[str] = "leave the option out to use its default."
+    """The next step, for messages."""
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Names of other programs, and what to write instead."""
+
+    def __init__(self, **values: Any) -> None:
+        self._fill([Layer(values)])
+
+    @classmethod
+    def from_layers(cls, *layers: Layer) -> Self:
+        """Stack values of several sources, and validate them together.
+
+        Raises:
+            ConfigError: As for the class; each fault names its value as its source does.
+        """
+        config = cls.__new__(cls)
+        config._fill(layers)
+        return config
+
+    @classmethod
+    def from_file(cls, path: str | Path, **overrides: Any) -> Self:
+        """Read a TOML or YAML file; `overrides` replace its values.
+
+        Raises:
+            ConfigError: The file cannot be read, or a key or value is wrong.
+        """
+        return cls.from_layers(Layer.from_file(path), Layer(overrides))
+
+    @classmethod
+    def from_arguments(cls, config: Self | Mapping[str, Any] | None, options: Mapping[str, Any]) -> Self:
+        """From what a function was called with: an object, a dict, or keyword options.
+
+        Raises:
+            ConfigError: Both a config and options were passed, or the config has another type, or a value is wrong.
+        """
+        if config is not None and options:
+            raise ConfigError(f"got both a config and {', '.join(options)}.", hint="give one of the two.")
+        if isinstance(config, cls):
+            return config
+        values = options if config is None else config
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"config is {describe_value(config)}, but must be of type {cls.__name__}, or a dict.",
+                hint=f"write config={cls.__name__}(...), or the options themselves as keywords.",
+            )
+        return cls(**values)
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """The default of a field."""
+        return cls.model_fields[name].get_default(call_default_factory=True)
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some values changed.
+
+        Raises:
+            ConfigError: An unknown name, or a value that is not allowed.
+        """
+        return type(self)(**{**dict(self), **changes})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """`replace`: unlike pydantic's own, it validates the changes."""
+        return self.replace(**(update or {}))
+
+    def part(self, kind: type[_ConfigT]) -> _ConfigT:
+        """The values of the fields that `kind`, a configuration that this one inherits from, has."""
+        return kind(**{name: getattr(self, name) for name in kind.model_fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values by name, as JSON has them."""
+        return self.model_dump(mode="json")
+
+    def to_toml(self) -> str:
+        """A TOML document with all values that are not None."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What is wrong with several values together: the fields' names, and a message.
+
+        Each value is already known to be valid alone.
+        """
+        yield from ()
+
+    @field_validator("*")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if isinstance(value, int) and not _MIN_INT <= value <= _MAX_INT:
+            raise ValueError(f"is {show_value(value)}, but must be between {_MIN_INT} and {_MAX_INT}")
+        return value
+
+    def _fill(self, layers: Sequence[Layer]) -> None:
+        """Validate stacked values into this new instance."""
+        known = type(self).model_fields
+        source: dict[str, Layer] = {}
+        faults: dict[str, list[str]] = {"": []}
+        for layer in layers:
+            listed = faults.setdefault(layer.where, [])
+            listed.extend(layer.faults)
+            allowed = known.keys() if layer.fields is None else layer.fields
+            for name in layer.values:
+                if name in allowed:
+                    source[name] = layer
+                else:
+                    listed.append(_describe_unknown(layer, name, allowed, self.other_names))
+        values = {name: layer.value(name, known[name]) for name, layer in source.items()}
+        wrong: set[str] = set()
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                name = str(detail["loc"][0])
+                wrong.add(name)
+                layer = source.get(name, layers[-1])
+                faults[layer.where].append(_describe_wrong(layer, detail, known[name]))
+        faults[""] += self._conflicts_of({name: value for name, value in values.items() if name not in wrong}, wrong)
+        if any(faults.values()):
+            parts = [
+                f"{where}: {'; '.join(items)}" if where else "; ".join(items)
+                for where, items in faults.items()
+                if items
+            ]
+            raise ConfigError(f"{'; '.join(parts)}.", hint=self.hint)
+
+    def _conflicts_of(self, values: Mapping[str, Any], wrong: set[str]) -> list[str]:
+        """Conflicts among the values that are valid alone."""
+        instance = self
+        if wrong:
+            instance = type(self).__new__(type(self))
+            try:
+                BaseModel.__init__(instance, **values)
+            except ValidationError:
+                return []  # A value without a default is wrong or missing.
+        return [message for names, message in instance.conflicts() if not wrong.intersection(names)]
+
+
+def _describe_unknown(layer: Layer, name: str, allowed: Collection[str], other_names: Mapping[str, str]) -> str:
+    written = layer.name(name)
+    known = [layer.name(field) for field in allowed]
+    return f"unknown {layer.kind} {written!r} ({other_names.get(name) or did_you_mean(written, known)})"
+
+
+def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str:
+    first, *rest = detail["loc"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+    return describe_fault(detail, f"{layer.name(str(first))}{path}", "" if rest else allowed_range(field))

@@ -1,0 +1,80 @@
+"""Read a configuration file: TOML, or YAML with TOML's strictness."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar
+
+from prefixtune.errors import ConfigError
+
+__all__ = ["read_config_file"]
+
+_MAX_BYTES = 1 << 20
+_NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The keys and values of a TOML file, or of a YAML file (.yaml, .yml).
+
+    Raises:
+        ConfigError: The file is missing, larger than 1 MiB, or neither TOML nor YAML.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise ConfigError(f"the configuration {str(path)!r} is larger than 1 MiB.", hint="check the path.")
+        text = raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path.") from error
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return _parse_yaml(text, path)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is not TOML: {error}.", hint="write lines such as seed = 1; or name a YAML file .yaml."
+        ) from error
+
+
+def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """YAML 1.2's plain values: 1e-3 is a number, no and on are texts; without aliases, without repeated keys."""
+
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not supported", event.start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for position, key in enumerate(keys):
+                if key in keys[:position]:
+                    mark = node.value[position][0].start_mark
+                    raise yaml.MarkedYAMLError(None, None, f"the key {key!r} is there twice", mark)
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern, first in (
+        ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
+        ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+        ("int", re.compile(r"[-+]?\d+"), "-+0123456789"),
+        ("float", _NUMBER, "-+0123456789."),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern.pattern})$"), list(first))
+    # YAML 1.1 would read 010 as 8.
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+    try:
+        values = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{str(path)!r} is not YAML: {reason}.", hint="write lines such as seed: 1") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{str(path)!r} must hold keys and values.", hint="write lines such as seed: 1")
+    return values

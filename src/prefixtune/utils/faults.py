@@ -1,0 +1,89 @@
+"""pydantic's validation errors in this project's words: the name, the value, what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from prefixtune.errors import describe_value, did_you_mean
+
+__all__ = ["describe_fault", "show_value"]
+
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a table",
+    "mapping": "a table",
+    "model": "a table",
+}
+"""The first word of an error's type -> what it wants."""
+
+_BOUNDS = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "too_short": "of at least {min_length}",
+    "too_long": "of at most {max_length}",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+}
+
+
+def show_value(value: object) -> str:
+    """A value as messages show it; a long one is cut.
+
+    >>> show_value("80"), show_value(True), show_value({"a": 1})
+    ("'80'", 'True', 'of type dict')
+    """
+    shown = repr(value) if isinstance(value, str | bool | int | float | list | tuple) else describe_value(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def describe_fault(error: ErrorDetails, name: str, allowed_range: str = "") -> str:
+    """One error of pydantic as `NAME is VALUE, but must be ...`.
+
+    Args:
+        error: From `ValidationError.errors()`.
+        name: How to name the value.
+        allowed_range: All bounds of the value, if it has several; empty: the one that is broken.
+
+    >>> import pydantic
+    >>> class Model(pydantic.BaseModel):
+    ...     size: int = pydantic.Field(ge=1)
+    >>> try:
+    ...     Model(size=0)
+    ... except pydantic.ValidationError as error:
+    ...     print(describe_fault(error.errors()[0], "size"))
+    size is 0, but must be at least 1
+    """
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind == "value_error":
+        return f"{name} {context['error']}"
+    value = show_value(error["input"])
+    if kind in _BOUNDS:
+        return f"{name} is {value}, but must be {allowed_range or _BOUNDS[kind].format(**context)}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", context["expected"])
+        nearest = did_you_mean(str(error["input"])[:80], choices)
+        suggestion = f" ({nearest})" if nearest.startswith("did") else ""
+        return f"{name} is {value}, but must be one of {', '.join(map(repr, choices))}{suggestion}"
+    if kind == "finite_number":
+        return f"{name} is {value}, but must be {allowed_range or 'a finite number'}"
+    if kind == "string_unicode":
+        return f"{name} is {value}, but must be UTF-8 text"
+    return f"{name} is {value}, but must be {_wanted(kind, context)}"
+
+
+def _wanted(kind: str, context: Mapping[str, Any]) -> str:
+    word = kind.split("_")[0]
+    return _WANTED.get(word, f"of another type ({kind}{f', {dict(context)}' if context else ''})")
