@@ -51,6 +51,7 @@ EXTRAS = {
         (*SCORE, "--protocol", "webnlg"),
         ("evaluate", "--prefix", "PREFIX", "--data", "places.jsonl", "--target", "text", "--metrics", "meteor"),
     ],
+    "bertscore": [(*SCORE, "--metrics", "bertscore")],
     "ray": [("study", "length", "--config", "study.toml", "--output", "runs/study", "--ray", "2")],
     "onnx": [("export", "PREFIX", "--to", "onnx", "--output", "exported")],
 }

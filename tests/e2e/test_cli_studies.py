@@ -200,7 +200,7 @@ def test_mistakes_are_reported_before_the_model_loads(
     for more, says in (
         (("--split", "tset"), "tset"),
         (("--split", "test", "--metrics", "blue"), "no metric 'blue'"),
-        (("--split", "test", "--metrics", "bertscore"), "bertscore needs it"),
+        (("--split", "test", "--metrics", "bertscore"), "bertscore needs the weights of a model"),
         (("--split", "test", "--outputs", str(tmp_path)), "it is a folder"),
         (("--split", "test", "--output", str(tmp_path / "file")), "cannot write"),
         (("--split", "test", "--batch-size", "0"), "batch_size"),

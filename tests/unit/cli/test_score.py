@@ -198,7 +198,7 @@ def test_wrong_options_are_reported(tmp_path: Path, references: str, hypotheses:
         (["--metrics", "bleu,blue"], "no metric 'blue'.*did you mean 'bleu'"),
         (["--metrics", ","], "no metric ','"),
         (["--protocol", "e3e"], "no protocol 'e3e'.*did you mean 'e2e'"),
-        (["--weights", "bertscore"], "must be METRIC=FOLDER"),
+        (["--weights", "bertscore"], "must be METRIC=MODEL"),
         (["--weights", "bertscor=w"], "names the metric 'bertscor'.*did you mean 'bertscore'"),
         (["--samples", "1"], "--samples is 1"),
         (["--intervals", "--seed", "-1"], "--seed is -1"),

@@ -57,8 +57,8 @@ examples:
         "--weights",
         action="append",
         default=[],
-        metavar="METRIC=FOLDER",
-        help="model weights of bertscore, moverscore or bleurt; repeatable; none are fetched",
+        metavar="METRIC=MODEL",
+        help="model of bertscore: a folder, or a name of the hub",
     )
     parser.add_argument("--split", help="train, dev or test, if the references are a folder")
     parser.add_argument("--source", help="records, classification, tagging: column or template")
@@ -267,7 +267,7 @@ def _parse_weights(text: str, known: Iterable[str]) -> tuple[str, str]:
     if sign and metric not in known:
         raise ConfigError(f"--weights names the metric {metric!r}.", hint=did_you_mean(metric, known))
     if not sign or not folder:
-        raise ConfigError(f"--weights is {text!r}, but must be METRIC=FOLDER.", hint="as in bertscore=models/roberta.")
+        raise ConfigError(f"--weights is {text!r}, but must be METRIC=MODEL.", hint="as in bertscore=models/roberta.")
     return metric, folder
 
 

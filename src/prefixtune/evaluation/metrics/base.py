@@ -39,8 +39,8 @@ class Unavailable(ValueError):
         self.remedy = remedy
 
 
-def package_version(name: str, needed_by: str) -> str:
-    """The version of an installed package of the extra `scores`.
+def package_version(name: str, needed_by: str, *, extra: str = "scores") -> str:
+    """The version of an installed package of an extra.
 
     Raises:
         Unavailable: It is not installed.
@@ -49,7 +49,7 @@ def package_version(name: str, needed_by: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError as error:
         raise Unavailable(
-            f"{name} is not installed, and {needed_by} needs it", "pip install 'prefixtune[scores]'"
+            f"{name} is not installed, and {needed_by} needs it", f"pip install 'prefixtune[{extra}]'"
         ) from error
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefixtune.evaluation.metrics import neural, ngrams
+from prefixtune.evaluation.metrics import ngrams
 from prefixtune.evaluation.metrics.base import ItemStatistics
+from prefixtune.evaluation.metrics.bertscore import bertscore
 from prefixtune.evaluation.metrics.meteor import meteor
 from prefixtune.evaluation.metrics.ter import ter
 from prefixtune.evaluation.metrics.texts import Texts
@@ -42,7 +43,5 @@ METRICS: dict[str, Metric] = {
     "cider": Metric("CIDEr", "0 to 10", ngrams.cider),
     "ter": Metric("TER", "0 upward, lower is better", ter, higher_is_better=False),
     "chrf": Metric("chrF++", "0 to 100", ngrams.chrf),
-    "bertscore": Metric("BERTScore", "up to 1", neural.bertscore),
-    "moverscore": Metric("MoverScore", "up to 1", neural.moverscore),
-    "bleurt": Metric("BLEURT", "about 0 to 1", neural.bleurt),
+    "bertscore": Metric("BERTScore", "up to 1", bertscore),
 }

@@ -30,7 +30,7 @@ def measure(
         references: The references of each item, at least one that is not blank; blank ones are ignored.
         protocol: A name of `PROTOCOLS`: how the texts are prepared.
         metrics: Names of `METRICS`; None: the protocol's own.
-        weights: For `bertscore`, `moverscore` and `bleurt`, the folder of the model's weights.
+        weights: For `bertscore`, the folder or the hub's name of its model.
         left_out: If given, a metric that cannot be computed on this machine is left out, and this dict gets the reason;
             otherwise that is an error.
 

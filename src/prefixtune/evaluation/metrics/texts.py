@@ -19,7 +19,7 @@ class Texts:
         protocol: How texts are prepared.
         hypotheses: One text per item; may be empty.
         references: The references of each item, at least one that is not blank; blank ones are left out.
-        weights: Folders of model weights, by metric.
+        weights: Models of metrics that need one: a folder, or a name of the hub.
 
     Raises:
         ValueError: The counts differ, there is no item, or an item has no reference.

@@ -63,3 +63,12 @@ def test_edits_are_bounded(hypothesis: list[str], reference: list[str]):
 def test_long_texts_end():
     """Thousands of like words: the number of shifts looked at is limited."""
     assert edits(["a", "b"] * 150, ["b", "a"] * 150) <= 300
+    assert edits(["a", "b"] * 1000, ["b", "a"] * 1000) <= 2000
+
+
+def test_very_long_texts_end():
+    words = [str(index) for index in range(50_000)]
+    assert edits(words, words) == 0
+    # A block that moved is found again word by word: shifts are not looked for.
+    assert edits(["moved", *words], [*words, "moved"]) == 2
+    assert edits(words, ["x"]) == edits(["x"], words) == 50_000
