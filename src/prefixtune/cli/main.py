@@ -162,7 +162,11 @@ def _parse(app: App, words: list[str]) -> tuple[Any, Any, list[str]]:
         ConfigError: There is no such command, or an argument is missing.
     """
     commands = [name for group in _COMMANDS.values() for name in group]
-    if words and not words[0].startswith("-") and words[0] not in commands:
+    if words and words[0] not in (*commands, *app.help_flags, *app.version_flags):
+        if words[0].startswith("-"):
+            raise ConfigError(
+                f"{words[0]!r} is no COMMAND, which comes first.", hint="`prefixtune --help` lists the commands."
+            )
         raise ConfigError(f"there is no command {words[0]!r}.", hint=did_you_mean(words[0], commands))
     words = list(words)
     faults: list[str] = []
@@ -175,7 +179,7 @@ def _parse(app: App, words: list[str]) -> tuple[Any, Any, list[str]]:
             fault, option = _describe(error)
             position = next((at for at, word in enumerate(words) if option and word.partition("=")[0] == option), None)
             if position is None:
-                raise ConfigError(f"{fault}.", hint="`prefixtune --help` lists the commands.") from error
+                raise ConfigError(f"{fault}.", hint=f"`prefixtune {words[0]} --help` explains it.") from error
             faults.append(fault)
             del words[position]
     unknown = [word.partition("=")[0] for word in unused if word.startswith("-") and word != "-"]

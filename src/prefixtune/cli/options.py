@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 from pydantic import Field
@@ -21,6 +21,7 @@ from prefixtune.utils.config import Config, Layer, allowed_range
 
 __all__ = ["CommandOptions", "OutputOptions", "command", "json_option", "positional"]
 
+_OptionsT = TypeVar("_OptionsT", bound="CommandOptions")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
 
 
@@ -47,7 +48,7 @@ class CommandOptions(Config):
         return ()
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], faults: Sequence[str] = ()) -> Self:
+    def read(cls: type[_OptionsT], given: Mapping[str, Any], faults: Sequence[str] = ()) -> _OptionsT:
         """The options from a command line.
 
         Args:

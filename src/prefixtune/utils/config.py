@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -27,6 +27,7 @@ _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 
 _T = TypeVar("_T")
 _ConfigT = TypeVar("_ConfigT", bound="Config")
+_PartT = TypeVar("_PartT", bound="Config")
 
 
 def _split_commas(value: Any) -> Any:
@@ -144,9 +145,7 @@ def _parse(kind: Any, text: Any) -> Any:
         return text
 
 
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapter = functools.cache(TypeAdapter)
 
 
 class Table(BaseModel):
@@ -171,7 +170,7 @@ class Config(Table):
         self._fill([Layer(values)])
 
     @classmethod
-    def from_layers(cls, *layers: Layer) -> Self:
+    def from_layers(cls: type[_ConfigT], *layers: Layer) -> _ConfigT:
         """Stack values of several sources, and validate them together.
 
         Raises:
@@ -182,7 +181,7 @@ class Config(Table):
         return config
 
     @classmethod
-    def from_file(cls, path: str | Path, **overrides: Any) -> Self:
+    def from_file(cls: type[_ConfigT], path: str | Path, **overrides: Any) -> _ConfigT:
         """Read a TOML or YAML file; `overrides` replace its values.
 
         Raises:
@@ -191,7 +190,7 @@ class Config(Table):
         return cls.from_layers(Layer.from_file(path), Layer(overrides))
 
     @classmethod
-    def from_arguments(cls, config: Self | Mapping[str, Any] | None, options: Mapping[str, Any]) -> Self:
+    def from_arguments(cls: type[_ConfigT], config: object, options: Mapping[str, Any]) -> _ConfigT:
         """From what a function was called with: an object, a dict, or keyword options.
 
         Raises:
@@ -214,7 +213,7 @@ class Config(Table):
         """The default of a field."""
         return cls.model_fields[name].get_default(call_default_factory=True)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: _ConfigT, **changes: Any) -> _ConfigT:
         """A validated copy with some values changed.
 
         Raises:
@@ -222,11 +221,11 @@ class Config(Table):
         """
         return type(self)(**{**dict(self), **changes})
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(self: _ConfigT, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _ConfigT:
         """`replace`: unlike pydantic's own, it validates the changes."""
         return self.replace(**(update or {}))
 
-    def part(self, kind: type[_ConfigT]) -> _ConfigT:
+    def part(self, kind: type[_PartT]) -> _PartT:
         """The values of the fields that `kind`, a configuration that this one inherits from, has."""
         return kind(**{name: getattr(self, name) for name in kind.model_fields})
 
@@ -249,9 +248,13 @@ class Config(Table):
 
     @field_validator("*")
     @classmethod
-    def _check_size(cls, value: Any) -> Any:
-        if isinstance(value, int) and not _MIN_INT <= value <= _MAX_INT:
-            raise ValueError(f"is {show_value(value)}, but must be between {_MIN_INT} and {_MAX_INT}")
+    def _check_storable(cls, value: Any) -> Any:
+        """TOML has whole numbers of 64 bits and UTF-8 text; a lone surrogate, possible in JSON, is none."""
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and not _MIN_INT <= item <= _MAX_INT:
+                raise ValueError(f"is {show_value(value)}, but must be between {_MIN_INT} and {_MAX_INT}")
+            if isinstance(item, str) and not _is_utf8(item):
+                raise ValueError(f"is {show_value(value)}, but must be UTF-8 text")
         return value
 
     def _fill(self, layers: Sequence[Layer]) -> None:
@@ -297,6 +300,14 @@ class Config(Table):
             except ValidationError:
                 return []  # A value without a default is wrong or missing.
         return [message for names, message in instance.conflicts() if not wrong.intersection(names)]
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _describe_unknown(layer: Layer, name: str, allowed: Collection[str], other_names: Mapping[str, str]) -> str:

@@ -73,14 +73,12 @@ def describe_fault(error: ErrorDetails, name: str, allowed_range: str = "") -> s
     if kind in _BOUNDS:
         return f"{name} is {value}, but must be {allowed_range or _BOUNDS[kind].format(**context)}"
     if kind == "literal_error":
-        choices = re.findall(r"'([^']+)'", context["expected"])
+        choices = [choice for choice in re.findall(r"'([^']*)'", context["expected"]) if choice]
         nearest = did_you_mean(str(error["input"])[:80], choices)
         suggestion = f" ({nearest})" if nearest.startswith("did") else ""
         return f"{name} is {value}, but must be one of {', '.join(map(repr, choices))}{suggestion}"
     if kind == "finite_number":
         return f"{name} is {value}, but must be {allowed_range or 'a finite number'}"
-    if kind == "string_unicode":
-        return f"{name} is {value}, but must be UTF-8 text"
     return f"{name} is {value}, but must be {_wanted(kind, context)}"
 
 

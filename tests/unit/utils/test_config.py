@@ -1,0 +1,186 @@
+"""Configurations: one model, values from files, variables, options and Python, and all faults in one answer."""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import pytest
+from pydantic import Field
+
+from prefixtune.errors import ConfigError
+from prefixtune.utils.config import CommaList, Config, Layer, TextList
+
+
+class Recipe(Config):
+    """A configuration with a field of each kind."""
+
+    hint = "see the cook book."
+    other_names = {"lr": "it is called rate here."}  # noqa: RUF012
+
+    servings: int = Field(2, ge=1, le=50)
+    rate: float = Field(0.1, ge=0)
+    oven: Literal["", "gas", "electric"] = ""
+    vegan: bool = False
+    seed: int | None = None
+    steps: CommaList[int] = (1,)
+    names: CommaList[str] = ()
+    stop: TextList = ()
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.vegan and self.oven == "gas":
+            yield ("vegan", "oven"), "vegan does not go with oven 'gas'"
+
+
+def refusal(make: Any, *arguments: Any, **values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make(*arguments, **values)
+    assert caught.value.hint == Recipe.hint
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"servings": 0}, "servings is 0, but must be between 1 and 50."),
+        ({"servings": True}, "servings is True, but must be a whole number."),
+        ({"servings": 2.0}, "servings is 2.0, but must be a whole number."),
+        ({"servings": "2"}, "servings is '2', but must be a whole number."),
+        ({"seed": 2**63}, f"seed is {2**63}, but must be between {-(2**63)} and {2**63 - 1}."),
+        ({"rate": math.nan}, "rate is nan, but must be at least 0."),
+        ({"rate": math.inf}, "rate is inf, but must be at least 0."),
+        ({"rate": False}, "rate is False, but must be a number."),
+        ({"vegan": 1}, "vegan is 1, but must be true or false."),
+        ({"oven": "gaz"}, "oven is 'gaz', but must be one of 'gas', 'electric' (did you mean 'gas'?)."),
+        ({"steps": [1, "a"]}, "steps[1] is 'a', but must be a whole number."),
+        ({"names": {"a": 1}}, "names is of type dict, but must be a list."),
+        ({"stop": ["\ud800"]}, "stop is ('\\ud800',), but must be UTF-8 text."),
+        ({"vegan": True, "oven": "gas"}, "vegan does not go with oven 'gas'."),
+        ({"serving": 3}, "unknown option 'serving' (did you mean 'servings'?)."),
+        ({"lr": 3}, "unknown option 'lr' (it is called rate here.)."),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    assert refusal(Recipe, **values) == message
+
+
+def test_all_faults_come_in_one_answer() -> None:
+    message = refusal(Recipe, servings=0, rate="x", lr=1, vegan=True, oven="gas")
+    for part in ("servings is 0", "rate is 'x'", "unknown option 'lr'", "vegan does not go with oven 'gas'"):
+        assert part in message
+    # A conflict with a value that is wrong itself would mislead.
+    assert "does not go" not in refusal(Recipe, vegan="yes", oven="gas")
+
+
+def test_values_are_converted_only_where_nothing_is_lost() -> None:
+    recipe = Recipe(rate=1, steps=[1, 2], names="a, b", stop="end")
+    assert (recipe.rate, recipe.steps, recipe.names, recipe.stop) == (1.0, (1, 2), ("a", "b"), ("end",))
+    assert isinstance(recipe.rate, float)
+
+
+def test_it_is_frozen_and_every_copy_is_validated() -> None:
+    recipe = Recipe(servings=3)
+    with pytest.raises(pydantic.ValidationError):
+        recipe.servings = 4  # type: ignore[misc]
+    assert recipe.replace(servings=4) == Recipe(servings=4) == recipe.model_copy(update={"servings": 4})
+    assert copy.deepcopy(recipe) == recipe
+    assert hash(recipe.replace()) == hash(recipe)
+    for change in (recipe.replace, lambda **changes: recipe.model_copy(update=changes)):
+        assert "servings is 0" in refusal(change, servings=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("recipe.toml", 'servings = 4\nrate = 1e-3\noven = "gas"\nsteps = [1, 2]\n'),
+        ("recipe.yaml", "servings: 4\nrate: 1e-3\noven: gas\nsteps: [1, 2]\n"),
+        ("recipe.yml", "# a comment\nservings: 4\nrate: +.1e-2\noven: 'gas'\nsteps:\n- 1\n- 2\n"),
+    ],
+)
+def test_files_of_both_kinds_are_read_alike(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert Recipe.from_file(tmp_path / name) == Recipe(servings=4, rate=1e-3, oven="gas", steps=(1, 2))
+    assert Recipe.from_file(tmp_path / name, servings=5).servings == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "servings = 1\nservings = 2", "is not TOML"),
+        ("a.toml", "servings: 1", "is not TOML"),
+        ("a.toml", "x = " + "[" * 100_000, "is not TOML"),
+        ("a.toml", f"names = '{'a' * 2**20}'", "larger than 1 MiB"),
+        ("a.yaml", "servings: 1\nservings: 2", "the key 'servings' is there twice"),
+        ("a.yaml", "names: &x [a]\nsteps: *x", "aliases"),
+        ("a.yaml", "servings: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("a.yaml", "[" * 100_000, "is not YAML"),
+        ("a.yaml", "- servings", "must hold keys and values"),
+        ("a.yaml", "", "must hold keys and values"),
+        ("a.yaml", "vegan: yes", "vegan is 'yes', but must be true or false"),
+        ("a.yaml", "servings: 0100", "servings is 100, but must be between 1 and 50"),
+        ("a.yaml", "servings: 1:30", "servings is '1:30', but must be a whole number"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")) as caught:
+        Recipe.from_file(tmp_path / name)
+    assert name in caught.value.message
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        Recipe.from_file(tmp_path / "nowhere.toml")
+
+
+def test_layers_are_stacked_and_each_fault_is_named_as_its_source_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("servings = 4\nrate = -1.0\nnmaes = ['a']\n")
+    layers = [
+        Layer.from_file(path),
+        Layer.from_environment("COOK_", {"COOK_SEED": "x", "COOK_VEGAN": "true", "COOK_OVN": "", "PATH": "/bin"}),
+        Layer.from_options({"steps": ["1,2", "b"], "oven": "gaz"}, faults=["unknown option '--ovn'"]),
+    ]
+    message = refusal(Recipe.from_layers, *layers)
+    for part in (
+        "rate is -1.0",
+        "unknown key 'nmaes' (did you mean 'names'?)",
+        "COOK_SEED is 'x', but must be a whole number",
+        "unknown variable 'COOK_OVN' (did you mean 'COOK_OVEN'?)",
+        "--steps[2] is 'b'",
+        "--oven is 'gaz'",
+        "unknown option '--ovn'",
+    ):
+        assert part in message, message
+    assert message.index("'--ovn'") < message.index(repr(str(path))) < message.index("rate is -1.0")
+
+
+def test_texts_become_values_and_the_last_layer_wins() -> None:
+    recipe = Recipe.from_layers(
+        Layer({"servings": 3, "seed": 1}),
+        Layer.from_environment("COOK_", {"COOK_SERVINGS": "4", "COOK_VEGAN": "on", "COOK_RATE": "1e-3"}),
+        Layer.from_options({"servings": "5", "steps": "3,4", "names": ["a,b", "c"], "stop": ["x,y", "z"]}),
+    )
+    assert recipe == Recipe(
+        servings=5, seed=1, vegan=True, rate=1e-3, steps=(3, 4), names=("a", "b", "c"), stop=("x,y", "z")
+    )
+
+
+def test_a_configuration_survives_toml_and_json(tmp_path: Path) -> None:
+    recipe = Recipe(servings=7, rate=0.25, names=("ä", 'q"\\\n\x7f'), oven="gas", seed=-1)
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert Recipe.from_file(tmp_path / "recipe.toml") == recipe == Recipe(**recipe.to_dict())
+    assert Recipe.model_json_schema()["properties"]["servings"] == {
+        "default": 2,
+        "maximum": 50,
+        "minimum": 1,
+        "title": "Servings",
+        "type": "integer",
+    }
+
+
+def test_a_function_takes_an_object_a_dict_or_keywords_but_not_two_of_these() -> None:
+    assert Recipe.from_arguments(None, {"servings": 3}) == Recipe.from_arguments({"servings": 3}, {})
+    with pytest.raises(ConfigError, match="both a config and seed"):
+        Recipe.from_arguments(Recipe(), {"seed": 1})
+    with pytest.raises(ConfigError, match="of type Recipe, or a dict"):
+        Recipe.from_arguments(3, {})
