@@ -50,7 +50,7 @@ def test_loads_without_complaint_and_from_one_file(browser: Browser, page: Path)
     assert browser.value("document.querySelectorAll('svg.chart').length") > 10
 
 
-@pytest.mark.parametrize("width", [360, 768, 1280])
+@pytest.mark.parametrize("width", [360, 400, 768, 1280])
 def test_never_wider_than_the_window(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width=width)
     browser.value(OPEN_ALL)
@@ -69,8 +69,8 @@ def test_text_in_charts_stays_legible_and_inside_on_a_phone(browser: Browser, pa
     browser.open(page, width=360)
     browser.value(OPEN_ALL)
     sizes = browser.value(
-        "[...document.querySelectorAll('svg.chart')].map((chart) => parseFloat(getComputedStyle(chart).fontSize)"
-        " * chart.getBoundingClientRect().width / chart.viewBox.baseVal.width)"
+        "[...document.querySelectorAll('svg.chart text')].map((text) => parseFloat(getComputedStyle(text).fontSize)"
+        " * text.closest('svg').getBoundingClientRect().width / text.closest('svg').viewBox.baseVal.width)"
     )
     assert min(sizes) >= 9.5
     cut_off = (
@@ -94,6 +94,49 @@ def test_dark_mode_is_dark(browser: Browser, page: Path) -> None:
         assert browser.complaints() == []
     assert shades["light"][0] > 600 > 150 > shades["dark"][0]
     assert shades["light"][1] < 150 < 600 < shades["dark"][1]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figures_are_legible_in_every_scheme(browser: Browser, page: Path, scheme: str) -> None:
+    browser.open(page, scheme=scheme)
+    browser.value(OPEN_ALL)
+    drawn = browser.value(
+        "[...document.querySelectorAll('svg.chart')].flatMap((chart) => {"
+        " const ground = getComputedStyle(chart.closest('figure')).backgroundColor;"
+        " return [...chart.querySelectorAll('text, path, use')].map((part) => {"
+        "  const style = getComputedStyle(part), name = part.localName;"
+        "  return [name, name === 'text' ? style.fill : style.stroke, ground]; }); })"
+    )
+    texts = {(color, ground) for name, color, ground in drawn if name == "text"}
+    lines = {(color, ground) for name, color, ground in drawn if name == "path" and color != "none"}
+    assert min(contrast(color, ground) for color, ground in texts) >= 4.5
+    # The grid and the edges of markers are faint on purpose; every series is not.
+    assert sum(contrast(color, ground) >= 3 for color, ground in lines) >= 6
+
+
+def luminance(color: str) -> float:
+    """Of WCAG 2; of a color as the browser writes it: rgb(1, 2, 3)."""
+    parts = [int(part) / 255 for part in color.partition("(")[2].rstrip(")").split(",")[:3]]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_a_wide_table_is_moved_to_its_last_column(browser: Browser, page: Path) -> None:
+    browser.open(page, width=400)
+    box = "[...document.querySelectorAll('.scroll')].find((each) => each.innerText.startsWith('Scores'))"
+    browser.value(f"{box}.focus()")
+    assert browser.value(f"document.activeElement === {box}") is True
+    browser.value(f"{box}.scrollLeft = 10000")
+    last = f"{box}.querySelector('tbody tr').lastElementChild.getBoundingClientRect()"
+    assert 0 < browser.value(f"{last}.right") <= 400
+    # What names the row stays in sight.
+    assert browser.value(f"{box}.querySelector('tbody th').getBoundingClientRect().left") >= 0
+    assert browser.value(WIDTHS) == [400, 400]
 
 
 def test_the_keyboard_reaches_the_report_and_sorts_a_table(browser: Browser, page: Path) -> None:

@@ -1,6 +1,6 @@
-"""Reports: the results of runs, evaluations and studies as one HTML page, and the same as Markdown.
+"""Reports: the results of runs, evaluations and studies as one HTML page, the same as Markdown, and figures as files.
 
-    files -> load -> results -> compose (sections) -> document -> html | markdown
+    files -> load -> results -> compose (sections) -> document -> page (templates) and figures
 
 Reads JSON and TOML files. Knows nothing of models, and runs nothing.
 """
@@ -8,9 +8,9 @@ Reads JSON and TOML files. Knows nothing of models, and runs nothing.
 from __future__ import annotations
 
 from prefixtune.report.compose import compose
-from prefixtune.report.html import to_html
+from prefixtune.report.figures import loss_plot
 from prefixtune.report.load import read_results
-from prefixtune.report.markdown import to_markdown
-from prefixtune.report.sections.losses import loss_plot, smooth
+from prefixtune.report.page import save_figures, to_html, to_markdown
+from prefixtune.report.sections.losses import smooth
 
-__all__ = ["compose", "loss_plot", "read_results", "smooth", "to_html", "to_markdown"]
+__all__ = ["compose", "loss_plot", "read_results", "save_figures", "smooth", "to_html", "to_markdown"]

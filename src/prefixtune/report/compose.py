@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefixtune.report.document import Block, Document, Facts, Headline, Section, Text
+from prefixtune.report.document import Block, Document, Facts, Headline, Section, Text, Value
 from prefixtune.report.format import count, fixed, metric_name, signed
 from prefixtune.report.results import Evaluation, Run, Study
-from prefixtune.report.sections.details import losses_section, outputs_section, settings_section
+from prefixtune.report.sections.details import outputs_section, settings_section
 from prefixtune.report.sections.groups import groups_section
+from prefixtune.report.sections.losses import losses_section
 from prefixtune.report.sections.study import Part, study_part
-from prefixtune.report.sections.systems import System, figures_of, headline, main_metric, scores_section, scores_table
+from prefixtune.report.sections.systems import (
+    System,
+    figures_of,
+    headline,
+    main_metric,
+    mark_best,
+    scores_section,
+    scores_table,
+)
 
 __all__ = ["compose"]
 
@@ -22,13 +31,13 @@ def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
         sources: At least one, as read by `read_results`.
         title: Empty: made from the results.
     """
-    parts = [study_part(source, f"p{index}") for index, source in enumerate(sources) if isinstance(source, Study)]
+    parts = [study_part(source) for source in sources if isinstance(source, Study)]
     runs = [source for source in sources if isinstance(source, Run)]
     for group in _same_data([run for run in runs if run.evaluation is not None]):
-        parts.append(_comparison(group, f"p{len(parts)}"))
+        parts.append(_comparison(group))
     trained = [run for run in runs if run.evaluation is None]
     if trained:
-        parts.append(_trainings(trained, f"p{len(parts)}"))
+        parts.append(_trainings(trained))
 
     alone = parts[0] if len(parts) == 1 else None
     title = title or (alone.title if alone else "Report")
@@ -68,7 +77,7 @@ def _on_same_data(one: Evaluation | None, other: Evaluation | None) -> bool:
     return (one.data, one.split) == (other.data, other.split)
 
 
-def _comparison(runs: Sequence[Run], identity: str) -> Part:
+def _comparison(runs: Sequence[Run]) -> Part:
     """Evaluations of the same examples."""
     names = _names(runs)
     systems = [
@@ -84,7 +93,7 @@ def _comparison(runs: Sequence[Run], identity: str) -> Part:
         for metric, score in evaluation.scores.items()
         if score.score is None
     ]
-    warnings += [f"{name}: {evaluation.overlap}." for name, evaluation in named if evaluation.overlap]
+    warnings += [f"{name}: {evaluation.overlap}." for name, evaluation in named if str(evaluation.overlap)]
     warnings += [f"{name}: no scores." for name, evaluation in named if not evaluation.scores]
     facts = [
         ("task", first.task),
@@ -95,8 +104,8 @@ def _comparison(runs: Sequence[Run], identity: str) -> Part:
     ]
     sections = [
         scores_section(systems, main),
-        groups_section(systems, main, identity),
-        losses_section(systems, identity),
+        groups_section(systems, main),
+        losses_section(systems),
         outputs_section(systems),
         settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
     ]
@@ -132,7 +141,7 @@ def _difference(systems: Sequence[System], main: str) -> str:
     return f"{signed(gap, decimals)} {metric_name(main)} from {systems[0].name} to {systems[1].name}"
 
 
-def _trainings(runs: Sequence[Run], identity: str) -> Part:
+def _trainings(runs: Sequence[Run]) -> Part:
     """Training runs that were not evaluated."""
     systems = [
         System(name, [run], [figures_of(run)], style=index)
@@ -149,7 +158,7 @@ def _trainings(runs: Sequence[Run], identity: str) -> Part:
     ]
     sections = [
         Section("Runs", [scores_table(systems, "", "The result of each run", what="run")]),
-        losses_section(systems, identity),
+        losses_section(systems),
         settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
     ]
     return Part(
@@ -164,8 +173,6 @@ def _trainings(runs: Sequence[Run], identity: str) -> Part:
 def _loss_headline(systems: Sequence[System]) -> Headline | None:
     """The best development loss of each run."""
     losses = [(system.name, system.cost("dev_loss")) for system in systems]
-    items = [(name, fixed(loss, 3), "") for name, loss in losses if loss is not None]
-    lowest = min((loss for _, loss in losses if loss is not None), default=None)
-    best = [index for index, (_, text, _) in enumerate(items) if text == fixed(lowest, 3)]
-    marked = frozenset(best) if len(items) > len(best) else frozenset[int]()
-    return Headline("development loss per token, lower is better", items, marked) if items else None
+    known = [(name, Value(fixed(loss, 3), number=loss)) for name, loss in losses if loss is not None]
+    marked = zip([name for name, _ in known], mark_best([value for _, value in known], higher=False), strict=True)
+    return Headline("development loss per token, lower is better", list(marked)) if known else None

@@ -7,11 +7,13 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
     "MISSING",
     "Number",
     "Spread",
+    "clean",
     "count",
     "decimals_for",
     "duration",
@@ -22,6 +24,7 @@ __all__ = [
     "short",
     "signed",
     "size",
+    "spread_out",
     "words",
 ]
 
@@ -33,6 +36,23 @@ _NAMES: tuple[str, ...] = ("BLEU", "NIST", "METEOR", "CIDEr", "TER", "ROUGE-1", 
 _NAMES += ("BERTScore",)
 _METRICS = {name.lower().replace("-", "_"): name for name in _NAMES}
 _METRICS |= {"chrf": "chrF++", "macro_f1": "macro F1", "span_f1": "span F1"}
+
+
+# What no document may hold: control characters, and halves of surrogate pairs, which UTF-8 cannot write.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(text: Any) -> Any:
+    r"""Replace what a document cannot hold by U+FFFD, and write every end of line as a line feed; only in strings.
+
+    >>> clean("a\r\nb\x00"), clean(1)
+    ('a\nb�', 1)
+    """
+    return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n")) if type(text) is str else text
+
+
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; beyond the last one they change little."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,14 @@ class Spread:
             return None
         deviation = statistics.stdev(values) if len(values) > 1 else None
         return cls(statistics.fmean(values), deviation, min(values), max(values), len(values))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the mean, by Student's t; None for fewer than two."""
+        if self.deviation is None:
+            return None
+        half = _T95[min(self.count - 1, len(_T95)) - 1] * self.deviation / math.sqrt(self.count)
+        return self.mean - half, self.mean + half
 
 
 def decimals_for(values: Sequence[Number]) -> int:
@@ -177,3 +205,14 @@ def natural(text: object) -> tuple[tuple[int, float, str], ...]:
     """
     pieces = re.split(r"(\d+(?:\.\d+)?)", str(text))
     return tuple((0, float(piece), "") if index % 2 else (1, 0.0, piece) for index, piece in enumerate(pieces) if piece)
+
+
+def spread_out(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the items, evenly spread, with the first and the last.
+
+    >>> spread_out(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    if len(items) <= most:
+        return list(items)
+    return [items[index * (len(items) - 1) // (most - 1)] for index in range(most)]

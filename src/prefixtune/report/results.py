@@ -1,72 +1,165 @@
-"""What runs, evaluations and studies came to, as values: fields as in their files."""
+"""What runs, evaluations and studies came to: fields and their types as in their files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-__all__ = ["Cell", "CellStatus", "Difference", "Evaluation", "GroupScores", "Output", "Run", "Score", "Study"]
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from prefixtune.report.format import clean
+
+__all__ = [
+    "Cell",
+    "CellStatus",
+    "Comparisons",
+    "Difference",
+    "Evaluation",
+    "Event",
+    "GroupScores",
+    "Output",
+    "Run",
+    "Score",
+    "Stored",
+    "Study",
+    "losses_of",
+]
 
 
+_MOST = 10**15
 CellStatus = Literal["done", "failed", "waiting"]
 
 
-@dataclass(frozen=True)
-class Score:
+def _finite(value: Any) -> Any:
+    """None in place of a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _nan(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _known(values: Any) -> Any:
+    """Without what is missing or not finite."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if _finite(value) is not None}
+
+
+def _interval(value: Any) -> Any:
+    """None in place of an empty interval, or one with an end that is missing or not finite."""
+    if isinstance(value, list) and len(value) not in (0, 2):
+        raise PydanticCustomError("interval", "two numbers")
+    return None if isinstance(value, list) and None in [*map(_finite, value), *[None] * (not value)] else value
+
+
+def _scalar(value: Any) -> Any:
+    too_large = isinstance(value, int) and abs(value) > _MOST
+    return json.dumps(value) if too_large or isinstance(value, list | dict) else _finite(value)
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+"""None: missing, or not finite."""
+Text = Annotated[str, BeforeValidator(clean)]
+Count = Annotated[int, Field(ge=-_MOST, le=_MOST)]
+Strings = Annotated[tuple[Text, ...], Field(strict=False)]
+NumberOrNan = Annotated[float, BeforeValidator(_nan)]
+Interval = Annotated[tuple[float, float] | None, Field(strict=False), BeforeValidator(_interval)]
+
+
+class Stored(BaseModel):
+    """A JSON object in a file: null counts as missing, and keys that are not known are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
+
+class Score(Stored):
     """A score; None where it is missing or not finite."""
 
-    score: float | None
-    implementation: str = ""
-    interval: tuple[float, float] | None = None
+    score: Number = None
+    implementation: Text = ""
+    interval: Interval = None
     higher_is_better: bool = True
 
 
-@dataclass(frozen=True)
-class GroupScores:
+class GroupScores(Stored):
     """The scores of a part of the examples."""
 
-    num_examples: int
-    scores: Mapping[str, Score]
+    num_examples: Count = 0
+    scores: dict[Text, Score] = {}
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(Stored):
     """The output for one example."""
 
-    index: int
-    source: str
-    references: tuple[str, ...]
-    output: str
-    groups: Mapping[str, str]
+    index: Count = Field(0, alias="number")
+    source: Text = ""
+    references: Strings = ()
+    output: Text = ""
+    groups: dict[Text, Any] = {}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An `evaluation.json` and the outputs beside it."""
+class Overlap(Stored):
+    """How many test sources are also in the training set."""
 
-    title: str
-    task: str
-    data: str
-    split: str
-    num_examples: int
-    method: str
-    backbone: str
-    prefix: str
-    left_out: Mapping[str, str]
-    scores: Mapping[str, Score]
-    groups: Mapping[str, Mapping[str, GroupScores]]
-    seconds: float | None
-    settings: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    versions: Mapping[str, Any]
-    outputs: tuple[Output, ...] = field(repr=False)
-    overlap: str = ""
+    count: Count = 0
+    num_examples: Count = 0
+    train: Text = ""
+
+    def __str__(self) -> str:
+        """In words; empty: none, or it is not known."""
+        count, total = self.count, self.num_examples
+        if count < 1 or total < 1:
+            return ""
+        return f"{count:,} of {total:,} test sources ({count / total:.1%}) are also in the training set {self.train!r}"
 
 
-@dataclass(frozen=True)
-class Run:
+class Evaluation(Stored):
+    """An `evaluation.json` and the outputs of its `outputs.jsonl`."""
+
+    title: Text = ""
+    task: Text = ""
+    data: Text = ""
+    split: Text = ""
+    num_examples: Count = 0
+    method: Text = ""
+    backbone: Text = ""
+    prefix: Text = ""
+    left_out: dict[Text, Any] = {}
+    scores: dict[Text, Score]
+    groups: dict[Text, dict[Text, GroupScores]] = {}
+    seconds: Number = None
+    settings: dict[Text, Any] = {}
+    machine: dict[Text, Any] = {}
+    versions: dict[Text, Any] = {}
+    outputs: tuple[Output, ...] = Field((), repr=False)
+    overlap: Overlap = Overlap()
+
+
+class Event(Stored):
+    """A line of a training log: what of it must be a number."""
+
+    step: Number = None
+    loss: Number = None
+    loss_per_token: Number = None
+    seconds: Number = None
+    best_loss: Number = None
+    num_trained: Number = None
+    num_stored: Number = None
+
+
+class Run(Stored):
     """A training run, an evaluation, or both.
 
     Attributes:
@@ -77,35 +170,33 @@ class Run:
     """
 
     path: Path
-    config: Mapping[str, Any]
-    events: tuple[Mapping[str, Any], ...] = field(repr=False)
-    evaluation: Evaluation | None
-    file_bytes: int | None
+    config: dict[str, Any]
+    events: tuple[dict[str, Any], ...] = Field(repr=False)
+    evaluation: Evaluation | None = None
+    file_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(Stored):
     """One run of a study: what distinguishes it from the others, and its result."""
 
-    id: str
-    factors: Mapping[str, Any]
-    status: CellStatus
-    error: str
-    figures: Mapping[str, float]
-    run: Run | None
+    id: Text
+    factors: dict[Text, Annotated[Any, BeforeValidator(_scalar)]] = {}
+    status: CellStatus = "waiting"
+    error: Text = ""
+    figures: Annotated[dict[Text, float], BeforeValidator(_known)] = {}
+    run: Run | None = None
 
     @property
     def point(self) -> str:
         """The point of the grid that it is a repetition of.
 
-        >>> Cell("full-n50-subset1-seed0", {}, "done", "", {}, None).point
+        >>> Cell(id="full-n50-subset1-seed0").point
         'full-n50'
         """
         return self.id.rpartition("-subset")[0]
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Stored):
     """A point of a study against its counterpart: for each repetition, and over all of them.
 
     Attributes:
@@ -116,36 +207,66 @@ class Difference:
         p_values: For each repetition; None where it was not tested.
     """
 
-    point: str
-    reference: str
-    part: str
-    differences: tuple[float, ...]
-    p_values: tuple[float | None, ...]
-    mean: float
-    standard_error: float | None
+    point: Text = ""
+    reference: Text = ""
+    part: Text = ""
+    differences: Annotated[tuple[NumberOrNan, ...], Field(strict=False)] = ()
+    p_values: Annotated[tuple[Number, ...], Field(strict=False)] = ()
+    mean: float = math.nan
+    standard_error: Number = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has everything but, perhaps, p-values and a standard error."""
+        finite = all(map(math.isfinite, (self.mean, *self.differences)))
+        return finite and len(self.p_values) == len(self.differences)
 
 
-@dataclass(frozen=True)
-class Study:
+class Comparisons(Stored):
+    """A `comparisons.json`."""
+
+    test: Text = ""
+    points: Annotated[tuple[Difference, ...], Field(strict=False)] = ()
+
+
+class Study(Stored):
     """A `study.json` with its cells and their differences."""
 
     path: Path
-    name: str
-    title: str
-    task: str
-    backbone: str
-    factors: tuple[str, ...]
-    axis: str
-    metric: str
-    budget_minutes: float | None
-    cut: tuple[str, ...]
-    tuning: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    versions: Mapping[str, Any]
-    command: str
-    date: str
-    config: Mapping[str, Any]
+    name: Text = ""
+    title: Text = ""
+    task: Text = ""
+    backbone: Text = ""
+    factors: Strings = ()
+    axis: Text = ""
+    metric: Text = ""
+    budget_minutes: Number = None
+    cut: Strings = ()
+    tuning: dict[Text, Any] = {}
+    machine: dict[Text, Any] = {}
+    versions: dict[Text, Any] = {}
+    command: Text = ""
+    date: Text = ""
+    config: dict[Text, Any] = {}
     cells: tuple[Cell, ...]
-    differences: tuple[Difference, ...] = ()
-    difference_test: str = ""
-    overlap: str = ""
+    comparisons: Comparisons = Comparisons()
+    overlap: Overlap = Overlap()
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """The differences that are complete."""
+        return tuple(point for point in self.comparisons.points if point.is_complete)
+
+
+def losses_of(events: Sequence[Mapping[str, Any]], kind: str, key: str = "loss") -> tuple[list[int], list[float]]:
+    """Steps and losses of one kind of event of a training log.
+
+    Losses that are missing or not finite are left out, and of a step that was done twice the later one counts.
+    """
+    losses: dict[int, float] = {}
+    for event in events:
+        step, loss = event.get("step"), event.get(key)
+        if event.get("event") == kind and step is not None and loss is not None and math.isfinite(loss):
+            losses[int(step)] = float(loss)
+    steps = sorted(losses)
+    return steps, [losses[step] for step in steps]

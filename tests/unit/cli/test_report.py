@@ -9,7 +9,7 @@ import pytest
 
 from command_line import call
 from made_up_runs import evaluation, low_data_study
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, PrefixError
 
 
 def run(*arguments: object) -> int:
@@ -35,6 +35,22 @@ def test_warns_of_an_unfinished_study(tmp_path: Path, capsys: pytest.CaptureFixt
     result = json.loads(shown.out)
     assert (result["html"], result["markdown"]) == (str(page), str(page.with_suffix(".md")))
     assert "unfinished" in result["warnings"][0]
+
+
+def test_figures_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, page, figures = low_data_study(tmp_path / "study"), tmp_path / "out.html", tmp_path / "new" / "figures"
+    run(study, "--output", page, "--figures", figures, "--quiet")
+    assert capsys.readouterr().out.endswith(f"; 7 figures in {figures}\n")
+    assert len(list(figures.glob("*.pdf"))) == len(list(figures.glob("*.csv"))) == 7
+    run(study, "--output", page, "--figures", figures, "--quiet", "--json")
+    assert "bleu-over-number-of-targets" in json.loads(capsys.readouterr().out)["figures"]
+
+
+def test_a_folder_of_figures_that_cannot_be_made_stops_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(PrefixError, match=r"cannot write .*file': it is a file"):
+        run(evaluation(tmp_path / "run"), "--output", tmp_path / "out.html", "--figures", tmp_path / "file")
+    assert not (tmp_path / "out.html").exists()
 
 
 @pytest.mark.parametrize("name", ["out.md", "out", "folder.html"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import itertools
 import json
@@ -27,7 +28,7 @@ from made_up_runs import (
     write_lines,
 )
 from prefixtune.errors import DataError
-from prefixtune.report import compose, read_results, results, to_html, to_markdown
+from prefixtune.report import compose, figures, read_results, results, save_figures, to_html, to_markdown
 from prefixtune.studies import records
 
 NASTY = (
@@ -103,17 +104,18 @@ def column(text: str, head: str, table: int = 0) -> dict[str, str]:
 
 def test_a_study_shows_scores_costs_and_the_best(tmp_path: Path) -> None:
     page, text = pages(methods_study(tmp_path / "methods"))
-    assert column(text, "BLEU")["fine-tuning"] == "**63.90** ★ \\[62.00, 65.80\\]"
+    # The best, but not by more than chance: the interval of the prefix reaches to 64.30.
+    assert column(text, "BLEU")["fine-tuning"] == "**63.90** \\[62.00, 65.80\\]"
     assert column(text, "BLEU")["prefix"] == "62.40 \\[60.50, 64.30\\]"
     # Of TER the lowest is best: 0.95 - 63.9 / 120.
-    assert column(text, "TER (lower is better)")["fine-tuning"].startswith("**0.4175** ★")
+    assert column(text, "TER (lower is better)")["fine-tuning"].startswith("**0.4175** \\[")
     assert column(text, "parameters (trained)")["prefix"] == "1,234,432 (92,160 stored)"
     assert column(text, "file (size)")["prefix"] == "372 kB"
     assert column(text, "training (time)")["prefix"] == "15 min 05 s (160 steps)"
     assert column(text, "file (size)")["zero-shot"] == "n/a"
     shown = Page(page).text()
     for part in (
-        "63.90★ (best)",
+        "63.90 (best)",
         "62.40",
         "1,234,432",
         "372 kB",
@@ -195,8 +197,9 @@ def test_an_unfinished_study_says_so_first(tmp_path: Path) -> None:
     # Methods are compared where both have come to, and not at the place that only one has reached.
     assert "BLEU at number of targets 200" in shown
     rows = {(row[0], row[1]): row[3] for row in markdown_tables(text)[1][1:]}
-    assert "★" in rows["prefix", "200"]
-    assert "★" not in rows["prefix", "500"]
+    assert rows["prefix", "200"].startswith("**")
+    assert "**" not in rows["prefix", "500"]
+    assert "★" not in rows["prefix", "200"]
     assert rows["fine-tuning", "500"] == "n/a"
     assert ("zero-shot", "–") in rows
 
@@ -258,6 +261,53 @@ def test_evaluations_of_other_data_are_not_compared(tmp_path: Path) -> None:
     assert text.startswith("# Both\n")
     assert "★" not in text
     assert text.count("### Scores") == 2
+
+
+def test_a_star_needs_intervals_that_do_not_overlap(tmp_path: Path) -> None:
+    first, near, far = (
+        evaluation(tmp_path / title, title=title, scores={"bleu": measure(score, 1.9)}, groups={})
+        for title, score in (("first", 60.0), ("near", 56.5), ("far", 56.1))
+    )
+    _, text = pages(first, near)
+    assert column(text, "BLEU")["first"] == "**60.00** \\[58.10, 61.90\\]"
+    assert "★" not in text.replace("★: significant; its interval overlaps with no other", "")
+    page, text = pages(first, far)
+    assert column(text, "BLEU")["first"] == "**60.00** ★ \\[58.10, 61.90\\]"
+    assert "60.00★ (best, significant)" in Page(page).text()
+    # Without intervals nothing is known about chance.
+    bare = [evaluation(tmp_path / str(score), score, title=str(score), width=0.0) for score in (60.0, 6.0)]
+    assert column(pages(*bare)[1], "BLEU")["60.0"] == "**60.00**"
+
+
+def test_repetitions_are_compared_by_the_interval_of_their_mean(tmp_path: Path) -> None:
+    study_json(tmp_path, factors=["method"])
+    for seed in range(3):
+        cell(tmp_path, {"method": "prefix", "seed": seed}, 60.0 + seed)
+        cell(tmp_path, {"method": "adapter", "seed": seed}, 50.0 + 3 * seed)
+        cell(tmp_path, {"method": "lora", "seed": seed}, 40.0 + seed)
+    scores = column(pages(tmp_path)[1], "BLEU")
+    # 61 ± 4.303 / sqrt(3) reaches from 58.5 to 63.5, and 53 ± 3 * 4.303 / sqrt(3) from 45.5 to 60.5.
+    assert scores["prefix"] == "**61.00 ± 1.00** (60.00 to 62.00)"
+    for seed in range(3):
+        cell(tmp_path, {"method": "adapter", "seed": seed}, 50.0 + seed)
+    assert column(pages(tmp_path)[1], "BLEU")["prefix"] == "**61.00 ± 1.00** ★ (60.00 to 62.00)"
+
+
+def test_a_difference_is_starred_where_every_run_shows_it(tmp_path: Path) -> None:
+    point = {"point": "a", "reference": "b", "differences": [1.5, 2.5], "p_values": [0.01, 0.04], "mean": 2.0}
+    points = [point, {**point, "p_values": [0.01, 0.06]}, {**point, "differences": [-1.5, 2.5], "mean": 0.5}]
+    study = methods_study(tmp_path)
+    write(study / "comparisons.json", {"metric": "bleu", "test": "a test of pairs", "points": points})
+    table = next(table for table in markdown_tables(pages(study)[1]) if table[0][0] == "of")
+    assert [row[2] for row in table[1:]] == ["+2.00 ★", "+2.00", "+0.50"]
+
+
+def test_several_runs_are_in_one_curve(tmp_path: Path) -> None:
+    page, text = pages(*(training(tmp_path / name, seed=seed, final=1 + seed) for seed, name in enumerate("abc")))
+    drawn = [data for name, data in Page(page).texts if name == "title"][1:]
+    assert drawn == ["Training loss, smoothed", "Development loss"]
+    table = next(table for table in markdown_tables(text) if table[0] == ["run", "step", "loss"])
+    assert {row[0] for row in table[1:]} == {"a", "b", "c"}
 
 
 def test_systems_with_the_same_title_get_different_names(tmp_path: Path) -> None:
@@ -404,6 +454,18 @@ def test_nothing_is_fetched(nasty: tuple[str, str]) -> None:
     assert "unsafe" not in policy
 
 
+def test_more_metrics_than_figures_are_bounded(tmp_path: Path) -> None:
+    study_json(tmp_path, axis="prefix_length", factors=["prefix_length"])
+    scores = {f"metric{index}": measure(1.0 + index) for index in range(80)}
+    for length in (1, 2):
+        folder = cell(tmp_path, {"method": "prefix", "prefix_length": length}, 1.0)
+        stored = json.loads((folder / "evaluation.json").read_text())
+        write(folder / "evaluation.json", {**stored, "scores": scores, "groups": {}})
+    taken = Page(pages(tmp_path)[0])
+    assert len([a for a in taken.all("svg") if a.get("class") == "chart"]) == 64
+    assert "metric79 over prefix length: the figures" in taken.text()
+
+
 @pytest.mark.parametrize("make", [methods_study, low_data_study, length_study])
 def test_the_page_is_sound(make: Any, tmp_path: Path) -> None:
     taken = Page(pages(make(tmp_path))[0])
@@ -464,6 +526,75 @@ def test_colors_have_enough_contrast(number: int, tmp_path: Path) -> None:
         assert contrast(colors[f"s{series}"], colors["sheet"]) >= 3, series
 
 
+def test_figures_use_the_colors_of_the_page(tmp_path: Path) -> None:
+    page, _ = pages(methods_study(tmp_path))
+    root = re.findall(r":root \{(.*?)\}", page, flags=re.S)[0]
+    colors = {color: name for name, color in re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+);", root)}
+    assert {color: colors[color] for color in figures.VARIABLES if colors[color] != "page"} == figures.VARIABLES
+    charts = re.findall(r'<svg class="chart".*?</svg>', page, flags=re.S)
+    assert len(charts) == 4
+    for chart in charts:
+        # A color that is not a variable would stay as it is in dark mode.
+        assert set(re.findall(r'(?:fill|stroke)="([^"]*)"', chart)) <= {
+            f"var(--{v})" for v in figures.VARIABLES.values()
+        } | {"none"}
+        assert "style=" not in chart
+
+
+# --- figures as files ------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_written_in_four_formats(tmp_path: Path) -> None:
+    document = compose([read_results(methods_study(tmp_path / "study"))])
+    names = save_figures(document, tmp_path / "figures")
+    assert names == [
+        "bleu-by-type",
+        "bleu-by-whether-the-category-was-seen-in-training",
+        "training-loss-smoothed",
+        "development-loss",
+    ]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert set(files) == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf", "png", "csv")}
+    begins = {"svg": b"<?xml", "pdf": b"%PDF-", "png": b"\x89PNG", "csv": b"series,"}
+    assert all(content.startswith(begins[name[-3:]]) for name, content in files.items())
+    save_figures(document, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
+
+
+def test_the_numbers_of_a_figure(tmp_path: Path) -> None:
+    save_figures(compose([read_results(length_study(tmp_path / "study"))]), tmp_path)
+    rows = list(csv.reader((tmp_path / "bleu-over-prefix-length.csv").read_text().splitlines()))
+    assert rows[:2] == [["series", "prefix length", "BLEU", "low", "high"], ["prefix", "1.0", "52.0", "50.1", "53.9"]]
+    assert len(rows) == 6
+    rows = list(csv.reader((tmp_path / "bleu-by-type.csv").read_text().splitlines()))
+    assert rows[1] == ["prefix length 1", "coffee shop (20)", "56.0", "54.1", "57.9"]
+
+
+def test_figures_of_any_text_are_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["_hidden", "$x_", "漢字 🍣", "\x00\x07\u202e", "x" * 500, "<b>&amp;"]
+    groups = {
+        "$kind$": {name: {"num_examples": 1, "scores": {"bleu": measure(1.0 + n)}} for n, name in enumerate(names)}
+    }
+    runs = [evaluation(tmp_path / str(n), 9.0, title=name, groups=groups) for n, name in enumerate(names)]
+    document = compose([read_results(run) for run in runs])
+    assert save_figures(document, tmp_path) == ["bleu-by-kind"]
+    drawn = Page(re.findall(r'<svg class="chart".*?</svg>', to_html(document), flags=re.S)[0])
+    labels = {text.strip() for name, text in drawn.texts if name == "text"}
+    assert {"_hidden", "$x_", "漢字 🍣", "<b>&amp;", "_hidden (1)"} <= labels
+    assert max(map(len, labels)) < 50
+    assert caplog.records == []
+
+
+def test_figures_do_not_follow_the_settings_of_the_user(tmp_path: Path) -> None:
+    import matplotlib
+
+    document = compose([read_results(training(tmp_path / "run"))])
+    page = to_html(document)
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": False}):
+        assert to_html(document) == page
+        assert matplotlib.rcParams["font.size"] == 30
+
+
 # --- broken folders --------------------------------------------------------------------------------------------------
 
 
@@ -485,7 +616,10 @@ def damaged(folder: Path, name: str, text: str) -> Path:
         (lambda f: evaluation(f, scores={"bleu": {"score": 1, "interval": [1]}}), "must be two numbers"),
         (lambda f: evaluation(f, num_examples="many"), "'num_examples' in .* must be a whole number"),
         (lambda f: damaged(evaluation(f), "outputs.jsonl", '{"number": 1}\n{"num\n'), "line 2 of .*outputs.jsonl"),
-        (lambda f: damaged(evaluation(f), "outputs.jsonl", '{"references": [1]}\n'), "must be a list of strings"),
+        (
+            lambda f: damaged(evaluation(f), "outputs.jsonl", '{"references": [1]}\n'),
+            "item 1 in 'references' in line 1 of .* must be a string",
+        ),
         (lambda f: damaged(training(f), "events.jsonl", '{"event"\n{"event": "end"}\n'), "line 1 of .*events.jsonl"),
         (lambda f: damaged(training(f), "events.jsonl", '{"event": "step", "step": "one"}\n'), "must be a number"),
         (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml' is not TOML"),

@@ -1,70 +1,92 @@
-"""Losses over a run's steps: as points, smoothed, and as a picture."""
+"""Losses over the optimizer steps of runs, in one curve."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prefixtune.utils.files import atomic_path
+from prefixtune.report.document import NUM_STYLES, Block, Chart, Charts, Column, Details, Section, Series, Table, Value
+from prefixtune.report.format import count, fixed, spread_out
+from prefixtune.report.results import Run, losses_of
+from prefixtune.report.sections.systems import System
 
-__all__ = ["limits", "loss_plot", "points", "smooth"]
+__all__ = ["losses_section", "run_series", "smooth"]
 
 
-RAW, SMOOTH, DEVELOPMENT = "#a9c6e8", "#1f5fa8", "#d1495b"
+MOST_ROWS = 24
+STEP = "optimizer step"
 
 
-def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw training and development loss over the steps, and save the picture as PNG.
+def losses_section(systems: Sequence[System]) -> Section | None:
+    """Training and development loss: of a single run in one chart; of several, all runs in each of two charts."""
+    trained = [system for system in systems if any(run_series(run.events) for run in system.runs)]
+    if not trained:
+        return None
+    runs = [run for system in trained for run in system.runs]
+    # The development loss is per token.
+    per_token = all("loss_per_token" in event for run in runs for event in run.events if event.get("event") == "step")
+    key, unit = ("loss_per_token", "loss per token") if per_token else ("loss", "loss")
+    if len(runs) == 1:
+        return Section("Losses", [Charts([_single_chart(trained[0].label, runs[0], key, unit)])])
+    groups = [trained[start : start + NUM_STYLES] for start in range(0, len(trained), NUM_STYLES)]
+    first, *rest = [Charts(list(_overlaid(group, index, key, unit))) for index, group in enumerate(groups)]
+    more: list[Block] = [Details(f"{len(trained) - NUM_STYLES} more loss curves", rest)] if rest else []
+    return Section("Losses", [first, *more])
 
-    Losses that are not finite are left out, and of a step that was done twice (after resuming) the later one counts.
 
-    Args:
-        events: Of these, `{"event": "step", "step": 1, "loss": 3.2}` gives the training loss and
-            `{"event": "evaluation", "step": 50, "loss": 2.1}` the development loss; others are ignored.
-        path: The PNG file, written atomically.
-        title: Above the picture.
+def run_series(events: Sequence[Mapping[str, Any]], key: str = "loss") -> list[Series]:
+    """The curves of one run: training loss, the same smoothed, development loss; those that it has."""
+    steps, losses = losses_of(events, "step", key)
+    development = list(zip(*losses_of(events, "evaluation"), strict=True))
+    series = [
+        Series("training", list(zip(steps, losses, strict=True)), 0, kind="faint"),
+        Series("training, smoothed", list(zip(steps, smooth(losses), strict=True)), 0, kind="plain"),
+        Series("development", development, 1),
+    ]
+    return [each for each in series if each.points]
 
-    Raises:
-        PrefixError: The file cannot be written.
-    """
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-    from matplotlib.ticker import MaxNLocator
 
-    steps, losses = points(events, "step")
-    dev_steps, dev_losses = points(events, "evaluation")
-    smoothed = smooth(losses)
+def _single_chart(name: str, run: Run, key: str, unit: str) -> Chart:
+    series = run_series(run.events, key)
+    curves = {each.name: dict(each.points) for each in series}
+    training, development = curves.get("training, smoothed", {}), curves.get("development", {})
+    steps = sorted({*spread_out(sorted(development), MOST_ROWS), *spread_out(sorted(training), MOST_ROWS // 2)})
+    columns = [Column("step", [Value(count(step), number=step) for step in steps])]
+    for head, values in (("training, smoothed", training), ("development", development)):
+        shown = [Value(fixed(values[step], 3) if step in values else "", number=values.get(step)) for step in steps]
+        columns.append(Column(head, shown))
+    text = f"{unit} over the optimizer steps of 1 run."
+    if development:
+        last = development[max(development)]
+        text += f" The lowest development loss is {fixed(min(development.values()), 3)}, the last {fixed(last, 3)}."
+    return Chart(name, text, series, STEP, unit, Table(f"Losses of {name}", columns))
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    if losses:
-        axes.plot(steps, losses, color=RAW, linewidth=0.8, label="training")
-        axes.plot(steps, smoothed, color=SMOOTH, linewidth=1.8, label="training, smoothed")
-    if dev_losses:
-        axes.plot(dev_steps, dev_losses, color=DEVELOPMENT, linewidth=1, marker="o", markersize=5, label="development")
-        best = min(range(len(dev_losses)), key=dev_losses.__getitem__)
-        axes.annotate(
-            f"{dev_losses[best]:.3g}",
-            (dev_steps[best], dev_losses[best]),
-            textcoords="offset points",
-            xytext=(0, -14),
-            ha="center",
-            color=DEVELOPMENT,
-        )
-    if losses or dev_losses:
-        axes.set_ylim(*limits(losses, [*smoothed, *dev_losses]))
-        axes.legend(frameon=False)
-    else:
-        axes.text(0.5, 0.5, "no losses recorded", ha="center", va="center", transform=axes.transAxes, color="gray")
-    axes.set_title(title.replace("$", r"\$"), wrap=True)  # a dollar sign would start a formula
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})  # equal runs give equal files
+
+def _overlaid(systems: Sequence[System], group: int, key: str, unit: str) -> Iterator[Chart]:
+    """The training losses of several runs in one chart, and their development losses in another."""
+    for title, event in (("Training loss, smoothed", "step"), ("Development loss", "evaluation")):
+        is_training, series = event == "step", list[Series]()
+        for index, system in enumerate(systems):
+            for run in system.runs:
+                steps, losses = losses_of(run.events, event, key if is_training else "loss")
+                if steps:
+                    points = list(zip(steps, smooth(losses) if is_training else losses, strict=True))
+                    series.append(Series(system.label, points, index, kind="plain" if is_training else "marked"))
+        if series:
+            title, label = f"{title} ({group + 1})" if group else title, unit if is_training else "loss per token"
+            lowest = "; ".join(f"{each.name} {fixed(min(y for _, y in each.points), 3)}" for each in series)
+            text = f"{label} over the optimizer steps of {len(series)} runs. The lowest: {lowest}."
+            yield Chart(title, text, series, STEP, label, _overlaid_table(title, series))
+
+
+def _overlaid_table(title: str, series: Sequence[Series]) -> Table:
+    rows = [(each.name, step, loss) for each in series for step, loss in spread_out(each.points, MOST_ROWS // 2)]
+    columns = [
+        Column("run", [Value(name) for name, _, _ in rows], numeric=False),
+        Column("step", [Value(count(step), number=step) for _, step, _ in rows]),
+        Column("loss", [Value(fixed(loss, 3), number=loss) for _, _, loss in rows]),
+    ]
+    return Table(f"{title}: the figures", columns)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -83,25 +105,3 @@ def smooth(values: Sequence[float]) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         result.append(total / weight)
     return result
-
-
-def points(events: Sequence[Mapping[str, Any]], kind: str, key: str = "loss") -> tuple[list[int], list[float]]:
-    """Steps and losses of one kind of event.
-
-    Losses that are missing or not finite are left out, and of a step that was done twice the later one counts.
-    """
-    losses: dict[int, float] = {}
-    for event in events:
-        step, loss = event.get("step"), event.get(key)
-        if event.get("event") == kind and step is not None and loss is not None and math.isfinite(loss):
-            losses[int(step)] = float(loss)
-    steps = sorted(losses)
-    return steps, [losses[step] for step in steps]
-
-
-def limits(raw: Sequence[float], must_show: Sequence[float]) -> tuple[float, float]:
-    """The range of the vertical axis; the highest 2 % of the raw losses may lie outside."""
-    inner = sorted(raw)[: max(1, math.ceil(0.98 * len(raw)))]
-    low, high = min([*raw, *must_show]), max([*inner, *must_show])
-    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin

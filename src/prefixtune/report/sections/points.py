@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefixtune.report.charts import NUM_STYLES
-from prefixtune.report.format import natural, plain, short, words
+from prefixtune.report.document import NUM_STYLES
+from prefixtune.report.format import natural, plain, short, spread_out, words
 from prefixtune.report.results import Cell, Study
-from prefixtune.report.sections.details import spread_out
 from prefixtune.report.sections.systems import System, figures_of
 
 __all__ = ["cell_figures", "name_factors", "point_names", "representatives", "study_systems"]
@@ -105,7 +104,7 @@ def _axis_value(cell: Cell, axis: str) -> float | None:
     value = cell.factors.get(axis) or cell.figures.get(axis)
     if not value and cell.run is not None:
         value = next((event.get(axis) for event in cell.run.events if event.get("event") == "start"), None)
-    return float(value) if isinstance(value, int | float) and value else None
+    return float(value) if isinstance(value, int | float) and value and abs(value) < 1e15 else None
 
 
 def representatives(systems: Sequence[System], axis: str) -> tuple[list[System], str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from prefixtune.report.document import Block, Column, Details, Headline, Listing
 from prefixtune.report.format import count, decimals_for, duration, fixed, metric_name, plain, words
 from prefixtune.report.results import Cell, Study
 from prefixtune.report.sections.axis import axis_section
-from prefixtune.report.sections.details import losses_section, outputs_section, settings_section
+from prefixtune.report.sections.details import outputs_section, settings_section
 from prefixtune.report.sections.differences import differences_section
 from prefixtune.report.sections.groups import groups_section
+from prefixtune.report.sections.losses import losses_section
 from prefixtune.report.sections.points import cell_figures, name_factors, representatives, study_systems
 from prefixtune.report.sections.systems import headline, main_metric, scores_section
 from prefixtune.report.sections.tuning import tuning_section
@@ -39,13 +40,8 @@ class Part:
     sections: Sequence[Section]
 
 
-def study_part(study: Study, identity: str) -> Part:
-    """Everything in a study's folder.
-
-    Args:
-        study: As it was read.
-        identity: Prefix of the ids in the charts.
-    """
+def study_part(study: Study) -> Part:
+    """Everything in a study's folder."""
     systems = study_systems(study)
     main = main_metric(systems, study.metric) or study.metric
     shown, at = representatives(systems, study.axis)
@@ -54,11 +50,11 @@ def study_part(study: Study, identity: str) -> Part:
         _unfinished(study),
         scores_section(systems, main, study.axis, name),
         differences_section(study, systems),
-        axis_section(systems, study.axis, main, identity),
+        axis_section(systems, study.axis, main),
         Section("Left out or made smaller", [Listing(study.cut)]) if study.cut else None,
-        groups_section(shown, main, identity),
+        groups_section(shown, main),
         tuning_section(study.tuning),
-        losses_section(systems, identity),
+        losses_section(systems),
         outputs_section(shown, f"Each system{at}: its first finished run." if len(systems) > 1 else ""),
         settings_section(systems, _origin(study), study.config),
         Section("Cells", [Details(f"All {len(study.cells)} cells", [_cells_table(study.cells, main)])]),
@@ -121,7 +117,7 @@ def _warnings(study: Study, main: str) -> list[str]:
         more = f" and {len(unscored) - _MOST_NAMES} more" if len(unscored) > _MOST_NAMES else ""
         names = ", ".join(unscored[:_MOST_NAMES])
         warnings.append(f"Done, but without a finite {metric_name(main) or 'score'}: {names}{more}.")
-    if study.overlap:
+    if str(study.overlap):
         warnings.append(f"{study.overlap}.")
     return warnings
 
@@ -137,8 +133,9 @@ def _unfinished(study: Study) -> Section | None:
     waiting = [cell for cell in study.cells if cell.status == "waiting"]
     blocks: list[Block] = []
     if failed:
-        rows = [[Value(cell.id), Value(cell.error or "no reason was written down")] for cell in failed]
-        blocks.append(Table("Failed", [Column("cell", numeric=False), Column("error", numeric=False)], rows))
+        reasons = [Value(cell.error or "no reason was written down") for cell in failed]
+        cells = Column("cell", [Value(cell.id) for cell in failed], numeric=False)
+        blocks.append(Table("Failed", [cells, Column("error", reasons, numeric=False)]))
     if waiting:
         blocks.append(Details(f"{len(waiting)} waiting", [Text(", ".join(cell.id for cell in waiting))]))
     return Section("What is missing", blocks) if blocks else None
@@ -146,25 +143,19 @@ def _unfinished(study: Study) -> Section | None:
 
 def _cells_table(cells: Sequence[Cell], main: str) -> Table:
     decimals = decimals_for([score for cell in cells if (score := _score(cell, main)) is not None])
-    columns = [Column("cell", numeric=False), Column("status", numeric=False), Column(metric_name(main) or "score")]
-    columns += [
-        Column("dev. loss", "per token"),
-        Column("steps"),
-        Column("training", "time"),
-        Column("evaluation", "time"),
+    figures, scores = [cell_figures(cell) for cell in cells], [_score(cell, main) for cell in cells]
+
+    def column(name: str, small: str, key: str, write: Callable[[float | None], str]) -> Column:
+        numbers = [of.get(key) for of in figures]
+        return Column(name, [Value(write(number), number=number) for number in numbers], small)
+
+    columns = [
+        Column("cell", [Value(cell.id) for cell in cells], numeric=False),
+        Column("status", [Value(cell.status) for cell in cells], numeric=False),
+        Column(metric_name(main) or "score", [Value(fixed(score, decimals), number=score) for score in scores]),
+        column("dev. loss", "per token", "dev_loss", lambda loss: fixed(loss, 3)),
+        column("steps", "", "steps", count),
+        column("training", "time", "train_seconds", duration),
+        column("evaluation", "time", "evaluate_seconds", duration),
     ]
-    rows = []
-    for cell in cells:
-        figures, score = cell_figures(cell), _score(cell, main)
-        rows.append(
-            [
-                Value(cell.id),
-                Value(cell.status),
-                Value(fixed(score, decimals), number=score),
-                Value(fixed(figures.get("dev_loss"), 3), number=figures.get("dev_loss")),
-                Value(count(figures.get("steps")), number=figures.get("steps")),
-                Value(duration(figures.get("train_seconds")), number=figures.get("train_seconds")),
-                Value(duration(figures.get("evaluate_seconds")), number=figures.get("evaluate_seconds")),
-            ]
-        )
-    return Table("Every cell", columns, rows)
+    return Table("Every cell", columns)

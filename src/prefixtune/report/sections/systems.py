@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prefixtune.report.document import Block, Column, Headline, Listing, Section, Table, Value
+from prefixtune.report.document import Column, Headline, Listing, Section, Table, Value
 from prefixtune.report.format import (
     MISSING,
     Spread,
@@ -18,8 +18,7 @@ from prefixtune.report.format import (
     size,
     words,
 )
-from prefixtune.report.results import Evaluation, Run, Score
-from prefixtune.report.sections.losses import points
+from prefixtune.report.results import Evaluation, Run, Score, losses_of
 
 __all__ = [
     "System",
@@ -124,7 +123,7 @@ class System:
 def figures_of(run: Run) -> dict[str, float]:
     """What a run cost, as far as its log and files say."""
     figures: dict[str, float | None] = {"file_bytes": run.file_bytes}
-    steps, _ = points(run.events, "step")
+    steps, _ = losses_of(run.events, "step")
     for event in run.events:
         if event.get("event") == "start":
             figures["trained_parameters"] = event.get("num_trained")
@@ -167,24 +166,42 @@ def score_value(system: System, metric: str, decimals: int, group: tuple[str, st
         small = f"{fixed(spread.low, decimals)} to {fixed(spread.high, decimals)}"
     else:
         small = "" if span is None else f"[{fixed(span[0], decimals)}, {fixed(span[1], decimals)}]"
-    return Value(text, small, spread.mean)
+    return Value(text, small, spread.mean, interval=span if spread.interval is None else spread.interval)
 
 
 def mark_best(values: Sequence[Value], *, higher: bool) -> list[Value]:
-    """Mark the best of several values, and those that read the same."""
-    numbers = [value.number for value in values if value.number is not None]
-    if len(numbers) < 2:
+    """Mark the best of several values, and those that read the same.
+
+    The best is significant where its interval and that of every other do not overlap.
+    """
+    known = [(value, value.number) for value in values if value.number is not None]
+    if len({_figure(value) for value, _ in known}) < 2:
         return list(values)
-    best = max(numbers) if higher else min(numbers)
-    shown = {value.text.split(" ")[0] for value in values if value.number == best}
-    if len({value.text.split(" ")[0] for value in values if value.number is not None}) == 1:
-        return list(values)
-    return [replace(value, best=value.number is not None and value.text.split(" ")[0] in shown) for value in values]
+    sign = 1 if higher else -1
+    best, _ = max(known, key=lambda pair: sign * pair[1])
+    others = [value for value, _ in known if value is not best]
+    apart = all(_is_apart(best, other, higher=higher) for other in others)
+    return [
+        replace(value, best=True, significant=value is best and apart)
+        if value.number is not None and _figure(value) == _figure(best)
+        else value
+        for value in values
+    ]
+
+
+def _figure(value: Value) -> str:
+    return value.text.split(" ")[0]
+
+
+def _is_apart(best: Value, other: Value, *, higher: bool) -> bool:
+    if best.interval is None or other.interval is None:
+        return False
+    return best.interval[0] > other.interval[1] if higher else best.interval[1] < other.interval[0]
 
 
 def _marked(systems: Sequence[System], values: Sequence[Value], *, higher: bool) -> list[Value]:
     """Mark the best among the systems with the same value on the axis; of a single series, the best of all."""
-    if len({system.name for system in systems if system.axis_value is not None}) < 2:
+    if not _has_several_series(systems):
         return mark_best(values, higher=higher)
     result = list(values)
     for axis_value in {system.axis_value for system in systems}:
@@ -194,44 +211,40 @@ def _marked(systems: Sequence[System], values: Sequence[Value], *, higher: bool)
     return result
 
 
+def _has_several_series(systems: Sequence[System]) -> bool:
+    return len({system.name for system in systems if system.axis_value is not None}) > 1
+
+
 def scores_table(systems: Sequence[System], main: str, caption: str, axis: str = "", what: str = "system") -> Table:
     """Scores with their intervals or spreads, and what each system cost."""
-    columns, cells = [Column(what, numeric=False)], [[Value(system.name)] for system in systems]
+    columns = [Column(what, [Value(system.name) for system in systems], numeric=False)]
     if axis:
-        columns.append(Column(words(axis)))
-        for row, system in zip(cells, systems, strict=True):
-            axis_value = system.axis_value
-            row.append(Value("–" if axis_value is None else short(axis_value), number=axis_value))
+        along = [system.axis_value for system in systems]
+        columns.append(Column(words(axis), [Value("–" if x is None else short(x), number=x) for x in along]))
     if any(system.num_planned > 1 or len(system.runs) < system.num_planned for system in systems):
-        columns.append(Column("runs", "done of planned"))
-        for row, system in zip(cells, systems, strict=True):
-            row.append(Value(f"{len(system.runs)} of {system.num_planned}", number=len(system.runs)))
+        counts = [Value(f"{len(s.runs)} of {s.num_planned}", number=len(s.runs)) for s in systems]
+        columns.append(Column("runs", counts, "done of planned"))
     for index, metric in enumerate(metric_keys(systems, main)):
         higher = is_higher_better(systems, metric)
         means = [spread.mean for system in systems if (spread := system.spread(metric)) is not None]
         values = [score_value(system, metric, decimals_for(means)) for system in systems]
-        columns.append(Column(metric_name(metric), "" if higher else "lower is better", begins_group=index == 0))
-        for row, value in zip(cells, _marked(systems, values, higher=higher), strict=True):
-            row.append(value)
-    for index, (column, values) in enumerate(_cost_columns(systems)):
-        columns.append(replace(column, begins_group=index == 0))
-        for row, value in zip(cells, values, strict=True):
-            row.append(value)
-    return Table(caption, columns, cells, num_headers=2 if axis else 1)
+        values, small = _marked(systems, values, higher=higher), "" if higher else "lower is better"
+        columns.append(Column(metric_name(metric), values, small, begins_group=index == 0))
+    costs = list(_cost_columns(systems))
+    columns += [replace(column, begins_group=index == 0) for index, column in enumerate(costs)]
+    return Table(caption, columns, num_headers=2 if axis else 1)
 
 
-def _cost_columns(systems: Sequence[System]) -> Iterator[tuple[Column, list[Value]]]:
+def _cost_columns(systems: Sequence[System]) -> Iterator[Column]:
     """The costs that are known for any system."""
     for cost in _COSTS:
         figures = [(system.cost(cost.key), system.cost(cost.also)) for system in systems]
         if any(figure is not None for pair in figures for figure in pair):
-            yield (
-                Column(cost.name, cost.small),
-                [
-                    Value(cost.write(main), "" if also is None else f"{count(also)} {cost.unit}", main)
-                    for main, also in figures
-                ],
-            )
+            values = [
+                Value(cost.write(main), "" if also is None else f"{count(also)} {cost.unit}", main)
+                for main, also in figures
+            ]
+            yield Column(cost.name, values, cost.small)
 
 
 def implementations(systems: Sequence[System]) -> list[str]:
@@ -248,24 +261,27 @@ def implementations(systems: Sequence[System]) -> list[str]:
 
 def scores_section(systems: Sequence[System], main: str, axis: str = "", what: str = "system") -> Section:
     """The table of scores, and how to read it."""
-    single = [system for system in systems if len(system.runs) == 1]
-    scores = [score for system in single for metric in metric_keys(systems, "") for score in system.scores(metric)]
-    blocks: list[Block] = [scores_table(systems, main, "Scores, and what they cost", axis, what)]
+    table = scores_table(systems, main, "Scores, and what they cost", axis, what)
+    values = [value for column in table.columns for value in column.values]
     notes = []
-    if any(value.best for row in blocks[0].rows for value in row):  # type: ignore[union-attr]
-        several = len({system.name for system in systems if system.axis_value is not None}) > 1
-        among = f", among those of the same {words(axis)}" if several else ""
-        notes.append(f"★ and bold: the best of its column{among}.")
-    if any(score.interval for score in scores):
+    if any(value.best for value in values):
+        among = f", among those of the same {words(axis)}" if _has_several_series(systems) else ""
+        notes.append(f"Bold: the best of its column{among}. ★: significant; its interval overlaps with no other.")
+    if any(score.interval for system in systems if len(system.runs) == 1 for score in _all_scores(system)):
         notes.append("In brackets: the confidence interval of a single run's score.")
     if any(len(system.runs) > 1 for system in systems):
-        notes.append("Of several runs: the mean ± the standard deviation, and the lowest to the highest; costs: means.")
+        notes.append(
+            "Of several runs: the mean ± the standard deviation, and the lowest to the highest; costs: means. Their "
+            "interval, for ★, is the 95 % interval of the mean."
+        )
     notes += implementations(systems)
-    left_out = dict.fromkeys(
-        pair for system in systems for each in system.evaluations for pair in each.left_out.items()
-    )
+    left_out = {(key, str(why)): None for s in systems for e in s.evaluations for key, why in e.left_out.items()}
     notes += [f"{metric_name(metric)} was left out: {reason}" for metric, reason in left_out]
-    return Section("Scores", [*blocks, Listing(notes)] if notes else blocks)
+    return Section("Scores", [table, Listing(notes)] if notes else [table])
+
+
+def _all_scores(system: System) -> list[Score]:
+    return [score for metric in metric_keys([system], "") for score in system.scores(metric)]
 
 
 def headline(systems: Sequence[System], main: str, where: str = "") -> Headline | None:
@@ -273,14 +289,12 @@ def headline(systems: Sequence[System], main: str, where: str = "") -> Headline 
     spreads = [(system, spread) for system in systems if (spread := system.spread(main)) is not None]
     if not spreads:
         return None
-    decimals = decimals_for([spread.mean for _, spread in spreads])
-    items, values = [], []
+    decimals, higher = decimals_for([spread.mean for _, spread in spreads]), is_higher_better(systems, main)
+    values = []
     for system, spread in spreads:
         value = score_value(system, main, decimals)
         small = f"± {fixed(spread.deviation, decimals)}, {spread.count} runs" if spread.deviation is not None else ""
-        items.append((system.name, fixed(spread.mean, decimals), small or value.small))
-        values.append(value)
-    marked = mark_best(values, higher=is_higher_better(systems, main))
-    best = frozenset(index for index, value in enumerate(marked) if value.best)
-    lower = "" if is_higher_better(systems, main) else ", lower is better"
-    return Headline(f"{metric_name(main)}{where}{lower}", items, best)
+        values.append(replace(value, text=fixed(spread.mean, decimals), small=small or value.small))
+    marked = zip(spreads, mark_best(values, higher=higher), strict=True)
+    lower = "" if higher else ", lower is better"
+    return Headline(f"{metric_name(main)}{where}{lower}", [(system.name, value) for (system, _), value in marked])

@@ -1,0 +1,292 @@
+"""Charts drawn by matplotlib: inside the page, and as files.
+
+In the page the colours are the page's own variables, so that they follow its dark mode; series differ by colour,
+dashes and markers.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from prefixtune.report.document import Chart, Series, Table
+from prefixtune.report.format import Number, clean, short, spread_out
+from prefixtune.report.sections.losses import run_series
+from prefixtune.utils.files import atomic_path, write_text
+
+__all__ = ["inline_svg", "loss_plot", "save_figure"]
+
+
+TEXT, QUIET, LINE, SHEET = "#1c2127", "#59626d", "#dcdedf", "#ffffff"
+COLORS = ("#1f5fa8", "#b8431f", "#1b7a4b", "#7a3fa0", "#8a6100", "#0b7285", "#b02a6f", "#5c6470")
+VARIABLES = {TEXT: "text", QUIET: "quiet", LINE: "line", SHEET: "sheet"} | {c: f"s{n}" for n, c in enumerate(COLORS)}
+"""Colour -> the variable of style.css that stands for it in the page."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES: tuple[Any, ...] = (
+    "-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 2, 1, 2, 1, 2)),
+)  # fmt: skip
+WIDTH, HEIGHT = 5.0, 3.1
+"""Inches; in the page, 72 units each."""
+MOST_POINTS = 480
+STYLE = {
+    "font.size": 11.5,
+    "text.color": TEXT,
+    "text.parse_math": False,  # a dollar sign would start a formula
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": QUIET,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": LINE,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "ytick.left": False,
+    "legend.frameon": False,
+    "legend.fontsize": 11.5,
+    "figure.constrained_layout.h_pad": 0.02,
+    "figure.constrained_layout.w_pad": 0.02,
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def _matplotlib_style(**changes: Any) -> Iterator[None]:
+    """Settings of this module alone, whatever the user's, and no word about fonts and their cache."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import matplotlib
+
+        with warnings.catch_warnings(), matplotlib.rc_context():
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE | changes)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def inline_svg(chart: Chart, identity: str) -> str:
+    """A chart as an SVG element for a page with the variables of style.css.
+
+    It has no ids but its own, no styles and nothing that is fetched; equal charts give equal text.
+
+    Args:
+        chart: What is drawn.
+        identity: What its ids begin with; unique in the page.
+    """
+    file = io.BytesIO()
+    with _matplotlib_style(**{"svg.fonttype": "none", "svg.hashsalt": identity}):
+        _draw(chart).savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = ElementTree.fromstring(file.getvalue())
+    root = ElementTree.Element("svg", {"class": "chart", "viewBox": drawn.get("viewBox", ""), "role": "img"})
+    for name, text in (("title", chart.title), ("desc", chart.description)):
+        ElementTree.SubElement(root, name, {"id": f"{identity}-{name}"}).text = clean(text)
+    root.set("aria-labelledby", f"{identity}-title {identity}-desc")
+    root.extend(part for part in drawn if part.tag.endswith("}g"))
+    used = set(re.findall(r"#(\w+)\)?\"", file.getvalue().decode()))
+    for element in root.iter():
+        _plain(element, used)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _plain(element: ElementTree.Element, used: set[str]) -> None:
+    """Attributes in place of styles, variables in place of colours, and only ids that are used."""
+    element.tag = element.tag.rpartition("}")[2]
+    element.tail = None
+    attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+    for declaration in attributes.pop("style", "").split(";"):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key in ("font", "font-size"):
+            attributes["font-size"] = value.partition("px")[0].rpartition(" ")[2]
+        elif key and key != "font-family":
+            attributes[key] = f"var(--{VARIABLES[value]})" if value in VARIABLES else value
+    if element.tag not in ("title", "desc") and attributes.get("id") not in used:
+        attributes.pop("id", None)
+    for key in {"d", "x", "y", "transform"} & attributes.keys():
+        attributes[key] = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.4g}", attributes[key])
+        attributes[key] = " ".join(attributes[key].split())
+    element.attrib.clear()
+    element.attrib.update(attributes)
+
+
+def save_figure(chart: Chart, path: Path) -> None:
+    """Write a chart as SVG, PDF and PNG, and its numbers as CSV.
+
+    Args:
+        chart: What is drawn.
+        path: Of the files, without the end of the name.
+
+    Raises:
+        PrefixError: A file cannot be written.
+    """
+    with _matplotlib_style(**{"svg.hashsalt": path.name}):
+        figure = _draw(chart)
+        for kind, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+            with atomic_path(path.with_name(f"{path.name}.{kind}")) as temporary:
+                figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+    write_text(path.with_name(f"{path.name}.csv"), numbers(chart))
+
+
+def numbers(chart: Chart) -> str:
+    """Every point of a chart as CSV, with its interval."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    x_name, y_name = (chart.y_label, chart.x_label) if chart.rows else (chart.x_label, chart.y_label)
+    writer.writerow(["series", x_name, y_name, "low", "high"])
+    for series in chart.series:
+        for index, (x, y) in enumerate(series.points):
+            at, value = (chart.rows[int(y)], x) if chart.rows else ("" if series.kind == "level" else x, y)
+            writer.writerow([series.name, at, value, *(series.ranges[index] if series.ranges else ("", ""))])
+    return str(clean(file.getvalue()))
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _draw(chart: Chart) -> Any:
+    """A matplotlib figure; a logarithmic x axis where few values of x span a factor of ten, as sizes of data do."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    names = dict.fromkeys(series.name for series in chart.series)
+    height = 0.7 + 0.14 * len(chart.rows) * (len(names) + 1) if chart.rows else HEIGHT
+    columns = max(1, min(3, int(72 * WIDTH / (60 + 6.5 * max(len(_label(name)) for name in names or ["-"])))))
+    height += 0.22 * math.ceil(len(names) / columns) * (len(names) > 1)
+    figure = Figure(figsize=(WIDTH, min(height, 100)), layout="constrained")
+    axes = figure.add_subplot()
+    several = sum(series.kind in ("marked", "dots") for series in chart.series)
+    handles: dict[str, Any] = {}
+    for index, series in enumerate(chart.series):
+        # Error bars at the same point would hide each other.
+        shift = index - (several - 1) / 2 if series.ranges and several > 1 else 0.0
+        handles[series.name] = _draw_series(axes, series, shift, several)
+    axes.set_xlabel(_label(chart.x_label), loc="right")
+    if chart.rows:
+        axes.set_yticks(range(len(chart.rows)), [_label(row, 26) for row in chart.rows])
+        axes.set_ylim(len(chart.rows) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+    else:
+        _set_line_axes(axes, chart)
+    if len(handles) > 1:
+        texts = [_label(name) for name in handles]
+        figure.legend(handles.values(), texts, loc="outside lower left", ncols=columns, handlelength=2.4)
+    return figure
+
+
+def _label(text: str, most: int = 44) -> str:
+    """A text that is short enough for a picture; the page's tables have all of it."""
+    text = " ".join(clean(text).split())
+    text = text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
+    return f" {text}" if text.startswith("_") else text  # matplotlib hides names with an underscore
+
+
+def _draw_series(axes: Any, series: Series, shift: float, several: int) -> Any:
+    """Draw one series, and return what stands for it in a legend."""
+    from matplotlib.transforms import ScaledTranslation
+
+    look = {"color": COLORS[series.style % len(COLORS)], "linestyle": DASHES[series.style % len(DASHES)]}
+    if series.kind == "level":
+        return axes.axhline(series.points[0][1], linewidth=1.3, **look)
+    x, y = zip(*spread_out(series.points, MOST_POINTS), strict=True)
+    if series.kind == "faint":
+        return axes.plot(x, y, linewidth=0.8, alpha=0.35, color=look["color"])[0]
+    if series.kind == "plain":
+        return axes.plot(x, y, linewidth=1.8, **look)[0]
+    look |= {"marker": MARKERS[series.style % len(MARKERS)], "markersize": 6.5, "markeredgecolor": SHEET}
+    if not series.ranges:
+        return axes.plot(x, y, linewidth=1.8, **look)[0]
+    ends: Sequence[tuple[Number, ...]] = list(zip(*series.ranges, strict=True))
+    if series.kind == "dots":
+        y = tuple(row + shift / (several + 1) for row in y)
+        return axes.errorbar(x, y, xerr=_distances(x, ends), capsize=2.5, **look | {"linestyle": "none"})
+    moved = axes.transData + ScaledTranslation(5 * shift / 72, 0, axes.figure.dpi_scale_trans)
+    return axes.errorbar(x, y, yerr=_distances(y, ends), capsize=2.5, linewidth=1.8, transform=moved, **look)
+
+
+def _distances(values: Sequence[Number], ends: Sequence[Sequence[Number]]) -> list[list[Number]]:
+    """How far low and high ends are from the values, as matplotlib wants error bars."""
+    low = [max(0.0, value - end) for value, end in zip(values, ends[0], strict=True)]
+    return [low, [max(0.0, end - value) for value, end in zip(values, ends[1], strict=True)]]
+
+
+def _set_line_axes(axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_title(_label(chart.y_label), loc="left", color=QUIET, fontsize=STYLE["font.size"])
+    axes.grid(visible=False, axis="x")
+    axes.set_ylim(*_y_limits(chart.series))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    values = sorted({x for series in chart.series if series.kind != "level" for x, _ in series.points}) or [0.0]
+    if len(values) > 12 or not any(series.ranges for series in chart.series):
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        return
+    is_log = values[0] > 0 and values[-1] >= 10 * values[0]
+    axes.set_xscale("log" if is_log else "linear")
+    axes.minorticks_off()
+    at = [math.log(value) if is_log else float(value) for value in values]
+    width = (at[-1] - at[0]) or 1.0
+    limits = at[0] - 0.07 * width, at[-1] + 0.07 * width
+    axes.set_xlim(*map(math.exp, limits) if is_log else limits)
+    texts, free_from = [], -math.inf
+    for value, position in zip(values, at, strict=True):
+        # Where values are close, only the first gets its number.
+        share, half = (position - at[0]) / width, 0.014 * len(short(value)) + 0.006
+        texts.append(short(value) if share - half >= free_from else "")
+        free_from = share + half if texts[-1] else free_from
+    axes.set_xticks(values, texts)
+
+
+def _y_limits(series: Sequence[Series]) -> tuple[Number, Number]:
+    """Room for every line and error bar; a faint line may leave the picture, so that it flattens nothing."""
+    firm = [y for each in series if each.kind != "faint" for _, y in each.points]
+    firm += [end for each in series for span in each.ranges for end in span]
+    faint = sorted(y for each in series if each.kind == "faint" for _, y in each.points)
+    values = firm + faint[math.ceil(0.02 * len(faint)) : math.ceil(0.98 * len(faint))] or [0.0]
+    margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 1.0
+    return min(values) - margin, max(values) + margin
+
+
+def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw training and development loss over the steps, and save the picture as PNG.
+
+    Losses that are not finite are left out, and of a step that was done twice (after resuming) the later one counts.
+
+    Args:
+        events: Of these, `{"event": "step", "step": 1, "loss": 3.2}` gives the training loss and
+            `{"event": "evaluation", "step": 50, "loss": 2.1}` the development loss; others are ignored.
+        path: The PNG file, written atomically.
+        title: Above the picture.
+
+    Raises:
+        PrefixError: The file cannot be written.
+    """
+    series = run_series(events)
+    with _matplotlib_style(), atomic_path(path) as temporary:
+        figure = _draw(Chart("", "", series, "optimizer step", "loss", Table("", [])))
+        (axes,) = figure.axes
+        axes.set_title("", loc="left")
+        axes.set_title(title, wrap=True)
+        axes.set_ylabel("loss")
+        for each in series:
+            if each.name == "development":
+                best = min(each.points, key=lambda point: point[1])
+                note = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "color": COLORS[1]}
+                axes.annotate(f"{best[1]:.3g}", best, **note)
+        if not series:
+            axes.text(0.5, 0.5, "no losses recorded", ha="center", va="center", transform=axes.transAxes, color=QUIET)
+        figure.set_size_inches(8, 4.5)
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})  # equal runs give equal files

@@ -1,0 +1,123 @@
+"""A document as one HTML page that needs no other files, and as GitHub Markdown: the same words and figures."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from prefixtune.report.document import Block, Chart, Charts, Details, Document, Section
+from prefixtune.report.figures import inline_svg, save_figure
+from prefixtune.report.format import MISSING, clean, words
+
+__all__ = ["save_figures", "to_html", "to_markdown"]
+
+
+MOST_FIGURES = 64
+"""Charts that are drawn; of the others there is the table."""
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
+# At the start of a line these would begin a list, a heading under the line before, or a number.
+_START = re.compile(r"^([-+=](?!\d)|\d+(?=[.)](?:\s|$)))")
+
+
+def to_html(document: Document) -> str:
+    """The whole page; equal documents give equal text."""
+    unique, drawn = _Names(), 0
+
+    def svg(chart: Chart) -> str:
+        nonlocal drawn
+        drawn += 1
+        return inline_svg(chart, unique(f"chart {chart.title}")) if drawn <= MOST_FIGURES and chart.series else ""
+
+    unique("report")
+    sections = [(unique(section.title), section) for section in document.sections]
+    page = _environment(clean).get_template("page.html")
+    return page.render(document=document, sections=sections, unique=unique, svg=svg, missing=MISSING)
+
+
+def to_markdown(document: Document) -> str:
+    """The whole document; equal documents give equal text."""
+    return _environment(_Escaped).get_template("page.md").render(document=document).strip("\n") + "\n"
+
+
+def save_figures(document: Document, folder: Path) -> list[str]:
+    """Write every chart to a folder, as SVG, PDF, PNG and CSV; returns the files' names without their ends.
+
+    Raises:
+        PrefixError: A file cannot be written.
+    """
+    unique, names = _Names(), list[str]()
+    for chart in islice(_charts(document.sections), MOST_FIGURES):
+        if chart.series:
+            names.append(unique(chart.title))
+            save_figure(chart, folder / names[-1])
+    return names
+
+
+def _charts(blocks: Sequence[Block]) -> Iterator[Chart]:
+    for block in blocks:
+        if isinstance(block, Section | Details):
+            yield from _charts(block.blocks)
+        elif isinstance(block, Charts):
+            yield from block.charts
+
+
+@functools.cache
+def _environment(write: Callable[[Any], Any]) -> Environment:
+    """Templates that escape everything; `write` prepares each text for its format."""
+    environment = Environment(
+        loader=PackageLoader("prefixtune.report"),
+        autoescape=True,
+        finalize=write,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"digest": _digest, "kind": lambda block: type(block).__name__, "words": words}
+    return environment
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+class _Escaped(str):
+    """Text that Markdown shows as it is, on one line; what a template already wrote stays."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: object) -> _Escaped:
+        if hasattr(text, "__html__"):
+            return super().__new__(cls, text)
+        escaped = _SPECIAL.sub(r"\\\1", " ".join(clean(str(text)).split()))
+        match = _START.match(escaped)
+        if match is not None:
+            end = match.end() if match[1].isdigit() else 0
+            escaped = f"{escaped[:end]}\\{escaped[end:]}"
+        return super().__new__(cls, escaped)
+
+    def __html__(self) -> str:
+        return self
+
+
+class _Names:
+    """Makes names of letters, digits and hyphens, each of them once."""
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+
+    def __call__(self, text: str) -> str:
+        base = re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-") or "part"
+        name, number = base, 1
+        while name in self._used:
+            number += 1
+            name = f"{base}-{number}"
+        self._used.add(name)
+        return name
