@@ -164,9 +164,9 @@ def _parse(app: App, words: list[str]) -> tuple[Any, Any, list[str]]:
     commands = [name for group in _COMMANDS.values() for name in group]
     if words and words[0] not in (*commands, *app.help_flags, *app.version_flags):
         if words[0].startswith("-"):
-            raise ConfigError(
-                f"{words[0]!r} is no COMMAND, which comes first.", hint="`prefixtune --help` lists the commands."
-            )
+            nearest = did_you_mean(words[0], [*app.help_flags, *app.version_flags])
+            hint = nearest if nearest.startswith("did") else "`prefixtune --help` lists the commands."
+            raise ConfigError(f"{words[0]!r} is no COMMAND, which comes first.", hint=hint)
         raise ConfigError(f"there is no command {words[0]!r}.", hint=did_you_mean(words[0], commands))
     words = list(words)
     faults: list[str] = []
