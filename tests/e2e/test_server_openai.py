@@ -1,0 +1,246 @@
+"""A real server and OpenAI's own client: every answer in the client's types, every error in its exception classes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai.types import Completion, CompletionUsage, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.shared import ErrorObject
+from pydantic import BaseModel
+
+from live_server import MODEL, LiveServer, make_model, make_prefix
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.inference.generate import generate
+from prefixtune.server.auth import hash_key
+
+FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
+RULES = {
+    "me": f'prefixes = ["mine", "{MODEL}", "broken", "no*"]',
+    "busy": "concurrent = 1",
+    "rare": "requests_per_minute = 1",
+}
+USER: Any = [{"role": "user", "content": "Aromi: soup"}]
+WITH_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+GREEDY: dict[str, Any] = {"model": "mine", "max_tokens": 12, "temperature": 0}
+LONG: dict[str, Any] = {"model": "mine", "prompt": "a", "max_tokens": 400, "n": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("openai")
+    make_model(folder / MODEL)
+    (folder / "prefixes").mkdir()
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    for seed, name in enumerate(("mine", "yours")):
+        path = folder / "prefixes" / f"{name}.safetensors"
+        make_prefix(backbone, path, seed, task="records", text_format=FORMAT, license="CC0-1.0")
+    (folder / "prefixes" / "broken.safetensors").write_bytes(b"no prefix")
+    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n{rules}\n' for name, rules in RULES.items())
+    (folder / "serve.toml").write_text(f"num_slots = 8\nmax_queue = 8\nmax_texts = 64\nmax_body_kib = 64\n{keys}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LiveServer]:
+    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml")).wait()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if line["level"] == "error"]
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> str:
+    """What `generate` makes of the source."""
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    prefix = load_prefix(folder / "prefixes" / "mine.safetensors", backbone)
+    (text,) = generate(backbone, [USER[0]["content"]], prefix, max_new_tokens=12)
+    return text
+
+
+def client(server: LiveServer, key: str = "me", **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(**{"base_url": f"{server.url}/v1", "api_key": f"pt-{key}", "max_retries": 0, **options})
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    *parts, last = [part for part in text.split("\n\n") if part]
+    assert last == "data: [DONE]"
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
+
+
+def parsed(kind: type[BaseModel], value: Any, *, extra: tuple[str, ...] = ()) -> Any:
+    """A value as one of the client's types: nothing is missing, of another type, or unknown to it."""
+    result = kind.model_validate_json(json.dumps(value), strict=True)
+    check_known(result, extra)
+    return result
+
+
+def check_known(value: Any, extra: tuple[str, ...]) -> None:
+    if isinstance(value, list):
+        for item in value:
+            check_known(item, extra)
+    elif isinstance(value, BaseModel):
+        assert (value.model_extra or {}).keys() <= set(extra)
+        for name in type(value).model_fields:
+            check_known(getattr(value, name), extra)
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, {"n": 2}, {"logprobs": 0}, {"logprobs": 3}, {"stop": ["e"], "seed": 3}])
+def test_completions_are_of_the_clients_types(server: LiveServer, more: dict[str, Any]) -> None:
+    body = {**GREEDY, "prompt": ["Aromi: soup", "x"], **more}
+    whole = parsed(Completion, server.post("/v1/completions", body, key="pt-me")[1])
+    assert [choice.index for choice in whole.choices] == list(range(2 * more.get("n", 1)))
+    pieces: dict[int, str] = {}
+    *chunks, last = events(server.post("/v1/completions", {**body, **WITH_USAGE}, key="pt-me")[1])
+    for event in chunks:
+        assert event["usage"] is None
+        (choice,) = event["choices"]
+        # OpenAI's own pieces have no reason before the last one, against the type.
+        piece = parsed(
+            Completion, {**event, "choices": [{**choice, "finish_reason": choice["finish_reason"] or "stop"}]}
+        )
+        assert (piece.id, piece.created, piece.model) == (chunks[0]["id"], chunks[0]["created"], "mine")
+        pieces[choice["index"]] = pieces.get(choice["index"], "") + piece.choices[0].text
+    assert parsed(Completion, last).usage == whole.usage
+    assert last["choices"] == []
+    assert [pieces[choice.index] for choice in whole.choices] == [choice.text for choice in whole.choices]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"n": 3}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2}, {"stop": "e", "seed": 3}]
+)
+@pytest.mark.parametrize("model", ["mine", MODEL])
+def test_chats_are_of_the_clients_types(server: LiveServer, model: str, more: dict[str, Any]) -> None:
+    body = {**GREEDY, "model": model, "messages": USER, **more}
+    whole = parsed(ChatCompletion, server.post("/v1/chat/completions", body, key="pt-me")[1])
+    pieces = ["" for _ in whole.choices]
+    *chunks, last = events(server.post("/v1/chat/completions", {**body, **WITH_USAGE}, key="pt-me")[1])
+    for event in chunks:
+        chunk = parsed(ChatCompletionChunk, event)
+        assert chunk.usage is None
+        (choice,) = chunk.choices
+        if not pieces[choice.index]:
+            assert choice.delta.role in ("assistant", None)
+        pieces[choice.index] += choice.delta.content or ""
+    last_chunk = parsed(ChatCompletionChunk, last)
+    assert (last_chunk.usage, last_chunk.choices) == (whole.usage, [])
+    assert isinstance(whole.usage, CompletionUsage)
+    assert pieces == [choice.message.content for choice in whole.choices]
+
+
+def test_models_and_errors_are_of_the_clients_types(server: LiveServer) -> None:
+    extra = ("kind", "description", "task", "license", "prefix_length")
+    listed = server.get("/v1/models", key="pt-me")[1]
+    assert listed["object"] == "list"
+    models = [parsed(Model, model, extra=extra) for model in listed["data"]]
+    assert {model.id for model in models} == {"mine", MODEL}
+    for name in ("mine", MODEL):
+        assert parsed(Model, server.get(f"/v1/models/{name}", key="pt-me")[1], extra=extra).id == name
+    for body in (b"", b"[]", {"model": "mine"}, {"model": "nobody", "prompt": "a"}, {**LONG, "n": 65}):
+        error = parsed(ErrorObject, server.post("/v1/completions", body, key="pt-me")[1]["error"])
+        assert error.type == "invalid_request_error"
+
+
+# --- the asynchronous client ------------------------------------------------------------------------------------------
+
+
+def test_the_asynchronous_client_gets_the_same(server: LiveServer, target: str) -> None:
+    async def stream(pieces: AsyncIterator[Any]) -> str:
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in pieces])
+
+    async def everything() -> list[str]:
+        options: dict[str, Any] = {"base_url": f"{server.url}/v1", "api_key": "pt-me", "max_retries": 0}
+        async with openai.AsyncOpenAI(**options) as client:
+            assert [model.id async for model in client.models.list()] == [MODEL, "mine"]
+            completions = [client.completions.create(prompt=USER[0]["content"], **GREEDY) for _ in range(4)]
+            chats = [client.chat.completions.create(messages=USER, **GREEDY) for _ in range(4)]
+            streams = [await client.chat.completions.create(messages=USER, stream=True, **GREEDY) for _ in range(4)]
+            texts = [answer.choices[0].text for answer in await asyncio.gather(*completions)]
+            texts += [answer.choices[0].message.content or "" for answer in await asyncio.gather(*chats)]
+            texts += await asyncio.gather(*map(stream, streams))
+            # Leaving a stream ends its texts.
+            async with await client.completions.create(stream=True, **LONG) as abandoned:
+                await anext(aiter(abandoned))
+            with pytest.raises(openai.NotFoundError, match="Did you mean 'mine'"):
+                await client.completions.create(**{**GREEDY, "model": "nomine"}, prompt="a")
+        return texts
+
+    assert set(asyncio.run(everything())) == {target}
+    server.until(lambda: not server.get("/v1/status", key="pt-me")[1]["running"], 5)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+ERRORS: list[tuple[str, dict[str, Any], type[openai.APIStatusError], int, str | None, str | None]] = [
+    ("me", {**GREEDY, "prompt": ""}, openai.BadRequestError, 400, "prompt", None),
+    ("me", {**GREEDY, "prompt": "a", "top_p": 1.5}, openai.BadRequestError, 400, "top_p", None),
+    ("me", {**GREEDY, "prompt": "a", "echo": True}, openai.BadRequestError, 400, "echo", "unsupported_field"),
+    ("me", {**GREEDY, "prompt": "a" * 600}, openai.BadRequestError, 400, "prompt", "context_length_exceeded"),
+    ("nobody", {**GREEDY, "prompt": "a"}, openai.AuthenticationError, 401, None, "invalid_api_key"),
+    ("me", {**GREEDY, "prompt": "a", "model": "yours"}, openai.PermissionDeniedError, 403, None, "model_not_allowed"),
+    ("rare", {**GREEDY, "prompt": "a", "model": "nobody"}, openai.NotFoundError, 404, None, "model_not_found"),
+    ("me", {**GREEDY, "prompt": "a" * 70_000}, openai.APIStatusError, 413, None, "body_too_large"),
+    ("rare", {**GREEDY, "prompt": "a"}, openai.RateLimitError, 429, None, "rate_limit_exceeded"),
+    ("me", {**GREEDY, "prompt": "a", "model": "broken"}, openai.InternalServerError, 503, None, "model_not_served"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_are_the_clients_exceptions(server: LiveServer, stream: bool) -> None:
+    for key, body, kind, status, param, code in ERRORS:
+        if key == "rare" and stream:
+            continue
+        with client(server, key) as caller, pytest.raises(kind) as caught:
+            caller.completions.create(**body, stream=stream)
+        assert type(caught.value) is kind
+        assert (caught.value.status_code, caught.value.param, caught.value.code) == (status, param, code)
+        assert parsed(ErrorObject, caught.value.body).message in caught.value.message
+        assert caught.value.request_id
+    with client(server) as caller, pytest.raises(openai.APIStatusError) as form:
+        caller.completions.create(**GREEDY, prompt="a", extra_headers={"Content-Type": "text/plain"})
+    assert (form.value.status_code, form.value.code) == (415, "unsupported_media_type")
+
+
+def test_a_client_that_retries_waits_for_its_turn(server: LiveServer) -> None:
+    with client(server, "busy", max_retries=9) as patient, ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: patient.completions.create(**{**LONG, "max_tokens": 60}), range(3)))
+    assert [len(answer.choices) for answer in answers] == [8, 8, 8]
+
+
+def test_a_client_that_does_not_wait_leaves_nothing(server: LiveServer) -> None:
+    with client(server, timeout=0.05) as hasty, pytest.raises(openai.APITimeoutError):
+        hasty.completions.create(**{**LONG, "n": 16})
+    server.until(lambda: not server.get("/v1/status", key="pt-me")[1]["running"], 5)
+
+
+def test_an_error_in_a_stream_is_the_clients_exception(folder: Path) -> None:
+    server = LiveServer(folder / MODEL, folder / "prefixes", "--deadline", "1", "--num-slots", "2").wait()
+    try:
+        with client(server) as caller:
+            pieces = caller.completions.create(**{**LONG, "n": 32}, stream=True)
+            started = time.monotonic()
+            next(pieces)
+            with pytest.raises(openai.APIError, match="not done within 1 seconds") as caught:
+                list(pieces)
+            assert time.monotonic() - started < 10
+            assert (caught.value.code, caught.value.type) == ("deadline_exceeded", "server_error")
+            parsed(ErrorObject, caught.value.body)
+            # The same whole: its status says so, and that a retry would take as long.
+            with pytest.raises(openai.InternalServerError) as late:
+                caller.completions.create(**{**LONG, "n": 32})
+            assert late.value.status_code == 504
+            assert late.value.response.headers["x-should-retry"] == "false"
+    finally:
+        assert server.stop() == 0
