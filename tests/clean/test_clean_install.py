@@ -85,12 +85,12 @@ def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) 
 
 
 def test_every_command_has_help(machine: Machine) -> None:
-    out, _ = machine.run("python", "-c", "from prefixtune.cli.main import build_parser; print(*build_parser()[1])")
+    out, _ = machine.run("python", "-c", "from prefixtune.cli.main import command_options; print(*command_options())")
     names = out.split()
     assert len(names) > 10
     for name in names:
         out, err = machine.prefixtune(name, "--help")
-        assert out.startswith(f"usage: prefixtune {name} ")
+        assert out.startswith(f"Usage: prefixtune {name} ")
         assert err == ""
 
 
