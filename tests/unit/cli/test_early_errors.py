@@ -154,7 +154,7 @@ MISTAKES = [
     ("pull me/it file/out.safetensors", "cannot write"),
     ("inspect rows.jsonl", "rows.jsonl"),
     # doctor, demo, prepare, serve
-    ("doctor model --device gpu", "unknown device 'gpu'"),
+    ("doctor model --device gpu", "--device is 'gpu'"),
     ("doctor model --quantize int3", "must be one of 'int8', 'int4'"),
     ("doctor adapter", "no config.json"),
     ("demo --steps 0", "--steps is 0"),
