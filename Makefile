@@ -156,16 +156,16 @@ $(VENV)/.pip: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e '.[serve,scores,bertscore,lora]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e .
 	@touch $@
 
 $(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	@echo "installing what the integrations need into $(VENV): some minutes, the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e '.[all]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e .
 	@touch $@
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e '.[serve,scores]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e .
 	@touch $@
 
 # adapters pins an older transformers, so it gets an environment of its own, with the same torch.

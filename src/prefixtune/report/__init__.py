@@ -11,6 +11,6 @@ from prefixtune.report.compose import compose
 from prefixtune.report.figures import loss_plot
 from prefixtune.report.load import read_results
 from prefixtune.report.page import save_figures, to_html, to_markdown
-from prefixtune.report.sections.losses import smooth
+from prefixtune.report.sections.charts import smooth
 
 __all__ = ["compose", "loss_plot", "read_results", "save_figures", "smooth", "to_html", "to_markdown"]

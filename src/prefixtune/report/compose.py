@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefixtune.report.document import Block, Document, Facts, Headline, Section, Text, Value
+from prefixtune.report.document import Block, Document, Facts, Section, Text, Value
 from prefixtune.report.format import count, fixed, metric_name, signed
 from prefixtune.report.results import Evaluation, Run, Study
+from prefixtune.report.sections.charts import groups_section, losses_section
 from prefixtune.report.sections.details import outputs_section, settings_section
-from prefixtune.report.sections.groups import groups_section
-from prefixtune.report.sections.losses import losses_section
 from prefixtune.report.sections.study import Part, study_part
 from prefixtune.report.sections.systems import (
     System,
@@ -47,7 +46,7 @@ def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
         blocks += [part.headline] if part.headline else []
         blocks += [Facts(part.facts)] if part.facts else []
         summary += blocks if alone else [Section(part.title, blocks)]
-    sections = list(alone.sections) if alone else [Section(part.title, part.sections) for part in parts]
+    sections = alone.shown if alone else [Section(part.title, part.shown) for part in parts]
     return Document(
         title=title,
         subtitle="" if alone is None or alone.title == title else alone.title,
@@ -111,10 +110,10 @@ def _comparison(runs: Sequence[Run]) -> Part:
     ]
     return Part(
         title=names[0] if len(runs) == 1 else f"{len(runs)} systems on {first.task or first.data}",
-        facts=[(name, text) for name, text in facts if text],
+        facts=facts,
         warnings=warnings,
         headline=headline(systems, main),
-        sections=[section for section in sections if section is not None],
+        sections=sections,
     )
 
 
@@ -163,16 +162,16 @@ def _trainings(runs: Sequence[Run]) -> Part:
     ]
     return Part(
         title=f"Training run: {systems[0].name}" if len(runs) == 1 else f"{len(runs)} training runs",
-        facts=[(name, text) for name, text in facts if text],
+        facts=facts,
         warnings=unfinished,
         headline=_loss_headline(systems),
-        sections=[section for section in sections if section is not None],
+        sections=sections,
     )
 
 
-def _loss_headline(systems: Sequence[System]) -> Headline | None:
+def _loss_headline(systems: Sequence[System]) -> Facts | None:
     """The best development loss of each run."""
     losses = [(system.name, system.cost("dev_loss")) for system in systems]
     known = [(name, Value(fixed(loss, 3), number=loss)) for name, loss in losses if loss is not None]
     marked = zip([name for name, _ in known], mark_best([value for _, value in known], higher=False), strict=True)
-    return Headline("development loss per token, lower is better", list(marked)) if known else None
+    return Facts(list(marked), "development loss per token, lower is better") if known else None

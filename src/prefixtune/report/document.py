@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prefixtune.report.format import Number
 from prefixtune.report.results import Output
@@ -13,13 +13,9 @@ __all__ = [
     "NUM_STYLES",
     "Block",
     "Chart",
-    "Charts",
     "Column",
-    "Details",
     "Document",
     "Facts",
-    "Headline",
-    "Item",
     "Listing",
     "Outputs",
     "Section",
@@ -27,6 +23,8 @@ __all__ = [
     "Table",
     "Text",
     "Value",
+    "numbers",
+    "texts",
 ]
 
 
@@ -50,13 +48,6 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Names with their values."""
-
-    items: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
 class Value:
     """A cell of a table.
 
@@ -77,11 +68,11 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Headline:
-    """The main figure of each system, by its name; `what` is measured."""
+class Facts:
+    """Names with their values, of which empty ones are left out; with `what`, the main figure of each system."""
 
-    what: str
-    items: Sequence[tuple[str, Value]]
+    items: Sequence[tuple[str, str | Value]]
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +84,16 @@ class Column:
     small: str = ""
     numeric: bool = True
     begins_group: bool = False
+
+
+def texts(name: str, values: Iterable[object]) -> Column:
+    """A column of words."""
+    return Column(name, [Value(str(value)) for value in values], numeric=False)
+
+
+def numbers(name: str, values: Iterable[Number | None], write: Callable[[Any], str], small: str = "") -> Column:
+    """A column of numbers, as `write` writes them."""
+    return Column(name, [Value(write(value), number=value) for value in values], small)
 
 
 @dataclass(frozen=True)
@@ -147,46 +148,25 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Charts:
-    """Charts next to each other, where there is room."""
-
-    charts: Sequence[Chart]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One example with the output of each system; None where a system has none."""
-
-    example: Output
-    outputs: Sequence[str | None]
-
-
-@dataclass(frozen=True)
 class Outputs:
-    """Outputs next to each other: a sample, and the others."""
+    """Examples with the output of each system, None where a system has none: a sample, and the others."""
 
     systems: Sequence[str]
-    sample: Sequence[Item]
-    others: Sequence[Item]
-
-
-@dataclass(frozen=True)
-class Details:
-    """Blocks that are folded away."""
-
-    title: str
-    blocks: Sequence[Block]
+    sample: Sequence[tuple[Output, Sequence[str | None]]]
+    others: Sequence[tuple[Output, Sequence[str | None]]]
 
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a heading."""
+    """Blocks under a heading, or folded away under their title."""
 
     title: str
     blocks: Sequence[Block]
+    folded: bool = False
 
 
-Block = Text | Listing | Facts | Headline | Table | Charts | Outputs | Details | Section
+Block = Text | Listing | Facts | Table | tuple[Chart, ...] | Outputs | Section
+"""Charts are next to each other, where there is room."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 from prefixtune.report.document import Chart, Series, Table
 from prefixtune.report.format import Number, clean, short, spread_out
-from prefixtune.report.sections.losses import run_series
+from prefixtune.report.sections.charts import run_series
 from prefixtune.utils.files import atomic_path, write_text
 
 __all__ = ["inline_svg", "loss_plot", "save_figure"]
@@ -52,6 +52,8 @@ STYLE = {
     "xtick.color": QUIET,
     "ytick.color": QUIET,
     "ytick.left": False,
+    "lines.linewidth": 1.8,
+    "errorbar.capsize": 2.5,
     "legend.frameon": False,
     "legend.fontsize": 11.5,
     "figure.constrained_layout.h_pad": 0.02,
@@ -203,16 +205,17 @@ def _draw_series(axes: Any, series: Series, shift: float, several: int) -> Any:
     if series.kind == "faint":
         return axes.plot(x, y, linewidth=0.8, alpha=0.35, color=look["color"])[0]
     if series.kind == "plain":
-        return axes.plot(x, y, linewidth=1.8, **look)[0]
+        return axes.plot(x, y, **look)[0]
     look |= {"marker": MARKERS[series.style % len(MARKERS)], "markersize": 6.5, "markeredgecolor": SHEET}
     if not series.ranges:
-        return axes.plot(x, y, linewidth=1.8, **look)[0]
+        return axes.plot(x, y, **look)[0]
+    look["elinewidth"] = 1.4
     ends: Sequence[tuple[Number, ...]] = list(zip(*series.ranges, strict=True))
     if series.kind == "dots":
         y = tuple(row + shift / (several + 1) for row in y)
-        return axes.errorbar(x, y, xerr=_distances(x, ends), capsize=2.5, **look | {"linestyle": "none"})
+        return axes.errorbar(x, y, xerr=_distances(x, ends), **look | {"linestyle": "none"})
     moved = axes.transData + ScaledTranslation(5 * shift / 72, 0, axes.figure.dpi_scale_trans)
-    return axes.errorbar(x, y, yerr=_distances(y, ends), capsize=2.5, linewidth=1.8, transform=moved, **look)
+    return axes.errorbar(x, y, yerr=_distances(y, ends), transform=moved, **look)
 
 
 def _distances(values: Sequence[Number], ends: Sequence[Sequence[Number]]) -> list[list[Number]]:

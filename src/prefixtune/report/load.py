@@ -15,21 +15,12 @@ from pydantic import ValidationError
 from prefixtune.errors import DataError
 from prefixtune.report.files import WRITE_AGAIN, Files
 from prefixtune.report.results import Cell, Comparisons, Evaluation, Event, Output, Run, Stored, Study
+from prefixtune.utils.faults import describe_fault
 
 __all__ = ["read_results"]
 
 
 _Stored = TypeVar("_Stored", bound=Stored)
-_ALLOWED = {
-    "string_type": "a string",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-}
-"""pydantic's kinds of errors -> what is allowed."""
 
 
 def read_results(path: Path) -> Study | Run:
@@ -127,12 +118,7 @@ def _parse(model: type[_Stored], values: Mapping[str, Any], where: str) -> _Stor
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-    names = [f"item {part + 1}" if isinstance(part, int) else repr(part) for part in reversed(wrong["loc"])]
-    if wrong["type"] == "missing":
-        raise DataError(f"{' in '.join([*names[1:], where])} has no {names[0]}.", hint=WRITE_AGAIN)
-    allowed = _ALLOWED.get(wrong["type"], wrong["msg"])
-    if wrong["type"] == "literal_error":
-        allowed = "one of " + wrong["ctx"]["expected"].replace("'", "")
-    value = f"{' in '.join([*names, where])} is {str(wrong['input'])[:60]!r}"
-    raise DataError(f"{value}, but must be {allowed}.", hint=WRITE_AGAIN)
+        fault = error.errors(include_url=False)[0]
+    names = [f"item {part + 1}" if isinstance(part, int) else repr(part) for part in reversed(fault["loc"])]
+    text = describe_fault(fault, " in ".join([*names, where])).replace("but must be a table", "but must be an object")
+    raise DataError(f"{text}.", hint=WRITE_AGAIN)

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from prefixtune.report.document import Block, Chart, Charts, Details, Document, Section
+from prefixtune.report.document import Block, Chart, Document, Section
 from prefixtune.report.figures import inline_svg, save_figure
 from prefixtune.report.format import MISSING, clean, words
 
@@ -63,10 +63,10 @@ def save_figures(document: Document, folder: Path) -> list[str]:
 
 def _charts(blocks: Sequence[Block]) -> Iterator[Chart]:
     for block in blocks:
-        if isinstance(block, Section | Details):
+        if isinstance(block, Section):
             yield from _charts(block.blocks)
-        elif isinstance(block, Charts):
-            yield from block.charts
+        elif isinstance(block, tuple):
+            yield from block
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from prefixtune.report.format import clean
 
@@ -30,64 +29,54 @@ __all__ = [
 ]
 
 
-_MOST = 10**15
 CellStatus = Literal["done", "failed", "waiting"]
-
-
-def _finite(value: Any) -> Any:
-    """None in place of a number that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _nan(value: Any) -> Any:
-    return math.nan if value is None else value
+_MOST = 10**15
 
 
 def _known(values: Any) -> Any:
-    """Without what is missing or not finite."""
-    if not isinstance(values, dict):
-        return values
-    return {key: value for key, value in values.items() if _finite(value) is not None}
+    """An object without what is missing: null, and numbers that are not finite."""
+    return {key: value for key, value in values.items() if _is_known(value)} if isinstance(values, dict) else values
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _interval(value: Any) -> Any:
-    """None in place of an empty interval, or one with an end that is missing or not finite."""
-    if isinstance(value, list) and len(value) not in (0, 2):
-        raise PydanticCustomError("interval", "two numbers")
-    return None if isinstance(value, list) and None in [*map(_finite, value), *[None] * (not value)] else value
+    if not isinstance(value, list):
+        return value
+    if len(value) not in (0, 2):
+        raise ValueError(f"is {str(value)[:60]}, but must be two numbers")
+    return tuple(value) if value and all(map(_is_known, value)) else None
 
 
 def _scalar(value: Any) -> Any:
     too_large = isinstance(value, int) and abs(value) > _MOST
-    return json.dumps(value) if too_large or isinstance(value, list | dict) else _finite(value)
+    return json.dumps(value) if too_large or isinstance(value, list | dict) else value
 
 
-Number = Annotated[float | None, BeforeValidator(_finite)]
-"""None: missing, or not finite."""
 Text = Annotated[str, BeforeValidator(clean)]
-Count = Annotated[int, Field(ge=-_MOST, le=_MOST)]
 Strings = Annotated[tuple[Text, ...], Field(strict=False)]
-NumberOrNan = Annotated[float, BeforeValidator(_nan)]
-Interval = Annotated[tuple[float, float] | None, Field(strict=False), BeforeValidator(_interval)]
+Count = Annotated[int, Field(ge=-_MOST, le=_MOST)]
+Interval = Annotated[tuple[float, float] | None, BeforeValidator(_interval)]
+NumberOrNan = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class Stored(BaseModel):
-    """A JSON object in a file: null counts as missing, and keys that are not known are ignored."""
+    """A JSON object in a file; what is null or not finite counts as missing, and unknown keys are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
-        return (
-            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
-        )
+    def _drop_missing(cls, values: Any) -> Any:
+        return _known(values)
 
 
 class Score(Stored):
     """A score; None where it is missing or not finite."""
 
-    score: Number = None
+    score: float | None = None
     implementation: Text = ""
     interval: Interval = None
     higher_is_better: bool = True
@@ -139,7 +128,7 @@ class Evaluation(Stored):
     left_out: dict[Text, Any] = {}
     scores: dict[Text, Score]
     groups: dict[Text, dict[Text, GroupScores]] = {}
-    seconds: Number = None
+    seconds: float | None = None
     settings: dict[Text, Any] = {}
     machine: dict[Text, Any] = {}
     versions: dict[Text, Any] = {}
@@ -150,13 +139,13 @@ class Evaluation(Stored):
 class Event(Stored):
     """A line of a training log: what of it must be a number."""
 
-    step: Number = None
-    loss: Number = None
-    loss_per_token: Number = None
-    seconds: Number = None
-    best_loss: Number = None
-    num_trained: Number = None
-    num_stored: Number = None
+    step: float | None = None
+    loss: float | None = None
+    loss_per_token: float | None = None
+    seconds: float | None = None
+    best_loss: float | None = None
+    num_trained: float | None = None
+    num_stored: float | None = None
 
 
 class Run(Stored):
@@ -180,7 +169,7 @@ class Cell(Stored):
     """One run of a study: what distinguishes it from the others, and its result."""
 
     id: Text
-    factors: dict[Text, Annotated[Any, BeforeValidator(_scalar)]] = {}
+    factors: Annotated[dict[Text, Annotated[Any, BeforeValidator(_scalar)]], BeforeValidator(_known)] = {}
     status: CellStatus = "waiting"
     error: Text = ""
     figures: Annotated[dict[Text, float], BeforeValidator(_known)] = {}
@@ -211,9 +200,9 @@ class Difference(Stored):
     reference: Text = ""
     part: Text = ""
     differences: Annotated[tuple[NumberOrNan, ...], Field(strict=False)] = ()
-    p_values: Annotated[tuple[Number, ...], Field(strict=False)] = ()
+    p_values: Annotated[tuple[float | None, ...], Field(strict=False)] = ()
     mean: float = math.nan
-    standard_error: Number = None
+    standard_error: float | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -240,7 +229,7 @@ class Study(Stored):
     factors: Strings = ()
     axis: Text = ""
     metric: Text = ""
-    budget_minutes: Number = None
+    budget_minutes: float | None = None
     cut: Strings = ()
     tuning: dict[Text, Any] = {}
     machine: dict[Text, Any] = {}

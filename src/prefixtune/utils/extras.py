@@ -1,31 +1,36 @@
-"""Optional libraries: where one is missing, the error names the extra of this package that installs it."""
+"""Optional libraries: import one, or say which extra of this package installs it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import importlib
+from typing import Any
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["needs_extra"]
+__all__ = ["require"]
 
 
-@contextlib.contextmanager
-def needs_extra(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
-    """Import the libraries of an extra within this block.
+_EXTRAS = {
+    "torchao": "quantize",
+    "peft": "lora",
+    "ray": "ray",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+}
+"""Optional library -> the extra of this package that installs it."""
 
-    Args:
-        extra: Its name in pyproject.toml.
-        what: What needs them, for the error.
-        otherwise: Another way out, as in ", or export the set as JSON lines".
+
+def require(module: str, what: str) -> Any:
+    """Import an optional library.
 
     Raises:
-        ConfigError: A library is missing.
+        ConfigError: It is not installed; says how to install it.
     """
     try:
-        yield
-    except ModuleNotFoundError as error:
-        package = (error.name or extra).partition(".")[0]
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
         raise ConfigError(
-            f"{what} needs {package}, which is not installed.", hint=f"pip install 'prefixtune[{extra}]'{otherwise}."
+            f"{what} needs {package}, which is not installed.", hint=f"pip install 'prefixtune[{_EXTRAS[package]}]'."
         ) from error

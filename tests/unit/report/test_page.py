@@ -611,21 +611,24 @@ def damaged(folder: Path, name: str, text: str) -> Path:
         (lambda f: training(f) / "events.jsonl", "holds no study; a training run has an events.jsonl"),
         (lambda f: damaged(evaluation(f), "evaluation.json", "{"), "evaluation.json' is not JSON"),
         (lambda f: damaged(evaluation(f), "evaluation.json", "[]"), "must be an object"),
-        (lambda f: damaged(evaluation(f), "evaluation.json", "{}"), "has no 'scores'"),
+        (lambda f: damaged(evaluation(f), "evaluation.json", "{}"), "'scores' in .*evaluation.json' is missing"),
         (lambda f: evaluation(f, scores={"bleu": {"score": "high"}}), "'score' in 'bleu' in .* must be a number"),
         (lambda f: evaluation(f, scores={"bleu": {"score": 1, "interval": [1]}}), "must be two numbers"),
         (lambda f: evaluation(f, num_examples="many"), "'num_examples' in .* must be a whole number"),
         (lambda f: damaged(evaluation(f), "outputs.jsonl", '{"number": 1}\n{"num\n'), "line 2 of .*outputs.jsonl"),
         (
             lambda f: damaged(evaluation(f), "outputs.jsonl", '{"references": [1]}\n'),
-            "item 1 in 'references' in line 1 of .* must be a string",
+            "item 1 in 'references' in line 1 of .* must be text",
         ),
         (lambda f: damaged(training(f), "events.jsonl", '{"event"\n{"event": "end"}\n'), "line 1 of .*events.jsonl"),
         (lambda f: damaged(training(f), "events.jsonl", '{"event": "step", "step": "one"}\n'), "must be a number"),
         (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml' is not TOML"),
         (lambda f: damaged(methods_study(f), "study.json", '{"cut": "all"}'), "'cut' in .* must be a list"),
         (lambda f: damaged(methods_study(f), "comparisons.json", '{"points": [1]}'), "must be an object"),
-        (lambda f: damaged(methods_study(f), "cells/lora/cell.json", '{"status": "gone"}'), "must be one of done"),
+        (
+            lambda f: damaged(methods_study(f), "cells/lora/cell.json", '{"status": "gone"}'),
+            "must be one of 'done'",
+        ),
     ],
 )
 def test_broken_folders_are_named_with_a_way_out(make: Any, message: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_file_reads_as_the_folder_that_it_was_packed_from(tmp_path: Path) -> N
         ("{}", "holds no study"),
         ('{"study.json": 3, "cells/a/cell.json": {}}', "must be an object"),
         ('{"study.json": {}}', "has no cells"),
-        ('{"study.json": {}, "cells/a/evaluation.json": {}}', "has no 'scores'"),
+        ('{"study.json": {}, "cells/a/evaluation.json": {}}', "'scores' in .*evaluation.json' is missing"),
         ('{"study.json": {}, "cells/a/config.toml": {}}', "cannot read .*config.toml"),
     ],
 )

@@ -1,19 +1,120 @@
-"""The details behind the scores: outputs next to each other, and the settings."""
+"""The details behind the scores: differences with their tests, tuning, outputs next to each other, settings."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prefixtune.report.document import Block, Column, Details, Facts, Item, Outputs, Section, Table, Text, Value
-from prefixtune.report.format import MISSING, plain, spread_out
-from prefixtune.report.results import Output, Run
-from prefixtune.report.sections.systems import System
+from prefixtune.report.document import Block, Column, Facts, Listing, Outputs, Section, Table, Text, Value, texts
+from prefixtune.report.format import MISSING, decimals_for, fixed, metric_name, plain, signed, spread_out, words
+from prefixtune.report.results import Difference, Output, Run, Study
+from prefixtune.report.sections.systems import System, mark_best
 
-__all__ = ["outputs_section", "settings_section"]
+__all__ = ["differences_section", "outputs_section", "settings_section", "tuning_section"]
 
 
+LEVEL = 0.05
 MOST_SYSTEMS, SAMPLE = 6, 20
+
+
+def differences_section(study: Study, systems: Sequence[System], names: Mapping[str, str]) -> Section | None:
+    """How far each point is from its counterpart on the same test items, with p-values; None where nothing is known.
+
+    Args:
+        study: With its differences.
+        systems: The study's.
+        names: What points are called, by what the ids of their cells begin with.
+    """
+    differences = study.differences
+    if not differences:
+        return None
+    decimals = decimals_for([spread.mean for system in systems if (spread := system.spread(study.metric)) is not None])
+    columns = [
+        texts("of", [names.get(d.point, d.point) for d in differences]),
+        texts("less that of", [names.get(d.reference, d.reference) for d in differences]),
+    ]
+    if any(difference.part for difference in differences):
+        columns.append(texts("test items", [d.part or "all" for d in differences]))
+    columns.append(Column("mean", [_mean(d, decimals) for d in differences], "± standard error"))
+    columns.append(
+        Column("each run", [Value("; ".join(signed(x, decimals) for x in d.differences)) for d in differences])
+    )
+    has_tests = any(p_value is not None for difference in differences for p_value in difference.p_values)
+    if has_tests:
+        p_values = [Value("; ".join(fixed(p_value, 3) for p_value in d.p_values)) for d in differences]
+        columns.append(Column("p", p_values, "each run"))
+    table = Table(f"Differences in {metric_name(study.metric)}", columns, num_headers=2)
+    notes = [
+        f"p: {study.comparisons.test}, over the test items: how often chance alone gives a difference this large. "
+        "It is about these runs; how much a score changes with another seed or sample is in the standard error, where "
+        "there are several runs.",
+        f"★: every run differs in the same direction, each with p below {LEVEL}.",
+    ]
+    return Section("Differences", [table, Listing(notes)] if has_tests else [table])
+
+
+def _mean(difference: Difference, decimals: int) -> Value:
+    error, mean = difference.standard_error, difference.mean
+    tested = [p_value is not None and p_value < LEVEL for p_value in difference.p_values]
+    one_way = len({value > 0 for value in difference.differences}) == 1
+    small = "" if error is None else f"± {fixed(error, decimals)}"
+    return Value(signed(mean, decimals), small, number=mean, significant=all(tested) and one_way)
+
+
+def tuning_section(tuning: Mapping[str, Any]) -> Section | None:
+    """A table of all values that were tried; None where there are none.
+
+    Args:
+        tuning: `{point: {setting: {value: loss}, "chosen": value}}`; anything else is ignored.
+    """
+    rows: list[tuple[str, str, str, Value, str]] = []
+    at_edge = []
+    entries = [(point, entry) for point, entry in tuning.items() if isinstance(entry, Mapping)]
+    for point, setting, losses, entry in ((p, key, value, e) for p, e in entries for key, value in e.items()):
+        if not isinstance(losses, Mapping):
+            continue
+        names = sorted(losses, key=_as_number)
+        chosen = next((name for name in names if _is_same(name, entry.get("chosen"))), None)
+        values = mark_best([_loss(losses[name]) for name in names], higher=False)
+        rows += [
+            (point, words(setting), name, value, "chosen" if name == chosen else "")
+            for name, value in zip(names, values, strict=True)
+        ]
+        if len(names) > 1 and chosen in (names[0], names[-1]):
+            at_edge.append(f"{point}: {words(setting)} {chosen}")
+    if not rows:
+        return None
+    points, settings, tried, losses, choices = zip(*rows, strict=True)
+    columns = [
+        texts("method", points),
+        texts("setting", settings),
+        Column("tried", [Value(name, number=_as_number(name)) for name in tried]),
+        Column("development loss", losses),
+        texts("choice", choices),
+    ]
+    blocks: list[Block] = [Table("Tried before the study, by development loss", columns, num_headers=3)]
+    if at_edge:
+        blocks.append(
+            Text(f"Chosen at the edge of what was tried, so that a better one may lie beyond: {'; '.join(at_edge)}.")
+        )
+    return Section("Tuning", blocks)
+
+
+def _loss(loss: Any) -> Value:
+    known = isinstance(loss, float | int) and -1e300 < loss < 1e300
+    return Value(fixed(loss, 4), number=loss) if known else Value(fixed(None))
+
+
+def _as_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
+
+
+def _is_same(name: str, chosen: Any) -> bool:
+    return name == str(chosen) or _as_number(name) == _as_number(str(chosen)) < math.inf
 
 
 def outputs_section(systems: Sequence[System], note: str = "") -> Section | None:
@@ -38,11 +139,11 @@ def outputs_section(systems: Sequence[System], note: str = "") -> Section | None
     return Section("Outputs", [Text(note), block] if note else [block])
 
 
-def _item(index: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> Item:
+def _item(index: int, chosen: Sequence[tuple[str, Mapping[int, Output]]]) -> tuple[Output, list[str | None]]:
     """An example's outputs; the output of a system whose source at this index is another one is left out."""
     example = next(outputs[index] for _, outputs in chosen if index in outputs)
     candidates = [outputs.get(index) for _, outputs in chosen]
-    return Item(example, [None if o is None or o.source != example.source else o.output for o in candidates])
+    return example, [None if o is None or o.source != example.source else o.output for o in candidates]
 
 
 def settings_section(
@@ -60,23 +161,20 @@ def settings_section(
     blocks: list[Block] = [Facts(facts)] if facts else []
     if differing:
         blocks.append(_differing_table(columns, differing))
-    equal = [key for key in keys if key not in differing]
-    if equal:
-        caption = "Equal everywhere" if len(everything) > 1 else "All settings"
-        table = _two_columns(caption, [(key, values[key][0]) for key in equal])
-        of = f"that {len(everything)} runs share" if len(everything) > 1 else "of the run"
-        blocks.append(Details(f"{len(equal)} settings {of}", [table]))
+    equal = {key: values[key][0] for key in keys if key not in differing}
+    if equal and len(everything) > 1:
+        blocks.append(_folded(f"that {len(everything)} runs share", "Equal everywhere", equal))
+    elif equal:
+        blocks.append(_folded("of the run", "All settings", equal))
     if study:
-        rows = [(key, plain(value) or '""') for key, value in _flat(study, "")]
-        blocks.append(Details(f"{len(rows)} settings of the study", [_two_columns("The study's settings", rows)]))
+        settings = {key: plain(value) or '""' for key, value in _flat(study, "")}
+        blocks.append(_folded("of the study", "The study's settings", settings))
     return Section("Settings", blocks) if blocks else None
 
 
-def _two_columns(caption: str, rows: Sequence[tuple[str, str]]) -> Table:
-    columns = [
-        Column(head, [Value(row[i]) for row in rows], numeric=False) for i, head in enumerate(("setting", "value"))
-    ]
-    return Table(caption, columns)
+def _folded(what: str, caption: str, settings: Mapping[str, str]) -> Section:
+    table = Table(caption, [texts("setting", settings), texts("value", settings.values())])
+    return Section(f"{len(settings)} settings {what}", [table], folded=True)
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -99,15 +197,15 @@ def _flat(values: Mapping[str, Any], above: str) -> Iterable[tuple[str, Any]]:
             yield f"{above}{key}", value
 
 
-def _differing_table(columns: Sequence[tuple[str, list[dict[str, str]]]], keys: Sequence[str]) -> Table:
+def _differing_table(systems: Sequence[tuple[str, list[dict[str, str]]]], keys: Sequence[str]) -> Table:
     """A column for each system; where there are many systems, one column with all values."""
-    few = len(columns) <= MOST_SYSTEMS
-    shown = columns if few else [("values", [settings for _, runs in columns for settings in runs])]
-    heads = [Column("setting", [Value(key) for key in keys], numeric=False)]
-    for name, runs in shown:
-        values = [Value(_distinct([settings[key] for settings in runs if key in settings])) for key in keys]
-        heads.append(Column(name, values, numeric=False))
-    return Table("What differs between the runs", heads)
+    few = len(systems) <= MOST_SYSTEMS
+    shown = systems if few else [("values", [settings for _, runs in systems for settings in runs])]
+    columns = [
+        texts(name, [_distinct([settings[key] for settings in runs if key in settings]) for key in keys])
+        for name, runs in shown
+    ]
+    return Table("What differs between the runs", [texts("setting", keys), *columns])
 
 
 def _distinct(values: Sequence[str]) -> str:

@@ -6,17 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.report.document import Block, Column, Details, Headline, Listing, Section, Table, Text, Value
+from prefixtune.report.document import Block, Column, Facts, Listing, Section, Table, Text, numbers, texts
 from prefixtune.report.format import count, decimals_for, duration, fixed, metric_name, plain, words
 from prefixtune.report.results import Cell, Study
-from prefixtune.report.sections.axis import axis_section
-from prefixtune.report.sections.details import outputs_section, settings_section
-from prefixtune.report.sections.differences import differences_section
-from prefixtune.report.sections.groups import groups_section
-from prefixtune.report.sections.losses import losses_section
-from prefixtune.report.sections.points import cell_figures, name_factors, representatives, study_systems
+from prefixtune.report.sections.charts import axis_section, groups_section, losses_section
+from prefixtune.report.sections.details import differences_section, outputs_section, settings_section, tuning_section
+from prefixtune.report.sections.points import cell_figures, name_factors, point_names, representatives, study_systems
 from prefixtune.report.sections.systems import headline, main_metric, scores_section
-from prefixtune.report.sections.tuning import tuning_section
 
 __all__ = ["Part", "study_part"]
 
@@ -36,8 +32,13 @@ class Part:
     title: str
     facts: Sequence[tuple[str, str]]
     warnings: Sequence[str]
-    headline: Headline | None
-    sections: Sequence[Section]
+    headline: Facts | None
+    sections: Sequence[Section | None]
+
+    @property
+    def shown(self) -> list[Section]:
+        """The sections that there are."""
+        return [section for section in self.sections if section is not None]
 
 
 def study_part(study: Study) -> Part:
@@ -49,7 +50,7 @@ def study_part(study: Study) -> Part:
     sections = [
         _unfinished(study),
         scores_section(systems, main, study.axis, name),
-        differences_section(study, systems),
+        differences_section(study, systems, point_names(study)),
         axis_section(systems, study.axis, main),
         Section("Left out or made smaller", [Listing(study.cut)]) if study.cut else None,
         groups_section(shown, main),
@@ -57,14 +58,14 @@ def study_part(study: Study) -> Part:
         losses_section(systems),
         outputs_section(shown, f"Each system{at}: its first finished run." if len(systems) > 1 else ""),
         settings_section(systems, _origin(study), study.config),
-        Section("Cells", [Details(f"All {len(study.cells)} cells", [_cells_table(study.cells, main)])]),
+        Section("Cells", [Section(f"All {len(study.cells)} cells", [_cells_table(study.cells, main)], folded=True)]),
     ]
     return Part(
         title=study.title or f"Study {study.name}",
         facts=_facts(study),
         warnings=_warnings(study, main),
         headline=headline(shown, main, at),
-        sections=[section for section in sections if section is not None],
+        sections=sections,
     )
 
 
@@ -76,7 +77,7 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         if cell.run is not None and (evaluation := cell.run.evaluation) is not None
     )
     left_out = f"{len(study.cut)} {'thing' if len(study.cut) == 1 else 'things'}, listed below" if study.cut else ""
-    facts = [
+    return [
         ("task", study.task),
         ("backbone", study.backbone),
         ("scored on", "; ".join(data) if len(data) <= 3 else f"{len(data)} files"),
@@ -86,17 +87,15 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         ("left out", left_out),
         ("date", study.date),
     ]
-    return [(name, text) for name, text in facts if text]
 
 
 def _origin(study: Study) -> list[tuple[str, str]]:
-    facts = [
+    return [
         ("command", study.command),
         ("folder", str(study.path)),
         ("machine", _in_one_line(study.machine)),
         ("version", _in_one_line(study.versions)),
     ]
-    return [(name, text) for name, text in facts if text]
 
 
 def _in_one_line(values: Mapping[str, Any]) -> str:
@@ -133,11 +132,10 @@ def _unfinished(study: Study) -> Section | None:
     waiting = [cell for cell in study.cells if cell.status == "waiting"]
     blocks: list[Block] = []
     if failed:
-        reasons = [Value(cell.error or "no reason was written down") for cell in failed]
-        cells = Column("cell", [Value(cell.id) for cell in failed], numeric=False)
-        blocks.append(Table("Failed", [cells, Column("error", reasons, numeric=False)]))
+        reasons = texts("error", [cell.error or "no reason was written down" for cell in failed])
+        blocks.append(Table("Failed", [texts("cell", [cell.id for cell in failed]), reasons]))
     if waiting:
-        blocks.append(Details(f"{len(waiting)} waiting", [Text(", ".join(cell.id for cell in waiting))]))
+        blocks.append(Section(f"{len(waiting)} waiting", [Text(", ".join(cell.id for cell in waiting))], folded=True))
     return Section("What is missing", blocks) if blocks else None
 
 
@@ -146,13 +144,12 @@ def _cells_table(cells: Sequence[Cell], main: str) -> Table:
     figures, scores = [cell_figures(cell) for cell in cells], [_score(cell, main) for cell in cells]
 
     def column(name: str, small: str, key: str, write: Callable[[float | None], str]) -> Column:
-        numbers = [of.get(key) for of in figures]
-        return Column(name, [Value(write(number), number=number) for number in numbers], small)
+        return numbers(name, [of.get(key) for of in figures], write, small)
 
     columns = [
-        Column("cell", [Value(cell.id) for cell in cells], numeric=False),
-        Column("status", [Value(cell.status) for cell in cells], numeric=False),
-        Column(metric_name(main) or "score", [Value(fixed(score, decimals), number=score) for score in scores]),
+        texts("cell", [cell.id for cell in cells]),
+        texts("status", [cell.status for cell in cells]),
+        numbers(metric_name(main) or "score", scores, lambda score: fixed(score, decimals)),
         column("dev. loss", "per token", "dev_loss", lambda loss: fixed(loss, 3)),
         column("steps", "", "steps", count),
         column("training", "time", "train_seconds", duration),

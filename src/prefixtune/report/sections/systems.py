@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prefixtune.report.document import Column, Headline, Listing, Section, Table, Value
+from prefixtune.report.document import Column, Facts, Listing, Section, Table, Value
 from prefixtune.report.format import (
     MISSING,
     Spread,
@@ -22,17 +22,21 @@ from prefixtune.report.results import Evaluation, Run, Score, losses_of
 
 __all__ = [
     "System",
+    "best_values",
     "figures_of",
     "headline",
-    "implementations",
-    "is_higher_better",
+    "lower_is_better",
     "main_metric",
     "mark_best",
     "metric_keys",
-    "score_value",
+    "score_values",
     "scores_section",
     "scores_table",
 ]
+
+
+Group = tuple[str, str]
+"""A part of the data: its kind and name."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class System:
     """
 
     name: str
-    runs: Sequence[Run]
-    figures: Sequence[Mapping[str, float]]
+    runs: Sequence[Run] = ()
+    figures: Sequence[Mapping[str, float]] = ()
     num_planned: int = 1
     axis: str = ""
     axis_value: float | None = None
@@ -89,8 +93,8 @@ class System:
         """The evaluations of the repetitions that have one."""
         return [run.evaluation for run in self.runs if run.evaluation is not None]
 
-    def scores(self, metric: str, group: tuple[str, str] | None = None) -> list[Score]:
-        """A metric's finite scores, on all examples or on a group of them (its kind and name)."""
+    def scores(self, metric: str, group: Group | None = None) -> list[Score]:
+        """A metric's finite scores, on all examples or on a group of them."""
         finite = []
         for evaluation in self.evaluations:
             scores = evaluation.scores
@@ -102,11 +106,11 @@ class System:
                 finite.append(score)
         return finite
 
-    def spread(self, metric: str, group: tuple[str, str] | None = None) -> Spread | None:
+    def spread(self, metric: str, group: Group | None = None) -> Spread | None:
         """A metric over the repetitions."""
         return Spread.of([s.score for s in self.scores(metric, group) if s.score is not None])
 
-    def span(self, metric: str, group: tuple[str, str] | None = None) -> tuple[float, float] | None:
+    def span(self, metric: str, group: Group | None = None) -> tuple[float, float] | None:
         """What an error bar shows: lowest and highest of several repetitions, the interval of a single one."""
         scores = self.scores(metric, group)
         spread = self.spread(metric, group)
@@ -150,23 +154,38 @@ def metric_keys(systems: Iterable[System], main: str) -> list[str]:
     return sorted(names, key=lambda name: name != main)
 
 
-def is_higher_better(systems: Sequence[System], metric: str) -> bool:
+def lower_is_better(systems: Sequence[System], metric: str) -> str:
+    """The small print of a metric's column."""
+    return "" if _is_higher_better(systems, metric) else "lower is better"
+
+
+def _is_higher_better(systems: Sequence[System], metric: str) -> bool:
     """Whether higher is better."""
     return all(score.higher_is_better for system in systems for score in system.scores(metric))
 
 
-def score_value(system: System, metric: str, decimals: int, group: tuple[str, str] | None = None) -> Value:
-    """A score with its interval, or the mean with the spread of several repetitions."""
-    spread = system.spread(metric, group)
-    if spread is None:
-        return Value(MISSING)
-    text, span = fixed(spread.mean, decimals), system.span(metric, group)
-    if spread.deviation is not None:
-        text = f"{text} ± {fixed(spread.deviation, decimals)}"
-        small = f"{fixed(spread.low, decimals)} to {fixed(spread.high, decimals)}"
-    else:
-        small = "" if span is None else f"[{fixed(span[0], decimals)}, {fixed(span[1], decimals)}]"
-    return Value(text, small, spread.mean, interval=span if spread.interval is None else spread.interval)
+def score_values(systems: Sequence[System], metric: str, group: Group | None = None) -> list[Value]:
+    """A metric of each system: a score with its interval, or the mean with the spread; not yet marked."""
+    spreads = [system.spread(metric, group) for system in systems]
+    decimals = decimals_for([spread.mean for spread in spreads if spread is not None])
+    values = []
+    for system, spread in zip(systems, spreads, strict=True):
+        span = system.span(metric, group)
+        if spread is None:
+            values.append(Value(MISSING))
+        elif spread.deviation is None:
+            small = "" if span is None else f"[{fixed(span[0], decimals)}, {fixed(span[1], decimals)}]"
+            values.append(Value(fixed(spread.mean, decimals), small, spread.mean, interval=span))
+        else:
+            text = f"{fixed(spread.mean, decimals)} ± {fixed(spread.deviation, decimals)}"
+            small = f"{fixed(spread.low, decimals)} to {fixed(spread.high, decimals)}"
+            values.append(Value(text, small, spread.mean, interval=spread.interval))
+    return values
+
+
+def best_values(systems: Sequence[System], metric: str, group: Group | None = None) -> list[Value]:
+    """A metric of each system, the best one marked."""
+    return mark_best(score_values(systems, metric, group), higher=_is_higher_better(systems, metric))
 
 
 def mark_best(values: Sequence[Value], *, higher: bool) -> list[Value]:
@@ -174,13 +193,11 @@ def mark_best(values: Sequence[Value], *, higher: bool) -> list[Value]:
 
     The best is significant where its interval and that of every other do not overlap.
     """
-    known = [(value, value.number) for value in values if value.number is not None]
-    if len({_figure(value) for value, _ in known}) < 2:
+    known = [value for value in values if value.number is not None]
+    if len({_figure(value) for value in known}) < 2:
         return list(values)
-    sign = 1 if higher else -1
-    best, _ = max(known, key=lambda pair: sign * pair[1])
-    others = [value for value, _ in known if value is not best]
-    apart = all(_is_apart(best, other, higher=higher) for other in others)
+    best = (max if higher else min)(known, key=lambda value: value.number or 0.0)
+    apart = all(other is best or _is_apart(best, other, higher=higher) for other in known)
     return [
         replace(value, best=True, significant=value is best and apart)
         if value.number is not None and _figure(value) == _figure(best)
@@ -199,16 +216,16 @@ def _is_apart(best: Value, other: Value, *, higher: bool) -> bool:
     return best.interval[0] > other.interval[1] if higher else best.interval[1] < other.interval[0]
 
 
-def _marked(systems: Sequence[System], values: Sequence[Value], *, higher: bool) -> list[Value]:
-    """Mark the best among the systems with the same value on the axis; of a single series, the best of all."""
+def _best_at_each(systems: Sequence[System], metric: str) -> list[Value]:
+    """A metric of each system, the best among those with the same value on the axis marked; of one series, of all."""
+    values, higher = score_values(systems, metric), _is_higher_better(systems, metric)
     if not _has_several_series(systems):
         return mark_best(values, higher=higher)
-    result = list(values)
-    for axis_value in {system.axis_value for system in systems}:
-        indices = [index for index, system in enumerate(systems) if system.axis_value == axis_value]
-        for index, value in zip(indices, mark_best([values[i] for i in indices], higher=higher), strict=True):
-            result[index] = value
-    return result
+    marked = dict[int, Value]()
+    for along in {system.axis_value for system in systems}:
+        indices = [index for index, system in enumerate(systems) if system.axis_value == along]
+        marked |= dict(zip(indices, mark_best([values[index] for index in indices], higher=higher), strict=True))
+    return [marked[index] for index in range(len(values))]
 
 
 def _has_several_series(systems: Sequence[System]) -> bool:
@@ -224,14 +241,12 @@ def scores_table(systems: Sequence[System], main: str, caption: str, axis: str =
     if any(system.num_planned > 1 or len(system.runs) < system.num_planned for system in systems):
         counts = [Value(f"{len(s.runs)} of {s.num_planned}", number=len(s.runs)) for s in systems]
         columns.append(Column("runs", counts, "done of planned"))
-    for index, metric in enumerate(metric_keys(systems, main)):
-        higher = is_higher_better(systems, metric)
-        means = [spread.mean for system in systems if (spread := system.spread(metric)) is not None]
-        values = [score_value(system, metric, decimals_for(means)) for system in systems]
-        values, small = _marked(systems, values, higher=higher), "" if higher else "lower is better"
-        columns.append(Column(metric_name(metric), values, small, begins_group=index == 0))
-    costs = list(_cost_columns(systems))
-    columns += [replace(column, begins_group=index == 0) for index, column in enumerate(costs)]
+    scores = [
+        Column(metric_name(metric), _best_at_each(systems, metric), lower_is_better(systems, metric))
+        for metric in metric_keys(systems, main)
+    ]
+    for group in (scores, list(_cost_columns(systems))):
+        columns += [replace(column, begins_group=index == 0) for index, column in enumerate(group)]
     return Table(caption, columns, num_headers=2 if axis else 1)
 
 
@@ -247,7 +262,7 @@ def _cost_columns(systems: Sequence[System]) -> Iterator[Column]:
             yield Column(cost.name, values, cost.small)
 
 
-def implementations(systems: Sequence[System]) -> list[str]:
+def _implementations(systems: Sequence[System]) -> list[str]:
     """What computed each metric; and a warning where the systems differ in it."""
     lines = []
     for metric in metric_keys(systems, ""):
@@ -267,34 +282,26 @@ def scores_section(systems: Sequence[System], main: str, axis: str = "", what: s
     if any(value.best for value in values):
         among = f", among those of the same {words(axis)}" if _has_several_series(systems) else ""
         notes.append(f"Bold: the best of its column{among}. ★: significant; its interval overlaps with no other.")
-    if any(score.interval for system in systems if len(system.runs) == 1 for score in _all_scores(system)):
+    if any(value.small.startswith("[") for value in values):
         notes.append("In brackets: the confidence interval of a single run's score.")
     if any(len(system.runs) > 1 for system in systems):
         notes.append(
             "Of several runs: the mean ± the standard deviation, and the lowest to the highest; costs: means. Their "
             "interval, for ★, is the 95 % interval of the mean."
         )
-    notes += implementations(systems)
+    notes += _implementations(systems)
     left_out = {(key, str(why)): None for s in systems for e in s.evaluations for key, why in e.left_out.items()}
     notes += [f"{metric_name(metric)} was left out: {reason}" for metric, reason in left_out]
     return Section("Scores", [table, Listing(notes)] if notes else [table])
 
 
-def _all_scores(system: System) -> list[Score]:
-    return [score for metric in metric_keys([system], "") for score in system.scores(metric)]
-
-
-def headline(systems: Sequence[System], main: str, where: str = "") -> Headline | None:
+def headline(systems: Sequence[System], main: str, where: str = "") -> Facts | None:
     """The main figure of each system."""
-    spreads = [(system, spread) for system in systems if (spread := system.spread(main)) is not None]
-    if not spreads:
-        return None
-    decimals, higher = decimals_for([spread.mean for _, spread in spreads]), is_higher_better(systems, main)
-    values = []
-    for system, spread in spreads:
-        value = score_value(system, main, decimals)
-        small = f"± {fixed(spread.deviation, decimals)}, {spread.count} runs" if spread.deviation is not None else ""
-        values.append(replace(value, text=fixed(spread.mean, decimals), small=small or value.small))
-    marked = zip(spreads, mark_best(values, higher=higher), strict=True)
-    lower = "" if higher else ", lower is better"
-    return Headline(f"{metric_name(main)}{where}{lower}", [(system.name, value) for (system, _), value in marked])
+    scored = [system for system in systems if system.scores(main)]
+    items = []
+    for system, value in zip(scored, best_values(scored, main), strict=True):
+        text, _, deviation = value.text.partition(" ")
+        small = f"{deviation}, {len(system.scores(main))} runs" if deviation else value.small
+        items.append((system.name, replace(value, text=text, small=small)))
+    lower = "" if _is_higher_better(scored, main) else ", lower is better"
+    return Facts(items, f"{metric_name(main)}{where}{lower}") if items else None
