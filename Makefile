@@ -156,16 +156,16 @@ $(VENV)/.pip: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e '.[serve,scores,bertscore,lora]'
 	@touch $@
 
 $(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	@echo "installing what the integrations need into $(VENV): some minutes, the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e '.[all]'
 	@touch $@
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e '.[serve,scores]'
 	@touch $@
 
 # adapters pins an older transformers, so it gets an environment of its own, with the same torch.

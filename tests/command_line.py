@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli.argparse_main import build_parser
 from prefixtune.cli.main import main
+from prefixtune.cli.main import run as run_command
 
 
 def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None) -> tuple[str, str]:
@@ -39,9 +39,7 @@ def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None
 
 def call(*arguments: object) -> int:
     """A command within this process, whose errors are raised and not printed; its exit code."""
-    options = build_parser()[0].parse_args([str(argument) for argument in arguments])
-    code: int = options.run(options)
-    return code
+    return run_command([str(argument) for argument in arguments])
 
 
 def run_apart(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -> tuple[str, str]:

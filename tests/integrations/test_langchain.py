@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import langchain_openai
 import openai
 import pytest
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
 
 from live_server import MODEL, LiveServer, generate_alone, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
@@ -70,3 +73,67 @@ def test_langchain_completes_and_chats_whole_and_in_pieces(
     assert [chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata] == [20]
     with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
         talker.bind(tools=[{"type": "function", "function": {"name": "f"}}]).invoke(messages)
+
+
+@pytest.fixture
+def options(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """How LangChain's clients call the server."""
+    monkeypatch.setenv("LANGSMITH_TRACING", "false")
+    return {"base_url": f"{server.url}/v1", "api_key": "unused", "max_retries": 0, "temperature": 0, "max_tokens": 20}
+
+
+def test_langchain_is_asynchronous_and_many_at_once(
+    backbone: Any, folder: Path, options: dict[str, Any], server: LiveServer
+) -> None:
+    model = langchain_openai.ChatOpenAI(model="facts", stream_usage=True, **options)
+    questions = [f"Hello {letter}!" for letter in "abcdefgh"]
+    expected = [
+        generate_alone(
+            backbone, folder / "prefixes", backbone.encode(f"[user]{text}</s>[assistant]"), "facts", max_new_tokens=20
+        )
+        for text in questions
+    ]
+
+    async def everything() -> tuple[list[str], list[str], list[str]]:
+        whole = [answer.content for answer in await model.abatch(questions)]
+        pieces = ["".join([chunk.content async for chunk in model.astream(text)]) for text in questions]
+        chain = ChatPromptTemplate.from_messages([("human", "Hello {letter}!")]) | model | StrOutputParser()
+        return whole, pieces, await chain.abatch([{"letter": letter} for letter in "abcdefgh"])
+
+    assert asyncio.run(everything()) == (expected, expected, expected)
+    assert [answer.content for answer in model.batch(questions)] == expected
+    server.until(lambda: not server.get("/v1/status")[1]["running"], 5)
+
+
+def test_langchains_options_reach_the_engine(options: dict[str, Any]) -> None:
+    model = langchain_openai.ChatOpenAI(model="facts", **options)
+    whole = model.invoke("Hello!")
+    stop = whole.content[5:8]
+    stopped = model.invoke("Hello!", stop=[stop])
+    assert stopped.content == whole.content[: whole.content.index(stop)]
+    assert stopped.response_metadata["finish_reason"] == "stop"
+    logprobs = model.bind(logprobs=True, top_logprobs=2).invoke("Hello!").response_metadata["logprobs"]["content"]
+    assert len(logprobs) == 20
+    assert all(len(token["top_logprobs"]) == 2 for token in logprobs)
+    sampling = {**options, "temperature": 1.5}
+    drawn = [
+        langchain_openai.ChatOpenAI(model="facts", **sampling, seed=seed, top_p=0.9).invoke("Hello!").content
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    longer = langchain_openai.ChatOpenAI(model="facts", **options, extra_body={"min_tokens": 20, "top_k": 1})
+    assert longer.invoke("Hello!").content == whole.content
+
+
+def test_langchains_errors_say_what_the_server_says(options: dict[str, Any]) -> None:
+    for kind, changes, message in (
+        (openai.NotFoundError, {"model": "fcats"}, "Did you mean 'facts'"),
+        (openai.BadRequestError, {"temperature": 3}, "between 0 and 2"),
+        (openai.BadRequestError, {"max_tokens": 5000}, "between 1 and 1024"),
+        (openai.BadRequestError, {"frequency_penalty": 1}, "'frequency_penalty' is not supported"),
+    ):
+        model = langchain_openai.ChatOpenAI(**{"model": "facts", **options, **changes})
+        with pytest.raises(kind, match=message):
+            model.invoke("Hello!")
+        with pytest.raises(kind, match=message):
+            list(model.stream("Hello!"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import tomllib
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.cli.main import build_parser
+from prefixtune.cli.argparse_main import build_parser
+from prefixtune.cli.main import command_options
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.server.settings import ServeConfig
 from prefixtune.studies import StudyConfig
@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "prefixtune"
 
 COMMANDS = {name: set(parser.options()) for name, parser in build_parser()[1].items()}
+COMMANDS |= {name: {*map(options.flag, options.model_fields)} for name, options in command_options().items()}
 KEYS = {
-    field.name
+    name
     for config in (TrainConfig, GenerateConfig, StudyConfig, ServeConfig)
-    for field in dataclasses.fields(config)
+    for name in getattr(config, "model_fields", None) or getattr(config, "__dataclass_fields__", {})
 }
 #: File or folder of the source -> the commands whose users see its hints; all of them must have the option.
 SEEN_BY = {
@@ -108,7 +109,7 @@ def test_there_are_hints_to_try() -> None:
 
 
 def test_the_commands_that_hints_name_exist() -> None:
-    named = [(*hint, word) for hint in HINTS for word in re.findall(r"`prefixtune ([a-z-]+)", hint[2])]
+    named = [(*hint, word) for hint in HINTS for word in re.findall(r"`prefixtune ([a-z][a-z-]*)", hint[2])]
     assert len(named) > 20
     assert [each for each in named if each[3] not in COMMANDS] == []
 
@@ -116,7 +117,7 @@ def test_the_commands_that_hints_name_exist() -> None:
 def test_the_options_that_hints_name_exist_for_their_command() -> None:
     wrong, tried = [], 0
     for name, line, text in HINTS:
-        quoted = re.findall(r"`prefixtune ([a-z-]+)([^`]*)`", text)
+        quoted = re.findall(r"`prefixtune ([a-z][a-z-]*)([^`]*)`", text)
         for command, rest in quoted:
             for option in re.findall(r"--[a-z][a-z-]*", rest):
                 tried += 1
@@ -152,7 +153,10 @@ def test_the_extras_and_documents_in_hints_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = [(*hint, extra) for hint in HINTS for extra in re.findall(r"prefixtune\[([a-z]+)\]", hint[2])]
     assert named
-    assert [each for each in named if each[3] not in extras] == []
+    for path in SOURCE.rglob("*.py"):
+        imports = re.findall(r"needs_extra\(\s*\"(\w+)\"|extra=\"(\w+)\"", path.read_text(encoding="utf-8"))
+        named += [(path.name, 0, "", name) for names in imports for name in names if name]
+    assert {each[3] for each in named} == extras.keys() - {"all"}
     pages = [(*hint, page) for hint in HINTS for page in re.findall(r"docs/[a-z_]+\.md", hint[2])]
     assert pages
     assert [each for each in pages if not (ROOT / each[3]).is_file()] == []

@@ -20,7 +20,7 @@ from prefixtune.errors import BackboneError, ConfigError, describe_value, did_yo
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.header import parse_header
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.utils.extras import require
+from prefixtune.utils.extras import needs_extra
 
 __all__ = [
     "DEFAULT_BACKBONE",
@@ -225,9 +225,11 @@ def _resolve(
     if quantize and quantize not in QUANTIZATIONS:
         raise ConfigError(f"unknown quantization {quantize!r}.", hint=did_you_mean(quantize, QUANTIZATIONS))
     if quantize:
-        require("torchao", f"quantize = {quantize!r}")
+        with needs_extra("quantize", f"quantize = {quantize!r}"):
+            import torchao  # noqa: F401
     if adapter is not None or adapter_rank:
-        require("peft", "an adapter")
+        with needs_extra("lora", "an adapter"):
+            import peft  # noqa: F401
     source, options = find_checkpoint(base)
     return source, options, adapter
 

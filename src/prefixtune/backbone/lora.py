@@ -10,7 +10,7 @@ import torch
 
 from prefixtune.errors import BackboneError, CheckpointError
 from prefixtune.prefix.header import parse_header
-from prefixtune.utils.extras import require
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["ADAPTER_CONFIG", "adapter_config", "add_adapter", "check_lora", "is_adapter", "load_adapter"]
 
@@ -24,7 +24,8 @@ def load_adapter(model: Any, path: str, *, trainable: bool = False) -> Any:
     Raises:
         BackboneError: There is no such adapter, it is a pickle, it lacks weights, or it does not fit.
     """
-    peft = require("peft", "adapter")
+    with needs_extra("lora", "adapter"):
+        import peft
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise BackboneError(
@@ -53,7 +54,8 @@ def add_adapter(model: Any, rank: int, *, seed: int = 0) -> Any:
     Returns:
         PEFT's view of the model, as for `load_adapter`.
     """
-    peft = require("peft", "adapter_rank")
+    with needs_extra("lora", "adapter_rank"):
+        import peft
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prefixtune.errors import ConfigError, did_you_mean
-from prefixtune.utils.extras import require
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["QUANTIZATIONS", "quantize"]
 
@@ -29,16 +29,19 @@ def quantize(model: Any, kind: str) -> None:
     """
     if kind not in QUANTIZATIONS:
         raise ConfigError(f"unknown quantization {kind!r}.", hint=did_you_mean(kind, QUANTIZATIONS))
-    ao = require("torchao.quantization", f"quantize = {kind!r}")
+    with needs_extra("quantize", f"quantize = {kind!r}"):
+        import torchao.quantization as ao
+        from torchao.quantization.granularity import PerGroup
+        from torchao.quantization.quant_primitives import MappingType
     if kind == "int8":
         config = ao.Int8WeightOnlyConfig()
     elif model.device.type == "cuda":
         config = ao.Int4WeightOnlyConfig(group_size=_GROUP)
     else:
-        granularity = require("torchao.quantization.granularity", "quantize").PerGroup(_GROUP)
-        mapping = require("torchao.quantization.quant_primitives", "quantize").MappingType.ASYMMETRIC
         four: Any = torch.int4  # type: ignore[attr-defined]
-        config = ao.IntxWeightOnlyConfig(weight_dtype=four, granularity=granularity, mapping_type=mapping)
+        config = ao.IntxWeightOnlyConfig(
+            weight_dtype=four, granularity=PerGroup(_GROUP), mapping_type=MappingType.ASYMMETRIC
+        )
     head = getattr(model, "get_output_embeddings", lambda: None)()
 
     def wanted(module: nn.Module, name: str) -> bool:

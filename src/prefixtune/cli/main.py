@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 a failed check or a bug (with its traceback), 2 wrong u
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -19,10 +20,11 @@ from cyclopts.exceptions import CoercionError, MissingArgumentError, RepeatArgum
 
 from prefixtune import __version__
 from prefixtune.cli.argparse_main import parse
+from prefixtune.cli.options import CommandOptions
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean
 from prefixtune.utils.console import Console
 
-__all__ = ["build_app", "main"]
+__all__ = ["build_app", "command_options", "main", "run"]
 
 _COMMANDS = {
     "Start": {
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
     try:
         with _shown_warnings(Console(quiet=as_json)):
-            code = _run(words)
+            code = run(words)
         sys.stdout.flush()
         return code
     except PrefixError as error:
@@ -80,6 +82,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, closed the pipe; keep Python from complaining when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a command; returns its exit code, and raises errors.
+
+    Raises:
+        PrefixError: Wrong use or input.
+    """
+    if words and words[0] in _NOT_YET:
+        parsed = parse(list(words))
+        code: int = parsed.run(parsed)
+        return code
+    function, bound, faults = _parse(build_app(words[0] if words else ""), words)
+    if not hasattr(function, "options"):
+        # --help, --version and shell completion are cyclopts' own.
+        function(*bound.args, **bound.kwargs)
+        return 0
+    options = function.options.read(bound.arguments, faults)
+    if getattr(options, "as_json", False) and hasattr(options, "quiet"):
+        # Programs also read stderr.
+        options = options.replace(quiet=True)
+    result: int = function.run(options)
+    return result
 
 
 def build_app(command: str = "") -> App:
@@ -99,14 +124,20 @@ def build_app(command: str = "") -> App:
     for title, commands in _COMMANDS.items():
         group = Group.create_ordered(title)
         for name, text in commands.items():
-            function = name.replace("-", "_")
-            app.command(
-                f"prefixtune.cli.commands.{function}:{function}",
-                name=name,
-                help=None if name == command else text,
-                group=group,
-            )
+            function = f"prefixtune.cli.commands.{name}:{name}"
+            app.command(function, name=name, help=None if name == command else text, group=group)
     return app
+
+
+def command_options() -> dict[str, type[CommandOptions]]:
+    """Command -> its options, in the order of the help; imports all commands."""
+    functions = {
+        name: getattr(importlib.import_module(f"prefixtune.cli.commands.{name}"), name)
+        for commands in _COMMANDS.values()
+        for name in commands
+        if name not in _NOT_YET and importlib.util.find_spec(f"prefixtune.cli.commands.{name}")
+    }
+    return {name: function.options for name, function in functions.items()}
 
 
 def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -> int:
@@ -133,24 +164,6 @@ def _shown_warnings(console: Console) -> Iterator[None]:
 
         warnings.showwarning = show_plainly
         yield
-
-
-def _run(words: list[str]) -> int:
-    if words and words[0] in _NOT_YET:
-        parsed = parse(words)
-        code: int = parsed.run(parsed)
-        return code
-    function, bound, faults = _parse(build_app(words[0] if words else ""), words)
-    if not hasattr(function, "options"):
-        # --help, --version and shell completion are cyclopts' own.
-        function(*bound.args, **bound.kwargs)
-        return 0
-    options = function.options.read(bound.arguments, faults)
-    if getattr(options, "as_json", False) and hasattr(options, "quiet"):
-        # Programs also read stderr.
-        options = options.replace(quiet=True)
-    result: int = function.run(options)
-    return result
 
 
 def _parse(app: App, words: list[str]) -> tuple[Any, Any, list[str]]:

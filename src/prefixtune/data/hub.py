@@ -8,7 +8,6 @@ Class numbers become class names. The library is optional, and imported only whe
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.hub import HUB
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["HUB", "dataset_rows", "dataset_splits", "is_dataset", "split_path"]
 
@@ -116,13 +116,9 @@ def _address(path: str) -> tuple[str, str | None, str | None]:
 
 
 def _library() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ConfigError(
-            "this set needs the library datasets, which is not installed.",
-            hint="pip install 'prefixtune[datasets]', or export the set as JSON lines.",
-        ) from error
+    with needs_extra("datasets", "this set", ", or export the set as JSON lines"):
+        import datasets
+    return datasets
 
 
 def _load_from_disk(path: Path | str) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import DataError
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["parquet_rows"]
 
@@ -24,13 +24,9 @@ def parquet_rows(data: bytes, path: Path, max_bytes: int) -> Iterator[tuple[str,
         ConfigError: pyarrow is not installed.
         DataError: The file is not a complete Parquet file, or has more than `max_bytes`.
     """
-    try:
-        arrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: reading Parquet needs the library pyarrow, which is not installed.",
-            hint="pip install 'prefixtune[datasets]', or export the table as JSON lines.",
-        ) from error
+    with needs_extra("datasets", f"{path}: reading Parquet", ", or export the table as JSON lines"):
+        import pyarrow as arrow
+        from pyarrow import parquet
     try:
         with parquet.ParquetFile(arrow.BufferReader(data)) as file:
             groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]

@@ -19,7 +19,7 @@ from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.records import Event, OnEvent, Outcome
 from prefixtune.studies.runner import outcome_of, run_study
-from prefixtune.utils.extras import require
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["run_on_ray", "share_resources"]
 
@@ -58,15 +58,16 @@ def run_on_ray(
         raise ConfigError(f"there are {workers} workers, but a study needs at least one.", hint="give a larger number.")
     # Usage statistics are only sent where the user has switched them on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray = require("ray", "a study on a cluster")
-    queues = require("ray.util.queue", "a study on a cluster")
+    with needs_extra("ray", "a study on a cluster"):
+        import ray
+        from ray.util.queue import Queue
     absolute = _with_absolute_paths(config)
     must_connect = not ray.is_initialized()
     if must_connect:
         _connect(ray, address, workers)
     try:
         cpus, gpus = share_resources([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
-        events = queues.Queue(actor_options={"num_cpus": 0})
+        events = Queue(actor_options={"num_cpus": 0})
         work = ray.remote(_work).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
         running = [work.remote(absolute, index, events, command, os.getcwd()) for index in range(workers)]
         try:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -20,7 +29,7 @@ from prefixtune.errors import ConfigError, describe_value, did_you_mean
 from prefixtune.utils.config_files import read_config_file
 from prefixtune.utils.faults import describe_fault, show_value
 
-__all__ = ["CommaList", "Config", "Layer", "Table", "TextList", "allowed_range", "option_group"]
+__all__ = ["CommaList", "Config", "DeviceName", "Layer", "Table", "TextList", "allowed_range", "option_group"]
 
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 """Whole numbers are TOML's: of 64 bits, with a sign."""
@@ -50,6 +59,22 @@ CommaList = Annotated[tuple[_T, ...], BeforeValidator(_split_commas)]
 
 TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text)]
 """One text or several."""
+
+
+def _check_device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        # Only torch knows all names, and takes a second to load.
+        import torch
+
+        try:
+            torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"is {show_value(name)}, but must be cpu, cuda, cuda:0, mps or auto") from None
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_check_device)]
+"""What torch calls a device, or `auto`; whether the machine has it is seen when a model loads."""
 
 
 def option_group(name: str) -> Callable[..., Any]:

@@ -1,36 +1,31 @@
-"""Optional libraries: import one, or say which extra of this package installs it."""
+"""Optional libraries: where one is missing, the error names the extra of this package that installs it."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["require"]
+__all__ = ["needs_extra"]
 
 
-_EXTRAS = {
-    "torchao": "quantize",
-    "peft": "lora",
-    "ray": "ray",
-    "onnx": "onnx",
-    "onnxscript": "onnx",
-    "onnxruntime": "onnx",
-}
-"""Optional library -> the extra of this package that installs it."""
+@contextlib.contextmanager
+def needs_extra(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
+    """Import the libraries of an extra within this block.
 
-
-def require(module: str, what: str) -> Any:
-    """Import an optional library.
+    Args:
+        extra: Its name in pyproject.toml.
+        what: What needs them, for the error.
+        otherwise: Another way out, as in ", or export the set as JSON lines".
 
     Raises:
-        ConfigError: It is not installed; says how to install it.
+        ConfigError: A library is missing.
     """
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or extra).partition(".")[0]
         raise ConfigError(
-            f"{what} needs {package}, which is not installed.", hint=f"pip install 'prefixtune[{_EXTRAS[package]}]'."
+            f"{what} needs {package}, which is not installed.", hint=f"pip install 'prefixtune[{extra}]'{otherwise}."
         ) from error

@@ -13,7 +13,8 @@ import prefixtune.backbone.load
 import prefixtune.studies.cell
 import prefixtune.studies.data
 import prefixtune.training.train
-from prefixtune.cli.main import build_parser, main
+from prefixtune.cli.argparse_main import build_parser
+from prefixtune.cli.main import command_options, main
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
@@ -153,8 +154,8 @@ MISTAKES = [
     ("pull me/it file/out.safetensors", "cannot write"),
     ("inspect rows.jsonl", "rows.jsonl"),
     # doctor, demo, prepare, serve
-    ("doctor model --device gpu", "unknown device 'gpu'"),
-    ("doctor model --quantize int3", "unknown quantization 'int3'"),
+    ("doctor model --device gpu", "--device is 'gpu'"),
+    ("doctor model --quantize int3", "must be one of 'int8', 'int4'"),
     ("doctor adapter", "no config.json"),
     ("demo --steps 0", "--steps is 0"),
     ("demo --output file", "holds other files than those of a demo"),
@@ -199,7 +200,7 @@ def test_a_mistake_is_reported_before_the_model_loads(
 
 
 def test_every_command_has_a_mistake_in_the_table() -> None:
-    assert {command.split()[0] for command, _ in MISTAKES} == set(build_parser()[1])
+    assert {command.split()[0] for command, _ in MISTAKES} == {*build_parser()[1], *command_options()}
 
 
 def test_several_mistakes_are_reported_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_a_missing_extra_says_the_install_line(
     assert export(trained, "--to", "onnx", "--output", tmp_path / "out") == 2
     shown = " ".join(capsys.readouterr().err.split())
     assert f"an export to ONNX needs {module}, which is not installed" in shown
-    assert "pip install 'prefixtune[onnx]'" in shown
+    assert "pip install 'prefixtune[export]'" in shown
     assert "loading" not in shown
     assert not (tmp_path / "out").exists()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefixtune.data import files as reading
-from prefixtune.data import parquet
 from prefixtune.data.files import read_file
 from prefixtune.errors import ConfigError, DataError
 
@@ -114,10 +114,7 @@ def test_what_unzips_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(parquet.importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match="pyarrow, which is not installed") as raised:
         read_file(tmp_path / "a.parquet")

@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 from prefixtune.errors import ConfigError
-from prefixtune.utils.config import CommaList, Config, Layer, TextList
+from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, TextList
 
 
 class Recipe(Config):
@@ -23,6 +23,7 @@ class Recipe(Config):
     servings: int = Field(2, ge=1, le=50)
     rate: float = Field(0.1, ge=0)
     oven: Literal["", "gas", "electric"] = ""
+    device: DeviceName = "auto"
     vegan: bool = False
     seed: int | None = None
     steps: CommaList[int] = (1,)
@@ -54,6 +55,9 @@ def refusal(make: Any, *arguments: Any, **values: Any) -> str:
         ({"rate": False}, "rate is False, but must be a number."),
         ({"vegan": 1}, "vegan is 1, but must be true or false."),
         ({"oven": "gaz"}, "oven is 'gaz', but must be one of 'gas', 'electric' (did you mean 'gas'?)."),
+        ({"device": "gpu"}, "device is 'gpu', but must be cpu, cuda, cuda:0, mps or auto."),
+        ({"device": "cuda:x"}, "device is 'cuda:x', but must be cpu, cuda, cuda:0, mps or auto."),
+        ({"device": 0}, "device is 0, but must be text."),
         ({"steps": [1, "a"]}, "steps[1] is 'a', but must be a whole number."),
         ({"names": {"a": 1}}, "names is of type dict, but must be a list."),
         ({"stop": ["\ud800"]}, "stop is ('\\ud800',), but must be UTF-8 text."),

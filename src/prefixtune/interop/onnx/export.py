@@ -30,7 +30,7 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.export import check_exportable, describe_origin, write_manifest
 from prefixtune.interop.onnx.run import pad, past_names, start, step
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.extras import require
+from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.files import atomic_files
 
 __all__ = ["GRAPH", "MAX_BYTES_IN_GRAPH", "PAST", "export_onnx", "require_onnx"]
@@ -155,9 +155,13 @@ def require_onnx() -> Any:
     """Import what an export needs; returns ONNX Runtime.
 
     Raises:
-        ConfigError: A library of the extra `onnx` is missing.
+        ConfigError: A library of the extra `export` is missing.
     """
-    return [require(name, "an export to ONNX") for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+    with needs_extra("export", "an export to ONNX"):
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    return onnxruntime
 
 
 def _trace(backbone: Backbone, baked: Sequence[Tensor], facts: dict[str, Any], path: Path) -> None:
