@@ -35,7 +35,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{str(path)!r} is not TOML: {error}.", hint="write lines such as seed = 1; or name a YAML file .yaml."
+            f"{str(path)!r} is not TOML: {error}.",
+            hint='write lines such as dtype = "auto"; or name a YAML file .yaml.',
         ) from error
 
 
@@ -74,7 +75,7 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
         values = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{str(path)!r} is not YAML: {reason}.", hint="write lines such as seed: 1") from error
+        raise ConfigError(f"{str(path)!r} is not YAML: {reason}.", hint="write lines such as dtype: auto") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{str(path)!r} must hold keys and values.", hint="write lines such as seed: 1")
+        raise ConfigError(f"{str(path)!r} must hold keys and values.", hint="write lines such as dtype: auto")
     return values
