@@ -174,7 +174,10 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
     shutil.copyfile(one, folder / "p.safetensors")
     backbone = load_backbone(model, device="cpu")
     config = ServeConfig(
-        backbone="tiny", prefixes=str(folder), num_slots=1, keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)}
+        backbone="tiny",
+        prefixes=str(folder),
+        num_slots=1,
+        keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)},
     )
     store = PrefixStore(folder, backbone)
     state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))

@@ -168,6 +168,6 @@ def test_a_new_key_is_printed_with_its_table(tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text(table)
     from prefixtune.server.settings import ServeConfig
 
-    keys = ServeConfig.from_sources(tmp_path / "serve.toml").keys
+    keys = ServeConfig.from_file(tmp_path / "serve.toml").keys
     assert keys["al ice"].hash == hash_key(key)
     assert not keys["al ice"].admin

@@ -350,7 +350,7 @@ prefixes = ["*"]
 @fuzzed(data=spoiled(TOML))
 def test_configurations(folder: Path, data: bytes) -> None:
     path = write(folder / "run.toml", data)
-    for read in (TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_sources):
+    for read in (TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_file):
         with refused():
             read(path)
 
@@ -370,7 +370,9 @@ def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
     with refused():
         StudyConfig.from_mapping("low-data", values)
     with refused():
-        ServeConfig.from_sources(None, {f"{ENVIRONMENT}{name.upper()}": str(value) for name, value in values.items()})
+        ServeConfig.from_layers(
+            *ServeConfig.sources(None, {f"{ENVIRONMENT}{name.upper()}": str(value) for name, value in values.items()})
+        )
 
 
 # --- folders of runs --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from prefixtune.studies import StudyConfig
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.folder import read_events
 
-READERS = [TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_sources]
+READERS = [TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_file]
 
 
 @pytest.mark.parametrize("read", READERS)

@@ -40,10 +40,13 @@ def test_a_function_documents_its_arguments_and_its_errors(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_configuration_documents_every_field(name: str) -> None:
-    fields = {field.name: field for field in dataclasses.fields(getattr(pt, name))}
+    config = getattr(pt, name)
+    if hasattr(config, "model_fields"):
+        help_texts = {name: field.description for name, field in config.model_fields.items()}
+    else:
+        help_texts = {field.name: field.metadata.get("help") for field in dataclasses.fields(config)}
     attributes = set(re.findall(r"^    (\w+): ", section(name, "Attributes"), re.MULTILINE))
-    undocumented = [n for n, field in fields.items() if n not in attributes and not field.metadata.get("help")]
-    assert undocumented == []
+    assert [name for name, text in help_texts.items() if name not in attributes and not text] == []
     assert "ConfigError" in section(name, "Raises")
 
 

@@ -21,7 +21,6 @@ from prefixtune.cli.commands import (
     push,
     report,
     score,
-    serve,
     study,
     train,
 )
@@ -79,7 +78,6 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
         demo,
         train,
         generate,
-        serve,
         evaluate,
         score,
         study,

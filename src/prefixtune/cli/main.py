@@ -60,7 +60,7 @@ _COMMANDS = {
 """Group -> command -> one line of help. A command is the function `cli.commands.NAME.NAME`."""
 
 
-_NOT_YET = {"demo", "train", "generate", "serve", "evaluate", "score", "study", "report", "inspect", "convert", "push"}
+_NOT_YET = {"demo", "train", "generate", "evaluate", "score", "study", "report", "inspect", "convert", "push"}
 _NOT_YET |= {"pull", "export"}
 
 

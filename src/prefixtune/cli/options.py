@@ -16,10 +16,10 @@ from cyclopts import Group, Parameter, Token
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.errors import did_you_mean
 from prefixtune.utils.config import Config, Layer, allowed_range
 
-__all__ = ["CommandOptions", "OutputOptions", "command", "json_option", "positional"]
+__all__ = ["CommandOptions", "ConfigOptions", "OutputOptions", "command", "json_option", "positional"]
 
 _OptionsT = TypeVar("_OptionsT", bound="CommandOptions")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
@@ -58,13 +58,8 @@ class CommandOptions(Config):
         Raises:
             ConfigError: Something is wrong with it, or with a file that it names; all faults at once.
         """
-        layers: list[Layer] = []
-        try:
-            layers += cls.layers(
-                {name: value[-1] if isinstance(value, list) else value for name, value in given.items()}
-            )
-        except ConfigError as error:
-            faults = [*faults, error.message.removesuffix(".")]
+        last = {name: value[-1] if isinstance(value, list) and value else value for name, value in given.items()}
+        layers = cls.layers(last)
         return cls.from_layers(*layers, Layer(given, "option", cls.flag, text=True, faults=faults))
 
     @classmethod
@@ -80,7 +75,7 @@ class CommandOptions(Config):
         """What could have been meant by an unknown option."""
         other = cls.other_names.get(option.lstrip("-").replace("-", "_"))
         return other or did_you_mean(
-            option, [flag for name in cls.model_fields if (flag := cls.flag(name)).startswith("-")]
+            option, [flag for name, _ in _parameters_of(cls) if (flag := cls.flag(name)).startswith("-")]
         )
 
 
@@ -88,6 +83,26 @@ class OutputOptions(CommandOptions):
     """The options of a command that shows progress."""
 
     quiet: bool = Field(False, description="no progress, only results and errors")
+
+
+class ConfigOptions(CommandOptions):
+    """The options of a command whose configuration, of which it has all fields, may come from a file.
+
+    It stands before the configuration among the bases: `class StudyOptions(ConfigOptions, StudyConfig)`.
+    """
+
+    config: str = Field(
+        "",
+        description="TOML or YAML file (.yaml, .yml) with the options of the groups below, as in num_slots = 8; "
+        "what the command line says wins over it",
+    )
+    print_config: bool = Field(False, description="print the final configuration as TOML, and do nothing else")
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The file that is named by `--config`."""
+        path = given.get("config")
+        return [Layer.from_file(path, [name for name in cls.model_fields if not _is_own(cls, name)])] if path else []
 
 
 def command(run: Callable[[Any], int]) -> Callable[..., int]:
@@ -102,7 +117,9 @@ def command(run: Callable[[Any], int]) -> Callable[..., int]:
         raise NotImplementedError("main reads the options and calls `run`")
 
     options.hint = f"`prefixtune {run.__name__.replace('_', '-')} --help` explains the options."
-    parameters = [_parameter(options, name, field) for name, field in options.model_fields.items()]
+    paragraphs = (inspect.getdoc(run) or "").split("\n\n")
+    parsed.__doc__ = "\n\n".join(text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs)
+    parameters = [_parameter(options, name, field) for name, field in _parameters_of(options)]
     parameters.sort(key=lambda parameter: parameter.kind)
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {}
@@ -110,10 +127,16 @@ def command(run: Callable[[Any], int]) -> Callable[..., int]:
     return parsed
 
 
+def _parameters_of(options: type[CommandOptions]) -> list[tuple[str, FieldInfo]]:
+    """The fields that a command line can have: all but tables."""
+    fields = options.model_fields.items()
+    return [(name, field) for name, field in fields if get_origin(field.annotation) is not Mapping]
+
+
 def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> inspect.Parameter:
     extra, kind = _extra(field), field.annotation
-    several, switch = get_origin(kind) is tuple, kind is bool
-    item: Any = get_args(kind)[0] if several else kind
+    several, switch = get_origin(kind) is tuple or "many" in extra, kind is bool
+    item: Any = get_args(kind)[0] if get_origin(kind) is tuple else kind
     choices = [choice for choice in get_args(item) if choice] if get_origin(item) is Literal else []
     notes = [text for text in (allowed_range(field), "required" if field.is_required() else "") if text]
     default = None if field.is_required() else field.get_default(call_default_factory=True)
@@ -126,7 +149,7 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
     }
     if not switch:
         settings |= {"converter": _list_texts if several else _last_text, "allow_repeating": True}
-        settings["metavar"] = "CHOICE" if choices else _metavar(item)
+        settings["metavar"] = "CHOICE" if choices else extra.get("metavar", _metavar(item))
         default = list(map(str, default or ())) if several else str(default)
     if "group" in extra:
         settings["group"] = _group(extra["group"])

@@ -65,7 +65,7 @@ class Keyring:
 
     def __init__(self, keys: Mapping[str, KeyConfig]) -> None:
         self._callers = [Caller.from_config(name, rules) for name, rules in keys.items()]
-        self._local = None if keys else Caller.from_config("local", KeyConfig("", metrics=True))
+        self._local = None if keys else Caller.from_config("local", KeyConfig(hash=hash_key(""), metrics=True))
 
     @property
     def is_open(self) -> bool:

@@ -115,6 +115,7 @@ class Layer:
         text: Values are texts (of options, of environment variables), or lists of these where one is repeated.
         fields: The only names that are allowed; None: those of the configuration.
         faults: What is wrong with the source itself.
+        error: Why the source cannot be read; None: it can.
     """
 
     values: Mapping[str, Any]
@@ -124,16 +125,16 @@ class Layer:
     text: bool = False
     fields: frozenset[str] | None = None
     faults: Sequence[str] = ()
+    error: ConfigError | None = None
 
     @classmethod
     def from_file(cls, path: str | Path, fields: Iterable[str] | None = None) -> Layer:
-        """Read a TOML file, or a YAML file (.yaml, .yml).
-
-        Raises:
-            ConfigError: The file is missing, too large, or neither TOML nor YAML.
-        """
+        """Read a TOML file, or a YAML file (.yaml, .yml)."""
         allowed = None if fields is None else frozenset(fields)
-        return cls(read_config_file(Path(path)), "key", where=repr(str(path)), fields=allowed)
+        try:
+            return cls(read_config_file(Path(path)), "key", where=repr(str(path)), fields=allowed)
+        except ConfigError as error:
+            return cls({}, "key", error=error)
 
     @classmethod
     def from_environment(
@@ -286,16 +287,17 @@ class Config(Table):
         """Validate stacked values into this new instance."""
         known = type(self).model_fields
         source: dict[str, Layer] = {}
+        # Source -> what is wrong with its values.
         faults: dict[str, list[str]] = {"": []}
         for layer in layers:
             listed = faults.setdefault(layer.where, [])
             listed.extend(layer.faults)
             allowed = known.keys() if layer.fields is None else layer.fields
-            for name in layer.values:
-                if name in allowed:
-                    source[name] = layer
-                else:
-                    listed.append(_describe_unknown(layer, name, allowed, self.other_names))
+            source |= dict.fromkeys((name for name in layer.values if name in allowed), layer)
+            unknown = [name for name in layer.values if name not in allowed]
+            listed.extend(_describe_unknown(layer, name, allowed, self.other_names) for name in unknown)
+        unreadable = [layer.error for layer in layers if layer.error]
+        faults[""] += [error.message.removesuffix(".") for error in unreadable]
         values = {name: layer.value(name, known[name]) for name, layer in source.items()}
         wrong: set[str] = set()
         try:
@@ -304,9 +306,15 @@ class Config(Table):
             for detail in error.errors(include_url=False):
                 name = str(detail["loc"][0])
                 wrong.add(name)
-                layer = source.get(name, layers[-1])
-                faults[layer.where].append(_describe_wrong(layer, detail, known[name]))
-        faults[""] += self._conflicts_of({name: value for name, value in values.items() if name not in wrong}, wrong)
+                if name in source or not unreadable:
+                    layer = source.get(name, layers[-1])
+                    faults[layer.where].append(_describe_wrong(layer, detail, known[name]))
+        if not unreadable:
+            # What seems to be missing may be in a file that cannot be read.
+            right = {name: value for name, value in values.items() if name not in wrong}
+            faults[""] += self._conflicts_of(right, wrong)
+        if len(unreadable) == sum(map(len, faults.values())) == 1:
+            raise unreadable[0]
         if any(faults.values()):
             parts = [
                 f"{where}: {'; '.join(items)}" if where else "; ".join(items)
@@ -343,5 +351,19 @@ def _describe_unknown(layer: Layer, name: str, allowed: Collection[str], other_n
 
 def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str:
     first, *rest = detail["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
-    return describe_fault(detail, f"{layer.name(str(first))}{path}", "" if rest else allowed_range(field))
+    unknown = str(rest.pop()) if detail["type"] == "extra_forbidden" else None
+    name = layer.name(str(first)) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+    if unknown is not None:
+        table = _table_at(field.annotation, rest)
+        return f"{name} has the unknown key {unknown!r} ({did_you_mean(unknown, table.model_fields if table else ())})"
+    return describe_fault(detail, name, "" if rest else allowed_range(field))
+
+
+def _table_at(kind: Any, path: Sequence[int | str]) -> type[BaseModel] | None:
+    """The model at a path into a value of a type: of a mapping's or list's values, or of a model's field."""
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation
+        else:
+            kind = get_args(kind)[-1] if isinstance(part, str) else get_args(kind)[0]
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None

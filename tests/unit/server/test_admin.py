@@ -33,7 +33,7 @@ def test_an_upload_onto_a_failing_disk_changes_nothing(
     code: int,
     refusal: tuple[int, str],
 ) -> None:
-    app, state = make_server(keys={"boss": KeyConfig(hash_key("pt-boss"), admin=True)})
+    app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
     folder = tmp_path / "prefixes"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     first = asyncio.run(send(app, "POST", "/v1/completions", completion(), headers=bearer("boss"))).json["choices"]

@@ -30,7 +30,10 @@ def test_the_openapi_document_has_every_route_and_no_other(make_server: Callable
         routes = {route.endpoint.route: set(route.endpoint.methods) - {"HEAD"} for route in app.app.routes}
         assert documented == routes
         assert ("/" in documented) is playground
-    keys = {"me": KeyConfig(hash_key("pt-me"), ()), "boss": KeyConfig(hash_key("pt-boss"), admin=True)}
+    keys = {
+        "me": KeyConfig(hash=hash_key("pt-me"), prefixes=()),
+        "boss": KeyConfig(hash=hash_key("pt-boss"), admin=True),
+    }
     app, _ = make_server(keys=keys)
     # Every key may read it, as the list of models.
     assert asyncio.run(send(app, "GET", "/openapi.json")).code == "invalid_api_key"

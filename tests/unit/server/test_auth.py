@@ -14,7 +14,7 @@ def test_keys_are_long_and_new_each_time() -> None:
 
 
 def test_a_key_is_found_by_its_hash_only() -> None:
-    keyring = Keyring({"a": KeyConfig(hash_key("pt-a")), "b": KeyConfig(hash_key("pt-b"))})
+    keyring = Keyring({"a": KeyConfig(hash=hash_key("pt-a")), "b": KeyConfig(hash=hash_key("pt-b"))})
     assert not keyring.is_open
     caller = keyring.find("Bearer pt-b")
     assert caller is not None
@@ -34,10 +34,10 @@ def test_without_keys_everybody_is_local_and_no_admin() -> None:
 
 
 def test_patterns_name_the_allowed_models() -> None:
-    caller = Caller.from_config("a", KeyConfig("", prefixes=("acme-*", "base")))
+    caller = Caller.from_config("a", KeyConfig(hash=hash_key(""), prefixes=("acme-*", "base")))
     assert [name for name in ("acme-1", "acme-", "base", "base2", "Acme-1", "x-acme-1") if caller.may_use(name)] == [
         "acme-1",
         "acme-",
         "base",
     ]
-    assert not Caller.from_config("b", KeyConfig("", prefixes=())).may_use("base")
+    assert not Caller.from_config("b", KeyConfig(hash=hash_key(""), prefixes=())).may_use("base")

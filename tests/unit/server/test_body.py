@@ -51,7 +51,7 @@ def test_a_body_of_unknown_length_counts_with_its_real_size_once_it_is_read(make
 
 
 def test_the_memory_for_bodies_is_bounded_and_shared_fairly(make_server: Callable[..., Any]) -> None:
-    keys = {name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")}
+    keys = {name: KeyConfig(hash=hash_key(f"pt-{name}")) for name in ("heavy", "light")}
     app, state = make_server(keys=keys, max_pending_mib=1)
     large, small = ({"content-length": str(kib * 1024)} for kib in (1000, 100))
 

@@ -65,7 +65,7 @@ def test_the_largest_body_fits_the_memory_for_bodies() -> None:
 
 
 def test_proxies_are_addresses_or_networks() -> None:
-    keys = {"me": KeyConfig("sha256:" + "0" * 64)}
+    keys = {"me": KeyConfig(hash="sha256:" + "0" * 64)}
     assert ServeConfig(proxies=("10.0.0.0/8", "::1"), keys=keys).proxies == ("10.0.0.0/8", "::1")
     with pytest.raises(ConfigError, match=r"proxies are named and no key is configured"):
         ServeConfig(proxies=("10.0.0.0/8", "::1"))

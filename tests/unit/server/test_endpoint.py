@@ -27,5 +27,5 @@ def test_without_keys_no_proxy_is_answered(make_server: Callable[..., Any], name
     headers = {"host": "localhost", name.lower(): "127.0.0.1"}
     for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/metrics")):
         assert asyncio.run(send(app, method, path, completion(), headers=headers)).code == "key_needed"
-    keyed, _ = make_server(keys={"me": KeyConfig(hash_key("pt-me"))})
+    keyed, _ = make_server(keys={"me": KeyConfig(hash=hash_key("pt-me"))})
     assert asyncio.run(send(keyed, "GET", "/v1/models", headers=headers | bearer("me"))).status == 200

@@ -40,7 +40,7 @@ def test_while_draining_only_running_requests_go_on(make_server: Callable[..., A
 
 
 def test_status_hides_the_names_of_other_callers_models(make_server: Callable[..., Any]) -> None:
-    keys = {name: KeyConfig(hash_key(f"pt-{name}"), (name,)) for name in "ab"}
+    keys = {name: KeyConfig(hash=hash_key(f"pt-{name}"), prefixes=(name,)) for name in "ab"}
     app, state = make_server(keys=keys)
 
     async def look() -> list[Response]:

@@ -134,7 +134,7 @@ def test_concurrent_requests_are_counted_down_whatever_happens() -> None:
 
 
 def test_concurrent_requests_are_counted_by_the_address_from_a_trusted_proxy(make_server: Callable[..., Any]) -> None:
-    keys = {"me": KeyConfig(hash_key("pt-me"))}
+    keys = {"me": KeyConfig(hash=hash_key("pt-me"))}
     app, _ = make_server(keys=keys, proxies=("10.0.0.1",), max_connections_per_address=2)
 
     async def several() -> list[Response]:

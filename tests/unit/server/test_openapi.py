@@ -144,7 +144,10 @@ def test_it_is_openapi_and_contains_the_limits() -> None:
 
 
 def test_it_contains_nothing_secret() -> None:
-    keys = {"acme": KeyConfig(hash_key("pt-x"), ("acme-*",)), "boss": KeyConfig(hash_key("pt-y"), admin=True)}
+    keys = {
+        "acme": KeyConfig(hash=hash_key("pt-x"), prefixes=("acme-*",)),
+        "boss": KeyConfig(hash=hash_key("pt-y"), admin=True),
+    }
     openapi_json = json.dumps(
         document(keys=keys, backbone="/srv/models/tiny", prefixes="/srv/prefixes", host="10.1.2.3")
     )

@@ -93,7 +93,7 @@ def test_a_prefix_with_an_invalid_text_format_is_not_served(
 def test_long_texts_of_one_caller_do_not_delay_another(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app, state = make_server(keys={name: KeyConfig(hash_key(f"pt-{name}")) for name in ("heavy", "light")})
+    app, state = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}")) for name in ("heavy", "light")})
     encode, tokenized = type(state.backbone).encode_sources, list[str]()
 
     def slowly(self: Any, texts: list[str]) -> Any:

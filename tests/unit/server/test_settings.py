@@ -9,6 +9,7 @@ import pytest
 from prefixtune.errors import ConfigError
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.utils.config import Layer
 
 
 def write(folder: Path, text: str) -> Path:
@@ -19,7 +20,7 @@ def write(folder: Path, text: str) -> Path:
 
 def refusal(path: Path | None = None, environment: dict[str, str] | None = None, **flags: object) -> str:
     with pytest.raises(ConfigError) as caught:
-        ServeConfig.from_sources(path, environment, flags)
+        ServeConfig.from_layers(*ServeConfig.sources(path, environment or {}), Layer(flags))
     return caught.value.message
 
 
@@ -33,10 +34,11 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
         "PREFIXTUNE_PORT": "tcp://10.0.0.1:80",
         "PREFIXTUNE_HOME": "/somewhere",
     }
-    config = ServeConfig.from_sources(path, environment, {"port": 3})
+    config = ServeConfig.from_layers(*ServeConfig.sources(path, environment), Layer({"port": 3}))
     assert (config.port, config.num_slots, config.dtype, config.playground) == (3, 2, "bfloat16", False)
     assert config.cors_origins == ("https://a.example",)
-    listed = ServeConfig.from_sources(None, {"PREFIXTUNE_SERVE_CORS_ORIGINS": "https://a.example, https://b.example"})
+    environment = {"PREFIXTUNE_SERVE_CORS_ORIGINS": "https://a.example, https://b.example"}
+    listed = ServeConfig.from_layers(*ServeConfig.sources(None, environment))
     assert listed.cors_origins == ("https://a.example", "https://b.example")
 
 
@@ -47,12 +49,12 @@ def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     message = refusal(path, {"PREFIXTUNE_SERVE_PORT": "eighty", "PREFIXTUNE_SERVE_HOTS": "x"}, dtype="flaot32")
     for part in (
         "unknown key 'prot' (did you mean 'port'?)",
-        "num_slots is 'many', but must be of type int",
+        "num_slots is 'many', but must be a whole number",
         "max_texts is 0, but must be between 1",
         "deadline is nan",
         "cors_origins has 'a.example'",
         "PREFIXTUNE_SERVE_PORT is 'eighty', but must be a whole number",
-        "unknown variable PREFIXTUNE_SERVE_HOTS (did you mean 'PREFIXTUNE_SERVE_HOST'?)",
+        "unknown variable 'PREFIXTUNE_SERVE_HOTS' (did you mean 'PREFIXTUNE_SERVE_HOST'?)",
         "did you mean 'float32'?",
     ):
         assert part in message
@@ -61,7 +63,7 @@ def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "server.example"])
 def test_without_a_key_only_loopback(host: str) -> None:
     assert "--new-key" in refusal(None, None, host=host)
-    key = KeyConfig(hash_key("pt-a"))
+    key = KeyConfig(hash=hash_key("pt-a"))
     assert not ServeConfig(host=host, keys={"a": key}).is_loopback
 
 
@@ -76,8 +78,8 @@ def test_keys_come_from_tables(tmp_path: Path) -> None:
         f'host = "0.0.0.0"\n[keys.alice]\nhash = "{hash_key("pt-alice")}"\nprefixes = ["a-*"]\n'
         f'requests_per_minute = 60\n[keys."bob b"]\nhash = "{hash_key("pt-bob")}"\nadmin = true\n',
     )
-    keys = ServeConfig.from_sources(path).keys
-    assert keys["alice"] == KeyConfig(hash_key("pt-alice"), ("a-*",), 60)
+    keys = ServeConfig.from_file(path).keys
+    assert keys["alice"] == KeyConfig(hash=hash_key("pt-alice"), prefixes=("a-*",), requests_per_minute=60)
     assert keys["bob b"].admin
     assert not keys["alice"].admin
 
@@ -95,8 +97,8 @@ def test_faults_of_keys_do_not_repeat_the_keys(tmp_path: Path) -> None:
         "keys.a.hash is not 'sha256:'",
         "keys.b has the unknown key 'admni' (did you mean 'admin'?)",
         "keys.b.concurrent is -1",
-        "keys.b has no hash",
-        "keys.c.prefixes is 'a-*', but must be a list of texts",
+        "keys.b.hash is missing",
+        "keys.c.prefixes is 'a-*', but must be a list",
     ):
         assert part in message
     twice = f'[keys.a]\nhash = "{hash_key("x")}"\n[keys.b]\nhash = "{hash_key("x")}"\n'

@@ -501,7 +501,7 @@ def missing_pieces(wrong: Wrong, message: str) -> list[str]:
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
 def test_the_answer_says_what_is_wrong_and_what_is_allowed(make_server: Callable[..., Any], wrong: Wrong) -> None:
-    keys = {"me": KeyConfig(hash_key("pt-me"), prefixes=("a",))} if wrong.keys else {}
+    keys = {"me": KeyConfig(hash=hash_key("pt-me"), prefixes=("a",))} if wrong.keys else {}
     app, state = make_server(max_tokens=100, default_max_tokens=20, max_texts=6, max_body_kib=64, keys=keys)
     path, body = wrong.request
     response = asyncio.run(send(app, wrong.method, path, body, headers=dict(wrong.headers)))

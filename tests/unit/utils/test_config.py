@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 from prefixtune.errors import ConfigError
-from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, TextList
+from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, Table, TextList
 
 
 class Recipe(Config):
@@ -156,6 +156,40 @@ def test_layers_are_stacked_and_each_fault_is_named_as_its_source_writes_it(tmp_
     ):
         assert part in message, message
     assert message.index("'--ovn'") < message.index(repr(str(path))) < message.index("rate is -1.0")
+
+
+def test_an_unreadable_file_is_no_reason_to_miss_what_may_be_in_it(tmp_path: Path) -> None:
+    missing, servings = Layer.from_file(tmp_path / "nowhere.toml"), Layer.from_options({"servings": "0"})
+    with pytest.raises(ConfigError, match="cannot read the configuration") as caught:
+        Recipe.from_layers(missing, Layer({"vegan": True, "oven": "gas"}))
+    assert "does not go" not in caught.value.message
+    assert caught.value.hint == "check the path."
+    message = refusal(Recipe.from_layers, missing, servings)
+    assert "cannot read the configuration" in message
+    assert "--servings is 0" in message
+
+
+class Guest(Table):
+    name: str
+    seats: int = Field(default=1, ge=1, le=9)
+
+
+class Party(Config):
+    guests: Mapping[str, Guest] = {}
+    queue: tuple[Guest, ...] = Field((), strict=False)
+
+
+def test_faults_in_tables_are_named_with_the_way_to_them() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Party(guests={"a": {"name": 3, "seats": 0}, "b": {"naem": "x"}}, queue=[{"name": "x", "seat": 2}])
+    for part in (
+        "guests.a.name is 3, but must be text",
+        "guests.a.seats is 0, but must be at least 1",
+        "guests.b has the unknown key 'naem' (did you mean 'name'?)",
+        "guests.b.name is missing",
+        "queue[0] has the unknown key 'seat' (did you mean 'seats'?)",
+    ):
+        assert part in caught.value.message
 
 
 def test_texts_become_values_and_the_last_layer_wins() -> None:

@@ -2,88 +2,66 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import os
-import sys
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
-from prefixtune.cli.common import AddCommand
+from pydantic import BeforeValidator, Field
+
+from prefixtune.cli.options import ConfigOptions, command
 from prefixtune.errors import ConfigError
-from prefixtune.server.settings import ENVIRONMENT, ServeConfig
+from prefixtune.server.settings import ServeConfig
+from prefixtune.utils.config import Layer, option_group
 from prefixtune.utils.console import Console
 
-__all__ = ["register"]
+__all__ = ["ServeOptions", "serve"]
+
+_vllm = option_group("vLLM")
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "serve",
-        run,
-        "serve one model and many prefixes over HTTP, with OpenAI's interface",
-        """
-
-examples:
-  prefixtune serve --prefixes prefixes
-  prefixtune serve --config serve.toml --host 0.0.0.0
-  prefixtune serve --new-key alice""",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help=f"TOML file with the keys below, and tables [keys.NAME]; variables such as {ENVIRONMENT}PORT win over it, "
-        "and flags over both",
-    )
-    parser.add_argument(
-        "--new-key",
-        metavar="NAME",
-        nargs="?",
-        const="me",
-        help="make an API key, print it and its table, and exit",
-    )
-    parser.add_argument("--quiet", action="store_true", help="only errors on stderr; the log on stdout has its level")
-    group = parser.add_argument_group("vLLM")
-    group.add_argument(
-        "--vllm-python",
-        metavar="FILE",
-        default=sys.executable,
-        help="the Python of the environment with vLLM (default: this one)",
-    )
-    group.add_argument(
-        "--vllm-args",
-        metavar="TEXT",
-        default="",
-        help='further options of vLLM, as in --vllm-args="--tensor-parallel-size 2"',
-    )
-    group.add_argument("--show-command", action="store_true", help="print the command that starts vLLM, and exit")
-    hints = get_type_hints(ServeConfig)
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(ServeConfig):
-        if field.name == "keys":
-            continue
-        name = field.metadata["group"]
-        group = groups[name] = groups.get(name) or parser.add_argument_group(name)
-        flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
-        text = field.metadata["help"] + (f" (default: {field.default})" if field.default not in ("", 0, ()) else "")
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        elif get_origin(kind) is Literal:
-            group.add_argument(flag, default=argparse.SUPPRESS, metavar="{" + ",".join(get_args(kind)) + "}", help=text)
-        else:
-            metavar = {int: "N", float: "X", str: "TEXT"}.get(kind, "A,B,...")
-            parse = kind if kind in (int, float) else str
-            group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=text)
+def _key_name(value: Any) -> Any:
+    """The name in what follows `--new-key`, a list."""
+    return (value[-1] if value else "me") if isinstance(value, list) else value
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune serve`."""
-    if options.new_key is not None:
+class ServeOptions(ConfigOptions, ServeConfig):
+    """The options of `prefixtune serve`."""
+
+    new_key: Annotated[str, BeforeValidator(_key_name)] = Field(
+        "",
+        description="make an API key, print it and its table for NAME (me), and exit",
+        json_schema_extra={"many": [0, 1], "metavar": "[NAME]"},
+    )
+    quiet: bool = Field(False, description="only errors on stderr; the log on stdout has its level")
+
+    vllm_python: str = _vllm("", description="the Python of the environment with vLLM; empty: this one")
+    vllm_args: str = _vllm("", description='further options of vLLM, as in --vllm-args="--tensor-parallel-size 2"')
+    show_command: bool = _vllm(False, description="print the command that starts vLLM, and exit")
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The file that is named by `--config`, and the environment."""
+        return [] if "new_key" in given else ServeConfig.sources(given.get("config"), os.environ)
+
+
+@command
+def serve(options: ServeOptions) -> int:
+    """Serve one model and many prefixes over HTTP, with OpenAI's interface.
+
+    The file of --config may also have tables [keys.NAME]. Variables such as PREFIXTUNE_SERVE_PORT win over the file,
+    and options over both.
+
+      prefixtune serve --prefixes prefixes
+      prefixtune serve --config serve.toml --host 0.0.0.0
+      prefixtune serve --new-key alice
+    """
+    if options.new_key:
         return _new_key(options.new_key)
-    names = {field.name for field in dataclasses.fields(ServeConfig)}
-    flags = {name: value for name, value in vars(options).items() if name in names}
-    config = ServeConfig.from_sources(options.config, os.environ, flags)
+    config = options.part(ServeConfig)
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
     if config.engine == "vllm":
         from prefixtune.cli.commands.serve_vllm import start_vllm
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import hashlib
 import json
 import os
 import secrets
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefixtune.backbone.packaged import PRETRAINED, cache_folder, pretrained_folder
 from prefixtune.errors import ConfigError
@@ -20,6 +20,9 @@ from prefixtune.interop.vllm.launch import LaunchConfig
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
 from prefixtune.server.settings import ServeConfig
 from prefixtune.utils.console import Console
+
+if TYPE_CHECKING:
+    from prefixtune.cli.commands.serve import ServeOptions
 
 __all__ = ["PLUGIN_PROBE", "start_vllm"]
 
@@ -33,29 +36,29 @@ _USED_BY_VLLM = (
 """Settings that are used with vLLM."""
 
 
-def start_vllm(config: ServeConfig, options: argparse.Namespace) -> int:
+def start_vllm(config: ServeConfig, options: ServeOptions) -> int:
     """Replace this process by vLLM's server.
 
     Raises:
         ConfigError: vLLM lacks something that is configured, or vLLM or the plugin is missing.
     """
     console = Console(quiet=options.quiet)
-    command = [options.vllm_python, *_launch_config(config, options, console).arguments()]
+    python = options.vllm_python or sys.executable
+    command = [python, *_launch_config(config, options, console).arguments()]
     if options.show_command:
         print(shlex.join(command))
         return 0
-    defaults = {field.name: field.default for field in dataclasses.fields(config) if field.name not in _USED_BY_VLLM}
-    unused = [name for name, value in defaults.items() if name != "keys" and getattr(config, name) != value]
+    unused = [name for name, value in config if name not in _USED_BY_VLLM and value != config.default(name)]
     if unused:
         console.warn(f"vLLM has limits and logs of its own; not used: {', '.join(unused)}.")
-    _check_vllm(options.vllm_python)
+    _check_vllm(python)
     console.info(f"starting vLLM: {shlex.join(command)}")
     # vLLM reports usage over the network unless this is set; the environment wins.
     defaults_of_environment = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16)}
     return os.execvpe(command[0], command, {**defaults_of_environment, **os.environ})
 
 
-def _launch_config(config: ServeConfig, options: argparse.Namespace, console: Console) -> LaunchConfig:
+def _launch_config(config: ServeConfig, options: ServeOptions, console: Console) -> LaunchConfig:
     """What vLLM is started with.
 
     Raises:
@@ -72,7 +75,7 @@ def _launch_config(config: ServeConfig, options: argparse.Namespace, console: Co
         raise ConfigError(f"there is no folder {config.prefixes!r} of prefixes.", hint="make it, or name another one.")
     template = None if "--chat-template" in more else _write_chat_template(model, console)
     # The default of the embedded engine says nothing about vLLM.
-    slots = 0 if config.num_slots == type(config).num_slots else config.num_slots
+    slots = 0 if config.num_slots == config.default("num_slots") else config.num_slots
     return LaunchConfig(
         model,
         prefixes,
@@ -85,7 +88,7 @@ def _launch_config(config: ServeConfig, options: argparse.Namespace, console: Co
         config.cache_mib,
         template,
         more,
-        {name: value for name in _TEXT_OPTIONS if (value := getattr(config, name)) != getattr(ServeConfig, name)},
+        {name: value for name in _TEXT_OPTIONS if (value := getattr(config, name)) != config.default(name)},
     )
 
 
