@@ -18,7 +18,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
-from prefixtune.server.api import openapi
+from prefixtune.server.app import ROUTES
 from prefixtune.server.auth import hash_key, new_key
 
 KEY = new_key()
@@ -27,10 +27,11 @@ EXAMPLES = 40
 """For each operation, good ones and bad ones: half a minute in all."""
 GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 CASES = [
-    pytest.param(method, path, mode, id=f"{method} {path} {mode.value}")
-    for (method, path), operation in openapi.OPERATIONS.items()
+    pytest.param(method, route.path_format, mode, id=f"{method} {route.path_format} {mode.value}")
+    for route in ROUTES
+    for method in route.methods
     # An empty schema allows anything.
-    for mode in ([GOOD, BAD] if operation.body or "{name}" in path else [GOOD])
+    for mode in ([GOOD, BAD] if route.openapi_extra else [GOOD])
 ]
 CHECKS = [
     schemathesis.checks.not_a_server_error,

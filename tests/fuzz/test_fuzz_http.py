@@ -25,7 +25,7 @@ from schemathesis.config import SchemathesisConfig
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
-from prefixtune.server.api import openapi
+from prefixtune.server.app import ROUTES
 from prefixtune.server.auth import hash_key
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
@@ -44,9 +44,10 @@ TASKS = {
 }
 # Where nothing is said, nothing can be wrong.
 OPERATIONS = [
-    pytest.param(method, path, id=f"{method} {path}")
-    for (method, path), operation in openapi.OPERATIONS.items()
-    if operation.body or "{name}" in path
+    pytest.param(method, route.path_format, id=f"{method} {route.path_format}")
+    for route in ROUTES
+    for method in route.methods
+    if route.openapi_extra
 ]
 ATTACKS: list[Callable[[random.Random, LiveServer], None]] = []
 # Of the time, half goes to the document's operations and half to the attacks.

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from prefixtune.errors import ConfigError
-from prefixtune.server.api.health import watch_folder
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.server.connections import Connections, fit_open_files
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
@@ -27,13 +26,15 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.server.state import ServerState
 
-__all__ = ["GracefulServer", "run"]
+__all__ = ["GracefulServer", "run", "watch_folder"]
 
 
 _FLUSH_SECONDS = 5.0
 """Time to send the last responses, once all texts have ended or were cancelled."""
 _MAX_WARNINGS = 10
 """Refused files that are named at the start."""
+_MAX_RETRY_SECONDS = 60.0
+"""Longest pause before a folder that could not be read is read again, unless `reload_seconds` is longer."""
 
 
 def run(config: ServeConfig, console: Console) -> int:
@@ -136,6 +137,22 @@ def _report_start(state: ServerState, console: Console, listener: socket.socket)
     url = f"http://{host}:{listener.getsockname()[1]}"
     console.info(f"serving {len(store)} prefixes on {url}" + (" (open it in a browser)" if config.playground else ""))
     log("started", url=url, prefixes=len(store), refused=len(refused), keys=len(config.keys))
+
+
+async def watch_folder(state: ServerState) -> None:
+    """Reload the folder every `reload_seconds`, as another replica may change it; goes on whatever fails."""
+    pause = interval = state.config.reload_seconds
+    while interval:
+        await asyncio.sleep(pause)
+        try:
+            await asyncio.to_thread(state.store.reload)
+        except Exception as error:
+            state.folder_error = "cannot be read"
+            pause = max(interval, min(2 * pause, _MAX_RETRY_SECONDS))
+            unexpected = None if isinstance(error, PrefixError) else error
+            log("reload_failed", level=logging.WARNING, error=unexpected, reason=str(error), next_try_seconds=pause)
+        else:
+            state.folder_error, pause = "", interval
 
 
 class GracefulServer(uvicorn.Server):

@@ -17,7 +17,6 @@ __all__ = [
     "FairLock",
     "Limits",
     "QueueFull",
-    "Range",
     "RateLimited",
     "RequestLimit",
     "SharedCapacity",
@@ -25,25 +24,6 @@ __all__ = [
 
 
 # --- one request ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Range:
-    """The allowed values of a number.
-
-    Attributes:
-        minimum: Allowed itself, unless `exclusive_minimum`.
-        maximum: Allowed itself.
-        default: Where the request has none; None: as `SamplingParams` or the server's configuration says.
-        integer: Whether only whole numbers are allowed.
-        exclusive_minimum: Whether the value must be above `minimum`.
-    """
-
-    minimum: int | float
-    maximum: int | float
-    default: int | None = None
-    integer: bool = True
-    exclusive_minimum: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,24 +37,6 @@ class Limits:
 
     max_tokens: int
     max_texts: int
-
-    @property
-    def ranges(self) -> dict[str, Range]:
-        """The range of each field that is a number."""
-        return {
-            "max_tokens": Range(1, self.max_tokens),
-            "max_completion_tokens": Range(1, self.max_tokens),
-            "min_tokens": Range(0, self.max_tokens, 0),
-            "temperature": Range(0, 2, 1, integer=False),
-            "top_p": Range(0, 1, 1, integer=False, exclusive_minimum=True),
-            "top_k": Range(0, 1_000_000, 0),
-            # Scores divided by much less would overflow.
-            "repetition_penalty": Range(0.01, 10, 1, integer=False),
-            "seed": Range(-(2**63), 2**63 - 1),
-            "n": Range(1, self.max_texts, 1),
-            "logprobs": Range(0, 20),
-            "top_logprobs": Range(0, 20),
-        }
 
 
 # --- one key, one address ---------------------------------------------------------------------------------------------

@@ -57,7 +57,9 @@ class Middleware:
         client_id = Headers(scope=scope).get("x-request-id", "")
         request_id = client_id if _REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
         log_fields: dict[str, Any] = {"id": request_id}
-        scope["log_fields"] = log_fields
+        # Every GET is also a HEAD, whose body uvicorn does not send.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        app_scope = {**scope, "method": method, "log_fields": log_fields}
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -73,7 +75,7 @@ class Middleware:
         error: Exception | None = None
         try:
             with self.metrics.open_requests.track_inprogress():
-                await self.app(scope, receive, send_with_headers)
+                await self.app(app_scope, receive, send_with_headers)
         except ClientDisconnect:
             status = _CLIENT_CLOSED_REQUEST
         except Exception as unexpected:
@@ -83,12 +85,18 @@ class Middleware:
                 response = ApiError(500, message, code="internal_error").response()
                 await response(scope, receive, send_with_headers)
             status = 500
-        self._record(scope, status or _CLIENT_CLOSED_REQUEST, time.monotonic() - started, log_fields, error)
+        route = app_scope["route"].path_format if "route" in app_scope else "unknown"
+        self._record(scope, route, status or _CLIENT_CLOSED_REQUEST, time.monotonic() - started, log_fields, error)
 
     def _record(
-        self, scope: Scope, status: int, seconds: float, log_fields: dict[str, Any], error: Exception | None
+        self,
+        scope: Scope,
+        route: str,
+        status: int,
+        seconds: float,
+        log_fields: dict[str, Any],
+        error: Exception | None,
     ) -> None:
-        route = log_fields.pop("route", "unknown")
         self.metrics.requests.labels(route, status).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
         level = logging.ERROR if status == 500 else logging.INFO

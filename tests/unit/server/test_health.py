@@ -14,8 +14,8 @@ import pytest
 
 from asgi_client import Response, bearer, completion, send
 from prefixtune.errors import PrefixError
-from prefixtune.server.api.health import watch_folder
 from prefixtune.server.auth import hash_key
+from prefixtune.server.launch import watch_folder
 from prefixtune.server.settings import KeyConfig
 
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from prefixtune.server.api import openapi
-from prefixtune.server.api.protocol import IGNORED, parse_chat, parse_completion, parse_task
+from prefixtune.server.api.openapi import openapi_document
+from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, parse, parse_task
+from prefixtune.server.app import ROUTES
 from prefixtune.server.auth import hash_key
 from prefixtune.server.limits import Limits
 from prefixtune.server.responses import ApiError
@@ -42,15 +44,8 @@ COMPANIONS: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "to
 COLUMNS = ("name", "food")
 
 
-async def nothing(*_: Any) -> None:
-    """An application that is never called."""
-
-
 def document(**options: Any) -> dict[str, Any]:
-    paths: dict[str, dict[str, Any]] = {}
-    for method, path in openapi.OPERATIONS:
-        paths.setdefault(path, {})[method] = nothing
-    return openapi.openapi_document(paths, ServeConfig(**options), LIMITS)
+    return openapi_document(FastAPI(routes=ROUTES), ServeConfig(**options), LIMITS)
 
 
 def validator(name: str) -> Draft202012Validator:
@@ -62,7 +57,7 @@ def accepts(kind: str, body: Mapping[str, Any]) -> bool:
         if kind == "TaskRequest":
             parse_task(body, LIMITS, COLUMNS)
         else:
-            {"CompletionRequest": parse_completion, "ChatRequest": parse_chat}[kind](body, LIMITS)
+            parse({"CompletionRequest": CompletionRequest, "ChatRequest": ChatRequest}[kind], body, LIMITS)
     except ApiError:
         return False
     return True
@@ -86,7 +81,8 @@ def body_with(kind: str, name: str, value: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", REQUIRED)
 def test_the_document_allows_what_is_accepted_and_nothing_else(kind: str) -> None:
-    names, allows = list(document()["components"]["schemas"][kind]["properties"]), validator(kind)
+    described = document()["components"]["schemas"][kind]["properties"]
+    names, allows = list(described), validator(kind)
     # Any other field of a task may be its own.
     for name in (*names, *(() if kind == "TaskRequest" else ("unknown", "max_token"))):
         outcomes = set()
@@ -95,7 +91,7 @@ def test_the_document_allows_what_is_accepted_and_nothing_else(kind: str) -> Non
             assert accepts(kind, body) == allows.is_valid(body), (name, value)
             outcomes.add(accepts(kind, body))
         assert True in outcomes or name not in names
-        assert False in outcomes or name in IGNORED
+        assert False in outcomes or described.get(name, {}).get("description") == "Ignored."
     if kind != "TaskRequest":
         for name in REQUIRED[kind]:
             body = {field: value for field, value in REQUIRED[kind].items() if field != name}
@@ -112,23 +108,25 @@ def test_a_tasks_own_fields_may_be_beside_the_options() -> None:
 
 def test_documented_defaults_are_the_real_ones() -> None:
     schemas = document()["components"]["schemas"]
-    plain = parse_completion(REQUIRED["CompletionRequest"], LIMITS)
+    plain = parse(CompletionRequest, REQUIRED["CompletionRequest"], LIMITS)
     defaults = {
         name: field["default"]
         for name, field in schemas["CompletionRequest"]["properties"].items()
         if "default" in field
     }
     assert defaults == {
-        "min_tokens": plain.sampling.min_new_tokens,
-        "temperature": plain.sampling.temperature,
-        "top_p": plain.sampling.top_p,
-        "top_k": plain.sampling.top_k,
-        "repetition_penalty": plain.sampling.repetition_penalty,
+        "min_tokens": plain.sampling(LIMITS).min_new_tokens,
+        "temperature": plain.sampling(LIMITS).temperature,
+        "top_p": plain.sampling(LIMITS).top_p,
+        "top_k": plain.sampling(LIMITS).top_k,
+        "repetition_penalty": plain.sampling(LIMITS).repetition_penalty,
         "n": plain.n,
+        "stream": plain.stream,
     }
-    assert defaults == {"min_tokens": 0, "temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "n": 1}
+    numbers = {"min_tokens": 0, "temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "n": 1}
+    assert defaults == numbers | {"stream": False}
     task = parse_task(REQUIRED["TaskRequest"], LIMITS, ())
-    assert schemas["TaskRequest"]["properties"]["temperature"]["default"] == task.sampling.temperature
+    assert schemas["TaskRequest"]["properties"]["temperature"]["default"] == task.sampling(LIMITS).temperature
 
 
 def test_it_is_openapi_and_contains_the_limits() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.server.api.protocol import parse_chat, parse_completion, parse_task
+from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, parse, parse_task
 from prefixtune.server.limits import Limits
 from prefixtune.server.responses import ApiError
 
@@ -15,11 +15,11 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 def completion(**body: Any) -> Any:
-    return parse_completion({"model": "m", "prompt": "text", **body}, LIMITS)
+    return parse(CompletionRequest, {"model": "m", "prompt": "text", **body}, LIMITS)
 
 
 def chat(**body: Any) -> Any:
-    return parse_chat({"model": "m", "messages": USER, **body}, LIMITS)
+    return parse(ChatRequest, {"model": "m", "messages": USER, **body}, LIMITS)
 
 
 def task(columns: tuple[str, ...] = ("name", "food"), **body: Any) -> Any:
@@ -52,21 +52,21 @@ def test_invalid_prompts(prompt: Any) -> None:
 
 
 def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
-    plain = completion().sampling
+    plain = completion().sampling(LIMITS)
     assert (plain.temperature, plain.top_p, plain.stop, plain.seed, plain.logprobs) == (1.0, 1.0, (), None, None)
-    assert not completion().has_max_tokens
+    assert completion().length is None
     request = completion(
         max_tokens=7, min_tokens=2, temperature=0, top_p=0.5, top_k=3, seed=-1, stop=["a", "b"], n=2, logprobs=5,
         repetition_penalty=1.5, stream=True, stream_options={"include_usage": True},
     )  # fmt: skip
-    sampling = request.sampling
+    sampling = request.sampling(LIMITS)
     assert (sampling.max_new_tokens, sampling.min_new_tokens, sampling.temperature) == (7, 2, 0.0)
     assert (sampling.top_p, sampling.top_k, sampling.seed, sampling.stop) == (0.5, 3, -1, ("a", "b"))
     assert (sampling.logprobs, sampling.repetition_penalty, request.n) == (5, 1.5, 2)
     assert request.stream
     assert request.include_usage
-    assert request.has_max_tokens
-    assert completion(stop="end").sampling.stop == ("end",)
+    assert request.length == 7
+    assert completion(stop="end").sampling(LIMITS).stop == ("end",)
     # Clients send null for what is left out.
     assert completion(max_tokens=None, temperature=None, stop=None, n=None, stream=None, tools=None) == completion()
 
@@ -140,15 +140,15 @@ def test_messages() -> None:
         logprobs=True,
         top_logprobs=2,
     )
-    assert request.messages == (
+    assert request.conversation == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "c"},
-    )
-    assert request.sampling.max_new_tokens == 9
-    assert request.sampling.logprobs == 2
-    assert chat(logprobs=True).sampling.logprobs == 0
-    assert chat(logprobs=False).sampling.logprobs is None
+    ]
+    assert request.sampling(LIMITS).max_new_tokens == 9
+    assert request.sampling(LIMITS).logprobs == 2
+    assert chat(logprobs=True).sampling(LIMITS).logprobs == 0
+    assert chat(logprobs=False).sampling(LIMITS).logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_whole_numbers_may_be_written_as_floats() -> None:
 
 
 def test_the_older_name_of_the_length_is_checked_as_well() -> None:
-    assert chat(max_tokens=5, max_completion_tokens=9).sampling.max_new_tokens == 9
+    assert chat(max_tokens=5, max_completion_tokens=9).sampling(LIMITS).max_new_tokens == 9
     assert refused(chat, max_tokens="x", max_completion_tokens=9).param == "max_tokens"
     assert refused(chat, max_completion_tokens=101).param == "max_completion_tokens"
 
@@ -181,20 +181,20 @@ def test_top_logprobs_need_logprobs() -> None:
 
 def test_a_tasks_fields_may_be_beside_the_options() -> None:
     request = task(name="Aromi", food="soup", max_tokens=5, stream=True)
-    assert request.fields == {"name": "Aromi", "food": "soup"}
-    assert request.sampling.max_new_tokens == 5
+    assert request.record == {"name": "Aromi", "food": "soup"}
+    assert request.sampling(LIMITS).max_new_tokens == 5
     assert request.stream
     # Greedy by default, unlike a completion.
-    assert request.sampling.temperature == 0
-    assert task(name="a", food="b", temperature=0.5).sampling.temperature == 0.5
+    assert request.sampling(LIMITS).temperature == 0
+    assert task(name="a", food="b", temperature=0.5).sampling(LIMITS).temperature == 0.5
     assert task(source="name is food").source == "name is food"
 
 
 def test_columns_with_the_name_of_an_option_are_inside_fields() -> None:
     weather = ("temperature", "stop")
     request = task(weather, fields={"temperature": "9 C", "stop": "Oldbridge"}, temperature=0.7)
-    assert request.fields == {"temperature": "9 C", "stop": "Oldbridge"}
-    assert request.sampling.temperature == 0.7
+    assert request.record == {"temperature": "9 C", "stop": "Oldbridge"}
+    assert request.sampling(LIMITS).temperature == 0.7
 
 
 def test_wrong_bodies_of_tasks() -> None:

@@ -13,43 +13,67 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from starlette.responses import Response
-from starlette.types import ASGIApp
+from fastapi import Response
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.server.api.body import body_too_large, check_content_length
-from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.api.endpoint import AdminContext, RequestContext
+from prefixtune.server.api.openapi import BYTES_BODY, NAME, api_router, errors
+from prefixtune.server.api.schemas import Prefixes, PrefixHeader, Reloaded, Uploaded
 from prefixtune.server.responses import ApiError, api_error, bad_request, json_response, not_found, unavailable
 from prefixtune.utils.files import remove_abandoned, work_folder
 
-__all__ = ["clear_uploads", "delete_prefix", "inspect_prefix", "list_prefixes", "reload_prefixes", "upload_prefix"]
+__all__ = ["clear_uploads", "router"]
 
 
+router = api_router(401, 403, 500)
 _UPLOAD_FOLDER = "upload"
 """Name of the hidden folders that receive uploads."""
+_PATH = "/admin/prefixes/{name}"
+_UPLOAD: Any = {
+    "response_model": Uploaded,
+    "responses": {201: {"model": Uploaded, "description": "Added."}, **errors(400, 408, 413, 507)},
+    "openapi_extra": {**NAME, **BYTES_BODY},
+}
 
 
-async def list_prefixes(context: RequestContext) -> ASGIApp:
-    """`GET /admin/prefixes`."""
+@router.get("/admin/prefixes", response_model=Prefixes)
+async def list_prefixes(context: AdminContext) -> Response:
+    """All prefixes, and refused files.
+
+    Needs a key with the right 'admin'.
+    """
     store = context.state.store
     return json_response({"prefixes": store.names(), "refused": store.refused, "cache": vars(store.stats)})
 
 
-async def inspect_prefix(context: RequestContext) -> ASGIApp:
-    """`GET /admin/prefixes/{name}`."""
+@router.get(_PATH, response_model=PrefixHeader, responses=errors(404, 503), openapi_extra=NAME)
+async def inspect_prefix(context: AdminContext) -> Response:
+    """A prefix's header.
+
+    Needs a key with the right 'admin'.
+    """
     _check_known(context)
     return json_response({"name": context.name, "header": context.state.catalog.header(context.name)})
 
 
-async def delete_prefix(context: RequestContext) -> ASGIApp:
-    """`DELETE /admin/prefixes/{name}`."""
+@router.delete(_PATH, status_code=204, responses=errors(400, 404, 507), openapi_extra=NAME)
+async def delete_prefix(context: AdminContext) -> Response:
+    """Delete a prefix.
+
+    Needs a key with the right 'admin'.
+    """
     _check_known(context)
     await _run_in_thread(context, context.state.store.delete, context.name)
     return Response(status_code=204)
 
 
-async def reload_prefixes(context: RequestContext) -> ASGIApp:
-    """`POST /admin/reload`."""
+@router.post("/admin/reload", response_model=Reloaded, responses=errors(507))
+async def reload_prefixes(context: AdminContext) -> Response:
+    """Reload the folder.
+
+    Needs a key with the right 'admin'.
+    """
     store = context.state.store
     before = set(store.names())
     await _run_in_thread(context, store.reload)
@@ -58,8 +82,13 @@ async def reload_prefixes(context: RequestContext) -> ASGIApp:
     return json_response({"added": sorted(after - before), "removed": sorted(before - after), "refused": store.refused})
 
 
-async def upload_prefix(context: RequestContext) -> ASGIApp:
-    """`PUT` or `POST /admin/prefixes/{name}`: the body is the file itself."""
+@router.put(_PATH, name="put_prefix", **_UPLOAD)
+@router.post(_PATH, name="post_prefix", **_UPLOAD)
+async def upload_prefix(context: AdminContext) -> Response:
+    """Upload or replace a prefix: the body is the file itself.
+
+    Needs a key with the right 'admin'.
+    """
     state, name = context.state, context.name
     if name == state.config.model_id:
         raise bad_request(f"{name!r} is the bare backbone's name.", "name", hint="choose another one.")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from pydantic_core import from_json
 from starlette.requests import Request
 
 from prefixtune.server.api.endpoint import RequestContext
@@ -21,12 +22,18 @@ _SMALL_BODY = 16 * 1024
 _MAX_DEPTH = 32
 """Lists and objects within each other; a chat's parts need six."""
 
+T = TypeVar("T")
 
-async def read_json(context: RequestContext) -> dict[str, Any]:
-    """The JSON object in the body of a request, within the server's limits.
+
+async def read_json(context: RequestContext, parse: Callable[[dict[str, Any]], T]) -> T:
+    """The JSON object in the body of a request, within the server's limits, parsed further.
+
+    Args:
+        context: The request.
+        parse: Makes a request of the object.
 
     Raises:
-        ApiError: It is no JSON, too large or too slow.
+        ApiError: It is no JSON, too large, too slow, or no valid request.
         QueueFull: The bodies of other requests take all the memory for bodies.
         ClientDisconnect: The client disconnected.
     """
@@ -41,7 +48,11 @@ async def read_json(context: RequestContext) -> dict[str, Any]:
         body = await _read(context.request, limit=limit, timeout=config.client_timeout)
     # Its real size then counts until the response has been sent: it stays in memory while its text waits its turn.
     context.exit_stack.enter_context(pending.hold(len(body), context.tenant))
-    return parse_json(body) if len(body) <= _SMALL_BODY else await asyncio.to_thread(parse_json, body)
+
+    def work() -> T:
+        return parse(parse_json(body))
+
+    return work() if len(body) <= _SMALL_BODY else await asyncio.to_thread(work)
 
 
 async def _read(request: Request, *, limit: int, timeout: float) -> bytes:
@@ -88,18 +99,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
         ApiError: It is not JSON, no object, nested too deeply, or contains invalid text or a number that is not finite.
     """
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
-        _check_depth(value)
-        # Half a surrogate pair is legal in JSON, but no tokenizer takes it.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise bad_request(f"the body is nested more than {_MAX_DEPTH} levels deep.", code="invalid_json") from None
-    except UnicodeEncodeError:
-        raise bad_request(
-            "the body contains half a surrogate pair, which is not valid text.", code="invalid_json"
-        ) from None
-    except UnicodeDecodeError:
-        raise bad_request("the body is not UTF-8.", code="invalid_json") from None
+        value = from_json(body, allow_inf_nan=False)
+        _check_values(value)
     except ValueError as error:
         raise bad_request(f"the body is not JSON: {error}.", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -107,25 +108,16 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _refuse_constant(name: str) -> ApiError:
-    raise ValueError(f"{name} is not a number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:20]} is too large a number")
-    return value
-
-
-def _check_depth(value: Any) -> None:
-    """Refuse deep nesting, which no request needs: later code, such as that of an error message, may recurse.
+def _check_values(value: Any) -> None:
+    """Refuse numbers too large to be finite, and deep nesting, which no request needs: later code may recurse.
 
     Raises:
-        RecursionError: Lists and objects are nested too deeply.
+        ValueError: It has one of them.
     """
     level = [value]
     for _ in range(_MAX_DEPTH):
+        if any(isinstance(item, float) and math.isinf(item) for item in level):
+            raise ValueError("a number is too large")
         level = [
             inner
             for item in level
@@ -134,4 +126,4 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise RecursionError
+    raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")

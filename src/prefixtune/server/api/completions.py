@@ -12,32 +12,42 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
-from starlette.types import ASGIApp
+from fastapi import Response
 
 from prefixtune.prefix.target_stream import TargetStream
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.body import read_json
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
-from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
-from prefixtune.server.api.prompting import chat_source, encode_chat, encode_source, encode_text, with_task_defaults
-from prefixtune.server.api.protocol import GenerationRequest, parse_chat, parse_completion
+from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
+from prefixtune.server.api.prompting import chat_source, encode_chat, encode_text, start_targets
+from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, OpenAIRequest, parse
+from prefixtune.server.api.schemas import Chat, ChatChunk, Completion, CompletionChunk
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.responses import json_response
 
-__all__ = ["create_chat_completion", "create_completion"]
+__all__ = ["router"]
 
 
 Choices = CompletionChoices | ChatChoices
+router = api_router(401, 403, 404, 429, 500, 503, 504)
 
 
-async def create_completion(context: RequestContext) -> ASGIApp:
-    """`POST /v1/completions`."""
+@router.post(
+    "/v1/completions",
+    name="complete",
+    responses=whole_or_stream(Completion, CompletionChunk) | errors(400, 408, 413, 415),
+    openapi_extra=json_body(CompletionRequest),
+)
+async def create_completion(context: GenerationContext) -> Response:
+    """Continue a prompt."""
     state = context.state
-    request = parse_completion(await read_json(context), state.limits)
+    request = await read_json(context, partial(parse, CompletionRequest, limits=state.limits))
     model = await state.catalog.load(request.model, context.caller)
     if state.config.log_prompts:
         context.log_fields["prompts"] = request.prompts
@@ -46,52 +56,52 @@ async def create_completion(context: RequestContext) -> ASGIApp:
     text_format = None if raw else state.catalog.trained_format(model.header)
     choices = CompletionChoices(state.backbone, text_format)
     if text_format is not None:
-        return await _respond_to_sources(context, request, model, text_format, texts, choices)
+        generation = await start_targets(context, request, model, text_format, texts, request.n)
+        return await _respond(context, request, generation, choices, text_format)
     prompts = [await encode_text(context, prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-    generation = start_generation(context, request, model, prompts, state.config.default_max_tokens, verbatim=True)
-    return await _respond(context, request, generation, choices)
+    return await _respond(context, request, _continue(context, request, model, prompts), choices)
 
 
-async def create_chat_completion(context: RequestContext) -> ASGIApp:
-    """`POST /v1/chat/completions`."""
+@router.post(
+    "/v1/chat/completions",
+    name="chat",
+    responses=whole_or_stream(Chat, ChatChunk) | errors(400, 408, 413, 415),
+    openapi_extra=json_body(ChatRequest),
+)
+async def create_chat_completion(context: GenerationContext) -> Response:
+    """Answer a chat, in the prefix's text format or the backbone's chat template."""
     state = context.state
-    request = parse_chat(await read_json(context), state.limits)
+    request = await read_json(context, partial(parse, ChatRequest, limits=state.limits))
     model = await state.catalog.load(request.model, context.caller)
     if state.config.log_prompts:
-        context.log_fields["messages"] = request.messages
+        context.log_fields["messages"] = request.conversation
     text_format = state.catalog.trained_format(model.header)
     choices = ChatChoices(state.backbone)
     if text_format is not None:
         source = chat_source(context, request.messages)
-        return await _respond_to_sources(context, request, model, text_format, [source], choices)
-    prompt = await encode_chat(context, request.messages)
-    generation = start_generation(context, request, model, [prompt], state.config.default_max_tokens, verbatim=True)
-    return await _respond(context, request, generation, choices)
+        generation = await start_targets(context, request, model, text_format, [source], request.n)
+        return await _respond(context, request, generation, choices, text_format)
+    prompt = await encode_chat(context, request.conversation)
+    return await _respond(context, request, _continue(context, request, model, [prompt]), choices)
 
 
-async def _respond_to_sources(
-    context: RequestContext,
-    request: GenerationRequest,
-    model: ServedModel,
-    text_format: TextFormat,
-    sources: Sequence[str],
-    choices: Choices,
-) -> ASGIApp:
-    """Generate the targets of sources, as `/v1/tasks` does."""
-    request, task_length = await with_task_defaults(context, request, model)
-    length = request.sampling.max_new_tokens if request.has_max_tokens else task_length
-    prompts = [await encode_source(context, model, text_format, source, length) for source in sources]
-    generation = start_generation(context, request, model, prompts, task_length, verbatim=False)
-    return await _respond(context, request, generation, choices, text_format)
+def _continue(
+    context: RequestContext, request: OpenAIRequest, model: ServedModel, prompts: Sequence[tuple[int, ...]]
+) -> Generation:
+    """Generate after prompts as they are."""
+    state = context.state
+    default = None if request.length else state.config.default_max_tokens
+    sampling = request.sampling(state.limits)
+    return start_generation(context, model, prompts, sampling, n=request.n, default_max_tokens=default, verbatim=True)
 
 
 async def _respond(
     context: RequestContext,
-    request: GenerationRequest,
+    request: OpenAIRequest,
     generation: Generation,
     choices: Choices,
     text_format: TextFormat | None = None,
-) -> ASGIApp:
+) -> Response:
     head = {
         "id": f"{choices.id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -105,23 +115,23 @@ async def _respond(
     if context.state.config.log_prompts:
         context.log_fields["outputs"] = targets
 
-    def respond() -> ASGIApp:
+    def respond() -> Response:
         pairs = enumerate(zip(outputs, targets, strict=True))
         whole = [choices.whole(index, output, target) for index, (output, target) in pairs]
         return json_response({**head, "choices": whole, "usage": generation.usage()}, headers=context.headers)
 
     # Decoding the likeliest tokens of thousands of positions takes seconds.
-    return respond() if request.sampling.logprobs is None else await asyncio.to_thread(respond)
+    return respond() if request.num_logprobs is None else await asyncio.to_thread(respond)
 
 
 async def _events(
     context: RequestContext,
-    request: GenerationRequest,
+    request: OpenAIRequest,
     generation: Generation,
     choices: Choices,
     head: dict[str, Any],
     text_format: TextFormat | None,
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[bytes]:
     indices = range(generation.num_texts)
     targets = None if text_format is None else [TargetStream(text_format) for _ in indices]
     # As OpenAI's, which has usage in the last event alone.

@@ -21,7 +21,6 @@ from prefixtune.engine.request import (
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
 from prefixtune.server.api.endpoint import RequestContext
-from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.limits import QueueFull
 from prefixtune.server.metrics import Metrics
@@ -160,21 +159,23 @@ class Generation:
 
 def start_generation(
     context: RequestContext,
-    request: GenerationRequest,
     model: ServedModel,
     prompts: Sequence[tuple[int, ...]],
-    default_max_tokens: int,
+    sampling: SamplingParams,
     *,
+    n: int = 1,
+    default_max_tokens: int | None,
     verbatim: bool,
 ) -> Generation:
     """Submit the prompts to the engine; what still runs when the response ends is cancelled.
 
     Args:
         context: The HTTP request.
-        request: How tokens are chosen, and how many texts.
         model: With which prefix.
         prompts: Token ids.
-        default_max_tokens: Most new tokens where the request has no `max_tokens`, as far as they fit.
+        sampling: How tokens are chosen.
+        n: Texts for each prompt.
+        default_max_tokens: Most new tokens instead of those of `sampling`, as far as they fit; None: the request says.
         verbatim: Keep the white space around the texts.
 
     Raises:
@@ -187,8 +188,8 @@ def start_generation(
         Request(
             prompt,
             model.prefix,
-            _fit_sampling(context, request, model, len(prompt), default_max_tokens),
-            n=request.n,
+            _fit_sampling(context, sampling, model, len(prompt), default_max_tokens),
+            n=n,
             tenant=context.tenant,
             prefix_name=model.name,
             verbatim=verbatim,
@@ -203,7 +204,7 @@ def start_generation(
     except ContextLengthError as error:
         hint = "shorten the prompt or lower max_tokens."
         raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
-    context.exit_stack.enter_context(state.admission.admit(len(prompts) * request.n, context.tenant))
+    context.exit_stack.enter_context(state.admission.admit(len(prompts) * n, context.tenant))
     generation = Generation(state.worker, requests, model.name, context.remaining, state.metrics)
     context.exit_stack.callback(_finish, context, generation)
     try:
@@ -227,7 +228,7 @@ def _finish(context: RequestContext, generation: Generation) -> None:
 
 
 def _fit_sampling(
-    context: RequestContext, request: GenerationRequest, model: ServedModel, prompt_tokens: int, default_max_tokens: int
+    context: RequestContext, sampling: SamplingParams, model: ServedModel, prompt_tokens: int, default: int | None
 ) -> SamplingParams:
     """The request's sampling; a default length is lowered to what fits."""
     limit = context.state.config.max_prompt_tokens
@@ -237,10 +238,10 @@ def _fit_sampling(
         raise bad_request(
             f"the prompt has {prompt_tokens} tokens, but {limit} are allowed.", "prompt", "context_length_exceeded"
         )
-    if request.has_max_tokens:
-        return request.sampling
-    fitting = min(default_max_tokens, context.state.engine.available_tokens(prompt_tokens, model.prefix_length))
-    return replace(request.sampling, max_new_tokens=max(1, request.sampling.min_new_tokens, fitting))
+    if default is None:
+        return sampling
+    fitting = min(default, context.state.engine.available_tokens(prompt_tokens, model.prefix_length))
+    return replace(sampling, max_new_tokens=max(1, sampling.min_new_tokens, fitting))
 
 
 async def stream_outputs(context: RequestContext, generation: Generation) -> AsyncGenerator[SequenceOutput | None]:

@@ -18,14 +18,14 @@ from prefixtune.errors import RequestError
 from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.endpoint import RequestContext
-from prefixtune.server.api.generation import deadline_exceeded
-from prefixtune.server.api.protocol import GenerationRequest
+from prefixtune.server.api.generation import Generation, deadline_exceeded, start_generation
+from prefixtune.server.api.protocol import GenerationRequest, Message
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import task_decoding
 from prefixtune.server.responses import bad_request
 
-__all__ = ["chat_source", "encode_chat", "encode_source", "encode_text", "run_in_turn", "with_task_defaults"]
+__all__ = ["chat_source", "encode_chat", "encode_text", "run_in_turn", "start_targets"]
 
 
 _CUT_HEADER = "x-prefixtune-cut-tokens"
@@ -91,7 +91,7 @@ def _apply_chat_template(backbone: Backbone, messages: Sequence[dict[str, str]])
     return ids
 
 
-async def encode_source(
+async def _encode_source(
     context: RequestContext, model: ServedModel, text_format: TextFormat, source: str, max_new_tokens: int
 ) -> tuple[int, ...]:
     """Token ids of a source in a text format; one that is too long is treated as in training.
@@ -125,16 +125,16 @@ async def encode_source(
     return tuple(ids)
 
 
-def chat_source(context: RequestContext, messages: Sequence[dict[str, str]]) -> str:
+def chat_source(context: RequestContext, messages: Sequence[Message]) -> str:
     """The source of a chat with a prefix: its last message, which must be the user's.
 
     Raises:
         ApiError: It is not the user's, or there are earlier messages and the server does not drop them.
     """
     last, num_earlier = messages[-1], len(messages) - 1
-    if last["role"] != "user":
-        raise bad_request(f"the last message has the role {last['role']!r}, but must be the user's.", "messages")
-    if not last["content"].strip():
+    if last.role != "user":
+        raise bad_request(f"the last message has the role {last.role!r}, but must be the user's.", "messages")
+    if not last.text.strip():
         raise bad_request("the last message is empty; some text is needed.", "messages")
     if num_earlier and context.state.config.earlier_messages == "refuse":
         raise bad_request(
@@ -146,18 +146,28 @@ def chat_source(context: RequestContext, messages: Sequence[dict[str, str]]) -> 
     if num_earlier:
         context.log_fields["dropped_messages"] = num_earlier
         context.headers[_DROPPED_HEADER] = str(num_earlier)
-    return last["content"]
+    return last.text
 
 
-async def with_task_defaults(
-    context: RequestContext, request: GenerationRequest, model: ServedModel
-) -> tuple[GenerationRequest, int]:
-    """The request with the decoding of the prefix's task where it has none of its own; and the task's length."""
+async def start_targets(
+    context: RequestContext,
+    request: GenerationRequest,
+    model: ServedModel,
+    text_format: TextFormat,
+    sources: Sequence[str],
+    n: int = 1,
+) -> Generation:
+    """Generate the targets of sources, with the decoding of the prefix's task where the request has none of its own.
+
+    Raises:
+        ApiError: A source is too long, or the engine takes no request now.
+        QueueFull: There is no room.
+    """
     defaults, config = task_decoding(model.header), context.state.config
     task_length = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
+    length = request.length or task_length
     changes: dict[str, Any] = {}
-    if "min_tokens" not in request.fields_set:
-        length = request.sampling.max_new_tokens if request.has_max_tokens else task_length
+    if "min_tokens" not in request.model_fields_set:
         changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
     if defaults.get("ban_newlines"):
         # Takes a while the first time, and is cached.
@@ -165,4 +175,7 @@ async def with_task_defaults(
             context.state.tokenizer_thread, newline_tokens, context.state.backbone
         )
         changes["banned"] = tuple(banned)
-    return replace(request, sampling=replace(request.sampling, **changes)), task_length
+    sampling = replace(request.sampling(context.state.limits), **changes)
+    prompts = [await _encode_source(context, model, text_format, source, length) for source in sources]
+    default = None if request.length else task_length
+    return start_generation(context, model, prompts, sampling, n=n, default_max_tokens=default, verbatim=False)

@@ -1,147 +1,384 @@
-"""The body of a request -> a `GenerationRequest`, checked field by field.
+"""The bodies of requests, as models: the types, ranges, defaults and descriptions of their fields.
 
 An unknown field is refused, with the nearest known one. Of OpenAI's fields, those that do not concern the output are
-ignored; those that would change it and are not supported are refused by name.
+ignored; those that would change it and are not supported are refused by name. Null is the same as no field.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from prefixtune.engine.request import SamplingParams
-from prefixtune.errors import RequestError, did_you_mean
+from prefixtune.server.api.validation import Check, Fault, faults_of, refuse, unknown_field
 from prefixtune.server.limits import Limits
-from prefixtune.server.responses import bad_request
 
 __all__ = [
-    "FIELDS",
-    "IGNORED",
-    "MAX_STOPS",
-    "MAX_STOP_LENGTH",
-    "MESSAGE_FIELDS",
-    "ROLES",
-    "UNSUPPORTED",
+    "ChatRequest",
+    "CompletionRequest",
     "GenerationRequest",
-    "parse_chat",
-    "parse_completion",
+    "Message",
+    "OpenAIRequest",
+    "TaskRequest",
+    "parse",
     "parse_task",
+    "with_limits",
 ]
 
 
-Prompt = str | tuple[int, ...]
-
-IGNORED = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    "parallel_tool_calls",
-)
-"""OpenAI's fields that concern the service and not the output."""
-
-UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": ("tools are not supported", ([],)),
-    "tool_choice": ("tools are not supported", ("none", "auto")),
-    "functions": ("functions are not supported", ([],)),
-    "function_call": ("functions are not supported", ("none", "auto")),
-    "response_format": ("only text is generated", ({"type": "text"},)),
-    "logit_bias": ("there is no bias for single tokens", ({},)),
-    "presence_penalty": ("use repetition_penalty", (0,)),
-    "frequency_penalty": ("use repetition_penalty", (0,)),
-    "best_of": ("use n", (1,)),
-    "echo": ("the prompt is not repeated", (False,)),
-    "suffix": ("text is generated after the prompt only", ("",)),
-    "audio": ("only text is generated", ()),
-    "modalities": ("only text is generated", (["text"],)),
-    "prediction": ("there are no predicted outputs", ()),
-    "web_search_options": ("there is no search", ()),
-    "reasoning_effort": ("there is no separate reasoning", ("none",)),
-    "verbosity": ("the length of outputs is set by max_tokens", ("medium",)),
-}
-"""Fields that would change the output: why they are refused, and the values that change nothing."""
-
-_SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
-_SHARED = ("model", *_SAMPLING, "n", "stream", "stream_options", "logprobs")
-FIELDS = {
-    "completion": ("prompt", *_SHARED),
-    "chat": ("messages", *_SHARED, "max_completion_tokens", "top_logprobs"),
-    "task": ("source", "fields", "format_of", *_SAMPLING, "stream"),
-}
-"""Fields that are read, by the kind of request; a task has its own as well."""
-ROLES = ("system", "developer", "user", "assistant")
-MESSAGE_FIELDS = ("role", "content", "name", "refusal")
-"""Of a message; others may be present only if they are empty."""
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+def _whole(value: Any) -> Any:
+    """5.0 -> 5: JSON may write a whole number as either."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What to generate.
+def _allow_null(schema: dict[str, Any]) -> None:
+    """In the schema of a model: fields may be null, except those that are required."""
+    for name, field in schema["properties"].items():
+        if name in schema.get("required", ()):
+            continue
+        if field.get("default", ...) is None:
+            del field["default"]
+        options = [option for option in field.pop("anyOf", ()) if option != {"type": "null"}]
+        if len(options) == 1 and "type" in options[0]:
+            field |= options.pop()
+        if options:
+            field["anyOf"] = [*options, {"type": "null"}]
+        elif "type" in field:
+            field["type"] = [field["type"], "null"]
 
-    Attributes:
-        model: Name of a prefix, or of the bare backbone; a task's is in its path.
-        prompts: Texts or token ids, of a completion.
-        messages: Of a chat.
-        fields: A task's own; empty if there is a `source`.
-        source: A linearized text, of a task.
-        format_of: With the bare backbone: the prefix whose linearization and text format it gets.
-        sampling: How tokens are chosen; its `max_new_tokens` counts only if `has_max_tokens`.
-        fields_set: Names of the sampling fields that the body has.
-        n: Texts for each prompt.
-        stream: Whether to send pieces as they are generated.
-        include_usage: Whether a stream ends with its usage.
-    """
 
-    model: str = ""
-    prompts: tuple[Prompt, ...] = ()
-    messages: tuple[dict[str, str], ...] = ()
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    source: str | None = None
-    format_of: str = ""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    fields_set: frozenset[str] = frozenset()
-    n: int = 1
-    stream: bool = False
-    include_usage: bool = False
+Integer = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Boolean = Annotated[bool, Strict()]
+NonEmpty = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[Integer, BeforeValidator(_whole)]], Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class GenerationRequest(BaseModel):
+    """What all requests for texts share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_allow_null)
+
+    max_tokens: Integer | None = Field(
+        None,
+        ge=1,
+        description="Most new tokens; by default those of the prefix's task or {length}, as far as they fit.",
+    )
+    min_tokens: Integer = Field(0, ge=0, description="Fewest new tokens; at most max_tokens.")
+    temperature: Number = Field(1.0, ge=0, le=2, description="0: the likeliest token each time.")
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: Integer = Field(0, ge=0, le=1_000_000, description="0: all tokens.")
+    # Scores divided by much less would overflow.
+    repetition_penalty: Number = Field(1.0, ge=0.01, le=10)
+    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: (
+        Annotated[
+            StopString | Annotated[list[StopString], Field(max_length=16)],
+            Check("a text or a list of at most 16 texts, of 1 to 256 characters each"),
+        ]
+        | None
+    ) = Field(None, description="Strings that end a text; they are not part of it.", examples=[["\n\n"]])
+    stream: Boolean = Field(False, description="Send pieces as they are generated.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tidy(cls, body: dict[str, Any]) -> dict[str, Any]:
+        known = cls.model_fields
+        own = {name: value for name, value in body.items() if name not in known}
+        return {name: _whole(value) for name, value in body.items() if name in known and value is not None} | own
 
     @property
-    def has_max_tokens(self) -> bool:
-        """Whether the body has a `max_tokens`, or its newer name."""
-        return "max_tokens" in self.fields_set
+    def length(self) -> int | None:
+        """Most new tokens, if the body says so."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to return; None: no logprobs at all."""
+        return None
+
+    def sampling(self, limits: Limits) -> SamplingParams:
+        """How tokens are chosen; the number of new tokens counts only if there is a `length`."""
+        return SamplingParams(
+            max_new_tokens=self.length or limits.max_tokens,
+            min_new_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logprobs=self.num_logprobs,
+        )
+
+    def conflicts(self, limits: Limits) -> Iterator[Fault]:
+        """Fields that do not go together."""
+        if self.length is not None and self.min_tokens > self.length:
+            message = f"min_tokens is {self.min_tokens}, which is more than max_tokens ({self.length})."
+            yield Fault(message, "min_tokens")
 
 
-def parse_completion(body: Mapping[str, Any], limits: Limits) -> GenerationRequest:
-    """A body of `/v1/completions`.
+def _ignored() -> Any:
+    """A field that concerns the service and not the output; clients may send it."""
+    return Field(None, description="Ignored.")
+
+
+def _unsupported(why: str, *neutral: Any) -> Any:
+    """A field that would change the output: why it is refused, and the values that change nothing."""
+    return Field(None, description=f"Not supported: {why}.", json_schema_extra={"enum": [*neutral, None]})
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_allow_null)
+
+    include_usage: Boolean | None = Field(None, description="End the stream with its usage.")
+    include_obfuscation: Any = Field(None, description="Ignored.")
+
+
+class OpenAIRequest(GenerationRequest):
+    """What OpenAI's two requests share."""
+
+    model: Annotated[NonEmpty, Check("the name of a model; /v1/models lists them")] = Field(
+        description="A name that /v1/models lists."
+    )
+    n: Integer = Field(1, ge=1, description="Texts for each prompt; at most {texts} for all prompts together.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+
+    user: Any = _ignored()
+    metadata: Any = _ignored()
+    store: Any = _ignored()
+    service_tier: Any = _ignored()
+    safety_identifier: Any = _ignored()
+    prompt_cache_key: Any = _ignored()
+    prompt_cache_retention: Any = _ignored()
+    parallel_tool_calls: Any = _ignored()
+
+    tools: Any = _unsupported("tools are not supported", [])
+    tool_choice: Any = _unsupported("tools are not supported", "none", "auto")
+    functions: Any = _unsupported("functions are not supported", [])
+    function_call: Any = _unsupported("functions are not supported", "none", "auto")
+    response_format: Any = _unsupported("only text is generated", {"type": "text"})
+    logit_bias: Any = _unsupported("there is no bias for single tokens", {})
+    presence_penalty: Any = _unsupported("use repetition_penalty", 0)
+    frequency_penalty: Any = _unsupported("use repetition_penalty", 0)
+    best_of: Any = _unsupported("use n", 1)
+    echo: Any = _unsupported("the prompt is not repeated", False)
+    suffix: Any = _unsupported("text is generated after the prompt only", "")
+    audio: Any = _unsupported("only text is generated")
+    modalities: Any = _unsupported("only text is generated", ["text"])
+    prediction: Any = _unsupported("there are no predicted outputs")
+    web_search_options: Any = _unsupported("there is no search")
+    reasoning_effort: Any = _unsupported("there is no separate reasoning", "none")
+    verbosity: Any = _unsupported("the length of outputs is set by max_tokens", "medium")
+
+    @field_validator("*")
+    @classmethod
+    def _drop_unread(cls, value: Any, info: Any) -> Any:
+        """Fields of any type are not read; if they are not supported, only values that change nothing are allowed."""
+        field = cls.model_fields[str(info.field_name)]
+        if field.annotation is not Any:
+            return value
+        if isinstance(field.json_schema_extra, dict):
+            neutral = field.json_schema_extra["enum"]
+            # False is not 0 here, but 0.0 is.
+            if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
+                why = str(field.description).removeprefix("Not supported: ").removesuffix(".")
+                raise Check(why, "not_supported").error()
+        return None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def conflicts(self, limits: Limits) -> Iterator[Fault]:
+        """Fields that do not go together."""
+        yield from super().conflicts(limits)
+        if self.stream_options and not self.stream:
+            yield Fault("'stream_options' needs stream to be true.", "stream_options")
+
+
+class CompletionRequest(OpenAIRequest):
+    """A body of `/v1/completions`."""
+
+    prompt: Annotated[
+        NonEmpty
+        | Annotated[list[NonEmpty], Field(min_length=1)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1)],
+        Check("a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"),
+    ] = Field(
+        description="With a prefix, a text is a source in the prefix's text format; token ids are used as they are.",
+        examples=["name : The Vaults | type : pub"],
+    )
+    logprobs: Integer | None = Field(None, ge=0, le=20, description="How many of the likeliest tokens to return.")
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """Texts or token ids."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if isinstance(self.prompt[0], int):
+            return (tuple(self.prompt),)
+        return tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to return; None: no logprobs at all."""
+        return self.logprobs
+
+    def conflicts(self, limits: Limits) -> Iterator[Fault]:
+        """Fields that do not go together."""
+        yield from super().conflicts(limits)
+        count = len(self.prompts)
+        if count * self.n > limits.max_texts:
+            yield Fault(f"{count} prompts times n = {self.n} are more than {limits.max_texts} texts.", "n")
+
+
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _parts(content: Any) -> Any:
+    """The content of a message, a text or parts, as parts."""
+    if not isinstance(content, str | list):
+        raise Check("a text, or a list of text parts").error()
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class Message(BaseModel):
+    """A message of a chat; other fields may be present only if they are empty."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[
+        str, Annotated[Annotated[list[Any], Field(max_length=0)] | None, Check("only text is allowed", "not_supported")]
+    ]
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[Annotated[TextPart, Check("only text is allowed", "not_supported")]],
+        BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
+    ]
+    name: Any = None
+    refusal: Any = None
+
+    @property
+    def text(self) -> str:
+        """The content."""
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(OpenAIRequest):
+    """A body of `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(
+        min_length=1,
+        description="With a prefix, the last one is the source, and must be the user's.",
+        examples=[[{"role": "user", "content": "name : The Vaults | type : pub"}]],
+    )
+    max_completion_tokens: Integer | None = Field(
+        None, ge=1, description="The newer name of max_tokens; used if both are present."
+    )
+    logprobs: Boolean = Field(False, description="Return the tokens and their logprobs.")
+    top_logprobs: Integer | None = Field(None, ge=0, le=20, description="Only with logprobs.")
+
+    @property
+    def length(self) -> int | None:
+        """Most new tokens, if the body says so."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to return; None: no logprobs at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages for a chat template, which knows the older name of a role only."""
+        roles = {"developer": "system"}
+        return [{"role": roles.get(message.role, message.role), "content": message.text} for message in self.messages]
+
+    def conflicts(self, limits: Limits) -> Iterator[Fault]:
+        """Fields that do not go together."""
+        yield from super().conflicts(limits)
+        if self.top_logprobs is not None and not self.logprobs:
+            yield Fault("top_logprobs needs logprobs to be true.", "top_logprobs")
+
+
+class TaskRequest(GenerationRequest):
+    """A body of `/v1/tasks/{name}`: options, and beside them the task's own fields, which GET lists."""
+
+    model_config = ConfigDict(extra="allow")
+
+    max_tokens: Integer | None = Field(None, ge=1, description="Most new tokens; by default the task's own.")
+    # Greedy unless the request says otherwise, as in the task's evaluation.
+    temperature: Number = Field(0.0, ge=0, le=2, description="0: the likeliest token each time.")
+    source: Annotated[str, Check("a text")] | None = Field(
+        None, description="A text that is already linearized; instead of the task's own fields."
+    )
+    fields: Annotated[dict[str, Any], Check("an object")] | None = Field(
+        None,
+        description="The task's own fields, if one has the name of an option; else they may be beside the options.",
+    )
+    format_of: Annotated[str, Check("the name of a prefix")] | None = Field(
+        None, description="With the bare backbone: the prefix whose text format and fields are used."
+    )
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The task's own fields; empty if there is a `source`."""
+        return self.model_extra or {} if self.fields is None else self.fields
+
+
+R = TypeVar("R", bound=GenerationRequest)
+
+
+@functools.cache
+def with_limits(model: type[R], limits: Limits) -> type[R]:
+    """A model with the limits of a server at its fields."""
+    tokens, texts = Field(le=limits.max_tokens), Field(le=limits.max_texts)
+    rules = {"max_tokens": tokens, "max_completion_tokens": tokens, "min_tokens": tokens, "n": texts}
+    fields: dict[str, Any] = {
+        name: (Annotated[field.annotation, rules[name]], field)
+        for name, field in model.model_fields.items()
+        if name in rules
+    }
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
+
+
+def parse(model: type[R], body: Mapping[str, Any], limits: Limits) -> R:
+    """A body as a request.
 
     Raises:
-        ApiError: A field is wrong, unknown or not supported; the error names it.
+        ApiError: Fields are wrong, unknown or not supported; the message lists all of them.
     """
-    _check_fields(body, "completion")
-    prompts = _prompts(body.get("prompt"))
-    logprobs = _integer(body, "logprobs", limits)
-    return _generation_request(body, limits, len(prompts), logprobs=logprobs, model=_model(body), prompts=prompts)
+    request, faults = _validate(model, body, limits)
+    if faults or request is None:
+        raise refuse(faults)
+    return request
 
 
-def parse_chat(body: Mapping[str, Any], limits: Limits) -> GenerationRequest:
-    """A body of `/v1/chat/completions`.
-
-    Raises:
-        ApiError: A field is wrong, unknown or not supported; the error names it.
-    """
-    _check_fields(body, "chat")
-    messages = _messages(body.get("messages"))
-    top = _integer(body, "top_logprobs", limits)
-    if top is not None and not _boolean(body, "logprobs"):
-        raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
-    logprobs = (top or 0) if _boolean(body, "logprobs") else None
-    length = _integer(body, "max_completion_tokens", limits)
-    if length is not None:
-        _integer(body, "max_tokens", limits)
-        body = {**body, "max_tokens": length}
-    return _generation_request(body, limits, 1, logprobs=logprobs, model=_model(body), messages=messages)
-
-
-def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) -> GenerationRequest:
+def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) -> TaskRequest:
     """A body of `/v1/tasks/{prefix}`: the task's own fields, beside the options of decoding.
 
     Args:
@@ -150,221 +387,38 @@ def parse_task(body: Mapping[str, Any], limits: Limits, columns: Sequence[str]) 
         columns: The task's own fields. One with the name of an option must be inside `fields`.
 
     Raises:
-        ApiError: A field is wrong or unknown; the error names it.
+        ApiError: Fields are wrong or unknown; the message lists all of them.
     """
-    inner, source = body.get("fields"), body.get("source")
-    outside = {name: value for name, value in body.items() if name not in FIELDS["task"]}
-    if inner is not None and not isinstance(inner, dict):
-        raise bad_request("'fields' must be an object.", "fields")
-    if inner is not None and outside:
-        name = next(iter(outside))
-        raise bad_request(f"{name!r} is outside 'fields', but all of the task's fields must be inside.", name)
-    own: Mapping[str, Any] = outside if inner is None else inner
-    for name in own:
-        if name not in columns:
-            known = [*columns, *(FIELDS["task"] if inner is None else ())]
-            raise bad_request(f"unknown field {name!r}.", name, "unknown_field", hint=did_you_mean(name, known))
-    if source is not None and not isinstance(source, str):
-        raise bad_request("'source' must be a text.", "source")
-    if source is None and not own:
-        hint = f"give {', '.join(map(repr, columns))}, or 'source'." if columns else "give 'source'."
-        raise bad_request("the request has none of the task's fields.", columns[0] if columns else "source", hint=hint)
-    if source is not None and own:
-        raise bad_request("give either 'source' or the task's fields, not both.", "source")
-    format_of = body.get("format_of")
-    if format_of is not None and not isinstance(format_of, str):
-        raise bad_request("'format_of' must be the name of a prefix.", "format_of")
-    # Greedy unless the request says otherwise, as in the task's evaluation.
-    decoding = {"temperature": 0.0, **{name: body[name] for name in _SAMPLING if body.get(name) is not None}}
-    shared = {**decoding, "stream": body.get("stream")}
-    return _generation_request(shared, limits, 1, fields=own, source=source, format_of=format_of or "")
+    request, faults = _validate(TaskRequest, body, limits)
+    faults += _faults_of_record(body, columns)
+    if faults or request is None:
+        raise refuse(faults)
+    return request
 
 
-# --- parts of a body --------------------------------------------------------------------------------------------------
-
-
-def _generation_request(
-    body: Mapping[str, Any], limits: Limits, count: int, *, logprobs: int | None = None, **more: Any
-) -> GenerationRequest:
-    n = _integer(body, "n", limits) or 1
-    if count * n > limits.max_texts:
-        raise bad_request(f"{count} prompts times n = {n} are more than {limits.max_texts} texts.", "n")
-    length = _integer(body, "max_tokens", limits)
-    min_tokens = _integer(body, "min_tokens", limits) or 0
-    if length is not None and min_tokens > length:
-        raise bad_request(f"min_tokens is {min_tokens}, which is more than max_tokens ({length}).", "min_tokens")
-    stream = _boolean(body, "stream")
+def _validate(model: type[R], body: Mapping[str, Any], limits: Limits) -> tuple[R | None, list[Fault]]:
+    limited = with_limits(model, limits)
     try:
-        sampling = SamplingParams(
-            max_new_tokens=length or limits.max_tokens,
-            min_new_tokens=min_tokens,
-            temperature=_number(body, "temperature", limits),
-            top_p=_number(body, "top_p", limits),
-            top_k=_integer(body, "top_k", limits) or 0,
-            repetition_penalty=_number(body, "repetition_penalty", limits),
-            seed=_integer(body, "seed", limits),
-            stop=_stop(body.get("stop")),
-            logprobs=logprobs,
-        )
-    except RequestError as error:
-        raise bad_request(error.message, hint=error.hint) from None
-    return GenerationRequest(
-        sampling=sampling,
-        fields_set=frozenset(name for name in _SAMPLING if body.get(name) is not None),
-        n=n,
-        stream=stream,
-        include_usage=_include_usage(body, stream),
-        **more,
-    )
+        request = limited.model_validate(body)
+    except ValidationError as error:
+        return None, faults_of(error, limited)
+    return request, list(request.conflicts(limits))
 
 
-def _check_fields(body: Mapping[str, Any], kind: str) -> None:
-    known = FIELDS[kind]
-    for name, value in body.items():
-        if name in known or name in IGNORED:
-            continue
-        if name not in UNSUPPORTED:
-            raise bad_request(f"unknown field {name!r}.", name, "unknown_field", hint=did_you_mean(name, known))
-        why, neutral = UNSUPPORTED[name]
-        # False is not 0 here, but 0.0 is.
-        harmless = any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
-        if value is not None and not harmless:
-            raise bad_request(f"{name!r} is not supported: {why}.", name, "unsupported_field")
-
-
-def _model(body: Mapping[str, Any]) -> str:
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise bad_request("'model' must be the name of a model; /v1/models lists them.", "model")
-    return model
-
-
-def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """One prompt or several, as texts or token ids."""
-    if isinstance(value, str):
-        return (_text_prompt(value),)
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return tuple(_text_prompt(item) for item in value)
-        several = isinstance(value[0], list)
-        ids = tuple(_token_ids(item) for item in (value if several else [value]))
-        if all(ids):
-            return ids
-    raise bad_request(
-        "'prompt' must be a text, a list of texts, a list of token ids, or a list of such lists.", "prompt"
-    )
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    """Token ids; empty if the value is anything else."""
-    ids = tuple(_as_integer(item) for item in value) if isinstance(value, list) else ()
-    return tuple(token for token in ids if token is not None) if None not in ids else ()
-
-
-def _text_prompt(text: str) -> str:
-    if not text:
-        raise bad_request("'prompt' is empty; some text is needed.", "prompt")
-    return text
-
-
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise bad_request("'messages' must be a list of at least one message.", "messages")
-    return tuple(_message(item, index) for index, item in enumerate(value))
-
-
-def _message(value: Any, index: int) -> dict[str, str]:
-    where = f"messages[{index}]"
-    if not isinstance(value, dict):
-        raise bad_request(f"{where} must be an object with 'role' and 'content'.", where)
-    role, content = value.get("role"), value.get("content")
-    if role not in ROLES:
-        raise bad_request(f"{where}.role is {role!r}, but must be one of {', '.join(ROLES)}.", f"{where}.role")
-    for name in value:
-        if name not in MESSAGE_FIELDS and value[name] not in (None, []):
-            raise bad_request(
-                f"{where}.{name} is not supported: only text is allowed.", f"{where}.{name}", "unsupported_field"
-            )
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
-    if not isinstance(content, str):
-        raise bad_request(f"{where}.content must be a text.", f"{where}.content")
-    # Templates only know the older name.
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _part(value: Any, where: str) -> str:
-    if isinstance(value, dict) and value.get("type") == "text" and isinstance(value.get("text"), str):
-        return str(value["text"])
-    raise bad_request(f"{where} is not a text part; only text is allowed.", where, "unsupported_field")
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-    strings = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(strings, list | tuple) or not all(isinstance(item, str) and item for item in strings):
-        raise bad_request("'stop' must be a text or a list of texts, none of them empty.", "stop")
-    if len(strings) > MAX_STOPS or any(len(string) > MAX_STOP_LENGTH for string in strings):
-        raise bad_request(
-            f"'stop' may have at most {MAX_STOPS} texts, of at most {MAX_STOP_LENGTH} characters each.", "stop"
-        )
-    return tuple(strings)
-
-
-def _include_usage(body: Mapping[str, Any], stream: bool) -> bool:
-    options = body.get("stream_options")
-    if options is None:
-        return False
-    if not stream:
-        raise bad_request("'stream_options' needs stream to be true.", "stream_options")
-    if not isinstance(options, dict):
-        raise bad_request("'stream_options' must be an object.", "stream_options")
-    known = ("include_usage", "include_obfuscation")
-    for name in options:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise bad_request(
-                f"unknown field {name!r} in 'stream_options'.", "stream_options", "unknown_field", hint=hint
-            )
-    return _boolean(options, "include_usage")
-
-
-def _boolean(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise bad_request(f"{name!r} is {_short(value)}, but must be true or false.", name)
-    return bool(value)
-
-
-def _integer(body: Mapping[str, Any], name: str, limits: Limits) -> int | None:
-    value, allowed = body.get(name), limits.ranges[name]
-    if value is None:
-        return allowed.default
-    integer = _as_integer(value)
-    if integer is None or not allowed.minimum <= integer <= allowed.maximum:
-        message = f"must be a whole number between {allowed.minimum} and {allowed.maximum}"
-        raise bad_request(f"{name!r} is {_short(value)}, but {message}.", name)
-    return integer
-
-
-def _as_integer(value: Any) -> int | None:
-    """A whole number, which JSON may write as 5 or as 5.0; None: it is something else."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if type(value) is int else None
-
-
-def _number(body: Mapping[str, Any], name: str, limits: Limits) -> float:
-    value, allowed = body.get(name), limits.ranges[name]
-    if value is None:
-        return float(allowed.default or 0)
-    minimum, maximum, exclusive = allowed.minimum, allowed.maximum, allowed.exclusive_minimum
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not minimum <= value <= maximum or (exclusive and value == minimum):
-        message = f"above {minimum} and at most {maximum}" if exclusive else f"between {minimum} and {maximum}"
-        raise bad_request(f"{name!r} is {_short(value)}, but must be a number {message}.", name)
-    return float(value)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _faults_of_record(body: Mapping[str, Any], columns: Sequence[str]) -> Iterator[Fault]:
+    """What is wrong with the names of a task's own fields."""
+    options = TaskRequest.model_fields
+    inner, source = body.get("fields"), body.get("source")
+    outside = [name for name in body if name not in options]
+    if inner is not None and outside:
+        message = f"{outside[0]!r} is outside 'fields', but all of the task's fields must be inside."
+        yield Fault(message, outside[0])
+    known = [*columns, *(options if inner is None else ())]
+    own = outside if inner is None else list(inner) if isinstance(inner, dict) else []
+    for name in itertools.islice((name for name in own if name not in columns), 10):
+        yield unknown_field(name, known)
+    if source is None and not own and not inner:
+        hint = f"Give {', '.join(map(repr, columns))}, or 'source'." if columns else "Give 'source'."
+        yield Fault(f"the request has none of the task's fields. {hint}", columns[0] if columns else "source")
+    if source is not None and own:
+        yield Fault("give either 'source' or the task's fields, not both.", "source")

@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -16,20 +18,20 @@ from prefixtune.server.responses import ApiError, json_text
 __all__ = ["DONE", "KEEP_ALIVE", "event", "event_stream", "run_until_disconnect"]
 
 
-KEEP_ALIVE = ": waiting\n\n"
+KEEP_ALIVE = format_sse_event(comment="waiting")
 """Sent while there is nothing new: proxies cut silent connections, and clients ignore comments."""
-DONE = "data: [DONE]\n\n"
+DONE = format_sse_event(data_str="[DONE]")
 """The end of a stream."""
 
 T = TypeVar("T")
 
 
-def event(value: Any) -> str:
+def event(value: Any) -> bytes:
     """A server-sent event."""
-    return f"data: {json_text(value)}\n\n"
+    return format_sse_event(data_str=json_text(value))
 
 
-def event_stream(context: RequestContext, events: AsyncGenerator[str]) -> EventStream:
+def event_stream(context: RequestContext, events: AsyncGenerator[bytes]) -> EventStream:
     """A response in pieces, for a client that may be slow within limits."""
     config = context.state.config
     return EventStream(events, config.client_timeout, config.deadline + config.client_timeout, context.headers)
@@ -63,8 +65,8 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-class EventStream:
-    """A stream of server-sent events, as an ASGI application.
+class EventStream(StreamingResponse):
+    """A stream of server-sent events.
 
     The status is sent before the first event, so a later error is sent as an event. When the client disconnects, or
     does not read, the events are closed.
@@ -78,23 +80,19 @@ class EventStream:
 
     def __init__(
         self,
-        events: AsyncGenerator[str],
+        events: AsyncGenerator[bytes],
         write_timeout: float,
         total_timeout: float,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.events, self.headers = events, dict(headers or {})
+        # nginx must not buffer the events.
+        super().__init__(events, headers={"x-accel-buffering": "no", **(headers or {})}, media_type="text/event-stream")
+        self.events = events
         self.write_timeout, self.total_timeout = write_timeout, total_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, as long as the client is connected."""
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            # nginx must not buffer the events.
-            (b"x-accel-buffering", b"no"),
-            *((name.encode(), value.encode()) for name, value in self.headers.items()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async with asyncio.timeout(self.total_timeout):
                 await run_until_disconnect(receive, self._send_events(send))
@@ -105,15 +103,15 @@ class EventStream:
     async def _send_events(self, send: Send) -> None:
         async with contextlib.aclosing(self.events) as events:
             try:
-                async for text in events:
-                    await self._send_event(send, text)
+                async for data in events:
+                    await self._send_event(send, data)
             except ApiError as error:
                 await self._send_event(send, event(error.body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_event(self, send: Send, text: str) -> None:
+    async def _send_event(self, send: Send, data: bytes) -> None:
         try:
             async with asyncio.timeout(self.write_timeout):
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         except TimeoutError:
             raise ClientDisconnect from None

@@ -12,47 +12,57 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
-from starlette.types import ASGIApp
+from fastapi import Response
 
 from prefixtune.engine.request import SequenceOutput, join_outputs
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.body import read_json
-from prefixtune.server.api.endpoint import RequestContext
-from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
-from prefixtune.server.api.prompting import encode_source, run_in_turn, with_task_defaults
-from prefixtune.server.api.protocol import GenerationRequest, parse_task
+from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext
+from prefixtune.server.api.generation import Generation, collect_outputs, stream_outputs
+from prefixtune.server.api.openapi import NAME, api_router, errors, json_body, whole_or_stream
+from prefixtune.server.api.prompting import run_in_turn, start_targets
+from prefixtune.server.api.protocol import TaskRequest, parse_task
+from prefixtune.server.api.schemas import Task, TaskOutput, TaskOutputChunk
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import TaskSchema, task_schema_of
 from prefixtune.server.responses import bad_request, json_response
 
-__all__ = ["create_task_output", "describe_task"]
+__all__ = ["router"]
 
 
-async def describe_task(context: RequestContext) -> ASGIApp:
-    """`GET /v1/tasks/{prefix}`: the task's fields."""
+_PATH = "/v1/tasks/{name:path}"
+router = api_router(401, 403, 404, 500, 503)
+
+
+@router.get(_PATH, name="show_task", response_model=Task, openapi_extra=NAME)
+async def describe_task(context: KeyContext) -> Response:
+    """The fields of a prefix's task."""
     catalog = context.state.catalog
     catalog.check_access(context.name, context.caller)
     return json_response(catalog.describe_task(context.name))
 
 
-async def create_task_output(context: RequestContext) -> ASGIApp:
-    """`POST /v1/tasks/{prefix}`."""
+@router.post(
+    _PATH,
+    name="do_task",
+    responses=whole_or_stream(TaskOutput, TaskOutputChunk, TaskOutput) | errors(400, 408, 413, 415, 429, 504),
+    openapi_extra={**NAME, **json_body(TaskRequest)},
+)
+async def create_task_output(context: GenerationContext) -> Response:
+    """The output of a prefix's task."""
     state = context.state
-    body = await read_json(context)
+    body = await read_json(context, dict)
     model = await state.catalog.load(context.name, context.caller)
     model = _with_format_of(context, model, body.get("format_of"))
     schema = task_schema_of(model.header)
     request = parse_task(body, state.limits, schema.columns if schema else ())
     source = await _source(context, request, schema)
     text_format = state.catalog.text_format(model.header)
-    request, task_length = await with_task_defaults(context, request, model)
-    length = request.sampling.max_new_tokens if request.has_max_tokens else task_length
-    prompt = await encode_source(context, model, text_format, source, length)
+    generation = await start_targets(context, request, model, text_format, [source])
     if state.config.log_prompts:
         context.log_fields["source"] = source
-    generation = start_generation(context, request, model, [prompt], task_length, verbatim=False)
     head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": context.name}
     if request.stream:
         return event_stream(context, _events(context, generation, text_format, source, head))
@@ -62,30 +72,31 @@ async def create_task_output(context: RequestContext) -> ASGIApp:
 
 def _with_format_of(context: RequestContext, model: ServedModel, prefix_name: Any) -> ServedModel:
     """The bare backbone with a prefix's header: the same text without the prefix, to compare with."""
-    if prefix_name in (None, ""):
+    if prefix_name in (None, "") or not isinstance(prefix_name, str):
+        # What is no name is refused with the other fields.
         return model
-    if model.prefix is not None or not isinstance(prefix_name, str):
+    if model.prefix is not None:
         raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
     catalog = context.state.catalog
     catalog.check_access(prefix_name, context.caller)
     return ServedModel(model.name, None, catalog.header(prefix_name))
 
 
-async def _source(context: RequestContext, request: GenerationRequest, schema: TaskSchema | None) -> str:
+async def _source(context: RequestContext, request: TaskRequest, schema: TaskSchema | None) -> str:
     """The source: as it is, or linearized from the task's fields."""
     if request.source is not None:
         return request.source
     if schema is None:
         raise bad_request("this model takes no fields.", "source", hint="give 'source'.")
     try:
-        return await run_in_turn(context, partial(schema.source, request.fields))
+        return await run_in_turn(context, partial(schema.source, request.record))
     except DataError as error:
         raise bad_request(error.message, hint=error.hint) from None
 
 
 async def _events(
     context: RequestContext, generation: Generation, text_format: TextFormat, source: str, head: dict[str, Any]
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[bytes]:
     # Words around the target can only be removed from the whole output.
     in_pieces = not any(text_format.target_words)
     outputs: list[SequenceOutput] = []

@@ -1,0 +1,125 @@
+"""Faults of a request's body: all of them in one answer, each with its field, the value got and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from prefixtune.errors import did_you_mean
+from prefixtune.server.responses import ApiError, bad_request
+
+__all__ = ["Check", "Fault", "faults_of", "refuse", "unknown_field"]
+
+
+_MAX_FAULTS = 10
+"""Most faults that an answer lists."""
+_MEANINGS = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "model_type": "an object",
+    "string_type": "a text",
+    "too_short": "a list that is not empty",
+}
+"""pydantic's errors in the words of JSON; of the others, its own words are clear."""
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong with a body: a sentence, the field at fault (as in `messages[0].role`), and a code."""
+
+    message: str
+    param: str
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """An annotation of a type: whatever is wrong with a value, one sentence says it.
+
+    Attributes:
+        text: What the value must be or, if it is not supported, why.
+        kind: Which of the two.
+    """
+
+    text: str
+    kind: Literal["must_be", "not_supported"] = "must_be"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The schema of the type, with this check around it."""
+        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
+
+    def _validate(self, value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise self.error() from None
+
+    def error(self) -> PydanticCustomError:
+        """The error of a value."""
+        return PydanticCustomError(self.kind, "{text}", {"text": self.text})
+
+
+def refuse(faults: Sequence[Fault]) -> ApiError:
+    """400: all faults in one message, with the field and the code of the first."""
+    sentences = [fault.message for fault in faults[:_MAX_FAULTS]]
+    if len(faults) > _MAX_FAULTS:
+        sentences.append(f"There are {len(faults) - _MAX_FAULTS} more faults.")
+    return bad_request(" ".join(sentences), faults[0].param, faults[0].code)
+
+
+def faults_of(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    """What is wrong with a body, in the order of the model's fields."""
+    details = error.errors(include_url=False)
+    # Sentences of faults that no answer lists are not made: a body may have very many.
+    return [_fault(one, model) for one in details[:_MAX_FAULTS]] + [Fault("", "")] * (len(details) - _MAX_FAULTS)
+
+
+def unknown_field(name: str, known: Iterable[str]) -> Fault:
+    """A field that there is not, with the nearest one."""
+    hint = did_you_mean(name.rpartition(".")[2], known)
+    return Fault(f"unknown field {name!r}. {hint[:1].upper()}{hint[1:]}", name, "unknown_field")
+
+
+def _fault(details: ErrorDetails, model: type[BaseModel]) -> Fault:
+    kind, path = details["type"], details["loc"]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    shown = repr(name) if len(path) == 1 else name
+    if kind == "extra_forbidden":
+        for part in path[:-1]:
+            options = get_args(model.model_fields[str(part)].annotation)
+            model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+        # Fields of any type are not read.
+        return unknown_field(name, [name for name, field in model.model_fields.items() if field.annotation is not Any])
+    if kind == "not_supported":
+        return Fault(f"{shown} is not supported: {details['msg']}.", name, "unsupported_field")
+    allowed = _allowed(details, model.model_fields.get(name))
+    if kind == "missing":
+        return Fault(f"{shown} is missing" + (f"; it must be {allowed}." if allowed else "."), name)
+    return Fault(f"{shown} is {_short(details['input'])}, but must be {allowed}.", name)
+
+
+def _allowed(details: ErrorDetails, field: FieldInfo | None) -> str:
+    """What a value must be; of a field of the body itself, by all of its rules."""
+    kind, rules = details["type"], field.metadata if field else []
+    if kind in _MEANINGS:
+        return _MEANINGS[kind]
+    if kind == "literal_error":
+        return f"one of {details['ctx']['expected']}"
+    if kind == "missing":
+        return next((rule.text for rule in rules if isinstance(rule, Check)), "")
+    ends = {end: getattr(rule, end) for rule in rules for end in ("gt", "ge", "le") if hasattr(rule, end)}
+    if "le" not in ends:
+        return details["msg"].removeprefix("Input should be ")
+    number = "a number" if field and field.annotation is float else "a whole number"
+    return f"{number} " + ("above {gt} and at most {le}" if "gt" in ends else "between {ge} and {le}").format(**ends)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
