@@ -82,7 +82,7 @@ async def _respond_to_unknown(request: Request, error: Any) -> Response:
         return ApiError(404, "there is nothing at this path.", code="unknown_path").response()
     path = request.scope["route"].path_format
     routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.path_format == path]
-    methods = {method for route in routes for method in route.methods}
+    methods = {method for route in routes for method in route.methods or ()}
     allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     message = f"{path} allows {allowed}."
     return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed}).response()

@@ -23,7 +23,7 @@ __all__ = ["BYTES_BODY", "NAME", "api_router", "errors", "json_body", "openapi_d
 
 
 _REF = "#/components/schemas/{model}"
-_REQUESTS, _CHUNKS = (CompletionRequest, ChatRequest, TaskRequest), (CompletionChunk, ChatChunk, TaskOutputChunk)
+_REQUESTS = (CompletionRequest, ChatRequest, TaskRequest)
 _ERRORS = {
     400: "A field (`param`), the name or the body is wrong.",
     401: "The key is missing or unknown.",
@@ -48,16 +48,20 @@ BYTES_BODY = {"requestBody": {"required": True, "content": {"application/octet-s
 """A file as the body."""
 
 
+def _ref(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
     """A model as the body."""
-    schema = {"$ref": _REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(model)}}}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Responses with these statuses are errors."""
+    content = {"application/json": {"schema": _ref(Error)}}
     return {
-        status: {"model": Error, "description": _ERRORS[status]}
+        status: {"description": _ERRORS[status], "content": content}
         | ({"headers": _RETRY_AFTER} if status in (429, 503) else {})
         for status in statuses
     }
@@ -68,10 +72,10 @@ def api_router(*statuses: int) -> APIRouter:
     return APIRouter(responses=errors(*statuses), generate_unique_id_function=lambda route: route.name)
 
 
-def whole_or_stream(whole: type[BaseModel], chunk: type[BaseModel], *more: type[BaseModel]) -> dict[int | str, Any]:
-    """A whole response or, with `stream`, server-sent events: chunks, or others."""
-    events = {"anyOf": [{"$ref": _REF.format(model=model.__name__)} for model in (chunk, *more, Error)]}
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": events}
+def whole_or_stream(whole: type[BaseModel], *events: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """A whole response or, with `stream`, server-sent events."""
+    event = {"anyOf": [*map(_ref, events), _ref(Error)]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": event}
     stream = {
         "type": "object",
         "properties": {"data": {"anyOf": [{"enum": ["[DONE]"]}, data]}},
@@ -109,11 +113,8 @@ def openapi_document(app: FastAPI, config: ServeConfig, limits: Limits) -> dict[
             if not config.keys:
                 operation["security"] = []
             if body := operation.get("requestBody"):
-                size = (
-                    config.max_body_kib * 2**10
-                    if "application/json" in body["content"]
-                    else config.max_upload_mib * 2**20
-                )
+                uploads = "application/octet-stream" in body["content"]
+                size = config.max_upload_mib * 2**20 if uploads else config.max_body_kib * 2**10
                 body["description"] = f"At most {size:,} bytes."
     document["components"]["schemas"] |= _schemas(config, limits)
     return document
@@ -121,9 +122,10 @@ def openapi_document(app: FastAPI, config: ServeConfig, limits: Limits) -> dict[
 
 def _schemas(config: ServeConfig, limits: Limits) -> dict[str, Any]:
     """The models that FastAPI does not see: bodies, which are read within limits, and events."""
-    models = [(with_limits(model, limits), "validation") for model in _REQUESTS]
-    chunks = [(model, "serialization") for model in _CHUNKS]
-    schemas: dict[str, Any] = models_json_schema([*models, *chunks], ref_template=_REF)[1]["$defs"]
+    models: list[Any] = [Error, CompletionChunk, ChatChunk, TaskOutputChunk]
+    models += [with_limits(model, limits) for model in _REQUESTS]
+    _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
+    schemas: dict[str, Any] = definitions["$defs"]
     for model in _REQUESTS:
         for field in schemas[model.__name__]["properties"].values():
             if "description" in field:

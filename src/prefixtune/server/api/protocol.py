@@ -196,7 +196,7 @@ class OpenAIRequest(GenerationRequest):
         if field.annotation is not Any:
             return value
         if isinstance(field.json_schema_extra, dict):
-            neutral = field.json_schema_extra["enum"]
+            neutral: Any = field.json_schema_extra["enum"]
             # False is not 0 here, but 0.0 is.
             if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral):
                 why = str(field.description).removeprefix("Not supported: ").removesuffix(".")
