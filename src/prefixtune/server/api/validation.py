@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 
 from prefixtune.errors import did_you_mean
 from prefixtune.server.responses import ApiError, bad_request
+from prefixtune.utils.config import allowed_range
 
 __all__ = ["Check", "Fault", "faults_of", "refuse", "unknown_field"]
 
@@ -113,11 +114,9 @@ def _allowed(details: ErrorDetails, field: FieldInfo | None) -> str:
         return f"one of {details['ctx']['expected']}"
     if kind == "missing":
         return next((rule.text for rule in rules if isinstance(rule, Check)), "")
-    ends = {end: getattr(rule, end) for rule in rules for end in ("gt", "ge", "le") if hasattr(rule, end)}
-    if "le" not in ends:
+    if field is None or not (bounds := allowed_range(field)):
         return details["msg"].removeprefix("Input should be ")
-    number = "a number" if field and field.annotation is float else "a whole number"
-    return f"{number} " + ("above {gt} and at most {le}" if "gt" in ends else "between {ge} and {le}").format(**ends)
+    return ("a number " if field.annotation is float else "a whole number ") + bounds
 
 
 def _short(value: Any) -> str:
