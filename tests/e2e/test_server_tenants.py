@@ -162,9 +162,9 @@ def test_tenants_see_their_own_outputs_only(server: LiveServer, backbone: Any, f
     prefixes = {name: load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone) for name in models.values()}
     engine = Engine(backbone)
     wanted = {
-        (who, prompt): engine.run([Request(tuple(backbone.encode(prompt)), prefixes[model], SamplingParams(30))])[0][
-            0
-        ].text
+        (who, prompt): engine.run(
+            [Request(tuple(backbone.encode(prompt)), prefixes[model], SamplingParams(max_new_tokens=30))]
+        )[0][0].text
         for who, model in models.items()
         for prompt in prompts
     }

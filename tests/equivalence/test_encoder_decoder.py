@@ -5,7 +5,6 @@ Text positions are not shifted by a prefix, and a relative position bias is zero
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -403,7 +402,7 @@ def test_mixed_prefixes_generate_as_each_alone(
     for prompt, prefix, output in zip(prompts, prefixes, together, strict=True):
         assert generate_ids(encoder_decoder, [prompt], [prefix], config=config) == [output]
     if num_beams == 1:
-        in_twos = dataclasses.replace(config, batch_size=2)
+        in_twos = config.replace(batch_size=2)
         assert generate_ids(encoder_decoder, prompts, prefixes, config=in_twos) == together
 
 

@@ -416,4 +416,4 @@ def test_wrong_options_are_reported_all_at_once():
     for name in ("max_new_tokens", "top_p", "stop", "beam search and sampling"):
         assert name in error.value.message
     with pytest.raises(ConfigError, match=r"'max_new_token'.*did you mean 'max_new_tokens'\?"):
-        GenerateConfig.from_mapping({"max_new_token": 3})
+        GenerateConfig(max_new_token=3)

@@ -5,7 +5,6 @@ The faults were seen by running PEFT 0.21.2, adapters 1.3.0 and the authors' cod
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def test_a_batch_mixes_prefixes_of_unequal_lengths(num_beams: int, backbone: Any
     """PEFT ignores `adapter_names` on forward; adapters' BatchSplit is wrong for unequal lengths, fails with beams."""
     prompts = [random_ids(count, count) for count in (4, 8, 6)]
     prefixes = [random_prefix(backbone, 7, 1), random_prefix(backbone, 2, 2), None]
-    config = dataclasses.replace(GREEDY, num_beams=num_beams)
+    config = GREEDY.replace(num_beams=num_beams)
     together = generate_ids(backbone, prompts, prefixes, config=config)
     for prompt, prefix, output in zip(prompts, prefixes, together, strict=True):
         assert generate_ids(backbone, [prompt], [prefix], config=config) == [output]

@@ -6,7 +6,6 @@ The faults were seen by running PEFT 0.21.2, adapters 1.3.0 and the authors' cod
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -186,7 +185,7 @@ def test_guessed_tokens_change_nothing(backbone: Any, tiny_backbone: Any, random
     """PEFT: assisted decoding is wrong or fails."""
     prompts, prefixes = [random_ids(7), random_ids(4, 1)], [random_prefix(backbone, 4), None]
     plain = generate_ids(backbone, prompts, prefixes, config=GREEDY)
-    looked_up = dataclasses.replace(GREEDY, prompt_lookup=3)
+    looked_up = GREEDY.replace(prompt_lookup=3)
     assert generate_ids(backbone, prompts, prefixes, config=looked_up) == plain
     shallow = {"decoder_layers": 1} if backbone.name == "tiny-bart" else {"num_decoder_layers": 1}
     assistant = tiny_backbone(backbone.name.removeprefix("tiny-"), seed=1, **shallow)
@@ -201,9 +200,9 @@ def test_guessed_tokens_change_nothing(backbone: Any, tiny_backbone: Any, random
 def test_a_static_cache_is_right_or_refused(num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any):
     """PEFT: a static cache gives wrong tokens."""
     prompts, prefixes = [random_ids(7), random_ids(4, 1)], [random_prefix(backbone, 4), None]
-    plain = dataclasses.replace(GREEDY, num_beams=num_beams)
+    plain = GREEDY.replace(num_beams=num_beams)
     with contextlib.suppress(PrefixError):
-        outputs = generate_ids(backbone, prompts, prefixes, config=dataclasses.replace(plain, cache="static"))
+        outputs = generate_ids(backbone, prompts, prefixes, config=plain.replace(cache="static"))
         assert outputs == generate_ids(backbone, prompts, prefixes, config=plain)
 
 

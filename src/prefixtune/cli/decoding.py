@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.cli.common import CommandParser
@@ -85,7 +84,7 @@ def generate_config(options: argparse.Namespace, prefixes: Sequence[Prefix], tas
 
     task_name = task or (prefixes[0].header.get("task") if prefixes else None)
     values: dict[str, Any] = dict(TASKS[task_name].decoding) if task_name in TASKS else {}
-    names = {field.name for field in fields(GenerateConfig)}
+    names = GenerateConfig.model_fields
     flags = {name: value for name, value in vars(options).items() if name in names}
     if "stop" in flags:
         flags["stop"] = tuple(flags["stop"])
@@ -100,4 +99,4 @@ def generate_config(options: argparse.Namespace, prefixes: Sequence[Prefix], tas
                 f"{fewest} tokens.",
                 hint=f"raise it, or lower that too: --min-new-tokens {flags['max_new_tokens']}.",
             )
-    return GenerateConfig.from_mapping({**values, **flags})
+    return GenerateConfig(**{**values, **flags})

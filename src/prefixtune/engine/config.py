@@ -2,64 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from prefixtune.errors import ConfigError
-from prefixtune.utils.options import check_names, fit_types
+from prefixtune.utils.config import Config, option_group
 
 __all__ = ["EngineConfig"]
 
-
-_HINT = "leave the option out to use its default."
-_MINIMA = {"num_slots": 1, "max_length": 0, "prefill_tokens": 1, "max_waiting": 1}
+_engine = option_group("engine")
 
 
-@dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Config):
     """How much the engine does at once.
 
-    Attributes:
-        num_slots: Texts that run at once.
-        max_length: Most positions of a text, prefix included (encoder-decoder: of the source and of the output each,
-            without the prefix); 0: the backbone's limit.
-        prefill_tokens: Most prompt tokens computed in a step while other texts are being generated: bounds how long a
-            long prompt delays them. If none is, four times as many.
-        max_waiting: Texts that may wait for a slot; a request beyond them is refused.
-        prepack: On a CPU, keep a copy of a bf16 backbone's matrices in the layout its products are fastest with (see
-            `prepack`).
-
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: An unknown option, or a value out of range; all faults at once.
     """
 
-    num_slots: int = 32
-    max_length: int = 0
-    prefill_tokens: int = 256
-    max_waiting: int = 10_000
-    prepack: bool = True
-
-    def __new__(cls, *_: Any, **values: Any) -> EngineConfig:
-        """Refuse unknown names, with the nearest known one."""
-        check_names(cls, values, "EngineConfig has no such option", _HINT)
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        wrong_types = fit_types(self)
-        faults = [*wrong_types.values()] + [
-            f"{name} is {getattr(self, name)}, but must be at least {minimum}"
-            for name, minimum in _MINIMA.items()
-            if name not in wrong_types and getattr(self, name) < minimum
-        ]
-        if faults:
-            raise ConfigError("; ".join(faults) + ".", hint=_HINT)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
-        """From keys and values.
-
-        Raises:
-            ConfigError: An unknown key, with the nearest known one, or a value that is not allowed.
-        """
-        return cls(**values)
+    num_slots: int = _engine(32, ge=1, description="texts that run at once")
+    max_length: int = _engine(
+        0,
+        ge=0,
+        description="most positions of a text, prefix included (encoder-decoder: of the source and of the output each, "
+        "without the prefix); 0: the backbone's limit",
+    )
+    prefill_tokens: int = _engine(
+        256,
+        ge=1,
+        description="most prompt tokens computed in a step while other texts are being generated: bounds how long a "
+        "long prompt delays them; if none is, four times as many",
+    )
+    max_waiting: int = _engine(
+        10_000, ge=1, description="texts that may wait for a slot; a request beyond them is refused"
+    )
+    prepack: bool = _engine(
+        True,
+        description="on a CPU, keep a copy of a bf16 backbone's matrices in the layout its products are fastest with",
+    )

@@ -44,7 +44,6 @@ from prefixtune.engine.sequence import RunningSequence, TokenSequence
 from prefixtune.errors import BackboneError, PrefixError, RequestError, describe_value
 from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.prefix.prefix import check_fits
-from prefixtune.utils.options import as_config
 
 __all__ = ["Engine"]
 
@@ -78,7 +77,7 @@ class Engine:
     def __init__(
         self, backbone: BackboneLike, config: EngineConfig | Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        self.config = as_config(EngineConfig, config, options)
+        self.config = EngineConfig.from_arguments(config, options)
         backbone = as_backbone(backbone)
         _check_generates(backbone)
         if self.config.prepack:

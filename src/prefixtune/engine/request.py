@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from prefixtune.backbone.prefixes import as_prefix
-from prefixtune.errors import ConfigError, RequestError, describe_value
+from prefixtune.errors import PrefixError, RequestError, describe_value
+from prefixtune.inference.config import SamplingConfig
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.utils.options import check_names, fit_types
+from prefixtune.utils.config import CommaList, option_group
 
 __all__ = [
     "ContextLengthError",
@@ -30,6 +32,7 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 """Why a sequence ended: the end token or a stop string; `max_new_tokens`; its request was cancelled, or its deadline
 passed; an error."""
 
+_sampling = option_group("decoding")
 _request_numbers = itertools.count(1)
 
 
@@ -41,66 +44,22 @@ class ContextLengthError(RequestError):
     """A request needs more positions than a slot has."""
 
 
-@dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(SamplingConfig):
     """How the tokens of a request are sampled.
-
-    Attributes:
-        max_new_tokens: Most tokens to generate.
-        min_new_tokens: Fewest before the end token may come; with `max_new_tokens`: exactly so many.
-        temperature: 0: greedy; above: sample.
-        top_k: Sample from the k likeliest; 0: all.
-        top_p: Sample from the likeliest that together reach p.
-        seed: Of sampling; None: not reproducible.
-        stop: Strings that end a text, and are left out of it.
-        repetition_penalty: Above 1 discourages tokens that the prompt or the text already has.
-        logprobs: Return log-probabilities: of each token, and of that many of the likeliest ones; None: return none.
-        banned: Tokens that are never sampled.
 
     Raises:
         RequestError: Values that are not allowed; all faults at once.
     """
 
-    max_new_tokens: int = 100
-    min_new_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    repetition_penalty: float = 1.0
-    logprobs: int | None = None
-    banned: tuple[int, ...] = ()
+    error_class: ClassVar[type[PrefixError]] = RequestError
 
-    def __new__(cls, *_: Any, **values: Any) -> SamplingParams:
-        """Refuse unknown names, with the nearest known one."""
-        try:
-            check_names(cls, values, "there is no such sampling option", "leave it out.")
-        except ConfigError as error:
-            raise RequestError(error.message, hint=error.hint) from None
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if wrong := fit_types(self):
-            raise RequestError("; ".join(wrong.values()) + ".", hint="leave the option out to use its default.")
-        rules = [
-            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
-            (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "between 0 and max_new_tokens"),
-            (math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 (greedy) or above"),
-            (self.top_k >= 0, "top_k", "0 (all) or above"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
-            (all(self.stop), "stop", "strings that are not empty"),
-            (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "above 0"),
-            (all(token >= 0 for token in self.banned), "banned", "token ids"),
-            (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "between 0 and 20"),
-        ]
-        faults = [
-            f"{name} is {getattr(self, name)!r}, but must be {allowed}" for good, name, allowed in rules if not good
-        ]
-        if faults:
-            raise RequestError("; ".join(faults) + ".", hint="leave the option out to use its default.")
+    banned: CommaList[Annotated[int, Field(ge=0)]] = _sampling((), description="tokens that are never sampled")
+    logprobs: int | None = _sampling(
+        None,
+        ge=0,
+        le=20,
+        description="return log-probabilities: of each token, and of that many of the likeliest ones; None: none",
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -56,7 +55,7 @@ def decode(
     seconds = sum(row["seconds"] for row in rows)
     for step, batch in enumerate(batches):
         if any(index not in outputs for index in batch):
-            batch_config = config if config.seed is None else dataclasses.replace(config, seed=config.seed + step)
+            batch_config = config if config.seed is None else config.replace(seed=config.seed + step)
             start_time = time.perf_counter()
             texts = generate(
                 backbone,
@@ -131,7 +130,7 @@ def _digest(
         "dtype": str(backbone.dtype),
         "format": None if text_format is None else text_format.to_dict(),
         "header": None if prefix is None else prefix.header.get("text_format"),
-        "decoding": dataclasses.asdict(config),
+        "decoding": config.to_dict(),
         "sources": [example.source for example in examples],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

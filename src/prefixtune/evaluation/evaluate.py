@@ -20,10 +20,9 @@ from prefixtune.evaluation.decode import decode
 from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, Measurement, accuracy, macro_f1, measure, span_f1
 from prefixtune.evaluation.records import Evaluation, GroupScores
 from prefixtune.inference.classify import classify, tag
-from prefixtune.inference.config import GenerateConfig, check_tagging_lengths
+from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.options import as_config
 
 __all__ = ["check_examples", "check_kind", "evaluate"]
 
@@ -73,7 +72,7 @@ def evaluate(
         ConfigError: `resume_file` holds the outputs of another evaluation; a metric or the protocol is unknown;
             intervals of labels or tags; or an argument is of a wrong type.
     """
-    decoding = as_config(GenerateConfig, config, options)
+    decoding = GenerateConfig.from_arguments(config, options)
     examples = as_examples(examples)
     chosen_format = as_text_format(text_format)
     task_kind = _as_kind(kind)
@@ -227,7 +226,7 @@ def _evaluate_labels(
     """Accuracy and macro F1 of labels; span F1 and accuracy of tags."""
     shared: dict[str, Any] = {
         "text_format": text_format,
-        "batch_size": decoding.batch_size,
+        "config": decoding,
         "on_batch": on_batch,
     }
     if labels.kind == "classification":
@@ -236,8 +235,6 @@ def _evaluate_labels(
             [example.source for example in examples],
             prefix,
             labels=labels.names if prefix is None else None,
-            max_total_length=decoding.max_total_length,
-            on_too_long=decoding.on_too_long,
             on_cut=on_cut,
             **shared,
         )
@@ -245,7 +242,6 @@ def _evaluate_labels(
         wanted = [example.targets[0] for example in examples]
         scores = {"accuracy": accuracy(predicted, wanted), "macro_f1": macro_f1(predicted, wanted)}
         return Evaluation(scores, tuple(predicted))
-    check_tagging_lengths(decoding)
     if prefix is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     tagged = tag(backbone, [_field(example, "tokens") for example in examples], prefix, **shared)

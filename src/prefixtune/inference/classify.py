@@ -7,9 +7,9 @@ encoder needs a head, because it generates no words; tagging always needs one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
 from prefixtune.data.truncation import report_truncated
 from prefixtune.errors import ConfigError, RequestError, describe_value
+from prefixtune.inference.config import ClassifyConfig
 from prefixtune.inference.prompts import check_positions, truncate_prompts
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import TextFormat
@@ -62,11 +63,10 @@ def classify(
     *,
     labels: Sequence[str] | None = None,
     text_format: TextFormatLike | None = None,
-    batch_size: int = 16,
-    max_total_length: int = 0,
-    on_too_long: str = "",
+    config: ClassifyConfig | Mapping[str, Any] | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
+    **options: Any,
 ) -> list[Prediction]:
     """Predict each text's label, and how likely every label is.
 
@@ -77,31 +77,32 @@ def classify(
             labels' own words.
         labels: For the bare model: the labels to choose from.
         text_format: The text around a source; None: what the prefix was trained with.
-        batch_size: Texts per batch.
-        max_total_length: Positions of a text; 0: as in training.
-        on_too_long: `cut` a text that is too long, or raise an `error`; empty: as in training.
+        config: How to batch and truncate: a `ClassifyConfig` (or `GenerateConfig`), or a dict of its fields.
         on_batch: Called after each batch with the number of texts that are done.
         on_cut: Called before the work with the indices of the truncated texts, if there are any; None: a warning says
             so.
+        **options: Fields of `ClassifyConfig`, instead of `config`.
 
     Raises:
-        ConfigError: The prefix is for something else, or there are no labels.
+        ConfigError: The prefix is for something else, there are no labels, or an option is wrong.
         RequestError: A text does not fit the backbone's positions.
         BackboneError: The prefix does not fit the backbone.
     """
+    config = ClassifyConfig.from_arguments(config, options)
     check_texts(texts)
     if labels is not None and (isinstance(labels, str) or not all(isinstance(label, str) for label in labels)):
         raise ConfigError(f"labels is {describe_value(labels)}, but must be a list of strings.", hint="write [a, b].")
     backbone = as_backbone(backbone)
     loaded = as_prefix(prefix, backbone)
     chosen = _labels_for("classification", loaded, labels)
-    form = format_of(backbone, loaded, as_text_format(text_format)).with_lengths(max_total_length, on_too_long)
+    form = format_of(backbone, loaded, as_text_format(text_format))
+    form = form.with_lengths(config.max_total_length, config.on_too_long)
     if loaded is not None:
         check_fits(loaded, backbone.geometry, backbone.name)
     words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
     prompts = _encode_texts(backbone, texts, loaded, form, words, on_cut)
     predictions: list[Prediction] = []
-    for batch in _batches(prompts, batch_size):
+    for batch in _batches(prompts, config.batch_size):
         if words:
             scores = _score_words(backbone, loaded, batch, words)
         else:
@@ -146,8 +147,9 @@ def tag(
     prefix: PrefixLike,
     *,
     text_format: TextFormatLike | None = None,
-    batch_size: int = 16,
+    config: ClassifyConfig | Mapping[str, Any] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> list[list[Prediction]]:
     """Predict each token's tag, and how likely every tag is.
 
@@ -156,14 +158,17 @@ def tag(
         texts: Each a list of tokens without inner space, as in training.
         prefix: Trained for tagging: a `Prefix`, a path, or a repository of the hub.
         text_format: The text around a source; None: what the prefix was trained with.
-        batch_size: Texts per batch.
+        config: How to batch: a `ClassifyConfig` (or `GenerateConfig`), or a dict of its fields.
         on_batch: Called after each batch with the number of texts that are done.
+        **options: Fields of `ClassifyConfig`, instead of `config`.
 
     Raises:
-        ConfigError: The prefix is for something else.
+        ConfigError: The prefix is for something else, or an option is wrong or would truncate texts.
         RequestError: A text is empty or does not fit the backbone's positions.
         BackboneError: The prefix does not fit the backbone.
     """
+    config = ClassifyConfig.from_arguments(config, options)
+    _check_whole_texts(config)
     if isinstance(texts, str):
         raise RequestError(f"texts is one string, {texts[:40]!r}, not a list of lists.", hint="write [text.split()].")
     backbone = as_backbone(backbone)
@@ -181,13 +186,25 @@ def tag(
     nothing_new, prefixes = [0] * len(encoded), [loaded] * len(encoded)
     check_positions(backbone, [prompt for prompt, _ in encoded], prefixes, nothing_new, hint="shorten the text.")
     predictions: list[list[Prediction]] = []
-    for batch in _batches(encoded, batch_size):
+    for batch in _batches(encoded, config.batch_size):
         prompts, positions = zip(*batch, strict=True)
         scores = iter(_score_head(backbone, loaded, prompts, positions))
         predictions.extend([_predict(next(scores), names) for _ in tagged] for tagged in positions)
         if on_batch is not None:
             on_batch(len(predictions))
     return predictions
+
+
+def _check_whole_texts(config: ClassifyConfig) -> None:
+    """Refuse to truncate texts that are tagged.
+
+    Raises:
+        ConfigError: The configuration limits or truncates texts.
+    """
+    if config.max_total_length or config.on_too_long == "cut":
+        raise ConfigError(
+            "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
+        )
 
 
 def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] | None) -> Labels:

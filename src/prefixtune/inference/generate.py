@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
@@ -19,7 +18,6 @@ from prefixtune.inference.generation_config import check_supported
 from prefixtune.inference.prompts import check_requests, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.utils.options import as_config
 
 __all__ = ["generate", "generate_ids", "read_output"]
 
@@ -63,7 +61,7 @@ def generate(
         CheckpointError: A prefix cannot be read.
         ConfigError: A wrong option, or an argument of a wrong type.
     """
-    config = as_config(GenerateConfig, config, options)
+    config = GenerateConfig.from_arguments(config, options)
     check_texts(texts)
     backbone = as_backbone(backbone)
     assistant = None if assistant is None else as_backbone(assistant)
@@ -117,7 +115,7 @@ def generate_ids(
             rows = order[done : done + batch_size]
             rows = [n for n in rows if shared[n] == shared[rows[0]]]
             limit = limits[rows[0]]
-            batch_config = replace(config, max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
+            batch_config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
             outputs = generate_batch(
                 backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], batch_config, assistant, streamer
             )

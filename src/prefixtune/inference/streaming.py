@@ -18,7 +18,6 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.inference.generate import generate_ids, read_output
 from prefixtune.inference.prompts import prepare_prompts
-from prefixtune.utils.options import as_config
 
 __all__ = ["stream"]
 
@@ -40,7 +39,7 @@ def stream(
     Raises:
         ConfigError: The configuration uses beam search.
     """
-    config = as_config(GenerateConfig, config, options)
+    config = GenerateConfig.from_arguments(config, options)
     check_streams(config)
     if not isinstance(text, str):
         raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")

@@ -292,7 +292,7 @@ def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
     values = {**task.decoding, "batch_size": config.decode_batch}
     if config.num_beams:
         values["num_beams"] = config.num_beams
-    decoding = GenerateConfig.from_mapping(values)
+    decoding = GenerateConfig(**values)
     evaluation = evaluate(
         backbone,
         examples,
@@ -314,7 +314,7 @@ def _score(inputs: StudyInputs, cell: Cell) -> dict[str, Any]:
         "backbone": config.backbone,
         "prefix": None,
         "settings": {
-            "decoding": dataclasses.asdict(decoding),
+            "decoding": decoding.to_dict(),
             "protocol": task.protocol,
             "test_limit": config.test_limit,
             "dtype": backbone.dtype_name,

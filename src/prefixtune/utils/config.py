@@ -7,6 +7,7 @@ of commands, environment variables, Python's keyword arguments, the JSON schema 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from prefixtune.errors import ConfigError, describe_value, did_you_mean
+from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean
 from prefixtune.utils.config_files import read_config_file
 from prefixtune.utils.faults import describe_fault, show_value
 
@@ -77,9 +78,9 @@ DeviceName = Annotated[str, AfterValidator(_check_device)]
 """What torch calls a device, or `auto`; whether the machine has it is seen when a model loads."""
 
 
-def option_group(name: str) -> Callable[..., Any]:
-    """A `Field` of pydantic that the help of commands lists under `name`."""
-    return functools.partial(Field, json_schema_extra={"group": name})
+def option_group(name: str, **extra: Any) -> Callable[..., Any]:
+    """A `Field` of pydantic that the help of commands lists under `name`; `extra` is for `cli.options`."""
+    return functools.partial(Field, json_schema_extra={"group": name, **extra})
 
 
 def allowed_range(field: FieldInfo) -> str:
@@ -191,6 +192,14 @@ class Config(Table):
     """The next step, for messages."""
     other_names: ClassVar[Mapping[str, str]] = {}
     """Names of other programs, and what to write instead."""
+    error_class: ClassVar[type[PrefixError]] = ConfigError
+    """What wrong values raise."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Add the fields to the docstring."""
+        fields = "".join(f"\n    {name}: {field.description}" for name, field in cls.model_fields.items())
+        cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nAttributes:{fields}"
 
     def __init__(self, **values: Any) -> None:
         self._fill([Layer(values)])
@@ -321,7 +330,7 @@ class Config(Table):
                 for where, items in faults.items()
                 if items
             ]
-            raise ConfigError(f"{'; '.join(parts)}.", hint=self.hint)
+            raise self.error_class(f"{'; '.join(parts)}.", hint=self.hint)
 
     def _conflicts_of(self, values: Mapping[str, Any], wrong: set[str]) -> list[str]:
         """Conflicts among the values that are valid alone."""

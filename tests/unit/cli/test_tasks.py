@@ -36,4 +36,4 @@ def test_json_holds_what_a_program_needs(capsys: pytest.CaptureFixture[str]):
     assert tasks["dart"]["presets"]["paper"]["prefix"] == preset("paper", "dart")
     assert (tasks["toy"]["parts"], tasks["toy"]["formats"]) == (["train", "held_out"], [])
     for task in tasks.values():
-        GenerateConfig.from_mapping(task["decoding"])
+        GenerateConfig(**task["decoding"])

@@ -194,7 +194,7 @@ def kill_at(count: int) -> Callable[[int], None]:
     return on_batch
 
 
-SAMPLED = dataclasses.replace(CONFIG, temperature=1.0, seed=3)
+SAMPLED = CONFIG.replace(temperature=1.0, seed=3)
 
 
 @pytest.mark.parametrize("config", [CONFIG, SAMPLED], ids=["greedy", "sampled"])
@@ -254,7 +254,7 @@ def test_outputs_of_another_evaluation_are_refused(
         "weights": ((tuned, EXAMPLES[:2], prefix), {}),
         "more data": ((model, EXAMPLES[:3], prefix), {}),
         "other data": ((model, EXAMPLES[1:3], prefix), {}),
-        "decoding": ((model, EXAMPLES[:2], prefix), {"config": dataclasses.replace(CONFIG, num_beams=2)}),
+        "decoding": ((model, EXAMPLES[:2], prefix), {"config": CONFIG.replace(num_beams=2)}),
         "format": ((model, EXAMPLES[:2], prefix), {"text_format": TextFormat("{source}:")}),
     }
     for name, (arguments, changes) in others.items():
@@ -338,7 +338,7 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: M
         "method": "prefix",
         "backbone": "tiny",
         "prefix": None,
-        "settings": {"decoding": dataclasses.asdict(CONFIG)},
+        "settings": {"decoding": CONFIG.to_dict()},
     }
     write_evaluation(tmp_path / "new", outcome, EXAMPLES, facts)
     summary = strict((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8"))

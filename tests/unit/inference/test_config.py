@@ -41,7 +41,7 @@ def test_all_faults_at_once_and_did_you_mean() -> None:
     with pytest.raises(ConfigError, match=r"max_new_tokens.*top_p"):
         GenerateConfig(max_new_tokens=0, top_p=2.0)
     with pytest.raises(ConfigError, match="did you mean 'num_beams'"):
-        GenerateConfig.from_mapping({"num_beam": 3})
+        GenerateConfig(num_beam=3)
     with pytest.raises(ConfigError, match="exclude each other"):
         GenerateConfig(num_beams=2, temperature=1.0)
 

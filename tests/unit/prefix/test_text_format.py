@@ -14,7 +14,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data import Example
 from prefixtune.data.encoding import encode_examples, encode_prompts
 from prefixtune.data.labels import Labels, encode_labelled
-from prefixtune.errors import CheckpointError, DataError, RequestError
+from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 from prefixtune.inference.classify import classify
@@ -273,11 +273,11 @@ def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
 
 
 def test_a_misspelt_treatment_of_long_sources_is_refused(llama: Any):
-    with pytest.raises(DataError, match="on_too_long is 'eror', but must be cut or error"):
+    with pytest.raises(ConfigError, match=r"on_too_long is 'eror', but must be one of 'cut', 'error' \(did you mean"):
         classify(llama, ["a"], labels=["x", "y"], on_too_long="eror")
     with pytest.raises(DataError, match="on_too_long is 'eror'"):
         generate(llama, ["a"], text_format={"on_too_long": "eror"})
-    with pytest.raises(DataError, match="max_length is -3"):
+    with pytest.raises(ConfigError, match="max_total_length is -3, but must be at least 0"):
         classify(llama, ["a"], labels=["x", "y"], max_total_length=-3)
 
 

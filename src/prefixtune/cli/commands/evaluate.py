@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +199,7 @@ def _evaluate(
             on_cut=lambda cut: console.info(f"{len(cut)} of {len(examples)} sources were truncated to fit"),
         )
     settings = {
-        "decoding": dataclasses.asdict(config),
+        "decoding": config.to_dict(),
         "text_format": None if text_format is None else text_format.to_dict(),
         "shots": options.shots,
         "limit": options.limit,

@@ -234,31 +234,20 @@ def _label(
     """The labels or tags of every text, with their probabilities."""
     from prefixtune.data.labels import labels_of
     from prefixtune.inference.classify import classify, tag
-    from prefixtune.inference.config import check_tagging_lengths
 
     labels = labels_of(prefixes[0])
     tagging = labels is not None and labels.kind == "tagging"
-    if tagging:
-        check_tagging_lengths(config)
     rows: dict[int, dict[str, Any]] = {}
     cut: set[int] = set()
     with console.progress("labelling", len(texts)) as bar:
         for prefix, indices in _texts_by_prefix(prefixes, len(texts)):
             chosen = [texts[index] for index in indices]
             if tagging:
-                tags = tag(backbone, [text.split() for text in chosen], prefix, batch_size=config.batch_size)
+                tags = tag(backbone, [text.split() for text in chosen], prefix, config=config)
                 rows.update({i: _tag_row(texts[i], result) for i, result in zip(indices, tags, strict=True)})
             else:
                 cut_here: set[int] = set()
-                classes = classify(
-                    backbone,
-                    chosen,
-                    prefix,
-                    batch_size=config.batch_size,
-                    max_total_length=config.max_total_length,
-                    on_too_long=config.on_too_long,
-                    on_cut=cut_here.update,
-                )
+                classes = classify(backbone, chosen, prefix, config=config, on_cut=cut_here.update)
                 cut |= {indices[position] for position in cut_here}
                 rows.update(
                     {i: _class_row(texts[i], result, i in cut) for i, result in zip(indices, classes, strict=True)}

@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefixtune.engine.request import (
@@ -241,7 +241,7 @@ def _fit_sampling(
     if default is None:
         return sampling
     fitting = min(default, context.state.engine.available_tokens(prompt_tokens, model.prefix_length))
-    return replace(sampling, max_new_tokens=max(1, sampling.min_new_tokens, fitting))
+    return sampling.replace(max_new_tokens=max(1, sampling.min_new_tokens, fitting))
 
 
 async def stream_outputs(context: RequestContext, generation: Generation) -> AsyncGenerator[SequenceOutput | None]:

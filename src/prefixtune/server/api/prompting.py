@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -175,7 +174,7 @@ async def start_targets(
             context.state.tokenizer_thread, newline_tokens, context.state.backbone
         )
         changes["banned"] = tuple(banned)
-    sampling = replace(request.sampling(context.state.limits), **changes)
+    sampling = request.sampling(context.state.limits).replace(**changes)
     prompts = [await _encode_source(context, model, text_format, source, length) for source in sources]
     default = None if request.length else task_length
     return start_generation(context, model, prompts, sampling, n=n, default_max_tokens=default, verbatim=False)
