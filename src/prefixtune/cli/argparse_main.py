@@ -11,15 +11,8 @@ from collections.abc import Callable
 
 from prefixtune import __version__
 from prefixtune.cli.commands import (
-    convert,
-    demo,
     evaluate,
-    export,
     generate,
-    inspect,
-    pull,
-    push,
-    report,
     score,
     study,
     train,
@@ -75,18 +68,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
         return sub
 
     for module in (
-        demo,
         train,
         generate,
         evaluate,
         score,
         study,
-        report,
-        inspect,
-        convert,
-        push,
-        pull,
-        export,
     ):
         module.register(command)
     return parser, parsers

@@ -60,8 +60,7 @@ _COMMANDS = {
 """Group -> command -> one line of help. A command is the function `cli.commands.NAME.NAME`."""
 
 
-_NOT_YET = {"demo", "train", "generate", "evaluate", "score", "study", "report", "inspect", "convert", "push"}
-_NOT_YET |= {"pull", "export"}
+_NOT_YET = {"train", "generate", "evaluate", "score", "study"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,7 +165,7 @@ def _shown_warnings(console: Console) -> Iterator[None]:
         yield
 
 
-def _parse(app: App, words: list[str]) -> tuple[Any, Any, list[str]]:
+def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
     """The function that the words call, its arguments, and what is wrong with the words.
 
     A wrong word is left out and the others are parsed again, so that all are named at once.

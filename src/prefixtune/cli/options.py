@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -116,11 +117,11 @@ def command(run: Callable[[Any], int]) -> Callable[..., int]:
     def parsed(*arguments: Any, **values: Any) -> int:
         raise NotImplementedError("main reads the options and calls `run`")
 
+    # cyclopts shows a docstring's lines as they are: each paragraph becomes one, for it to wrap; indented lines stay.
+    parsed.__doc__ = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(run.__doc__ or ""))
     options.hint = f"`prefixtune {run.__name__.replace('_', '-')} --help` explains the options."
-    paragraphs = (inspect.getdoc(run) or "").split("\n\n")
-    parsed.__doc__ = "\n\n".join(text if text.startswith(" ") else " ".join(text.split()) for text in paragraphs)
     parameters = [_parameter(options, name, field) for name, field in _parameters_of(options)]
-    parameters.sort(key=lambda parameter: parameter.kind)
+    parameters.sort(key=lambda parameter: (parameter.kind, parameter.name in OutputOptions.model_fields))
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {}
     parsed.options, parsed.run = options, run  # type: ignore[attr-defined]

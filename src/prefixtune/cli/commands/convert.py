@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from prefixtune.cli.common import AddCommand, print_json
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.utils.console import Console
 
@@ -14,49 +17,53 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["register"]
+__all__ = ["convert"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "convert",
-        run,
-        "take a prefix from PEFT or from the method's authors, or give one to PEFT",
-        """The format of IN is detected.
+class ConvertOptions(OutputOptions):
+    """The options of `prefixtune convert`."""
 
-examples:
-  prefixtune convert runs/e2e/prefix.safetensors adapter --to peft
-  prefixtune convert adapter prefix.safetensors --to prefixtune --backbone smollm2-135m
-  prefixtune convert authors.safetensors prefix.safetensors --to prefixtune --backbone gpt2-medium""",
+    input: str = positional(
+        description="a prefix file, the folder of a PEFT adapter, or a checkpoint of the method's authors as "
+        "safetensors; which of these is detected"
     )
-    parser.add_argument(
-        "input",
-        metavar="IN",
-        help="a prefix file, the folder of a PEFT adapter, or a checkpoint of the method's authors as safetensors",
+    output: str = positional(description="a .safetensors file (prefixtune) or a folder (peft)")
+    to: Literal["peft", "prefixtune"] = Field(description="the format to write")
+    backbone: str | None = Field(
+        None, description="check that it fits this model; a checkpoint of the authors needs it"
     )
-    parser.add_argument("output", metavar="OUT", help="a .safetensors file (prefixtune) or a folder (peft)")
-    parser.add_argument("--to", required=True, choices=("peft", "prefixtune"), help="the format to write")
-    parser.add_argument(
-        "--backbone", metavar="ID", help="check that it fits this model; a checkpoint of the authors needs it"
+    peft_type: Literal["PREFIX_TUNING", "CARTRIDGE", ""] = Field(
+        "", description="kind of PEFT adapter to write (default: what it came from, or else PREFIX_TUNING)"
     )
-    parser.add_argument(
-        "--peft-type",
-        choices=("PREFIX_TUNING", "CARTRIDGE"),
-        help="kind of PEFT adapter to write (default: what it came from, or else PREFIX_TUNING)",
+    frozen_tokens: int | None = Field(
+        None, ge=0, description="CARTRIDGE: first positions that PEFT is not to train (default: 1)"
     )
-    parser.add_argument(
-        "--frozen-tokens",
-        type=int,
-        metavar="N",
-        help="CARTRIDGE: first positions that PEFT is not to train (default: 1)",
-    )
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
+    as_json: bool = json_option("what was done")
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Options and an output that do not go with the format to write."""
+        output = Path(self.output)
+        for name in ("peft_type", "frozen_tokens") if self.to != "peft" else ():
+            if getattr(self, name) != self.default(name):
+                yield (name, "to"), f"{self.flag(name)} goes with --to peft only; leave it out"
+        if self.to == "prefixtune" and output.suffix != ".safetensors":
+            yield (
+                ("output", "to"),
+                f"{self.output!r} does not end with .safetensors; write to {output.stem or 'prefix'}.safetensors",
+            )
+        if self.to == "peft" and output.exists() and not output.is_dir():
+            yield ("output", "to"), f"{self.output!r} is a file, but an adapter is a folder; name a folder"
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune convert`."""
+@command
+def convert(options: ConvertOptions) -> int:
+    """Take a prefix from PEFT or from the method's authors, or give one to PEFT.
+
+    For example:
+        prefixtune convert runs/e2e/prefix.safetensors adapter --to peft
+        prefixtune convert adapter prefix.safetensors --to prefixtune --backbone smollm2-135m
+        prefixtune convert authors.safetensors prefix.safetensors --to prefixtune --backbone gpt2-medium
+    """
     import torch
 
     from prefixtune.backbone.load import check_size
@@ -64,7 +71,6 @@ def run(options: argparse.Namespace) -> int:
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.utils.writable import check_writable
 
-    _check_options(options)
     path, output = Path(options.input), Path(options.output)
     format_name = _detect_format(path)
     if format_name == "authors" and options.backbone is None:
@@ -82,10 +88,12 @@ def run(options: argparse.Namespace) -> int:
     if backbone is not None:
         prefix = _read(path, format_name, backbone)
     if options.to == "peft":
-        export_peft(prefix, output, backbone, peft_type=options.peft_type, num_frozen_tokens=options.frozen_tokens)
+        export_peft(
+            prefix, output, backbone, peft_type=options.peft_type or None, num_frozen_tokens=options.frozen_tokens
+        )
     else:
         save_prefix(output, prefix, dtype=torch.bfloat16 if prefix.dtype == torch.bfloat16 else torch.float32)
-    if options.json:
+    if options.as_json:
         print_json(
             {"from": format_name, "to": options.to, "input": str(path), "output": str(output), **_describe(prefix)}
         )
@@ -94,36 +102,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together, before anything is read.
-
-    Raises:
-        PrefixError: They do not.
-    """
-    output = Path(options.output)
-    if options.frozen_tokens is not None and options.frozen_tokens < 0:
-        raise ConfigError(
-            f"--frozen-tokens is {options.frozen_tokens}, but must be 0 or above.", hint="1 keeps the first position."
-        )
-    if options.to != "peft" and (options.peft_type or options.frozen_tokens is not None):
-        raise ConfigError("--peft-type and --frozen-tokens go with --to peft only.", hint="leave them out.")
-    if options.to == "prefixtune" and output.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{options.output!r} does not end with .safetensors.",
-            hint=f"write to {output.stem or 'prefix'}.safetensors.",
-        )
-    if options.to == "peft" and output.exists() and not output.is_dir():
-        raise ConfigError(f"{options.output!r} is a file, but an adapter is a folder.", hint="name a folder.")
-
-
-def _load_backbone(options: argparse.Namespace) -> Backbone | None:
+def _load_backbone(options: ConvertOptions) -> Backbone | None:
     """The backbone of --backbone."""
     if options.backbone is None:
         return None
     from prefixtune.backbone.load import check_loadable, load_backbone
 
     check_loadable(options.backbone, device="cpu")
-    Console(quiet=options.quiet or options.json).info(f"loading {options.backbone} ...")
+    Console(quiet=options.quiet).info(f"loading {options.backbone} ...")
     return load_backbone(options.backbone, dtype="auto", device="cpu")
 
 

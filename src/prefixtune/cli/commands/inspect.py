@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.utils.console import Console
 
-__all__ = ["register"]
+__all__ = ["inspect"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command("inspect", run, "show a prefix file: header, sizes, norms per layer; or list a folder")
-    parser.add_argument(
-        "file",
-        metavar="PATH",
-        help="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
-        "method, are listed, broken ones with the reason (exit code 1)",
+class InspectOptions(OutputOptions):
+    """The options of `prefixtune inspect`."""
+
+    path: str = positional(
+        description="a .safetensors file of `prefixtune train`; or a folder: its prefixes and the runs in it, of any "
+        "method, are listed, broken ones with the reason (exit code 1)"
     )
-    add_json_and_quiet(parser, "all of it")
+    as_json: bool = json_option("all of it")
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune inspect`."""
+@command
+def inspect(options: InspectOptions) -> int:
+    """Show a prefix file: header, sizes, norms per layer; or list a folder."""
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.hub import prefix_file
 
-    if os.path.isdir(options.file):  # Path.is_dir raises if the parent folder may not be read
-        return _list(options, Path(options.file))
-    path = prefix_file(options.file)
+    if os.path.isdir(options.path):  # Path.is_dir raises if the parent folder may not be read
+        return _list(options, Path(options.path))
+    path = prefix_file(options.path)
     prefix = load_prefix(path)
     norms = [
         {
@@ -53,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         "parameters": prefix.num_parameters,
         "prefix_length": {site: prefix.length(site) for site in prefix.sites},
     }
-    if options.json:
+    if options.as_json:
         print_json({"file": str(path), **sizes, "header": prefix.header, "layers": norms})
         return 0
     console = Console(quiet=options.quiet)
@@ -68,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list(options: argparse.Namespace, folder: Path) -> int:
+def _list(options: InspectOptions, folder: Path) -> int:
     """List the prefixes of a folder and the runs in it; returns 1 if a file is broken."""
     try:
         rows = [_row(folder, path) for path in _artifacts(folder)]
@@ -83,7 +82,7 @@ def _list(options: argparse.Namespace, folder: Path) -> int:
         )
     broken = [row for row in rows if "error" in row]
     good = [row for row in rows if "error" not in row]
-    if options.json:
+    if options.as_json:
         print_json({"folder": str(folder), "prefixes": rows})
         return 1 if broken else 0
     console = Console(quiet=options.quiet)

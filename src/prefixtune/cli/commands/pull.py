@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
+from pydantic import Field
 
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.utils.console import Console
 
-__all__ = ["register"]
+__all__ = ["pull"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "pull",
-        run,
-        "download a prefix from the Hugging Face hub, and check it",
-        """
+class PullOptions(OutputOptions):
+    """The options of `prefixtune pull`."""
 
-example:
-  prefixtune pull me/e2e-prefix e2e.safetensors""",
-    )
-    parser.add_argument("repo", metavar="OWNER/NAME", help="repository")
-    parser.add_argument("output", metavar="OUT", help="a .safetensors file to write")
-    parser.add_argument(
-        "--file", default=None, metavar="NAME", help="file in the repository (default: prefix.safetensors)"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
-    add_json_and_quiet(parser, "what was done")
+    repo: str = positional(description="repository, OWNER/NAME")
+    output: str = positional(description="a .safetensors file to write")
+    file: str = Field("", description="name of the file in the repository (default: prefix.safetensors)")
+    revision: str | None = Field(None, description="branch, tag or commit (default: the main branch)")
+    as_json: bool = json_option("what was done")
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune pull`."""
+@command
+def pull(options: PullOptions) -> int:
+    """Download a prefix from the Hugging Face hub, and check it.
+
+    For example:
+        prefixtune pull me/e2e-prefix e2e.safetensors
+    """
     from prefixtune.interop import hub
 
-    Console(quiet=options.quiet or options.json).info(f"downloading from {options.repo} ...")
+    Console(quiet=options.quiet).info(f"downloading from {options.repo} ...")
     prefix = hub.pull(options.repo, options.output, revision=options.revision, name=options.file or hub.FILE)
-    if options.json:
+    if options.as_json:
         print_json({"repo": options.repo, "path": options.output, "parameters": prefix.num_parameters})
     else:
         print(f"{options.output}: {prefix.num_parameters:,} parameters")

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
+from pydantic import Field
 
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.utils.console import Console
 
-__all__ = ["register"]
+__all__ = ["push"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "push",
-        run,
-        "upload a prefix to the Hugging Face hub, with a model card made from its header and scores",
-        """
+class PushOptions(OutputOptions):
+    """The options of `prefixtune push`."""
 
-examples:
-  prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --evaluation runs/e2e/evaluation
-  prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --card""",
+    file: str = positional(description="a .safetensors file of `prefixtune train`")
+    repo: str = positional(description="repository, OWNER/NAME; made where there is none")
+    evaluation: str | None = Field(
+        None, description="folder of `prefixtune evaluate`, whose scores are written into the card"
     )
-    parser.add_argument("file", help="a .safetensors file of `prefixtune train`")
-    parser.add_argument("repo", metavar="OWNER/NAME", help="repository; made where there is none")
-    parser.add_argument("--evaluation", metavar="FOLDER", help="of `prefixtune evaluate`: its scores go into the card")
-    parser.add_argument("--public", action="store_true", help="let everybody see a new repository")
-    parser.add_argument("--message", default="", help="of the commit")
-    parser.add_argument("--card", action="store_true", help="print the model card, and send nothing")
-    parser.add_argument("--revision", help="branch, tag or commit (default: the main branch)")
-    add_json_and_quiet(parser, "what was done")
+    public: bool = Field(False, description="let everybody see a new repository")
+    message: str = Field("", description="of the commit")
+    card: bool = Field(False, description="print the model card, and send nothing")
+    revision: str | None = Field(None, description="branch, tag or commit (default: the main branch)")
+    as_json: bool = json_option("what was done")
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune push`."""
+@command
+def push(options: PushOptions) -> int:
+    """Upload a prefix to the Hugging Face hub, with a model card made from its header and scores.
+
+    For example:
+        prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --evaluation runs/e2e/evaluation
+        prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --card
+    """
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.interop import hub
 
     if options.card:
         print(hub.make_card(load_prefix(options.file), options.repo, hub.read_evaluation(options.evaluation)), end="")
         return 0
-    Console(quiet=options.quiet or options.json).info(f"uploading {options.file} to {options.repo} ...")
+    Console(quiet=options.quiet).info(f"uploading {options.file} to {options.repo} ...")
     url = hub.push(
         options.file,
         options.repo,
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         revision=options.revision,
         message=options.message,
     )
-    if options.json:
+    if options.as_json:
         print_json({"repo": options.repo, "url": url})
     else:
         print(url)

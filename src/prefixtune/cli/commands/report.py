@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
-from prefixtune.cli.common import AddCommand, print_json
-from prefixtune.errors import ConfigError
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.utils.console import Console
 
-__all__ = ["register"]
+__all__ = ["report"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "report",
-        run,
-        "make one page of runs, evaluations and studies, to look at",
-        """
+class ReportOptions(OutputOptions):
+    """The options of `prefixtune report`."""
 
-examples:
-  prefixtune report runs/methods --output methods.html
-  prefixtune report runs/methods --output methods.html --figures paper/figures
-  prefixtune report runs/e2e runs/bare --title "With and without the prefix\"""",
+    runs: tuple[str, ...] = positional(
+        description="folder of a training run, an evaluation or a study, or a study in one JSON file; several are "
+        "compared"
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="folder of a training run, an evaluation or a study, or a study in one JSON file; several are compared",
+    output: str = Field("report.html", description="the page; the same as Markdown is written next to it")
+    figures: str = Field(
+        "", description="also write each figure into this folder, as SVG, PDF, PNG, and its numbers as CSV"
     )
-    parser.add_argument(
-        "--output",
-        default="report.html",
-        metavar="FILE",
-        help="the page (default: report.html); the same as Markdown goes next to it",
-    )
-    parser.add_argument(
-        "--figures",
-        metavar="DIR",
-        help="also write each figure into this folder, as SVG, PDF, PNG, and its numbers as CSV",
-    )
-    parser.add_argument("--title", default="", help="default: from the folders")
-    parser.add_argument("--json", action="store_true", help="print the files as JSON on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no warnings, only results and errors")
+    title: str = Field("", description="(default: from the folders)")
+    as_json: bool = json_option("the files")
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The page is no .html file."""
+        page = Path(self.output)
+        if page.suffix not in (".html", ".htm") or page.is_dir():
+            yield (
+                ("output",),
+                f"--output is {self.output!r}, but must be the name of an .html file; the Markdown file next to it "
+                "gets the same name with .md",
+            )
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune report`."""
+@command
+def report(options: ReportOptions) -> int:
+    """Make one page of runs, evaluations and studies, to look at.
+
+    For example:
+        prefixtune report runs/methods --output methods.html
+        prefixtune report runs/methods --output methods.html --figures paper/figures
+        prefixtune report runs/e2e runs/bare --title "With and without the prefix"
+    """
     from prefixtune.report import compose, read_results, save_figures, to_html, to_markdown
     from prefixtune.utils.files import write_text
     from prefixtune.utils.writable import check_writable, writable_folder
 
     page = Path(options.output)
-    if page.suffix not in (".html", ".htm") or page.is_dir():
-        raise ConfigError(
-            f"--output is {options.output!r}, but must be the name of an .html file.",
-            hint="the Markdown file next to it gets the same name with .md.",
-        )
     for path in (page, page.with_suffix(".md")):
         check_writable(path)
     if options.figures:
@@ -72,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(quiet=options.quiet)
     for warning in document.warnings:
         console.warn(warning)
-    if options.json:
+    if options.as_json:
         files = {"html": str(page), "markdown": str(markdown), "figures": figures, "warnings": list(document.warnings)}
         print_json(files)
     else:
