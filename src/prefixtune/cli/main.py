@@ -177,7 +177,8 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
     if words and words[0] not in (*commands, *app.help_flags, *app.version_flags):
         if words[0].startswith("-"):
             nearest = did_you_mean(words[0], [*app.help_flags, *app.version_flags])
-            hint = nearest if nearest.startswith("did") else "`prefixtune --help` lists the commands."
+            misspelt = nearest.startswith("did") and words[0] != "--json"
+            hint = nearest if misspelt else "`prefixtune --help` lists the commands."
             raise ConfigError(f"{words[0]!r} is no COMMAND, which comes first.", hint=hint)
         raise ConfigError(f"there is no command {words[0]!r}.", hint=did_you_mean(words[0], commands))
     words = list(words)

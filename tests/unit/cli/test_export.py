@@ -52,7 +52,10 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "llamacpp"], "there is no target 'llamacpp'"),
+        (
+            ["--to", "llamacpp"],
+            "--to is 'llamacpp', but must be one of 'llama.cpp', 'onnx' (did you mean 'llama.cpp'?)",
+        ),
         (["--to", "llama.cpp", "--baked"], "--baked is for onnx, but the target is llama.cpp"),
         (["--to", "onnx", "--patch", "a.bin"], "--patch is for llama.cpp, but the target is onnx"),
         (["--to", "onnx", "--kv-type", "f16"], "--kv-type is for llama.cpp"),
@@ -61,7 +64,7 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
             "cannot go with --patch, since the slot file decides",
         ),
         (["--to", "llama.cpp", "--patch", "none.bin"], "cannot read the slot file 'none.bin'"),
-        (["--to", "llama.cpp", "--state-version", "9"], "state version 9"),
+        (["--to", "llama.cpp", "--state-version", "9"], "--state-version is 9, but must be one of 2, 3, 4"),
         (["--to", "onnx", "--dtype", "bfloat16"], "the backbone is in torch.bfloat16"),
     ],
 )

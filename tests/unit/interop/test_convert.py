@@ -132,7 +132,7 @@ def test_mistakes_end_with_2(
     refused("--to", ours, out)
     refused("onnx", ours, out, "--to", "onnx")
     refused("does not end with .safetensors", ours, tmp_path / "out.bin", "--to", "prefixtune")
-    refused("go with --to peft only", ours, out, "--to", "prefixtune", "--frozen-tokens", "1")
+    refused("--frozen-tokens goes with --to peft only", ours, out, "--to", "prefixtune", "--frozen-tokens", "1")
     adapter = export_peft(prefix, tmp_path / "adapter")
     refused("give its folder", adapter / "adapter_model.safetensors", out, "--to", "prefixtune")
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.loading import load_with_prefixes
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
-from prefixtune.utils.config import option_group
+from prefixtune.utils.config import DeviceName, option_group
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class ExportOptions(OutputOptions):
     to: Literal["llama.cpp", "onnx"] = Field(description="the runtime")
     output: str = Field(description="folder for the exported files")
     state_version: int | None = _of_llama_cpp(
-        None, ge=2, le=4, description="layout of the state file; it depends on the build of llama.cpp (default: 4)"
+        None, description="layout of the state file, 2, 3 or 4; it depends on the build of llama.cpp (default: 4)"
     )
     kv_type: Literal["f16", "f32", "bf16", ""] = _of_llama_cpp(
         "", description="type of the server's cache (default: f16)"
@@ -54,7 +54,7 @@ class ExportOptions(OutputOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _of_backbone(
         "float32", description="of the loaded backbone; onnx: float32"
     )
-    device: str = _of_backbone("cpu", description="auto, cpu, cuda, mps")
+    device: DeviceName = _of_backbone("cpu", description="auto, cpu, cuda, cuda:0, mps")
     adapter: str | None = _of_backbone(
         None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix"
     )
@@ -62,6 +62,18 @@ class ExportOptions(OutputOptions):
     as_json: bool = json_option("the contents of export.json")
 
     quantize: ClassVar[str] = ""
+
+    @field_validator("state_version")
+    @classmethod
+    def _check_state_version(cls, version: int | None) -> int | None:
+        from prefixtune.interop.llama_cpp.state import STATE_VERSIONS
+
+        if version is not None and version not in STATE_VERSIONS:
+            raise ValueError(
+                f"is {version}, but must be one of {', '.join(map(str, STATE_VERSIONS))}; or let your own build save a "
+                "slot, and pass it with --patch"
+            )
+        return version
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options that do not go together, and an output that is no folder."""

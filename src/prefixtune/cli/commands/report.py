@@ -9,6 +9,7 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
 __all__ = ["report"]
@@ -17,7 +18,7 @@ __all__ = ["report"]
 class ReportOptions(OutputOptions):
     """The options of `prefixtune report`."""
 
-    runs: tuple[str, ...] = positional(
+    runs: TextList = positional(
         description="folder of a training run, an evaluation or a study, or a study in one JSON file; several are "
         "compared"
     )
