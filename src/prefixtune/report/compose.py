@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from prefixtune.report.document import Block, Document, Facts, Section, Text, Value
 from prefixtune.report.format import count, fixed, metric_name, signed
@@ -10,15 +11,7 @@ from prefixtune.report.results import Evaluation, Run, Study
 from prefixtune.report.sections.charts import groups_section, losses_section
 from prefixtune.report.sections.details import outputs_section, settings_section
 from prefixtune.report.sections.study import Part, study_part
-from prefixtune.report.sections.systems import (
-    System,
-    figures_of,
-    headline,
-    main_metric,
-    mark_best,
-    scores_section,
-    scores_table,
-)
+from prefixtune.report.sections.systems import System, figures_of, headline, main_metric, mark_best, scores_section
 
 __all__ = ["compose"]
 
@@ -32,12 +25,8 @@ def compose(sources: Sequence[Study | Run], title: str = "") -> Document:
     """
     parts = [study_part(source) for source in sources if isinstance(source, Study)]
     runs = [source for source in sources if isinstance(source, Run)]
-    for group in _same_data([run for run in runs if run.evaluation is not None]):
-        parts.append(_comparison(group))
-    trained = [run for run in runs if run.evaluation is None]
-    if trained:
-        parts.append(_trainings(trained))
-
+    groups = [*_same_data([run for run in runs if run.evaluation]), [run for run in runs if not run.evaluation]]
+    parts += [_runs_part(group) for group in groups if group]
     alone = parts[0] if len(parts) == 1 else None
     title = title or (alone.title if alone else "Report")
     summary: list[Block] = []
@@ -76,45 +65,55 @@ def _on_same_data(one: Evaluation | None, other: Evaluation | None) -> bool:
     return (one.data, one.split) == (other.data, other.split)
 
 
-def _comparison(runs: Sequence[Run]) -> Part:
-    """Evaluations of the same examples."""
-    names = _names(runs)
-    systems = [
-        System(name, [run], [figures_of(run)], style=index)
-        for index, (name, run) in enumerate(zip(names, runs, strict=True))
-    ]
+def _runs_part(runs: Sequence[Run]) -> Part:
+    """Evaluations of the same examples, or training runs that were not evaluated."""
+    named = list(zip(_names(runs), runs, strict=True))
+    systems = [System(name, [run], [figures_of(run)], style=index) for index, (name, run) in enumerate(named)]
     evaluations = [run.evaluation for run in runs if run.evaluation is not None]
-    first, main = evaluations[0], main_metric(systems)
-    named = list(zip(names, evaluations, strict=True))
-    warnings = [
-        f"{name}: no finite {metric_name(metric)}."
-        for name, evaluation in named
-        for metric, score in evaluation.scores.items()
-        if score.score is None
-    ]
-    warnings += [f"{name}: {evaluation.overlap}." for name, evaluation in named if str(evaluation.overlap)]
-    warnings += [f"{name}: no scores." for name, evaluation in named if not evaluation.scores]
-    facts = [
-        ("task", first.task),
-        ("data", f"{first.data}, {first.split}" if first.split else first.data),
-        ("examples", count(first.num_examples)),
-        ("backbone", ", ".join(dict.fromkeys(e.backbone for e in evaluations if e.backbone))),
-        ("difference", _difference(systems, main)),
-    ]
-    sections = [
-        scores_section(systems, main),
-        groups_section(systems, main),
-        losses_section(systems),
-        outputs_section(systems),
-        settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
-    ]
+    main = main_metric(systems)
+    if evaluations:
+        first = evaluations[0]
+        title = named[0][0] if len(runs) == 1 else f"{len(runs)} systems on {first.task or first.data}"
+        facts = [
+            ("task", first.task),
+            ("data", f"{first.data}, {first.split}" if first.split else first.data),
+            ("examples", count(first.num_examples)),
+            ("backbone", _joined(evaluation.backbone for evaluation in evaluations)),
+            ("difference", _difference(systems, main)),
+        ]
+    else:
+        title = f"Training run: {named[0][0]}" if len(runs) == 1 else f"{len(runs)} training runs"
+        facts = [(key, _joined(run.config.get(key) for run in runs)) for key in ("task", "backbone", "train")]
     return Part(
-        title=names[0] if len(runs) == 1 else f"{len(runs)} systems on {first.task or first.data}",
+        title=title,
         facts=facts,
-        warnings=warnings,
-        headline=headline(systems, main),
-        sections=sections,
+        warnings=[f"{name}: {warning}" for name, run in named for warning in _run_warnings(run)],
+        headline=headline(systems, main) if evaluations else _loss_headline(systems),
+        sections=[
+            scores_section(systems, main, what="system" if evaluations else "run"),
+            groups_section(systems, main),
+            losses_section(systems),
+            outputs_section(systems),
+            settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
+        ],
     )
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value))
+
+
+def _run_warnings(run: Run) -> Iterator[str]:
+    evaluation = run.evaluation
+    if evaluation is None:
+        if not any(event.get("event") == "end" for event in run.events):
+            yield "the log has no end; the run was stopped, or still goes on."
+        return
+    yield from (f"no finite {metric_name(key)}." for key, score in evaluation.scores.items() if score.score is None)
+    if str(evaluation.overlap):
+        yield f"{evaluation.overlap}."
+    if not evaluation.scores:
+        yield "no scores."
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -138,35 +137,6 @@ def _difference(systems: Sequence[System], main: str) -> str:
     gap = spreads[1].mean - spreads[0].mean
     decimals = 4 if max(abs(spreads[0].mean), abs(spreads[1].mean)) < 1 else 2
     return f"{signed(gap, decimals)} {metric_name(main)} from {systems[0].name} to {systems[1].name}"
-
-
-def _trainings(runs: Sequence[Run]) -> Part:
-    """Training runs that were not evaluated."""
-    systems = [
-        System(name, [run], [figures_of(run)], style=index)
-        for index, (name, run) in enumerate(zip(_names(runs), runs, strict=True))
-    ]
-    unfinished = [
-        f"{system.name}: the log has no end; the run was stopped, or still goes on."
-        for system, run in zip(systems, runs, strict=True)
-        if not any(event.get("event") == "end" for event in run.events)
-    ]
-    facts = [
-        (key, ", ".join(dict.fromkeys(str(run.config[key]) for run in runs if run.config.get(key))))
-        for key in ("task", "backbone", "train")
-    ]
-    sections = [
-        Section("Runs", [scores_table(systems, "", "The result of each run", what="run")]),
-        losses_section(systems),
-        settings_section(systems, [("folders", ", ".join(str(run.path) for run in runs))]),
-    ]
-    return Part(
-        title=f"Training run: {systems[0].name}" if len(runs) == 1 else f"{len(runs)} training runs",
-        facts=facts,
-        warnings=unfinished,
-        headline=_loss_headline(systems),
-        sections=sections,
-    )
 
 
 def _loss_headline(systems: Sequence[System]) -> Facts | None:

@@ -89,7 +89,9 @@ def tuning_section(tuning: Mapping[str, Any]) -> Section | None:
     columns = [
         texts("method", points),
         texts("setting", settings),
-        Column("tried", [Value(name, number=_as_number(name)) for name in tried]),
+        Column(
+            "tried", [Value(name, number=value if (value := _as_number(name)) < math.inf else None) for name in tried]
+        ),
         Column("development loss", losses),
         texts("choice", choices),
     ]
@@ -130,12 +132,9 @@ def outputs_section(systems: Sequence[System], note: str = "") -> Section | None
         note = f"{note} The first {MOST_SYSTEMS} of {len(chosen)} systems are shown.".strip()
         chosen = chosen[:MOST_SYSTEMS]
     items = [_item(index, chosen) for index in sorted({index for _, outputs in chosen for index in outputs})]
-    sample = {id(item) for item in spread_out(items, SAMPLE)}
-    block = Outputs(
-        [name for name, _ in chosen],
-        [item for item in items if id(item) in sample],
-        [item for item in items if id(item) not in sample],
-    )
+    sample = spread_out(items, SAMPLE)
+    shown = {id(item) for item in sample}
+    block = Outputs([name for name, _ in chosen], sample, [item for item in items if id(item) not in shown])
     return Section("Outputs", [Text(note), block] if note else [block])
 
 

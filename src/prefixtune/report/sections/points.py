@@ -40,24 +40,16 @@ def study_systems(study: Study) -> list[System]:
             cells.setdefault((_name(study, cell, names), axis_values.get(_point(cell))), []).append(cell)
     keys = sorted(cells, key=lambda key: (-1.0 if key[1] is None else key[1], natural(key[0])))
     styles = {name: index for index, name in enumerate(sorted({name for name, _ in keys}, key=natural))}
-    return [
-        _system(name, cells[name, axis_value], axis=study.axis, axis_value=axis_value, style=styles[name])
-        for name, axis_value in keys
-    ]
-
-
-def _system(name: str, cells: Sequence[Cell], *, axis: str, axis_value: float | None, style: int) -> System:
-    ordered = sorted(cells, key=lambda cell: [natural(cell.factors.get(key)) for key in _REPETITIONS])
-    done = [(cell, cell.run) for cell in ordered if cell.status == "done" and cell.run is not None]
-    return System(
-        name=name,
-        runs=[run for _, run in done],
-        figures=[cell_figures(cell) for cell, _ in done],
-        num_planned=len(cells),
-        axis=axis,
-        axis_value=axis_value,
-        style=style,
-    )
+    systems = []
+    for name, axis_value in keys:
+        repetitions = cells[name, axis_value]
+        repetitions.sort(key=lambda cell: [natural(cell.factors.get(key)) for key in _REPETITIONS])
+        done = [
+            (cell.run, cell_figures(cell)) for cell in repetitions if cell.status == "done" and cell.run is not None
+        ]
+        runs, figures = [run for run, _ in done], [figures for _, figures in done]
+        systems.append(System(name, runs, figures, len(repetitions), study.axis, axis_value, styles[name]))
+    return systems
 
 
 def cell_figures(cell: Cell) -> dict[str, float]:
@@ -77,13 +69,10 @@ def point_names(study: Study) -> dict[str, str]:
 
 def _name(study: Study, cell: Cell, factors: Sequence[str]) -> str:
     """What a cell's system is called, whatever its value on the axis."""
-    parts = [_factor(key, cell.factors[key]) for key in factors if _is_present(cell.factors.get(key))]
+    present = [(key, cell.factors[key]) for key in factors if _is_present(cell.factors.get(key))]
+    # A word speaks for itself, a number needs its factor's name.
+    parts = [value if isinstance(value, str) else f"{words(key)} {plain(value)}" for key, value in present]
     return ", ".join(parts) or study.name
-
-
-def _factor(key: str, value: Any) -> str:
-    """A factor's value as part of a name: a word speaks for itself, a number needs its factor's name."""
-    return value if isinstance(value, str) else f"{words(key)} {plain(value)}"
 
 
 def _is_present(value: Any) -> bool:

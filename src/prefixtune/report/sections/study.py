@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.report.document import Block, Column, Facts, Listing, Section, Table, Text, numbers, texts
-from prefixtune.report.format import count, decimals_for, duration, fixed, metric_name, plain, words
+from prefixtune.report.document import Block, Facts, Listing, Section, Table, Text, texts
+from prefixtune.report.format import count, duration, metric_name, plain, words
 from prefixtune.report.results import Cell, Study
 from prefixtune.report.sections.charts import axis_section, groups_section, losses_section
 from prefixtune.report.sections.details import differences_section, outputs_section, settings_section, tuning_section
 from prefixtune.report.sections.points import cell_figures, name_factors, point_names, representatives, study_systems
-from prefixtune.report.sections.systems import headline, main_metric, scores_section
+from prefixtune.report.sections.systems import System, headline, main_metric, scores_section, scores_table
 
 __all__ = ["Part", "study_part"]
 
@@ -140,19 +140,9 @@ def _unfinished(study: Study) -> Section | None:
 
 
 def _cells_table(cells: Sequence[Cell], main: str) -> Table:
-    decimals = decimals_for([score for cell in cells if (score := _score(cell, main)) is not None])
-    figures, scores = [cell_figures(cell) for cell in cells], [_score(cell, main) for cell in cells]
-
-    def column(name: str, small: str, key: str, write: Callable[[float | None], str]) -> Column:
-        return numbers(name, [of.get(key) for of in figures], write, small)
-
-    columns = [
-        texts("cell", [cell.id for cell in cells]),
-        texts("status", [cell.status for cell in cells]),
-        numbers(metric_name(main) or "score", scores, lambda score: fixed(score, decimals)),
-        column("dev. loss", "per token", "dev_loss", lambda loss: fixed(loss, 3)),
-        column("steps", "", "steps", count),
-        column("training", "time", "train_seconds", duration),
-        column("evaluation", "time", "evaluate_seconds", duration),
+    """Each cell as a system of its own."""
+    systems = [
+        System(cell.id, [cell.run] if cell.status == "done" and cell.run else [], [cell_figures(cell)])
+        for cell in cells
     ]
-    return Table("Every cell", columns)
+    return scores_table(systems, main, "Every cell", what="cell")

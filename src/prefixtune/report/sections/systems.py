@@ -276,7 +276,8 @@ def _implementations(systems: Sequence[System]) -> list[str]:
 
 def scores_section(systems: Sequence[System], main: str, axis: str = "", what: str = "system") -> Section:
     """The table of scores, and how to read it."""
-    table = scores_table(systems, main, "Scores, and what they cost", axis, what)
+    caption = "Scores, and what they cost" if main else "The result of each run"
+    table = scores_table(systems, main, caption, axis, what)
     values = [value for column in table.columns for value in column.values]
     notes = []
     if any(value.best for value in values):
@@ -292,7 +293,7 @@ def scores_section(systems: Sequence[System], main: str, axis: str = "", what: s
     notes += _implementations(systems)
     left_out = {(key, str(why)): None for s in systems for e in s.evaluations for key, why in e.left_out.items()}
     notes += [f"{metric_name(metric)} was left out: {reason}" for metric, reason in left_out]
-    return Section("Scores", [table, Listing(notes)] if notes else [table])
+    return Section("Scores" if main else "Runs", [table, Listing(notes)] if notes else [table])
 
 
 def headline(systems: Sequence[System], main: str, where: str = "") -> Facts | None:
