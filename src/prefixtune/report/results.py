@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from prefixtune.report.format import clean
-
 __all__ = [
     "Cell",
     "CellStatus",
@@ -55,7 +53,12 @@ def _scalar(value: Any) -> Any:
     return json.dumps(value) if too_large or isinstance(value, list | dict) else value
 
 
-Text = Annotated[str, BeforeValidator(clean)]
+def _whole(value: Any) -> Any:
+    """A text in which U+FFFD stands for half a surrogate pair, which pydantic refuses."""
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_whole)]
 Strings = Annotated[tuple[Text, ...], Field(strict=False)]
 Count = Annotated[int, Field(ge=-_MOST, le=_MOST)]
 Interval = Annotated[tuple[float, float] | None, BeforeValidator(_interval)]
