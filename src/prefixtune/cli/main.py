@@ -24,14 +24,15 @@ from prefixtune.cli.options import CommandOptions
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean
 from prefixtune.utils.console import Console
 
-__all__ = ["build_app", "command_options", "main", "run"]
+__all__ = ["COMMANDS", "build_app", "command_options", "main", "run"]
 
-_COMMANDS = {
+COMMANDS = {
     "Start": {
         "demo": "train a prefix on a small set of night-train notices, and show outputs before and after",
         "prepare": "fetch the default backbone and store it, ready to load without a network",
         "doctor": "check that a backbone carries prefixes correctly; exits with 1 if anything fails",
         "env": "show versions, devices, precision and folders: what a bug report needs",
+        "--install-completion": "complete commands, options and choices by the Tab key, in bash, zsh or fish",
     },
     "Train": {
         "train": "train a prefix and store it as one small file",
@@ -57,7 +58,7 @@ _COMMANDS = {
         "export": "write a prefix for llama.cpp, or with its backbone as an ONNX graph",
     },
 }
-"""Group -> command -> one line of help. A command is the function `cli.commands.NAME.NAME`."""
+"""Group -> command -> one line of help."""
 
 
 _NOT_YET = {"train", "generate", "evaluate", "score", "study"}
@@ -120,23 +121,29 @@ def build_app(command: str = "") -> App:
         group_parameters=Group("Options", sort_key=0),
         default_command=None,
     )
-    for title, commands in _COMMANDS.items():
+    for title, commands in COMMANDS.items():
         group = Group.create_ordered(title)
         for name, text in commands.items():
-            function = f"prefixtune.cli.commands.{name}:{name}"
-            app.command(function, name=name, help=None if name == command else text, group=group)
+            app.command(":".join(_function(name)), name=name, help=None if name == command else text, group=group)
     return app
 
 
 def command_options() -> dict[str, type[CommandOptions]]:
     """Command -> its options, in the order of the help; imports all commands."""
+    names = [name for commands in COMMANDS.values() for name in commands]
     functions = {
-        name: getattr(importlib.import_module(f"prefixtune.cli.commands.{name}"), name)
-        for commands in _COMMANDS.values()
-        for name in commands
-        if name not in _NOT_YET and importlib.util.find_spec(f"prefixtune.cli.commands.{name}")
+        name: getattr(importlib.import_module(module), function)
+        for name in names
+        for module, function in [_function(name)]
+        if name not in _NOT_YET and importlib.util.find_spec(module)
     }
     return {name: function.options for name, function in functions.items()}
+
+
+def _function(command: str) -> tuple[str, str]:
+    """The module and the name of a command's function."""
+    name = command.strip("-").replace("-", "_")
+    return f"prefixtune.cli.commands.{name}", name
 
 
 def _print_error(message: str, hint: str, kind: str, code: int, as_json: bool) -> int:
@@ -173,7 +180,7 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
     Raises:
         ConfigError: There is no such command, or an argument is missing.
     """
-    commands = [name for group in _COMMANDS.values() for name in group]
+    commands = [name for group in COMMANDS.values() for name in group]
     if words and words[0] not in (*commands, *app.help_flags, *app.version_flags):
         if words[0].startswith("-"):
             nearest = did_you_mean(words[0], [*app.help_flags, *app.version_flags])
