@@ -155,7 +155,9 @@ def test_the_extras_and_documents_in_hints_exist() -> None:
     assert named
     for path in SOURCE.rglob("*.py"):
         imports = re.findall(r"needs_extra\(\s*\"(\w+)\"|extra=\"(\w+)\"", path.read_text(encoding="utf-8"))
-        named += [(path.name, 0, "", name) for names in imports for name in names if name not in ("", "forbid", "allow")]
+        named += [
+            (path.name, 0, "", name) for names in imports for name in names if name not in ("", "forbid", "allow")
+        ]
     assert {each[3] for each in named} == extras.keys() - {"all"}
     pages = [(*hint, page) for hint in HINTS for page in re.findall(r"docs/[a-z_]+\.md", hint[2])]
     assert pages

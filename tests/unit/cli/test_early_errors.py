@@ -185,6 +185,8 @@ MISTAKES = [
     ("report nowhere", "nowhere"),
     ("score --task e2e --hypotheses file --references nowhere.csv", "nowhere.csv"),
     ("tasks --jsn", "--jsn"),
+    ("env --jsn", "--jsn"),
+    ("--install-completion --shell bsh", "must be one of 'bash', 'zsh', 'fish', 'powershell'"),
 ]
 
 

@@ -1,0 +1,59 @@
+"""`prefixtune env`: what it says of a machine, of a broken one too, and that it gives no secret away."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import pytest
+
+import prefixtune
+from command_line import run
+from patching import replace_everywhere
+from prefixtune.backbone.devices import choose_device
+
+
+def facts() -> dict[str, Any]:
+    out, err = run("env", "--json")
+    assert err == ""
+    shown: dict[str, Any] = json.loads(out)
+    return shown
+
+
+def test_it_names_versions_devices_and_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFIXTUNE_HOME", "/somewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shown = facts()
+    assert shown["versions"]["prefixtune"] == prefixtune.__version__
+    assert shown["versions"]["python"] == platform.python_version()
+    assert shown["versions"]["torch"][0].isdigit()
+    assert {"serve", "lora"} <= shown["extras"].keys()
+    assert shown["torch"]["devices"]["cpu"].endswith(" threads")
+    assert shown["torch"]["default_dtype"] in ("float32", "bfloat16")
+    assert shown["folders"]["cache"] == "/somewhere"
+    assert shown["hub"]["offline"] in (True, False)
+    assert shown["variables"]["OMP_NUM_THREADS"] == "1"
+    text, _ = run("env")
+    assert "  cache: /somewhere\n" in text
+    assert f"  prefixtune: {prefixtune.__version__}\n" in text
+
+
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PREFIXTUNE_SERVE_ADMIN_KEY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "hf_secretsecret")
+    assert "secretsecret" not in json.dumps(facts()) + run("env")[0]
+
+
+def test_whatever_is_broken_the_rest_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA driver\nand more")
+
+    replace_everywhere(monkeypatch, choose_device, broken)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    shown = facts()
+    assert shown["torch"] == {"unknown": "RuntimeError: CUDA driver"}
+    assert shown["compiler"] == {"path": "", "version": ""}
+    assert shown["folders"]["program"]
+    assert "  unknown: RuntimeError: CUDA driver\n" in run("env")[0]
