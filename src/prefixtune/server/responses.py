@@ -26,6 +26,8 @@ __all__ = [
 
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MAX_MESSAGE_LENGTH = 1000
+# Made once: this is done for every token.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class ApiError(Exception):
@@ -117,5 +119,4 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 def json_text(value: Any) -> str:
     """A value as compact JSON, valid UTF-8 whatever a model generated."""
     # A model's bytes can give half a surrogate pair, which is not UTF-8.
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return _ENCODER.encode(value).encode("utf-8", "replace").decode("utf-8")

@@ -42,7 +42,7 @@ router = api_router(401, 403, 404, 429, 500, 503, 504)
     "/v1/completions",
     name="complete",
     responses=whole_or_stream(Completion, CompletionChunk) | errors(400, 408, 413, 415),
-    openapi_extra=json_body(CompletionRequest),
+    openapi_extra=json_body(CompletionRequest, model="NAME", prompt="a source", max_tokens=50, temperature=0),
 )
 async def create_completion(context: GenerationContext) -> Response:
     """Continue a prompt."""
@@ -66,7 +66,9 @@ async def create_completion(context: GenerationContext) -> Response:
     "/v1/chat/completions",
     name="chat",
     responses=whole_or_stream(Chat, ChatChunk) | errors(400, 408, 413, 415),
-    openapi_extra=json_body(ChatRequest),
+    openapi_extra=json_body(
+        ChatRequest, model="NAME", messages=[{"role": "user", "content": "a source"}], max_tokens=50
+    ),
 )
 async def create_chat_completion(context: GenerationContext) -> Response:
     """Answer a chat, in the prefix's text format or the backbone's chat template."""

@@ -52,9 +52,10 @@ def _ref(model: type[BaseModel]) -> dict[str, Any]:
     return {"$ref": _REF.format(model=model.__name__)}
 
 
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """A model as the body."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _ref(model)}}}}
+def json_body(body: type[BaseModel], **example: Any) -> dict[str, Any]:
+    """A model as the body, with an example of it."""
+    content = {"application/json": {"schema": _ref(body), "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

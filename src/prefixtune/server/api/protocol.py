@@ -226,7 +226,6 @@ class CompletionRequest(OpenAIRequest):
         Check("a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"),
     ] = Field(
         description="With a prefix, a text is a source in the prefix's text format; token ids are used as they are.",
-        examples=["name : The Vaults | type : pub"],
     )
     logprobs: Integer | None = Field(None, ge=0, le=20, description="How many of the likeliest tokens to return.")
 
@@ -294,7 +293,6 @@ class ChatRequest(OpenAIRequest):
     messages: list[Message] = Field(
         min_length=1,
         description="With a prefix, the last one is the source, and must be the user's.",
-        examples=[[{"role": "user", "content": "name : The Vaults | type : pub"}]],
     )
     max_completion_tokens: Integer | None = Field(
         None, ge=1, description="The newer name of max_tokens; used if both are present."

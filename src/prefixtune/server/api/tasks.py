@@ -48,7 +48,7 @@ async def describe_task(context: KeyContext) -> Response:
     _PATH,
     name="do_task",
     responses=whole_or_stream(TaskOutput, TaskOutputChunk, TaskOutput) | errors(400, 408, 413, 415, 429, 504),
-    openapi_extra={**NAME, **json_body(TaskRequest)},
+    openapi_extra={**NAME, **json_body(TaskRequest, source="a source", max_tokens=50)},
 )
 async def create_task_output(context: GenerationContext) -> Response:
     """The output of a prefix's task."""

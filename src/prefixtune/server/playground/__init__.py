@@ -1,42 +1,69 @@
-"""The playground: one page, made of `page.html`, `style.css` and `script.js`."""
+"""Two pages: the playground, and the HTTP interface to read and try, which shows Swagger UI. Both ask for a key."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import hashlib
+import re
 from importlib.resources import files
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
 
 from prefixtune.server.api.openapi import api_router
+from prefixtune.server.responses import not_found
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["router"]
 
 
+_SWAGGER_UI = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 router = api_router(500)
 
 
 @router.get("/", response_class=HTMLResponse)
 async def show_page() -> Response:
     """A page to try things on."""
-    return _page()
+    return _page("page.html")
+
+
+@router.get("/docs", response_class=HTMLResponse)
+async def show_docs() -> Response:
+    """This interface, to read and try."""
+    return _page("docs.html", scripts="'self'", styles="'self'")
 
 
 @functools.cache
-def _page() -> Response:
+def _page(name: str, *, scripts: str = "", styles: str = "") -> Response:
+    """A page with its scripts and styles in it. Only these run, whatever a model generates, and those that it names."""
     folder = files("prefixtune.server") / "playground"
-    style, script = (folder.joinpath(name).read_text("utf-8") for name in ("style.css", "script.js"))
-    page = folder.joinpath("page.html").read_text("utf-8")
-    html = page.replace("/* style.css */", style).replace("/* script.js */", script)
-    # Only this very script and this very style run, whatever a model generates.
+    allowed = {"js": [scripts], "css": [styles]}
+
+    def insert(match: re.Match[str]) -> str:
+        text = folder.joinpath(match[1]).read_text("utf-8")
+        digest = hashlib.sha256(text.encode()).digest()
+        allowed[match[2]].append(f"'sha256-{base64.b64encode(digest).decode()}'")
+        return text
+
+    html = re.sub(r"/\* (\w+\.(\w+)) \*/", insert, folder.joinpath(name).read_text("utf-8"))
     policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src {' '.join(allowed['css'])}; script-src {' '.join(allowed['js'])}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return HTMLResponse(html, headers={"content-security-policy": policy})
 
 
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+@router.get("/docs/{name}", include_in_schema=False)
+async def show_asset(request: Request) -> Response:
+    """A file of Swagger UI."""
+    return _asset(request.path_params["name"])
+
+
+@functools.cache
+def _asset(name: str) -> Response:
+    if name not in _SWAGGER_UI:
+        raise not_found("page", name)
+    with needs_extra("serve", "/docs"):
+        content = (files("fastapi_offline") / "static" / name).read_bytes()
+    return Response(content, media_type=_SWAGGER_UI[name], headers={"cache-control": "public, max-age=3600"})
