@@ -21,6 +21,12 @@ _SMALL_BODY = 16 * 1024
 """Bytes of a body that is parsed in the event loop; a larger one in a thread, so that no other stream waits for it."""
 _MAX_DEPTH = 32
 """Lists and objects within each other; a chat's parts need six."""
+_TOO_DEEP = f"it is nested more than {_MAX_DEPTH} levels deep"
+_PARSER_ERRORS = {
+    "recursion limit": _TOO_DEEP,
+    "hex escape": "it contains half a surrogate pair, which is not valid text",
+}
+"""A part of a message of the JSON parser -> what it means; the others say what is wrong, and where."""
 
 T = TypeVar("T")
 
@@ -99,25 +105,27 @@ def parse_json(body: bytes) -> dict[str, Any]:
         ApiError: It is not JSON, no object, nested too deeply, or contains invalid text or a number that is not finite.
     """
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = from_json(body)
         _check_values(value)
     except ValueError as error:
-        raise bad_request(f"the body is not JSON: {error}.", code="invalid_json") from None
+        reason = next((meaning for part, meaning in _PARSER_ERRORS.items() if part in str(error)), str(error))
+        raise bad_request(f"the body is not JSON: {reason}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object.", code="invalid_json")
     return value
 
 
 def _check_values(value: Any) -> None:
-    """Refuse numbers too large to be finite, and deep nesting, which no request needs: later code may recurse.
+    """Refuse numbers that are not finite, and deep nesting, which no request needs: later code may recurse.
 
     Raises:
         ValueError: It has one of them.
     """
     level = [value]
     for _ in range(_MAX_DEPTH):
-        if any(isinstance(item, float) and math.isinf(item) for item in level):
-            raise ValueError("a number is too large")
+        for item in level:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ValueError("NaN is not a number" if math.isnan(item) else "a number is too large, or Infinity")
         level = [
             inner
             for item in level
@@ -126,4 +134,4 @@ def _check_values(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
+    raise ValueError(_TOO_DEEP)

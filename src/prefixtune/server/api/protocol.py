@@ -281,6 +281,14 @@ class Message(BaseModel):
     name: Any = None
     refusal: Any = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _require(cls, message: Any) -> dict[str, Any]:
+        """What is missing is null, so that its error says what it must be."""
+        if not isinstance(message, dict):
+            raise Check("an object with 'role' and 'content'").error()
+        return {"role": None, "content": None, **message}
+
     @property
     def text(self) -> str:
         """The content."""

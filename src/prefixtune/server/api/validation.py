@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
@@ -113,7 +113,8 @@ def _allowed(details: ErrorDetails, field: FieldInfo | None) -> str:
     if kind == "literal_error":
         return f"one of {details['ctx']['expected']}"
     if kind == "missing":
-        return next((rule.text for rule in rules if isinstance(rule, Check)), "")
+        default = _MEANINGS["too_short"] if field and get_origin(field.annotation) is list else ""
+        return next((rule.text for rule in rules if isinstance(rule, Check)), default)
     if field is None or not (bounds := allowed_range(field)):
         return details["msg"].removeprefix("Input should be ")
     return ("a number " if field.annotation is float else "a whole number ") + bounds
