@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from browser import CHROMIUM, NO_CHROMIUM, Browser
+from contrast import contrast
 from made_up_runs import evaluation, examples, length_study, low_data_study, methods_study, write_lines
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
@@ -112,18 +113,6 @@ def test_figures_are_legible_in_every_scheme(browser: Browser, page: Path, schem
     assert min(contrast(color, ground) for color, ground in texts) >= 4.5
     # The grid and the edges of markers are faint on purpose; every series is not.
     assert sum(contrast(color, ground) >= 3 for color, ground in lines) >= 6
-
-
-def luminance(color: str) -> float:
-    """Of WCAG 2; of a color as the browser writes it: rgb(1, 2, 3)."""
-    parts = [int(part) / 255 for part in color.partition("(")[2].rstrip(")").split(",")[:3]]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
 
 
 def test_a_wide_table_is_moved_to_its_last_column(browser: Browser, page: Path) -> None:

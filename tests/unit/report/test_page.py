@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 
+from contrast import contrast
 from made_up_runs import (
     cell,
     evaluation,
@@ -263,14 +264,15 @@ def test_evaluations_of_other_data_are_not_compared(tmp_path: Path) -> None:
     assert text.count("### Scores") == 2
 
 
-def test_a_star_needs_intervals_that_do_not_overlap(tmp_path: Path) -> None:
+def test_a_star_needs_a_difference_beyond_chance(tmp_path: Path) -> None:
     first, near, far = (
         evaluation(tmp_path / title, title=title, scores={"bleu": measure(score, 1.9)}, groups={})
-        for title, score in (("first", 60.0), ("near", 56.5), ("far", 56.1))
+        for title, score in (("first", 60.0), ("near", 57.4), ("far", 57.2))
     )
+    # The interval of a difference reaches sqrt(1.9^2 + 1.9^2) = 2.69 to either side.
     _, text = pages(first, near)
     assert column(text, "BLEU")["first"] == "**60.00** \\[58.10, 61.90\\]"
-    assert "★" not in text.replace("★: significant; its interval overlaps with no other", "")
+    assert text.count("★") == 1  # in the note
     page, text = pages(first, far)
     assert column(text, "BLEU")["first"] == "**60.00** ★ \\[58.10, 61.90\\]"
     assert "60.00★ (best, significant)" in Page(page).text()
@@ -283,10 +285,10 @@ def test_repetitions_are_compared_by_the_interval_of_their_mean(tmp_path: Path) 
     study_json(tmp_path, factors=["method"])
     for seed in range(3):
         cell(tmp_path, {"method": "prefix", "seed": seed}, 60.0 + seed)
-        cell(tmp_path, {"method": "adapter", "seed": seed}, 50.0 + 3 * seed)
+        cell(tmp_path, {"method": "adapter", "seed": seed}, 51.0 + 3 * seed)
         cell(tmp_path, {"method": "lora", "seed": seed}, 40.0 + seed)
     scores = column(pages(tmp_path)[1], "BLEU")
-    # 61 ± 4.303 / sqrt(3) reaches from 58.5 to 63.5, and 53 ± 3 * 4.303 / sqrt(3) from 45.5 to 60.5.
+    # The means have intervals of ± 4.303 / sqrt(3) = 2.48 and 7.45; the difference of 7 has one of ± 7.86.
     assert scores["prefix"] == "**61.00 ± 1.00** (60.00 to 62.00)"
     for seed in range(3):
         cell(tmp_path, {"method": "adapter", "seed": seed}, 50.0 + seed)
@@ -494,22 +496,9 @@ def test_equal_folders_give_equal_bytes(tmp_path: Path) -> None:
     assert pages(study) == pages(study)
 
 
-def luminance(color: str) -> float:
-    """Of WCAG 2."""
-    digits = color.removeprefix("#")
-    digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
-    parts = [int(digits[n : n + 2], 16) / 255 for n in (0, 2, 4)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
-
-
 def test_the_contrast_is_known() -> None:
-    assert contrast("#000", "#ffffff") == pytest.approx(21)
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("rgb(0, 0, 0)", "#ffffff") == pytest.approx(21)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2], ids=["light", "dark", "print"])

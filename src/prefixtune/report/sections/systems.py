@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 
+STAR = "★: better than each other one by more than chance; the 95 % interval of the difference excludes 0."
 Group = tuple[str, str]
 """A part of the data: its kind and name."""
 
@@ -191,13 +193,13 @@ def best_values(systems: Sequence[System], metric: str, group: Group | None = No
 def mark_best(values: Sequence[Value], *, higher: bool) -> list[Value]:
     """Mark the best of several values, and those that read the same.
 
-    The best is significant where its interval and that of every other do not overlap.
+    The best is significant where it differs from every other by more than chance.
     """
     known = [value for value in values if value.number is not None]
     if len({_figure(value) for value in known}) < 2:
         return list(values)
     best = (max if higher else min)(known, key=lambda value: value.number or 0.0)
-    apart = all(other is best or _is_apart(best, other, higher=higher) for other in known)
+    apart = all(other is best or _is_apart(best, other) for other in known)
     return [
         replace(value, best=True, significant=value is best and apart)
         if value.number is not None and _figure(value) == _figure(best)
@@ -210,10 +212,12 @@ def _figure(value: Value) -> str:
     return value.text.split(" ")[0]
 
 
-def _is_apart(best: Value, other: Value, *, higher: bool) -> bool:
-    if best.interval is None or other.interval is None:
-        return False
-    return best.interval[0] > other.interval[1] if higher else best.interval[1] < other.interval[0]
+def _is_apart(one: Value, other: Value) -> bool:
+    """Whether the 95 % interval of the difference excludes 0; it is made of both intervals (Zou & Donner 2008)."""
+    (above, over), (below, under) = sorted(
+        ((value.number or 0.0, value.interval) for value in (one, other)), key=lambda pair: pair[0], reverse=True
+    )
+    return over is not None and under is not None and above - below > math.hypot(above - over[0], under[1] - below)
 
 
 def _best_at_each(systems: Sequence[System], metric: str) -> list[Value]:
@@ -282,14 +286,11 @@ def scores_section(systems: Sequence[System], main: str, axis: str = "", what: s
     notes = []
     if any(value.best for value in values):
         among = f", among those of the same {words(axis)}" if _has_several_series(systems) else ""
-        notes.append(f"Bold: the best of its column{among}. ★: significant; its interval overlaps with no other.")
+        notes.append(f"Bold: the best of its column{among}. {STAR}")
     if any(value.small.startswith("[") for value in values):
         notes.append("In brackets: the confidence interval of a single run's score.")
     if any(len(system.runs) > 1 for system in systems):
-        notes.append(
-            "Of several runs: the mean ± the standard deviation, and the lowest to the highest; costs: means. Their "
-            "interval, for ★, is the 95 % interval of the mean."
-        )
+        notes.append("Of several runs: the mean ± the standard deviation, and the lowest to the highest; costs: means.")
     notes += _implementations(systems)
     left_out = {(key, str(why)): None for s in systems for e in s.evaluations for key, why in e.left_out.items()}
     notes += [f"{metric_name(metric)} was left out: {reason}" for metric, reason in left_out]
