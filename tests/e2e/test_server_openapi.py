@@ -18,6 +18,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
+from prefixtune.server import playground
 from prefixtune.server.app import ROUTES
 from prefixtune.server.auth import hash_key, new_key
 
@@ -28,8 +29,9 @@ EXAMPLES = 40
 GOOD, BAD = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 CASES = [
     pytest.param(method, route.path_format, mode, id=f"{method} {route.path_format} {mode.value}")
-    for route in ROUTES
-    for method in route.methods
+    for route in (*ROUTES, *playground.router.routes)
+    if route.include_in_schema
+    for method in sorted(route.methods)
     # An empty schema allows anything.
     for mode in ([GOOD, BAD] if route.openapi_extra else [GOOD])
 ]

@@ -46,7 +46,7 @@ TASKS = {
 OPERATIONS = [
     pytest.param(method, route.path_format, id=f"{method} {route.path_format}")
     for route in ROUTES
-    for method in route.methods
+    for method in sorted(route.methods)
     if route.openapi_extra
 ]
 ATTACKS: list[Callable[[random.Random, LiveServer], None]] = []
