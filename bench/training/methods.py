@@ -31,7 +31,7 @@ def on_event(event):
         reset_peak_memory()
     if event["event"] == "step":
         seconds.append(event["seconds"])
-result = train(TrainConfig.from_mapping(json.loads(sys.argv[1])), on_event=on_event)
+result = train(TrainConfig(**json.loads(sys.argv[1])), on_event=on_event)
 print(json.dumps({"seconds": seconds, "peak_memory_mib": peak_memory_mib(), "trained": result.num_trained}))
 """
 

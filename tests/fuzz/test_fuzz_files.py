@@ -350,7 +350,7 @@ prefixes = ["*"]
 @fuzzed(data=spoiled(TOML))
 def test_configurations(folder: Path, data: bytes) -> None:
     path = write(folder / "run.toml", data)
-    for read in (TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_file):
+    for read in (TrainConfig.from_file, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_file):
         with refused():
             read(path)
 
@@ -364,9 +364,9 @@ def test_configurations(folder: Path, data: bytes) -> None:
 )
 def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
     with refused():
-        config = TrainConfig.from_mapping(values)
+        config = TrainConfig(**values)
         path = write(folder / "again.toml", config.to_toml().encode("utf-8"))
-        assert TrainConfig.from_toml(path) == config
+        assert TrainConfig.from_file(path) == config
     with refused():
         StudyConfig.from_mapping("low-data", values)
     with refused():

@@ -337,7 +337,7 @@ def test_a_finished_run_can_be_extended(kind: str, backbone: Any, config_for: Ca
     ]
     assert [e["step"] for e in logged if e["event"] == "step"] == list(range(1, 15))
     assert [e["event"] for e in logged].count("end") == 1
-    stored = TrainConfig.from_toml(folder / "config.toml")
+    stored = TrainConfig.from_file(folder / "config.toml")
     assert stored.max_steps == 14
     assert train(stored, **data, resume=True).prefix.equal(longer.prefix)
 

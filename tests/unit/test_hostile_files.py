@@ -16,7 +16,7 @@ from prefixtune.studies import StudyConfig
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.folder import read_events
 
-READERS = [TrainConfig.from_toml, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_file]
+READERS = [TrainConfig.from_file, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_file]
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -33,7 +33,7 @@ def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> 
     path = tmp_path / "run.toml"
     path.write_text(f"learning_rate = {sign}{'9' * 400}\n")
     with pytest.raises(ConfigError, match=f"learning_rate is {sign}inf, but must be"):
-        TrainConfig.from_toml(path)
+        TrainConfig.from_file(path)
     path.write_text(f"budget = {sign}{'9' * 400}\n")
     with pytest.raises(ConfigError, match=f"budget is {sign}inf, but must be"):
         StudyConfig.from_toml("methods", path)
@@ -50,7 +50,7 @@ def test_a_whole_number_has_a_bound(kind: Any, value: int) -> None:
 @pytest.mark.parametrize("field", ["prompt_format", "output", "train"])
 def test_half_a_character_is_no_value_of_a_configuration(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field} is '.*ud800', but must be UTF-8 text"):
-        TrainConfig.from_mapping({field: "\ud800"})
+        TrainConfig(**{field: "\ud800"})
 
 
 @pytest.mark.parametrize("step", ["1e999", "NaN", '"x"', "null", "[" * 5000])

@@ -203,7 +203,7 @@ def _storage_dtype(config: StudyConfig, cell: Cell) -> str:
 
 def shorten_config(values: Mapping[str, Any], steps: int, num_targets: int) -> dict[str, Any]:
     """The settings of a try: at most `steps`, warmed up over the same share of them, evaluated at the end."""
-    complete: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(TrainConfig)} | dict(values)
+    complete = TrainConfig().to_dict() | dict(values)
     batch_size = complete["batch_size"] * complete["gradient_accumulation"]
     all_steps = int(complete["max_steps"]) or math.ceil(complete["epochs"] * math.ceil(num_targets / batch_size))
     steps = max(min(steps, all_steps), 1)

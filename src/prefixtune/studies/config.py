@@ -159,7 +159,7 @@ class StudyConfig:
         for key, value in self.train_settings.items():
             if key in METHODS and not isinstance(value, Mapping):
                 yield f"train_settings.{key} is {value!r}, but must be a table"
-        known = {field.name for field in dataclasses.fields(TrainConfig)} - set(_RESERVED_KEYS)
+        known = TrainConfig.model_fields.keys() - set(_RESERVED_KEYS)
         for method in trained:
             settings = self.settings_of(method)
             for key in sorted(settings.keys() & set(_RESERVED_KEYS)):
@@ -201,7 +201,7 @@ class StudyConfig:
         rates = self.learning_rates.get(method, self.learning_rates.get(base))
         if rates is not None:
             return tuple(float(rate) for rate in rates)
-        reparameterization = self.settings_of(method).get("reparameterization", TrainConfig.reparameterization)
+        reparameterization = self.settings_of(method).get("reparameterization", TrainConfig.default("reparameterization"))
         middle = default_learning_rate(reparameterization if base in ("prefix", "prompt", "infix") else base)
         # As many below the default as above; of an even number, one more above.
         powers = range(-((self.tries - 1) // 2), self.tries // 2 + 1)

@@ -1,221 +1,200 @@
-"""The configuration of a run: one frozen dataclass, read from TOML and from flags, and checked as a whole.
-
-The help text of an option is kept with its field; the command line and the documentation take it from there.
-"""
+"""The configuration of a training run: options of `prefixtune train`, keys of files, and Python arguments."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from collections.abc import Iterator
+from typing import ClassVar, Literal, cast
 
-from prefixtune.errors import ConfigError, did_you_mean
+from pydantic import field_validator
+
+from prefixtune.errors import did_you_mean
 from prefixtune.prefix.geometry import SITES, Site
-from prefixtune.utils.options import check_names, fit_types
+from prefixtune.utils.config import Config, DeviceName, option_group
 
 __all__ = ["TrainConfig", "default_learning_rate"]
 
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
-_AT_LEAST_ONE = (
-    *("prefix_length", "bottleneck_size", "batch_size", "targets_per_source", "gradient_accumulation", "save_every"),
-)
-_NOT_NEGATIVE = (
-    *("limit", "dev_limit", "max_length", "warmup_steps", "max_steps", "eval_every", "patience"),
-    *("weight_decay", "max_grad_norm", "learning_rate", "seed", "adapter_rank", "method_size"),
-)
+_backbone, _method, _data = option_group("backbone"), option_group("method"), option_group("data")
+_prefix, _training, _output = option_group("prefix"), option_group("training"), option_group("output")
 
 
-_HINT = "`prefixtune train --help` explains every option."
-_OTHER_NAMES = {
-    "lr": "it is called learning_rate here.",
-    "model": "it is called backbone here.",
-    "model_name_or_path": "it is called backbone here.",
-    "num_train_epochs": "it is called epochs here.",
-    "num_virtual_tokens": "it is called prefix_length here.",
-    "output_dir": "it is called output here.",
-    "per_device_train_batch_size": "it is called batch_size here.",
-    "train_batch_size": "it is called batch_size here.",
-    "gradient_accumulation_steps": "it is called gradient_accumulation here.",
-    "eval_steps": "it is called eval_every here.",
-    "save_steps": "it is called save_every here.",
-    "max_seq_length": "it is called max_length here.",
-    "warmup_ratio": "warmup_steps counts optimizer steps.",
-    "train_dataset": "give examples=[...] (dicts or Example), or train=FILE.",
-    "eval_dataset": "give dev_examples=[...] (dicts or Example), or dev=FILE.",
-}
-"""Option names of transformers and PEFT, and what to write here instead."""
-
-
-def _option(default: Any, text: str, group: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "group": group})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run. Every field is a key of the TOML file and a flag of `prefixtune train`.
+class TrainConfig(Config):
+    """A training run.
 
     Raises:
         ConfigError: One or more values are not allowed; all faults are listed at once.
     """
 
-    backbone: str = _option("smollm2-135m", "embedded name, hub id, local folder or .gguf file", "backbone")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "dtype of the frozen weights; the prefix always trains in float32", "backbone"
-    )
-    device: str = _option("auto", "cpu, cuda, cuda:0, mps or auto", "backbone")
-    quantize: Literal["", "int8", "int4"] = _option(
-        "", "quantize the frozen weights (torchao): int8 or int4", "backbone"
-    )
-    adapter: str = _option("", "folder of a LoRA adapter (PEFT) to load into the backbone first", "backbone")
-    train_adapter: bool = _option(False, "train the loaded adapter together with the prefix", "backbone")
-    adapter_rank: int = _option(0, "train a new LoRA adapter of this rank with the prefix; 0: none", "backbone")
+    hint: ClassVar[str] = "`prefixtune train --help` explains every option."
+    other_names: ClassVar[dict[str, str]] = {
+        "lr": "it is called learning_rate here",
+        "model": "it is called backbone here",
+        "model_name_or_path": "it is called backbone here",
+        "num_train_epochs": "it is called epochs here",
+        "num_virtual_tokens": "it is called prefix_length here",
+        "output_dir": "it is called output here",
+        "per_device_train_batch_size": "it is called batch_size here",
+        "train_batch_size": "it is called batch_size here",
+        "gradient_accumulation_steps": "it is called gradient_accumulation here",
+        "eval_steps": "it is called eval_every here",
+        "save_steps": "it is called save_every here",
+        "max_seq_length": "it is called max_length here",
+        "warmup_ratio": "warmup_steps counts optimizer steps",
+        "train_dataset": "give examples=[...] (dicts or Example), or train=FILE",
+        "eval_dataset": "give dev_examples=[...] (dicts or Example), or dev=FILE",
+    }
 
-    method: Literal["prefix", "prompt", "infix", "full", "top", "adapter", "lora"] = _option(
+    backbone: str = _backbone("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _backbone(
+        "auto", description="dtype of the frozen weights; the prefix always trains in float32"
+    )
+    device: DeviceName = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
+    quantize: Literal["", "int8", "int4"] = _backbone(
+        "", description="quantize the frozen weights (torchao): int8 or int4"
+    )
+    adapter: str = _backbone("", description="folder of a LoRA adapter (PEFT) to load into the backbone first")
+    train_adapter: bool = _backbone(False, description="train the loaded adapter together with the prefix")
+    adapter_rank: int = _backbone(0, ge=0, description="train a new LoRA adapter of this rank with the prefix; 0: none")
+
+    method: Literal["prefix", "prompt", "infix", "full", "top", "adapter", "lora"] = _method(
         "prefix",
-        "what is trained: prefix; or, to compare with it: prompt (embeddings at the input only), infix (between source "
-        "and target), full (all weights), top (the top layers), adapter (bottlenecks), lora",
-        "method",
+        description="what is trained: prefix; or, to compare with it: prompt (embeddings at the input only), infix "
+        "(between source and target), full (all weights), top (the top layers), adapter (bottlenecks), lora",
     )
-    method_size: int = _option(
-        0, "top: layers (2); adapter: width of the bottleneck (64); lora: rank (8); 0: the number in brackets", "method"
+    method_size: int = _method(
+        0,
+        ge=0,
+        description="top: layers (2); adapter: width of the bottleneck (64); lora: rank (8); 0: the number in brackets",
     )
 
-    task: str = _option(
+    task: str = _data(
         "records",
-        "how to read the files: e2e, webnlg, dart, summarization, xsum, scitldr, records (your own), classification, "
-        "tagging, toy, toy_labels, toy_tags",
-        "data",
+        description="how to read the files: e2e, webnlg, dart, summarization, xsum, scitldr, records (your own), "
+        "classification, tagging, toy, toy_labels, toy_tags",
     )
-    train: str = _option("", "training file, or a folder that holds a training set", "data")
-    dev: str = _option(
-        "", "development file (or the folder again), to evaluate on, stop early and keep the best prefix", "data"
+    train: str = _data("", description="training file, or a folder that holds a training set")
+    dev: str = _data(
+        "", description="development file (or the folder again), to evaluate on, stop early and keep the best prefix"
     )
-    source: str = _option(
-        "", "column or template of the source, such as '{name} is {food}', for your own files", "data"
+    source: str = _data(
+        "", description="column or template of the source, such as '{name} is {food}', for your own files"
     )
-    target: str = _option(
-        "", "column or template of the target, for your own files; a list holds several targets", "data"
+    target: str = _data(
+        "", description="column or template of the target, for your own files; a list holds several targets"
     )
-    classifier: Literal["auto", "head", "words"] = _option(
+    classifier: Literal["auto", "head", "words"] = _data(
         "auto",
-        "classification by a trained head or by the model's own words; auto: words, with an encoder a head",
-        "data",
+        description="classification by a trained head or by the model's own words; auto: words, with an encoder a head",
     )
-    label_words: str = _option(
-        "", "classification by words: LABEL=WORD,...; a label without a word is its own word", "data"
+    label_words: str = _data(
+        "", description="classification by words: LABEL=WORD,...; a label without a word is its own word"
     )
-    limit: int = _option(0, "use only the first N training targets; 0: all", "data")
-    dev_limit: int = _option(0, "use only the first N development targets; 0: all", "data")
-    prompt_format: str = _option(
-        "", "text before the target; empty: ' {source} {separator}', or '{source}' for an encoder", "data"
+    limit: int = _data(0, ge=0, description="use only the first N training targets; 0: all")
+    dev_limit: int = _data(0, ge=0, description="use only the first N development targets; 0: all")
+    prompt_format: str = _data(
+        "", description="text before the target; empty: ' {source} {separator}', or '{source}' for an encoder"
     )
-    target_format: str = _option(
-        "", "text of the target, before the end token; empty: ' {target} ', or '{target}' with an encoder", "data"
+    target_format: str = _data(
+        "", description="text of the target, before the end token; empty: ' {target} ', or '{target}' with an encoder"
     )
-    max_length: int = _option(
-        0, "most positions of source and target together (encoder-decoder: of each); 0: the backbone's", "data"
+    max_length: int = _data(
+        0,
+        ge=0,
+        description="most positions of source and target together (encoder-decoder: of each); 0: the backbone's",
     )
-    on_too_long: Literal["cut", "error"] = _option(
-        "cut", "a source that is too long: cut it (counted), or stop with an error", "data"
+    on_too_long: Literal["cut", "error"] = _data(
+        "cut", description="a source that is too long: cut it (counted), or stop with an error"
     )
 
-    prefix_length: int = _option(10, "P, the number of virtual tokens", "prefix")
-    sites: str = _option(
+    prefix_length: int = _prefix(10, ge=1, description="P, the number of virtual tokens")
+    sites: str = _prefix(
         "",
-        "sites of the prefix: encoder, decoder, cross, with own lengths as in encoder=20,cross=5; empty: all",
-        "prefix",
+        description="sites of the prefix: encoder, decoder, cross, with own lengths as in encoder=20,cross=5; empty: "
+        "all",
     )
-    reparameterization: Literal["none", "mlp", "residual"] = _option(
+    reparameterization: Literal["none", "mlp", "residual"] = _prefix(
         "residual",
-        "none: the prefix itself trains; mlp: the paper's MLP; residual: the start plus an MLP that begins at zero",
-        "prefix",
+        description="none: the prefix itself trains; mlp: the paper's MLP; residual: the start plus an MLP that begins "
+        "at zero",
     )
-    bottleneck_size: int = _option(512, "hidden width of the MLP", "prefix")
-    initialization: Literal["words", "random", "prefix"] = _option(
-        "words", "start from the activations of real words, at random, or from another prefix", "prefix"
+    bottleneck_size: int = _prefix(512, ge=1, description="hidden width of the MLP")
+    initialization: Literal["words", "random", "prefix"] = _prefix(
+        "words", description="start from the activations of real words, at random, or from another prefix"
     )
-    init_text: str = _option(
-        "Describe the following data in one sentence:", "words to start from; repeated or cut to P tokens", "prefix"
+    init_text: str = _prefix(
+        "Describe the following data in one sentence:", description="words to start from; repeated or cut to P tokens"
     )
-    init_prefix: str = _option("", "prefix to start from: a file, the folder of a run, or hub:OWNER/NAME", "prefix")
+    init_prefix: str = _prefix("", description="prefix to start from: a file, the folder of a run, or hub:OWNER/NAME")
 
-    learning_rate: float = _option(
+    learning_rate: float = _training(
         0.0,
-        "peak rate; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top 3e-4, adapter and lora 1e-3",
-        "training",
+        ge=0,
+        description="peak rate; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top 3e-4, adapter and "
+        "lora 1e-3",
     )
-    weight_decay: float = _option(0.0, "weight decay of AdamW", "training")
-    warmup_steps: int = _option(20, "steps of linear warm-up; a linear decay to 0 follows", "training")
-    epochs: float = _option(5.0, "passes over the training targets; max_steps overrides it", "training")
-    max_steps: int = _option(0, "optimizer steps; 0: those of the epochs", "training")
-    batch_size: int = _option(16, "targets per forward pass", "training")
-    targets_per_source: int = _option(
-        4, "most targets of one source in a batch; they share the source's computation", "training"
+    weight_decay: float = _training(0.0, ge=0, description="weight decay of AdamW")
+    warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
+    epochs: float = _training(5.0, gt=0, description="passes over the training targets; max_steps overrides it")
+    max_steps: int = _training(0, ge=0, description="optimizer steps; 0: those of the epochs")
+    batch_size: int = _training(16, ge=1, description="targets per forward pass")
+    targets_per_source: int = _training(
+        4, ge=1, description="most targets of one source in a batch; they share the source's computation"
     )
-    gradient_accumulation: int = _option(1, "forward passes per optimizer step", "training")
-    max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0: do not clip", "training")
-    loss_reduction: Literal["sentence", "token"] = _option(
-        "sentence", "sentence: sum over a target, mean over targets (the paper); token: mean over tokens", "training"
+    gradient_accumulation: int = _training(1, ge=1, description="forward passes per optimizer step")
+    max_grad_norm: float = _training(1.0, ge=0, description="clip the gradient's norm to this; 0: do not clip")
+    loss_reduction: Literal["sentence", "token"] = _training(
+        "sentence", description="sentence: sum over a target, mean over targets (the paper); token: mean over tokens"
     )
-    gradient_checkpointing: bool = _option(False, "recompute layers in the backward pass, to save memory", "training")
-    shard: bool = _option(
+    gradient_checkpointing: bool = _training(False, description="recompute layers in the backward pass, to save memory")
+    shard: bool = _training(
         False,
-        "with several processes: split the backbone's weights among them (FSDP), if it is larger than a device",
-        "training",
+        description="with several processes: split the backbone's weights among them (FSDP), if it is larger than a "
+        "device",
     )
-    seed: int = _option(0, "seed of the start and of the order of the data", "training")
+    seed: int = _training(0, ge=0, description="seed of the start and of the order of the data")
 
-    output: str = _option("runs/prefix", "folder of the run", "output")
-    eval_every: int = _option(100, "evaluate on the development file every N steps; 0: only at the end", "output")
-    patience: int = _option(0, "stop after N evaluations without a better loss; 0: never", "output")
-    save_every: int = _option(100, "save the resumable state every N steps", "output")
-    save_dtype: Literal["float32", "bfloat16"] = _option("float32", "dtype of the stored prefix", "output")
-    license: str = _option("", "license note for the header of the prefix", "output")
+    output: str = _output("runs/prefix", description="folder of the run")
+    eval_every: int = _output(
+        100, ge=0, description="evaluate on the development file every N steps; 0: only at the end"
+    )
+    patience: int = _output(0, ge=0, description="stop after N evaluations without a better loss; 0: never")
+    save_every: int = _output(100, ge=1, description="save the resumable state every N steps")
+    save_dtype: Literal["float32", "bfloat16"] = _output("float32", description="dtype of the stored prefix")
+    license: str = _output("", description="license note for the header of the prefix")
 
-    def __new__(cls, *_: Any, **values: Any) -> TrainConfig:
-        """Refuse unknown names, as `from_mapping` does."""
-        check_names(cls, values, "TrainConfig has no such option", _HINT, _OTHER_NAMES)
-        return super().__new__(cls)
+    @field_validator("sites")
+    @classmethod
+    def _check_sites(cls, text: str) -> str:
+        seen: set[str] = set()
+        for part in text.split(",") if text.strip() else ():
+            site, equals, length = (piece.strip() for piece in part.partition("="))
+            if site not in SITES:
+                raise ValueError(f"names {site!r} ({did_you_mean(site, SITES)})")
+            if equals and not (length.isascii() and length.isdigit() and int(length) >= 1):
+                raise ValueError(f"gives {site} the length {length!r}, but it must be a whole number of at least 1")
+            if site in seen:
+                raise ValueError(f"names {site!r} twice")
+            seen.add(site)
+        return text
 
-    def __post_init__(self) -> None:
-        faults = fit_types(self)
-        for name, fault in self._wrong_values(skip=set(faults)):
-            faults.setdefault(name, fault)
-        if faults:
-            raise ConfigError("; ".join(faults.values()) + ".", hint=_HINT)
+    @field_validator("label_words")
+    @classmethod
+    def _check_label_words(cls, text: str) -> str:
+        _parse_label_words(text)
+        return text
 
-    def _wrong_values(self, skip: set[str]) -> Iterator[tuple[str, str]]:
-        """Names and faults of values out of range; those of a wrong type, in `skip`, are left out."""
-        least = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
-        for name in sorted(set(least) - skip):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < least[name]:
-                yield name, f"{name} is {value}, but must be at least {least[name]}"
-        if "epochs" not in skip and not (math.isfinite(self.epochs) and self.epochs > 0):
-            yield "epochs", f"epochs is {self.epochs}, but must be above 0"
-        if "label_words" not in skip:
-            try:
-                self.words_by_label  # noqa: B018
-            except ValueError as error:
-                yield "label_words", str(error)
-        if "method" not in skip and self.method not in _PREFIX_METHODS:
-            for name, default in (("adapter_rank", 0), ("train_adapter", False), ("quantize", "")):
-                if name not in skip and getattr(self, name) != default:
-                    yield name, f"{name} is {getattr(self, name)!r}, which does not go with method {self.method!r}"
-        if "sites" not in skip and (fault := _site_fault(self.sites)):
-            yield "sites", fault
-        if skip & {"initialization", "init_text", "init_prefix"}:
-            return
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What only a prefix can have, and what a start needs."""
+        if not self.trains_prefix:
+            for name in ("adapter_rank", "train_adapter", "quantize"):
+                value = getattr(self, name)
+                if value != self.default(name):
+                    yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
         if self.initialization == "words" and not self.init_text.strip():
-            yield "init_text", "initialization is 'words', but init_text is empty"
+            yield ("initialization", "init_text"), "initialization is 'words', but init_text is empty"
         if self.initialization == "prefix" and not self.init_prefix:
-            yield "init_prefix", "initialization is 'prefix', but init_prefix names no file"
+            yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
 
     @property
     def site_lengths(self) -> dict[Site, int]:
@@ -236,13 +215,7 @@ class TrainConfig:
         >>> TrainConfig(label_words="pos=great, neg=bad").words_by_label
         {'pos': 'great', 'neg': 'bad'}
         """
-        pairs: dict[str, str] = {}
-        for part in self.label_words.split(",") if self.label_words.strip() else ():
-            label, equals, word = (piece.strip() for piece in part.partition("="))
-            if not (label and equals and word):
-                raise ValueError(f"label_words has {part.strip()!r}, but LABEL=WORD is needed")
-            pairs[label] = word
-        return pairs
+        return _parse_label_words(self.label_words)
 
     @property
     def trains_prefix(self) -> bool:
@@ -256,73 +229,15 @@ class TrainConfig:
             self.reparameterization if self.trains_prefix else self.method
         )
 
-    def replace(self, **changes: Any) -> TrainConfig:
-        """A copy with some values changed.
 
-        Raises:
-            ConfigError: An unknown key, or a value that is not allowed.
-        """
-        return self.from_mapping({**dataclasses.asdict(self), **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """All values, by name."""
-        return dataclasses.asdict(self)
-
-    def to_toml(self) -> str:
-        """A TOML document that `from_toml` reads back."""
-        lines = []
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, str):
-                # Strings are written as in JSON, except that TOML escapes DEL.
-                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            else:
-                text = str(value).lower() if isinstance(value, bool) else str(value)
-            lines.append(f"{name} = {text}")
-        return "\n".join(lines) + "\n"
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], where: str = "configuration") -> TrainConfig:
-        """A configuration from keys and values.
-
-        Raises:
-            ConfigError: Unknown keys (with the nearest known one), or values that are not allowed.
-        """
-        check_names(cls, values, f"{where} has unknown keys", _HINT, _OTHER_NAMES)
-        return cls(**values)
-
-    @classmethod
-    def from_toml(cls, path: str | Path, *, beneath: Mapping[str, Any] | None = None, **overrides: Any) -> TrainConfig:
-        """Read a TOML file: `overrides` replace its values, and its values replace those of `beneath`.
-
-        Raises:
-            ConfigError: The file is missing or no TOML, or a key or value in it is wrong.
-        """
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{str(path)!r} is no TOML: {error}.", hint="write lines such as prefix_length = 10."
-            ) from error
-        return cls.from_mapping({**(beneath or {}), **values, **overrides}, where=repr(str(path)))
-
-
-def _site_fault(text: str) -> str:
-    """What is wrong with the value of `sites`; empty: nothing."""
-    seen: set[str] = set()
+def _parse_label_words(text: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
     for part in text.split(",") if text.strip() else ():
-        site, equals, length = (piece.strip() for piece in part.partition("="))
-        if site not in SITES:
-            return f"sites names {site!r} ({did_you_mean(site, SITES)})"
-        if equals and not (length.isascii() and length.isdigit() and int(length) >= 1):
-            return f"sites gives {site} the length {length!r}, but it must be a whole number of at least 1"
-        if site in seen:
-            return f"sites names {site!r} twice"
-        seen.add(site)
-    return ""
+        label, equals, word = (piece.strip() for piece in part.partition("="))
+        if not (label and equals and word):
+            raise ValueError(f"has {part.strip()!r}, but LABEL=WORD is needed")
+        pairs[label] = word
+    return pairs
 
 
 def default_learning_rate(trained: str) -> float:

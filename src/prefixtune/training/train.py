@@ -42,7 +42,6 @@ from prefixtune.training.progress import show_training
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
-from prefixtune.utils.options import as_config
 
 __all__ = ["TrainResult", "train", "train_together"]
 
@@ -112,9 +111,9 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
     if resume and config is None:
-        config = TrainConfig.from_toml(stored_config(options.get("output", TrainConfig.output)), **options)
+        config = TrainConfig.from_file(stored_config(options.get("output", TrainConfig.default("output"))), **options)
     else:
-        config = as_config(TrainConfig, config, options)
+        config = TrainConfig.from_arguments(config, options)
     if isinstance(backbone, str | os.PathLike):
         config, backbone = config.replace(backbone=os.fspath(backbone)), None
     with contextlib.ExitStack() as stack:

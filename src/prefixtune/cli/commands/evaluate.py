@@ -290,7 +290,7 @@ def _overlap(
         if not path.is_file():
             return {}
         try:
-            config = TrainConfig.from_toml(path)
+            config = TrainConfig.from_file(path)
             name, training = config.train or config.task, training_examples(config)
         except PrefixError as error:
             console.info(f"not compared with the training set: {error.message}")
