@@ -32,7 +32,7 @@ def test_a_configuration_that_cannot_be_read(read: Callable[[Path], Any], value:
 def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(f"learning_rate = {sign}{'9' * 400}\n")
-    with pytest.raises(ConfigError, match=f"learning_rate is {sign}inf, but must be"):
+    with pytest.raises(ConfigError, match=f"learning_rate is {sign}9*[.]{{3}}, but must be at least 0"):
         TrainConfig.from_file(path)
     path.write_text(f"budget = {sign}{'9' * 400}\n")
     with pytest.raises(ConfigError, match=f"budget is {sign}inf, but must be"):
@@ -43,7 +43,7 @@ def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", [TrainConfig, ServeConfig, EngineConfig])
 def test_a_whole_number_has_a_bound(kind: Any, value: int) -> None:
     field = {TrainConfig: "batch_size", ServeConfig: "port", EngineConfig: "num_slots"}[kind]
-    with pytest.raises(ConfigError, match=f"{field} is .*, but must be between"):
+    with pytest.raises(ConfigError, match=f"{field} is .*, but must be (between|at least 1)"):
         kind(**{field: value})
 
 

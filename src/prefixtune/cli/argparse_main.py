@@ -15,7 +15,6 @@ from prefixtune.cli.commands import (
     generate,
     score,
     study,
-    train,
 )
 from prefixtune.cli.common import CommandParser
 from prefixtune.errors import ConfigError, did_you_mean
@@ -68,7 +67,6 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
         return sub
 
     for module in (
-        train,
         generate,
         evaluate,
         score,

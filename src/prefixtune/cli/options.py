@@ -94,7 +94,7 @@ class ConfigOptions(CommandOptions):
 
     config: str = Field(
         "",
-        description="TOML or YAML file (.yaml, .yml) with the options of the groups below, as in num_slots = 8; "
+        description='TOML or YAML file (.yaml, .yml) with the options of the groups below, as in dtype = "auto"; '
         "what the command line says wins over it",
     )
     print_config: bool = Field(False, description="print the final configuration as TOML, and do nothing else")

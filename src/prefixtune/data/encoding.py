@@ -11,8 +11,7 @@ from prefixtune.data.examples import Example
 from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt, read_text_format
-from prefixtune.utils.options import check_names, type_fault
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, check_text_format, cut_prompt, read_text_format
 
 __all__ = [
     "TextFormatLike",
@@ -130,10 +129,10 @@ def as_text_format(text_format: TextFormatLike | None) -> TextFormat | None:
         raise ConfigError(
             f"text_format is {describe_value(text_format)}, but must be a TextFormat or a dict.", hint=hint
         )
-    check_names(TextFormat, text_format, "text_format has unknown keys", hint)
-    for name, value in text_format.items():
-        if fault := type_fault(f"text_format.{name}", value, type(getattr(TextFormat, name))):
-            raise ConfigError(f"{fault}.", hint=hint)
+    try:
+        check_text_format(text_format)
+    except DataError as error:
+        raise ConfigError(error.message, hint=hint) from None
     return TextFormat(**text_format)
 
 

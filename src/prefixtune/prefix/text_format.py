@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from prefixtune.errors import CheckpointError, DataError, RequestError, short_repr
+from prefixtune.errors import CheckpointError, DataError, RequestError, did_you_mean, short_repr
 
 __all__ = [
     "MAX_TEMPLATE_CHARS",
     "POLICIES",
     "TextFormat",
     "TruncationPolicy",
+    "check_text_format",
     "cut_prompt",
     "fit_ids",
     "read_text_format",
@@ -225,18 +226,29 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
         ) from error
 
 
+def check_text_format(values: Mapping[str, Any]) -> None:
+    """Refuse unknown names and values of a wrong type.
+
+    Raises:
+        DataError: A name or value is not allowed.
+    """
+    for name, value in values.items():
+        if name not in _FIELD_TYPES:
+            nearest = did_you_mean(str(name), _FIELD_TYPES)
+            raise DataError(f"text format: unknown field {short_repr(name)} ({nearest.removesuffix('.')}).")
+        if type(value) is not _FIELD_TYPES[name]:
+            expected = "a text" if _FIELD_TYPES[name] is str else "a whole number"
+            raise DataError(f"text format: {name} is {short_repr(value)}, but must be {expected}.")
+
+
 def _check_values(values: Mapping[str, Any]) -> None:
     """Refuse stored values that are unknown, of the wrong type, too long, or out of range.
 
     Raises:
         DataError: A value is not allowed.
     """
+    check_text_format(values)
     for name, value in values.items():
-        if name not in _FIELD_TYPES:
-            raise DataError(f"text format: unknown field {short_repr(name)}; known are {', '.join(_FIELD_TYPES)}.")
-        if type(value) is not _FIELD_TYPES[name]:
-            expected = "a text" if _FIELD_TYPES[name] is str else "a whole number"
-            raise DataError(f"text format: {name} is {short_repr(value)}, but must be {expected}.")
         most = _MAX_TOKEN_CHARS if name in ("separator", "end") else MAX_TEMPLATE_CHARS
         if isinstance(value, str) and len(value) > most:
             raise DataError(

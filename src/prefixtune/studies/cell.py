@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -51,6 +50,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import CONFIG_FILE, PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.training.train import TrainResult, train
+from prefixtune.utils.config import Layer
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import peak_memory_mib, reset_peak_memory
 
@@ -178,21 +178,19 @@ def build_train_config(
         values |= {"initialization": "random"} if words is None else {"init_text": words}
     if is_short:
         values = shorten_config(values, config.try_steps, num_targets)
-    return TrainConfig.from_mapping(
-        {
-            "save_dtype": _storage_dtype(config, cell),
-            **values,
-            "method": cell.base_method,
-            "learning_rate": rate,
-            "seed": cell.seed,
-            "output": str(folder),
-            "backbone": config.backbone,
-            "dtype": config.dtype,
-            "device": config.device,
-            "task": config.task,
-        },
-        where="the study",
-    )
+    values = {
+        "save_dtype": _storage_dtype(config, cell),
+        **values,
+        "method": cell.base_method,
+        "learning_rate": rate,
+        "seed": cell.seed,
+        "output": str(folder),
+        "backbone": config.backbone,
+        "dtype": config.dtype,
+        "device": config.device,
+        "task": config.task,
+    }
+    return TrainConfig.from_layers(Layer(values, where="the study"))
 
 
 def _storage_dtype(config: StudyConfig, cell: Cell) -> str:

@@ -201,7 +201,9 @@ class StudyConfig:
         rates = self.learning_rates.get(method, self.learning_rates.get(base))
         if rates is not None:
             return tuple(float(rate) for rate in rates)
-        reparameterization = self.settings_of(method).get("reparameterization", TrainConfig.default("reparameterization"))
+        reparameterization = self.settings_of(method).get(
+            "reparameterization", TrainConfig.default("reparameterization")
+        )
         middle = default_learning_rate(reparameterization if base in ("prefix", "prompt", "infix") else base)
         # As many below the default as above; of an even number, one more above.
         powers = range(-((self.tries - 1) // 2), self.tries // 2 + 1)

@@ -9,7 +9,7 @@ from pydantic import field_validator
 
 from prefixtune.errors import did_you_mean
 from prefixtune.prefix.geometry import SITES, Site
-from prefixtune.utils.config import Config, DeviceName, option_group
+from prefixtune.utils.config import Config, option_group
 
 __all__ = ["TrainConfig", "default_learning_rate"]
 
@@ -49,7 +49,7 @@ class TrainConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _backbone(
         "auto", description="dtype of the frozen weights; the prefix always trains in float32"
     )
-    device: DeviceName = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
+    device: str = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
     quantize: Literal["", "int8", "int4"] = _backbone(
         "", description="quantize the frozen weights (torchao): int8 or int4"
     )

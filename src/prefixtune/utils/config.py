@@ -126,7 +126,7 @@ class Layer:
     text: bool = False
     fields: frozenset[str] | None = None
     faults: Sequence[str] = ()
-    error: ConfigError | None = None
+    error: PrefixError | None = None
 
     @classmethod
     def from_file(cls, path: str | Path, fields: Iterable[str] | None = None) -> Layer:
@@ -254,7 +254,7 @@ class Config(Table):
         Raises:
             ConfigError: An unknown name, or a value that is not allowed.
         """
-        return type(self)(**{**dict(self), **changes})
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
     def model_copy(self: _ConfigT, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _ConfigT:
         """`replace`: unlike pydantic's own, it validates the changes."""
@@ -306,7 +306,7 @@ class Config(Table):
             unknown = [name for name in layer.values if name not in allowed]
             listed.extend(_describe_unknown(layer, name, allowed, self.other_names) for name in unknown)
         unreadable = [layer.error for layer in layers if layer.error]
-        faults[""] += [error.message.removesuffix(".") for error in unreadable]
+        faults[""] += [f"{error.message.removesuffix('.')} ({error.hint.removesuffix('.')})" for error in unreadable]
         values = {name: layer.value(name, known[name]) for name, layer in source.items()}
         wrong: set[str] = set()
         try:

@@ -77,7 +77,8 @@ def describe_fault(error: ErrorDetails, name: str, allowed_range: str = "") -> s
         nearest = did_you_mean(str(error["input"])[:80], choices)
         suggestion = f" ({nearest})" if nearest.startswith("did") else ""
         return f"{name} is {value}, but must be one of {', '.join(map(repr, choices))}{suggestion}"
-    if kind == "finite_number":
+    # A whole number that is no float's is too large for one.
+    if kind == "finite_number" or (kind == "float_type" and type(error["input"]) is int):
         return f"{name} is {value}, but must be {allowed_range or 'a finite number'}"
     return f"{name} is {value}, but must be {_wanted(kind, context)}"
 

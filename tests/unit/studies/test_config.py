@@ -136,7 +136,7 @@ def test_all_wrong_values_are_reported():
         "learning_rates.prefix is []",
         "learning_rates.top is [0.001, 0.001], but must be a list of positive numbers, none twice",
         "train_settings has the unknown key 'batch_sice' (did you mean 'batch_size'?)",
-        "reparameterization is 'mpl', but must be one of none, mlp, residual (did you mean 'mlp'?)",
+        "reparameterization is 'mpl', but must be one of 'none', 'mlp', 'residual' (did you mean 'mlp'?)",
         "train_settings has 'seed', which the study sets itself",
         "train_settings has 'quantize', which the study sets itself",
         "train_settings.full is 3, but must be a table",

@@ -2,84 +2,90 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.cli.training import run_training, run_training_together
-from prefixtune.errors import ConfigError
+from prefixtune.errors import PrefixError, check_all
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset
+from prefixtune.utils.config import Layer, TextList
 from prefixtune.utils.console import Console
 
-__all__ = ["register"]
+__all__ = ["train"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "train",
-        run,
-        "train a prefix and store it as one small file",
-        """
+class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
+    """The options of `prefixtune train`."""
 
-examples:
-  prefixtune train --task e2e --train trainset.csv --dev devset.csv --output runs/e2e
-  prefixtune train --train my.jsonl --source "{name} is {food}" --target text
-  prefixtune train --config run.toml --learning-rate 2e-3
-  prefixtune train --resume --output runs/e2e
-  prefixtune train --together pubs.toml trains.toml""",
+    resume: bool = Field(False, description="go on with the run in --output; with more --max-steps it is extended")
+    together: TextList = Field(
+        (),
+        description="TOML or YAML files, each of a run with its own output: trained at once, sharing every pass over "
+        "the backbone",
+        json_schema_extra={"many": True, "metavar": "FILE"},
     )
-    parser.add_argument("--config", help="TOML file with the keys below (prefix_length = 10); flags win over it")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --output; with more --max-steps it is extended"
+    preset: str = Field(
+        "",
+        description="hyperparameters such as the paper's (see `prefixtune tasks`); the file and options win over them",
     )
-    parser.add_argument(
-        "--together",
-        nargs="+",
-        metavar="FILE",
-        help="TOML files, each of a run with its own output: trained at once, sharing every pass over the backbone",
-    )
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="hyperparameters such as the paper's (see `prefixtune tasks`); the file and flags win over them",
-    )
-    add_json_and_quiet(parser, "every event, one a line,")
-    hints = get_type_hints(TrainConfig)
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
-        group = groups.setdefault(field.metadata["group"], parser.add_argument_group(field.metadata["group"]))
-        flag, kind = f"--{field.name.replace('_', '-')}", hints[field.name]
-        text = field.metadata["help"].replace("%", "%%")
-        shown = repr(field.default) if isinstance(field.default, str) else field.default
-        text = f"{text} (default: {shown})" if field.default not in ("", 0) else text
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        elif get_origin(kind) is Literal:
-            names = "{" + ",".join(get_args(kind)) + "}"
-            group.add_argument(flag, default=argparse.SUPPRESS, metavar=names, help=text)
+    as_json: bool = json_option("every event, one a line,")
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The values of --preset, beneath the file of --config or that of the run to resume."""
+        if "together" in given:
+            return []
+        if given.get("resume") and "config" not in given:
+            file = [_stored_layer(given.get("output", cls.default("output")))]
         else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text)
+            file = list(super().layers(given))
+        if "preset" not in given:
+            return file
+        return [_preset_layer({**(file[0].values if file else {}), **given}), *file]
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Also: what cannot go with --together."""
+        if not self.together:
+            yield from super().conflicts()
+            return
+        given = [name for name in ("config", "preset", "output", "print_config") if name in self.model_fields_set]
+        if given:
+            flags = " and ".join(map(self.flag, given))
+            yield ("together", *given), f"{flags} cannot go with --together: write it into the file that each run has"
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune train`."""
+@command
+def train(options: TrainOptions) -> int:
+    """Train a prefix and store it as one small file.
+
+    Options win over the file of --config, and the file over --preset.
+
+    prefixtune train --task e2e --train trainset.csv --dev devset.csv --output runs/e2e
+    prefixtune train --train my.jsonl --source "{name} is {food}" --target text
+    prefixtune train --config run.toml --learning-rate 2e-3
+    prefixtune train --resume --output runs/e2e
+    prefixtune train --together pubs.toml trains.toml
+    """
     from prefixtune.training.distributed import is_main_process
 
-    console = Console(quiet=options.quiet or options.json or not is_main_process())
+    console = Console(quiet=options.quiet or not is_main_process())
     if options.together:
         return _train_together(options, console)
-    config = _train_config(options)
-    result = run_training(console, config, resume=options.resume, as_json=options.json)
+    config = options.part(TrainConfig)
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
+    result = run_training(console, config, resume=options.resume, as_json=options.as_json)
     if not is_main_process():
         return 0
-    if options.json:
+    if options.as_json:
         print_json({"event": "result", "path": str(result.path), "file_bytes": result.path.stat().st_size})
         return 0
     best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
@@ -92,27 +98,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train_together(options: argparse.Namespace, console: Console) -> int:
-    """Train several runs in one process, each configured by a TOML file; other flags apply to all.
+def _train_together(options: TrainOptions, console: Console) -> int:
+    """Train several runs in one process, each configured by a file; other options apply to all.
 
     Raises:
-        ConfigError: A flag cannot go with --together.
+        ConfigError: A file is wrong; all faults at once.
     """
     from prefixtune.training.distributed import is_main_process
 
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    flags = {name: value for name, value in vars(options).items() if name in names}
-    wrong = [f"--{name}" for name in ("config", "preset") if getattr(options, name) is not None]
-    wrong += ["--output"] if "output" in flags else []
-    if wrong:
-        raise ConfigError(
-            f"{' and '.join(wrong)} cannot go with --together: each run has its own file.",
-            hint="write it into the files.",
-        )
-    configs = [TrainConfig.from_toml(path, **flags) for path in options.together]
-    results = run_training_together(console, configs, resume=options.resume, as_json=options.json)
+    given = {name: getattr(options, name) for name in options.model_fields_set if name in TrainConfig.model_fields}
+    reads = [partial(TrainConfig.from_file, path, **given) for path in options.together]
+    check_all(reads)
+    configs = [read() for read in reads]
+    results = run_training_together(console, configs, resume=options.resume, as_json=options.as_json)
     for config, result in zip(configs, results, strict=True) if is_main_process() else ():
-        if options.json:
+        if options.as_json:
             print_json({"event": "result", "run": config.output, "path": str(result.path)})
             continue
         best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
@@ -120,27 +120,22 @@ def _train_together(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _train_config(options: argparse.Namespace) -> TrainConfig:
-    """The configuration: flags win over the TOML file, which wins over a preset.
-
-    A run that is resumed without a file uses its own.
-    """
+def _stored_layer(folder: str) -> Layer:
+    """The configuration of a run to resume."""
     from prefixtune.training.folder import stored_config
 
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    flags = {name: value for name, value in vars(options).items() if name in names}
-    path = options.config
-    if options.resume and path is None:
-        path = stored_config(flags.get("output", TrainConfig.output))
-    config = _read(path, {}, flags)
-    if options.preset is None:
-        return config
-    values = preset(options.preset, config.task, config.method, num_targets=config.limit or 100)
-    return _read(path, values, flags)
+    try:
+        return Layer.from_file(stored_config(folder), TrainConfig.model_fields)
+    except PrefixError as error:
+        return Layer({}, error=error)
 
 
-def _read(path: str | Path | None, preset_values: Mapping[str, Any], flags: Mapping[str, Any]) -> TrainConfig:
-    """Flags win over the TOML file, which wins over the values of a preset."""
-    if path is None:
-        return TrainConfig.from_mapping({**preset_values, **flags}, where="the command")
-    return TrainConfig.from_toml(path, beneath=preset_values, **flags)
+def _preset_layer(values: Mapping[str, Any]) -> Layer:
+    """The values of a preset for the run that these values, of a file and the command line, describe."""
+    task, method = (str(values.get(name, TrainConfig.default(name))) for name in ("task", "method"))
+    limit = str(values.get("limit", ""))
+    num_targets = int(limit) if limit.isdecimal() and int(limit) else 100
+    try:
+        return Layer(preset(values["preset"], task, method, num_targets=num_targets))
+    except PrefixError as error:
+        return Layer({}, error=error)
