@@ -64,7 +64,7 @@ STYLE = {
 
 @contextmanager
 def _matplotlib_style(**changes: Any) -> Iterator[None]:
-    """Settings of this module alone, whatever the user's, and no word about fonts and their cache."""
+    """Settings of this module alone, whatever the user's; nothing is said of fonts, their cache, or a tight layout."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -72,7 +72,7 @@ def _matplotlib_style(**changes: Any) -> Iterator[None]:
         import matplotlib
 
         with warnings.catch_warnings(), matplotlib.rc_context():
-            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            warnings.simplefilter("ignore")
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(STYLE | changes)
             yield
@@ -178,6 +178,7 @@ def _draw(chart: Chart) -> Any:
     if chart.rows:
         axes.set_yticks(range(len(chart.rows)), [_label(row, 26) for row in chart.rows])
         axes.set_ylim(len(chart.rows) - 0.5, -0.5)
+        axes.set_xlim(*_limits(chart.series, 0))
         axes.grid(visible=False, axis="y")
     else:
         _set_line_axes(axes, chart)
@@ -229,7 +230,7 @@ def _set_line_axes(axes: Any, chart: Chart) -> None:
 
     axes.set_title(_label(chart.y_label), loc="left", color=QUIET, fontsize=STYLE["font.size"])
     axes.grid(visible=False, axis="x")
-    axes.set_ylim(*_y_limits(chart.series))
+    axes.set_ylim(*_limits(chart.series, 1))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     values = sorted({x for series in chart.series if series.kind != "level" for x, _ in series.points}) or [0.0]
@@ -253,14 +254,16 @@ def _set_line_axes(axes: Any, chart: Chart) -> None:
     axes.set_xticks(values, texts)
 
 
-def _y_limits(series: Sequence[Series]) -> tuple[Number, Number]:
+def _limits(series: Sequence[Series], axis: int) -> tuple[Number, Number]:
     """Room for every line and error bar; a faint line may leave the picture, so that it flattens nothing."""
-    firm = [y for each in series if each.kind != "faint" for _, y in each.points]
+    firm = [point[axis] for each in series if each.kind != "faint" for point in each.points]
     firm += [end for each in series for span in each.ranges for end in span]
-    faint = sorted(y for each in series if each.kind == "faint" for _, y in each.points)
+    faint = sorted(point[axis] for each in series if each.kind == "faint" for point in each.points)
     values = firm + faint[math.ceil(0.02 * len(faint)) : math.ceil(0.98 * len(faint))] or [0.0]
-    margin = 0.06 * (max(values) - min(values)) or 0.05 * abs(values[0]) or 1.0
-    return min(values) - margin, max(values) + margin
+    low, high, largest = min(values), max(values), max(map(abs, values))
+    # Differences in the last digits are none.
+    margin = max(0.06 * (high - low) if high - low > 1e-9 * largest else 0.05 * largest, 1e-12)
+    return low - margin, high + margin
 
 
 def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

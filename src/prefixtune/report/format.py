@@ -122,9 +122,9 @@ def short(value: Number) -> str:
     >>> [short(value) for value in (0.001, 100, 2.34567, 5e-05, 123456)]
     ['0.001', '100', '2.346', '5e-05', '123,456']
     """
-    if value == int(value) and abs(value) < 1e15:
+    if abs(value) < 1e15 and value == int(value):
         return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def plain(value: object) -> str:

@@ -70,7 +70,7 @@ def _read_run(files: Files) -> Run | None:
     return Run(
         path=files.path,
         config=config,
-        events=tuple(values | _parse(Event, values, where).model_dump(exclude_unset=True) for where, values in lines),
+        events=tuple(_parse(Event, line, where).model_dump(exclude_unset=True) for where, line in lines),
         evaluation=_read_evaluation(files) if has_scores else None,
         file_bytes=(files.path / trained[0]).stat().st_size if trained else None,
     )

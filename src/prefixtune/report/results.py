@@ -29,6 +29,8 @@ __all__ = [
 
 CellStatus = Literal["done", "failed", "waiting"]
 _MOST = 10**15
+_HUGE = 1e100
+"""Numbers from here on count as not finite: no result is one, and charts cannot show them."""
 
 
 def _known(values: Any) -> Any:
@@ -37,7 +39,7 @@ def _known(values: Any) -> Any:
 
 
 def _is_known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+    return value is not None and not (isinstance(value, float) and not abs(value) < _HUGE)
 
 
 def _interval(value: Any) -> Any:
@@ -140,7 +142,9 @@ class Evaluation(Stored):
 
 
 class Event(Stored):
-    """A line of a training log: what of it must be a number."""
+    """A line of a training log: what of it must be a number, and everything else as it is."""
+
+    model_config = ConfigDict(extra="allow")
 
     step: float | None = None
     loss: float | None = None

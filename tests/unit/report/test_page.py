@@ -394,6 +394,19 @@ def test_an_output_for_another_source_is_left_out(tmp_path: Path) -> None:
     assert {row[0]: row[1] for row in first[1:]}["lora"] == "(no output)"
 
 
+@pytest.mark.parametrize("values", [(0.0, 5e-324), (-1e99, 1e99), (1e308, 1.0), (1e-300, 1e15), (-0.0, -0.0)])
+def test_extreme_numbers_are_drawn(values: tuple[float, float], tmp_path: Path) -> None:
+    study_json(tmp_path, axis="num_targets", factors=["method", "num_targets"])
+    for targets, value in zip((1, 10**9), values, strict=True):
+        scores = {"bleu": measure(value, abs(value) / 2)}
+        folder = cell(tmp_path, {"method": "prefix", "num_targets": targets}, 1.0)
+        groups = {"kind": {"a": {"num_examples": 1, "scores": scores}}}
+        write(folder / "evaluation.json", {"scores": scores, "groups": groups})
+        write_lines(folder / "events.jsonl", [{"event": "step", "step": n, "loss": v} for n, v in enumerate(values)])
+    titles = {text for name, text in Page(pages(tmp_path)[0]).texts if name == "title"}
+    assert {"BLEU by kind", "BLEU over number of targets", "Training loss, smoothed"} <= titles
+
+
 # --- how it is written -----------------------------------------------------------------------------------------------
 
 
