@@ -202,9 +202,17 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
                 raise ConfigError(f"{fault}.", hint=f"`prefixtune {words[0]} --help` explains it.") from error
             faults.append(fault)
             del words[position]
-    unknown = [word.partition("=")[0] for word in unused if word.startswith("-") and word != "-"]
+    options = [word.startswith("-") and word != "-" for word in unused]
+    unknown = [word.partition("=")[0] for word, is_option in zip(unused, options, strict=True) if is_option]
+    # What follows an unknown option is its value; and what an option left out above had may be anywhere.
+    values = [bool(faults) or after_option for after_option in [False, *options][: len(unused)]]
     faults += [f"unknown option {word!r} ({function.options.suggest(word)})" for word in unknown]
-    return function, bound, faults or [f"unexpected argument {word!r}" for word in unused]
+    faults += [
+        f"unexpected argument {word!r}"
+        for word, is_option, is_value in zip(unused, options, values, strict=True)
+        if not is_option and not is_value
+    ]
+    return function, bound, faults
 
 
 def _describe(error: CycloptsError) -> tuple[str, str | None]:
