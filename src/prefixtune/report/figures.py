@@ -36,7 +36,8 @@ DASHES: tuple[Any, ...] = (
 )  # fmt: skip
 WIDTH, HEIGHT = 5.0, 3.1
 """Inches; in the page, 72 units each."""
-MOST_POINTS = 480
+MOST_SERIES, MOST_POINTS = 120, 480
+"""Of a chart, and of a line; the CSV has all."""
 STYLE = {
     "font.size": 11.5,
     "text.color": TEXT,
@@ -162,15 +163,16 @@ def _draw(chart: Chart) -> Any:
     """A matplotlib figure; a logarithmic x axis where few values of x span a factor of ten, as sizes of data do."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    names = dict.fromkeys(series.name for series in chart.series)
+    drawn = chart.series[:MOST_SERIES]
+    names = dict.fromkeys(series.name for series in drawn)
     height = 0.7 + 0.14 * len(chart.rows) * (len(names) + 1) if chart.rows else HEIGHT
     columns = max(1, min(3, int(72 * WIDTH / (60 + 6.5 * max(len(_label(name)) for name in names or ["-"])))))
     height += 0.22 * math.ceil(len(names) / columns) * (len(names) > 1)
     figure = Figure(figsize=(WIDTH, min(height, 100)), layout="constrained")
     axes = figure.add_subplot()
-    several = sum(series.kind in ("marked", "dots") for series in chart.series)
+    several = sum(series.kind in ("marked", "dots") for series in drawn)
     handles: dict[str, Any] = {}
-    for index, series in enumerate(chart.series):
+    for index, series in enumerate(drawn):
         # Error bars at the same point would hide each other.
         shift = index - (several - 1) / 2 if series.ranges and several > 1 else 0.0
         handles[series.name] = _draw_series(axes, series, shift, several)

@@ -481,6 +481,21 @@ def test_more_metrics_than_figures_are_bounded(tmp_path: Path) -> None:
     assert "metric79 over prefix length: the figures" in taken.text()
 
 
+def test_more_systems_and_parts_than_a_figure_holds_are_bounded(tmp_path: Path) -> None:
+    study_json(tmp_path, axis="prefix_length", factors=["method", "prefix_length"])
+    groups = {f"part {index}": {"num_examples": 1, "scores": {"bleu": measure(1.0)}} for index in range(40)}
+    for index in range(200):
+        folder = tmp_path / "cells" / str(index)
+        factors = {"method": f"method {index}", "prefix_length": 1}
+        write(folder / "cell.json", {"id": str(index), "factors": factors, "status": "done", "figures": {}})
+        write(folder / "evaluation.json", {"scores": {"bleu": measure(1.0)}, "groups": {"kind": groups}})
+    page, text = pages(tmp_path)
+    assert "Parts drawn: 1; systems drawn: 30." in text
+    assert len(page) < 20_000_000
+    table = next(table for table in markdown_tables(text) if table[0][:2] == ["kind", "examples"])
+    assert (len(table), len(table[0])) == (41, 202)
+
+
 @pytest.mark.parametrize("make", [methods_study, low_data_study, length_study])
 def test_the_page_is_sound(make: Any, tmp_path: Path) -> None:
     taken = Page(pages(make(tmp_path))[0])

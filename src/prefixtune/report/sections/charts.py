@@ -13,8 +13,8 @@ from prefixtune.report.sections.systems import System, best_values, lower_is_bet
 __all__ = ["axis_section", "groups_section", "losses_section", "run_series", "smooth"]
 
 
-MOST_DRAWN = 60
-"""Rows of a chart."""
+MOST_SYSTEMS, MOST_DOTS = 30, 300
+"""Of a chart of parts of the data."""
 MOST_ROWS = 24
 """Rows of a table of losses."""
 STEP = "optimizer step"
@@ -93,9 +93,9 @@ def _title(kind: str) -> str:
 
 
 def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping[str, int]) -> Chart:
-    drawn = list(sizes)[:MOST_DRAWN]
+    drawn = list(sizes)[: max(1, MOST_DOTS // len(systems))]
     series = []
-    for system in systems[:MOST_DRAWN]:
+    for system in systems[:MOST_SYSTEMS]:
         spreads = [(row, system.spread(main, (kind, name)), name) for row, name in enumerate(drawn)]
         dots = [(s.mean, row, system.span(main, (kind, name)) or (s.mean, s.mean)) for row, s, name in spreads if s]
         if dots:
@@ -103,8 +103,8 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
             series.append(Series(system.name, [(x, y) for x, y, _ in dots], system.style, ranges, "dots"))
     title = f"{metric_name(main)} by {_title(kind)}"
     text = f"{metric_name(main)} for each of {len(sizes)} parts, with its interval; the figures are in the table below."
-    if len(drawn) < len(sizes) or len(systems) > MOST_DRAWN:
-        text += f" At most {MOST_DRAWN} parts and systems are drawn."
+    if len(drawn) < len(sizes) or len(systems) > MOST_SYSTEMS:
+        text += f" Parts drawn: {len(drawn)}; systems drawn: {len(series)}."
     values = {name: best_values(systems, main, (kind, name)) for name in sizes}
     columns = [
         texts(words(kind), sizes),
