@@ -200,6 +200,8 @@ def test_columns_with_the_name_of_an_option_are_inside_fields() -> None:
 def test_wrong_bodies_of_tasks() -> None:
     assert "'food'" in refused(task, name="a", foood="b").message
     assert refused(task, name="a", source="b").param == "source"
+    # A misspelled option is no field of the task.
+    assert "both" not in refused(task, source="b", max_token=5).message
     assert refused(task).param == "name"
     assert refused(task, fields={"name": "a"}, food="b").param == "food"
     assert refused(task, fields=["a"]).param == "fields"

@@ -426,5 +426,5 @@ def _faults_of_record(body: Mapping[str, Any], columns: Sequence[str]) -> Iterat
     if source is None and not own and not inner:
         hint = f"Give {', '.join(map(repr, columns))}, or 'source'." if columns else "Give 'source'."
         yield Fault(f"the request has none of the task's fields. {hint}", columns[0] if columns else "source")
-    if source is not None and own:
+    if source is not None and any(name in columns for name in own):
         yield Fault("give either 'source' or the task's fields, not both.", "source")
