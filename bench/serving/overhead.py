@@ -142,9 +142,9 @@ class InstantServer:
     def _wait(self, log: Path, seconds: float = 120) -> tuple[str, int]:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
-            _, found, rest = log.read_text(encoding="utf-8", errors="replace").partition(" on http://")
+            _, separator, rest = log.read_text(encoding="utf-8", errors="replace").partition(" on http://")
             host, _, port = rest.partition(" ")[0].strip().partition(":")
-            if found and port.isdigit():
+            if separator and port.isdigit():
                 with contextlib.suppress(OSError):
                     socket.create_connection((host, int(port)), timeout=1).close()
                     return host, int(port)
@@ -226,7 +226,7 @@ def request_bytes(path: str, body: Mapping[str, Any]) -> bytes:
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-def seconds_each(connections: Sequence[Connection], request: bytes, count: int) -> float:
+def seconds_per_request(connections: Sequence[Connection], request: bytes, count: int) -> float:
     """Seconds for one of `count` requests; each connection has one open at a time."""
     began = time.perf_counter()
     for _ in range(count // len(connections)):
@@ -258,10 +258,10 @@ def measure_round(server: InstantServer, timing: Timing, requests: int, streams:
         for name, (path, body) in {**REQUESTS, **STREAMS}.items():
             count = requests if name in REQUESTS else streams
             data, before = request_bytes(path, body), server.cpu_seconds()
-            timing.wall.setdefault(name, []).append(seconds_each(connections[:1], data, count))
+            timing.wall.setdefault(name, []).append(seconds_per_request(connections[:1], data, count))
             timing.cpu.setdefault(name, []).append((server.cpu_seconds() - before) / count)
         data = request_bytes(*REQUESTS["completion"])
-        timing.at_once.append(seconds_each(connections, data, max(requests, AT_ONCE)))
+        timing.at_once.append(seconds_per_request(connections, data, max(requests, AT_ONCE)))
 
 
 def measure(options: argparse.Namespace, log: Log) -> Results:

@@ -328,7 +328,7 @@ WRONG = [
           400, "name", None,
           "the request has none of the task's fields. Give 'name', or 'source'.",
           ("'name'", "'source'")),
-    Wrong("a source beside the fields", task({"name": "x", "source": "y"}),
+    Wrong("a source and fields", task({"name": "x", "source": "y"}),
           400, "source", None,
           "give either 'source' or the task's fields, not both.",
           ("'source'", "fields", "not both")),
