@@ -350,7 +350,11 @@ prefixes = ["*"]
 @fuzzed(data=spoiled(TOML))
 def test_configurations(folder: Path, data: bytes) -> None:
     path = write(folder / "run.toml", data)
-    for read in (TrainConfig.from_file, lambda path: StudyConfig.from_toml("methods", path), ServeConfig.from_file):
+    for read in (
+        TrainConfig.from_file,
+        lambda path: StudyConfig.from_file(path, name="methods"),
+        ServeConfig.from_file,
+    ):
         with refused():
             read(path)
 
@@ -368,7 +372,7 @@ def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
         path = write(folder / "again.toml", config.to_toml().encode("utf-8"))
         assert TrainConfig.from_file(path) == config
     with refused():
-        StudyConfig.from_mapping("low-data", values)
+        StudyConfig(**{"name": "low-data", **values})
     with refused():
         ServeConfig.from_layers(
             *ServeConfig.sources(None, {f"{ENVIRONMENT}{name.upper()}": str(value) for name, value in values.items()})

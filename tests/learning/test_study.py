@@ -59,26 +59,23 @@ def configure(model: str) -> Make:
     def make(output: Path, **values: Any) -> StudyConfig:
         own = {key: values.pop(key) for key in list(values) if key in ("max_steps", "save_every")}
         settings = {"batch_size": 4, "max_steps": 4, "eval_every": 2, "save_every": 2, "warmup_steps": 0, **own}
-        return StudyConfig.from_mapping(
-            values.pop("name", "methods"),
-            {
-                "backbone": model,
-                "dtype": "float32",
-                "task": "toy",
-                "train": "train",
-                "dev": "held_out",
-                "test": "held_out",
-                "output": str(output),
-                "methods": ("prefix", "full"),
-                "lengths": (3,),
-                "sizes": (8,),
-                "dev_limit": 4,
-                "test_limit": 3,
-                "tries": 2,
-                "train_settings": settings,
-                **values,
-            },
-        )
+        usual = {
+            "backbone": model,
+            "dtype": "float32",
+            "task": "toy",
+            "train": "train",
+            "dev": "held_out",
+            "test": "held_out",
+            "output": str(output),
+            "methods": ("prefix", "full"),
+            "lengths": (3,),
+            "sizes": (8,),
+            "dev_limit": 4,
+            "test_limit": 3,
+            "tries": 2,
+            "train_settings": settings,
+        }
+        return StudyConfig(**{**usual, **values})
 
     return make
 
@@ -213,7 +210,7 @@ def test_runs_are_compared_item_by_item(whole: tuple[StudyConfig, Log], tmp_path
         assert pair["p_value"] == compare(outputs, others, references, "bleu", "plain").p_value
     assert [point["differences"] for point in facts["points"]] == [[pair["difference"]] for pair in facts["pairs"]]
     # Without the outputs, p-values are kept where the scores are the same.
-    copied = dataclasses.replace(config, output=str(tmp_path / "copied"))
+    copied = config.replace(output=str(tmp_path / "copied"))
     shutil.copytree(config.folder, copied.folder)
     for path in copied.folder.glob("cells/*/outputs.jsonl"):
         path.unlink()
@@ -283,7 +280,7 @@ def test_running_it_again_does_nothing(whole: tuple[StudyConfig, Log]):
 
 def test_repetitions_take_the_chosen_rate_and_subsets_differ(configure: Make, tmp_path: Path):
     config = configure(tmp_path / "study", name="low-data", seeds=1, subsets=2, dev_share=0.5, max_steps=2)
-    config = dataclasses.replace(config, methods=("prefix",), patience=0, steps_by_size={"8": 3})
+    config = config.replace(methods=("prefix",), patience=0, steps_by_size={"8": 3})
     log = Log()
     assert len(run_study(config, on_event=log.events.append).done) == 2
     starts = Counter(event["cell"] for event in log.of("start"))
@@ -407,13 +404,13 @@ def test_other_settings_are_refused_and_paths_may_change(configure: Make, tmp_pa
     before = (config.folder / "study.json").read_bytes()
     for changes in ({"num_beams": 2}, {"test_limit": 2}, {"methods": ("prefix",)}):
         with pytest.raises(ConfigError, match="began with other settings: ") as error:
-            run_study(dataclasses.replace(config, **changes))
+            run_study(config.replace(**changes))
         (name,) = changes
         assert f"{name} was " in error.value.message
         assert "choose another output" in error.value.hint
     assert (config.folder / "study.json").read_bytes() == before
     (tmp_path / "study").rename(tmp_path / "moved")
-    moved = dataclasses.replace(config, output=str(tmp_path / "moved"), budget=9.0, keep_weights=True, data="elsewhere")
+    moved = config.replace(output=str(tmp_path / "moved"), budget=9.0, keep_weights=True, data="elsewhere")
     log = Log()
     assert run_study(moved, on_event=log.events.append).done
     assert log.events == []
@@ -515,7 +512,7 @@ def test_reductions_of_the_papers_protocol_are_described(configure: Make, tmp_pa
 
 def test_a_process_of_the_smaller_study_does_not_undo_growth(configure: Make, tmp_path: Path):
     small = configure(tmp_path / "study", methods=("zero-shot", "few-shot"), shots=1)
-    large = dataclasses.replace(small, methods=("zero-shot", "few-shot", "prefix"))
+    large = small.replace(methods=("zero-shot", "few-shot", "prefix"))
     before: list[Any] = []
 
     def grow(event: Event) -> None:
@@ -531,11 +528,11 @@ def test_a_process_of_the_smaller_study_does_not_undo_growth(configure: Make, tm
 def test_other_data_under_the_same_settings_are_refused(configure: Make, tmp_path: Path):
     config = configure(tmp_path / "study", methods=("zero-shot",))
     run_study(config)
-    grown = dataclasses.replace(config, methods=("zero-shot", "few-shot"), test="train")
+    grown = config.replace(methods=("zero-shot", "few-shot"), test="train")
     with pytest.raises(DataError, match="the test data is not what the study in") as error:
         run_study(grown)
     assert "choose another output" in error.value.hint
-    assert not run_study(dataclasses.replace(grown, test="held_out")).left
+    assert not run_study(grown.replace(test="held_out")).left
 
 
 def test_a_study_of_the_bare_model_needs_a_test_set_alone(configure: Make, tmp_path: Path):
@@ -581,7 +578,7 @@ def test_any_error_of_a_run_is_reported_and_the_others_go_on(
 def test_a_file_of_something_else_is_named(
     name: str, text: str, says: str, whole: tuple[StudyConfig, Log], tmp_path: Path
 ):
-    config = dataclasses.replace(whole[0], output=str(tmp_path / "copied"))
+    config = whole[0].replace(output=str(tmp_path / "copied"))
     shutil.copytree(whole[0].folder, config.folder)
     cell = next(cell for cell in plan(config) if cell.method == "prefix")
     (config.folder / name.format(cell=cell.id, group=cell.group)).write_text(text)
@@ -647,19 +644,19 @@ def test_data_that_is_broken_or_too_small_is_reported_before_anything_is_trained
     for wrong, message in (
         (config, "test.csv"),
         (
-            dataclasses.replace(config, test=str(good), sizes=(0, 2)),
+            config.replace(test=str(good), sizes=(0, 2)),
             "a sample of 2 targets was requested, but there are 1",
         ),
         (
-            dataclasses.replace(config, test=str(good), methods=("few-shot",)),
+            config.replace(test=str(good), methods=("few-shot",)),
             "few-shot needs 3 solved examples, but the smallest sample has 1",
         ),
-        (dataclasses.replace(config, test=str(tmp_path / "nowhere.csv")), "nowhere.csv"),
+        (config.replace(test=str(tmp_path / "nowhere.csv")), "nowhere.csv"),
     ):
         with pytest.raises(DataError, match=message):
             run_study(wrong, on_event=log.events.append)
     with pytest.raises(ConfigError, match="no dev data"):
-        run_study(dataclasses.replace(config, test=str(good), dev=""), on_event=log.events.append)
+        run_study(config.replace(test=str(good), dev=""), on_event=log.events.append)
     assert log.events == []
     assert not config.folder.exists()
 
@@ -672,7 +669,7 @@ def test_the_budget_leaves_what_it_has_no_time_for_and_says_so(configure: Make, 
     assert stored["budget_minutes"] == 1e-9
     assert f"2 of 2 runs are not done within 1e-09 minutes: {', '.join(outcome.left)}" in stored["cut"]
     assert {cell.status for cell in read_results(config.folder).cells} == {"waiting"}
-    more = dataclasses.replace(config, budget=60.0)
+    more = config.replace(budget=60.0)
     assert len(run_study(more).done) == 2
     assert not any("not done" in text for text in read(config.folder / "study.json")["cut"])
 

@@ -14,7 +14,6 @@ from prefixtune.cli.commands import (
     evaluate,
     generate,
     score,
-    study,
 )
 from prefixtune.cli.common import CommandParser
 from prefixtune.errors import ConfigError, did_you_mean
@@ -70,7 +69,6 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, CommandParser]]:
         generate,
         evaluate,
         score,
-        study,
     ):
         module.register(command)
     return parser, parsers

@@ -61,7 +61,7 @@ COMMANDS = {
 """Group -> command -> one line of help."""
 
 
-_NOT_YET = {"generate", "evaluate", "score", "study"}
+_NOT_YET = {"generate", "evaluate", "score"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from prefixtune.errors import did_you_mean
-from prefixtune.utils.config import Config, Layer, allowed_range
+from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
 
 __all__ = ["CommandOptions", "ConfigOptions", "OutputOptions", "command", "json_option", "positional"]
 
@@ -103,7 +103,12 @@ class ConfigOptions(CommandOptions):
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
         """The file that is named by `--config`."""
         path = given.get("config")
-        return [Layer.from_file(path, [name for name in cls.model_fields if not _is_own(cls, name)])] if path else []
+        return [Layer.from_file(path, cls.configuration().model_fields)] if path else []
+
+    @classmethod
+    def configuration(cls) -> type[Config]:
+        """The configuration that it has the fields of."""
+        return next(base for base in cls.__mro__ if issubclass(base, Config) and not issubclass(base, CommandOptions))
 
 
 def command(run: Callable[[Any], int]) -> Callable[..., int]:
@@ -150,7 +155,8 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
     }
     if not switch:
         settings |= {"converter": _list_texts if several else _last_text, "allow_repeating": True}
-        settings["metavar"] = "CHOICE" if choices else extra.get("metavar", _metavar(item))
+        metavar = "A,B,..." if has_commas(field) else _metavar(item)
+        settings["metavar"] = "CHOICE" if choices else extra.get("metavar", metavar)
         default = list(map(str, default or ())) if several else str(default)
     if "group" in extra:
         settings["group"] = _group(extra["group"])

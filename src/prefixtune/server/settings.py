@@ -38,7 +38,10 @@ class KeyConfig(Table):
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    hash: str = Field(description="'sha256:' and the digest of the key, as `prefixtune serve --new-key` prints it")
+    hash: str = Field(
+        description="'sha256:' and the digest of the key, as `prefixtune serve --new-key` prints it",
+        json_schema_extra={"pattern": f"^{_HASH.pattern}$"},
+    )
     prefixes: tuple[str, ...] = Field(
         default=("*",),
         strict=False,
@@ -168,7 +171,7 @@ class ServeConfig(Config):
         100, description="most prefixes with metrics of their own; the others count as 'other'"
     )
 
-    keys: Mapping[str, KeyConfig] = Field({}, description="tables [keys.NAME], only in the file")
+    keys: Mapping[str, KeyConfig] = Field(default={}, description="tables [keys.NAME], only in the file")
 
     @field_validator("prefixes")
     @classmethod

@@ -8,7 +8,6 @@ must be on a disk that all machines see under the same path, with working file l
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -167,4 +166,4 @@ def _with_absolute_paths(config: StudyConfig) -> StudyConfig:
         return str(Path(text).absolute()) if text and Path(text).exists() else text
 
     data: dict[str, Any] = {name: absolute(getattr(config, name)) for name in ("data", "train", "dev", "test")}
-    return dataclasses.replace(config, output=str(config.folder.absolute()), **data)
+    return config.replace(output=str(config.folder.absolute()), **data)

@@ -51,7 +51,7 @@ def write_comparisons(config: StudyConfig, cells: Sequence[Cell]) -> None:
 def counterparts(config: StudyConfig) -> Iterator[tuple[Cell, Cell]]:
     """Every run of a study that has a counterpart, and its counterpart.
 
-    >>> study = StudyConfig.from_mapping("low-data", {"sizes": [50, 100], "subsets": 1, "seeds": 1})
+    >>> study = StudyConfig(name="low-data", sizes=[50, 100], subsets=1, seeds=1)
     >>> [(run.id, other.id) for run, other in counterparts(study)][0]
     ('full-n50-subset0-seed0', 'prefix-n50-P10-task-subset0-seed0')
     """

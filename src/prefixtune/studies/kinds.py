@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 __all__ = [
     "METHODS",
     "SIZED",
-    "STARTS",
     "STUDIES",
     "UNTRAINED",
     "Method",
     "Split",
+    "Start",
     "StudyKind",
+    "StudyName",
     "base_method",
     "method_size",
 ]
@@ -27,7 +28,8 @@ UNTRAINED: tuple[Method, ...] = ("zero-shot", "few-shot")
 """Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
 SIZED: tuple[Method, ...] = ("top", "adapter", "lora")
 """Methods that may have a size, as in `adapter:8`."""
-STARTS = ("task", "unrelated", "random")
+Start = Literal["task", "unrelated", "random"]
+StudyName = Literal["methods", "low-data", "unseen", "length", "initialization", "position"]
 
 
 def base_method(method: str) -> str:
@@ -66,7 +68,7 @@ class StudyKind:
     defaults: Mapping[str, Any]
 
 
-STUDIES: dict[str, StudyKind] = {
+STUDIES: dict[StudyName, StudyKind] = {
     "methods": StudyKind(
         "a prefix against what else can be trained (Li & Liang 2021, table 1)",
         ("method",),
@@ -104,7 +106,7 @@ STUDIES: dict[str, StudyKind] = {
         "where the prefix starts: the task's words, other words, at random (section 7.4)",
         ("initialization",),
         None,
-        {"starts": STARTS, "sizes": (100,), "subsets": 3, "sample": "pairs", "dev_share": 0.3},
+        {"starts": get_args(Start), "sizes": (100,), "subsets": 3, "sample": "pairs", "dev_share": 0.3},
     ),
     "position": StudyKind(
         "a prefix against an infix and a prompt at the input layer (sections 7.2 and 7.3)",

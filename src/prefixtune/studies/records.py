@@ -228,7 +228,7 @@ def read_study(config: StudyConfig) -> dict[str, Any] | None:
 def changed_settings(config: StudyConfig, stored: Mapping[str, Any]) -> list[str]:
     """The settings that differ from those in `study.json` by more than growth, in words."""
     # A setting that an older version did not have was at its default.
-    before, now = {**StudyConfig().to_dict(), **stored["config"]}, config.to_dict()
+    before, now = {**StudyConfig(name=config.name).to_dict(), **stored["config"]}, config.to_dict()
     return [
         f"{key} was {before[key]!r}, is {now[key]!r}"
         for key in now

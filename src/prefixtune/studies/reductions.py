@@ -45,14 +45,14 @@ def _sizes(config: StudyConfig) -> Iterator[str]:
 
 def _counts(config: StudyConfig) -> Iterator[str]:
     """Fewer repetitions or tries, or less patience, than the study has by default."""
-    defaults = {**StudyConfig().to_dict(), **config.kind.defaults}
+    defaults = StudyConfig(name=config.name)
     tries = len(next(iter(config.learning_rates.values()), ())) or config.tries
     for name, count in (("subsets", config.subsets), ("seeds", config.seeds), ("tries", tries)):
-        if count < defaults[name]:
+        if count < getattr(defaults, name):
             singular = {"subsets": "subset", "seeds": "seed", "tries": "try"}[name]
-            yield f"{count} {singular if count == 1 else name} instead of {defaults[name]}"
-    if config.patience < defaults["patience"]:
-        yield f"patience {config.patience} instead of {defaults['patience']}"
+            yield f"{count} {singular if count == 1 else name} instead of {getattr(defaults, name)}"
+    if config.patience < defaults.patience:
+        yield f"patience {config.patience} instead of {defaults.patience}"
 
 
 def _values(config: StudyConfig) -> Iterator[str]:

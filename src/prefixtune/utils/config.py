@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -30,7 +30,17 @@ from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_
 from prefixtune.utils.config_files import read_config_file
 from prefixtune.utils.faults import describe_fault, show_value
 
-__all__ = ["CommaList", "Config", "DeviceName", "Layer", "Table", "TextList", "allowed_range", "option_group"]
+__all__ = [
+    "CommaList",
+    "Config",
+    "DeviceName",
+    "Layer",
+    "Table",
+    "TextList",
+    "allowed_range",
+    "has_commas",
+    "option_group",
+]
 
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 """Whole numbers are TOML's: of 64 bits, with a sign."""
@@ -81,6 +91,11 @@ DeviceName = Annotated[str, AfterValidator(_check_device)]
 def option_group(name: str, **extra: Any) -> Callable[..., Any]:
     """A `Field` of pydantic that the help of commands lists under `name`; `extra` is for `cli.options`."""
     return functools.partial(Field, json_schema_extra={"group": name, **extra})
+
+
+def has_commas(field: FieldInfo) -> bool:
+    """Whether it is a list that may be written as one text with commas."""
+    return any(getattr(item, "func", None) is _split_commas for item in field.metadata)
 
 
 def allowed_range(field: FieldInfo) -> str:
@@ -154,12 +169,10 @@ class Layer:
     def value(self, name: str, field: FieldInfo) -> Any:
         """A value for a field; a text that is none of the field's type is left as it is, and validation refuses it."""
         value = self.values[name]
-        if not self.text:
-            return value
-        if get_origin(field.annotation) is tuple:
+        if has_commas(field) and (self.text or isinstance(value, str)):
             item = get_args(field.annotation)[0]
-            return value if item is str else tuple(_parse(item, part) for part in _split_commas(value))
-        return _parse(field.annotation, value)
+            return tuple(_parse(item, part) for part in _split_commas(value))
+        return _parse(field.annotation, value) if self.text else value
 
 
 def _parse(kind: Any, text: Any) -> Any:
@@ -201,7 +214,7 @@ class Config(Table):
         fields = "".join(f"\n    {name}: {field.description}" for name, field in cls.model_fields.items())
         cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nAttributes:{fields}"
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         self._fill([Layer(values)])
 
     @classmethod
@@ -273,6 +286,17 @@ class Config(Table):
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of its files."""
+        schema = cls.model_json_schema()
+        for name, field in cls.model_fields.items():
+            # What `json_schema_extra` says is for the command line.
+            for key in field.json_schema_extra if isinstance(field.json_schema_extra, dict) else ():
+                del schema["properties"][name][key]
+        schema["description"] = schema["description"].partition("\n")[0]
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with several values together: the fields' names, and a message.
@@ -361,11 +385,14 @@ def _describe_unknown(layer: Layer, name: str, allowed: Collection[str], other_n
 def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str:
     first, *rest = detail["loc"]
     unknown = str(rest.pop()) if detail["type"] == "extra_forbidden" else None
+    if is_key := rest[-1:] == ["[key]"]:
+        # Of a mapping; the key itself stands before.
+        rest = rest[:-2]
     name = layer.name(str(first)) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if unknown is not None:
         table = _table_at(field.annotation, rest)
         return f"{name} has the unknown key {unknown!r} ({did_you_mean(unknown, table.model_fields if table else ())})"
-    return describe_fault(detail, name, "" if rest else allowed_range(field))
+    return describe_fault(detail, f"a key of {name}" if is_key else name, "" if rest else allowed_range(field))
 
 
 def _table_at(kind: Any, path: Sequence[int | str]) -> type[BaseModel] | None:

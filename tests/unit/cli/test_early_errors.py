@@ -175,7 +175,7 @@ MISTAKES = [
     ),
     (
         "study length --backbone model --device gpu --task toy --train train --dev held_out --test held_out --sizes 0",
-        "unknown device 'gpu'",
+        "--device is 'gpu', but must be cpu, cuda",
     ),
     (
         "study length --backbone model --output file --task toy --train train --dev held_out --test held_out --sizes 0",
@@ -186,6 +186,7 @@ MISTAKES = [
     ("score --task e2e --hypotheses file --references nowhere.csv", "nowhere.csv"),
     ("tasks --jsn", "--jsn"),
     ("env --jsn", "--jsn"),
+    ("config schema sevre", "did you mean 'serve'?"),
     ("--install-completion --shell bsh", "must be one of 'bash', 'zsh', 'fish', 'powershell'"),
 ]
 

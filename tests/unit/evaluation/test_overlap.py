@@ -52,20 +52,18 @@ def test_a_missing_training_set_is_not_compared(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_study_counts_them_and_its_report_warns(tmp_path: Path, tiny_backbone: Any) -> None:
-    config = StudyConfig.from_mapping(
-        "length",
-        {
-            "task": "records",
-            "train": write(tmp_path / "train.jsonl", ["Ann", "Bo"]),
-            "dev": write(tmp_path / "dev.jsonl", ["Cy"]),
-            "test": write(tmp_path / "test.jsonl", ["Bo ", "Zed"]),
-            "output": str(tmp_path / "study"),
-            "lengths": [2],
-            "sizes": [0],
-            "tries": 1,
-            "task_words": "a",
-            "train_settings": {"source": "name", "target": "text", "max_steps": 1},
-        },
+    config = StudyConfig(
+        name="length",
+        task="records",
+        train=write(tmp_path / "train.jsonl", ["Ann", "Bo"]),
+        dev=write(tmp_path / "dev.jsonl", ["Cy"]),
+        test=write(tmp_path / "test.jsonl", ["Bo ", "Zed"]),
+        output=str(tmp_path / "study"),
+        lengths=[2],
+        sizes=[0],
+        tries=1,
+        task_words="a",
+        train_settings={"source": "name", "target": "text", "max_steps": 1},
     )
     events: list[dict[str, Any]] = []
     run_study(config, backbone=tiny_backbone("llama"), on_event=events.append)

@@ -12,7 +12,7 @@ from prefixtune.studies.compare import counterparts
 
 
 def cells(name: str, **values: object) -> list[Cell]:
-    return plan(StudyConfig.from_mapping(name, values))
+    return plan(StudyConfig(name=name, **values))
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -83,28 +83,24 @@ def test_what_a_study_varies_is_among_the_factors(name: str):
 
 
 def test_counterparts_are_of_the_same_sample_seed_and_size():
-    study = StudyConfig.from_mapping(
-        "low-data", {"methods": ["prefix", "full", "zero-shot"], "sizes": [50, 100], "subsets": 2, "seeds": 2}
-    )
+    study = StudyConfig(name="low-data", methods=["prefix", "full", "zero-shot"], sizes=[50, 100], subsets=2, seeds=2)
     pairs = {run.id: other.id for run, other in counterparts(study)}
     assert len(pairs) == 2 * 2 * 2, "the bare model has no size to be compared at"
     assert pairs["full-n100-subset1-seed0"] == "prefix-n100-P10-task-subset1-seed0"
-    methods = StudyConfig.from_mapping("methods", {"methods": ["full", "zero-shot"], "sizes": [50]})
+    methods = StudyConfig(name="methods", methods=["full", "zero-shot"], sizes=[50])
     assert [(run.id, other.method) for run, other in counterparts(methods)] == [("zero-shot-all-subset0-seed0", "full")]
-    position = StudyConfig.from_mapping("position", {"lengths": [1, 5], "sizes": [8]})
+    position = StudyConfig(name="position", lengths=[1, 5], sizes=[8])
     assert {run.id: other.id for run, other in counterparts(position)} == {
         f"{method}-n8-P{length}-task-subset0-seed0": f"prefix-n8-P{length}-task-subset0-seed0"
         for method in ("infix", "prompt")
         for length in (1, 5)
     }
-    length = StudyConfig.from_mapping("length", {"lengths": [2, 5]})
+    length = StudyConfig(name="length", lengths=[2, 5])
     assert [(run.prefix_length, other.prefix_length) for run, other in counterparts(length)] == [(5, 2)]
 
 
 def test_all_targets_are_not_taken_for_none():
-    low = StudyConfig.from_mapping(
-        "low-data", {"methods": ["zero-shot", "prefix", "full"], "sizes": [0], "subsets": 2, "seeds": 2}
-    )
+    low = StudyConfig(name="low-data", methods=["zero-shot", "prefix", "full"], sizes=[0], subsets=2, seeds=2)
     assert [(run.id, other.id) for run, other in counterparts(low)] == [
         ("zero-shot-all-subset0-seed0", "prefix-all-P10-task-subset0-seed0"),
         ("full-all-subset0-seed0", "prefix-all-P10-task-subset0-seed0"),

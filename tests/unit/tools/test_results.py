@@ -29,7 +29,7 @@ def test_the_tables_are_those_of_the_results() -> None:
 def test_a_study_goes_on_from_its_file(path: Path, tmp_path: Path) -> None:
     results.unpack(path, tmp_path)
     toml = results.ROOT / "studies" / f"{path.stem.replace('-', '_')}.toml"
-    config = StudyConfig.from_toml(path.stem, toml, {"output": str(tmp_path)})
+    config = StudyConfig.from_file(toml, name=path.stem, output=str(tmp_path))
     stored = read_study(config)
     assert stored is not None
     check_same_study(config, stored)

@@ -52,9 +52,10 @@ def serve(options: ServeOptions) -> int:
     The file of --config may also have tables [keys.NAME]. Variables such as PREFIXTUNE_SERVE_PORT win over the file,
     and options over both.
 
-      prefixtune serve --prefixes prefixes
-      prefixtune serve --config serve.toml --host 0.0.0.0
-      prefixtune serve --new-key alice
+    For example:
+        prefixtune serve --prefixes prefixes
+        prefixtune serve --config serve.toml --host 0.0.0.0
+        prefixtune serve --new-key alice
     """
     if options.new_key:
         return _new_key(options.new_key)

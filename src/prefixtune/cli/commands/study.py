@@ -2,92 +2,63 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.cli.common import AddCommand, print_json
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
 from prefixtune.studies.config import StudyConfig
-from prefixtune.studies.kinds import STUDIES
+from prefixtune.studies.kinds import StudyName
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.studies.grid import Cell
     from prefixtune.studies.records import Outcome
 
-__all__ = ["register"]
+__all__ = ["StudyOptions", "study"]
 
 
-def _tables() -> list[str]:
-    """Names of the fields that are tables."""
-    return [field.name for field in dataclasses.fields(StudyConfig) if field.default_factory is not dataclasses.MISSING]
+class StudyOptions(OutputOptions, ConfigOptions, StudyConfig):
+    """The options of `prefixtune study`."""
 
-
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "study",
-        run,
-        "compare methods, sizes, lengths or starts: a grid of runs that can be stopped, resumed and distributed",
-        """
-
-examples:
-  prefixtune study methods --config studies/methods.toml
-  prefixtune study low-data --config studies/low_data.toml --budget 60
-  prefixtune study length --task toy --train train --dev held_out --test held_out --sizes 0""",
+    name: StudyName = positional(description=StudyConfig.model_fields["name"].description)
+    plan: bool = Field(False, description="only list the runs of the study")
+    as_json: bool = json_option("every event, one a line,")
+    ray: int = Field(0, ge=0, description="distribute the runs over N workers of a Ray cluster")
+    ray_address: str = Field(
+        "", description="the cluster, as ray.init takes it: auto, or HOST:PORT; empty: this machine"
     )
-    parser.add_argument("name", help="; ".join(f"{name}: {kind.description}" for name, kind in STUDIES.items()))
-    parser.add_argument("--config", metavar="FILE", help="TOML file with the keys below; flags win over it")
-    parser.add_argument("--plan", action="store_true", help="only list the runs of the study")
-    parser.add_argument("--json", action="store_true", help="print every event as JSON, one a line")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
-    parser.add_argument(
-        "--ray", type=int, metavar="N", default=0, help="distribute the runs over N workers of a Ray cluster"
-    )
-    parser.add_argument(
-        "--ray-address",
-        metavar="TEXT",
-        help="the cluster, as ray.init takes it: auto, or HOST:PORT (default: this machine)",
-    )
-    group = parser.add_argument_group("study", "only in the file: the tables " + ", ".join(_tables()))
-    varying = {key for kind in STUDIES.values() for key in kind.defaults}
-    for field in dataclasses.fields(StudyConfig):
-        if field.name in ("name", *_tables()):
-            continue
-        default: Any = field.default
-        flag, kind = f"--{field.name.replace('_', '-')}", type(default)
-        shown = ",".join(map(str, default)) if kind is tuple else default
-        shown = f"the study's own, else {shown}" if field.name in varying else str(shown or "")
-        text = field.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown else "")
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            parse = {int: int, float: float}.get(kind, str)
-            metavar = {int: "N", float: "X"}.get(kind, "A,B,..." if kind is tuple else "TEXT")
-            group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune study`."""
+@command
+def study(options: StudyOptions) -> int:
+    """Compare methods, sizes, lengths or starts: a grid of runs that can be stopped, resumed and distributed.
+
+    The file of --config may also have the tables train_settings, learning_rates and steps_by_size.
+
+    For example:
+        prefixtune study methods --config studies/methods.toml
+        prefixtune study low-data --config studies/low_data.toml --budget 60
+        prefixtune study length --task toy --train train --dev held_out --test held_out --sizes 0
+    """
     from prefixtune.studies.grid import plan
 
-    names = {field.name for field in dataclasses.fields(StudyConfig)} - {"name"}
-    flags = {name: value for name, value in vars(options).items() if name in names}
-    if options.config:
-        config = StudyConfig.from_toml(options.name, options.config, flags)
-    else:
-        config = StudyConfig.from_mapping(options.name, flags, where="the command")
+    config = options.part(StudyConfig)
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
     cells = plan(config)
     if options.plan:
         _print_plan(options, config, cells)
         return 0
-    console = Console(quiet=options.quiet or options.json)
+    console = Console(quiet=options.quiet)
     outcome = _run_study(console, options, config, len(cells))
-    if options.json:
+    if options.as_json:
         print_json(
             {
                 "event": "result",
@@ -104,16 +75,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(options: argparse.Namespace, config: StudyConfig, cells: Sequence[Cell]) -> None:
+def _print_plan(options: StudyOptions, config: StudyConfig, cells: Sequence[Cell]) -> None:
     """List the runs of a study."""
-    if options.json:
+    if options.as_json:
         print_json({"folder": str(config.folder), "runs": [{"id": cell.id, **cell.factors()} for cell in cells]})
     else:
         for cell in cells:
             print(cell.id)
 
 
-def _run_study(console: Console, options: argparse.Namespace, config: StudyConfig, num_runs: int) -> Outcome:
+def _run_study(console: Console, options: StudyOptions, config: StudyConfig, num_runs: int) -> Outcome:
     """Run a study in this process or on Ray, with its events shown.
 
     Raises:
@@ -122,14 +93,16 @@ def _run_study(console: Console, options: argparse.Namespace, config: StudyConfi
     from prefixtune.studies.runner import run_study
 
     with ExitStack() as stack:
-        on_event = print_json if options.json else _StudyProgress(console, stack, num_runs).show
+        on_event = print_json if options.as_json else _StudyProgress(console, stack, num_runs).show
         try:
             if not options.ray and not options.ray_address:
                 return run_study(config, on_event=on_event)
             from prefixtune.studies.cluster import run_on_ray
 
             command = " ".join(["prefixtune", *sys.argv[1:]])
-            return run_on_ray(config, options.ray or 1, address=options.ray_address, on_event=on_event, command=command)
+            return run_on_ray(
+                config, options.ray or 1, address=options.ray_address or None, on_event=on_event, command=command
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished runs are kept; go on with the same command.") from None
 
