@@ -234,11 +234,11 @@ def test_a_preset_takes_the_papers_values_and_flags_win(model: str, data: str, t
 
 MISTAKES = {
     "unknown study": (("study", "lenght"), "'lenght'", "did you mean 'length'?"),
-    "no study": (("study",), "required", "--help"),
+    "no study": (("study",), "NAME is missing", "--help"),
     "unknown option": (("study", "methods", "--trys", "3"), "--trys", "did you mean '--tries'?"),
     "several wrong values": (
         ("study", "methods", "--tries", "0", "--methods", "lorra"),
-        "(did you mean 'lora'?); tries is 0",
+        "(did you mean 'lora'?); --tries is 0",
         "--help",
     ),
     "no such file of a study": (("study", "methods", "--config", "/nowhere.toml"), "/nowhere.toml", "check the path"),

@@ -256,6 +256,18 @@ class StudyConfig(Config):
         trained = [method for method in other.methods if method not in UNTRAINED]
         return all(set(other.rates(method)) <= set(self.rates(method)) for method in trained)
 
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON schema of its files, with that of training inside."""
+        schema = super().json_schema()
+        keys = TrainConfig.json_schema()["properties"]
+        settings = {key: value for key, value in keys.items() if key not in _RESERVED_KEYS}
+        schema["$defs"] = {"MethodSettings": {"type": "object", "properties": settings, "additionalProperties": False}}
+        methods = {method: {"$ref": "#/$defs/MethodSettings"} for method in METHODS}
+        table = {"properties": {**settings, **methods}, "additionalProperties": False}
+        schema["properties"]["train_settings"] |= table
+        return schema
+
     @property
     def folder(self) -> Path:
         """The study's folder."""

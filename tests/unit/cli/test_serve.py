@@ -1,0 +1,88 @@
+"""`prefixtune serve`: file, environment and options of one configuration; a new key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from command_line import run
+from prefixtune.server.auth import hash_key
+from prefixtune.server.settings import ServeConfig
+
+
+@pytest.mark.parametrize("name", ["serve.toml", "serve.yaml"])
+def test_the_printed_configuration_is_that_of_all_sources(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hash_key("pt-alice")
+    text = {
+        "serve.toml": f'port = 1\nnum_slots = 1\ndeadline = 1e2\n[keys.alice]\nhash = "{digest}"\n',
+        "serve.yaml": f"port: 1\nnum_slots: 1\ndeadline: 1e2\nkeys:\n  alice:\n    hash: {digest}\n",
+    }[name]
+    (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PREFIXTUNE_SERVE_NUM_SLOTS", "2")
+    monkeypatch.setenv("PREFIXTUNE_SERVE_DTYPE", "float32")
+    options = ("--dtype", "bfloat16", "--no-playground", "--proxies", "10.0.0.0/8,::1")
+    printed, _ = run("serve", "--config", str(tmp_path / name), "--print-config", *options)
+    config = ServeConfig(**tomllib.loads(printed))
+    assert config == ServeConfig(
+        port=1,
+        num_slots=2,
+        deadline=100,
+        dtype="bfloat16",
+        playground=False,
+        proxies=["10.0.0.0/8", "::1"],
+        keys={"alice": {"hash": digest}},
+    )
+
+
+def test_each_fault_is_named_as_it_was_written_and_no_key_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(
+        'host = "0.0.0.0"\nprot = 1\n[keys]\nbob = "pt-clear"\n[keys.alice]\nhash = "pt-clear"\nadmni = true\n'
+    )
+    monkeypatch.setenv("PREFIXTUNE_SERVE_PROT", "80")
+    monkeypatch.setenv("PREFIXTUNE_SERVE_KEYS", "pt-clear")
+    _, err = run("serve", "--config", str(path), "--port", "x", "--hots", "a", code=2)
+    for part in (
+        f"{str(path)!r}: ",
+        "unknown key 'prot' (did you mean 'port'?)",
+        "unknown variable 'PREFIXTUNE_SERVE_PROT' (did you mean 'PREFIXTUNE_SERVE_PORT'?)",
+        "unknown variable 'PREFIXTUNE_SERVE_KEYS'",
+        "unknown option '--hots' (did you mean '--host'?)",
+        "--port is 'x', but must be a whole number",
+        "keys.bob is not a table",
+        "keys.alice.hash is not 'sha256:'",
+        "keys.alice has the unknown key 'admni' (did you mean 'admin'?)",
+    ):
+        assert part in err
+    assert "pt-clear" not in err
+    assert "no key is configured" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "name"), [((), "me"), (("acme",), "acme"), (("a b",), "a b"), (("a", "--quiet"), "a")]
+)
+def test_a_new_key_comes_with_its_table(words: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFIXTUNE_SERVE_PROT", "80")
+    out, _ = run("serve", "--new-key", *words)
+    key = next(line.strip() for line in out.splitlines() if line.strip().startswith("pt-"))
+    config = ServeConfig(**tomllib.loads(out[out.index("[keys") :]))
+    assert config.keys[name].hash == hash_key(key)
+
+
+@pytest.mark.parametrize("command", ["serve", "study", "config"])
+def test_help_loads_no_large_library(command: str) -> None:
+    code = (
+        f"import sys; from prefixtune.cli.main import main; main([{command!r}, '--help']); "
+        "print({'torch', 'transformers', 'fastapi', 'numpy'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+    assert f"prefixtune {command}" in done.stdout
