@@ -203,7 +203,7 @@ def test_mistakes_are_reported_before_the_model_loads(
         (("--split", "test", "--metrics", "bertscore"), "bertscore needs the weights of a model"),
         (("--split", "test", "--outputs", str(tmp_path)), "it is a folder"),
         (("--split", "test", "--output", str(tmp_path / "file")), "cannot write"),
-        (("--split", "test", "--batch-size", "0"), "batch_size"),
+        (("--split", "test", "--batch-size", "0"), "--batch-size is 0"),
         (("--split", "test", "--shots", "7", "--train", data), "has 6 examples with a target"),
     ):
         assert main([*flags, *more]) == 2
@@ -244,7 +244,11 @@ MISTAKES = {
     "no such file of a study": (("study", "methods", "--config", "/nowhere.toml"), "/nowhere.toml", "check the path"),
     "unknown preset": (("train", "--preset", "papper", "--task", "e2e"), "'papper'", "did you mean 'paper'?"),
     "no preset for a task": (("train", "--preset", "paper", "--task", "toy"), "nothing for the task 'toy'", ""),
-    "a run and a prefix": (("evaluate", "--run", "a", "--prefix", "b", "--data", "c"), "not allowed with", "--help"),
+    "a run and a prefix": (
+        ("evaluate", "--run", "a", "--prefix", "b", "--data", "c"),
+        "--prefix cannot go with --run",
+        "--help",
+    ),
     "an empty run": (("evaluate", "--run", ".", "--data", "c"), "holds neither", "that was finished"),
     "shots of nothing": (("evaluate", "--shots", "2", "--data", "c"), "of --train FILE", "give --train"),
 }

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from prefixtune.cli.argparse_main import build_parser
 from prefixtune.cli.main import build_app, command_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,15 +33,10 @@ def test_every_command_shown_parses(page: Path) -> None:
     assert shown or page.stem not in ("README", "training", "evaluation", "studies")
     for line in shown:
         words = shlex.split(line, comments=True)[1:]
-        if words[0] in build_parser()[1]:
-            options, unknown = build_parser()[0].parse_known_args(words)
-            assert not unknown, f"{line}: {unknown}"
-            assert options.command == words[0]
-            continue
         function, bound, unknown, _ = build_app(words[0]).parse_known_args(words)
         assert not unknown, f"{line}: {unknown}"
         assert function.options is command_options()[words[0]]
-        if not bound.arguments.keys() & {"config", "together"}:
+        if not bound.arguments.keys() & {"config", "resume"}:
             function.options.read(bound.arguments)
 
 

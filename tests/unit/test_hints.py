@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.cli.argparse_main import build_parser
 from prefixtune.cli.main import command_options
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.server.settings import ServeConfig
@@ -20,8 +19,7 @@ from prefixtune.training.config import TrainConfig
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "prefixtune"
 
-COMMANDS = {name: set(parser.options()) for name, parser in build_parser()[1].items()}
-COMMANDS |= {name: {*map(options.flag, options.model_fields)} for name, options in command_options().items()}
+COMMANDS = {name: {*map(options.flag, options.model_fields)} for name, options in command_options().items()}
 KEYS = {
     name
     for config in (TrainConfig, GenerateConfig, StudyConfig, ServeConfig)

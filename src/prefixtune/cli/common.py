@@ -1,40 +1,40 @@
-"""Parts of every command: its parser, and JSON on stdout."""
+"""What several commands need: the names of metrics, and JSON on stdout."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Collection, Iterable
+from typing import Annotated
 
-from prefixtune.errors import ConfigError
+from pydantic import AfterValidator
 
-__all__ = ["AddCommand", "CommandParser", "add_json_and_quiet", "print_json"]
+from prefixtune.errors import ConfigError, did_you_mean
+from prefixtune.utils.config import CommaList
 
-
-class CommandParser(argparse.ArgumentParser):
-    """argparse whose errors are a `ConfigError`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a `ConfigError`; argparse calls this for wrong arguments."""
-        raise ConfigError(f"{message}.", hint=f"`{self.prog} --help` explains the options.")
-
-    def options(self) -> list[str]:
-        """All long options."""
-        return [text for action in self._actions for text in action.option_strings if text.startswith("--")]
+__all__ = ["MetricNames", "check_metrics", "print_json"]
 
 
-AddCommand = Callable[..., CommandParser]
-"""Adds a command: its name, the function that runs it, one line of help, and more help."""
+def _check_named(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("names no metric")
+    return names
 
 
-def add_json_and_quiet(parser: CommandParser, what: str) -> None:
-    """Add --json, which prints `what`, and --quiet."""
-    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
+MetricNames = Annotated[CommaList[str], AfterValidator(_check_named)]
+"""The names of `--metrics`; whether there are such metrics depends on the task."""
+
+
+def check_metrics(names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse unknown metrics, all at once.
+
+    Raises:
+        ConfigError: One is unknown.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        listed = ", ".join(map(repr, unknown))
+        hints = [did_you_mean(name, known) for name in unknown]
+        raise ConfigError(f"there is no metric {listed} for this task.", hint=" ".join(dict.fromkeys(hints)))
 
 
 def print_json(value: object) -> None:

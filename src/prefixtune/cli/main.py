@@ -19,7 +19,6 @@ from cyclopts import App, CycloptsError, Group
 from cyclopts.exceptions import CoercionError, MissingArgumentError, RepeatArgumentError, UnknownOptionError
 
 from prefixtune import __version__
-from prefixtune.cli.argparse_main import parse
 from prefixtune.cli.options import CommandOptions
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean
 from prefixtune.utils.console import Console
@@ -61,9 +60,6 @@ COMMANDS = {
 """Group -> command -> one line of help."""
 
 
-_NOT_YET = {"generate", "evaluate", "score"}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -90,10 +86,6 @@ def run(words: Sequence[str]) -> int:
     Raises:
         PrefixError: Wrong use or input.
     """
-    if words and words[0] in _NOT_YET:
-        parsed = parse(list(words))
-        code: int = parsed.run(parsed)
-        return code
     function, bound, faults = _parse(build_app(words[0] if words else ""), words)
     if not hasattr(function, "options"):
         # --help, --version and shell completion are cyclopts' own.
@@ -135,7 +127,7 @@ def command_options() -> dict[str, type[CommandOptions]]:
         name: getattr(importlib.import_module(module), function)
         for name in names
         for module, function in [_function(name)]
-        if name not in _NOT_YET and importlib.util.find_spec(module)
+        if importlib.util.find_spec(module)
     }
     return {name: function.options for name, function in functions.items()}
 

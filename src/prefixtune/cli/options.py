@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 from pydantic import Field
@@ -39,6 +39,9 @@ def json_option(what: str) -> Any:
 class CommandOptions(Config):
     """The options of one command; those that it inherits from a configuration may also come from a file."""
 
+    defaults_elsewhere: ClassVar[Collection[str]] = ()
+    """Fields whose defaults depend on other things, and are not shown."""
+
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
         """The sources beneath the command line, such as a file that `given` names; the first is the lowest.
@@ -62,6 +65,10 @@ class CommandOptions(Config):
         last = {name: value[-1] if isinstance(value, list) and value else value for name, value in given.items()}
         layers = cls.layers(last)
         return cls.from_layers(*layers, Layer(given, "option", cls.flag, text=True, faults=faults))
+
+    def given(self, kind: type[Config]) -> dict[str, Any]:
+        """The values that the command line or a file has for the fields of a configuration."""
+        return {name: getattr(self, name) for name in kind.model_fields if name in self.model_fields_set}
 
     @classmethod
     def flag(cls, name: str) -> str:
@@ -149,7 +156,7 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
     settings: dict[str, Any] = {
         "name": None if extra.get("positional") else options.flag(name),
         "help": " ".join([field.description or "", *([f"({', '.join(notes)})"] if notes else [])]),
-        "show_default": extra.get("show_default", default not in _NO_DEFAULT_SHOWN),
+        "show_default": name not in options.defaults_elsewhere and default not in _NO_DEFAULT_SHOWN,
         "negative": None if switch and not _is_own(options, name) else (),
         "consume_multiple": extra.get("many", False),
     }

@@ -309,11 +309,12 @@ class Config(Table):
     @classmethod
     def _check_storable(cls, value: Any) -> Any:
         """TOML has whole numbers of 64 bits and UTF-8 text; a lone surrogate, possible in JSON, is none."""
-        for item in value if isinstance(value, tuple) else (value,):
+        verb, items = ("has", value) if isinstance(value, tuple) else ("is", (value,))
+        for item in items:
             if isinstance(item, int) and not _MIN_INT <= item <= _MAX_INT:
-                raise ValueError(f"is {show_value(value)}, but must be between {_MIN_INT} and {_MAX_INT}")
+                raise ValueError(f"{verb} {show_value(item)}, but must be between {_MIN_INT} and {_MAX_INT}")
             if isinstance(item, str) and not _is_utf8(item):
-                raise ValueError(f"is {show_value(value)}, but must be UTF-8 text")
+                raise ValueError(f"{verb} {show_value(item)}, but must be UTF-8 text")
         return value
 
     def _fill(self, layers: Sequence[Layer]) -> None:

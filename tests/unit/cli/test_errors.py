@@ -25,8 +25,13 @@ def test_without_arguments_the_help_is_printed(capsys: pytest.CaptureFixture[str
     [
         (["trian", "--json"], "ConfigError", "'trian'", "did you mean 'train'?"),
         (["--json"], "ConfigError", "COMMAND", "prefixtune --help"),
-        (["train", "--json", "--seed", "x"], "ConfigError", "invalid int value: 'x'", "prefixtune train --help"),
-        (["train", "--json", "--sead=3"], "ConfigError", "'--sead'", "did you mean '--seed'?"),
+        (
+            ["train", "--json", "--seed", "x"],
+            "ConfigError",
+            "--seed is 'x', but must be a whole number",
+            "prefixtune train --help",
+        ),
+        (["train", "--json", "--sead=3"], "ConfigError", "'--sead' (did you mean '--seed'?)", "train --help"),
         (["train", "--json"], "ConfigError", "no training file", "--train"),
         (["inspect", "/nowhere.safetensors", "--json"], "CheckpointError", "/nowhere.safetensors", "check the path"),
         (["report", "/nowhere", "--json"], "DataError", "/nowhere", ""),

@@ -133,7 +133,7 @@ def test_stdin_of_blank_lines_alone_is_refused(
         (["--prompt-lookup", "2"], "prompt look-up needs num_beams = 1"),
         (["--stream"], "beam search cannot stream"),
         (["--compile"], "compile is True"),
-        (["--top-p", "2"], "top_p is 2.0"),
+        (["--top-p", "2"], "--top-p is 2.0"),
     ],
 )
 def test_options_are_checked_with_the_prefixs_own_before_the_backbone_loads(
@@ -172,7 +172,7 @@ def test_a_folder_without_a_run_and_a_run_beside_a_prefix_are_refused(
     tmp_path: Path, prefixes: list[str], capsys: pytest.CaptureFixture[str], no_loading: None
 ) -> None:
     assert "holds neither" in error(capsys, "text", "--run", str(tmp_path))
-    assert "not allowed with" in error(capsys, "text", "--run", str(tmp_path), "--prefix", prefixes[0])
+    assert "--prefix cannot go with --run" in error(capsys, "text", "--run", str(tmp_path), "--prefix", prefixes[0])
 
 
 def test_a_run_folder_means_its_prefix_and_its_adapter(

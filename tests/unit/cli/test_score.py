@@ -198,10 +198,10 @@ def test_wrong_options_are_reported(tmp_path: Path, references: str, hypotheses:
     options = ["--task", "e2e", "--hypotheses", hypotheses, "--references", references]
     for more, says in (
         (["--metrics", "bleu,blue"], "no metric 'blue'.*did you mean 'bleu'"),
-        (["--metrics", ","], "no metric ','"),
-        (["--protocol", "e3e"], "no protocol 'e3e'.*did you mean 'e2e'"),
-        (["--weights", "bertscore"], "must be METRIC=MODEL"),
-        (["--weights", "bertscor=w"], "names the metric 'bertscor'.*did you mean 'bertscore'"),
+        (["--metrics", ","], "--metrics names no metric"),
+        (["--protocol", "e3e"], "--protocol is 'e3e'.*did you mean 'e2e'"),
+        (["--weights", "bertscore"], "METRIC=MODEL is needed"),
+        (["--weights", "bertscor=w"], "has the metric 'bertscor'.*did you mean 'bertscore'"),
         (["--samples", "1"], "--samples is 1"),
         (["--intervals", "--seed", "-1"], "--seed is -1"),
     ):

@@ -60,7 +60,7 @@ def refusal(make: Any, *arguments: Any, **values: Any) -> str:
         ({"device": 0}, "device is 0, but must be text."),
         ({"steps": [1, "a"]}, "steps[1] is 'a', but must be a whole number."),
         ({"names": {"a": 1}}, "names is of type dict, but must be a list."),
-        ({"stop": ["\ud800"]}, "stop is ('\\ud800',), but must be UTF-8 text."),
+        ({"stop": ["\ud800"]}, "stop has '\\ud800', but must be UTF-8 text."),
         ({"vegan": True, "oven": "gas"}, "vegan does not go with oven 'gas'."),
         ({"serving": 3}, "unknown option 'serving' (did you mean 'servings'?)."),
         ({"lr": 3}, "unknown option 'lr' (it is called rate here.)."),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from prefixtune.cli.common import AddCommand, print_json
-from prefixtune.cli.decoding import add_decoding_arguments, generate_config
+from pydantic import Field
+
+from prefixtune.cli.common import MetricNames, check_metrics, print_json
+from prefixtune.cli.decoding import DecodingOptions, generate_config
 from prefixtune.cli.loading import Artifact, find_artifact, load_artifact
-from prefixtune.errors import ConfigError, PrefixError, did_you_mean
+from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.console import Console
 
@@ -19,78 +21,99 @@ if TYPE_CHECKING:
     from prefixtune.evaluation.records import Evaluation
     from prefixtune.inference.config import GenerateConfig
 
-__all__ = ["register"]
+__all__ = ["evaluate"]
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "evaluate",
-        run,
-        "decode for every example of a file and score the outputs",
-        """
+class EvaluateOptions(DecodingOptions, OutputOptions):
+    """The options of `prefixtune evaluate`."""
 
-examples:
-  prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv
-  prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
-  prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/""",
+    prefix: str | None = Field(
+        None,
+        description="a file, the folder of its run, or hub:OWNER/NAME; without it and --run: the bare model",
+        json_schema_extra={"metavar": "FILE"},
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--prefix",
-        metavar="FILE",
-        help="the prefix: a file, the folder of its run, or hub:OWNER/NAME; without it and --run: the bare model",
+    run_folder: str | None = Field(
+        None,
+        description="a run of `prefixtune train`, with any method",
+        json_schema_extra={"flag": "run", "metavar": "FOLDER"},
     )
-    # `run` is what the command line calls.
-    what.add_argument("--run", dest="run_folder", metavar="FOLDER", help="a run of `prefixtune train`, with any method")
-    parser.add_argument("--task", help="default: the prefix's or the run's task")
-    parser.add_argument("--data", required=True, metavar="PATH", help="examples with references: a file, or a folder")
-    parser.add_argument("--split", metavar="{train,dev,test}", help="which part of a folder")
-    parser.add_argument("--source", help="records: column or template (default: as in training)")
-    parser.add_argument("--target", help="records: column or template (default: as in training)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N examples")
-    parser.add_argument(
-        "--shots", type=int, default=0, metavar="N", help="show N solved examples of --train before each"
+    task: str | None = Field(None, description="default: the prefix's or the run's task")
+    data: str = Field(
+        description="examples with references: a file, or a folder", json_schema_extra={"metavar": "PATH"}
     )
-    parser.add_argument("--train", metavar="PATH", help="where the examples of --shots come from")
-    parser.add_argument(
-        "--instruction",
-        metavar="TEXT",
-        default="",
-        help="ask the bare model in words, in its chat template where it has one",
+    split: Literal["", "train", "dev", "test"] = Field("", description="which part of a folder")
+    source: str | None = Field(None, description="records: column or template (default: as in training)")
+    target: str | None = Field(None, description="records: column or template (default: as in training)")
+    limit: int = Field(0, ge=0, description="only the first N examples; 0: all")
+    shots: int = Field(0, ge=0, description="show N solved examples of --train before each")
+    train: str | None = Field(
+        None, description="where the examples of --shots come from", json_schema_extra={"metavar": "PATH"}
     )
-    parser.add_argument("--metrics", metavar="NAMES", help="such as bleu,nist,meteor (default: the task's)")
-    parser.add_argument("--intervals", action="store_true", help="also give 95 %% bootstrap intervals")
-    parser.add_argument(
-        "--output", metavar="FOLDER", help="write scores, outputs and settings there; a stopped evaluation goes on"
+    instruction: str = Field("", description="ask the bare model in words, in its chat template where it has one")
+    metrics: MetricNames = Field(
+        (), description="such as bleu,nist,meteor (default: the task's)", json_schema_extra={"metavar": "NAMES"}
     )
-    parser.add_argument("--outputs", metavar="FILE", help="also write the outputs, one a line")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only results and errors")
-    add_decoding_arguments(parser)
+    intervals: bool = Field(False, description="also give 95 % bootstrap intervals")
+    output: str | None = Field(
+        None,
+        description="write scores, outputs and settings there; a stopped evaluation goes on",
+        json_schema_extra={"metavar": "FOLDER"},
+    )
+    outputs: str | None = Field(
+        None, description="also write the outputs, one a line", json_schema_extra={"metavar": "FILE"}
+    )
+    as_json: bool = json_option("the scores")
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Options that do not go together."""
+        if self.prefix and self.run_folder:
+            yield ("prefix", "run_folder"), "--prefix cannot go with --run, whose prefix is used; give one of the two"
+        trained = self.prefix or self.run_folder
+        if self.shots and (not self.train or trained):
+            yield (
+                ("shots", "train"),
+                f"--shots {self.shots} shows the bare model examples of --train FILE: give --train, without --prefix "
+                "and --run",
+            )
+        if self.instruction and trained:
+            yield (
+                ("instruction",),
+                "--instruction is for the bare model, a prefix needs none: leave out --prefix and --run",
+            )
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune evaluate`."""
-    _check_options(options)
+@command
+def evaluate(options: EvaluateOptions) -> int:
+    """Decode for every example of a file, and score the outputs.
+
+    The defaults of decoding are those of the task.
+
+    For example:
+        prefixtune evaluate --prefix runs/e2e/prefix.safetensors --task e2e --data testset_w_refs.csv
+        prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
+        prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/
+    """
     from prefixtune.data import TASKS, read_task
     from prefixtune.evaluation.evaluate import check_examples, check_kind
     from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.utils.files import write_text
 
-    console = Console(quiet=options.quiet or options.json)
+    console = Console(quiet=options.quiet)
     # Everything that can be wrong is reported before the model loads.
     artifact = find_artifact(options, options.prefix)
     name = options.task or artifact.header.get("task") or "records"
     source, target = _columns(options, name, artifact)
-    examples = read_task(name, options.data, source=source, target=target, split=options.split)
+    examples = read_task(name, options.data, source=source, target=target, split=options.split or None)
     examples = examples[: options.limit or None]
     task = TASKS[name]
-    metrics = task.metrics if options.metrics is None else _check_metrics(options.metrics, task)
+    metrics = _check_metrics(options.metrics, task) if options.metrics else task.metrics
     check_examples(examples)
     labelled = artifact.weights is None and bool(artifact.header.get("labels"))
     check_kind(task.kind, labelled=labelled, intervals=options.intervals)
     config = generate_config(options, [], name)
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
     _check_outputs(options)
     shots = _read_shots(options, name, source, target)
     training_data = options.train if shots else artifact.weights or artifact.prefix
@@ -101,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
         facts = {**_describe(options, name, "few-shot" if shots else method), **settings, **overlap}
         write_evaluation(Path(options.output), outcome, examples, facts, protocol=task.protocol)
         console.info(f"scores, outputs and settings: {options.output}")
-    if options.json:
+    if options.as_json:
         facts = {"num_examples": len(examples), "task": name, "prefix": options.prefix, "run": options.run_folder}
         print_json({**summarize(outcome), **facts, **overlap})
     else:
@@ -111,29 +134,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        ConfigError: They do not, or a number is negative.
-    """
-    for name in ("limit", "shots"):
-        if getattr(options, name) < 0:
-            raise ConfigError(
-                f"--{name} is {getattr(options, name)}, but must be 0 or above.", hint="leave it out for none."
-            )
-    if options.shots and (not options.train or options.prefix or options.run_folder):
-        raise ConfigError(
-            f"--shots {options.shots} shows the bare model examples of --train FILE.",
-            hint="give --train, without --prefix and --run.",
-        )
-    if options.instruction and (options.prefix or options.run_folder):
-        raise ConfigError(
-            "--instruction is for the bare model; a prefix needs none.", hint="leave out --prefix and --run."
-        )
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
+def _check_outputs(options: EvaluateOptions) -> None:
     """Check that --outputs and --output can be written.
 
     Raises:
@@ -148,7 +149,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         check_writable(Path(options.output) / DECODED_FILE)
 
 
-def _columns(options: argparse.Namespace, task: str, artifact: Artifact) -> tuple[str | None, str | None]:
+def _columns(options: EvaluateOptions, task: str, artifact: Artifact) -> tuple[str | None, str | None]:
     """--source and --target, or those of the training for tasks with columns.
 
     References are made in the same way as the training made its targets.
@@ -164,7 +165,7 @@ def _columns(options: argparse.Namespace, task: str, artifact: Artifact) -> tupl
 
 def _evaluate(
     console: Console,
-    options: argparse.Namespace,
+    options: EvaluateOptions,
     artifact: Artifact,
     examples: Sequence[Example],
     task: Task,
@@ -175,7 +176,7 @@ def _evaluate(
     """Load the model, decode and score; returns the evaluation, and the backbone and settings for its files."""
     from prefixtune.data.encoding import default_format
     from prefixtune.evaluation.decode import DECODED_FILE
-    from prefixtune.evaluation.evaluate import evaluate
+    from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.prompting import few_shot_format, instruction_format
 
     backbone, prefix, text_format = load_artifact(console, options, artifact)
@@ -184,7 +185,7 @@ def _evaluate(
     elif shots:
         text_format = few_shot_format(text_format or default_format(backbone), shots, backbone.separator, backbone.end)
     with console.progress("generating", len(examples)) as bar:
-        outcome = evaluate(
+        outcome = evaluate_prefix(
             backbone,
             examples,
             prefix,
@@ -209,18 +210,18 @@ def _evaluate(
     return outcome, {"backbone": backbone.name, "prefix": options.prefix, "settings": settings}
 
 
-def _describe(options: argparse.Namespace, task: str, method: str) -> dict[str, Any]:
+def _describe(options: EvaluateOptions, task: str, method: str) -> dict[str, Any]:
     """What was evaluated, for the files of --output."""
     return {
         "title": _title(options, task),
         "task": task,
         "data": Path(options.data).name,
-        "split": options.split,
+        "split": options.split or None,
         "method": method,
     }
 
 
-def _check_metrics(names: str, task: Task) -> list[str]:
+def _check_metrics(metrics: Sequence[str], task: Task) -> Sequence[str]:
     """The metrics of --metrics.
 
     Raises:
@@ -228,17 +229,14 @@ def _check_metrics(names: str, task: Task) -> list[str]:
     """
     from prefixtune.evaluation.metrics import METRICS, Unavailable, measure
 
-    metrics = [name.strip() for name in names.split(",") if name.strip()]
     if task.kind != "generation":
-        if metrics != [*task.metrics]:
+        if [*metrics] != [*task.metrics]:
             raise ConfigError(
                 f"--metrics is for texts, but the task {task.name!r} is {task.kind}.",
                 hint=f"leave it out for {', '.join(task.metrics)}.",
             )
         return metrics
-    unknown = next((name for name in metrics if name not in METRICS), None if metrics else names)
-    if unknown is not None:
-        raise ConfigError(f"there is no metric {unknown!r}.", hint=did_you_mean(unknown, METRICS))
+    check_metrics(metrics, METRICS)
     try:
         # Any text shows whether a library is missing.
         measure(["a word"], [["a word"]], protocol=task.protocol, metrics=metrics)
@@ -247,7 +245,7 @@ def _check_metrics(names: str, task: Task) -> list[str]:
     return metrics
 
 
-def _read_shots(options: argparse.Namespace, task: str, source: str | None, target: str | None) -> list[Example]:
+def _read_shots(options: EvaluateOptions, task: str, source: str | None, target: str | None) -> list[Example]:
     """The solved examples of --shots.
 
     Raises:
@@ -255,7 +253,7 @@ def _read_shots(options: argparse.Namespace, task: str, source: str | None, targ
     """
     from prefixtune.data import read_task
 
-    if not options.shots:
+    if not options.shots or options.train is None:
         return []
     examples = read_task(task, options.train, source=source, target=target, split="train")
     shots = [example for example in examples if example.targets][: options.shots]
@@ -303,7 +301,7 @@ def _overlap(
     return {"overlap": overlap.to_dict()}
 
 
-def _title(options: argparse.Namespace, task: str) -> str:
+def _title(options: EvaluateOptions, task: str) -> str:
     of = options.run_folder or options.prefix or options.backbone or "the bare model"
     return f"{of} on {task}{f' ({options.split})' if options.split else ''}"
 

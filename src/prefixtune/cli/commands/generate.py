@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.cli.common import AddCommand, add_json_and_quiet, print_json
-from prefixtune.cli.decoding import add_decoding_arguments, generate_config
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.decoding import DecodingOptions, generate_config
 from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, load_with_prefixes
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError, RequestError
+from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -21,66 +24,69 @@ if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["register", "unescape"]
+__all__ = ["generate", "unescape"]
 
 
 _ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|.|$)", re.DOTALL)
 _PLAIN = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "generate",
-        run,
-        "generate with a prefix, from arguments or from lines on stdin",
-        """
+class GenerateOptions(DecodingOptions, OutputOptions):
+    """The options of `prefixtune generate`."""
 
-examples:
-  prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | Type : pub"
-  prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
-  prefixtune generate --run runs/full "name : Aromi | Type : pub"
-  prefixtune generate --prefix p.safetensors --escapes "first line\\nsecond line"
-  cat sources.txt | prefixtune generate --prefix p.safetensors --json""",
+    texts: TextList = positional(
+        (),
+        description="sources, taken as typed (\\n is two characters: see --escapes); without any, lines are read from "
+        "stdin, one result a line",
     )
-    parser.add_argument(
-        "texts",
-        nargs="*",
-        metavar="TEXT",
-        help="source, taken as typed (\\n is two characters: see --escapes); without any, lines are read from stdin, "
-        "one result a line",
+    prefix: TextList = Field(
+        (),
+        description="a file, the folder of a run, or hub:OWNER/NAME; once for all texts, or once per text; none: bare "
+        "model",
+        json_schema_extra={"metavar": "FILE"},
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--prefix",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a file, the folder of a run, or hub:OWNER/NAME; once for all texts, or once per text; none: bare model",
+    run_folder: str = Field(
+        "",
+        description="a run of `prefixtune train`, with any method",
+        json_schema_extra={"flag": "run", "metavar": "FOLDER"},
     )
-    # `run` is what the command line calls.
-    what.add_argument("--run", dest="run_folder", metavar="FOLDER", help="a run of `prefixtune train`, with any method")
-    parser.add_argument(
-        "--escapes",
-        action="store_true",
-        help="read \\n, \\r, \\t, \\\\ and \\uXXXX in the texts as characters",
-    )
-    parser.add_argument("--stream", action="store_true", help="print the text while it is generated (one text only)")
-    add_json_and_quiet(parser, "one object a text")
-    add_decoding_arguments(parser)
+    escapes: bool = Field(False, description="read \\n, \\r, \\t, \\\\ and \\uXXXX in the texts as characters")
+    stream: bool = Field(False, description="print the text while it is generated (one text only)")
+    as_json: bool = json_option("one object a text")
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Options that exclude each other, and texts that are missing or too many."""
+        if self.prefix and self.run_folder:
+            yield ("prefix", "run_folder"), "--prefix cannot go with --run, whose prefix is used; give one of the two"
+        if self.stream and self.as_json:
+            yield ("stream", "as_json"), "--stream prints one text while it is generated, and cannot go with --json"
+        if not self.texts and not self.print_config and (sys.stdin is None or sys.stdin.isatty()):
+            yield ("texts",), 'there is no text to continue: give it as an argument ("..."), or as lines on stdin'
 
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune generate`."""
+@command
+def generate(options: GenerateOptions) -> int:
+    r"""Generate with a prefix, from arguments or from lines on stdin.
+
+    The defaults of decoding are those of the prefix's task.
+
+    For example:
+        prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | Type : pub"
+        prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
+        prefixtune generate --run runs/full "name : Aromi | Type : pub"
+        prefixtune generate --prefix p.safetensors --escapes "first line\nsecond line"
+        cat sources.txt | prefixtune generate --prefix p.safetensors --json
+    """
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.hub import prefix_file
 
-    console = Console(quiet=options.quiet or options.json)
-    lines = _read_texts(options, console)
+    console = Console(quiet=options.quiet)
+    lines = [] if options.print_config else _read_texts(options, console)
     # Blank lines of stdin have empty results, so that the lines of sources and results match.
     kept = [index for index, line in enumerate(lines) if options.texts or line.strip()]
     texts = [lines[index] for index in kept]
-    names = [options.prefix[index] for index in kept] if len(options.prefix) > 1 else list(options.prefix)
+    several = len(options.prefix) > 1 and not options.print_config
+    names = [options.prefix[index] for index in kept] if several else list(options.prefix)
     files = [str(prefix_file(name)) for name in names]
     artifact = Artifact()
     if options.run_folder:
@@ -89,6 +95,9 @@ def run(options: argparse.Namespace) -> int:
     # Everything that can be wrong is reported before the model loads.
     stored = [load_prefix(file) for file in files]
     config = generate_config(options, stored, artifact.header.get("task"))
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
     labelling = _is_labelling(stored, options)
     if options.stream and not labelling:
         from prefixtune.inference.streaming import check_streams
@@ -112,20 +121,19 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_texts(options: argparse.Namespace, console: Console) -> list[str]:
+def _read_texts(options: GenerateOptions, console: Console) -> list[str]:
     """The texts of the arguments or of stdin.
 
     Raises:
         PrefixError: There is none, one is no UTF-8, or their number does not fit the other options.
     """
-    lines: list[str] = options.texts or _stdin_lines(console)
+    lines = list(options.texts) or _stdin_lines(console)
     _check_texts(lines)
     if options.escapes:
         lines = [unescape(line, number) for number, line in enumerate(lines, start=1)]
-    if options.stream and (len(lines) != 1 or options.json):
+    if options.stream and len(lines) != 1:
         raise ConfigError(
-            f"--stream prints one text while it is generated, but got {len(lines)}.",
-            hint="give one text, without --json.",
+            f"--stream prints one text while it is generated, but got {len(lines)}.", hint="give one text."
         )
     if len(options.prefix) > 1 and len(options.prefix) != len(lines):
         raise RequestError(
@@ -135,7 +143,7 @@ def _read_texts(options: argparse.Namespace, console: Console) -> list[str]:
 
 
 def _check_texts(lines: Sequence[str]) -> None:
-    """Refuse arguments whose bytes are no UTF-8; the system passes them as half characters.
+    """Refuse lines whose bytes are no UTF-8; the system may pass them as half characters.
 
     Raises:
         ConfigError: A text is no UTF-8.
@@ -149,7 +157,7 @@ def _check_texts(lines: Sequence[str]) -> None:
             ) from error
 
 
-def _is_labelling(prefixes: Sequence[Prefix], options: argparse.Namespace) -> bool:
+def _is_labelling(prefixes: Sequence[Prefix], options: GenerateOptions) -> bool:
     """Whether the prefixes classify or tag.
 
     Raises:
@@ -197,11 +205,11 @@ def _generate(
     config: GenerateConfig,
 ) -> list[dict[str, Any]]:
     """The output of every text."""
-    from prefixtune.inference.generate import generate
+    from prefixtune.inference.generate import generate as generate_texts
 
     cut: set[int] = set()
     with console.progress("generating", len(texts)) as bar:
-        outputs = generate(
+        outputs = generate_texts(
             backbone,
             texts,
             prefixes[0] if len(prefixes) == 1 else prefixes or None,
@@ -217,11 +225,11 @@ def _generate(
     ]
 
 
-def _print_rows(options: argparse.Namespace, lines: Sequence[str], rows: Mapping[int, Mapping[str, Any]]) -> None:
+def _print_rows(options: GenerateOptions, lines: Sequence[str], rows: Mapping[int, Mapping[str, Any]]) -> None:
     """Print one result per line of input, in order; `rows` has the index of the line -> the result."""
     for index, line in enumerate(lines):
         row = rows.get(index, {"text": line, "output": "", "note": "the line is blank"})
-        if options.json:
+        if options.as_json:
             print_json(row)
         else:
             # Every result is one line.
@@ -322,8 +330,6 @@ def unescape(text: str, number: int = 1) -> str:
 
 
 def _stdin_lines(console: Console) -> list[str]:
-    if sys.stdin is None or sys.stdin.isatty():
-        raise ConfigError("there is no text to continue.", hint='give it as an argument ("..."), or as lines on stdin.')
     try:
         lines = [line.rstrip("\r\n") for line in sys.stdin]
     except UnicodeDecodeError as error:

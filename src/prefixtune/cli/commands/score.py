@@ -2,91 +2,100 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from prefixtune.cli.common import AddCommand, print_json
-from prefixtune.errors import ConfigError, DataError, did_you_mean
+from pydantic import Field, field_validator
+
+from prefixtune.cli.common import MetricNames, check_metrics, print_json
+from prefixtune.cli.options import CommandOptions, command, json_option
+from prefixtune.errors import ConfigError, DataError, check_all, did_you_mean
+from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.data import Example
     from prefixtune.evaluation.metrics import Comparison, Measurement, Score
 
-__all__ = ["register"]
-
+__all__ = ["score"]
 
 _LEVEL = 0.95
 _LABEL_METRICS = {"classification": ("accuracy", "macro_f1"), "tagging": ("span_f1", "accuracy")}
 
 
-def register(command: AddCommand) -> None:
-    """Add the command and its options to the command line."""
-    parser = command(
-        "score",
-        run,
-        "score texts of any system against a data set's references",
-        """
+class ScoreOptions(CommandOptions):
+    """The options of `prefixtune score`."""
 
-examples:
-  prefixtune score --task e2e --hypotheses out.txt --references testset_w_refs.csv
-  prefixtune score --task webnlg --hypotheses a.txt --against b.txt --references test.jsonl --metrics bleu,ter""",
+    task: str = Field(description="the task of the references: how they are read and scored")
+    hypotheses: str = Field(
+        description='outputs, one a line, or .jsonl with the key "output"', json_schema_extra={"metavar": "FILE"}
     )
-    parser.add_argument("--task", required=True, help="the task of the references: how they are read and scored")
-    parser.add_argument(
-        "--hypotheses", required=True, metavar="FILE", help='outputs, one a line, or .jsonl with the key "output"'
+    references: str = Field(
+        description="the task's examples, in the order of the outputs", json_schema_extra={"metavar": "FILE"}
     )
-    parser.add_argument(
-        "--references", required=True, metavar="FILE", help="the task's examples, in the order of the outputs"
+    against: str | None = Field(
+        None, description="outputs of a second system: test the difference", json_schema_extra={"metavar": "FILE"}
     )
-    parser.add_argument("--against", metavar="FILE", help="outputs of a second system: test the difference")
-    parser.add_argument("--metrics", metavar="NAMES", help="such as bleu,nist (default: those of the protocol)")
-    parser.add_argument(
-        "--protocol", help="e2e, webnlg, dart, summarization or plain: how texts are prepared (default: the task's)"
+    metrics: MetricNames = Field(
+        (), description="such as bleu,nist (default: those of the protocol)", json_schema_extra={"metavar": "NAMES"}
     )
-    parser.add_argument(
-        "--intervals", action="store_true", help=f"bootstrap intervals of {_LEVEL:.0%}".replace("%", "%%")
+    protocol: str | None = Field(
+        None, description="e2e, webnlg, dart, summarization or plain: how texts are prepared (default: the task's)"
     )
-    parser.add_argument(
-        "--samples", type=int, default=1000, metavar="N", help="draws of intervals and of the test (default: 1000)"
+    intervals: bool = Field(False, description=f"bootstrap intervals of {_LEVEL:.0%}")
+    samples: int = Field(1000, ge=2, description="draws of intervals and of the test")
+    seed: int = Field(0, ge=0, description="of the draws")
+    weights: TextList = Field(
+        (),
+        description="model of bertscore: a folder, or a name of the hub",
+        json_schema_extra={"metavar": "METRIC=MODEL"},
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
-    parser.add_argument(
-        "--weights",
-        action="append",
-        default=[],
-        metavar="METRIC=MODEL",
-        help="model of bertscore: a folder, or a name of the hub",
-    )
-    parser.add_argument("--split", help="train, dev or test, if the references are a folder")
-    parser.add_argument("--source", help="records, classification, tagging: column or template")
-    parser.add_argument("--target", help="the same, for the references")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no warnings, only results and errors")
+    split: Literal["", "train", "dev", "test"] = Field("", description="which part, if the references are a folder")
+    source: str | None = Field(None, description="records, classification, tagging: column or template")
+    target: str | None = Field(None, description="the same, for the references")
+    as_json: bool = json_option("the scores")
+    quiet: bool = Field(False, description="no warnings, only results and errors")
 
+    @field_validator("protocol")
+    @classmethod
+    def _check_protocol(cls, name: str) -> str:
+        from prefixtune.evaluation.metrics import PROTOCOLS
 
-def run(options: argparse.Namespace) -> int:
-    """`prefixtune score`."""
-    from prefixtune.data import TASKS, read_task
-
-    if options.samples < 2 or options.seed < 0:
-        raise ConfigError(
-            f"--samples is {options.samples} and --seed is {options.seed}, but must be at least 2 and 0.",
-            hint="1,000 samples are usual.",
-        )
-    console = Console(quiet=options.quiet)
-    examples = read_task(
-        options.task, options.references, source=options.source, target=options.target, split=options.split
-    )
-    for number, example in enumerate(examples, start=1):
-        if not example.targets:
-            raise DataError(
-                f"example {number} of {options.references} ({example.source[:60]!r}) has no reference.",
-                hint="name a file with references, or the column with --target.",
+        if name not in PROTOCOLS:
+            raise ValueError(
+                f"is {name!r}, but must be one of {', '.join(PROTOCOLS)} ({did_you_mean(name, PROTOCOLS)})"
             )
+        return name
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        from prefixtune.evaluation.metrics import METRICS
+
+        for text in texts:
+            metric, _, model = text.partition("=")
+            if not model:
+                raise ValueError(f"has {text!r}, but METRIC=MODEL is needed, as in bertscore=models/roberta")
+            if metric not in METRICS:
+                raise ValueError(f"has the metric {metric!r} ({did_you_mean(metric, METRICS)})")
+        return texts
+
+
+@command
+def score(options: ScoreOptions) -> int:
+    """Score texts of any system against a data set's references.
+
+    For example:
+        prefixtune score --task e2e --hypotheses out.txt --references testset_w_refs.csv
+        prefixtune score --task webnlg --hypotheses a.txt --against b.txt --references test.jsonl --metrics bleu,ter
+    """
+    from prefixtune.data import TASKS
+
+    console = Console(quiet=options.quiet)
     names = [name for name in (options.hypotheses, options.against) if name is not None]
+    examples = _read_references(options, names)
     systems = [_outputs_of_examples(console, options, name, len(examples)) for name in names]
     kind = TASKS[options.task].kind
     if kind == "generation":
@@ -96,14 +105,46 @@ def run(options: argparse.Namespace) -> int:
     result.update(num_examples=len(examples), task=options.task)
     for name, reason in result.get("left_out", {}).items():
         console.warn(f"{name} is left out: {reason}")
-    if options.json:
+    if options.as_json:
         print_json(result)
     else:
         _show(console, result, options)
     return 0
 
 
-def _outputs_of_examples(console: Console, options: argparse.Namespace, name: str, num_examples: int) -> list[str]:
+def _read_references(options: ScoreOptions, outputs: Sequence[str]) -> list[Example]:
+    """The examples, each with a reference; the files of outputs are there too.
+
+    Raises:
+        PrefixError: A file is missing, or an example is wrong; all missing files at once.
+    """
+    from prefixtune.data import read_task
+    from prefixtune.data.files import check_file
+
+    examples: list[Example] = []
+
+    def read() -> None:
+        examples.extend(
+            read_task(
+                options.task,
+                options.references,
+                source=options.source,
+                target=options.target,
+                split=options.split or None,
+            )
+        )
+
+    check_all([read, *(partial(check_file, Path(name)) for name in outputs)])
+    for number, example in enumerate(examples, start=1):
+        if not example.targets:
+            raise DataError(
+                f"example {number} of {options.references} ({example.source[:60]!r}) has no reference.",
+                hint="name a file with references, or the column with --target.",
+            )
+    return examples
+
+
+def _outputs_of_examples(console: Console, options: ScoreOptions, name: str, num_examples: int) -> list[str]:
     """The outputs in a file, one for each example.
 
     Raises:
@@ -115,7 +156,7 @@ def _outputs_of_examples(console: Console, options: argparse.Namespace, name: st
     if len(outputs) == num_examples:
         return outputs
     # Perhaps for all entries, including those without a reference.
-    entries = read_all_entries(options.task, options.references, split=options.split)
+    entries = read_all_entries(options.task, options.references, split=options.split or None)
     if len(outputs) != len(entries):
         raise _wrong_count(name, len(outputs), num_examples, len(entries), options.references)
     reason = f"{len(entries) - num_examples} of {len(entries):,} entries have no text to compare with"
@@ -171,7 +212,7 @@ def _wrong_count(name: str, num_outputs: int, num_examples: int, num_entries: in
 
 
 def _score_texts(
-    options: argparse.Namespace, examples: Sequence[Example], systems: Sequence[Sequence[str]]
+    options: ScoreOptions, examples: Sequence[Example], systems: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
     """The scores of one or two systems, of groups of examples, and the test of the difference.
 
@@ -208,7 +249,7 @@ def _score_texts(
 
 
 def _measure(
-    options: argparse.Namespace,
+    options: ScoreOptions,
     examples: Sequence[Example],
     systems: Sequence[Sequence[str]],
     left_out: dict[str, str],
@@ -221,13 +262,12 @@ def _measure(
         ValueError: The outputs cannot be scored.
     """
     from prefixtune.data import TASKS, references_of
-    from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, measure
+    from prefixtune.evaluation.metrics import METRICS, measure
 
     protocol = options.protocol or TASKS[options.task].protocol
-    if protocol not in PROTOCOLS:
-        raise ConfigError(f"there is no protocol {protocol!r}.", hint=did_you_mean(protocol, PROTOCOLS))
-    names = _parse_metrics(options.metrics, list(METRICS))
-    weights = dict(_parse_weights(text, METRICS) for text in options.weights)
+    check_metrics(options.metrics, METRICS)
+    names = options.metrics or None
+    weights = dict(text.split("=", 1) for text in options.weights)
     references = [references_of(example, protocol) for example in examples]
     measured = [
         measure(
@@ -244,31 +284,6 @@ def _measure(
         reason, _, remedy = next(iter(left_out.values())).partition("; ")
         raise ConfigError(f"no metric can be computed here: {reason}.", hint=f"{remedy}.")
     return protocol, measured
-
-
-def _parse_metrics(text: str | None, known: Sequence[str]) -> list[str] | None:
-    """The names of --metrics; None: the default.
-
-    Raises:
-        ConfigError: One is unknown, or there is none.
-    """
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        wrong = unknown[0] if unknown else text
-        raise ConfigError(f"there is no metric {wrong!r} for this task.", hint=did_you_mean(wrong, known))
-    return names
-
-
-def _parse_weights(text: str, known: Iterable[str]) -> tuple[str, str]:
-    metric, sign, folder = text.partition("=")
-    if sign and metric not in known:
-        raise ConfigError(f"--weights names the metric {metric!r}.", hint=did_you_mean(metric, known))
-    if not sign or not folder:
-        raise ConfigError(f"--weights is {text!r}, but must be METRIC=MODEL.", hint="as in bertscore=models/roberta.")
-    return metric, folder
 
 
 def _groups(examples: Sequence[Example], measured: Mapping[str, Measurement]) -> dict[str, Any]:
@@ -303,7 +318,7 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _score_labels(
-    options: argparse.Namespace, examples: Sequence[Example], outputs: Sequence[str], kind: str
+    options: ScoreOptions, examples: Sequence[Example], outputs: Sequence[str], kind: str
 ) -> dict[str, Any]:
     """Accuracy and F1 of lines of labels, or of tags separated by spaces.
 
@@ -316,7 +331,8 @@ def _score_labels(
         if value:
             raise ConfigError(f"{option} is for texts, but the task {options.task!r} is {kind}.", hint="leave it out.")
     known = _LABEL_METRICS[kind]
-    names = _parse_metrics(options.metrics, known) or known
+    check_metrics(options.metrics, known)
+    names = options.metrics or known
     predicted = [output.strip() for output in outputs]
     expected = [example.targets[0] for example in examples]
     try:
@@ -334,7 +350,7 @@ def _score_labels(
 # --- on the terminal -------------------------------------------------------------------------------------------------
 
 
-def _show(console: Console, result: Mapping[str, Any], options: argparse.Namespace) -> None:
+def _show(console: Console, result: Mapping[str, Any], options: ScoreOptions) -> None:
     """Print tables of the scores, of the groups and of the comparison."""
     scores = result["scores"]
     rows = [[name, _format_score(score), score["implementation"]] for name, score in scores.items()]

@@ -106,7 +106,7 @@ def _train_together(options: TrainOptions, console: Console) -> int:
     """
     from prefixtune.training.distributed import is_main_process
 
-    given = {name: getattr(options, name) for name in options.model_fields_set if name in TrainConfig.model_fields}
+    given = options.given(TrainConfig)
     reads = [partial(TrainConfig.from_file, path, **given) for path in options.together]
     check_all(reads)
     configs = [read() for read in reads]
