@@ -78,7 +78,8 @@ def _tables(name: str, options: type[CommandOptions]) -> Iterator[str]:
             default = parameter.show_default
         cells = ["`, `".join(argument.names).join("``"), f"{value} {bounds}".strip(), default, field.description or ""]
         row = " | ".join(cell.replace("|", "\\|") for cell in cells)
-        groups.setdefault(parameter.group[0].name, []).append(f"| {row} |")
+        title = parameter.group[0].name  # type: ignore[index]
+        groups.setdefault(title, []).append(f"| {row} |")
     for title, rows in groups.items():
         yield "\n".join([f"| {title.lower()} | value | default | |", "|---|---|---|---|", *rows])
 

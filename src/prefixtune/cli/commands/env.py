@@ -21,8 +21,10 @@ __all__ = ["env"]
 
 _CORE = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "cyclopts")
 _COMPILERS = ("c++", "g++", "clang++", "cl")
-_SETTINGS = ("PREFIXTUNE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "CUDA_VISIBLE_DEVICES")
-_SETTINGS += ("OMP_NUM_THREADS", "CXX")
+_SETTINGS = (
+    *("PREFIXTUNE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "CUDA_VISIBLE_DEVICES"),
+    *("OMP_NUM_THREADS", "CXX"),
+)
 """Environment variables that hold no secret."""
 
 
