@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -179,6 +179,9 @@ def _parse(kind: Any, text: Any) -> Any:
     """A text as a value of a type, or the text itself if it is none."""
     if not isinstance(text, str):
         return text
+    if get_origin(kind) is Annotated:
+        # Its bounds are checked with all others.
+        kind = get_args(kind)[0]
     try:
         return _adapter(kind).validate_strings(text)
     except ValidationError:
@@ -211,7 +214,7 @@ class Config(Table):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Add the fields to the docstring."""
-        fields = "".join(f"\n    {name}: {field.description}" for name, field in cls.model_fields.items())
+        fields = "".join(f"\n    {name}: {field.description or ''}" for name, field in cls.model_fields.items())
         cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nAttributes:{fields}"
 
     def __init__(self, /, **values: Any) -> None:

@@ -4,13 +4,13 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import pytest
 from pydantic import Field
 
-from prefixtune.errors import ConfigError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, Table, TextList
 
 
@@ -222,3 +222,22 @@ def test_a_function_takes_an_object_a_dict_or_keywords_but_not_two_of_these() ->
         Recipe.from_arguments(Recipe(), {"seed": 1})
     with pytest.raises(ConfigError, match="of type Recipe, or a dict"):
         Recipe.from_arguments(3, {})
+
+
+def test_bounds_of_the_items_of_a_list_hold_for_texts_too() -> None:
+    class Sizes(Config):
+        sizes: CommaList[Annotated[int, Field(ge=1)]] = ()
+
+    assert Sizes.from_layers(Layer.from_options({"sizes": ["1,2", "3"]})).sizes == (1, 2, 3)
+    with pytest.raises(ConfigError, match=r"--sizes\[1\] is 0, but must be at least 1"):
+        Sizes.from_layers(Layer.from_options({"sizes": "5,0"}))
+
+
+def test_a_copy_knows_which_values_were_given_and_another_error_may_be_raised() -> None:
+    class Plate(Recipe):
+        error_class = DataError
+
+    assert Plate(servings=3).replace(rate=0.5).model_fields_set == {"servings", "rate"}
+    with pytest.raises(DataError, match="servings is 0"):
+        Plate(servings=0)
+    assert "Attributes:" in (Plate.__doc__ or "")

@@ -94,9 +94,9 @@ def score(options: ScoreOptions) -> int:
     from prefixtune.data import TASKS
 
     console = Console(quiet=options.quiet)
+    examples, outputs = _read_files(options)
     names = [name for name in (options.hypotheses, options.against) if name is not None]
-    examples = _read_references(options, names)
-    systems = [_outputs_of_examples(console, options, name, len(examples)) for name in names]
+    systems = [_outputs_of_examples(console, options, name, outputs[name], len(examples)) for name in names]
     kind = TASKS[options.task].kind
     if kind == "generation":
         result = _score_texts(options, examples, systems)
@@ -112,47 +112,47 @@ def score(options: ScoreOptions) -> int:
     return 0
 
 
-def _read_references(options: ScoreOptions, outputs: Sequence[str]) -> list[Example]:
-    """The examples, each with a reference; the files of outputs are there too.
+def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[str]]]:
+    """The examples, each with a reference, and file -> its outputs.
 
     Raises:
-        PrefixError: A file is missing, or an example is wrong; all missing files at once.
+        PrefixError: A file cannot be read, or an example has no reference; all files that cannot be read at once.
     """
     from prefixtune.data import read_task
-    from prefixtune.data.files import check_file
 
+    columns = {"source": options.source, "target": options.target, "split": options.split or None}
     examples: list[Example] = []
+    outputs: dict[str, list[str]] = {}
 
-    def read() -> None:
-        examples.extend(
-            read_task(
-                options.task,
-                options.references,
-                source=options.source,
-                target=options.target,
-                split=options.split or None,
-            )
-        )
+    def read_outputs(name: str) -> None:
+        outputs[name] = _read_outputs(Path(name))
 
-    check_all([read, *(partial(check_file, Path(name)) for name in outputs)])
+    names = [name for name in (options.hypotheses, options.against) if name is not None]
+    check_all(
+        [
+            lambda: examples.extend(read_task(options.task, options.references, **columns)),
+            *(partial(read_outputs, name) for name in names),
+        ]
+    )
     for number, example in enumerate(examples, start=1):
         if not example.targets:
             raise DataError(
                 f"example {number} of {options.references} ({example.source[:60]!r}) has no reference.",
                 hint="name a file with references, or the column with --target.",
             )
-    return examples
+    return examples, outputs
 
 
-def _outputs_of_examples(console: Console, options: ScoreOptions, name: str, num_examples: int) -> list[str]:
-    """The outputs in a file, one for each example.
+def _outputs_of_examples(
+    console: Console, options: ScoreOptions, name: str, outputs: list[str], num_examples: int
+) -> list[str]:
+    """The outputs of a file, one for each example.
 
     Raises:
         DataError: Their number is neither that of the examples nor that of all entries of the references.
     """
     from prefixtune.data import read_all_entries
 
-    outputs = _read_outputs(Path(name))
     if len(outputs) == num_examples:
         return outputs
     # Perhaps for all entries, including those without a reference.
