@@ -20,11 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "prefixtune"
 
 COMMANDS = {name: {*map(options.flag, options.model_fields)} for name, options in command_options().items()}
-KEYS = {
-    name
-    for config in (TrainConfig, GenerateConfig, StudyConfig, ServeConfig)
-    for name in getattr(config, "model_fields", None) or getattr(config, "__dataclass_fields__", {})
-}
+KEYS = {name for config in (TrainConfig, GenerateConfig, StudyConfig, ServeConfig) for name in config.model_fields}
 #: File or folder of the source -> the commands whose users see its hints; all of them must have the option.
 SEEN_BY = {
     "cli/commands/convert.py": ["convert"],

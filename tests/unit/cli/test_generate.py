@@ -7,15 +7,19 @@ import io
 import json
 import os
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from command_line import call
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
+from prefixtune.data import TASKS
+from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate as generate_texts
 from prefixtune.prefix.artifact import save_prefix
@@ -216,3 +220,17 @@ def test_a_folder_without_a_prefix_is_no_prefix(tmp_path: Path, capsys: pytest.C
     message = error(capsys, "a text", "--prefix", str(tmp_path))
     assert "no file prefix.safetensors in the folder" in message
     assert "--run" in message
+
+
+def test_print_config_shows_the_settings_that_result(prefixes: list[str], capsys: Any, no_loading: None) -> None:
+    assert call("generate", "--print-config", "--prefix", prefixes[0], "--top-k", "5", "--temperature", "1") == 0
+    shown = GenerateConfig(**tomllib.loads(capsys.readouterr().out))
+    values = {name: value for name, value in TASKS["e2e"].decoding.items() if name != "num_beams"}
+    assert shown == GenerateConfig(**values, top_k=5, temperature=1)
+
+
+def test_all_mistakes_of_the_options_come_in_one_answer(prefixes: list[str], no_loading: None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call("generate", "x", "--num-beam", "2", "--top-p", "2", "--cache", "big", "--stream", "--json", "--do-sample")
+    for fault in ("(did you mean '--num-beams'?)", "--top-p is 2.0", "--cache is 'big'", "--stream", "temperature"):
+        assert fault in caught.value.message

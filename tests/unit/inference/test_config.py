@@ -10,6 +10,7 @@ import pytest
 from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError, RequestError
+from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.streaming import stream
@@ -56,3 +57,14 @@ def test_words_around_the_target_are_taken_off(
     replace_everywhere(monkeypatch, generate_ids, lambda *_, **__: [written])
     assert generate(backbone, ["x"], prefix) == ["yes"]
     assert "".join(stream(backbone, "x", prefix)) == "yes"
+
+
+def test_options_of_classification_are_checked(tiny_backbone: Callable[..., Any]) -> None:
+    backbone = tiny_backbone("llama")
+    for option in ({"batch_size": 0}, {"batchsize": 1}, {"config": {"on_too_long": "cot"}}):
+        with pytest.raises(ConfigError, match=r"at least 1|did you mean"):
+            classify(backbone, ["a"], labels=["x", "y"], **option)
+    alone, several = (
+        classify(backbone, ["a", "bc"], labels=["x", "y"], config=GenerateConfig(batch_size=size)) for size in (1, 2)
+    )
+    assert [prediction.label for prediction in alone] == [prediction.label for prediction in several]

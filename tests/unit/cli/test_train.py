@@ -1,0 +1,72 @@
+"""`prefixtune train`: where its configuration comes from, and mistakes in each source."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from command_line import call
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.folder import write_config
+from prefixtune.training.presets import preset
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> TrainConfig:
+    assert call("train", "--print-config", *arguments) == 0
+    return TrainConfig(**tomllib.loads(capsys.readouterr().out))
+
+
+def test_options_win_over_the_file_and_the_file_over_the_preset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("task: e2e\nlearning_rate: 1e-4\nseed: 3\nshard: true\n")
+    arguments = ("--config", tmp_path / "run.yaml", "--preset", "paper", "--seed", "5", "--no-shard")
+    values = preset("paper", "e2e") | {"task": "e2e", "learning_rate": 1e-4, "seed": 5}
+    assert printed(capsys, *arguments) == TrainConfig(**values)
+    assert printed(capsys) == TrainConfig()
+    low = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--limit", "500")
+    assert low.max_steps == preset("paper-low-data", "e2e", num_targets=500)["max_steps"]
+
+
+def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(output=str(tmp_path), prefix_length=3)
+    write_config(config)
+    resumed = printed(capsys, "--resume", "--output", tmp_path, "--max-steps", "9")
+    assert resumed == config.replace(max_steps=9)
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        call("train", "--resume", "--output", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "faults"),
+    [
+        (
+            "--lerning-rate 1 --epochs 0 --preset papr --config run.toml",
+            ("'--lerning-rate' (did you", "--epochs is 0.0", "'papr' (did you mean 'paper'?)", "key 'sed'"),
+        ),
+        ("--resume --output /nowhere --seed x", ("no run to resume", "--seed is 'x'")),
+        ("--together a.toml b.toml --output x --preset paper", ("--preset and --output cannot go with --together",)),
+        ("--together run.toml missing.yaml", ("key 'sed' (did you mean 'seed'?)", "missing.yaml")),
+        ("--config run.toml --label-words pos", ("--label-words has 'pos', but LABEL=WORD", "key 'sed'")),
+        ("--sites encoder=0 --method lora --quantize int8", ("--sites gives encoder", "does not go with method")),
+    ],
+)
+def test_all_mistakes_come_in_one_answer(
+    arguments: str, faults: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text("sed = 1\n")
+    with pytest.raises(ConfigError) as caught:
+        call("train", *arguments.split())
+    for fault in faults:
+        assert fault in caught.value.message
+
+
+def test_options_that_the_files_of_runs_complete_are_allowed() -> None:
+    # The prefix to start from is in each run's file: here there is none, and only that is wrong.
+    with pytest.raises(ConfigError) as caught:
+        call("train", "--together", "/nowhere.toml", "--initialization", "prefix")
+    assert "init_prefix" not in caught.value.message
