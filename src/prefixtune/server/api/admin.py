@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Response
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.server.api.body import body_too_large, check_content_length
+from prefixtune.server.api.body import receive_body
 from prefixtune.server.api.endpoint import AdminContext, RequestContext
 from prefixtune.server.api.openapi import BYTES_BODY, NAME, api_router, errors
 from prefixtune.server.api.schemas import Prefixes, PrefixHeader, Reloaded, Uploaded
@@ -89,48 +89,24 @@ async def upload_prefix(context: AdminContext) -> Response:
 
     Needs a key with the right 'admin'.
     """
-    state, name = context.state, context.name
-    if name == state.config.model_id:
+    state, name, config = context.state, context.name, context.state.config
+    if name == config.model_id:
         raise bad_request(f"{name!r} is the bare backbone's name.", "name", hint="choose another one.")
     replaced = name in state.store
-    limit = state.config.max_upload_mib * 2**20
-    check_content_length(context.request, limit)
+    limit, seconds, chunk_seconds = config.max_upload_mib * 2**20, config.deadline, config.client_timeout
     try:
         with work_folder(state.store.folder, _UPLOAD_FOLDER) as folder:
-            size = await _receive(context, folder / "received", limit)
+            with open(folder / "received", "wb") as file:
+                # Into the page cache: not worth a thread.
+                size = await receive_body(
+                    context.request, file.write, limit=limit, seconds=seconds, chunk_seconds=chunk_seconds
+                )
             await _run_in_thread(context, state.store.put, name, folder / "received")
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
         raise _storage_error(error) from None
     context.log_fields |= {"prefix": name, "bytes": size}
     return json_response({"name": name, "bytes": size, "replaced": replaced}, 200 if replaced else 201)
-
-
-async def _receive(context: RequestContext, path: Path, limit: int) -> int:
-    """Write the body to a file; returns its size."""
-    size, config = 0, context.state.config
-    # A chunk now and then is not enough: the whole file has the time of one request.
-    clock = asyncio.get_running_loop().time
-    end = clock() + config.deadline
-    stream = context.request.stream()
-    with open(path, "wb") as handle:
-        while True:
-            try:
-                async with asyncio.timeout(min(config.client_timeout, end - clock())):
-                    chunk = await anext(stream, None)
-            except TimeoutError:
-                message = (
-                    f"a chunk must arrive within {config.client_timeout:g} seconds, and the file within "
-                    f"{config.deadline:g}."
-                )
-                raise ApiError(408, message, code="body_timeout") from None
-            if chunk is None:
-                return size
-            size += len(chunk)
-            if size > limit:
-                raise body_too_large(limit)
-            # Into the page cache, at most 64 KiB: not worth a thread.
-            handle.write(chunk)
 
 
 async def _run_in_thread(context: RequestContext, action: Callable[..., Any], *arguments: Any) -> Any:

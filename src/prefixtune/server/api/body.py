@@ -14,7 +14,7 @@ from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.limits import QueueFull
 from prefixtune.server.responses import ApiError, bad_request
 
-__all__ = ["body_too_large", "check_content_length", "parse_json", "read_json"]
+__all__ = ["parse_json", "read_json", "receive_body"]
 
 
 _SMALL_BODY = 16 * 1024
@@ -50,8 +50,11 @@ async def read_json(context: RequestContext, parse: Callable[[dict[str, Any]], T
     size = min(int(length), limit) if length.isascii() and length.isdigit() else limit
     if not pending.has_room(size, context.tenant):
         raise QueueFull(f"requests of {pending.used:,} bytes are being read or processed", 1.0)
+    _check_content_type(context.request)
+    received, seconds = bytearray(), config.client_timeout
     with pending.hold(size, context.tenant):
-        body = await _read(context.request, limit=limit, timeout=config.client_timeout)
+        await receive_body(context.request, received.extend, limit=limit, seconds=seconds, chunk_seconds=seconds)
+    body = bytes(received)
     # Its real size then counts until the response has been sent: it stays in memory while its text waits its turn.
     context.exit_stack.enter_context(pending.hold(len(body), context.tenant))
 
@@ -61,39 +64,56 @@ async def read_json(context: RequestContext, parse: Callable[[dict[str, Any]], T
     return work() if len(body) <= _SMALL_BODY else await asyncio.to_thread(work)
 
 
-async def _read(request: Request, *, limit: int, timeout: float) -> bytes:
-    """The bytes of a body that must be JSON by its content type, which a form of another site could not set."""
+def _check_content_type(request: Request) -> None:
+    """A body must be JSON by its content type, which a form of another site could not set."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = f"the content type is {kind[:80]!r}, but must be application/json."
         raise ApiError(415, message, code="unsupported_media_type")
-    check_content_length(request, limit)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise body_too_large(limit)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {timeout:g} seconds.", code="body_timeout") from None
-    return bytes(body)
 
 
-def check_content_length(request: Request, limit: int) -> None:
-    """Refuse a body by its header `Content-Length`, before any of it is read.
+async def receive_body(
+    request: Request, write: Callable[[bytes], Any], *, limit: int, seconds: float, chunk_seconds: float
+) -> int:
+    """Write a body as it arrives; returns its size.
+
+    Args:
+        request: Whose body.
+        write: Takes a chunk, of at most 64 KiB.
+        limit: Most bytes; a larger body is refused before any of it is read, if its header says so.
+        seconds: Time for all of it.
+        chunk_seconds: Time for each chunk.
 
     Raises:
-        ApiError: It is too large, or the length is no number.
+        ApiError: It is too large or too slow.
+        ClientDisconnect: The client disconnected.
     """
     length = request.headers.get("content-length", "0")
     if not length.isascii() or not length.isdigit():
         raise bad_request("the content length is not a number.")
     if int(length) > limit:
-        raise body_too_large(limit)
+        raise _body_too_large(limit)
+    clock = asyncio.get_running_loop().time
+    end, size = clock() + seconds, 0
+    try:
+        async with asyncio.timeout(min(seconds, chunk_seconds)) as timer:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise _body_too_large(limit)
+                write(chunk)
+                timer.reschedule(min(end, clock() + chunk_seconds))
+    except TimeoutError:
+        if not timer.expired():
+            # A slow disk.
+            raise
+        chunks = f", or a piece of it within {chunk_seconds:g}" if chunk_seconds < seconds else ""
+        message = f"the body did not arrive within {seconds:g} seconds{chunks}."
+        raise ApiError(408, message, code="body_timeout") from None
+    return size
 
 
-def body_too_large(limit: int) -> ApiError:
+def _body_too_large(limit: int) -> ApiError:
     """413: the body is too large."""
     return ApiError(413, f"the body is larger than {limit:,} bytes.", code="body_too_large")
 

@@ -126,7 +126,7 @@ class GenerationRequest(BaseModel):
             logprobs=self.num_logprobs,
         )
 
-    def conflicts(self, limits: Limits) -> Iterator[Fault]:
+    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
         """Fields that do not go together."""
         if self.length is not None and self.min_tokens > self.length:
             message = f"min_tokens is {self.min_tokens}, which is more than max_tokens ({self.length})."
@@ -208,9 +208,8 @@ class OpenAIRequest(GenerationRequest):
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def conflicts(self, limits: Limits) -> Iterator[Fault]:
-        """Fields that do not go together."""
-        yield from super().conflicts(limits)
+    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
+        yield from super()._conflicts(limits)
         if self.stream_options and not self.stream:
             yield Fault("'stream_options' needs stream to be true.", "stream_options")
 
@@ -243,9 +242,8 @@ class CompletionRequest(OpenAIRequest):
         """How many of the likeliest tokens to return; None: no logprobs at all."""
         return self.logprobs
 
-    def conflicts(self, limits: Limits) -> Iterator[Fault]:
-        """Fields that do not go together."""
-        yield from super().conflicts(limits)
+    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
+        yield from super()._conflicts(limits)
         count = len(self.prompts)
         if count * self.n > limits.max_texts:
             yield Fault(f"{count} prompts times n = {self.n} are more than {limits.max_texts} texts.", "n")
@@ -324,9 +322,8 @@ class ChatRequest(OpenAIRequest):
         roles = {"developer": "system"}
         return [{"role": roles.get(message.role, message.role), "content": message.text} for message in self.messages]
 
-    def conflicts(self, limits: Limits) -> Iterator[Fault]:
-        """Fields that do not go together."""
-        yield from super().conflicts(limits)
+    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
+        yield from super()._conflicts(limits)
         if self.top_logprobs is not None and not self.logprobs:
             yield Fault("top_logprobs needs logprobs to be true.", "top_logprobs")
 
@@ -408,7 +405,7 @@ def _validate(model: type[R], body: Mapping[str, Any], limits: Limits) -> tuple[
         request = limited.model_validate(body)
     except ValidationError as error:
         return None, faults_of(error, limited)
-    return request, list(request.conflicts(limits))
+    return request, list(request._conflicts(limits))
 
 
 def _faults_of_record(body: Mapping[str, Any], columns: Sequence[str]) -> Iterator[Fault]:

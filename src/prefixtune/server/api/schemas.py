@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from prefixtune.server.models.store import StoreStats
-from prefixtune.server.models.task_schema import FieldKind
+from prefixtune.server.models.task_schema import TaskField
 
 __all__ = [
     "Chat",
@@ -34,8 +34,6 @@ Reasons = Annotated[dict[str, str], Field(description="Why each file is not serv
 
 
 class ErrorDetails(BaseModel):
-    """What is wrong, for people (`message`) and for programs; `param` is the field at fault."""
-
     message: str
     type: str
     param: str | None
@@ -43,14 +41,10 @@ class ErrorDetails(BaseModel):
 
 
 class Error(BaseModel):
-    """An error, in OpenAI's shape."""
-
     error: ErrorDetails
 
 
 class Model(BaseModel):
-    """The bare backbone, or a prefix."""
-
     id: str
     object: Literal["model"]
     created: int
@@ -63,23 +57,17 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """The models that the key may use."""
-
     object: Literal["list"]
     data: list[Model]
 
 
 class Usage(BaseModel):
-    """Tokens read and generated; the prefix is not counted."""
-
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class Logprobs(BaseModel):
-    """The tokens of a text."""
-
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -87,37 +75,27 @@ class Logprobs(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have been chosen."""
-
     token: str
     logprob: float
     bytes: list[int] | None
 
 
 class TokenLogprob(TopLogprob):
-    """A token of a message."""
-
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """The tokens of a message."""
-
     content: list[TokenLogprob]
     refusal: None
 
 
 class Head(BaseModel):
-    """What all outputs begin with."""
-
     id: str
     created: int
     model: str
 
 
 class CompletionPiece(BaseModel):
-    """A piece of a text."""
-
     index: int
     text: str
     logprobs: Logprobs | None
@@ -125,38 +103,28 @@ class CompletionPiece(BaseModel):
 
 
 class CompletionChoice(CompletionPiece):
-    """A text."""
-
     finish_reason: FinishReason
 
 
 class Completion(Head):
-    """Texts after prompts."""
-
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage
 
 
 class CompletionChunk(Head):
-    """An event of a completion."""
-
     object: Literal["text_completion"]
     choices: list[CompletionPiece]
     usage: Usage | None = None
 
 
 class AssistantMessage(BaseModel):
-    """The answer of a chat."""
-
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
 class ChatChoice(BaseModel):
-    """An answer."""
-
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -164,15 +132,11 @@ class ChatChoice(BaseModel):
 
 
 class Delta(BaseModel):
-    """What an event adds to a message."""
-
     role: Literal["assistant"] = "assistant"
     content: str = ""
 
 
 class ChatPiece(BaseModel):
-    """A piece of an answer."""
-
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
@@ -180,33 +144,18 @@ class ChatPiece(BaseModel):
 
 
 class Chat(Head):
-    """Answers of a chat."""
-
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
 
 
 class ChatChunk(Head):
-    """An event of a chat."""
-
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPiece]
     usage: Usage | None = None
 
 
-class TaskField(BaseModel):
-    """A field of a task, and how a page asks for it."""
-
-    name: str
-    kind: FieldKind
-    example: Any
-    parts: list[str]
-
-
 class Task(BaseModel):
-    """The fields of a prefix's task."""
-
     id: str
     task: str | None
     fields: list[TaskField]
@@ -214,8 +163,6 @@ class Task(BaseModel):
 
 
 class TaskOutput(Head):
-    """The output of a task; in a stream, the last event."""
-
     object: Literal["task.output"]
     source: str
     output: str
@@ -224,15 +171,11 @@ class TaskOutput(Head):
 
 
 class TaskOutputChunk(Head):
-    """An event of a task."""
-
     object: Literal["task.output.chunk"]
     delta: str
 
 
 class RunningText(BaseModel):
-    """A text that is being generated."""
-
     slot: int
     model: str | None
     prompt_tokens: int
@@ -240,8 +183,6 @@ class RunningText(BaseModel):
 
 
 class CacheUse(BaseModel):
-    """The loaded prefixes."""
-
     prefixes: int
     bytes: int
     hits: int
@@ -249,8 +190,6 @@ class CacheUse(BaseModel):
 
 
 class Status(BaseModel):
-    """What runs now."""
-
     draining: bool
     seconds: float
     slots: int
@@ -262,38 +201,28 @@ class Status(BaseModel):
 
 
 class Health(BaseModel):
-    """How the server is, in a few words."""
-
     status: str
     folder: str
 
 
 class Prefixes(BaseModel):
-    """The folder of prefixes."""
-
     prefixes: list[str]
     refused: Reasons
     cache: StoreStats
 
 
 class PrefixHeader(BaseModel):
-    """The header of a prefix's file."""
-
     name: str
     header: dict[str, Any]
 
 
 class Uploaded(BaseModel):
-    """An uploaded prefix."""
-
     name: str
     bytes: int
     replaced: bool
 
 
 class Reloaded(BaseModel):
-    """What a reload changed."""
-
     added: list[str]
     removed: list[str]
     refused: Reasons

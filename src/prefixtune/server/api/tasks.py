@@ -6,6 +6,7 @@ task's, but greedy where the task's own is a beam search.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -57,7 +58,9 @@ async def create_task_output(context: GenerationContext) -> Response:
     model = await state.catalog.load(context.name, context.caller)
     model = _with_format_of(context, model, body.get("format_of"))
     schema = task_schema_of(model.header)
-    request = parse_task(body, state.limits, schema.columns if schema else ())
+    parse = partial(parse_task, body, state.limits, schema.columns if schema else ())
+    # A body with a great many fields must not block streams.
+    request = parse() if len(body) < 100 else await asyncio.to_thread(parse)
     source = await _source(context, request, schema)
     text_format = state.catalog.text_format(model.header)
     generation = await start_targets(context, request, model, text_format, [source])
