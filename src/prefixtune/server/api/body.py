@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pydantic_core import from_json
 from starlette.requests import Request
 
 from prefixtune.server.api.endpoint import RequestContext
@@ -21,12 +21,6 @@ _SMALL_BODY = 16 * 1024
 """Bytes of a body that is parsed in the event loop; a larger one in a thread, so that no other stream waits for it."""
 _MAX_DEPTH = 32
 """Lists and objects within each other; a chat's parts need six."""
-_TOO_DEEP = f"it is nested more than {_MAX_DEPTH} levels deep"
-_PARSER_ERRORS = {
-    "recursion limit": _TOO_DEEP,
-    "hex escape": "it contains half a surrogate pair, which is not valid text",
-}
-"""A part of a message of the JSON parser -> what it means; the others say what is wrong, and where."""
 
 T = TypeVar("T")
 
@@ -125,27 +119,44 @@ def parse_json(body: bytes) -> dict[str, Any]:
         ApiError: It is not JSON, no object, nested too deeply, or contains invalid text or a number that is not finite.
     """
     try:
-        value = from_json(body)
-        _check_values(value)
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+        _check_depth(value)
+        # Half a surrogate pair is legal in JSON, but no tokenizer takes it.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise bad_request(f"the body is nested more than {_MAX_DEPTH} levels deep.", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise bad_request(
+            "the body contains half a surrogate pair, which is not valid text.", code="invalid_json"
+        ) from None
+    except UnicodeDecodeError:
+        raise bad_request("the body is not UTF-8.", code="invalid_json") from None
     except ValueError as error:
-        reason = next((meaning for part, meaning in _PARSER_ERRORS.items() if part in str(error)), str(error))
-        raise bad_request(f"the body is not JSON: {reason}.", code="invalid_json") from None
+        raise bad_request(f"the body is not JSON: {error}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object.", code="invalid_json")
     return value
 
 
-def _check_values(value: Any) -> None:
-    """Refuse numbers that are not finite, and deep nesting, which no request needs: later code may recurse.
+def _refuse_constant(name: str) -> ApiError:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse deep nesting, which no request needs: later code, such as that of an error message, may recurse.
 
     Raises:
-        ValueError: It has one of them.
+        RecursionError: Lists and objects are nested too deeply.
     """
     level = [value]
     for _ in range(_MAX_DEPTH):
-        for item in level:
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ValueError("NaN is not a number" if math.isnan(item) else "a number is too large, or Infinity")
         level = [
             inner
             for item in level
@@ -154,4 +165,4 @@ def _check_values(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(_TOO_DEEP)
+    raise RecursionError

@@ -258,8 +258,6 @@ class TextPart(BaseModel):
 
 def _parts(content: Any) -> Any:
     """The content of a message, a text or parts, as parts."""
-    if not isinstance(content, str | list):
-        raise Check("a text, or a list of text parts").error()
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -275,17 +273,10 @@ class Message(BaseModel):
     content: Annotated[
         list[Annotated[TextPart, Check("only text is allowed", "not_supported")]],
         BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
+        Check("a text, or a list of text parts", deep=True),
     ]
     name: Any = None
     refusal: Any = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _require(cls, message: Any) -> dict[str, Any]:
-        """What is missing is null, so that its error says what it must be."""
-        if not isinstance(message, dict):
-            raise Check("an object with 'role' and 'content'").error()
-        return {"role": None, "content": None, **message}
 
     @property
     def text(self) -> str:
@@ -296,7 +287,7 @@ class Message(BaseModel):
 class ChatRequest(OpenAIRequest):
     """A body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(
+    messages: Annotated[list[Message], Check("a list of at least one message", deep=True)] = Field(
         min_length=1,
         description="With a prefix, the last one is the source, and must be the user's.",
     )

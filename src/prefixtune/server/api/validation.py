@@ -20,14 +20,7 @@ __all__ = ["Check", "Fault", "faults_of", "refuse", "unknown_field"]
 
 _MAX_FAULTS = 10
 """Most faults that an answer lists."""
-_MEANINGS = {
-    "bool_type": "true or false",
-    "dict_type": "an object",
-    "list_type": "a list",
-    "model_type": "an object",
-    "string_type": "a text",
-    "too_short": "a list that is not empty",
-}
+_MEANINGS = {"bool_type": "true or false", "dict_type": "an object", "list_type": "a list", "string_type": "a text"}
 """pydantic's errors in the words of JSON; of the others, its own words are clear."""
 
 
@@ -46,14 +39,17 @@ class Check:
     Attributes:
         text: What the value must be or, if it is not supported, why.
         kind: Which of the two.
+        deep: Whether faults within the value are named by themselves.
     """
 
     text: str
     kind: Literal["must_be", "not_supported"] = "must_be"
+    deep: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """The schema of the type, with this check around it."""
-        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
+        schema = handler(source)
+        return schema if self.deep else core_schema.no_info_wrap_validator_function(self._validate, schema)
 
     def _validate(self, value: Any, validate: Callable[[Any], Any]) -> Any:
         try:
@@ -91,33 +87,41 @@ def _fault(details: ErrorDetails, model: type[BaseModel]) -> Fault:
     kind, path = details["type"], details["loc"]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     shown = repr(name) if len(path) == 1 else name
+    model, field = _locate(path, model)
     if kind == "extra_forbidden":
-        for part in path[:-1]:
-            options = get_args(model.model_fields[str(part)].annotation)
-            model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
         # Fields of any type are not read.
         return unknown_field(name, [name for name, field in model.model_fields.items() if field.annotation is not Any])
     if kind == "not_supported":
         return Fault(f"{shown} is not supported: {details['msg']}.", name, "unsupported_field")
-    allowed = _allowed(details, model.model_fields.get(name))
+    allowed = _allowed(details, model, field if isinstance(path[-1], str) else None)
     if kind == "missing":
-        return Fault(f"{shown} is missing" + (f"; it must be {allowed}." if allowed else "."), name)
+        return Fault(f"{shown} is missing; it must be {allowed}.", name)
     return Fault(f"{shown} is {_short(details['input'])}, but must be {allowed}.", name)
 
 
-def _allowed(details: ErrorDetails, field: FieldInfo | None) -> str:
-    """What a value must be; of a field of the body itself, by all of its rules."""
-    kind, rules = details["type"], field.metadata if field else []
-    if kind in _MEANINGS:
-        return _MEANINGS[kind]
-    if kind == "literal_error":
-        return f"one of {details['ctx']['expected']}"
-    if kind == "missing":
-        default = _MEANINGS["too_short"] if field and get_origin(field.annotation) is list else ""
-        return next((rule.text for rule in rules if isinstance(rule, Check)), default)
-    if field is None or not (bounds := allowed_range(field)):
-        return details["msg"].removeprefix("Input should be ")
-    return ("a number " if field.annotation is float else "a whole number ") + bounds
+def _locate(path: tuple[int | str, ...], model: type[BaseModel]) -> tuple[type[BaseModel], FieldInfo | None]:
+    """The innermost model on a path, and the last field in it."""
+    field: FieldInfo | None = None
+    for part in path:
+        inner = get_args(field.annotation) if field else ()
+        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+        field = model.model_fields.get(part) if isinstance(part, str) else field
+    return model, field
+
+
+def _allowed(details: ErrorDetails, model: type[BaseModel], field: FieldInfo | None) -> str:
+    """What a value must be: by what is known of its field, else by the error."""
+    if field is not None:
+        if texts := [rule.text for rule in field.metadata if isinstance(rule, Check)]:
+            return texts[0]
+        if bounds := allowed_range(field):
+            return ("a number " if field.annotation is float else "a whole number ") + bounds
+        if get_origin(field.annotation) is Literal:
+            return f"one of {', '.join(get_args(field.annotation))}"
+    if details["type"] == "model_type":
+        required = [repr(name) for name, field in model.model_fields.items() if field.is_required()]
+        return " with ".join(["an object", *([" and ".join(required)] if required else [])])
+    return _MEANINGS.get(details["type"]) or details["msg"].removeprefix("Input should be ")
 
 
 def _short(value: Any) -> str:
