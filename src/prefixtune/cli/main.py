@@ -91,11 +91,11 @@ def run(words: Sequence[str]) -> int:
         # --help, --version and shell completion are cyclopts' own.
         function(*bound.args, **bound.kwargs)
         return 0
-    options = function.options.read(bound.arguments, faults)
-    if getattr(options, "as_json", False) and hasattr(options, "quiet"):
+    texts = dict(bound.arguments)
+    if texts.get("as_json") and "quiet" in function.options.model_fields:
         # Programs also read stderr.
-        options = options.replace(quiet=True)
-    result: int = function.run(options)
+        texts["quiet"] = True
+    result: int = function.run(function.options.read(texts, faults))
     return result
 
 

@@ -18,8 +18,9 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.detokenizer import Detokenizer
 from prefixtune.inference.generate import generate_ids, read_output
 from prefixtune.inference.prompts import prepare_prompts
+from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["stream"]
+__all__ = ["check_streams", "stream", "stream_ids"]
 
 
 def stream(
@@ -47,17 +48,34 @@ def stream(
     prefix = as_prefix(prefix, backbone)
     prompts = prepare_prompts(backbone, [text], [prefix], config, as_text_format(text_format), on_cut=on_cut)
     form, prompt = prompts.formats[0], prompts.ids[0]
-    shared: dict[str, Any] = {"config": config, "new_tokens": prompts.new_tokens}
     if any(form.target_words):
         # Words around the target can only be removed from the whole output.
-        (ids,) = generate_ids(backbone, [prompt], [prefix], **shared)
+        (ids,) = generate_ids(backbone, [prompt], [prefix], config=config, new_tokens=prompts.new_tokens)
         yield read_output(backbone, ids, form, config)
         return
+    yield from stream_ids(backbone, prompt, prefix, config=config, new_tokens=prompts.new_tokens[0])
+
+
+def stream_ids(
+    backbone: Backbone,
+    prompt: Sequence[int],
+    prefix: Prefix | None,
+    *,
+    config: GenerateConfig,
+    new_tokens: int | None = None,
+) -> Iterator[str]:
+    """`stream` for a prompt that is already token ids; `new_tokens` replaces `config.max_new_tokens`.
+
+    Raises:
+        PrefixError: The prompt does not fit, or the configuration cannot stream.
+    """
+    check_streams(config)
     streamer = _Streamer(backbone, config.stop)
 
     def run() -> None:
         try:
-            generate_ids(backbone, [prompt], [prefix], streamer=streamer, **shared)
+            limits = [config.max_new_tokens if new_tokens is None else new_tokens]
+            generate_ids(backbone, [prompt], [prefix], config=config, new_tokens=limits, streamer=streamer)
         except BaseException as error:
             streamer.fail(error)
 

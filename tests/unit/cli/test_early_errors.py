@@ -186,6 +186,9 @@ MISTAKES = [
     ("tasks --jsn", "--jsn"),
     ("env --jsn", "--jsn"),
     ("config schema sevre", "did you mean 'serve'?"),
+    ("chat --prefix nowhere.safetensors", "there is no file"),
+    ("chat --prefix labels.safetensors", "gives labels"),
+    ("chat --top-p 2 --device gpu", "--device is 'gpu', but must be"),
     ("--install-completion --shell bsh", "must be one of 'bash', 'zsh', 'fish', 'powershell'"),
 ]
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data import chat
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import RequestError
@@ -72,9 +73,7 @@ async def encode_chat(context: RequestContext, messages: Sequence[dict[str, str]
 
 
 def _apply_chat_template(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
-    from jinja2 import TemplateError
-
-    if not backbone.tokenizer.chat_template:
+    if not chat.has_chat_template(backbone):
         raise bad_request(
             "the backbone has no chat template.",
             "messages",
@@ -82,12 +81,9 @@ def _apply_chat_template(backbone: Backbone, messages: Sequence[dict[str, str]])
             hint="use /v1/completions, or /v1/tasks/ and the name of a prefix.",
         )
     try:
-        ids: list[int] = backbone.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-    except TemplateError as error:
-        raise bad_request(f"the backbone's chat template refuses the messages: {error}.", "messages") from None
-    return ids
+        return chat.encode_chat(backbone, messages)
+    except RequestError as error:
+        raise bad_request(error.message, "messages") from None
 
 
 async def _encode_source(

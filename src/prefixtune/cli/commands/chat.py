@@ -1,0 +1,263 @@
+"""`prefixtune chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.conversation import Conversation
+from prefixtune.cli.loading import load_with_prefixes
+from prefixtune.cli.options import OutputOptions, command, json_option
+from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
+from prefixtune.inference.config import SamplingConfig
+from prefixtune.utils.config import DeviceName, TextList, option_group
+from prefixtune.utils.console import Console
+
+if TYPE_CHECKING:
+    from prefixtune.inference.config import GenerateConfig
+    from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["chat"]
+
+_COMMANDS = {
+    "/prefix": "NAME: answer with this prefix from now on; none: with none; without a name: list them",
+    "/reset": "forget the messages so far",
+    "/save": "FILE: write the messages as JSON lines",
+    "/help": "this list; a message that begins with / is written with a space before it",
+    "/exit": "end the conversation; so does Ctrl-D, and Ctrl-C stops an answer",
+}
+_NO_PREFIX = "none"
+_MAX_CHARS = 2**20
+"""Longest message."""
+
+_of_backbone = option_group("backbone")
+_decoding = option_group("decoding")
+
+
+class ChatOptions(OutputOptions, SamplingConfig):
+    """The options of `prefixtune chat`."""
+
+    prefix: TextList = Field(
+        (),
+        description="a file, the folder of a run, or hub:OWNER/NAME; several: /prefix NAME switches; none: bare model",
+    )
+    as_json: bool = json_option("one object per answer")
+    max_new_tokens: int = _decoding(
+        512, ge=1, description="most tokens of an answer; with a prefix: as its task has it"
+    )
+    backbone: str | None = _of_backbone(None, description="default: the one in the prefix's header")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _of_backbone(
+        "auto", description="dtype of the frozen weights"
+    )
+    device: DeviceName = _of_backbone("auto", description="auto, cpu, cuda, cuda:0, mps")
+    quantize: Literal["", "int8", "int4"] = _of_backbone("", description="quantize the frozen weights (torchao)")
+    adapter: str | None = _of_backbone(None, description="folder of a LoRA adapter (PEFT); default: the prefix's own")
+    allow_other_backbone: bool = _of_backbone(False, description="accept other weights of the same shapes")
+
+
+@command
+def chat(options: ChatOptions) -> int:
+    r"""Talk with a model and its prefixes in the terminal.
+
+    The model reads the whole conversation in its own chat template. A prefix that was trained on single texts reads
+    the last message alone, in its own text format, with the decoding of its task. Ctrl-C stops an answer, Ctrl-D ends.
+    /help lists the commands of a conversation. Without a terminal, each line of stdin is a message.
+
+    For example:
+        prefixtune chat
+        prefixtune chat --prefix runs/e2e/prefix.safetensors --prefix runs/news/prefix.safetensors
+        prefixtune chat --temperature 0.7 --seed 1
+        printf 'Hello\nWho are you?\n' | prefixtune chat --json
+    """
+    from prefixtune.data.chat import has_chat_template
+
+    console = Console(quiet=options.quiet)
+    backbone, prefixes = load_with_prefixes(console, options, options.prefix, _check_prefixes)
+    if not has_chat_template(backbone) and not any(prefix.header.get("text_format") for prefix in prefixes):
+        raise ConfigError(
+            f"{backbone.name!r} has no chat template: it was not trained for conversations.",
+            hint="use `prefixtune generate`, or name another model with --backbone.",
+        )
+    named = dict(zip(_names(options.prefix), prefixes, strict=True))
+    conversation = Conversation(backbone, named, partial(_decoding_with, options), next(iter(named), ""))
+    _Terminal(conversation, console, options.as_json).run()
+    return 0
+
+
+def _check_prefixes(prefixes: Sequence[Prefix]) -> None:
+    from prefixtune.data.labels import labels_of
+
+    for prefix in prefixes:
+        if labels := labels_of(prefix):
+            raise ConfigError(
+                f"a prefix for {labels.kind} gives labels, and has no answers.", hint="use `prefixtune generate`."
+            )
+
+
+def _names(files: Sequence[str]) -> list[str]:
+    """Short names of prefixes; where two would be equal, what was written.
+
+    >>> _names(["runs/e2e/prefix.safetensors", "news.safetensors", "hub:me/poems"])
+    ['e2e', 'news', 'poems']
+    >>> _names(["a/x.safetensors", "b/x.safetensors"])
+    ['a/x.safetensors', 'b/x.safetensors']
+    """
+    paths = [Path(file) for file in files]
+    short = [path.parent.name if path.stem == "prefix" and path.parent.name else path.stem for path in paths]
+    return [
+        name if short.count(name) == 1 and name != _NO_PREFIX else file for name, file in zip(short, files, strict=True)
+    ]
+
+
+def _decoding_with(options: ChatOptions, prefix: Prefix | None) -> GenerateConfig:
+    """The settings of the prefix's task, replaced by those of the options; beam search cannot stream."""
+    from prefixtune.data import TASKS
+    from prefixtune.inference.config import GenerateConfig
+
+    task = TASKS.get(str(prefix.header.get("task"))) if prefix is not None else None
+    values: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, **(task.decoding if task else {})}
+    chosen = options.model_fields_set & SamplingConfig.model_fields.keys()
+    values |= {name: getattr(options, name) for name in chosen}
+    values["min_new_tokens"] = min(values.get("min_new_tokens", 0), values["max_new_tokens"])
+    return GenerateConfig(
+        **{name: value for name, value in values.items() if name not in ("num_beams", "length_penalty")}
+    )
+
+
+class _Terminal:
+    """Reads messages and commands, and shows answers."""
+
+    def __init__(self, conversation: Conversation, console: Console, as_json: bool) -> None:
+        self._conversation = conversation
+        self._console = console
+        self._as_json = as_json
+        self._interactive = sys.stdin is not None and sys.stdin.isatty() and not as_json
+        self._said_one_message = False
+
+    def run(self) -> None:
+        """Answer until the input ends."""
+        if self._interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - `input` uses it: the arrow keys edit a line, and bring back earlier ones
+            self._console.info("/help lists the commands; Ctrl-D ends.")
+        for line in self._lines():
+            text = line.strip()
+            if not text:
+                continue
+            if line.startswith("/"):
+                name, _, argument = text.partition(" ")
+                if name == "/exit":
+                    return
+                with self._reporting(text):
+                    self._obey(name, argument.strip())
+            else:
+                with self._reporting(text):
+                    self._answer(text)
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            try:
+                if self._interactive:
+                    yield input(f"{self._conversation.name or 'bare'}> ")
+                elif line := _read_line():
+                    yield line.rstrip("\r\n")
+                else:
+                    return
+            except EOFError:
+                print()
+                return
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"stdin is not UTF-8 text: {error}.", hint="convert it to UTF-8.") from error
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                print()
+
+    @contextlib.contextmanager
+    def _reporting(self, text: str) -> Iterator[None]:
+        """A message that cannot be answered is reported, and the conversation goes on."""
+        try:
+            yield
+        except PrefixError as error:
+            if self._as_json:
+                print_json({"text": text, "error": error.message, "hint": error.hint})
+            else:
+                self._console.error(error.message, error.hint)
+
+    def _answer(self, text: str) -> None:
+        _check_text(text)
+        conversation = self._conversation
+        if conversation.reads_one_message and conversation.messages and not self._said_one_message:
+            self._said_one_message = True
+            self._console.info(f"the prefix {conversation.name!r} reads your last message only, not those before it")
+
+        def on_piece(piece: str) -> None:
+            if not self._as_json:
+                print(piece, end="", flush=True)
+
+        answer = conversation.ask(text, on_piece, lambda _: self._console.info("your message was truncated to fit"))
+        if self._as_json:
+            name = conversation.name or None
+            print_json({"text": text, "output": answer.text, "prefix": name, "stopped": answer.stopped})
+        else:
+            print(" (stopped)" * answer.stopped)
+
+    def _obey(self, name: str, argument: str) -> None:
+        conversation = self._conversation
+        if name == "/reset":
+            conversation.messages.clear()
+        elif name == "/prefix":
+            self._switch(argument)
+        elif name == "/save" and argument:
+            conversation.save(Path(argument).expanduser())
+            self._console.info(f"{len(conversation.messages)} messages are in {argument}")
+        elif name == "/help":
+            for known, text in _COMMANDS.items():
+                self._console.info(f"{known} {text}")
+        elif name == "/save":
+            raise RequestError("/save needs the name of a file.", hint="as in /save chat.jsonl.")
+        else:
+            raise RequestError(f"there is no command {name[:80]!r}.", hint=did_you_mean(name, _COMMANDS))
+
+    def _switch(self, name: str) -> None:
+        """Answer with another prefix, or list them."""
+        conversation = self._conversation
+        known = [*conversation.prefixes, _NO_PREFIX]
+        if not name:
+            for prefix in known:
+                self._console.info(f"{'*' if prefix == (conversation.name or _NO_PREFIX) else ' '} {prefix}")
+        elif name in known:
+            conversation.name = "" if name == _NO_PREFIX else name
+        else:
+            raise RequestError(f"there is no prefix {name[:80]!r}.", hint=did_you_mean(name, known))
+
+
+def _read_line() -> str:
+    """The next line of stdin, cut where a message is too long; empty: there is none."""
+    line = rest = sys.stdin.readline(_MAX_CHARS + 2) if sys.stdin else ""
+    while rest and not rest.endswith("\n"):
+        rest = sys.stdin.readline(_MAX_CHARS)
+    return line
+
+
+def _check_text(text: str) -> None:
+    """Refuse a message that no model can read.
+
+    Raises:
+        RequestError: It is too long, or not UTF-8.
+    """
+    if len(text) > _MAX_CHARS:
+        raise RequestError(
+            f"the message has more than {_MAX_CHARS:,} characters, the most that are allowed.", hint="shorten it."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("the message is not UTF-8 text.", hint="convert it to UTF-8.") from error

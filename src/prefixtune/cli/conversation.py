@@ -1,0 +1,99 @@
+"""A conversation with a backbone and its prefixes: the messages so far, and the stream of the next answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefixtune.backbone.backbone import Backbone
+    from prefixtune.inference.config import GenerateConfig
+    from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["Answer", "Conversation"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and whether it was stopped before its end."""
+
+    text: str
+    stopped: bool
+
+
+@dataclass
+class Conversation:
+    """The messages of both sides, and the prefix in use.
+
+    Attributes:
+        backbone: The frozen model.
+        prefixes: Name -> prefix.
+        decoding: The decoding settings with a prefix, or with none.
+        name: The name of the prefix in use; empty: none.
+        messages: With `role` and `content`, as chat templates read them.
+    """
+
+    backbone: Backbone
+    prefixes: Mapping[str, Prefix]
+    decoding: Callable[[Prefix | None], GenerateConfig]
+    name: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def reads_one_message(self) -> bool:
+        """Whether the prefix in use was trained with a text format of its own, which has room for one text."""
+        prefix = self.prefixes.get(self.name)
+        return prefix is not None and prefix.header.get("text_format") is not None
+
+    def ask(
+        self, text: str, on_piece: Callable[[str], object], on_cut: Callable[[Sequence[int]], object] | None = None
+    ) -> Answer:
+        """Answer a message; it is kept with its answer, also if Ctrl-C stops that.
+
+        Args:
+            text: The user's message.
+            on_piece: Called with every piece of the answer as it comes.
+            on_cut: Called if the message was truncated to fit.
+
+        Raises:
+            PrefixError: The message cannot be answered; it is not kept.
+        """
+        pieces: list[str] = []
+        stopped = False
+        with closing(self._stream(text, on_cut)) as stream:
+            try:
+                for piece in stream:
+                    pieces.append(piece)
+                    on_piece(piece)
+            except KeyboardInterrupt:
+                stopped = True
+        answer = "".join(pieces)
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer.strip()}]
+        return Answer(answer, stopped)
+
+    def save(self, path: Path) -> None:
+        """Write the messages as JSON lines, atomically.
+
+        Raises:
+            PrefixError: The file cannot be written.
+        """
+        from prefixtune.utils.files import write_text
+        from prefixtune.utils.writable import check_writable
+
+        check_writable(path)
+        write_text(path, "".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in self.messages))
+
+    def _stream(self, text: str, on_cut: Callable[[Sequence[int]], object] | None) -> Iterator[str]:
+        from prefixtune.data.chat import encode_chat
+        from prefixtune.inference.streaming import stream, stream_ids
+
+        prefix = self.prefixes.get(self.name)
+        config = self.decoding(prefix)
+        if self.reads_one_message:
+            return stream(self.backbone, text, prefix, config=config, on_cut=on_cut)
+        ids = encode_chat(self.backbone, [*self.messages, {"role": "user", "content": text}])
+        return stream_ids(self.backbone, ids, prefix, config=config)

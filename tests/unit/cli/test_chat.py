@@ -1,0 +1,146 @@
+"""`prefixtune chat`: its answers are those of `generate`, and whatever is typed, the conversation goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import run
+from live_server import make_model, make_prefix
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.cli.conversation import Conversation
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.prefix.text_format import TextFormat
+
+SHORT = ("--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
+CONFIG = GenerateConfig(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def backbone(model: Path) -> Any:
+    return load_backbone(model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prefixes(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`whole` reads conversations; `single` was trained on single texts."""
+    folder = tmp_path_factory.mktemp("prefixes")
+    text_format = asdict(TextFormat(prompt="Say {source}:", target=" {target}"))
+    return {
+        "whole": make_prefix(backbone, folder / "whole.safetensors", 1),
+        "single": make_prefix(
+            backbone, folder / "single" / "prefix.safetensors", 2, text_format=text_format, task="e2e"
+        ),
+    }
+
+
+@pytest.fixture
+def answer_to(backbone: Any) -> Callable[..., str]:
+    """The answer to messages of the user and the assistant in turn."""
+
+    def answer(*messages: str, prefix: Any = None) -> str:
+        rendered = "".join(f"[{('user', 'assistant')[i % 2]}]{text}</s>" for i, text in enumerate(messages))
+        ids = backbone.tokenizer(f"{rendered}[assistant]")["input_ids"]
+        (answered,) = generate_ids(backbone, [ids], [prefix], config=CONFIG)
+        return str(backbone.decode(answered))
+
+    return answer
+
+
+def chat(*arguments: object, lines: str, code: int = 0) -> tuple[list[Any], str]:
+    """The objects and the messages of a conversation."""
+    out, err = run("chat", *map(str, arguments), *SHORT, "--json", stdin=lines, code=code)
+    return [json.loads(line) for line in out.splitlines()], err
+
+
+def test_the_model_reads_the_whole_conversation(model: Path, answer_to: Callable[..., str]) -> None:
+    (first, second, again), _ = chat("--backbone", model, lines="Hello\nWho are you?\n/reset\nHello\n/exit\nmore\n")
+    assert first == {"text": "Hello", "output": answer_to("Hello"), "prefix": None, "stopped": False}
+    assert second["output"] == answer_to("Hello", first["output"].strip(), "Who are you?")
+    assert again == first
+
+
+def test_prefixes_are_switched(
+    model: Path, backbone: Any, prefixes: dict[str, Path], answer_to: Callable[..., str]
+) -> None:
+    whole, single = (load_prefix(prefixes[name], backbone) for name in ("whole", "single"))
+    files = ("--prefix", prefixes["whole"], "--prefix", prefixes["single"])
+    rows, _ = chat("--backbone", model, *files, lines="a\n/prefix single\nb\n/prefix none\nc\n")
+    assert [row["prefix"] for row in rows] == ["whole", "single", None]
+    messages = [row for one in rows for row in (one["text"], one["output"].strip())]
+    assert rows[0]["output"] == answer_to("a", prefix=whole)
+    assert rows[2]["output"] == answer_to(*messages[:-1])
+    (alone,) = generate(backbone, ["b"], single, config=CONFIG.replace(min_new_tokens=5))
+    assert rows[1]["output"].strip() == alone
+    out, err = run(
+        "chat", "--backbone", str(model), *map(str, files), *SHORT, stdin="a\n/prefix single\nb\nc\n/prefix\n"
+    )
+    assert err.count("the prefix 'single' reads your last message only") == 1
+    assert err.endswith("  whole\n* single\n  none\n")
+    assert out.splitlines()[0] == rows[0]["output"].splitlines()[0]
+
+
+def test_mistakes_keep_the_conversation(model: Path, prefixes: dict[str, Path], answer_to: Callable[..., str]) -> None:
+    lines = f"/rest\n/prefix x\n/save\n{'long ' * 300}\n  \na\udcff\n{'x' * 2_000_000}\na\n"
+    rows, _ = chat("--backbone", model, lines=lines)
+    assert [row.get("error", "")[:30] for row in rows] == [
+        "there is no command '/rest'.",
+        "there is no prefix 'x'.",
+        "/save needs the name of a file",
+        "text 1 needs 0 (prefix) + 1517",
+        "the message is not UTF-8 text.",
+        "the message has more than 1,04",
+        "",
+    ]
+    assert rows[0]["hint"] == "did you mean '/reset'?"
+    assert rows[-1]["output"] == answer_to("a")
+
+
+def test_messages_are_saved(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "chat.jsonl"
+    (row, wrong), _ = chat("--backbone", model, lines=f"Grüße\n/save {file}\n/save {tmp_path}\n")
+    assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [
+        {"role": "user", "content": "Grüße"},
+        {"role": "assistant", "content": row["output"].strip()},
+    ]
+    assert "it is a folder" in wrong["error"]
+    assert [path.name for path in file.parent.iterdir()] == ["chat.jsonl"]
+
+
+def test_an_answer_can_be_stopped(backbone: Any) -> None:
+    conversation = Conversation(backbone, {}, lambda _: CONFIG.replace(max_new_tokens=300))
+    pieces: list[str] = []
+
+    def stop(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    answer = conversation.ask("Hello", stop)
+    assert answer.stopped
+    assert answer.text == "".join(pieces)
+    assert conversation.messages[-1] == {"role": "assistant", "content": answer.text.strip()}
+    assert not conversation.ask("Go on", len).stopped
+    assert len(conversation.messages) == 4
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path, backbone: Any) -> None:
+    folder = make_model(tmp_path / "model", template=False)
+    _, err = run("chat", "--backbone", str(folder), *SHORT, "--quiet", code=2, stdin="a\n")
+    assert "has no chat template" in err
+    labels = {"kind": "classification", "by": "words", "names": ["a", "b"]}
+    file = make_prefix(backbone, tmp_path / "labels.safetensors", 1, labels=labels)
+    _, err = run("chat", "--backbone", str(folder), "--prefix", str(file), code=2, stdin="a\n")
+    assert "a prefix for classification gives labels" in err
