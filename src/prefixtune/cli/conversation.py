@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +50,7 @@ class Conversation:
         return prefix is not None and prefix.header.get("text_format") is not None
 
     def ask(
-        self, text: str, on_piece: Callable[[str], object], on_cut: Callable[[Sequence[int]], object] | None = None
+        self, text: str, on_piece: Callable[[str], object], on_cut: Callable[[Sequence[int]], None] | None = None
     ) -> Answer:
         """Answer a message; it is kept with its answer, also if Ctrl-C stops that.
 
@@ -87,7 +87,7 @@ class Conversation:
         check_writable(path)
         write_text(path, "".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in self.messages))
 
-    def _stream(self, text: str, on_cut: Callable[[Sequence[int]], object] | None) -> Iterator[str]:
+    def _stream(self, text: str, on_cut: Callable[[Sequence[int]], None] | None) -> Generator[str, None, None]:
         from prefixtune.data.chat import encode_chat
         from prefixtune.inference.streaming import stream, stream_ids
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def stream(
     config: GenerateConfig | Mapping[str, Any] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Continue one text, yielding pieces as they become certain; joined, they are `generate`'s output.
 
     Arguments as for `generate`; beam search cannot stream.
@@ -63,7 +63,7 @@ def stream_ids(
     *,
     config: GenerateConfig,
     new_tokens: int | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """`stream` for a prompt that is already token ids; `new_tokens` replaces `config.max_new_tokens`.
 
     Raises:
