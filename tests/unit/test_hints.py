@@ -145,14 +145,11 @@ def test_the_keys_and_names_in_hints_exist() -> None:
 
 def test_the_extras_and_documents_in_hints_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = [(*hint, extra) for hint in HINTS for extra in re.findall(r"prefixtune\[([a-z]+)\]", hint[2])]
-    assert named
-    for path in SOURCE.rglob("*.py"):
-        imports = re.findall(r"needs_extra\(\s*\"(\w+)\"|extra=\"(\w+)\"", path.read_text(encoding="utf-8"))
-        named += [
-            (path.name, 0, "", name) for names in imports for name in names if name not in ("", "forbid", "allow")
-        ]
-    assert {each[3] for each in named} == extras.keys() - {"all"}
+    source = "".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
+    named = re.findall(
+        r"prefixtune\[([a-z]+)\]|needs_extra\(\"([a-z]+)\"|package_version\(.*extra=\"([a-z]+)\"", source
+    )
+    assert {name for names in named for name in names if name} == extras.keys() - {"all"}
     pages = [(*hint, page) for hint in HINTS for page in re.findall(r"docs/[a-z_]+\.md", hint[2])]
     assert pages
     assert [each for each in pages if not (ROOT / each[3]).is_file()] == []
