@@ -179,7 +179,10 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
             misspelt = nearest.startswith("did") and words[0] != "--json"
             hint = nearest if misspelt else "`prefixtune --help` lists the commands."
             raise ConfigError(f"{words[0]!r} is no COMMAND, which comes first.", hint=hint)
-        raise ConfigError(f"there is no command {words[0]!r}.", hint=did_you_mean(words[0], commands))
+        raise ConfigError(
+            f"there is no command {words[0]!r}.",
+            hint=did_you_mean(words[0], [name for name in commands if name[0] != "-"]),
+        )
     words = list(words)
     faults: list[str] = []
     function: Any

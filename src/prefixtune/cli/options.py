@@ -82,7 +82,14 @@ class CommandOptions(Config):
     def suggest(cls, option: str) -> str:
         """What could have been meant by an unknown option."""
         other = cls.other_names.get(option.lstrip("-").replace("-", "_"))
-        return other or did_you_mean(
+        if other is not None:
+            # "it is called max_new_tokens here": as it is written on the command line.
+            return re.sub(
+                r"((?<=called )\w+|(?<=set )\w+|\w+_\w+)(=True)?",
+                lambda match: cls.flag(match[1]) if match[1] in cls.model_fields else match[0],
+                other,
+            )
+        return did_you_mean(
             option, [flag for name, _ in _parameters_of(cls) if (flag := cls.flag(name)).startswith("-")]
         )
 

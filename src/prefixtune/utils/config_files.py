@@ -74,8 +74,13 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{str(path)!r} is not YAML: {reason}.", hint="write lines such as dtype: auto") from error
+        reason = str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            mark = error.problem_mark
+            reason = f"{error.problem} (at line {mark.line + 1}, column {mark.column + 1})"
+        raise ConfigError(
+            f"{str(path)!r} is not YAML: {' '.join(reason.split())}.", hint="write lines such as dtype: auto"
+        ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{str(path)!r} must hold keys and values.", hint="write lines such as dtype: auto")
     return values
