@@ -7,7 +7,7 @@ An entry of the file has:
 - `mistake`: what is wrong, in a few words.
 - `command`: the arguments of `prefixtune`, as typed in a shell; or `python`: a call of its public names.
 - `files`: name -> text; `environment`: variables.
-- `before`: the answer with argparse and dataclasses, `error` and `hint`.
+- `before`: the answer with argparse and dataclasses, `error` and `hint`; a new mistake has none.
 - `needs`: what an answer must contain: the option, the value got, what is allowed, the suggestion. Small and capital
   letters, and `-` and `_`, are the same; ` | ` separates words of which one is enough.
 - `adds`: what it must contain too, although the answer before did not.
@@ -58,8 +58,8 @@ class Mistake:
     """An entry of the file; see above."""
 
     mistake: str
-    before: Mapping[str, str]
     needs: Sequence[str]
+    before: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     python: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
@@ -191,7 +191,7 @@ def _print_table() -> None:
         for name, text in mistake.files.items():
             print(f"  {name}: {text!r}")
         for title, error, hint in (
-            ("before", mistake.before["error"], mistake.before["hint"]),
+            ("before", mistake.before.get("error"), mistake.before.get("hint")),
             ("now", now.error, now.hint),
         ):
             print(f"  {title:<6} {error or '(nothing)'}\n         hint: {hint}")
