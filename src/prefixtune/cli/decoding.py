@@ -15,17 +15,13 @@ from prefixtune.utils.config import DeviceName, option_group
 if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["DecodingOptions", "generate_config"]
+__all__ = ["BackboneOptions", "DecodingOptions", "generate_config"]
 
 _backbone = option_group("backbone")
 
 
-class DecodingOptions(CommandOptions, GenerateConfig):
-    """The options of decoding and of the backbone; those of decoding that are left out are the task's."""
-
-    defaults_elsewhere: ClassVar[frozenset[str]] = frozenset(GenerateConfig.model_fields)
-
-    print_config: bool = Field(False, description="print the final settings of decoding as TOML, and do nothing else")
+class BackboneOptions(CommandOptions):
+    """The options of loading a backbone for prefixes."""
 
     backbone: str | None = _backbone(None, description="default: the one in the prefix's header")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _backbone(
@@ -35,6 +31,14 @@ class DecodingOptions(CommandOptions, GenerateConfig):
     quantize: Literal["", "int8", "int4"] = _backbone("", description="quantize the frozen weights (torchao)")
     adapter: str | None = _backbone(None, description="folder of a LoRA adapter (PEFT); default: the one of the prefix")
     allow_other_backbone: bool = _backbone(False, description="accept other weights of the same shapes")
+
+
+class DecodingOptions(BackboneOptions, GenerateConfig):
+    """The options of decoding and of the backbone; those of decoding that are left out are the task's."""
+
+    defaults_elsewhere: ClassVar[frozenset[str]] = frozenset(GenerateConfig.model_fields)
+
+    print_config: bool = Field(False, description="print the final settings of decoding as TOML, and do nothing else")
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """None: settings of decoding are checked together with the task's."""

@@ -7,7 +7,7 @@ Exit codes: 0 success, 1 a failed check or a bug (with its traceback), 2 wrong u
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -127,7 +127,6 @@ def command_options() -> dict[str, type[CommandOptions]]:
         name: getattr(importlib.import_module(module), function)
         for name in names
         for module, function in [_function(name)]
-        if importlib.util.find_spec(module)
     }
     return {name: function.options for name, function in functions.items()}
 

@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -174,8 +175,9 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
         default = list(map(str, default or ())) if several else str(default)
     if "group" in extra:
         settings["group"] = _group(extra["group"])
-    # cyclopts takes every text; the model checks it. The choices are for the help and for the shell's completion.
-    text: Any = Literal[*choices] | str if choices else str
+    # cyclopts takes every text; the model checks it. The choices are for the help and for the shell's completion, which
+    # completes names of files where any text is allowed.
+    text: Any = Literal[*choices] | str if choices else Path if _metavar(item) == "TEXT" else str
     hint: Any = bool if switch else list[text] if several else text
     where = inspect.Parameter.POSITIONAL_ONLY if extra.get("positional") else inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, where, default=default, annotation=Annotated[hint, Parameter(**settings)])

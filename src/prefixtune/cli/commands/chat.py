@@ -7,17 +7,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.conversation import Conversation
+from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_with_prefixes
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.inference.config import SamplingConfig
-from prefixtune.utils.config import DeviceName, TextList, option_group
+from prefixtune.utils.config import TextList, option_group
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -37,11 +38,8 @@ _NO_PREFIX = "none"
 _MAX_CHARS = 2**20
 """Longest message."""
 
-_of_backbone = option_group("backbone")
-_decoding = option_group("decoding")
 
-
-class ChatOptions(OutputOptions, SamplingConfig):
+class ChatOptions(OutputOptions, BackboneOptions, SamplingConfig):
     """The options of `prefixtune chat`."""
 
     prefix: TextList = Field(
@@ -49,17 +47,9 @@ class ChatOptions(OutputOptions, SamplingConfig):
         description="a file, the folder of a run, or hub:OWNER/NAME; several: /prefix NAME switches; none: bare model",
     )
     as_json: bool = json_option("one object per answer")
-    max_new_tokens: int = _decoding(
+    max_new_tokens: int = option_group("decoding")(
         512, ge=1, description="most tokens of an answer; with a prefix: as its task has it"
     )
-    backbone: str | None = _of_backbone(None, description="default: the one in the prefix's header")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _of_backbone(
-        "auto", description="dtype of the frozen weights"
-    )
-    device: DeviceName = _of_backbone("auto", description="auto, cpu, cuda, cuda:0, mps")
-    quantize: Literal["", "int8", "int4"] = _of_backbone("", description="quantize the frozen weights (torchao)")
-    adapter: str | None = _of_backbone(None, description="folder of a LoRA adapter (PEFT); default: the prefix's own")
-    allow_other_backbone: bool = _of_backbone(False, description="accept other weights of the same shapes")
 
 
 @command
@@ -123,8 +113,7 @@ def _decoding_with(options: ChatOptions, prefix: Prefix | None) -> GenerateConfi
 
     task = TASKS.get(str(prefix.header.get("task"))) if prefix is not None else None
     values: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, **(task.decoding if task else {})}
-    chosen = options.model_fields_set & SamplingConfig.model_fields.keys()
-    values |= {name: getattr(options, name) for name in chosen}
+    values |= options.given(SamplingConfig)
     values["min_new_tokens"] = min(values.get("min_new_tokens", 0), values["max_new_tokens"])
     return GenerateConfig(
         **{name: value for name, value in values.items() if name not in ("num_beams", "length_penalty")}

@@ -1,0 +1,69 @@
+"""`prefixtune --install-completion`: what bash completes with its script, and where it is written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from command_line import run, run_apart
+
+COMPLETE = (
+    'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _prefixtune; printf "%s\\n" "${COMPREPLY[@]}"'
+)
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("completion") / "prefixtune.bash"
+    run("--install-completion", "--shell", "bash", "--output", str(file))
+    return file
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash on this machine")
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        (["exp"], {"export"}),
+        (["c"], {"chat", "config", "convert"}),
+        (["train", "--learning"], {"--learning-rate"}),
+        (["export", "--kv-type", ""], {"f16", "f32", "bf16"}),
+        (["doctor", "--quantize", "int"], {"int4", "int8"}),
+        (["report", "runs", "--output", "my-p"], {"my-page.html"}),
+        (["generate", "--prefix", "my-p"], {"my-page.html"}),
+        (["demo", "--steps", ""], set()),
+    ],
+)
+def test_bash_completes_commands_options_choices_and_files(
+    script: Path, tmp_path: Path, words: list[str], completions: set[str]
+) -> None:
+    (tmp_path / "my-page.html").touch()
+    command = ["bash", "--norc", "-c", COMPLETE, "bash", str(script), "prefixtune", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (set(done.stdout.split()), done.stderr) == (completions, "")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_script(shell: str, tmp_path: Path) -> None:
+    out, _ = run("--install-completion", "--shell", shell, "--output", str(tmp_path / "script"))
+    assert str(tmp_path / "script") in out
+    assert "--learning-rate" in (tmp_path / "script").read_text(encoding="utf-8").replace("-l learning", "--learning")
+
+
+def test_nothing_else_in_the_home_folder_changes(tmp_path: Path) -> None:
+    (tmp_path / ".bashrc").write_text("# mine\n")
+    environment = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    run_apart("--help", environment=environment)
+    assert [path.name for path in tmp_path.iterdir()] == [".bashrc"]
+    run_apart("--install-completion", "--shell", "bash", environment=environment)
+    written = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(written) == [".bashrc", ".local/share/bash-completion/completions/prefixtune"]
+    assert (tmp_path / ".bashrc").read_text() == "# mine\n"
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    _, err = run("--install-completion", "--shell", "bash", "--output", str(tmp_path), code=2)
+    assert "cannot write the script" in err
+    assert "--output" in err
