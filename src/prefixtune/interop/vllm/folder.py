@@ -69,7 +69,7 @@ class PrefixFolder:
     def all(self) -> dict[str, ServedPrefix]:
         """Every prefix that can be served, by name; reads all headers that are new."""
         try:
-            names = sorted(list_names(self.settings.folder))
+            names = sorted(list_names(self.settings.prefixes))
         except OSError:
             return {}
         prefixes = {}
@@ -86,7 +86,7 @@ class PrefixFolder:
         return prefixes
 
     def _load(self, name: str) -> ServedPrefix | None:
-        path = path_of(self.settings.folder, name)
+        path = path_of(self.settings.prefixes, name)
         signature = signature_of(path)
         if signature is None:
             with self._lock:
@@ -109,7 +109,7 @@ class PrefixFolder:
     def _read(self, name: str, path: Path, signature: Signature) -> ServedPrefix | str:
         """The prefix in a file, or why it is not served."""
         try:
-            check_regular_file(self.settings.folder, name)
+            check_regular_file(self.settings.prefixes, name)
             outline = read_outline(path)
         except PrefixError as error:
             return error.message

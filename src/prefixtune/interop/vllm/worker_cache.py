@@ -76,7 +76,7 @@ class WorkerCache:
     def _read(self, reference: PrefixReference) -> KeyValues:
         with tempfile.TemporaryDirectory(prefix="prefixtune-") as private:
             # Reading maps the file into memory, and somebody may write to it meanwhile: so a copy is read.
-            source, copy = path_of(self.settings.folder, reference.name), Path(private) / "prefix.safetensors"
+            source, copy = path_of(self.settings.prefixes, reference.name), Path(private) / "prefix.safetensors"
             before = version_of(source)
             shutil.copyfile(source, copy)
             if not before == reference.version == version_of(source):

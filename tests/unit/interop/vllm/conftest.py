@@ -42,7 +42,7 @@ def folder(model_folder: Path, random_prefix: Make, tmp_path: Path) -> PrefixFol
 def app(folder: PrefixFolder, tiny_tokenizer: Any, model_folder: Path) -> FakeVLLM:
     """vLLM's application over that folder."""
     shapes = load_backbone(model_folder, dtype="float32", device="cpu").geometry["decoder"]
-    app = FakeVLLM(folder.settings.folder, tiny_tokenizer, model_folder)
+    app = FakeVLLM(folder.settings.prefixes, tiny_tokenizer, model_folder)
     app.state.vllm_config.model_config = model_config(
         model=str(model_folder),
         get_head_size=lambda: shapes[0].key_dim,
@@ -65,10 +65,10 @@ def format_app(
         ("framed", {"target": "<<{target}>>"}),
         ("hostile", {"prompt": "{source}" * 1500}),
     ):
-        path = folder.settings.folder / f"{name}.safetensors"
+        path = folder.settings.prefixes / f"{name}.safetensors"
         save(backbone, random_prefix(backbone, 5), path)
         rewrite_header(path, text_format={**TEXT_FORMAT, **changes})
-    write_template(folder.settings.folder / "t.jinja", "{{ messages[0]['content'] }}")
-    app.state.online_renderer.chat_template = (folder.settings.folder / "t.jinja").read_text()
+    write_template(folder.settings.prefixes / "t.jinja", "{{ messages[0]['content'] }}")
+    app.state.online_renderer.chat_template = (folder.settings.prefixes / "t.jinja").read_text()
     app.reply = {"model": "base", "choices": []}
     return app

@@ -27,18 +27,18 @@ def test_a_prefix_is_found_and_read_again_when_its_file_changes(
     assert folder.find("trains") is None
     assert folder.find("../pubs") is None
     backbone = load_backbone(model_folder, dtype="float32", device="cpu")
-    save(backbone, random_prefix(backbone, 7), folder.settings.folder / "pubs.safetensors", description="new")
+    save(backbone, random_prefix(backbone, 7), folder.settings.prefixes / "pubs.safetensors", description="new")
     second = folder.find("pubs")
     assert second is not None
     assert (second.reference.length, second.description) == (7, "new")
     assert list(folder.all()) == ["pubs"]
-    (folder.settings.folder / "pubs.safetensors").unlink()
+    (folder.settings.prefixes / "pubs.safetensors").unlink()
     assert folder.find("pubs") is None
     assert folder.all() == {}
 
 
 def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, random_prefix: Make, tiny_backbone: Make):
-    path = folder.settings.folder
+    path = folder.settings.prefixes
     backbone, foreign = load_backbone(model_folder, dtype="float32", device="cpu"), tiny_backbone("llama", seed=3)
     (path / "cut.safetensors").write_bytes((path / "pubs.safetensors").read_bytes()[:-9])
     save(foreign, random_prefix(foreign, 3), path / "foreign.safetensors")
@@ -66,7 +66,7 @@ def test_files_that_are_not_served(folder: PrefixFolder, model_folder: Path, ran
 
 
 def test_a_file_of_a_newer_format(folder: PrefixFolder):
-    path = folder.settings.folder / "pubs.safetensors"
+    path = folder.settings.prefixes / "pubs.safetensors"
     path.write_bytes(path.read_bytes().replace(b'format_version\\": 2', b'format_version\\": 9'))
     with pytest.raises(CheckpointError, match="format version is 9"):
         folder.find("pubs")

@@ -14,7 +14,7 @@ from prefixtune.interop.vllm.settings import Settings
 
 def test_settings_come_from_one_place(tmp_path: Path):
     settings = Settings.from_vllm(vllm_config(tmp_path, cache_mib=2))
-    assert (settings.folder, settings.cache_bytes, settings.secret) == (tmp_path, 2**21, b"drawn")
+    assert (settings.prefixes, settings.cache_bytes, settings.secret) == (tmp_path, 2**21, b"drawn")
     assert Settings.from_vllm(vllm_config(tmp_path, secret="own")).secret == b"own"
 
 

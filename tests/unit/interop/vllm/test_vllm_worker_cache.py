@@ -16,6 +16,7 @@ from prefixtune.errors import CheckpointError
 from prefixtune.interop.vllm import worker_cache
 from prefixtune.interop.vllm.folder import PrefixFolder
 from prefixtune.interop.vllm.reference import PrefixReference
+from prefixtune.interop.vllm.settings import Settings
 from prefixtune.interop.vllm.worker_cache import WorkerCache
 from prefixtune.prefix.artifact import read_artifact
 
@@ -34,7 +35,7 @@ def reference_of(folder: PrefixFolder, name: str) -> PrefixReference:
 
 def test_a_worker_gets_its_own_heads(folder: PrefixFolder):
     pairs = make_cache(folder).get(reference_of(folder, "pubs"))
-    stored = read_artifact(folder.settings.folder / "pubs.safetensors").layers["decoder"]
+    stored = read_artifact(folder.settings.prefixes / "pubs.safetensors").layers["decoder"]
     assert len(pairs) == len(stored)
     for pair, tensors in zip(pairs, stored, strict=True):
         for part, tensor in zip(pair, tensors, strict=True):
@@ -46,7 +47,7 @@ def test_prefixes_used_last_are_kept(
 ):
     backbone = load_backbone(model_folder, dtype="float32", device="cpu")
     for name in ("trains", "ships"):
-        save(backbone, random_prefix(backbone, 5), folder.settings.folder / f"{name}.safetensors")
+        save(backbone, random_prefix(backbone, 5), folder.settings.prefixes / f"{name}.safetensors")
     reads: list[str] = []
 
     def read(path: Path) -> Any:
@@ -58,21 +59,21 @@ def test_prefixes_used_last_are_kept(
     pairs = cache.get(reference_of(folder, "pubs"))
     size = sum(part.numel() * part.element_size() for pair in pairs for part in pair)
     # Room for two.
-    object.__setattr__(folder.settings, "cache_bytes", 2 * size)
+    monkeypatch.setattr(Settings, "cache_bytes", 2 * size)
     for name, num_reads in (("trains", 2), ("pubs", 2), ("ships", 3), ("pubs", 3), ("trains", 4)):
         cache.get(PrefixReference(name, version_of(folder, name), 5))
         assert len(reads) == num_reads, name
 
 
 def version_of(folder: PrefixFolder, name: str) -> tuple[int, int]:
-    version = worker_cache.version_of(folder.settings.folder / f"{name}.safetensors")
+    version = worker_cache.version_of(folder.settings.prefixes / f"{name}.safetensors")
     assert version is not None
     return version
 
 
 def test_a_file_that_was_replaced_is_not_used(folder: PrefixFolder):
     reference = reference_of(folder, "pubs")
-    path = folder.settings.folder / "pubs.safetensors"
+    path = folder.settings.prefixes / "pubs.safetensors"
     shutil.copyfile(path, path.with_name("copy"))
     path.with_name("copy").replace(path)
     with pytest.raises(CheckpointError, match="replaced"):
@@ -80,7 +81,7 @@ def test_a_file_that_was_replaced_is_not_used(folder: PrefixFolder):
 
 
 def test_a_broken_file_is_read_once(folder: PrefixFolder, monkeypatch: pytest.MonkeyPatch):
-    path = folder.settings.folder / "pubs.safetensors"
+    path = folder.settings.prefixes / "pubs.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-4:] = b"\xff\xff\xff\xff"
     path.write_bytes(raw)
