@@ -17,8 +17,8 @@ from prefixtune.data.tasks.classification import label_names
 from prefixtune.data.tasks.records import as_examples
 from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean
 from prefixtune.evaluation.decode import decode
-from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, Measurement, accuracy, macro_f1, measure, span_f1
-from prefixtune.evaluation.records import Evaluation, GroupScores
+from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, accuracy, macro_f1, measure, span_f1
+from prefixtune.evaluation.records import Evaluation, score_groups
 from prefixtune.inference.classify import classify, tag
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
@@ -184,30 +184,10 @@ def _score_texts(
     return Evaluation(
         {name: measurement.to_score(level=level) for name, measurement in measured.items()},
         tuple(outputs),
-        _score_groups(measured, examples),
+        score_groups(measured, examples),
         left_out,
         seconds,
     )
-
-
-def _score_groups(
-    measured: Mapping[str, Measurement], examples: Sequence[Example]
-) -> dict[str, dict[str, GroupScores]]:
-    """The scores of every group, in the order of the groups' first examples."""
-    members: dict[str, dict[str, list[int]]] = {}
-    for index, example in enumerate(examples):
-        for grouping, group in example.groups.items():
-            members.setdefault(grouping, {}).setdefault(group, []).append(index)
-    return {
-        grouping: {
-            group: GroupScores(
-                len(indices),
-                {name: measurement.part(indices).to_score() for name, measurement in measured.items()},
-            )
-            for group, indices in groups.items()
-        }
-        for grouping, groups in members.items()
-    }
 
 
 # --- labels and tags -------------------------------------------------------------------------------------------------

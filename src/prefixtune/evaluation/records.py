@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example, references_of
-from prefixtune.evaluation.metrics import Score
+from prefixtune.evaluation.metrics import Measurement, Score
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import describe_machine, versions
 
-__all__ = ["EVALUATION_FILE", "OUTPUTS_FILE", "Evaluation", "GroupScores", "summarize", "write_evaluation"]
+__all__ = [
+    "EVALUATION_FILE",
+    "OUTPUTS_FILE",
+    "Evaluation",
+    "GroupScores",
+    "score_groups",
+    "summarize",
+    "write_evaluation",
+]
 
 
 EVALUATION_FILE, OUTPUTS_FILE = "evaluation.json", "outputs.jsonl"
@@ -51,6 +59,23 @@ class Evaluation:
     left_out: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     num_truncated: int = 0
+
+
+def score_groups(measured: Mapping[str, Measurement], examples: Sequence[Example]) -> dict[str, dict[str, GroupScores]]:
+    """The scores of every group of examples; numbers are sorted, others as they first occur."""
+    members: dict[str, dict[str, list[int]]] = {}
+    for index, example in enumerate(examples):
+        for grouping, group in example.groups.items():
+            members.setdefault(grouping, {}).setdefault(group, []).append(index)
+    return {
+        grouping: {
+            group: GroupScores(
+                len(indices), {name: metric.part(indices).to_score() for name, metric in measured.items()}
+            )
+            for group, indices in sorted(groups.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0)
+        }
+        for grouping, groups in members.items()
+    }
 
 
 def write_evaluation(
@@ -94,12 +119,12 @@ def write_evaluation(
 def summarize(outcome: Evaluation) -> dict[str, Any]:
     """All scores, those of groups too, as JSON."""
     return {
-        "scores": {name: _as_json(score) for name, score in outcome.scores.items()},
+        "scores": {name: {"interval": None} | score.to_dict() for name, score in outcome.scores.items()},
         "groups": {
             grouping: {
                 group: {
                     "num_examples": part.num_examples,
-                    "scores": {name: _as_json(score) for name, score in part.scores.items()},
+                    "scores": {name: {"interval": None} | score.to_dict() for name, score in part.scores.items()},
                 }
                 for group, part in groups.items()
             }
@@ -107,13 +132,4 @@ def summarize(outcome: Evaluation) -> dict[str, Any]:
         },
         "left_out": outcome.left_out,
         "num_cut": outcome.num_truncated,
-    }
-
-
-def _as_json(score: Score) -> dict[str, Any]:
-    return {
-        "score": score.score,
-        "implementation": score.implementation,
-        "higher_is_better": score.higher_is_better,
-        "interval": None if score.interval is None else list(score.interval),
     }

@@ -17,7 +17,7 @@ from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.data import Example
-    from prefixtune.evaluation.metrics import Comparison, Measurement, Score
+    from prefixtune.evaluation.metrics import Comparison, Measurement
 
 __all__ = ["score"]
 
@@ -220,6 +220,7 @@ def _score_texts(
         PrefixError: A name is unknown, a metric cannot be computed here, or the outputs do not fit the examples.
     """
     from prefixtune.evaluation.metrics import Unavailable, randomize
+    from prefixtune.evaluation.records import score_groups
 
     draws: dict[str, Any] = {"samples": options.samples, "seed": options.seed}
     level = _LEVEL if options.intervals else None
@@ -227,16 +228,24 @@ def _score_texts(
     try:
         protocol, (first, *others) = _measure(options, examples, systems, left_out)
         result: dict[str, Any] = {
-            "scores": {name: _as_json(metric.to_score(level=level, **draws)) for name, metric in first.items()},
+            "scores": {name: metric.to_score(level=level, **draws).to_dict() for name, metric in first.items()},
             "protocol": protocol,
         }
-        groups = _groups(examples, first)
-        if groups:
-            result["groups"] = groups
+        if groups := score_groups(first, examples):
+            result["groups"] = {
+                grouping: {
+                    group: {
+                        "num_examples": part.num_examples,
+                        "scores": {name: score.to_dict() for name, score in part.scores.items()},
+                    }
+                    for group, part in parts.items()
+                }
+                for grouping, parts in groups.items()
+            }
         for other in others:
             result["against"] = {
                 "hypotheses": options.against,
-                "scores": {name: _as_json(metric.to_score(level=level, **draws)) for name, metric in other.items()},
+                "scores": {name: metric.to_score(level=level, **draws).to_dict() for name, metric in other.items()},
                 "comparison": {name: _comparison_json(randomize(first[name], other[name], **draws)) for name in first},
             }
     except Unavailable as error:
@@ -286,30 +295,6 @@ def _measure(
     return protocol, measured
 
 
-def _groups(examples: Sequence[Example], measured: Mapping[str, Measurement]) -> dict[str, Any]:
-    """The scores of every group of examples; groups that are numbers are sorted, others keep the order of the data."""
-    members: dict[str, dict[str, list[int]]] = {}
-    for index, example in enumerate(examples):
-        for grouping, group in example.groups.items():
-            members.setdefault(grouping, {}).setdefault(group, []).append(index)
-    return {
-        grouping: {
-            group: {
-                "num_examples": len(indices),
-                "scores": {name: _as_json(metric.part(indices).to_score()) for name, metric in measured.items()},
-            }
-            for group, indices in sorted(groups.items(), key=lambda item: int(item[0]) if item[0].isdecimal() else 0)
-        }
-        for grouping, groups in members.items()
-    }
-
-
-def _as_json(score: Score) -> dict[str, Any]:
-    fields = ("score", "implementation", "higher_is_better")
-    values = {name: getattr(score, name) for name in fields}
-    return values if score.interval is None else {**values, "interval": list(score.interval)}
-
-
 def _comparison_json(comparison: Comparison) -> dict[str, Any]:
     return {name: getattr(comparison, name) for name in ("difference", "p_value", "samples", "method")}
 
@@ -344,7 +329,7 @@ def _score_labels(
             scores = {"span_f1": span_f1(rows, expected_rows), "accuracy": accuracy(flat, expected_flat)}
     except ValueError as error:
         raise DataError(f"the outputs cannot be scored: {error}.", hint="check both files.") from error
-    return {"scores": {name: _as_json(scores[name]) for name in names}}
+    return {"scores": {name: scores[name].to_dict() for name in names}}
 
 
 # --- on the terminal -------------------------------------------------------------------------------------------------

@@ -72,6 +72,11 @@ class Score:
     higher_is_better: bool = True
     interval: tuple[float, float] | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; the interval only if there is one."""
+        names = ("score", "implementation", "higher_is_better")
+        return {name: getattr(self, name) for name in names} | ({"interval": [*self.interval]} if self.interval else {})
+
 
 @dataclass(frozen=True)
 class ItemStatistics:
