@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from command_line import run, run_apart, start
+from prefixtune.cli.main import command_options
 from restaurant_tables import TABLES
 
 
