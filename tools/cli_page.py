@@ -47,18 +47,18 @@ SHELL = """\
 ## Completion, conversations, bug reports
 
 `prefixtune --install-completion` writes a script for the Tab key: bash finds it in
-`~/.local/share/bash-completion/completions` where the package bash-completion is installed, fish in its own folder, and
-for zsh the command prints the two lines that `.zshrc` needs. No start-up file is changed, and the script runs without
-Python, so it is quick. Run the command again after an update.
+`~/.local/share/bash-completion/completions` where the package bash-completion is installed, fish in its own folder,
+and for zsh the command prints the two lines that `.zshrc` needs. No start-up file is changed, and the script runs
+without Python, so it is quick. Run the command again after an update.
 
-In `prefixtune chat` a model with a chat template reads the whole conversation; a prefix that was trained on single texts
-reads the last message only, in its own text format, and the program says so once. `/prefix NAME` switches (`/prefix none`:
-the bare model), `/reset` forgets the messages, `/save FILE` writes them as JSON lines with `role` and `content`, `/help`
-lists the commands. Ctrl-C stops an answer; what it wrote so far is kept. With `--json` each answer is one object with
-`text`, `output`, `prefix` and `stopped`, or `text`, `error` and `hint`.
+In `prefixtune chat` a model with a chat template reads the whole conversation; a prefix that was trained on single
+texts reads the last message only, in its own text format, and the program says so once. `/prefix NAME` switches
+(`/prefix none`: the bare model), `/reset` forgets the messages, `/save FILE` writes them as JSON lines with `role`
+and `content`, `/help` lists the commands. Ctrl-C stops an answer; what it wrote so far is kept. With `--json` each
+answer is one object with `text`, `output`, `prefix` and `stopped`, or `text`, `error` and `hint`.
 
-`prefixtune env` prints what a bug report needs. It shows no keys and no tokens, and what cannot be read is `unknown` with
-the reason.
+`prefixtune env` prints what a bug report needs. It shows no keys and no tokens, and what cannot be read is `unknown`
+with the reason.
 """
 
 

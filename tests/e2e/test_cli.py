@@ -296,7 +296,7 @@ def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path) -> None:
 
 def test_help_of_every_command_is_quick_and_loads_nothing_large() -> None:
     commands = list(command_options())
-    assert len(commands) > 20
+    assert len(commands) >= 20
     for command in commands:
         began = time.monotonic()
         out, _ = run_apart(command, "--help")
