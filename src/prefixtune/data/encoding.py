@@ -11,7 +11,7 @@ from prefixtune.data.examples import Example
 from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, check_text_format, cut_prompt, read_text_format
+from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt, read_text_format
 
 __all__ = [
     "TextFormatLike",
@@ -122,18 +122,14 @@ def as_text_format(text_format: TextFormatLike | None) -> TextFormat | None:
         ConfigError: It is neither a `TextFormat` nor a dict of its fields.
         DataError: A template lacks its text.
     """
-    hint = 'write for example {"prompt": "{source} =", "target": " {target}"}.'
     if text_format is None or isinstance(text_format, TextFormat):
         return text_format
     if not isinstance(text_format, Mapping):
         raise ConfigError(
-            f"text_format is {describe_value(text_format)}, but must be a TextFormat or a dict.", hint=hint
+            f"text_format is {describe_value(text_format)}, but must be a TextFormat or a dict.",
+            hint='write for example {"prompt": "{source} =", "target": " {target}"}.',
         )
-    try:
-        check_text_format(text_format)
-    except DataError as error:
-        raise ConfigError(error.message, hint=hint) from None
-    return TextFormat(**text_format)
+    return TextFormat.from_dict(text_format)
 
 
 def format_of(backbone: Backbone, prefix: Prefix | None, text_format: TextFormat | None = None) -> TextFormat:

@@ -10,17 +10,18 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from prefixtune.errors import CheckpointError, DataError, RequestError, did_you_mean, short_repr
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError, did_you_mean, short_repr
+from prefixtune.utils.faults import describe_fault
 
 __all__ = [
     "MAX_TEMPLATE_CHARS",
-    "POLICIES",
     "TextFormat",
     "TruncationPolicy",
-    "check_text_format",
     "cut_prompt",
     "fit_ids",
     "read_text_format",
@@ -31,16 +32,17 @@ MAX_TEMPLATE_CHARS = 2**14
 """Longest template that a header may hold."""
 TruncationPolicy = Literal["cut", "error"]
 """What happens to a source that is too long: it is truncated, or refused."""
-POLICIES: tuple[TruncationPolicy, ...] = get_args(TruncationPolicy)
 
 _MAX_TOKEN_CHARS = 256
 _MAX_SEPARATORS = 8
 _MAX_REPEATS = 4
-_MAX_POSITIONS = 2**31
+_MAX_LENGTH = 2**31 - 1
+_Length = Annotated[int, Field(ge=0, le=_MAX_LENGTH)]
+_HINT = 'write for example {"prompt": "{source} =", "target": " {target}"}.'
 _COLUMN = re.compile(r"\{([^{}]*)\}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class TextFormat:
     """How a source and a target become one sequence (the authors' format: ` {source} <sep> {target} <end>`).
 
@@ -61,6 +63,7 @@ class TextFormat:
         longest_prompt: Tokens of the longest prompt that training, development data included, did not cut; 0: unknown.
 
     Raises:
+        ConfigError: A name is unknown, or a value has a wrong type.
         DataError: A template lacks its text or repeats it, the separator is there too often, or a length or
             `on_too_long` is not valid.
     """
@@ -71,13 +74,38 @@ class TextFormat:
     end: str = ""
     source: str = ""
     target_template: str = ""
-    max_length: int = 0
-    on_too_long: str = "error"
-    longest_target: int = 0
-    longest_prompt: int = 0
+    max_length: _Length = 0
+    on_too_long: TruncationPolicy = "error"
+    longest_target: _Length = 0
+    longest_prompt: _Length = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TextFormat:
+        """From a dict of some fields.
+
+        Raises:
+            PrefixError: As for the class.
+        """
+        return cls(**{str(name): value for name, value in values.items()})
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain_faults(cls, values: Any, handler: ModelWrapValidatorHandler[TextFormat]) -> TextFormat:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+        kind, name = detail["type"], str(detail["loc"][0])
+        if kind == "unexpected_keyword_argument":
+            known = [field.name for field in dataclasses.fields(TextFormat)]
+            raise ConfigError(
+                f"text format: unknown field {short_repr(name)} ({did_you_mean(name, known).removesuffix('.')}).",
+                hint=_HINT,
+            )
+        error_class = ConfigError if kind in ("string_type", "int_type") else DataError
+        raise error_class(f"text format: {describe_fault(detail, name, f'between 0 and {_MAX_LENGTH}')}.", hint=_HINT)
 
     def __post_init__(self) -> None:
-        _check_lengths(dataclasses.asdict(self))
         for name, needed in (("prompt", "{source}"), ("target", "{target}")):
             template = getattr(self, name)
             count = template.count(needed)
@@ -173,7 +201,7 @@ class TextFormat:
             rooms += [limit if apart else limit - self.longest_target for limit in limits]
         return min(rooms, default=None)
 
-    def with_lengths(self, max_length: int = 0, on_too_long: str = "") -> TextFormat:
+    def with_lengths(self, max_length: int = 0, on_too_long: Literal["", TruncationPolicy] = "") -> TextFormat:
         """The same with another treatment of long sources; 0 and an empty text change nothing.
 
         Raises:
@@ -196,12 +224,9 @@ class TextFormat:
         """Refuse values that a header may not hold.
 
         Raises:
-            DataError: A value is too long or out of range, or a template repeats a column.
+            DataError: A value is too long, or a template repeats a column.
         """
-        _check_values(self.to_dict())
-
-
-_FIELD_TYPES = {field.name: int if isinstance(field.default, int) else str for field in dataclasses.fields(TextFormat)}
+        _check_sizes(self.to_dict())
 
 
 def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
@@ -218,70 +243,36 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
     try:
         if not isinstance(stored, Mapping):
             raise DataError(f"text format: it is {short_repr(stored)}, but must be an object.")
-        _check_values(stored)
-        return TextFormat(**stored)
-    except DataError as error:
+        _check_sizes(stored)
+        return TextFormat.from_dict(stored)
+    except (ConfigError, DataError) as error:
         raise CheckpointError(
             f"the header's {error.message}", hint="get the file again, train it again, or upgrade prefixtune."
         ) from error
 
 
-def check_text_format(values: Mapping[str, Any]) -> None:
-    """Refuse unknown names and values of a wrong type.
-
-    Raises:
-        DataError: A name or value is not allowed.
-    """
-    for name, value in values.items():
-        if name not in _FIELD_TYPES:
-            nearest = did_you_mean(str(name), _FIELD_TYPES)
-            raise DataError(f"text format: unknown field {short_repr(name)} ({nearest.removesuffix('.')}).")
-        if type(value) is not _FIELD_TYPES[name]:
-            expected = "a text" if _FIELD_TYPES[name] is str else "a whole number"
-            raise DataError(f"text format: {name} is {short_repr(value)}, but must be {expected}.")
-
-
-def _check_values(values: Mapping[str, Any]) -> None:
-    """Refuse stored values that are unknown, of the wrong type, too long, or out of range.
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Refuse stored texts that are too long, and templates that repeat a column.
 
     Raises:
         DataError: A value is not allowed.
     """
-    check_text_format(values)
-    for name, value in values.items():
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    for name, text in texts.items():
         most = _MAX_TOKEN_CHARS if name in ("separator", "end") else MAX_TEMPLATE_CHARS
-        if isinstance(value, str) and len(value) > most:
+        if len(text) > most:
             raise DataError(
-                f"text format: {name} has {len(value):,} characters, but at most {most:,} are allowed.",
+                f"text format: {name} has {len(text):,} characters, but at most {most:,} are allowed.",
                 hint="shorten it.",
             )
-    _check_lengths(values)
     for name in ("source", "target_template"):
-        for column, count in Counter(_COLUMN.findall(values.get(name, ""))).items():
+        for column, count in Counter(_COLUMN.findall(texts.get(name, ""))).items():
             if count > _MAX_REPEATS:
                 raise DataError(
                     f"text format: {name} repeats the column {short_repr(column)} {count:,} times, but at most "
                     f"{_MAX_REPEATS} are allowed.",
                     hint="write every column once.",
                 )
-
-
-def _check_lengths(values: Mapping[str, Any]) -> None:
-    """Refuse invalid lengths, and an unknown treatment of long sources.
-
-    Raises:
-        DataError: A value is not allowed.
-    """
-    for name in ("max_length", "longest_target", "longest_prompt"):
-        value = values.get(name, 0)
-        if type(value) is not int or not 0 <= value < _MAX_POSITIONS:
-            raise DataError(
-                f"text format: {name} is {short_repr(value)}, but must be a whole number between 0 and "
-                f"{_MAX_POSITIONS - 1}."
-            )
-    policy = values.get("on_too_long", "error")
-    if policy not in POLICIES:
-        raise DataError(f"text format: on_too_long is {short_repr(policy)}, but must be {' or '.join(POLICIES)}.")
 
 
 def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:

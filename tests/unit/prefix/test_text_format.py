@@ -77,7 +77,7 @@ def test_an_older_header_refuses_long_sources_as_it_did():
         ({"max_length": -1}, "max_length is -1"),
         ({"max_length": True}, "max_length is True"),
         ({"max_length": 2**40}, "max_length is"),
-        ({"on_too_long": "ignore"}, "must be cut or error"),
+        ({"on_too_long": "ignore"}, "must be one of 'cut', 'error'"),
         ({"prmopt": "{source}"}, "unknown field 'prmopt'"),
         ([], "must be an object"),
     ],
