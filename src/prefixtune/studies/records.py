@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefixtune.data import TASKS
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, short_repr
 from prefixtune.studies.config import StudyConfig
 from prefixtune.studies.grid import Cell
 from prefixtune.studies.reductions import describe_reductions
@@ -308,4 +308,7 @@ def read_json_file(path: Path, *keys: str) -> dict[str, Any]:
     if not isinstance(value, dict) or missing:
         problem = f"has no {', '.join(missing)}" if missing else "is not a JSON object"
         raise DataError(f"{path} {problem}.", hint=_HINT)
+    for key in {"config", "figures"}.intersection(keys):
+        if not isinstance(value[key], dict):
+            raise DataError(f"{path} has {key} {short_repr(value[key])}, but it must be an object.", hint=_HINT)
     return value
