@@ -89,10 +89,9 @@ class CommandOptions(Config):
                 r"((?<=called )\w+|(?<=set )\w+|\w+_\w+)(=True)?",
                 lambda match: cls.flag(match[1]) if match[1] in cls.model_fields else match[0],
                 other,
-            )
-        return did_you_mean(
-            option, [flag for name, _ in _parameters_of(cls) if (flag := cls.flag(name)).startswith("-")]
-        )
+            ).removesuffix(".")
+        flags = [flag for name, _ in _parameters_of(cls) if (flag := cls.flag(name)).startswith("-")]
+        return did_you_mean(option, flags).removesuffix(".")
 
 
 class OutputOptions(CommandOptions):

@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 def _check_method(method: str) -> str:
     base, _, size = method.partition(":")
     if base not in METHODS:
-        raise ValueError(f"is {method!r} ({did_you_mean(method, METHODS)})")
+        raise ValueError(f"is {method!r} ({did_you_mean(method, METHODS).removesuffix('.')})")
     if ":" in method and not (base in SIZED and size.isascii() and size.isdigit() and int(size)):
         raise ValueError(f"is {method!r}, but a size goes with top, adapter and lora, as in adapter:8")
     return method
@@ -150,7 +150,7 @@ class StudyConfig(Config):
     @classmethod
     def _check_task(cls, task: str) -> str:
         if task not in TASKS:
-            raise ValueError(f"{task!r} is unknown ({did_you_mean(task, TASKS)})")
+            raise ValueError(f"{task!r} is unknown ({did_you_mean(task, TASKS).removesuffix('.')})")
         if TASKS[task].kind != "generation":
             raise ValueError(f"{task!r} is for {TASKS[task].kind}; studies are for tasks that generate")
         return task

@@ -170,7 +170,7 @@ class TrainConfig(Config):
         for part in text.split(",") if text.strip() else ():
             site, equals, length = (piece.strip() for piece in part.partition("="))
             if site not in SITES:
-                raise ValueError(f"names {site!r} ({did_you_mean(site, SITES)})")
+                raise ValueError(f"names {site!r} ({did_you_mean(site, SITES).removesuffix('.')})")
             if equals and not (length.isascii() and length.isdigit() and int(length) >= 1):
                 raise ValueError(f"gives {site} the length {length!r}, but it must be a whole number of at least 1")
             if site in seen:

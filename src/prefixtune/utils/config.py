@@ -382,8 +382,8 @@ def _is_utf8(text: str) -> bool:
 
 def _describe_unknown(layer: Layer, name: str, allowed: Collection[str], other_names: Mapping[str, str]) -> str:
     written = layer.name(name)
-    known = [layer.name(field) for field in allowed]
-    return f"unknown {layer.kind} {written!r} ({other_names.get(name) or did_you_mean(written, known)})"
+    suggestion = other_names.get(name) or did_you_mean(written, [layer.name(field) for field in allowed])
+    return f"unknown {layer.kind} {written!r} ({suggestion.removesuffix('.')})"
 
 
 def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str:
@@ -395,7 +395,8 @@ def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str
     name = layer.name(str(first)) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     if unknown is not None:
         table = _table_at(field.annotation, rest)
-        return f"{name} has the unknown key {unknown!r} ({did_you_mean(unknown, table.model_fields if table else ())})"
+        suggestion = did_you_mean(unknown, table.model_fields if table else ())
+        return f"{name} has the unknown key {unknown!r} ({suggestion.removesuffix('.')})"
     return describe_fault(detail, f"a key of {name}" if is_key else name, "" if rest else allowed_range(field))
 
 

@@ -63,7 +63,7 @@ def refusal(make: Any, *arguments: Any, **values: Any) -> str:
         ({"stop": ["\ud800"]}, "stop has '\\ud800', but must be UTF-8 text."),
         ({"vegan": True, "oven": "gas"}, "vegan does not go with oven 'gas'."),
         ({"serving": 3}, "unknown option 'serving' (did you mean 'servings'?)."),
-        ({"lr": 3}, "unknown option 'lr' (it is called rate here.)."),
+        ({"lr": 3}, "unknown option 'lr' (it is called rate here)."),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(values: dict[str, Any], message: str) -> None:

@@ -64,9 +64,7 @@ class ScoreOptions(CommandOptions):
         from prefixtune.evaluation.metrics import PROTOCOLS
 
         if name not in PROTOCOLS:
-            raise ValueError(
-                f"is {name!r}, but must be one of {', '.join(PROTOCOLS)} ({did_you_mean(name, PROTOCOLS)})"
-            )
+            raise ValueError(f"is {name!r}, which is no protocol ({did_you_mean(name, PROTOCOLS).removesuffix('.')})")
         return name
 
     @field_validator("weights")
@@ -79,7 +77,7 @@ class ScoreOptions(CommandOptions):
             if not model:
                 raise ValueError(f"has {text!r}, but METRIC=MODEL is needed, as in bertscore=models/roberta")
             if metric not in METRICS:
-                raise ValueError(f"has the metric {metric!r} ({did_you_mean(metric, METRICS)})")
+                raise ValueError(f"has the metric {metric!r} ({did_you_mean(metric, METRICS).removesuffix('.')})")
         return texts
 
 
