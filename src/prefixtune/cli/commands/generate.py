@@ -71,9 +71,9 @@ def generate(options: GenerateOptions) -> int:
     The defaults of decoding are those of the prefix's task.
 
     For example:
-        prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | Type : pub"
+        prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | type : pub"
         prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
-        prefixtune generate --run runs/full "name : Aromi | Type : pub"
+        prefixtune generate --run runs/full "name : Aromi | type : pub"
         prefixtune generate --prefix p.safetensors --escapes "first line\nsecond line"
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """

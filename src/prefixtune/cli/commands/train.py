@@ -67,11 +67,12 @@ def train(options: TrainOptions) -> int:
 
     Options win over the file of --config, and the file over --preset.
 
-    prefixtune train --task e2e --train trainset.csv --dev devset.csv --output runs/e2e
-    prefixtune train --train my.jsonl --source "{name} is {food}" --target text
-    prefixtune train --config run.toml --learning-rate 2e-3
-    prefixtune train --resume --output runs/e2e
-    prefixtune train --together pubs.toml trains.toml
+    For example:
+        prefixtune train --task e2e --train trainset.csv --dev devset.csv --output runs/e2e
+        prefixtune train --train my.jsonl --source "{name} is {food}" --target text
+        prefixtune train --config run.toml --learning-rate 2e-3
+        prefixtune train --resume --output runs/e2e
+        prefixtune train --together pubs.toml trains.toml
     """
     from prefixtune.training.distributed import is_main_process
 
