@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -182,3 +182,16 @@ class Document:
     subtitle: str
     sections: Sequence[Section]
     warnings: Sequence[str] = ()
+
+    @property
+    def charts(self) -> list[Chart]:
+        """All charts with something to draw, in order."""
+        return [chart for section in self.sections for chart in _charts(section) if chart.series]
+
+
+def _charts(section: Section) -> Iterator[Chart]:
+    for block in section.blocks:
+        if isinstance(block, Section):
+            yield from _charts(block)
+        elif isinstance(block, tuple):
+            yield from block

@@ -6,14 +6,13 @@ import base64
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from prefixtune.report.document import Block, Chart, Document, Section
+from prefixtune.report.document import Chart, Document
 from prefixtune.report.figures import inline_svg, save_figure
 from prefixtune.report.format import MISSING, clean, words
 
@@ -21,7 +20,7 @@ __all__ = ["save_figures", "to_html", "to_markdown"]
 
 
 MOST_FIGURES = 64
-"""Charts that are drawn; of the others there is the table."""
+"""Charts that are drawn; of the others there is only the table."""
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$&#!]|:(?=\w))")
 # At the start of a line these would begin a list, a heading under the line before, or a number.
 _START = re.compile(r"^([-+=](?!\d)|\d+(?=[.)](?:\s|$)))")
@@ -34,12 +33,13 @@ def to_html(document: Document) -> str:
     def svg(chart: Chart) -> str:
         nonlocal drawn
         drawn += 1
-        return inline_svg(chart, unique(f"chart {chart.title}")) if drawn <= MOST_FIGURES and chart.series else ""
+        return inline_svg(chart, unique(f"chart {chart.title}")) if drawn <= MOST_FIGURES else ""
 
     unique("report")
     sections = [(unique(section.title), section) for section in document.sections]
     page = _environment(clean).get_template("page.html")
-    return page.render(document=document, sections=sections, unique=unique, svg=svg, missing=MISSING)
+    names = {"unique": unique, "svg": svg, "missing": MISSING, "most_figures": MOST_FIGURES}
+    return page.render(document=document, sections=sections, **names)
 
 
 def to_markdown(document: Document) -> str:
@@ -48,25 +48,16 @@ def to_markdown(document: Document) -> str:
 
 
 def save_figures(document: Document, folder: Path) -> list[str]:
-    """Write every chart to a folder, as SVG, PDF, PNG and CSV; returns the files' names without their ends.
+    """Write the first charts to a folder, as SVG, PDF, PNG and CSV; returns the files' names without their ends.
 
     Raises:
         PrefixError: A file cannot be written.
     """
     unique, names = _Names(), list[str]()
-    for chart in islice(_charts(document.sections), MOST_FIGURES):
-        if chart.series:
-            names.append(unique(chart.title))
-            save_figure(chart, folder / names[-1])
+    for chart in document.charts[:MOST_FIGURES]:
+        names.append(unique(chart.title))
+        save_figure(chart, folder / names[-1])
     return names
-
-
-def _charts(blocks: Sequence[Block]) -> Iterator[Chart]:
-    for block in blocks:
-        if isinstance(block, Section):
-            yield from _charts(block.blocks)
-        elif isinstance(block, tuple):
-            yield from block
 
 
 @functools.cache

@@ -46,6 +46,20 @@ def test_figures_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "bleu-over-number-of-targets" in json.loads(capsys.readouterr().out)["figures"]
 
 
+def test_warns_of_figures_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixtune.report.page.MOST_FIGURES", 5)
+    evaluations, page, figures = low_data_study(tmp_path / "study"), tmp_path / "out.html", tmp_path / "figures"
+    run(evaluations, "--output", page)
+    assert "not written" not in capsys.readouterr().err
+    run(evaluations, "--output", page, "--figures", figures)
+    assert "warning: 2 of 7 figures are not written; report fewer runs." in capsys.readouterr().err
+    run(evaluations, "--output", page, "--figures", figures, "--json", "--quiet")
+    assert "2 of 7 figures are not written" in json.loads(capsys.readouterr().out)["warnings"][-1]
+    assert len(list(figures.glob("*.pdf"))) == 5
+
+
 def test_a_folder_of_figures_that_cannot_be_made_stops_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(PrefixError, match=r"cannot write .*file': it is a file"):

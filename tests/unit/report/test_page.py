@@ -558,6 +558,14 @@ def test_figures_use_the_colors_of_the_page(tmp_path: Path) -> None:
         assert "style=" not in chart
 
 
+def test_an_output_of_white_space_is_empty_in_both(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path, count=3)
+    rows = [{**row, "output": output} for row, output in zip(examples(3, 1.0), ("", " ", "\n\t"), strict=True)]
+    write_lines(folder / "outputs.jsonl", rows)
+    page, markdown = pages(folder)
+    assert (page.count("<em>empty</em>"), markdown.count("(empty)")) == (3, 3)
+
+
 # --- figures as files ------------------------------------------------------------------------------------------------
 
 
@@ -600,6 +608,18 @@ def test_figures_of_any_text_are_quiet(tmp_path: Path, caplog: pytest.LogCapture
     assert {"_hidden", "$x_", "漢字 🍣", "<b>&amp;", "_hidden (1)"} <= labels
     assert max(map(len, labels)) < 50
     assert caplog.records == []
+
+
+def test_a_chart_too_many_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = compose([read_results(methods_study(tmp_path / "study"))])
+    assert len(document.charts) == 4
+    assert "Not drawn" not in to_html(document)
+    monkeypatch.setattr("prefixtune.report.page.MOST_FIGURES", 3)
+    page = to_html(document)
+    assert page.count('<svg class="chart"') == 3
+    assert page.count("<p>Not drawn: the page has 3 charts.</p>") == 1
+    assert page.count("<figure>") == 4
+    assert len(save_figures(document, tmp_path / "figures")) == 3
 
 
 def test_figures_do_not_follow_the_settings_of_the_user(tmp_path: Path) -> None:

@@ -64,11 +64,14 @@ def report(options: ReportOptions) -> int:
     write_text(page, to_html(document))
     write_text(markdown, to_markdown(document))
     figures = save_figures(document, Path(options.figures)) if options.figures else []
+    warnings, num_charts = list(document.warnings), len(document.charts)
+    if options.figures and len(figures) < num_charts:
+        warnings.append(f"{num_charts - len(figures)} of {num_charts} figures are not written; report fewer runs.")
     console = Console(quiet=options.quiet)
-    for warning in document.warnings:
+    for warning in warnings:
         console.warn(warning)
     if options.as_json:
-        files = {"html": str(page), "markdown": str(markdown), "figures": figures, "warnings": list(document.warnings)}
+        files = {"html": str(page), "markdown": str(markdown), "figures": figures, "warnings": warnings}
         print_json(files)
     else:
         print(
