@@ -78,6 +78,8 @@ def test_only_the_page_and_its_files_need_no_key(server: LiveServer) -> None:
     for name, kind in (("swagger-ui-bundle.js", "text/javascript"), ("swagger-ui.css", "text/css")):
         status, _, headers = server.get(f"/docs/{name}")
         assert (status, headers["content-type"].partition(";")[0]) == (200, kind)
+    for path in ("/", "/docs"):
+        assert "  " not in server.get(path)[2]["content-security-policy"]
     assert server.get("/docs/redoc.standalone.js")[0] == 404
     assert server.get("/docs/..%2Fcore.py")[0] == 404
     assert server.get("/openapi.json")[0] == 401

@@ -38,7 +38,7 @@ async def show_docs() -> Response:
 def _page(name: str, *, scripts: str = "", styles: str = "") -> Response:
     """A page with its scripts and styles in it. Only these run, whatever a model generates, and those that it names."""
     folder = files("prefixtune.server") / "playground"
-    allowed = {"js": [scripts], "css": [styles]}
+    allowed = {"js": scripts.split(), "css": styles.split()}
 
     def insert(match: re.Match[str]) -> str:
         text = folder.joinpath(match[1]).read_text("utf-8")
