@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +17,26 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a folder of prefixes, and a configuration with a key."""
     folder = tmp_path_factory.mktemp("docs")
     backbone = load_backbone(make_model(folder / MODEL), dtype="float32", device="cpu")
     (folder / "prefixes").mkdir()
     make_prefix(backbone, folder / "prefixes" / "pubs.safetensors", 0)
     (folder / "serve.toml").write_text(f'[keys.me]\nhash = "{hash_key("pt-me")}"\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LiveServer]:
     server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml"))
+    yield server.wait()
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def server_without_keys(folder: Path) -> Iterator[LiveServer]:
+    server = LiveServer(folder / MODEL, folder / "prefixes")
     yield server.wait()
     assert server.stop() == 0
 
@@ -45,11 +60,21 @@ def try_out(page: Browser, operation: str) -> str:
     return status.strip()[:3]
 
 
-def test_shows_and_tries_the_interface_from_this_server_only(browser: Browser, server: LiveServer) -> None:
+def open_with_key(browser: Browser, server: LiveServer, **options: Any) -> None:
     browser.open(f"{server.url}/healthz")
     browser.value("sessionStorage.setItem('key', 'pt-me')")
-    browser.open(f"{server.url}/docs")
+    browser.open(f"{server.url}/docs", **options)
     browser.until("document.querySelectorAll('.opblock').length === 19")
+
+
+def visible(page: Browser, selector: str) -> int:
+    """The number of elements that take up room."""
+    elements: int = page.value(f"[...document.querySelectorAll('{selector}')].filter(e => e.offsetWidth).length")
+    return elements
+
+
+def test_shows_and_tries_the_interface_from_this_server_only(browser: Browser, server: LiveServer) -> None:
+    open_with_key(browser, server)
     assert try_out(browser, "list_models") == "200"
     assert try_out(browser, "show_status") == "200"
     # A body with its schema, and the models below.
@@ -66,8 +91,51 @@ def test_shows_and_tries_the_interface_from_this_server_only(browser: Browser, s
 def test_asks_for_a_key(browser: Browser, server: LiveServer) -> None:
     browser.open(f"{server.url}/docs")
     browser.until("document.body.textContent.includes('Failed to load API definition')")
+    assert visible(browser, "#key-form")
     browser.value("document.getElementById('key').value = 'pt-me'; document.querySelector('#key-form button').click()")
     browser.until("document.querySelectorAll('.opblock').length === 19")
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_is_not_wider_than_the_window(width: int, browser: Browser, server: LiveServer) -> None:
+    open_with_key(browser, server, width=width)
+    assert try_out(browser, "chat") == "404"
+    browser.value("document.querySelector('#operations-default-chat .responses-wrapper [data-name=model]').click()")
+    browser.until("document.querySelector('#operations-default-chat .responses-wrapper').textContent.includes('usage')")
+    assert visible(browser, ".response-col_description")
+    assert not visible(browser, ".response-col_links")
+    assert browser.value("document.documentElement.scrollWidth") == width
+
+
+def test_follows_the_color_scheme(browser: Browser, server: LiveServer) -> None:
+    def colors(selector: str) -> tuple[str, str]:
+        style = f"getComputedStyle(document.querySelector('{selector}'))"
+        return browser.value(f"{style}.backgroundColor"), browser.value(f"{style}.color")
+
+    open_with_key(browser, server, scheme="light")
+    assert browser.value("document.documentElement.className") == ""
+    light = colors(".swagger-ui"), colors("#key")
+    open_with_key(browser, server, scheme="dark")
+    assert colors("html")[0] == colors(".swagger-ui")[0] == "rgb(28, 32, 34)"
+    dark = colors(".swagger-ui"), colors("#key")
+    assert all(before != after for before, after in zip(light, dark, strict=True))
+    # The page changes with the system.
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
+    browser.until("document.documentElement.className === ''")
+    assert (colors(".swagger-ui"), colors("#key")) == light
+
+
+def test_a_key_has_one_entry(browser: Browser, server: LiveServer) -> None:
+    open_with_key(browser, server)
+    assert [visible(browser, name) for name in ("#key-form", ".auth-wrapper", ".authorization__btn")] == [1, 0, 0]
+
+
+def test_without_keys_there_is_no_entry(browser: Browser, server_without_keys: LiveServer) -> None:
+    browser.open(f"{server_without_keys.url}/docs")
+    browser.until("document.querySelectorAll('.opblock').length === 19")
+    assert [visible(browser, name) for name in ("#key-form", ".auth-wrapper", ".authorization__btn")] == [0, 0, 0]
+    assert try_out(browser, "list_models") == "200"
+    assert browser.complaints() == []
 
 
 def test_only_the_page_and_its_files_need_no_key(server: LiveServer) -> None:

@@ -141,6 +141,13 @@ def test_it_is_openapi_and_contains_the_limits() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_only_a_server_with_keys_has_a_security_scheme() -> None:
+    with_key = document(keys={"me": KeyConfig(hash=hash_key("pt-x"))})
+    assert with_key["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert with_key["paths"]["/v1/models"]["get"]["security"] == [{"key": []}]
+    assert "securitySchemes" not in document()["components"]
+
+
 def test_it_contains_nothing_secret() -> None:
     keys = {
         "acme": KeyConfig(hash=hash_key("pt-x"), prefixes=("acme-*",)),

@@ -117,6 +117,8 @@ def openapi_document(app: FastAPI, config: ServeConfig, limits: Limits) -> dict[
                 uploads = "application/octet-stream" in body["content"]
                 size = config.max_upload_mib * 2**20 if uploads else config.max_body_kib * 2**10
                 body["description"] = f"At most {size:,} bytes."
+    if not config.keys:
+        del document["components"]["securitySchemes"]
     document["components"]["schemas"] |= _schemas(config, limits)
     return document
 
