@@ -16,7 +16,7 @@ from prefixtune.server.api import admin, completions, health, models, openapi, t
 from prefixtune.server.api.endpoint import respond_to_error
 from prefixtune.server.limits import QueueFull, RateLimited
 from prefixtune.server.middleware import Middleware
-from prefixtune.server.responses import ApiError
+from prefixtune.server.responses import ApiError, json_text
 from prefixtune.server.state import ServerState
 
 __all__ = ["ROUTES", "make_app"]
@@ -36,17 +36,6 @@ ROUTES = [route for router in _ROUTERS for route in router.routes]
 def make_app(state: ServerState) -> FastAPI:
     """The application of a server."""
     config = state.config
-    routers = [
-        models.router,
-        completions.router,
-        tasks.router,
-        admin.router,
-        health.router,
-        health.public,
-        openapi.router,
-    ]
-    if config.playground:
-        routers.append(playground.router)
     app = FastAPI(
         title="prefixtune",
         version=__version__,
@@ -62,7 +51,7 @@ def make_app(state: ServerState) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.server = state
-    app.state.document = openapi.openapi_document(app, config, state.limits)
+    app.state.document = json_text(openapi.openapi_document(app, config, state.limits)).encode()
     origins = config.cors_origins
     if origins:
         app.add_middleware(

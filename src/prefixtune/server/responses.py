@@ -15,6 +15,7 @@ __all__ = [
     "ApiError",
     "api_error",
     "bad_request",
+    "capitalize",
     "forbidden",
     "json_response",
     "json_text",
@@ -68,7 +69,7 @@ class ApiError(Exception):
 
 def bad_request(message: str, param: str | None = None, code: str | None = None, *, hint: str = "") -> ApiError:
     """400: the request is at fault."""
-    return ApiError(400, f"{message} {_capitalize(hint)}" if hint else message, param=param, code=code)
+    return ApiError(400, f"{message} {capitalize(hint)}" if hint else message, param=param, code=code)
 
 
 def forbidden(message: str, code: str) -> ApiError:
@@ -78,7 +79,7 @@ def forbidden(message: str, code: str) -> ApiError:
 
 def not_found(what: str, name: str, known: list[str] | None = None) -> ApiError:
     """404: there is no such thing; suggests the nearest name where `known` is not too long."""
-    hint = f" {_capitalize(did_you_mean(name, known))}" if known and len(known) <= 50 else ""
+    hint = f" {capitalize(did_you_mean(name, known))}" if known and len(known) <= 50 else ""
     return ApiError(404, f"there is no {what} {name[:128]!r}.{hint}", code=f"{what.replace(' ', '_')}_not_found")
 
 
@@ -107,7 +108,8 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _MAX_MESSAGE_LENGTH else f"{text[:_MAX_MESSAGE_LENGTH]} ..."
 
 
-def _capitalize(text: str) -> str:
+def capitalize(text: str) -> str:
+    """A sentence with a capital letter at its beginning."""
     return text[:1].upper() + text[1:]
 
 

@@ -16,7 +16,6 @@ from prefixtune.server.api.endpoint import KeyContext
 from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, TaskRequest, with_limits
 from prefixtune.server.api.schemas import ChatChunk, CompletionChunk, Error, TaskOutputChunk
 from prefixtune.server.limits import Limits
-from prefixtune.server.responses import json_response
 from prefixtune.server.settings import ServeConfig
 
 __all__ = ["BYTES_BODY", "NAME", "api_router", "errors", "json_body", "openapi_document", "router", "whole_or_stream"]
@@ -93,7 +92,7 @@ router = api_router(401, 403, 500)
 @router.get("/openapi.json", response_model=dict[str, Any])
 async def show_interface(context: KeyContext) -> Response:
     """This document."""
-    return json_response(context.request.app.state.document)
+    return Response(context.request.app.state.document, media_type="application/json")
 
 
 def openapi_document(app: FastAPI, config: ServeConfig, limits: Limits) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def _schemas(config: ServeConfig, limits: Limits) -> dict[str, Any]:
             if "description" in field:
                 numbers = {"length": config.default_max_tokens, "texts": limits.max_texts}
                 field["description"] = field["description"].format(**numbers)
-    for prompt in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+    for prompt in schemas["CompletionRequest"]["properties"]["prompt"]["oneOf"]:
         if prompt["type"] == "array" and prompt["items"]["type"] != "integer":
             prompt["maxItems"] = limits.max_texts
     return schemas

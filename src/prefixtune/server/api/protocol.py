@@ -7,24 +7,26 @@ ignored; those that would change it and are not supported are refused by name. N
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     Strict,
+    Tag,
     ValidationError,
+    WrapValidator,
     create_model,
     field_validator,
     model_validator,
 )
 
 from prefixtune.engine.request import SamplingParams
-from prefixtune.server.api.validation import Check, Fault, faults_of, refuse, unknown_field
+from prefixtune.server.api.validation import Check, Fault, faults_of, refuse, unknown_fields
 from prefixtune.server.limits import Limits
 
 __all__ = [
@@ -40,9 +42,33 @@ __all__ = [
 ]
 
 
+_SLICE = 100
+"""Items of a list that are checked at once."""
+
+
 def _whole(value: Any) -> Any:
     """5.0 -> 5: JSON may write a whole number as either."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def _whole_items(values: Any) -> Any:
+    """The same for the items of a list, which are many."""
+    return list(map(_whole, values)) if isinstance(values, list) and float in set(map(type, values)) else values
+
+
+def _in_slices(items: Any, validate: Callable[[Any], list[Any]]) -> list[Any]:
+    """Check a list up to the first slice with faults: to collect all faults of a long list takes long."""
+    valid: list[Any] = []
+    if not isinstance(items, list) or len(items) <= _SLICE:
+        return validate(items)
+    for start in range(0, len(items), _SLICE):
+        end = start + _SLICE
+        try:
+            valid += validate(items[start:end])
+        except ValidationError:
+            # Fails again, and with the right indices.
+            return validate(items[:end])
+    return valid
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -65,7 +91,8 @@ Integer = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Boolean = Annotated[bool, Strict()]
 NonEmpty = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[Integer, BeforeValidator(_whole)]], Field(min_length=1)]
+Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[Integer], Field(min_length=1, fail_fast=True), BeforeValidator(_whole_items)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -99,8 +126,12 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _tidy(cls, body: dict[str, Any]) -> dict[str, Any]:
         known = cls.model_fields
-        own = {name: value for name, value in body.items() if name not in known}
-        return {name: _whole(value) for name, value in body.items() if name in known and value is not None} | own
+        return {name: value for name, value in body.items() if value is not None or name not in known}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _write_whole(cls, value: Any, info: Any) -> Any:
+        return _whole(value) if cls.model_fields[info.field_name].annotation in (int, Integer | None) else value
 
     @property
     def length(self) -> int | None:
@@ -214,14 +245,23 @@ class OpenAIRequest(GenerationRequest):
             yield Fault("'stream_options' needs stream to be true.", "stream_options")
 
 
+def _kind_of_prompt(prompt: Any) -> str:
+    """Which of the types of a prompt is meant: by its first item."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else None
+    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "ids"
+
+
 class CompletionRequest(OpenAIRequest):
     """A body of `/v1/completions`."""
 
     prompt: Annotated[
-        NonEmpty
-        | Annotated[list[NonEmpty], Field(min_length=1)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1)],
+        Annotated[NonEmpty, Tag("text")]
+        | Annotated[Texts, Tag("texts")]
+        | Annotated[TokenIds, Tag("ids")]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("lists")],
+        Discriminator(_kind_of_prompt),
         Check("a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"),
     ] = Field(
         description="With a prefix, a text is a source in the prefix's text format; token ids are used as they are.",
@@ -261,6 +301,9 @@ def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+_ONLY_TEXT_PARTS = Check('only text parts are allowed, as in {"type": "text", "text": "..."}', "not_supported")
+
+
 class Message(BaseModel):
     """A message of a chat; other fields may be present only if they are empty."""
 
@@ -271,7 +314,8 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[Annotated[TextPart, Check("only text is allowed", "not_supported")]],
+        list[Annotated[TextPart, _ONLY_TEXT_PARTS]],
+        Field(fail_fast=True),
         BeforeValidator(_parts, json_schema_input_type=str | list[TextPart]),
         Check("a text, or a list of text parts", deep=True),
     ]
@@ -287,7 +331,9 @@ class Message(BaseModel):
 class ChatRequest(OpenAIRequest):
     """A body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Check("a list of at least one message", deep=True)] = Field(
+    messages: Annotated[
+        list[Message], WrapValidator(_in_slices), Check("a list of at least one message", deep=True)
+    ] = Field(
         min_length=1,
         description="With a prefix, the last one is the source, and must be the user's.",
     )
@@ -409,9 +455,8 @@ def _faults_of_record(body: Mapping[str, Any], columns: Sequence[str]) -> Iterat
         yield Fault(message, outside[0])
     known = [*columns, *(options if inner is None else ())]
     own = outside if inner is None else list(inner) if isinstance(inner, dict) else []
-    for name in itertools.islice((name for name in own if name not in columns), 10):
-        yield unknown_field(name, known)
-    if source is None and not own and not inner:
+    yield from unknown_fields([name for name in own if name not in columns], known)
+    if source is None and not own and inner in (None, {}):
         hint = f"Give {', '.join(map(repr, columns))}, or 'source'." if columns else "Give 'source'."
         yield Fault(f"the request has none of the task's fields. {hint}", columns[0] if columns else "source")
     if source is not None and any(name in columns for name in own):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -11,25 +12,35 @@ from pydantic import BaseModel, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
-from prefixtune.errors import did_you_mean
-from prefixtune.server.responses import ApiError, bad_request
+from prefixtune.errors import did_you_mean, short_repr
+from prefixtune.server.responses import ApiError, bad_request, capitalize
 from prefixtune.utils.config import allowed_range
 
-__all__ = ["Check", "Fault", "faults_of", "refuse", "unknown_field"]
+__all__ = ["Check", "Fault", "faults_of", "refuse", "unknown_fields"]
 
 
 _MAX_FAULTS = 10
 """Most faults that an answer lists."""
+_MAX_LENGTH = 900
+"""Of their sentences, so that a response has room for all of them and the number of the others."""
 _MEANINGS = {"bool_type": "true or false", "dict_type": "an object", "list_type": "a list", "string_type": "a text"}
 """pydantic's errors in the words of JSON; of the others, its own words are clear."""
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong with a body: a sentence, the field at fault (as in `messages[0].role`), and a code."""
+    """One thing that is wrong with a body.
+
+    Attributes:
+        message: A sentence; empty for an unknown field, and for a fault that is only counted.
+        param: The field at fault, as in `messages[0].role`.
+        code: For programs.
+        hint: Of an unknown field: the nearest ones.
+    """
 
     message: str
     param: str
     code: str | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,34 +74,61 @@ class Check:
 
 
 def refuse(faults: Sequence[Fault]) -> ApiError:
-    """400: all faults in one message, with the field and the code of the first."""
-    sentences = [fault.message for fault in faults[:_MAX_FAULTS]]
-    if len(faults) > _MAX_FAULTS:
-        sentences.append(f"There are {len(faults) - _MAX_FAULTS} more faults.")
-    return bad_request(" ".join(sentences), faults[0].param, faults[0].code)
+    """400: the faults in one message, with the field and the code of the first."""
+    message, num_listed = "", 0
+    for sentence, num_faults in _sentences(faults[:_MAX_FAULTS]):
+        if message and len(message) + len(sentence) > _MAX_LENGTH:
+            break
+        # The name of a field begins a sentence as it is.
+        is_name = not message or not sentence.partition(" ")[0].isalpha()
+        message = f"{message} {sentence if is_name else capitalize(sentence)}".lstrip()
+        num_listed += num_faults
+    if more := len(faults) - num_listed:
+        # Of a list, only the first faults are searched for.
+        least = "at least " if any("[" in fault.param for fault in faults) else ""
+        message += f" There is {least}1 more fault." if more == 1 else f" There are {least}{more} more faults."
+    return bad_request(message, faults[0].param, faults[0].code)
+
+
+def _sentences(faults: Sequence[Fault]) -> Iterator[tuple[str, int]]:
+    """Sentences, and how many faults each has: unknown fields with the same hint share one."""
+    for hint, group in itertools.groupby(faults, lambda fault: fault.hint):
+        same = list(group)
+        if hint:
+            names = ", ".join(short_repr(fault.param) for fault in same)
+            yield f"unknown field{'s' if len(same) > 1 else ''} {names}. {hint}", len(same)
+        else:
+            yield from ((fault.message, 1) for fault in same)
 
 
 def faults_of(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
     """What is wrong with a body, in the order of the model's fields."""
     details = error.errors(include_url=False)
     # Sentences of faults that no answer lists are not made: a body may have very many.
-    return [_fault(one, model) for one in details[:_MAX_FAULTS]] + [Fault("", "")] * (len(details) - _MAX_FAULTS)
+    rest = [Fault("", _name(one["loc"])) for one in details[_MAX_FAULTS:]]
+    return [_fault(one, model) for one in details[:_MAX_FAULTS]] + rest
 
 
-def unknown_field(name: str, known: Iterable[str]) -> Fault:
-    """A field that there is not, with the nearest one."""
-    hint = did_you_mean(name.rpartition(".")[2], known)
-    return Fault(f"unknown field {name!r}. {hint[:1].upper()}{hint[1:]}", name, "unknown_field")
+def unknown_fields(names: Iterable[str], known: Iterable[str]) -> Iterator[Fault]:
+    """Fields that there are not, each with the nearest one."""
+    for index, name in enumerate(names):
+        hint = capitalize(did_you_mean(name.rpartition(".")[2], known)) if index < _MAX_FAULTS else ""
+        yield Fault("", name, "unknown_field", hint)
+
+
+def _name(path: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def _fault(details: ErrorDetails, model: type[BaseModel]) -> Fault:
     kind, path = details["type"], details["loc"]
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-    shown = repr(name) if len(path) == 1 else name
+    name = _name(path)
+    shown = short_repr(name) if len(path) == 1 else name if len(name) <= 80 else f"{name[:77]}..."
     model, field = _locate(path, model)
     if kind == "extra_forbidden":
-        # Fields of any type are not read.
-        return unknown_field(name, [name for name, field in model.model_fields.items() if field.annotation is not Any])
+        # Fields that are not supported have a schema of their own.
+        known = [name for name, field in model.model_fields.items() if not field.json_schema_extra]
+        return next(unknown_fields([name], known))
     if kind == "not_supported":
         return Fault(f"{shown} is not supported: {details['msg']}.", name, "unsupported_field")
     allowed = _allowed(details, model, field if isinstance(path[-1], str) else None)
@@ -103,9 +141,9 @@ def _locate(path: tuple[int | str, ...], model: type[BaseModel]) -> tuple[type[B
     """The innermost model on a path, and the last field in it."""
     field: FieldInfo | None = None
     for part in path:
+        field = model.model_fields.get(part) if isinstance(part, str) else field
         inner = get_args(field.annotation) if field else ()
         model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-        field = model.model_fields.get(part) if isinstance(part, str) else field
     return model, field
 
 
