@@ -188,6 +188,11 @@ def test_one_address_cannot_take_all_connections(server: LiveServer) -> None:
         ("/v1/completions", {"model": "mine", "prompt": [1] * 300_000}),
         ("/v1/completions", {"model": "mine", "prompt": "a", "stop": ["b" * 1000] * 400}),
         ("/v1/chat/completions", {"model": "mine", "messages": [{"role": "user", "content": "a"}] * 20_000}),
+        ("/v1/completions", {"model": "mine", "prompt": [[]] * 340_000}),
+        ("/v1/completions", {"model": "mine", **{str(index): 0 for index in range(90_000)}}),
+        ("/v1/chat/completions", {"model": "mine", "messages": [{}] * 340_000}),
+        ("/v1/chat/completions", {"model": "mine", "messages": [0] * 520_000}),
+        ("/v1/chat/completions", {"model": "mine", "messages": [{"role": "user", "content": [{}] * 340_000}]}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(reversed(value))[:9],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -127,6 +128,86 @@ def test_unknown_fields_get_a_suggestion() -> None:
     # Fields of the other endpoint.
     assert refused(completion, messages=USER).param == "messages"
     assert refused(chat, prompt="a").param == "prompt"
+
+
+def test_all_faults_fit_into_one_answer_with_the_number_of_the_others() -> None:
+    names = [f"unknown{index}" for index in range(12)]
+    message = refused(completion, **dict.fromkeys(names, 1)).message
+    assert message.startswith("unknown fields 'unknown0', 'unknown1', ")
+    assert message.count("Known: ") == 1
+    assert message.endswith(" There are 2 more faults.")
+    assert refused(completion, **dict.fromkeys(names[:11], 1)).message.endswith(" There is 1 more fault.")
+    wrong = {"max_tokens": "x", "min_tokens": "x", "temperature": "x", "top_p": "x", "seed": "x", "stop": 1, "n": 0}
+    long = {**wrong, "model": 1, "prompt": {}, "stream": "x", "x" * 500: 1, "logprobs": "x", "top_k": "x"}
+    message = refused(completion, **long).message
+    listed = sum(f"'{name}' is" in message for name in long)
+    assert message.endswith(f" There are {len(long) - listed} more faults.")
+    assert len(message) <= 1000
+
+
+def test_all_unknown_fields_of_a_task_are_counted() -> None:
+    body = {f"unknown{index}": 1 for index in range(31)}
+    assert refused(task, **body).message.endswith(" There are 21 more faults.")
+    assert refused(task, fields=body).message.endswith(" There are 21 more faults.")
+
+
+@pytest.mark.parametrize("fields", [0, "", [], False])
+def test_fields_that_are_no_object_are_one_fault(fields: Any) -> None:
+    assert "none of the task's fields" not in refused(task, fields=fields).message
+    # Later sentences begin with a capital letter.
+    assert "The request has none of the task's fields." in refused(task, fields={}, max_tokens=0).message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [("temperature", 1e308, "1e+308"), ("stream", 2.0, "2.0"), ("model", 1000.0, "1000.0"), ("top_k", 1e300, "1e+300")],
+)
+def test_a_wrong_value_is_shown_as_it_was_sent(field: str, value: Any, shown: str) -> None:
+    assert f"'{field}' is {shown}, but" in refused(completion, **{field: value}).message
+
+
+def test_a_hint_lists_ignored_fields_and_no_unsupported_ones() -> None:
+    message = refused(completion, stream=True, stream_options={"foo": 1}).message
+    assert "Known: include_obfuscation, include_usage." in message
+    message = refused(completion, foo=1).message
+    assert "user" in message
+    assert "logit_bias" not in message
+
+
+def test_a_part_that_is_no_text_part_is_answered_with_an_example() -> None:
+    message = refused(chat, messages=[{"role": "user", "content": [5]}]).message
+    assert 'only text parts are allowed, as in {"type": "text", "text": "..."}' in message
+
+
+ITEMS = 100_000
+USER_PART = {"type": "text", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [{}] * ITEMS}, "messages[0].role"),
+        ({"messages": [0] * ITEMS}, "messages[0]"),
+        ({"messages": USER * 250 + [0] * ITEMS}, "messages[250]"),
+        ({"messages": [{"role": "user", "content": [{}] * ITEMS}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [USER_PART, *[0] * ITEMS]}]}, "messages[0].content[1]"),
+        ({"messages": [{"role": "user", "content": [0] * 10}] * (ITEMS // 10)}, "messages[0].content[0]"),
+        ({"prompt": [[]] * ITEMS}, "prompt"),
+        ({"prompt": [0.5] * ITEMS}, "prompt"),
+        ({"prompt": ["a", *[0] * ITEMS]}, "prompt"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_the_faults_of_a_long_list_are_not_all_collected(body: dict[str, Any], param: str) -> None:
+    parse_body = chat if "messages" in body else completion
+    # The first use of a model builds it.
+    parse_body()
+    started = time.process_time()
+    error = refused(parse_body, **body)
+    # To collect all of them takes a second, in which the process does nothing else.
+    assert time.process_time() - started < 0.2
+    assert error.param == param
+    assert len(error.message) <= 1000
 
 
 def test_messages() -> None:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from prefixtune.engine.request import SamplingParams
-from prefixtune.server.api.validation import Check, Fault, faults_of, refuse, unknown_fields
+from prefixtune.server.api.validation import Check, Fault, faults_of, refuse, supported_fields, unknown_fields
 from prefixtune.server.limits import Limits
 
 __all__ = [
@@ -412,7 +412,10 @@ def parse(model: type[R], body: Mapping[str, Any], limits: Limits) -> R:
     Raises:
         ApiError: Fields are wrong, unknown or not supported; the message lists all of them.
     """
-    request, faults = _validate(model, body, limits)
+    known = model.model_fields
+    # pydantic would collect very many unknown fields slowly.
+    request, faults = _validate(model, {name: value for name, value in body.items() if name in known}, limits)
+    faults += unknown_fields([name for name in body if name not in known], supported_fields(model))
     if faults or request is None:
         raise refuse(faults)
     return request

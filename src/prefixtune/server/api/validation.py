@@ -16,7 +16,7 @@ from prefixtune.errors import did_you_mean, short_repr
 from prefixtune.server.responses import ApiError, bad_request, capitalize
 from prefixtune.utils.config import allowed_range
 
-__all__ = ["Check", "Fault", "faults_of", "refuse", "unknown_fields"]
+__all__ = ["Check", "Fault", "faults_of", "refuse", "supported_fields", "unknown_fields"]
 
 
 _MAX_FAULTS = 10
@@ -103,10 +103,15 @@ def _sentences(faults: Sequence[Fault]) -> Iterator[tuple[str, int]]:
 
 def faults_of(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
     """What is wrong with a body, in the order of the model's fields."""
-    details = error.errors(include_url=False)
+    details = error.errors(include_url=False, include_context=False)
     # Sentences of faults that no answer lists are not made: a body may have very many.
     rest = [Fault("", _name(one["loc"])) for one in details[_MAX_FAULTS:]]
     return [_fault(one, model) for one in details[:_MAX_FAULTS]] + rest
+
+
+def supported_fields(model: type[BaseModel]) -> list[str]:
+    """The fields that a body may have; those that are not supported have a schema of their own."""
+    return [name for name, field in model.model_fields.items() if not field.json_schema_extra]
 
 
 def unknown_fields(names: Iterable[str], known: Iterable[str]) -> Iterator[Fault]:
@@ -126,9 +131,7 @@ def _fault(details: ErrorDetails, model: type[BaseModel]) -> Fault:
     shown = short_repr(name) if len(path) == 1 else name if len(name) <= 80 else f"{name[:77]}..."
     model, field = _locate(path, model)
     if kind == "extra_forbidden":
-        # Fields that are not supported have a schema of their own.
-        known = [name for name, field in model.model_fields.items() if not field.json_schema_extra]
-        return next(unknown_fields([name], known))
+        return next(unknown_fields([name], supported_fields(model)))
     if kind == "not_supported":
         return Fault(f"{shown} is not supported: {details['msg']}.", name, "unsupported_field")
     allowed = _allowed(details, model, field if isinstance(path[-1], str) else None)
@@ -163,5 +166,6 @@ def _allowed(details: ErrorDetails, model: type[BaseModel], field: FieldInfo | N
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    # The pieces of a long value are not all made.
+    text = "".join(itertools.islice(json.JSONEncoder(ensure_ascii=False).iterencode(value), 41))
     return text if len(text) <= 40 else f"{text[:37]}..."
