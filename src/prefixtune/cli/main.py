@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group
-from cyclopts.exceptions import CoercionError, MissingArgumentError, RepeatArgumentError, UnknownOptionError
+from cyclopts.exceptions import ConsumeMultipleError, MissingArgumentError, UnknownOptionError
 
 from prefixtune import __version__
 from prefixtune.cli.options import CommandOptions
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     # --json also holds for errors in the arguments themselves.
-    as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
+    as_json = "--json" in [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)]
     try:
         with _shown_warnings(Console(quiet=as_json)):
             code = run(words)
@@ -182,8 +183,7 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
             f"there is no command {words[0]!r}.",
             hint=did_you_mean(words[0], [name for name in commands if name[0] != "-"]),
         )
-    words = list(words)
-    faults: list[str] = []
+    words, faults = _without_values_of_switches(app, words)
     function: Any
     while True:
         try:
@@ -193,7 +193,9 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
             fault, option = _describe(error)
             position = next((at for at, word in enumerate(words) if option and word.partition("=")[0] == option), None)
             if position is None:
-                raise ConfigError(f"{fault}.", hint=f"`prefixtune {words[0]} --help` explains it.") from error
+                raise ConfigError(
+                    f"{'; '.join([*faults, fault])}.", hint=f"`prefixtune {words[0]} --help` explains it."
+                ) from error
             faults.append(fault)
             del words[position]
     options = [word.startswith("-") and word != "-" for word in unused]
@@ -209,6 +211,23 @@ def _parse(app: App, words: Sequence[str]) -> tuple[Any, Any, list[str]]:
     return function, bound, faults
 
 
+def _without_values_of_switches(app: App, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without those that have a value for a switch, as in `--json=1`, and what is wrong with these."""
+    options = list(itertools.takewhile("--".__ne__, words))
+    if not any("=" in word for word in options) or words[0].startswith("-"):
+        return list(words), []
+    arguments = app[words[0]].assemble_argument_collection()
+    switches = {name for argument in arguments if argument.hint is bool for name in argument.names}
+    kept, faults = [], []
+    for word in options:
+        name, equals, value = word.partition("=")
+        if equals and name.replace("_", "-") in switches:
+            faults.append(f"{name} is a switch and takes no value {value!r}")
+        else:
+            kept.append(word)
+    return [*kept, *words[len(options) :]], faults
+
+
 def _describe(error: CycloptsError) -> tuple[str, str | None]:
     """What is wrong with the words, and the option that is, if it is one."""
     error.verbose = False
@@ -217,13 +236,11 @@ def _describe(error: CycloptsError) -> tuple[str, str | None]:
             option = error.token.value.partition("=")[0]
             options = getattr(error.target, "options", None)
             return f"unknown option {option!r}{f' ({options.suggest(option)})' if options else ''}", option
+        case ConsumeMultipleError() if error.max_allowed is not None and error.actual_count > error.max_allowed:
+            return f"unexpected argument {error.tokens_so_far[error.max_allowed]!r}", None
         case MissingArgumentError() if error.argument is not None:
             option = error.keyword or error.argument.name
             return f"{option} needs a value", option
-        case CoercionError() if error.token is not None:
-            return f"{error.token.keyword} is a switch and takes no value {error.token.value!r}", error.token.keyword
-        case RepeatArgumentError():
-            return f"{error.token.keyword} is there twice", error.token.keyword
     return str(error).removesuffix("."), None
 
 

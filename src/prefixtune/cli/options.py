@@ -117,7 +117,11 @@ class ConfigOptions(CommandOptions):
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
         """The file that is named by `--config`."""
         path = given.get("config")
-        return [Layer.from_file(path, cls.configuration().model_fields)] if path else []
+        if path is None:
+            return []
+        if not path:
+            return [Layer({}, faults=["cannot read the configuration '' (check the path)"])]
+        return [Layer.from_file(path, cls.configuration().model_fields)]
 
     @classmethod
     def configuration(cls) -> type[Config]:
@@ -163,12 +167,15 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
     settings: dict[str, Any] = {
         "name": None if extra.get("positional") else options.flag(name),
         "help": " ".join([field.description or "", *([f"({', '.join(notes)})"] if notes else [])]),
-        "show_default": name not in options.defaults_elsewhere and default not in _NO_DEFAULT_SHOWN,
+        "show_default": extra.get(
+            "show_default", name not in options.defaults_elsewhere and default not in _NO_DEFAULT_SHOWN
+        ),
         "negative": None if switch and not _is_own(options, name) else (),
         "consume_multiple": extra.get("many", False),
+        "allow_repeating": True,
     }
     if not switch:
-        settings |= {"converter": _list_texts if several else _last_text, "allow_repeating": True}
+        settings["converter"] = _list_texts if several else _last_text
         metavar = "A,B,..." if has_commas(field) else _metavar(item)
         settings["metavar"] = "CHOICE" if choices else extra.get("metavar", metavar)
         default = list(map(str, default or ())) if several else str(default)

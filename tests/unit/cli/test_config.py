@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,19 @@ def test_alone_it_explains_itself_and_mistakes_are_named() -> None:
         with pytest.raises(ConfigError) as caught:
             call("config", *words)
         assert message in caught.value.message
+
+
+def test_a_default_that_depends_on_the_study_says_so() -> None:
+    out, _ = run("study", "--help")
+    shown = " ".join(re.sub(r"[^\x20-\x7e]", " ", out).split())
+    assert "0: all [default: the study's own, else 0]" in shown
+    assert "[default: the study's own, else prefix]" in shown
+    assert "['" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(("--shard", "--no-shard"), "false"), (("--no-shard", "--shard", "--shard"), "true")]
+)
+def test_the_last_of_repeated_switches_wins(words: tuple[str, ...], expected: str) -> None:
+    out, _ = run("train", "--print-config", *words)
+    assert f"shard = {expected}" in out.splitlines()

@@ -67,7 +67,15 @@ def test_each_fault_is_named_as_it_was_written_and_no_key_is_repeated(
 
 
 @pytest.mark.parametrize(
-    ("words", "name"), [((), "me"), (("acme",), "acme"), (("a b",), "a b"), (("a", "--quiet"), "a")]
+    ("words", "name"),
+    [
+        ((), "me"),
+        (("",), "me"),
+        (("acme",), "acme"),
+        (("a b",), "a b"),
+        (("a", "--quiet"), "a"),
+        (("a", "--new-key", "b"), "b"),
+    ],
 )
 def test_a_new_key_comes_with_its_table(words: tuple[str, ...], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFIXTUNE_SERVE_PROT", "80")
@@ -75,6 +83,15 @@ def test_a_new_key_comes_with_its_table(words: tuple[str, ...], name: str, monke
     key = next(line.strip() for line in out.splitlines() if line.strip().startswith("pt-"))
     config = ServeConfig(**tomllib.loads(out[out.index("[keys") :]))
     assert config.keys[name].hash == hash_key(key)
+
+
+@pytest.mark.parametrize("library", ["fastapi", "h11", "prometheus_client", "uvicorn"])
+def test_a_missing_library_is_named_with_its_extra(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, "prefixtune.server.launch", raising=False)
+    _, err = run("serve", code=2)
+    assert f"the server needs {library}, which is not installed" in err
+    assert "pip install 'prefixtune[serve]'" in err
 
 
 @pytest.mark.parametrize("command", ["serve", "study", "config"])

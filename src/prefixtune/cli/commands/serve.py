@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -10,10 +11,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from prefixtune.cli.options import ConfigOptions, command
-from prefixtune.errors import ConfigError
 from prefixtune.server.settings import ServeConfig
 from prefixtune.utils.config import Layer, option_group
 from prefixtune.utils.console import Console
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["ServeOptions", "serve"]
 
@@ -22,7 +23,7 @@ _vllm = option_group("vLLM")
 
 def _key_name(value: Any) -> Any:
     """The name in what follows `--new-key`, a list."""
-    return (value[-1] if value else "me") if isinstance(value, list) else value
+    return ((value and value[-1]) or "me") if isinstance(value, list) else value
 
 
 class ServeOptions(ConfigOptions, ServeConfig):
@@ -42,7 +43,7 @@ class ServeOptions(ConfigOptions, ServeConfig):
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
         """The file that is named by `--config`, and the environment."""
-        return [] if "new_key" in given else ServeConfig.sources(given.get("config"), os.environ)
+        return [] if "new_key" in given else [*super().layers(given), *ServeConfig.sources(None, os.environ)]
 
 
 @command
@@ -57,7 +58,7 @@ def serve(options: ServeOptions) -> int:
         prefixtune serve --config serve.toml --host 0.0.0.0
         prefixtune serve --new-key alice
     """
-    if options.new_key:
+    if "new_key" in options.model_fields_set:
         return _new_key(options.new_key)
     config = options.part(ServeConfig)
     if options.print_config:
@@ -67,17 +68,10 @@ def serve(options: ServeOptions) -> int:
         from prefixtune.cli.commands.serve_vllm import start_vllm
 
         return start_vllm(config, options)
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-
+    with needs_extra("serve", "the server"):
+        for library in ("fastapi", "fastapi_offline", "h11", "prometheus_client"):
+            importlib.import_module(library)
         from prefixtune.server.launch import run as launch
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client"):
-            raise
-        raise ConfigError(
-            f"serving needs {error.name}, which is not installed.", hint='pip install "prefixtune[serve]"'
-        ) from error
     return launch(config, Console(quiet=options.quiet))
 
 

@@ -29,7 +29,7 @@ class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
         (),
         description="TOML or YAML files, each of a run with its own output: trained at once, sharing every pass over "
         "the backbone",
-        json_schema_extra={"many": True, "metavar": "FILE"},
+        json_schema_extra={"many": [1, None], "metavar": "FILE"},
     )
     preset: str = Field(
         "",
