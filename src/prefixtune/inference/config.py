@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import field_validator
 
 from prefixtune.utils.config import Config, TextList, option_group
+from prefixtune.utils.faults import show_value
 
 __all__ = ["ClassifyConfig", "GenerateConfig", "SamplingConfig"]
 
@@ -35,7 +36,7 @@ class SamplingConfig(Config):
     @classmethod
     def _check_stop(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
         if "" in stop:
-            raise ValueError(f"is {stop!r}, but must be strings that are not empty")
+            raise ValueError(f"is {show_value(stop)}, but must be strings that are not empty")
         return stop
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:

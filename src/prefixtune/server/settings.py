@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prefixtune.server.addresses import parse_network
 from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, Table, option_group
+from prefixtune.utils.faults import show_value
 
 __all__ = ["ENVIRONMENT", "KeyConfig", "ServeConfig"]
 
@@ -185,7 +186,7 @@ class ServeConfig(Config):
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"has {origin!r}, but needs origins such as https://app.example.org")
+                raise ValueError(f"has {show_value(origin)}, but needs origins such as https://app.example.org")
         return origins
 
     @field_validator("proxies")
@@ -195,7 +196,9 @@ class ServeConfig(Config):
             try:
                 parse_network(proxy)
             except ValueError:
-                raise ValueError(f"has {proxy!r}, but needs addresses or networks such as 10.0.0.0/8") from None
+                raise ValueError(
+                    f"has {show_value(proxy)}, but needs addresses or networks such as 10.0.0.0/8"
+                ) from None
         return proxies
 
     @field_validator("keys", mode="before")

@@ -10,6 +10,7 @@ from pydantic import field_validator
 from prefixtune.errors import did_you_mean
 from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import Config, option_group
+from prefixtune.utils.faults import show_value
 
 __all__ = ["TrainConfig", "default_learning_rate"]
 
@@ -170,9 +171,11 @@ class TrainConfig(Config):
         for part in text.split(",") if text.strip() else ():
             site, equals, length = (piece.strip() for piece in part.partition("="))
             if site not in SITES:
-                raise ValueError(f"names {site!r} ({did_you_mean(site, SITES).removesuffix('.')})")
-            if equals and not (length.isascii() and length.isdigit() and int(length) >= 1):
-                raise ValueError(f"gives {site} the length {length!r}, but it must be a whole number of at least 1")
+                raise ValueError(f"names {show_value(site)} ({did_you_mean(site, SITES).removesuffix('.')})")
+            if equals and not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) >= 1):
+                raise ValueError(
+                    f"gives {site} the length {show_value(length)}, but it must be a whole number of at least 1"
+                )
             if site in seen:
                 raise ValueError(f"names {site!r} twice")
             seen.add(site)
@@ -235,7 +238,7 @@ def _parse_label_words(text: str) -> dict[str, str]:
     for part in text.split(",") if text.strip() else ():
         label, equals, word = (piece.strip() for piece in part.partition("="))
         if not (label and equals and word):
-            raise ValueError(f"has {part.strip()!r}, but LABEL=WORD is needed")
+            raise ValueError(f"has {show_value(part.strip())}, but LABEL=WORD is needed")
         pairs[label] = word
     return pairs
 

@@ -28,7 +28,7 @@ from pydantic_core import ErrorDetails
 
 from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean
 from prefixtune.utils.config_files import read_config_file
-from prefixtune.utils.faults import describe_fault, show_value
+from prefixtune.utils.faults import cut, describe_fault, show_value
 
 __all__ = [
     "CommaList",
@@ -44,6 +44,9 @@ __all__ = [
 
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 """Whole numbers are TOML's: of 64 bits, with a sign."""
+
+_MAX_FAULTS = 20
+"""Of one source, in a message."""
 
 _T = TypeVar("_T")
 _ConfigT = TypeVar("_ConfigT", bound="Config")
@@ -332,7 +335,9 @@ class Config(Table):
             allowed = known.keys() if layer.fields is None else layer.fields
             source |= dict.fromkeys((name for name in layer.values if name in allowed), layer)
             unknown = [name for name in layer.values if name not in allowed]
-            listed.extend(_describe_unknown(layer, name, allowed, self.other_names) for name in unknown)
+            for name in unknown:
+                is_shown = len(listed) < _MAX_FAULTS
+                listed.append(_describe_unknown(layer, name, allowed, self.other_names, listed) if is_shown else "")
         unreadable = [layer.error for layer in layers if layer.error]
         faults[""] += [f"{error.message.removesuffix('.')} ({error.hint.removesuffix('.')})" for error in unreadable]
         values = {name: layer.value(name, known[name]) for name, layer in source.items()}
@@ -345,7 +350,8 @@ class Config(Table):
                 wrong.add(name)
                 if name in source or not unreadable:
                     layer = source.get(name, layers[-1])
-                    faults[layer.where].append(_describe_wrong(layer, detail, known[name]))
+                    listed = faults[layer.where]
+                    listed.append(_describe_wrong(layer, detail, known[name]) if len(listed) < _MAX_FAULTS else "")
         if not unreadable:
             # What seems to be missing may be in a file that cannot be read.
             right = {name: value for name, value in values.items() if name not in wrong}
@@ -354,7 +360,7 @@ class Config(Table):
             raise unreadable[0]
         if any(faults.values()):
             parts = [
-                f"{where}: {'; '.join(items)}" if where else "; ".join(items)
+                f"{where}: {_join_faults(items)}" if where else _join_faults(items)
                 for where, items in faults.items()
                 if items
             ]
@@ -380,10 +386,20 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _describe_unknown(layer: Layer, name: str, allowed: Collection[str], other_names: Mapping[str, str]) -> str:
+def _join_faults(faults: Sequence[str]) -> str:
+    more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
+    return "; ".join([*faults[:_MAX_FAULTS], *more])
+
+
+def _describe_unknown(
+    layer: Layer, name: str, allowed: Collection[str], other_names: Mapping[str, str], earlier: Sequence[str]
+) -> str:
     written = layer.name(name)
     suggestion = other_names.get(name) or did_you_mean(written, [layer.name(field) for field in allowed])
-    return f"unknown {layer.kind} {written!r} ({suggestion.removesuffix('.')})"
+    ending = f" ({suggestion.removesuffix('.')})"
+    if suggestion.startswith("known:") and any(fault.endswith(ending) for fault in earlier):
+        ending = ""  # All names are listed once.
+    return f"unknown {layer.kind} {show_value(written)}{ending}"
 
 
 def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str:
@@ -392,11 +408,11 @@ def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str
     if is_key := rest[-1:] == ["[key]"]:
         # Of a mapping; the key itself stands before.
         rest = rest[:-2]
-    name = layer.name(str(first)) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+    name = cut(layer.name(str(first)) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest))
     if unknown is not None:
         table = _table_at(field.annotation, rest)
         suggestion = did_you_mean(unknown, table.model_fields if table else ())
-        return f"{name} has the unknown key {unknown!r} ({suggestion.removesuffix('.')})"
+        return f"{name} has the unknown key {show_value(unknown)} ({suggestion.removesuffix('.')})"
     return describe_fault(detail, f"a key of {name}" if is_key else name, "" if rest else allowed_range(field))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from prefixtune.errors import ConfigError
+from prefixtune.utils.faults import show_value
 
 __all__ = ["read_config_file"]
 
@@ -26,7 +27,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
             raw = file.read(_MAX_BYTES + 1)
         if len(raw) > _MAX_BYTES:
             raise ConfigError(f"the configuration {str(path)!r} is larger than 1 MiB.", hint="check the path.")
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}.", hint="check the path.") from error
     if path.suffix.lower() in (".yaml", ".yml"):
@@ -44,22 +45,25 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """YAML 1.2's plain values: 1e-3 is a number, no and on are texts; without aliases, without repeated keys."""
+        """YAML 1.2's plain values: 1e-3 is a number, no and on are texts; no aliases, tags or repeated keys."""
 
         yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                event = self.peek_event()
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent):
                 raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not supported", event.start_mark)
+            if event.tag not in (None, "!"):
+                raise yaml.MarkedYAMLError(None, None, "tags (!name) are not supported", event.start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            for position, key in enumerate(keys):
-                if key in keys[:position]:
-                    mark = node.value[position][0].start_mark
-                    raise yaml.MarkedYAMLError(None, None, f"the key {key!r} is there twice", mark)
+            seen: set[str] = set()
+            for key, _ in node.value:
+                name = str(key.value)
+                if name in seen:
+                    raise yaml.MarkedYAMLError(None, None, f"the key {show_value(name)} is there twice", key.start_mark)
+                seen.add(name)
             return super().construct_mapping(node, deep)
 
     for tag, pattern, first in (
@@ -81,6 +85,8 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{str(path)!r} is not YAML: {' '.join(reason.split())}.", hint="write lines such as dtype: auto"
         ) from error
+    if values is None:
+        return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{str(path)!r} must hold keys and values.", hint="write lines such as dtype: auto")
     return values

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from prefixtune.errors import describe_value, did_you_mean
 
-__all__ = ["describe_fault", "show_value"]
+__all__ = ["cut", "describe_fault", "show_value"]
 
 _WANTED = {
     "int": "a whole number",
@@ -36,15 +36,31 @@ _BOUNDS = {
     "string_too_long": "at most {max_length} characters long",
 }
 
+_LONGEST, _MOST_BITS = 200, 200
+
 
 def show_value(value: object) -> str:
     """A value as messages show it; a long one is cut.
 
     >>> show_value("80"), show_value(True), show_value({"a": 1})
     ("'80'", 'True', 'of type dict')
+    >>> show_value([1, 10**5000])
+    '[1, a number of 16610 bits]'
     """
-    shown = repr(value) if isinstance(value, str | bool | int | float | list | tuple) else describe_value(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+    if isinstance(value, str):
+        return cut(repr(value[: 2 * _LONGEST]))
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        # Python refuses to write one of more than 4,300 digits.
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, list | tuple):
+        items = ", ".join(map(show_value, value[:_LONGEST]))
+        return cut(f"[{items}]" if isinstance(value, list) else f"({items}{',' * (len(value) == 1)})")
+    return repr(value) if isinstance(value, int | float) else describe_value(value)
+
+
+def cut(text: str) -> str:
+    """A text as messages show it; a long one is cut."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def describe_fault(error: ErrorDetails, name: str, allowed_range: str = "") -> str:
@@ -79,7 +95,7 @@ def describe_fault(error: ErrorDetails, name: str, allowed_range: str = "") -> s
         return f"{name} is {value}, but must be one of {', '.join(map(repr, choices))}{suggestion}"
     # A whole number that is no float's is too large for one.
     if kind == "finite_number" or (kind == "float_type" and type(error["input"]) is int):
-        return f"{name} is {value}, but must be {allowed_range or 'a finite number'}"
+        return f"{name} is {value}, but must be a finite number {allowed_range}".rstrip()
     return f"{name} is {value}, but must be {_wanted(kind, context)}"
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,8 +51,12 @@ def refusal(make: Any, *arguments: Any, **values: Any) -> str:
         ({"servings": 2.0}, "servings is 2.0, but must be a whole number."),
         ({"servings": "2"}, "servings is '2', but must be a whole number."),
         ({"seed": 2**63}, f"seed is {2**63}, but must be between {-(2**63)} and {2**63 - 1}."),
-        ({"rate": math.nan}, "rate is nan, but must be at least 0."),
-        ({"rate": math.inf}, "rate is inf, but must be at least 0."),
+        ({"rate": math.nan}, "rate is nan, but must be a finite number at least 0."),
+        ({"rate": math.inf}, "rate is inf, but must be a finite number at least 0."),
+        ({"servings": 10**5000}, "servings is a number of 16610 bits, but must be between 1 and 50."),
+        ({"steps": [10**5000]}, f"steps has a number of 16610 bits, but must be between {-(2**63)} and {2**63 - 1}."),
+        ({"names": 10**5000}, "names is a number of 16610 bits, but must be a list."),
+        ({"device": [10**5000]}, "device is [a number of 16610 bits], but must be text."),
         ({"rate": False}, "rate is False, but must be a number."),
         ({"vegan": 1}, "vegan is 1, but must be true or false."),
         ({"oven": "gaz"}, "oven is 'gaz', but must be one of 'gas', 'electric' (did you mean 'gas'?)."),
@@ -121,7 +126,8 @@ def test_files_of_both_kinds_are_read_alike(tmp_path: Path, name: str, text: str
         ("a.yaml", "servings: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("a.yaml", "[" * 100_000, "is not YAML"),
         ("a.yaml", "- servings", "must hold keys and values"),
-        ("a.yaml", "", "must hold keys and values"),
+        ("a.yaml", "servings: !!bool x", "tags (!name) are not supported (at line 1, column 11)"),
+        ("a.yaml", "!!map\nservings: !!timestamp x", "tags (!name) are not supported (at line 1, column 1)"),
         ("a.yaml", "vegan: yes", "vegan is 'yes', but must be true or false"),
         ("a.yaml", "servings: 0100", "servings is 100, but must be between 1 and 50"),
         ("a.yaml", "servings: 1:30", "servings is '1:30', but must be a whole number"),
@@ -129,11 +135,33 @@ def test_files_of_both_kinds_are_read_alike(tmp_path: Path, name: str, text: str
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")) as caught:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         Recipe.from_file(tmp_path / name)
     assert name in caught.value.message
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         Recipe.from_file(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.toml", ""), ("a.yaml", ""), ("a.yml", "# a comment\n"), ("b.yaml", "\ufeff"), ("b.toml", "\ufeff")],
+)
+def test_an_empty_file_has_only_defaults(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert Recipe.from_file(tmp_path / name) == Recipe()
+
+
+def test_a_message_about_a_hostile_file_is_quick_and_short(tmp_path: Path) -> None:
+    names = "\n".join(f"key{index}: 1" for index in range(20_000))
+    (tmp_path / "many.yaml").write_text(names)
+    message = refusal(Recipe.from_file, tmp_path / "many.yaml")
+    assert message.endswith("; and 19980 more.")
+    assert message.count("known: ") == 1
+    assert len(message) < 2000
+    message = refusal(Recipe, **{"z" * 10**6: 1}, oven="z" * 10**6, names=["z" * 10**6, 1], device="z" * 10**6)
+    assert len(message) < 2000
+    message = refusal(Recipe, steps=["x"] * 50)
+    assert message.endswith("steps[19] is 'x', but must be a whole number; and 30 more.")
 
 
 def test_layers_are_stacked_and_each_fault_is_named_as_its_source_writes_it(tmp_path: Path) -> None:
