@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -23,6 +24,7 @@ from prefixtune.studies.kinds import (
 )
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
+from prefixtune.utils.faults import show_value
 
 __all__ = ["StudyConfig"]
 
@@ -165,7 +167,9 @@ class StudyConfig(Config):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with the training settings, for any method, and with the numbers of tries."""
         trained = [method for method in self.methods if method not in UNTRAINED]
-        faults = list(dict.fromkeys(fault for method in trained for fault in self._setting_faults(method)))
+        tables = [("train_settings", self._shared_settings())]
+        tables += [(f"train_settings.{base_method(method)}", self._own_settings(method)) for method in trained]
+        faults = list(dict.fromkeys(fault for name, table in tables for fault in _setting_faults(name, table)))
         for key, value in self.train_settings.items():
             if key in METHODS and not isinstance(value, Mapping):
                 faults.append(f"train_settings.{key} is {value!r}, but must be a table")
@@ -176,29 +180,18 @@ class StudyConfig(Config):
                 "learning_rates gives methods different numbers of tries, but a comparison needs the same for each",
             )
 
-    def _setting_faults(self, method: str) -> Iterator[str]:
-        settings = self.settings_of(method)
-        for key in sorted(settings.keys() & set(_RESERVED_KEYS)):
-            yield f"train_settings has {key!r}, which the study sets itself"
-        allowed = TrainConfig.model_fields.keys() - set(_RESERVED_KEYS)
-        layer = Layer(
-            {key: value for key, value in settings.items() if key not in _RESERVED_KEYS},
-            "key",
-            name=lambda field: f"train_settings.{field}",
-            fields=frozenset(allowed),
-        )
-        try:
-            TrainConfig.from_layers(layer)
-        except ConfigError as error:
-            yield error.message.removesuffix(".")
-
     def settings_of(self, method: str) -> dict[str, Any]:
         """Values of `TrainConfig` for a method's runs; `adapter:8` has those of `adapter`, and its size."""
-        shared = {key: value for key, value in self.train_settings.items() if key not in METHODS}
+        return {**self._shared_settings(), **self._own_settings(method)}
+
+    def _shared_settings(self) -> dict[str, Any]:
+        return {key: value for key, value in self.train_settings.items() if key not in METHODS}
+
+    def _own_settings(self, method: str) -> dict[str, Any]:
         own = self.train_settings.get(base_method(method), {})
         size = method_size(method)
         sized = {} if size is None else {"method_size": size}
-        return {**shared, **(own if isinstance(own, Mapping) else {}), **sized}
+        return {**(own if isinstance(own, Mapping) else {}), **sized}
 
     def rates(self, method: str) -> tuple[float, ...]:
         """The learning rates that are tried for a method.
@@ -279,19 +272,31 @@ class StudyConfig(Config):
         return STUDIES[self.name]
 
     def _fill(self, layers: Sequence[Layer]) -> None:
-        """Stack the values on the study's own.
-
-        Raises:
-            ConfigError: As always; or a file is for another study.
-        """
+        """Stack the values on the study's own; a file of another study is a fault."""
         named = [layer for layer in layers if "name" in layer.values] or [Layer({"name": self.default("name")})]
         name = named[-1].values["name"]
-        for layer in named:
-            if layer.values["name"] != name:
-                raise ConfigError(
-                    f"{layer.where} is for the study {layer.values['name']!r}, not for {name!r}.",
-                    hint="give the file of that study.",
-                )
         # An unknown study has no values of its own; validation refuses it.
         own = next((kind.defaults for known, kind in STUDIES.items() if known == name), {})
-        super()._fill([Layer(own), *layers])
+        super()._fill([Layer(own), *(_check_study(layer, name) for layer in layers)])
+
+
+def _check_study(layer: Layer, name: object) -> Layer:
+    """The layer, with an error if it is for another study."""
+    other = layer.values.get("name", name)
+    if other == name:
+        return layer
+    message = f"{layer.where} is for the study {show_value(other)}, not for {show_value(name)}."
+    return replace(layer, error=ConfigError(message, hint="give the file of that study."))
+
+
+def _setting_faults(name: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a table of training settings."""
+    for key in sorted(settings.keys() & set(_RESERVED_KEYS)):
+        yield f"{name} has {key!r}, which the study sets itself"
+    values = {key: value for key, value in settings.items() if key not in _RESERVED_KEYS}
+    allowed = TrainConfig.model_fields.keys() - set(_RESERVED_KEYS)
+    layer = Layer(values, "key", name=lambda field: f"{name}.{field}", fields=frozenset(allowed))
+    try:
+        TrainConfig.from_layers(layer)
+    except ConfigError as error:
+        yield error.message.removesuffix(".")
