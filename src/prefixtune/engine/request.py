@@ -15,6 +15,7 @@ from prefixtune.errors import PrefixError, RequestError, describe_value
 from prefixtune.inference.config import SamplingConfig
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.config import CommaList, option_group
+from prefixtune.utils.faults import show_value
 
 __all__ = [
     "ContextLengthError",
@@ -51,6 +52,7 @@ class SamplingParams(SamplingConfig):
         RequestError: Values that are not allowed; all faults at once.
     """
 
+    hint: ClassVar[str] = "leave the value out for its default; `help(SamplingParams)` explains every one."
     error_class: ClassVar[type[PrefixError]] = RequestError
 
     banned: CommaList[Annotated[int, Field(ge=0)]] = _sampling((), description="tokens that are never sampled")
@@ -107,8 +109,11 @@ class Request:
             )
         if not self.prompt:
             raise RequestError("the prompt has no token.", hint="give some text.")
-        if self.n < 1:
-            raise RequestError(f"n is {self.n}, but must be at least 1.", hint="leave it out for one text.")
+        if type(self.n) is not int or self.n < 1:
+            raise RequestError(
+                f"n is {show_value(self.n)}, but must be a whole number of at least 1.",
+                hint="leave it out for one text.",
+            )
 
     @property
     def prefix_length(self) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prefixtune.server.addresses import parse_network
-from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, Table, option_group
+from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
 from prefixtune.utils.faults import show_value
 
 __all__ = ["ENVIRONMENT", "KeyConfig", "ServeConfig"]
@@ -31,13 +31,15 @@ _model, _network, _engine = option_group("model"), option_group("network"), opti
 _limits, _logs = option_group("limits"), option_group("logs")
 
 
-class KeyConfig(Table):
+class KeyConfig(Config):
     """One API key: what its owner may do, and how often.
 
     Somebody may have written the key itself into the file, so no message repeats a value of `hash`.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
+
+    hint: ClassVar[str] = "`prefixtune serve --new-key` makes a key and its table."
 
     hash: str = Field(
         description="'sha256:' and the digest of the key, as `prefixtune serve --new-key` prints it",
@@ -82,7 +84,7 @@ class ServeConfig(Config):
     )
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     backbone_id: str = _model("", description="the bare backbone's model name; empty: the last part of its name")
-    prefixes: str = _model("prefixes", description="folder of prefix files, NAME.safetensors")
+    prefixes: str = _model("prefixes", min_length=1, description="folder of prefix files, NAME.safetensors")
     reload_seconds: float = _model(
         0.0, ge=0, description="seconds between looks for new and replaced files; 0: only on POST /admin/reload"
     )
@@ -174,10 +176,10 @@ class ServeConfig(Config):
 
     keys: Mapping[str, KeyConfig] = Field(default={}, description="tables [keys.NAME], only in the file")
 
-    @field_validator("prefixes")
+    @field_validator("prefixes", mode="before")
     @classmethod
-    def _check_folder(cls, folder: str) -> str:
-        if not folder:
+    def _check_folder(cls, folder: Any) -> Any:
+        if folder == "":
             raise ValueError("is empty, but must name a folder")
         return folder
 

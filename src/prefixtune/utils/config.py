@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -19,12 +19,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
     field_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import CoreSchema, ErrorDetails
 
 from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean
 from prefixtune.utils.config_files import read_config_file
@@ -45,7 +46,7 @@ __all__ = [
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 """Whole numbers are TOML's: of 64 bits, with a sign."""
 
-_MAX_FAULTS = 20
+_MAX_FAULTS = 50
 """Of one source, in a message."""
 
 _T = TypeVar("_T")
@@ -68,10 +69,18 @@ def _wrap_text(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-CommaList = Annotated[tuple[_T, ...], BeforeValidator(_split_commas)]
+class _OrText:
+    """In the JSON schema, one text too is allowed."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"type": ["array", "string"]}
+
+
+CommaList = Annotated[tuple[_T, ...], BeforeValidator(_split_commas), _OrText]
 """A list that may be written as one text with commas."""
 
-TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text)]
+TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text), _OrText]
 """One text or several."""
 
 
@@ -223,6 +232,22 @@ class Config(Table):
     def __init__(self, /, **values: Any) -> None:
         self._fill([Layer(values)])
 
+    # Inside another model, pydantic validates the fields itself, and the outer one reports their faults.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        shown = show_value(value) if isinstance(value, bool | int | float) else "..."
+        raise ConfigError(
+            f"{type(self).__name__} is frozen: {show_value(name)} cannot be set.",
+            hint=f"make a changed copy: config.replace({cut(name)}={shown})",
+        )
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise ConfigError(
+            f"{type(self).__name__} is frozen: {show_value(name)} cannot be deleted.",
+            hint="make a new one without it.",
+        )
+
     @classmethod
     def from_layers(cls: type[_ConfigT], *layers: Layer) -> _ConfigT:
         """Stack values of several sources, and validate them together.
@@ -301,7 +326,8 @@ class Config(Table):
             # What `json_schema_extra` says is for the command line.
             for key in field.json_schema_extra if isinstance(field.json_schema_extra, dict) else ():
                 del schema["properties"][name][key]
-        schema["description"] = schema["description"].partition("\n")[0]
+        for model in (schema, *schema.get("$defs", {}).values()):
+            model["description"] = model["description"].partition("\n")[0]
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -125,7 +125,7 @@ def test_all_wrong_values_are_reported():
         "lengths[0] is 0, but must be at least 1",
         "tries is 0, but must be at least 1",
         "try_steps is -1, but must be at least 0",
-        "budget is nan, but must be at least 0",
+        "budget is nan, but must be a finite number at least 0",
         "dev_share is -0.5, but must be at least 0",
         "sample is 'sentences', but must be one of 'sources', 'pairs'",
         "a key of steps_by_size is 'many', but must be a number of training targets",
