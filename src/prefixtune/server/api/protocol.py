@@ -46,14 +46,16 @@ _SLICE = 100
 """Items of a list that are checked at once."""
 
 
-def _whole(value: Any) -> Any:
+def _whole(values: list[Any]) -> list[Any]:
     """5.0 -> 5: JSON may write a whole number as either."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+    return [
+        int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+        for value in values
+    ]
 
 
-def _whole_items(values: Any) -> Any:
-    """The same for the items of a list, which are many."""
-    return list(map(_whole, values)) if isinstance(values, list) and float in set(map(type, values)) else values
+def _whole_ids(ids: Any) -> Any:
+    return _whole(ids) if isinstance(ids, list) and float in set(map(type, ids)) else ids
 
 
 def _in_slices(items: Any, validate: Callable[[Any], list[Any]]) -> list[Any]:
@@ -92,7 +94,7 @@ Number = Annotated[float, Strict()]
 Boolean = Annotated[bool, Strict()]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
-TokenIds = Annotated[list[Integer], Field(min_length=1, fail_fast=True), BeforeValidator(_whole_items)]
+TokenIds = Annotated[list[Integer], Field(min_length=1, fail_fast=True), BeforeValidator(_whole_ids)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -131,7 +133,7 @@ class GenerationRequest(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _write_whole(cls, value: Any, info: Any) -> Any:
-        return _whole(value) if cls.model_fields[info.field_name].annotation in (int, Integer | None) else value
+        return _whole([value])[0] if cls.model_fields[info.field_name].annotation in (int, Integer | None) else value
 
     @property
     def length(self) -> int | None:
