@@ -7,7 +7,7 @@ ignored; those that would change it and are not supported are refused by name. N
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -26,7 +26,17 @@ from pydantic import (
 )
 
 from prefixtune.engine.request import SamplingParams
-from prefixtune.server.api.validation import Check, Fault, faults_of, refuse, supported_fields, unknown_fields
+from prefixtune.server.api.validation import (
+    Check,
+    Fault,
+    faults_of,
+    in_slices,
+    refuse,
+    supported_fields,
+    unknown_fields,
+    whole,
+    whole_ids,
+)
 from prefixtune.server.limits import Limits
 
 __all__ = [
@@ -40,37 +50,6 @@ __all__ = [
     "parse_task",
     "with_limits",
 ]
-
-
-_SLICE = 100
-"""Items of a list that are checked at once."""
-
-
-def _whole(values: list[Any]) -> list[Any]:
-    """5.0 -> 5: JSON may write a whole number as either."""
-    return [
-        int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
-        for value in values
-    ]
-
-
-def _whole_ids(ids: Any) -> Any:
-    return _whole(ids) if isinstance(ids, list) and float in set(map(type, ids)) else ids
-
-
-def _in_slices(items: Any, validate: Callable[[Any], list[Any]]) -> list[Any]:
-    """Check a list up to the first slice with faults: to collect all faults of a long list takes long."""
-    valid: list[Any] = []
-    if not isinstance(items, list) or len(items) <= _SLICE:
-        return validate(items)
-    for start in range(0, len(items), _SLICE):
-        end = start + _SLICE
-        try:
-            valid += validate(items[start:end])
-        except ValidationError:
-            # Fails again, and with the right indices.
-            return validate(items[:end])
-    return valid
 
 
 def _allow_null(schema: dict[str, Any]) -> None:
@@ -94,7 +73,7 @@ Number = Annotated[float, Strict()]
 Boolean = Annotated[bool, Strict()]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
-TokenIds = Annotated[list[Integer], Field(min_length=1, fail_fast=True), BeforeValidator(_whole_ids)]
+TokenIds = Annotated[list[Integer], Field(min_length=1, fail_fast=True), BeforeValidator(whole_ids)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -133,7 +112,7 @@ class GenerationRequest(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _write_whole(cls, value: Any, info: Any) -> Any:
-        return _whole([value])[0] if cls.model_fields[info.field_name].annotation in (int, Integer | None) else value
+        return whole([value])[0] if cls.model_fields[info.field_name].annotation in (int, Integer | None) else value
 
     @property
     def length(self) -> int | None:
@@ -333,11 +312,11 @@ class Message(BaseModel):
 class ChatRequest(OpenAIRequest):
     """A body of `/v1/chat/completions`."""
 
-    messages: Annotated[
-        list[Message], WrapValidator(_in_slices), Check("a list of at least one message", deep=True)
-    ] = Field(
-        min_length=1,
-        description="With a prefix, the last one is the source, and must be the user's.",
+    messages: Annotated[list[Message], WrapValidator(in_slices), Check("a list of at least one message", deep=True)] = (
+        Field(
+            min_length=1,
+            description="With a prefix, the last one is the source, and must be the user's.",
+        )
     )
     max_completion_tokens: Integer | None = Field(
         None, ge=1, description="The newer name of max_tokens; used if both are present."

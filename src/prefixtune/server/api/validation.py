@@ -16,13 +16,25 @@ from prefixtune.errors import did_you_mean, short_repr
 from prefixtune.server.responses import ApiError, bad_request, capitalize
 from prefixtune.utils.config import allowed_range
 
-__all__ = ["Check", "Fault", "faults_of", "refuse", "supported_fields", "unknown_fields"]
+__all__ = [
+    "Check",
+    "Fault",
+    "faults_of",
+    "in_slices",
+    "refuse",
+    "supported_fields",
+    "unknown_fields",
+    "whole",
+    "whole_ids",
+]
 
 
 _MAX_FAULTS = 10
 """Most faults that an answer lists."""
 _MAX_LENGTH = 900
 """Of their sentences, so that a response has room for all of them and the number of the others."""
+_SLICE = 100
+"""Items of a list that are checked at once."""
 _MEANINGS = {"bool_type": "true or false", "dict_type": "an object", "list_type": "a list", "string_type": "a text"}
 """pydantic's errors in the words of JSON; of the others, its own words are clear."""
 
@@ -71,6 +83,34 @@ class Check:
     def error(self) -> PydanticCustomError:
         """The error of a value."""
         return PydanticCustomError(self.kind, "{text}", {"text": self.text})
+
+
+def whole(values: list[Any]) -> list[Any]:
+    """5.0 -> 5: JSON may write a whole number as either."""
+    return [
+        int(value) if isinstance(value, float) and value.is_integer() and -(2**63) <= value < 2**63 else value
+        for value in values
+    ]
+
+
+def whole_ids(ids: Any) -> Any:
+    """The same for token ids, where they need it."""
+    return whole(ids) if isinstance(ids, list) and float in set(map(type, ids)) else ids
+
+
+def in_slices(items: Any, validate: Callable[[Any], list[Any]]) -> list[Any]:
+    """Check a list up to the first slice with faults: to collect all faults of a long list takes long."""
+    valid: list[Any] = []
+    if not isinstance(items, list) or len(items) <= _SLICE:
+        return validate(items)
+    for start in range(0, len(items), _SLICE):
+        end = start + _SLICE
+        try:
+            valid += validate(items[start:end])
+        except ValidationError:
+            # Fails again, and with the right indices.
+            return validate(items[:end])
+    return valid
 
 
 def refuse(faults: Sequence[Fault]) -> ApiError:
