@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, get_args, get_origin
@@ -29,7 +29,7 @@ from pydantic_core import CoreSchema, ErrorDetails
 
 from prefixtune.errors import ConfigError, PrefixError, describe_value, did_you_mean
 from prefixtune.utils.config_files import read_config_file
-from prefixtune.utils.faults import cut, describe_fault, show_value
+from prefixtune.utils.faults import MAX_FAULTS, cut, describe_fault, describe_unknown, join_faults, show_value, table_at
 
 __all__ = [
     "CommaList",
@@ -45,9 +45,6 @@ __all__ = [
 
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 """Whole numbers are TOML's: of 64 bits, with a sign."""
-
-_MAX_FAULTS = 50
-"""Of one source, in a message."""
 
 _T = TypeVar("_T")
 _ConfigT = TypeVar("_ConfigT", bound="Config")
@@ -361,23 +358,24 @@ class Config(Table):
             allowed = known.keys() if layer.fields is None else layer.fields
             source |= dict.fromkeys((name for name in layer.values if name in allowed), layer)
             unknown = [name for name in layer.values if name not in allowed]
-            for name in unknown:
-                is_shown = len(listed) < _MAX_FAULTS
-                listed.append(_describe_unknown(layer, name, allowed, self.other_names, listed) if is_shown else "")
+            names = [layer.name(field) for field in allowed]
+            for name in unknown[:MAX_FAULTS]:
+                other = self.other_names.get(name, "")
+                listed.append(describe_unknown(layer.kind, layer.name(name), names, other, listed))
+            listed.extend(unknown[MAX_FAULTS:])  # Only counted.
         unreadable = [layer.error for layer in layers if layer.error]
         faults[""] += [f"{error.message.removesuffix('.')} ({error.hint.removesuffix('.')})" for error in unreadable]
         values = {name: layer.value(name, known[name]) for name, layer in source.items()}
         wrong: set[str] = set()
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                name = str(detail["loc"][0])
-                wrong.add(name)
-                if name in source or not unreadable:
-                    layer = source.get(name, layers[-1])
-                    listed = faults[layer.where]
-                    listed.append(_describe_wrong(layer, detail, known[name]) if len(listed) < _MAX_FAULTS else "")
+        for detail in self._wrong_values(values):
+            name = str(detail["loc"][0])
+            wrong.add(name)
+            if name in source or not unreadable:
+                layer = source.get(name, layers[-1])
+                listed = faults[layer.where]
+                listed.append(_describe_wrong(layer, detail, known[name]) if len(listed) < MAX_FAULTS else "")
+        for layer, detail in self._wrong_replaced(layers, source):
+            faults[layer.where].append(_describe_wrong(layer, detail, known[str(detail["loc"][0])]))
         if not unreadable:
             # What seems to be missing may be in a file that cannot be read.
             right = {name: value for name, value in values.items() if name not in wrong}
@@ -385,12 +383,28 @@ class Config(Table):
         if len(unreadable) == sum(map(len, faults.values())) == 1:
             raise unreadable[0]
         if any(faults.values()):
-            parts = [
-                f"{where}: {_join_faults(items)}" if where else _join_faults(items)
-                for where, items in faults.items()
-                if items
-            ]
+            parts = [f"{where}: " * bool(where) + join_faults(items) for where, items in faults.items() if items]
             raise self.error_class(f"{'; '.join(parts)}.", hint=self.hint)
+
+    def _wrong_values(self, values: Mapping[str, Any]) -> list[ErrorDetails]:
+        try:
+            BaseModel.__init__(self, **values)
+        except ValidationError as error:
+            return error.errors(include_url=False)
+        return []
+
+    def _wrong_replaced(
+        self, layers: Sequence[Layer], source: Mapping[str, Layer]
+    ) -> Iterator[tuple[Layer, ErrorDetails]]:
+        """What is wrong with options and variables whose values a later layer replaces."""
+        known = type(self).model_fields
+        for layer in layers:
+            allowed = known.keys() if layer.fields is None else layer.fields
+            names = [name for name in layer.values if name in allowed and source[name] is not layer]
+            if layer.text and names:
+                replaced = {name: layer.value(name, known[name]) for name in names}
+                details = type(self).__new__(type(self))._wrong_values(replaced)
+                yield from ((layer, detail) for detail in details if detail["type"] != "missing")
 
     def _conflicts_of(self, values: Mapping[str, Any], wrong: set[str]) -> list[str]:
         """Conflicts among the values that are valid alone."""
@@ -412,22 +426,6 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _join_faults(faults: Sequence[str]) -> str:
-    more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
-    return "; ".join([*faults[:_MAX_FAULTS], *more])
-
-
-def _describe_unknown(
-    layer: Layer, name: str, allowed: Collection[str], other_names: Mapping[str, str], earlier: Sequence[str]
-) -> str:
-    written = layer.name(name)
-    suggestion = other_names.get(name) or did_you_mean(written, [layer.name(field) for field in allowed])
-    ending = f" ({suggestion.removesuffix('.')})"
-    if suggestion.startswith("known:") and any(fault.endswith(ending) for fault in earlier):
-        ending = ""  # All names are listed once.
-    return f"unknown {layer.kind} {show_value(written)}{ending}"
-
-
 def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str:
     first, *rest = detail["loc"]
     unknown = str(rest.pop()) if detail["type"] == "extra_forbidden" else None
@@ -436,17 +434,7 @@ def _describe_wrong(layer: Layer, detail: ErrorDetails, field: FieldInfo) -> str
         rest = rest[:-2]
     name = cut(layer.name(str(first)) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest))
     if unknown is not None:
-        table = _table_at(field.annotation, rest)
+        table = table_at(field.annotation, rest)
         suggestion = did_you_mean(unknown, table.model_fields if table else ())
         return f"{name} has the unknown key {show_value(unknown)} ({suggestion.removesuffix('.')})"
     return describe_fault(detail, f"a key of {name}" if is_key else name, "" if rest else allowed_range(field))
-
-
-def _table_at(kind: Any, path: Sequence[int | str]) -> type[BaseModel] | None:
-    """The model at a path into a value of a type: of a mapping's or list's values, or of a model's field."""
-    for part in path:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            kind = kind.model_fields[str(part)].annotation
-        else:
-            kind = get_args(kind)[-1] if isinstance(part, str) else get_args(kind)[0]
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
+from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from prefixtune.errors import describe_value, did_you_mean
 
-__all__ = ["cut", "describe_fault", "show_value"]
+__all__ = ["MAX_FAULTS", "cut", "describe_fault", "describe_unknown", "join_faults", "show_value", "table_at"]
 
 _WANTED = {
     "int": "a whole number",
@@ -35,6 +36,9 @@ _BOUNDS = {
     "string_too_short": "at least {min_length} characters long",
     "string_too_long": "at most {max_length} characters long",
 }
+
+MAX_FAULTS = 50
+"""Of one source, in a message."""
 
 _LONGEST, _MOST_BITS = 200, 200
 
@@ -102,3 +106,28 @@ def describe_fault(error: ErrorDetails, name: str, allowed_range: str = "") -> s
 def _wanted(kind: str, context: Mapping[str, Any]) -> str:
     word = kind.split("_")[0]
     return _WANTED.get(word, f"of another type ({kind}{f', {dict(context)}' if context else ''})")
+
+
+def describe_unknown(kind: str, name: str, known: Iterable[str], suggestion: str, earlier: Sequence[str]) -> str:
+    """An unknown name, with the nearest known one; `earlier` faults may already list all known ones."""
+    suggestion = suggestion or did_you_mean(name, known)
+    ending = f" ({suggestion.removesuffix('.')})"
+    if suggestion.startswith("known:") and any(fault.endswith(ending) for fault in earlier):
+        ending = ""
+    return f"unknown {kind} {show_value(name)}{ending}"
+
+
+def join_faults(faults: Sequence[str]) -> str:
+    """At most `MAX_FAULTS` of them, and how many more there are."""
+    more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+    return "; ".join([*faults[:MAX_FAULTS], *more])
+
+
+def table_at(kind: Any, path: Sequence[int | str]) -> type[BaseModel] | None:
+    """The model at a path into a value of a type: of a mapping's or list's values, or of a model's field."""
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation
+        else:
+            kind = get_args(kind)[-1] if isinstance(part, str) else get_args(kind)[0]
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None

@@ -15,6 +15,7 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.scheduler import Scheduler
 from prefixtune.engine.sequence import TokenSequence
+from prefixtune.errors import RequestError
 from prefixtune.inference.detokenizer import Detokenizer
 
 
@@ -154,6 +155,12 @@ def test_a_text_that_waits_can_leave():
 @pytest.fixture
 def llama(tiny_backbone: Callable[..., Any]) -> Any:
     return tiny_backbone("llama")
+
+
+@pytest.mark.parametrize("n", [True, 0])
+def test_the_number_of_texts_is_a_whole_number(n: Any):
+    with pytest.raises(RequestError, match=f"n is {n!r}, but must be a whole number of at least 1"):
+        Request((1,), n=n)
 
 
 def test_a_modest_tenant_is_served_at_once(llama: Any):

@@ -114,3 +114,11 @@ def test_the_backbones_name_is_not_a_path() -> None:
     assert ServeConfig(backbone="/srv/models/tiny").model_id == "tiny"
     assert ServeConfig(backbone="/srv/models/tiny.gguf").model_id == "tiny"
     assert ServeConfig(backbone="/srv/models/tiny", backbone_id="base").model_id == "base"
+
+
+def test_a_wrong_key_is_an_error_of_ours_that_never_shows_the_hash() -> None:
+    with pytest.raises(ConfigError, match="hash is not 'sha256:' and 64 hexadecimal digits") as caught:
+        KeyConfig(hash="pt-secret", concurrent=-1)
+    assert "concurrent is -1, but must be at least 0" in caught.value.message
+    assert "pt-secret" not in str(caught.value)
+    assert ServeConfig.json_schema()["properties"]["prefixes"]["minLength"] == 1

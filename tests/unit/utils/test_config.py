@@ -234,6 +234,14 @@ def test_texts_become_values_and_the_last_layer_wins() -> None:
     )
 
 
+def test_a_wrong_text_is_refused_even_if_a_later_layer_replaces_it() -> None:
+    variables = Layer.from_environment("COOK_", {"COOK_SERVINGS": "x", "COOK_SEED": "1", "COOK_STEPS": "1,b"})
+    message = refusal(Recipe.from_layers, variables, Layer.from_options({"servings": "5", "steps": "1", "seed": "2"}))
+    assert message == (
+        "COOK_SERVINGS is 'x', but must be a whole number; COOK_STEPS[1] is 'b', but must be a whole number."
+    )
+
+
 def test_a_configuration_survives_toml_and_json(tmp_path: Path) -> None:
     recipe = Recipe(servings=7, rate=0.25, names=("ä", 'q"\\\n\x7f'), oven="gas", seed=-1)
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
