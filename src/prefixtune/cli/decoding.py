@@ -41,8 +41,10 @@ class DecodingOptions(BackboneOptions, GenerateConfig):
     print_config: bool = Field(False, description="print the final settings of decoding as TOML, and do nothing else")
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """None: settings of decoding are checked together with the task's."""
-        yield from ()
+        """Those among options that were given; the others are checked together with the task's settings."""
+        for names, message in super().conflicts():
+            if self.model_fields_set.issuperset(names):
+                yield names, message
 
 
 def generate_config(options: DecodingOptions, prefixes: Sequence[Prefix], task: str | None = None) -> GenerateConfig:

@@ -66,6 +66,7 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options that do not go together."""
+        yield from super().conflicts()
         if self.prefix and self.run_folder:
             yield ("prefix", "run_folder"), "--prefix cannot go with --run, whose prefix is used; give one of the two"
         trained = self.prefix or self.run_folder

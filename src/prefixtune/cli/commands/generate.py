@@ -56,6 +56,7 @@ class GenerateOptions(DecodingOptions, OutputOptions):
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Options that exclude each other, and texts that are missing or too many."""
+        yield from super().conflicts()
         if self.prefix and self.run_folder:
             yield ("prefix", "run_folder"), "--prefix cannot go with --run, whose prefix is used; give one of the two"
         if self.stream and self.as_json:

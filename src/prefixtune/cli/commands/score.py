@@ -114,9 +114,10 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
     """The examples, each with a reference, and file -> its outputs.
 
     Raises:
-        PrefixError: A file cannot be read, or an example has no reference; all files that cannot be read at once.
+        PrefixError: A file cannot be read, a metric is unknown, or an example has no reference.
     """
-    from prefixtune.data import read_task
+    from prefixtune.data import TASKS, read_task
+    from prefixtune.evaluation.metrics import METRICS
 
     columns = {"source": options.source, "target": options.target, "split": options.split or None}
     examples: list[Example] = []
@@ -126,10 +127,13 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
         outputs[name] = _read_outputs(Path(name))
 
     names = [name for name in (options.hypotheses, options.against) if name is not None]
+    # An unknown task is named when its files are read.
+    metrics = _LABEL_METRICS.get(TASKS[options.task].kind, METRICS) if options.task in TASKS else ()
     check_all(
         [
             lambda: examples.extend(read_task(options.task, options.references, **columns)),
             *(partial(read_outputs, name) for name in names),
+            *([partial(check_metrics, options.metrics, metrics)] if metrics else []),
         ]
     )
     for number, example in enumerate(examples, start=1):
@@ -269,10 +273,9 @@ def _measure(
         ValueError: The outputs cannot be scored.
     """
     from prefixtune.data import TASKS, references_of
-    from prefixtune.evaluation.metrics import METRICS, measure
+    from prefixtune.evaluation.metrics import measure
 
     protocol = options.protocol or TASKS[options.task].protocol
-    check_metrics(options.metrics, METRICS)
     names = options.metrics or None
     weights = dict(text.split("=", 1) for text in options.weights)
     references = [references_of(example, protocol) for example in examples]
@@ -313,9 +316,7 @@ def _score_labels(
     for option, value in (("--against", options.against), ("--intervals", options.intervals)):
         if value:
             raise ConfigError(f"{option} is for texts, but the task {options.task!r} is {kind}.", hint="leave it out.")
-    known = _LABEL_METRICS[kind]
-    check_metrics(options.metrics, known)
-    names = options.metrics or known
+    names = options.metrics or _LABEL_METRICS[kind]
     predicted = [output.strip() for output in outputs]
     expected = [example.targets[0] for example in examples]
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.cli.training import run_training, run_training_together
-from prefixtune.errors import PrefixError, check_all
+from prefixtune.errors import ConfigError, PrefixError, check_all
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset
 from prefixtune.utils.config import Layer, TextList
@@ -49,6 +50,13 @@ class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
         if "preset" not in given:
             return file
         return [_preset_layer({**(file[0].values if file else {}), **given}), *file]
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], faults: Sequence[str] = ()) -> TrainOptions:
+        """The options from a command line; the files of --together are checked with them."""
+        read = partial(super().read, given, faults)
+        check_all([read, *(partial(_check_run, path, given) for path in given.get("together", ()))])
+        return read()
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: what cannot go with --together."""
@@ -103,7 +111,7 @@ def _train_together(options: TrainOptions, console: Console) -> int:
     """Train several runs in one process, each configured by a file; other options apply to all.
 
     Raises:
-        ConfigError: A file is wrong; all faults at once.
+        ConfigError: A file does not go with the options; all faults at once.
     """
     from prefixtune.training.distributed import is_main_process
 
@@ -119,6 +127,27 @@ def _train_together(options: TrainOptions, console: Console) -> int:
         best = "" if math.isnan(result.best_loss) else f", development loss {result.best_loss:.4f} per token"
         print(f"{result.path}: {result.num_trained:,} parameters trained{best}")
     return 0
+
+
+def _check_run(path: str, given: Mapping[str, Any]) -> None:
+    """Check the file of a run of --together, under the options that are valid alone.
+
+    Raises:
+        ConfigError: The file is wrong, or does not go with the options.
+    """
+    texts = {name: text for name, text in given.items() if name in TrainConfig.model_fields}
+    options = Layer({name: text for name, text in texts.items() if _is_valid(name, text)}, text=True)
+    file = Layer.from_file(path)
+    values = {name: value for name, value in file.values.items() if name not in texts}
+    TrainConfig.from_layers(replace(file, values=values), options)
+
+
+def _is_valid(name: str, text: Any) -> bool:
+    try:
+        TrainConfig.from_layers(Layer({name: text}, text=True))
+    except ConfigError:
+        return False
+    return True
 
 
 def _stored_layer(folder: str) -> Layer:
