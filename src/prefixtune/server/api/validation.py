@@ -154,11 +154,11 @@ def supported_fields(model: type[BaseModel]) -> list[str]:
     return [name for name, field in model.model_fields.items() if not field.json_schema_extra]
 
 
-def unknown_fields(names: Iterable[str], known: Iterable[str]) -> Iterator[Fault]:
+def unknown_fields(names: Sequence[str], known: Iterable[str]) -> list[Fault]:
     """Fields that there are not, each with the nearest one."""
-    for index, name in enumerate(names):
-        hint = capitalize(did_you_mean(name.rpartition(".")[2], known)) if index < _MAX_FAULTS else ""
-        yield Fault("", name, "unknown_field", hint)
+    hints = [capitalize(did_you_mean(name.rpartition(".")[2], known)) for name in names[:_MAX_FAULTS]]
+    listed = [Fault("", name, "unknown_field", hint) for name, hint in zip(names, hints, strict=False)]
+    return listed + [Fault("", "")] * (len(names) - len(listed))
 
 
 def _name(path: tuple[int | str, ...]) -> str:
@@ -171,7 +171,7 @@ def _fault(details: ErrorDetails, model: type[BaseModel]) -> Fault:
     shown = short_repr(name) if len(path) == 1 else name if len(name) <= 80 else f"{name[:77]}..."
     model, field = _locate(path, model)
     if kind == "extra_forbidden":
-        return next(unknown_fields([name], supported_fields(model)))
+        return unknown_fields([name], supported_fields(model))[0]
     if kind == "not_supported":
         return Fault(f"{shown} is not supported: {details['msg']}.", name, "unsupported_field")
     allowed = _allowed(details, model, field if isinstance(path[-1], str) else None)
