@@ -13,6 +13,7 @@ from prefixtune.utils.faults import show_value
 __all__ = ["read_config_file"]
 
 _MAX_BYTES = 1 << 20
+_MAX_DIGITS = 1000
 _NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -35,8 +36,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
+        # tomllib's own errors have a class of their own.
+        reason = "a number has too many digits" if type(error) is ValueError else error
         raise ConfigError(
-            f"{str(path)!r} is not TOML: {error}.",
+            f"{str(path)!r} is not TOML: {reason}.",
             hint='write lines such as dtype = "auto"; or name a YAML file .yaml.',
         ) from error
 
@@ -66,6 +69,11 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
+    def construct_int(_: Loader, node: Any) -> int:
+        if len(node.value) > _MAX_DIGITS:
+            raise yaml.MarkedYAMLError(None, None, "a number has too many digits", node.start_mark)
+        return int(node.value)
+
     for tag, pattern, first in (
         ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
         ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
@@ -74,7 +82,7 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     ):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern.pattern})$"), list(first))
     # YAML 1.1 would read 010 as 8.
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+    Loader.add_constructor("tag:yaml.org,2002:int", construct_int)
     try:
         values = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
