@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -40,7 +41,7 @@ _BOUNDS = {
 MAX_FAULTS = 50
 """Of one source, in a message."""
 
-_LONGEST, _MOST_BITS = 200, 200
+_LONGEST, _MOST_BITS = 200, 14_000
 
 
 def show_value(value: object) -> str:
@@ -59,7 +60,7 @@ def show_value(value: object) -> str:
     if isinstance(value, list | tuple):
         items = ", ".join(map(show_value, value[:_LONGEST]))
         return cut(f"[{items}]" if isinstance(value, list) else f"({items}{',' * (len(value) == 1)})")
-    return repr(value) if isinstance(value, int | float) else describe_value(value)
+    return cut(repr(value)) if isinstance(value, int | float) else describe_value(value)
 
 
 def cut(text: str) -> str:
@@ -98,8 +99,10 @@ def describe_fault(error: ErrorDetails, name: str, allowed_range: str = "") -> s
         suggestion = f" ({nearest})" if nearest.startswith("did") else ""
         return f"{name} is {value}, but must be one of {', '.join(map(repr, choices))}{suggestion}"
     # A whole number that is no float's is too large for one.
-    if kind == "finite_number" or (kind == "float_type" and type(error["input"]) is int):
+    if kind == "finite_number":
         return f"{name} is {value}, but must be a finite number {allowed_range}".rstrip()
+    if kind == "float_type" and type(error["input"]) is int:
+        return f"{name} is {value}, but must be {allowed_range or 'a number'} and at most {sys.float_info.max:.1e}"
     return f"{name} is {value}, but must be {_wanted(kind, context)}"
 
 
