@@ -39,7 +39,7 @@ def to_html(document: Document) -> str:
     sections = [(unique(section.title), section) for section in document.sections]
     page = _environment(clean).get_template("page.html")
     names = {"unique": unique, "svg": svg, "missing": MISSING, "most_figures": MOST_FIGURES}
-    return page.render(document=document, sections=sections, **names)
+    return page.render(document=document, sections=sections, **names).lstrip()
 
 
 def to_markdown(document: Document) -> str:
