@@ -170,11 +170,6 @@ class Layer:
         allowed = None if fields is None else frozenset(fields)
         return cls(values, "variable", lambda field: f"{prefix}{field.upper()}", text=True, fields=allowed)
 
-    @classmethod
-    def from_options(cls, values: Mapping[str, Any], faults: Sequence[str] = ()) -> Layer:
-        """Options of a command line, by the names of their fields."""
-        return cls(values, "option", lambda field: f"--{field.replace('_', '-')}", text=True, faults=faults)
-
     def value(self, name: str, field: FieldInfo) -> Any:
         """A value for a field; a text that is none of the field's type is left as it is, and validation refuses it."""
         value = self.values[name]

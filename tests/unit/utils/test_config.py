@@ -35,6 +35,11 @@ class Recipe(Config):
             yield ("vegan", "oven"), "vegan does not go with oven 'gas'"
 
 
+def options_layer(values: dict[str, Any], **more: Any) -> Layer:
+    """As the command line makes it."""
+    return Layer(values, "option", lambda field: f"--{field.replace('_', '-')}", text=True, **more)
+
+
 def refusal(make: Any, *arguments: Any, **values: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         make(*arguments, **values)
@@ -176,7 +181,7 @@ def test_layers_are_stacked_and_each_fault_is_named_as_its_source_writes_it(tmp_
     layers = [
         Layer.from_file(path),
         Layer.from_environment("COOK_", {"COOK_SEED": "x", "COOK_VEGAN": "true", "COOK_OVN": "", "PATH": "/bin"}),
-        Layer.from_options({"steps": ["1,2", "b"], "oven": "gaz"}, faults=["unknown option '--ovn'"]),
+        options_layer({"steps": ["1,2", "b"], "oven": "gaz"}, faults=["unknown option '--ovn'"]),
     ]
     message = refusal(Recipe.from_layers, *layers)
     for part in (
@@ -193,7 +198,7 @@ def test_layers_are_stacked_and_each_fault_is_named_as_its_source_writes_it(tmp_
 
 
 def test_an_unreadable_file_is_no_reason_to_miss_what_may_be_in_it(tmp_path: Path) -> None:
-    missing, servings = Layer.from_file(tmp_path / "nowhere.toml"), Layer.from_options({"servings": "0"})
+    missing, servings = Layer.from_file(tmp_path / "nowhere.toml"), options_layer({"servings": "0"})
     with pytest.raises(ConfigError, match="cannot read the configuration") as caught:
         Recipe.from_layers(missing, Layer({"vegan": True, "oven": "gas"}))
     assert "does not go" not in caught.value.message
@@ -230,7 +235,7 @@ def test_texts_become_values_and_the_last_layer_wins() -> None:
     recipe = Recipe.from_layers(
         Layer({"servings": 3, "seed": 1}),
         Layer.from_environment("COOK_", {"COOK_SERVINGS": "4", "COOK_VEGAN": "on", "COOK_RATE": "1e-3"}),
-        Layer.from_options({"servings": "5", "steps": "3,4", "names": ["a,b", "c"], "stop": ["x,y", "z"]}),
+        options_layer({"servings": "5", "steps": "3,4", "names": ["a,b", "c"], "stop": ["x,y", "z"]}),
     )
     assert recipe == Recipe(
         servings=5, seed=1, vegan=True, rate=1e-3, steps=(3, 4), names=("a", "b", "c"), stop=("x,y", "z")
@@ -239,7 +244,7 @@ def test_texts_become_values_and_the_last_layer_wins() -> None:
 
 def test_a_wrong_text_is_refused_even_if_a_later_layer_replaces_it() -> None:
     variables = Layer.from_environment("COOK_", {"COOK_SERVINGS": "x", "COOK_SEED": "1", "COOK_STEPS": "1,b"})
-    message = refusal(Recipe.from_layers, variables, Layer.from_options({"servings": "5", "steps": "1", "seed": "2"}))
+    message = refusal(Recipe.from_layers, variables, options_layer({"servings": "5", "steps": "1", "seed": "2"}))
     assert message == (
         "COOK_SERVINGS is 'x', but must be a whole number; COOK_STEPS[1] is 'b', but must be a whole number."
     )
@@ -292,9 +297,9 @@ def test_bounds_of_the_items_of_a_list_hold_for_texts_too() -> None:
     class Sizes(Config):
         sizes: CommaList[Annotated[int, Field(ge=1)]] = ()
 
-    assert Sizes.from_layers(Layer.from_options({"sizes": ["1,2", "3"]})).sizes == (1, 2, 3)
+    assert Sizes.from_layers(options_layer({"sizes": ["1,2", "3"]})).sizes == (1, 2, 3)
     with pytest.raises(ConfigError, match=r"--sizes\[1\] is 0, but must be at least 1"):
-        Sizes.from_layers(Layer.from_options({"sizes": "5,0"}))
+        Sizes.from_layers(options_layer({"sizes": "5,0"}))
 
 
 def test_a_copy_knows_which_values_were_given_and_another_error_may_be_raised() -> None:
