@@ -6,7 +6,7 @@ sources are in the encoder's row and the targets in the decoder's, and each grou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +29,14 @@ class Group:
         start: Where the source begins in the row.
         source_length: Positions of the shared source; may be 0.
         target_lengths: Positions of each target.
+        hidden: Positions of the prefix that neither source nor targets see: of the sites `encoder` and `cross` of an
+            encoder-decoder, else of `decoder`.
     """
 
     start: int
     source_length: int
     target_lengths: tuple[int, ...]
+    hidden: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -78,7 +81,7 @@ class Packing:
     groups: tuple[Group, ...]
     sources: tuple[int, ...] | None = None
     prefix_index: tuple[int, ...] | None = None
-    _masks: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    _masks: dict[tuple[Any, ...], list[Tensor | None]] = field(default_factory=dict, compare=False, repr=False)
 
     def positions(self, site: Site = "decoder") -> Int[Tensor, "1 T"]:
         """Text positions of the row, without the prefix's shift; of the encoder's row for the site `encoder`."""
@@ -122,21 +125,34 @@ class Packing:
             device: Where they are.
             infix: The prefix is hidden from the sources, and visible to the targets.
         """
-        if site != "decoder":
+        if site != "decoder" and not any(group.hidden for group in self.groups):
             return [None] * len(self.groups)
-        key = (tuple(prefix_lengths), window, dtype, device, infix)
+        key = (site, tuple(prefix_lengths), window, dtype, device, infix)
         if key not in self._masks:
             self._masks[key] = [
-                self._group_mask(group, length, window, dtype, infix).to(device)
-                for group, length in zip(self.groups, prefix_lengths, strict=True)
+                None if visible is None else _additive(visible, dtype).to(device)
+                for visible in self._visible(site, prefix_lengths, window, infix)
             ]
         return self._masks[key]
 
-    @staticmethod
-    def _group_mask(
-        group: Group, prefix_length: int, window: int | None, dtype: torch.dtype, infix: bool
-    ) -> Float[Tensor, "N S"]:
-        visible = nn.functional.pad(group.mask(window), (prefix_length, 0), value=True)
-        if infix:
-            visible[: group.source_length, :prefix_length] = False
-        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+    def _visible(
+        self, site: Site, prefix_lengths: Sequence[int], window: int | None, infix: bool
+    ) -> Iterator[Bool[Tensor, "N S"] | None]:
+        """Per group, which query (row) sees which of the prefix's positions and keys (column); None: all."""
+        hides = site in (("decoder",) if self.sources is None else ("encoder", "cross"))
+        for group, length, queries, keys in zip(self.groups, prefix_lengths, *self.sizes(site), strict=True):
+            hidden = [position for position in group.hidden if position < length] if hides else []
+            if site != "decoder" and not hidden:
+                yield None
+                continue
+            text = group.mask(window) if site == "decoder" else torch.ones(queries, keys, dtype=torch.bool)
+            visible = nn.functional.pad(text, (length, 0), value=True)
+            visible[:, hidden] = False
+            if infix:
+                visible[: group.source_length, :length] = False
+            yield visible
+
+
+def _additive(visible: Bool[Tensor, "N S"], dtype: torch.dtype) -> Float[Tensor, "N S"]:
+    """A mask to add to scores: 0 where a position is visible, minus infinity elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))

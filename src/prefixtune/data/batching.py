@@ -86,7 +86,7 @@ def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None =
             shared, opening = example.prompt[:-1], example.prompt[-1]
         else:
             shared, opening = (), decoder_start_id
-        groups.append(Group(len(ids), len(shared), tuple(map(len, example.targets))))
+        groups.append(Group(len(ids), len(shared), tuple(map(len, example.targets)), example.hidden))
         ids.extend(shared)
         for target in example.targets:
             label_positions.extend(range(len(ids), len(ids) + len(target)))

@@ -36,11 +36,13 @@ class TokenizedExample:
         prompt: The source's tokens.
         targets: Each target's tokens, or the label indices.
         label_positions: For a head: where in the prompt each label is predicted; None: the targets are tokens.
+        hidden: Positions of the prefix that the example does not see while it is trained on (see `Group.hidden`).
     """
 
     prompt: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
     label_positions: tuple[int, ...] | None = None
+    hidden: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

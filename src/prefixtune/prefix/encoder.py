@@ -3,13 +3,15 @@
 `mlp` is the paper's reparameterization (Li & Liang 2021, section 4.3): Embedding(P, d) -> Linear(d, m) -> tanh ->
 Linear(m, S), where S is one position's keys and values over all layers of a site. `none` trains the prefix itself.
 `residual` adds an MLP, whose last layer starts at zero, to a fixed start, so that training begins exactly there.
+`scaled` adds one trained number per stored number to a fixed start, each layer's keys and values in steps of the size
+that its own start has: start + rms * delta. Nothing is trained that is not stored.
 
 They run once per step, not once per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,12 +19,12 @@ from torch import Tensor, nn
 
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.prefix.geometry import Geometry, LayerShape, Site
-from prefixtune.prefix.prefix import Head, Prefix, flatten, unflatten
+from prefixtune.prefix.prefix import Head, KeyValue, Prefix, flatten, unflatten
 
-__all__ = ["REPARAMETERIZATIONS", "HeadEncoder", "PrefixEncoder", "PromptEncoder", "SiteEncoder", "fit"]
+__all__ = ["REPARAMETERIZATIONS", "HeadEncoder", "PrefixEncoder", "PromptEncoder", "SiteEncoder", "fit", "step_sizes"]
 
 
-REPARAMETERIZATIONS = ("mlp", "none", "residual")
+REPARAMETERIZATIONS = ("mlp", "none", "residual", "scaled")
 
 RANDOM_STD = 0.02
 """Standard deviation of a random start of a directly trained prefix."""
@@ -32,16 +34,17 @@ class SiteEncoder(nn.Module):
     """The trainable parameters of one site, which compute a flat (P, S) matrix.
 
     Args:
-        kind: `mlp`, `none` or `residual`.
+        kind: `mlp`, `none`, `residual` or `scaled`.
         size: S, the numbers of one position over all layers.
         prefix_length: P.
         embedding_size: d, the width of the MLP's embedding (the paper: the model's width).
         bottleneck_size: m, the MLP's hidden width (the paper: 512, 800 for summarization).
-        start: What the prefix is at the first step. For `none` and `residual` exactly; for `mlp` see `fit`. None:
-            random.
+        start: What the prefix is at the first step, exactly, but for `mlp` (see `fit`). None: random.
+        scale: For `scaled`: the size of a step of each of the S numbers, the same at all positions; None: 1.
     """
 
     start: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -51,14 +54,21 @@ class SiteEncoder(nn.Module):
         embedding_size: int,
         bottleneck_size: int,
         start: Float[Tensor, "P S"] | None = None,
+        scale: Float[Tensor, " S"] | None = None,
     ) -> None:
         super().__init__()
         if kind not in REPARAMETERIZATIONS:
             raise ConfigError(f"unknown reparameterization {kind!r}.", hint=did_you_mean(kind, REPARAMETERIZATIONS))
         self.kind = kind
         self.register_buffer("start", None)
+        self.register_buffer("scale", None)
         if kind != "mlp" and start is None:
             start = torch.randn(prefix_length, size) * RANDOM_STD
+        if kind == "scaled":
+            self.start = start.detach().clone().float()  # type: ignore[union-attr]
+            self.scale = torch.ones(size) if scale is None else scale.detach().clone().float()
+            self.delta = nn.Parameter(torch.zeros(prefix_length, size))
+            return
         if kind == "none":
             self.table = nn.Parameter(start.detach().clone().float())  # type: ignore[union-attr]
             return
@@ -74,6 +84,8 @@ class SiteEncoder(nn.Module):
         """The prefix as it is now, one row per position."""
         if self.kind == "none":
             return self.table
+        if self.kind == "scaled":
+            return self.start + self.scale * self.delta  # type: ignore[operator]
         out: Tensor = self.output(torch.tanh(self.hidden(self.embedding.weight)))
         return out if self.start is None else self.start + out
 
@@ -118,8 +130,8 @@ class PromptEncoder(nn.Module):
     that the model computes for it, which are a prefix. It is trained, stored and used as one.
 
     Args:
-        kind: `mlp`, `none` or `residual`.
-        start: What the prompt's embeddings are at the first step, exactly for `none` and `residual`.
+        kind: `mlp`, `none`, `residual` or `scaled`.
+        start: What the prompt's embeddings are at the first step, exactly but for `mlp`.
         compute_kv: Runs embeddings through the model; returns its keys and values, differentiable in the embeddings.
         embedding_size: d of the MLP.
         bottleneck_size: m of the MLP.
@@ -136,7 +148,8 @@ class PromptEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = kind
-        self.prompt = SiteEncoder(kind, start.shape[1], start.shape[0], embedding_size, bottleneck_size, start)
+        scale = start.square().mean().sqrt().expand(start.shape[1])
+        self.prompt = SiteEncoder(kind, start.shape[1], start.shape[0], embedding_size, bottleneck_size, start, scale)
         self.compute_kv = compute_kv
         self.head = None
 
@@ -155,13 +168,15 @@ class PrefixEncoder(nn.Module):
     """The trainable prefix: one `SiteEncoder` per site, and the shapes to split their rows by.
 
     Args:
-        kind: `mlp`, `none` or `residual`.
+        kind: `mlp`, `none`, `residual` or `scaled`.
         geometry: The sites to train, and their layers' shapes.
         prefix_length: P; or P by site.
         embedding_size: d of the MLP.
         bottleneck_size: m of the MLP.
         start: A prefix to start from, with the sites of `geometry`; None: random.
         head: Labels and width of the hidden states of a linear head to train with it; None: no head.
+        value_scale: For `scaled`: how much larger a step of the values is than one of the keys, relative to their
+            sizes.
     """
 
     head: HeadEncoder | None
@@ -176,6 +191,7 @@ class PrefixEncoder(nn.Module):
         bottleneck_size: int = 512,
         start: Prefix | None = None,
         head: tuple[int, int] | None = None,
+        value_scale: float = 1.0,
     ) -> None:
         super().__init__()
         lengths = dict.fromkeys(geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
@@ -194,6 +210,7 @@ class PrefixEncoder(nn.Module):
                     embedding_size,
                     bottleneck_size,
                     None if start is None else flatten(start.layers[site]),
+                    step_sizes(shapes, None if start is None else start.layers[site], value_scale),
                 )
                 for site, shapes in self.geometry.items()
             }
@@ -224,6 +241,30 @@ class PrefixEncoder(nn.Module):
     def num_trained(self) -> int:
         """How many parameters are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def step_sizes(
+    shapes: Sequence[LayerShape], start: Sequence[KeyValue] | None, value_scale: float
+) -> Float[Tensor, " S"]:
+    """The step of each number of a position: the root mean square of its layer's keys or values in the start.
+
+    The first position is left out where there are others: it takes the attention that nothing else wants, and its
+    numbers are far from all others'.
+
+    Args:
+        shapes: The layers.
+        start: What training begins with; None: at random, in steps of one size.
+        value_scale: Times this for values.
+    """
+    sizes = []
+    for index, shape in enumerate(shapes):
+        for part, width, factor in ((0, shape.key_dim, 1.0), (1, shape.value_dim, value_scale)):
+            numbers = None if start is None else start[index][part].float()
+            if numbers is not None and numbers.shape[1] > 1:
+                numbers = numbers[:, 1:]
+            rms = RANDOM_STD if numbers is None else float(numbers.square().mean().sqrt())
+            sizes.append(torch.full((shape.num_kv_heads * width,), factor * rms))
+    return torch.cat(sizes)
 
 
 def fit(module: PrefixEncoder, target: Prefix, *, steps: int = 500, learning_rate: float = 1e-4) -> dict[str, float]:

@@ -108,31 +108,73 @@ class TrainConfig(Config):
         "cut", description="a source that is too long: cut it (counted), or stop with an error"
     )
 
-    prefix_length: int = _prefix(10, ge=1, description="P, the number of virtual tokens")
+    prefix_length: int = _prefix(
+        10, ge=0, description="P, the number of virtual tokens; 0: as long as the text or the examples to start from"
+    )
     sites: str = _prefix(
         "",
         description="sites of the prefix: encoder, decoder, cross, with own lengths as in encoder=20,cross=5; empty: "
         "all",
     )
-    reparameterization: Literal["none", "mlp", "residual"] = _prefix(
-        "residual",
-        description="none: the prefix itself trains; mlp: the paper's MLP; residual: the start plus an MLP that begins "
-        "at zero",
+    reparameterization: Literal["none", "mlp", "residual", "scaled"] = _prefix(
+        "scaled",
+        description="scaled: the start plus one trained number for each stored one, in steps of the start's size; "
+        "none: the prefix itself trains; mlp: the paper's MLP; residual: the start plus an MLP that begins at zero",
+    )
+    value_scale: float = _prefix(
+        4.0, gt=0, description="scaled: how much larger a step of the values is than one of the keys"
     )
     bottleneck_size: int = _prefix(512, ge=1, description="hidden width of the MLP")
-    initialization: Literal["words", "random", "prefix"] = _prefix(
-        "words", description="start from the activations of real words, at random, or from another prefix"
+    initialization: Literal["words", "text", "examples", "random", "prefix"] = _prefix(
+        "words",
+        description="start from the keys and values of: words, repeated or cut to P; a whole text; solved training "
+        "examples; nothing (random); another prefix",
     )
     init_text: str = _prefix(
-        "Describe the following data in one sentence:", description="words to start from; repeated or cut to P tokens"
+        "Describe the following data in one sentence:",
+        description="words or text to start from, or @FILE that holds it",
+    )
+    compaction: Literal["cut", "stride", "match"] = _prefix(
+        "match",
+        description="a text longer than P: cut: its first P tokens; stride: P positions of the whole, evenly; match: "
+        "P positions that give the attention's output of the whole (Attention Matching)",
+    )
+    init_examples: int = _prefix(
+        0, ge=0, description="training examples to start from; 0: as many as fit P; with prefix_length 0 they set P"
+    )
+    example_choice: Literal["random", "diverse", "loss"] = _prefix(
+        "diverse",
+        description="which examples: random; diverse: far apart in the model's own states (k-center); loss: the best "
+        "of some random choices by the development loss",
+    )
+    example_attention: Literal["own", "all"] = _prefix(
+        "own",
+        description="an example is computed seeing: own: itself alone, at its own positions, so that leave-one-out is "
+        "exact; all: those before it too, as one text",
+    )
+    leave_one_out: bool = _prefix(
+        True, description="an example in the prefix does not see itself there while it is trained on"
+    )
+    prefix_dropout: float = _prefix(
+        0.0, ge=0, lt=1, description="share of the prefix's positions that each target group does not see in a step"
     )
     init_prefix: str = _prefix("", description="prefix to start from: a file, the folder of a run, or hub:OWNER/NAME")
+    beside: str = _prefix(
+        "",
+        description="to be joined later: other prefixes stand beside this one at random while it trains: a file, a "
+        "folder of files or runs, or self (runs that train together)",
+    )
+    beside_rate: float = _prefix(0.5, ge=0, le=1, description="share of the steps in which others stand beside")
+    nested: bool = _prefix(
+        False,
+        description="every step trains a random length, so that the first p positions are a good prefix for all p",
+    )
 
     learning_rate: float = _training(
         0.0,
         ge=0,
-        description="peak rate; 0: 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top 3e-4, adapter and "
-        "lora 1e-3",
+        description="peak rate; 0: 2e-2 for scaled, 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top "
+        "3e-4, adapter and lora 1e-3",
     )
     weight_decay: float = _training(0.0, ge=0, description="weight decay of AdamW")
     warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
@@ -194,8 +236,11 @@ class TrainConfig(Config):
                 value = getattr(self, name)
                 if value != self.default(name):
                     yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
-        if self.initialization == "words" and not self.init_text.strip():
-            yield ("initialization", "init_text"), "initialization is 'words', but init_text is empty"
+        if self.initialization in ("words", "text") and not self.init_text.strip():
+            yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
+        if self.prefix_length == 0 and self.initialization not in ("text", "examples"):
+            names = "prefix_length", "initialization"
+            yield names, f"prefix_length is 0, but initialization {self.initialization!r} has no length of its own"
         if self.initialization == "prefix" and not self.init_prefix:
             yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
 
@@ -245,5 +290,5 @@ def _parse_label_words(text: str) -> dict[str, str]:
 
 def default_learning_rate(trained: str) -> float:
     """The default peak learning rate of a reparameterization, or of another method."""
-    rates = {"none": 5e-3, "residual": 1e-3, "mlp": 5e-4}
+    rates = {"scaled": 2e-2, "none": 5e-3, "residual": 1e-3, "mlp": 5e-4}
     return {**rates, "full": 1e-4, "top": 3e-4, "adapter": 1e-3, "lora": 1e-3}[trained]

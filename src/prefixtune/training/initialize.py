@@ -152,6 +152,7 @@ def build_encoder(
         bottleneck_size=config.bottleneck_size,
         start=start,
         head=(num_labels, backbone.hidden_size) if num_labels else None,
+        value_scale=config.value_scale,
     )
     if config.reparameterization == "mlp" and start is not None:
         description["relative_fit_error"] = fit(encoder, start)
