@@ -22,7 +22,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 PROMPT_LENGTH, STEPS, WARMUP_STEPS = 64, 20, 4
 

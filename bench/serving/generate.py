@@ -14,7 +14,7 @@ from prefixtune.data.encoding import encode_prompts
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 WORDS = "Describe the restaurant in one sentence:"
 GOAL = 1.05

@@ -46,7 +46,7 @@ from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import hash_key, new_key
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 TENANTS = {"heavy": 6, "light": 1, "other": 1}
 """Tenant -> connections, in units of `--connections`."""

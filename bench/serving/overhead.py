@@ -39,7 +39,7 @@ from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "name : The Vaults | Type : pub | price : more than £ 30 | area : riverside | near : Café Adriatic"

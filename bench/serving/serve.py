@@ -52,7 +52,7 @@ from prefixtune.engine.worker import EngineWorker
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 from prefixtune.utils.machine import reset_peak_memory
 
 SEED = 0

@@ -30,7 +30,7 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, epoch_batches, join
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 LENGTHS = (5, 10, 10, 20)
 

@@ -18,7 +18,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.inference.streaming import stream
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 P = 5
 

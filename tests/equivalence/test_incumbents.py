@@ -25,8 +25,8 @@ from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import from_words
 from prefixtune.training.loop import evaluation_loss
+from prefixtune.training.starts.words import from_words
 from prefixtune.training.train import TrainResult, train
 
 GREEDY = GenerateConfig(max_new_tokens=10)

@@ -26,7 +26,8 @@ from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import build_encoder, from_words
+from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.starts.words import from_words
 from prefixtune.training.train import train
 
 GREEDY = GenerateConfig(max_new_tokens=10)

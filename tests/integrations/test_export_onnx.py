@@ -162,7 +162,7 @@ def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make)
 @pytest.mark.slow
 @pytest.mark.deploys("ONNX Runtime", "tokens of the real weights, in float32", model="SmolLM2-135M (llama)")
 def test_the_embedded_backbone(default_backbone: Any, tmp_path: Path) -> None:
-    from prefixtune.training.initialize import from_words
+    from prefixtune.training.starts.words import from_words
 
     prefix = from_words(default_backbone, "Describe the restaurant in one sentence for a guest:", 10)
     made = Exported(default_backbone, prefix, tmp_path, baked=False)

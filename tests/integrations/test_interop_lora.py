@@ -18,7 +18,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.interop.peft import export_peft
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 Make = Callable[..., Any]

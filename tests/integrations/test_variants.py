@@ -24,7 +24,7 @@ from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 Make = Callable[..., Any]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -31,7 +31,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 _ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("PREFIXTUNE_VLLM_PYTHON") or _ROOT / ".venv-vllm" / "bin" / "python")

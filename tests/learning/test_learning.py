@@ -26,7 +26,7 @@ from prefixtune.prefix.encoder import REPARAMETERIZATIONS
 from prefixtune.prefix.prefix import flatten
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import build_encoder
+from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.train import TrainResult, train
 from short_sentences import EIGHT, HELD_OUT, NAMES, SHARED
 
@@ -503,9 +503,9 @@ def test_a_run_may_start_from_another_prefix(
     path = save_prefix(tmp_path / "start.safetensors", start)
     config = config_for(initialization="prefix", init_prefix=str(path))
     for kind in ("none", "residual"):
-        encoder, initialization = build_encoder(config.replace(reparameterization=kind), backbone)
+        encoder, found = build_encoder(config.replace(reparameterization=kind), backbone)
         assert encoder.bake().equal(start)
-        assert initialization == {"kind": "prefix", "file": "start.safetensors"}
+        assert found.description == {"kind": "prefix", "file": "start.safetensors"}
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3"):
         build_encoder(config.replace(prefix_length=3), backbone)
 

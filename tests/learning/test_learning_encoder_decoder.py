@@ -16,7 +16,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import flatten
 from prefixtune.training.checkpoint import load_state
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.initialize import build_encoder
+from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.train import TrainResult, train
 from short_sentences import EIGHT, HELD_OUT, SHARED
 

@@ -37,7 +37,7 @@ from prefixtune.training.checks import check_gradient_checkpointing
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
 from prefixtune.training.folder import PREFIX_FILE
-from prefixtune.training.initialize import build_encoder
+from prefixtune.training.starts.build import build_encoder
 
 __all__ = ["PrefixModel"]
 
@@ -76,7 +76,8 @@ class PrefixModel(nn.Module):
                 hint="load it without train_adapter and adapter_rank, or use `train`.",
             )
         self.backbone, self.settings = backbone, config
-        self.trained, self.initialization = build_encoder(config, backbone)
+        self.trained, start = build_encoder(config, backbone)
+        self.initialization = start.description
         # Trainers write their own settings into these.
         self.config = copy.deepcopy(backbone.model.config)
         self.generation_config = copy.deepcopy(getattr(backbone.model, "generation_config", None))

@@ -22,7 +22,7 @@ from prefixtune.training.checks import early_checks
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.folder import check_unused
-from prefixtune.training.initialize import resolve_site_lengths
+from prefixtune.training.starts.build import resolve_site_lengths
 
 __all__ = ["TrainData", "optimizer_steps", "read_data", "tokenize", "training_format"]
 

@@ -36,9 +36,9 @@ from prefixtune.training.folder import (
     write_config,
     write_log,
 )
-from prefixtune.training.initialize import build_encoder
 from prefixtune.training.loop import TrainLoop, forward_backward
 from prefixtune.training.progress import show_training
+from prefixtune.training.starts.build import build_encoder
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
@@ -344,10 +344,8 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
 def _build_loop(config: TrainConfig, data: TrainData, backbone: Backbone, processes: ProcessGroup) -> TrainLoop:
     """A loop with what trains in it: an encoder, or the backbone's own weights."""
     if config.trains_prefix:
-        encoder, initialization = build_encoder(
-            config, backbone, num_labels=data.num_head_labels, examples=data.train.examples
-        )
-        return TrainLoop(config, backbone, data, encoder, initialization, processes)
+        encoder, start = build_encoder(config, backbone, num_labels=data.num_head_labels, examples=data.train.examples)
+        return TrainLoop(config, backbone, data, encoder, start.description, processes)
     if data.num_head_labels:
         raise no_head(config)
     backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)

@@ -11,7 +11,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder, SiteEncoder, fit
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, flatten
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 GEOMETRY = {"decoder": (LayerShape(2, 4, 4), LayerShape(1, 8, 6))}
 SIZE = 2 * (4 + 4) + (8 + 6)

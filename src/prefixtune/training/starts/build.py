@@ -1,19 +1,17 @@
-"""Build the encoder of a run at its start: from real words' activations, from another prefix, or at random.
-
-Starting from real words matters most with little data (Li & Liang 2021, section 7.4).
-"""
+"""Build the encoder of a run at its start."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.attention.compute import compute_kv, prefix_from_tokens
+from prefixtune.attention.compute import compute_kv
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import hidden_states_at
 from prefixtune.backbone.prefixes import load_prefix
@@ -25,44 +23,10 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.training.checks import no_start
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.start import Start, by_site
+from prefixtune.training.starts.words import from_words, word_ids
 
-__all__ = ["build_encoder", "from_prefix", "from_words", "resolve_site_lengths"]
-
-
-def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site, int]) -> Prefix:
-    """The keys and values that the frozen model computes for real words.
-
-    The words' tokens are cycled where they are fewer than P, and cut where they are more, then run through the model
-    as one text; so the prefix is exactly what the model would have cached for it. An encoder-decoder reads the words
-    on both sides: `encoder` and `decoder` get their own self-attention's keys and values, `cross` those that the
-    decoder computes from the encoded words.
-
-    Args:
-        backbone: The frozen model.
-        text: Any words.
-        prefix_length: P; or P by site, and then only these sites.
-
-    Raises:
-        ConfigError: The text has no token.
-    """
-    lengths = _by_site(backbone, prefix_length)
-    runs = {
-        length: prefix_from_tokens(backbone.model, backbone.layout, _word_ids(backbone, text, length))
-        for length in set(lengths.values())
-    }
-    return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
-
-
-def _word_ids(backbone: Backbone, text: str, length: int) -> Int[Tensor, "1 P"]:
-    """The tokens of some words, cycled where they are fewer than `length`, cut where they are more.
-
-    Raises:
-        ConfigError: The text has no token.
-    """
-    ids = backbone.encode(text)
-    if not ids:
-        raise ConfigError(f"init_text {text!r} has no token.", hint="give some words, such as the task's name.")
-    return torch.tensor([[ids[index % len(ids)] for index in range(length)]], device=backbone.device)
+__all__ = ["build_encoder", "from_prefix", "resolve_site_lengths"]
 
 
 def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[Site, int]) -> Prefix:
@@ -73,7 +37,7 @@ def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping
         ConfigError: Its sites or lengths are not those of the run.
     """
     check_fits(prefix, backbone.geometry, backbone.name)
-    wanted = _by_site(backbone, prefix_length)
+    wanted = by_site(backbone, prefix_length)
     actual = {site: prefix.length(site) for site in prefix.sites}
     if actual != wanted:
         raise ConfigError(
@@ -81,12 +45,6 @@ def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping
             hint=f"set prefix_length to {_spell(actual)}, or slice the prefix.",
         )
     return prefix.to(torch.float32)
-
-
-def _by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict[Site, int]:
-    if isinstance(prefix_length, int):
-        return dict.fromkeys(backbone.geometry, prefix_length)
-    return dict(prefix_length)
 
 
 def _spell(lengths: Mapping[Site, int]) -> str:
@@ -119,8 +77,8 @@ def resolve_site_lengths(config: TrainConfig, backbone: Backbone) -> dict[Site, 
 
 def build_encoder(
     config: TrainConfig, backbone: Backbone, *, num_labels: int = 0, examples: Sequence[TokenizedExample] = ()
-) -> tuple[PrefixEncoder | PromptEncoder, dict[str, Any]]:
-    """The trainable prefix of a run, at its start, and what the header says of that start.
+) -> tuple[PrefixEncoder | PromptEncoder, Start]:
+    """The trainable prefix of a run, at its start, and that start.
 
     Args:
         config: The run; its method is `prefix`, `prompt` or `infix`.
@@ -143,36 +101,34 @@ def build_encoder(
         )
     if config.method == "prompt":
         return _build_prompt(config, backbone)
-    start, description = _start(config, backbone, lengths)
+    start = _start(config, backbone, lengths)
     encoder = PrefixEncoder(
         config.reparameterization,
         {site: backbone.geometry[site] for site in lengths},
         lengths,
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
-        start=start,
+        start=start.prefix,
         head=(num_labels, backbone.hidden_size) if num_labels else None,
         value_scale=config.value_scale,
     )
-    if config.reparameterization == "mlp" and start is not None:
-        description["relative_fit_error"] = fit(encoder, start)
+    if config.reparameterization == "mlp" and start.prefix is not None:
+        start = replace(start, description={**start.description, "relative_fit_error": fit(encoder, start.prefix)})
     encoder.to(backbone.device)
     if encoder.head is not None:
         encoder.head.standardize(_sample_hidden(backbone, encoder.bake(), examples))
-    return encoder, description
+    return encoder, start
 
 
-def _start(
-    config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]
-) -> tuple[Prefix | None, dict[str, Any]]:
-    """The prefix that a run starts from (None: random), and what the header says of it."""
-    description: dict[str, Any] = {"kind": config.initialization}
-    if config.initialization == "words":
-        return from_words(backbone, config.init_text, lengths), {**description, "text": config.init_text}
-    if config.initialization == "prefix":
+def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Start:
+    """The start of a prefix by the run's `initialization`."""
+    kind = config.initialization
+    if kind == "words":
+        return Start(from_words(backbone, config.init_text, lengths), {"kind": kind, "text": config.init_text})
+    if kind == "prefix":
         prefix = from_prefix(backbone, load_prefix(config.init_prefix, backbone), lengths)
-        return prefix, {**description, "file": Path(config.init_prefix).name}
-    return None, description
+        return Start(prefix, {"kind": kind, "file": Path(config.init_prefix).name})
+    return Start(None, {"kind": kind})
 
 
 @torch.no_grad()
@@ -185,14 +141,14 @@ def _sample_hidden(
     return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
 
 
-def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncoder, dict[str, Any]]:
-    """A prompt at the input layer, from words' embeddings or at random, and what the header says of its start."""
+def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncoder, Start]:
+    """A prompt at the input layer, from words' embeddings or at random, and its start."""
     if config.initialization == "prefix":
         raise no_start()
     table = backbone.model.get_input_embeddings()
     description: dict[str, Any] = {"kind": config.initialization}
     if config.initialization == "words":
-        start = table(_word_ids(backbone, config.init_text, config.prefix_length)[0]).detach().float()
+        start = table(word_ids(backbone, config.init_text, config.prefix_length)[0]).detach().float()
         description["text"] = config.init_text
     else:
         start = torch.randn(config.prefix_length, table.weight.shape[1]) * float(table.weight.float().std())
@@ -205,4 +161,4 @@ def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncode
         embedding_size=backbone.hidden_size,
         bottleneck_size=config.bottleneck_size,
     )
-    return encoder.to(backbone.device), description
+    return encoder.to(backbone.device), Start(None, description)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.training.initialize import from_prefix, from_words
+from prefixtune.training.starts.build import from_prefix
+from prefixtune.training.starts.words import from_words
 
 
 def test_a_prefix_of_words_acts_like_the_words(backbone: Any, assert_same: Any):
