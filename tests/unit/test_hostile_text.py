@@ -14,8 +14,8 @@ from prefixtune.data.tasks.e2e import parse_mr
 from prefixtune.data.tasks.records import check_template, render
 from prefixtune.errors import PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
+from prefixtune.pages.document import Document
 from prefixtune.report import to_markdown
-from prefixtune.report.document import Document
 
 SIZE = 50_000
 """Characters of the short text; the long one has four times as many."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from prefixtune.report.document import Block, Document, Facts, Section, Text, Value
-from prefixtune.report.format import count, fixed, metric_name, signed
+from prefixtune.pages.document import Block, Document, Facts, Section, Text, Value
+from prefixtune.pages.format import count, fixed, metric_name, signed
 from prefixtune.report.results import Evaluation, Run, Study
 from prefixtune.report.sections.charts import groups_section, losses_section
 from prefixtune.report.sections.details import outputs_section, settings_section

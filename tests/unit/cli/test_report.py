@@ -49,7 +49,7 @@ def test_figures_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_warns_of_figures_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefixtune.report.page.MOST_FIGURES", 5)
+    monkeypatch.setattr("prefixtune.pages.page.MOST_FIGURES", 5)
     evaluations, page, figures = low_data_study(tmp_path / "study"), tmp_path / "out.html", tmp_path / "figures"
     run(evaluations, "--output", page)
     assert "not written" not in capsys.readouterr().err

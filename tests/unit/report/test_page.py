@@ -29,7 +29,8 @@ from made_up_runs import (
     write_lines,
 )
 from prefixtune.errors import DataError
-from prefixtune.report import compose, figures, read_results, results, save_figures, to_html, to_markdown
+from prefixtune.pages import figures
+from prefixtune.report import compose, read_results, results, save_figures, to_html, to_markdown
 from prefixtune.studies import records
 
 NASTY = (
@@ -614,7 +615,7 @@ def test_a_chart_too_many_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     document = compose([read_results(methods_study(tmp_path / "study"))])
     assert len(document.charts) == 4
     assert "Not drawn" not in to_html(document)
-    monkeypatch.setattr("prefixtune.report.page.MOST_FIGURES", 3)
+    monkeypatch.setattr("prefixtune.pages.page.MOST_FIGURES", 3)
     page = to_html(document)
     assert page.count('<svg class="chart"') == 3
     assert page.count("<p>Not drawn: the page has 3 charts.</p>") == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prefixtune.report.document import NUM_STYLES, Block, Chart, Column, Section, Series, Table, numbers, texts
-from prefixtune.report.format import count, fixed, metric_name, natural, short, spread_out, words
+from prefixtune.pages.document import NUM_STYLES, Block, Chart, Column, Section, Series, Table, numbers, texts
+from prefixtune.pages.format import count, fixed, metric_name, natural, short, spread_out, words
 from prefixtune.report.results import Run, losses_of
 from prefixtune.report.sections.systems import System, best_values, lower_is_better, metric_keys
 

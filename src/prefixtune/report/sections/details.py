@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prefixtune.report.document import Block, Column, Facts, Listing, Outputs, Section, Table, Text, Value, texts
-from prefixtune.report.format import MISSING, decimals_for, fixed, metric_name, plain, signed, spread_out, words
+from prefixtune.pages.document import Block, Column, Facts, Listing, Outputs, Section, Table, Text, Value, texts
+from prefixtune.pages.format import MISSING, decimals_for, fixed, metric_name, plain, signed, spread_out, words
 from prefixtune.report.results import Difference, Output, Run, Study
 from prefixtune.report.sections.systems import System, mark_best
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefixtune.report.document import NUM_STYLES
-from prefixtune.report.format import natural, plain, short, spread_out, words
+from prefixtune.pages.document import NUM_STYLES
+from prefixtune.pages.format import natural, plain, short, spread_out, words
 from prefixtune.report.results import Cell, Study
 from prefixtune.report.sections.systems import System, figures_of
 

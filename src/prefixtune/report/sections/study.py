@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.report.document import Block, Facts, Listing, Section, Table, Text, texts
-from prefixtune.report.format import count, duration, metric_name, plain, words
+from prefixtune.pages.document import Block, Facts, Listing, Section, Table, Text, texts
+from prefixtune.pages.format import count, duration, metric_name, plain, words
 from prefixtune.report.results import Cell, Study
 from prefixtune.report.sections.charts import axis_section, groups_section, losses_section
 from prefixtune.report.sections.details import differences_section, outputs_section, settings_section, tuning_section

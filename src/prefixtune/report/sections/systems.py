@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prefixtune.report.document import Column, Facts, Listing, Section, Table, Value
-from prefixtune.report.format import (
+from prefixtune.pages.document import Column, Facts, Listing, Section, Table, Value
+from prefixtune.pages.format import (
     MISSING,
     Spread,
     count,

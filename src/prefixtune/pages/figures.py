@@ -12,18 +12,17 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from prefixtune.report.document import Chart, Series, Table
-from prefixtune.report.format import Number, clean, short, spread_out
-from prefixtune.report.sections.charts import run_series
+from prefixtune.pages.document import Chart, HeatMap, Picture, Series
+from prefixtune.pages.format import Number, clean, short, spread_out
 from prefixtune.utils.files import atomic_path, write_text
 
-__all__ = ["inline_svg", "loss_plot", "save_figure"]
+__all__ = ["COLORS", "QUIET", "draw", "inline_svg", "matplotlib_style", "save_figure"]
 
 
 TEXT, QUIET, LINE, SHEET = "#1c2127", "#59626d", "#dcdedf", "#ffffff"
@@ -64,7 +63,7 @@ STYLE = {
 
 
 @contextmanager
-def _matplotlib_style(**changes: Any) -> Iterator[None]:
+def matplotlib_style(**changes: Any) -> Iterator[None]:
     """Settings of this module alone, whatever the user's; nothing is said of fonts, their cache, or a tight layout."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
@@ -81,7 +80,7 @@ def _matplotlib_style(**changes: Any) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def inline_svg(chart: Chart, identity: str) -> str:
+def inline_svg(chart: Picture, identity: str) -> str:
     """A chart as an SVG element for a page with the variables of style.css.
 
     It has no ids but its own, no styles and nothing that is fetched; equal charts give equal text.
@@ -91,8 +90,8 @@ def inline_svg(chart: Chart, identity: str) -> str:
         identity: What its ids begin with; unique in the page.
     """
     file = io.BytesIO()
-    with _matplotlib_style(**{"svg.fonttype": "none", "svg.hashsalt": identity}):
-        _draw(chart).savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    with matplotlib_style(**{"svg.fonttype": "none", "svg.hashsalt": identity}):
+        draw(chart).savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawn = ElementTree.fromstring(file.getvalue())
     root = ElementTree.Element("svg", {"class": "chart", "viewBox": drawn.get("viewBox", ""), "role": "img"})
     for name, text in (("title", chart.title), ("desc", chart.description)):
@@ -125,7 +124,7 @@ def _plain(element: ElementTree.Element, used: set[str]) -> None:
     element.attrib.update(attributes)
 
 
-def save_figure(chart: Chart, path: Path) -> None:
+def save_figure(chart: Picture, path: Path) -> None:
     """Write a chart as SVG, PDF and PNG, and its numbers as CSV.
 
     Args:
@@ -135,18 +134,22 @@ def save_figure(chart: Chart, path: Path) -> None:
     Raises:
         PrefixError: A file cannot be written.
     """
-    with _matplotlib_style(**{"svg.hashsalt": path.name}):
-        figure = _draw(chart)
+    with matplotlib_style(**{"svg.hashsalt": path.name}):
+        figure = draw(chart)
         for kind, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {"Software": None})):
             with atomic_path(path.with_name(f"{path.name}.{kind}")) as temporary:
                 figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
     write_text(path.with_name(f"{path.name}.csv"), numbers(chart))
 
 
-def numbers(chart: Chart) -> str:
+def numbers(chart: Picture) -> str:
     """Every point of a chart as CSV, with its interval."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
+    if isinstance(chart, HeatMap):
+        writer.writerow([chart.y_label, *chart.columns])
+        writer.writerows([name, *values] for name, values in zip(chart.rows, chart.values, strict=True))
+        return str(clean(file.getvalue()))
     x_name, y_name = (chart.y_label, chart.x_label) if chart.rows else (chart.x_label, chart.y_label)
     writer.writerow(["series", x_name, y_name, "low", "high"])
     for series in chart.series:
@@ -159,10 +162,12 @@ def numbers(chart: Chart) -> str:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def _draw(chart: Chart) -> Any:
+def draw(chart: Picture) -> Any:
     """A matplotlib figure; a logarithmic x axis where few values of x span a factor of ten, as sizes of data do."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
+    if isinstance(chart, HeatMap):
+        return _draw_heat_map(chart)
     drawn = chart.series[:MOST_SERIES]
     names = dict.fromkeys(series.name for series in drawn)
     height = 0.7 + 0.14 * len(chart.rows) * (len(names) + 1) if chart.rows else HEIGHT
@@ -187,6 +192,32 @@ def _draw(chart: Chart) -> Any:
     if len(handles) > 1:
         texts = [_label(name) for name in handles]
         figure.legend(handles.values(), texts, loc="outside lower left", ncols=columns, handlelength=2.4)
+    return figure
+
+
+def _draw_heat_map(chart: HeatMap) -> Any:
+    """A matplotlib figure of cells; how full a colour is says how large a value is, and the colour its sign."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    rows, columns = len(chart.rows), len(chart.columns)
+    figure = Figure(figsize=(WIDTH, min(0.8 + 0.17 * rows, 8)), layout="constrained")
+    axes = figure.add_subplot()
+    largest = max((abs(value) for row in chart.values for value in row), default=0.0) or 1.0
+    colors = [
+        (*to_rgb(COLORS[0] if value >= 0 else COLORS[1]), min(1.0, abs(value) / largest))
+        for row in chart.values
+        for value in row
+    ]
+    edges_x, edges_y = ([index - 0.5 for index in range(count + 1)] for count in (columns, rows))
+    axes.pcolormesh(edges_x, edges_y, [[0.0] * columns] * rows, facecolor=colors, edgecolor="none").set_array(None)
+    axes.grid(visible=False)
+    for set_ticks, names, most in ((axes.set_xticks, chart.columns, 10), (axes.set_yticks, chart.rows, 16)):
+        at = range(0, len(names), math.ceil(len(names) / most))
+        set_ticks(list(at), [_label(names[index], 14) for index in at])
+    axes.set_ylim(rows - 0.5, -0.5)
+    axes.set_xlabel(_label(chart.x_label), loc="right")
+    axes.set_title(f"{_label(chart.y_label)}; full colour: {short(largest)}", loc="left", color=QUIET, fontsize=11.5)
     return figure
 
 
@@ -266,35 +297,3 @@ def _limits(series: Sequence[Series], axis: int) -> tuple[Number, Number]:
     # Differences in the last digits are none.
     margin = max(0.06 * (high - low) if high - low > 1e-9 * largest else 0.05 * largest, 1e-12)
     return low - margin, high + margin
-
-
-def loss_plot(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw training and development loss over the steps, and save the picture as PNG.
-
-    Losses that are not finite are left out, and of a step that was done twice (after resuming) the later one counts.
-
-    Args:
-        events: Of these, `{"event": "step", "step": 1, "loss": 3.2}` gives the training loss and
-            `{"event": "evaluation", "step": 50, "loss": 2.1}` the development loss; others are ignored.
-        path: The PNG file, written atomically.
-        title: Above the picture.
-
-    Raises:
-        PrefixError: The file cannot be written.
-    """
-    series = run_series(events)
-    with _matplotlib_style(), atomic_path(path) as temporary:
-        figure = _draw(Chart("", "", series, "optimizer step", "loss", Table("", [])))
-        (axes,) = figure.axes
-        axes.set_title("", loc="left")
-        axes.set_title(title, wrap=True)
-        axes.set_ylabel("loss")
-        for each in series:
-            if each.name == "development":
-                best = min(each.points, key=lambda point: point[1])
-                note = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "color": COLORS[1]}
-                axes.annotate(f"{best[1]:.3g}", best, **note)
-        if not series:
-            axes.text(0.5, 0.5, "no losses recorded", ha="center", va="center", transform=axes.transAxes, color=QUIET)
-        figure.set_size_inches(8, 4.5)
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})  # equal runs give equal files

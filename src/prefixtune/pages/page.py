@@ -12,9 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from prefixtune.report.document import Chart, Document
-from prefixtune.report.figures import inline_svg, save_figure
-from prefixtune.report.format import MISSING, clean, words
+from prefixtune.pages.document import Document, Picture, is_drawn
+from prefixtune.pages.figures import inline_svg, save_figure
+from prefixtune.pages.format import MISSING, clean, words
 
 __all__ = ["save_figures", "to_html", "to_markdown"]
 
@@ -30,7 +30,7 @@ def to_html(document: Document) -> str:
     """The whole page; equal documents give equal text."""
     unique, drawn = _Names(), 0
 
-    def svg(chart: Chart) -> str:
+    def svg(chart: Picture) -> str:
         nonlocal drawn
         drawn += 1
         return inline_svg(chart, unique(f"chart {chart.title}")) if drawn <= MOST_FIGURES else ""
@@ -64,14 +64,19 @@ def save_figures(document: Document, folder: Path) -> list[str]:
 def _environment(write: Callable[[Any], Any]) -> Environment:
     """Templates that escape everything; `write` prepares each text for its format."""
     environment = Environment(
-        loader=PackageLoader("prefixtune.report"),
+        loader=PackageLoader("prefixtune.pages"),
         autoescape=True,
         finalize=write,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"digest": _digest, "kind": lambda block: type(block).__name__, "words": words}
+    environment.filters |= {
+        "digest": _digest,
+        "kind": lambda block: type(block).__name__,
+        "drawn": is_drawn,
+        "words": words,
+    }
     return environment
 
 

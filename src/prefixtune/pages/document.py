@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from prefixtune.report.format import Number
-from prefixtune.report.results import Output
+from prefixtune.pages.format import Number
 
 __all__ = [
     "NUM_STYLES",
@@ -16,13 +15,17 @@ __all__ = [
     "Column",
     "Document",
     "Facts",
+    "HeatMap",
     "Listing",
     "Outputs",
+    "Picture",
     "Section",
     "Series",
+    "ShownExample",
     "Table",
     "Text",
     "Value",
+    "is_drawn",
     "numbers",
     "texts",
 ]
@@ -148,12 +151,54 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class HeatMap:
+    """A picture of a matrix, the darker the larger, and its figures as a table.
+
+    Attributes:
+        description: For a reader who cannot see the picture.
+        rows: Names of the rows from top to bottom.
+        columns: Names of the columns.
+        values: Row by row, finite; those below zero are drawn in another colour.
+    """
+
+    title: str
+    description: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[Number]]
+    x_label: str
+    y_label: str
+    table: Table
+
+
+@runtime_checkable
+class ShownExample(Protocol):
+    """What a page shows of an example."""
+
+    @property
+    def index(self) -> int:
+        """Its number."""
+
+    @property
+    def source(self) -> str:
+        """What the model reads."""
+
+    @property
+    def references(self) -> Sequence[str]:
+        """Wanted outputs."""
+
+    @property
+    def groups(self) -> Mapping[str, Any]:
+        """Kind of group -> the group that it belongs to."""
+
+
+@dataclass(frozen=True)
 class Outputs:
     """Examples with the output of each system, None where a system has none: a sample, and the others."""
 
     systems: Sequence[str]
-    sample: Sequence[tuple[Output, Sequence[str | None]]]
-    others: Sequence[tuple[Output, Sequence[str | None]]]
+    sample: Sequence[tuple[ShownExample, Sequence[str | None]]]
+    others: Sequence[tuple[ShownExample, Sequence[str | None]]]
 
 
 @dataclass(frozen=True)
@@ -165,7 +210,8 @@ class Section:
     folded: bool = False
 
 
-Block = Text | Listing | Facts | Table | tuple[Chart, ...] | Outputs | Section
+Picture = Chart | HeatMap
+Block = Text | Listing | Facts | Table | tuple[Picture, ...] | Outputs | Section
 """Charts are next to each other, where there is room."""
 
 
@@ -176,20 +222,27 @@ class Document:
     Attributes:
         subtitle: What it is about, in a line.
         warnings: Why the report may be incomplete; they are also at its top.
+        command: What wrote it.
     """
 
     title: str
     subtitle: str
     sections: Sequence[Section]
     warnings: Sequence[str] = ()
+    command: str = "report"
 
     @property
-    def charts(self) -> list[Chart]:
+    def charts(self) -> list[Picture]:
         """All charts with something to draw, in order."""
-        return [chart for section in self.sections for chart in _charts(section) if chart.series]
+        return [chart for section in self.sections for chart in _charts(section) if is_drawn(chart)]
 
 
-def _charts(section: Section) -> Iterator[Chart]:
+def is_drawn(picture: Picture) -> bool:
+    """Whether there is something to draw."""
+    return bool(picture.values if isinstance(picture, HeatMap) else picture.series)
+
+
+def _charts(section: Section) -> Iterator[Picture]:
     for block in section.blocks:
         if isinstance(block, Section):
             yield from _charts(block)
