@@ -19,12 +19,20 @@ __all__ = ["compute_kv", "prefix_from_tokens", "relative_bias"]
 
 
 @torch.no_grad()
-def prefix_from_tokens(model: Any, layout: Layout, input_ids: Int[Tensor, "1 T"]) -> Prefix:
+def prefix_from_tokens(model: Any, layout: Layout, input_ids: Int[Tensor, "1 T"], *, first_position: int = 0) -> Prefix:
     """The keys and values that the model computes for a text, as its attention sees them: a prefix of T positions.
 
     An encoder-decoder reads the text on both sides; the site `cross` is what its decoder sees of the encoded text.
+
+    Args:
+        model: The frozen model.
+        layout: What `probe` found.
+        input_ids: The text.
+        first_position: The position of its first token; other than 0 in a decoder-only model only.
     """
     inputs = {"input_ids": input_ids}
+    if first_position:
+        inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + first_position
     if layout.kind == "encoder-decoder":
         inputs["decoder_input_ids"] = input_ids
     return compute_kv(model, layout, **inputs).to(device="cpu")

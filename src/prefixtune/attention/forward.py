@@ -48,6 +48,7 @@ def forward_with_prefixes(
     decoder_input_ids: Int[Tensor, "R Td"] | None = None,
     decoder_attention_mask: Tensor | None = None,
     source_rows: Int[Tensor, " R"] | None = None,
+    hidden: Sequence[Sequence[int]] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Run the model with prefixes in front; gradients reach the prefixes.
@@ -63,6 +64,9 @@ def forward_with_prefixes(
         decoder_attention_mask: (R, Td), nonzero where a token is real.
         source_rows: Which source each of the decoder's rows attends to, where several share one (then with one prefix
             for all); None: each has its own.
+        hidden: Positions of the prefix that each row of `input_ids` does not see, with one prefix for all: of the sites
+            `encoder` and `cross` of an encoder-decoder, else of the only site; None: every row sees all. In a packed
+            row, the groups say it.
         **kwargs: For the model, such as `logits_to_keep`.
 
     Returns:
@@ -80,6 +84,8 @@ def forward_with_prefixes(
     _check_decoder_inputs(model, layout, decoder_input_ids, decoder_attention_mask, source_rows)
     _check_prefixes(model, layout, rows, packing, infix)
     injection = _build_injection(rows, layout, main_device(model), packing, infix)
+    if hidden is not None:
+        injection = _hide(injection, layout, hidden, source_rows)
     call: dict[str, Any] = {**kwargs, "prefix_injection": injection}
     if layout.kind != "encoder":
         call["use_cache"] = False
@@ -170,6 +176,30 @@ def _build_injection(
         by_prefix = [batch_prefixes([prefix], layout, torch.float32, device).layers for prefix in prefixes]
         return Injection(layout.layer_of, packing=packing, layers_by_prefix=by_prefix)
     return replace(batch_prefixes(prefixes, layout, torch.float32, device), packing=packing, infix=infix)
+
+
+def _hide(
+    injection: Injection, layout: Layout, hidden: Sequence[Sequence[int]], source_rows: Tensor | None
+) -> Injection:
+    """One prefix for all rows, of which each row sees a part.
+
+    Raises:
+        ConfigError: The rows are packed, or have prefixes of their own.
+    """
+    if injection.packing is not None or any(mask is not None for mask in injection.prefix_mask.values()):
+        raise ConfigError("hidden positions go with padded rows and one prefix.", hint="use `Group.hidden`, or none.")
+    masks = dict(injection.prefix_mask)
+    for site, layers in injection.layers.items():
+        if site == "decoder" and layout.kind == "encoder-decoder":
+            continue
+        key = layers[0][0]
+        mask = torch.ones(len(hidden), key.shape[2], dtype=torch.bool)
+        for row, positions in enumerate(hidden):
+            mask[row, [position for position in positions if position < key.shape[2]]] = False
+        if site == "cross" and source_rows is not None:
+            mask = mask[source_rows.cpu()]
+        masks[site] = mask.to(key.device)
+    return replace(injection, prefix_mask=masks)
 
 
 def _positions_of_packed_row(packing: Packing, prefixes: Sequence[Prefix | None], infix: bool) -> Int[Tensor, "1 T"]:

@@ -29,6 +29,8 @@ class Batch:
         decoder_attention_mask: Padded rows of an encoder-decoder only.
         source_rows: Padded rows of an encoder-decoder only: which source each target looks at.
         labelled: The labels are those of a head, not tokens.
+        hidden: Padded rows only: positions of the prefix that each row of `input_ids` does not see, as `Group.hidden`
+            has them in a packed row; None: every row sees all.
     """
 
     input_ids: Int[Tensor, "R T"]
@@ -41,6 +43,7 @@ class Batch:
     decoder_attention_mask: Int[Tensor, "Rd Td"] | None = None
     source_rows: Int[Tensor, " Rd"] | None = None
     labelled: bool = False
+    hidden: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_targets(self) -> int:
@@ -58,7 +61,7 @@ class Batch:
         names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "source_rows")
         given = {name: getattr(self, name) for name in names}
         tensors = {name: value.to(device) for name, value in given.items() if value is not None}
-        return {**tensors, "packing": self.packing}
+        return {**tensors, "packing": self.packing, **({} if self.hidden is None else {"hidden": self.hidden})}
 
     def weights(self, reduction: str, num_targets: int, num_tokens: int) -> Float[Tensor, " N"]:
         """Each label's weight in the loss.

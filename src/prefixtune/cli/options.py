@@ -165,7 +165,9 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
     notes = [text for text in (allowed_range(field), "required" if field.is_required() else "") if text]
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     settings: dict[str, Any] = {
-        "name": None if extra.get("positional") else options.flag(name),
+        "name": None
+        if extra.get("positional")
+        else [options.flag(name), *(f"--{alias}" for alias in extra.get("aliases", ()))],
         "help": " ".join([field.description or "", *([f"({', '.join(notes)})"] if notes else [])]),
         "show_default": extra.get(
             "show_default", name not in options.defaults_elsewhere and default not in _NO_DEFAULT_SHOWN

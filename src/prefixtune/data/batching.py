@@ -50,7 +50,12 @@ def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) 
     if backbone.layout.packable and backbone.kind == "decoder":
         starts = list(itertools.accumulate(map(len, prompts[:-1]), initial=0))
         ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-        packing = Packing(tuple(Group(start, len(prompt), ()) for start, prompt in zip(starts, prompts, strict=True)))
+        packing = Packing(
+            tuple(
+                Group(start, len(example.prompt), (), example.hidden)
+                for start, example in zip(starts, examples, strict=True)
+            )
+        )
     else:
         ids, mask = _pad_rows(prompts, backbone.pad_id)
         starts = [row * ids.shape[1] for row in range(len(prompts))]
@@ -59,7 +64,15 @@ def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) 
         for start, example in zip(starts, examples, strict=True)
         for position in example.label_positions or ()
     ]
-    return Batch(ids, torch.tensor(label_positions), *_labels(examples), packing, attention_mask=mask, labelled=True)
+    return Batch(
+        ids,
+        torch.tensor(label_positions),
+        *_labels(examples),
+        packing,
+        attention_mask=mask,
+        labelled=True,
+        hidden=None if packing is not None else _hidden_rows([example.hidden for example in examples]),
+    )
 
 
 def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None = None) -> Batch:
@@ -126,7 +139,8 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
     ]
     labels = (torch.tensor(label_positions), *_labels(examples))
     if decoder_start_id is None:
-        return Batch(ids, *labels, attention_mask=mask)
+        hidden = _hidden_rows([example.hidden for example in examples for _ in example.targets])
+        return Batch(ids, *labels, attention_mask=mask, hidden=hidden)
     sources, source_mask = _pad_rows([example.prompt for example in examples], pad_id)
     return Batch(
         sources,
@@ -135,6 +149,7 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         decoder_input_ids=ids,
         decoder_attention_mask=mask,
         source_rows=torch.tensor([row for row, example in enumerate(examples) for _ in example.targets]),
+        hidden=_hidden_rows([example.hidden for example in examples]),
     )
 
 
@@ -238,6 +253,11 @@ def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "
     ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     return ids, mask
+
+
+def _hidden_rows(hidden: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...] | None:
+    """What each row does not see of the prefix; None: every row sees all."""
+    return tuple(hidden) if any(hidden) else None
 
 
 def _check_prompts(examples: Sequence[TokenizedExample]) -> None:

@@ -83,6 +83,8 @@ _FACTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("fingerprint", "dtype", "data"), (str,)),
     "best_loss": (float, int, type(None)),
     "config": (dict,),
+    # Older states do not have it.
+    "initialization": (dict, type(None)),
 }
 
 _LENGTHS = ("max_steps", "epochs", "patience")
@@ -120,7 +122,13 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_verified(path, _STATE, "is not a training state", hint)
 
 
-def state_facts(config: TrainConfig, backbone: Backbone, data_digest: str, state: TrainState) -> dict[str, Any]:
+def state_facts(
+    config: TrainConfig,
+    backbone: Backbone,
+    data_digest: str,
+    state: TrainState,
+    initialization: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What a state stores beside the tensors."""
     return {
         "step": state.step,
@@ -131,6 +139,7 @@ def state_facts(config: TrainConfig, backbone: Backbone, data_digest: str, state
         "dtype": backbone.dtype_name,
         "data": data_digest,
         "config": config.to_dict(),
+        "initialization": None if initialization is None else dict(initialization),
     }
 
 
@@ -202,7 +211,7 @@ def read_checkpoint(config: TrainConfig) -> Checkpoint:
     # An option that an older version did not have was at its default.
     stored = {**TrainConfig().to_dict(), **facts["config"]}
     _check_same_config(config, stored, facts["step"])
-    return Checkpoint(str(path.parent), tensors, {**facts, "config": stored})
+    return Checkpoint(str(path.parent), tensors, {"initialization": None, **facts, "config": stored})
 
 
 def _check_same_config(config: TrainConfig, stored: Mapping[str, Any], step: int) -> None:

@@ -13,7 +13,14 @@ from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 
-__all__ = ["check_gradient_checkpointing", "check_together", "early_checks", "no_head", "no_start"]
+__all__ = [
+    "check_gradient_checkpointing",
+    "check_together",
+    "early_checks",
+    "no_head",
+    "no_solved_examples",
+    "no_start",
+]
 
 
 def early_checks(
@@ -47,6 +54,14 @@ def no_start() -> ConfigError:
     return ConfigError("method 'prompt' cannot start from a prefix.", hint="use initialization = 'words' or 'random'.")
 
 
+def no_solved_examples() -> ConfigError:
+    """The error of a head that is to start from examples."""
+    return ConfigError(
+        "initialization is 'examples', but a head learns labels, which are no text that an example could end with.",
+        hint="use classifier = 'words', or start from words.",
+    )
+
+
 def no_head(config: TrainConfig) -> ConfigError:
     """The error of a method that cannot train a head."""
     return ConfigError(
@@ -68,6 +83,14 @@ def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bo
         )
     if config.classifier == "head" and not config.trains_prefix:
         raise no_head(config)
+    if config.initialization == "examples" and config.trains_prefix:
+        if config.classifier == "head":
+            raise no_solved_examples()
+        if config.example_choice == "loss" and not has_dev:
+            raise ConfigError(
+                "example_choice is 'loss', but the development loss needs a development file.",
+                hint="set dev (--dev FILE) or hold_out, or choose random or diverse.",
+            )
 
 
 def check_together(configs: Sequence[TrainConfig]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from prefixtune.errors import did_you_mean
 from prefixtune.prefix.geometry import SITES, Site
@@ -16,6 +16,8 @@ __all__ = ["TrainConfig", "default_learning_rate"]
 
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
+_INIT_EXAMPLES = 4
+"""Examples to start from, where neither their number nor a length is given."""
 _backbone, _method, _data = option_group("backbone"), option_group("method"), option_group("data")
 _prefix, _training, _output = option_group("prefix"), option_group("training"), option_group("output")
 
@@ -140,12 +142,16 @@ class TrainConfig(Config):
         "P positions that give the attention's output of the whole (Attention Matching)",
     )
     init_examples: int = _prefix(
-        0, ge=0, description="training examples to start from; 0: as many as fit P; with prefix_length 0 they set P"
+        0,
+        ge=0,
+        description="solved training examples to start from, whose length is P unless prefix_length is given; 0: as "
+        "many as fit prefix_length, and P is what they take; without either: 4",
+        json_schema_extra={"group": "prefix", "aliases": ["examples"]},
     )
     example_choice: Literal["random", "diverse", "loss"] = _prefix(
         "diverse",
         description="which examples: random; diverse: far apart in the model's own states (k-center); loss: the best "
-        "of some random choices by the development loss",
+        "of 8 random choices by the development loss before training",
     )
     example_attention: Literal["own", "all"] = _prefix(
         "own",
@@ -153,7 +159,9 @@ class TrainConfig(Config):
         "exact; all: those before it too, as one text",
     )
     leave_one_out: bool = _prefix(
-        True, description="an example in the prefix does not see itself there while it is trained on"
+        True,
+        description="an example in the prefix does not see itself there while it is trained on (exact with "
+        "example_attention own; with all, later examples have seen it, so a trace of it is left)",
     )
     prefix_dropout: float = _prefix(
         0.0, ge=0, lt=1, description="share of the prefix's positions that each target group does not see in a step"
@@ -206,6 +214,19 @@ class TrainConfig(Config):
     save_dtype: Literal["float32", "bfloat16"] = _output("float32", description="dtype of the stored prefix")
     license: str = _output("", description="license note for the header of the prefix")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _imply(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A number of examples implies a start from examples, and that start a length of its own."""
+        implied: dict[str, Any] = {}
+        if values.get("init_examples"):
+            implied["initialization"] = "examples"
+        if values.get("initialization", implied.get("initialization")) == "examples":
+            implied["prefix_length"] = 0
+            if "prefix_length" not in values and not values.get("sites"):
+                implied["init_examples"] = _INIT_EXAMPLES
+        return {**implied, **values}
+
     @field_validator("sites")
     @classmethod
     def _check_sites(cls, text: str) -> str:
@@ -238,6 +259,14 @@ class TrainConfig(Config):
                     yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
         if self.initialization in ("words", "text") and not self.init_text.strip():
             yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
+        if self.init_examples and self.initialization != "examples":
+            names = "init_examples", "initialization"
+            yield names, f"init_examples is {self.init_examples}, but initialization is {self.initialization!r}"
+        if self.initialization == "examples" and not (self.init_examples or self.prefix_length or self.site_lengths):
+            names = "init_examples", "prefix_length"
+            yield names, "initialization is 'examples', but both init_examples and prefix_length are 0"
+        if self.initialization == "examples" and self.method == "prompt":
+            yield ("initialization", "method"), "method 'prompt' cannot start from examples, but from words"
         if self.prefix_length == 0 and self.initialization not in ("text", "examples"):
             names = "prefix_length", "initialization"
             yield names, f"prefix_length is 0, but initialization {self.initialization!r} has no length of its own"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.checks import early_checks
+from prefixtune.training.checks import early_checks, no_solved_examples
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.folder import check_unused
 from prefixtune.training.starts.build import resolve_site_lengths
+from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
 
 __all__ = ["TrainData", "optimizer_steps", "read_data", "tokenize", "training_format"]
 
@@ -71,6 +72,7 @@ def read_data(
             lambda: train.extend(limit_targets(_training_examples(config, examples), config.limit)),
             lambda: dev.extend(limit_targets(_development_examples(config, dev_examples), config.dev_limit)),
             check_labels,
+            lambda: check_example_count(config, train),
             *early_checks(config, processes, has_dev=bool(dev_examples or config.dev), loads_backbone=loads_backbone),
         ]
     )
@@ -127,6 +129,7 @@ class TrainData:
         dev: To choose the best prefix by; None: there is none.
         text_format: The text around source and target, with the lengths that training left whole.
         labels: What the run learns to classify; None: it learns to generate.
+        plan: The training examples that the prefix starts from; None: it starts from something else.
         digest: Tells this data from any other, so that a run is never resumed on other data.
     """
 
@@ -135,6 +138,7 @@ class TrainData:
     text_format: TextFormat
     labels: Labels | None
     digest: str
+    plan: ExamplePlan | None = None
 
     @property
     def has_head(self) -> bool:
@@ -148,24 +152,59 @@ class TrainData:
 
 
 def tokenize(
-    config: TrainConfig, backbone: Backbone, examples: Sequence[Example], dev_examples: Sequence[Example]
+    config: TrainConfig,
+    backbone: Backbone,
+    examples: Sequence[Example],
+    dev_examples: Sequence[Example],
+    *,
+    stored_start: Mapping[str, Any] | None = None,
 ) -> TrainData:
-    """Choose the labels and turn a run's examples into token ids.
+    """Choose the labels, and the examples to start from, and turn a run's examples into token ids.
+
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        examples: To train on.
+        dev_examples: To choose the best prefix by.
+        stored_start: How the run that is resumed describes its start; None: it begins.
 
     Raises:
+        CheckpointError: The start to resume from is not in the data.
         ConfigError: The backbone cannot do the task, or has no such site.
         DataError: An example does not fit, or a template cannot be stored.
     """
     labels = _choose_labels(config, backbone, examples, dev_examples)
     text_format = training_format(config, backbone, for_head=labels is not None and labels.by == "head")
-    train = _tokenize(config, backbone, examples, labels, text_format)
-    dev = _tokenize(config, backbone, dev_examples, labels, text_format) if dev_examples else None
+    lengths = resolve_site_lengths(config, backbone) if config.trains_prefix else {}
+
+    def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
+        return _tokenize(config, backbone, examples, labels, text_format, prefix_length)
+
+    plan = None
+    if config.initialization == "examples" and config.trains_prefix:
+        if labels is not None and labels.by == "head":
+            raise no_solved_examples()
+        plan = plan_examples(
+            config,
+            backbone,
+            text_format,
+            examples if labels is None else with_label_words(examples, labels),
+            dev_examples,
+            lambda some, length: encode(some, length).examples,
+            lengths,
+            stored_start,
+        )
+        lengths = plan.site_lengths
+    train = encode(examples, lengths.get("decoder", 0))
+    if plan is not None and config.leave_one_out:
+        train = dataclasses.replace(train, examples=hide_own_blocks(train.examples, plan))
+    dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None
     text_format = dataclasses.replace(
         text_format,
         longest_target=train.longest_target,
         longest_prompt=max(dataset.longest_prompt for dataset in (train, dev) if dataset is not None),
     )
-    return TrainData(train, dev, text_format, labels, _digest(train, dev))
+    return TrainData(train, dev, text_format, labels, _digest(train, dev), plan)
 
 
 def _choose_labels(
@@ -210,9 +249,10 @@ def _tokenize(
     examples: Sequence[Example],
     labels: Labels | None,
     text_format: TextFormat,
+    prefix_length: int,
 ) -> TokenizedDataset:
     limits: dict[str, Any] = {
-        "prefix_length": resolve_site_lengths(config, backbone).get("decoder", 0) if config.trains_prefix else 0,
+        "prefix_length": prefix_length,
         "max_length": config.max_length,
         "on_too_long": config.on_too_long,
     }

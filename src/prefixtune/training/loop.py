@@ -376,7 +376,7 @@ class TrainLoop:
         save_state(
             Path(self.config.output) / STATE_FILE,
             state_tensors(self.encoder, self.adapter, self.optimizer),
-            state_facts(self.config, self.backbone, self.data.digest, self.state),
+            state_facts(self.config, self.backbone, self.data.digest, self.state, self.initialization),
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:

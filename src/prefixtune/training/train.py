@@ -295,7 +295,14 @@ def _open_runs(
         loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
         for config in configs:
             _check_backbone(config, loaded, together=together)
-        data = [tokenize(config, loaded, *pair) for config, pair in zip(configs, examples, strict=True)]
+        for config in configs:
+            if config.initialization == "examples" and config.trains_prefix and not resume:
+                console.info(f"choosing examples to start from ({config.example_choice}) ...")
+        stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
+        data = [
+            tokenize(config, loaded, *pair, stored_start=stored)
+            for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
+        ]
         if together and any(some.has_head for some in data):
             raise ConfigError(
                 "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
@@ -344,7 +351,9 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
 def _build_loop(config: TrainConfig, data: TrainData, backbone: Backbone, processes: ProcessGroup) -> TrainLoop:
     """A loop with what trains in it: an encoder, or the backbone's own weights."""
     if config.trains_prefix:
-        encoder, start = build_encoder(config, backbone, num_labels=data.num_head_labels, examples=data.train.examples)
+        encoder, start = build_encoder(
+            config, backbone, num_labels=data.num_head_labels, examples=data.train.examples, plan=data.plan
+        )
         return TrainLoop(config, backbone, data, encoder, start.description, processes)
     if data.num_head_labels:
         raise no_head(config)

@@ -23,6 +23,7 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.training.checks import no_start
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
 from prefixtune.training.starts.start import Start, by_site
 from prefixtune.training.starts.words import from_words, word_ids
 
@@ -76,7 +77,12 @@ def resolve_site_lengths(config: TrainConfig, backbone: Backbone) -> dict[Site, 
 
 
 def build_encoder(
-    config: TrainConfig, backbone: Backbone, *, num_labels: int = 0, examples: Sequence[TokenizedExample] = ()
+    config: TrainConfig,
+    backbone: Backbone,
+    *,
+    num_labels: int = 0,
+    examples: Sequence[TokenizedExample] = (),
+    plan: ExamplePlan | None = None,
 ) -> tuple[PrefixEncoder | PromptEncoder, Start]:
     """The trainable prefix of a run, at its start, and that start.
 
@@ -85,6 +91,7 @@ def build_encoder(
         backbone: The frozen model.
         num_labels: Labels of a head to train with it; 0: no head.
         examples: With a head: what it is standardized by.
+        plan: The examples to start from, where the run starts from some.
 
     Raises:
         BackboneError: The prefix to start from does not fit the backbone.
@@ -92,7 +99,7 @@ def build_encoder(
         ConfigError: The backbone has no such site, or cannot do the method; or the start does not fit the run.
     """
     torch.manual_seed(config.seed)
-    lengths = resolve_site_lengths(config, backbone)
+    lengths = resolve_site_lengths(config, backbone) if plan is None else plan.site_lengths
     if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or num_labels):
         raise ConfigError(
             f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
@@ -101,7 +108,7 @@ def build_encoder(
         )
     if config.method == "prompt":
         return _build_prompt(config, backbone)
-    start = _start(config, backbone, lengths)
+    start = _start(config, backbone, lengths) if plan is None else start_from_plan(config, backbone, plan)
     encoder = PrefixEncoder(
         config.reparameterization,
         {site: backbone.geometry[site] for site in lengths},
@@ -123,6 +130,11 @@ def build_encoder(
 def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Start:
     """The start of a prefix by the run's `initialization`."""
     kind = config.initialization
+    if kind == "examples":
+        raise ConfigError(
+            "initialization is 'examples', but the run's training examples are not known here.",
+            hint="train with `prefixtune train`, or start from words.",
+        )
     if kind == "words":
         return Start(from_words(backbone, config.init_text, lengths), {"kind": kind, "text": config.init_text})
     if kind == "prefix":

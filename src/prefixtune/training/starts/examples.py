@@ -1,0 +1,367 @@
+"""A start from solved training examples: the keys and values that the frozen model computes for them.
+
+An example is its prompt, its first target and the end token, as training reads them. Which examples are used, and so
+how long the prefix is, is planned before the data are tokenized, as the prefix takes some of the model's positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import TokenizedExample, encode_prompts
+from prefixtune.data.examples import Example
+from prefixtune.data.truncation import position_limit
+from prefixtune.errors import CheckpointError, ConfigError, DataError
+from prefixtune.prefix.geometry import Site
+from prefixtune.prefix.prefix import KeyValue, Prefix
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.choice import (
+    NUM_DEV_TARGETS,
+    SolvedExample,
+    choose_best,
+    choose_diverse,
+    choose_random,
+)
+from prefixtune.training.starts.start import Start
+from prefixtune.training.starts.words import from_words
+
+__all__ = ["ExamplePlan", "check_example_count", "from_examples", "hide_own_blocks", "plan_examples", "start_from_plan"]
+
+
+MAX_CANDIDATES = 256
+"""Training examples that are looked at to choose from, where more are not asked for."""
+_DECODER_LENGTH = 10
+"""P of an encoder-decoder's decoder, where no length is given: its own start is words."""
+
+Rows = Sequence[tuple[int, ...]]
+"""Token ids of examples."""
+
+
+@dataclass(frozen=True)
+class ExamplePlan:
+    """The examples that a prefix starts from.
+
+    Attributes:
+        chosen: In the order of the prefix.
+        site_lengths: P by site.
+        description: What the header says of the start.
+        is_resumed: The start itself is in the state to resume from, and is not computed.
+    """
+
+    chosen: tuple[SolvedExample, ...]
+    site_lengths: dict[Site, int]
+    description: dict[str, Any]
+    is_resumed: bool = False
+
+    @property
+    def blocks(self) -> dict[int, tuple[int, int]]:
+        """By index of a training example: the positions `[first, stop)` of its block in the prefix."""
+        blocks: dict[int, tuple[int, int]] = {}
+        first = 0
+        for example in self.chosen:
+            blocks[example.index] = (first, first + len(example.row))
+            first += len(example.row)
+        return blocks
+
+
+def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> None:
+    """Refuse more examples to start from than there are, before a backbone loads.
+
+    Raises:
+        ConfigError: There are fewer different sources with a target.
+    """
+    available = len({example.source for example in examples if example.targets})
+    if config.initialization == "examples" and examples and available < config.init_examples:
+        raise ConfigError(
+            f"init_examples is {config.init_examples}, but there are {available} training examples with different "
+            "sources.",
+            hint=f"set init_examples to at most {available}.",
+        )
+
+
+def plan_examples(
+    config: TrainConfig,
+    backbone: Backbone,
+    text_format: TextFormat,
+    examples: Sequence[Example],
+    dev_examples: Sequence[Example],
+    encode: Callable[[Sequence[Example], int], Sequence[TokenizedExample]],
+    site_lengths: Mapping[Site, int],
+    stored: Mapping[str, Any] | None = None,
+) -> ExamplePlan:
+    """Choose the examples to start from.
+
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        text_format: That of the run.
+        examples: The training examples; labels are words.
+        dev_examples: The development examples, for `example_choice` `loss`.
+        encode: Examples -> tokens, behind a prefix of a given length at the site `decoder`.
+        site_lengths: By site, the most positions that the run gives it; 0: as many as the examples take.
+        stored: The description of the start in the state to resume from; None: the run begins.
+
+    Raises:
+        CheckpointError: The state names examples that there are not.
+        ConfigError: The run gives a length to no site that examples can be at.
+        DataError: Fewer examples fit than are asked for, or none.
+    """
+    sites = _example_sites(backbone, site_lengths)
+    limits = [site_lengths[site] for site in sites if site_lengths[site]]
+    room = min(limits, default=_most_positions(backbone))
+    if stored is not None:
+        chosen = _solve(backbone, text_format, examples, _stored_indices(config, stored, len(examples)))
+    else:
+        candidates = _candidates(config, backbone, text_format, examples)
+        dev = [dataclasses.replace(example, targets=example.targets[:1]) for example in dev_examples if example.targets]
+        random.Random(f"{config.seed}/dev").shuffle(dev)
+        chosen = _choose(config, backbone, candidates, room, partial(encode, dev[:NUM_DEV_TARGETS]))
+        _check_chosen(config, backbone, candidates, chosen, room, is_limited=bool(limits))
+    length = sum(len(example.row) for example in chosen)
+    lengths: dict[Site, int] = {
+        site: length if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
+    }
+    description = dict(stored) if stored is not None else _describe(config, chosen, length)
+    return ExamplePlan(tuple(chosen), lengths, description, is_resumed=stored is not None)
+
+
+def _example_sites(backbone: Backbone, site_lengths: Mapping[Site, int]) -> list[Site]:
+    """The sites at which examples can be: those where the model reads sources.
+
+    Raises:
+        ConfigError: The run has none of them.
+    """
+    wanted: tuple[Site, ...] = ("encoder", "cross") if backbone.kind == "encoder-decoder" else ("decoder",)
+    sites = [site for site in wanted if site in site_lengths]
+    if not sites:
+        raise ConfigError(
+            f"initialization is 'examples', which are at {' and '.join(wanted)} in an encoder-decoder, but sites names "
+            f"{', '.join(site_lengths)}.",
+            hint="add one of them to sites, or start from words.",
+        )
+    return sites
+
+
+def _most_positions(backbone: Backbone) -> int:
+    """Tokens of examples that could be in front at all."""
+    return backbone.max_positions or 1 << 30
+
+
+def _stored_indices(config: TrainConfig, stored: Mapping[str, Any], available: int) -> list[int]:
+    """The examples that a state names.
+
+    Raises:
+        CheckpointError: It names none, or others than there are.
+    """
+    indices = stored.get("examples")
+    if not isinstance(indices, list) or not indices or not all(type(i) is int and 0 <= i < available for i in indices):
+        raise CheckpointError(
+            f"the run in {config.output!r} starts from training examples that are not in this data.",
+            hint="give it the same files, or start again in another --output.",
+        )
+    return indices
+
+
+def _candidates(
+    config: TrainConfig, backbone: Backbone, text_format: TextFormat, examples: Sequence[Example]
+) -> list[SolvedExample]:
+    """A random sample of the training examples that fit the run's limits whole, each source once."""
+    first_of: dict[str, int] = {}
+    for index, example in enumerate(examples):
+        if example.targets:
+            first_of.setdefault(example.source, index)
+    indices = list(first_of.values())
+    count = max(MAX_CANDIDATES, 2 * config.init_examples)
+    if len(indices) > count:
+        indices = sorted(random.Random(f"{config.seed}/candidates").sample(indices, count))
+    solved = _solve(backbone, text_format, examples, indices)
+    limit = position_limit(backbone, 0, config.max_length)
+    separate = backbone.kind == "encoder-decoder"
+    return [
+        example
+        for example in solved
+        if (max(len(example.prompt), len(example.target)) if separate else len(example.row)) <= limit
+    ]
+
+
+def _solve(
+    backbone: Backbone, text_format: TextFormat, examples: Sequence[Example], indices: Sequence[int]
+) -> list[SolvedExample]:
+    """Examples as tokens, none of them cut."""
+    prompts = encode_prompts(backbone, text_format, [examples[index].source for index in indices])
+    targets = backbone.encode_targets([text_format.format_target(examples[index].targets[0]) for index in indices])
+    return [
+        SolvedExample(index, tuple(prompt), tuple(target))
+        for index, prompt, target in zip(indices, prompts, targets, strict=True)
+    ]
+
+
+def _choose(
+    config: TrainConfig,
+    backbone: Backbone,
+    candidates: Sequence[SolvedExample],
+    room: int,
+    encode_dev: Callable[[int], Sequence[TokenizedExample]],
+) -> list[SolvedExample]:
+    """Candidates that fit, by the run's `example_choice`."""
+    count = config.init_examples
+    if not candidates or config.example_choice == "random":
+        return choose_random(candidates, count, room, config.seed)
+    if config.example_choice == "diverse":
+        return choose_diverse(backbone, candidates, count, room)
+
+    def make_prefix(chosen: Sequence[SolvedExample]) -> Prefix:
+        return from_examples(backbone, [example.row for example in chosen], alone=config.example_attention == "own")
+
+    def dev_tokens(length: int) -> Sequence[TokenizedExample]:
+        return encode_dev(length if backbone.kind == "decoder" else 0)
+
+    return choose_best(backbone, candidates, count, room, config.seed, make_prefix, dev_tokens)
+
+
+def _check_chosen(
+    config: TrainConfig,
+    backbone: Backbone,
+    candidates: Sequence[SolvedExample],
+    chosen: Sequence[SolvedExample],
+    room: int,
+    *,
+    is_limited: bool,
+) -> None:
+    """Refuse a choice of too few examples.
+
+    Raises:
+        DataError: Fewer than asked for fit, or none.
+    """
+    if not candidates:
+        raise DataError(
+            "no training example fits the model's positions whole, so the prefix cannot start from one.",
+            hint="raise max_length, or start from words (initialization = 'words').",
+        )
+    if len(chosen) >= max(config.init_examples, 1):
+        return
+    lengths = sorted(len(example.row) for example in candidates)
+    where = f"prefix_length {room}" if is_limited else f"the {room} positions of {backbone.name!r}"
+    if not chosen:
+        raise DataError(
+            f"no training example fits {where}: they take {lengths[0]} to {lengths[-1]} tokens.",
+            hint=f"set prefix_length to at least {lengths[0]}, or to 0 and init_examples to their number.",
+        )
+    if is_limited:
+        enough = sum(lengths[-config.init_examples :])
+        hint = f"set init_examples to {len(chosen)}, or prefix_length to 0 or to {enough:,}, in which any of them fit."
+    else:
+        hint = f"set init_examples to at most {len(chosen)}; the texts need positions, too."
+    raise DataError(
+        f"init_examples is {config.init_examples}, but only {len(chosen)} of the chosen fit {where}: they take "
+        f"{lengths[0]} to {lengths[-1]} tokens each.",
+        hint=hint,
+    )
+
+
+def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], length: int) -> dict[str, Any]:
+    """What the header says of a start."""
+    return {
+        "kind": "examples",
+        "examples": [example.index for example in chosen],
+        "lengths": [len(example.row) for example in chosen],
+        "prefix_length": length,
+        "at_most": config.prefix_length,
+        "choice": config.example_choice,
+        "attention": config.example_attention,
+        "leave_one_out": config.leave_one_out,
+    }
+
+
+# --- keys and values -------------------------------------------------------------------------------------------------
+
+
+def from_examples(backbone: Backbone, rows: Rows, *, alone: bool) -> Prefix:
+    """The keys and values that the frozen model computes for some texts.
+
+    In an encoder-decoder they are those of the sites `encoder` and `cross`, where it reads prompt and target as one
+    text.
+
+    Args:
+        backbone: The frozen model.
+        rows: The texts' tokens.
+        alone: Each text is computed alone: in a decoder-only model at its own positions, those after the texts before
+            it; in an encoder, whose texts keep their positions behind a prefix, from position 0. Otherwise, all of them
+            are computed as one text.
+    """
+    if not alone:
+        rows = [tuple(token for row in rows for token in row)]
+    parts: list[Prefix] = []
+    first = 0
+    for row in rows:
+        ids = torch.tensor([row], device=backbone.device)
+        start = first if backbone.kind == "decoder" else 0
+        parts.append(prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=start))
+        first += len(row)
+    sites: list[Site] = [site for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"]
+    return Prefix({site: _concatenate([part.layers[site] for part in parts]) for site in sites})
+
+
+def _concatenate(parts: Sequence[Sequence[KeyValue]]) -> tuple[KeyValue, ...]:
+    return tuple(
+        (torch.cat([key for key, _ in pairs], dim=1), torch.cat([value for _, value in pairs], dim=1))
+        for pairs in zip(*parts, strict=True)
+    )
+
+
+def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) -> Start:
+    """The start of a run: the examples where the model reads sources, words at an encoder-decoder's decoder.
+
+    Raises:
+        DataError: The texts together are longer than the model reads at once.
+    """
+    if plan.is_resumed:
+        return Start(None, plan.description, plan.blocks)
+    alone = config.example_attention == "own"
+    rows = [example.row for example in plan.chosen]
+    _check_positions(backbone, rows, alone=alone)
+    layers = dict(from_examples(backbone, rows, alone=alone).layers)
+    if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
+        length = plan.site_lengths["decoder"]
+        layers["decoder"] = from_words(backbone, config.init_text, {"decoder": length}).layers["decoder"]
+    return Start(Prefix({site: layers[site] for site in plan.site_lengths}), plan.description, plan.blocks)
+
+
+def _check_positions(backbone: Backbone, rows: Rows, *, alone: bool) -> None:
+    """Refuse texts that an encoder cannot read; a decoder-only model's are checked with the texts behind them.
+
+    Raises:
+        DataError: They are too long.
+    """
+    length = max(map(len, rows)) if alone else sum(map(len, rows))
+    if backbone.max_positions is not None and length > backbone.max_positions:
+        what = "an example with its target takes" if alone else "the examples, computed as one text, take"
+        raise DataError(
+            f"{what} {length} of the {backbone.max_positions} positions of {backbone.name!r}.",
+            hint="start from fewer examples (init_examples), or compute each alone (example_attention = 'own').",
+        )
+
+
+def hide_own_blocks(examples: Sequence[TokenizedExample], plan: ExamplePlan) -> tuple[TokenizedExample, ...]:
+    """Training examples that do not see themselves in the prefix: neither those in it nor others of the same source.
+
+    Where each example of the prefix was computed alone, that is exact: the same as a prefix without these positions.
+    Where they were computed as one text, later examples have seen an earlier one, so that a trace of it is left.
+    """
+    by_index = plan.blocks
+    by_prompt = {example.prompt: by_index[example.index] for example in plan.chosen}
+    hidden = [by_index.get(index) or by_prompt.get(example.prompt) for index, example in enumerate(examples)]
+    return tuple(
+        example if block is None else dataclasses.replace(example, hidden=tuple(range(*block)))
+        for example, block in zip(examples, hidden, strict=True)
+    )
