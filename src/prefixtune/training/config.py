@@ -95,6 +95,13 @@ class TrainConfig(Config):
     )
     limit: int = _data(0, ge=0, description="use only the first N training targets; 0: all")
     dev_limit: int = _data(0, ge=0, description="use only the first N development targets; 0: all")
+    hold_out: float = _data(
+        0.0,
+        ge=0,
+        lt=1,
+        description="without a development file: keep this share of the training sources, at least one, out of "
+        "training, as development examples",
+    )
     prompt_format: str = _data(
         "", description="text before the target; empty: ' {source} {separator}', or '{source}' for an encoder"
     )
@@ -157,6 +164,11 @@ class TrainConfig(Config):
         "own",
         description="an example is computed seeing: own: itself alone, at its own positions, so that leave-one-out is "
         "exact; all: those before it too, as one text",
+    )
+    compact_examples: Literal["", "stride"] = _prefix(
+        "",
+        description="init_examples that take more than prefix_length: empty: an error; stride: each is computed alone "
+        "and keeps an equal share of the positions, evenly spaced",
     )
     leave_one_out: bool = _prefix(
         True,
@@ -259,19 +271,33 @@ class TrainConfig(Config):
                     yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
         if self.initialization in ("words", "text") and not self.init_text.strip():
             yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
-        if self.init_examples and self.initialization != "examples":
-            names = "init_examples", "initialization"
-            yield names, f"init_examples is {self.init_examples}, but initialization is {self.initialization!r}"
-        if self.initialization == "examples" and not (self.init_examples or self.prefix_length or self.site_lengths):
-            names = "init_examples", "prefix_length"
-            yield names, "initialization is 'examples', but both init_examples and prefix_length are 0"
-        if self.initialization == "examples" and self.method == "prompt":
-            yield ("initialization", "method"), "method 'prompt' cannot start from examples, but from words"
+        yield from self._example_conflicts()
         if self.prefix_length == 0 and self.initialization not in ("text", "examples"):
             names = "prefix_length", "initialization"
             yield names, f"prefix_length is 0, but initialization {self.initialization!r} has no length of its own"
         if self.initialization == "prefix" and not self.init_prefix:
             yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
+
+    def _example_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What a start from examples cannot go with."""
+        starts, count, length = self.initialization == "examples", self.init_examples, self.prefix_length
+        if count and not starts:
+            message = f"init_examples is {count}, but initialization is {self.initialization!r}"
+            yield ("init_examples", "initialization"), message
+        if starts and self.method == "prompt":
+            yield ("initialization", "method"), "method 'prompt' cannot start from examples, but from words"
+        if starts and not (count or length or self.site_lengths):
+            message = "initialization is 'examples', but both init_examples and prefix_length are 0"
+            yield ("init_examples", "prefix_length"), message
+        if self.compact_examples:
+            names = "compact_examples", "init_examples", "prefix_length"
+            if not (count and length):
+                yield names, f"compact_examples is {self.compact_examples!r}, but init_examples or prefix_length is 0"
+            elif length < count:
+                yield names, f"prefix_length is {length}, fewer positions than the {count} examples to compact"
+            if self.example_attention == "all":
+                message = "compact_examples computes each example alone, but example_attention is 'all'"
+                yield ("compact_examples", "example_attention"), message
 
     @property
     def site_lengths(self) -> dict[Site, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from prefixtune.training.folder import check_unused
 from prefixtune.training.starts.build import resolve_site_lengths
 from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
 
-__all__ = ["TrainData", "optimizer_steps", "read_data", "tokenize", "training_format"]
+__all__ = ["TrainData", "does_hold_out", "optimizer_steps", "read_data", "tokenize", "training_format"]
 
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
@@ -61,6 +62,8 @@ def read_data(
     train: list[Example] = []
     dev: list[Example] = []
     kind = _task_kind(config)
+    holds_out = does_hold_out(config, dev_examples)
+    has_dev = bool(dev_examples or config.dev) or holds_out
 
     def check_labels() -> None:
         # What could not be read is reported by itself.
@@ -71,12 +74,38 @@ def read_data(
         [
             lambda: train.extend(limit_targets(_training_examples(config, examples), config.limit)),
             lambda: dev.extend(limit_targets(_development_examples(config, dev_examples), config.dev_limit)),
+            *([lambda: _hold_out(config, train, dev)] if holds_out else ()),
             check_labels,
             lambda: check_example_count(config, train),
-            *early_checks(config, processes, has_dev=bool(dev_examples or config.dev), loads_backbone=loads_backbone),
+            *early_checks(config, processes, has_dev=has_dev, loads_backbone=loads_backbone),
         ]
     )
     return train, dev
+
+
+def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | None) -> bool:
+    """Whether a share of the training sources becomes the development examples; not where these are given as none."""
+    return bool(config.hold_out) and not config.dev and dev_examples is None
+
+
+def _hold_out(config: TrainConfig, train: list[Example], dev: list[Example]) -> None:
+    """Move a share of the sources, with all their targets, from the training to the development examples.
+
+    Raises:
+        DataError: There is only one source.
+    """
+    sources = list(dict.fromkeys(example.source for example in train if example.targets))
+    if not train:
+        return  # It could not be read, which is reported by itself.
+    if len(sources) < 2:
+        raise DataError(
+            f"hold_out is {config.hold_out:g}, but there is only one training source.",
+            hint="give more data or a development file, or set hold_out to 0.",
+        )
+    count = min(max(1, round(config.hold_out * len(sources))), len(sources) - 1)
+    held = set(random.Random(f"{config.seed}/hold_out").sample(sources, count))
+    dev.extend(example for example in train if example.source in held)
+    train[:] = [example for example in train if example.source not in held]
 
 
 def _task_kind(config: TrainConfig) -> TaskKind:

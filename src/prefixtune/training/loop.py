@@ -217,6 +217,7 @@ class TrainLoop:
             "num_sources": len(self.data.train.examples),
             "num_targets": self.data.train.num_targets,
             "num_cut": self.data.train.num_truncated,
+            "num_dev_targets": 0 if self.data.dev is None else self.data.dev.num_targets,
             "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": sum(tensor.numel() for tensor in stored),
             "initialization": self.initialization,

@@ -23,7 +23,7 @@ from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.checkpoint import Checkpoint, has_new_length, read_checkpoint
 from prefixtune.training.checks import check_gradient_checkpointing, check_together, no_head
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, read_data, tokenize
+from prefixtune.training.data import TrainData, does_hold_out, read_data, tokenize
 from prefixtune.training.distributed import ProcessGroup, init_distributed, shard_model
 from prefixtune.training.folder import (
     EVENTS_FILE,
@@ -290,6 +290,9 @@ def _open_runs(
             read_data(config, *some, processes, resume=resume, loads_backbone=backbone is None)
             for config, some in zip(configs, inputs, strict=True)
         ]
+        for config, (_, dev), given in zip(configs, examples, inputs, strict=True):
+            if does_hold_out(config, given[1]):
+                console.info(f"{len(dev)} sources are held out of training to choose the best prefix by (hold_out)")
         if backbone is None:
             console.info(f"loading {configs[0].backbone} ...")
         loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)

@@ -40,6 +40,7 @@ __all__ = ["ExamplePlan", "check_example_count", "from_examples", "hide_own_bloc
 
 MAX_CANDIDATES = 256
 """Training examples that are looked at to choose from, where more are not asked for."""
+UNBOUNDED = 1 << 30
 _DECODER_LENGTH = 10
 """P of an encoder-decoder's decoder, where no length is given: its own start is words."""
 
@@ -53,12 +54,14 @@ class ExamplePlan:
 
     Attributes:
         chosen: In the order of the prefix.
+        lengths: Positions of each in the prefix.
         site_lengths: P by site.
         description: What the header says of the start.
         is_resumed: The start itself is in the state to resume from, and is not computed.
     """
 
     chosen: tuple[SolvedExample, ...]
+    lengths: tuple[int, ...]
     site_lengths: dict[Site, int]
     description: dict[str, Any]
     is_resumed: bool = False
@@ -68,9 +71,9 @@ class ExamplePlan:
         """By index of a training example: the positions `[first, stop)` of its block in the prefix."""
         blocks: dict[int, tuple[int, int]] = {}
         first = 0
-        for example in self.chosen:
-            blocks[example.index] = (first, first + len(example.row))
-            first += len(example.row)
+        for example, length in zip(self.chosen, self.lengths, strict=True):
+            blocks[example.index] = (first, first + length)
+            first += length
         return blocks
 
 
@@ -119,20 +122,42 @@ def plan_examples(
     sites = _example_sites(backbone, site_lengths)
     limits = [site_lengths[site] for site in sites if site_lengths[site]]
     room = min(limits, default=_most_positions(backbone))
+    compacts = bool(config.compact_examples)
     if stored is not None:
         chosen = _solve(backbone, text_format, examples, _stored_indices(config, stored, len(examples)))
     else:
         candidates = _candidates(config, backbone, text_format, examples)
-        dev = [dataclasses.replace(example, targets=example.targets[:1]) for example in dev_examples if example.targets]
-        random.Random(f"{config.seed}/dev").shuffle(dev)
-        chosen = _choose(config, backbone, candidates, room, partial(encode, dev[:NUM_DEV_TARGETS]))
-        _check_chosen(config, backbone, candidates, chosen, room, is_limited=bool(limits))
-    length = sum(len(example.row) for example in chosen)
-    lengths: dict[Site, int] = {
-        site: length if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
+        dev = _sample_dev(config, dev_examples)
+        chosen = _choose(config, backbone, candidates, UNBOUNDED if compacts else room, partial(encode, dev))
+        _check_chosen(config, backbone, candidates, chosen, room, is_limited=bool(limits) and not compacts)
+    lengths = _block_lengths([len(example.row) for example in chosen], room if compacts else UNBOUNDED)
+    by_site: dict[Site, int] = {
+        site: sum(lengths) if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
     }
-    description = dict(stored) if stored is not None else _describe(config, chosen, length)
-    return ExamplePlan(tuple(chosen), lengths, description, is_resumed=stored is not None)
+    description = dict(stored) if stored is not None else _describe(config, chosen, lengths)
+    return ExamplePlan(tuple(chosen), lengths, by_site, description, is_resumed=stored is not None)
+
+
+def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
+    """Positions that examples of these lengths get: what they take, or equal shares of the room.
+
+    >>> _block_lengths([30, 5, 40], 100), _block_lengths([30, 5, 40], 50)
+    ((30, 5, 40), (23, 5, 22))
+    """
+    if sum(lengths) <= room:
+        return tuple(lengths)
+    shares = [0] * len(lengths)
+    for _ in range(room):
+        unfilled = [index for index, length in enumerate(lengths) if shares[index] < length]
+        shares[min(unfilled, key=shares.__getitem__)] += 1
+    return tuple(shares)
+
+
+def _sample_dev(config: TrainConfig, dev_examples: Sequence[Example]) -> list[Example]:
+    """Some development examples, with a target each."""
+    dev = [dataclasses.replace(example, targets=example.targets[:1]) for example in dev_examples if example.targets]
+    random.Random(f"{config.seed}/dev").shuffle(dev)
+    return dev[:NUM_DEV_TARGETS]
 
 
 def _example_sites(backbone: Backbone, site_lengths: Mapping[Site, int]) -> list[Site]:
@@ -154,7 +179,7 @@ def _example_sites(backbone: Backbone, site_lengths: Mapping[Site, int]) -> list
 
 def _most_positions(backbone: Backbone) -> int:
     """Tokens of examples that could be in front at all."""
-    return backbone.max_positions or 1 << 30
+    return backbone.max_positions or UNBOUNDED
 
 
 def _stored_indices(config: TrainConfig, stored: Mapping[str, Any], available: int) -> list[int]:
@@ -221,7 +246,9 @@ def _choose(
         return choose_diverse(backbone, candidates, count, room)
 
     def make_prefix(chosen: Sequence[SolvedExample]) -> Prefix:
-        return from_examples(backbone, [example.row for example in chosen], alone=config.example_attention == "own")
+        rows = [example.row for example in chosen]
+        lengths = _block_lengths([len(row) for row in rows], config.prefix_length) if config.compact_examples else None
+        return from_examples(backbone, rows, alone=config.example_attention == "own", lengths=lengths)
 
     def dev_tokens(length: int) -> Sequence[TokenizedExample]:
         return encode_dev(length if backbone.kind == "decoder" else 0)
@@ -269,14 +296,16 @@ def _check_chosen(
     )
 
 
-def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], length: int) -> dict[str, Any]:
+def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], lengths: Sequence[int]) -> dict[str, Any]:
     """What the header says of a start."""
     return {
         "kind": "examples",
         "examples": [example.index for example in chosen],
-        "lengths": [len(example.row) for example in chosen],
-        "prefix_length": length,
+        "tokens": [len(example.row) for example in chosen],
+        "lengths": list(lengths),
+        "prefix_length": sum(lengths),
         "at_most": config.prefix_length,
+        "compaction": config.compact_examples,
         "choice": config.example_choice,
         "attention": config.example_attention,
         "leave_one_out": config.leave_one_out,
@@ -286,7 +315,7 @@ def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], length: int)
 # --- keys and values -------------------------------------------------------------------------------------------------
 
 
-def from_examples(backbone: Backbone, rows: Rows, *, alone: bool) -> Prefix:
+def from_examples(backbone: Backbone, rows: Rows, *, alone: bool, lengths: Sequence[int] | None = None) -> Prefix:
     """The keys and values that the frozen model computes for some texts.
 
     In an encoder-decoder they are those of the sites `encoder` and `cross`, where it reads prompt and target as one
@@ -298,18 +327,28 @@ def from_examples(backbone: Backbone, rows: Rows, *, alone: bool) -> Prefix:
         alone: Each text is computed alone: in a decoder-only model at its own positions, those after the texts before
             it; in an encoder, whose texts keep their positions behind a prefix, from position 0. Otherwise, all of them
             are computed as one text.
+        lengths: With `alone`: how many positions of each text are kept, evenly spaced, its first and last among them;
+            the next text's positions follow on these. None: all.
     """
     if not alone:
         rows = [tuple(token for row in rows for token in row)]
     parts: list[Prefix] = []
     first = 0
-    for row in rows:
+    for row, length in zip(rows, lengths or [len(row) for row in rows], strict=True):
         ids = torch.tensor([row], device=backbone.device)
         start = first if backbone.kind == "decoder" else 0
-        parts.append(prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=start))
-        first += len(row)
+        whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=start)
+        parts.append(whole if length == len(row) else _evenly(whole, len(row), length))
+        first += length
     sites: list[Site] = [site for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"]
     return Prefix({site: _concatenate([part.layers[site] for part in parts]) for site in sites})
+
+
+def _evenly(prefix: Prefix, length: int, kept: int) -> Prefix:
+    """Evenly spaced positions of a prefix, the first and the last among them."""
+    index = torch.linspace(0, length - 1, kept).round().long()
+    # An encoder-decoder's decoder has read the text too.
+    return Prefix({site: tuple((k[:, index], v[:, index]) for k, v in pairs) for site, pairs in prefix.layers.items()})
 
 
 def _concatenate(parts: Sequence[Sequence[KeyValue]]) -> tuple[KeyValue, ...]:
@@ -330,7 +369,7 @@ def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) 
     alone = config.example_attention == "own"
     rows = [example.row for example in plan.chosen]
     _check_positions(backbone, rows, alone=alone)
-    layers = dict(from_examples(backbone, rows, alone=alone).layers)
+    layers = dict(from_examples(backbone, rows, alone=alone, lengths=plan.lengths if alone else None).layers)
     if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
         length = plan.site_lengths["decoder"]
         layers["decoder"] = from_words(backbone, config.init_text, {"decoder": length}).layers["decoder"]

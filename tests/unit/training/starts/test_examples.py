@@ -1,0 +1,304 @@
+"""A start from solved examples: which ones, how many, what the header says, and resuming without choosing again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune as pt
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data.batching import collate
+from prefixtune.errors import CheckpointError, ConfigError, DataError
+from prefixtune.interop.trainer import PrefixModel
+from prefixtune.training.checkpoint import load_state, save_state
+from prefixtune.training.data import tokenize
+from prefixtune.training.starts import choice
+from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.starts.choice import farthest_first
+from prefixtune.training.starts.examples import from_examples
+from prefixtune.training.train import train_together
+
+EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.",)) for word in ("a", "bcd", "ef", "ghijkl", "m")]
+
+
+def run(folder: Path, **options: Any) -> pt.TrainConfig:
+    return pt.TrainConfig(
+        **{"max_steps": 4, "save_every": 2, "batch_size": 2, "eval_every": 2, "output": str(folder), **options}
+    )
+
+
+def lengths(backbone: Any, examples: list[pt.Example] = EXAMPLES) -> list[int]:
+    """Tokens of each example's prompt, target and end: one per character, and the format's spaces and separator."""
+    texts = [f" {e.source} {backbone.separator} {e.targets[0]} " for e in examples]
+    return [len(backbone.encode(text)) + 1 for text in texts]
+
+
+def test_their_number_sets_the_length(backbone: Any, tmp_path: Path):
+    result = pt.train(run(tmp_path / "run", init_examples=2), backbone=backbone, examples=EXAMPLES)
+    start = result.prefix.header["initialization"]
+    each = lengths(backbone)
+    assert start["kind"] == "examples"
+    assert start["lengths"] == start["tokens"] == [each[index] for index in start["examples"]]
+    assert len(set(start["examples"])) == 2
+    assert result.prefix.prefix_length == start["prefix_length"] == sum(start["lengths"])
+    assert start["at_most"] == 0
+
+
+@pytest.mark.parametrize("chosen", ["random", "diverse"])
+def test_as_many_as_fit_a_length(chosen: str, backbone: Any, tmp_path: Path):
+    each = lengths(backbone)
+    room = min(each) + sorted(each)[1] + 2
+    config = run(tmp_path, initialization="examples", prefix_length=room, example_choice=chosen)
+    plan = tokenize(config, backbone, EXAMPLES, ()).plan
+    total = sum(plan.lengths)
+    assert total <= room
+    assert plan.site_lengths == {"decoder": total}
+    # None of those left out fits into what is left.
+    chosen_indices = {example.index for example in plan.chosen}
+    assert all(each[i] > room - total for i in range(len(each)) if i not in chosen_indices)
+    assert plan.description["at_most"] == room
+
+
+def test_a_number_that_does_not_fit_is_refused_with_how_many_do(backbone: Any, tmp_path: Path):
+    each = lengths(backbone)
+    config = run(tmp_path, init_examples=4, prefix_length=max(each) + 1, example_choice="random")
+    with pytest.raises(DataError, match=r"init_examples is 4, but only 1 of the chosen fit prefix_length") as caught:
+        tokenize(config, backbone, EXAMPLES, ())
+    assert "set init_examples to 1" in caught.value.hint
+    assert str(sum(sorted(each)[-4:])) in caught.value.hint
+
+
+def test_a_length_that_none_fits_is_refused(backbone: Any, tmp_path: Path):
+    config = run(tmp_path, initialization="examples", prefix_length=3)
+    least = min(lengths(backbone))
+    with pytest.raises(DataError, match=rf"no training example fits prefix_length 3: they take {least} to") as caught:
+        tokenize(config, backbone, EXAMPLES, ())
+    assert f"at least {least}" in caught.value.hint
+
+
+def test_more_examples_than_there_are_is_refused_before_the_model_loads(tmp_path: Path, no_backbone_loads: None):
+    twice = [*EXAMPLES, *EXAMPLES, pt.Example("no target")]
+    with pytest.raises(ConfigError, match="init_examples is 6, but there are 5 training examples with different"):
+        pt.train(run(tmp_path / "run", init_examples=6), examples=twice)
+
+
+def test_a_development_loss_needs_development_examples(tmp_path: Path, no_backbone_loads: None):
+    with pytest.raises(ConfigError, match="example_choice is 'loss'"):
+        pt.train(run(tmp_path / "run", init_examples=2, example_choice="loss"), examples=EXAMPLES)
+
+
+def test_options_imply_each_other():
+    assert pt.TrainConfig(init_examples=3).initialization == "examples"
+    assert pt.TrainConfig(init_examples=3).prefix_length == 0
+    assert pt.TrainConfig(init_examples=3, prefix_length=99).prefix_length == 99
+    alone = pt.TrainConfig(initialization="examples")
+    assert (alone.prefix_length, alone.init_examples) == (0, 4)
+    assert pt.TrainConfig(initialization="examples", prefix_length=99).init_examples == 0
+    assert pt.TrainConfig().prefix_length == 10
+    stored = pt.TrainConfig(init_examples=3).to_dict()
+    assert pt.TrainConfig(**stored).to_dict() == stored
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_examples": 2, "initialization": "words"}, "initialization is 'words'"),
+        ({"initialization": "examples", "prefix_length": 0}, "both init_examples and prefix_length are 0"),
+        ({"init_examples": 2, "method": "prompt"}, "cannot start from examples"),
+        ({"init_examples": 2, "compact_examples": "stride"}, "init_examples or prefix_length is 0"),
+        ({"init_examples": 9, "prefix_length": 5, "compact_examples": "stride"}, "fewer positions than the 9"),
+    ],
+)
+def test_contradictions(options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        pt.TrainConfig(**options)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_farthest_first_goes_round():
+    """The one nearest to the mean, then the two ends of a line, then what is left."""
+    states = torch.tensor([[1.0, 0.1], [0.1, 0.0], [-1.0, 0.0], [0.9, 0.0]])
+    order = farthest_first(states)
+    assert order[0] == 1
+    assert set(order[1:3]) in ({0, 2}, {3, 2})
+    assert sorted(order) == [0, 1, 2, 3]
+
+
+def test_diverse_takes_one_of_each_kind(backbone: Any, tmp_path: Path):
+    """Of nine near twins and one other, the other is among two."""
+    twins = [pt.Example(f"aaaaaaaaaaaaaaaaaa{letter}", ("x",)) for letter in "abcdefghi"]
+    config = run(tmp_path, init_examples=2, seed=1)
+    plan = tokenize(config, backbone, [*twins, pt.Example("9 7 5 3 1 Z", ("x",))], ()).plan
+    assert 9 in {example.index for example in plan.chosen}
+
+
+def test_loss_takes_the_best_of_its_sets(tiny_backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    backbone = tiny_backbone("llama")
+    sets: list[list[Any]] = []
+    usual = choice.choose_random
+
+    def recorded(*arguments: Any) -> Any:
+        sets.append(usual(*arguments))
+        return sets[-1]
+
+    monkeypatch.setattr(choice, "choose_random", recorded)
+    dev = [pt.Example("n : xyz", ("xyz it is.",))]
+    config = run(tmp_path, init_examples=2, example_choice="loss")
+    data = tokenize(config, backbone, EXAMPLES, dev)
+    assert len(sets) == choice.NUM_SETS
+    losses = []
+    for chosen in sets:
+        prefix = from_examples(backbone, [example.row for example in chosen], alone=True)
+        losses.append(float(batch_loss(backbone, prefix, collate(backbone, data.dev.examples)).mean()))
+    assert [e.index for e in data.plan.chosen] == [e.index for e in sets[losses.index(min(losses))]]
+    assert max(losses) > min(losses)
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_same_bit_by_bit_and_does_not_choose_again(
+    backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = {"init_examples": 2, "max_steps": 6}
+    whole = pt.train(run(tmp_path / "whole", **options), backbone=backbone, examples=EXAMPLES)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise Stopped
+
+    config = run(tmp_path / "run", **options)
+    with pytest.raises(Stopped):
+        pt.train(config, backbone=backbone, examples=EXAMPLES, on_event=stop)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("chosen again")
+
+    monkeypatch.setattr("prefixtune.training.starts.examples._choose", fail)
+    monkeypatch.setattr("prefixtune.training.starts.examples.from_examples", fail)
+    resumed = pt.train(config, backbone=backbone, examples=EXAMPLES, resume=True)
+    assert resumed.prefix.equal(whole.prefix)
+    assert resumed.prefix.header["initialization"] == whole.prefix.header["initialization"]
+
+
+def test_a_state_that_names_other_examples_is_refused(backbone: Any, tmp_path: Path):
+    config = run(tmp_path / "run", init_examples=2)
+    pt.train(config, backbone=backbone, examples=EXAMPLES)
+    path = tmp_path / "run" / "state.safetensors"
+    tensors, facts = load_state(path)
+    facts["initialization"]["examples"] = [0, 77]
+    save_state(path, tensors, {name: value for name, value in facts.items() if name != "sha256"})
+    with pytest.raises(CheckpointError, match="training examples that are not in this data"):
+        pt.train(config.replace(max_steps=8), backbone=backbone, examples=EXAMPLES, resume=True)
+
+
+def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone: Any, tmp_path: Path):
+    examples = [pt.Example("n : a", ("a it is.",)), *EXAMPLES[1:3], pt.Example("n : a", ("yes, a.",))]
+    data = tokenize(run(tmp_path, init_examples=3), backbone, examples, EXAMPLES[:1])
+    blocks = data.plan.blocks
+    assert set(blocks) == {0, 1, 2}
+    for index in (0, 1, 2):
+        assert data.train.examples[index].hidden == tuple(range(*blocks[index]))
+    assert data.train.examples[3].hidden == data.train.examples[0].hidden
+    # Development examples see everything, and so do all with leave_one_out off.
+    assert data.dev.examples[0].hidden == ()
+    seen = tokenize(run(tmp_path, init_examples=3, leave_one_out=False), backbone, examples, ())
+    assert not any(example.hidden for example in seen.train.examples)
+
+
+def test_runs_that_train_together_start_from_their_own_examples(tiny_backbone: Any, tmp_path: Path):
+    backbone = tiny_backbone("llama")
+    configs = [run(tmp_path / name, init_examples=count, seed=count) for name, count in (("a", 1), ("b", 3))]
+    together = train_together(configs, backbone=backbone, examples=[EXAMPLES, EXAMPLES])
+    for config, result in zip(configs, together, strict=True):
+        alone = pt.train(config.replace(output=f"{config.output}-alone"), backbone=backbone, examples=EXAMPLES)
+        assert result.prefix.prefix_length == alone.prefix.prefix_length
+        for (key, value), (k, v) in zip(result.prefix.layers["decoder"], alone.prefix.layers["decoder"], strict=True):
+            assert torch.allclose(key, k, atol=1e-3)
+            assert torch.allclose(value, v, atol=1e-3)
+
+
+def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp_path: Path):
+    config = run(tmp_path, init_examples=2, prefix_length=11, compact_examples="stride")
+    data = tokenize(config, backbone, EXAMPLES, ())
+    assert data.plan.lengths == (6, 5)
+    encoder, start = build_encoder(config, backbone, plan=data.plan)
+    prefix = encoder.bake()
+    assert prefix.prefix_length == start.description["prefix_length"] == 11
+    first, second = (example.row for example in data.plan.chosen)
+    whole = from_examples(backbone, [first], alone=True)
+    later = from_examples(backbone, [(1,) * 6, second], alone=True)
+    for layer, (key, _) in enumerate(prefix.layers["decoder"]):
+        own, other = whole.layers["decoder"][layer][0], later.layers["decoder"][layer][0]
+        assert torch.equal(key[:, 0], own[:, 0])
+        assert torch.equal(key[:, 5], own[:, len(first) - 1])
+        # The second one's positions follow on the six that the first one keeps.
+        assert torch.allclose(key[:, 6], other[:, 6], atol=1e-6)
+        assert torch.allclose(key[:, 10], other[:, 6 + len(second) - 1], atol=1e-6)
+    assert data.train.examples[data.plan.chosen[1].index].hidden == (6, 7, 8, 9, 10)
+
+
+def test_an_encoder_decoders_sites(tiny_backbone: Any, tmp_path: Path):
+    backbone = tiny_backbone("bart")
+    plan = tokenize(run(tmp_path, init_examples=2, sites="encoder,cross"), backbone, EXAMPLES, ()).plan
+    assert set(plan.site_lengths) == {"encoder", "cross"}
+    assert len(set(plan.site_lengths.values())) == 1
+    own = tokenize(run(tmp_path, init_examples=2, sites="cross,decoder=3"), backbone, EXAMPLES, ()).plan
+    assert own.site_lengths["decoder"] == 3
+    with pytest.raises(ConfigError, match="sites names decoder"):
+        tokenize(run(tmp_path, init_examples=2, sites="decoder"), backbone, EXAMPLES, ())
+
+
+def test_labels_by_words_are_solved_examples_and_a_head_has_none(tiny_backbone: Any, tmp_path: Path):
+    backbone = tiny_backbone("llama")
+    examples = [pt.Example(f"text {n}", (("good", "bad")[n % 2],)) for n in range(6)]
+    words = run(tmp_path, init_examples=2, task="classification")
+    data = tokenize(words, backbone, examples, ())
+    example = data.plan.chosen[0]
+    assert example.row == (*data.train.examples[example.index].prompt, *data.train.examples[example.index].targets[0])
+    with pytest.raises(ConfigError, match="a head learns labels"):
+        pt.train(words.replace(classifier="head", output=str(tmp_path / "run")), backbone=backbone, examples=examples)
+
+
+def test_transformers_trainer_refuses_them(tiny_backbone: Any):
+    with pytest.raises(ConfigError, match="training examples are not known here"):
+        PrefixModel(tiny_backbone("llama"), pt.TrainConfig(init_examples=2))
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_sources_are_the_development_examples(
+    backbone: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    examples = [pt.Example(f"n : {n}", (f"{n} it is.",)) for n in range(20)]
+    config = run(tmp_path / "run", hold_out=0.1, patience=3)
+    events: list[Any] = []
+    pt.train(config, backbone=backbone, examples=examples, on_event=events.append)
+    assert "2 sources are held out of training" in capsys.readouterr().err
+    assert (events[0]["num_sources"], events[0]["num_dev_targets"]) == (18, 2)
+    assert any("loss" in event for event in events if event["event"] == "evaluation")
+    pt.train(config.replace(max_steps=6), backbone=backbone, examples=examples, resume=True)
+    header = load_prefix(tmp_path / "run" / "prefix.safetensors").header
+    assert json.dumps(header["training"]["dev_loss"]) != "null"
+
+
+def test_the_only_source_cannot_be_held_out(tmp_path: Path, no_backbone_loads: None):
+    with pytest.raises(DataError, match=r"hold_out is 0.1, but there is only one training source"):
+        pt.train(run(tmp_path / "run", hold_out=0.1), examples=EXAMPLES[:1])
+
+
+def test_without_holding_out_nothing_changes(backbone: Any, tmp_path: Path, train: Callable[..., Any]):
+    result = train(2)
+    assert result.events[0]["num_dev_targets"] == 0
