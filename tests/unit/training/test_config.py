@@ -34,7 +34,7 @@ def test_all_faults_are_reported_at_once():
         "epochs is 0.0, but must be above 0",
         "seed is True, but must be a whole number",
         "task is 3, but must be text",
-        "reparameterization is 'mpl', but must be one of 'none', 'mlp', 'residual' (did you mean 'mlp'?)",
+        "reparameterization is 'mpl', but must be one of 'none', 'mlp', 'residual', 'scaled' (did you mean 'mlp'?)",
         "init_text is empty",
         "save_every is 0, but must be at least 1",
     ):
