@@ -175,7 +175,7 @@ def build_train_config(
     if cell.prefix_length:
         words = {"task": config.task_words, "unrelated": config.unrelated_words}.get(cell.initialization)
         values["prefix_length"] = cell.prefix_length
-        values |= {"initialization": "random"} if words is None else {"init_text": words}
+        values |= {"init_text": words} if words is not None else {"initialization": cell.initialization}
     if is_short:
         values = shorten_config(values, config.try_steps, num_targets)
     values = {

@@ -102,7 +102,7 @@ class StudyConfig(Config):
     methods: CommaList[_MethodName] = _own("grid", ("prefix",), f"of {', '.join(METHODS)}; with a size as in adapter:8")
     sizes: CommaList[_Limit] = _own("grid", (0,), "numbers of training targets; 0: all")
     lengths: CommaList[_Count] = _own("grid", (10,), "prefix lengths")
-    starts: CommaList[Start] = _own("grid", ("task",), "how the prefix starts")
+    starts: CommaList[Start] = _own("grid", ("task",), "how the prefix starts; examples: as many as fit its length")
     subsets: _Count = _own("grid", 1, "how many samples of the training set, where it is not used whole")
     seeds: _Count = _own("grid", 1, "how many seeds for each")
     sample: Literal["sources", "pairs"] = _own(

@@ -26,7 +26,8 @@ class Cell:
         method: One of `METHODS`; with a size, as in `adapter:8`, or without.
         num_targets: Training targets; 0: all.
         prefix_length: P; 0 where the method has no prefix.
-        initialization: `task`, `unrelated` or `random`; empty where the method has no prefix.
+        initialization: `task`, `unrelated`, `random` or `examples` (as many as fit the prefix's length); empty where
+            the method has no prefix.
         subset: Index of the sample of the training set.
         seed: Of the initial values and the order of the data.
     """

@@ -28,7 +28,7 @@ UNTRAINED: tuple[Method, ...] = ("zero-shot", "few-shot")
 """Methods that train nothing: the bare model, and the bare model shown a few solved examples."""
 SIZED: tuple[Method, ...] = ("top", "adapter", "lora")
 """Methods that may have a size, as in `adapter:8`."""
-Start = Literal["task", "unrelated", "random"]
+Start = Literal["task", "unrelated", "random", "examples"]
 StudyName = Literal["methods", "low-data", "unseen", "length", "initialization", "position"]
 
 

@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
     "quick": Preset(
         "for 8 to 200 examples of your own, in a minute: starts from four of them, takes 40 steps, and holds out a "
         "tenth where there is no development file",
-        dict.fromkeys(_GENERATION, {"prefix": _QUICK}),
+        {task: {"prefix": _QUICK} for task in _GENERATION},
     ),
     "paper": Preset(
         "the paper's runs on the full training sets; for summaries, those on XSUM",

@@ -120,7 +120,7 @@ def test_all_wrong_values_are_reported():
         "methods[3] is 'adapter:', but",
         "methods[4] is 'lora:0', but",
         "methods[5] is 'full:2', but",
-        "starts[0] is 'tasks', but must be one of 'task', 'unrelated', 'random' (did you mean 'task'?)",
+        "starts[0] is 'tasks', but must be one of 'task', 'unrelated', 'random', 'examples' (did you mean 'task'?)",
         "sizes[0] is -1, but must be at least 0",
         "lengths[0] is 0, but must be at least 1",
         "tries is 0, but must be at least 1",
@@ -135,7 +135,7 @@ def test_all_wrong_values_are_reported():
         "learning_rates.prefix is []",
         "learning_rates.top is [0.001, 0.001], but must be a list of positive numbers, none twice",
         "unknown key 'train_settings.batch_sice' (did you mean 'train_settings.batch_size'?)",
-        "train_settings.reparameterization is 'mpl', but must be one of 'none', 'mlp', 'residual' "
+        "train_settings.reparameterization is 'mpl', but must be one of 'none', 'mlp', 'residual', 'scaled' "
         "(did you mean 'mlp'?)",
         "train_settings has 'seed', which the study sets itself",
         "train_settings has 'quantize', which the study sets itself",
@@ -160,7 +160,7 @@ def test_a_study_is_of_a_task_that_generates():
 
 def test_rates_are_tried_around_the_default_as_many_for_each_method():
     config = StudyConfig(name="methods", tries=3, methods=["prefix", "full", "adapter:8"])
-    for method, usual in (("prefix", "residual"), ("full", "full"), ("adapter:8", "adapter")):
+    for method, usual in (("prefix", "scaled"), ("full", "full"), ("adapter:8", "adapter")):
         low, middle, high = config.rates(method)
         assert middle == default_learning_rate(usual)
         assert (middle / low, high / middle) == pytest.approx((3, 3), rel=0.02)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
 from prefixtune.studies import STUDIES, Cell, StudyConfig, plan
+from prefixtune.studies.cell import build_train_config
 from prefixtune.studies.compare import counterparts
 
 
@@ -106,3 +108,9 @@ def test_all_targets_are_not_taken_for_none():
         ("full-all-subset0-seed0", "prefix-all-P10-task-subset0-seed0"),
         ("full-all-subset0-seed1", "prefix-all-P10-task-subset0-seed1"),
     ]
+
+
+def test_a_cell_that_starts_from_examples_takes_as_many_as_fit_its_length(tmp_path: Path):
+    (cell,) = cells("length", lengths="40", starts="examples", sizes="5")
+    config = build_train_config(StudyConfig(name="length"), cell, 1e-2, tmp_path, 5)
+    assert (config.initialization, config.prefix_length, config.init_examples) == ("examples", 40, 0)

@@ -79,3 +79,17 @@ def test_a_wrong_name_gets_the_nearest_one(arguments: tuple[str, ...], says: str
     with pytest.raises(ConfigError, match=says) as caught:
         preset(*arguments)
     assert caught.value.hint
+
+
+def test_quick_is_for_every_task_that_generates():
+    assert set(PRESETS["quick"].runs) == {task.name for task in TASKS.values() if task.kind == "generation"}
+
+
+def test_quick_makes_a_small_file_of_examples_in_few_steps():
+    config = TrainConfig(**preset("quick", "records"))
+    assert config.initialization == "examples"
+    # 23,040 bytes per position of SmolLM2-135M in bfloat16.
+    assert config.prefix_length * 23_040 <= 1_500_000
+    assert config.save_dtype == "bfloat16"
+    assert config.hold_out > 0
+    assert config.patience > 0
