@@ -291,8 +291,9 @@ class TrainConfig(Config):
             yield ("init_examples", "prefix_length"), message
         if self.compact_examples:
             names = "compact_examples", "init_examples", "prefix_length"
-            if not (count and length):
-                yield names, f"compact_examples is {self.compact_examples!r}, but init_examples or prefix_length is 0"
+            if not (starts and count and length):
+                message = "needs a start from examples, init_examples and prefix_length"
+                yield names, f"compact_examples is {self.compact_examples!r}, which {message}"
             elif length < count:
                 yield names, f"prefix_length is {length}, fewer positions than the {count} examples to compact"
             if self.example_attention == "all":
