@@ -54,8 +54,11 @@ def _describe(event: Event) -> str:
     """What a message says of an event; empty: nothing."""
     if event["event"] == "start":
         cut = f", {event['num_cut']} sources truncated to fit" if event["num_cut"] else ""
+        begin = event["initialization"]
+        examples = begin.get("examples", ()) if begin["kind"] == "examples" else ()
+        start = f"starts from {len(examples)} solved examples, P = {begin['prefix_length']}; " if examples else ""
         return (
-            f"{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
+            f"{start}{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
             f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
             f"{event['dtype']} on {event['device']}"
         )

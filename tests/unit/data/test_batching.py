@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefixtune.data import Example
-from prefixtune.data.batching import pack
+from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_prompts
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
@@ -121,3 +121,11 @@ def test_an_empty_prompt_predicts_nothing():
     with pytest.raises(DataError, match="empty prompt") as error:
         pack([TokenizedExample((), ((1,),))])
     assert "separator" in error.value.hint
+
+
+def test_padded_rows_say_what_each_does_not_see_of_the_prefix():
+    """One row per target, so a source's hidden positions are those of each of its rows."""
+    examples = [TokenizedExample((1, 2), ((3,), (4, 5)), hidden=(0, 1)), TokenizedExample((6,), ((7,),))]
+    assert pad(examples, pad_id=0).hidden == ((0, 1), (0, 1), ())
+    assert pad(examples, pad_id=0, decoder_start_id=9).hidden == ((0, 1), ())
+    assert pad(examples[1:], pad_id=0).hidden is None

@@ -111,7 +111,10 @@ def test_options_imply_each_other():
         ({"init_examples": 2, "initialization": "words"}, "initialization is 'words'"),
         ({"initialization": "examples", "prefix_length": 0}, "both init_examples and prefix_length are 0"),
         ({"init_examples": 2, "method": "prompt"}, "cannot start from examples"),
-        ({"init_examples": 2, "compact_examples": "stride"}, "needs a start from examples, init_examples and prefix_length"),
+        (
+            {"init_examples": 2, "compact_examples": "stride"},
+            "needs a start from examples, init_examples and prefix_length",
+        ),
         ({"init_examples": 9, "prefix_length": 5, "compact_examples": "stride"}, "fewer positions than the 9"),
     ],
 )
