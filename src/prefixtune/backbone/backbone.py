@@ -6,6 +6,7 @@ The model is frozen, in evaluation mode, with every dropout rate set to zero, so
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,13 @@ import torch
 from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
+from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.fingerprint import fingerprint
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.backbone.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
+from prefixtune.prefix.rotation import Rotation
 from prefixtune.utils.files import atomic_files
 
 __all__ = ["Backbone"]
@@ -108,6 +111,16 @@ class Backbone:
     def prefix_positions(self, prefix_length: int) -> int:
         """How many of the model's positions a prefix takes: P for a decoder-only model, none for the others."""
         return prefix_length if self.kind == "decoder" else 0
+
+    @functools.cached_property
+    def rotation(self) -> Rotation:
+        """How each layer's keys turn with position, found by running a few tokens: to move and join prefixes.
+
+        Raises:
+            BackboneError: Keys depend on the text's length, or on position in a way that is no turn.
+        """
+        with self.autocast():
+            return find_rotation(self.model, self.layout, self.max_positions)
 
     @property
     def supports_logits_to_keep(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +19,18 @@ __all__ = ["PrefixLike", "as_prefix", "load_prefix", "make_header"]
 
 
 def make_header(backbone: Backbone, **facts: Any) -> dict[str, Any]:
-    """What an artifact says of its origin; `save_prefix` adds what it says of its tensors.
+    """What an artifact says of its origin, and how its keys can be moved; `save_prefix` adds what its tensors are.
 
     Args:
         backbone: The model that it was trained for.
         **facts: More, such as `task`, `text_format`, `training`, `initialization`, `license`.
     """
     origin = {"name": backbone.name, "fingerprint": backbone.fingerprint, "kind": backbone.kind}
-    return {"backbone": origin, **facts}
+    header: dict[str, Any] = {"backbone": origin}
+    # A backbone whose keys cannot be moved still trains prefixes: they are used alone.
+    with contextlib.suppress(BackboneError):
+        header["rotation"] = backbone.rotation.to_header()
+    return {**header, **facts}
 
 
 PrefixLike = Prefix | str | os.PathLike[str]

@@ -18,7 +18,7 @@ from torch import Tensor
 from prefixtune.errors import CheckpointError, PrefixWarning
 from prefixtune.prefix.header import check_version, dump_header, parse_header
 
-__all__ = ["metadata_with_checksum", "read_file", "read_verified", "save_file"]
+__all__ = ["hash_tensors", "metadata_with_checksum", "read_file", "read_verified", "save_file"]
 
 
 _CHECKSUM_KEY = "prefixtune_checksum"
@@ -125,6 +125,11 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
             # Hashed in place: no copy, and no numpy, which has no bfloat16.
             digest.update((ctypes.c_char * stored.nbytes).from_address(stored.data_ptr()))
     return f"sha256:{digest.hexdigest()}"
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """`sha256:` and 64 digits of tensors alone: their names, types, shapes and bytes."""
+    return _checksum(tensors, "")
 
 
 def metadata_with_checksum(key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def make_run_header(
     # A LoRA adapter that trains with the prefix is stored next to it.
     trains_adapter = config.trains_prefix and bool(backbone.adapter_parameters)
     adapter = ADAPTER_FOLDER if trains_adapter else config.adapter
-    return make_header(
+    header = make_header(
         backbone,
         task=config.task,
         method=config.method,
@@ -75,6 +75,10 @@ def make_run_header(
         license=config.license,
         made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
+    if not config.trains_prefix:
+        # Weights have no position.
+        header.pop("rotation", None)
+    return header
 
 
 def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None, header: Mapping[str, Any]) -> None:

@@ -1,0 +1,120 @@
+"""What the header of a composed prefix says of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.tensor_file import hash_tensors
+
+__all__ = ["MAX_PARTS", "content_hash", "describe_parts", "lead_header"]
+
+MAX_PARTS = 64
+"""Most parts of one prefix, those of its parts included."""
+
+_KEPT = ("task", "description", "license")
+_LONGEST = 200
+"""Characters that are kept of a part's texts."""
+
+
+def content_hash(prefix: Prefix) -> str:
+    """`sha256:` and 64 digits of a prefix's tensors: names, types, shapes and bytes; whatever its header says."""
+    tensors = {
+        f"{site}.{index}.{part}": tensor
+        for site, layers in prefix.layers.items()
+        for index, pair in enumerate(layers)
+        for part, tensor in zip(("key", "value"), pair, strict=True)
+    }
+    if prefix.head is not None:
+        tensors |= {"head.weight": prefix.head.weight, "head.bias": prefix.head.bias}
+    return hash_tensors(tensors)
+
+
+def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
+    """The header of a composed prefix, but for its parts: what the leading part says, or the next before it that does.
+
+    Text format and task go together, so that they come from one part.
+    """
+    order = [prefixes[lead], *reversed(prefixes[:lead]), *prefixes[lead + 1 :]]
+    header: dict[str, Any] = {}
+    for name in ("backbone", "placement", "method"):
+        found = next((prefix.header[name] for prefix in order if prefix.header.get(name) is not None), None)
+        if found is not None:
+            header[name] = found
+    speaking = next(
+        (prefix.header for prefix in order if prefix.header.get("text_format") is not None), order[0].header
+    )
+    header |= {name: speaking[name] for name in ("task", "text_format") if speaking.get(name) is not None}
+    if prefixes[lead].header.get("labels"):
+        header["labels"] = prefixes[lead].header["labels"]
+    licenses = [prefix.header.get("license") for prefix in prefixes]
+    if licenses[0] and all(one == licenses[0] for one in licenses):
+        header["license"] = licenses[0]
+    return header
+
+
+def describe_parts(
+    prefixes: Sequence[Prefix], names: Sequence[str], *, nested: str = "", weights: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """One entry per part: its content's hash, length, task and scores.
+
+    Args:
+        prefixes: The parts, in order.
+        names: What they are called.
+        nested: Parts that were composed in this mode are replaced by their own parts; of other modes, the parts' hashes
+            are kept.
+        weights: Of the parts, where they have any.
+
+    Raises:
+        ConfigError: There are too many.
+    """
+    parts: list[dict[str, Any]] = []
+    for number, (prefix, name) in enumerate(zip(prefixes, names, strict=True)):
+        mode, inner = _composition(prefix.header)
+        if inner and mode == nested:
+            parts.extend(inner)
+            continue
+        entry = _entry(prefix, name)
+        if weights:
+            entry["weight"] = weights[number]
+        if inner:
+            entry["composition"] = {"mode": mode, "hashes": [str(part.get("hash", ""))[:71] for part in inner]}
+        parts.append(entry)
+    if len(parts) > MAX_PARTS:
+        raise ConfigError(
+            f"the result would have {len(parts)} parts, but at most {MAX_PARTS} are allowed.", hint="compose fewer."
+        )
+    return parts
+
+
+def _composition(header: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """Mode and parts of a composed prefix; no parts for any other."""
+    composition = header.get("composition")
+    if not isinstance(composition, Mapping):
+        return "", []
+    parts = composition.get("parts")
+    valid = isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)
+    return str(composition.get("mode"))[:20], [dict(part) for part in parts][:MAX_PARTS] if valid and parts else []
+
+
+def _entry(prefix: Prefix, name: str) -> dict[str, Any]:
+    header = prefix.header
+    entry: dict[str, Any] = {
+        "name": name[:_LONGEST],
+        "hash": content_hash(prefix),
+        "prefix_length": {site: prefix.length(site) for site in prefix.sites},
+    }
+    entry |= {key: str(header[key])[:_LONGEST] for key in _KEPT if header.get(key)}
+    training = header.get("training")
+    if isinstance(training, Mapping):
+        entry |= {key: training[key] for key in ("dev_loss", "backbone_dtype") if _is_plain(training.get(key))}
+    scores = header.get("scores")
+    if isinstance(scores, Mapping):
+        entry["scores"] = {str(key)[:40]: scores[key] for key in list(scores)[:20] if _is_plain(scores[key])}
+    return entry
+
+
+def _is_plain(value: object) -> bool:
+    return (isinstance(value, str) and len(value) <= 40) or type(value) in (int, float)

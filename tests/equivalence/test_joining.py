@@ -1,0 +1,242 @@
+"""Moved keys are those that the model computes at the new positions; joined prefixes are both texts' caches in front.
+
+The other side of each comparison is transformers' own model, untouched, with its own cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixtune.attention.compute import compute_kv, prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import BackboneError
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import Prefix
+from zoo import exists, make_model
+
+PAIRS = {
+    "llama": 4,
+    "qwen2": 4,
+    "qwen3": 8,
+    "gemma": 8,
+    "gemma2": 8,
+    "gpt_neox": 1,
+    "phi": 2,
+    "gptj": 2,
+    "codegen": 2,
+    "cohere": 4,
+    "glm": 2,
+    "stablelm": 1,
+    "persimmon": 2,
+    "deepseek_v3": 2,
+    "mixtral": 4,
+}
+"""Families of rotary models -> how many pairs turn in every layer: partial, interleaved, in a part of the head."""
+
+BY_LAYER = {
+    "gemma3_text": (2, 0),
+    "gemma4_text": (2, 0),
+    "modernbert-decoder": (2, 0),
+    "smollm3": (1, 1),
+    "cohere2": (1, 1),
+    "llama4_text": (1, 1),
+    "exaone4": (1, 1),
+    "zamba2": (1, 0),
+}
+"""Families whose layers differ -> how many ways to turn, and how many layers without positions."""
+
+SCALED = {
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 40,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 40},
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_tokenizer: Any) -> Callable[..., Backbone]:
+    """A factory of tiny backbones of the zoo."""
+
+    def make(name: str, **changes: Any) -> Backbone:
+        if not exists(name):
+            pytest.skip(f"this transformers has no {name}")
+        return Backbone.from_model(make_model(name, tiny_tokenizer, **changes), tiny_tokenizer, f"tiny-{name}")
+
+    return make
+
+
+def _ids(count: int, seed: int) -> Tensor:
+    return torch.randint(90, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _kv_at(backbone: Backbone, ids: Tensor, start: int) -> Prefix:
+    positions = torch.arange(ids.shape[1])[None] + start
+    return compute_kv(backbone.model, backbone.layout, input_ids=ids, position_ids=positions)
+
+
+def _worst(one: Prefix, other: Prefix) -> float:
+    """The largest difference, relative to the largest number of each tensor."""
+    pairs = zip(one.tensors(), other.tensors(), strict=True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("offset", [1, 23, 140])
+@pytest.mark.parametrize("name", [*PAIRS, *BY_LAYER])
+def test_turned_keys_are_those_computed_at_the_new_positions(
+    backbone: Callable[..., Backbone], name: str, offset: int
+) -> None:
+    made, ids = backbone(name), _ids(9, seed=offset)
+    here, there = _kv_at(made, ids, 0), _kv_at(made, ids, offset)
+    assert _worst(made.rotation.turn(here, offset), there) < 1e-5
+    assert _worst(made.rotation.turn(there, -offset), here) < 1e-5
+    assert _worst(here, there) > 0.05
+
+
+@pytest.mark.parametrize("kind", list(SCALED))
+def test_scaled_frequencies_are_found(backbone: Callable[..., Backbone], kind: str) -> None:
+    made, ids = backbone("llama", rope_parameters=SCALED[kind]), _ids(9, seed=3)
+    assert _worst(made.rotation.turn(_kv_at(made, ids, 0), 77), _kv_at(made, ids, 77)) < 1e-5
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_the_pairs_of_a_rotary_model(backbone: Callable[..., Backbone], name: str) -> None:
+    rotation = backbone(name).rotation
+    turns = set(rotation.layers["decoder"])
+    assert rotation.positions == "rotary"
+    assert rotation.is_exact
+    assert len(turns) == 1
+    (turn,) = turns
+    assert turn is not None
+    assert len(turn.first) == PAIRS[name]
+
+
+@pytest.mark.parametrize("name", list(BY_LAYER))
+def test_layers_may_turn_in_ways_of_their_own(backbone: Callable[..., Backbone], name: str) -> None:
+    turns = backbone(name).rotation.layers["decoder"]
+    ways, without = BY_LAYER[name]
+    assert len(set(turns) - {None}) == ways
+    assert turns.count(None) == without
+
+
+def test_frequencies_are_the_models_own(backbone: Callable[..., Backbone]) -> None:
+    made = backbone("llama")
+    turn = made.rotation.layers["decoder"][0]
+    assert turn is not None
+    assert turn.first == (0, 1, 2, 3)
+    assert turn.second == (4, 5, 6, 7)
+    assert torch.tensor(turn.frequencies) == pytest.approx(made.model.model.rotary_emb.inv_freq, rel=1e-5)
+    interleaved = backbone("gptj").rotation.layers["decoder"][0]
+    assert interleaved is not None
+    assert interleaved.first == (0, 2)
+    assert interleaved.second == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_bigcode", "biogpt", "ctrl"])
+def test_positions_added_to_the_input_cannot_be_moved_on(backbone: Callable[..., Backbone], name: str) -> None:
+    made, ids = backbone(name), _ids(9, seed=1)
+    here = _kv_at(made, ids, 0)
+    assert made.rotation.positions == "absolute"
+    assert not made.rotation.is_exact
+    assert made.rotation.turn(here, 40).equal(here)
+    assert _worst(here, _kv_at(made, ids, 40)) > 0.05
+
+
+@pytest.mark.parametrize("name", ["jamba", "granitemoehybrid", "nemotron_h"])
+def test_keys_without_positions_stay(backbone: Callable[..., Backbone], name: str) -> None:
+    made, ids = backbone(name), _ids(9, seed=1)
+    here = _kv_at(made, ids, 0)
+    assert made.rotation.positions == "none"
+    assert made.rotation.is_exact
+    assert made.rotation.turn(here, 40).equal(here)
+    assert _worst(here, _kv_at(made, ids, 40)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_are_refused(backbone: Callable[..., Backbone], kind: str) -> None:
+    factors = [1.0] * 4
+    settings = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        settings |= {"long_factor": factors, "short_factor": factors, "original_max_position_embeddings": 40}
+    made = backbone("llama", rope_parameters=settings)
+    with pytest.raises(BackboneError, match=f"rope_type '{kind}'"):
+        _ = made.rotation
+
+
+def test_attention_that_depends_on_absolute_positions_is_refused(backbone: Callable[..., Backbone]) -> None:
+    # Keys are scaled number by number after they are turned, so that scores depend on more than distances.
+    with pytest.raises(BackboneError, match="no rotation"):
+        _ = backbone("hunyuan_v1_dense").rotation
+
+
+@torch.no_grad()
+def _logits_behind(model: Any, caches: list[Any], ids: Tensor, start: int) -> Tensor:
+    """The untouched model's logits for a text behind several caches, at positions from `start` on."""
+    from transformers import DynamicCache
+
+    joined = DynamicCache()
+    for layer in range(len(caches[0].layers)):
+        keys = torch.cat([cache.layers[layer].keys for cache in caches], dim=2)
+        values = torch.cat([cache.layers[layer].values for cache in caches], dim=2)
+        joined.update(keys, values, layer)
+    positions = torch.arange(ids.shape[1])[None] + start
+    logits: Tensor = model(input_ids=ids, position_ids=positions, past_key_values=joined).logits
+    return logits
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt_neox", "phi", "gptj", "cohere", "smollm3", "gpt2"])
+def test_joined_prefixes_are_both_caches_in_front(
+    backbone: Callable[..., Backbone], tiny_tokenizer: Any, name: str
+) -> None:
+    made, plain = backbone(name), make_model(name, tiny_tokenizer)
+    texts, text = [_ids(6, 1), _ids(4, 2), _ids(5, 3)], _ids(7, 4)
+    prefixes = [prefix_from_tokens(made.model, made.layout, ids) for ids in texts]
+    joined = concatenate(prefixes, made.rotation)
+    caches, start = [], 0
+    with torch.no_grad():
+        for ids in texts:
+            # Absolute positions cannot be moved on: there each part stays where it was computed.
+            begins = 0 if made.rotation.positions == "absolute" else start
+            positions = torch.arange(ids.shape[1])[None] + begins
+            caches.append(plain(input_ids=ids, position_ids=positions, use_cache=True).past_key_values)
+            start += ids.shape[1]
+        ours = made.forward(text, prefixes=joined).logits
+    theirs = _logits_behind(plain, caches, text, start)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    swapped = concatenate([prefixes[1], prefixes[0], prefixes[2]], made.rotation)
+    assert (made.forward(text, prefixes=swapped).logits - ours).norm() > 1e-3 or made.rotation.positions == "absolute"
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "t5gemma"])
+def test_an_encoder_decoders_parts_stand_beside_each_other(backbone: Callable[..., Backbone], name: str) -> None:
+    made = backbone(name)
+    one, other = (prefix_from_tokens(made.model, made.layout, _ids(count, count)) for count in (6, 4))
+    assert made.rotation.positions == "none"
+    assert made.rotation.turn(other, 6).equal(other)
+    joined, swapped = concatenate([one, other], made.rotation), concatenate([other, one], made.rotation)
+    for site in joined.sites:
+        assert torch.equal(joined.layers[site][0][0][:, 6:], other.layers[site][0][0])
+    call = {"decoder_input_ids": _ids(5, 8)}
+    logits = [made.forward(_ids(7, 9), prefixes=prefix, **call).logits for prefix in (joined, swapped, one)]
+    # Text and parts have no positions towards each other, so that the order means nothing.
+    assert (logits[0] - logits[1]).norm() / logits[0].norm() < 1e-5
+    assert (logits[0] - logits[2]).norm() / logits[0].norm() > 1e-3
+
+
+def test_gradients_reach_every_part(backbone: Callable[..., Backbone]) -> None:
+    made = backbone("llama")
+    leaves = [prefix_from_tokens(made.model, made.layout, _ids(count, count)).leaves() for count in (3, 4)]
+    joined = concatenate(leaves, made.rotation)
+    made.forward(_ids(5, 1), prefixes=joined).logits.square().mean().backward()
+    assert all(bool((tensor.grad != 0).any()) for leaf in leaves for tensor in leaf.tensors())
