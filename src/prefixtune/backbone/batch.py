@@ -29,6 +29,8 @@ class Batch:
         decoder_attention_mask: Padded rows of an encoder-decoder only.
         source_rows: Padded rows of an encoder-decoder only: which source each target looks at.
         labelled: The labels are those of a head, not tokens.
+        visible_lengths: The first positions of the prefix that are in front: one number for all rows, or as many as the
+            packing's prefix index counts through; empty: the whole prefix is in front of all.
         hidden: Padded rows only: positions of the prefix that each row of `input_ids` does not see, as `Group.hidden`
             has them in a packed row; None: every row sees all.
     """
@@ -43,7 +45,13 @@ class Batch:
     decoder_attention_mask: Int[Tensor, "Rd Td"] | None = None
     source_rows: Int[Tensor, " Rd"] | None = None
     labelled: bool = False
+    visible_lengths: tuple[int | None, ...] = ()
     hidden: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def num_prefixes(self) -> int:
+        """Prefixes that the packing's prefix index counts through; 1 where there is no such index."""
+        return 1 if self.packing is None or self.packing.prefix_index is None else 1 + max(self.packing.prefix_index)
 
     @property
     def num_targets(self) -> int:

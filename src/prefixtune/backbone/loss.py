@@ -67,7 +67,7 @@ def batch_loss(backbone: Backbone, prefix: Prefix | Sequence[Prefix | None] | No
 
     Args:
         backbone: The frozen model.
-        prefix: One for all; or one for each index of a row that `join` made.
+        prefix: One for all; or one for each index that the batch's packing counts through.
         batch: Labels and what they are predicted from.
     """
     positions = batch.label_positions.to(backbone.device)

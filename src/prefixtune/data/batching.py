@@ -71,6 +71,7 @@ def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) 
         packing,
         attention_mask=mask,
         labelled=True,
+        visible_lengths=_one_length(examples),
         hidden=None if packing is not None else _hidden_rows([example.hidden for example in examples]),
     )
 
@@ -105,11 +106,13 @@ def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None =
             label_positions.extend(range(len(ids), len(ids) + len(target)))
             ids.extend((opening, *target[:-1]))
     labels = (torch.tensor(label_positions), *_labels(examples))
+    lengths, prefix_index = _visible_lengths(examples)
     if decoder_start_id is None:
-        return Batch(torch.tensor([ids]), *labels, Packing(tuple(groups)))
+        packing = Packing(tuple(groups), None, prefix_index)
+        return Batch(torch.tensor([ids]), *labels, packing, visible_lengths=lengths)
     sources = torch.tensor([[token for example in examples for token in example.prompt]])
-    packing = Packing(tuple(groups), tuple(len(example.prompt) for example in examples))
-    return Batch(sources, *labels, packing, decoder_input_ids=torch.tensor([ids]))
+    packing = Packing(tuple(groups), tuple(len(example.prompt) for example in examples), prefix_index)
+    return Batch(sources, *labels, packing, decoder_input_ids=torch.tensor([ids]), visible_lengths=lengths)
 
 
 def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: int | None = None) -> Batch:
@@ -138,9 +141,10 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         for offset in range(len(target))
     ]
     labels = (torch.tensor(label_positions), *_labels(examples))
+    lengths = _one_length(examples)
     if decoder_start_id is None:
         hidden = _hidden_rows([example.hidden for example in examples for _ in example.targets])
-        return Batch(ids, *labels, attention_mask=mask, hidden=hidden)
+        return Batch(ids, *labels, attention_mask=mask, visible_lengths=lengths, hidden=hidden)
     sources, source_mask = _pad_rows([example.prompt for example in examples], pad_id)
     return Batch(
         sources,
@@ -149,6 +153,7 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         decoder_input_ids=ids,
         decoder_attention_mask=mask,
         source_rows=torch.tensor([row for row, example in enumerate(examples) for _ in example.targets]),
+        visible_lengths=lengths,
         hidden=_hidden_rows([example.hidden for example in examples]),
     )
 
@@ -157,7 +162,8 @@ def join(batches: Sequence[Batch]) -> Batch:
     """Concatenate packed rows into one row, in which each of them keeps a prefix of its own.
 
     Args:
-        batches: Packed, of one kind. The groups of the first batch attend to the first prefix, and so on.
+        batches: Packed, of one kind. The groups of the first batch attend to the first prefix, and so on; a batch whose
+            groups have several prefixes takes as many.
 
     Raises:
         ConfigError: One of them is padded, or for a head.
@@ -170,11 +176,14 @@ def join(batches: Sequence[Batch]) -> Batch:
     label_positions: list[Tensor] = []
     target_index: list[Tensor] = []
     width = num_targets = 0
-    for index, batch in enumerate(batches):
+    num_prefixes = 0
+    for batch in batches:
         packing = batch.packing or Packing(())
         groups.extend(dataclasses.replace(group, start=group.start + width) for group in packing.groups)
         sources.extend(packing.sources or ())
-        prefix_index.extend([index] * len(packing.groups))
+        own_index = packing.prefix_index or (0,) * len(packing.groups)
+        prefix_index.extend(num_prefixes + index for index in own_index)
+        num_prefixes += batch.num_prefixes
         label_positions.append(batch.label_positions + width)
         target_index.append(batch.target_index + num_targets)
         width, num_targets = width + batch.width, num_targets + batch.num_targets
@@ -245,6 +254,31 @@ def _labels(examples: Sequence[TokenizedExample]) -> tuple[Int[Tensor, " N"], In
         torch.tensor([label for target in targets for label in target]),
         torch.tensor([index for index, target in enumerate(targets) for _ in target]),
     )
+
+
+def _visible_lengths(
+    examples: Sequence[TokenizedExample],
+) -> tuple[tuple[int | None, ...], tuple[int, ...] | None]:
+    """The different lengths of the prefix in a packed row, and which of them is in front of each group.
+
+    Where all groups have the same, there is no index; where that is the whole prefix, no length either.
+    """
+    lengths = tuple(dict.fromkeys(example.visible_length for example in examples))
+    if len(lengths) == 1:
+        return (() if lengths[0] is None else lengths), None
+    return lengths, tuple(lengths.index(example.visible_length) for example in examples)
+
+
+def _one_length(examples: Sequence[TokenizedExample]) -> tuple[int | None, ...]:
+    """The length of the prefix of a batch with one prefix.
+
+    Raises:
+        ConfigError: The examples have several.
+    """
+    lengths, prefix_index = _visible_lengths(examples)
+    if prefix_index is not None:
+        raise ConfigError("padded rows and heads have one length of the prefix.", hint="give all examples the same.")
+    return lengths
 
 
 def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:

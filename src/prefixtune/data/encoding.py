@@ -37,12 +37,15 @@ class TokenizedExample:
         targets: Each target's tokens, or the label indices.
         label_positions: For a head: where in the prompt each label is predicted; None: the targets are tokens.
         hidden: Positions of the prefix that the example does not see while it is trained on (see `Group.hidden`).
+        visible_length: It is trained with the first positions of the prefix alone, as if there were no others; None:
+            with the whole prefix.
     """
 
     prompt: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
     label_positions: tuple[int, ...] | None = None
     hidden: tuple[int, ...] = ()
+    visible_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from prefixtune.training.distributed import ProcessGroup
 
 __all__ = [
     "check_gradient_checkpointing",
+    "check_hidden_positions",
     "check_together",
     "early_checks",
     "no_head",
@@ -128,4 +129,18 @@ def check_gradient_checkpointing(backbone: Backbone) -> None:
         raise ConfigError(
             f"{backbone.name!r} forwards no argument to its attention: recomputed layers would lose the prefix.",
             hint="train without gradient checkpointing.",
+        )
+
+
+def check_hidden_positions(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse to hide positions of a prefix that has none where they can be hidden.
+
+    Raises:
+        ConfigError: The prefix is at an encoder-decoder's decoder alone.
+    """
+    if config.prefix_dropout and backbone.kind == "encoder-decoder" and set(config.site_lengths) == {"decoder"}:
+        raise ConfigError(
+            "prefix_dropout hides positions at the sites encoder and cross of an encoder-decoder, but sites is "
+            f"{config.sites!r}.",
+            hint="train one of these sites, too, or set prefix_dropout to 0.",
         )

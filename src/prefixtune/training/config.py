@@ -176,18 +176,23 @@ class TrainConfig(Config):
         "example_attention own; with all, later examples have seen it, so a trace of it is left)",
     )
     prefix_dropout: float = _prefix(
-        0.0, ge=0, lt=1, description="share of the prefix's positions that each target group does not see in a step"
+        0.0,
+        ge=0,
+        lt=1,
+        description="in a step, a source and its targets do not see this share of the prefix's positions, drawn at "
+        "random; the first always stays",
     )
     init_prefix: str = _prefix("", description="prefix to start from: a file, the folder of a run, or hub:OWNER/NAME")
     beside: str = _prefix(
         "",
         description="to be joined later: other prefixes stand beside this one at random while it trains: a file, a "
-        "folder of files or runs, or self (runs that train together)",
+        "folder of files or runs, or self (the runs of --together)",
     )
-    beside_rate: float = _prefix(0.5, ge=0, le=1, description="share of the steps in which others stand beside")
+    beside_rate: float = _prefix(0.5, gt=0, le=1, description="share of the steps in which others stand beside")
+    beside_most: int = _prefix(3, ge=1, le=100, description="most others that stand beside in a step")
     nested: bool = _prefix(
         False,
-        description="every step trains a random length, so that the first p positions are a good prefix for all p",
+        description="train random lengths in every step, so that the first p positions are a good prefix for all p",
     )
 
     learning_rate: float = _training(
@@ -269,6 +274,11 @@ class TrainConfig(Config):
                 value = getattr(self, name)
                 if value != self.default(name):
                     yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
+            for name in ("nested", "prefix_dropout", "beside"):
+                if getattr(self, name):
+                    yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
+        if self.beside and self.method == "infix":
+            yield ("beside", "method"), "beside needs prefixes before the text, but method is 'infix'"
         if self.initialization in ("words", "text") and not self.init_text.strip():
             yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
         yield from self._example_conflicts()

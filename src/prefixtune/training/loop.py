@@ -45,6 +45,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData, optimizer_steps
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
+from prefixtune.training.variation import vary
 
 __all__ = ["PendingStep", "TrainLoop", "evaluation_loss", "forward_backward"]
 
@@ -105,16 +106,21 @@ class PendingStep:
     num_tokens: int
     loss: float = 0.0
 
+    def prefixes(self, index: int) -> list[Prefix | None]:
+        """What is in front of the rows of a batch: one prefix, or as many as its packing counts through."""
+        leaf = self.prefix_leaf
+        lengths = self.batches[index].visible_lengths
+        return [leaf] if leaf is None or not lengths else [leaf[:length] for length in lengths]
+
 
 def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
     """Losses and gradients of one step of each of several runs; their batches go through the backbone together."""
     for index in range(max(len(step.batches) for step in steps)):
         active = [step for step in steps if index < len(step.batches)]
         batches = [step.batches[index] for step in active]
-        if len(active) == 1:
-            losses = batch_loss(backbone, active[0].prefix_leaf, batches[0])
-        else:
-            losses = batch_loss(backbone, [step.prefix_leaf for step in active], join(batches))
+        prefixes = [prefix for step in active for prefix in step.prefixes(index)]
+        batch = batches[0] if len(active) == 1 else join(batches)
+        losses = batch_loss(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
         weights = [step.weights[index].to(losses.device) for step in active]
         weighted = losses * torch.cat(weights)
         weighted.sum().backward()
@@ -158,6 +164,7 @@ class TrainLoop:
         self.extended_from: int | None = None
         self.resumed = self.stopped = False
         start = self.bake()
+        self.site_lengths = {} if start is None else {site: start.length(site) for site in start.sites}
         check_storable({**self._header(), **({} if start is None else describe_tensors(start))})
 
     def _planned_steps(self, max_steps: int, epochs: float) -> int:
@@ -172,6 +179,11 @@ class TrainLoop:
         """Whether all steps are taken, or the patience is used up."""
         state, patience = self.state, self.config.patience
         return state.step >= state.total_steps or 0 < patience <= state.evals_without_improvement
+
+    @property
+    def _one_length(self) -> bool:
+        """Whether all groups of a row have prefixes of one length: padded rows, an infix, and those with a head."""
+        return not self.backbone.layout.packable or self.config.method == "infix" or self.data.has_head
 
     def bake(self) -> Prefix | None:
         """The prefix as it is now; None: the method has none."""
@@ -229,7 +241,8 @@ class TrainLoop:
     def remaining_steps(self) -> Iterator[list[tuple[Batch, bool]]]:
         """This process's part of the batches of each optimizer step to come, and whether it counts.
 
-        The order of the data is a function of the seed and the step alone, so that a resumed run finds its place.
+        The order of the data, and what varies from step to step, is a function of the seed and the step alone, so that
+        a resumed run finds its place, and the number of processes changes nothing.
         """
         index, steps_taken = 0, self.state.step
         for epoch in range(self.state.total_steps):
@@ -238,6 +251,7 @@ class TrainLoop:
                     return
                 index += 1
                 if index > steps_taken:
+                    batches = vary(self.config, index, batches, self.site_lengths, one_length=self._one_length)
                     yield [_local_batch(self.backbone, groups, self.processes) for groups in batches]
 
     def prepare(self, batches: Sequence[tuple[Batch, bool]]) -> PendingStep:

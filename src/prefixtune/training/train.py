@@ -21,7 +21,12 @@ from prefixtune.errors import ConfigError, TrainingError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.checkpoint import Checkpoint, has_new_length, read_checkpoint
-from prefixtune.training.checks import check_gradient_checkpointing, check_together, no_head
+from prefixtune.training.checks import (
+    check_gradient_checkpointing,
+    check_hidden_positions,
+    check_together,
+    no_head,
+)
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData, does_hold_out, read_data, tokenize
 from prefixtune.training.distributed import ProcessGroup, init_distributed, shard_model
@@ -347,6 +352,7 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
             f"{backbone.name!r} reads no packed rows, so that its runs cannot share a pass.",
             hint="train them one after the other.",
         )
+    check_hidden_positions(config, backbone)
     if config.gradient_checkpointing:
         check_gradient_checkpointing(backbone)
 

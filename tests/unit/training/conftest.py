@@ -27,14 +27,18 @@ def examples() -> list[pt.Example]:
 
 @pytest.fixture
 def train(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Callable[..., Any]:
-    """`train(steps, resume=False, **arguments)`: a run in the folder `run`."""
+    """`train(steps, resume=False, **arguments)`: a run in the folder `run`; fields of `TrainConfig` change it."""
     usual = examples
 
     def run(steps: int = 3, *, resume: bool = False, examples: Any = usual, **more: Any) -> Any:
         config = pt.TrainConfig(
             prefix_length=2, init_text="ab", max_steps=steps, save_every=1, batch_size=4, output=str(tmp_path / "run")
         )
-        return pt.train(config, backbone=backbone, examples=examples, resume=resume, **more)
+        fields = {
+            name: more.pop(name) for name in list(more) if name in pt.TrainConfig.model_fields and name != "backbone"
+        }
+        arguments = {"backbone": backbone, "examples": examples, "resume": resume, **more}
+        return pt.train(config.replace(**fields), **arguments)
 
     return run
 

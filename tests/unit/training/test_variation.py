@@ -1,0 +1,131 @@
+"""What varies from step to step: dropped positions and nested lengths, by the seed and the step alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.training.variation import dropped_positions, nested_lengths, vary
+
+GROUPS = [TokenizedExample((1, 2), ((3,),), hidden=(0, 7)) for _ in range(12)]
+
+
+def varied(step: int = 1, *, seed: int = 0, one_length: bool = False, **options: Any) -> list[list[TokenizedExample]]:
+    config = pt.TrainConfig(seed=seed, **options)
+    return vary(config, step, [GROUPS, GROUPS[:3]], {"encoder": 20, "cross": 5}, one_length=one_length)
+
+
+def test_each_group_misses_its_own_share_and_what_it_missed_before() -> None:
+    steps = [varied(step, prefix_dropout=0.3) for step in range(1, 101)]
+    groups = [group for batches in steps for batch in batches for group in batch]
+    assert all({0, 7} <= set(group.hidden) <= set(range(20)) for group in groups)
+    counts = Counter(position for group in groups for position in group.hidden)
+    # 1,500 draws each: 0.3 within six standard deviations of it.
+    assert all(abs(counts[position] / len(groups) - 0.3) < 0.07 for position in range(1, 20) if position != 7)
+    assert len({group.hidden for group in groups}) > 1000
+
+
+def test_the_first_position_always_stays() -> None:
+    rng = random.Random(0)
+    drawn = [dropped_positions(rng, 3, 0.99) for _ in range(200)]
+    assert max(map(len, drawn)) == 2
+    assert all(0 not in positions for positions in drawn)
+    assert varied(prefix_dropout=0.0)[0] == GROUPS
+
+
+def test_lengths_cover_the_range_in_every_step() -> None:
+    """A quarter is the whole prefix, and each octave below has the same share of the rest."""
+    rng = random.Random(0)
+    drawn = [nested_lengths(rng, 63, 12) for _ in range(500)]
+    assert all(sum(length == 63 for length in lengths) in (3, 4) for lengths in drawn)
+    rest = [length for lengths in drawn for length in lengths if length < 63]
+    octaves = Counter(length.bit_length() for length in rest)
+    assert set(rest) == set(range(1, 63))
+    assert all(abs(octaves[bits] / len(rest) - 1 / 6) < 0.02 for bits in range(1, 7))
+    # Stratified: no step trains long prefixes alone.
+    assert all(min(lengths) <= 2 for lengths in drawn)
+
+
+def test_one_length_for_a_batch_where_rows_cannot_differ() -> None:
+    for step in range(1, 20):
+        first, second = varied(step, nested=True, one_length=True)
+        assert len({group.visible_length for group in first}) == len({group.visible_length for group in second}) == 1
+    lengths = {varied(step, nested=True, one_length=True)[0][0].visible_length for step in range(1, 100)}
+    assert {1, 20} < lengths
+    assert len({group.visible_length for group in varied(nested=True)[0]}) > 6
+
+
+def test_draws_depend_on_the_seed_and_the_step_alone() -> None:
+    options = {"nested": True, "prefix_dropout": 0.2}
+    random.seed(3)
+    once = varied(5, **options)
+    random.seed(4)
+    assert varied(5, **options) == once
+    assert varied(6, **options) != once != varied(5, seed=1, **options)
+    lengths = [group.visible_length for group in once[0]]
+    assert [group.visible_length for group in varied(5, nested=True)[0]] == lengths
+
+
+@pytest.mark.parametrize(
+    "options", [{"nested": True}, {"prefix_dropout": 0.4}, {"nested": True, "prefix_dropout": 0.4}]
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    options: dict[str, Any], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    options = {**options, "prefix_length": 6}
+
+    def losses(result: Any) -> list[float]:
+        return [event["loss"] for event in result.events if event["event"] == "step"]
+
+    whole = train(6, **options)
+    plain = train(6, prefix_length=6, output=str(tmp_path / "plain"))
+    assert losses(whole) != losses(plain)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if event["event"] == "save" and event["step"] == 3:
+            raise Stopped
+
+    again = {**options, "output": str(tmp_path / "again")}
+    with pytest.raises(Stopped):
+        train(6, on_event=stop, **again)
+    resumed = train(6, resume=True, **again)
+    assert losses(resumed) == losses(whole)
+    assert resumed.prefix.equal(whole.prefix)
+
+
+def test_processes_share_the_same_groups(
+    backbone: Any, examples: list[pt.Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixtune.training.data import tokenize
+    from prefixtune.training.distributed import ProcessGroup
+    from prefixtune.training.loop import TrainLoop
+    from prefixtune.training.starts.build import build_encoder
+
+    config = pt.TrainConfig(prefix_length=6, init_text="ab", nested=True, prefix_dropout=0.4, max_steps=3, batch_size=4)
+    data = tokenize(config, backbone, examples, [])
+
+    def groups(rank: int, size: int) -> list[Any]:
+        encoder, start = build_encoder(config, backbone, examples=data.train.examples)
+        loop = TrainLoop(config, backbone, data, encoder, start.description, ProcessGroup(rank, size))
+        found = []
+        for ((batch, counts),) in loop.remaining_steps():
+            assert counts
+            lengths = [batch.visible_lengths[index] for index in batch.packing.prefix_index]
+            found.append([*zip((group.hidden for group in batch.packing.groups), lengths, strict=True)])
+            loop.state.step += 1
+        return found
+
+    together = groups(0, 1)
+    for own, first, second in zip(together, groups(0, 2), groups(1, 2), strict=True):
+        assert own[0::2] == first
+        assert own[1::2] == second
