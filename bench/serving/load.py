@@ -86,7 +86,14 @@ class Server:
     """`prefixtune serve` in a process of its own, with a key for each tenant and one for the administrator."""
 
     def __init__(
-        self, command: Sequence[str], backbone: str, folder: Path, keys: dict[str, str], slots: int, queue: int
+        self,
+        command: Sequence[str],
+        backbone: str,
+        folder: Path,
+        keys: dict[str, str],
+        slots: int,
+        queue: int,
+        dtype: str = "float32",
     ) -> None:
         rules = "".join(
             f'[keys.{name}]\nhash = "{hash_key(key)}"\n{"admin = true" if name == "admin" else ""}\n'
@@ -95,7 +102,7 @@ class Server:
         config = folder / "serve.toml"
         config.write_text(f"num_slots = {slots}\nmax_queue = {queue}\n{rules}", encoding="utf-8")
         self.log = open(folder / "server.log", "w+", encoding="utf-8")  # noqa: SIM115
-        options = ["--prefixes", str(folder / "prefixes"), "--config", str(config), "--dtype", "float32", "--port", "0"]
+        options = ["--prefixes", str(folder / "prefixes"), "--config", str(config), "--dtype", dtype, "--port", "0"]
         self.process = subprocess.Popen(
             [*command, "--backbone", backbone, *options], stdout=self.log, stderr=subprocess.STDOUT
         )

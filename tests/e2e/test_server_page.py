@@ -148,6 +148,37 @@ def test_forms_have_the_fields_of_the_task(page: Browser, server: LiveServer) ->
     assert outputs(page)["bare"]
 
 
+def test_chosen_prefixes_are_joined_in_the_order_of_choice(page: Browser, server: LiveServer) -> None:
+    choose(page, "other-pubs", MODEL, "pubs")
+    page.value("document.getElementById('max_tokens').value = '20'")
+    page.value("document.getElementById('join').click()")
+    page.until("document.getElementById('count').textContent.endsWith('joined: other-pubs + pubs')")
+    page.until("document.querySelectorAll('#inputs input').length === 8")
+    write(page)
+    shown = outputs(page)
+    mr = "name[The Vaults], eatType[pub], priceRange[cheap], area[riverside]"
+    body = {"mr": mr, "max_tokens": 20}
+    bare = {**body, "format_of": "other-pubs+pubs"}
+    assert shown == {
+        "other-pubs+pubs": server.post("/v1/tasks/other-pubs+pubs", body, key="pt-me")[1]["output"],
+        MODEL: server.post(f"/v1/tasks/{MODEL}", bare, key="pt-me")[1]["output"],
+    }
+    use_mode(page, "prompt", "#inputs textarea")
+    page.value("document.querySelector('#inputs textarea').value = 'x'")
+    write(page)
+    prompt = {"prompt": "x", "max_tokens": 20, "temperature": 0}
+    answer = server.post("/v1/completions", {"model": "other-pubs+pubs", **prompt}, key="pt-me")[1]
+    assert outputs(page)["other-pubs+pubs"] == answer["choices"][0]["text"]
+    # With one prefix there is nothing to join; without the tick, each writes by itself.
+    choose(page, "pubs")
+    assert "joined" not in page.value("document.getElementById('count').textContent")
+    choose(page, "pubs", "facts")
+    page.value("document.getElementById('join').click()")
+    write(page)
+    assert set(outputs(page)) == {"pubs", "facts"}
+    assert page.complaints() == []
+
+
 def test_an_error_is_shown_in_place_of_the_output(page: Browser) -> None:
     choose(page, "pubs", "facts")
     # Fields of pubs, which facts has not.

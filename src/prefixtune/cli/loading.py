@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["DEFAULT_BACKBONE", "Artifact", "find_artifact", "load", "load_artifact", "load_with_prefixes"]
+__all__ = [
+    "DEFAULT_BACKBONE",
+    "Artifact",
+    "find_artifact",
+    "load",
+    "load_artifact",
+    "load_with_prefixes",
+    "read_prefix",
+    "split_joined",
+]
 
 DEFAULT_BACKBONE = "smollm2-135m"
 
@@ -27,7 +36,7 @@ class Artifact:
     """The result of a training that a command uses; empty for the bare model.
 
     Attributes:
-        prefix: The file of a prefix.
+        prefix: The file of a prefix, or several with a + between them, which are joined.
         weights: The file of the trained weights of another method.
         header: The header of that file.
     """
@@ -51,6 +60,44 @@ def load(console: Console, name: str, options: Any, adapter: str | None = None) 
     return backbone
 
 
+def split_joined(text: str) -> list[str]:
+    """The prefixes that a text of --prefix names: one, or several with a + between them, which are joined.
+
+    A + in the name of a file or folder that exists is part of that name.
+
+    >>> split_joined("manual.safetensors+runs/style"), split_joined("hub:me/poems")
+    (['manual.safetensors', 'runs/style'], ['hub:me/poems'])
+
+    Raises:
+        ConfigError: A name is empty.
+    """
+    pieces = text.split("+")
+    names: list[str] = []
+    while pieces:
+        lengths = range(len(pieces), 1, -1)
+        length = next((n for n in lengths if os.path.lexists("+".join(pieces[:n]))), 1)
+        names.append("+".join(pieces[:length]))
+        pieces = pieces[length:]
+    if len(names) > 1 and "" in names:
+        raise ConfigError(
+            f"one of the joined names in {text!r} is empty.", hint="write one + between two names, as in a+b."
+        )
+    return names
+
+
+def read_prefix(text: str) -> Prefix:
+    """The prefix that a text of --prefix names, to check it before a model is loaded; of joined ones without the turn.
+
+    Raises:
+        PrefixError: A file is missing or wrong, or they cannot be joined.
+    """
+    from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.prefix.compose import concatenate
+
+    parts = [load_prefix(name) for name in split_joined(text)]
+    return parts[0] if len(parts) == 1 else concatenate(parts, None)
+
+
 def load_with_prefixes(
     console: Console,
     options: Any,
@@ -62,7 +109,7 @@ def load_with_prefixes(
     Args:
         console: Reports what is loaded.
         options: The options of the command.
-        files: Prefixes: paths, folders of runs or `hub:OWNER/NAME`.
+        files: Prefixes: paths, folders of runs or `hub:OWNER/NAME`; several with a + between them are joined.
         check: Checks the prefixes against other options; called before the backbone loads.
 
     Raises:
@@ -70,11 +117,13 @@ def load_with_prefixes(
     """
     from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix
+    from prefixtune.prefix.compose import concatenate
     from prefixtune.prefix.hub import prefix_file
     from prefixtune.prefix.text_format import read_text_format
 
     # Read first: a wrong file is reported at once, before the model loads.
-    files = [str(prefix_file(file)) for file in files]
+    parts = [[str(prefix_file(name)) for name in split_joined(text)] for text in files]
+    files = [file for names in parts for file in names]
     prefixes = [load_prefix(file) for file in files]
     names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes} - {""}
     if options.backbone is None and len(names) > 1:
@@ -93,7 +142,14 @@ def load_with_prefixes(
         ]
     )
     backbone = load(console, name, options, adapter)
-    return backbone, [load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone) for file in files]
+
+    def load_one(file: str) -> Prefix:
+        return load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone)
+
+    return backbone, [
+        load_one(names[0]) if len(names) == 1 else concatenate([load_one(name) for name in names], backbone.rotation)
+        for names in parts
+    ]
 
 
 def _check_loadable(options: Any, name: str, adapter: str | None = None) -> None:
@@ -128,12 +184,12 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
 
     Args:
         options: With `run_folder` (--run): the folder of a run; its prefix or weights are used.
-        file: Without --run: a prefix as a path, the folder of a run or `hub:OWNER/NAME`; empty: the bare model.
+        file: Without --run: a prefix as a path, the folder of a run or `hub:OWNER/NAME`, or several with a + between
+            them; empty: the bare model.
 
     Raises:
         ConfigError: The run has neither, or --quantize or --adapter does not go with its weights.
     """
-    from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.hub import prefix_file
     from prefixtune.training.artifact import load_weights
     from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
@@ -157,8 +213,8 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
         file = str(folder / PREFIX_FILE)
     if not file:
         return Artifact()
-    file = str(prefix_file(file))
-    return Artifact(prefix=file, header=load_prefix(file).header)
+    file = "+".join(str(prefix_file(name)) for name in split_joined(file))
+    return Artifact(prefix=file, header=read_prefix(file).header)
 
 
 def load_artifact(

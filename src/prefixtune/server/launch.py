@@ -117,6 +117,12 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
     state = ServerState(config, backbone, store, EngineWorker(engine))
+    if config.max_joined_prefixes > 1:
+        try:
+            # Found by trying it on the model, which no text should wait for.
+            state.catalog.joiner.rotation()
+        except PrefixError as error:
+            console.info(f"requests cannot join prefixes: {error.message}")
     # Takes a moment, for which the first request should not wait.
     state.tokenizer_thread.submit(newline_tokens, backbone)
     return state

@@ -33,10 +33,12 @@ class Limits:
     Attributes:
         max_tokens: Most new tokens.
         max_texts: Most texts: prompts times n.
+        max_joined: Most prefixes that are joined.
     """
 
     max_tokens: int
     max_texts: int
+    max_joined: int = 8
 
 
 # --- one key, one address ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Labels are bounded: routes by their patterns, and prefixes by number; the rest c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -93,15 +93,16 @@ class Metrics:
         """Record the seconds between two tokens of a text."""
         self._gap.observe(seconds)
 
-    def prompt(self, model: str, tokens: int) -> None:
-        """Record a prompt."""
-        self._prompt_tokens.labels(self._label(model)).inc(tokens)
+    def prompt(self, models: Sequence[str], tokens: int) -> None:
+        """Record a prompt, for each of the prefixes that are joined for it."""
+        for model in models:
+            self._prompt_tokens.labels(self._label(model)).inc(tokens)
 
-    def text_done(self, model: str, finish_reason: str, tokens: int) -> None:
-        """Record the end of a text."""
-        label = self._label(model)
-        self._texts.labels(label, finish_reason).inc()
-        self._new_tokens.labels(label).inc(tokens)
+    def text_done(self, models: Sequence[str], finish_reason: str, tokens: int) -> None:
+        """Record the end of a text, for each of the prefixes that are joined for it."""
+        for label in map(self._label, models):
+            self._texts.labels(label, finish_reason).inc()
+            self._new_tokens.labels(label).inc(tokens)
 
     def _label(self, model: str) -> str:
         """The model's name, for the first `max_prefixes`: ever new names must not fill the memory."""
@@ -145,7 +146,7 @@ class _EngineCollector:
             ),
             ("engine_restarts", "How often the engine failed and restarted.", snapshot.restarts),
             ("prefix_cache_hits", "Requested prefixes that were in memory.", cache.hits),
-            ("prefix_cache_misses", "Requested prefixes that had to be read.", cache.misses),
+            ("prefix_cache_misses", "Requested prefixes that had to be read or joined.", cache.misses),
             ("prefix_cache_evictions", "Prefixes removed from memory to make room.", cache.evictions),
         ):
             yield CounterMetricFamily(f"prefixtune_{name}", help_text, float(count))

@@ -46,13 +46,20 @@ class ServerState:
     def __init__(self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: EngineWorker) -> None:
         self.config, self.backbone, self.store, self.worker = config, backbone, store, worker
         self.started = time.time()
-        self.catalog = Catalog(store, backbone, config.model_id, int(self.started))
+        self.catalog = Catalog(
+            store,
+            backbone,
+            config.model_id,
+            int(self.started),
+            max_joined=config.max_joined_prefixes,
+            max_length=worker.engine.max_length,
+        )
         self.keyring = Keyring(config.keys)
         self.proxies = TrustedProxies(config.proxies)
         self.address_limit = AddressLimit(config.max_connections_per_address)
         self.pending_bytes = SharedCapacity(config.max_pending_mib * 2**20)
         self.admission = Admission(config.num_slots, config.max_queue)
-        self.limits = Limits(config.max_tokens, config.max_texts)
+        self.limits = Limits(config.max_tokens, config.max_texts, config.max_joined_prefixes)
         self.draining = False
         self.folder_error = ""
         self.metrics = Metrics(

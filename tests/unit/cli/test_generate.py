@@ -23,6 +23,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate as generate_texts
 from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.artifact import load_tuned
 from prefixtune.training.train import train
@@ -95,6 +96,30 @@ def test_a_text_is_taken_as_typed_and_escapes_are_read_when_asked_for(
     for text, shown in ((typed, as_typed), ("a\nb \\ \u00e9", read)):
         assert shown == in_lines(generate_texts(backbone, [text], prefixes[1], config=config))
     assert as_typed != read, "the texts must differ for the model"
+
+
+def test_joined_prefixes_are_those_of_the_composed_file(
+    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {}
+    # A + within the name of a file that exists is part of that name.
+    for seed, name in enumerate(("manual", "c+style", "user")):
+        prefix = Prefix(random_prefix(backbone, 2 + seed, seed).layers, make_header(backbone, task="records"))
+        files[name] = str(save_prefix(tmp_path / f"{name}.safetensors", prefix))
+    mixes = [("manual", "c+style"), ("c+style", "user", "manual"), ("user",), ("user", "manual")]
+    texts, config = ["one text", "another", "a third", "and one more"], GenerateConfig(max_new_tokens=4)
+    written = {}
+    for index, (mix, text) in enumerate(zip(mixes, texts, strict=True)):
+        composed = concatenate([load_prefix(files[name], backbone) for name in mix], backbone.rotation)
+        path = save_prefix(tmp_path / f"composed-{index}.safetensors", composed)
+        (written[mix],) = in_lines(generate_texts(backbone, [text], path, config=config))
+    named = ["+".join(files[name] for name in mix) for mix in mixes]
+    options = [word for name in named for word in ("--prefix", name)]
+    rows = [json.loads(row) for row in outputs(capsys, *texts, *options, "--json")]
+    assert in_lines([row["output"] for row in rows]) == list(written.values())
+    assert [row["prefix"] for row in rows] == named
+    assert outputs(capsys, texts[1], "--prefix", named[1]) == [written[mixes[1]]]
+    assert outputs(capsys, texts[1], "--prefix", named[1], "--stream")[0].strip() == written[mixes[1]].strip()
 
 
 @pytest.mark.parametrize("text", [r"a\d", "a\\", r"\ud800", r"\u12"])

@@ -14,7 +14,7 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.conversation import Conversation
 from prefixtune.cli.decoding import BackboneOptions
-from prefixtune.cli.loading import load_with_prefixes
+from prefixtune.cli.loading import load_with_prefixes, split_joined
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.inference.config import SamplingConfig
@@ -44,7 +44,8 @@ class ChatOptions(OutputOptions, BackboneOptions, SamplingConfig):
 
     prefix: TextList = Field(
         (),
-        description="a file, the folder of a run, or hub:OWNER/NAME; several: /prefix NAME switches; none: bare model",
+        description="a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; given several times: /prefix "
+        "NAME switches; none: bare model",
     )
     as_json: bool = json_option("one object per answer")
     max_new_tokens: int = option_group("decoding")(
@@ -63,6 +64,7 @@ def chat(options: ChatOptions) -> int:
     For example:
         prefixtune chat
         prefixtune chat --prefix runs/e2e/prefix.safetensors --prefix runs/news/prefix.safetensors
+        prefixtune chat --prefix runs/manual+runs/style
         prefixtune chat --temperature 0.7 --seed 1
         printf 'Hello\nWho are you?\n' | prefixtune chat --json
     """
@@ -98,9 +100,14 @@ def _names(files: Sequence[str]) -> list[str]:
     ['e2e', 'news', 'poems']
     >>> _names(["a/x.safetensors", "b/x.safetensors"])
     ['a/x.safetensors', 'b/x.safetensors']
+    >>> _names(["a/manual.safetensors+runs/style"])
+    ['manual+style']
     """
-    paths = [Path(file) for file in files]
-    short = [path.parent.name if path.stem == "prefix" and path.parent.name else path.stem for path in paths]
+    paths = [[Path(name) for name in split_joined(file)] for file in files]
+    short = [
+        "+".join(path.parent.name if path.stem == "prefix" and path.parent.name else path.stem for path in parts)
+        for parts in paths
+    ]
     return [
         name if short.count(name) == 1 and name != _NO_PREFIX else file for name, file in zip(short, files, strict=True)
     ]

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from prefixtune.cli.common import MetricNames, check_metrics, print_json
 from prefixtune.cli.decoding import DecodingOptions, generate_config
-from prefixtune.cli.loading import Artifact, find_artifact, load_artifact
+from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import TrainConfig
@@ -29,7 +29,8 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
 
     prefix: str | None = Field(
         None,
-        description="a file, the folder of its run, or hub:OWNER/NAME; without it and --run: the bare model",
+        description="a file, the folder of its run, or hub:OWNER/NAME; A+B joins several; without it and --run: the "
+        "bare model",
         json_schema_extra={"metavar": "FILE"},
     )
     run_folder: str | None = Field(
@@ -117,8 +118,7 @@ def evaluate(options: EvaluateOptions) -> int:
         return 0
     _check_outputs(options)
     shots = _read_shots(options, name, source, target)
-    training_data = options.train if shots else artifact.weights or artifact.prefix
-    overlap = _overlap(console, examples, training_data, shots)
+    overlap = _overlap(console, examples, _training_files(options, artifact, shots), shots)
     outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots)
     if options.output:
         method = artifact.header.get("method", "prefix") if artifact.header else "zero-shot"
@@ -267,39 +267,52 @@ def _read_shots(options: EvaluateOptions, task: str, source: str | None, target:
 
 
 def _overlap(
-    console: Console, examples: Sequence[Example], training_data: str | Path | None, shots: Sequence[Example]
+    console: Console, examples: Sequence[Example], files: Sequence[str | Path], shots: Sequence[Example]
 ) -> dict[str, Any]:
-    """How many examples are also in the training set, or among the shots, if known; warns if there are any.
+    """How many examples are also in a training set, or among the shots, if known; warns if there are any.
 
     Args:
         console: Shows the warning.
         examples: The examples to evaluate on.
-        training_data: The file of the shots, or a file in the folder of the training run; None: the bare model.
+        files: The file of the shots, or one in the folder of each training run; empty: the bare model.
         shots: The solved examples in the prompt.
     """
-    from prefixtune.evaluation.overlap import find_overlap, training_examples
-    from prefixtune.training.folder import CONFIG_FILE
+    from prefixtune.evaluation.overlap import find_overlap
 
-    if training_data is None:
+    known = [(str(files[0]), shots)] if shots else [one for file in files if (one := _training_set(console, file))]
+    if not known:
         return {}
-    training: Sequence[Example] | None = shots
-    name = str(training_data)
-    if not shots:
-        path = Path(training_data).parent / CONFIG_FILE
-        if not path.is_file():
-            return {}
-        try:
-            config = TrainConfig.from_file(path)
-            name, training = config.train or config.task, training_examples(config)
-        except PrefixError as error:
-            console.info(f"not compared with the training set: {error.message}")
-            return {}
-    if training is None:
-        return {}
-    overlap = find_overlap(examples, training, name)
+    names = ", ".join(dict.fromkeys(name for name, _ in known))
+    overlap = find_overlap(examples, [example for _, examples in known for example in examples], names)
     if overlap.count:
         console.warn(f"{overlap}.")
     return {"overlap": overlap.to_dict()}
+
+
+def _training_files(options: EvaluateOptions, artifact: Artifact, shots: Sequence[Example]) -> list[str | Path]:
+    """The file of the shots, or those of the trained weights or prefixes."""
+    if shots:
+        return [options.train or ""]
+    if artifact.weights is not None:
+        return [artifact.weights]
+    return [*split_joined(artifact.prefix)] if artifact.prefix else []
+
+
+def _training_set(console: Console, file: str | Path) -> tuple[str, Sequence[Example]] | None:
+    """Name and examples of what a file's run was trained on; None: it is unknown."""
+    from prefixtune.evaluation.overlap import training_examples
+    from prefixtune.training.folder import CONFIG_FILE
+
+    path = Path(file).parent / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        config = TrainConfig.from_file(path)
+        training = training_examples(config)
+    except PrefixError as error:
+        console.info(f"not compared with the training set: {error.message}")
+        return None
+    return None if training is None else (config.train or config.task, training)
 
 
 def _title(options: EvaluateOptions, task: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.decoding import DecodingOptions, generate_config
-from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, load_with_prefixes
+from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, load_with_prefixes, read_prefix
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
@@ -41,8 +41,8 @@ class GenerateOptions(DecodingOptions, OutputOptions):
     )
     prefix: TextList = Field(
         (),
-        description="a file, the folder of a run, or hub:OWNER/NAME; once for all texts, or once per text; none: bare "
-        "model",
+        description="a file, the folder of a run, or hub:OWNER/NAME; A+B joins several; once for all texts, or once "
+        "per text; none: bare model",
         json_schema_extra={"metavar": "FILE"},
     )
     run_folder: str = Field(
@@ -74,13 +74,11 @@ def generate(options: GenerateOptions) -> int:
     For example:
         prefixtune generate --prefix runs/e2e/prefix.safetensors "name : Aromi | type : pub"
         prefixtune generate --prefix a.safetensors --prefix b.safetensors "text for a" "text for b"
+        prefixtune generate --prefix manual.safetensors+style.safetensors "How do I reset it?"
         prefixtune generate --run runs/full "name : Aromi | type : pub"
         prefixtune generate --prefix p.safetensors --escapes "first line\nsecond line"
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
-    from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.hub import prefix_file
-
     console = Console(quiet=options.quiet)
     lines = [] if options.print_config else _read_texts(options, console)
     # Blank lines of stdin have empty results, so that the lines of sources and results match.
@@ -88,13 +86,12 @@ def generate(options: GenerateOptions) -> int:
     texts = [lines[index] for index in kept]
     several = len(options.prefix) > 1 and not options.print_config
     names = [options.prefix[index] for index in kept] if several else list(options.prefix)
-    files = [str(prefix_file(name)) for name in names]
     artifact = Artifact()
     if options.run_folder:
         artifact = find_artifact(options, None)
-        names = files = [artifact.prefix] if artifact.prefix else []
+        names = [artifact.prefix] if artifact.prefix else []
     # Everything that can be wrong is reported before the model loads.
-    stored = [load_prefix(file) for file in files]
+    stored = [read_prefix(name) for name in names]
     config = generate_config(options, stored, artifact.header.get("task"))
     if options.print_config:
         print(config.to_toml().rstrip())
@@ -109,7 +106,7 @@ def generate(options: GenerateOptions) -> int:
     if artifact.weights is not None:
         backbone, _, text_format = load_artifact(console, options, artifact)
     else:
-        backbone, prefixes = load_with_prefixes(console, options, files)
+        backbone, prefixes = load_with_prefixes(console, options, names)
     if labelling:
         rows = _label(console, backbone, prefixes, texts, config)
     elif options.stream:

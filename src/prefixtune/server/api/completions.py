@@ -48,7 +48,7 @@ async def create_completion(context: GenerationContext) -> Response:
     """Continue a prompt."""
     state = context.state
     request = await read_json(context, partial(parse, CompletionRequest, limits=state.limits))
-    model = await state.catalog.load(request.model, context.caller)
+    model = await state.catalog.load(request.model, context.caller, request.prefixes)
     if state.config.log_prompts:
         context.log_fields["prompts"] = request.prompts
     texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
@@ -74,7 +74,7 @@ async def create_chat_completion(context: GenerationContext) -> Response:
     """Answer a chat, in the prefix's text format or the backbone's chat template."""
     state = context.state
     request = await read_json(context, partial(parse, ChatRequest, limits=state.limits))
-    model = await state.catalog.load(request.model, context.caller)
+    model = await state.catalog.load(request.model, context.caller, request.prefixes)
     if state.config.log_prompts:
         context.log_fields["messages"] = request.conversation
     text_format = state.catalog.trained_format(model.header)
@@ -107,7 +107,7 @@ async def _respond(
     head = {
         "id": f"{choices.id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
-        "model": generation.model,
+        "model": generation.model.name,
         "object": choices.chunk_object if request.stream else choices.whole_object,
     }
     if request.stream:

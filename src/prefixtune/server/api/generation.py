@@ -55,7 +55,7 @@ class Generation:
     Attributes:
         worker: The engine.
         requests: One for each prompt, all with the same n.
-        model: The requested model's name.
+        model: The requested model.
         deadline: Seconds that they may take.
         metrics: Where times and tokens are counted.
         first_token_seconds: Time to the first token of all; None: there is none yet.
@@ -64,7 +64,7 @@ class Generation:
 
     worker: EngineWorker
     requests: Sequence[Request]
-    model: str
+    model: ServedModel
     deadline: float
     metrics: Metrics
     first_token_seconds: float | None = field(default=None, init=False)
@@ -118,7 +118,7 @@ class Generation:
             if any(index in self._running for index in self._indices(request)):
                 self.worker.cancel(request.id)
         for progress in self._running.values():
-            self.metrics.text_done(self.model, "gone", progress.tokens)
+            self.metrics.text_done(self.model.names, "gone", progress.tokens)
         self._running.clear()
 
     async def next_output(self) -> SequenceOutput | None:
@@ -144,7 +144,7 @@ class Generation:
             progress.tokens += len(output.tokens)
             self.num_tokens += len(output.tokens)
         if output.finish_reason is not None:
-            self.metrics.text_done(self.model, output.finish_reason, progress.tokens)
+            self.metrics.text_done(self.model.names, output.finish_reason, progress.tokens)
             del self._running[index]
 
     def usage(self) -> dict[str, Any]:
@@ -202,10 +202,11 @@ def start_generation(
         for one in requests:
             state.engine.check_length(len(one.prompt), one.prefix_length, one.sampling.max_new_tokens)
     except ContextLengthError as error:
-        hint = "shorten the prompt or lower max_tokens."
+        fewer = ", or join fewer prefixes" if model.parts else ""
+        hint = f"shorten the prompt or lower max_tokens{fewer}."
         raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
     context.exit_stack.enter_context(state.admission.admit(len(prompts) * n, context.tenant))
-    generation = Generation(state.worker, requests, model.name, context.remaining, state.metrics)
+    generation = Generation(state.worker, requests, model, context.remaining, state.metrics)
     context.exit_stack.callback(_finish, context, generation)
     try:
         generation.submit()
@@ -216,7 +217,7 @@ def start_generation(
     except PrefixError as error:
         raise bad_request(error.message, hint=error.hint) from None
     for prompt in prompts:
-        state.metrics.prompt(model.name, len(prompt))
+        state.metrics.prompt(model.names, len(prompt))
     return generation
 
 

@@ -67,7 +67,7 @@ async def show_status(context: KeyContext) -> Response:
     running = [
         {
             "slot": sequence.slot,
-            "model": sequence.prefix_name if context.caller.may_use(sequence.prefix_name) else None,
+            "model": sequence.prefix_name if state.catalog.may_use(sequence.prefix_name, context.caller) else None,
             "prompt_tokens": sequence.prompt_tokens,
             "new_tokens": sequence.new_tokens,
         }

@@ -26,6 +26,5 @@ async def list_models(context: KeyContext) -> Response:
 
 @router.get("/v1/models/{name:path}", response_model=Model, responses=errors(404, 503), openapi_extra=NAME)
 async def show_model(context: KeyContext) -> Response:
-    """One model."""
-    context.state.catalog.check_access(context.name, context.caller)
-    return json_response(context.state.catalog.describe(context.name))
+    """One model; or several prefixes, joined: their names with a + between them."""
+    return json_response(await context.state.catalog.describe_one(context.name, context.caller))

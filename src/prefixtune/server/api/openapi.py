@@ -131,8 +131,17 @@ def _schemas(config: ServeConfig, limits: Limits) -> dict[str, Any]:
     for model in _REQUESTS:
         for field in schemas[model.__name__]["properties"].values():
             if "description" in field:
-                numbers = {"length": config.default_max_tokens, "texts": limits.max_texts}
+                numbers = {
+                    "length": config.default_max_tokens,
+                    "texts": limits.max_texts,
+                    "joined": limits.max_joined,
+                }
                 field["description"] = field["description"].format(**numbers)
+    for model in (CompletionRequest, ChatRequest):
+        schema = schemas[model.__name__]
+        schema["properties"]["prefixes"] |= {"maxItems": limits.max_joined}
+        schema["required"].remove("model")
+        schema["anyOf"] = [{"required": ["model"]}, {"required": ["prefixes"]}]
     for prompt in schemas["CompletionRequest"]["properties"]["prompt"]["oneOf"]:
         if prompt["type"] == "array" and prompt["items"]["type"] != "integer":
             prompt["maxItems"] = limits.max_texts

@@ -168,7 +168,20 @@ class OpenAIRequest(GenerationRequest):
     """What OpenAI's two requests share."""
 
     model: Annotated[NonEmpty, Check("the name of a model; /v1/models lists them")] = Field(
-        description="A name that /v1/models lists."
+        description="A name that /v1/models lists; or those of several prefixes with + between them, which are joined "
+        "in this order."
+    )
+    prefixes: (
+        Annotated[
+            list[NonEmpty],
+            Field(min_length=1, fail_fast=True),
+            Check("a list of names of prefixes, at least one"),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Names of prefixes to join, at most {joined}; instead of `model`, which may be left out or be the "
+        "bare backbone's name.",
     )
     n: Integer = Field(1, ge=1, description="Texts for each prompt; at most {texts} for all prompts together.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
@@ -215,6 +228,15 @@ class OpenAIRequest(GenerationRequest):
                 raise Check(why, "not_supported").error()
         return None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_joined(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """Without a model, the prefixes name it."""
+        prefixes = body.get("prefixes")
+        if body.get("model") is not None or not isinstance(prefixes, list):
+            return body
+        return {**body, "model": "+".join(str(name) for name in prefixes) or "prefixes"}
+
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
@@ -222,6 +244,9 @@ class OpenAIRequest(GenerationRequest):
 
     def _conflicts(self, limits: Limits) -> Iterator[Fault]:
         yield from super()._conflicts(limits)
+        if self.prefixes is not None and len(self.prefixes) > limits.max_joined:
+            message = f"'prefixes' has {len(self.prefixes)} names, but this server joins at most {limits.max_joined}."
+            yield Fault(message, "prefixes", "too_many_prefixes")
         if self.stream_options and not self.stream:
             yield Fault("'stream_options' needs stream to be true.", "stream_options")
 

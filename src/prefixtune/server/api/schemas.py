@@ -49,7 +49,7 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    kind: Literal["backbone", "prefix"]
+    kind: Literal["backbone", "prefix", "joined"]
     description: str
     task: str | None
     license: str = ""

@@ -41,8 +41,7 @@ router = api_router(401, 403, 404, 500, 503)
 async def describe_task(context: KeyContext) -> Response:
     """The fields of a prefix's task."""
     catalog = context.state.catalog
-    catalog.check_access(context.name, context.caller)
-    return json_response(catalog.describe_task(context.name))
+    return json_response(catalog.describe_task(context.name, await catalog.load_header(context.name, context.caller)))
 
 
 @router.post(
@@ -56,7 +55,7 @@ async def create_task_output(context: GenerationContext) -> Response:
     state = context.state
     body = await read_json(context, dict)
     model = await state.catalog.load(context.name, context.caller)
-    model = _with_format_of(context, model, body.get("format_of"))
+    model = await _with_format_of(context, model, body.get("format_of"))
     schema = task_schema_of(model.header)
     parse = partial(parse_task, body, state.limits, schema.columns if schema else ())
     # A body with a great many fields must not block streams.
@@ -66,23 +65,21 @@ async def create_task_output(context: GenerationContext) -> Response:
     generation = await start_targets(context, request, model, text_format, [source])
     if state.config.log_prompts:
         context.log_fields["source"] = source
-    head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": context.name}
+    head = {"id": f"task-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     if request.stream:
         return event_stream(context, _events(context, generation, text_format, source, head))
     (output,) = await collect_outputs(context, generation)
     return json_response(_task_output(context, generation, text_format, source, head, output), headers=context.headers)
 
 
-def _with_format_of(context: RequestContext, model: ServedModel, prefix_name: Any) -> ServedModel:
+async def _with_format_of(context: RequestContext, model: ServedModel, prefix_name: Any) -> ServedModel:
     """The bare backbone with a prefix's header: the same text without the prefix, to compare with."""
     if prefix_name in (None, "") or not isinstance(prefix_name, str):
         # What is no name is refused with the other fields.
         return model
     if model.prefix is not None:
         raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
-    catalog = context.state.catalog
-    catalog.check_access(prefix_name, context.caller)
-    return ServedModel(model.name, None, catalog.header(prefix_name))
+    return ServedModel(model.name, None, await context.state.catalog.load_header(prefix_name, context.caller))
 
 
 async def _source(context: RequestContext, request: TaskRequest, schema: TaskSchema | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.server.auth import Caller
+from prefixtune.server.models.joined import SEPARATOR, PrefixJoiner
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.models.task_schema import task_decoding, task_schema_of
-from prefixtune.server.responses import ApiError, forbidden, not_found, unavailable
+from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found, unavailable
 
 __all__ = ["Catalog", "ServedModel"]
 
@@ -31,14 +32,21 @@ class ServedModel:
     """A model that a request names.
 
     Attributes:
-        name: Its name.
+        name: Its name; of joined prefixes all names, with a + between them.
         prefix: None for the bare backbone.
-        header: Of the prefix's file.
+        header: Of the prefix's file, or of the joined prefix.
+        parts: The names of the prefixes that are joined; empty: it is one, or none.
     """
 
     name: str
     prefix: Prefix | None = None
     header: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it is counted under."""
+        return self.parts or (self.name,)
 
     @property
     def prefix_length(self) -> int:
@@ -54,42 +62,139 @@ class Catalog:
         backbone: The model.
         backbone_id: The bare backbone's name.
         created: When the server started, in seconds since 1970.
+        max_joined: Most prefixes that are joined.
+        max_length: Most positions of a text, prefix included.
+
+    Attributes:
+        joiner: Joins prefixes.
     """
 
-    def __init__(self, store: PrefixStore, backbone: Backbone, backbone_id: str, created: int) -> None:
+    def __init__(
+        self,
+        store: PrefixStore,
+        backbone: Backbone,
+        backbone_id: str,
+        created: int,
+        *,
+        max_joined: int,
+        max_length: int,
+    ) -> None:
         self.store, self.backbone, self.backbone_id, self.created = store, backbone, backbone_id, created
+        self.max_joined = max_joined
+        self.joiner = PrefixJoiner(store, backbone, max_length)
 
     def names(self, caller: Caller) -> list[str]:
         """The models that a caller may use: the bare backbone first."""
         prefixes = [name for name in self.store.names() if name != self.backbone_id]
         return [name for name in (self.backbone_id, *prefixes) if caller.may_use(name)]
 
-    def check_access(self, name: str, caller: Caller) -> None:
-        """Refuse a name that the caller may not use, whether there is such a model or not.
+    def parts(self, model: str, prefixes: Sequence[str] | None = None) -> tuple[str, ...]:
+        """The names within a model's name, or those of prefixes to join: one or several.
+
+        Raises:
+            ApiError: They cannot be joined, whatever they are.
+        """
+        if prefixes is not None and model not in (self.backbone_id, SEPARATOR.join(prefixes)):
+            raise bad_request(
+                f"the model is {model[:128]!r}, but 'prefixes' names others.",
+                "model",
+                hint=f"leave it out, or write {self.backbone_id!r}.",
+            )
+        # The name of a backbone may have a +, that of a prefix cannot.
+        names = (
+            tuple(model.split(SEPARATOR) if model != self.backbone_id else [model])
+            if prefixes is None
+            else (*prefixes,)
+        )
+        if len(names) > 1:
+            self._check_names(names, "model" if prefixes is None else "prefixes")
+        return names
+
+    def _check_names(self, names: Sequence[str], param: str) -> None:
+        """Refuse names that are not joined."""
+        if len(names) > self.max_joined:
+            message = f"{len(names)} prefixes are named, but this server joins at most {self.max_joined}."
+            if self.max_joined == 1:
+                message = f"{len(names)} prefixes are named, but this server joins none (max_joined_prefixes is 1)."
+            raise bad_request(message, param, "too_many_prefixes")
+        if "" in names:
+            raise bad_request(
+                "one of the joined names is empty.", param, hint="write one + between two names, as in manual+user-42."
+            )
+        for name in names:
+            if name == self.backbone_id:
+                raise bad_request(f"{name[:128]!r} is the bare backbone, and only prefixes are joined.", param)
+            if names.count(name) > 1:
+                raise bad_request(f"the prefix {name[:128]!r} is named twice.", param, hint="name each of them once.")
+
+    def may_use(self, model: str, caller: Caller) -> bool:
+        """Whether the caller may use a model: of joined prefixes, every one."""
+        return all(map(caller.may_use, [model] if model == self.backbone_id else model.split(SEPARATOR)))
+
+    def check_access(self, names: Sequence[str], caller: Caller) -> None:
+        """Refuse names of which the caller may not use one, whether there is such a model or not.
+
+        Args:
+            names: As `parts` returns them.
+            caller: Whose key the request has.
 
         Raises:
             ApiError: 403 or 404.
         """
-        if not caller.may_use(name):
-            raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
-        if name != self.backbone_id and name not in self.store and name not in self.store.refused:
-            # Suggests only names that the caller may see.
-            raise not_found("model", name, self.names(caller))
+        for name in names:
+            if not caller.may_use(name):
+                raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
+        for name in names:
+            if name != self.backbone_id and name not in self.store and name not in self.store.refused:
+                # Suggests only names that the caller may see.
+                raise not_found("model", name, self.names(caller))
 
-    async def load(self, name: str, caller: Caller) -> ServedModel:
+    async def load(self, model: str, caller: Caller, prefixes: Sequence[str] | None = None) -> ServedModel:
         """The model of that name, with its prefix loaded.
 
+        Args:
+            model: Its name, or those of several prefixes to join, as in `manual+user-42`.
+            caller: Who must be allowed to use all of them.
+            prefixes: The names of the prefixes instead; `model` is then theirs or the bare backbone's.
+
         Raises:
-            ApiError: The caller may not use it, there is none, or its file is broken.
+            ApiError: The caller may not use it, there is none, its file is broken, or prefixes cannot be joined.
         """
-        self.check_access(name, caller)
-        if name == self.backbone_id:
-            return ServedModel(name)
+        names = self.parts(model, prefixes)
+        self.check_access(names, caller)
+        if names == (self.backbone_id,):
+            return ServedModel(self.backbone_id)
+        return await asyncio.to_thread(self._load, names, "model" if prefixes is None else "prefixes")
+
+    def _load(self, names: tuple[str, ...], param: str) -> ServedModel:
+        loaded = [self._load_one(name) for name in names]
+        if len(names) == 1:
+            return ServedModel(names[0], loaded[0], loaded[0].header)
         try:
-            prefix = await asyncio.to_thread(self.store.get, name)
+            prefix = self.joiner.join(names, loaded)
+        except RequestError as error:
+            raise bad_request(error.message, param, "context_length_exceeded", hint=error.hint) from None
+        except PrefixError as error:
+            raise bad_request(error.message, param, "cannot_join", hint=error.hint) from None
+        return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names)
+
+    def _load_one(self, name: str) -> Prefix:
+        try:
+            return self.store.get(name)
         except PrefixError as error:
             raise _not_served(error, name) from None
-        return ServedModel(name, prefix, prefix.header)
+
+    async def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
+        """The header of a model's file, or that of joined prefixes; empty for the bare backbone.
+
+        Raises:
+            ApiError: As `load`.
+        """
+        names = self.parts(model)
+        if len(names) > 1:
+            return (await self.load(model, caller)).header
+        self.check_access(names, caller)
+        return self.header(model)
 
     def header(self, name: str) -> Mapping[str, Any]:
         """The header of a model's file; empty for the bare backbone.
@@ -111,6 +216,31 @@ class Catalog:
                 models.append(self.describe(name))
         return models
 
+    async def describe_one(self, model: str, caller: Caller) -> dict[str, Any]:
+        """A model as `/v1/models` lists it; joined prefixes, which are not listed, too.
+
+        Raises:
+            ApiError: As `load`.
+        """
+        names = self.parts(model)
+        if len(names) == 1:
+            self.check_access(names, caller)
+            return self.describe(model)
+        joined = await self.load(model, caller)
+        assert joined.prefix is not None
+        lengths = {site: joined.prefix.length(site) for site in joined.prefix.sites}
+        task = joined.header.get("task")
+        return {
+            "id": joined.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "prefixtune",
+            "kind": "joined",
+            "description": f"{len(joined.parts)} prefixes, joined in this order",
+            "task": task if isinstance(task, str) else None,
+            "prefix_length": lengths,
+        }
+
     def describe(self, name: str) -> dict[str, Any]:
         """A model as `/v1/models` lists it.
 
@@ -128,13 +258,13 @@ class Catalog:
         more = {key: header[key] for key, kind in types.items() if header.get(key) and isinstance(header[key], kind)}
         return {**model, "kind": "prefix", "description": description, "task": task, **more}
 
-    def describe_task(self, name: str) -> dict[str, Any]:
+    def describe_task(self, name: str, header: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a prefix's task, for a page that shows a form.
 
-        Raises:
-            ApiError: The prefix does not exist any more, or its file is broken.
+        Args:
+            name: The model's.
+            header: Of the prefix.
         """
-        header = self.header(name)
         schema, decoding = task_schema_of(header), task_decoding(header)
         return {
             "id": name,

@@ -68,6 +68,9 @@ class PrefixStore:
         max_bytes: Most that all loaded prefixes together may take, in the backbone's dtype.
         allow_other_backbone: Accept prefixes that were trained for other weights, if the shapes fit.
 
+    Attributes:
+        cache: The prefixes in memory.
+
     Raises:
         PrefixError: The folder cannot be created or read.
     """
@@ -77,7 +80,7 @@ class PrefixStore:
     ) -> None:
         self.folder = Path(folder).absolute()
         self._validator = PrefixValidator(backbone, max_bytes, allow_other_backbone=allow_other_backbone)
-        self._cache = PrefixCache(max_bytes)
+        self.cache = PrefixCache(max_bytes)
         self._known: dict[str, _Known] = {}
         self._refused: dict[str, _Refused] = {}
         # Over `_known` and `_refused`; held for moments only, so that no request for a loaded prefix waits for a disk.
@@ -143,7 +146,7 @@ class PrefixStore:
     def stats(self) -> StoreStats:
         """The cache, and the files."""
         with self._lock:
-            return StoreStats(**vars(self._cache.stats), known=len(self._known), refused=len(self._refused))
+            return StoreStats(**vars(self.cache.stats), known=len(self._known), refused=len(self._refused))
 
     # --- getting one --------------------------------------------------------------------------------------------------
 
@@ -158,24 +161,24 @@ class PrefixStore:
         with self._lock:
             if name not in self._known and name not in self._refused:
                 raise self._no_such_prefix(name)
-        cached = self._cache.get(name, signature_of(self._path(name)))
+        cached = self.cache.get(name, signature_of(self._path(name)))
         if cached is not None:
             return cached
         with self._file_lock:
             # Another thread may have read it meanwhile.
-            cached = self._cache.get(name, signature_of(self._path(name)))
+            cached = self.cache.get(name, signature_of(self._path(name)))
             if cached is not None:
                 return cached
             self._refresh(name)
             with self._lock:
                 known = self._lookup(name)
-            self._cache.count_miss()
+            self.cache.count_miss()
             try:
                 prefix = self._load(name)
             except CheckpointError as error:
                 self._refuse(name, known.signature, error.message)
                 raise
-            self._cache.put(name, known.signature, prefix)
+            self.cache.put(name, known.signature, prefix)
             return prefix
 
     def _load(self, name: str) -> Prefix:
@@ -275,7 +278,7 @@ class PrefixStore:
         """Drop all that is known of a name; the lock is held."""
         self._known.pop(name, None)
         self._refused.pop(name, None)
-        self._cache.drop(name)
+        self.cache.drop(name)
 
     def _lookup(self, name: str) -> _Known:
         """A file that can be served; the lock is held."""

@@ -19,7 +19,7 @@
   }
 
   function color(name) {
-    const index = state.chosen.indexOf(name);
+    const index = models().indexOf(name);
     if (index >= 0) return `k${index % 8}`;
     let sum = 0;
     for (const letter of name) sum = (sum * 31 + letter.codePointAt(0)) % 65521;
@@ -28,6 +28,13 @@
 
   const mode = () => document.querySelector("[name=mode]:checked").value;
   const backbone = () => (state.models.find((model) => model.kind === "backbone") || {}).id;
+
+  /** What is written with: the chosen models, each by itself, or all chosen prefixes joined. */
+  function models() {
+    const prefixes = state.chosen.filter((name) => name !== backbone());
+    if (!at("join").checked || prefixes.length < 2) return state.chosen;
+    return [prefixes.join("+"), ...state.chosen.filter((name) => name === backbone())];
+  }
 
   async function api(path, options = {}) {
     const key = sessionStorage.getItem("key");
@@ -69,7 +76,13 @@
       return make("li", {}, make("label", { title: model.description }, box, make("span", {}, model.id, " ", task)));
     }));
     const more = matching.length > MAX_SHOWN ? `, ${MAX_SHOWN} shown` : "";
-    at("count").textContent = `${state.chosen.length} chosen of ${matching.length}${more}`;
+    at("count").textContent = `${state.chosen.length} chosen of ${matching.length}${more}${joined()}`;
+  }
+
+  /** The names of the prefixes that are joined. */
+  function joined() {
+    const names = models().filter((name) => name !== backbone() && !state.chosen.includes(name));
+    return names.length ? `, joined: ${names[0].replaceAll("+", " + ")}` : "";
   }
 
   async function choose(box) {
@@ -79,7 +92,7 @@
       return;
     }
     state.chosen = box.checked ? [...state.chosen, box.value] : state.chosen.filter((name) => name !== box.value);
-    at("count").textContent = `${state.chosen.length} chosen of ${state.models.length}`;
+    at("count").textContent = `${state.chosen.length} chosen of ${state.models.length}${joined()}`;
     await showInputs();
   }
 
@@ -91,9 +104,9 @@
     return state.tasks.get(name);
   }
 
-  /** The task of the form: that of the first chosen model with fields of its own. */
+  /** The task of the form: that of the first model with fields of its own. */
   async function formTask() {
-    for (const name of state.chosen) {
+    for (const name of models()) {
       const task = await taskOf(name).catch(() => ({ fields: [] }));
       if (task.fields.length) return task;
     }
@@ -185,8 +198,8 @@
     if (!state.chosen.length) { showMessage("Choose a model first."); return; }
     const kind = mode(), input = state.read(), options = { ...sampling(), stream: true };
     const task = kind === "fields" || kind === "source" ? await formTask() : null;
-    const other = task ? task.id : state.chosen.find((name) => name !== backbone());
-    const cards = state.chosen.map(card);
+    const other = task ? task.id : models().find((name) => name !== backbone());
+    const cards = models().map(card);
     at("outputs").replaceChildren(...cards.map((card) => card.element));
     state.running = cards.length;
     at("run").disabled = true;
@@ -346,6 +359,7 @@
     loadModels();
   });
   at("filter").addEventListener("input", showModels);
+  at("join").addEventListener("change", () => { showModels(); showInputs(); });
   at("modes").addEventListener("change", showInputs);
   at("ask").addEventListener("submit", (event) => { event.preventDefault(); run(); });
   at("ask").addEventListener("keydown", (event) => {

@@ -1,0 +1,113 @@
+"""Prefixes that a request joins: one after the other, as `prefixtune compose` joins files.
+
+The result is kept by the content of its parts, in their order, in the same memory as single prefixes. A part that is
+replaced has another content, so that no old result is used for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import PrefixError, RequestError
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.rotation import Rotation
+from prefixtune.server.models.store import PrefixStore
+
+__all__ = ["SEPARATOR", "PrefixJoiner", "content_hash"]
+
+
+SEPARATOR = "+"
+"""Between the names of joined prefixes; no file's name may have it."""
+
+
+def content_hash(prefix: Prefix) -> str:
+    """What a prefix is: a hash of its header and of its tensors as they are in memory."""
+    digest = hashlib.sha256(json.dumps(dict(prefix.header), sort_keys=True, default=str).encode("utf-8", "replace"))
+    digest.update(repr([(site, len(layers)) for site, layers in prefix.layers.items()]).encode())
+    for tensor in prefix.stored_tensors():
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class PrefixJoiner:
+    """Joins prefixes of a store. May be used from any thread; not for the event loop.
+
+    Args:
+        store: The prefixes; its memory also keeps what was joined.
+        backbone: The model, which says how keys turn with their position.
+        max_length: Most positions of a text, prefix included.
+    """
+
+    def __init__(self, store: PrefixStore, backbone: Backbone, max_length: int) -> None:
+        self.store, self.backbone, self.max_length = store, backbone, max_length
+        self._hashes: WeakKeyDictionary[Prefix, str] = WeakKeyDictionary()
+        self._rotation: Rotation | PrefixError | None = None
+        # One thread joins at a time: requests for the same prefixes at once wait for one result.
+        self._lock = threading.Lock()
+
+    def join(self, names: Sequence[str], parts: Sequence[Prefix]) -> Prefix:
+        """Prefixes joined in their order.
+
+        Args:
+            names: Of the parts, for messages.
+            parts: The prefixes, loaded.
+
+        Raises:
+            RequestError: Together they are too long or too large.
+            PrefixError: They cannot be joined.
+        """
+        self._check_size(names, parts)
+        cache = self.store.cache
+        with self._lock:
+            key = tuple(self._hash(part) for part in parts)
+            joined = cache.get(key, None)
+            if joined is None:
+                cache.count_miss()
+                joined = concatenate(parts, self.rotation())
+                cache.put(key, None, joined)
+            return joined
+
+    def rotation(self) -> Rotation:
+        """How keys turn with their position; found once, by trying it on the model.
+
+        Raises:
+            BackboneError: It cannot be found: no prefixes are joined for this model.
+        """
+        if self._rotation is None:
+            try:
+                self._rotation = self.backbone.rotation
+            except PrefixError as error:
+                self._rotation = error
+        if isinstance(self._rotation, PrefixError):
+            raise self._rotation
+        return self._rotation
+
+    def _hash(self, prefix: Prefix) -> str:
+        if prefix not in self._hashes:
+            self._hashes[prefix] = content_hash(prefix)
+        return self._hashes[prefix]
+
+    def _check_size(self, names: Sequence[str], parts: Sequence[Prefix]) -> None:
+        lengths = [part.length() for part in parts]
+        # A decoder's text follows its prefix; those of an encoder-decoder take none of its positions.
+        if self.backbone.kind != "encoder-decoder" and sum(lengths) >= self.max_length:
+            listed = " + ".join(f"{length} ({name})" for name, length in zip(names, lengths, strict=True))
+            raise RequestError(
+                f"the joined prefixes take {listed} = {sum(lengths)} positions, but the limit is {self.max_length}, "
+                "text included.",
+                hint="join fewer of them.",
+            )
+        num_bytes, most = sum(part.num_bytes for part in parts), self.store.cache.max_bytes
+        if num_bytes > most:
+            raise RequestError(
+                f"the joined prefixes take {num_bytes:,} bytes, but {most:,} are the most.", hint="join fewer of them."
+            )

@@ -1,0 +1,322 @@
+"""Requests that join prefixes: the same as one composed file, kept by content, counted and allowed part by part."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asgi_client import Response, bearer, completion, send
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.worker import EngineWorker
+from prefixtune.errors import BackboneError
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.app import make_app
+from prefixtune.server.auth import hash_key
+from prefixtune.server.models import joined
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.server.state import ServerState
+
+USER = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def composed(backbone: Any, tmp_path: Path) -> Callable[..., Prefix]:
+    """A function: `composed("a", "b")` joins files of the server's folder into a file and reads that."""
+
+    def compose(*names: str) -> Prefix:
+        parts = [load_prefix(tmp_path / "prefixes" / f"{name}.safetensors", backbone) for name in names]
+        path = save_prefix(tmp_path / "composed.safetensors", concatenate(parts, backbone.rotation))
+        return load_prefix(path, backbone)
+
+    return compose
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The thread of every join that was computed."""
+    threads: list[threading.Thread] = []
+
+    def counted(*arguments: Any) -> Prefix:
+        threads.append(threading.current_thread())
+        return concatenate(*arguments)
+
+    monkeypatch.setattr(joined, "concatenate", counted)
+    return threads
+
+
+def ask(app: Any, path: str, body: dict[str, Any], **options: Any) -> Response:
+    return asyncio.run(send(app, "POST", path, body, **options))
+
+
+def texts(response: Response) -> list[str]:
+    """The texts of a response, whole or in pieces."""
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return [choice.get("text") or choice["message"]["content"] for choice in response.json["choices"]]
+    pieces: dict[int, str] = {}
+    for part in response.body.decode().split("\n\n")[:-2]:
+        for choice in json.loads(part.removeprefix("data: "))["choices"]:
+            piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
+            pieces[choice["index"]] = pieces.get(choice["index"], "") + piece
+    return [text for _, text in sorted(pieces.items())]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_endpoint_writes_as_the_composed_file_does(
+    make_server: Callable[..., Any], backbone: Any, composed: Callable[..., Prefix], stream: bool
+) -> None:
+    app, _ = make_server()
+    (expected,) = generate(backbone, ["hello"], composed("b", "a"), max_new_tokens=8)
+    (swapped,) = generate(backbone, ["hello"], composed("a", "b"), max_new_tokens=8)
+    assert expected != swapped
+    short = {"max_tokens": 8, "temperature": 0, "stream": stream}
+    for named in ({"model": "b+a"}, {"prefixes": ["b", "a"]}, {"model": "tiny", "prefixes": ["b", "a"]}):
+        whole = ask(app, "/v1/completions", {**named, "prompt": "hello", **short, "n": 3})
+        assert texts(whole) == [expected] * 3, whole.body
+        assert b'"model":"b+a"' in whole.body
+        chat = ask(app, "/v1/chat/completions", {**named, "messages": USER, **short})
+        assert texts(chat) == [expected]
+    task = ask(app, "/v1/tasks/b+a", {"name": "hello", "max_tokens": 8, "stream": stream})
+    assert f'"output":{json.dumps(expected, ensure_ascii=False)}' in task.body.decode()
+    assert texts(ask(app, "/v1/completions", {"model": "a+b", "prompt": "hello", **short})) == [swapped]
+
+
+def test_joined_and_single_prefixes_share_a_batch(
+    make_server: Callable[..., Any], backbone: Any, composed: Callable[..., Prefix]
+) -> None:
+    app, state = make_server()
+    names = ["a", "a+b", "b", "b+a"]
+
+    async def send_all() -> list[Response]:
+        bodies = [completion(model=name, max_tokens=40) for name in names]
+        return list(await asyncio.gather(*(send(app, "POST", "/v1/completions", body) for body in bodies)))
+
+    written = [texts(response)[0] for response in asyncio.run(send_all())]
+    assert max(state.worker.snapshot().batch_sizes) == 4
+    for name, text in zip(names, written, strict=True):
+        assert [text] == generate(backbone, ["hello"], composed(*name.split("+")), max_new_tokens=40), name
+
+
+def test_a_join_is_computed_once_and_outside_the_event_loop(
+    make_server: Callable[..., Any], joins: list[threading.Thread]
+) -> None:
+    app, state = make_server()
+
+    async def send_all() -> list[Response]:
+        return list(
+            await asyncio.gather(
+                *(send(app, "POST", "/v1/completions", completion(model="a+b", prompt=f"{i}")) for i in range(8))
+            )
+        )
+
+    assert {response.status for response in asyncio.run(send_all())} == {200}
+    assert len(joins) == 1
+    assert joins[0] is not threading.main_thread()
+    ask(app, "/v1/completions", completion(prefixes=["a", "b"], model="tiny"))
+    assert len(joins) == 1
+    # The two parts, and what they give.
+    assert state.store.stats.loaded == 3
+    ask(app, "/v1/completions", completion(model="b+a"))
+    assert len(joins) == 2
+
+
+def test_a_replaced_part_gives_a_new_join_and_the_same_content_the_old_one(
+    make_server: Callable[..., Any],
+    backbone: Any,
+    composed: Callable[..., Prefix],
+    joins: list[threading.Thread],
+    random_prefix: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    app, state = make_server()
+    folder = tmp_path / "prefixes"
+    before = texts(ask(app, "/v1/completions", completion(model="a+b")))
+    first = (folder / "b.safetensors").read_bytes()
+    changed = Prefix(random_prefix(backbone, 6, 9).layers, load_prefix(folder / "b.safetensors").header)
+    save_prefix(folder / "b.safetensors", changed)
+    after = texts(ask(app, "/v1/completions", completion(model="a+b")))
+    assert after == generate(backbone, ["hello"], composed("a", "b"), max_new_tokens=5)
+    assert (len(joins), after != before) == (2, True)
+    state.store.put("b", _file(tmp_path, first))
+    assert texts(ask(app, "/v1/completions", completion(model="a+b"))) == before
+    assert len(joins) == 2, "the first result was still in memory"
+    state.store.delete("b")
+    gone = ask(app, "/v1/completions", completion(model="a+b"))
+    assert (gone.status, gone.code) == (404, "model_not_found")
+    assert "'b'" in gone.json["error"]["message"]
+
+
+def _file(folder: Path, content: bytes) -> Path:
+    path = folder / "uploaded"
+    path.write_bytes(content)
+    return path
+
+
+def test_joins_are_bounded_in_bytes_with_single_prefixes(
+    backbone: Any, make_server: Callable[..., Any], tmp_path: Path
+) -> None:
+    app, state = make_server()
+    one = state.store.get("a").num_bytes
+    state.store.cache.max_bytes = 3 * one
+    for model in ("a+b", "b+a", "a", "b"):
+        assert ask(app, "/v1/completions", completion(model=model)).status == 200
+        assert state.store.stats.bytes <= 3 * one
+    state.store.cache.max_bytes = 2 * one - 1
+    refused = ask(app, "/v1/completions", completion(model="a+b"))
+    assert (refused.status, refused.code) == (400, "context_length_exceeded")
+    assert f"{2 * one:,} bytes" in refused.json["error"]["message"]
+
+
+def test_a_join_that_is_too_long_is_refused_with_all_lengths(
+    backbone: Any, make_server: Callable[..., Any], joins: list[threading.Thread], random_prefix: Any, tmp_path: Path
+) -> None:
+    app, state = make_server()
+    for name, length in (("long", 300), ("longer", 400)):
+        prefix = Prefix(random_prefix(backbone, length, length).layers, make_header(backbone, task="records"))
+        save_prefix(tmp_path / "prefixes" / f"{name}.safetensors", prefix)
+    state.store.reload()
+    refused = ask(app, "/v1/completions", completion(model="long+a+longer"))
+    assert (refused.status, refused.code) == (400, "context_length_exceeded")
+    message = refused.json["error"]["message"]
+    assert "300 (long) + 4 (a) + 400 (longer) = 704 positions" in message
+    assert "the limit is 512" in message
+    assert joins == []
+    # By its full length, as one prefix of it.
+    refused = ask(app, "/v1/completions", completion(model="a+long", max_tokens=210))
+    assert refused.code == "context_length_exceeded"
+    assert "304 (prefix)" in refused.json["error"]["message"]
+    assert "join fewer" in refused.json["error"]["message"]
+
+
+def test_a_key_must_allow_every_part(make_server: Callable[..., Any]) -> None:
+    rules = KeyConfig(hash=hash_key("pt-a"), prefixes=("a*",))
+    app, state = make_server(keys={"a": rules, "all": KeyConfig(hash=hash_key("pt-all"))})
+    for body in (completion(model="a+b"), completion(model="a+a2+b"), completion(model="a+b", prefixes=["a", "b"])):
+        refused = ask(app, "/v1/completions", body, headers=bearer("a"))
+        assert (refused.status, refused.code) == (403, "model_not_allowed"), refused.body
+        assert "'b'" in refused.json["error"]["message"]
+    for path in ("/v1/tasks/a+b", "/v1/models/a+b"):
+        assert asyncio.run(send(app, "GET", path, headers=bearer("a"))).status == 403
+    formatted = {"source": "x", "format_of": "a+b"}
+    assert ask(app, "/v1/tasks/tiny", formatted, headers=bearer("a")).status == 403
+    assert ask(app, "/v1/completions", completion(model="a+b"), headers=bearer("all")).status == 200
+
+    async def watch() -> Any:
+        disconnected = asyncio.Event()
+        body = completion(model="a+b", max_tokens=400)
+        running = send(app, "POST", "/v1/completions", body, headers=bearer("all"), disconnected=disconnected)
+        task = asyncio.ensure_future(running)
+        while not state.worker.snapshot().running:
+            await asyncio.sleep(0.005)
+        seen = [(await send(app, "GET", "/v1/status", headers=bearer(name))).json["running"] for name in ("a", "all")]
+        disconnected.set()
+        await asyncio.gather(task, return_exceptions=True)
+        return [[text["model"] for text in running] for running in seen]
+
+    assert asyncio.run(watch()) == [[None], ["a+b"]]
+
+
+def test_metrics_and_the_log_name_the_parts(make_server: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    app, state = make_server()
+    with caplog.at_level(logging.INFO, "prefixtune.server"):
+        answer = ask(app, "/v1/completions", completion(model="a+b", n=2))
+    ask(app, "/v1/completions", completion(model="a"))
+    assert caplog.records[0].__dict__["fields"]["model"] == answer.json["model"] == "a+b"
+    lines = state.metrics.render().decode().splitlines()
+    assert 'prefixtune_texts_total{finished="length",prefix="a"} 3.0' in lines
+    assert 'prefixtune_texts_total{finished="length",prefix="b"} 2.0' in lines
+    assert 'prefixtune_new_tokens_total{prefix="b"} 10.0' in lines
+    assert not [line for line in lines if "a+b" in line]
+
+
+def test_the_list_of_models_is_unchanged_and_a_join_can_be_looked_up(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server()
+    before = asyncio.run(send(app, "GET", "/v1/models")).json
+    ask(app, "/v1/completions", completion(model="a+b"))
+    assert asyncio.run(send(app, "GET", "/v1/models")).json == before
+    one = asyncio.run(send(app, "GET", "/v1/models/a+b")).json
+    assert (one["id"], one["kind"], one["prefix_length"]) == ("a+b", "joined", {"decoder": 8})
+    task = asyncio.run(send(app, "GET", "/v1/tasks/a+b")).json
+    assert (task["id"], task["task"], [field["name"] for field in task["fields"]]) == ("a+b", "records", ["name"])
+
+
+def test_the_bare_backbone_reads_the_text_of_a_join(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server()
+    one, two = ({"source": "x", "format_of": name, "max_tokens": 5} for name in ("a+b", "a"))
+    assert ask(app, "/v1/tasks/tiny", one).json["output"] == ask(app, "/v1/tasks/tiny", two).json["output"]
+
+
+def test_names_with_a_plus(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    app, state = make_server(backbone_id="tiny+more")
+    # The backbone's own name is one name.
+    assert ask(app, "/v1/completions", completion(model="tiny+more")).json["model"] == "tiny+more"
+    # A file of such a name is never served, and hides no join.
+    (tmp_path / "prefixes" / "a+b.safetensors").write_bytes((tmp_path / "prefixes" / "a.safetensors").read_bytes())
+    state.store.reload()
+    assert state.store.names() == ["a", "b"]
+    assert "not a valid name" in state.store.refused["a+b"]
+    answer = ask(app, "/v1/completions", completion(model="a+b"))
+    assert (answer.status, answer.json["model"]) == (200, "a+b")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_number_of_parts_is_bounded(make_server: Callable[..., Any], most: int) -> None:
+    app, _ = make_server(max_joined_prefixes=most)
+    for body in (completion(model="a+b+c"), completion(model="tiny", prefixes=["a", "b", "c"])):
+        refused = ask(app, "/v1/completions", body)
+        assert (refused.status, refused.code) == (400, "too_many_prefixes")
+        assert "3" in refused.json["error"]["message"]
+    assert ask(app, "/v1/completions", completion(model="a+b")).status == (400 if most == 1 else 200)
+    assert ask(app, "/v1/completions", completion(model="tiny", prefixes=["a"])).json["model"] == "a"
+
+
+def test_a_backbone_whose_keys_cannot_be_turned_serves_single_prefixes(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    reason = BackboneError("'tiny' scales positions by the text's length.", hint="use single prefixes.")
+    monkeypatch.setattr(state.catalog.joiner, "_rotation", reason)
+    refused = ask(app, "/v1/completions", completion(model="a+b"))
+    assert (refused.status, refused.code) == (400, "cannot_join")
+    assert "scales positions" in refused.json["error"]["message"]
+    assert ask(app, "/v1/completions", completion()).status == 200
+
+
+@pytest.fixture
+def encoder_decoder(
+    tiny_models: Any, enclosing_tokenizer: Any, random_prefix: Callable[..., Any], tmp_path: Path
+) -> Iterator[Any]:
+    from prefixtune.backbone.backbone import Backbone
+
+    backbone = Backbone.from_model(tiny_models("bart"), enclosing_tokenizer, "tiny")
+    for seed, name in enumerate(("x", "y")):
+        prefix = random_prefix(backbone, {"encoder": 4, "decoder": 3, "cross": 5}, seed)
+        save_prefix(tmp_path / f"{name}.safetensors", Prefix(prefix.layers, make_header(backbone, task="records")))
+    engine = Engine(backbone, EngineConfig(num_slots=4))
+    config = ServeConfig(backbone="tiny", prefixes=str(tmp_path))
+    state = ServerState(config, backbone, PrefixStore(tmp_path, backbone), EngineWorker(engine))
+    yield state
+    state.close()
+
+
+def test_an_encoder_decoder_joins_at_all_its_sites(encoder_decoder: Any, tmp_path: Path) -> None:
+    backbone = encoder_decoder.backbone
+    parts = [load_prefix(tmp_path / f"{name}.safetensors", backbone) for name in ("y", "x")]
+    expected = generate(backbone, ["some words"], concatenate(parts, backbone.rotation), max_new_tokens=8)
+    body = {"model": "y+x", "prompt": "some words", "max_tokens": 8, "temperature": 0, "n": 2}
+    written = texts(ask(make_app(encoder_decoder), "/v1/completions", body))
+    assert [text.strip() for text in written] == expected * 2
+    one = asyncio.run(send(make_app(encoder_decoder), "GET", "/v1/models/y+x")).json
+    assert one["prefix_length"] == {"encoder": 8, "decoder": 6, "cross": 10}
