@@ -93,9 +93,11 @@ def read_prefix(text: str) -> Prefix:
     """
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.compose import concatenate
+    from prefixtune.prefix.rotation import Rotation
 
-    parts = [load_prefix(name) for name in split_joined(text)]
-    return parts[0] if len(parts) == 1 else concatenate(parts, None)
+    names = split_joined(text)
+    parts = [load_prefix(name) for name in names]
+    return parts[0] if len(parts) == 1 else concatenate(parts, Rotation("none"), names=names)
 
 
 def load_with_prefixes(
@@ -147,7 +149,9 @@ def load_with_prefixes(
         return load_prefix(file, backbone, allow_other_backbone=options.allow_other_backbone)
 
     return backbone, [
-        load_one(names[0]) if len(names) == 1 else concatenate([load_one(name) for name in names], backbone.rotation)
+        load_one(names[0])
+        if len(names) == 1
+        else concatenate([load_one(name) for name in names], backbone.rotation, names=names)
         for names in parts
     ]
 

@@ -158,7 +158,7 @@ class ServeConfig(Config):
         256, description="most new tokens if a request has no max_tokens, as far as they fit"
     )
     max_texts: _Size = _limits(32, description="most texts of one request: its prompts times its n")
-    max_joined_prefixes: Annotated[int, Field(ge=1, le=1000)] = _limits(
+    max_joined_prefixes: Annotated[int, Field(ge=1, le=64)] = _limits(
         8, description="most prefixes that one request may join, as in manual+user-42; 1: none are joined"
     )
     deadline: _Seconds = _limits(

@@ -49,9 +49,9 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     """The thread of every join that was computed."""
     threads: list[threading.Thread] = []
 
-    def counted(*arguments: Any) -> Prefix:
+    def counted(*arguments: Any, **options: Any) -> Prefix:
         threads.append(threading.current_thread())
-        return concatenate(*arguments)
+        return concatenate(*arguments, **options)
 
     monkeypatch.setattr(joined, "concatenate", counted)
     return threads

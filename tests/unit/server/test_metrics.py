@@ -12,7 +12,7 @@ def test_metrics_of_prefixes_are_bounded(make_server: Callable[..., Any]) -> Non
     _, state = make_server()
     metrics = Metrics(state.worker, state.store, num_slots=1, max_prefixes=2, draining=lambda: False)
     for index in range(1000):
-        metrics.text_done(f"tenant-{index}", "stop", 1)
+        metrics.text_done([f"tenant-{index}"], "stop", 1)
     lines = [line for line in metrics.render().decode().splitlines() if line.startswith("prefixtune_new_tokens_total")]
     assert sorted(lines) == [
         'prefixtune_new_tokens_total{prefix="other"} 998.0',

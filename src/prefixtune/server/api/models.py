@@ -24,7 +24,10 @@ async def list_models(context: KeyContext) -> Response:
     return json_response({"object": "list", "data": models})
 
 
-@router.get("/v1/models/{name:path}", response_model=Model, responses=errors(404, 503), openapi_extra=NAME)
+@router.get("/v1/models/{name:path}", response_model=Model, responses=errors(400, 404, 503), openapi_extra=NAME)
 async def show_model(context: KeyContext) -> Response:
-    """One model; or several prefixes, joined: their names with a + between them."""
+    """One model.
+
+    Or several prefixes that are joined, as in `/v1/models/manual+style`; the list has single ones only.
+    """
     return json_response(await context.state.catalog.describe_one(context.name, context.caller))

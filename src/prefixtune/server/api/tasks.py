@@ -37,9 +37,12 @@ _PATH = "/v1/tasks/{name:path}"
 router = api_router(401, 403, 404, 500, 503)
 
 
-@router.get(_PATH, name="show_task", response_model=Task, openapi_extra=NAME)
+@router.get(_PATH, name="show_task", response_model=Task, responses=errors(400), openapi_extra=NAME)
 async def describe_task(context: KeyContext) -> Response:
-    """The fields of a prefix's task."""
+    """The fields of a prefix's task.
+
+    Or of joined prefixes, as in `/v1/tasks/manual+style`.
+    """
     catalog = context.state.catalog
     return json_response(catalog.describe_task(context.name, await catalog.load_header(context.name, context.caller)))
 
@@ -51,7 +54,10 @@ async def describe_task(context: KeyContext) -> Response:
     openapi_extra={**NAME, **json_body(TaskRequest, source="a source", max_tokens=50)},
 )
 async def create_task_output(context: GenerationContext) -> Response:
-    """The output of a prefix's task."""
+    """The output of a prefix's task.
+
+    Or of joined prefixes, as in `/v1/tasks/manual+style`.
+    """
     state = context.state
     body = await read_json(context, dict)
     model = await state.catalog.load(context.name, context.caller)

@@ -12,30 +12,25 @@ import threading
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
-import torch
-
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.rotation import Rotation
 from prefixtune.server.models.store import PrefixStore
 
-__all__ = ["SEPARATOR", "PrefixJoiner", "content_hash"]
+__all__ = ["SEPARATOR", "PrefixJoiner"]
 
 
 SEPARATOR = "+"
 """Between the names of joined prefixes; no file's name may have it."""
 
 
-def content_hash(prefix: Prefix) -> str:
-    """What a prefix is: a hash of its header and of its tensors as they are in memory."""
-    digest = hashlib.sha256(json.dumps(dict(prefix.header), sort_keys=True, default=str).encode("utf-8", "replace"))
-    digest.update(repr([(site, len(layers)) for site, layers in prefix.layers.items()]).encode())
-    for tensor in prefix.stored_tensors():
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _version_of(prefix: Prefix) -> str:
+    """A hash of a prefix's tensors and of its header, whose text format the joined prefix may take over."""
+    header = json.dumps(dict(prefix.header), sort_keys=True, default=str).encode("utf-8", "replace")
+    return f"{content_hash(prefix)} {hashlib.sha256(header).hexdigest()}"
 
 
 class PrefixJoiner:
@@ -51,6 +46,7 @@ class PrefixJoiner:
         self.store, self.backbone, self.max_length = store, backbone, max_length
         self._hashes: WeakKeyDictionary[Prefix, str] = WeakKeyDictionary()
         self._rotation: Rotation | PrefixError | None = None
+        self._hash_lock = threading.Lock()
         # One thread joins at a time: requests for the same prefixes at once wait for one result.
         self._lock = threading.Lock()
 
@@ -66,13 +62,16 @@ class PrefixJoiner:
             PrefixError: They cannot be joined.
         """
         self._check_size(names, parts)
-        cache = self.store.cache
+        cache, key = self.store.cache, tuple(map(self._hash, parts))
+        joined = cache.get(key, None)
+        if joined is not None:
+            return joined
         with self._lock:
-            key = tuple(self._hash(part) for part in parts)
+            # Another thread may have joined them meanwhile.
             joined = cache.get(key, None)
             if joined is None:
                 cache.count_miss()
-                joined = concatenate(parts, self.rotation())
+                joined = concatenate(parts, self.rotation(), names=names)
                 cache.put(key, None, joined)
             return joined
 
@@ -92,9 +91,10 @@ class PrefixJoiner:
         return self._rotation
 
     def _hash(self, prefix: Prefix) -> str:
-        if prefix not in self._hashes:
-            self._hashes[prefix] = content_hash(prefix)
-        return self._hashes[prefix]
+        with self._hash_lock:
+            if prefix not in self._hashes:
+                self._hashes[prefix] = _version_of(prefix)
+            return self._hashes[prefix]
 
     def _check_size(self, names: Sequence[str], parts: Sequence[Prefix]) -> None:
         lengths = [part.length() for part in parts]
