@@ -120,7 +120,8 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     if config.max_joined_prefixes > 1:
         try:
             # Found by trying it on the model, which no text should wait for.
-            state.catalog.joiner.rotation()
+            if not state.catalog.joiner.rotation().is_exact:
+                console.info("joined prefixes are approximate: this model's keys cannot be moved to other positions")
         except PrefixError as error:
             console.info(f"requests cannot join prefixes: {error.message}")
     # Takes a moment, for which the first request should not wait.

@@ -227,9 +227,7 @@ class Catalog:
             self.check_access(names, caller)
             return self.describe(model)
         joined = await self.load(model, caller)
-        assert joined.prefix is not None
-        lengths = {site: joined.prefix.length(site) for site in joined.prefix.sites}
-        task = joined.header.get("task")
+        prefix, task = joined.prefix, joined.header.get("task")
         return {
             "id": joined.name,
             "object": "model",
@@ -238,7 +236,7 @@ class Catalog:
             "kind": "joined",
             "description": f"{len(joined.parts)} prefixes, joined in this order",
             "task": task if isinstance(task, str) else None,
-            "prefix_length": lengths,
+            "prefix_length": {site: prefix.length(site) for site in prefix.sites} if prefix else {},
         }
 
     def describe(self, name: str) -> dict[str, Any]:
