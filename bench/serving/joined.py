@@ -43,7 +43,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.initialize import from_words
+from prefixtune.training.starts.words import from_words
 
 SEED = 0
 GOAL, FLOOR = 0.97, 0.93

@@ -24,8 +24,8 @@ __all__ = ["ROUTES", "make_app"]
 
 _DESCRIPTION = (
     "One frozen language model and many prefixes. /v1/models, /v1/completions and /v1/chat/completions are OpenAI's; "
-    "/v1/tasks takes the fields of a prefix's own task. Names with a + between them are prefixes that are joined, as in "
-    "manual+style. Every GET is also a HEAD."
+    "/v1/tasks takes the fields of a prefix's own task. A name such as manual+style means prefixes that are joined. "
+    "Every GET is also a HEAD."
 )
 
 
