@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.attention.packing import Packing
+from prefixtune.backbone.soft_labels import SoftLabels
 
 __all__ = ["Batch"]
 
@@ -33,6 +34,7 @@ class Batch:
             packing's prefix index counts through; empty: the whole prefix is in front of all.
         hidden: Padded rows only: positions of the prefix that each row of `input_ids` does not see, as `Group.hidden`
             has them in a packed row; None: every row sees all.
+        soft_labels: A teacher's distribution at each label, which the loss compares with; None: the labels are certain.
     """
 
     input_ids: Int[Tensor, "R T"]
@@ -47,6 +49,7 @@ class Batch:
     labelled: bool = False
     visible_lengths: tuple[int | None, ...] = ()
     hidden: tuple[tuple[int, ...], ...] | None = None
+    soft_labels: SoftLabels | None = None
 
     @property
     def num_prefixes(self) -> int:

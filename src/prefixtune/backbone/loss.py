@@ -14,10 +14,11 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.soft_labels import soft_losses
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["batch_loss", "token_losses"]
+__all__ = ["batch_loss", "label_logits", "token_losses"]
 
 
 _ROWS = 16
@@ -65,25 +66,36 @@ def token_losses(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]) -> Flo
 def batch_loss(backbone: Backbone, prefix: Prefix | Sequence[Prefix | None] | None, batch: Batch) -> Tensor:
     """Each label's loss in a batch, in nats; differentiable in the prefix. Shape (N,).
 
+    With soft labels, it is the divergence of the teacher's distribution from the model's (see `backbone.soft_labels`).
+
     Args:
         backbone: The frozen model.
         prefix: One for all; or one for each index that the batch's packing counts through.
         batch: Labels and what they are predicted from.
     """
-    positions = batch.label_positions.to(backbone.device)
-    rows, columns = positions // batch.width, positions % batch.width
     labels = batch.labels.to(backbone.device)
-    arguments = {**batch.inputs(backbone.device), "prefixes": prefix}
     if batch.labelled:
         if not isinstance(prefix, Prefix) or prefix.head is None:
             raise ConfigError("labels need a prefix that was trained with a head.", hint="train one first.")
-        return token_losses(prefix.head(backbone.hidden_states(**arguments)[rows, columns]), labels)
+        return token_losses(prefix.head(hidden_states_at(backbone, prefix, batch)), labels)
+    logits = label_logits(backbone, prefix, batch)
+    if batch.soft_labels is not None:
+        return soft_losses(logits, batch.soft_labels.to(backbone.device))
+    return token_losses(logits, labels)
+
+
+def label_logits(
+    backbone: Backbone, prefix: Prefix | Sequence[Prefix | None] | None, batch: Batch
+) -> Float[Tensor, "N V"]:
+    """The logits that a batch's labels, tokens, are predicted by, in their order; arguments as in `batch_loss`."""
+    positions = batch.label_positions.to(backbone.device)
+    rows, columns = positions // batch.width, positions % batch.width
+    arguments = {**batch.inputs(backbone.device), "prefixes": prefix}
     if backbone.supports_logits_to_keep:
         arguments["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
-    logits = backbone.forward(**arguments).logits
+    logits: Tensor = backbone.forward(**arguments).logits
     # In a packed row the logits are the labels', in order; no need to copy them.
-    chosen = logits[0] if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
-    return token_losses(chosen, labels)
+    return logits[0] if batch.packing is not None and logits.shape[1] == len(columns) else logits[rows, columns]
 
 
 def hidden_states_at(backbone: Backbone, prefix: Prefix | None, batch: Batch) -> torch.Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
 
@@ -106,13 +107,21 @@ def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None =
             label_positions.extend(range(len(ids), len(ids) + len(target)))
             ids.extend((opening, *target[:-1]))
     labels = (torch.tensor(label_positions), *_labels(examples))
+    soft_labels = _soft_labels(examples)
     lengths, prefix_index = _visible_lengths(examples)
     if decoder_start_id is None:
         packing = Packing(tuple(groups), None, prefix_index)
-        return Batch(torch.tensor([ids]), *labels, packing, visible_lengths=lengths)
+        return Batch(torch.tensor([ids]), *labels, packing, visible_lengths=lengths, soft_labels=soft_labels)
     sources = torch.tensor([[token for example in examples for token in example.prompt]])
     packing = Packing(tuple(groups), tuple(len(example.prompt) for example in examples), prefix_index)
-    return Batch(sources, *labels, packing, decoder_input_ids=torch.tensor([ids]), visible_lengths=lengths)
+    return Batch(
+        sources,
+        *labels,
+        packing,
+        decoder_input_ids=torch.tensor([ids]),
+        visible_lengths=lengths,
+        soft_labels=soft_labels,
+    )
 
 
 def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: int | None = None) -> Batch:
@@ -141,10 +150,11 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         for offset in range(len(target))
     ]
     labels = (torch.tensor(label_positions), *_labels(examples))
+    soft_labels = _soft_labels(examples)
     lengths = _one_length(examples)
     if decoder_start_id is None:
         hidden = _hidden_rows([example.hidden for example in examples for _ in example.targets])
-        return Batch(ids, *labels, attention_mask=mask, visible_lengths=lengths, hidden=hidden)
+        return Batch(ids, *labels, attention_mask=mask, visible_lengths=lengths, hidden=hidden, soft_labels=soft_labels)
     sources, source_mask = _pad_rows([example.prompt for example in examples], pad_id)
     return Batch(
         sources,
@@ -155,6 +165,7 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
         source_rows=torch.tensor([row for row, example in enumerate(examples) for _ in example.targets]),
         visible_lengths=lengths,
         hidden=_hidden_rows([example.hidden for example in examples]),
+        soft_labels=soft_labels,
     )
 
 
@@ -195,6 +206,7 @@ def join(batches: Sequence[Batch]) -> Batch:
         torch.cat(target_index),
         Packing(tuple(groups), tuple(sources) if decoder_rows else None, tuple(prefix_index)),
         decoder_input_ids=torch.cat(decoder_rows, dim=1) if decoder_rows else None,
+        soft_labels=_join_soft_labels([batch.soft_labels for batch in batches], [batch.labels for batch in batches]),
     )
 
 
@@ -220,9 +232,9 @@ def epoch_batches(
         if len(group.targets) > room:
             # Fill the batch with a part of the group; the rest begins the next batch.
             if room:
-                batch.append(dataclasses.replace(group, targets=group.targets[:room]))
+                batch.append(group.with_targets(range(room)))
             yield batch
-            group, batch, room = dataclasses.replace(group, targets=group.targets[room:]), [], batch_size
+            group, batch, room = group.with_targets(range(room, len(group.targets))), [], batch_size
         batch.append(group)
         room -= len(group.targets)
     if batch:
@@ -235,13 +247,10 @@ def _target_groups(
     """Each source with at most `size` of its targets; targets and groups are shuffled if there is an `rng`."""
     groups: list[TokenizedExample] = []
     for example in examples:
-        targets = list(example.targets)
+        targets = list(range(len(example.targets)))
         if rng is not None:
             rng.shuffle(targets)
-        groups.extend(
-            dataclasses.replace(example, targets=tuple(targets[start : start + size]))
-            for start in range(0, len(targets), size)
-        )
+        groups.extend(example.with_targets(targets[start : start + size]) for start in range(0, len(targets), size))
     if rng is not None:
         rng.shuffle(groups)
     return groups
@@ -279,6 +288,25 @@ def _one_length(examples: Sequence[TokenizedExample]) -> tuple[int | None, ...]:
     if prefix_index is not None:
         raise ConfigError("padded rows and heads have one length of the prefix.", hint="give all examples the same.")
     return lengths
+
+
+def _soft_labels(examples: Sequence[TokenizedExample]) -> SoftLabels | None:
+    """The teacher's distribution at every label; None: no example has one."""
+    soft = [SoftLabels.cat(example.soft_targets) if example.soft_targets else None for example in examples]
+    return _join_soft_labels(soft, [_labels([example])[0] for example in examples])
+
+
+def _join_soft_labels(parts: Sequence[SoftLabels | None], labels: Sequence[Int[Tensor, " _N"]]) -> SoftLabels | None:
+    """One after the other; where some parts have none, their labels are certain. None: no part has any."""
+    sizes = {part.k for part in parts if part is not None}
+    if not sizes:
+        return None
+    return SoftLabels.cat(
+        [
+            SoftLabels.from_labels(own, max(sizes)) if part is None else part
+            for part, own in zip(parts, labels, strict=True)
+        ]
+    )
 
 
 def _pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "R T"], Int[Tensor, "R T"]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.examples import Example
 from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
@@ -39,6 +40,7 @@ class TokenizedExample:
         hidden: Positions of the prefix that the example does not see while it is trained on (see `Group.hidden`).
         visible_length: It is trained with the first positions of the prefix alone, as if there were no others; None:
             with the whole prefix.
+        soft_targets: A teacher's distribution at each token of each target; empty: the targets are certain.
     """
 
     prompt: tuple[int, ...]
@@ -46,6 +48,12 @@ class TokenizedExample:
     label_positions: tuple[int, ...] | None = None
     hidden: tuple[int, ...] = ()
     visible_length: int | None = None
+    soft_targets: tuple[SoftLabels, ...] = field(default=(), compare=False)
+
+    def with_targets(self, chosen: Sequence[int]) -> TokenizedExample:
+        """The same source with some of its targets, by their indices."""
+        soft_targets = tuple(self.soft_targets[index] for index in chosen) if self.soft_targets else ()
+        return replace(self, targets=tuple(self.targets[index] for index in chosen), soft_targets=soft_targets)
 
 
 @dataclass(frozen=True)

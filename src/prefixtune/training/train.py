@@ -48,7 +48,11 @@ from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
 
-__all__ = ["TrainResult", "train", "train_together"]
+__all__ = ["Teach", "TrainResult", "train", "train_together"]
+
+
+Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
+"""Gives a run's tokenized data a teacher's labels; the backbone is the student's."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def train(
     progress: bool = True,
     on_event: Callable[[Event], None] | None = None,
     processes: ProcessGroup | None = None,
+    teach: Teach | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train a prefix and store it in `config.output`.
@@ -105,6 +110,7 @@ def train(
         processes: The processes that share the work; None: those that this one was started with, by `torchrun` or
             `accelerate launch`. All of them must see the output folder. The losses are those of one process with the
             same batch size; a run may be resumed with another number of processes.
+        teach: Gives the tokenized data a teacher's labels (`TokenizedExample.soft_targets`), before the first step.
         **options: Fields of `TrainConfig`, in place of `config`.
 
     Raises:
@@ -125,7 +131,9 @@ def train(
         processes = stack.enter_context(init_distributed(config.device)) if processes is None else processes
         console = Console(quiet=not (progress and processes.is_main))
         show = stack.enter_context(show_training(console))
-        opened = _open_runs([config], backbone, [(examples, dev_examples)], processes, console, resume=resume)
+        opened = _open_runs(
+            [config], backbone, [(examples, dev_examples)], processes, console, resume=resume, teach=teach
+        )
         (run,), stop = stack.enter_context(opened)
         for event in run.loop.run(stop):
             run.record(event)
@@ -146,6 +154,7 @@ def train_together(
     resume: bool = False,
     on_event: Callable[[Event], None] | None = None,
     processes: ProcessGroup | None = None,
+    teach: Teach | None = None,
 ) -> list[TrainResult]:
     """Train several prefixes at once: the same as one after the other, but every pass over the backbone serves all.
 
@@ -161,6 +170,7 @@ def train_together(
         resume: Go on from the states in the folders; a run without a state starts.
         on_event: Called with every event, with the run's folder added as `run`; in the first process only.
         processes: As in `train`.
+        teach: As in `train`, called for each run.
 
     Raises:
         ConfigError: The runs cannot share a pass, or one of them is wrong.
@@ -173,7 +183,9 @@ def train_together(
     inputs = list(zip(examples or none, dev_examples or none, strict=True))
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(configs[0].device)) if processes is None else processes
-        opened = _open_runs(configs, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True)
+        opened = _open_runs(
+            configs, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True, teach=teach
+        )
         runs, stop = stack.enter_context(opened)
         errors: list[TrainingError] = []
         for run, event in _step_together(runs, stop, errors):
@@ -266,6 +278,7 @@ def _open_runs(
     *,
     resume: bool,
     together: bool = False,
+    teach: Teach | None = None,
 ) -> Iterator[tuple[list[_Run], threading.Event]]:
     """Make runs ready to train, in this order: claim, check, read, load, tokenize, build, resume or start.
 
@@ -277,6 +290,7 @@ def _open_runs(
         console: Says that the backbone is loading.
         resume: The folders hold runs to go on with; together, one that was stopped before its first save starts again.
         together: The runs are to share every pass.
+        teach: As in `train`.
 
     Yields:
         The runs, and the event that Ctrl-C or SIGTERM sets.
@@ -311,6 +325,8 @@ def _open_runs(
             tokenize(config, loaded, *pair, stored_start=stored)
             for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
         ]
+        if teach is not None:
+            data = [teach(config, loaded, some) for config, some in zip(configs, data, strict=True)]
         if together and any(some.has_head for some in data):
             raise ConfigError(
                 "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
