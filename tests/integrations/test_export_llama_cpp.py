@@ -20,12 +20,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import CheckpointError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
 from prefixtune.interop.llama_cpp.state import KV_TYPES, encode_blob, encode_file, patch_file
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import Prefix
 from zoo import MAX_POSITIONS
 
 Make = Callable[..., Any]
@@ -106,7 +110,9 @@ _kept: list[Any] = []
 class Runtime:
     """A context of llama.cpp through its C interface."""
 
-    def __init__(self, path: Path, *, kv_type: int = 0, flash: bool = False, sequences: int = 1) -> None:
+    def __init__(
+        self, path: Path, *, kv_type: int = 0, flash: bool = False, sequences: int = 1, unified: bool = False
+    ) -> None:
         bindings = pytest.importorskip(
             "llama_cpp_py_sync._cffi_bindings", reason="llama-cpp-py-sync is installed on Linux (x86_64) only"
         )
@@ -118,7 +124,7 @@ class Runtime:
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
         assert self.model != self.ffi.NULL
         params = self.lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = MAX_POSITIONS * sequences, sequences, False
+        params.n_ctx, params.n_seq_max, params.kv_unified = MAX_POSITIONS * sequences, sequences, unified
         params.n_threads = params.n_threads_batch = 1
         params.type_k = params.type_v = kv_type
         params.flash_attn_type = int(flash)
@@ -132,6 +138,10 @@ class Runtime:
 
     def clear(self) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def copy(self, source: int, sequence: int) -> None:
+        """Let a sequence have the positions of another one, too."""
+        self.lib.llama_memory_seq_cp(self.lib.llama_get_memory(self.context), source, sequence, -1, -1)
 
     def decode(self, ids: list[int], position: int, sequence: int = 0) -> Tensor:
         """The logits of tokens from a position on, (T, vocabulary)."""
@@ -204,6 +214,13 @@ def run() -> Iterator[Make]:
         runtime.close()
 
 
+def compute_prefix(backbone: Any, ids: list[int]) -> Prefix:
+    """The keys and values of a text."""
+    cache = backbone.model(torch.tensor([ids]), use_cache=True).past_key_values
+    layers = tuple((layer.keys[0], layer.values[0]) for layer in cache.layers)
+    return Prefix({"decoder": layers}, make_header(backbone))
+
+
 def version_of(runtime: Runtime, folder: Path) -> int:
     """The layout that this build writes."""
     runtime.decode([1], 0)
@@ -237,6 +254,41 @@ def test_logits_and_tokens_are_the_backbones(
         runtime.clear()
         runtime.load(file)
         assert runtime.greedy(prompt, 7, 12, backbone.eos_id) == output
+
+
+@pytest.mark.deploys(
+    "llama.cpp", "two joined prefixes: tokens, and the logits of its own cache of both texts to 1e-4", by="name"
+)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@torch.no_grad()
+def test_a_joined_prefix_is_two_texts_that_do_not_see_each_other(
+    name: str, make: Make, run: Make, random_ids: Make, tmp_path: Path
+) -> None:
+    """llama.cpp computes the second text's keys at the positions that joining turns them to."""
+    backbone, path = make(name)
+    runtime = run(path, sequences=2, unified=True)
+    texts, prompt = (random_ids(6, 1), random_ids(4, 2)), random_ids(9, 3)
+    parts = [compute_prefix(backbone, ids) for ids in texts]
+    stored = save_prefix(tmp_path / "joined.safetensors", concatenate(parts, backbone.rotation))
+    joined = load_prefix(stored, backbone)
+    version = version_of(runtime, tmp_path)
+    runtime.decode(texts[0], 0)
+    runtime.decode(texts[1], 6, sequence=1)
+    runtime.copy(1, 0)
+    wanted = runtime.decode(prompt, 10)
+    file, tokens = tmp_path / "prefix.bin", placeholders_for(joined, backbone)
+    rows = rows_of(joined, backbone)
+    file.write_bytes(encode_file(rows, tokens, version=version, kv_type="f32", transposed=True))
+    runtime.clear()
+    assert runtime.load(file) == tokens
+    torch.testing.assert_close(runtime.decode(prompt, 10), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        backbone.forward(torch.tensor([prompt]), prefixes=joined).logits[0], wanted, rtol=0, atol=1e-4
+    )
+    runtime.clear()
+    runtime.load(file)
+    (expected,) = generate_ids(backbone, [prompt], [joined], config=GenerateConfig(max_new_tokens=12))
+    assert runtime.greedy(prompt, 10, 12, backbone.eos_id) == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

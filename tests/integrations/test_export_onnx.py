@@ -15,10 +15,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.compose import concatenate
 
 Make = Callable[..., Any]
 
@@ -88,6 +91,18 @@ def test_tokens_are_those_of_generate(exported: Exported, random_ids: Make) -> N
     assert generate(exported.run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
     for prompt, output in zip(prompts, expected, strict=True):
         assert generate(exported.run, exported.facts, exported.past, [prompt], max_new_tokens=NEW) == [output]
+
+
+@pytest.mark.deploys("ONNX Runtime", "tokens of two joined prefixes", model="llama")
+def test_a_joined_prefix(tiny_backbone: Make, random_prefix: Make, random_ids: Make, tmp_path: Path) -> None:
+    backbone = tiny_backbone("llama", **LAYERS["llama"])
+    parts = [random_prefix(backbone, length, seed=length).detach() for length in (4, 3)]
+    stored = save_prefix(tmp_path / "joined.safetensors", concatenate(parts, backbone.rotation))
+    exported = Exported(backbone, load_prefix(stored, backbone), tmp_path / "onnx", baked=False)
+    prompts = [random_ids(n, seed) for seed, n in enumerate((9, 4))]
+    expected = generate_ids(backbone, prompts, [exported.prefix] * 2, config=GenerateConfig(max_new_tokens=NEW))
+    assert expected != generate_ids(backbone, prompts, [parts[0]] * 2, config=GenerateConfig(max_new_tokens=NEW))
+    assert generate(exported.run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
 
 
 def test_without_its_past_the_graph_is_the_bare_backbone(exported: Exported, random_ids: Make) -> None:

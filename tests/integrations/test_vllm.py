@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -29,7 +30,8 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.starts.words import from_words
 
@@ -258,6 +260,83 @@ def test_a_prefix_has_the_text_format_of_its_training(server: Server, form: dict
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
         with pytest.raises(openai.BadRequestError, match="the chat has 2 messages"):
             chats.create(messages=[{"role": "system", "content": "be kind"}, *messages], **options)
+    finally:
+        path.unlink()
+
+
+@pytest.mark.deploys(
+    "vLLM", "24 mixed requests that join 2 to 4 prefixes: the tokens of `generate` with the composed file", model=MODEL
+)
+def test_joined_prefixes_equal_generate_with_the_composed_file(server: Server, tmp_path: Path):
+    rng, names = random.Random(0), ["p10", "p16", "p37", "p64"]
+    joins = [tuple(rng.sample(names, rng.randint(2, 4))) for _ in range(12)] + [("p10", "p37"), ("p37", "p10")]
+    composed = {}
+    for number, parts in enumerate(set(joins)):
+        files = [read_artifact(server.folder / f"{name}.safetensors") for name in parts]
+        joined = concatenate(files, server.backbone.rotation, names=parts)
+        composed[parts] = load_prefix(save_prefix(tmp_path / f"{number}.safetensors", joined), server.backbone)
+    cases = [(parts, rng.choice(PROMPTS)) for parts in joins for _ in range(2)][:24]
+    cases[-2:] = [(("p10", "p37"), PROMPTS[0]), (("p37", "p10"), PROMPTS[0])]
+
+    def request(case: tuple[int, tuple[tuple[str, ...], str]]) -> Any:
+        number, (parts, prompt) = case
+        if number % 2:
+            return server.complete("+".join(parts), prompt)
+        return server.complete(BASE, prompt, extra_body={"prefixes": list(parts)})
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        replies = list(pool.map(request, enumerate(cases)))
+    for (parts, prompt), reply in zip(cases, replies, strict=True):
+        ids = server.backbone.encode(prompt)
+        (written,) = generate_ids(server.backbone, [ids], [composed[parts]], config=SETTINGS)
+        assert reply.choices[0].text == server.backbone.decode(written), (parts, prompt)
+        assert reply.model == "+".join(parts)
+        assert reply.usage.prompt_tokens == len(ids)
+    # Joining changes what is written, and its order does too, or equality would say nothing.
+    assert len({replies[-1].choices[0].text, replies[-2].choices[0].text, server.expected("p10", ids)}) == 3
+
+
+def test_a_chat_over_joined_prefixes(server: Server):
+    ids = server.backbone.tokenizer.apply_chat_template(
+        MESSAGES, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    files = [read_artifact(server.folder / f"{name}.safetensors") for name in ("p16", "p37")]
+    (written,) = generate_ids(server.backbone, [ids], [concatenate(files, server.backbone.rotation)], config=SETTINGS)
+    pieces = server.client.chat.completions.create(
+        model="p16+p37", messages=MESSAGES, max_tokens=NEW_TOKENS, temperature=0, stream=True
+    )
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == server.backbone.decode(written)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("p10+p16+p37+p64+p128+p200+a+b+c", "9 prefixes are named, but this server joins at most 8"),
+        ("p10+p10", "named twice"),
+        (f"p10+{BASE}", "is the bare model"),
+        ("p128+p200", "may take"),
+    ],
+)
+def test_joins_that_are_refused(server: Server, model: str, message: str):
+    with pytest.raises(openai.BadRequestError, match=message):
+        server.complete(model, "Hello")
+    with pytest.raises(openai.NotFoundError, match="there is no prefix 'p11'"):
+        server.complete("p10+p11", "Hello")
+
+
+def test_a_part_that_is_replaced_counts_for_new_requests(server: Server):
+    ids, path = server.backbone.encode(PROMPTS[2]), server.folder / "part.safetensors"
+    written = []
+    try:
+        for seed in (1, 2):
+            save_prefix(path, make_prefix(server.backbone, 20, seed=seed))
+            parts = [read_artifact(server.folder / f"{name}.safetensors") for name in ("p10", "part")]
+            joined = concatenate(parts, server.backbone.rotation)
+            (expected,) = generate_ids(server.backbone, [ids], [joined], config=SETTINGS)
+            written.append(server.complete("p10+part", PROMPTS[2]).choices[0].text)
+            assert written[-1] == server.backbone.decode(expected)
+        assert written[0] != written[1]
     finally:
         path.unlink()
 

@@ -28,10 +28,10 @@ __all__ = ["PLUGIN_PROBE", "start_vllm"]
 
 
 _PLUGIN = "pip install jaxtyping && pip install --no-deps prefixtune (its other dependencies are not needed there)"
-_TEXT_OPTIONS = ("raw_completions", "earlier_messages", "on_too_long")
+_CONNECTOR_OPTIONS = ("raw_completions", "earlier_messages", "on_too_long", "max_joined_prefixes")
 _USED_BY_VLLM = (
     *("engine", "backbone", "backbone_id", "prefixes", "dtype", "host", "port", "max_length", "num_slots"),
-    *("cache_mib", *_TEXT_OPTIONS),
+    *("cache_mib", *_CONNECTOR_OPTIONS),
 )
 """Settings that are used with vLLM."""
 
@@ -88,7 +88,7 @@ def _launch_config(config: ServeConfig, options: ServeOptions, console: Console)
         config.cache_mib,
         template,
         more,
-        {name: value for name in _TEXT_OPTIONS if (value := getattr(config, name)) != config.default(name)},
+        {name: value for name in _CONNECTOR_OPTIONS if (value := getattr(config, name)) != config.default(name)},
     )
 
 

@@ -2,7 +2,8 @@
 
 A request's prompt begins with P placeholder tokens. The connector tells vLLM's scheduler that their keys and values
 come from outside, and writes those of the prefix into the request's blocks before the first forward pass. The
-middleware makes every prefix in a folder a model name, adds the placeholders, and removes them from the response.
+middleware makes every prefix in a folder a model name, and `a+b` the name of two that are joined; it adds the
+placeholders, and removes them from the response.
 
     connector      in vLLM's scheduler and workers
     worker_cache   the keys and values that a worker has loaded
@@ -13,6 +14,7 @@ middleware makes every prefix in a folder a model name, adds the placeholders, a
     responses      the backbone's response -> a response of the prefix
     http           request bodies, responses and errors, as ASGI sends them
     folder         the prefixes in a folder
+    joining        several prefixes as one
     reference      how a request names its prefix, signed
     model          shapes and weights of the model that vLLM runs
     settings       the connector's options

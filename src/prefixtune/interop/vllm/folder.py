@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
-from prefixtune.interop.vllm.reference import PrefixReference
+from prefixtune.interop.vllm.joining import check_headers
+from prefixtune.interop.vllm.reference import PrefixPart, PrefixReference
 from prefixtune.interop.vllm.settings import Settings
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
@@ -26,13 +29,17 @@ class ServedPrefix:
         reference: How a request names it.
         description: For people.
         created: When its file was last changed, in seconds since 1970.
+        num_bytes: Most that it takes in a worker.
         text_format: The one that it was trained with; None: its file stores none.
+        header: Its file's, or that of the joined prefix.
     """
 
     reference: PrefixReference
     description: str
     created: int
+    num_bytes: int
     text_format: TextFormat | None = None
+    header: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PrefixFolder:
@@ -85,6 +92,26 @@ class PrefixFolder:
                 del self._read_files[name]
         return prefixes
 
+    def join(self, prefixes: Sequence[ServedPrefix]) -> ServedPrefix:
+        """Several prefixes as one: one after the other, in this order.
+
+        Raises:
+            RequestError: They cannot be joined; the message says why.
+        """
+        reference = PrefixReference(tuple(part for prefix in prefixes for part in prefix.reference.parts))
+        num_bytes = sum(prefix.num_bytes for prefix in prefixes)
+        if num_bytes > self.settings.cache_bytes:
+            raise RequestError(
+                f"{reference.name!r} takes {num_bytes:,} bytes, but all together may take "
+                f"{self.settings.cache_bytes:,}.",
+                hint="join fewer, or raise cache_mib.",
+            )
+        headers = {prefix.reference.name: prefix.header for prefix in prefixes}
+        lengths = [prefix.reference.length for prefix in prefixes]
+        header = check_headers(headers, lengths, self.geometry["decoder"])
+        created = max(prefix.created for prefix in prefixes)
+        return ServedPrefix(reference, "", created, num_bytes, read_text_format(header), header)
+
     def _load(self, name: str) -> ServedPrefix | None:
         path = path_of(self.settings.prefixes, name)
         signature = signature_of(path)
@@ -116,15 +143,16 @@ class PrefixFolder:
         reasons = incompatibilities(outline, self.geometry, self.model_name)
         if not reasons and not self._has_same_weights(outline):
             reasons.append(f"it was trained for other weights than those of {self.model_name!r}")
-        needed = outline.num_elements * 4
-        if needed > self.settings.cache_bytes:
-            reasons.append(f"it takes {needed:,} bytes, but all together may take {self.settings.cache_bytes:,}")
+        num_bytes = outline.num_elements * 4
+        if num_bytes > self.settings.cache_bytes:
+            reasons.append(f"it takes {num_bytes:,} bytes, but all together may take {self.settings.cache_bytes:,}")
         if reasons:
             return f"{'; '.join(reasons)}."
         length = next(iter(outline.shapes.values()))[1]
         description = str(outline.header.get("description") or outline.header.get("task") or "")
-        reference = PrefixReference(name, signature[:2], length)
-        return ServedPrefix(reference, description, signature[0] // 10**9, read_text_format(outline.header))
+        reference = PrefixReference((PrefixPart(name, signature[:2], length),))
+        text_format = read_text_format(outline.header)
+        return ServedPrefix(reference, description, signature[0] // 10**9, num_bytes, text_format, outline.header)
 
     def _has_same_weights(self, outline: Outline) -> bool:
         origin = outline.header.get("backbone")

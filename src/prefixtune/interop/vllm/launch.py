@@ -26,8 +26,8 @@ class LaunchConfig:
         num_slots: Most sequences in a running batch; 0: vLLM's choice.
         cache_mib: Memory for a worker's loaded prefixes.
         chat_template: A file from `write_template`; None: chats cannot use prefixes.
-        text_options: The connector's options for texts, where set: `raw_completions`, `earlier_messages`,
-            `on_too_long`.
+        connector_options: More options of the connector, where set: `raw_completions`, `earlier_messages`,
+            `on_too_long`, `max_joined_prefixes`.
         more: Further options of vLLM's own, put last.
     """
 
@@ -42,16 +42,16 @@ class LaunchConfig:
     cache_mib: int = 1024
     chat_template: Path | None = None
     more: Sequence[str] = ()
-    text_options: Mapping[str, Any] = field(default_factory=dict)
+    connector_options: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> list[str]:
         """The arguments of the command `python`."""
-        connector_options = {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib, **self.text_options}
+        options_of_connector = {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib, **self.connector_options}
         transfer_config = {
             "kv_connector": "PrefixConnector",
             "kv_connector_module_path": "prefixtune.interop.vllm.connector",
             "kv_role": "kv_consumer",
-            "kv_connector_extra_config": connector_options,
+            "kv_connector_extra_config": options_of_connector,
         }
         options = {
             "--model": self.model,

@@ -1,4 +1,4 @@
-"""A request for a prefix, rewritten into a request for the backbone.
+"""A request for a prefix, or for several joined ones, rewritten into a request for the backbone.
 
 The prompts get the prefix's text format and the placeholders; the prefix goes into `kv_transfer_params`, with a
 `cache_salt` of its own. All other fields stay: decoding is vLLM's, whatever the prefix's task.
@@ -7,11 +7,11 @@ The prompts get the prefix's text format and the placeholders; the prefix goes i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefixtune.errors import CheckpointError
+from prefixtune.errors import CheckpointError, RequestError, short_repr
 from prefixtune.interop.vllm.folder import ServedPrefix
 from prefixtune.interop.vllm.http import APIError
 from prefixtune.interop.vllm.prompts import (
@@ -21,6 +21,7 @@ from prefixtune.interop.vllm.prompts import (
     list_prompts,
     tokenize_prompts,
 )
+from prefixtune.interop.vllm.reference import JOINER
 from prefixtune.interop.vllm.state import ServerState
 from prefixtune.prefix.text_format import TextFormat
 
@@ -101,18 +102,97 @@ def rewrite_request(state: ServerState, body: bytes, *, is_chat: bool) -> Backbo
 
 
 def _find_prefix(state: ServerState, fields: Any) -> ServedPrefix | None:
-    """The prefix that a request names; None: it names none.
+    """The prefix that a request names, or several as one; None: it names none. Takes `prefixes` out of the fields.
 
     Raises:
-        APIError: The prefix is there, but not served.
+        APIError: A prefix is there, but not served; or several cannot be joined.
     """
-    name = fields.get("model") if isinstance(fields, dict) else None
-    if not isinstance(name, str) or name in state.own_names:
+    if not isinstance(fields, dict):
         return None
+    param = "model" if fields.get("prefixes") is None else "prefixes"
+    names = _requested_names(state, fields)
+    # Other models of vLLM's, such as its adapters, may have any name.
+    if not names or (param == "model" and _find(state, names[0]) is None):
+        return None
+    _check_names(state, names, param)
+    found = {name: _find(state, name) for name in names}
+    missing = ", ".join(repr(name[:128]) for name, prefix in found.items() if prefix is None)
+    if missing:
+        raise APIError(f"there is no prefix {missing}.", param, 404)
+    prefixes = [prefix for prefix in found.values() if prefix is not None]
+    if len(prefixes) == 1:
+        return prefixes[0]
+    _check_length(state, prefixes, param)
+    try:
+        return state.prefixes.join(prefixes)
+    except RequestError as error:
+        raise APIError(f"{error.message} {error.hint}".strip(), param) from None
+
+
+def _find(state: ServerState, name: str) -> ServedPrefix | None:
+    """The prefix of that name; None: there is none.
+
+    Raises:
+        APIError: It is there, but not served.
+    """
     try:
         return state.prefixes.find(name)
     except CheckpointError as error:
         raise APIError(f"{error.message} {error.hint}".strip(), "model", 503) from None
+
+
+def _requested_names(state: ServerState, fields: dict[str, Any]) -> list[str]:
+    """The names in `prefixes`, which is taken out, or in `model`; empty: the bare model's, or none at all.
+
+    Raises:
+        APIError: `prefixes` is no list of names, or `model` says something else.
+    """
+    model, names = fields.get("model"), fields.pop("prefixes", None)
+    if names is None:
+        return model.split(JOINER) if isinstance(model, str) and model not in state.own_names else []
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise APIError("'prefixes' must be a list of names of prefixes, at least one.", "prefixes")
+    if model is not None and model not in state.own_names and model != JOINER.join(names):
+        raise APIError(
+            f"the model is {short_repr(model)}, but 'prefixes' names others. Leave it out, or write "
+            f"{state.model_name!r}.",
+            "model",
+        )
+    return names
+
+
+def _check_names(state: ServerState, names: Sequence[str], param: str) -> None:
+    """Refuse names that are not joined.
+
+    Raises:
+        APIError: There are too many, one is the bare model, or one is there twice.
+    """
+    most = state.settings.max_joined_prefixes
+    if len(names) > most:
+        allowed = f"at most {most}" if most > 1 else "none (max_joined_prefixes is 1)"
+        raise APIError(f"{len(names)} prefixes are named, but this server joins {allowed}.", param)
+    for name in names:
+        if name in state.own_names:
+            raise APIError(f"{name!r} is the bare model, and only prefixes are joined.", param)
+        if names.count(name) > 1:
+            raise APIError(f"the prefix {name[:128]!r} is named twice. Name each of them once.", param)
+
+
+def _check_length(state: ServerState, prefixes: Sequence[ServedPrefix], param: str) -> None:
+    """Refuse joined prefixes that leave no room for a text.
+
+    Raises:
+        APIError: They are too long.
+    """
+    parts = [prefix.reference for prefix in prefixes]
+    length = sum(part.length for part in parts)
+    if state.max_positions is not None and length >= state.max_positions:
+        listed = " + ".join(f"{part.length} ({part.name})" for part in parts)
+        raise APIError(
+            f"the joined prefixes take {listed} = {length} positions, but the limit is {state.max_positions}, text "
+            "included. Join fewer of them.",
+            param,
+        )
 
 
 def _check_fields(fields: dict[str, Any]) -> None:

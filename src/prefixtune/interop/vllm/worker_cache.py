@@ -1,4 +1,4 @@
-"""The prefixes that a worker has loaded: each layer's keys and values, in a cache of bounded size."""
+"""The prefixes that a worker has loaded or joined: each layer's keys and values, in a cache of bounded size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError, PrefixError
-from prefixtune.interop.vllm.reference import PrefixReference, version_of
+from prefixtune.interop.vllm.joining import join_prefixes
+from prefixtune.interop.vllm.reference import PrefixPart, PrefixReference, version_of
 from prefixtune.interop.vllm.settings import Settings
 from prefixtune.prefix.artifact import read_artifact
 from prefixtune.prefix.folder import path_of
@@ -29,7 +30,7 @@ KeyValues = list[tuple[Float[Tensor, "P _H D"], Float[Tensor, "P _H D"]]]
 
 
 class WorkerCache:
-    """Reads prefixes, and keeps those used last.
+    """Reads prefixes, joins them, and keeps those used last.
 
     Args:
         settings: The folder, and how much memory the prefixes may take.
@@ -53,11 +54,11 @@ class WorkerCache:
         self._unusable: OrderedDict[PrefixReference, str] = OrderedDict()
 
     def get(self, reference: PrefixReference) -> KeyValues:
-        """A prefix's keys and values.
+        """The keys and values of a prefix, or of several, one after the other.
 
         Raises:
-            CheckpointError: Its file has been replaced, or cannot be used; the message says why.
-            OSError: It cannot be read.
+            CheckpointError: A file has been replaced, or cannot be used; the message says why.
+            OSError: A file cannot be read.
         """
         entry = self._loaded.get(reference)
         if entry is not None:
@@ -75,20 +76,34 @@ class WorkerCache:
 
     def _read(self, reference: PrefixReference) -> KeyValues:
         with tempfile.TemporaryDirectory(prefix="prefixtune-") as private:
-            # Reading maps the file into memory, and somebody may write to it meanwhile: so a copy is read.
-            source, copy = path_of(self.settings.prefixes, reference.name), Path(private) / "prefix.safetensors"
-            before = version_of(source)
-            shutil.copyfile(source, copy)
-            if not before == reference.version == version_of(source):
-                raise CheckpointError("its file was replaced while the request waited.", hint="send it again.")
+            copies = [Path(private) / f"{index}.safetensors" for index in range(len(reference.parts))]
+            for part, copy in zip(reference.parts, copies, strict=True):
+                self._copy(part, copy)
             try:
-                return self._convert(read_artifact(copy).detach())
+                prefixes, names = (
+                    [read_artifact(copy).detach() for copy in copies],
+                    [part.name for part in reference.parts],
+                )
+                return self._convert(prefixes[0] if len(prefixes) == 1 else join_prefixes(prefixes, names))
             except PrefixError as error:
                 # The next request does not read it again.
-                self._unusable[reference] = error.message.replace(str(copy), "its file")
+                message = error.message
+                for part, copy in zip(reference.parts, copies, strict=True):
+                    message = message.replace(repr(str(copy)), f"the file of {part.name!r}")
+                self._unusable[reference] = message
                 if len(self._unusable) > _MAX_UNUSABLE:
                     self._unusable.popitem(last=False)
-                raise
+                raise CheckpointError(message, hint=error.hint) from error
+
+    def _copy(self, part: PrefixPart, copy: Path) -> None:
+        """Copy a prefix's file: reading maps it into memory, and somebody may write to it meanwhile."""
+        source = path_of(self.settings.prefixes, part.name)
+        before = version_of(source)
+        shutil.copyfile(source, copy)
+        if not before == part.version == version_of(source):
+            raise CheckpointError(
+                f"the file of {part.name!r} was replaced while the request waited.", hint="send it again."
+            )
 
     def _convert(self, prefix: Prefix) -> KeyValues:
         if prefix.geometry != {"decoder": self.shapes}:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from prefixtune.interop.vllm.reference import PrefixReference
+from prefixtune.interop.vllm.reference import PrefixPart, PrefixReference
 
 
 def test_only_a_proof_makes_a_reference_valid():
-    reference = PrefixReference("pubs", (1, 2), 10)
+    reference = PrefixReference((PrefixPart("pubs", (1, 2), 10), PrefixPart("trains", (3, 4), 5)))
+    assert (reference.name, reference.length) == ("pubs+trains", 15)
     sent = json.loads(json.dumps(reference.to_kv_transfer_params(b"secret")))
     assert PrefixReference.from_kv_transfer_params(sent, b"secret") == reference
     for none in (None, {}, 3, {"other": 1}):
@@ -25,7 +26,9 @@ def test_only_a_proof_makes_a_reference_valid():
         {"prefix": ["pubs", [1, 2], 10], "proof": "é"},
         {"prefix": ["pubs", [1, 2], 10], "proof": "\ud800"},
         {"prefix": deep, "proof": "x"},
-        {**signed, "prefix": ["trains", *signed["prefix"][1:]]},
+        {**signed, "prefix": [["bars", [1, 2], 10], *signed["prefix"][1:]]},
+        {**signed, "prefix": signed["prefix"][::-1]},
+        {**signed, "prefix": signed["prefix"][:1]},
     ):
         reference = PrefixReference.from_kv_transfer_params({"prefixtune": forged}, b"secret")
         assert reference is not None
@@ -36,7 +39,9 @@ def test_only_a_proof_makes_a_reference_valid():
 
 
 def test_no_two_prefixes_versions_or_clients_share_blocks():
-    references = [PrefixReference("a", (1, 2), 10), PrefixReference("b", (1, 2), 10), PrefixReference("a", (1, 3), 10)]
+    first, second, third = PrefixPart("a", (1, 2), 10), PrefixPart("b", (1, 2), 10), PrefixPart("a", (1, 3), 10)
+    joined = ((first,), (second,), (third,), (first, second), (second, first), (third, second))
+    references = [PrefixReference(parts) for parts in joined]
     salts = [reference.cache_salt(b"secret", client) for reference in references for client in (None, "mine", "other")]
     assert len(set(salts)) == len(salts)
     assert (
