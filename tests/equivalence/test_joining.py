@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixtune.attention.cache import cache_argument
 from prefixtune.attention.compute import compute_kv, prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError
@@ -191,7 +192,7 @@ def _logits_behind(model: Any, caches: list[Any], ids: Tensor, start: int) -> Te
         values = torch.cat([cache.layers[layer].values for cache in caches], dim=2)
         joined.update(keys, values, layer)
     positions = torch.arange(ids.shape[1])[None] + start
-    logits: Tensor = model(input_ids=ids, position_ids=positions, past_key_values=joined).logits
+    logits: Tensor = model(input_ids=ids, position_ids=positions, **{cache_argument(model): joined}).logits
     return logits
 
 
@@ -209,7 +210,8 @@ def test_joined_prefixes_are_both_caches_in_front(
             # Absolute positions cannot be moved on: there each part stays where it was computed.
             begins = 0 if made.rotation.positions == "absolute" else start
             positions = torch.arange(ids.shape[1])[None] + begins
-            caches.append(plain(input_ids=ids, position_ids=positions, use_cache=True).past_key_values)
+            output = plain(input_ids=ids, position_ids=positions, use_cache=True)
+            caches.append(output[cache_argument(plain)])
             start += ids.shape[1]
         ours = made.forward(text, prefixes=joined).logits
     theirs = _logits_behind(plain, caches, text, start)

@@ -39,6 +39,10 @@ COMMANDS = {
         "tasks": "list the tasks: files, decoding, scores, groups, presets",
         "config": "write the JSON schema of a configuration, so that editors complete its files",
     },
+    "Compose": {
+        "compose": "make one prefix of several: joined, averaged, interpolated, or one without another",
+        "cut": "cut a prefix to fewer positions",
+    },
     "Use": {
         "generate": "generate with a prefix, from arguments or from lines on stdin",
         "chat": "talk with a model and its prefixes in the terminal",

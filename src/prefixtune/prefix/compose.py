@@ -1,25 +1,39 @@
 """Make one prefix of several: one after the other, or number by number.
 
 Joined one after the other, the result is what attention sees with all of them in front: each moved on by the lengths
-before it, the text behind all. Values have no position, so that only keys turn (see `rotation`).
+before it, the text behind all. Values have no position, so that only keys turn (see `rotation`). Number by number,
+prefixes of one length are averaged, or what one has learned is taken from another (task arithmetic, Ilharco et al.
+2023, with keys and values in place of weights).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.prefix.composition import describe_parts, lead_header
+from prefixtune.prefix.composition import content_hash, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import SITES, Site, describe
-from prefixtune.prefix.prefix import KeyValue, Prefix
+from prefixtune.prefix.prefix import Head, KeyValue, Prefix
 from prefixtune.prefix.rotation import Rotation
 
-__all__ = ["check_joinable", "concatenate", "join", "stored_rotation"]
+__all__ = [
+    "average",
+    "check_joinable",
+    "check_start",
+    "concatenate",
+    "cut",
+    "difference",
+    "interpolate",
+    "join",
+    "stored_rotation",
+]
 
 
 def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *, names: Sequence[str] = ()) -> Prefix:
@@ -71,9 +85,7 @@ def join(prefixes: Sequence[Prefix], rotation: Rotation) -> Prefix:
     In a decoder-only model each part is turned on by the lengths before it. Where the text is not shifted (encoders,
     encoder-decoders), no key turns, and each site holds the parts that have it.
     """
-    dtype = prefixes[0].dtype
-    for prefix in prefixes:
-        dtype = torch.promote_types(dtype, prefix.dtype)
+    dtype = _widest(prefixes)
     starts = accumulate((prefix.length() for prefix in prefixes), initial=0)
     turned = [
         rotation.turn(prefix.to(dtype, prefixes[0].device), start)
@@ -90,6 +102,208 @@ def join(prefixes: Sequence[Prefix], rotation: Rotation) -> Prefix:
     return Prefix(layers)
 
 
+# --- number by number ------------------------------------------------------------------------------------------------
+
+
+def average(prefixes: Sequence[Prefix], *, names: Sequence[str] = ()) -> Prefix:
+    """The mean of prefixes of one length, of keys, values and heads; see `interpolate` for what is refused."""
+    names = check_joinable(prefixes, names)
+    _check_labels(prefixes)
+    return _blend(prefixes, [1 / len(prefixes)] * len(prefixes), names, "average")
+
+
+def interpolate(prefixes: Sequence[Prefix], weights: Sequence[float], *, names: Sequence[str] = ()) -> Prefix:
+    """The weighted mean of prefixes of one length, of keys, values and heads.
+
+    Task and text format are those of the last part that has them.
+
+    Args:
+        prefixes: Of one backbone.
+        weights: One for each, with sum 1; a negative one, or one above 1, goes beyond a part.
+        names: What to call the parts in messages and in the header; none: by number.
+
+    Raises:
+        BackboneError: They are of different backbones.
+        ConfigError: Their lengths or labels differ, or the weights do not fit.
+    """
+    names = check_joinable(prefixes, names)
+    _check_labels(prefixes)
+    if len(weights) != len(prefixes):
+        raise ConfigError(f"{len(weights)} weights for {len(prefixes)} prefixes.", hint="give one for each.")
+    if not abs(sum(weights) - 1) <= 1e-6:
+        raise ConfigError(
+            f"the weights {', '.join(f'{w:g}' for w in weights)} add up to {sum(weights):g}, but must to 1.",
+            hint="divide each by their sum.",
+        )
+    return _blend(prefixes, weights, names, "interpolate")
+
+
+def difference(
+    minuend: Prefix, subtrahend: Prefix, start: Prefix, weight: float = 1.0, *, names: Sequence[str] = ()
+) -> Prefix:
+    """One prefix without what another has learned: A - w (B - S), where both were trained from the start S.
+
+    Args:
+        minuend: A; task, text format and head are its.
+        subtrahend: B, of the same backbone and length.
+        start: S.
+        weight: w: how much of what B learned is taken away; negative: added.
+        names: What to call A, B and S in messages and in the header.
+
+    Raises:
+        BackboneError: They are of different backbones.
+        ConfigError: Their lengths differ, or a header says that it had another start.
+    """
+    names = check_joinable([minuend, subtrahend, start], names or ("the first prefix", "the second", "the start"))
+    check_start([minuend, subtrahend], start, names)
+    bare = [Prefix(prefix.layers, prefix.header) for prefix in (minuend, subtrahend, start)]
+    blended = _blend(bare, (1.0, -weight, weight), names, "difference", lead=0)
+    return Prefix(blended.layers, blended.header, minuend.head)
+
+
+def check_start(prefixes: Sequence[Prefix], start: Prefix | None, names: Sequence[str]) -> None:
+    """Refuse prefixes whose headers say that they had no common start, or another than this one.
+
+    Args:
+        prefixes: Two.
+        start: None: only compare the two.
+        names: Of the two, and of the start.
+
+    Raises:
+        ConfigError: A header says so.
+    """
+    described = []
+    for prefix in prefixes:
+        found = prefix.header.get("initialization")
+        described.append({} if not isinstance(found, Mapping) else dict(found))
+        described[-1].pop("relative_fit_error", None)
+    if any(one.get("kind") == "random" for one in described):
+        raise ConfigError(
+            f"{names[0]} or {names[1]} started at random, so that they have no common start.",
+            hint="train both from one file: `prefixtune train --initialization prefix --init-prefix FILE`.",
+        )
+    if all(described) and described[0] != described[1]:
+        raise ConfigError(
+            f"{names[0]} and {names[1]} had different starts ({_spell(described[0])}; {_spell(described[1])}).",
+            hint="train both from one file: `prefixtune train --initialization prefix --init-prefix FILE`.",
+        )
+    expected = next((one["hash"] for one in described if one.get("hash")), None)
+    if start is not None and expected is not None and content_hash(start) != expected:
+        raise ConfigError(
+            f"{names[2]} is not what {names[0]} and {names[1]} started from: its content has another hash.",
+            hint=f"they started from {described[0].get('file') or described[1].get('file') or 'another file'!r}.",
+        )
+
+
+def _spell(description: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {str(value)[:40]!r}" for key, value in list(description.items())[:3])
+
+
+def _blend(
+    prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str, lead: int = -1
+) -> Prefix:
+    """The weighted sum of prefixes, in float32, and its header."""
+    lengths = [{site: prefix.length(site) for site in prefix.sites} for prefix in prefixes]
+    for name, other in zip(names, lengths, strict=True):
+        if other != lengths[0]:
+            raise ConfigError(
+                f"{names[0]} has {_lengths(lengths[0])} positions, but {name} {_lengths(other)}.",
+                hint="cut the longer one with `prefixtune cut`, or join them with --mode concatenate.",
+            )
+    dtype, device = _widest(prefixes), prefixes[0].device
+
+    def total(tensors: Sequence[Tensor]) -> Tensor:
+        parts = [w * tensor.to(device).float() for w, tensor in zip(weights, tensors, strict=True)]
+        return torch.stack(parts).sum(0).to(dtype)
+
+    layers: dict[Site, tuple[KeyValue, ...]] = {
+        site: tuple(
+            (total([key for key, _ in layer]), total([value for _, value in layer]))
+            for layer in zip(*(prefix.layers[site] for prefix in prefixes), strict=True)
+        )
+        for site in prefixes[0].sites
+    }
+    heads = [prefix.head for prefix in prefixes if prefix.head is not None]
+    head = Head(total([one.weight for one in heads]), total([one.bias for one in heads])) if heads else None
+    header = lead_header(prefixes, lead % len(prefixes))
+    rotation = next((prefix.header["rotation"] for prefix in prefixes if prefix.header.get("rotation")), None)
+    header |= {} if rotation is None else {"rotation": rotation}
+    header["composition"] = {"mode": mode, "parts": describe_parts(prefixes, names, weights=weights)}
+    return Prefix(layers, header, head)
+
+
+def _check_labels(prefixes: Sequence[Prefix]) -> None:
+    """Refuse to average heads of different labels.
+
+    Raises:
+        ConfigError: Labels or shapes of heads differ, or only some have a head.
+    """
+    kinds = [
+        (prefix.header.get("labels"), None if prefix.head is None else tuple(prefix.head.weight.shape))
+        for prefix in prefixes
+    ]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ConfigError(
+            "the prefixes have different labels, or only some have any, so that their heads cannot be averaged.",
+            hint="blend prefixes of one set of labels.",
+        )
+
+
+def _lengths(lengths: Mapping[Site, int]) -> str:
+    return ", ".join(f"{site} {length}" for site, length in lengths.items())
+
+
+# --- cut -------------------------------------------------------------------------------------------------------------
+
+
+def cut(
+    prefix: Prefix, length: int, rotation: Rotation | None = None, *, end: Literal["start", "end"] = "end"
+) -> Prefix:
+    """Some of a prefix's positions.
+
+    Cut at the end, the first ones stay as they are. Cut at the start, the keys of the rest are turned back, so that it
+    begins at position 0; what it has taken over from the positions before it stays in it.
+
+    Args:
+        prefix: The whole.
+        length: How many positions stay, at every site that has more.
+        rotation: The backbone's; None: as the header has it. Needed at the start only.
+        end: Where to cut.
+
+    Raises:
+        CheckpointError: The rotation in the header cannot be used.
+        ConfigError: Nothing would be cut, or left; or no rotation is known.
+    """
+    if not 1 <= length < prefix.prefix_length:
+        raise ConfigError(
+            f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length}.",
+            hint=f"choose a length from 1 to {prefix.prefix_length - 1}."
+            if prefix.prefix_length > 1
+            else "a single position cannot be cut.",
+        )
+    if end == "end":
+        kept = prefix[:length]
+    else:
+        rotation = rotation or stored_rotation([prefix])
+        if rotation is None:
+            raise ConfigError(
+                "the header does not say how keys turn with position: the file is older than joining.",
+                hint="pass the backbone's rotation: load_backbone(...).rotation.",
+            )
+        kept = rotation.turn(prefix[-length:], -max(0, prefix.length() - length))
+    whole = describe_parts([prefix], [str(prefix.header.get("task") or "the whole")])
+    header = {**prefix.header, "composition": {"mode": "cut", "at": end, "parts": whole}}
+    return Prefix(kept.layers, header, prefix.head)
+
+
+# --- what belongs together -------------------------------------------------------------------------------------------
+
+
+def _widest(prefixes: Sequence[Prefix]) -> torch.dtype:
+    """The dtype that holds the numbers of all."""
+    return functools.reduce(torch.promote_types, (prefix.dtype for prefix in prefixes))
+
+
 def stored_rotation(prefixes: Sequence[Prefix]) -> Rotation | None:
     """How keys turn with position, as the first header that knows it says; None: none does.
 
@@ -97,6 +311,12 @@ def stored_rotation(prefixes: Sequence[Prefix]) -> Rotation | None:
         CheckpointError: A header has one that cannot be used.
     """
     for prefix in prefixes:
+        origin = prefix.header.get("backbone")
+        if set(prefix.sites) != {"decoder"} or (
+            isinstance(origin, Mapping) and origin.get("kind") == "encoder-decoder"
+        ):
+            # Text behind an encoder's prefix is not shifted, so that nothing is moved.
+            return Rotation("none")
         if prefix.header.get("rotation") is not None:
             return Rotation.from_header(prefix.header["rotation"])
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.cli.common import print_json
+from prefixtune.cli.composing import part_rows
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.utils.console import Console
@@ -57,7 +58,12 @@ def inspect(options: InspectOptions) -> int:
         return 0
     console = Console(quiet=options.quiet)
     print(f"{path}: {prefix!r}, {sizes['file_bytes']:,} bytes")
-    console.table("header", ["key", "value"], list(_flatten(prefix.header)), result=True)
+    header = dict(prefix.header)
+    composition = header.pop("composition", {})
+    parts = composition.get("parts")
+    console.table("header", ["key", "value"], list(_flatten(header)), result=True)
+    if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
+        console.table(f"parts, by {str(composition.get('mode'))[:20]}", *part_rows(parts), result=True)
     console.table(
         "mean norm of a head's vector",
         ["site", "layer", "key", "value"],

@@ -18,6 +18,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError
+from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder, fit
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
@@ -138,8 +139,9 @@ def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int])
     if kind == "words":
         return Start(from_words(backbone, config.init_text, lengths), {"kind": kind, "text": config.init_text})
     if kind == "prefix":
-        prefix = from_prefix(backbone, load_prefix(config.init_prefix, backbone), lengths)
-        return Start(prefix, {"kind": kind, "file": Path(config.init_prefix).name})
+        given = load_prefix(config.init_prefix, backbone)
+        description = {"kind": kind, "file": Path(config.init_prefix).name, "hash": content_hash(given)}
+        return Start(from_prefix(backbone, given, lengths), description)
     return Start(None, {"kind": kind})
 
 

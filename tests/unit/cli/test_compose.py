@@ -1,0 +1,160 @@
+"""`prefixtune compose` and `prefixtune cut`: what they write, and that nothing is written where a file is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.cli.main import main
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.composition import content_hash
+from prefixtune.prefix.prefix import Prefix
+
+
+@pytest.fixture
+def folder(
+    tiny_backbone: Callable[..., Any],
+    random_prefix: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """Prefixes of one tiny LLaMA (`old` as before headers had a rotation), one of other weights, and one of GPT-2."""
+    llama, other, gpt2 = tiny_backbone("llama"), tiny_backbone("llama", seed=1), tiny_backbone("gpt2")
+    monkeypatch.chdir(tmp_path)
+
+    def save(name: str, backbone: Any, length: int, **facts: Any) -> None:
+        header = make_header(backbone, **facts)
+        prefix = Prefix(random_prefix(backbone, length).layers, header)
+        save_prefix(f"{name}.safetensors", prefix)
+
+    save("manual", llama, 4, task="e2e", training={"dev_loss": 1.25})
+    save("style", llama, 3, task="xsum")
+    save("mood", llama, 4)
+    save("long", llama, 156)
+    save("other", other, 4)
+    save("gpt2", gpt2, 4)
+    save("gpt2b", gpt2, 3)
+    manual = read_artifact("manual.safetensors")
+    header = {key: value for key, value in manual.header.items() if key != "rotation"}
+    save_prefix("old.safetensors", Prefix(manual.layers, header))
+    return tmp_path
+
+
+def _error(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a wrong command, which writes nothing."""
+    before = sorted(Path().iterdir())
+    assert main(arguments.split()) == 2
+    assert sorted(Path().iterdir()) == before
+    return capsys.readouterr().err
+
+
+def test_joined_files_have_both_and_say_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "compose manual.safetensors style.safetensors --output both.safetensors --json"
+    assert main(command.split()) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["prefix_length"] == {"decoder": 7}
+    assert [part["name"] for part in said["parts"]] == ["manual.safetensors", "style.safetensors"]
+    manual, style, both = (read_artifact(f"{name}.safetensors") for name in ("manual", "style", "both"))
+    assert both.equal(concatenate([manual, style]))
+    assert both.header["composition"]["parts"] == said["parts"]
+    assert said["parts"][0]["dev_loss"] == 1.25
+    assert said["file_bytes"] == Path("both.safetensors").stat().st_size
+    assert both.header["task"] == "xsum"
+    assert main(["inspect", "both.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert "parts, by concatenate" in shown
+    assert content_hash(manual)[:19] in shown
+    assert "1.25" in shown
+
+
+def test_the_order_of_the_files_is_the_order_of_the_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compose", "style.safetensors", "manual.safetensors", "--output", "both.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("style.safetensors") < shown.index("manual.safetensors")
+    first = read_artifact("style.safetensors")
+    assert read_artifact("both.safetensors")[:3].equal(first)
+
+
+def test_modes_with_numbers(folder: Path) -> None:
+    manual, mood = read_artifact("manual.safetensors"), read_artifact("mood.safetensors")
+    files = "compose manual.safetensors mood.safetensors"
+    assert main(f"{files} --mode average --output mean.safetensors".split()) == 0
+    assert main(f"{files} --mode interpolate --weights 0.9,0.1 --output mix.safetensors".split()) == 0
+    assert main(f"{files} --mode difference --start mood.safetensors --output same.safetensors".split()) == 0
+    for name, weights in (("mean", (0.5, 0.5)), ("mix", (0.9, 0.1)), ("same", (1.0, 0.0))):
+        tensors = zip(manual.tensors(), mood.tensors(), read_artifact(f"{name}.safetensors").tensors(), strict=True)
+        assert all(torch.allclose(weights[0] * a + weights[1] * b, c, atol=1e-6) for a, b, c in tensors)
+
+
+def test_an_older_files_backbone_is_run(
+    folder: Path, tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prefixtune.backbone.load as loading
+
+    loaded = []
+
+    def load(name: str, **options: Any) -> Any:
+        loaded.append(name)
+        return tiny_backbone("llama")
+
+    monkeypatch.setattr(loading, "load_backbone", load)
+    monkeypatch.setattr(loading, "check_loadable", lambda *_, **__: None)
+    monkeypatch.setattr(loading, "check_size", lambda *_, **__: None)
+    assert main(["compose", "old.safetensors", "old.safetensors", "--output", "both.safetensors"]) == 0
+    assert main(["compose", "manual.safetensors", "old.safetensors", "--output", "known.safetensors"]) == 0
+    assert loaded == ["tiny-llama"]
+    assert read_artifact("both.safetensors").equal(concatenate([read_artifact("manual.safetensors")] * 2))
+
+
+def test_positions_that_are_added_to_the_input_are_said_to_be_an_approximation(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compose", "gpt2.safetensors", "gpt2b.safetensors", "--output", "both.safetensors"]) == 0
+    assert "approximation" in capsys.readouterr().err
+    assert (
+        main(["cut", "both.safetensors", "--length", "3", "--from", "start", "--output", "b.safetensors", "--json"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["exact"] is False
+    assert read_artifact("b.safetensors").equal(read_artifact("gpt2b.safetensors"))
+
+
+def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cut", "manual.safetensors", "--length", "2", "--output", "short.safetensors", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["prefix_length"], said["from"], said["exact"]) == ({"decoder": 2}, "end", True)
+    manual = read_artifact("manual.safetensors")
+    assert read_artifact("short.safetensors").equal(manual[:2])
+    assert main(["compose", "style.safetensors", "manual.safetensors", "--output", "both.safetensors"]) == 0
+    assert main(["cut", "both.safetensors", "--length", "4", "--from", "start", "--output", "back.safetensors"]) == 0
+    back = read_artifact("back.safetensors")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(back.tensors(), manual.tensors(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("manual.safetensors other.safetensors", "whose weights differ"),
+        ("manual.safetensors gpt2.safetensors", "KV heads"),
+        ("manual.safetensors long.safetensors", "take 160 positions, but the model has 160"),
+        ("manual.safetensors style.safetensors --mode average", "decoder 4 positions"),
+        ("manual.safetensors mood.safetensors --mode difference", "--start FILE"),
+        ("none.safetensors nothing.safetensors", "nothing.safetensors"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], command: str, said: str
+) -> None:
+    assert said in _error(f"compose {command} --output x.safetensors", capsys)
+
+
+def test_a_cut_to_the_whole_length_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = _error("cut manual.safetensors --length 4 --output x.safetensors", capsys)
+    assert "has 4 positions, and cannot be cut to 4" in error

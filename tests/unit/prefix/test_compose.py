@@ -1,0 +1,245 @@
+"""Prefixes of several: what is put where, what the header keeps, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.compose import average, concatenate, cut, difference, interpolate
+from prefixtune.prefix.composition import MAX_PARTS, content_hash
+from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.rotation import PairTurns, Rotation
+
+ROTATION = Rotation("rotary", {"decoder": (PairTurns((0,), (2,), (0.5,)), None)}, 40)
+FORMAT = {"prompt": "{source}{separator}", "target": "{target}", "separator": " ", "end": "</s>"}
+
+
+def _prefix(length: int, seed: int = 0, *, dtype: torch.dtype = torch.float32, **header: Any) -> Prefix:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(2, length, 4, generator=generator).to(dtype)
+
+    origin = {"name": "tiny", "fingerprint": "abc:", "kind": "decoder"}
+    return Prefix(
+        {"decoder": tuple((draw(), draw()) for _ in range(2))},
+        {"backbone": origin, "rotation": ROTATION.to_header(), **header},
+    )
+
+
+def _with_head(prefix: Prefix, *labels: str) -> Prefix:
+    header = {**prefix.header, "labels": {"kind": "classification", "by": "head", "names": list(labels)}}
+    return Prefix(prefix.layers, header, Head(torch.randn(len(labels), 8), torch.randn(len(labels))))
+
+
+# --- one after the other ---------------------------------------------------------------------------------------------
+
+
+def test_parts_stand_one_after_the_other_each_turned_on() -> None:
+    parts = [_prefix(length, length) for length in (3, 5, 2)]
+    joined = concatenate(parts)
+    start = 0
+    for part in parts:
+        stop = start + part.length()
+        expected = ROTATION.turn(part, start)
+        for (key, value), (want_key, want_value) in zip(
+            joined.layers["decoder"], expected.layers["decoder"], strict=True
+        ):
+            assert torch.equal(key[:, start:stop], want_key)
+            assert torch.equal(value[:, start:stop], want_value)
+        start = stop
+    assert joined.length() == 10
+
+
+def test_the_header_keeps_what_each_part_was() -> None:
+    manual = _prefix(3, 1, task="manual", training={"dev_loss": 1.5, "backbone_dtype": "bfloat16", "steps": 9})
+    style = _prefix(2, 2, task="style", text_format=FORMAT, license="mine")
+    joined = concatenate([manual, style], names=["manual.safetensors", "style.safetensors"])
+    assert joined.header["task"] == "style"
+    assert joined.header["text_format"] == FORMAT
+    assert joined.header["backbone"] == manual.header["backbone"]
+    assert Rotation.from_header(joined.header["rotation"]) == ROTATION
+    assert "training" not in joined.header
+    assert joined.header["composition"] == {
+        "mode": "concatenate",
+        "parts": [
+            {
+                "name": "manual.safetensors",
+                "hash": content_hash(manual),
+                "prefix_length": {"decoder": 3},
+                "task": "manual",
+                "dev_loss": 1.5,
+                "backbone_dtype": "bfloat16",
+            },
+            {
+                "name": "style.safetensors",
+                "hash": content_hash(style),
+                "prefix_length": {"decoder": 2},
+                "task": "style",
+                "license": "mine",
+            },
+        ],
+    }
+
+
+def test_the_hash_is_of_the_content_alone() -> None:
+    assert content_hash(_prefix(3, 1, task="a")) == content_hash(_prefix(3, 1, task="b"))
+    assert content_hash(_prefix(3, 1)) != content_hash(_prefix(3, 2))
+    assert content_hash(_prefix(3, 1)) != content_hash(_prefix(3, 1).to(torch.float64))
+
+
+def test_joined_parts_of_parts_are_one_list_in_order() -> None:
+    a, b, c = (_prefix(length, length) for length in (3, 5, 2))
+    nested = concatenate([concatenate([a, b]), c])
+    flat = concatenate([a, b, c])
+    assert nested.equal(flat) or all(
+        torch.allclose(x, y, atol=1e-6) for x, y in zip(nested.tensors(), flat.tensors(), strict=True)
+    )
+    hashes = [part["hash"] for part in nested.header["composition"]["parts"]]
+    assert hashes == [content_hash(part) for part in (a, b, c)]
+    mean = average([a, _prefix(3, 9)])
+    (entry, _) = concatenate([mean, c]).header["composition"]["parts"]
+    assert entry["composition"] == {"mode": "average", "hashes": [content_hash(a), content_hash(_prefix(3, 9))]}
+
+
+def test_a_composed_prefix_is_stored_and_read_again(tmp_path: Any) -> None:
+    joined = concatenate([_prefix(3, 1), _prefix(2, 2)])
+    read = read_artifact(save_prefix(tmp_path / "joined.safetensors", joined))
+    assert read.equal(joined)
+    assert read.header["composition"] == joined.header["composition"]
+    assert read.header["prefix_length"] == {"decoder": 5}
+
+
+def test_the_widest_dtype_is_kept() -> None:
+    joined = concatenate([_prefix(3, 1, dtype=torch.bfloat16), _prefix(2, 2)])
+    assert joined.dtype == torch.float32
+    assert concatenate([_prefix(3, 1, dtype=torch.bfloat16)] * 2).dtype == torch.bfloat16
+
+
+def test_one_part_may_classify() -> None:
+    classifier = _with_head(_prefix(3, 1), "good", "bad")
+    joined = concatenate([classifier, _prefix(2, 2, task="style")])
+    assert joined.head is classifier.head
+    assert joined.header["labels"]["names"] == ["good", "bad"]
+    with pytest.raises(ConfigError, match="prefix 1 and prefix 2 both classify"):
+        concatenate([classifier, _with_head(_prefix(2, 2), "yes", "no")])
+
+
+def test_what_cannot_be_joined_is_refused_by_name() -> None:
+    other = {"name": "large", "fingerprint": "abd:", "kind": "decoder"}
+    with pytest.raises(BackboneError, match=r"one was trained for 'tiny' and two for 'large'"):
+        concatenate([_prefix(3), _prefix(3, backbone=other)], names=["one", "two"])
+    with pytest.raises(ConfigError, match="joined, the prefixes take 40 positions, but the model has 40"):
+        concatenate([_prefix(30), _prefix(10)])
+    with pytest.raises(ConfigError, match="prefix 2 was trained together with a LoRA adapter"):
+        concatenate([_prefix(3), _prefix(3, adapter="adapter")])
+    with pytest.raises(ConfigError, match="prefix 1 is placed 'front', but prefix 2 'infix'"):
+        concatenate([_prefix(3), _prefix(3, placement="infix")])
+    with pytest.raises(ConfigError, match="no header says how keys turn"):
+        concatenate([_prefix(3, rotation=None)] * 2)
+    with pytest.raises(ConfigError, match=f"{MAX_PARTS + 1} parts, but at most {MAX_PARTS}"):
+        concatenate([concatenate([_prefix(1)] * 30)] * 2 + [_prefix(1)] * 5, Rotation("none"))
+    with pytest.raises(ConfigError, match="no prefix"):
+        concatenate([])
+    narrow = Prefix({"decoder": ((torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)),) * 2})
+    with pytest.raises(BackboneError, match=r"2 KV heads x 4, but prefix 2 .* x 3"):
+        concatenate([_prefix(3), narrow])
+
+
+def test_a_made_up_composition_in_a_header_does_no_harm() -> None:
+    for made_up in ({"mode": 3, "parts": "x"}, {"parts": [1, 2]}, {}):
+        joined = concatenate([_prefix(3, 1, composition=made_up), _prefix(2, 2)])
+        assert len(joined.header["composition"]["parts"]) == 2
+
+
+# --- number by number ------------------------------------------------------------------------------------------------
+
+
+def test_blends_are_weighted_sums() -> None:
+    a, b, s = (_prefix(3, seed) for seed in (1, 2, 3))
+    mean, mixed, without = average([a, b]), interpolate([a, b], (0.25, 0.75)), difference(a, b, s, 0.5)
+    for x, y, z, one, two, three in zip(*(prefix.tensors() for prefix in (a, b, s, mean, mixed, without)), strict=True):
+        assert torch.allclose(one, (x + y) / 2, atol=1e-6)
+        assert torch.allclose(two, 0.25 * x + 0.75 * y, atol=1e-6)
+        assert torch.allclose(three, x - 0.5 * (y - z), atol=1e-6)
+    assert [part["weight"] for part in mixed.header["composition"]["parts"]] == [0.25, 0.75]
+    assert [part["weight"] for part in without.header["composition"]["parts"]] == [1.0, -0.5, 0.5]
+    assert Rotation.from_header(mean.header["rotation"]) == ROTATION
+
+
+def test_taking_away_nothing_learned_changes_nothing() -> None:
+    a, s = _prefix(3, 1, task="mine"), _prefix(3, 2)
+    result = difference(a, s, s)
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(result.tensors(), a.tensors(), strict=True))
+    assert result.header["task"] == "mine"
+
+
+def test_heads_of_the_same_labels_are_averaged() -> None:
+    one, two = _with_head(_prefix(3, 1), "good", "bad"), _with_head(_prefix(3, 2), "good", "bad")
+    mean = average([one, two])
+    assert mean.head is not None
+    assert one.head is not None
+    assert two.head is not None
+    assert torch.allclose(mean.head.weight, (one.head.weight + two.head.weight) / 2, atol=1e-6)
+    with pytest.raises(ConfigError, match="different labels"):
+        average([one, _with_head(_prefix(3, 2), "yes", "no")])
+    with pytest.raises(ConfigError, match="only some have any"):
+        average([one, _prefix(3, 2)])
+    kept = difference(one, _prefix(3, 2), _prefix(3, 3))
+    assert kept.head is one.head
+
+
+def test_blends_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="decoder 3 positions, but prefix 2 decoder 4"):
+        average([_prefix(3), _prefix(4)])
+    with pytest.raises(ConfigError, match=r"0\.5, 0\.6 add up to 1\.1"):
+        interpolate([_prefix(3), _prefix(3)], (0.5, 0.6))
+    with pytest.raises(ConfigError, match="1 weights for 2 prefixes"):
+        interpolate([_prefix(3), _prefix(3)], (1.0,))
+    with pytest.raises(ConfigError, match="add up to nan"):
+        interpolate([_prefix(3), _prefix(3)], (float("nan"), 1.0))
+
+
+def test_a_difference_needs_the_start_that_both_had() -> None:
+    start = _prefix(3, 5)
+    began = {"kind": "prefix", "file": "s.safetensors", "hash": content_hash(start)}
+    a, b = (_prefix(3, seed, initialization=began) for seed in (1, 2))
+    difference(a, b, start)
+    with pytest.raises(ConfigError, match="the start is not what the first prefix and the second started from"):
+        difference(a, b, _prefix(3, 6))
+    with pytest.raises(ConfigError, match="had different starts"):
+        difference(a, _prefix(3, 2, initialization={"kind": "words", "text": "reviews"}), start)
+    with pytest.raises(ConfigError, match="started at random"):
+        difference(*(_prefix(3, seed, initialization={"kind": "random"}) for seed in (1, 2)), start)
+
+
+# --- cut -------------------------------------------------------------------------------------------------------------
+
+
+def test_cut_at_the_end_leaves_the_first_positions_as_they_are() -> None:
+    whole = _prefix(5, 1, task="mine")
+    short = cut(whole, 2)
+    assert short.equal(whole[:2])
+    assert short.header["task"] == "mine"
+    (part,) = short.header["composition"]["parts"]
+    assert part["hash"] == content_hash(whole)
+    assert short.header["composition"]["at"] == "end"
+
+
+def test_cut_at_the_start_undoes_a_join() -> None:
+    a, b = _prefix(3, 1), _prefix(4, 2)
+    back = cut(concatenate([a, b]), 4, end="start")
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(back.tensors(), b.tensors(), strict=True))
+    assert cut(concatenate([a, b]), 3).equal(a)
+
+
+def test_a_cut_that_cuts_nothing_is_refused() -> None:
+    for length in (0, 5, 9):
+        with pytest.raises(ConfigError, match=f"has 5 positions, and cannot be cut to {length}"):
+            cut(_prefix(5), length)
+    with pytest.raises(ConfigError, match="does not say how keys turn"):
+        cut(_prefix(5, rotation=None), 2, end="start")

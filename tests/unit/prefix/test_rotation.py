@@ -1,0 +1,95 @@
+"""Keys that turn, and a rotation as a header keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.rotation import PairTurns, Rotation
+
+HALF = PairTurns((0, 1), (2, 3), (1.0, 0.01))
+ROTATION = Rotation("rotary", {"decoder": (HALF, None)}, 100)
+
+
+def _prefix(length: int, layers: int = 2, dtype: torch.dtype = torch.float32) -> Prefix:
+    generator = torch.Generator().manual_seed(length)
+    return Prefix(
+        {
+            "decoder": tuple(
+                (torch.randn(2, length, 5, generator=generator).to(dtype), torch.randn(2, length, 5).to(dtype))
+                for _ in range(layers)
+            )
+        }
+    )
+
+
+def test_pairs_turn_like_complex_numbers_and_the_rest_stays() -> None:
+    prefix = _prefix(3)
+    turned = ROTATION.turn(prefix, 7)
+    before, after = prefix.layers["decoder"][0][0], turned.layers["decoder"][0][0]
+    for first, second, frequency in zip(HALF.first, HALF.second, HALF.frequencies, strict=True):
+        expected = torch.complex(before[..., first], before[..., second]) * complex(
+            math.cos(7 * frequency), math.sin(7 * frequency)
+        )
+        assert torch.allclose(after[..., first], expected.real, atol=1e-6)
+        assert torch.allclose(after[..., second], expected.imag, atol=1e-6)
+    assert torch.equal(after[..., 4], before[..., 4])
+    assert torch.equal(turned.layers["decoder"][1][0], prefix.layers["decoder"][1][0])
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(turned.layers["decoder"], prefix.layers["decoder"], strict=True))
+
+
+def test_turning_in_bfloat16_rounds_once() -> None:
+    prefix = _prefix(3, dtype=torch.bfloat16)
+    turned = ROTATION.turn(prefix, 50)
+    assert turned.dtype == torch.bfloat16
+    exact = ROTATION.turn(prefix.to(torch.float32), 50).to(torch.bfloat16)
+    assert turned.equal(exact)
+
+
+def test_a_header_gives_the_same_rotation() -> None:
+    stored = json.loads(json.dumps(ROTATION.to_header()))
+    assert Rotation.from_header(stored) == ROTATION
+    assert Rotation.from_header({"positions": "none"}) == Rotation("none")
+
+
+def test_another_number_of_layers_or_a_smaller_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="2 layers at site 'decoder', but the prefix has 3"):
+        ROTATION.turn(_prefix(3, layers=3), 1)
+    wide = Rotation("rotary", {"decoder": (PairTurns((0,), (5,), (1.0,)), None)})
+    with pytest.raises(ConfigError, match="keys of 5 numbers"):
+        wide.turn(_prefix(3), 1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {},
+        {"positions": "spiral"},
+        {"positions": "rotary", "max_positions": 0},
+        {"positions": "rotary", "max_positions": True},
+        {"positions": "rotary", "turns": {}},
+        {"positions": "rotary", "turns": [3]},
+        {"positions": "rotary", "turns": [{"first": [0]}]},
+        {"positions": "rotary", "turns": [{"first": [0], "second": [0], "frequencies": [1.0]}]},
+        {"positions": "rotary", "turns": [{"first": [0], "second": [-1], "frequencies": [1.0]}]},
+        {"positions": "rotary", "turns": [{"first": [], "second": [], "frequencies": []}]},
+        {"positions": "rotary", "turns": [{"first": [0], "second": [10**9], "frequencies": [1.0]}]},
+        {"positions": "rotary", "turns": [{"first": [0], "second": [1], "frequencies": [1e9]}]},
+        {"positions": "rotary", "turns": [{"first": [0], "second": [1], "frequencies": ["1"]}]},
+        {"positions": "rotary", "turns": [{"first": [0], "second": [1], "frequencies": [1.0, 2.0]}]},
+        {"positions": "rotary", "layers": {"decoder": [0]}},
+        {"positions": "rotary", "layers": {"decoder": [None] * 5000}},
+        {"positions": "rotary", "layers": {"middle": [None]}},
+        {"positions": "rotary", "layers": [None]},
+    ],
+)
+def test_a_header_that_was_made_up_is_refused_in_words(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="rotation cannot be used"):
+        Rotation.from_header(value)
