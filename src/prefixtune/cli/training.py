@@ -1,17 +1,20 @@
-"""Run trainings, and show their progress or print their events as JSON lines."""
+"""Run trainings, show their progress or print their events as JSON lines, and find values beneath their options."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefixtune.cli.common import print_json
+from prefixtune.errors import PrefixError
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.presets import preset
+from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console
 
-__all__ = ["run_training", "run_training_together"]
+__all__ = ["preset_layer", "run_training", "run_training_together", "stored_layer"]
 
 
 def run_training(
@@ -65,3 +68,24 @@ def _print_event(event: dict[str, Any]) -> None:
     # A reader such as `head` may close the pipe; the training goes on.
     with suppress(BrokenPipeError):
         print_json(event)
+
+
+def stored_layer(folder: str) -> Layer:
+    """The configuration of a run to resume."""
+    from prefixtune.training.folder import stored_config
+
+    try:
+        return Layer.from_file(stored_config(folder), TrainConfig.model_fields)
+    except PrefixError as error:
+        return Layer({}, error=error)
+
+
+def preset_layer(values: Mapping[str, Any]) -> Layer:
+    """The values of a preset for the run that these values, of a file and the command line, describe."""
+    task, method = (str(values.get(name, TrainConfig.default(name))) for name in ("task", "method"))
+    limit = str(values.get("limit", ""))
+    num_targets = int(limit) if limit.isdecimal() and int(limit) else 100
+    try:
+        return Layer(preset(values["preset"], task, method, num_targets=num_targets))
+    except PrefixError as error:
+        return Layer({}, error=error)

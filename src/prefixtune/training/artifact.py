@@ -27,6 +27,7 @@ from prefixtune.training.checkpoint import TrainState, finite_or_none
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.training.folder import ADAPTER_FOLDER, PREFIX_FILE, WEIGHTS_FILE
+from prefixtune.training.variation import variation_facts
 from prefixtune.utils.files import atomic_path
 
 __all__ = ["load_tuned", "load_weights", "make_run_header", "save_artifact", "save_weights"]
@@ -70,6 +71,7 @@ def make_run_header(
             "loss_reduction": config.loss_reduction,
             "seed": config.seed,
             "learning_rate": config.peak_learning_rate,
+            **variation_facts(config),
         },
         **({"adapter": adapter} if adapter else {}),
         license=config.license,

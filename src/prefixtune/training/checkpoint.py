@@ -258,6 +258,12 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
             f"the run in {folder!r} was started in {facts['dtype']}, but the backbone is in {dtype}.",
             hint=f"resume with --dtype {facts['dtype']}.",
         )
+    stored, now = (digest.partition("+") for digest in (facts["data"], data_digest))
+    if stored[0] == now[0] and stored[2] != now[2]:
+        raise ConfigError(
+            f"the run in {folder!r} was started with other prefixes beside it.",
+            hint="put the same files into the folder of --beside, or start again in another --output.",
+        )
     if facts["data"] != data_digest:
         raise ConfigError(
             f"the run in {folder!r} was started on other data.",

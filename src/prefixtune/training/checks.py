@@ -10,6 +10,7 @@ from prefixtune.backbone.load import check_loadable
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.beside import SELF, read_others
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 
@@ -25,7 +26,7 @@ __all__ = [
 
 
 def early_checks(
-    config: TrainConfig, processes: ProcessGroup, *, has_dev: bool, loads_backbone: bool
+    config: TrainConfig, processes: ProcessGroup, *, has_dev: bool, loads_backbone: bool, together: bool = False
 ) -> Iterator[Callable[[], object]]:
     """The checks of a configuration on this machine that need no backbone."""
     if loads_backbone:
@@ -40,7 +41,9 @@ def early_checks(
     yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
     if config.initialization == "prefix" and config.trains_prefix:
         yield lambda: _check_start(config)
-    yield lambda: _check_combination(config, processes, has_dev)
+    if config.beside and config.beside != SELF:
+        yield lambda: read_others(config)
+    yield lambda: _check_combination(config, processes, has_dev, together)
 
 
 def _check_start(config: TrainConfig) -> None:
@@ -70,7 +73,7 @@ def no_head(config: TrainConfig) -> ConfigError:
     )
 
 
-def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bool) -> None:
+def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bool, together: bool) -> None:
     """Refuse options that contradict each other, the data or the machine."""
     if config.shard and (processes.size == 1 or not config.trains_prefix or config.train_adapter):
         raise ConfigError(
@@ -92,6 +95,11 @@ def _check_combination(config: TrainConfig, processes: ProcessGroup, has_dev: bo
                 "example_choice is 'loss', but the development loss needs a development file.",
                 hint="set dev (--dev FILE) or hold_out, or choose random or diverse.",
             )
+    if config.beside == SELF and not together:
+        raise ConfigError(
+            "beside is 'self', the other runs that train together, but this run trains alone.",
+            hint="give several files to --together, or name a folder of prefixes.",
+        )
 
 
 def check_together(configs: Sequence[TrainConfig]) -> None:
@@ -109,6 +117,8 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     shared = sorted({str(config.output) for config in configs if folders.count(Path(config.output).resolve()) > 1})
     if shared:
         faults.append(f"several runs would write to {', '.join(map(repr, shared))}")
+    if len(configs) == 1 and configs[0].beside == SELF:
+        faults.append("beside is 'self', but there is no other run")
     for config in configs:
         if config.method not in ("prefix", "prompt") or config.adapter or config.train_adapter:
             what = f"method {config.method!r}" if config.method not in ("prefix", "prompt") else "an adapter"

@@ -282,9 +282,15 @@ class TrainConfig(Config):
         if self.initialization in ("words", "text") and not self.init_text.strip():
             yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
         yield from self._example_conflicts()
+        if self.patience and not self.eval_every:
+            yield (
+                ("patience", "eval_every"),
+                f"patience is {self.patience} evaluations, but eval_every is 0: there is one, at the end",
+            )
         if self.prefix_length == 0 and self.initialization not in ("text", "examples"):
             names = "prefix_length", "initialization"
-            yield names, f"prefix_length is 0, but initialization {self.initialization!r} has no length of its own"
+            start = f"initialization {self.initialization!r}"
+            yield names, f"prefix_length is 0, but must be at least 1: {start} has no length of its own"
         if self.initialization == "prefix" and not self.init_prefix:
             yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
 

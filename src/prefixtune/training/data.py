@@ -40,6 +40,7 @@ def read_data(
     *,
     resume: bool,
     loads_backbone: bool,
+    together: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """Read the files, and report every mistake that can be found before a backbone loads, which takes long.
 
@@ -50,6 +51,7 @@ def read_data(
         processes: Those of the run; the first one checks the folder.
         resume: The folder may hold a run.
         loads_backbone: The backbone is still to be loaded, so that its options are checked.
+        together: It trains with other runs.
 
     Returns:
         The training and the development examples, as many as are used.
@@ -77,7 +79,7 @@ def read_data(
             *([lambda: _hold_out(config, train, dev)] if holds_out else ()),
             check_labels,
             lambda: check_example_count(config, train),
-            *early_checks(config, processes, has_dev=has_dev, loads_backbone=loads_backbone),
+            *early_checks(config, processes, has_dev=has_dev, loads_backbone=loads_backbone, together=together),
         ]
     )
     return train, dev

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import TrainingError
 from prefixtune.prefix.artifact import describe_tensors
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder
+from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.artifact import make_run_header, save_artifact
+from prefixtune.training.beside import Beside, check_beside, move_hidden
 from prefixtune.training.checkpoint import (
     Checkpoint,
     TrainState,
@@ -45,7 +48,7 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData, optimizer_steps
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
-from prefixtune.training.variation import vary
+from prefixtune.training.variation import variation_facts, vary
 
 __all__ = ["PendingStep", "TrainLoop", "evaluation_loss", "forward_backward"]
 
@@ -94,6 +97,7 @@ class PendingStep:
         prefix_leaf: The same numbers as leaves, at which the gradients gather.
         num_targets: Targets of the step, in all processes.
         num_tokens: Labels of the step, in all processes.
+        join: Puts what stands beside in this step around the prefix, in each of some lengths.
         loss: The loss of this process's part; `apply` sums it over the processes.
     """
 
@@ -104,13 +108,15 @@ class PendingStep:
     prefix_leaf: Prefix | None
     num_targets: int
     num_tokens: int
+    join: Callable[[Sequence[Prefix]], list[Prefix]] = list
     loss: float = 0.0
 
     def prefixes(self, index: int) -> list[Prefix | None]:
         """What is in front of the rows of a batch: one prefix, or as many as its packing counts through."""
         leaf = self.prefix_leaf
-        lengths = self.batches[index].visible_lengths
-        return [leaf] if leaf is None or not lengths else [leaf[:length] for length in lengths]
+        if leaf is None:
+            return [None]
+        return [*self.join([leaf[:length] for length in self.batches[index].visible_lengths] or [leaf])]
 
 
 def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
@@ -163,6 +169,7 @@ class TrainLoop:
         self.state = TrainState(self._planned_steps(config.max_steps, config.epochs))
         self.extended_from: int | None = None
         self.resumed = self.stopped = False
+        self.beside: Beside | None = None
         start = self.bake()
         self.site_lengths = {} if start is None else {site: start.length(site) for site in start.sites}
         check_storable({**self._header(), **({} if start is None else describe_tensors(start))})
@@ -233,6 +240,8 @@ class TrainLoop:
             "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": sum(tensor.numel() for tensor in stored),
             "initialization": self.initialization,
+            "prefix_length": 0 if prefix is None else prefix.prefix_length,
+            **variation_facts(self.config, 0 if self.beside is None else len(self.beside.others)),
             "backbone": self.backbone.name,
             "dtype": self.backbone.dtype_name,
             "device": str(self.backbone.device),
@@ -251,8 +260,38 @@ class TrainLoop:
                     return
                 index += 1
                 if index > steps_taken:
-                    batches = vary(self.config, index, batches, self.site_lengths, one_length=self._one_length)
-                    yield [_local_batch(self.backbone, groups, self.processes) for groups in batches]
+                    yield [_local_batch(self.backbone, groups, self.processes) for groups in self._vary(batches, index)]
+
+    def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:
+        """The batches of a step, with what of the prefix each group sees in it."""
+        varied = vary(self.config, step, batches, self.site_lengths, one_length=self._one_length)
+        if self.beside is None:
+            return varied
+        site: Site = "decoder" if self.backbone.kind == "decoder" else "encoder"
+        shift = self.beside.shift(self.beside.draw(self.config, step), site)
+        return [move_hidden(groups, self.site_lengths.get(site, 0), shift) for groups in varied]
+
+    def stand_beside(self, beside: Beside) -> None:
+        """Let other prefixes stand beside this one in some of the steps.
+
+        Raises:
+            ConfigError: They do not fit.
+        """
+        check_beside(self.config, self.backbone, self.site_lengths, beside.lengths, self.data.train.examples)
+        self.beside = beside
+
+    @torch.no_grad()
+    def current_prefix(self) -> Prefix:
+        """The prefix as it is now, in float32 on its device, for another run."""
+        if self.encoder is None:
+            raise RuntimeError("a method without a prefix stands beside nothing")
+        prefix: Prefix = self.encoder()
+        return prefix
+
+    @property
+    def data_digest(self) -> str:
+        """Tells what the run learns from, and what stands beside it, from any other."""
+        return self.data.digest if self.beside is None else f"{self.data.digest}+{self.beside.digest}"
 
     def prepare(self, batches: Sequence[tuple[Batch, bool]]) -> PendingStep:
         """Prepare an optimizer step: the prefix once for all of its batches, and each label's weight in the loss."""
@@ -275,7 +314,14 @@ class TrainLoop:
             None if prefix is None else prefix.leaves(),
             num_targets,
             num_tokens,
+            self._joining(),
         )
+
+    def _joining(self) -> Callable[[Sequence[Prefix]], list[Prefix]]:
+        """How the prefix is joined with others in the next step."""
+        if self.beside is None:
+            return list
+        return partial(self.beside.join, self.beside.draw(self.config, self.state.step + 1))
 
     def apply(self, step: PendingStep, stop: threading.Event) -> Event:
         """Move the parameters by the gradients of a step.
@@ -391,7 +437,7 @@ class TrainLoop:
         save_state(
             Path(self.config.output) / STATE_FILE,
             state_tensors(self.encoder, self.adapter, self.optimizer),
-            state_facts(self.config, self.backbone, self.data.digest, self.state, self.initialization),
+            state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization),
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -401,7 +447,7 @@ class TrainLoop:
             CheckpointError: The state does not fit the run.
             ConfigError: The state belongs to another backbone or other data, or the run cannot be extended.
         """
-        check_same_run(checkpoint, self.backbone, self.data.digest)
+        check_same_run(checkpoint, self.backbone, self.data_digest)
         load_tensors(checkpoint, self.encoder, self.adapter, self.optimizer)
         self.state = TrainState.from_facts(checkpoint.facts, self.state.total_steps)
         self.resumed = True

@@ -11,6 +11,9 @@ from prefixtune.utils.console import Console, Progress
 __all__ = ["show_training"]
 
 
+_START_NAMES = {"random": "random numbers", "prefix": "another prefix", "text": "a text", "examples": "solved examples"}
+
+
 @contextlib.contextmanager
 def show_training(console: Console, *, num_runs: int = 1) -> Iterator[Callable[[Event], None]]:
     """Yield a function that shows events, one by one.
@@ -54,11 +57,8 @@ def _describe(event: Event) -> str:
     """What a message says of an event; empty: nothing."""
     if event["event"] == "start":
         cut = f", {event['num_cut']} sources truncated to fit" if event["num_cut"] else ""
-        begin = event["initialization"]
-        examples = begin.get("examples", ()) if begin["kind"] == "examples" else ()
-        start = f"starts from {len(examples)} solved examples, P = {begin['prefix_length']}; " if examples else ""
         return (
-            f"{start}{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
+            f"{_describe_prefix(event)}{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
             f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
             f"{event['dtype']} on {event['device']}"
         )
@@ -73,3 +73,22 @@ def _describe(event: Event) -> str:
         best = f" (best {event['best_loss']:.4f})"
         return f"step {event['step']}: development loss {event['loss']:.4f} per token{best}"
     return ""
+
+
+def _describe_prefix(event: Event) -> str:
+    """The prefix at the start of a run: its length, where it starts, and what varies from step to step."""
+    length, start = event.get("prefix_length", 0), event["initialization"]["kind"]
+    if not length:
+        return ""
+    source = _START_NAMES.get(start, start)
+    if start == "examples" and (chosen := event["initialization"].get("examples")):
+        source = f"{len(chosen)} {'solved examples' if len(chosen) > 1 else 'solved example'}"
+    parts = [f"starts from {source}, P = {length}"]
+    if event.get("nested"):
+        parts.append("every length trains")
+    if event.get("prefix_dropout"):
+        parts.append(f"{event['prefix_dropout']:.0%} of it hidden at a time")
+    if beside := event.get("beside"):
+        most = min(beside["most"], beside["others"])
+        parts.append(f"up to {most} of {beside['others']} others beside it in {beside['rate']:.0%} of the steps")
+    return ", ".join(parts) + "; "

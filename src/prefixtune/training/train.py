@@ -20,6 +20,7 @@ from prefixtune.data import Example, ExampleLike
 from prefixtune.errors import ConfigError, TrainingError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.baselines import Tuning, tune
+from prefixtune.training.beside import SELF, Beside, load_others
 from prefixtune.training.checkpoint import Checkpoint, has_new_length, read_checkpoint
 from prefixtune.training.checks import (
     check_gradient_checkpointing,
@@ -86,6 +87,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_event: Callable[[Event], None] | None = None,
+    after: Callable[[TrainLoop, threading.Event], None] | None = None,
     processes: ProcessGroup | None = None,
     teach: Teach | None = None,
     **options: Any,
@@ -107,6 +109,8 @@ def train(
             options over it.
         progress: Show the run's progress on stderr.
         on_event: Called with every event, as it happens; in the first process only.
+        after: Called when all steps are taken and the artifact is stored, while the backbone is still loaded; with the
+            event that Ctrl-C or SIGTERM sets.
         processes: The processes that share the work; None: those that this one was started with, by `torchrun` or
             `accelerate launch`. All of them must see the output folder. The losses are those of one process with the
             same batch size; a run may be resumed with another number of processes.
@@ -142,6 +146,8 @@ def train(
                 on_event(event)
         if stop.is_set():
             raise KeyboardInterrupt("the state is saved")
+        if after is not None:
+            after(run.loop, stop)
         return run.result()
 
 
@@ -241,8 +247,13 @@ def _step_together(
     for run in runs:
         yield from ((run, event) for event in run.loop.first_events())
     active = {index: run.loop.remaining_steps() for index, run in enumerate(runs)}
+    sees_others = any(run.loop.config.beside == SELF for run in runs)
     while active:
         pending = {}
+        # One answer for all runs of a step: those that stand beside each other stop and resume at the same one.
+        stops = threading.Event()
+        if stop.is_set():
+            stops.set()
         for index, remaining in list(active.items()):
             loop = runs[index].loop
             if (batches := next(remaining, None)) is not None:
@@ -252,14 +263,23 @@ def _step_together(
             yield from ((runs[index], event) for event in loop.last_events())
         if pending:
             forward_backward(runs[0].loop.backbone, list(pending.values()))
+        saved = set[int]()
         for index, step in pending.items():
             run = runs[index]
             try:
-                yield run, run.loop.apply(step, stop)
-                yield from ((run, event) for event in run.loop.evaluate_and_save(stop))
+                yield run, run.loop.apply(step, stops)
+                for event in run.loop.evaluate_and_save(stops):
+                    if event["event"] == "save":
+                        saved.add(index)
+                    yield run, event
             except TrainingError as error:
                 errors.append(error)
                 del active[index]
+        if saved and sees_others:
+            for index in pending.keys() & active.keys() - saved:
+                runs[index].loop.save()
+        if stops.is_set():
+            stop.set()
 
 
 # --- what comes before the loop --------------------------------------------------------------------------------------
@@ -306,7 +326,7 @@ def _open_runs(
             for config in configs
         ]
         examples = [
-            read_data(config, *some, processes, resume=resume, loads_backbone=backbone is None)
+            read_data(config, *some, processes, resume=resume, loads_backbone=backbone is None, together=together)
             for config, some in zip(configs, inputs, strict=True)
         ]
         for config, (_, dev), given in zip(configs, examples, inputs, strict=True):
@@ -317,6 +337,7 @@ def _open_runs(
         loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
         for config in configs:
             _check_backbone(config, loaded, together=together)
+        others = [_load_beside(config, loaded) for config in configs]
         for config in configs:
             if config.initialization == "examples" and config.trains_prefix and not resume:
                 console.info(f"choosing examples to start from ({config.example_choice}) ...")
@@ -332,6 +353,7 @@ def _open_runs(
                 "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
             )
         loops = [_build_loop(*pair, loaded, processes) for pair in zip(configs, data, strict=True)]
+        _stand_beside(loops, others)
         # Checkpoints are dropped one by one: each may be as large as the model.
         events = [_resume(loop, checkpoints.pop(0)) for loop in loops]
         stop = stack.enter_context(_stop_requests())
@@ -384,6 +406,24 @@ def _build_loop(config: TrainConfig, data: TrainData, backbone: Backbone, proces
         raise no_head(config)
     backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
     return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)
+
+
+def _load_beside(config: TrainConfig, backbone: Backbone) -> Beside | None:
+    """What stands beside a run's prefix; None: nothing, or the other runs."""
+    if config.beside in ("", SELF):
+        return None
+    return Beside.of_prefixes(load_others(config, backbone), backbone.rotation)
+
+
+def _stand_beside(loops: Sequence[TrainLoop], others: Sequence[Beside | None]) -> None:
+    """Give each run what stands beside its prefix."""
+    for loop, loaded in zip(loops, others, strict=True):
+        if loaded is not None:
+            loop.stand_beside(loaded)
+        elif loop.config.beside == SELF:
+            rest = [other for other in loops if other is not loop]
+            lengths = [other.site_lengths for other in rest]
+            loop.stand_beside(Beside([other.current_prefix for other in rest], lengths, loop.backbone.rotation))
 
 
 def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> list[Event]:

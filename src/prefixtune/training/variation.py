@@ -8,12 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.geometry import Site
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["dropped_positions", "nested_lengths", "vary"]
+__all__ = ["dropped_positions", "nested_lengths", "variation_facts", "vary"]
 
 
 _WHOLE_SHARE = 0.25
@@ -81,3 +82,22 @@ def dropped_positions(rng: random.Random, length: int, rate: float) -> tuple[int
     So one position is always left.
     """
     return tuple(position for position in range(1, length) if rng.random() < rate)
+
+
+def variation_facts(config: TrainConfig, num_beside: int | None = None) -> dict[str, Any]:
+    """What a log or header says of it; empty: nothing varies.
+
+    Args:
+        config: The run.
+        num_beside: How many others there are; None: it is left out.
+    """
+    facts: dict[str, Any] = {}
+    if config.nested:
+        facts["nested"] = True
+    if config.prefix_dropout:
+        facts["prefix_dropout"] = config.prefix_dropout
+    if config.beside:
+        facts["beside"] = {"rate": config.beside_rate, "most": config.beside_most}
+        if num_beside is not None:
+            facts["beside"]["others"] = num_beside
+    return facts

@@ -28,7 +28,7 @@ def test_all_faults_are_reported_at_once():
             save_every=0,
         )
     for fault in (
-        "prefix_length is 0, but initialization 'words' has no length of its own",
+        "prefix_length is 0, but must be at least 1: initialization 'words' has no length of its own",
         "batch_size is -1, but must be at least 1",
         "learning_rate is -1.0, but must be at least 0",
         "epochs is 0.0, but must be above 0",

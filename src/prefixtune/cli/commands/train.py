@@ -12,10 +12,9 @@ from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
-from prefixtune.cli.training import run_training, run_training_together
-from prefixtune.errors import ConfigError, PrefixError, check_all
+from prefixtune.cli.training import preset_layer, run_training, run_training_together, stored_layer
+from prefixtune.errors import ConfigError, check_all
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.presets import preset
 from prefixtune.utils.config import Layer, TextList
 from prefixtune.utils.console import Console
 
@@ -44,12 +43,12 @@ class TrainOptions(ConfigOptions, OutputOptions, TrainConfig):
         if "together" in given:
             return []
         if given.get("resume") and "config" not in given:
-            file = [_stored_layer(given.get("output", cls.default("output")))]
+            file = [stored_layer(given.get("output", cls.default("output")))]
         else:
             file = list(super().layers(given))
         if "preset" not in given:
             return file
-        return [_preset_layer({**(file[0].values if file else {}), **given}), *file]
+        return [preset_layer({**(file[0].values if file else {}), **given}), *file]
 
     @classmethod
     def read(cls, given: Mapping[str, Any], faults: Sequence[str] = ()) -> TrainOptions:
@@ -148,24 +147,3 @@ def _is_valid(name: str, text: Any) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _stored_layer(folder: str) -> Layer:
-    """The configuration of a run to resume."""
-    from prefixtune.training.folder import stored_config
-
-    try:
-        return Layer.from_file(stored_config(folder), TrainConfig.model_fields)
-    except PrefixError as error:
-        return Layer({}, error=error)
-
-
-def _preset_layer(values: Mapping[str, Any]) -> Layer:
-    """The values of a preset for the run that these values, of a file and the command line, describe."""
-    task, method = (str(values.get(name, TrainConfig.default(name))) for name in ("task", "method"))
-    limit = str(values.get("limit", ""))
-    num_targets = int(limit) if limit.isdecimal() and int(limit) else 100
-    try:
-        return Layer(preset(values["preset"], task, method, num_targets=num_targets))
-    except PrefixError as error:
-        return Layer({}, error=error)

@@ -1,0 +1,174 @@
+"""`prefixtune length`: find how long a prefix should be, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
+from prefixtune.cli.training import preset_layer, stored_layer
+from prefixtune.training.config import TrainConfig
+from prefixtune.utils.config import CommaList, Layer
+from prefixtune.utils.console import Console
+
+if TYPE_CHECKING:
+    from prefixtune.studies.lengths import LengthResult
+
+__all__ = ["length"]
+
+
+USUAL = {"nested": True, "prefix_length": 64, "output": "runs/length"}
+"""Values in place of training's usual ones."""
+
+
+class LengthOptions(ConfigOptions, OutputOptions, TrainConfig):
+    """The options of `prefixtune length`."""
+
+    defaults_elsewhere = tuple(USUAL)
+
+    lengths: CommaList[int] = Field(
+        (), description="lengths to measure besides the whole; none: 1, 2, 3, 4, 6, 8, 12, 16 and so on"
+    )
+    significance: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="a length is worse than the best where the p-value of the difference is below this",
+    )
+    samples: int = Field(1000, ge=2, le=100_000, description="draws of the bootstrap and of the paired randomization")
+    resume: bool = Field(False, description="go on with the run in --output, or with its curve")
+    preset: str = Field(
+        "",
+        description="hyperparameters such as the paper's (see `prefixtune tasks`); the file and options win over them",
+    )
+    as_json: bool = json_option("every event and the curve, one a line,")
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """This command's usual values, those of --preset, and the file of --config or that of the run to resume."""
+        if given.get("resume") and "config" not in given:
+            file = [stored_layer(given.get("output", USUAL["output"]))]
+        else:
+            file = list(super().layers(given))
+        usual = Layer(USUAL)
+        if "preset" not in given:
+            return [usual, *file]
+        return [usual, preset_layer({**(file[0].values if file else {}), **given}), *file]
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Also: what a curve needs."""
+        yield from super().conflicts()
+        if not self.nested:
+            yield ("nested",), "nested is false, but the lengths of one run are compared only if it is nested"
+        if not self.dev and not self.hold_out:
+            yield (
+                ("dev", "hold_out"),
+                "lengths are compared on development data, but there is none: give --dev FILE, or --hold-out 0.2",
+            )
+        too_long = [length for length in self.lengths if length > self.prefix_length > 0 or length < 1]
+        if too_long:
+            yield ("lengths", "prefix_length"), f"lengths has {too_long[0]}, but must be from 1 to {self.prefix_length}"
+
+
+@command
+def length(options: LengthOptions) -> int:
+    """Find how long a prefix should be: train once, measure every length, and cut it to the shortest that will do.
+
+    One nested run of --prefix-length positions (64 if it is not given) makes the first p positions a good prefix for
+    every p. The development loss at each length has a 95 % interval; the chosen length is the shortest whose loss is
+    not significantly higher than the best. The folder of the run (runs/length if --output is not given) then has the
+    curve as length.json and as pictures, and the prefix cut to that length.
+
+    For example:
+        prefixtune length --task e2e --train trainset.csv --dev devset.csv --output runs/how-long
+        prefixtune length --train my.jsonl --dev held_out.jsonl --prefix-length 128 --lengths 8,16,32
+        prefixtune length --resume --output runs/how-long
+    """
+    from prefixtune.studies.lengths import study_lengths
+    from prefixtune.training.progress import show_training
+
+    config = options.part(TrainConfig)
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
+    console = Console(quiet=options.quiet or options.as_json)
+    with ExitStack() as stack:
+        show = stack.enter_context(show_training(console))
+        try:
+            result = study_lengths(
+                config,
+                lengths=options.lengths,
+                significance=options.significance,
+                samples=options.samples,
+                resume=options.resume,
+                on_event=print_json if options.as_json else show,
+                on_point=_Progress(console, stack).show,
+                progress=False,
+            )
+        except KeyboardInterrupt as stopped:
+            if not (Path(config.output) / "state.safetensors").exists():
+                raise KeyboardInterrupt("nothing was trained yet.") from None
+            kept = str(stopped) or "stopped at once; the last save is kept"
+            raise KeyboardInterrupt(
+                f"{kept}; go on with `prefixtune length --resume --output {config.output}`."
+            ) from None
+    if options.as_json:
+        _print_curve(result)
+    else:
+        _print_table(result, console)
+    return 0
+
+
+class _Progress:
+    """A bar over the lengths that are measured."""
+
+    def __init__(self, console: Console, stack: ExitStack) -> None:
+        self.console, self.stack = console, stack
+        self.bar: Any = None
+
+    def show(self, index: int, count: int, percent: int) -> None:
+        """Show how far the length with this index is."""
+        if self.bar is None:
+            self.bar = self.stack.enter_context(self.console.progress("measuring lengths", 100 * count))
+        self.bar.update(100 * index + percent)
+
+
+def _print_curve(result: LengthResult) -> None:
+    for point in result.points:
+        print_json(
+            {
+                "event": "length",
+                "prefix_length": point.prefix_length,
+                "loss": point.loss,
+                "interval": [*point.interval],
+                "difference": point.difference,
+                "p_value": point.p_value,
+                "num_bytes": point.num_bytes,
+            }
+        )
+    print_json({"event": "result", "best": result.best, "chosen": result.chosen, "path": str(result.path)})
+
+
+def _print_table(result: LengthResult, console: Console) -> None:
+    print("     p    loss  95 % interval      worse than the best by   p-value      bytes")
+    for point in result.points:
+        low, high = point.interval
+        note = {result.chosen: "  chosen"}.get(point.prefix_length, "") or (
+            "  best" if point.prefix_length == result.best else ""
+        )
+        print(
+            f"{point.prefix_length:6}  {point.loss:6.4f}  {low:6.4f} to {high:6.4f}  {point.difference:22.4f}   "
+            f"{point.p_value:7.4f}  {point.num_bytes:9,}{note}"
+        )
+    print(f"{result.path}: {result.path.stat().st_size:,} bytes")
+    if result.num_sources < 50:
+        console.warn(
+            f"only {result.num_sources} development sources: with few, even a much shorter prefix may not be "
+            "significantly worse."
+        )
+    console.info(f'try it: prefixtune generate --prefix {result.path} "..."')

@@ -1,0 +1,344 @@
+"""How long a prefix should be, from one run: its loss at every length, and the shortest that is as good as the best.
+
+The run is nested, so that its first p positions are a prefix of length p. Losses are compared on the same development
+sources, with a bootstrap interval and paired approximate randomization.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.evaluation.metrics.base import Array, ItemStatistics
+from prefixtune.evaluation.metrics.significance import METHOD, Measurement, bootstrap, randomize
+from prefixtune.pages.document import Chart, Series, Table
+from prefixtune.pages.figures import save_figure
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.compose import cut
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.folder import PREFIX_FILE
+from prefixtune.training.loop import TrainLoop
+from prefixtune.training.losses import target_losses
+from prefixtune.training.train import train
+from prefixtune.utils.files import atomic_path, write_text
+
+__all__ = ["LENGTH_FILE", "LengthResult", "Point", "choose", "curve_lengths", "measure_lengths", "study_lengths"]
+
+
+LENGTH_FILE, LOSSES_FILE, FIGURE_NAME = "length.json", "length.safetensors", "length"
+
+_LOSSES = "prefixtune_lengths"
+MOST_LENGTHS, MOST_ENDS = 64, 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """A length on the curve.
+
+    Attributes:
+        prefix_length: p.
+        loss: Development loss in nats per token, of the first p positions.
+        interval: Its bootstrap interval.
+        difference: This loss minus that of the best length.
+        difference_interval: The bootstrap interval of the difference, on the same sources.
+        p_value: Of the difference, by paired randomization; 1 at the best length.
+        num_bytes: Of the stored tensors at this length.
+    """
+
+    prefix_length: int
+    loss: float
+    interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    p_value: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class LengthResult:
+    """What a study of lengths leaves.
+
+    Attributes:
+        points: The curve, from the shortest.
+        best: The length with the lowest loss.
+        chosen: The shortest whose loss is not significantly higher than the best one's.
+        path: The artifact, cut to it.
+        num_sources: Development sources that were compared.
+        folder: Of the run; has the curve as JSON and as a picture.
+    """
+
+    points: tuple[Point, ...]
+    best: int
+    chosen: int
+    path: Path
+    num_sources: int
+    folder: Path
+
+
+def study_lengths(
+    config: TrainConfig,
+    *,
+    lengths: Sequence[int] = (),
+    significance: float = 0.05,
+    samples: int = 1000,
+    resume: bool = False,
+    on_point: Callable[[int, int, int], None] | None = None,
+    **arguments: Any,
+) -> LengthResult:
+    """Train one nested prefix, measure its loss at several lengths, and cut it to the shortest that is good enough.
+
+    Args:
+        config: The run; it is trained nested, whatever it says.
+        lengths: To measure, besides the whole; empty: about two for each doubling.
+        significance: A length is worse than the best where the p-value of their difference is below this.
+        samples: Draws of the bootstrap and of the randomization.
+        resume: Go on with the run in `config.output`, or with its curve.
+        on_point: Called while a length is measured, with its index, how many there are, and the share done in percent.
+        **arguments: For `train`, such as `examples`, `dev_examples`, `backbone` and `on_event`.
+
+    Raises:
+        ConfigError: There is no development file, or the run trains no prefix; or as `train`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the state or the losses so far are saved.
+    """
+    config = config.replace(nested=True)
+    check_study(config, has_dev=arguments.get("dev_examples") is not None)
+    found: list[LengthResult] = []
+
+    def measure(loop: TrainLoop, stop: threading.Event) -> None:
+        found.append(_measure_run(loop, stop, lengths, significance, samples, on_point))
+
+    train(config, resume=resume, after=measure, **arguments)
+    return found[0]
+
+
+def check_study(config: TrainConfig, *, has_dev: bool) -> None:
+    """Refuse a study that cannot compare.
+
+    Raises:
+        ConfigError: It has nothing to compare on, or nothing to cut.
+    """
+    if not config.dev and not has_dev and not config.hold_out:
+        raise ConfigError(
+            "lengths are compared on development data, but there is none.",
+            hint="set dev (--dev FILE), or hold_out to a share of the training data.",
+        )
+    if not config.trains_prefix:
+        raise ConfigError(
+            f"method {config.method!r} trains no prefix, which could be cut.", hint="use method = 'prefix'."
+        )
+
+
+def _measure_run(
+    loop: TrainLoop,
+    stop: threading.Event,
+    lengths: Sequence[int],
+    significance: float,
+    samples: int,
+    on_point: Callable[[int, int, int], None] | None,
+) -> LengthResult:
+    """The curve of a run that has ended, as files in its folder."""
+    config, dev = loop.config, loop.data.dev
+    assert dev is not None
+    if loop.processes.size > 1:
+        raise ConfigError("lengths are compared in one process.", hint="start it without torchrun.")
+    folder = Path(config.output)
+    prefix = load_prefix(folder / PREFIX_FILE)
+    wanted = curve_lengths(prefix.prefix_length, lengths, example_ends(prefix.header))
+    losses = _Losses(folder / LOSSES_FILE, prefix, loop.data.digest)
+    for index, length in enumerate(wanted):
+        if length in losses.by_length:
+            continue
+
+        def report(done: int, index: int = index) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt("the losses so far are saved")
+            if on_point is not None:
+                on_point(index, len(wanted), 100 * done // max(1, dev.num_targets))
+
+        losses.add(length, target_losses(loop.backbone, prefix[:length], dev.examples, config.batch_size, report))
+    by_source = {length: sum_by_source(losses.by_length[length], dev.examples) for length in wanted}
+    points = measure_lengths(by_source, prefix, samples=samples, seed=config.seed)
+    best, chosen = choose(points, significance)
+    path = save_prefix(
+        folder / f"prefix-{chosen}.safetensors",
+        prefix if chosen == prefix.prefix_length else cut(prefix, chosen),
+        dtype=prefix.dtype,
+    )
+    result = LengthResult(tuple(points), best, chosen, path, len(dev.examples), folder)
+    facts = describe(result, config, prefix, significance, samples, dev.num_targets)
+    write_text(folder / LENGTH_FILE, json.dumps(facts, indent=1) + "\n")
+    save_figure(draw_curve(result), folder / FIGURE_NAME)
+    return result
+
+
+class _Losses:
+    """The losses of the lengths measured so far, kept in a file, so that an interrupted study goes on."""
+
+    def __init__(self, path: Path, prefix: Prefix, data_digest: str) -> None:
+        self.path, self.facts = path, {"prefix": _checksum(prefix), "data": data_digest}
+        self.by_length: dict[int, torch.Tensor] = {}
+        try:
+            tensors, facts = read_verified(path, _LOSSES, "holds no losses by length", "delete it.")
+        except CheckpointError:
+            return
+        if {name: facts.get(name) for name in self.facts} == self.facts:
+            self.by_length = {int(name): tensor for name, tensor in tensors.items() if name.isdecimal()}
+
+    def add(self, length: int, losses: torch.Tensor) -> None:
+        """Keep the losses of a length: (targets, 2), summed loss and number of tokens."""
+        self.by_length[length] = losses
+        stored = {str(number): tensor.contiguous() for number, tensor in self.by_length.items()}
+        with atomic_path(self.path) as temporary:
+            save_file(stored, temporary, metadata_with_checksum(_LOSSES, self.facts, stored))
+
+
+def _checksum(prefix: Prefix) -> str:
+    digest = hashlib.sha256()
+    for tensor in prefix.stored_tensors():
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- the curve -------------------------------------------------------------------------------------------------------
+
+
+def curve_lengths(longest: int, wanted: Sequence[int] = (), ends: Sequence[int] = ()) -> list[int]:
+    """The lengths of a curve: those that are wanted, or 1, 2, 3, 4, 6, 8, 12 and so on with `ends`; and the longest.
+
+    >>> curve_lengths(20, ends=[7, 13])
+    [1, 2, 3, 4, 6, 7, 8, 12, 13, 16, 20]
+
+    Raises:
+        ConfigError: One is longer than the prefix, or they are too many.
+    """
+    too_long = [length for length in wanted if not 1 <= length <= longest]
+    if too_long:
+        raise ConfigError(
+            f"lengths has {too_long[0]}, but the prefix has {longest} positions.", hint=f"choose from 1 to {longest}."
+        )
+    if len(wanted) > MOST_LENGTHS:
+        raise ConfigError(
+            f"lengths has {len(wanted)} numbers, but at most {MOST_LENGTHS} are measured.", hint="choose fewer."
+        )
+    powers = [2**power for power in range(longest.bit_length())]
+    usual = {*powers, *(3 * power // 2 for power in powers[1:]), *ends[:MOST_ENDS]}
+    return sorted({*(wanted or (length for length in usual if 1 <= length < longest)), longest})
+
+
+def example_ends(header: Mapping[str, Any]) -> list[int]:
+    """Where the examples end that a prefix started from: lengths at which no example is cut; empty: none is known."""
+    start = header.get("initialization")
+    lengths = start.get("lengths") if isinstance(start, Mapping) and start.get("kind") == "examples" else None
+    if not isinstance(lengths, Sequence) or not all(isinstance(length, int) for length in lengths):
+        return []
+    return list(accumulate(lengths))
+
+
+def sum_by_source(losses: torch.Tensor, examples: Sequence[TokenizedExample]) -> Array:
+    """Losses and tokens of each source: its targets are no independent measurements. Shape (sources, 2)."""
+    counts = [len(example.targets) for example in examples]
+    return np.stack([part.sum(0).numpy() for part in losses.split(counts) if len(part)])
+
+
+def measure_lengths(
+    by_source: Mapping[int, Array], prefix: Prefix, *, samples: int = 1000, seed: int = 0
+) -> list[Point]:
+    """The points of a curve.
+
+    Args:
+        by_source: Length -> loss and number of tokens of each source, (sources, 2).
+        prefix: The whole.
+        samples: Draws of bootstrap and randomization.
+        seed: Of these draws.
+    """
+    measured = {length: _measurement(values) for length, values in by_source.items()}
+    best = min(measured, key=lambda length: (measured[length].score, length))
+    points = []
+    for length in sorted(measured):
+        one, values = measured[length], by_source[length]
+        paired = _measurement(np.stack([values[:, 0] - by_source[best][:, 0], values[:, 1]], axis=1))
+        same = length == best
+        points.append(
+            Point(
+                length,
+                one.score,
+                bootstrap(one, samples=samples, seed=seed),
+                0.0 if same else paired.score,
+                (0.0, 0.0) if same else bootstrap(paired, samples=samples, seed=seed),
+                1.0 if same else randomize(one, measured[best], samples=samples, seed=seed).p_value,
+                prefix[:length].num_bytes,
+            )
+        )
+    return points
+
+
+def _measurement(values: Array) -> Measurement:
+    statistics = ItemStatistics(values, lambda sums: float(sums[0] / sums[1]), "development loss in nats per token")
+    return Measurement("loss", False, statistics, lambda items: statistics)
+
+
+def choose(points: Sequence[Point], significance: float = 0.05) -> tuple[int, int]:
+    """The best length, and the shortest whose loss is not significantly higher."""
+    best = min(points, key=lambda point: (point.loss, point.prefix_length))
+    good = [point.prefix_length for point in points if point.p_value >= significance or point.loss <= best.loss]
+    return best.prefix_length, min(good)
+
+
+def describe(
+    result: LengthResult, config: TrainConfig, prefix: Prefix, significance: float, samples: int, num_targets: int
+) -> dict[str, Any]:
+    """The study as JSON."""
+    return {
+        "backbone": prefix.header["backbone"]["name"],
+        "prefix_length": prefix.prefix_length,
+        "best": result.best,
+        "chosen": result.chosen,
+        "file": result.path.name,
+        "significance": significance,
+        "test": METHOD,
+        "samples": samples,
+        "num_sources": result.num_sources,
+        "num_targets": num_targets,
+        "lengths": [asdict(point) for point in result.points],
+        "config": config.to_dict(),
+    }
+
+
+def draw_curve(result: LengthResult) -> Chart:
+    """The curve as a picture."""
+    series = [
+        Series(
+            "first p positions",
+            [(point.prefix_length, point.loss) for point in result.points],
+            0,
+            [point.interval for point in result.points],
+        ),
+        Series(
+            f"p = {result.chosen}, not significantly worse than the best",
+            [(point.prefix_length, point.loss) for point in result.points if point.prefix_length == result.chosen],
+            1,
+        ),
+    ]
+    return Chart(
+        "Development loss over the length of the prefix",
+        f"Loss per token with 95 % intervals at {len(result.points)} lengths; the best is {result.best}, and the "
+        f"shortest that is not significantly worse {result.chosen}.",
+        series,
+        "prefix length p",
+        "development loss, nats per token",
+        Table("", []),
+    )

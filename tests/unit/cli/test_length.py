@@ -1,0 +1,74 @@
+"""`prefixtune length`: the table, JSON, and going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import run
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.studies.lengths import LENGTH_FILE
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> list[str]:
+    tiny_models("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"name": name, "text": f"{name} eats."} for name in ("Ann", "Bo", "Cy", "Di")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *(
+            "length",
+            "--backbone",
+            str(tmp_path / "model"),
+            "--device",
+            "cpu",
+            "--init-text",
+            "ab",
+            "--prefix-length",
+            "5",
+        ),
+        *("--train", str(tmp_path / "rows.jsonl"), "--dev", str(tmp_path / "rows.jsonl")),
+        *("--source", "name", "--target", "text", "--max-steps", "3", "--samples", "50"),
+        *("--output", str(tmp_path / "run")),
+    ]
+
+
+def test_a_table_and_the_cut_prefix(arguments: list[str], tmp_path: Path) -> None:
+    out, err = run(*arguments)
+    stored = json.loads((tmp_path / "run" / LENGTH_FILE).read_text())
+    rows = [line.split() for line in out.splitlines()[1:-1]]
+    assert [int(row[0]) for row in rows] == [each["prefix_length"] for each in stored["lengths"]] == [1, 2, 3, 4, 5]
+    (chosen,) = [int(row[0]) for row in rows if row[-1] == "chosen"]
+    file = tmp_path / "run" / f"prefix-{chosen}.safetensors"
+    assert out.splitlines()[-1] == f"{file}: {file.stat().st_size:,} bytes"
+    assert load_prefix(file).prefix_length == chosen == stored["chosen"]
+    assert "starts from words, P = 5, every length trains" in err
+    assert "only 4 development sources" in err
+
+
+def test_events_and_the_curve_as_json(arguments: list[str], tmp_path: Path) -> None:
+    out, err = run(*arguments, "--json", "--lengths", "2,3")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["prefix_length"] for event in events if event["event"] == "length"] == [2, 3, 5]
+    assert events[-1]["event"] == "result"
+    assert Path(events[-1]["path"]).is_file()
+    assert not err
+    # A finished study gives its curve again, and measures only what is new.
+    again, _ = run(
+        "length", "--resume", "--output", str(tmp_path / "run"), "--json", "--samples", "50", "--lengths", "4"
+    )
+    curve = [event for event in map(json.loads, again.splitlines()) if event["event"] == "length"]
+    assert [event["prefix_length"] for event in curve] == [4, 5]
+    assert curve[-1]["loss"] == [event for event in events if event["event"] == "length"][-1]["loss"]
+
+
+def test_the_usual_length_is_64() -> None:
+    out, _ = run("length", "--train", "a", "--dev", "b", "--print-config")
+    assert "prefix_length = 64\n" in out
+    assert "nested = true\n" in out
+    assert 'output = "runs/length"\n' in out

@@ -1,0 +1,166 @@
+"""A curve over lengths: its losses, what is chosen, and going on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import prefixtune as pt
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.studies import lengths as module
+from prefixtune.studies.lengths import Point, choose, curve_lengths, measure_lengths, study_lengths, sum_by_source
+from prefixtune.training.data import tokenize
+from prefixtune.training.loop import evaluation_loss
+from prefixtune.training.losses import target_losses
+
+EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", f"it is {letter}")) for letter in "abcdef"]
+DEV = [pt.Example("n : x", ("xx it is.", "it is x")), pt.Example("n : y", ("yy it is.",)), pt.Example("n : z", ("z",))]
+
+
+@pytest.fixture
+def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+def config(tmp_path: Path, **more: Any) -> pt.TrainConfig:
+    values = {"prefix_length": 6, "init_text": "abc", "max_steps": 4, "save_every": 2, "batch_size": 4}
+    return pt.TrainConfig(**{**values, "output": str(tmp_path / "run"), **more})
+
+
+def study(backbone: Any, tmp_path: Path, **arguments: Any) -> Any:
+    given = {"backbone": backbone, "examples": EXAMPLES, "dev_examples": DEV, "progress": False, "samples": 50}
+    return study_lengths(config(tmp_path), **{**given, **arguments})
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_losses_of_targets_add_up_to_the_evaluation(batch_size: int, backbone: Any, random_prefix: Any) -> None:
+    data = tokenize(pt.TrainConfig(prefix_length=4), backbone, EXAMPLES, DEV)
+    assert data.dev is not None
+    prefix, counts = random_prefix(backbone, 4), []
+    rows = target_losses(backbone, prefix, data.dev.examples, batch_size, counts.append)
+    assert rows[:, 1].tolist() == [len(target) for example in data.dev.examples for target in example.targets]
+    loss = evaluation_loss(backbone, prefix, data.dev.examples)
+    assert float(rows[:, 0].sum() / rows[:, 1].sum()) == pytest.approx(loss, rel=1e-6)
+    # Each target alone.
+    alone = [
+        target_losses(backbone, prefix, [type(example)(example.prompt, (target,))])
+        for example in data.dev.examples
+        for target in example.targets
+    ]
+    assert torch.allclose(rows, torch.cat(alone), rtol=1e-5)
+    assert counts[-1] == 4
+    by_source = sum_by_source(rows, data.dev.examples)
+    assert by_source.shape == (3, 2)
+    assert by_source[0].tolist() == pytest.approx(rows[:2].sum(0).tolist())
+
+
+def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone: Any, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+    result = study(backbone, tmp_path, on_point=lambda *each: seen.append(each))
+    whole, short = load_prefix(tmp_path / "run"), load_prefix(result.path)
+    assert whole.header["training"]["nested"] is True
+    assert short.equal(Prefix(whole[: result.chosen].layers))
+    assert short.prefix_length == result.chosen
+    assert [point.prefix_length for point in result.points] == [1, 2, 3, 4, 6]
+    data = tokenize(config(tmp_path), backbone, EXAMPLES, DEV)
+    assert data.dev is not None
+    for point in result.points:
+        loss = evaluation_loss(backbone, whole[: point.prefix_length], data.dev.examples)
+        assert point.loss == pytest.approx(loss, rel=1e-6)
+        assert point.interval[0] <= point.loss <= point.interval[1]
+        assert point.num_bytes == whole.num_bytes * point.prefix_length // 6
+    stored = json.loads((tmp_path / "run" / "length.json").read_text())
+    assert (stored["chosen"], stored["best"], stored["file"]) == (result.chosen, result.best, result.path.name)
+    assert [each["loss"] for each in stored["lengths"]] == [point.loss for point in result.points]
+    assert {f"length.{kind}" for kind in ("json", "svg", "png", "pdf", "csv")} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    assert seen[-1][:2] == (4, 5)
+    assert seen == sorted(seen)
+
+
+def test_a_stopped_curve_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = study(backbone, tmp_path / "whole", lengths=(2, 4))
+    measured: list[int] = []
+    original = target_losses
+
+    def counted(backbone: Any, prefix: Prefix, *arguments: Any) -> Any:
+        measured.append(prefix.prefix_length)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return original(backbone, prefix, *arguments)
+
+    monkeypatch.setattr(module, "target_losses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        study(backbone, tmp_path, lengths=(2, 4))
+    assert not (tmp_path / "run" / "length.json").exists()
+    result = study(backbone, tmp_path, lengths=(2, 4), resume=True)
+    assert measured == [2, 4, 4, 6]
+    assert result.points == whole.points
+
+
+def test_ctrl_c_stops_a_curve_between_batches(backbone: Any, tmp_path: Path) -> None:
+    """As the signal does: the first one sets an event, which is looked at after each batch."""
+    import signal
+
+    def interrupt(index: int, *_: int) -> None:
+        if index == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    assert threading.current_thread() is threading.main_thread()
+    with pytest.raises(KeyboardInterrupt, match="the losses so far are saved"):
+        study(backbone, tmp_path, on_point=interrupt)
+    assert study(backbone, tmp_path, resume=True).folder == tmp_path / "run"
+
+
+def points(losses: dict[int, float], noise: float, count: int = 200) -> list[Point]:
+    """Sources whose difficulty varies far more than the lengths differ; only pairs show the difference."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(3, 1, count)
+    by_source = {
+        length: np.stack([10 * (hard + loss + rng.normal(0, noise, count)), np.full(count, 10.0)], axis=1)
+        for length, loss in losses.items()
+    }
+    layer = (torch.zeros(1, 64, 2), torch.zeros(1, 64, 2))
+    return measure_lengths(by_source, Prefix({"decoder": (layer,)}), samples=500)
+
+
+def test_the_shortest_that_is_not_significantly_worse_is_chosen() -> None:
+    curve = points({1: 0.5, 4: 0.1, 16: 0.0, 64: 0.0}, noise=0.05)
+    best, chosen = choose(curve)
+    assert best in (16, 64)
+    assert chosen == 16
+    by_length = {point.prefix_length: point for point in curve}
+    # Unpaired, 4 could not be told from 16: its interval is wider than the difference.
+    low, high = by_length[4].interval
+    assert high - low > 0.2
+    assert by_length[4].difference == pytest.approx(0.1, abs=0.02)
+    low, high = by_length[4].difference_interval
+    assert 0.05 < low < 0.1 < high < 0.15
+    assert by_length[4].p_value < 0.01
+    assert choose(points({1: 0.5, 4: 0.1, 16: 0.0, 64: 0.0}, noise=2.0, count=8))[1] < 16
+
+
+def test_usual_lengths_and_wrong_ones() -> None:
+    assert curve_lengths(64) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert curve_lengths(10) == [1, 2, 3, 4, 6, 8, 10]
+    assert curve_lengths(1) == [1]
+    assert curve_lengths(50, [5, 20]) == [5, 20, 50]
+    with pytest.raises(ConfigError, match="lengths has 51, but the prefix has 50 positions"):
+        curve_lengths(50, [51])
+
+
+def test_what_cannot_be_compared_is_refused(backbone: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compared on development data"):
+        study(backbone, tmp_path, dev_examples=None)
+    with pytest.raises(ConfigError, match="method 'lora'"):
+        study_lengths(config(tmp_path).replace(nested=False, method="lora"), dev_examples=DEV)

@@ -1,0 +1,179 @@
+"""Others beside a prefix that trains: which files, what is refused, and resuming to the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune as pt
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.training.beside import find_files
+from prefixtune.training.train import train_together
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def others(train: Callable[..., Any], tmp_path: Path) -> Path:
+    """A folder of two runs."""
+    for name in ("one", "two"):
+        train(2, output=str(tmp_path / "others" / name), seed=len(name), prefix_length=len(name))
+    return tmp_path / "others"
+
+
+def losses(result: Any) -> list[float]:
+    return [event["loss"] for event in result.events if event["event"] == "step"]
+
+
+def stop_at(step: int) -> Callable[[Any], None]:
+    def on_event(event: Any) -> None:
+        if event["event"] == "save" and event["step"] == step:
+            raise Stopped
+
+    return on_event
+
+
+def test_a_run_beside_others_is_resumed_exactly(train: Callable[..., Any], others: Path, tmp_path: Path) -> None:
+    options = {"beside": str(others), "prefix_length": 4, "prefix_dropout": 0.3}
+    whole = train(6, **options, output=str(tmp_path / "whole"))
+    alone = train(6, prefix_length=4, prefix_dropout=0.3, output=str(tmp_path / "alone"))
+    changed = [a != b for a, b in zip(losses(whole), losses(alone), strict=True)]
+    assert any(changed)
+    assert whole.prefix.prefix_length == 4
+    assert whole.prefix.header["training"]["beside"] == {"rate": 0.5, "most": 3}
+    assert whole.events[0]["beside"] == {"rate": 0.5, "most": 3, "others": 2}
+
+    with pytest.raises(Stopped):
+        train(6, **options, output=str(tmp_path / "again"), on_event=stop_at(3))
+    resumed = train(6, **options, output=str(tmp_path / "again"), resume=True)
+    assert losses(resumed) == losses(whole)
+    assert resumed.prefix.equal(whole.prefix)
+
+
+def test_other_files_beside_it_are_refused_when_it_is_resumed(
+    train: Callable[..., Any], others: Path, tmp_path: Path
+) -> None:
+    options = {"beside": str(others), "output": str(tmp_path / "run2")}
+    with pytest.raises(Stopped):
+        train(6, **options, on_event=stop_at(3))
+    train(2, output=str(others / "three"), prefix_length=1)
+    with pytest.raises(ConfigError, match="started with other prefixes beside it"):
+        train(6, **options, resume=True)
+
+
+def test_a_run_in_the_folder_does_not_stand_beside_itself(others: Path) -> None:
+    names = [Path(path).parent.name for path in find_files(str(others), str(others / "one"))]
+    assert names == ["two"]
+    assert find_files(str(others / "two"), "x") == [str(others / "two")]
+    (others / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"there is no prefix in the folder .*empty"):
+        find_files(str(others / "empty"), "x")
+
+
+def test_prefixes_of_another_backbone_are_refused_by_name(
+    train: Callable[..., Any], others: Path, tiny_backbone: Any, tmp_path: Path
+) -> None:
+    other = tiny_backbone("llama", seed=1)
+    train(2, output=str(others / "stranger"), backbone=other)
+    with pytest.raises(BackboneError, match="stranger"):
+        train(2, output=str(tmp_path / "new"), beside=str(others))
+    assert not (tmp_path / "new" / "state.safetensors").exists()
+    # All of one other backbone: only the loaded model shows it.
+    with pytest.raises(BackboneError, match=r"stranger.* was trained for .* with other weights"):
+        train(2, output=str(tmp_path / "new"), beside=str(others / "stranger"))
+    train(2, output=str(others / "between"), method="infix")
+    with pytest.raises(ConfigError, match=r"between.* is an infix"):
+        train(2, output=str(tmp_path / "new"), beside=str(others / "between"))
+
+
+def test_a_joined_length_beyond_the_positions_is_refused(
+    train: Callable[..., Any], others: Path, tmp_path: Path
+) -> None:
+    for name in ("long", "longer"):
+        train(1, output=str(others / name), prefix_length=80)
+    with pytest.raises(ConfigError, match=r"up to 163 of those beside it .* positions, but 'tiny-llama' has"):
+        train(2, output=str(tmp_path / "new"), beside=str(others))
+
+
+def test_self_needs_other_runs(train: Callable[..., Any], backbone: Any) -> None:
+    with pytest.raises(ConfigError, match="beside is 'self', the other runs"):
+        train(2, beside="self")
+    with pytest.raises(ConfigError, match="there is no other run"):
+        train_together([pt.TrainConfig(beside="self")], backbone=backbone)
+
+
+@pytest.fixture
+def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Callable[..., Any]:
+    """Three runs, each beside the others, of unequal lengths and numbers of steps."""
+
+    def run(where: str, **more: Any) -> Any:
+        configs = [
+            pt.TrainConfig(
+                prefix_length=length,
+                init_text=text,
+                max_steps=steps,
+                save_every=save,
+                batch_size=4,
+                beside="self",
+                beside_rate=0.8,
+                seed=length,
+                output=str(tmp_path / where / text),
+            )
+            for length, text, steps, save in ((2, "ab", 7, 2), (3, "cde", 4, 3), (1, "f", 9, 5))
+        ]
+        return train_together(configs, backbone=backbone, examples=[examples] * 3, **more)
+
+    return run
+
+
+@pytest.mark.parametrize("at", [2, 3, 6])
+def test_runs_beside_each_other_are_resumed_exactly(together: Callable[..., Any], at: int) -> None:
+    whole = together("whole")
+    assert [len(losses(result)) for result in whole] == [7, 4, 9]
+
+    def stop(event: Any) -> None:
+        # A kill, after the last run has stored its state.
+        if event["event"] == "step" and event["step"] == at + 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        together("again", on_event=stop)
+    resumed = together("again", resume=True)
+    for one, other in zip(whole, resumed, strict=True):
+        assert other.prefix.equal(one.prefix)
+
+
+def test_self_is_the_others_as_they_are_at_that_step(
+    together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The joined prefix holds the values that the other run's own step used."""
+    from prefixtune.training import train as module
+
+    checked = 0
+    prepare = module.forward_backward
+
+    def check(backbone: Any, steps: Any) -> None:
+        nonlocal checked
+        own = {step.prefix.prefix_length: step.prefix for step in steps}
+        for step in steps:
+            (front,) = step.prefixes(0)
+            values = front.values()
+            for length, prefix in own.items():
+                place = [
+                    start
+                    for start in range(values.shape[2] - length + 1)
+                    if torch.equal(values[:, :, start : start + length], prefix.values().detach())
+                ]
+                checked += bool(place) and prefix is not step.prefix
+                assert place or prefix is not step.prefix
+        prepare(backbone, steps)
+
+    monkeypatch.setattr(module, "forward_backward", check)
+    together("checked")
+    assert checked > 8
