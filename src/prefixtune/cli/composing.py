@@ -89,7 +89,7 @@ def save_composed(path: Path, prefix: Prefix) -> int:
 def part_rows(parts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of a table of a composed prefix's parts."""
     weighted = any("weight" in part for part in parts)
-    columns = ["part", "positions", *(["weight"] if weighted else []), "task", "dev loss", "hash"]
+    columns = ["part", "length", *(["weight"] if weighted else []), "task", "dev loss", "hash"]
     rows = []
     for part in parts:
         lengths = part.get("prefix_length")

@@ -12,7 +12,7 @@ from prefixtune.cli.common import print_json
 from prefixtune.cli.composing import find_rotation, load_backbone_of, part_rows, read_prefixes, save_composed
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
-from prefixtune.utils.config import CommaList
+from prefixtune.utils.config import CommaList, TextList
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["compose"]
 class ComposeOptions(OutputOptions):
     """The options of `prefixtune compose`."""
 
-    files: tuple[str, ...] = positional(
+    files: TextList = positional(
         (),
         description="two or more prefixes of one backbone, in order: files, folders of runs, or hub:OWNER/NAME",
     )
@@ -55,7 +55,7 @@ class ComposeOptions(OutputOptions):
             name = Path(self.output).stem or "prefix"
             yield ("output",), f"{self.output!r} does not end with .safetensors; write to {name}.safetensors"
         if len(self.files) < 2:
-            yield ("files",), f"FILES names {len(self.files)} prefixes; name two or more"
+            yield ("files",), f"FILES names {len(self.files) or 'no'} prefix; name two or more"
         if self.start and self.mode != "difference":
             yield ("start", "mode"), "--start goes with --mode difference only; leave it out"
         if self.mode == "difference" and len(self.files) > 2:
