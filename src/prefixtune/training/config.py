@@ -240,7 +240,7 @@ class TrainConfig(Config):
             implied["initialization"] = "examples"
         if values.get("initialization", implied.get("initialization")) == "examples":
             implied["prefix_length"] = 0
-            if "prefix_length" not in values and not values.get("sites"):
+            if "prefix_length" not in values and "=" not in str(values.get("sites", "")):
                 implied["init_examples"] = _INIT_EXAMPLES
         return {**implied, **values}
 
@@ -302,7 +302,7 @@ class TrainConfig(Config):
             yield ("init_examples", "initialization"), message
         if starts and self.method == "prompt":
             yield ("initialization", "method"), "method 'prompt' cannot start from examples, but from words"
-        if starts and not (count or length or self.site_lengths):
+        if starts and not (count or length or any(self.site_lengths.values())):
             message = "initialization is 'examples', but both init_examples and prefix_length are 0"
             yield ("init_examples", "prefix_length"), message
         if self.compact_examples:

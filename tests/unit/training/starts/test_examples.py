@@ -101,6 +101,8 @@ def test_options_imply_each_other():
     assert (alone.prefix_length, alone.init_examples) == (0, 4)
     assert pt.TrainConfig(initialization="examples", prefix_length=99).init_examples == 0
     assert pt.TrainConfig().prefix_length == 10
+    assert pt.TrainConfig(initialization="examples", sites="encoder, cross").init_examples == 4
+    assert pt.TrainConfig(initialization="examples", sites="decoder=99").init_examples == 0
     stored = pt.TrainConfig(init_examples=3).to_dict()
     assert pt.TrainConfig(**stored).to_dict() == stored
 
@@ -110,6 +112,7 @@ def test_options_imply_each_other():
     [
         ({"init_examples": 2, "initialization": "words"}, "initialization is 'words'"),
         ({"initialization": "examples", "prefix_length": 0}, "both init_examples and prefix_length are 0"),
+        ({"initialization": "examples", "prefix_length": 0, "sites": "cross"}, "both init_examples and prefix_length"),
         ({"init_examples": 2, "method": "prompt"}, "cannot start from examples"),
         (
             {"init_examples": 2, "compact_examples": "stride"},
