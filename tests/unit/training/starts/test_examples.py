@@ -18,6 +18,7 @@ from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.interop.trainer import PrefixModel
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.data import tokenize
+from prefixtune.training.presets import preset
 from prefixtune.training.starts import choice
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.starts.choice import farthest_first
@@ -308,3 +309,15 @@ def test_the_only_source_cannot_be_held_out(tmp_path: Path, no_backbone_loads: N
 def test_without_holding_out_nothing_changes(backbone: Any, tmp_path: Path, train: Callable[..., Any]):
     result = train(2)
     assert result.events[0]["num_dev_targets"] == 0
+
+
+@pytest.mark.parametrize("task", ["records", "e2e", "summarization"])
+@pytest.mark.parametrize("length", [2, 20])
+def test_quick_trains_on_a_few_examples_short_or_long(task: str, length: int, tiny_backbone: Any, tmp_path: Path):
+    """Rows that are shorter or longer than the prefix: a share of each example's positions is kept."""
+    values = {**preset("quick", task), "max_steps": 2, "task": task, "output": str(tmp_path / "run")}
+    examples = [pt.Example(f"{n} : " + "ab " * length, ("cd " * length,)) for n in range(8)]
+    result = pt.train(pt.TrainConfig(**values), backbone=tiny_backbone("llama"), examples=examples)
+    assert 0 < result.prefix.prefix_length <= 64
+    assert result.events[0]["num_dev_targets"] == 1
+    assert result.prefix.header["initialization"]["kind"] == "examples"
