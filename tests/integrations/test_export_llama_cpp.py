@@ -28,7 +28,7 @@ from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp, placeholders_for, rows_of
 from prefixtune.interop.llama_cpp.state import KV_TYPES, encode_blob, encode_file, patch_file
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix
 from zoo import MAX_POSITIONS
 
@@ -142,6 +142,12 @@ class Runtime:
     def copy(self, source: int, sequence: int) -> None:
         """Let a sequence have the positions of another one, too."""
         self.lib.llama_memory_seq_cp(self.lib.llama_get_memory(self.context), source, sequence, -1, -1)
+
+    def drop(self, count: int) -> None:
+        """Remove the first positions of a sequence, and move the others there."""
+        memory = self.lib.llama_get_memory(self.context)
+        assert self.lib.llama_memory_seq_rm(memory, 0, 0, count)
+        self.lib.llama_memory_seq_add(memory, 0, count, -1, -count)
 
     def decode(self, ids: list[int], position: int, sequence: int = 0) -> Tensor:
         """The logits of tokens from a position on, (T, vocabulary)."""
@@ -289,6 +295,29 @@ def test_a_joined_prefix_is_two_texts_that_do_not_see_each_other(
     runtime.load(file)
     (expected,) = generate_ids(backbone, [prompt], [joined], config=GenerateConfig(max_new_tokens=12))
     assert runtime.greedy(prompt, 10, 12, backbone.eos_id) == expected
+
+
+@pytest.mark.deploys("llama.cpp", "a prefix cut at its start: the logits of its own shifted cache to 1e-4", by="name")
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@torch.no_grad()
+def test_a_cut_prefix_is_a_shifted_cache(name: str, make: Make, run: Make, random_ids: Make, tmp_path: Path) -> None:
+    """llama.cpp removes the first positions of a text, and moves the others there."""
+    backbone, path = make(name)
+    runtime = run(path)
+    text, prompt = random_ids(9, 1), random_ids(7, 3)
+    stored = save_prefix(tmp_path / "cut.safetensors", cut(compute_prefix(backbone, text), 5, end="start"))
+    kept = load_prefix(stored, backbone)
+    version = version_of(runtime, tmp_path)
+    runtime.decode(text, 0)
+    runtime.drop(4)
+    wanted = runtime.decode(prompt, 5)
+    file, tokens = tmp_path / "prefix.bin", placeholders_for(kept, backbone)
+    file.write_bytes(encode_file(rows_of(kept, backbone), tokens, version=version, kv_type="f32", transposed=True))
+    runtime.clear()
+    assert runtime.load(file) == tokens
+    torch.testing.assert_close(runtime.decode(prompt, 5), wanted, rtol=0, atol=1e-4)
+    logits = backbone.forward(torch.tensor([prompt]), prefixes=kept).logits[0]
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
