@@ -117,7 +117,12 @@ def test_one_name_in_a_list_is_that_prefix(joined_app: FakeVLLM, parts: PrefixFo
             "model",
             "'old+older' cannot be joined: no file of them says how the model's keys",
         ),
-        ({"prefixes": ["old", "older"]}, 400, "prefixes", "prefixtune compose old.safetensors older.safetensors"),
+        (
+            {"prefixes": ["old", "older"]},
+            400,
+            "prefixes",
+            "prefixtune compose old.safetensors older.safetensors --output old-older.safetensors",
+        ),
     ],
 )
 def test_what_is_not_joined(joined_app: FakeVLLM, fields: dict[str, Any], status: int, param: str, message: str):
