@@ -63,10 +63,18 @@ def find_rotation(model: Any, layout: Layout, max_positions: int | None) -> Rota
     name = f"{type(model).__name__} (model type {getattr(model.config, 'model_type', '?')!r})"
     _refuse_length_dependent(model.config, name)
     offsets = _offsets(max_positions)
+    try:
+        samples = _run_at(model, layout, offsets)
+    except Exception as failure:
+        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise BackboneError(
+            f"{name} does not run at several positions: {reason}",
+            hint="its prefixes can be used alone, but not joined.",
+        ) from failure
     tolerance = _TOLERANCE.get(model.dtype, _FLOAT32_TOLERANCE)
     kinds: list[PairTurns] = []
     turns: list[PairTurns | None] = []
-    for index, sample in enumerate(_run_at(model, layout, offsets)):
+    for index, sample in enumerate(samples):
         allowed = tolerance if index == 0 else _DEEPER * tolerance
         if _distance(sample.values, sample.values[:1].expand_as(sample.values)) > allowed:
             if index == 0:
@@ -130,7 +138,8 @@ def _run_at(model: Any, layout: Layout, offsets: Sequence[int]) -> list[_Sample]
     recorded: list[tuple[nn.Module, Tensor, Tensor]] = []
     injection = Injection(layout.layer_of, recorded_kv=recorded)
     with injecting_beside(layout, injection):
-        model(
+        # Without the output head: its scores are not looked at, and take the most memory.
+        model.base_model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             position_ids=positions.to(device),
