@@ -96,7 +96,7 @@ def soft_example(seed: int, num_targets: int, *, soft: bool = True) -> Tokenized
     random = torch.Generator().manual_seed(seed)
     lengths = [2 + (seed + number) % 4 for number in range(num_targets)]
     targets = tuple(tuple(torch.randint(3, 100, (n,), generator=random).tolist()) for n in lengths)
-    labels = tuple(SoftLabels.from_logits(torch.randn(n, 120, generator=random)) for n in lengths)
+    labels = tuple(SoftLabels.from_logits(torch.randn(n, 100, generator=random)) for n in lengths)
     prompt = tuple(torch.randint(3, 100, (5,), generator=random).tolist())
     return TokenizedExample(prompt, targets, soft_targets=labels if soft else ())
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.config import CommaList
 
-__all__ = ["MetricNames", "check_metrics", "print_json"]
+__all__ = ["MetricNames", "check_metrics", "print_event", "print_json"]
 
 
 def _check_named(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -40,3 +41,9 @@ def check_metrics(names: Iterable[str], known: Collection[str]) -> None:
 def print_json(value: object) -> None:
     """One JSON value on a line of stdout, at once."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def print_event(event: dict[str, Any]) -> None:
+    """One event of a training as a line of JSON; the training goes on if a reader such as `head` closes the pipe."""
+    with suppress(BrokenPipeError):
+        print_json(event)

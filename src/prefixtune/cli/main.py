@@ -36,6 +36,7 @@ COMMANDS = {
     },
     "Train": {
         "train": "train a prefix and store it as one small file",
+        "distill": "put a document, a long prompt or a teacher into a prefix",
         "length": "find how long a prefix should be: one run, its loss at every length, and the shortest that will do",
         "tasks": "list the tasks: files, decoding, scores, groups, presets",
         "config": "write the JSON schema of a configuration, so that editors complete its files",

@@ -152,8 +152,8 @@ def command(run: Callable[[Any], int]) -> Callable[..., int]:
 
 
 def _parameters_of(options: type[CommandOptions]) -> list[tuple[str, FieldInfo]]:
-    """The fields that a command line can have: all but tables."""
-    fields = options.model_fields.items()
+    """The fields that a command line can have: all but tables and those without a meaning here."""
+    fields = [(name, field) for name, field in options.model_fields.items() if name not in options.unused]
     return [(name, field) for name, field in fields if get_origin(field.annotation) is not Mapping]
 
 

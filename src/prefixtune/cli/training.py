@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import print_event
 from prefixtune.errors import PrefixError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset
@@ -32,7 +31,7 @@ def run_training(
             config,
             resume=resume,
             progress=not (console.quiet or as_json),
-            on_event=_print_event if as_json else None,
+            on_event=print_event if as_json else None,
             **options,
         )
     except KeyboardInterrupt as stopped:
@@ -58,16 +57,10 @@ def run_training_together(
     console.info(f"{len(configs)} runs share the backbone {configs[0].backbone}")
     with show_training(console, num_runs=len(configs)) as show:
         try:
-            return run(configs, resume=resume, on_event=_print_event if as_json else show)
+            return run(configs, resume=resume, on_event=print_event if as_json else show)
         except KeyboardInterrupt as stopped:
             kept = str(stopped) or "stopped at once; the last saves are kept"
             raise KeyboardInterrupt(f"{kept}; go on with the same command and --resume.") from None
-
-
-def _print_event(event: dict[str, Any]) -> None:
-    # A reader such as `head` may close the pipe; the training goes on.
-    with suppress(BrokenPipeError):
-        print_json(event)
 
 
 def stored_layer(folder: str) -> Layer:

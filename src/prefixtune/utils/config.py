@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, get_args, get_origin
@@ -212,6 +212,8 @@ class Config(Table):
     """The next step, for messages."""
     other_names: ClassVar[Mapping[str, str]] = {}
     """Names of other programs, and what to write instead."""
+    unused: ClassVar[Collection[str]] = ()
+    """Inherited fields that mean nothing here; commands do not have them as options."""
     error_class: ClassVar[type[PrefixError]] = ConfigError
     """What wrong values raise."""
 

@@ -1,0 +1,128 @@
+"""`prefixtune distill`: put a document, a long prompt or a teacher into a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from prefixtune.cli.common import print_event, print_json
+from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.errors import PrefixError
+from prefixtune.utils.config import Layer
+from prefixtune.utils.console import Console, format_seconds
+
+if TYPE_CHECKING:
+    from prefixtune.distillation.distill import DistillResult
+
+__all__ = ["distill"]
+
+_ROWS = {
+    "bare": "bare model",
+    "in_view": "{subject} in view",
+    "teacher": "teacher",
+    "memory": "memory",
+}
+
+
+class DistillOptions(ConfigOptions, OutputOptions, DistillConfig):
+    """The options of `prefixtune distill`."""
+
+    resume: bool = Field(False, description="go on with the distillation in --output, from where it was stopped")
+    as_json: bool = json_option("every event of the training and the report, one a line,")
+
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The file of --config, or the configuration of the distillation to resume."""
+        if not given.get("resume") or "config" in given:
+            return list(super().layers(given))
+        from prefixtune.distillation.distill import stored_distillation
+
+        try:
+            path = stored_distillation(given.get("output", cls.default("output")))
+            return [Layer.from_file(path, DistillConfig.model_fields)]
+        except PrefixError as error:
+            return [Layer({}, error=error)]
+
+
+@command
+def distill(options: DistillOptions) -> int:
+    """Put a document, a long prompt or a teacher into a prefix.
+
+    A document is learned from questions about it: with answers, without (the model answers with the document in view),
+    or made by the model itself. A prompt is learned from inputs that the model answers with the prompt in view, a
+    teacher from what it would write.
+
+    For example:
+        prefixtune distill --document manual.txt --questions questions.jsonl --test held-out.jsonl
+        prefixtune distill --document manuals/ --questions self --prefix-length 32 --output runs/manuals
+        prefixtune distill --prompt system.txt --data inputs.jsonl --prefix-length 32
+        prefixtune distill --teacher runs/lora --task e2e --data trainset.csv
+        prefixtune distill --resume --output runs/memory
+    """
+    config = options.part(DistillConfig)
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
+    from prefixtune.distillation.distill import distill as run
+
+    console = Console(quiet=options.quiet)
+    try:
+        results = run(
+            config,
+            resume=options.resume,
+            progress=not (options.quiet or options.as_json),
+            on_event=print_event if options.as_json else None,
+        )
+    except KeyboardInterrupt as stopped:
+        kept = str(stopped) or "stopped at once; what was made is kept"
+        raise KeyboardInterrupt(f"{kept}; go on with `prefixtune distill --resume --output {config.output}`.") from None
+    for result in results:
+        if options.as_json:
+            print_json({"event": "result", **result.report})
+        else:
+            _show(console, result)
+    if not options.as_json and results:
+        console.info(f'try it: prefixtune generate --prefix {results[0].path} "..."')
+    return 0
+
+
+def _show(console: Console, result: DistillResult) -> None:
+    """Print what a memory knows."""
+    figures, held_out = result.report, result.report["held_out"]
+    rows: list[Sequence[float | str | None]] = []
+    for name, title in _ROWS.items():
+        if name in held_out:
+            reading = held_out[name]
+            exact = f"{reading['exact']} of {held_out['questions']}" if "exact" in reading else None
+            title = title.format(subject=figures["subject"])
+            rows.append([title, _figure(reading.get("loss")), exact, _figure(reading.get("kl"))])
+    used = [0, *(index for index in (1, 2, 3) if any(row[index] is not None for row in rows))]
+    if rows:
+        columns = ["held-out questions", "loss per token", "exact answers", "KL per token"]
+        console.table(
+            figures.get("name", ""),
+            [columns[index] for index in used],
+            [[row[index] for index in used] for row in rows],
+            result=True,
+        )
+    print(f"teacher: {figures['teacher']}; labels: {figures['labels']} ({figures['questions']:,} questions)")
+    for name, share in figures.get("recovered", {}).items():
+        what = "KL from the teacher" if name == "kl" else f"loss between bare and {figures['subject']} in view"
+        print(f"recovered of the {what}: {share:.0%}")
+    text = ""
+    if "text_bytes" in figures:
+        text = (
+            f"; the {figures['subject']}'s own keys and values: {figures['text_positions']:,} positions, "
+            f"{figures['text_bytes']:,} bytes"
+        )
+    print(f"{Path(figures['memory'])}: {figures['positions']} positions, {figures['bytes']:,} bytes{text}")
+    times = ", ".join(f"{name} {format_seconds(value)}" for name, value in figures["seconds"].items())
+    print(f"time: {times}")
+
+
+def _figure(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"

@@ -1,0 +1,125 @@
+"""The configuration of `prefixtune distill`: what is learned, and from whom; the rest is that of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from prefixtune.training.config import TrainConfig
+from prefixtune.utils.config import CommaList, option_group
+
+__all__ = ["KINDS", "SELF", "DistillConfig", "QuestionKind"]
+
+QuestionKind = Literal["fact", "paraphrase", "list", "summary", "continuation"]
+"""What a question that is made from a document asks for."""
+KINDS: tuple[QuestionKind, ...] = ("fact", "paraphrase", "list", "summary", "continuation")
+SELF = "self"
+"""In place of a file of questions: they are made from the document."""
+
+_teaching, _prefix, _training = option_group("teaching"), option_group("prefix"), option_group("training")
+_output = option_group("output")
+
+
+class DistillConfig(TrainConfig):
+    """What is put into a prefix, and how it is trained.
+
+    Raises:
+        ConfigError: One or more values are not allowed; all faults are listed at once.
+    """
+
+    hint: ClassVar[str] = "`prefixtune distill --help` explains every option."
+    unused: ClassVar[frozenset[str]] = frozenset(
+        {"method", "method_size", "train", "dev", "dev_limit", "patience", "classifier", "label_words", "shard"}
+        | {"train_adapter", "adapter_rank", "init_examples", "example_choice", "example_attention", "leave_one_out"}
+    )
+    """Fields of `TrainConfig` that mean nothing here."""
+
+    document: str = _teaching(
+        "", description="a text to remember: a file, or a folder of text files, each of which gets a memory of its own"
+    )
+    questions: str = _teaching(
+        "",
+        description="of the document: a file of rows with question and, if you have it, answer; for a folder of "
+        "documents: a folder with a file of the same name for each; or self: made by the model from the document",
+    )
+    prompt: str = _teaching("", description="a file that holds a long system prompt, to be replaced by the prefix")
+    teacher: str = _teaching(
+        "",
+        description="who is learned from: the run of another method or a prefix, a LoRA adapter's folder, or a model "
+        "with the same tokenizer; empty: the backbone with the document or the prompt in view",
+    )
+    data: str = _teaching(
+        "",
+        description="with --prompt or --teacher: the inputs, read as --task, --source and --target say; where they "
+        "have no target, the teacher writes it",
+    )
+    test: str = _teaching("", description="held-out questions or inputs for the report, in the form of the others")
+    ask: Literal["auto", "plain", "chat"] = _teaching(
+        "auto",
+        description="text around a question: plain: 'Question: ... Answer:'; chat: the backbone's chat template; auto: "
+        "plain for a document, the teacher's own for a teacher, and the chat template, if there is one, for a prompt",
+    )
+    num_questions: int = _teaching(256, ge=5, le=20_000, description="with --questions self: questions to make")
+    kinds: CommaList[QuestionKind] = _teaching(
+        KINDS, description="with --questions self: what the questions ask for, in equal shares"
+    )
+    chunk_length: int = _teaching(
+        0, ge=0, description="tokens of a document that are in the teacher's view at once; 0: as many as fit"
+    )
+    answer_length: int = _teaching(64, ge=1, le=4096, description="most tokens of an answer that the teacher writes")
+
+    prefix_length: int = _prefix(64, ge=1, description="P, the number of positions of the memory")
+    initialization: Literal["words", "text", "examples", "random", "prefix"] = _prefix(
+        "text",
+        description="start from: text: the document's or the prompt's own keys and values, brought to P positions; "
+        "words: the words of init_text, as for a teacher alone; random; another prefix",
+    )
+    max_steps: int = _training(150, ge=0, description="optimizer steps; 0: those of the epochs")
+    output: str = _output("runs/memory", description="folder of the run; of several documents: one folder in it each")
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Also: what has to be learned, and what goes with it."""
+        yield from super().conflicts()
+        for name in sorted(self.unused & self.model_fields_set):
+            if getattr(self, name) != self.default(name):
+                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it"
+        if self.document and self.prompt:
+            yield ("document", "prompt"), "document and prompt are both given, but one prefix learns one of them"
+        if not (self.document or self.prompt or self.teacher):
+            names = "document", "prompt", "teacher"
+            yield names, "there is nothing to learn: document, prompt and teacher are all empty"
+        if self.document and not self.questions:
+            yield ("document", "questions"), "document is given, but no questions (a file, or self)"
+        for name in ("questions",) if not self.document else ("data",):
+            if getattr(self, name):
+                yield (name, "document"), f"{name} is {getattr(self, name)!r}, which goes with {_PARTNERS[name]}"
+        if not self.document and (self.prompt or self.teacher) and not self.data:
+            yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
+        if not self.kinds:
+            yield ("kinds",), "kinds names no kind of question"
+        if self.initialization == "examples":
+            yield ("initialization",), "initialization is 'examples', which `prefixtune train` can start from"
+
+    @property
+    def subject(self) -> Literal["document", "prompt", "teacher"]:
+        """What is put into the prefix."""
+        return "document" if self.document else "prompt" if self.prompt else "teacher"
+
+    def run_config(self, output: str, *, text_file: str, prompt_format: str, target_format: str) -> TrainConfig:
+        """The training run of one memory.
+
+        Args:
+            output: Its folder.
+            text_file: The document's or the prompt's file to start from; empty: there is none.
+            prompt_format: The text around a question.
+            target_format: The text around an answer.
+        """
+        values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields}
+        values |= {name: TrainConfig.default(name) for name in self.unused}
+        values |= {"output": output, "prompt_format": prompt_format, "target_format": target_format, "limit": 0}
+        if self.initialization == "text":
+            values |= {"init_text": f"@{text_file}"} if text_file else {"initialization": "words"}
+        return TrainConfig(**values)
+
+
+_PARTNERS = {"questions": "document", "data": "prompt or teacher"}

@@ -1,0 +1,250 @@
+"""Distill: read, load, make questions and answers, label them, train, report; each phase is kept and can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.data import Example
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, read_jobs
+from prefixtune.distillation.phases import Lesson, label_data, prepare, report
+from prefixtune.distillation.teacher import Teacher, load_teacher
+from prefixtune.distillation.wording import choose_wording
+from prefixtune.errors import CheckpointError, ConfigError, DataError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import TrainData
+from prefixtune.training.distributed import is_main_process
+from prefixtune.training.folder import STATE_FILE, Event
+from prefixtune.training.progress import show_training
+from prefixtune.training.train import TrainResult, train, train_together
+from prefixtune.utils.console import Console
+from prefixtune.utils.files import write_text
+from prefixtune.utils.locks import claim_folder
+
+__all__ = ["DistillResult", "distill", "stored_distillation"]
+
+_TOGETHER = 8
+"""Documents that share a pass over the backbone."""
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A memory.
+
+    Attributes:
+        name: Of its document; empty: there is one memory only.
+        prefix: The memory.
+        path: Its file.
+        report: What it knows, as `distill.json` in its folder holds it.
+    """
+
+    name: str
+    prefix: Prefix
+    path: Path
+    report: dict[str, Any]
+
+
+def stored_distillation(output: str | Path) -> Path:
+    """The configuration that the distillation in a folder was started with.
+
+    Raises:
+        CheckpointError: The folder holds none.
+    """
+    path = Path(output) / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no distillation to resume in {str(path.parent)!r}.",
+            hint="name its folder with --output (output), or start it without --resume (resume).",
+        )
+    return path
+
+
+def distill(
+    config: DistillConfig | Mapping[str, Any] | None = None,
+    *,
+    backbone: BackboneLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    on_event: Callable[[Event], None] | None = None,
+    **options: Any,
+) -> list[DistillResult]:
+    """Put a document, a prompt or a teacher into a prefix.
+
+    Args:
+        config: The run: a `DistillConfig`, or a dict of its fields.
+        backbone: A `Backbone` or a (model, tokenizer) pair; None: `config.backbone` is loaded.
+        resume: Go on with the distillation in `config.output`, from where it was stopped, with the same result. Without
+            `config`, its own is used, with the options over it.
+        progress: Show the progress on stderr.
+        on_event: Called with every event of the training.
+        **options: Fields of `DistillConfig`, in place of `config`.
+
+    Returns:
+        One memory per document.
+
+    Raises:
+        CheckpointError: There is no distillation to resume.
+        ConfigError: A contradiction in the configuration, or the folder holds a run already.
+        DataError: A document, a prompt or questions cannot be read, or do not fit.
+        BackboneError: The teacher has another tokenizer, or the backbone cannot do the job.
+        TrainingError: A loss was not finite.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what was made is kept.
+    """
+    if resume and config is None:
+        output = options.get("output", DistillConfig.default("output"))
+        config = DistillConfig.from_file(stored_distillation(output), **options)
+    else:
+        config = DistillConfig.from_arguments(config, options)
+    if not is_main_process():
+        raise ConfigError("distill runs in one process.", hint="start it without torchrun.")
+    if resume:
+        stored_distillation(config.output)
+    console = Console(quiet=not progress)
+    jobs = read_jobs(config, resume=resume, loads_backbone=backbone is None)
+    student = _load(config, console) if backbone is None else as_backbone(backbone)
+    _check_student(config, student, jobs)
+    teachers = _Teachers(config, student, console)
+    wording = choose_wording(config, student, teachers.text_format())
+    root = Path(config.output)
+    with contextlib.nullcontext() if resume else claim_folder(root):
+        if not resume:
+            write_text(root / CONFIG_FILE, config.to_toml())
+    lessons = []
+    for job in jobs:
+        # The training claims the folder itself, afterwards.
+        with claim_folder(job.output):
+            lessons.append(prepare(config, job, student, teachers.load, wording, console))
+    results = _train(config, lessons, student, teachers, console, on_event, resume=resume)
+    return [
+        _finish(config, lesson, student, result, console, seconds)
+        for lesson, (result, seconds) in zip(lessons, results, strict=True)
+    ]
+
+
+def _load(config: DistillConfig, console: Console) -> Backbone:
+    console.info(f"loading {config.backbone} ...")
+    return load_backbone(
+        config.backbone,
+        dtype=config.dtype,
+        device=config.device,
+        quantize=config.quantize,
+        adapter=config.adapter or None,
+    )
+
+
+def _check_student(config: DistillConfig, student: Backbone, jobs: list[Job]) -> None:
+    """Refuse what needs the tokenizer to be seen.
+
+    Raises:
+        ConfigError: The backbone cannot have a text in view.
+        DataError: A document or prompt is shorter than the memory.
+    """
+    if student.kind == "encoder" or (config.subject != "teacher" and student.kind != "decoder"):
+        raise ConfigError(
+            f"{student.name!r} is of kind {student.kind!r}, but a {config.subject} is distilled into a decoder-only "
+            "model.",
+            hint="choose another backbone; encoder-decoders can learn from a --teacher.",
+        )
+    short = {
+        job.text_file: count
+        for job in jobs
+        if job.text and (count := len(student.encode(job.text))) < config.prefix_length
+    }
+    if short:
+        listed = ", ".join(f"{path!r} has {count}" for path, count in list(short.items())[:5])
+        raise DataError(
+            f"prefix_length is {config.prefix_length}, but of the texts to put into it {listed} tokens.",
+            hint="choose a shorter --prefix-length: a memory is to be shorter than its text.",
+        )
+
+
+class _Teachers:
+    """The teacher of a run, loaded when it is first needed, and let go before the training."""
+
+    def __init__(self, config: DistillConfig, student: Backbone, console: Console) -> None:
+        self._config, self._student, self._console = config, student, console
+        self._teacher: Teacher | None = None
+
+    def load(self) -> Teacher:
+        """The teacher."""
+        if self._teacher is None:
+            if self._config.teacher:
+                self._console.info(f"loading the teacher {self._config.teacher} ...")
+            self._teacher = load_teacher(self._config, self._student)
+        return self._teacher
+
+    def text_format(self) -> Any:
+        """What the teacher was trained with."""
+        return self.load().text_format if self._config.teacher else None
+
+    def free(self) -> None:
+        """Let the teacher go."""
+        self._teacher = None
+
+
+def _train(
+    config: DistillConfig,
+    lessons: list[Lesson],
+    student: Backbone,
+    teachers: _Teachers,
+    console: Console,
+    on_event: Callable[[Event], None] | None,
+    *,
+    resume: bool,
+) -> Iterator[tuple[TrainResult, float]]:
+    """Train all memories; those of several documents share passes. Yields results with their seconds."""
+    waiting = {lesson.run.output: lesson for lesson in lessons}
+
+    def teach(run: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
+        labelled = label_data(config, waiting.pop(run.output), backbone, teachers.load, data, console)
+        if not waiting:
+            teachers.free()
+        return labelled
+
+    size = len(lessons) if config.beside == "self" else _TOGETHER
+    together = student.layout.packable and len(lessons) > 1
+    for first in range(0, len(lessons), size if together else 1):
+        group = lessons[first : first + (size if together else 1)]
+        examples = [
+            [Example(question.question, (question.answer or "",)) for question in lesson.questions] for lesson in group
+        ]
+        started = time.monotonic()
+        with show_training(console, num_runs=len(group)) as show:
+
+            def record(event: Event, show: Callable[[Event], None] = show) -> None:
+                show(event)
+                if on_event is not None:
+                    on_event(event)
+
+            shared: dict[str, Any] = {"backbone": student, "on_event": record, "teach": teach}
+            if together:
+                results = train_together([lesson.run for lesson in group], examples=examples, resume=resume, **shared)
+            else:
+                begun = (group[0].job.output / STATE_FILE).exists()
+                results = [train(group[0].run, examples=examples[0], resume=begun, progress=False, **shared)]
+        for result in results:
+            yield result, (time.monotonic() - started) / len(group)
+
+
+def _finish(
+    config: DistillConfig,
+    lesson: Lesson,
+    student: Backbone,
+    result: TrainResult,
+    console: Console,
+    seconds: float,
+) -> DistillResult:
+    """Report on a memory, and keep the report in its folder."""
+    assert result.prefix is not None
+    figures = report(config, lesson, student, result.prefix, result.path, console, training_seconds=seconds)
+    write_text(lesson.job.output / REPORT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    return DistillResult(lesson.job.name, result.prefix, result.path, figures)

@@ -1,0 +1,187 @@
+"""What a distillation reads, checked before any model is loaded: one job per memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefixtune.backbone.load import check_loadable
+from prefixtune.data.files import read_text
+from prefixtune.data.registry import read_task
+from prefixtune.distillation.config import SELF, DistillConfig
+from prefixtune.distillation.documents import Question, find_documents, questions_file, read_document, read_questions
+from prefixtune.distillation.teacher import check_teacher
+from prefixtune.errors import CheckpointError, ConfigError, DataError, check_all
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.folder import check_unused
+from prefixtune.utils.files import write_text
+
+__all__ = ["CONFIG_FILE", "Job", "read_jobs", "read_prepared", "write_prepared"]
+
+CONFIG_FILE, QUESTIONS_FILE, REPORT_FILE = "distill.toml", "questions.jsonl", "distill.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One memory to make.
+
+    Attributes:
+        name: Of the document; empty: there is one memory only.
+        output: The folder of its run.
+        text_file: The document or the prompt; empty: a teacher alone.
+        text: Its text.
+        questions: To train on; empty: they are to be made.
+        test: Held out, for the report.
+    """
+
+    name: str
+    output: Path
+    text_file: str
+    text: str
+    questions: tuple[Question, ...]
+    test: tuple[Question, ...]
+
+    @property
+    def answered(self) -> bool:
+        """Whether the questions came with their answers."""
+        return bool(self.questions) and all(question.answer is not None for question in self.questions)
+
+
+def read_jobs(config: DistillConfig, *, resume: bool, loads_backbone: bool) -> list[Job]:
+    """Read the files, and report every mistake that can be found before a model loads.
+
+    Raises:
+        PrefixError: The only mistake; of several, a `ConfigError` that lists them.
+    """
+    jobs: list[Job] = []
+    checks: list[Callable[[], object]] = [
+        partial(_check_output, config, resume),
+        partial(_read, config, jobs),
+        partial(check_teacher, config),
+        lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}"),
+    ]
+    if loads_backbone:
+        checks.append(
+            partial(
+                check_loadable,
+                config.backbone,
+                dtype=config.dtype,
+                device=config.device,
+                quantize=config.quantize,
+                adapter=config.adapter or None,
+            )
+        )
+    check_all(checks)
+    return jobs
+
+
+def _check_output(config: DistillConfig, resume: bool) -> None:
+    folder = Path(config.output)
+    if resume:
+        return
+    check_unused(folder)
+    if (folder / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{str(folder)!r} already holds a distillation.",
+            hint="go on with --resume (resume=True), choose another --output (output), or delete it.",
+        )
+
+
+def _read(config: DistillConfig, jobs: list[Job]) -> None:
+    output = Path(config.output)
+    if config.subject != "document":
+        text = _read_prompt(config.prompt) if config.prompt else ""
+        questions, test = _read_inputs(config, config.data), _read_inputs(config, config.test)
+        jobs.append(Job("", output, config.prompt, text, tuple(questions[: config.limit or None]), tuple(test)))
+        return
+    files = find_documents(config.document)
+    several = Path(config.document).is_dir()
+    found: dict[Path, Job] = {}
+
+    def read(file: Path) -> None:
+        questions: Sequence[Question] = ()
+        if config.questions != SELF:
+            questions = read_questions(questions_file(config.questions, file, len(files) > 1), config.limit)
+        test = read_questions(questions_file(config.test, file, len(files) > 1)) if config.test else ()
+        name = file.stem if several else ""
+        found[file] = Job(name, output / name, str(file), read_document(file), tuple(questions), tuple(test))
+
+    check_all([partial(read, file) for file in files])
+    jobs.extend(found[file] for file in files)
+    answered = [job for job in jobs if job.answered]
+    if answered and len(answered) < len(jobs):
+        other = next(job for job in jobs if not job.answered)
+        raise DataError(
+            f"the questions of {answered[0].name!r} have answers, but those of {other.name!r} have none.",
+            hint="give all questions an answer, or none.",
+        )
+    if answered and config.teacher:
+        raise ConfigError(
+            f"teacher is {config.teacher!r}, but the questions have answers already.",
+            hint="leave --teacher out, or give questions without answers.",
+        )
+
+
+def _read_prompt(path: str) -> str:
+    try:
+        return read_text(Path(path)).strip()
+    except DataError as error:
+        if "is empty" in error.message:
+            raise DataError(f"the prompt {path!r} is empty.", hint="check that it is complete.") from error
+        raise
+
+
+def _read_inputs(config: DistillConfig, path: str) -> list[Question]:
+    """The inputs of a file, a target of each as its answer; without a template, rows of question and answer."""
+    if not path:
+        return []
+    if config.task == "records" and not config.source:
+        return read_questions(Path(path))
+    examples = read_task(config.task, path, source=config.source or None, target=config.target or None, split="train")
+    return [
+        Question(example.source, target)
+        for example in examples
+        for target in (example.targets or (None,))  # noqa: RUF100
+    ]
+
+
+# --- what was made before training ------------------------------------------------------------------------------------
+
+
+def write_prepared(job: Job, questions: Sequence[Question], test: Sequence[Question]) -> None:
+    """Keep the questions of a run, with their answers, in its folder, atomically."""
+    rows = [
+        {**asdict(question), "held_out": held} for held, part in ((False, questions), (True, test)) for question in part
+    ]
+    write_text(job.output / QUESTIONS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_prepared(job: Job) -> tuple[list[Question], list[Question]] | None:
+    """The questions that a run keeps; None: it has none yet.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    path = job.output / QUESTIONS_FILE
+    if not path.exists():
+        return None
+    parts: tuple[list[Question], list[Question]] = ([], [])
+    try:
+        for line in read_text(path).splitlines():
+            row: dict[str, Any] = json.loads(line)
+            parts[bool(row.pop("held_out"))].append(Question(**row))
+    except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} does not hold the questions of a run.", hint="delete it: they are made again."
+        ) from error
+    return parts
+
+
+def with_answers(questions: Sequence[Question], answers: Sequence[str | None]) -> list[Question]:
+    """The questions with these answers; those without a word are left out."""
+    pairs = zip(questions, answers, strict=True)
+    return [replace(question, answer=answer) for question, answer in pairs if answer]

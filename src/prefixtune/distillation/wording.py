@@ -1,0 +1,132 @@
+"""How questions are asked, and how a text stands in the model's view before them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.chat import has_chat_template
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
+
+__all__ = ["Wording", "choose_wording", "in_view"]
+
+_PLAIN = {
+    "document": ("Question: {source}\nAnswer:", " {target}\n"),
+    "prompt": ("Input: {source}\nOutput:", " {target}\n"),
+}
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The text around questions and answers, and around a text that is in view.
+
+    Attributes:
+        prompt: Template of a question, with `{source}`.
+        target: Template of an answer, with `{target}`.
+        chat: The text in view is the chat template's system message; otherwise it stands alone, before an empty line.
+        tuned: The teacher was trained with this wording, so that it also says where an answer ends.
+    """
+
+    prompt: str
+    target: str
+    chat: bool = False
+    tuned: bool = False
+
+    @property
+    def text_format(self) -> TextFormat:
+        """As a text format."""
+        return TextFormat(self.prompt, self.target)
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """What ends an answer, beside the end token: a line break, where one follows every answer."""
+        return ("\n",) if self.target.endswith("}\n") else ()
+
+    def view(self, backbone: Backbone, text: str) -> str:
+        """A text as it stands in view before a question."""
+        if self.chat:
+            return _render(backbone, [("system", text)], prompt=False)
+        return f"{text.strip()}\n\n"
+
+
+def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: TextFormat | None) -> Wording:
+    """The wording that the options ask for.
+
+    Args:
+        config: The options.
+        backbone: The student.
+        teacher_format: What the teacher was trained with; None: nothing.
+
+    Raises:
+        ConfigError: A chat template is asked for, and the backbone has none, or one without a system message.
+    """
+    ask: Literal["plain", "chat", "teacher"]
+    if config.ask != "auto":
+        ask = config.ask
+    elif config.subject == "document":
+        ask = "plain"
+    elif teacher_format is not None:
+        ask = "teacher"
+    elif config.subject == "prompt" and has_chat_template(backbone):
+        ask = "chat"
+    else:
+        ask = "plain"
+    if ask == "teacher" and teacher_format is not None:
+        wording = Wording(teacher_format.prompt, teacher_format.target, tuned=True)
+    elif ask == "chat":
+        wording = _chat_wording(backbone)
+    elif config.subject == "teacher":
+        wording = Wording(TextFormat().prompt, TextFormat().target)
+    else:
+        wording = Wording(*_PLAIN[config.subject])
+    return Wording(
+        config.prompt_format or wording.prompt, config.target_format or wording.target, wording.chat, wording.tuned
+    )
+
+
+def _chat_wording(backbone: Backbone) -> Wording:
+    """The user's turn of the chat template, which follows a system message.
+
+    Raises:
+        ConfigError: The backbone has no template, or one in which no system message stands apart.
+    """
+    if not has_chat_template(backbone):
+        raise ConfigError(f"{backbone.name!r} has no chat template.", hint="use --ask plain.")
+    system = _render(backbone, [("system", "S")], prompt=False)
+    whole = _render(backbone, [("system", "S"), ("user", "{source}")], prompt=True)
+    turn = whole.removeprefix(system)
+    if turn == whole or turn.count("{source}") != 1:
+        raise ConfigError(
+            f"the chat template of {backbone.name!r} has no system message that stands apart from the user's.",
+            hint="use --ask plain.",
+        )
+    return Wording(turn, "{target}", chat=True)
+
+
+def _render(backbone: Backbone, messages: list[tuple[str, str]], *, prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text: str = backbone.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    except TemplateError as error:
+        raise ConfigError(
+            f"the chat template of {backbone.name!r} refuses a system message: {error}.", hint="use --ask plain."
+        ) from None
+    return text
+
+
+def in_view(backbone: Backbone, wording: Wording, text: str) -> Prefix:
+    """A text in view as a prefix: the keys and values that the model computes for it, uncut."""
+    ids = torch.tensor([backbone.encode(wording.view(backbone, text))], device=backbone.device)
+    return prefix_from_tokens(backbone.model, backbone.layout, ids)
