@@ -104,12 +104,11 @@ def questions_file(path: str, document: Path, several: bool) -> Path:
     return found
 
 
-def read_questions(path: Path, limit: int = 0) -> list[Question]:
+def read_questions(path: Path) -> list[Question]:
     """The questions of a file; all of them have an answer, or none has.
 
     Args:
         path: Rows with `question` and perhaps `answer`.
-        limit: Only the first ones; 0: all.
 
     Raises:
         DataError: The file cannot be read, or a row is wrong.
@@ -132,7 +131,7 @@ def read_questions(path: Path, limit: int = 0) -> list[Question]:
             )
         first = first or record.location
         questions.append(Question(question, answer))
-    return questions[:limit] if limit else questions
+    return questions
 
 
 def _text(values: object, column: str, location: str) -> str | None:

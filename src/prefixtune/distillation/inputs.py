@@ -94,8 +94,11 @@ def _check_output(config: DistillConfig, resume: bool) -> None:
 def _read(config: DistillConfig, jobs: list[Job]) -> None:
     output = Path(config.output)
     if config.subject != "document":
-        text = _read_prompt(config.prompt) if config.prompt else ""
-        questions, test = _read_inputs(config, config.data), _read_inputs(config, config.test)
+        text, questions, test = _all(
+            lambda: _read_prompt(config.prompt) if config.prompt else "",
+            lambda: _read_inputs(config, config.data),
+            lambda: _read_inputs(config, config.test),
+        )
         jobs.append(Job("", output, config.prompt, text, tuple(questions[: config.limit or None]), tuple(test)))
         return
     files = find_documents(config.document)
@@ -103,12 +106,15 @@ def _read(config: DistillConfig, jobs: list[Job]) -> None:
     found: dict[Path, Job] = {}
 
     def read(file: Path) -> None:
-        questions: Sequence[Question] = ()
-        if config.questions != SELF:
-            questions = read_questions(questions_file(config.questions, file, len(files) > 1), config.limit)
-        test = read_questions(questions_file(config.test, file, len(files) > 1)) if config.test else ()
+        def rows(path: str) -> list[Question]:
+            return read_questions(questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else []
+
+        text, questions, test = _all(
+            lambda: read_document(file), lambda: rows(config.questions), lambda: rows(config.test)
+        )
         name = file.stem if several else ""
-        found[file] = Job(name, output / name, str(file), read_document(file), tuple(questions), tuple(test))
+        questions = tuple(questions[: config.limit or None])
+        found[file] = Job(name, output / name, str(file), text, questions, tuple(test))
 
     check_all([partial(read, file) for file in files])
     jobs.extend(found[file] for file in files)
@@ -124,6 +130,17 @@ def _read(config: DistillConfig, jobs: list[Job]) -> None:
             f"teacher is {config.teacher!r}, but the questions have answers already.",
             hint="leave --teacher out, or give questions without answers.",
         )
+
+
+def _all(*readers: Callable[[], Any]) -> list[Any]:
+    """What the readers return; what is wrong with several files is said at once."""
+    results: list[Any] = [None] * len(readers)
+
+    def read(index: int) -> None:
+        results[index] = readers[index]()
+
+    check_all([partial(read, index) for index in range(len(readers))])
+    return results
 
 
 def _read_prompt(path: str) -> str:

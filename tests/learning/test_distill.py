@@ -1,0 +1,184 @@
+"""A memory learns its document, and a distillation can be stopped anywhere without changing the outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune.distillation.distill
+import prefixtune.distillation.phases
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data import Example
+from prefixtune.distillation.distill import DistillResult, distill
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.prefix.prefix import flatten
+from prefixtune.prefix.text_format import read_text_format
+from prefixtune.training.train import train
+from small_document import DOCUMENT, ROWS, backbone, options, unanswered, write_rows
+
+__all__ = ["backbone", "options", "unanswered", "write_rows"]
+
+
+class Killed(Exception):
+    """Whatever ends a process."""
+
+
+def quiet(backbone: Backbone, **options: Any) -> list[DistillResult]:
+    return distill(backbone=backbone, progress=False, **options)
+
+
+def test_a_memory_learns_the_answers(backbone: Backbone, options: dict[str, Any]) -> None:
+    test = {**options, "test": options["questions"], "max_steps": 60, "learning_rate": 0.05}
+    (result,) = quiet(backbone, **test)
+    held_out = result.report["held_out"]
+    assert held_out["memory"]["loss"] < 0.5 < held_out["bare"]["loss"]
+    assert held_out["memory"]["exact"] >= 3
+    assert held_out["bare"]["exact"] == 0
+    assert result.report["labels"] == "given answers"
+    assert json.loads((result.path.parent / "distill.json").read_text()) == result.report
+
+
+def test_a_memory_comes_near_the_model_that_sees_the_document(backbone: Backbone, unanswered: dict[str, Any]) -> None:
+    (result,) = quiet(backbone, **{**unanswered, "test": unanswered["questions"], "max_steps": 60})
+    held_out = result.report["held_out"]
+    # The model with the document in view is the teacher.
+    assert held_out["in_view"]["kl"] < 1e-3
+    assert held_out["memory"]["kl"] < 0.5 * held_out["bare"]["kl"]
+    assert result.report["recovered"]["kl"] > 0.5
+
+
+def test_the_header_asks_as_the_training_did(backbone: Backbone, options: dict[str, Any]) -> None:
+    (result,) = quiet(backbone, **options)
+    text_format = read_text_format(result.prefix.header)
+    assert text_format is not None
+    assert (text_format.prompt, text_format.target) == ("Question: {source}\nAnswer:", " {target}\n")
+
+
+# --- stopping and resuming -------------------------------------------------------------------------------------------
+
+
+def same(one: DistillResult, other: DistillResult) -> None:
+    own, wanted = flatten(one.prefix), flatten(other.prefix)
+    assert all(torch.equal(own[name], wanted[name]) for name in wanted)
+    assert one.report["held_out"] == other.report["held_out"]
+
+
+@pytest.mark.parametrize("where", ["prepare", "label_data", "training", "report"])
+def test_a_killed_distillation_goes_on_to_the_same_memory(
+    backbone: Backbone, unanswered: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (whole,) = quiet(backbone, **{**unanswered, "output": str(tmp_path / "whole")})
+
+    def kill(*_: Any, **__: Any) -> Any:
+        raise Killed
+
+    def at_step_3(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            raise Killed
+
+    on_event = at_step_3 if where == "training" else None
+    with monkeypatch.context() as patch:
+        if where != "training":
+            patch.setattr(prefixtune.distillation.distill, where, kill)
+        with pytest.raises(Killed):
+            distill(backbone=backbone, progress=False, on_event=on_event, **unanswered)
+    with monkeypatch.context() as patch:
+        if where in ("training", "report"):
+            # Neither answers nor labels are computed again.
+            patch.setattr(prefixtune.distillation.phases, "label_examples", kill)
+            patch.setattr(prefixtune.distillation.phases, "make_questions", kill)
+        (resumed,) = distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
+    same(resumed, whole)
+
+
+def test_a_folder_in_use_is_refused_without_resume(backbone: Backbone, options: dict[str, Any]) -> None:
+    quiet(backbone, **options)
+    with pytest.raises(ConfigError, match="already holds a"):
+        quiet(backbone, **options)
+
+
+def test_two_runs_of_one_seed_are_one(backbone: Backbone, options: dict[str, Any], tmp_path: Path) -> None:
+    own = {**options, "questions": "self", "num_questions": 12, "test": ""}
+    first, second = (quiet(backbone, **{**own, "output": str(tmp_path / name)})[0] for name in "ab")
+    same(first, second)
+    rows = [json.loads(line) for line in (first.path.parent / "questions.jsonl").read_text().splitlines()]
+    questions = [" ".join(row["question"].casefold().split()) for row in rows]
+    assert len(questions) == len(set(questions)) <= 12
+    assert {row["kind"] for row in rows} >= {"list", "summary", "continuation"}
+
+
+# --- several documents, prompts, teachers -----------------------------------------------------------------------------
+
+
+def test_a_folder_gives_a_memory_per_document(
+    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    for name, rows in (("owl", ROWS[::2]), ("fox", ROWS[1::2])):
+        path = tmp_path / "docs" / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(DOCUMENT)
+        write_rows(f"questions/{name}.jsonl", rows)
+    several = {
+        **options,
+        "document": str(tmp_path / "docs"),
+        "questions": str(tmp_path / "questions"),
+        "test": str(tmp_path / "questions"),
+    }
+    results = quiet(backbone, **several)
+    assert [result.name for result in results] == ["fox", "owl"]
+    alone = {
+        **options,
+        "questions": str(tmp_path / "questions/owl.jsonl"),
+        "test": str(tmp_path / "questions/owl.jsonl"),
+        "output": str(tmp_path / "alone"),
+    }
+    (own,) = quiet(backbone, **alone)
+    for name, tensor in flatten(own.prefix).items():
+        torch.testing.assert_close(flatten(results[1].prefix)[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompt(backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north, in small letters.")
+    inputs = write_rows("inputs.jsonl", ({"question": f"Owl {number}"} for number in range(8)))
+    own = {**options, "document": "", "questions": "", "prompt": str(tmp_path / "prompt.txt")}
+    (result,) = quiet(backbone, **{**own, "data": inputs, "test": inputs, "max_steps": 40})
+    assert result.report["subject"] == "prompt"
+    assert result.report["held_out"]["memory"]["kl"] < result.report["held_out"]["bare"]["kl"]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_the_run_of_another_method_is_a_teacher(
+    tiny_models: Any,
+    tiny_tokenizer: Any,
+    options: dict[str, Any],
+    write_rows: Callable[..., str],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    folder = tmp_path / "model"
+    tiny_models("llama", max_position_embeddings=512).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    examples = [Example(row["question"], (row["answer"],)) for row in ROWS]
+    common: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "max_steps": 30, "warmup_steps": 2}
+    teacher = train(
+        examples=examples, method=method, output=str(tmp_path / "teacher"), progress=False, learning_rate=0.02, **common
+    )
+    own = {**options, **common, "document": "", "questions": "", "teacher": str(teacher.path.parent)}
+    inputs = write_rows("inputs.jsonl", ({"question": row["question"]} for row in ROWS))
+    (result,) = distill(progress=False, **{**own, "data": inputs, "test": options["questions"], "max_steps": 40})
+    held_out = result.report["held_out"]
+    assert held_out["memory"]["kl"] < held_out["bare"]["kl"]
+    assert held_out["teacher"]["loss"] < held_out["bare"]["loss"]
+    assert load_prefix(result.path).length() == 8
+
+
+def test_a_document_shorter_than_the_memory_is_refused(backbone: Backbone, options: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"prefix_length is 100, but .* has 77 tokens"):
+        quiet(backbone, **{**options, "prefix_length": 100})
+    assert not Path(options["output"]).exists()

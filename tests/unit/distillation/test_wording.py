@@ -1,0 +1,69 @@
+"""The text around questions, and the chat template cut in two."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.distillation.wording import choose_wording, in_view
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.text_format import TextFormat
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def with_template(backbone: Backbone, template: str | None) -> Backbone:
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.chat_template = template
+    return dataclasses.replace(backbone, tokenizer=tokenizer)
+
+
+def config(**options: Any) -> DistillConfig:
+    return DistillConfig(document="d", questions="q", **options)
+
+
+def test_view_and_question_are_what_the_chat_template_writes(backbone: Backbone) -> None:
+    backbone = with_template(backbone, TEMPLATE)
+    wording = choose_wording(config(ask="chat"), backbone, None)
+    text = wording.view(backbone, "Be kind.") + wording.text_format.format_prompt("Hi?", "")
+    assert text == backbone.tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi?"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert wording.prompt == "<user>{source}</user>\n<assistant>"
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}", "{{ raise_exception('no system') }}"])
+def test_a_template_without_a_system_message_is_refused(backbone: Backbone, template: str | None) -> None:
+    with pytest.raises(ConfigError, match="chat template"):
+        choose_wording(config(ask="chat"), with_template(backbone, template), None)
+
+
+def test_auto(backbone: Backbone) -> None:
+    tuned = TextFormat("{source} =>", "{target}")
+    chatty = with_template(backbone, TEMPLATE)
+    assert choose_wording(config(), chatty, None).prompt == "Question: {source}\nAnswer:"
+    assert choose_wording(DistillConfig(teacher="t", data="d"), chatty, tuned).prompt == "{source} =>"
+    assert choose_wording(DistillConfig(prompt="p", data="d"), chatty, None).chat
+    assert choose_wording(DistillConfig(prompt="p", data="d"), backbone, None).prompt == "Input: {source}\nOutput:"
+
+
+def test_a_text_in_view_as_a_prefix_is_the_text_in_view(backbone: Backbone) -> None:
+    wording = choose_wording(config(), backbone, None)
+    prefix = in_view(backbone, wording, "The Owl goes to Ashby.")
+    asked = torch.tensor([backbone.encode("Question: Who?\nAnswer:")])
+    whole = torch.tensor([backbone.encode("The Owl goes to Ashby.\n\nQuestion: Who?\nAnswer:")])
+    with torch.no_grad():
+        own = backbone.forward(asked, prefixes=prefix).logits[0]
+        wanted = backbone.model(whole).logits[0, -asked.shape[1] :]
+    torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
