@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune.cli.main import command_options
+from prefixtune.distillation.config import DistillConfig
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.server.settings import ServeConfig
 from prefixtune.studies import StudyConfig
@@ -20,11 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "prefixtune"
 
 COMMANDS = {name: {*map(options.flag, options.model_fields)} for name, options in command_options().items()}
-KEYS = {name for config in (TrainConfig, GenerateConfig, StudyConfig, ServeConfig) for name in config.model_fields}
+KEYS = {
+    name
+    for config in (TrainConfig, DistillConfig, GenerateConfig, StudyConfig, ServeConfig)
+    for name in config.model_fields
+}
 #: File or folder of the source -> the commands whose users see its hints; all of them must have the option.
 SEEN_BY = {
     "cli/commands/convert.py": ["convert"],
     "cli/commands/demo.py": ["demo"],
+    "cli/commands/distill.py": ["distill"],
     "cli/commands/evaluate.py": ["evaluate"],
     "cli/commands/export.py": ["export"],
     "cli/commands/generate.py": ["generate"],
@@ -35,6 +41,7 @@ SEEN_BY = {
     "cli/commands/study.py": ["study"],
     "cli/commands/train.py": ["train"],
     "data/labels.py": ["train"],
+    "distillation/": ["distill"],
     "interop/export.py": ["export"],
     "interop/llama_cpp/": ["export"],
     "interop/onnx/": ["export"],

@@ -47,6 +47,8 @@ TEACHER_FILE = "teacher.json"
 """How well the teacher reads, in a run's folder."""
 _HELD_OUT = 10
 """Every tenth question that is made here is held out for the report."""
+_MOST_BYTES = 4 * 2**30
+"""Of the keys and values of a document, which are all in memory while questions are answered."""
 _UNBOUNDED = 4096
 """Tokens of a text in view, for a model of any number of positions."""
 
@@ -160,6 +162,13 @@ def _chunk_length(config: DistillConfig, job: Job, student: Backbone, wording: W
             f"the prompt {job.text_file!r} has {len(student.encode(job.text)):,} tokens, but {room:,} are free beside "
             "an input and its answer.",
             hint="shorten it, or lower --answer-length.",
+        )
+    size = text_bytes(student, len(student.encode(job.text)), 4)
+    if size > _MOST_BYTES:
+        raise DataError(
+            f"the keys and values of {job.text_file!r} take {size / 2**30:.0f} GB, but at most {_MOST_BYTES >> 30} GB "
+            "are allowed.",
+            hint="divide it: a folder of documents gives a memory of each.",
         )
     return min(config.chunk_length or room, room) if config.subject == "document" else room
 

@@ -17,6 +17,7 @@ __all__ = ["config"]
 
 _CONFIGURATIONS = {
     "train": ("training.config", "TrainConfig"),
+    "distill": ("distillation.config", "DistillConfig"),
     "generate": ("inference.config", "GenerateConfig"),
     "classify": ("inference.config", "ClassifyConfig"),
     "study": ("studies.config", "StudyConfig"),
@@ -30,7 +31,7 @@ class ConfigCommandOptions(CommandOptions):
     """The options of `prefixtune config`."""
 
     action: Literal["", "schema"] = positional("", description="schema: print the JSON schema of a configuration")
-    name: Literal["", "train", "generate", "classify", "study", "serve", "engine"] = positional(
+    name: Literal["", "train", "distill", "generate", "classify", "study", "serve", "engine"] = positional(
         "", description="whose files the schema is for"
     )
     output: str = Field("", description="write the schema to this file")
