@@ -17,7 +17,6 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.distillation.distill import DistillResult, distill
 from prefixtune.errors import ConfigError, DataError
-from prefixtune.prefix.prefix import flatten
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.train import train
 from small_document import DOCUMENT, ROWS, backbone, options, unanswered, write_rows
@@ -34,23 +33,24 @@ def quiet(backbone: Backbone, **options: Any) -> list[DistillResult]:
 
 
 def test_a_memory_learns_the_answers(backbone: Backbone, options: dict[str, Any]) -> None:
-    test = {**options, "test": options["questions"], "max_steps": 60, "learning_rate": 0.05}
+    test = {**options, "test": options["questions"], "max_steps": 60, "learning_rate": 0.2}
     (result,) = quiet(backbone, **test)
     held_out = result.report["held_out"]
-    assert held_out["memory"]["loss"] < 0.5 < held_out["bare"]["loss"]
-    assert held_out["memory"]["exact"] >= 3
+    assert held_out["memory"]["loss"] < 0.3 * held_out["bare"]["loss"]
+    assert held_out["memory"]["exact"] == 4
     assert held_out["bare"]["exact"] == 0
     assert result.report["labels"] == "given answers"
     assert json.loads((result.path.parent / "distill.json").read_text()) == result.report
 
 
 def test_a_memory_comes_near_the_model_that_sees_the_document(backbone: Backbone, unanswered: dict[str, Any]) -> None:
-    (result,) = quiet(backbone, **{**unanswered, "test": unanswered["questions"], "max_steps": 60})
+    more = {"test": unanswered["questions"], "max_steps": 60, "prefix_length": 32, "learning_rate": 0.1}
+    (result,) = quiet(backbone, **{**unanswered, **more})
     held_out = result.report["held_out"]
     # The model with the document in view is the teacher.
     assert held_out["in_view"]["kl"] < 1e-3
-    assert held_out["memory"]["kl"] < 0.5 * held_out["bare"]["kl"]
-    assert result.report["recovered"]["kl"] > 0.5
+    assert held_out["memory"]["kl"] < 0.1 * held_out["bare"]["kl"]
+    assert result.report["recovered"]["kl"] > 0.9
 
 
 def test_the_header_asks_as_the_training_did(backbone: Backbone, options: dict[str, Any]) -> None:
@@ -64,8 +64,8 @@ def test_the_header_asks_as_the_training_did(backbone: Backbone, options: dict[s
 
 
 def same(one: DistillResult, other: DistillResult) -> None:
-    own, wanted = flatten(one.prefix), flatten(other.prefix)
-    assert all(torch.equal(own[name], wanted[name]) for name in wanted)
+    pairs = zip(one.prefix.stored_tensors(), other.prefix.stored_tensors(), strict=True)
+    assert all(torch.equal(own, wanted) for own, wanted in pairs)
     assert one.report["held_out"] == other.report["held_out"]
 
 
@@ -139,8 +139,8 @@ def test_a_folder_gives_a_memory_per_document(
         "output": str(tmp_path / "alone"),
     }
     (own,) = quiet(backbone, **alone)
-    for name, tensor in flatten(own.prefix).items():
-        torch.testing.assert_close(flatten(results[1].prefix)[name], tensor, rtol=1e-3, atol=1e-3)
+    for tensor, wanted in zip(results[1].prefix.stored_tensors(), own.prefix.stored_tensors(), strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_prompt(backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path) -> None:

@@ -112,7 +112,10 @@ def _show(console: Console, result: DistillResult) -> None:
     print(f"teacher: {figures['teacher']}; labels: {figures['labels']} ({figures['questions']:,} questions)")
     for name, share in figures.get("recovered", {}).items():
         what = "KL from the teacher" if name == "kl" else f"loss between bare and {figures['subject']} in view"
-        print(f"recovered of the {what}: {share:.0%}")
+        if name == "loss" and share > 1:
+            print(f"the memory is better than the {figures['subject']} in view, which the model reads badly")
+        else:
+            print(f"recovered of the {what}: {share:.0%}")
     text = ""
     if "text_bytes" in figures:
         text = (
