@@ -129,25 +129,25 @@ _GENERATION = ("e2e", "webnlg", "dart", "summarization", "xsum", "scitldr", "rec
 """The tasks whose targets are texts."""
 _QUICK: Values = {
     "initialization": "examples",
-    "init_examples": 4,
+    "init_examples": 2,
     # In bfloat16 a prefix of SmolLM2-135M has 23,040 bytes per position: 1.47 MB.
     "prefix_length": 64,
     "compact_examples": "stride",
     "reparameterization": "scaled",
-    "max_steps": 40,
+    "max_steps": 24,
     "batch_size": 16,
     "warmup_steps": 4,
     # Used where there is no development file.
     "hold_out": 0.1,
-    "eval_every": 10,
+    "eval_every": 4,
     "patience": 2,
     "save_dtype": "bfloat16",
 }
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
-        "for 8 to 200 examples of your own, in a minute: starts from four of them, takes 40 steps, and holds out a "
-        "tenth where there is no development file",
+        "for 8 to 200 examples of your own: starts from two of them, takes at most 24 steps, and holds out a tenth "
+        "where there is no development file",
         {task: {"prefix": _QUICK} for task in _GENERATION},
     ),
     "paper": Preset(
