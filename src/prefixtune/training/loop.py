@@ -241,11 +241,17 @@ class TrainLoop:
             "num_stored": sum(tensor.numel() for tensor in stored),
             "initialization": self.initialization,
             "prefix_length": 0 if prefix is None else prefix.prefix_length,
+            **self._patience_facts(),
             **variation_facts(self.config, 0 if self.beside is None else len(self.beside.others)),
             "backbone": self.backbone.name,
             "dtype": self.backbone.dtype_name,
             "device": str(self.backbone.device),
         }
+
+    def _patience_facts(self) -> dict[str, int]:
+        """How many evaluations there will be, where a run may stop by them; empty: it does not."""
+        every, total = self.config.eval_every, self.state.total_steps
+        return {"patience": self.config.patience, "evaluations": -(-total // every)} if self.config.patience else {}
 
     def remaining_steps(self) -> Iterator[list[tuple[Batch, bool]]]:
         """This process's part of the batches of each optimizer step to come, and whether it counts.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -129,3 +131,24 @@ def test_processes_share_the_same_groups(
     for own, first, second in zip(together, groups(0, 2), groups(1, 2), strict=True):
         assert own[0::2] == first
         assert own[1::2] == second
+
+
+def test_a_run_says_how_it_trains_and_that_its_patience_is_useless(train: Callable[..., Any], tmp_path: Path) -> None:
+    from prefixtune.training.progress import show_training
+    from prefixtune.utils.console import Console
+
+    def message(**options: Any) -> str:
+        first, *_ = train(6, **options).events
+        shown = io.StringIO()
+        with contextlib.redirect_stderr(shown), show_training(Console()) as show:
+            show(first)
+        return shown.getvalue()
+
+    dev = [pt.Example("n : z", ("zz it is.",))]
+    text = message(output=str(tmp_path / "a"), nested=True, prefix_dropout=0.1)
+    assert "starts from words, P = 2, every length trains, 10% of it hidden at a time; 4 targets" in text
+    assert "patience" not in text
+    text = message(output=str(tmp_path / "b"), dev_examples=dev, patience=2, eval_every=3)
+    assert "patience 2 cannot stop it, with 2 evaluations in all" in text
+    text = message(output=str(tmp_path / "c"), dev_examples=dev, patience=2, eval_every=2)
+    assert "patience" not in text
