@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -129,12 +130,17 @@ def check_study(config: TrainConfig, *, has_dev: bool) -> None:
     """Refuse a study that cannot compare.
 
     Raises:
-        ConfigError: It has nothing to compare on, or nothing to cut.
+        ConfigError: It has nothing to compare on, or nothing to cut, or it is one of several processes.
     """
     if not config.dev and not has_dev and not config.hold_out:
         raise ConfigError(
             "lengths are compared on development data, but there is none.",
             hint="set dev (--dev FILE), or hold_out to a share of the training data.",
+        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "lengths are compared in one process, but this is one of several.",
+            hint="start it without torchrun and accelerate launch.",
         )
     if not config.trains_prefix:
         raise ConfigError(
@@ -153,8 +159,6 @@ def _measure_run(
     """The curve of a run that has ended, as files in its folder."""
     config, dev = loop.config, loop.data.dev
     assert dev is not None
-    if loop.processes.size > 1:
-        raise ConfigError("lengths are compared in one process.", hint="start it without torchrun.")
     folder = Path(config.output)
     prefix = load_prefix(folder / PREFIX_FILE)
     wanted = curve_lengths(prefix.prefix_length, lengths, example_ends(prefix.header))
