@@ -19,6 +19,7 @@ from prefixtune.prefix.geometry import Site
 __all__ = [
     "AttentionKernel",
     "ScoreOptions",
+    "attention_weights",
     "eager_attention",
     "grouped_attention",
     "packed_attention",
@@ -120,8 +121,18 @@ def eager_attention(
     scores: ScoreOptions,
 ) -> Float[Tensor, "B Hq T Dv"]:
     """Attention by matrix products, for what torch's fused function does not compute."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return attention_weights(query, key, mask, scores).to(value.dtype) @ value
+
+
+def attention_weights(
+    query: Float[Tensor, "B Hq T Dk"],
+    key: Float[Tensor, "B H S Dk"],
+    mask: Tensor | None,
+    scores: ScoreOptions,
+) -> Float[Tensor, "B Hq T S"]:
+    """The softmax of the scores, in float32; sinks take their share of it, so that rows may sum to less than 1."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     weights = (query @ key.transpose(2, 3)).float() * scores.scale
     if scores.softcap is not None:
         weights = torch.tanh(weights / scores.softcap) * scores.softcap
@@ -132,8 +143,8 @@ def eager_attention(
         weights = weights.masked_fill(~mask, lowest) if mask.dtype == torch.bool else weights + mask
     if scores.sinks is not None:
         sinks = scores.sinks.float()[None, :, None, None].expand(*weights.shape[:3], 1)
-        return torch.cat([weights, sinks], dim=-1).softmax(-1)[..., :-1].to(value.dtype) @ value
-    return weights.softmax(-1).to(value.dtype) @ value
+        return torch.cat([weights, sinks], dim=-1).softmax(-1)[..., :-1]
+    return weights.softmax(-1)
 
 
 def supports_flex(query: Tensor, key: Tensor, value: Tensor, scores: ScoreOptions) -> bool:
@@ -194,6 +205,7 @@ def packed_attention(
     value: Float[Tensor, "1 H S Dv"],
     scores: ScoreOptions,
     infix: bool = False,
+    observe: Callable[..., None] | None = None,
 ) -> Float[Tensor, "1 T Hq Dv"]:
     """Attention of a packed row, group by group, so that nothing is computed across groups.
 
@@ -206,6 +218,8 @@ def packed_attention(
         value: See there.
         scores: How scores are made; a position bias is that of the whole row, and zero at the prefix.
         infix: The prefix is hidden from the groups' sources.
+        observe: Called for each group with P, queries, keys, mask, `ScoreOptions` and the row's position of its first
+            query (see `PrefixMass.add`).
     """
     lengths = [0 if kv is None else kv[0].shape[2] for kv in prefix_kv_by_group]
     masks = packing.masks(site, lengths, scores.window, query.dtype, query.device, infix=infix)
@@ -224,6 +238,9 @@ def packed_attention(
         bias = scores.position_bias
         if bias is not None:
             bias = nn.functional.pad(bias[..., row : row + queries, column : column + keys], (length, 0))
+        if observe is not None:
+            wide = None if mask is None else mask[None, None]
+            observe(length, group_query, group_key, wide, replace(scores, position_bias=bias), row)
         row, column = row + queries, column + keys
         if scores.fused:
             outputs.append(grouped_attention(group_query, group_key, group_value, mask, bias, scores.scale))
