@@ -55,6 +55,7 @@ COMMANDS = {
         "score": "score texts of any system against a data set's references",
         "study": "compare methods, sizes, lengths or starts: a grid of runs, stopped and resumed, on several machines",
         "report": "make one page of runs, evaluations and studies, to look at",
+        "explain": "show what a prefix does and says: attention, losses without its parts, nearest text, its own words",
     },
     "Share": {
         "inspect": "show a prefix file: header, sizes, norms per layer; or list a folder",

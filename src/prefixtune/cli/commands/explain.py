@@ -1,0 +1,220 @@
+"""`prefixtune explain`: what a prefix does and says, as one page and as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.decoding import BackboneOptions
+from prefixtune.cli.loading import load_with_prefixes
+from prefixtune.cli.options import OutputOptions, command, json_option, positional
+from prefixtune.errors import ConfigError, PrefixError, did_you_mean
+from prefixtune.utils.config import CommaList
+from prefixtune.utils.console import Console
+
+if TYPE_CHECKING:
+    from prefixtune.data import Example
+    from prefixtune.explain.view import View
+    from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["explain"]
+
+
+class ExplainOptions(BackboneOptions, OutputOptions):
+    """The options of `prefixtune explain`."""
+
+    prefix: str = positional(description="a file, the folder of its run, or hub:OWNER/NAME")
+    data: str = Field(
+        "",
+        description="examples with targets, best not those of the training; without it, views that run the prefix on "
+        "data are left out",
+        json_schema_extra={"metavar": "PATH"},
+    )
+    against: str = Field(
+        "", description="a prefix of another task, to compare with", json_schema_extra={"metavar": "FILE"}
+    )
+    output: str = Field("explain.html", description="the page", json_schema_extra={"metavar": "FILE"})
+    figures: str = Field(
+        "",
+        description="also write each figure into this folder, as SVG, PDF, PNG, and its numbers as CSV",
+        json_schema_extra={"metavar": "FOLDER"},
+    )
+    views: CommaList[str] = Field(
+        (),
+        description="only these, of attention,loss,nearest,description,likeness,start",
+        json_schema_extra={"metavar": "NAMES"},
+    )
+    rows: int = Field(32, ge=1, le=10_000, description="most examples, each with its first target")
+    parts: int = Field(
+        32, ge=1, le=1000, description="most blocks that positions and layers are left out in, one at a time"
+    )
+    corpus: int = Field(2048, ge=64, le=1_000_000, description="most tokens of real text to find the nearest among")
+    minutes: float = Field(10.0, ge=0, description="no new part begins after these; 0: no limit")
+    batch_size: int = Field(8, ge=1, description="examples per batch")
+    seed: int = Field(0, ge=0, description="of the controls and intervals")
+    task: str = Field("", description="how the data are read (default: the prefix's task)")
+    split: Literal["", "train", "dev", "test"] = Field("", description="which part of a folder")
+    source: str | None = Field(None, description="records: column or template (default: as in training)")
+    target: str | None = Field(None, description="records: column or template (default: as in training)")
+    as_json: bool = json_option("all numbers")
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The page is no .html file, there is no such view, or what says how data are read has no data."""
+        from prefixtune.explain.view import TITLES
+
+        page = Path(self.output)
+        if page.suffix not in (".html", ".htm") or page.is_dir():
+            yield ("output",), f"--output is {self.output!r}, but must be the name of an .html file"
+        for name in self.views:
+            if name not in TITLES:
+                hint = did_you_mean(name, TITLES).removesuffix(".")
+                yield ("views",), f"--views has {name!r}, which is no view ({hint})"
+        for name in ("task", "split", "source", "target"):
+            if getattr(self, name) and not self.data:
+                yield (name,), f"--{name} says how --data is read: give --data PATH too"
+
+
+@command
+def explain(options: ExplainOptions) -> int:
+    """Look at what a prefix does and says: attention, losses without its parts, nearest text, its own description.
+
+    Every view has controls beside it (a random prefix of the same norms, a prefix of another task) and says what it can
+    and cannot show. A stopped run writes the views that are done.
+
+    For example:
+        prefixtune explain runs/e2e/prefix.safetensors --data e2e/testset_w_refs.csv
+        prefixtune explain runs/e2e --data e2e/ --split dev --against runs/reviews --output e2e.html --figures figures
+    """
+    from prefixtune.explain.explain import summarize
+    from prefixtune.explain.subject import Limits
+    from prefixtune.explain.view import TITLES
+    from prefixtune.utils.writable import check_writable, writable_folder
+
+    console = Console(quiet=options.quiet)
+    page = Path(options.output)
+    check_writable(page)
+    if options.figures:
+        with writable_folder(Path(options.figures), Path(options.figures)):
+            pass
+    examples: list[Example] = []
+    files = [options.prefix, *([options.against] if options.against else [])]
+    backbone, prefixes = load_with_prefixes(
+        console, options, files, check=lambda read: examples.extend(_read_data(options, read))
+    )
+    limits = Limits(
+        rows=options.rows,
+        parts=options.parts,
+        corpus_tokens=options.corpus,
+        batch_size=options.batch_size,
+        seconds=60 * options.minutes,
+        seed=options.seed,
+    )
+    names = [name for name in TITLES if name in (options.views or TITLES)]
+    views: list[View] = []
+    stopped = False
+    try:
+        _make_views(console, names, views, backbone, prefixes, examples, limits)
+    except KeyboardInterrupt:
+        stopped = True
+    figures = _write(options, page, views, prefixes[0], backbone.name, len(examples[: options.rows])) if views else []
+    if stopped:
+        raise KeyboardInterrupt(f"{len(views)} views are done: {page}" if views else "no view was done.")
+    if options.as_json:
+        print_json({**summarize(prefixes[0], backbone, views), "page": str(page), "figures": figures})
+    else:
+        _show(console, views)
+        print(
+            f"{page} ({page.stat().st_size:,} bytes)" + f"; {len(figures)} figures in {options.figures}" * bool(figures)
+        )
+    return 0
+
+
+def _read_data(options: ExplainOptions, prefixes: Sequence[Prefix]) -> list[Example]:
+    """The first rows of --data, read as the prefix's task.
+
+    Raises:
+        PrefixError: The file cannot be read, or no example has a target.
+    """
+    from prefixtune.data import TASKS, read_task
+    from prefixtune.prefix.text_format import read_text_format
+
+    if not options.data:
+        return []
+    header = prefixes[0].header
+    name = options.task or str(header.get("task") or "records")
+    if name not in TASKS:
+        raise ConfigError(f"there is no task {name!r}.", hint=did_you_mean(name, TASKS))
+    columns: dict[str, Any] = {"source": options.source, "target": options.target}
+    trained = read_text_format(header)
+    if trained is not None and TASKS[name].takes_columns:
+        columns = {
+            "source": options.source or trained.source or None,
+            "target": options.target or trained.target_template or None,
+        }
+    examples = read_task(name, options.data, split=options.split or None, **columns)
+    kept = [example for example in examples if example.targets][: options.rows]
+    if not kept:
+        raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
+    return kept
+
+
+def _make_views(
+    console: Console,
+    names: Sequence[str],
+    views: list[View],
+    backbone: Any,
+    prefixes: Sequence[Prefix],
+    examples: Sequence[Example],
+    limits: Any,
+) -> None:
+    """Add each view to `views` as it is done."""
+    from prefixtune.explain.explain import explain as explain_prefix
+    from prefixtune.explain.view import TITLES
+
+    against = prefixes[1] if len(prefixes) > 1 else None
+    with console.progress("views", len(names)) as bar:
+        parts = 0
+
+        def on_part(name: str) -> None:
+            nonlocal parts
+            parts += 1
+            bar.update(len(views), view=TITLES[name].lower(), parts=parts)
+
+        for view in explain_prefix(
+            backbone, prefixes[0], examples, against=against, limits=limits, views=names, on_part=on_part
+        ):
+            views.append(view)
+            bar.update(len(views))
+
+
+def _write(
+    options: ExplainOptions, page: Path, views: Sequence[View], prefix: Prefix, backbone: str, rows: int
+) -> list[str]:
+    """Write the page and the figures; returns the figures' names."""
+    from prefixtune.explain.page import compose
+    from prefixtune.pages.page import save_figures, to_html
+    from prefixtune.utils.files import write_text
+
+    facts = [
+        ("prefix", options.prefix),
+        ("task", str(prefix.header.get("task") or "")),
+        ("backbone", backbone),
+        ("length", ", ".join(f"{site} {prefix.length(site)}" for site in prefix.sites)),
+        ("data", f"{options.data}, {rows} rows" if options.data else "none"),
+        ("against", options.against),
+    ]
+    name = Path(options.prefix).resolve().parent.name if options.prefix.endswith(".safetensors") else options.prefix
+    document = compose(views, facts, f"What the prefix of {name} does")
+    write_text(page, to_html(document))
+    return save_figures(document, Path(options.figures)) if options.figures else []
+
+
+def _show(console: Console, views: Sequence[View]) -> None:
+    """The main figures of each view, as a table."""
+    from prefixtune.explain.text import lines
+
+    console.table("", ["view", "finding"], [[view.title, line] for view in views for line in lines(view)], result=True)

@@ -1,0 +1,89 @@
+"""How much of the attention goes to the prefix: by layer, head group and position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prefixtune.attention.mass import PrefixMass, observe_mass
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import Batch
+from prefixtune.data.batching import collate
+from prefixtune.explain.subject import Subject
+from prefixtune.explain.view import View
+from prefixtune.prefix.geometry import Site
+from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["attention_view", "prefix_mass"]
+
+
+def attention_view(subject: Subject) -> View:
+    """Attention mass of the prefix and of its controls."""
+    if not subject.tokenized:
+        return View("attention", left_out="there is no data to run the model on; give --data.")
+    mass = prefix_mass(subject, subject.prefix)
+    if not mass:
+        why = f"the attention of {type(subject.backbone.model).__name__} computes its weights itself, unseen from here."
+        return View("attention", left_out=why)
+    controls = {
+        name: _totals(prefix_mass(subject, subject.controls[name])) for name in subject.timed(list(subject.controls))
+    }
+    numbers: dict[str, Any] = {
+        "rows": len(subject.tokenized),
+        "sites": {site: _describe(subject, site, layers) for site, layers in mass.items()},
+        "controls": controls,
+    }
+    return View("attention", numbers)
+
+
+@torch.no_grad()
+def prefix_mass(subject: Subject, prefix: Prefix) -> Mapping[Site, list[Float[Tensor, "Hq P"]]]:
+    """Each position's mean share of the attention of the queries that predict the labels, by site, layer and head.
+
+    At an encoder, all tokens of the sources count.
+    """
+    mass = PrefixMass({})
+    size = subject.limits.batch_size
+    for first in range(0, len(subject.tokenized), size):
+        batch = collate(subject.backbone, subject.tokenized[first : first + size])
+        mass.count(_counted(subject.backbone, batch))
+        with observe_mass(mass):
+            subject.backbone.hidden_states(**batch.inputs(subject.backbone.device), prefixes=prefix)
+    return mass.mean()
+
+
+def _counted(backbone: Backbone, batch: Batch) -> dict[Site, Bool[Tensor, "_B _T"]]:
+    """Which queries of a batch count, by site."""
+    rows = batch.input_ids if batch.decoder_input_ids is None else batch.decoder_input_ids
+    labels = torch.zeros(rows.numel(), dtype=torch.bool)
+    labels[batch.label_positions] = True
+    predicting = labels.view_as(rows)
+    read = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+    if backbone.kind == "encoder":
+        return {"encoder": read.bool()}
+    return {"decoder": predicting, "cross": predicting, "encoder": read.bool()}
+
+
+def _describe(subject: Subject, site: Site, layers: list[Float[Tensor, "Hq P"]]) -> dict[str, Any]:
+    shapes = subject.backbone.geometry[site]
+    # Query heads that share keys and values are neighbours.
+    groups = [layer.unflatten(0, (shape.num_kv_heads, -1)).mean(1) for layer, shape in zip(layers, shapes, strict=True)]
+    by_position = torch.stack([layer.mean(0) for layer in layers])
+    return {
+        "total": float(by_position.sum(1).mean()),
+        "total_without_first": float(by_position[:, 1:].sum(1).mean()),
+        "by_layer": by_position.sum(1).tolist(),
+        "by_position": by_position.mean(0).tolist(),
+        "by_layer_and_position": by_position.tolist(),
+        "by_layer_and_head_group": [group.sum(1).tolist() for group in groups],
+    }
+
+
+def _totals(mass: Mapping[Site, list[Float[Tensor, "Hq P"]]]) -> dict[str, Any]:
+    """Of a control: what goes to its whole prefix."""
+    sites = {site: torch.stack([layer.mean(0).sum() for layer in layers]) for site, layers in mass.items()}
+    return {site: {"total": float(layers.mean()), "by_layer": layers.tolist()} for site, layers in sites.items()}

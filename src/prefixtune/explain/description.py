@@ -1,0 +1,134 @@
+"""What the model itself says of a prefix, and whether its words can stand in the prefix's place.
+
+After InSPEcT (2025): the prefix stands in front of a text that asks for the description of a task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from prefixtune.errors import PrefixError
+from prefixtune.explain.losses import rows_of
+from prefixtune.explain.subject import Subject, tokenize
+from prefixtune.explain.view import View
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
+
+__all__ = ["UNRELATED", "description_view", "faithfulness", "questions"]
+
+
+_FEW_SHOT = (
+    "Task description: translate the sentence into French.\n"
+    "Task description: say whether the review is positive or negative.\n"
+    "Task description: answer the question from the passage.\n"
+    "Task description:"
+)
+_PLAIN = "In one sentence, the task is to"
+_ASK = "Describe in one sentence the task that you do."
+UNRELATED = "count the letters of the word."
+"""A description of another task, whose score shows what any such words bring."""
+_NEW_TOKENS, _LONGEST, _ROWS = 32, 200, 16
+_LEAST_GAIN = 0.01
+"""In nats per label: a prefix that gains less has nothing to be described."""
+
+
+def questions(subject: Subject) -> dict[str, str]:
+    """Name -> the text that asks for a description."""
+    asked = {"few_shot": _FEW_SHOT, "plain": _PLAIN}
+    tokenizer = subject.backbone.tokenizer
+    if subject.backbone.kind == "decoder" and tokenizer.chat_template:
+        message = [{"role": "user", "content": _ASK}]
+        asked["chat"] = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    return asked
+
+
+def description_view(subject: Subject) -> View:
+    """Descriptions with the prefix, without it and with its controls, each with its faithfulness on the data."""
+    if subject.has_head:
+        return View("description", left_out="labels come from a trained head: the model writes no text.")
+    asked = questions(subject)
+    spoken: dict[str, Prefix | None] = {"prefix": subject.prefix, "bare": None}
+    spoken |= {name: prefix for name, prefix in subject.controls.items() if name != "shuffled"}
+    texts: dict[str, dict[str, str]] = {}
+    for name in subject.timed(list(spoken)):
+        texts[name] = _describe(subject, asked, spoken[name])
+    numbers: dict[str, Any] = {"questions": asked}
+    notes = []
+    if subject.tokenized:
+        numbers |= _scores(subject, texts)
+    else:
+        notes.append("There is no data (--data): how faithful the descriptions are is not known.")
+        numbers["descriptions"] = {name: {q: {"text": text} for q, text in by.items()} for name, by in texts.items()}
+    if "prefix" in texts:
+        own = numbers["descriptions"]["prefix"]
+        best = max(own, key=lambda question: _order(own[question].get("faithfulness")))
+        numbers["best"] = {"question": best, **own[best]}
+    return View("description", numbers, tuple(notes))
+
+
+def _order(score: float | None) -> float:
+    return float("-inf") if score is None else score
+
+
+def _describe(subject: Subject, asked: Mapping[str, str], prefix: Prefix | None) -> dict[str, str]:
+    """The first line that the model writes after each question."""
+    outputs = generate(
+        subject.backbone,
+        list(asked.values()),
+        None if prefix is None else Prefix(prefix.layers, {"placement": prefix.placement}),
+        text_format=TextFormat("{source}", "{target}"),
+        max_new_tokens=_NEW_TOKENS,
+        stop=("\n",),
+    )
+    return {name: " ".join(text.split())[:_LONGEST] for name, text in zip(asked, outputs, strict=True)}
+
+
+def _scores(subject: Subject, texts: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """The loss with each description in front of the prompt, beside that of the prefix and of the bare model."""
+    bare, with_prefix = (_losses(subject, "", prefix) for prefix in (None, subject.prefix))
+    gain = bare - with_prefix
+    known: dict[str, float | None] = {}
+
+    def score(text: str) -> dict[str, Any]:
+        if text and text not in known and not subject.out_of_time():
+            try:
+                known[text] = _losses(subject, text, None)
+            except PrefixError:  # with these words, a row no longer fits
+                known[text] = None
+        loss = known.get(text)
+        return {"text": text, "loss": loss, "faithfulness": faithfulness(loss, bare, gain)}
+
+    return {
+        "rows": min(_ROWS, len(subject.examples)),
+        "bare_loss": bare,
+        "prefix_loss": with_prefix,
+        "descriptions": {name: {question: score(text) for question, text in by.items()} for name, by in texts.items()},
+        "unrelated": score(UNRELATED),
+    }
+
+
+def faithfulness(loss: float | None, bare: float, gain: float) -> float | None:
+    """The share of the prefix's gain that a description brings in its place; below 0 where it harms.
+
+    >>> faithfulness(2.0, 3.0, 2.0), faithfulness(3.5, 3.0, 2.0), faithfulness(2.0, 3.0, 0.0)
+    (0.5, -0.25, None)
+
+    Args:
+        loss: With the description in front of the prompt, without the prefix; None: not known.
+        bare: Without either.
+        gain: `bare` minus the loss with the prefix; below 0.01 nats there is none to share.
+    """
+    return None if loss is None or gain < _LEAST_GAIN else (bare - loss) / gain
+
+
+def _losses(subject: Subject, description: str, prefix: Prefix | None) -> float:
+    """The loss per label of the first rows, with a description in front of each prompt."""
+    literal = description.replace("{", "(").replace("}", ")")
+    shown = dataclasses.replace(subject.text_format, prompt=f"{literal}\n{subject.text_format.prompt}")
+    text_format = shown if description else subject.text_format
+    examples, length = subject.examples[:_ROWS], subject.prefix.prefix_length
+    rows = tokenize(subject.backbone, examples, text_format, subject.labels, length)
+    return rows_of(subject.backbone, rows, prefix, None, subject.limits.batch_size).mean

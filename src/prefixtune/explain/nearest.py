@@ -1,0 +1,165 @@
+"""The real text whose keys and values are nearest to each position's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.explain.subject import Subject
+from prefixtune.explain.view import View
+from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["WORDS", "cosines", "nearest_view"]
+
+
+WORDS = (
+    "the of and to in is that for it as was with be by on not he this are or his from at which but have an had "
+    "they you were their one all we can her has there been if more when will would who so no say time people year "
+    "day man thing woman life child world school state family student group country problem hand part place case "
+    "week company system program question work government number night point home water room mother area money "
+    "story fact month lot right study book eye job word business issue side kind head house service friend father "
+    "power hour game line end member law car city community name team minute idea body information back parent "
+    "face others level office door health person art war history party result change morning reason research girl "
+    "guy moment air teacher force education food place good great restaurant price river cheap family rating "
+    "train answer question summary text translate write list describe sentence table label positive negative "
+    "document email code number first new last long little"
+)
+"""Common words, for a corpus where no data is given."""
+_LONGEST, _TOP = 64, 3
+"""Tokens of a text that is run at once, and the neighbours that are kept."""
+Part = Literal["keys", "values"]
+
+
+def nearest_view(subject: Subject) -> View:
+    """Each position's nearest tokens of real text, by keys and by values."""
+    texts, corpus = _corpus(subject)
+    probes = {"prefix": subject.prefix, **{k: p for k, p in subject.controls.items() if k != "shuffled"}}
+    if len(texts) > 1:
+        probes["text"] = _run(subject, texts[0][1])
+    found = {name: _Neighbours(probe.prefix_length) for name, probe in probes.items()}
+    tokens = 0
+    for index in subject.timed(range(len(texts))):
+        source, ids = texts[index]
+        tokens += len(ids)
+        for part, one in _cosines_by_probe(subject, probes, ids):
+            for name, matrix in one.items():
+                if name != "text" or index:
+                    found[name].add(part, matrix, [(source, _context(subject, ids, at)) for at in range(len(ids))])
+    numbers = {
+        "corpus": corpus,
+        "tokens": tokens,
+        "positions": found["prefix"].describe(),
+        "mean_best": found["prefix"].means(),
+        "controls": {name: each.means() for name, each in found.items() if name != "prefix"},
+    }
+    notes = ["Keys of a rotary model also hold their position: a token's keys count at the position where it stood."]
+    return View("nearest", numbers, tuple(notes))
+
+
+def cosines(prefix: Prefix, text: Prefix, part: Part) -> Float[Tensor, "P T"]:
+    """Cosine of each position and each token: of all heads' vectors of a layer as one, the mean over layers."""
+    side = 0 if part == "keys" else 1
+    total = torch.zeros(prefix.prefix_length, text.prefix_length)
+    layers = torch.zeros(prefix.prefix_length, 1)
+    for site, pairs in prefix.layers.items():
+        length = prefix.length(site)
+        for mine, other in zip(pairs, text.layers[site], strict=True):
+            a, b = (torch.nn.functional.normalize(x[side].transpose(0, 1).flatten(1).float()) for x in (mine, other))
+            total[:length] += a @ b.T
+            layers[:length] += 1
+    return total / layers.clamp(min=1)
+
+
+def _cosines_by_probe(
+    subject: Subject, probes: Mapping[str, Prefix], ids: Sequence[int]
+) -> Iterator[tuple[Part, dict[str, Float[Tensor, "_P _T"]]]]:
+    text = _run(subject, ids)
+    yield "keys", {name: cosines(probe, text, "keys") for name, probe in probes.items()}
+    yield "values", {name: cosines(probe, text, "values") for name, probe in probes.items()}
+
+
+def _run(subject: Subject, ids: Sequence[int]) -> Prefix:
+    backbone = subject.backbone
+    return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([list(ids)], device=backbone.device))
+
+
+def _corpus(subject: Subject) -> tuple[list[tuple[str, list[int]]], str]:
+    """Texts of at most 64 tokens, each with where it is from, and what they are."""
+    backbone, room = subject.backbone, subject.limits.corpus_tokens
+    if subject.tokenized:
+        name, rows = "the data", [[*row.prompt, *_target(subject, row.targets[0])] for row in subject.tokenized]
+    else:
+        name, rows = "a list of common words", [backbone.encode(f" {WORDS}")]
+    started = (subject.prefix.header.get("initialization") or {}).get("text")
+    pieces = [("start", backbone.encode(started))] if isinstance(started, str) and started else []
+    pieces += [(name, row[first : first + _LONGEST]) for row in rows for first in range(0, len(row), _LONGEST)]
+    kept: list[tuple[str, list[int]]] = []
+    for source, ids in pieces:
+        ids = ids[: min(_LONGEST, room)]
+        room -= len(ids)
+        if ids:
+            kept.append((source, ids))
+    described = f"{name} and the text that the prefix started from" if pieces[0][0] == "start" else name
+    # The first is a probe too, which the start's own text should not be.
+    return kept[::-1], described
+
+
+def _target(subject: Subject, target: Sequence[int]) -> Sequence[int]:
+    """A target's tokens where the same side of the model reads them; labels of a head are no tokens."""
+    return target if subject.backbone.kind == "decoder" and not subject.has_head else ()
+
+
+def _context(subject: Subject, ids: Sequence[int], at: int) -> tuple[str, str]:
+    """A token's text, and that of the four before it and itself."""
+    decode = subject.backbone.tokenizer.decode
+    return decode([ids[at]]), decode(list(ids[max(0, at - 4) : at + 1]))
+
+
+@dataclass(frozen=True)
+class _Neighbour:
+    cosine: float
+    token: str
+    context: str
+    source: str
+
+
+class _Neighbours:
+    """The nearest tokens of each position so far, different ones, nearest first."""
+
+    def __init__(self, length: int) -> None:
+        self._best: dict[Part, list[list[_Neighbour]]] = {p: [[] for _ in range(length)] for p in ("keys", "values")}
+
+    def add(self, part: Part, cosine: Float[Tensor, "P T"], tokens: Sequence[tuple[str, tuple[str, str]]]) -> None:
+        """Take the tokens of one more text into account."""
+        values, indices = cosine.topk(min(_TOP * 2, cosine.shape[1]), dim=1)
+        for mine, row, which in zip(self._best[part], values.tolist(), indices.tolist(), strict=True):
+            fresh = [
+                _Neighbour(value, tokens[index][1][0], tokens[index][1][1], tokens[index][0])
+                for value, index in zip(row, which, strict=True)
+            ]
+            by_token: dict[str, _Neighbour] = {}
+            for each in sorted([*mine, *fresh], key=lambda neighbour: -neighbour.cosine):
+                by_token.setdefault(each.token, each)
+            mine[:] = list(by_token.values())[:_TOP]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Per position, its neighbours by keys and by values."""
+        rows = zip(*self._best.values(), strict=True)
+        return [
+            {
+                "position": position,
+                **{part: [vars(n) for n in near] for part, near in zip(self._best, row, strict=True)},
+            }
+            for position, row in enumerate(rows)
+        ]
+
+    def means(self) -> dict[str, float | None]:
+        """The mean over positions of the nearest token's cosine."""
+        best = {part: [near[0].cosine for near in rows if near] for part, rows in self._best.items()}
+        return {part: sum(row) / len(row) if row else None for part, row in best.items()}

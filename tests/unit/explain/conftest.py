@@ -1,0 +1,42 @@
+"""A tiny prefix with its backbone, rows and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.explain.explain import make_controls
+from prefixtune.explain.start import find_start
+from prefixtune.explain.subject import Limits, Subject, make_subject
+from prefixtune.prefix.prefix import Prefix
+
+EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", "unused")) for letter in "abcdef"]
+
+
+@pytest.fixture
+def make(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]) -> Callable[..., Subject]:
+    """A factory: `make("llama", length=4, examples=..., against=..., header=..., **limits)`."""
+
+    def make(
+        family: str | Any,
+        *,
+        length: int | dict[str, int] = 4,
+        examples: Any = EXAMPLES,
+        against: Prefix | None = None,
+        prefix: Prefix | None = None,
+        header: Any = None,
+        **limits: Any,
+    ) -> Subject:
+        backbone = tiny_backbone(family) if isinstance(family, str) else family
+        chosen = prefix or random_prefix(backbone, length, 1).detach()
+        facts = {**make_header(backbone, task="records"), **(header or {})}
+        whole = Prefix(chosen.layers, {**chosen.header, **facts}, chosen.head)
+        settings = Limits(**limits)
+        controls = make_controls(whole, against, settings.seed)
+        return make_subject(backbone, whole, examples, controls, find_start(backbone, whole), settings)
+
+    return make

@@ -1,0 +1,229 @@
+"""The views of a tiny prefix: what they find where the answer is known, what controls change, what is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.explain.ablation import loss_view
+from prefixtune.explain.attention import attention_view
+from prefixtune.explain.controls import random_like, shuffled
+from prefixtune.explain.description import UNRELATED, description_view
+from prefixtune.explain.explain import explain
+from prefixtune.explain.likeness import cka, likeness_view, start_view, subspace_overlap
+from prefixtune.explain.losses import row_losses
+from prefixtune.explain.nearest import cosines, nearest_view
+from prefixtune.explain.subject import Limits
+from prefixtune.explain.view import SHOWS, TITLES
+from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.training.starts.words import from_words
+
+Make = Callable[..., Any]
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_random_prefix_has_the_same_norms_and_other_directions(make: Make) -> None:
+    prefix = make("llama").prefix
+    random = random_like(prefix, 3)
+    for one, other in zip(prefix.tensors(), random.tensors(), strict=True):
+        assert torch.allclose(one.norm(dim=-1), other.norm(dim=-1), rtol=1e-5)
+        assert torch.nn.functional.cosine_similarity(one, other, dim=-1).abs().max() < 0.999
+    assert random.equal(random_like(prefix, 3))
+    assert not random.equal(random_like(prefix, 4))
+
+
+def test_shuffled_values_never_stay_with_their_keys(make: Make) -> None:
+    prefix = make("llama", length=5).prefix
+    moved = shuffled(prefix, 0)
+    assert moved is not None
+    for (key, value), (same, other) in zip(prefix.layers["decoder"], moved.layers["decoder"], strict=True):
+        assert torch.equal(key, same)
+        distances = torch.cdist(value.transpose(0, 1).flatten(1), other.transpose(0, 1).flatten(1))
+        assert (distances.min(1).values < 1e-4).all()  # the same values, all of them
+        assert (distances.diagonal() > 1e-3).all()
+    assert shuffled(make("llama", length=1).prefix, 0) is None
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_attention_adds_up_and_controls_change_it(make: Make) -> None:
+    subject = make("llama")
+    numbers = attention_view(subject).numbers
+    mass = numbers["sites"]["decoder"]
+    matrix = torch.tensor(mass["by_layer_and_position"])
+    assert matrix.shape == (3, 4)
+    assert torch.allclose(matrix.sum(1), torch.tensor(mass["by_layer"]))
+    assert torch.allclose(matrix.mean(0), torch.tensor(mass["by_position"]))
+    assert torch.allclose(torch.tensor(mass["by_layer_and_head_group"]).mean(1), matrix.sum(1))
+    assert 0 < mass["total_without_first"] < mass["total"] < 1
+    totals = {name: each["decoder"]["total"] for name, each in numbers["controls"].items()}
+    assert totals.keys() == {"random", "shuffled"}
+    assert abs(totals["random"] - mass["total"]) > 1e-3
+
+
+def test_attention_of_an_encoder_decoder_is_seen_at_its_three_sites(make: Make) -> None:
+    numbers = attention_view(make("bart")).numbers
+    assert numbers["sites"].keys() == {"encoder", "decoder", "cross"}
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "bart", "bert"])
+def test_losses_of_parts(family: str, make: Make) -> None:
+    head = Head(torch.randn(2, 32), torch.zeros(2)) if family == "bert" else None
+    header: dict[str, Any] = {}
+    examples: Any = None
+    if head is not None:
+        header = {"labels": {"kind": "classification", "by": "head", "names": ["x", "y"], "words": []}}
+        from prefixtune import Example
+
+        examples = [Example(f"text {index}", ("xy"[index % 2],)) for index in range(6)]
+    subject = make(family, header=header, **({} if examples is None else {"examples": examples}))
+    if head is not None:
+        subject = dataclasses.replace(
+            subject,
+            prefix=Prefix(subject.prefix.layers, subject.prefix.header, head),
+            controls={name: Prefix(p.layers, p.header, head) for name, p in subject.controls.items()},
+        )
+    numbers = loss_view(subject).numbers
+    whole, bare = row_losses(subject, subject.prefix), row_losses(subject, None)
+    assert numbers["whole"]["loss"] == pytest.approx(whole.mean)
+    assert numbers["without_prefix"]["change"] == pytest.approx(bare.mean - whole.mean)
+    low, high = numbers["without_prefix"]["interval"]
+    assert low <= numbers["without_prefix"]["change"] <= high
+    assert [part["first"] for part in numbers["positions"]] == [0, 1, 2, 3]
+    assert all(part["change"] != 0 for part in numbers["positions"])
+    assert len(numbers["layers"]) == sum(len(layers) for layers in subject.prefix.layers.values())
+    assert all(part["change"] != 0 for part in numbers["layers"])
+    assert numbers["controls"]["random"]["loss"] != pytest.approx(whole.mean)
+    assert numbers["controls"]["shuffled"]["loss"] != pytest.approx(whole.mean)
+    assert len(numbers["random_parts"]["positions"]) == 4
+    assert numbers["replaced_by"] == "mean"
+
+
+def test_parts_are_blocks_where_there_are_too_many(make: Make) -> None:
+    numbers = loss_view(make("llama", length=5, parts=2)).numbers
+    assert [(part["first"], part["last"]) for part in numbers["positions"]] == [(0, 2), (3, 4)]
+    assert [(part["first"], part["last"]) for part in numbers["layers"]] == [(0, 1), (2, 2)]
+
+
+def test_a_prefix_that_is_its_start_loses_nothing_by_it(make: Make, tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    start = from_words(backbone, "some words", 4)
+    subject = make(backbone, prefix=start, header={"initialization": {"kind": "words", "text": "some words"}})
+    numbers = loss_view(subject).numbers
+    assert numbers["replaced_by"] == "start"
+    assert numbers["keys"]["change"] == numbers["values"]["change"] == 0
+    assert {part["change"] for part in numbers["layers"]} == {0}
+    left = start_view(subject)
+    assert left.numbers["keys"]["decoder"]["moved"] == pytest.approx(0, abs=1e-6)
+    assert left.numbers["values"]["decoder"]["cosine"] == pytest.approx(1)
+    assert left.numbers["controls"]["random"]["values"]["decoder"]["cosine"] < 0.9
+
+
+def test_time_ends_a_view_and_says_so(make: Make) -> None:
+    subject = dataclasses.replace(make("llama", seconds=1e-9))
+    view = loss_view(subject)
+    assert view.numbers["positions"] == []
+    assert "time is over" in view.notes[0]
+
+
+# --- nearest text -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_of_a_text_is_nearest_to_that_text(make: Make, tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    plain = make(backbone)
+    ids = [*plain.tokenized[3].prompt, *plain.tokenized[3].targets[0]]
+    text = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids[:6]]))
+    assert torch.allclose(cosines(text, text, "keys").diagonal(), torch.ones(6), atol=1e-5)
+    numbers = nearest_view(make(backbone, prefix=text)).numbers
+    for row, token in zip(numbers["positions"], ids, strict=False):
+        for part in ("keys", "values"):
+            assert row[part][0]["cosine"] == pytest.approx(1, abs=1e-4)
+            assert row[part][0]["token"] == backbone.tokenizer.decode([token])
+            assert len({near["token"] for near in row[part]}) == len(row[part])
+    assert numbers["mean_best"]["keys"] > numbers["controls"]["random"]["keys"] + 0.1
+
+
+def test_without_data_the_corpus_is_a_list_of_words(make: Make) -> None:
+    numbers = nearest_view(make("llama", examples=(), corpus_tokens=150)).numbers
+    assert numbers["corpus"] == "a list of common words"
+    assert numbers["tokens"] == 150
+
+
+# --- description ------------------------------------------------------------------------------------------------------
+
+
+def test_descriptions_are_scored_in_the_prefixs_place(make: Make) -> None:
+    subject = make("llama")
+    numbers = description_view(subject).numbers
+    assert numbers["descriptions"].keys() == {"prefix", "bare", "random"}
+    assert numbers["prefix_loss"] == pytest.approx(row_losses(subject, subject.prefix).mean, rel=1e-5)
+    assert numbers["unrelated"]["text"] == UNRELATED
+    assert numbers["unrelated"]["loss"] != pytest.approx(numbers["bare_loss"])
+    gain = numbers["bare_loss"] - numbers["prefix_loss"]
+    score = numbers["unrelated"]["faithfulness"]
+    assert (
+        score is None
+        if gain < 0.01
+        else score == pytest.approx((numbers["bare_loss"] - numbers["unrelated"]["loss"]) / gain)
+    )
+
+
+# --- likeness ---------------------------------------------------------------------------------------------------------
+
+
+def test_likeness_of_equal_turned_and_foreign_prefixes(make: Make, random_prefix: Make, tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    same = make(backbone, length=3)
+    numbers = likeness_view(make(backbone, prefix=same.prefix, against=same.prefix)).numbers["with"]
+    for part in ("keys", "values"):
+        assert numbers["other"]["decoder"][part]["cosine"] == pytest.approx(1)
+        assert numbers["other"]["decoder"][part]["cka"] == pytest.approx(1)
+        assert numbers["other"]["decoder"][part]["overlap"] == pytest.approx(1)
+        assert abs(numbers["random"]["decoder"][part]["cosine"]) < 0.5
+    shorter = make(backbone, prefix=same.prefix, against=random_prefix(backbone, 2, 5).detach())
+    assert likeness_view(shorter).numbers["with"]["other"]["decoder"]["keys"]["cosine"] < 0.5
+
+
+def test_cka_and_overlap_are_the_same_after_a_rotation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 8, generator=generator)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator))
+    assert cka(rows, 3 * rows @ turn) == pytest.approx(1)
+    assert cka(rows, torch.randn(5, 8, generator=generator)) < 0.9
+    assert subspace_overlap(rows, torch.randn(5, 5, generator=generator) @ rows) == pytest.approx(1)
+    assert subspace_overlap(torch.eye(4)[:2], torch.eye(4)[2:]) == pytest.approx(0)
+    assert subspace_overlap(torch.eye(4)[:2], torch.eye(4)[1:3]) == pytest.approx(0.5)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_all_views_are_json_and_say_what_they_cannot_show(make: Make) -> None:
+    subject = make("llama")
+    views = list(explain(subject.backbone, subject.prefix, subject.examples, limits=Limits(rows=3)))
+    assert [view.name for view in views] == list(TITLES)
+    for view in views:
+        assert json.loads(json.dumps(view.to_dict(), allow_nan=False))
+        assert view.left_out or view.to_dict()["shows"] == SHOWS[view.name]
+    assert [view.name for view in views if view.left_out] == ["start"]
+    assert "does not say" in views[-1].left_out
+
+
+def test_views_that_need_data_are_left_out_by_name(make: Make) -> None:
+    subject = make("llama", examples=())
+    views = {view.name: view for view in explain(subject.backbone, subject.prefix)}
+    assert {name for name, view in views.items() if "--data" in view.left_out} == {"attention", "loss"}
+    assert "--data" in views["description"].notes[0]
