@@ -89,12 +89,6 @@ def _position_parts(subject: Subject, notes: list[str]) -> list[dict[str, Any]]:
     if count < 2:
         notes.append("The prefix has one position: without it is without the prefix.")
         return []
-    if subject.backbone.kind == "decoder" and not subject.backbone.layout.packable:
-        notes.append(
-            f"{type(subject.backbone.model).__name__} takes no packed rows, in which positions can be hidden: they are "
-            "not left out."
-        )
-        return []
     return [{"first": block[0], "last": block[-1]} for block in blocks(count, subject.limits.parts)]
 
 

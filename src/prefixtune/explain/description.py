@@ -6,6 +6,7 @@ After InSPEcT (2025): the prefix stands in front of a text that asks for the des
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,13 +37,15 @@ _LEAST_GAIN = 0.01
 
 
 def questions(subject: Subject) -> dict[str, str]:
-    """Name -> the text that asks for a description."""
+    """Name -> the text that asks for a description; only those that fit the backbone's positions."""
     asked = {"few_shot": _FEW_SHOT, "plain": _PLAIN}
     tokenizer = subject.backbone.tokenizer
     if subject.backbone.kind == "decoder" and tokenizer.chat_template:
         message = [{"role": "user", "content": _ASK}]
         asked["chat"] = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    return asked
+    longest = max((each.prefix_length for each in (subject.prefix, *subject.controls.values())), default=0)
+    room = (subject.backbone.max_positions or math.inf) - subject.backbone.prefix_positions(longest) - _NEW_TOKENS
+    return {name: text for name, text in asked.items() if len(subject.backbone.encode(text)) <= room}
 
 
 def description_view(subject: Subject) -> View:
@@ -50,6 +53,8 @@ def description_view(subject: Subject) -> View:
     if subject.has_head:
         return View("description", left_out="labels come from a trained head: the model writes no text.")
     asked = questions(subject)
+    if not asked:
+        return View("description", left_out="no question fits the backbone's positions beside the prefix.")
     spoken: dict[str, Prefix | None] = {"prefix": subject.prefix, "bare": None}
     spoken |= {name: prefix for name, prefix in subject.controls.items() if name != "shuffled"}
     texts: dict[str, dict[str, str]] = {}

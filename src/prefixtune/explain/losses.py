@@ -53,10 +53,7 @@ def _interval(sums: Sequence[float], counts: Sequence[int], seed: int) -> list[f
 
 
 def row_losses(subject: Subject, prefix: Prefix | None, hidden: Sequence[int] = ()) -> RowLosses:
-    """Each row's loss with a prefix in front (None: none), of which `hidden` positions are not seen.
-
-    `hidden` only where the rows can be packed and the model is decoder-only (see `Group.hidden`).
-    """
+    """Each row's loss with a prefix in front (None: none), whose `hidden` positions are not seen (`Group.hidden`)."""
     rows = [replace(row, hidden=tuple(hidden)) for row in subject.tokenized]
     return rows_of(subject.backbone, rows, prefix, subject.prefix.head, subject.limits.batch_size)
 

@@ -1,0 +1,103 @@
+"""`prefixtune explain`: the page, the figures and the JSON that it writes; what it refuses, and what a stop leaves."""
+
+from __future__ import annotations
+
+import html as html_module
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import run
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.cli.main import main
+from prefixtune.explain.view import SHOWS, TITLES, View
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.starts.words import from_words
+
+TEXT_FORMAT = {"prompt": "{source} =", "target": " {target}", "source": "name", "target_template": "text"}
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_models: Callable[..., Any],
+    tiny_tokenizer: Any,
+    random_prefix: Callable[..., Any],
+) -> Path:
+    """A model, two prefixes and some rows."""
+    folder = tmp_path_factory.mktemp("explain")
+    tiny_models("llama", max_position_embeddings=512).save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
+    start = from_words(backbone, "some words", 3)
+    moved = random_prefix(backbone, 3, 1, 0.3).detach()
+    pairs = zip(start.layers["decoder"], moved.layers["decoder"], strict=True)
+    layers = tuple((key + more_key, value + more_value) for (key, value), (more_key, more_value) in pairs)
+    facts = {"task": "records", "text_format": TEXT_FORMAT}
+    header = make_header(backbone, **facts, initialization={"kind": "words", "text": "some words"})
+    save_prefix(folder / "a.safetensors", Prefix({"decoder": layers}, header))
+    save_prefix(folder / "b.safetensors", Prefix(random_prefix(backbone, 2, 2).layers, make_header(backbone, **facts)))
+    rows = [{"name": f"row {letter}", "text": f"{letter} it is <b>"} for letter in "abcdefgh"]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_path: Path) -> None:
+    page, figures = tmp_path / "page.html", tmp_path / "figures"
+    words = ["explain", str(folder / "a.safetensors"), "--data", str(folder / "rows.jsonl"), "--rows", "4"]
+    words += ["--against", str(folder / "b.safetensors"), "--output", str(page), "--figures", str(figures)]
+    out, err = run(*words, "--device", "cpu", "--dtype", "float32", "--json")
+    assert err == ""
+    found = json.loads(out)
+    assert list(found["views"]) == list(TITLES)
+    assert not [view for view in found["views"].values() if "left_out" in view]
+    loss = found["views"]["loss"]
+    assert (loss["rows"], loss["replaced_by"]) == (4, "start")
+    assert loss["controls"].keys() == {"random", "shuffled", "other", "start"}
+    assert found["views"]["likeness"]["with"].keys() == {"random", "shuffled", "other"}
+    html, shown = page.read_text(), html_module.unescape(page.read_text())
+    for name, title in TITLES.items():
+        assert f">{title}</h2>" in shown
+        assert SHOWS[name] in shown
+    assert "<b>" not in html
+    assert "http" not in html.replace("http://www.w3.org", "")  # nothing is fetched
+    assert html.count('<svg class="chart"') == len(found["figures"]) > 8
+    assert {path.name for path in figures.iterdir()} == {
+        f"{name}.{kind}" for name in found["figures"] for kind in ("svg", "pdf", "png", "csv")
+    }
+
+
+def test_without_data_what_needs_it_is_left_out(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    out, _ = run("explain", str(folder / "b.safetensors"), "--output", str(page), "--corpus", "100", "--device", "cpu")
+    assert "left out: there is no data to compute a loss on; give --data." in out
+    assert "the file does not say what training started from" in out
+    html = page.read_text()
+    assert "Loss with parts left out is left out" in html
+    assert "<h2" in html
+    assert "Nearest real text</h2>" in html
+
+
+def test_only_some_views(folder: Path, tmp_path: Path) -> None:
+    words = ["--views", "start,likeness", "--output", str(tmp_path / "page.html"), "--json", "--device", "cpu"]
+    found = json.loads(run("explain", str(folder / "a.safetensors"), *words)[0])
+    assert list(found["views"]) == ["likeness", "start"]
+
+
+def test_a_stopped_run_keeps_the_views_that_are_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: Any, **__: Any) -> Iterator[View]:
+        yield View("start", left_out="of no matter.")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefixtune.explain.explain.explain", stopped)
+    page = tmp_path / "page.html"
+    assert main(["explain", str(folder / "a.safetensors"), "--output", str(page), "--device", "cpu"]) == 130
+    assert f"1 views are done: {page}" in capsys.readouterr().err
+    assert "What is left of the start is left out" in page.read_text()
