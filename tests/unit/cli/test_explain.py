@@ -65,7 +65,7 @@ def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_pa
         assert f">{title}</h2>" in shown
         assert SHOWS[name] in shown
     assert "<b>" not in html
-    assert "http" not in html.replace("http://www.w3.org", "")  # nothing is fetched
+    assert "://" not in html  # nothing is fetched
     assert html.count('<svg class="chart"') == len(found["figures"]) > 8
     assert {path.name for path in figures.iterdir()} == {
         f"{name}.{kind}" for name in found["figures"] for kind in ("svg", "pdf", "png", "csv")
