@@ -133,6 +133,7 @@ _QUICK: Values = {
     # In bfloat16 a prefix of SmolLM2-135M has 23,040 bytes per position: 1.47 MB.
     "prefix_length": 64,
     "compact_examples": "stride",
+    "prefix_dropout": 0.05,
     "reparameterization": "scaled",
     "max_steps": 24,
     "batch_size": 16,
