@@ -121,7 +121,7 @@ def plan_examples(
     """
     sites = _example_sites(backbone, site_lengths)
     limits = [site_lengths[site] for site in sites if site_lengths[site]]
-    room = min(limits, default=_most_positions(backbone))
+    room = min(limits, default=_most_positions(config, backbone))
     compacts = bool(config.compact_examples)
     if stored is not None:
         chosen = _solve(backbone, text_format, examples, _stored_indices(config, stored, len(examples)))
@@ -177,8 +177,10 @@ def _example_sites(backbone: Backbone, site_lengths: Mapping[Site, int]) -> list
     return sites
 
 
-def _most_positions(backbone: Backbone) -> int:
-    """Tokens of examples that could be in front at all."""
+def _most_positions(config: TrainConfig, backbone: Backbone) -> int:
+    """Tokens of examples that could be in front at all; an encoder reads each alone, and gives a prefix no position."""
+    if backbone.kind == "encoder-decoder" and config.example_attention == "own":
+        return UNBOUNDED
     return backbone.max_positions or UNBOUNDED
 
 

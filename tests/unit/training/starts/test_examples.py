@@ -28,6 +28,9 @@ from prefixtune.training.train import train_together
 EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.",)) for word in ("a", "bcd", "ef", "ghijkl", "m")]
 
 
+SHORT = [pt.Example(letter, (f"{letter}.",)) for letter in "abcdef"]
+
+
 def run(folder: Path, **options: Any) -> pt.TrainConfig:
     return pt.TrainConfig(
         **{"max_steps": 4, "save_every": 2, "batch_size": 2, "eval_every": 2, "output": str(folder), **options}
@@ -265,6 +268,15 @@ def test_an_encoder_decoders_sites(tiny_backbone: Any, tmp_path: Path):
     assert own.site_lengths["decoder"] == 3
     with pytest.raises(ConfigError, match="sites names decoder"):
         tokenize(run(tmp_path, init_examples=2, sites="decoder"), backbone, EXAMPLES, ())
+
+
+def test_an_encoder_reads_each_alone_so_that_all_may_be_longer_than_it_reads(tiny_backbone: Any, tmp_path: Path):
+    backbone = tiny_backbone("bart", max_position_embeddings=20)
+    assert backbone.max_positions == 20
+    options = {"init_examples": 6, "sites": "encoder,cross"}
+    assert tokenize(run(tmp_path, **options), backbone, SHORT, ()).plan.site_lengths["cross"] > 20
+    with pytest.raises(DataError, match="init_examples is 6, but only"):
+        tokenize(run(tmp_path, example_attention="all", **options), backbone, SHORT, ())
 
 
 def test_labels_by_words_are_solved_examples_and_a_head_has_none(tiny_backbone: Any, tmp_path: Path):
