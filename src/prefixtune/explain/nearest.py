@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.errors import BackboneError
 from prefixtune.explain.subject import Subject
 from prefixtune.explain.view import View
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.rotation import Rotation
 
-__all__ = ["WORDS", "cosines", "nearest_view"]
+__all__ = ["WORDS", "cosines", "nearest_view", "turned_back"]
 
 
 WORDS = (
@@ -42,12 +44,14 @@ def nearest_view(subject: Subject) -> View:
     probes = {"prefix": subject.prefix, **{k: p for k, p in subject.controls.items() if k != "shuffled"}}
     if len(texts) > 1:
         probes["text"] = _run(subject, texts[0][1])
+    rotation = _rotation(subject)
+    probes = {name: turned_back(probe, rotation) for name, probe in probes.items()}
     found = {name: _Neighbours(probe.prefix_length) for name, probe in probes.items()}
     tokens = 0
     for index in subject.timed(range(len(texts))):
         source, ids = texts[index]
         tokens += len(ids)
-        for part, one in _cosines_by_probe(subject, probes, ids):
+        for part, one in _cosines_by_probe(subject, probes, rotation, ids):
             for name, matrix in one.items():
                 if name != "text" or index:
                     found[name].add(part, matrix, [(source, _context(subject, ids, at)) for at in range(len(ids))])
@@ -58,8 +62,35 @@ def nearest_view(subject: Subject) -> View:
         "mean_best": found["prefix"].means(),
         "controls": {name: each.means() for name, each in found.items() if name != "prefix"},
     }
-    notes = ["Keys of a rotary model also hold their position: a token's keys count at the position where it stood."]
-    return View("nearest", numbers, tuple(notes))
+    note = "Keys also hold their position: a token's count as it stood in its text."
+    return View("nearest", numbers, (note,) if rotation is None else ())
+
+
+def _rotation(subject: Subject) -> Rotation | None:
+    """How keys turn with position, to compare them at one; None where they cannot be turned."""
+    if subject.backbone.kind != "decoder":
+        return None
+    try:
+        rotation = subject.backbone.rotation
+    except BackboneError:
+        return None
+    return rotation if rotation.layers else None
+
+
+def turned_back(prefix: Prefix, rotation: Rotation | None) -> Prefix:
+    """A prefix whose keys are turned to what they were at position 0, each from its own position; None: unchanged."""
+    if rotation is None:
+        return prefix
+    moved = [rotation.turn(prefix[at : at + 1], -at).layers for at in range(prefix.prefix_length)]
+    return Prefix(
+        {
+            site: tuple(
+                (torch.cat([one[site][layer][0] for one in moved], dim=1), value)
+                for layer, (_, value) in enumerate(pairs)
+            )
+            for site, pairs in prefix.layers.items()
+        }
+    )
 
 
 def cosines(prefix: Prefix, text: Prefix, part: Part) -> Float[Tensor, "P T"]:
@@ -77,9 +108,9 @@ def cosines(prefix: Prefix, text: Prefix, part: Part) -> Float[Tensor, "P T"]:
 
 
 def _cosines_by_probe(
-    subject: Subject, probes: Mapping[str, Prefix], ids: Sequence[int]
+    subject: Subject, probes: Mapping[str, Prefix], rotation: Rotation | None, ids: Sequence[int]
 ) -> Iterator[tuple[Part, dict[str, Float[Tensor, "_P _T"]]]]:
-    text = _run(subject, ids)
+    text = turned_back(_run(subject, ids), rotation)
     yield "keys", {name: cosines(probe, text, "keys") for name, probe in probes.items()}
     yield "values", {name: cosines(probe, text, "values") for name, probe in probes.items()}
 

@@ -18,7 +18,7 @@ from prefixtune.explain.description import UNRELATED, description_view
 from prefixtune.explain.explain import explain
 from prefixtune.explain.likeness import cka, likeness_view, start_view, subspace_overlap
 from prefixtune.explain.losses import row_losses
-from prefixtune.explain.nearest import cosines, nearest_view
+from prefixtune.explain.nearest import cosines, nearest_view, turned_back
 from prefixtune.explain.subject import Limits
 from prefixtune.explain.view import SHOWS, TITLES
 from prefixtune.prefix.prefix import Head, Prefix
@@ -160,6 +160,20 @@ def test_a_prefix_of_a_text_is_nearest_to_that_text(make: Make, tiny_backbone: M
             assert row[part][0]["token"] == backbone.tokenizer.decode([token])
             assert len({near["token"] for near in row[part]}) == len(row[part])
     assert numbers["mean_best"]["keys"] > numbers["controls"]["random"]["keys"] + 0.1
+
+
+def test_keys_are_compared_as_at_one_position(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    text = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([[7, 7, 7, 7, 7]]))
+    # In the first layer, a token's key differs by its position alone.
+    key, _ = text.layers["decoder"][0]
+    back = turned_back(text, backbone.rotation)
+    same, value = back.layers["decoder"][0]
+    assert not torch.allclose(key[:, :1], key[:, 4:], atol=1e-2)
+    assert torch.allclose(same, same[:, :1].expand_as(same), atol=1e-4)
+    assert torch.allclose(same[:, :1], key[:, :1])
+    assert torch.equal(value, text.layers["decoder"][0][1])
+    assert turned_back(text, None) is text
 
 
 def test_without_data_the_corpus_is_a_list_of_words(make: Make) -> None:
