@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
 from prefixtune.data import Example
 from prefixtune.evaluation import overlap
 from prefixtune.evaluation.overlap import find_overlap, training_examples
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.compose import concatenate
 from prefixtune.report import compose, read_results
 from prefixtune.studies import StudyConfig, run_study
 from prefixtune.training.config import TrainConfig
@@ -97,3 +101,32 @@ def test_evaluate_warns_whatever_names_the_prefix(
         words = ["evaluate", named[0], str(tmp_path / named[1]), "--data", test, "--target", "text"]
         assert main([*words, "--max-new-tokens", "2", "--device", "cpu", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["overlap"]["count"] == 1, named
+
+
+def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(
+    tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_models("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    test = write(tmp_path / "test.jsonl", ["Bo", "Zed", "Cy"])
+    for run, names in (("one", ["Ann", "Bo"]), ("two", ["Zed", "Di"])):
+        settings: dict[str, Any] = {"source": "name", "target": "text", "max_steps": 1, "device": "cpu"}
+        training_set = write(tmp_path / f"{run}.jsonl", names)
+        train(
+            TrainConfig(train=training_set, backbone=str(tmp_path / "model"), output=str(tmp_path / run), **settings),
+            progress=False,
+        )
+    backbone = load_backbone(tmp_path / "model", dtype="float32", device="cpu")
+    parts = [load_prefix(tmp_path / run, backbone) for run in ("two", "one")]
+    composed = save_prefix(tmp_path / "composed.safetensors", concatenate(parts, backbone.rotation))
+    outputs, counts = [], []
+    for prefix in (f"{tmp_path / 'two'}+{tmp_path / 'one'}", str(composed), str(tmp_path / "one")):
+        words = ["evaluate", "--prefix", prefix, "--data", test, "--target", "text", "--dtype", "float32"]
+        written = tmp_path / "written.txt"
+        assert main([*words, "--outputs", str(written), "--max-new-tokens", "6", "--device", "cpu", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["prefix"] == prefix
+        outputs.append(written.read_text())
+        counts.append(result.get("overlap", {}).get("count"))
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert counts == [2, None, 1]
