@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,9 @@ def test_the_command_is_shown_and_refused(model_folder: Path, tmp_path: Path):
     shown = serve(*files, "--show-command", "--vllm-args=--enforce-eager", code=0)
     assert f"--model {model_folder}" in shown
     assert shown.endswith("--enforce-eager\n")
+    limited = shlex.split(serve(*files, "--show-command", "--max-joined-prefixes", "3", code=0))
+    transfer = json.loads(limited[limited.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector_extra_config"]["max_joined_prefixes"] == 3
     refused = serve(*files, "--quantize", "int8", "--device", "cpu")
     assert "quantize" in refused
     assert "device" in refused

@@ -29,7 +29,7 @@ def test_several_processes_share_a_secret(several: dict[str, int], tmp_path: Pat
 
 
 def test_all_wrong_settings_are_reported(tmp_path: Path):
-    more = {"raw_completions": 1, "on_too_long": "ignore"}
+    more = {"raw_completions": 1, "max_joined_prefixes": 0, "on_too_long": "ignore"}
     wrong = vllm_config(tmp_path / "none", "recompute", cache_mib=0, cach=1, allow_other_backbone="yes", **more)
     with pytest.raises(ConfigError) as caught:
         Settings.from_vllm(wrong)
@@ -37,6 +37,7 @@ def test_all_wrong_settings_are_reported(tmp_path: Path):
         "unknown option 'cach'",
         "existing folder",
         "cache_mib is 0",
+        "max_joined_prefixes is 0",
         "'yes'",
         "must be 'fail'",
         "raw_completions is 1",
