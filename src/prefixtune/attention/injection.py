@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +27,7 @@ __all__ = [
     "batch_prefixes",
     "injecting",
     "injecting_beside",
+    "observe_attention",
     "to_rows",
     "trace_calls",
 ]
@@ -156,6 +157,12 @@ class AttentionCall:
 
 
 traced_calls: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar("traced_calls", default=None)
+AttentionObserver = Callable[[tuple[Site, int], Tensor, Tensor, Tensor, Tensor | None, ScoreOptions], None]
+"""Gets a layer's (site, index), queries, keys and values with the prefix in front, mask, and score options."""
+
+attention_observer: contextvars.ContextVar[AttentionObserver | None] = contextvars.ContextVar(
+    "attention_observer", default=None
+)
 current_injection: contextvars.ContextVar[Injection | None] = contextvars.ContextVar("injection", default=None)
 
 
@@ -177,6 +184,19 @@ def trace_calls(model: nn.Module | None = None) -> Iterator[list[AttentionCall]]
         traced_calls.reset(token)
         if injection_token is not None:
             current_injection.reset(injection_token)
+
+
+@contextlib.contextmanager
+def observe_attention(observer: AttentionObserver) -> Iterator[None]:
+    """While the block runs, `observer` is called before each layer of an ordinary batch attends.
+
+    Packed rows, the engine's rows and disentangled attention are not observed.
+    """
+    token = attention_observer.set(observer)
+    try:
+        yield
+    finally:
+        attention_observer.reset(token)
 
 
 @contextlib.contextmanager

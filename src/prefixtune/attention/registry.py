@@ -8,7 +8,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prefixtune.attention.injection import AttentionCall, Injection, current_injection, traced_calls
+from prefixtune.attention.injection import (
+    AttentionCall,
+    Injection,
+    attention_observer,
+    current_injection,
+    traced_calls,
+)
 from prefixtune.attention.kernels import AttentionKernel, ScoreOptions, packed_attention, plain_attention
 from prefixtune.attention.masks import make_additive_mask, make_mask
 from prefixtune.attention.mass import observed_mass
@@ -84,4 +90,7 @@ def attend(
     if mass is not None and module in injection.layer_of:
         layer, (all_keys, _, mask, options) = injection.layer_of[module], prefixed
         mass.add(layer, all_keys.shape[2] - key.shape[2], query, all_keys, mask, options)
+    observer = attention_observer.get()
+    if observer is not None and module in injection.layer_of:
+        observer(injection.layer_of[module], query, *prefixed)
     return plain_attention(module, query, *prefixed), None

@@ -83,14 +83,19 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     return ending
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, max_bytes: int | None = None, needed: str = "one row") -> str:
     """The whole text of a file, decompressed if its name ends with `.gz`, without a byte order mark.
+
+    Args:
+        path: The file.
+        max_bytes: The most that it may hold, also decompressed; None: `MAX_FILE_BYTES`.
+        needed: What an empty file lacks, for the message.
 
     Raises:
         DataError: The file is missing, a folder, unreadable, empty or too large; or it is not the gzip file that its
             name promises, or neither UTF-8 nor UTF-16 with a byte order mark.
     """
-    data = _read_whole(path)
+    data = _read_whole(path, max_bytes)
     mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
     data, encoding = data[len(mark) :], _BYTE_ORDER_MARKS.get(mark, "utf-8")
     try:
@@ -109,7 +114,7 @@ def read_text(path: Path) -> str:
             hint="write the file again, or remove the character.",
         )
     if not text.strip():
-        raise DataError(f"{path} is empty; at least one row is needed.", hint="check that it is complete.")
+        raise DataError(f"{path} is empty; at least {needed} is needed.", hint="check that it is complete.")
     return text
 
 
@@ -183,20 +188,20 @@ def _folder_error(path: Path) -> DataError:
     return DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
 
 
-def _read_whole(path: Path) -> bytes:
+def _read_whole(path: Path, max_bytes: int | None = None) -> bytes:
     """A file's bytes, decompressed if its name ends with `.gz`."""
-    data = _read_bytes(path)
+    data = _read_bytes(path, max_bytes)
     if path.suffix.lower() == ".gz":
-        return _decompress(path, data)
+        return _decompress(path, data, max_bytes)
     if data.startswith(_GZIP_MAGIC):
         raise DataError(f"{path} is gzipped, but its name does not end with .gz.", hint="add .gz to its name.")
     return data
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
     try:
         with open(path, "rb") as file:
-            return _read_bounded(file, path)
+            return _read_bounded(file, path, max_bytes)
     except FileNotFoundError as error:
         neighbours = [item.name for item in path.parent.glob("*")]
         hint = did_you_mean(path.name, neighbours)
@@ -209,19 +214,20 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.", hint="check its permissions.") from error
 
 
-def _read_bounded(file: io.BufferedIOBase, path: Path) -> bytes:
+def _read_bounded(file: io.BufferedIOBase, path: Path, max_bytes: int | None) -> bytes:
     """All bytes of a file, if they are not too many."""
+    limit = MAX_FILE_BYTES if max_bytes is None else max_bytes
     pieces: list[bytes] = []
     size = 0
     while piece := file.read(2**20):
         pieces.append(piece)
         size += len(piece)
-        if size > MAX_FILE_BYTES:
-            raise DataError(f"{path} holds more than {MAX_FILE_BYTES:,} bytes.", hint="split the file.")
+        if size > limit:
+            raise DataError(f"{path} holds more than {limit:,} bytes.", hint="split the file.")
     return b"".join(pieces)
 
 
-def _decompress(path: Path, data: bytes) -> bytes:
+def _decompress(path: Path, data: bytes, max_bytes: int | None) -> bytes:
     if not data.startswith(_GZIP_MAGIC):
         raise DataError(
             f"{path} ends with .gz but is not a gzip file.",
@@ -229,6 +235,6 @@ def _decompress(path: Path, data: bytes) -> bytes:
         )
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            return _read_bounded(file, path)
+            return _read_bounded(file, path, max_bytes)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is a broken gzip file: {error}.", hint="copy or download it again.") from error

@@ -37,7 +37,7 @@ from prefixtune.training.checks import check_gradient_checkpointing
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
 from prefixtune.training.folder import PREFIX_FILE
-from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
 
 __all__ = ["PrefixModel"]
 
@@ -78,6 +78,7 @@ class PrefixModel(nn.Module):
         self.backbone, self.settings = backbone, config
         self.trained, start = build_encoder(config, backbone)
         self.initialization = start.description
+        self._site_lengths = resolve_site_lengths(config, backbone)
         # Trainers write their own settings into these.
         self.config = copy.deepcopy(backbone.model.config)
         self.generation_config = copy.deepcopy(getattr(backbone.model, "generation_config", None))
@@ -189,8 +190,7 @@ class PrefixModel(nn.Module):
     @property
     def prefix_length(self) -> int:
         """P, of the decoder's own site."""
-        lengths = self.settings.site_lengths or {"decoder": self.settings.prefix_length}
-        return lengths.get("decoder", 0)
+        return self._site_lengths.get("decoder", 0)
 
     def collator(self) -> Collator:
         """The collator that makes batches for this model."""

@@ -13,6 +13,7 @@ from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.beside import SELF, read_others
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
+from prefixtune.training.starts.source import check_init_text
 
 __all__ = [
     "check_gradient_checkpointing",
@@ -39,6 +40,8 @@ def early_checks(
             adapter_rank=config.adapter_rank,
         )
     yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
+    if config.initialization in ("words", "text", "examples") and config.trains_prefix:
+        yield lambda: check_init_text(config)
     if config.initialization == "prefix" and config.trains_prefix:
         yield lambda: _check_start(config)
     if config.beside and config.beside != SELF:

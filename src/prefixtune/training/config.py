@@ -141,7 +141,7 @@ class TrainConfig(Config):
     )
     init_text: str = _prefix(
         "Describe the following data in one sentence:",
-        description="words or text to start from, or @FILE that holds it",
+        description="words or a text to start from, or @FILE that holds them (UTF-8, at most 1 MiB)",
     )
     compaction: Literal["cut", "stride", "match"] = _prefix(
         "match",
@@ -291,6 +291,9 @@ class TrainConfig(Config):
             names = "prefix_length", "initialization"
             start = f"initialization {self.initialization!r}"
             yield names, f"prefix_length is 0, but must be at least 1: {start} has no length of its own"
+        if self.initialization == "text" and self.method == "prompt" and self.compaction == "match":
+            names = "method", "compaction"
+            yield names, "method is 'prompt', which stores no values to match; compaction can be 'cut' or 'stride'"
         if self.initialization == "prefix" and not self.init_prefix:
             yield ("initialization", "init_prefix"), "initialization is 'prefix', but init_prefix names no file"
 

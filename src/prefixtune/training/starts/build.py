@@ -24,8 +24,11 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.training.checks import no_start
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.compaction import evenly_spaced
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
+from prefixtune.training.starts.source import read_init_text
 from prefixtune.training.starts.start import Start, by_site
+from prefixtune.training.starts.text import from_text, text_ids
 from prefixtune.training.starts.words import from_words, word_ids
 
 __all__ = ["build_encoder", "from_prefix", "resolve_site_lengths"]
@@ -64,9 +67,13 @@ def resolve_site_lengths(config: TrainConfig, backbone: Backbone) -> dict[Site, 
     """The prefix length at each site of a run.
 
     Raises:
-        ConfigError: The backbone has no such site.
+        ConfigError: The backbone has no such site, or the text to start from has no token.
+        DataError: The text to start from cannot be read, or is shorter than P.
     """
     lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
+    if config.initialization == "text":
+        tokens = len(text_ids(config, backbone))
+        lengths = {site: length or tokens for site, length in lengths.items()}
     missing = [site for site in lengths if site not in backbone.geometry]
     if missing:
         notes = "".join(f" ({note})" for note in backbone.layout.notes)
@@ -108,7 +115,7 @@ def build_encoder(
             hint="use method = 'prefix'.",
         )
     if config.method == "prompt":
-        return _build_prompt(config, backbone)
+        return _build_prompt(config, backbone, lengths["decoder"])
     start = _start(config, backbone, lengths) if plan is None else start_from_plan(config, backbone, plan)
     encoder = PrefixEncoder(
         config.reparameterization,
@@ -137,7 +144,10 @@ def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int])
             hint="train with `prefixtune train`, or start from words.",
         )
     if kind == "words":
-        return Start(from_words(backbone, config.init_text, lengths), {"kind": kind, "text": config.init_text})
+        source = read_init_text(config.init_text)
+        return Start(from_words(backbone, source.text, lengths), {"kind": kind, **source.description})
+    if kind == "text":
+        return from_text(config, backbone, lengths)
     if kind == "prefix":
         given = load_prefix(config.init_prefix, backbone)
         description = {"kind": kind, "file": Path(config.init_prefix).name, "hash": content_hash(given)}
@@ -155,17 +165,24 @@ def _sample_hidden(
     return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
 
 
-def _build_prompt(config: TrainConfig, backbone: Backbone) -> tuple[PromptEncoder, Start]:
-    """A prompt at the input layer, from words' embeddings or at random, and its start."""
+def _build_prompt(config: TrainConfig, backbone: Backbone, length: int) -> tuple[PromptEncoder, Start]:
+    """A prompt at the input layer, from the embeddings of words or of a text, or at random, and its start."""
     if config.initialization == "prefix":
         raise no_start()
     table = backbone.model.get_input_embeddings()
     description: dict[str, Any] = {"kind": config.initialization}
-    if config.initialization == "words":
-        start = table(word_ids(backbone, config.init_text, config.prefix_length)[0]).detach().float()
-        description["text"] = config.init_text
+    if config.initialization in ("words", "text"):
+        source = read_init_text(config.init_text)
+        description |= source.description
+        if config.initialization == "words":
+            ids = word_ids(backbone, source.text, length)[0]
+        else:
+            whole = torch.tensor(text_ids(config, backbone), device=backbone.device)
+            description |= {"tokens": len(whole), "compaction": config.compaction}
+            ids = whole[:length] if config.compaction == "cut" else whole[evenly_spaced(len(whole), length)]
+        start = table(ids).detach().float()
     else:
-        start = torch.randn(config.prefix_length, table.weight.shape[1]) * float(table.weight.float().std())
+        start = torch.randn(length, table.weight.shape[1]) * float(table.weight.float().std())
     encoder = PromptEncoder(
         config.reparameterization,
         start.cpu(),

@@ -32,6 +32,7 @@ from prefixtune.training.starts.choice import (
     choose_diverse,
     choose_random,
 )
+from prefixtune.training.starts.source import read_init_text
 from prefixtune.training.starts.start import Start
 from prefixtune.training.starts.words import from_words
 
@@ -374,7 +375,8 @@ def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) 
     layers = dict(from_examples(backbone, rows, alone=alone, lengths=plan.lengths if alone else None).layers)
     if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
         length = plan.site_lengths["decoder"]
-        layers["decoder"] = from_words(backbone, config.init_text, {"decoder": length}).layers["decoder"]
+        words = read_init_text(config.init_text).text
+        layers["decoder"] = from_words(backbone, words, {"decoder": length}).layers["decoder"]
     return Start(Prefix({site: layers[site] for site in plan.site_lengths}), plan.description, plan.blocks)
 
 

@@ -1,0 +1,102 @@
+"""A start from a text: the keys and values that the model computes for a prompt or a document, whole or fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix.geometry import Site
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.compaction import evenly_spaced, match, take
+from prefixtune.training.starts.source import read_init_text, too_short
+from prefixtune.training.starts.start import Start
+
+__all__ = ["from_text", "text_ids"]
+
+
+def text_ids(config: TrainConfig, backbone: Backbone) -> list[int]:
+    """The tokens of the text that a run starts from.
+
+    Raises:
+        ConfigError: The text has no token.
+        DataError: Its file cannot be read; or it has fewer tokens than P.
+    """
+    source = read_init_text(config.init_text)
+    ids = backbone.encode(source.text)
+    if not ids:
+        raise ConfigError(f"init_text {source.text[:40]!r} has no token.", hint="give some words.")
+    longest = max([config.prefix_length, *config.site_lengths.values()])
+    if len(ids) < longest:
+        raise too_short(source, f"has {len(ids):,} tokens", longest)
+    return ids
+
+
+def from_text(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Start:
+    """The keys and values that the frozen model computes for a text: whole, cut, or compacted to P positions.
+
+    The text is run through the model as one row. Its first P tokens are what `cut` keeps. `stride` keeps the keys and
+    values of P positions of the whole, evenly spaced; `match` chooses positions head by head, and values for them (see
+    `compaction.match`). Where a model's keys turn with the position, the kept ones are turned back by T - P, so that a
+    text behind the prefix, which starts at P, is as far from them as it would be from the whole text.
+
+    Args:
+        config: The run: `init_text`, `compaction`.
+        backbone: The frozen model.
+        lengths: P by site, each at most the text's length T.
+
+    Raises:
+        ConfigError: The text has no token, or more tokens than the model has positions.
+        DataError: Its file cannot be read; or it has fewer tokens than P.
+    """
+    ids = text_ids(config, backbone)
+    description = {"kind": "text", **read_init_text(config.init_text).description, "tokens": len(ids)}
+    longest = max(lengths.values())
+    if len(ids) > longest and config.compaction == "cut":
+        return Start(take(_compute(backbone, ids[:longest]), _first(lengths)), {**description, "compaction": "cut"})
+    whole = _compute(backbone, ids)
+    if all(length == len(ids) for length in lengths.values()):
+        return Start(Prefix({site: whole.layers[site] for site in lengths}), description)
+    description["compaction"] = config.compaction
+    if config.compaction == "stride":
+        kept = take(whole, {site: evenly_spaced(len(ids), length) for site, length in lengths.items()})
+    elif config.compaction == "match":
+        kept = match(backbone, whole, ids, lengths)
+    else:
+        return Start(take(whole, _first(lengths)), description)
+    return _turned_back(backbone, kept, len(ids), description)
+
+
+def _first(lengths: Mapping[Site, int]) -> dict[Site, torch.Tensor]:
+    return {site: torch.arange(length) for site, length in lengths.items()}
+
+
+def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
+    """The keys and values of a text.
+
+    Raises:
+        ConfigError: It has more tokens than the model has positions.
+    """
+    if backbone.max_positions is not None and len(ids) > backbone.max_positions:
+        raise ConfigError(
+            f"init_text has {len(ids):,} tokens, but {backbone.name!r} reads at most {backbone.max_positions:,}.",
+            hint="shorten it, or give --compaction cut, which reads its first P tokens alone.",
+        )
+    return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))
+
+
+def _turned_back(backbone: Backbone, kept: Prefix, tokens: int, description: dict[str, Any]) -> Start:
+    """Keys moved so that the text behind stands as far from them as behind the whole text, where keys can be turned."""
+    # Only in decoder-only models does the text behind a prefix start at P.
+    back = tokens - kept.prefix_length if backbone.kind == "decoder" else 0
+    if back:
+        try:
+            kept = backbone.rotation.turn(kept, -back)
+        except BackboneError:
+            back = 0
+    return Start(kept, {**description, "turned_back": back})
