@@ -32,6 +32,7 @@ from prefixtune.training.starts.choice import (
     choose_diverse,
     choose_random,
 )
+from prefixtune.training.starts.compaction import evenly_spaced, take
 from prefixtune.training.starts.source import read_init_text
 from prefixtune.training.starts.start import Start
 from prefixtune.training.starts.words import from_words
@@ -341,17 +342,10 @@ def from_examples(backbone: Backbone, rows: Rows, *, alone: bool, lengths: Seque
         ids = torch.tensor([row], device=backbone.device)
         start = first if backbone.kind == "decoder" else 0
         whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=start)
-        parts.append(whole if length == len(row) else _evenly(whole, len(row), length))
+        parts.append(take(whole, dict.fromkeys(whole.sites, evenly_spaced(len(row), length))))
         first += length
     sites: list[Site] = [site for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"]
     return Prefix({site: _concatenate([part.layers[site] for part in parts]) for site in sites})
-
-
-def _evenly(prefix: Prefix, length: int, kept: int) -> Prefix:
-    """Evenly spaced positions of a prefix, the first and the last among them."""
-    index = torch.linspace(0, length - 1, kept).round().long()
-    # An encoder-decoder's decoder has read the text too.
-    return Prefix({site: tuple((k[:, index], v[:, index]) for k, v in pairs) for site, pairs in prefix.layers.items()})
 
 
 def _concatenate(parts: Sequence[Sequence[KeyValue]]) -> tuple[KeyValue, ...]:

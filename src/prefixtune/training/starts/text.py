@@ -96,7 +96,10 @@ def _turned_back(backbone: Backbone, kept: Prefix, tokens: int, description: dic
     back = tokens - kept.prefix_length if backbone.kind == "decoder" else 0
     if back:
         try:
-            kept = backbone.rotation.turn(kept, -back)
+            rotation = backbone.rotation
         except BackboneError:
             back = 0
+        else:
+            back = back if rotation.positions == "rotary" else 0
+            kept = rotation.turn(kept, -back)
     return Start(kept, {**description, "turned_back": back})

@@ -1,0 +1,172 @@
+"""A start from a text: before training it equals the text in view; compacted, it keeps what attention gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixtune.attention.compute import prefix_from_tokens
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.build import build_encoder
+from zoo import ZOO
+
+TEXT = "The Gannet goes to Ashby at 8:00. The Osprey goes to Dunmore."
+BEHIND = "Where does it go? "
+
+# In the others a window hides the text's first tokens from those behind it, but never a prefix; or they are refused.
+WITHOUT_A_WINDOW = (
+    *("gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "llama", "mixtral", "qwen2", "qwen2_moe", "qwen3"),
+    *("phi", "phi3", "gemma", "olmo2", "cohere", "glm", "glm4", "deepseek_v2", "deepseek_v3", "minicpm3", "smollm3"),
+    *("granite", "stablelm", "helium", "hunyuan_v1_dense", "nemotron", "persimmon", "codegen", "biogpt", "ctrl"),
+)
+
+
+def start_of(backbone: Backbone, length: int = 0, text: str = TEXT, **options: Any) -> tuple[Prefix, Mapping[str, Any]]:
+    """The prefix of a run from a text before its first step, and what its header says of it."""
+    config = TrainConfig(initialization="text", init_text=text, prefix_length=length, **options)
+    encoder, start = build_encoder(config, backbone)
+    return encoder.bake(), start.description
+
+
+def logits_behind(backbone: Backbone, prefix: Prefix | None, text: str) -> Tensor:
+    """Logits at a text's tokens, in front of which a prefix stands."""
+    with torch.no_grad():
+        logits: Tensor = backbone.forward(torch.tensor([backbone.encode(text)]), prefixes=prefix).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_WINDOW)
+def test_a_whole_text_equals_the_text_in_view(name: str, tiny_backbone: Callable[..., Any], assert_same: Any):
+    assert ZOO[name].kind == "decoder"
+    backbone = tiny_backbone(name)
+    prefix, description = start_of(backbone)
+    tokens = len(backbone.encode(TEXT))
+    assert prefix.prefix_length == description["tokens"] == tokens
+    assert_same(logits_behind(backbone, prefix, BEHIND), logits_behind(backbone, None, TEXT + BEHIND)[tokens:])
+
+
+@pytest.mark.parametrize("how", ["cut", "stride", "match"])
+def test_as_many_positions_as_tokens_are_the_text_itself(how: str, tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("llama")
+    whole, _ = start_of(backbone)
+    assert start_of(backbone, len(backbone.encode(TEXT)), compaction=how)[0].equal(whole)
+
+
+def test_a_cut_text_is_its_beginning(backbone: Any):
+    prefix, description = start_of(backbone, 9, compaction="cut")
+    assert prefix.equal(start_of(backbone, text=TEXT[:9])[0])
+    assert description["compaction"] == "cut"
+
+
+def test_a_stride_keeps_the_distances_to_the_text_behind(tiny_backbone: Callable[..., Any], assert_same: Any):
+    # With one layer, what is kept of a position does not depend on the others, so hiding those gives the same function.
+    backbone = tiny_backbone("llama", num_hidden_layers=1)
+    tokens, length = len(backbone.encode(TEXT)), 7
+    prefix, description = start_of(backbone, length, compaction="stride")
+    assert description["turned_back"] == tokens - length
+    kept = torch.linspace(0, tokens - 1, length).round().long()
+    ids = torch.tensor([[*backbone.encode(TEXT), *backbone.encode(BEHIND)]])
+    mask = torch.zeros_like(ids)
+    mask[0, kept] = mask[0, tokens:] = 1
+    with torch.no_grad():
+        hidden = backbone.model(
+            input_ids=ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None], use_cache=False
+        )
+    assert_same(logits_behind(backbone, prefix, BEHIND), hidden.logits[0, tokens:])
+
+
+def attention_outputs(backbone: Backbone, prefix: Prefix) -> Tensor:
+    """What the first layer's heads give for the text read again behind a prefix, before they are mixed."""
+    given: list[Tensor] = []
+    module = backbone.model.model.layers[0].self_attn.o_proj
+    handle = module.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0][0]))
+    with torch.no_grad():
+        backbone.forward(torch.tensor([backbone.encode(TEXT)]), prefixes=prefix)
+    handle.remove()
+    return given[0]
+
+
+def error_of(backbone: Backbone, prefix: Prefix, whole: Prefix) -> float:
+    """The squared error of the attention's output on the reference queries."""
+    return float((attention_outputs(backbone, prefix) - attention_outputs(backbone, whole)).square().sum())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3"])
+def test_matched_values_are_those_of_least_squares(name: str, tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone(name, num_hidden_layers=1) if name != "smollm3" else tiny_backbone(name)
+    whole, _ = start_of(backbone)
+    stride, _ = start_of(backbone, 12, compaction="stride")
+    matched, _ = start_of(backbone, 12, compaction="match")
+    error = error_of(backbone, matched, whole)
+    assert error < 0.5 * error_of(backbone, stride, whole)
+    # No other values do better, but for what holds them to the text's own.
+    (key, value), *others = matched.layers["decoder"]
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-2, 1e-1, 1.0):
+        moved = value + scale * value.std() * torch.randn(value.shape, generator=generator)
+        assert error_of(backbone, Prefix({"decoder": ((key, moved), *others)}), whole) > error
+    # Keys are those of the text.
+    shared = (key[:, :, None] - _turned(backbone, whole, 12)[:, None]).abs().amax(-1).amin(-1)
+    assert float(shared.max()) < 1e-4
+
+
+def _turned(backbone: Backbone, whole: Prefix, length: int) -> Tensor:
+    """The first layer's keys of the whole text, moved back so that the text behind starts at P."""
+    return backbone.rotation.turn(whole, length - whole.prefix_length).layers["decoder"][0][0]
+
+
+def test_a_longer_match_is_nearer(tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("llama", num_hidden_layers=1)
+    whole, _ = start_of(backbone)
+    tokens = whole.prefix_length
+    errors = [error_of(backbone, start_of(backbone, p, compaction="match")[0], whole) for p in (4, 16, tokens - 1)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_soft_caps_and_sinks_are_matched_too(name: str, tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone(name)
+    whole, _ = start_of(backbone)
+    errors = {
+        how: float(
+            (
+                logits_behind(backbone, start_of(backbone, 16, compaction=how)[0], TEXT)
+                - logits_behind(backbone, whole, TEXT)
+            )
+            .square()
+            .mean()
+        )
+        for how in ("stride", "match")
+    }
+    assert errors["match"] < errors["stride"]
+
+
+def test_absolute_positions_stay(tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("gpt2")
+    prefix, description = start_of(backbone, 5, compaction="stride")
+    whole, _ = start_of(backbone)
+    kept = torch.linspace(0, whole.prefix_length - 1, 5).round().long()
+    assert description["turned_back"] == 0
+    assert torch.equal(prefix.keys(), whole.keys()[:, :, kept])
+
+
+@pytest.mark.parametrize("how", ["cut", "stride", "match"])
+def test_encoder_decoders_start_at_all_sites(how: str, encoder_decoder: Any):
+    prefix, _ = start_of(encoder_decoder, sites="encoder=6,cross=8,decoder=7", compaction=how)
+    assert {site: prefix.length(site) for site in prefix.sites} == {"encoder": 6, "cross": 8, "decoder": 7}
+    whole, _ = start_of(encoder_decoder)
+    ids = torch.tensor([encoder_decoder.encode(TEXT)])
+    assert whole.equal(prefix_from_tokens(encoder_decoder.model, encoder_decoder.layout, ids))
+
+
+@pytest.mark.parametrize("how", ["cut", "stride", "match"])
+def test_encoders_start_from_a_text(how: str, encoder: Any):
+    prefix, description = start_of(encoder, 6, compaction=how)
+    assert prefix.length("encoder") == 6
+    assert description["compaction"] == how
