@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import build_encoder
@@ -170,3 +171,11 @@ def test_encoders_start_from_a_text(how: str, encoder: Any):
     prefix, description = start_of(encoder, 6, compaction=how)
     assert prefix.length("encoder") == 6
     assert description["compaction"] == how
+
+
+def test_attention_that_cannot_be_observed_is_not_matched(tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("deberta-v2")
+    with pytest.raises(ConfigError, match="compaction 'match' needs to observe attention") as error:
+        start_of(backbone, 6)
+    assert "--compaction stride" in error.value.hint
+    assert start_of(backbone, 6, compaction="stride")[0].length("encoder") == 6

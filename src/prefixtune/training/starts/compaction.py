@@ -192,7 +192,7 @@ def _scores_and_values(
     value: Float[Tensor, "H S Dv"],
     mask: Tensor | None,
     options: ScoreOptions,
-) -> tuple[Float[Tensor, "H N S"], Float[Tensor, "H S Dv"]]:
+) -> tuple[Float[Tensor, "H N C"], Float[Tensor, "H C Dv"]]:
     """A row's scores in float32, the queries that share a KV head side by side, and its values.
 
     A sink is one more column, whose value is zero.

@@ -1,0 +1,106 @@
+"""A start from a text: where it is read from, what is refused, prompts, and what the header says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
+from prefixtune.training.starts.source import MAX_TEXT_BYTES, check_init_text, read_init_text
+from zoo import MAX_POSITIONS
+
+TEXT = "The Gannet goes to Ashby."
+
+
+def config(text: str = TEXT, length: int = 0, **options: Any) -> TrainConfig:
+    return TrainConfig(initialization="text", init_text=text, prefix_length=length, **options)
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path, tiny_backbone: Callable[..., Any]):
+    path = tmp_path / "prompt.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    backbone = tiny_backbone("llama")
+    one, start = build_encoder(config(f"@{path}"), backbone)
+    other, inline = build_encoder(config(), backbone)
+    assert one.bake().equal(other.bake())
+    assert start.description == {"kind": "text", "file": "prompt.txt", "tokens": len(TEXT)}
+    assert inline.description == {"kind": "text", "text": TEXT, "tokens": len(TEXT)}
+    words = TrainConfig(init_text=f"@{path}", prefix_length=4)
+    assert build_encoder(words, backbone)[1].description == {"kind": "words", "file": "prompt.txt"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty; at least one word is needed"),
+        (b" \n ", "is empty; at least one word is needed"),
+        (b"\x89PNG\r\n", "byte 0x89 is not UTF-8"),
+        (b"a\0b", "NUL character"),
+        ("Zürich".encode("latin-1"), "byte 0xfc is not UTF-8"),
+        (b"x" * (MAX_TEXT_BYTES + 1), "holds more than 1,048,576 bytes"),
+    ],
+)
+def test_files_that_hold_no_text_are_refused(tmp_path: Path, content: bytes | None, says: str):
+    path = tmp_path / "prompt.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=says) as error:
+        check_init_text(config(f"@{path}"))
+    assert error.value.hint
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("name", ["@", "@."])
+def test_a_folder_is_no_text(name: str):
+    with pytest.raises(DataError, match="a file is needed after @"):
+        read_init_text(name)
+
+
+def test_a_text_shorter_than_the_prefix_says_its_length(tiny_backbone: Callable[..., Any]):
+    with pytest.raises(DataError, match=f"has {len(TEXT)} tokens, but prefix_length is 26") as error:
+        resolve_site_lengths(config(length=26), tiny_backbone("llama"))
+    assert "--prefix-length" in error.value.hint
+    # Bytes bound the tokens, before a tokenizer is loaded.
+    with pytest.raises(DataError, match="has at most 26 tokens, but prefix_length is 27"):
+        check_init_text(config(length=27))
+    check_init_text(config(length=26))
+
+
+def test_a_text_longer_than_the_model_is_refused_but_can_be_cut(tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("gpt2")
+    with pytest.raises(ConfigError, match=f"has 170 tokens, but 'tiny-gpt2' reads at most {MAX_POSITIONS}") as error:
+        build_encoder(config("x" * 170, 5), backbone)
+    assert "--compaction cut" in error.value.hint
+    assert build_encoder(config("x" * 170, 5, compaction="cut"), backbone)[0].bake().prefix_length == 5
+    with pytest.raises(ConfigError, match="reads some of them again behind it") as error:
+        build_encoder(config("x" * MAX_POSITIONS, 5), backbone)
+    assert "--compaction stride" in error.value.hint
+
+
+def test_a_site_without_a_length_of_its_own_is_as_long_as_the_text(tiny_backbone: Callable[..., Any]):
+    lengths = resolve_site_lengths(config(sites="encoder, cross=5"), tiny_backbone("bart"))
+    assert lengths == {"encoder": len(TEXT), "cross": 5}
+
+
+@pytest.mark.parametrize("how", ["cut", "stride"])
+def test_a_prompt_starts_from_the_texts_embeddings(how: str, tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("llama")
+    ids = torch.tensor(backbone.encode(TEXT))
+    kept = torch.arange(4) if how == "cut" else torch.tensor([0, 8, 16, 24])
+    encoder, start = build_encoder(config(length=4, method="prompt", compaction=how), backbone)
+    assert torch.equal(encoder.prompt(), backbone.model.get_input_embeddings()(ids[kept]))
+    assert start.description["compaction"] == how
+    whole, _ = build_encoder(config(method="prompt", compaction=how), backbone)
+    assert whole.bake().prefix_length == len(TEXT)
+
+
+def test_a_prompt_cannot_be_matched():
+    with pytest.raises(ConfigError, match="method is 'prompt', which stores no values to match"):
+        config(length=4, method="prompt")
