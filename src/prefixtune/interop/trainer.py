@@ -1,7 +1,7 @@
 """The model that transformers' `Trainer` and TRL's `SFTTrainer` take to train a prefix.
 
     model = PrefixModel(backbone, TrainConfig(prefix_length=10))
-    arguments = TrainingArguments("runs/trainer", learning_rate=1e-3)
+    arguments = TrainingArguments("runs/trainer", learning_rate=2e-2)
     Trainer(model, arguments, train_dataset=examples, data_collator=model.collator()).train()
     model.save_pretrained("runs/trainer")
 
