@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,9 @@ def starts(backbone: Backbone, path: Path, length: int) -> Mapping[str, tuple[Pr
     made = {}
     for how in ("whole", "cut", "stride", "match"):
         begin = time.perf_counter()
-        options = {"prefix_length": 0} if how == "whole" else {"prefix_length": length, "compaction": how}
+        options: dict[str, Any] = {"prefix_length": 0}
+        if how != "whole":
+            options = {"prefix_length": length, "compaction": how}
         config = TrainConfig(initialization="text", init_text=f"@{path}", **options)
         made[how] = build_encoder(config, backbone)[0].bake(), time.perf_counter() - begin
     return made
@@ -82,15 +85,15 @@ def compare_on_questions(backbone: Backbone, options: argparse.Namespace) -> Non
     for how, (prefix, seconds) in made.items():
         line = f"{how} (P = {prefix.prefix_length}, {seconds:.1f} s): {loss_per_token(backbone, prefix, tests):.3f}"
         if options.steps and how != "whole":
+            settings: dict[str, Any] = {"compaction": how, "prefix_length": options.prefix_length}
             config = TrainConfig(
                 initialization="text",
                 init_text=f"@{options.document}",
-                compaction=how,
-                prefix_length=options.prefix_length,
                 prompt_format=form.prompt,
                 target_format=form.target,
                 max_steps=options.steps,
                 output=str(options.output / how),
+                **settings,
             )
             result = train(config, backbone=backbone, examples=read(options.questions))
             line += f"; after {options.steps} steps {loss_per_token(backbone, result.prefix, tests):.3f}"
@@ -101,7 +104,8 @@ def compare_on_questions(backbone: Backbone, options: argparse.Namespace) -> Non
 def logarithms(backbone: Backbone, prefix: Prefix | None, request: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Log probabilities of every token where the answer's tokens are predicted."""
     logits = backbone.forward(torch.tensor([[*request, *answer]]), prefixes=prefix).logits[0]
-    return logits[len(request) - 1 : -1].float().log_softmax(-1)
+    chosen: Tensor = logits[len(request) - 1 : -1].float().log_softmax(-1)
+    return chosen
 
 
 def compare_on_requests(backbone: Backbone, options: argparse.Namespace) -> None:

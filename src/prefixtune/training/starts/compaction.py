@@ -19,7 +19,7 @@ from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Site
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import KeyValue, Prefix
 
 __all__ = ["evenly_spaced", "match", "take"]
 
@@ -32,6 +32,8 @@ _FEWEST = 8
 """Fewest tokens of a row that are worth reading."""
 _RIDGE = 1e-3
 """How strongly values are held to those of the text, relative to the mean square of the weights on them."""
+_NUMBERS = 2**27
+"""Numbers of the equations of the layers that are solved for at a time: 1 GiB."""
 
 Layer = tuple[Site, int]
 
@@ -88,10 +90,27 @@ def match(backbone: Backbone, whole: Prefix, ids: Sequence[int], lengths: Mappin
             f"compaction 'match' needs to observe attention, which {backbone.name!r} computes by itself.",
             hint="give --compaction stride or cut.",
         )
-    fits = {layer: _Fit(_heaviest(weight[layer], lengths[layer[0]]), text[layer][1]) for layer in text}
-    _observe(backbone, whole, rows, text, lambda layer, scores, values: fits[layer].add(scores, values))
-    made = {layer: (_rows(key, fits[layer].kept).cpu(), fits[layer].solve().cpu()) for layer, (key, _) in text.items()}
+    made: dict[Layer, KeyValue] = {}
+    for group in _groups([(layer, len(text[layer][0]) * lengths[layer[0]] ** 2) for layer in text]):
+        fits = {layer: _Fit(_heaviest(weight[layer], lengths[layer[0]]), text[layer][1]) for layer in group}
+        _observe(backbone, whole, rows, fits, lambda layer, *seen, fits=fits: fits[layer].add(*seen))
+        made |= {layer: (_rows(text[layer][0], fit.kept).cpu(), fit.solve()) for layer, fit in fits.items()}
     return Prefix({site: tuple(made[site, index] for index in range(len(whole.layers[site]))) for site in lengths})
+
+
+def _groups(sizes: Sequence[tuple[Layer, int]]) -> list[list[Layer]]:
+    """Layers whose equations are held at a time: at least one, and not many more than `_NUMBERS` numbers.
+
+    >>> layers = [("decoder", index) for index in range(3)]
+    >>> [len(group) for group in _groups([(layer, _NUMBERS // 2) for layer in layers])]
+    [2, 1]
+    """
+    groups: dict[int, list[Layer]] = {}
+    before = 0
+    for layer, size in sizes:
+        groups.setdefault(before // _NUMBERS, []).append(layer)
+        before += size
+    return list(groups.values())
 
 
 def _heaviest(weight: Float[Tensor, "H T"], length: int) -> Int[Tensor, "H P"]:
@@ -117,8 +136,9 @@ class _Fit:
     def __init__(self, kept: Int[Tensor, "H P"], values: Float[Tensor, "H T Dv"]) -> None:
         (heads, length), (self.tokens, size) = kept.shape, values.shape[1:]
         self.kept, self.start = kept, _rows(values, kept)
-        self.gram = torch.zeros(heads, length, length, dtype=torch.float64, device=kept.device)
-        self.moment = torch.zeros(heads, length, size, dtype=torch.float64, device=kept.device)
+        # Not every accelerator has float64.
+        self.gram = torch.zeros(heads, length, length, dtype=torch.float64)
+        self.moment = torch.zeros(heads, length, size, dtype=torch.float64)
 
     def add(self, scores: Float[Tensor, "H N S"], values: Float[Tensor, "H S Dv"]) -> None:
         """Take in queries: their scores on the text and on what stands behind it."""
@@ -127,17 +147,16 @@ class _Fit:
         total = torch.logaddexp(kept.logsumexp(-1), behind.logsumexp(-1))[..., None]
         weights = (kept - total).exp()
         given = weights @ self.start + (behind - total).exp() @ values[:, self.tokens :]
-        missing = (scores.softmax(-1) @ values - given).double()
-        weights = weights.double()
-        self.gram += weights.mT @ weights
-        self.moment += weights.mT @ missing
+        missing = scores.softmax(-1) @ values - given
+        self.gram += (weights.mT @ weights).cpu()
+        self.moment += (weights.mT @ missing).cpu()
 
     def solve(self) -> Float[Tensor, "H P Dv"]:
-        """The values that fit best: ridge regression, held to the text's own values."""
-        size = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        ridge = _RIDGE * size[:, None, None] * torch.eye(self.gram.shape[-1], dtype=size.dtype, device=size.device)
+        """The values that fit best, on the CPU: ridge regression, held to the text's own values."""
+        size = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
+        ridge = _RIDGE * size[:, None, None] * torch.eye(self.gram.shape[-1], dtype=size.dtype)
         change: Tensor = torch.linalg.solve(self.gram + ridge, self.moment)
-        return self.start + change.float()
+        return self.start.cpu() + change.float()
 
 
 def _rows_to_read(backbone: Backbone, ids: Sequence[int]) -> list[list[int]]:
