@@ -9,12 +9,14 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import hash_tensors
 
-__all__ = ["MAX_PARTS", "content_hash", "describe_parts", "lead_header"]
+__all__ = ["MAX_PARTS", "content_hash", "describe_parts", "lead_header", "same_templates"]
 
 MAX_PARTS = 64
 """Most parts of one prefix, those of its parts included."""
 
 _KEPT = ("task", "description", "license")
+_TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template")
+_LIMITS = ("longest_prompt", "longest_target")
 _LONGEST = 200
 """Characters that are kept of a part's texts."""
 
@@ -47,12 +49,29 @@ def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
         (prefix.header for prefix in order if prefix.header.get("text_format") is not None), order[0].header
     )
     header |= {name: speaking[name] for name in ("task", "text_format") if speaking.get(name) is not None}
+    if "text_format" in header:
+        header["text_format"] = _widen(header["text_format"], prefixes)
     if prefixes[lead].header.get("labels"):
         header["labels"] = prefixes[lead].header["labels"]
     licenses = [prefix.header.get("license") for prefix in prefixes]
     if licenses[0] and all(one == licenses[0] for one in licenses):
         header["license"] = licenses[0]
     return header
+
+
+def same_templates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two text formats write the same text around a source, whatever lengths they were trained with."""
+    return all((one.get(name) or "") == (other.get(name) or "") for name in _TEMPLATES)
+
+
+def _widen(text_format: Mapping[str, Any], prefixes: Sequence[Prefix]) -> dict[str, Any]:
+    """A text format with the longest prompt and target of the parts that write the same text."""
+    formats = [prefix.header.get("text_format") for prefix in prefixes]
+    alike = [one for one in formats if isinstance(one, Mapping) and same_templates(one, text_format)]
+    longest = {
+        name: max(one[name] for one in alike) for name in _LIMITS if all(type(one.get(name)) is int for one in alike)
+    }
+    return {**text_format, **longest}
 
 
 def describe_parts(

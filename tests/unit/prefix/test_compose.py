@@ -86,6 +86,16 @@ def test_the_header_keeps_what_each_part_was() -> None:
     }
 
 
+def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text() -> None:
+    a, b, other = (
+        _prefix(2, seed, text_format={**FORMAT, "longest_prompt": longest, "longest_target": 5, **more})
+        for seed, longest, more in ((1, 30, {}), (2, 20, {}), (3, 90, {"prompt": "Q: {source}"}))
+    )
+    assert concatenate([a, b]).header["text_format"] == {**FORMAT, "longest_prompt": 30, "longest_target": 5}
+    assert concatenate([other, a, b]).header["text_format"]["longest_prompt"] == 30
+    assert concatenate([a, b, other]).header["text_format"] == other.header["text_format"]
+
+
 def test_the_hash_is_of_the_content_alone() -> None:
     assert content_hash(_prefix(3, 1, task="a")) == content_hash(_prefix(3, 1, task="b"))
     assert content_hash(_prefix(3, 1)) != content_hash(_prefix(3, 2))

@@ -148,6 +148,8 @@ def _common_start(console: Console, options: ComposeOptions, prefixes: list[Pref
 
 def _notes(prefixes: list[Prefix], names: tuple[str, ...], rotation: Rotation | None) -> list[str]:
     """What a user should know of the result."""
+    from prefixtune.prefix.composition import same_templates
+
     notes = []
     if rotation is not None and not rotation.is_exact:
         notes.append(
@@ -156,7 +158,7 @@ def _notes(prefixes: list[Prefix], names: tuple[str, ...], rotation: Rotation | 
         )
     formats = [prefix.header.get("text_format") for prefix in prefixes]
     known = [one for one in formats if one is not None]
-    if any(one != known[0] for one in known):
+    if not all(same_templates(one, known[0]) for one in known):
         notes.append(
             "the parts have different text formats; the result has one of them (`prefixtune inspect` shows it)"
         )
