@@ -40,6 +40,7 @@ def explain(
     examples: Sequence[Example] = (),
     *,
     against: Prefix | None = None,
+    train: Sequence[Example] = (),
     limits: Limits | None = None,
     views: Sequence[str] = tuple(TITLES),
     on_part: Callable[[str], None] = lambda name: None,
@@ -51,6 +52,7 @@ def explain(
         prefix: What is explained; checked against the backbone before.
         examples: Rows that it is run on; empty: views that need any are left out, by name.
         against: A prefix of another task on the same backbone, as a control.
+        train: All examples that it was trained on, in order: a start from some of them is computed again.
         limits: How much is computed; None: the default.
         views: Their names, of `TITLES`.
         on_part: Called with a view's name as it begins, and after each part of it.
@@ -67,7 +69,7 @@ def explain(
         whole,
         examples,
         make_controls(whole, against, limits.seed),
-        find_start(backbone, whole),
+        find_start(backbone, whole, train),
         limits,
         lambda: on_part(current[0]),
     )

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import encode_prompts, format_of
+from prefixtune.data.examples import Example
+from prefixtune.data.labels import labels_of, with_label_words
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.starts.examples import from_examples
 from prefixtune.training.starts.words import from_words
 
 __all__ = ["find_start"]
 
 
-def find_start(backbone: Backbone, prefix: Prefix) -> tuple[Prefix | None, str]:
+def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()) -> tuple[Prefix | None, str]:
     """The prefix before its first step, and what it was; None where it cannot be computed again, and why.
+
+    Args:
+        backbone: Of the prefix.
+        prefix: With its header.
+        train: The examples that it was trained on, for a start from some of them; empty: not known.
 
     Raises:
         ConfigError: The words in the header have no token.
@@ -25,8 +37,45 @@ def find_start(backbone: Backbone, prefix: Prefix) -> tuple[Prefix | None, str]:
         return None, "a prompt at the input layer starts from embeddings, which are no keys and values."
     if kind == "words" and isinstance(text, str):
         lengths = {site: prefix.length(site) for site in prefix.sites}
-        start = from_words(backbone, text, lengths).to(torch.float32, "cpu")
-        return Prefix(start.layers, prefix.header, prefix.head), f"the words {text!r}"
+        return _like(prefix, from_words(backbone, text, lengths)), f"the words {text!r}"
+    if kind == "examples":
+        return _find_examples(backbone, prefix, stored, train)
     if kind == "random":
         return None, "training started from random numbers, which the file does not hold."
     return None, f"training started from {kind!r}, whose keys and values the file does not hold."
+
+
+def _like(prefix: Prefix, start: Prefix) -> Prefix:
+    """The start with the prefix's header and head, in float32 on the CPU."""
+    return Prefix(start.to(torch.float32, "cpu").layers, prefix.header, prefix.head)
+
+
+def _find_examples(
+    backbone: Backbone, prefix: Prefix, stored: Mapping[str, Any], train: Sequence[Example]
+) -> tuple[Prefix | None, str]:
+    """The start from solved examples, which the header names by index, where these are the examples that it means."""
+    if not train:
+        return None, "training started from some of its examples, which the file does not hold; give them: --train."
+    if backbone.kind == "encoder-decoder" and "decoder" in prefix.sites:
+        return None, "an encoder-decoder's decoder started from words that the file does not hold."
+    indices, tokens = stored.get("examples"), stored.get("tokens")
+    other = "training started from examples that are not those of --train (in number, order or length)."
+    if not isinstance(indices, list) or not all(type(index) is int and 0 <= index < len(train) for index in indices):
+        return None, other
+    chosen = [train[index] for index in indices]
+    labels, text_format = labels_of(prefix), format_of(backbone, prefix)
+    if labels is not None and labels.by == "words":
+        chosen = with_label_words(chosen, labels)
+    if not chosen or not all(example.targets for example in chosen):
+        return None, other
+    prompts = encode_prompts(backbone, text_format, [example.source for example in chosen])
+    targets = backbone.encode_targets([text_format.format_target(example.targets[0]) for example in chosen])
+    rows = [(*prompt, *target) for prompt, target in zip(prompts, targets, strict=True)]
+    alone, lengths = stored.get("attention") == "own", stored.get("lengths")
+    if [len(row) for row in rows] != tokens or not isinstance(lengths, list):
+        return None, other
+    start = from_examples(backbone, rows, alone=alone, lengths=lengths if alone else None)
+    if any(start.length(site) != prefix.length(site) for site in prefix.sites):
+        return None, "the prefix was cut or joined after training: its length is no longer that of its start."
+    layers = {site: start.layers[site] for site in prefix.sites}
+    return _like(prefix, Prefix(layers)), f"the training examples {', '.join(map(str, indices))}"

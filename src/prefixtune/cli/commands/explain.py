@@ -37,6 +37,11 @@ class ExplainOptions(BackboneOptions, OutputOptions):
     against: str = Field(
         "", description="a prefix of another task, to compare with", json_schema_extra={"metavar": "FILE"}
     )
+    train: str = Field(
+        "",
+        description="the training data of a prefix that started from some of its examples, to compute that start again",
+        json_schema_extra={"metavar": "PATH"},
+    )
     output: str = Field("explain.html", description="the page", json_schema_extra={"metavar": "FILE"})
     figures: str = Field(
         "",
@@ -74,7 +79,7 @@ class ExplainOptions(BackboneOptions, OutputOptions):
                 hint = did_you_mean(name, TITLES).removesuffix(".")
                 yield ("views",), f"--views has {name!r}, which is no view ({hint})"
         for name in ("task", "split", "source", "target"):
-            if getattr(self, name) and not self.data:
+            if getattr(self, name) and not (self.data or self.train):
                 yield (name,), f"--{name} says how --data is read: give --data PATH too"
 
 
@@ -101,9 +106,10 @@ def explain(options: ExplainOptions) -> int:
         with writable_folder(Path(options.figures), Path(options.figures)):
             pass
     examples: list[Example] = []
+    train: list[Example] = []
     files = [options.prefix, *([options.against] if options.against else [])]
     backbone, prefixes = load_with_prefixes(
-        console, options, files, check=lambda read: examples.extend(_read_data(options, read))
+        console, options, files, check=lambda read: _read_all(options, read, examples, train)
     )
     limits = Limits(
         rows=options.rows,
@@ -117,7 +123,7 @@ def explain(options: ExplainOptions) -> int:
     views: list[View] = []
     stopped = False
     try:
-        _make_views(console, names, views, backbone, prefixes, examples, limits)
+        _make_views(console, names, views, backbone, prefixes, {"examples": examples, "train": train}, limits)
     except KeyboardInterrupt:
         stopped = True
     figures = _write(options, page, views, prefixes[0], backbone.name, len(examples[: options.rows])) if views else []
@@ -133,17 +139,32 @@ def explain(options: ExplainOptions) -> int:
     return 0
 
 
-def _read_data(options: ExplainOptions, prefixes: Sequence[Prefix]) -> list[Example]:
-    """The first rows of --data, read as the prefix's task.
+def _read_all(
+    options: ExplainOptions, prefixes: Sequence[Prefix], examples: list[Example], train: list[Example]
+) -> None:
+    """Add the first rows of --data to `examples`, and all of --train to `train`.
 
     Raises:
-        PrefixError: The file cannot be read, or no example has a target.
+        PrefixError: A file cannot be read, or no example has a target.
+    """
+    if options.data:
+        kept = [e for e in _read_data(options, options.data, options.split, prefixes) if e.targets][: options.rows]
+        if not kept:
+            raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
+        examples += kept
+    if options.train:
+        train += _read_data(options, options.train, "train" if Path(options.train).is_dir() else "", prefixes)
+
+
+def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequence[Prefix]) -> list[Example]:
+    """The examples of a file, read as the prefix's task.
+
+    Raises:
+        PrefixError: It cannot be read.
     """
     from prefixtune.data import TASKS, read_task
     from prefixtune.prefix.text_format import read_text_format
 
-    if not options.data:
-        return []
     header = prefixes[0].header
     name = options.task or str(header.get("task") or "records")
     if name not in TASKS:
@@ -155,11 +176,7 @@ def _read_data(options: ExplainOptions, prefixes: Sequence[Prefix]) -> list[Exam
             "source": options.source or trained.source or None,
             "target": options.target or trained.target_template or None,
         }
-    examples = read_task(name, options.data, split=options.split or None, **columns)
-    kept = [example for example in examples if example.targets][: options.rows]
-    if not kept:
-        raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
-    return kept
+    return list(read_task(name, path, split=split or None, **columns))
 
 
 def _make_views(
@@ -168,7 +185,7 @@ def _make_views(
     views: list[View],
     backbone: Any,
     prefixes: Sequence[Prefix],
-    examples: Sequence[Example],
+    data: dict[str, list[Example]],
     limits: Any,
 ) -> None:
     """Add each view to `views` as it is done."""
@@ -185,7 +202,7 @@ def _make_views(
             bar.update(len(views), view=TITLES[name].lower(), parts=parts)
 
         for view in explain_prefix(
-            backbone, prefixes[0], examples, against=against, limits=limits, views=names, on_part=on_part
+            backbone, prefixes[0], **data, against=against, limits=limits, views=names, on_part=on_part
         ):
             views.append(view)
             bar.update(len(views))

@@ -1,0 +1,72 @@
+"""The start of a prefix computed again: what a run of hardly any steps is at, and why a start is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+from prefixtune.explain.likeness import start_view
+from prefixtune.explain.start import find_start
+from prefixtune.prefix.prefix import Prefix
+
+EXAMPLES = [
+    pt.Example(f"n : {letter * count}", (f"{letter} it is.",)) for count, letter in enumerate("abcdef", start=1)
+]
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def trained(backbone: Any, tmp_path: Path) -> Callable[..., Prefix]:
+    """A function: `trained(**fields)` trains one step so small that the prefix stays where it began."""
+
+    def run(**fields: Any) -> Prefix:
+        config = pt.TrainConfig(max_steps=1, batch_size=2, learning_rate=1e-9, output=str(tmp_path / "run"), **fields)
+        prefix: Prefix = pt.train(config, backbone=backbone, examples=EXAMPLES).prefix
+        return prefix
+
+    return run
+
+
+@pytest.mark.parametrize("attention", ["own", "all"])
+def test_a_start_from_examples_needs_the_training_data(
+    attention: str, backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]
+) -> None:
+    prefix = trained(init_examples=2, example_attention=attention)
+    start, note = find_start(backbone, prefix, EXAMPLES)
+    assert start is not None
+    assert_same(start.tensors(), prefix.tensors(), tolerance=1e-4)
+    first, second = prefix.header["initialization"]["examples"]
+    assert note == f"the training examples {first}, {second}"
+    assert find_start(backbone, prefix)[0] is None
+    assert "--train" in find_start(backbone, prefix)[1]
+    assert "not those of --train" in find_start(backbone, prefix, EXAMPLES[::-1])[1]
+    assert "not those of --train" in find_start(backbone, prefix, EXAMPLES[:1])[1]
+    assert "no longer that of its start" in find_start(backbone, prefix[:3], EXAMPLES)[1]
+
+
+def test_a_start_from_words(backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]) -> None:
+    prefix = trained(prefix_length=3, init_text="some words")
+    start, note = find_start(backbone, prefix)
+    assert note == "the words 'some words'"
+    assert start is not None
+    assert_same(start.tensors(), prefix.tensors(), tolerance=1e-4)
+
+
+def test_other_starts_are_not_known(backbone: Any, trained: Callable[..., Prefix], random_prefix: Any) -> None:
+    assert "random numbers" in find_start(backbone, trained(initialization="random", prefix_length=3))[1]
+    assert "does not say" in find_start(backbone, random_prefix(backbone, 2))[1]
+    hostile = {"initialization": {"kind": "examples", "examples": ["x", -1], "tokens": 3, "lengths": None}}
+    assert "not those" in find_start(backbone, Prefix(random_prefix(backbone, 2).layers, hostile), EXAMPLES)[1]
+
+
+def test_the_view_says_why(backbone: Any, make: Callable[..., Any]) -> None:
+    view = start_view(make(backbone, header={"initialization": {"kind": "prefix", "file": "p.safetensors"}}))
+    assert "started from 'prefix'" in view.left_out
