@@ -150,6 +150,21 @@ def test_frequencies_are_the_models_own(backbone: Callable[..., Backbone]) -> No
     assert interleaved.second == (1, 3)
 
 
+def test_in_bfloat16_the_models_own_frequencies_are_found_behind_large_biases(tiny_tokenizer: Any) -> None:
+    model = make_model("qwen2", tiny_tokenizer, max_position_embeddings=2048)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.mul_(300)
+    made = Backbone.from_model(model.to(torch.bfloat16), tiny_tokenizer, "tiny-qwen2")
+    (turn,) = set(made.rotation.layers["decoder"])
+    assert turn is not None
+    assert turn.first == (0, 1, 2, 3)
+    assert turn.second == (4, 5, 6, 7)
+    own = model.model.rotary_emb.inv_freq.double()
+    # Over a thousand positions, the angle is wrong by no more than a bfloat16 rounds.
+    assert float((torch.tensor(turn.frequencies).double() - own).abs().max()) * 1000 < 2**-8
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_bigcode", "biogpt", "ctrl"])
 def test_positions_added_to_the_input_cannot_be_moved_on(backbone: Callable[..., Backbone], name: str) -> None:
     made, ids = backbone(name), _ids(9, seed=1)
@@ -179,6 +194,14 @@ def test_frequencies_that_depend_on_the_length_are_refused(backbone: Callable[..
     made = backbone("llama", rope_parameters=settings)
     with pytest.raises(BackboneError, match=f"rope_type '{kind}'"):
         _ = made.rotation
+    # Its prefixes are still trained and stored: they are used alone.
+    assert "rotation" not in make_header(made)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "falcon-alibi"])
+def test_models_with_alibi_are_no_backbones(backbone: Callable[..., Backbone], name: str) -> None:
+    with pytest.raises(BackboneError, match="attend through transformers' registry"):
+        backbone(name)
 
 
 def test_attention_that_depends_on_absolute_positions_is_refused(backbone: Callable[..., Backbone]) -> None:

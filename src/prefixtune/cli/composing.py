@@ -88,17 +88,28 @@ def save_composed(path: Path, prefix: Prefix) -> int:
 
 def part_rows(parts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of a table of a composed prefix's parts."""
+    from prefixtune.prefix.composition import MAX_PARTS
+
     weighted = any("weight" in part for part in parts)
     columns = ["part", "length", *(["weight"] if weighted else []), "task", "dev loss", "hash"]
     rows = []
-    for part in parts:
+    for part in parts[:MAX_PARTS]:
         lengths = part.get("prefix_length")
         spelled = ", ".join(f"{site} {n}" for site, n in lengths.items()) if isinstance(lengths, Mapping) else "?"
         loss = part.get("dev_loss")
         rows.append(
-            [str(part.get("name", "?")), spelled.removeprefix("decoder ")]
-            + ([str(part.get("weight", ""))] if weighted else [])
-            + [str(part.get("task", "")), f"{loss:.4g}" if isinstance(loss, int | float) else ""]
+            [_shown(part.get("name", "?")), _shown(spelled.removeprefix("decoder "))]
+            + ([_shown(part.get("weight", ""))] if weighted else [])
+            + [
+                _shown(part.get("task", "")),
+                f"{loss:.4g}" if isinstance(loss, float) else "" if loss is None else _shown(loss),
+            ]
             + [str(part.get("hash", ""))[:19]]
         )
     return columns, rows
+
+
+def _shown(value: object) -> str:
+    """A text of a header, which may come from anybody, for a cell of a table."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
