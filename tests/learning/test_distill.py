@@ -143,6 +143,23 @@ def test_a_folder_gives_a_memory_per_document(
         torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_a_document_longer_than_the_window_is_read_in_pieces(
+    tiny_backbone: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("llama", max_position_embeddings=256)
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(f"The Owl {number} goes to Ashby from platform {number}." for number in range(20)))
+    own = {**options, "document": str(path), "questions": "self", "num_questions": 20, "test": ""}
+    (result,) = quiet(backbone, **{**own, "kinds": ("list", "continuation"), "initialization": "text"})
+    assert result.report["pieces_in_view"] > 3
+    assert result.report["held_out"]["in_view"]["kl"] < 1e-3
+    rows = [json.loads(line) for line in (result.path.parent / "questions.jsonl").read_text().splitlines()]
+    assert len({row["chunk"] for row in rows}) > 2
+    start = (result.path.parent / "start.txt").read_text()
+    assert len(start) <= 256
+    assert start.startswith("The Owl 0 goes")
+
+
 def test_a_prompt(backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north, in small letters.")
     inputs = write_rows("inputs.jsonl", ({"question": f"Owl {number}"} for number in range(8)))

@@ -43,8 +43,8 @@ from prefixtune.utils.files import write_text
 
 __all__ = ["Lesson", "label_data", "prepare", "report"]
 
-TEACHER_FILE = "teacher.json"
-"""How well the teacher reads, in a run's folder."""
+TEACHER_FILE, START_FILE = "teacher.json", "start.txt"
+"""In a run's folder: how well the teacher reads; what the start of a document that is too long is made from."""
 _HELD_OUT = 10
 """Every tenth question that is made here is held out for the report."""
 _MOST_BYTES = 4 * 2**30
@@ -119,11 +119,14 @@ def prepare(
     Raises:
         DataError: No question could be made, or the teacher answers none.
     """
-    run = config.run_config(
-        str(job.output), text_file=job.text_file, prompt_format=wording.prompt, target_format=wording.target
-    )
     soft = config.subject != "document" or not job.answered
     chunks = split_document(student, job.text, _chunk_length(config, job, student, wording)) if job.text else []
+    run = config.run_config(
+        str(job.output),
+        text_file=_start_file(config, job, student, chunks),
+        prompt_format=wording.prompt,
+        target_format=wording.target,
+    )
     test = _with_chunks(job.test, chunks)
     if not soft:
         return Lesson(job, run, wording, False, tuple(chunks), job.questions, tuple(test), ())
@@ -171,6 +174,18 @@ def _chunk_length(config: DistillConfig, job: Job, student: Backbone, wording: W
             hint="divide it: a folder of documents gives a memory of each.",
         )
     return min(config.chunk_length or room, room) if config.subject == "document" else room
+
+
+def _start_file(config: DistillConfig, job: Job, student: Backbone, chunks: Sequence[str]) -> str:
+    """The file of the text to start from: of a document that is longer than the window, an excerpt of every piece."""
+    positions = student.max_positions
+    if config.initialization != "text" or positions is None or len(student.encode(job.text)) <= positions:
+        return job.text_file
+    share = max(positions // len(chunks) - 2, 1)
+    excerpt = [split_document(student, chunk, share)[0] for chunk in chunks]
+    path = job.output / START_FILE
+    write_text(path, "\n".join(excerpt))
+    return str(path)
 
 
 def _with_chunks(questions: Sequence[Question], chunks: Sequence[str]) -> list[Question]:
