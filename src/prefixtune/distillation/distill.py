@@ -124,10 +124,14 @@ def distill(
         with claim_folder(job.output):
             lessons.append(prepare(config, job, student, teachers.load, wording, console))
     results = _train(config, lessons, student, teachers, console, on_event, resume=resume)
-    return [
+    finished = [
         _finish(config, lesson, student, result, console, seconds)
         for lesson, (result, seconds) in zip(lessons, results, strict=True)
     ]
+    if resume:
+        # A later `resume` without options goes on as this one did.
+        write_text(root / CONFIG_FILE, config.to_toml())
+    return finished
 
 
 def _load(config: DistillConfig, console: Console) -> Backbone:
