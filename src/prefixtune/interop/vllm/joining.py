@@ -83,7 +83,7 @@ def _rotation_of(prefixes: Sequence[Prefix], names: Sequence[str]) -> Rotation:
         raise CheckpointError(
             "no file of them says how the model's keys turn with position (older versions of prefixtune did not store "
             "their `rotation`).",
-            hint=f"compose it first: prefixtune compose {files} --output {'-'.join(names)}.safetensors",
+            hint=f"compose it first: `prefixtune compose {files} --output {'-'.join(names)}.safetensors`.",
         )
     return rotation
 
