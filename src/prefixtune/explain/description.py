@@ -13,7 +13,7 @@ from typing import Any
 from prefixtune.errors import PrefixError
 from prefixtune.explain.losses import rows_of
 from prefixtune.explain.subject import Subject, tokenize
-from prefixtune.explain.view import View
+from prefixtune.explain.view import OUT_OF_TIME, View
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -60,6 +60,8 @@ def description_view(subject: Subject) -> View:
     texts: dict[str, dict[str, str]] = {}
     for name in subject.timed(list(spoken)):
         texts[name] = _describe(subject, asked, spoken[name])
+    if "prefix" not in texts:
+        return View("description", left_out=OUT_OF_TIME)
     numbers: dict[str, Any] = {"questions": asked}
     notes = []
     if subject.tokenized:
@@ -67,10 +69,9 @@ def description_view(subject: Subject) -> View:
     else:
         notes.append("There is no data (--data): how faithful the descriptions are is not known.")
         numbers["descriptions"] = {name: {q: {"text": text} for q, text in by.items()} for name, by in texts.items()}
-    if "prefix" in texts:
-        own = numbers["descriptions"]["prefix"]
-        best = max(own, key=lambda question: _order(own[question].get("faithfulness")))
-        numbers["best"] = {"question": best, **own[best]}
+    own = numbers["descriptions"]["prefix"]
+    best = max(own, key=lambda question: _order(own[question].get("faithfulness")))
+    numbers["best"] = {"question": best, **own[best]}
     return View("description", numbers, tuple(notes))
 
 

@@ -18,7 +18,7 @@ from prefixtune.explain.likeness import likeness_view, start_view
 from prefixtune.explain.nearest import nearest_view
 from prefixtune.explain.start import find_start
 from prefixtune.explain.subject import Limits, Subject, make_subject
-from prefixtune.explain.view import TITLES, View
+from prefixtune.explain.view import OUT_OF_TIME, TITLES, View
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["explain", "make_controls", "summarize"]
@@ -77,7 +77,7 @@ def explain(
         current[0] = name
         on_part(name)
         if subject.out_of_time():
-            yield View(name, left_out="the time was over before it began (--minutes).")
+            yield View(name, left_out=OUT_OF_TIME)
             continue
         try:
             yield _MAKERS[name](subject)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["SHOWS", "TITLES", "View"]
+__all__ = ["OUT_OF_TIME", "SHOWS", "TITLES", "View"]
 
 
 TITLES = {
@@ -33,6 +33,8 @@ SHOWS = {
     "start": "It shows how far training moved the numbers, not which of the moves matter; compare the losses.",
 }
 """What each view can and cannot show."""
+
+OUT_OF_TIME = "the time was over before it began (--minutes)."
 
 
 @dataclass(frozen=True)

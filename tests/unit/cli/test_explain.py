@@ -99,5 +99,5 @@ def test_a_stopped_run_keeps_the_views_that_are_done(
     monkeypatch.setattr("prefixtune.explain.explain.explain", stopped)
     page = tmp_path / "page.html"
     assert main(["explain", str(folder / "a.safetensors"), "--output", str(page), "--device", "cpu"]) == 130
-    assert f"1 views are done: {page}" in capsys.readouterr().err
+    assert f"1 of 6 views are done: {page}." in capsys.readouterr().err
     assert "What is left of the start is left out" in page.read_text()

@@ -128,7 +128,8 @@ def explain(options: ExplainOptions) -> int:
         stopped = True
     figures = _write(options, page, views, prefixes[0], backbone.name, len(examples[: options.rows])) if views else []
     if stopped:
-        raise KeyboardInterrupt(f"{len(views)} views are done: {page}" if views else "no view was done.")
+        done = f"{len(views)} of {len(names)} views are done: {page}." if views else "no view was done."
+        raise KeyboardInterrupt(done)
     if options.as_json:
         print_json({**summarize(prefixes[0], backbone, views), "page": str(page), "figures": figures})
     else:

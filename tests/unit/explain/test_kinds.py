@@ -1,0 +1,85 @@
+"""Every kind of model and prefix gets every view, or the reason why not; what is found fits page, lines and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import prefixtune as pt
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.explain.ablation import loss_view
+from prefixtune.explain.attention import attention_view
+from prefixtune.explain.description import description_view
+from prefixtune.explain.explain import explain, summarize
+from prefixtune.explain.nearest import nearest_view
+from prefixtune.explain.page import compose
+from prefixtune.explain.subject import Limits
+from prefixtune.explain.text import lines
+from prefixtune.explain.view import View
+from prefixtune.pages.page import to_html
+from prefixtune.prefix.prefix import Head, Prefix
+from zoo import make_model
+
+WORDS = {"initialization": {"kind": "words", "text": "some words"}}
+HEAD = {"labels": {"kind": "classification", "by": "head", "names": ["x", "y"], "words": []}}
+LABEL_WORDS = {"labels": {"kind": "classification", "by": "words", "names": ["x", "y"], "words": ["yes", "no"]}}
+
+
+def shown(views: list[View]) -> None:
+    for view in views:
+        assert lines(view)
+        json.dumps(view.to_dict(), allow_nan=False)
+    page = to_html(compose(views, [("prefix", "p")], "Page"))
+    assert all(f">{view.title}" in page for view in views if not view.left_out and "'" not in view.title)
+
+
+@pytest.mark.parametrize(
+    ("family", "header", "left_out"),
+    [
+        ("bart", WORDS, {}),
+        ("t5", WORDS, {}),
+        ("gpt2", {**WORDS, "placement": "infix"}, {}),
+        ("llama", {**WORDS, **LABEL_WORDS}, {}),
+        ("jamba", WORDS, {}),  # takes padded rows only
+        ("gemma3n_text", WORDS, {}),  # layers that share keys and values
+        ("bert", {**WORDS, **HEAD}, {"description": "trained head"}),
+        ("deberta-v2", {**WORDS, **HEAD}, {"description": "trained head", "attention": "computes its weights itself"}),
+    ],
+    ids=["bart", "t5", "infix", "words", "padded", "shared", "head", "disentangled"],
+)
+def test_kinds(
+    family: str,
+    header: dict[str, Any],
+    left_out: dict[str, str],
+    tiny_tokenizer: Any,
+    enclosing_tokenizer: Any,
+    random_prefix: Callable[..., Any],
+) -> None:
+    labelled, has_head = "labels" in header, header.get("labels", {}).get("by") == "head"
+    tokenizer = enclosing_tokenizer if has_head else tiny_tokenizer
+    backbone = Backbone.from_model(make_model(family, tokenizer, 0), tokenizer, f"tiny-{family}")
+    head = Head(torch.randn(2, backbone.hidden_size), torch.zeros(2)) if has_head else None
+    prefix = Prefix(random_prefix(backbone, 3).detach().layers, header, head)
+    examples = [pt.Example(f"n : {c}", ("xy"[i % 2] if labelled else f"{c}{c} it is.",)) for i, c in enumerate("abcd")]
+    views = list(explain(backbone, prefix, examples, limits=Limits(parts=3)))
+    assert {view.name for view in views if view.left_out} == set(left_out)
+    for view in views:
+        assert left_out.get(view.name, "") in view.left_out
+    loss = next(view for view in views if view.name == "loss").numbers
+    assert len(loss["positions"]) == 3
+    assert all(part["change"] != 0 for part in loss["positions"])
+    shown(views)
+    assert json.dumps(summarize(prefix, backbone, views), allow_nan=False)
+
+
+def test_views_that_ran_out_of_time_are_shown(make: Callable[..., Any]) -> None:
+    subject = dataclasses.replace(make("llama", seconds=1e-9))
+    shown([view(subject) for view in (attention_view, loss_view, nearest_view, description_view)])
+    late = list(explain(subject.backbone, subject.prefix, subject.examples, limits=subject.limits))
+    assert all("the time was over" in view.left_out for view in late)
+    shown(late)
