@@ -1,7 +1,7 @@
 """What is left of a text in P positions: cut, every nth position, or matched; before training and after some steps.
 
-    python bench/training/text_start.py --document DOCUMENT --questions train.jsonl --test test.jsonl
-    python bench/training/text_start.py --prompt bench/training/system_prompt.txt --prefix-length 32
+    python -m bench.training.text_start --document DOCUMENT --questions train.jsonl --test test.jsonl
+    python -m bench.training.text_start --prompt bench/training/system_prompt.txt --prefix-length 32
 
 With a document: the loss per token of the answers to `--test`, behind the bare model, the whole text and each start.
 With a prompt: the KL divergence per token from the model that has the whole prompt in view, over its own answers to
