@@ -331,7 +331,8 @@ def _open_runs(
         ]
         for config, (_, dev), given in zip(configs, examples, inputs, strict=True):
             if does_hold_out(config, given[1]):
-                console.info(f"{len(dev)} sources are held out of training to choose the best prefix by (hold_out)")
+                sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
+                console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
         if backbone is None:
             console.info(f"loading {configs[0].backbone} ...")
         loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
