@@ -16,6 +16,7 @@ from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.starts.words import from_words
 
 
 @pytest.fixture
@@ -93,20 +94,54 @@ def test_modes_with_numbers(folder: Path) -> None:
         assert all(torch.allclose(weights[0] * a + weights[1] * b, c, atol=1e-6) for a, b, c in tensors)
 
 
-def test_an_older_files_backbone_is_run(
-    folder: Path, tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def loaded(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backbones that were loaded; each is the tiny LLaMA."""
     import prefixtune.backbone.load as loading
 
-    loaded = []
+    names: list[str] = []
 
     def load(name: str, **options: Any) -> Any:
-        loaded.append(name)
+        names.append(name)
         return tiny_backbone("llama")
 
     monkeypatch.setattr(loading, "load_backbone", load)
     monkeypatch.setattr(loading, "check_loadable", lambda *_, **__: None)
     monkeypatch.setattr(loading, "check_size", lambda *_, **__: None)
+    return names
+
+
+def test_words_that_both_started_from_are_run_again(
+    folder: Path, loaded: list[str], tiny_backbone: Callable[..., Any]
+) -> None:
+    manual, mood = read_artifact("manual.safetensors"), read_artifact("mood.safetensors")
+    for name, prefix in (("a", manual), ("b", mood)):
+        began = {"kind": "words", "text": "table to text"}
+        save_prefix(f"{name}.safetensors", Prefix(prefix.layers, {**prefix.header, "initialization": began}))
+    assert (
+        main(
+            [
+                "compose",
+                "a.safetensors",
+                "b.safetensors",
+                "--mode",
+                "difference",
+                "--weights",
+                "0.5",
+                "--output",
+                "d.safetensors",
+            ]
+        )
+        == 0
+    )
+    assert loaded == ["tiny-llama"]
+    words = from_words(tiny_backbone("llama"), "table to text", 4)
+    result = read_artifact("d.safetensors")
+    for a, b, s, d in zip(manual.tensors(), mood.tensors(), words.tensors(), result.tensors(), strict=True):
+        assert torch.allclose(d, a - 0.5 * (b - s), atol=1e-5)
+
+
+def test_an_older_files_backbone_is_run(folder: Path, loaded: list[str]) -> None:
     assert main(["compose", "old.safetensors", "old.safetensors", "--output", "both.safetensors"]) == 0
     assert main(["compose", "manual.safetensors", "old.safetensors", "--output", "known.safetensors"]) == 0
     assert loaded == ["tiny-llama"]
