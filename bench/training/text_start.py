@@ -3,7 +3,7 @@
     python -m bench.training.text_start --document DOCUMENT --questions train.jsonl --test test.jsonl
     python -m bench.training.text_start --prompt bench/training/system_prompt.txt --prefix-length 32
 
-With a document: the loss per token of the answers to `--test`, behind the bare model, the whole text and each start.
+With a document: the loss per token of the answers to `--test`, without the end token, behind the bare model, the whole text and each start.
 With a prompt: the KL divergence per token from the model that has the whole prompt in view, over its own answers to
 some requests, and the share of the bare model's divergence that a start removes.
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,15 @@ def read(path: Path) -> list[Example]:
     return [Example(f"Question: {row['question']}\nAnswer:", (f" {row['answer']}\n",)) for row in rows]
 
 
+def answers_alone(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+    """Without the end token: a text in view does not make a model stop after an answer, only training does."""
+    return [replace(example, targets=tuple(target[:-1] for target in example.targets)) for example in examples]
+
+
 def compare_on_questions(backbone: Backbone, options: argparse.Namespace) -> None:
     """The table of a document."""
     form = TextFormat("{source}", "{target}")
-    tests = encode_examples(backbone, read(options.test), form, prefix_length=options.prefix_length).examples
+    tests = answers_alone(encode_examples(backbone, read(options.test), form, prefix_length=0).examples)
     made = starts(backbone, options.document, options.prefix_length)
     print(f"bare model: {loss_per_token(backbone, None, tests):.3f}")
     for how, (prefix, seconds) in made.items():
