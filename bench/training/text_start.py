@@ -3,7 +3,8 @@
     python -m bench.training.text_start --document DOCUMENT --questions train.jsonl --test test.jsonl
     python -m bench.training.text_start --prompt bench/training/system_prompt.txt --prefix-length 32
 
-With a document: the loss per token of the answers to `--test`, without the end token, behind the bare model, the whole text and each start.
+With a document: the loss per token of the answers to `--test`, without the end token, behind the bare model, the whole
+text and each start.
 With a prompt: the KL divergence per token from the model that has the whole prompt in view, over its own answers to
 some requests, and the share of the bare model's divergence that a start removes.
 """
