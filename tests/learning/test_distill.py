@@ -143,6 +143,23 @@ def test_a_folder_gives_a_memory_per_document(
         torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_memories_train_beside_each_other(
+    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    for name, rows in (("owl", ROWS[::2]), ("fox", ROWS[1::2])):
+        path = tmp_path / "docs" / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(DOCUMENT)
+        write_rows(f"questions/{name}.jsonl", ({"question": row["question"]} for row in rows))
+    own = {**options, "document": str(tmp_path / "docs"), "questions": str(tmp_path / "questions"), "test": ""}
+    beside = quiet(backbone, **own, beside="self", beside_rate=1.0)
+    alone = quiet(backbone, **{**own, "output": str(tmp_path / "alone")})
+    for one, other in zip(beside, alone, strict=True):
+        assert one.report["labels"] == "the teacher's 20 likeliest tokens"
+        tensors = zip(one.prefix.stored_tensors(), other.prefix.stored_tensors(), strict=True)
+        assert any(not torch.allclose(tensor, wanted, atol=1e-4) for tensor, wanted in tensors)
+
+
 def test_a_document_longer_than_the_window_is_read_in_pieces(
     tiny_backbone: Callable[..., Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
