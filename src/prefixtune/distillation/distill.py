@@ -215,7 +215,7 @@ def _train(
         return labelled
 
     size = len(lessons) if config.beside == "self" else _TOGETHER
-    together = student.layout.packable and len(lessons) > 1
+    together = student.layout.packable and len(lessons) > 1 and not config.adapter
     for first in range(0, len(lessons), size if together else 1):
         group = lessons[first : first + (size if together else 1)]
         examples = [

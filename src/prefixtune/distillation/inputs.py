@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefixtune.backbone.load import check_loadable
 from prefixtune.data.files import read_text
 from prefixtune.data.registry import read_task
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.documents import Question, find_documents, questions_file, read_document, read_questions
 from prefixtune.distillation.teacher import check_teacher
 from prefixtune.errors import CheckpointError, ConfigError, DataError, check_all
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.beside import SELF as ALL_OTHERS
+from prefixtune.training.checks import early_checks
+from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import check_unused
 from prefixtune.utils.files import write_text
 
@@ -58,24 +59,22 @@ def read_jobs(config: DistillConfig, *, resume: bool, loads_backbone: bool) -> l
         PrefixError: The only mistake; of several, a `ConfigError` that lists them.
     """
     jobs: list[Job] = []
-    checks: list[Callable[[], object]] = [
-        partial(_check_output, config, resume),
-        partial(_read, config, jobs),
-        partial(check_teacher, config),
-        lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}"),
-    ]
-    if loads_backbone:
-        checks.append(
-            partial(
-                check_loadable,
-                config.backbone,
-                dtype=config.dtype,
-                device=config.device,
-                quantize=config.quantize,
-                adapter=config.adapter or None,
-            )
+    # The text to start from is read with the documents.
+    run = config.replace(initialization="words") if config.initialization == "text" else config
+    check_all(
+        [
+            partial(_check_output, config, resume),
+            partial(_read, config, jobs),
+            partial(check_teacher, config),
+            *early_checks(run, SINGLE_PROCESS, has_dev=False, loads_backbone=loads_backbone, together=True),
+        ]
+    )
+    if config.beside == ALL_OTHERS and (len(jobs) == 1 or config.adapter):
+        why = "an adapter is loaded" if config.adapter else "there is only one document"
+        raise ConfigError(
+            f"beside is 'self', the other documents of this run, but {why}.",
+            hint="name a folder of several documents, or a folder of prefixes as --beside.",
         )
-    check_all(checks)
     return jobs
 
 
