@@ -22,6 +22,7 @@ from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.encoder import REPARAMETERIZATIONS
 from prefixtune.prefix.prefix import flatten
 from prefixtune.training.checkpoint import load_state, save_state
@@ -505,7 +506,7 @@ def test_a_run_may_start_from_another_prefix(
     for kind in ("none", "residual"):
         encoder, found = build_encoder(config.replace(reparameterization=kind), backbone)
         assert encoder.bake().equal(start)
-        assert found.description == {"kind": "prefix", "file": "start.safetensors"}
+        assert found.description == {"kind": "prefix", "file": "start.safetensors", "hash": content_hash(start)}
     with pytest.raises(ConfigError, match="has length 4, but prefix_length is 3"):
         build_encoder(config.replace(prefix_length=3), backbone)
 
