@@ -131,7 +131,11 @@ def _corpus(subject: Subject) -> tuple[list[tuple[str, list[int]]], str]:
     pieces = [("start", backbone.encode(started))] if isinstance(started, str) and started else []
     pieces += [(name, row[first : first + _LONGEST]) for row in rows for first in range(0, len(row), _LONGEST)]
     kept: list[tuple[str, list[int]]] = []
+    seen: set[tuple[int, ...]] = set()
     for source, ids in pieces:
+        if tuple(ids) in seen:  # rows may share their source
+            continue
+        seen.add(tuple(ids))
         ids = ids[: min(_LONGEST, room)]
         room -= len(ids)
         if ids:
