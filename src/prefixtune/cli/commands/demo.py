@@ -60,7 +60,6 @@ def demo(options: DemoOptions) -> int:
         output=str(folder),
         max_steps=options.steps,
         batch_size=8,
-        learning_rate=2e-3,
         warmup_steps=10,
         eval_every=0,
         init_text="Announce the night train:",
