@@ -26,7 +26,7 @@ from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["StudyConfig"]
+__all__ = ["StudyConfig", "training_defaults"]
 
 
 _LISTS = ("methods", "sizes", "lengths", "starts")
@@ -36,6 +36,8 @@ _RESERVED_KEYS = (
     *("quantize", "adapter", "train_adapter", "adapter_rank"),
 )
 """Keys of `TrainConfig` that a study sets itself for every run, or cannot use, as all runs share one backbone."""
+
+_PREFIX_METHODS = ("prefix", "prompt", "infix")
 
 _T = TypeVar("_T")
 
@@ -166,7 +168,7 @@ class StudyConfig(Config):
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with the training settings, for any method, and with the numbers of tries."""
-        trained = [method for method in self.methods if method not in UNTRAINED]
+        trained = self._trained_methods
         tables = [("train_settings", self._shared_settings())]
         tables += [(f"train_settings.{base_method(method)}", self._own_settings(method)) for method in trained]
         faults = list(dict.fromkeys(fault for name, table in tables for fault in _setting_faults(name, table)))
@@ -193,6 +195,13 @@ class StudyConfig(Config):
         sized = {} if size is None else {"method_size": size}
         return {**(own if isinstance(own, Mapping) else {}), **sized}
 
+    def _effective_settings(self, method: str) -> dict[str, Any]:
+        """The settings of a method's runs as far as they have an effect, with the reparameterization by default."""
+        settings = {**training_defaults(), **self.settings_of(method)}
+        if base_method(method) not in _PREFIX_METHODS:
+            del settings["reparameterization"]
+        return settings
+
     def rates(self, method: str) -> tuple[float, ...]:
         """The learning rates that are tried for a method.
 
@@ -203,10 +212,7 @@ class StudyConfig(Config):
         rates = self.learning_rates.get(method, self.learning_rates.get(base))
         if rates is not None:
             return rates
-        reparameterization = self.settings_of(method).get(
-            "reparameterization", TrainConfig.default("reparameterization")
-        )
-        middle = default_learning_rate(reparameterization if base in ("prefix", "prompt", "infix") else base)
+        middle = default_learning_rate(self._effective_settings(method).get("reparameterization", base))
         # As many below the default as above; of an even number, one more above.
         powers = range(-((self.tries - 1) // 2), self.tries // 2 + 1)
         return tuple(float(f"{middle * 3.0**power:.2g}") for power in powers)
@@ -230,6 +236,8 @@ class StudyConfig(Config):
             return bool(before[key] <= getattr(self, key))
         if key in ("tries", "learning_rates"):
             return self._has_rates_of(before)
+        if key == "train_settings":
+            return self._has_settings_of(before)
         if key == "steps_by_size":
             # Only for sizes that are new; the number of targets in the whole set is not known here.
             sizes = {str(size) for size in before["sizes"]}
@@ -241,13 +249,29 @@ class StudyConfig(Config):
 
     def _has_rates_of(self, before: Mapping[str, Any]) -> bool:
         """Whether every rate of an earlier study is tried, whether it is written down or comes from its tries."""
+        other = self._read(before)
+        return other is not None and all(
+            set(other.rates(method)) <= set(self.rates(method)) for method in other._trained_methods
+        )
+
+    def _has_settings_of(self, before: Mapping[str, Any]) -> bool:
+        """Whether every method of an earlier study trains as it did."""
+        other = self._read(before)
+        return other is not None and all(
+            other._effective_settings(method) == self._effective_settings(method) for method in other._trained_methods
+        )
+
+    def _read(self, before: Mapping[str, Any]) -> StudyConfig | None:
+        """An earlier study of this name, from its values; None: they are none that a study can have."""
         known = {key: value for key, value in before.items() if key in type(self).model_fields}
         try:
-            other = StudyConfig(**{**known, "name": self.name})
+            return StudyConfig(**{**known, "name": self.name})
         except ConfigError:
-            return False
-        trained = [method for method in other.methods if method not in UNTRAINED]
-        return all(set(other.rates(method)) <= set(self.rates(method)) for method in trained)
+            return None
+
+    @property
+    def _trained_methods(self) -> list[str]:
+        return [method for method in self.methods if method not in UNTRAINED]
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -278,6 +302,11 @@ class StudyConfig(Config):
         # An unknown study has no values of its own; validation refuses it.
         own = next((kind.defaults for known, kind in STUDIES.items() if known == name), {})
         super()._fill([Layer(own), *(_check_study(layer, name) for layer in layers)])
+
+
+def training_defaults() -> dict[str, Any]:
+    """The defaults of training that a study's figures depend on and its settings may leave open."""
+    return {"reparameterization": TrainConfig.default("reparameterization")}
 
 
 def _check_study(layer: Layer, name: object) -> Layer:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError, DataError, short_repr
-from prefixtune.studies.config import StudyConfig
+from prefixtune.studies.config import StudyConfig, training_defaults
 from prefixtune.studies.grid import Cell
 from prefixtune.studies.reductions import describe_reductions
 from prefixtune.utils.files import write_text
@@ -29,6 +29,8 @@ __all__ = ["CellStatus", "Event", "EventKind", "OnEvent", "Outcome", "Provenance
 
 STUDY_FILE, CELL_FILE, COMPARISONS_FILE, ERROR_FILE = "study.json", "cell.json", "comparisons.json", "error.txt"
 _MAY_CHANGE = ("output", "budget", "keep_weights", "device", "data", "train", "dev", "test")
+_OLD_DEFAULTS = {"reparameterization": "residual"}
+"""Of training, for a study whose file does not have them."""
 _HINT = "delete it, and run the study again."
 
 CellStatus = Literal["done", "failed", "waiting"]
@@ -227,13 +229,20 @@ def read_study(config: StudyConfig) -> dict[str, Any] | None:
 
 def changed_settings(config: StudyConfig, stored: Mapping[str, Any]) -> list[str]:
     """The settings that differ from those in `study.json` by more than growth, in words."""
+    defaults = stored.get("train_defaults", _OLD_DEFAULTS)
     # A setting that an older version did not have was at its default.
-    before, now = {**StudyConfig(name=config.name).to_dict(), **stored["config"]}, config.to_dict()
+    before = _with_settings({**StudyConfig(name=config.name).to_dict(), **stored["config"]}, defaults)
+    now = _with_settings(config.to_dict(), training_defaults())
     return [
         f"{key} was {before[key]!r}, is {now[key]!r}"
         for key in now
         if before[key] != now[key] and key not in _MAY_CHANGE and not config.grows(before, key)
     ]
+
+
+def _with_settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's values, with the defaults of training that held for it among its settings."""
+    return {**values, "train_settings": {**defaults, **values["train_settings"]}}
 
 
 def check_same_study(config: StudyConfig, stored: Mapping[str, Any]) -> None:
@@ -284,6 +293,7 @@ def write_study(
         "overlap": provenance.overlap or before.get("overlap", {}),
         "data_digests": {**before.get("data_digests", {}), **provenance.data_digests},
         "config": config.to_dict(),
+        "train_defaults": training_defaults(),
     }
     write_text(config.folder / STUDY_FILE, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
