@@ -173,8 +173,9 @@ def test_a_document_longer_than_the_window_is_read_in_pieces(
     rows = [json.loads(line) for line in (result.path.parent / "questions.jsonl").read_text().splitlines()]
     assert len({row["chunk"] for row in rows}) > 2
     start = (result.path.parent / "start.txt").read_text()
-    assert len(start) <= 256
-    assert start.startswith("The Owl 0 goes")
+    # Behind it, 32 positions are left to observe attention from.
+    assert len(start) <= 224
+    assert start.startswith("The Owl 0")
 
 
 def test_a_prompt(backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path) -> None:

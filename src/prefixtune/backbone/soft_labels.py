@@ -67,6 +67,15 @@ class SoftLabels:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def is_valid(self, vocabulary: int) -> bool:
+        """Whether each label is a distribution over tokens of such a vocabulary, up to rounding."""
+        if not len(self):
+            return True
+        known = bool(((self.ids >= 0) & (self.ids < vocabulary)).all())
+        total = self.log_probs.double().exp().sum(dim=1)
+        # Compared so that a NaN is no distribution.
+        return known and bool(((self.log_probs <= 1e-3).all(dim=1) & ((total - 1).abs() < 0.01)).all())
+
     def split(self, lengths: Sequence[int]) -> list[SoftLabels]:
         """As many labels each as `lengths` says."""
         pairs = zip(self.ids.split(list(lengths)), self.log_probs.split(list(lengths)), strict=True)
@@ -92,7 +101,7 @@ class _SoftLosses(torch.autograd.Function):
             rest = logarithms.scatter(1, chosen, -torch.inf).logsumexp(dim=-1, keepdim=True)
             student = torch.cat([logarithms.gather(1, chosen), rest], dim=1)
             probabilities = wanted.exp()
-            losses[rows] = torch.where(probabilities > 0, probabilities * (wanted - student), 0.0).sum(dim=1)
+            losses[rows] = torch.where(probabilities != 0, probabilities * (wanted - student), 0.0).sum(dim=1)
             if slopes is not None:
                 # d KL / d logit_j: q_j - p_j for a kept token; q_j (1 - p_rest / q_rest) for any other.
                 share = torch.where(probabilities[:, -1:] > 0, (wanted[:, -1:] - rest).exp(), 0.0)

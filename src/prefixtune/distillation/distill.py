@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.data import Example
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, read_jobs
-from prefixtune.distillation.phases import Lesson, label_data, prepare, report
+from prefixtune.distillation.lesson import Lesson
+from prefixtune.distillation.outcome import report
+from prefixtune.distillation.phases import label_data, prepare
+from prefixtune.distillation.plan import make_plan
+from prefixtune.distillation.stored import write_seconds
 from prefixtune.distillation.teacher import Teacher, load_teacher
 from prefixtune.distillation.wording import choose_wording
 from prefixtune.errors import CheckpointError, ConfigError, DataError
@@ -114,19 +118,20 @@ def distill(
     _check_student(config, student, jobs)
     teachers = _Teachers(config, student, console)
     wording = choose_wording(config, student, teachers.text_format())
+    readers = teachers.readers()
+    plans = [make_plan(config, job, readers, wording, console) for job in jobs]
     root = Path(config.output)
     with contextlib.nullcontext() if resume else claim_folder(root):
         if not resume:
             write_text(root / CONFIG_FILE, config.to_toml())
     lessons = []
-    for job in jobs:
+    for plan in plans:
         # The training claims the folder itself, afterwards.
-        with claim_folder(job.output):
-            lessons.append(prepare(config, job, student, teachers.load, wording, console))
+        with claim_folder(plan.job.output):
+            lessons.append(prepare(config, plan, student, teachers.load, wording, console))
     results = _train(config, lessons, student, teachers, console, on_event, resume=resume)
     finished = [
-        _finish(config, lesson, student, result, console, seconds)
-        for lesson, (result, seconds) in zip(lessons, results, strict=True)
+        _finish(config, lesson, student, result, console) for lesson, result in zip(lessons, results, strict=True)
     ]
     if resume:
         # A later `resume` without options goes on as this one did.
@@ -190,6 +195,11 @@ class _Teachers:
         """What the teacher was trained with."""
         return self.load().text_format if self._config.teacher else None
 
+    def readers(self) -> list[Backbone]:
+        """Who has a text in view: the student, and a model of its own that teaches."""
+        teacher = self.load().backbone if self._config.teacher else self._student
+        return [self._student] if teacher is self._student else [self._student, teacher]
+
     def free(self) -> None:
         """Let the teacher go."""
         self._teacher = None
@@ -204,8 +214,8 @@ def _train(
     on_event: Callable[[Event], None] | None,
     *,
     resume: bool,
-) -> Iterator[tuple[TrainResult, float]]:
-    """Train all memories; those of several documents share passes. Yields results with their seconds."""
+) -> Iterator[TrainResult]:
+    """Train all memories; those of several documents share passes, whose time is divided among them."""
     waiting = {lesson.run.output: lesson for lesson in lessons}
 
     def teach(run: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
@@ -221,8 +231,7 @@ def _train(
         examples = [
             [Example(question.question, (question.answer or "",)) for question in lesson.questions] for lesson in group
         ]
-        started = time.monotonic()
-        with show_training(console, num_runs=len(group)) as show:
+        with _timed(group), show_training(console, num_runs=len(group)) as show:
 
             def record(event: Event, show: Callable[[Event], None] = show) -> None:
                 show(event)
@@ -235,8 +244,21 @@ def _train(
             else:
                 begun = (group[0].job.output / STATE_FILE).exists()
                 results = [train(group[0].run, examples=examples[0], resume=begun, progress=False, **shared)]
-        for result in results:
-            yield result, (time.monotonic() - started) / len(group)
+        yield from results
+
+
+@contextlib.contextmanager
+def _timed(group: Sequence[Lesson]) -> Iterator[None]:
+    """Count the training's seconds, without those of the labels, and keep them, also when it is stopped."""
+    labels = sum(lesson.seconds.get("labels", 0.0) for lesson in group)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        took = time.monotonic() - started - sum(lesson.seconds.get("labels", 0.0) for lesson in group) + labels
+        for lesson in group:
+            lesson.seconds["training"] = lesson.seconds.get("training", 0.0) + took / len(group)
+            write_seconds(lesson.job, lesson.seconds)
 
 
 def _finish(
@@ -245,10 +267,9 @@ def _finish(
     student: Backbone,
     result: TrainResult,
     console: Console,
-    seconds: float,
 ) -> DistillResult:
     """Report on a memory, and keep the report in its folder."""
     assert result.prefix is not None
-    figures = report(config, lesson, student, result.prefix, result.path, console, training_seconds=seconds)
+    figures = report(config, lesson, student, result.prefix, result.path, console)
     write_text(lesson.job.output / REPORT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return DistillResult(lesson.job.name, result.prefix, result.path, figures)

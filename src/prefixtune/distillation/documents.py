@@ -29,12 +29,16 @@ class Question:
         answer: None: the teacher is to write it.
         chunk: Which piece of the document it is about, counted from 0.
         kind: What it asks for, if it was made here; else `given`.
+        about: The sentence or the name that it was made from; empty: it was given, or is about the whole.
+        ended: The answer ends where the target does; False: it was cut at the most tokens of an answer.
     """
 
     question: str
     answer: str | None = None
     chunk: int = 0
     kind: str = "given"
+    about: str = ""
+    ended: bool = True
 
 
 def find_documents(path: str) -> list[Path]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ from prefixtune.data.registry import read_task
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.documents import Question, find_documents, questions_file, read_document, read_questions
 from prefixtune.distillation.teacher import check_teacher
-from prefixtune.errors import CheckpointError, ConfigError, DataError, check_all
+from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.training.beside import SELF as ALL_OTHERS
 from prefixtune.training.checks import early_checks
 from prefixtune.training.distributed import SINGLE_PROCESS
 from prefixtune.training.folder import check_unused
-from prefixtune.utils.files import write_text
 
-__all__ = ["CONFIG_FILE", "Job", "read_jobs", "read_prepared", "write_prepared"]
+__all__ = ["CONFIG_FILE", "REPORT_FILE", "Job", "read_jobs"]
 
-CONFIG_FILE, QUESTIONS_FILE, REPORT_FILE = "distill.toml", "questions.jsonl", "distill.json"
+CONFIG_FILE, REPORT_FILE = "distill.toml", "distill.json"
 
 
 @dataclass(frozen=True)
@@ -163,41 +161,3 @@ def _read_inputs(config: DistillConfig, path: str) -> list[Question]:
         for example in examples
         for target in (example.targets or (None,))  # noqa: RUF100
     ]
-
-
-# --- what was made before training ------------------------------------------------------------------------------------
-
-
-def write_prepared(job: Job, questions: Sequence[Question], test: Sequence[Question]) -> None:
-    """Keep the questions of a run, with their answers, in its folder, atomically."""
-    rows = [
-        {**asdict(question), "held_out": held} for held, part in ((False, questions), (True, test)) for question in part
-    ]
-    write_text(job.output / QUESTIONS_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_prepared(job: Job) -> tuple[list[Question], list[Question]] | None:
-    """The questions that a run keeps; None: it has none yet.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
-    path = job.output / QUESTIONS_FILE
-    if not path.exists():
-        return None
-    parts: tuple[list[Question], list[Question]] = ([], [])
-    try:
-        for line in read_text(path).splitlines():
-            row: dict[str, Any] = json.loads(line)
-            parts[bool(row.pop("held_out"))].append(Question(**row))
-    except (ValueError, TypeError, KeyError, AttributeError, DataError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} does not hold the questions of a run.", hint="delete it: they are made again."
-        ) from error
-    return parts
-
-
-def with_answers(questions: Sequence[Question], answers: Sequence[str | None]) -> list[Question]:
-    """The questions with these answers; those without a word are left out."""
-    pairs = zip(questions, answers, strict=True)
-    return [replace(question, answer=answer) for question, answer in pairs if answer]

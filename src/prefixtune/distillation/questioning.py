@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_prompts
@@ -19,12 +19,18 @@ from prefixtune.inference.detokenizer import text_until_stop
 from prefixtune.inference.generate import generate_ids, read_output
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["answer_questions", "make_questions"]
+__all__ = ["answer_questions", "asking_tokens", "hold_out", "make_questions"]
 
 _ROUNDS = 3
 """How often the model is asked again where its questions were unusable or known."""
 _MOST_CHARS = 300
 """Longest question."""
+_QUESTION_TOKENS = 48
+"""Most tokens of a question that the model makes."""
+_HELD_OUT = 10
+"""One in ten of the questions that are made here is held out for the report."""
+_ABOUT_SENTENCE = "\nA question about this sentence:\nQuestion:"
+_IN_OTHER_WORDS = "Question: {question}\nThe same in other words:\nQuestion:"
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _NAME = re.compile(r"\b[A-Z][\w'-]+(?: [A-Z][\w'-]+)*")
 _SUMMARY = ("Summarize the text.", "What is the text about?", "Give the main points of the text.")
@@ -79,8 +85,8 @@ def make_questions(
                 known = list(made.values())
                 prompts = _prompts(kind, chunks, known, wanted - len(made), rng)
                 texts = _ask(teacher, prompts, views, f"{seed}{number}{attempt}", batch_size)
-                for (chunk, _), text in zip(prompts, texts, strict=True):
-                    add(Question(_first_question(text), None, chunk, kind))
+                for (chunk, about, _), text in zip(prompts, texts, strict=True):
+                    add(Question(_first_question(text), None, chunk, kind, about))
                     if len(made) >= wanted:
                         break
                 on_batch(len(made))
@@ -98,6 +104,55 @@ def make_questions(
     return list(made.values())
 
 
+def hold_out(questions: Sequence[Question], seed: int) -> tuple[list[Question], list[Question]]:
+    """Questions to train on, and about a tenth of them held out; fewer than ten: none.
+
+    Questions about one sentence or one name stay together, so that no other wording of a held-out one is trained on.
+    Those about the whole are trained on.
+
+    Args:
+        questions: All that were made.
+        seed: Of the choice.
+    """
+    wanted = len(questions) // _HELD_OUT
+    sizes = Counter(question.about for question in questions if question.about)
+    groups = sorted(sizes)
+    random.Random(f"{seed}/held out").shuffle(groups)
+    chosen: set[str] = set()
+    count = 0
+    for group in sorted(groups, key=sizes.__getitem__):
+        # Never more than half: the rest is to be learned.
+        if count < wanted and 2 * (count + sizes[group]) <= len(questions):
+            chosen.add(group)
+            count += sizes[group]
+    kept = [question for question in questions if question.about not in chosen]
+    return kept, [question for question in questions if question.about in chosen]
+
+
+def asking_tokens(backbone: Backbone, text: str, kinds: Sequence[QuestionKind]) -> tuple[int, int]:
+    """The most tokens behind a text in view while questions are made of it, and of a question with its given answer.
+
+    Args:
+        backbone: Whose tokens are counted.
+        text: The whole document.
+        kinds: What the questions ask for.
+    """
+
+    def longest(texts: Iterable[str]) -> int:
+        return max((len(backbone.encode(text)) for text in texts), default=0)
+
+    sentence = longest(_sentences(text))
+    name = longest({name for name in _NAME.findall(text) if len(name) <= _MOST_CHARS})
+    around = longest([*_SUMMARY, *_LIST, "Summarize what the text says about .", "Continue the text: "])
+    asking = {
+        "fact": sentence + longest([_ABOUT_SENTENCE]) + _QUESTION_TOKENS,
+        "paraphrase": 2 * _QUESTION_TOKENS + longest([_IN_OTHER_WORDS]),
+    }
+    asked = {"fact": _QUESTION_TOKENS, "paraphrase": _QUESTION_TOKENS, "continuation": sentence + around}
+    most = max((asked.get(kind, name + around) for kind in kinds), default=0)
+    return max((asking.get(kind, 0) for kind in kinds), default=0), most
+
+
 def _sentences(chunk: str) -> list[str]:
     """The sentences of a piece that say something: of four words or more, and not too long."""
     parts = (part.strip() for part in _SENTENCE.split(chunk))
@@ -106,34 +161,39 @@ def _sentences(chunk: str) -> list[str]:
 
 def _prompts(
     kind: QuestionKind, chunks: Sequence[str], known: Sequence[Question], count: int, rng: random.Random
-) -> list[tuple[int, str]]:
-    """What the model continues with a question, and which piece it is about."""
+) -> list[tuple[int, str, str]]:
+    """What the model continues with a question, after the piece and the sentence that it is about."""
     if count <= 0:
         return []
     if kind == "paraphrase":
         facts = [question for question in known if question.kind == "fact"]
         chosen = [rng.choice(facts) for _ in range(count)] if facts else []
-        return [(fact.chunk, f"Question: {fact.question}\nThe same in other words:\nQuestion:") for fact in chosen]
+        return [(fact.chunk, fact.about, _IN_OTHER_WORDS.format(question=fact.question)) for fact in chosen]
     pairs = [(index, sentence) for index, chunk in enumerate(chunks) for sentence in _sentences(chunk)]
     if not pairs:
         return []
     rng.shuffle(pairs)
     chosen_pairs = [pairs[index % len(pairs)] for index in range(count)]
-    return [(chunk, f"{sentence}\nA question about this sentence:\nQuestion:") for chunk, sentence in chosen_pairs]
+    return [(chunk, sentence, f"{sentence}{_ABOUT_SENTENCE}") for chunk, sentence in chosen_pairs]
 
 
 def _ask(
-    teacher: Teacher, prompts: Sequence[tuple[int, str]], views: Sequence[Prefix], seed: str, batch_size: int
+    teacher: Teacher, prompts: Sequence[tuple[int, str, str]], views: Sequence[Prefix], seed: str, batch_size: int
 ) -> list[str]:
     """What the model writes after each prompt, up to the end of the line."""
     if not prompts:
         return []
     config = GenerateConfig(
-        max_new_tokens=48, temperature=0.9, top_p=0.95, seed=int(seed) % 2**31, stop=("\n",), batch_size=batch_size
+        max_new_tokens=_QUESTION_TOKENS,
+        temperature=0.9,
+        top_p=0.95,
+        seed=int(seed) % 2**31,
+        stop=("\n",),
+        batch_size=batch_size,
     )
     backbone = teacher.backbone
-    ids = [backbone.encode(prompt) for _, prompt in prompts]
-    outputs = generate_ids(backbone, ids, [views[chunk] for chunk, _ in prompts], config=config)
+    ids = [backbone.encode(prompt) for *_, prompt in prompts]
+    outputs = generate_ids(backbone, ids, [views[chunk] for chunk, *_ in prompts], config=config)
     return [text_until_stop(backbone.decode, output, config.stop).strip() for output in outputs]
 
 
@@ -155,10 +215,11 @@ def _templates(kind: QuestionKind, chunks: Sequence[str], rng: random.Random) ->
             continue
         names = [name for name, _ in Counter(_NAME.findall(chunk)).most_common(200)]
         if kind == "summary":
-            texts = [*_SUMMARY, *(f"Summarize what the text says about {name}." for name in names)]
+            texts = [(text, "") for text in _SUMMARY]
+            texts += [(f"Summarize what the text says about {name}.", name) for name in names]
         else:
-            texts = [template.format(name=name) for template in _LIST for name in names]
-        found.extend(Question(text, None, index, kind) for text in texts)
+            texts = [(template.format(name=name), name) for template in _LIST for name in names]
+        found.extend(Question(text, None, index, kind, about) for text, about in texts)
     rng.shuffle(found)
     yield from found
 
@@ -169,7 +230,9 @@ def _continuations(index: int, chunk: str) -> Iterator[Question]:
         words = sentence.split()
         for share in (3, 2):
             cut = max(2, len(words) // share)
-            yield Question(f"Continue the text: {' '.join(words[:cut])}", " ".join(words[cut:]), index, "continuation")
+            yield Question(
+                f"Continue the text: {' '.join(words[:cut])}", " ".join(words[cut:]), index, "continuation", sentence
+            )
 
 
 def answer_questions(
@@ -181,8 +244,8 @@ def answer_questions(
     answer_length: int,
     batch_size: int,
     on_batch: Progress = lambda done: None,
-) -> list[str]:
-    """What the teacher answers, greedily; empty where it says nothing.
+) -> list[tuple[str, bool]]:
+    """What the teacher answers, greedily, and whether the answer ended by itself; empty where it says nothing.
 
     Args:
         teacher: Who answers.
@@ -196,8 +259,16 @@ def answer_questions(
     Raises:
         RequestError: A question does not fit the model's positions with what is in view.
     """
+    if not questions:
+        return []
     backbone: Backbone = teacher.backbone
     config = GenerateConfig(max_new_tokens=answer_length, stop=wording.stop, batch_size=batch_size)
     prompts = encode_prompts(backbone, wording.text_format, questions)
     outputs = generate_ids(backbone, prompts, views, config=config, on_batch=on_batch)
-    return [read_output(backbone, ids, wording.text_format, config) for ids in outputs]
+    return [
+        (
+            read_output(backbone, ids, wording.text_format, config),
+            len(ids) < answer_length or any(stop in backbone.decode(ids) for stop in wording.stop),
+        )
+        for ids in outputs
+    ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import collate, epoch_batches
+from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample, encode_examples
 from prefixtune.data.examples import Example
 from prefixtune.distillation.documents import Question
@@ -19,7 +19,18 @@ from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import Wording
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["Reading", "closing_tokens", "encode_questions", "mean_loss", "read_test", "recovered_share", "text_bytes"]
+__all__ = [
+    "Reading",
+    "closing_tokens",
+    "cut_unended",
+    "encode_questions",
+    "encode_taught",
+    "mean_loss",
+    "read_test",
+    "recovered_share",
+    "target_endings",
+    "text_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,43 @@ def encode_questions(
     return list(dataset.examples)
 
 
-def closing_tokens(backbone: Backbone, wording: Wording) -> int:
-    """Tokens that end a target: the template's end, and the end token."""
-    return len(backbone.encode(wording.target.split("{target}")[1])) + 1
+def closing_tokens(backbone: Backbone, wording: Wording, answers: Sequence[str]) -> list[int]:
+    """Per answer, the tokens that end its target: those of the template's end, and the end token."""
+    whole = backbone.encode_targets([wording.text_format.format_target(answer) for answer in answers])
+    head, tail = wording.target.split("{target}")
+    if not tail:
+        return [1] * len(answers)
+    # A tokenizer may join the end with what stands before it, or put a mark in front of a text.
+    open_ended = backbone.encode_targets([f"{head}{answer}" for answer in answers])
+    return [max(len(ids) - len(without), 0) + 1 for ids, without in zip(whole, open_ended, strict=True)]
+
+
+def target_endings(backbone: Backbone, questions: Sequence[Question], wording: Wording) -> list[int]:
+    """Per question, the tokens that end its target; 0 where they are left out, as the answer was cut."""
+    closing = closing_tokens(backbone, wording, [question.answer or "" for question in questions])
+    return [count if question.ended else 0 for count, question in zip(closing, questions, strict=True)]
+
+
+def cut_unended(
+    backbone: Backbone, examples: Sequence[TokenizedExample], questions: Sequence[Question], wording: Wording
+) -> list[TokenizedExample]:
+    """The questions' examples, of which those whose answer was cut lose the tokens that would end it."""
+    closing = closing_tokens(backbone, wording, [question.answer or "" for question in questions])
+    return [
+        example
+        if question.ended or len(example.targets[0]) <= count
+        else replace(example, targets=(example.targets[0][:-count],))
+        for example, question, count in zip(examples, questions, closing, strict=True)
+    ]
+
+
+def encode_taught(
+    backbone: Backbone, questions: Sequence[Question], wording: Wording, prefix_length: int
+) -> list[TokenizedExample]:
+    """Questions with a teacher's answers as token ids: those that were cut have no end."""
+    if not questions:
+        return []
+    return cut_unended(backbone, encode_questions(backbone, questions, wording, prefix_length), questions, wording)
 
 
 @torch.no_grad()
@@ -68,7 +113,7 @@ def mean_loss(
     examples: Sequence[TokenizedExample],
     views: Sequence[Prefix | None],
     *,
-    closing: int,
+    closing: Sequence[int],
     batch_size: int,
 ) -> float:
     """The mean over the answers' tokens, in nats: cross-entropy, or with a teacher's labels the divergence from it.
@@ -77,16 +122,17 @@ def mean_loss(
         backbone: The model.
         examples: Questions with answers.
         views: Per question, what stands before it.
-        closing: How many tokens at the end of a target do not count.
+        closing: Per question, how many tokens at the end of its target do not count.
         batch_size: Targets in one pass.
     """
     total, count = 0.0, 0
     for view in {id(view): view for view in views}.values():
-        own = [example for example, other in zip(examples, views, strict=True) if other is view]
-        for groups in epoch_batches(own, batch_size=batch_size, targets_per_source=batch_size, seed=None):
-            losses = batch_loss(backbone, view, collate(backbone, groups))
-            lengths = [len(target) for group in groups for target in group.targets]
-            counts = torch.cat([torch.arange(length) < max(length - closing, 1) for length in lengths])
+        own = [index for index, other in enumerate(views) if other is view]
+        for first in range(0, len(own), batch_size):
+            rows = own[first : first + batch_size]
+            losses = batch_loss(backbone, view, collate(backbone, [examples[index] for index in rows]))
+            lengths = [(len(target), closing[index]) for index in rows for target in examples[index].targets]
+            counts = torch.cat([torch.arange(length) < max(length - end, 1) for length, end in lengths])
             total += float(losses[counts.to(losses.device)].double().sum())
             count += int(counts.sum())
     return total / count
@@ -100,6 +146,7 @@ def read_test(
     labelled_views: Sequence[Prefix | None],
     wording: Wording,
     *,
+    taught: Sequence[Question] = (),
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Reading:
@@ -112,29 +159,58 @@ def read_test(
         views: Per question of `test`, what stands before it.
         labelled_views: The same for `labelled`.
         wording: The text around questions and answers.
+        taught: The questions of `labelled`.
         batch_size: Questions in one pass.
         on_batch: Called with the number of answers so far.
     """
-    backbone, closing = reader.backbone, closing_tokens(reader.backbone, wording)
+    backbone = reader.backbone
     loss = exact = divergence = None
     given = [question for question in test if question.answer is not None]
     if given and len(given) == len(test):
         longest = max((0 if view is None else view.length() for view in views), default=0)
         examples = encode_questions(backbone, given, wording, longest)
+        closing = target_endings(backbone, given, wording)
         loss = mean_loss(backbone, examples, views, closing=closing, batch_size=batch_size)
-        answers = answer_questions(
-            reader,
-            [question.question for question in given],
-            views,
-            wording,
-            answer_length=max(len(target) for example in examples for target in example.targets) + 4,
-            batch_size=batch_size,
-            on_batch=on_batch,
-        )
-        exact = sum(_same(answer, question.answer or "") for answer, question in zip(answers, given, strict=True))
+        exact = _count_exact(reader, given, views, wording, examples, batch_size=batch_size, on_batch=on_batch)
     if labelled:
+        closing = target_endings(backbone, taught, wording)
         divergence = mean_loss(backbone, labelled, labelled_views, closing=closing, batch_size=batch_size)
     return Reading(loss, exact, divergence)
+
+
+def _count_exact(
+    reader: Teacher,
+    given: Sequence[Question],
+    views: Sequence[Prefix | None],
+    wording: Wording,
+    examples: Sequence[TokenizedExample],
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None],
+) -> int:
+    """How many greedy answers are the given ones.
+
+    Where a line break ends an answer, as many lines count as the given one has.
+    """
+    exact = done = 0
+    by_lines: dict[int, list[int]] = {}
+    for index, question in enumerate(given):
+        by_lines.setdefault((question.answer or "").count("\n") + 1, []).append(index)
+    for lines, rows in sorted(by_lines.items()):
+        answers = answer_questions(
+            reader,
+            [given[index].question for index in rows],
+            [views[index] for index in rows],
+            wording if lines == 1 else wording.of_lines(),
+            answer_length=max(len(target) for index in rows for target in examples[index].targets) + 4,
+            batch_size=batch_size,
+            on_batch=lambda count, before=done: on_batch(before + count),  # type: ignore[misc]
+        )
+        done += len(rows)
+        for index, (answer, _) in zip(rows, answers, strict=True):
+            kept = "\n".join(answer.split("\n")[:lines]) if wording.ends_with_line else answer
+            exact += _same(kept, given[index].answer or "")
+    return exact
 
 
 def _same(answer: str, wanted: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def label_examples(
     views: Sequence[Prefix | None],
     *,
     vocabulary: int,
-    closing: int,
+    closing: Sequence[int],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[TokenizedExample]:
@@ -168,10 +168,13 @@ def label_examples(
         examples: Questions with answers.
         views: Per example, what the teacher has in view.
         vocabulary: The student's number of logits; a larger teacher may have more, padded ones.
-        closing: How many tokens at the end of a target are certain labels: a teacher that was not trained to end its
-            answers does not say where they end.
+        closing: Per example, how many tokens at the end of its target are certain labels: a teacher that was not
+            trained to end its answers does not say where they end.
         batch_size: Targets in one pass.
         on_batch: Called with the number of examples that are done.
+
+    Raises:
+        BackboneError: The teacher's numbers are not finite.
     """
     labelled: dict[int, TokenizedExample] = {}
     numbers: dict[int, int] = {}
@@ -185,11 +188,16 @@ def label_examples(
         collated = collate(teacher.backbone, [examples[index] for index in batch])
         logits = label_logits(teacher.backbone, view, collated)[:, :vocabulary]
         soft = SoftLabels.from_logits(logits.float()).to(torch.device("cpu"))
+        if not soft.is_valid(vocabulary):
+            raise BackboneError(
+                f"the teacher {teacher.name!r} gives numbers that are not finite: they are no labels.",
+                hint="load it in another --dtype, such as float32 or bfloat16.",
+            )
         lengths = [len(target) for index in batch for target in examples[index].targets]
         parts = iter(soft.split(lengths))
         for index in batch:
             targets = examples[index].targets
-            own = tuple(_close(next(parts), target, closing) for target in targets)
+            own = tuple(_close(next(parts), target, closing[index]) for target in targets)
             labelled[index] = replace(examples[index], soft_targets=own)
         on_batch(len(labelled))
     return [labelled[index] for index in range(len(examples))]
@@ -214,7 +222,7 @@ def store_labels(path: Path, examples: Sequence[TokenizedExample], digest: str, 
 
 
 def stored_labels(
-    path: Path, digest: str | None, examples: Sequence[TokenizedExample]
+    path: Path, digest: str | None, examples: Sequence[TokenizedExample], vocabulary: int
 ) -> list[TokenizedExample] | None:
     """The examples with the labels that a run keeps; None: it keeps none yet.
 
@@ -222,6 +230,7 @@ def stored_labels(
         path: The file.
         digest: Of the run's data; None: not compared.
         examples: Those that the labels belong to.
+        vocabulary: The student's number of logits.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -230,12 +239,37 @@ def stored_labels(
         return None
     tensors, header = read_verified(path, _LABELS, "holds no labels of a teacher", "delete it, and resume.")
     lengths = [len(target) for example in examples for target in example.targets]
-    if (digest is not None and header.get("data") != digest) or len(tensors.get("ids", ())) != sum(lengths):
+    labels = _read_labels(path, tensors, vocabulary)
+    if (digest is not None and header.get("data") != digest) or len(labels) != sum(lengths):
         raise CheckpointError(
             f"{str(path)!r} holds a teacher's labels of other data.", hint="start again in another --output."
         )
-    parts = iter(SoftLabels(tensors["ids"], tensors["log_probs"]).split(lengths))
+    parts = iter(labels.split(lengths))
     return [replace(example, soft_targets=tuple(next(parts) for _ in example.targets)) for example in examples]
+
+
+def _read_labels(path: Path, tensors: Mapping[str, torch.Tensor], vocabulary: int) -> SoftLabels:
+    """The labels in a file's tensors.
+
+    Raises:
+        CheckpointError: They are no distributions over the student's vocabulary.
+    """
+    ids, log_probs = tensors.get("ids"), tensors.get("log_probs")
+    valid = (
+        ids is not None
+        and log_probs is not None
+        and ids.dtype == torch.int32
+        and log_probs.is_floating_point()
+        and ids.ndim == log_probs.ndim == 2
+        and len(ids) == len(log_probs)
+        and 1 <= ids.shape[1] == log_probs.shape[1] - 1
+    )
+    labels = SoftLabels(ids, log_probs) if valid and ids is not None and log_probs is not None else None
+    if labels is None or not labels.is_valid(vocabulary):
+        raise CheckpointError(
+            f"{str(path)!r} holds no labels for a vocabulary of {vocabulary:,}.", hint="delete it, and resume."
+        )
+    return labels
 
 
 def with_labels(data: TrainData, examples: Sequence[TokenizedExample]) -> TrainData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,12 +32,17 @@ class Wording:
         target: Template of an answer, with `{target}`.
         chat: The text in view is the chat template's system message; otherwise it stands alone, before an empty line.
         tuned: The teacher was trained with this wording, so that it also says where an answer ends.
+        stops: What ends an answer, beside the end token; None: a line break, if the template of an answer ends with
+            one.
+        bare: Template of a question that no text stands before; empty: `prompt`.
     """
 
     prompt: str
     target: str
     chat: bool = False
     tuned: bool = False
+    stops: tuple[str, ...] | None = None
+    bare: str = ""
 
     @property
     def text_format(self) -> TextFormat:
@@ -46,8 +51,24 @@ class Wording:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """What ends an answer, beside the end token: a line break, where one follows every answer."""
-        return ("\n",) if self.target.endswith("}\n") else ()
+        """What ends an answer, beside the end token."""
+        if self.stops is not None:
+            return self.stops
+        return ("\n",) if self.ends_with_line else ()
+
+    @property
+    def ends_with_line(self) -> bool:
+        """Whether a line break follows every answer."""
+        return self.target.endswith("}\n")
+
+    def of_lines(self) -> Wording:
+        """The same for answers of several lines, which end where the next prompt begins, if that begins with words."""
+        head = self.prompt.split("{source}")[0].strip()
+        return replace(self, stops=(f"\n{head}",) if head else ()) if self.ends_with_line else self
+
+    def alone(self) -> Wording:
+        """The wording of a question with nothing before it: with a chat template, that of the user's turn alone."""
+        return replace(self, prompt=self.bare) if self.bare else self
 
     def view(self, backbone: Backbone, text: str) -> str:
         """A text as it stands in view before a question."""
@@ -86,9 +107,12 @@ def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: Te
         wording = Wording(TextFormat().prompt, TextFormat().target)
     else:
         wording = Wording(*_PLAIN[config.subject])
-    return Wording(
-        config.prompt_format or wording.prompt, config.target_format or wording.target, wording.chat, wording.tuned
-    )
+    if config.prompt_format:
+        wording = replace(wording, prompt=config.prompt_format, bare="")
+    wording = replace(wording, target=config.target_format or wording.target)
+    # What a prompt asks for may have lines; what a document is asked about, and a trained teacher, answers in one.
+    lines = config.subject == "prompt" and not wording.tuned and not wording.prompt.startswith("{source}")
+    return wording.of_lines() if lines else wording
 
 
 def _chat_wording(backbone: Backbone) -> Wording:
@@ -107,7 +131,8 @@ def _chat_wording(backbone: Backbone) -> Wording:
             f"the chat template of {backbone.name!r} has no system message that stands apart from the user's.",
             hint="use --ask plain.",
         )
-    return Wording(turn, "{target}", chat=True)
+    bare = _render(backbone, [("user", "{source}")], prompt=True)
+    return Wording(turn, "{target}", chat=True, bare=bare if bare.count("{source}") == 1 else "")
 
 
 def _render(backbone: Backbone, messages: list[tuple[str, str]], *, prompt: bool) -> str:

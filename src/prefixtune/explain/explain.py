@@ -69,7 +69,7 @@ def explain(
         whole,
         examples,
         make_controls(whole, against, limits.seed),
-        find_start(backbone, whole, train),
+        _start(backbone, whole, train),
         limits,
         lambda: on_part(current[0]),
     )
@@ -83,6 +83,14 @@ def explain(
             yield _MAKERS[name](subject)
         except PrefixError as error:
             yield View(name, left_out=str(error))
+
+
+def _start(backbone: Backbone, prefix: Prefix, train: Sequence[Example]) -> tuple[Prefix | None, str]:
+    """The start, or why there is none: what a header says of it must not stop the other views."""
+    try:
+        return find_start(backbone, prefix, train)
+    except PrefixError as error:
+        return None, str(error)
 
 
 def make_controls(prefix: Prefix, against: Prefix | None, seed: int) -> dict[str, Prefix]:

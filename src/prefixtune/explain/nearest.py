@@ -172,14 +172,17 @@ class _Neighbours:
 
     def add(self, part: Part, cosine: Float[Tensor, "P T"], tokens: Sequence[tuple[str, tuple[str, str]]]) -> None:
         """Take the tokens of one more text into account."""
-        values, indices = cosine.topk(min(_TOP * 2, cosine.shape[1]), dim=1)
+        values, indices = cosine.sort(dim=1, descending=True, stable=True)
         for mine, row, which in zip(self._best[part], values.tolist(), indices.tolist(), strict=True):
-            fresh = [
-                _Neighbour(value, tokens[index][1][0], tokens[index][1][1], tokens[index][0])
-                for value, index in zip(row, which, strict=True)
-            ]
+            fresh: dict[str, _Neighbour] = {}
+            for value, index in zip(row, which, strict=True):
+                # A text may have a token many times: only the nearest one counts.
+                source, (token, context) = tokens[index]
+                fresh.setdefault(token, _Neighbour(value, token, context, source))
+                if len(fresh) == _TOP:
+                    break
             by_token: dict[str, _Neighbour] = {}
-            for each in sorted([*mine, *fresh], key=lambda neighbour: -neighbour.cosine):
+            for each in sorted([*mine, *fresh.values()], key=lambda neighbour: -neighbour.cosine):
                 by_token.setdefault(each.token, each)
             mine[:] = list(by_token.values())[:_TOP]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -35,6 +35,8 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     kind, text = stored["kind"], stored.get("text")
     if prefix.header.get("method") == "prompt":
         return None, "a prompt at the input layer starts from embeddings, which are no keys and values."
+    if not _is_beginning(prefix.header.get("composition")):
+        return None, "the prefix was cut at its start or joined after training: its positions are not its start's."
     if kind == "words" and isinstance(text, str):
         lengths = {site: prefix.length(site) for site in prefix.sites}
         return _like(prefix, from_words(backbone, text, lengths)), f"the words {text!r}"
@@ -43,6 +45,16 @@ def find_start(backbone: Backbone, prefix: Prefix, train: Sequence[Example] = ()
     if kind == "random":
         return None, "training started from random numbers, which the file does not hold."
     return None, f"training started from {kind!r}, whose keys and values the file does not hold."
+
+
+def _is_beginning(composition: object) -> bool:
+    """Whether a header says that the prefix is as it was trained, or the first positions of that."""
+    if composition is None:
+        return True
+    if not isinstance(composition, Mapping) or composition.get("mode") != "cut" or composition.get("at") != "end":
+        return False
+    parts = composition.get("parts")
+    return isinstance(parts, list) and not any(isinstance(part, Mapping) and "composition" in part for part in parts)
 
 
 def _like(prefix: Prefix, start: Prefix) -> Prefix:
@@ -60,7 +72,7 @@ def _find_examples(
         return None, "an encoder-decoder's decoder started from words that the file does not hold."
     indices, tokens = stored.get("examples"), stored.get("tokens")
     other = "training started from examples that are not those of --train (in number, order or length)."
-    if not isinstance(indices, list) or not all(type(index) is int and 0 <= index < len(train) for index in indices):
+    if not _are_counts(indices, most=len(train) - 1) or len(indices) > prefix.prefix_length:
         return None, other
     chosen = [train[index] for index in indices]
     labels, text_format = labels_of(prefix), format_of(backbone, prefix)
@@ -72,10 +84,18 @@ def _find_examples(
     targets = backbone.encode_targets([text_format.format_target(example.targets[0]) for example in chosen])
     rows = [(*prompt, *target) for prompt, target in zip(prompts, targets, strict=True)]
     alone, lengths = stored.get("attention") == "own", stored.get("lengths")
-    if [len(row) for row in rows] != tokens or not isinstance(lengths, list):
+    if [len(row) for row in rows] != tokens or not _are_counts(lengths, most=max(map(len, rows))):
         return None, other
-    start = from_examples(backbone, rows, alone=alone, lengths=lengths if alone else None)
-    if any(start.length(site) != prefix.length(site) for site in prefix.sites):
+    if len(lengths) != len(rows) or any(not 1 <= kept <= len(row) for kept, row in zip(lengths, rows, strict=True)):
+        return None, other
+    # Counted before anything is computed: the header may say anything.
+    if any(sum(lengths if alone else map(len, rows)) != prefix.length(site) for site in prefix.sites):
         return None, "the prefix was cut or joined after training: its length is no longer that of its start."
+    start = from_examples(backbone, rows, alone=alone, lengths=lengths if alone else None)
     layers = {site: start.layers[site] for site in prefix.sites}
     return _like(prefix, Prefix(layers)), f"the training examples {', '.join(map(str, indices))}"
+
+
+def _are_counts(value: object, *, most: int) -> TypeGuard[list[int]]:
+    """Whether a header's value is a list of whole numbers from 0 to `most`."""
+    return isinstance(value, list) and all(type(one) is int and 0 <= one <= most for one in value)

@@ -33,9 +33,9 @@ def example(backbone: Backbone, question: str, answer: str) -> TokenizedExample:
     return TokenizedExample(tuple(prompt), (tuple(target),))
 
 
-def labelled(backbone: Backbone, examples: list[TokenizedExample], views: Any, closing: int) -> list[SoftLabels]:
+def labelled(backbone: Backbone, examples: list[TokenizedExample], views: Any, closing: int = 0) -> list[SoftLabels]:
     teacher = Teacher(backbone, "teacher")
-    made = label_examples(teacher, examples, views, vocabulary=105, closing=closing, batch_size=2)
+    made = label_examples(teacher, examples, views, vocabulary=105, closing=[closing] * len(examples), batch_size=2)
     return [one.soft_targets[0] for one in made]
 
 
@@ -71,20 +71,20 @@ def test_kept_labels_come_back_and_damage_is_named(backbone: Backbone, tmp_path:
     labels = labelled(backbone, examples, [None, None], closing=2)
     made = [dataclasses.replace(one, soft_targets=(own,)) for one, own in zip(examples, labels, strict=True)]
     path = tmp_path / "teacher.safetensors"
-    assert stored_labels(path, "digest", examples) is None
+    assert stored_labels(path, "digest", examples, 105) is None
     store_labels(path, made, "digest", "teacher")
-    back = stored_labels(path, "digest", examples)
+    back = stored_labels(path, "digest", examples, 105)
     assert back is not None
     for one, own in zip(back, labels, strict=True):
         assert torch.equal(one.soft_targets[0].ids, own.ids)
         assert torch.equal(one.soft_targets[0].log_probs, own.log_probs)
     with pytest.raises(CheckpointError, match="of other data"):
-        stored_labels(path, "another", examples)
+        stored_labels(path, "another", examples, 105)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
-        stored_labels(path, "digest", examples)
+        stored_labels(path, "digest", examples, 105)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(backbone: Backbone) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
+from prefixtune.explain.explain import explain
 from prefixtune.explain.likeness import start_view
 from prefixtune.explain.start import find_start
+from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix
 
 EXAMPLES = [
@@ -70,3 +72,51 @@ def test_other_starts_are_not_known(backbone: Any, trained: Callable[..., Prefix
 def test_the_view_says_why(backbone: Any, make: Callable[..., Any]) -> None:
     view = start_view(make(backbone, header={"initialization": {"kind": "prefix", "file": "p.safetensors"}}))
     assert "started from 'prefix'" in view.left_out
+
+
+def test_a_prefix_that_was_cut_has_its_start_only_where_its_first_positions_stay(
+    backbone: Any, trained: Callable[..., Prefix], assert_same: Callable[..., None]
+) -> None:
+    prefix = trained(prefix_length=4, init_text="some words")
+    first = cut(prefix, 3)
+    start, _ = find_start(backbone, first)
+    assert start is not None
+    assert_same(start.tensors(), first.tensors(), tolerance=1e-4)
+    last = cut(prefix, 3, backbone.rotation, end="start")
+    assert "cut at its start" in find_start(backbone, last)[1]
+    assert "cut at its start" in find_start(backbone, cut(last, 2))[1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lengths": [10**12, 1]},
+        {"lengths": ["x", None]},
+        {"lengths": [1]},
+        {"lengths": [True, 2]},
+        {"lengths": [0, 0]},
+        {"examples": [0] * 10_000},
+        {"examples": {}},
+        {"tokens": [[]]},
+    ],
+)
+def test_a_header_that_lies_about_its_start_is_found_out_before_anything_is_computed(
+    backbone: Any, trained: Callable[..., Prefix], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    prefix = trained(init_examples=2, example_attention="own")
+    header = {**prefix.header, "initialization": {**prefix.header["initialization"], **wrong}}
+
+    def compute(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("prefixtune.explain.start.from_examples", compute)
+    start, why = find_start(backbone, Prefix(prefix.layers, header), EXAMPLES)
+    assert start is None
+    assert "not those of --train" in why or "its length is no longer" in why
+
+
+def test_a_start_that_cannot_be_computed_leaves_the_other_views(backbone: Any, random_prefix: Any) -> None:
+    prefix = random_prefix(backbone, 2).detach()
+    header = {**prefix.header, "initialization": {"kind": "words", "text": ""}}
+    (view,) = explain(backbone, Prefix(prefix.layers, header), views=("start",))
+    assert "no token" in view.left_out

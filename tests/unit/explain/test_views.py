@@ -18,7 +18,7 @@ from prefixtune.explain.description import UNRELATED, description_view
 from prefixtune.explain.explain import explain
 from prefixtune.explain.likeness import cka, likeness_view, start_view, subspace_overlap
 from prefixtune.explain.losses import row_losses
-from prefixtune.explain.nearest import cosines, nearest_view, turned_back
+from prefixtune.explain.nearest import _Neighbours, cosines, nearest_view, turned_back
 from prefixtune.explain.subject import Limits
 from prefixtune.explain.view import SHOWS, TITLES
 from prefixtune.prefix.prefix import Head, Prefix
@@ -245,3 +245,10 @@ def test_views_that_need_data_are_left_out_by_name(make: Make, wide: Any) -> Non
     views = {view.name: view for view in explain(subject.backbone, subject.prefix)}
     assert {name for name, view in views.items() if "--data" in view.left_out} == {"attention", "loss"}
     assert "--data" in views["description"].notes[0]
+
+
+def test_a_token_that_a_text_has_many_times_is_one_neighbour() -> None:
+    found = _Neighbours(1)
+    cosine = torch.tensor([[0.9] * 7 + [0.8, 0.7]])
+    found.add("keys", cosine, [("data", (token, token)) for token in ["the"] * 7 + ["cat", "dog"]])
+    assert [near["token"] for near in found.describe()[0]["keys"]] == ["the", "cat", "dog"]
