@@ -152,13 +152,13 @@ class Beside:
         others: Each yields a prefix as it is now, in float32 and without gradients.
         lengths: The lengths of each at its sites.
         rotation: How keys turn with position.
-        digest: Tells these others from any; empty for runs that train together.
+        digest: Tells these others from any.
     """
 
     others: Sequence[Callable[[], Prefix]]
     lengths: Sequence[Mapping[Site, int]]
     rotation: Rotation
-    digest: str = ""
+    digest: str
 
     @classmethod
     def of_prefixes(cls, prefixes: Sequence[Prefix], rotation: Rotation) -> Beside:

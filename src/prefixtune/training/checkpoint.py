@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.folder import STATE_FILE
+from prefixtune.training.folder import PREVIOUS_FILE, STATE_FILE
 from prefixtune.utils.files import atomic_path
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "check_same_run",
     "finite_or_none",
     "has_new_length",
+    "is_over",
+    "keep_state",
     "load_state",
     "load_tensors",
     "read_checkpoint",
@@ -112,6 +115,14 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
         save_file(stored, temporary, metadata_with_checksum(_STATE, facts, stored))
 
 
+def keep_state(folder: Path) -> None:
+    """Keep a copy of a run's state, where it has one, beside the one that is about to be stored."""
+    path = folder / STATE_FILE
+    if path.exists():
+        with atomic_path(folder / PREVIOUS_FILE) as temporary:
+            shutil.copyfile(path, temporary)
+
+
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file that `save_state` wrote: its tensors and its facts.
 
@@ -191,14 +202,14 @@ def load_tensors(
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(config: TrainConfig) -> Checkpoint:
-    """The state of the run that a configuration resumes.
+def read_checkpoint(config: TrainConfig, name: str = STATE_FILE) -> Checkpoint:
+    """The state of the run that a configuration resumes, from a file of its folder.
 
     Raises:
         CheckpointError: There is no state, or it is broken.
         ConfigError: It belongs to another configuration.
     """
-    path = Path(config.output) / STATE_FILE
+    path = Path(config.output) / name
     if not path.exists():
         raise CheckpointError(f"there is no run to resume in {str(path.parent)!r}.", hint="start it without --resume.")
     tensors, facts = load_state(path)
@@ -243,6 +254,11 @@ def _check_same_config(config: TrainConfig, stored: Mapping[str, Any], step: int
         )
 
 
+def is_over(config: TrainConfig, state: TrainState) -> bool:
+    """Whether all steps of a run are taken, or its patience is used up."""
+    return state.step >= state.total_steps or 0 < config.patience <= state.evals_without_improvement
+
+
 def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str) -> None:
     """Refuse a state of another backbone or of other data.
 
@@ -262,7 +278,8 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
     if stored[0] == now[0] and stored[2] != now[2]:
         raise ConfigError(
             f"the run in {folder!r} was started with other prefixes beside it.",
-            hint="put the same files into the folder of --beside, or start again in another --output.",
+            hint="give the same runs in the same order, or the same files in the folder of --beside, or start again in "
+            "another --output.",
         )
     if facts["data"] != data_digest:
         raise ConfigError(

@@ -112,7 +112,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         ConfigError: They cannot.
     """
     faults = [] if configs else ["there is no run"]
-    for name in ("backbone", "dtype", "device", "quantize", "gradient_checkpointing"):
+    for name in ("backbone", "dtype", "device", "quantize", "gradient_checkpointing", "shard"):
         values = sorted({str(getattr(config, name)) for config in configs})
         if len(values) > 1:
             faults.append(f"{name} is {' and '.join(map(repr, values))}, but all runs share one backbone")
@@ -123,7 +123,8 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     if len(configs) == 1 and configs[0].beside == SELF:
         faults.append("beside is 'self', but there is no other run")
     for config in configs:
-        if config.method not in ("prefix", "prompt") or config.adapter or config.train_adapter:
+        has_adapter = config.adapter or config.adapter_rank or config.train_adapter
+        if config.method not in ("prefix", "prompt") or has_adapter:
             what = f"method {config.method!r}" if config.method not in ("prefix", "prompt") else "an adapter"
             faults.append(f"the run in {config.output!r} has {what}, but only prefixes and prompts share a backbone")
     if faults:

@@ -39,6 +39,8 @@ from prefixtune.training.checkpoint import (
     check_extension,
     check_same_run,
     finite_or_none,
+    is_over,
+    keep_state,
     load_tensors,
     save_state,
     state_facts,
@@ -169,6 +171,8 @@ class TrainLoop:
         self.state = TrainState(self._planned_steps(config.max_steps, config.epochs))
         self.extended_from: int | None = None
         self.resumed = self.stopped = False
+        # Whether the last state but one is kept at a save, until the other runs have saved as well.
+        self.keeps_previous = False
         self.beside: Beside | None = None
         start = self.bake()
         self.site_lengths = {} if start is None else {site: start.length(site) for site in start.sites}
@@ -184,8 +188,7 @@ class TrainLoop:
     @property
     def ended(self) -> bool:
         """Whether all steps are taken, or the patience is used up."""
-        state, patience = self.state, self.config.patience
-        return state.step >= state.total_steps or 0 < patience <= state.evals_without_improvement
+        return is_over(self.config, self.state)
 
     @property
     def _one_length(self) -> bool:
@@ -440,8 +443,11 @@ class TrainLoop:
         """Store the state to resume from."""
         if not self.processes.is_main:
             return
+        folder = Path(self.config.output)
+        if self.keeps_previous:
+            keep_state(folder)
         save_state(
-            Path(self.config.output) / STATE_FILE,
+            folder / STATE_FILE,
             state_tensors(self.encoder, self.adapter, self.optimizer),
             state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization),
         )

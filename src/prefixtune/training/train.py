@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
-from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example, ExampleLike
 from prefixtune.errors import ConfigError, TrainingError
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.beside import SELF, Beside, load_others
 from prefixtune.training.checkpoint import Checkpoint, has_new_length, read_checkpoint
@@ -33,17 +30,16 @@ from prefixtune.training.data import TrainData, does_hold_out, read_data, tokeni
 from prefixtune.training.distributed import ProcessGroup, init_distributed, shard_model
 from prefixtune.training.folder import (
     EVENTS_FILE,
-    PREFIX_FILE,
     STATE_FILE,
-    WEIGHTS_FILE,
     Event,
     read_events,
     stored_config,
     write_config,
     write_log,
 )
-from prefixtune.training.loop import TrainLoop, forward_backward
+from prefixtune.training.loop import TrainLoop
 from prefixtune.training.progress import show_training
+from prefixtune.training.runs import Run, TrainResult, agree_on_step, step_together, stop_requests
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
@@ -54,28 +50,6 @@ __all__ = ["Teach", "TrainResult", "train", "train_together"]
 
 Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
 """Gives a run's tokenized data a teacher's labels; the backbone is the student's."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves.
-
-    Attributes:
-        prefix: The best prefix (by the development loss, where there are such examples), baked; None: the method trains
-            weights.
-        path: The artifact, of the prefix or the weights.
-        steps: Optimizer steps taken.
-        best_loss: Lowest development loss, in nats per token; NaN without development examples.
-        num_trained: Parameters that the optimizer moved.
-        events: Everything that was logged.
-    """
-
-    prefix: Prefix | None
-    path: Path
-    steps: int
-    best_loss: float
-    num_trained: int
-    events: tuple[Event, ...]
 
 
 def train(
@@ -194,7 +168,7 @@ def train_together(
         )
         runs, stop = stack.enter_context(opened)
         errors: list[TrainingError] = []
-        for run, event in _step_together(runs, stop, errors):
+        for run, event in step_together(runs, stop, errors):
             run.record(event)
             if on_event is not None and processes.is_main:
                 on_event({**event, "run": str(Path(run.loop.config.output))})
@@ -203,83 +177,6 @@ def train_together(
         if errors:
             raise errors[0]
         return [run.result() for run in runs]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A loop and its log.
-
-    Attributes:
-        loop: Ready to train.
-        events: So far.
-        log: Appends a line to the log.
-    """
-
-    loop: TrainLoop
-    events: list[Event]
-    log: Callable[[str], None]
-
-    def record(self, event: Event) -> None:
-        """Keep and log an event."""
-        self.events.append(event)
-        if self.loop.processes.is_main:
-            self.log(json.dumps(event))
-
-    def result(self) -> TrainResult:
-        """What the run leaves, once the first process has written it."""
-        loop, trains_prefix = self.loop, self.loop.config.trains_prefix
-        path = Path(loop.config.output) / (PREFIX_FILE if trains_prefix else WEIGHTS_FILE)
-        loop.processes.barrier()
-        return TrainResult(
-            load_prefix(path) if trains_prefix else None,
-            path,
-            loop.state.step,
-            loop.state.best_loss,
-            sum(parameter.numel() for parameter in loop.trained),
-            tuple(self.events),
-        )
-
-
-def _step_together(
-    runs: Sequence[_Run], stop: threading.Event, errors: list[TrainingError]
-) -> Iterator[tuple[_Run, Event]]:
-    """Train all runs to their ends, one step of each at a time; a run that fails adds to `errors` and leaves."""
-    for run in runs:
-        yield from ((run, event) for event in run.loop.first_events())
-    active = {index: run.loop.remaining_steps() for index, run in enumerate(runs)}
-    sees_others = any(run.loop.config.beside == SELF for run in runs)
-    while active:
-        pending = {}
-        # One answer for all runs of a step: those that stand beside each other stop and resume at the same one.
-        stops = threading.Event()
-        if stop.is_set():
-            stops.set()
-        for index, remaining in list(active.items()):
-            loop = runs[index].loop
-            if (batches := next(remaining, None)) is not None:
-                pending[index] = loop.prepare(batches)
-                continue
-            del active[index]
-            yield from ((runs[index], event) for event in loop.last_events())
-        if pending:
-            forward_backward(runs[0].loop.backbone, list(pending.values()))
-        saved = set[int]()
-        for index, step in pending.items():
-            run = runs[index]
-            try:
-                yield run, run.loop.apply(step, stops)
-                for event in run.loop.evaluate_and_save(stops):
-                    if event["event"] == "save":
-                        saved.add(index)
-                    yield run, event
-            except TrainingError as error:
-                errors.append(error)
-                del active[index]
-        if saved and sees_others:
-            for index in pending.keys() & active.keys() - saved:
-                runs[index].loop.save()
-        if stops.is_set():
-            stop.set()
 
 
 # --- what comes before the loop --------------------------------------------------------------------------------------
@@ -299,7 +196,7 @@ def _open_runs(
     resume: bool,
     together: bool = False,
     teach: Teach | None = None,
-) -> Iterator[tuple[list[_Run], threading.Event]]:
+) -> Iterator[tuple[list[Run], threading.Event]]:
     """Make runs ready to train, in this order: claim, check, read, load, tokenize, build, resume or start.
 
     Args:
@@ -355,9 +252,10 @@ def _open_runs(
             )
         loops = [_build_loop(*pair, loaded, processes) for pair in zip(configs, data, strict=True)]
         _stand_beside(loops, others)
+        agree_on_step(loops, checkpoints)
         # Checkpoints are dropped one by one: each may be as large as the model.
         events = [_resume(loop, checkpoints.pop(0)) for loop in loops]
-        stop = stack.enter_context(_stop_requests())
+        stop = stack.enter_context(stop_requests())
         stack.enter_context(gradient_checkpointing(loaded.model, configs[0].gradient_checkpointing))
         yield [_open_log(*pair, stack) for pair in zip(loops, events, strict=True)], stop
 
@@ -418,13 +316,21 @@ def _load_beside(config: TrainConfig, backbone: Backbone) -> Beside | None:
 
 def _stand_beside(loops: Sequence[TrainLoop], others: Sequence[Beside | None]) -> None:
     """Give each run what stands beside its prefix."""
+    see_each_other = any(loop.config.beside == SELF for loop in loops)
     for loop, loaded in zip(loops, others, strict=True):
+        loop.keeps_previous = see_each_other
         if loaded is not None:
             loop.stand_beside(loaded)
         elif loop.config.beside == SELF:
-            rest = [other for other in loops if other is not loop]
-            lengths = [other.site_lengths for other in rest]
-            loop.stand_beside(Beside([other.current_prefix for other in rest], lengths, loop.backbone.rotation))
+            loop.stand_beside(_other_runs([other for other in loops if other is not loop], loop.backbone))
+
+
+def _other_runs(loops: Sequence[TrainLoop], backbone: Backbone) -> Beside:
+    """The prefixes of other runs, as they are at each step."""
+    facts = [(Path(loop.config.output).name, loop.site_lengths, loop.data.digest, loop.config.seed) for loop in loops]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    lengths = [loop.site_lengths for loop in loops]
+    return Beside([loop.current_prefix for loop in loops], lengths, backbone.rotation, digest)
 
 
 def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> list[Event]:
@@ -443,7 +349,7 @@ def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> list[Event]:
     return events
 
 
-def _open_log(loop: TrainLoop, events: list[Event], stack: contextlib.ExitStack) -> _Run:
+def _open_log(loop: TrainLoop, events: list[Event], stack: contextlib.ExitStack) -> Run:
     """A run whose folder is ready: a new one has its configuration, an empty log and a first state."""
     folder = Path(loop.config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -452,25 +358,4 @@ def _open_log(loop: TrainLoop, events: list[Event], stack: contextlib.ExitStack)
         write_log(loop.config, [])
         # From now on, even a kill can be resumed from.
         loop.save()
-    return _Run(loop, events, stack.enter_context(line_writer(folder / EVENTS_FILE)))
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """While the block runs, the first Ctrl-C or SIGTERM sets the event; a second one stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return Run(loop, events, stack.enter_context(line_writer(folder / EVENTS_FILE)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import prefixtune as pt
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.training.beside import find_files
+from prefixtune.training.loop import TrainLoop
 from prefixtune.training.train import train_together
 
 
@@ -112,7 +113,7 @@ def test_self_needs_other_runs(train: Callable[..., Any], backbone: Any) -> None
 def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Callable[..., Any]:
     """Three runs, each beside the others, of unequal lengths and numbers of steps."""
 
-    def run(where: str, **more: Any) -> Any:
+    def run(where: str, order: Sequence[int] = (0, 1, 2), **more: Any) -> Any:
         configs = [
             pt.TrainConfig(
                 prefix_length=length,
@@ -127,9 +128,52 @@ def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Calla
             )
             for length, text, steps, save in ((2, "ab", 7, 2), (3, "cde", 4, 3), (1, "f", 9, 5))
         ]
-        return train_together(configs, backbone=backbone, examples=[examples] * 3, **more)
+        runs = [configs[index] for index in order]
+        return train_together(runs, backbone=backbone, examples=[examples] * len(runs), **more)
 
     return run
+
+
+@pytest.mark.parametrize(("at", "name"), [(2, "ab"), (2, "cde"), (4, "cde"), (5, "f"), (6, "ab"), (7, "ab")])
+def test_a_kill_between_the_saves_of_a_step_is_resumed_exactly(
+    together: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, name: str
+) -> None:
+    whole = together("whole")
+    save = TrainLoop.save
+
+    def stop(loop: TrainLoop) -> None:
+        save(loop)
+        if (loop.state.step, Path(loop.config.output).name) == (at, name):
+            raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainLoop, "save", stop)
+        with pytest.raises(Stopped):
+            together("again")
+    resumed = together("again", resume=True)
+    for one, other in zip(whole, resumed, strict=True):
+        assert other.prefix.equal(one.prefix)
+        assert losses(other) == losses(one)
+    assert not list((tmp_path / "again").glob("*/previous.safetensors"))
+
+
+def test_states_of_different_steps_are_refused(together: Callable[..., Any], tmp_path: Path) -> None:
+    def stop(event: Any) -> None:
+        if event["event"] == "step" and event["step"] == 6:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        together("again", on_event=stop)
+    (tmp_path / "again/f/state.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"different steps: .*ab 5, .*cde 4, .*f 0"):
+        together("again", resume=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (0, 2, 1)])
+def test_runs_are_not_resumed_beside_others(together: Callable[..., Any], order: tuple[int, ...]) -> None:
+    together("runs")
+    with pytest.raises(ConfigError, match="with other prefixes beside it"):
+        together("runs", order=order, resume=True)
 
 
 @pytest.mark.parametrize("at", [2, 3, 6])
@@ -153,7 +197,7 @@ def test_self_is_the_others_as_they_are_at_that_step(
     together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The joined prefix holds the values that the other run's own step used."""
-    from prefixtune.training import train as module
+    from prefixtune.training import runs as module
 
     checked = 0
     prepare = module.forward_backward

@@ -112,9 +112,10 @@ def _list(options: InspectOptions, folder: Path) -> int:
 def _artifacts(folder: Path) -> list[Path]:
     """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
     from prefixtune.prefix.folder import ENDING, list_names, path_of
-    from prefixtune.training.folder import STATE_FILE
+    from prefixtune.training.folder import PREVIOUS_FILE, STATE_FILE
 
-    here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
+    states = {name.removesuffix(ENDING) for name in (STATE_FILE, PREVIOUS_FILE)}
+    here = [path_of(folder, name) for name in list_names(folder) - states]
     return sorted([*here, *(path for run in folder.iterdir() for path in _trained_in(run))])
 
 

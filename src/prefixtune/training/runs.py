@@ -1,0 +1,198 @@
+"""Runs that are open: their logs, their steps side by side, how they stop, and the one step that all resume at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.errors import CheckpointError, TrainingError
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.beside import SELF
+from prefixtune.training.checkpoint import Checkpoint, TrainState, is_over, read_checkpoint
+from prefixtune.training.folder import PREFIX_FILE, PREVIOUS_FILE, STATE_FILE, WEIGHTS_FILE, Event
+from prefixtune.training.loop import TrainLoop, forward_backward
+
+__all__ = ["Run", "TrainResult", "agree_on_step", "step_together", "stop_requests"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        prefix: The best prefix (by the development loss, where there are such examples), baked; None: the method trains
+            weights.
+        path: The artifact, of the prefix or the weights.
+        steps: Optimizer steps taken.
+        best_loss: Lowest development loss, in nats per token; NaN without development examples.
+        num_trained: Parameters that the optimizer moved.
+        events: Everything that was logged.
+    """
+
+    prefix: Prefix | None
+    path: Path
+    steps: int
+    best_loss: float
+    num_trained: int
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loop and its log.
+
+    Attributes:
+        loop: Ready to train.
+        events: So far.
+        log: Appends a line to the log.
+    """
+
+    loop: TrainLoop
+    events: list[Event]
+    log: Callable[[str], None]
+
+    def record(self, event: Event) -> None:
+        """Keep and log an event."""
+        self.events.append(event)
+        if self.loop.processes.is_main:
+            self.log(json.dumps(event))
+
+    def result(self) -> TrainResult:
+        """What the run leaves, once the first process has written it."""
+        loop, trains_prefix = self.loop, self.loop.config.trains_prefix
+        path = Path(loop.config.output) / (PREFIX_FILE if trains_prefix else WEIGHTS_FILE)
+        loop.processes.barrier()
+        return TrainResult(
+            load_prefix(path) if trains_prefix else None,
+            path,
+            loop.state.step,
+            loop.state.best_loss,
+            sum(parameter.numel() for parameter in loop.trained),
+            tuple(self.events),
+        )
+
+
+def step_together(
+    runs: Sequence[Run], stop: threading.Event, errors: list[TrainingError]
+) -> Iterator[tuple[Run, Event]]:
+    """Train all runs to their ends, one step of each at a time; a run that fails adds to `errors` and leaves."""
+    for run in runs:
+        yield from ((run, event) for event in run.loop.first_events())
+    active = {index: run.loop.remaining_steps() for index, run in enumerate(runs)}
+    sees_others = any(run.loop.config.beside == SELF for run in runs)
+    while active:
+        pending = {}
+        # One answer for all runs of a step: those that stand beside each other stop and resume at the same one.
+        stops = threading.Event()
+        if stop.is_set():
+            stops.set()
+        for index, remaining in list(active.items()):
+            loop = runs[index].loop
+            if (batches := next(remaining, None)) is not None:
+                pending[index] = loop.prepare(batches)
+                continue
+            del active[index]
+            yield from ((runs[index], event) for event in loop.last_events())
+        if pending:
+            forward_backward(runs[0].loop.backbone, list(pending.values()))
+        saved = set[int]()
+        for index, step in pending.items():
+            run = runs[index]
+            try:
+                yield run, run.loop.apply(step, stops)
+                for event in run.loop.evaluate_and_save(stops):
+                    if event["event"] == "save":
+                        saved.add(index)
+                    yield run, event
+            except TrainingError as error:
+                errors.append(error)
+                del active[index]
+        if saved and sees_others:
+            for index in pending.keys() & active.keys() - saved:
+                runs[index].loop.save()
+            for run in runs:
+                _drop_previous(run.loop)
+        if stops.is_set():
+            stop.set()
+
+
+def _drop_previous(loop: TrainLoop) -> None:
+    """Delete the last state but one: all runs have stored theirs of this step."""
+    if loop.processes.is_main:
+        (Path(loop.config.output) / PREVIOUS_FILE).unlink(missing_ok=True)
+
+
+def agree_on_step(loops: Sequence[TrainLoop], checkpoints: list[Checkpoint | None]) -> None:
+    """Let runs that stand beside each other go on from one step.
+
+    A kill between their saves leaves some of them one save ahead: these go back to the state before. A run that is over
+    stays where it ended.
+
+    Args:
+        loops: Ready to be resumed.
+        checkpoints: Of each, None for one without a state; those of runs that go back are replaced.
+
+    Raises:
+        CheckpointError: There is no step that all have a state of.
+    """
+    if not any(loop.config.beside == SELF for loop in loops):
+        return
+    steps = [0 if some is None else some.facts["step"] for some in checkpoints]
+    last = min(
+        (step for step, pair in zip(steps, zip(loops, checkpoints, strict=True), strict=True) if not _is_over(*pair)),
+        default=max(steps),
+    )
+    ahead = [index for index, step in enumerate(steps) if step > last]
+    for index in ahead:
+        config = loops[index].config
+        has_one = (Path(config.output) / PREVIOUS_FILE).exists()
+        checkpoints[index] = before = read_checkpoint(config, PREVIOUS_FILE) if has_one else None
+        if before is None or before.facts["step"] != last:
+            raise CheckpointError(
+                "the runs stand beside each other, but their states are of different steps: "
+                + ", ".join(f"{loop.config.output} {step}" for loop, step in zip(loops, steps, strict=True))
+                + ".",
+                hint="start them again in other folders.",
+            )
+    for index in ahead:
+        # All processes have read it before the first one moves it.
+        loops[index].processes.barrier()
+        if loops[index].processes.is_main:
+            folder = Path(loops[index].config.output)
+            os.replace(folder / PREVIOUS_FILE, folder / STATE_FILE)
+
+
+def _is_over(loop: TrainLoop, checkpoint: Checkpoint | None) -> bool:
+    """Whether a run to resume has nothing left to do."""
+    if checkpoint is None:
+        return False
+    return is_over(loop.config, TrainState.from_facts(checkpoint.facts, loop.state.total_steps))
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """While the block runs, the first Ctrl-C or SIGTERM sets the event; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
