@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.compose import cut
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
-from prefixtune.training.config import TrainConfig
+from prefixtune.training.config import MOST_LENGTHS, TrainConfig
 from prefixtune.training.folder import PREFIX_FILE
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.losses import target_losses
@@ -43,7 +44,7 @@ __all__ = ["LENGTH_FILE", "LengthResult", "Point", "choose", "curve_lengths", "m
 LENGTH_FILE, LOSSES_FILE, FIGURE_NAME = "length.json", "length.safetensors", "length"
 
 _LOSSES = "prefixtune_lengths"
-MOST_LENGTHS, MOST_ENDS = 64, 16
+MOST_ENDS = 16
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def study_lengths(
     def measure(loop: TrainLoop, stop: threading.Event) -> None:
         found.append(_measure_run(loop, stop, lengths, significance, samples, on_point))
 
-    train(config, resume=resume, after=measure, **arguments)
+    def check(loop: TrainLoop) -> None:
+        curve_lengths(max(loop.site_lengths.values()), lengths)
+
+    train(config, resume=resume, check=check, after=measure, **arguments)
     return found[0]
 
 
@@ -182,11 +186,22 @@ def _measure_run(
         prefix if chosen == prefix.prefix_length else cut(prefix, chosen),
         dtype=prefix.dtype,
     )
+    _delete_earlier(folder, path)
     result = LengthResult(tuple(points), best, chosen, path, len(dev.examples), folder)
     facts = describe(result, config, prefix, significance, samples, dev.num_targets)
     write_text(folder / LENGTH_FILE, json.dumps(facts, indent=1) + "\n")
     save_figure(draw_curve(result), folder / FIGURE_NAME)
     return result
+
+
+def _delete_earlier(folder: Path, path: Path) -> None:
+    """Delete the file that an earlier study of this folder was cut to, if it is another one."""
+    try:
+        earlier = str(json.loads((folder / LENGTH_FILE).read_text(encoding="utf-8"))["file"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if re.fullmatch(r"prefix-[0-9]+\.safetensors", earlier) and earlier != path.name:
+        (folder / earlier).unlink(missing_ok=True)
 
 
 class _Losses:

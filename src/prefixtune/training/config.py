@@ -12,8 +12,11 @@ from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import Config, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["TrainConfig", "default_learning_rate"]
+__all__ = ["MOST_LENGTHS", "TrainConfig", "default_learning_rate"]
 
+
+MOST_LENGTHS = 64
+"""Lengths of a nested prefix that are measured after a run, at most."""
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
 _INIT_EXAMPLES = 4

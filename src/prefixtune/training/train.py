@@ -61,6 +61,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_event: Callable[[Event], None] | None = None,
+    check: Callable[[TrainLoop], None] | None = None,
     after: Callable[[TrainLoop, threading.Event], None] | None = None,
     processes: ProcessGroup | None = None,
     teach: Teach | None = None,
@@ -83,6 +84,7 @@ def train(
             options over it.
         progress: Show the run's progress on stderr.
         on_event: Called with every event, as it happens; in the first process only.
+        check: Called before anything is written, when the run is ready to train; what it raises ends the run.
         after: Called when all steps are taken and the artifact is stored, while the backbone is still loaded; with the
             event that Ctrl-C or SIGTERM sets.
         processes: The processes that share the work; None: those that this one was started with, by `torchrun` or
@@ -110,7 +112,7 @@ def train(
         console = Console(quiet=not (progress and processes.is_main))
         show = stack.enter_context(show_training(console))
         opened = _open_runs(
-            [config], backbone, [(examples, dev_examples)], processes, console, resume=resume, teach=teach
+            [config], backbone, [(examples, dev_examples)], processes, console, resume=resume, teach=teach, check=check
         )
         (run,), stop = stack.enter_context(opened)
         for event in run.loop.run(stop):
@@ -196,6 +198,7 @@ def _open_runs(
     resume: bool,
     together: bool = False,
     teach: Teach | None = None,
+    check: Callable[[TrainLoop], None] | None = None,
 ) -> Iterator[tuple[list[Run], threading.Event]]:
     """Make runs ready to train, in this order: claim, check, read, load, tokenize, build, resume or start.
 
@@ -208,6 +211,7 @@ def _open_runs(
         resume: The folders hold runs to go on with; together, one that was stopped before its first save starts again.
         together: The runs are to share every pass.
         teach: As in `train`.
+        check: As in `train`.
 
     Yields:
         The runs, and the event that Ctrl-C or SIGTERM sets.
@@ -252,6 +256,9 @@ def _open_runs(
             )
         loops = [_build_loop(*pair, loaded, processes) for pair in zip(configs, data, strict=True)]
         _stand_beside(loops, others)
+        if check is not None:
+            for loop in loops:
+                check(loop)
         agree_on_step(loops, checkpoints)
         # Checkpoints are dropped one by one: each may be as large as the model.
         events = [_resume(loop, checkpoints.pop(0)) for loop in loops]

@@ -14,6 +14,7 @@ import torch
 
 import prefixtune as pt
 from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.cli.commands.length import LengthOptions
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.studies import lengths as module
@@ -164,3 +165,32 @@ def test_what_cannot_be_compared_is_refused(backbone: Any, tmp_path: Path) -> No
         study(backbone, tmp_path, dev_examples=None)
     with pytest.raises(ConfigError, match="method 'lora'"):
         study_lengths(config(tmp_path).replace(nested=False, method="lora"), dev_examples=DEV)
+
+
+def test_lengths_are_checked_before_training(backbone: Any, tmp_path: Path) -> None:
+    def never(event: Any) -> None:
+        raise AssertionError(f"an event before the lengths were checked: {event}")
+
+    text = config(tmp_path, prefix_length=0, initialization="text")
+    data = {"backbone": backbone, "examples": EXAMPLES, "dev_examples": DEV, "progress": False, "on_event": never}
+    with pytest.raises(ConfigError, match="lengths has 50, but the prefix has 3 positions"):
+        study_lengths(text, lengths=(2, 50), **data)
+    with pytest.raises(ConfigError, match="lengths has 70 numbers, but at most 64"):
+        study(backbone, tmp_path, lengths=(1,) * 70, on_event=never)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(ConfigError, match=r"lengths has 70 numbers.*lengths has 7, but must be from 1 to 6"):
+        LengthOptions(nested=True, hold_out=0.2, prefix_length=6, lengths=(7,) * 70)
+
+
+def test_an_earlier_cut_is_deleted(backbone: Any, tmp_path: Path) -> None:
+    study(backbone, tmp_path, lengths=(2,))
+    folder = tmp_path / "run"
+    (folder / "prefix-5.safetensors").write_bytes(b"another's")
+    facts = json.loads((folder / "length.json").read_text(encoding="utf-8"))
+    (folder / facts["file"]).rename(folder / "prefix-4.safetensors")
+    (folder / "length.json").write_text(json.dumps({**facts, "file": "prefix-4.safetensors"}), encoding="utf-8")
+    result = study(backbone, tmp_path, lengths=(2,), resume=True)
+    assert {path.name for path in folder.glob("prefix-*.safetensors")} == {result.path.name, "prefix-5.safetensors"}
+    (folder / "length.json").write_text(json.dumps({**facts, "file": "../run/prefix.safetensors"}), encoding="utf-8")
+    study(backbone, tmp_path, lengths=(2,), resume=True)
+    assert (folder / "prefix.safetensors").exists()

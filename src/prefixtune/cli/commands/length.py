@@ -12,7 +12,7 @@ from pydantic import Field
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import ConfigOptions, OutputOptions, command, json_option
 from prefixtune.cli.training import preset_layer, stored_layer
-from prefixtune.training.config import TrainConfig
+from prefixtune.training.config import MOST_LENGTHS, TrainConfig
 from prefixtune.utils.config import CommaList, Layer
 from prefixtune.utils.console import Console
 
@@ -70,9 +70,14 @@ class LengthOptions(ConfigOptions, OutputOptions, TrainConfig):
                 ("dev", "hold_out"),
                 "lengths are compared on development data, but there is none: give --dev FILE, or --hold-out 0.2",
             )
+        if len(self.lengths) > MOST_LENGTHS:
+            yield ("lengths",), f"lengths has {len(self.lengths)} numbers, but at most {MOST_LENGTHS} are measured"
         too_long = [length for length in self.lengths if length > self.prefix_length > 0 or length < 1]
         if too_long:
-            yield ("lengths", "prefix_length"), f"lengths has {too_long[0]}, but must be from 1 to {self.prefix_length}"
+            yield (
+                ("lengths", "prefix_length"),
+                f"lengths has {too_long[0]}, but must be from 1 to {self.prefix_length or 'P'}",
+            )
 
 
 @command

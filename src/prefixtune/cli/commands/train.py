@@ -77,7 +77,7 @@ def train(options: TrainOptions) -> int:
     For example:
         prefixtune train --task e2e --train trainset.csv --dev devset.csv --output runs/e2e
         prefixtune train --train my.jsonl --source "{name} is {food}" --target text
-        prefixtune train --config run.toml --learning-rate 2e-3
+        prefixtune train --config run.toml --learning-rate 1e-2
         prefixtune train --resume --output runs/e2e
         prefixtune train --together pubs.toml trains.toml
     """
