@@ -9,7 +9,7 @@ from typing import Any
 from prefixtune.cli.common import print_event
 from prefixtune.errors import PrefixError
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.presets import preset
+from prefixtune.training.presets import preset, without_conflicts
 from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console
 
@@ -74,11 +74,14 @@ def stored_layer(folder: str) -> Layer:
 
 
 def preset_layer(values: Mapping[str, Any]) -> Layer:
-    """The values of a preset for the run that these values, of a file and the command line, describe."""
+    """The values of a preset for the run that these values, of a file and the command line, describe.
+
+    Left out is what these values do not go with, as it is not what the user gave.
+    """
     task, method = (str(values.get(name, TrainConfig.default(name))) for name in ("task", "method"))
     limit = str(values.get("limit", ""))
     num_targets = int(limit) if limit.isdecimal() and int(limit) else 100
     try:
-        return Layer(preset(values["preset"], task, method, num_targets=num_targets))
+        return Layer(without_conflicts(preset(values["preset"], task, method, num_targets=num_targets), values))
     except PrefixError as error:
         return Layer({}, error=error)

@@ -91,7 +91,8 @@ def _find_examples(
     # Counted before anything is computed: the header may say anything.
     if any(sum(lengths if alone else map(len, rows)) != prefix.length(site) for site in prefix.sites):
         return None, "the prefix was cut or joined after training: its length is no longer that of its start."
-    start = from_examples(backbone, rows, alone=alone, lengths=lengths if alone else None)
+    compaction = str(stored.get("compaction"))
+    start = from_examples(backbone, rows, alone=alone, lengths=lengths if alone else None, compaction=compaction)
     layers = {site: start.layers[site] for site in prefix.sites}
     return _like(prefix, Prefix(layers)), f"the training examples {', '.join(map(str, indices))}"
 

@@ -33,6 +33,7 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.collator import IGNORED, Collator
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.artifact import reparameterization_facts
 from prefixtune.training.checks import check_gradient_checkpointing
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
@@ -212,7 +213,8 @@ class PrefixModel(nn.Module):
             training={
                 "backbone_dtype": backbone.dtype_name,
                 "loss_reduction": "token",
-                **{name: getattr(config, name) for name in ("reparameterization", "bottleneck_size", "seed")},
+                **reparameterization_facts(config),
+                "seed": config.seed,
             },
             license=config.license,
             made_with={"prefixtune": __version__, "torch": torch.__version__, "python": platform.python_version()},

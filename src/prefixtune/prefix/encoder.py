@@ -4,14 +4,15 @@
 Linear(m, S), where S is one position's keys and values over all layers of a site. `none` trains the prefix itself.
 `residual` adds an MLP, whose last layer starts at zero, to a fixed start, so that training begins exactly there.
 `scaled` adds one trained number per stored number to a fixed start, each layer's keys and values in steps of the size
-that its own start has: start + rms * delta. Nothing is trained that is not stored.
+that its own start has: start + rms * delta. From a random start, steps have the size of the model's own keys and values
+of some words. Nothing is trained that is not stored.
 
 They run once per step, not once per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,8 @@ REPARAMETERIZATIONS = ("mlp", "none", "residual", "scaled")
 
 RANDOM_STD = 0.02
 """Standard deviation of a random start of a directly trained prefix."""
+_NEARLY_ZERO = 1e-6
+"""Keys or values that are smaller, relative to those of the layer where they are largest, tell no size of a step."""
 
 
 class SiteEncoder(nn.Module):
@@ -177,6 +180,9 @@ class PrefixEncoder(nn.Module):
         head: Labels and width of the hidden states of a linear head to train with it; None: no head.
         value_scale: For `scaled`: how much larger a step of the values is than one of the keys, relative to their
             sizes.
+        like: For `scaled` from a random start: a prefix whose keys and values have the size of the model's own.
+        sinks: For `scaled`: by site, the positions of the start (or of `like`) at which a text begins; a site that is
+            not named: 0.
     """
 
     head: HeadEncoder | None
@@ -192,6 +198,8 @@ class PrefixEncoder(nn.Module):
         start: Prefix | None = None,
         head: tuple[int, int] | None = None,
         value_scale: float = 1.0,
+        like: Prefix | None = None,
+        sinks: Mapping[Site, Collection[int]] | None = None,
     ) -> None:
         super().__init__()
         lengths = dict.fromkeys(geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
@@ -200,6 +208,7 @@ class PrefixEncoder(nn.Module):
                 f"prefix_length is {prefix_length}, but must be at least 1.", hint="10 is a usual length."
             )
         self.kind = kind
+        like = like if start is None else start
         self.geometry: dict[Site, tuple[LayerShape, ...]] = dict(geometry)
         self.sites = nn.ModuleDict(
             {
@@ -210,7 +219,9 @@ class PrefixEncoder(nn.Module):
                     embedding_size,
                     bottleneck_size,
                     None if start is None else flatten(start.layers[site]),
-                    step_sizes(shapes, None if start is None else start.layers[site], value_scale),
+                    step_sizes(
+                        shapes, None if like is None else like.layers[site], value_scale, (sinks or {}).get(site, (0,))
+                    ),
                 )
                 for site, shapes in self.geometry.items()
             }
@@ -244,27 +255,41 @@ class PrefixEncoder(nn.Module):
 
 
 def step_sizes(
-    shapes: Sequence[LayerShape], start: Sequence[KeyValue] | None, value_scale: float
+    shapes: Sequence[LayerShape],
+    like: Sequence[KeyValue] | None,
+    value_scale: float,
+    sinks: Collection[int] = (0,),
 ) -> Float[Tensor, " S"]:
-    """The step of each number of a position: the root mean square of its layer's keys or values in the start.
+    """The step of each number of a position: the root mean square of its layer's keys or values in some prefix.
 
-    The first position is left out where there are others: it takes the attention that nothing else wants, and its
-    numbers are far from all others'.
+    Positions at which a text begins are left out where there are others: they take the attention that nothing else
+    wants, and their numbers are far from all others'. Where a layer's keys or values are all (nearly) zero, which says
+    nothing of the size that they should have, their step is the median of the other layers'.
 
     Args:
         shapes: The layers.
-        start: What training begins with; None: at random, in steps of one size.
+        like: The prefix; None: nothing is known, and steps are as small as random starts are.
         value_scale: Times this for values.
+        sinks: The positions to leave out.
     """
-    sizes = []
-    for index, shape in enumerate(shapes):
-        for part, width, factor in ((0, shape.key_dim, 1.0), (1, shape.value_dim, value_scale)):
-            numbers = None if start is None else start[index][part].float()
-            if numbers is not None and numbers.shape[1] > 1:
-                numbers = numbers[:, 1:]
-            rms = RANDOM_STD if numbers is None else float(numbers.square().mean().sqrt())
-            sizes.append(torch.full((shape.num_kv_heads * width,), factor * rms))
-    return torch.cat(sizes)
+    by_part: list[Tensor] = []
+    for part in (0, 1):
+        if like is None:
+            by_part.append(torch.full((len(shapes),), RANDOM_STD))
+            continue
+        kept = [position for position in range(like[0][0].shape[1]) if position not in sinks]
+        numbers = [layer[part].float() for layer in like]
+        sizes = torch.stack([(n[:, kept] if kept else n).square().mean().sqrt() for n in numbers]).cpu()
+        known = sizes > _NEARLY_ZERO * sizes.max()
+        usual = sizes[known].median() if known.any() else torch.tensor(RANDOM_STD)
+        by_part.append(torch.where(known, sizes, usual))
+    return torch.cat(
+        [
+            torch.full((shape.num_kv_heads * width,), factor * float(by_part[part][index]))
+            for index, shape in enumerate(shapes)
+            for part, width, factor in ((0, shape.key_dim, 1.0), (1, shape.value_dim, value_scale))
+        ]
+    )
 
 
 def fit(module: PrefixEncoder, target: Prefix, *, steps: int = 500, learning_rate: float = 1e-4) -> dict[str, float]:

@@ -30,7 +30,7 @@ from prefixtune.training.folder import ADAPTER_FOLDER, PREFIX_FILE, WEIGHTS_FILE
 from prefixtune.training.variation import variation_facts
 from prefixtune.utils.files import atomic_path
 
-__all__ = ["load_tuned", "load_weights", "make_run_header", "save_artifact", "save_weights"]
+__all__ = ["load_tuned", "load_weights", "make_run_header", "reparameterization_facts", "save_artifact", "save_weights"]
 
 
 _WEIGHTS = "prefixtune_weights"
@@ -65,8 +65,7 @@ def make_run_header(
             "dev_loss": finite_or_none(state.best_loss),
             "num_targets": data.train.num_targets,
             "backbone_dtype": backbone.dtype_name,
-            "reparameterization": config.reparameterization,
-            "bottleneck_size": config.bottleneck_size,
+            **reparameterization_facts(config),
             "batch_size": config.batch_size,
             "loss_reduction": config.loss_reduction,
             "seed": config.seed,
@@ -81,6 +80,16 @@ def make_run_header(
         # Weights have no position.
         header.pop("rotation", None)
     return header
+
+
+def reparameterization_facts(config: TrainConfig) -> dict[str, Any]:
+    """What a header says of how a prefix was computed while it trained: only what was used."""
+    facts: dict[str, Any] = {"reparameterization": config.reparameterization}
+    if config.reparameterization == "scaled":
+        facts["value_scale"] = config.value_scale
+    if config.reparameterization in ("mlp", "residual"):
+        facts["bottleneck_size"] = config.bottleneck_size
+    return facts
 
 
 def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None, header: Mapping[str, Any]) -> None:

@@ -168,10 +168,10 @@ class TrainConfig(Config):
         description="an example is computed seeing: own: itself alone, at its own positions, so that leave-one-out is "
         "exact; all: those before it too, as one text",
     )
-    compact_examples: Literal["", "stride"] = _prefix(
+    compact_examples: Literal["", "stride", "match"] = _prefix(
         "",
-        description="init_examples that take more than prefix_length: empty: an error; stride: each is computed alone "
-        "and keeps an equal share of the positions, evenly spaced",
+        description="init_examples that take more than prefix_length: empty: an error; else each is computed alone and "
+        "keeps an equal share of the positions, chosen as by compaction: stride, match",
     )
     leave_one_out: bool = _prefix(
         True,
@@ -277,7 +277,7 @@ class TrainConfig(Config):
                 value = getattr(self, name)
                 if value != self.default(name):
                     yield (name, "method"), f"{name} is {value!r}, which does not go with method {self.method!r}"
-            for name in ("nested", "prefix_dropout", "beside"):
+            for name in ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples"):
                 if getattr(self, name):
                     yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
         if self.beside and self.method == "infix":
@@ -313,11 +313,13 @@ class TrainConfig(Config):
             yield ("init_examples", "prefix_length"), message
         if self.compact_examples:
             names = "compact_examples", "init_examples", "prefix_length"
-            if not (starts and count and length):
+            room = self._example_room
+            if not (starts and count and room):
                 message = "needs a start from examples, init_examples and prefix_length"
                 yield names, f"compact_examples is {self.compact_examples!r}, which {message}"
-            elif length < count:
-                yield names, f"prefix_length is {length}, fewer positions than the {count} examples to compact"
+            elif room < count:
+                wanted = f"sites is {self.sites!r}" if self.sites else f"prefix_length is {length}"
+                yield (*names, "sites"), f"{wanted}, fewer positions than the {count} examples to compact"
             if self.example_attention == "all":
                 message = "compact_examples computes each example alone, but example_attention is 'all'"
                 yield ("compact_examples", "example_attention"), message
@@ -333,6 +335,19 @@ class TrainConfig(Config):
         return {
             cast(Site, site.strip()): int(length) if equals else self.prefix_length for site, equals, length in pairs
         }
+
+    @property
+    def longest(self) -> int:
+        """The largest prefix length that the run gives a site; 0: its start has a length of its own."""
+        return max(self.site_lengths.values(), default=self.prefix_length)
+
+    @property
+    def _example_room(self) -> int:
+        """The positions that examples are compacted to: those at the site with the fewest that they can be at."""
+        lengths = self.site_lengths
+        # With an encoder, the decoder's own positions start from words.
+        wanted = [length for site, length in lengths.items() if site != "decoder"] or list(lengths.values())
+        return min(filter(None, wanted), default=self.prefix_length)
 
     @property
     def words_by_label(self) -> dict[str, str]:

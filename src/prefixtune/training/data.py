@@ -106,7 +106,7 @@ def _hold_out(config: TrainConfig, train: list[Example], dev: list[Example]) -> 
         )
     count = min(max(1, round(config.hold_out * len(sources))), len(sources) - 1)
     held = set(random.Random(f"{config.seed}/hold_out").sample(sources, count))
-    dev.extend(example for example in train if example.source in held)
+    dev.extend(limit_targets([example for example in train if example.source in held], config.dev_limit))
     train[:] = [example for example in train if example.source not in held]
 
 
@@ -228,7 +228,7 @@ def tokenize(
         lengths = plan.site_lengths
     train = encode(examples, lengths.get("decoder", 0))
     if plan is not None and config.leave_one_out:
-        train = dataclasses.replace(train, examples=hide_own_blocks(train.examples, plan))
+        train = dataclasses.replace(train, examples=hide_own_blocks(train.examples, examples, plan))
     dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None
     text_format = dataclasses.replace(
         text_format,

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefixtune.errors import ConfigError, did_you_mean
 
-__all__ = ["PRESETS", "Preset", "preset"]
+__all__ = ["PRESETS", "Preset", "preset", "without_conflicts"]
 
 
 Values = Mapping[str, Any]
@@ -65,6 +65,44 @@ def preset(name: str, task: str, method: str = "prefix", *, num_targets: int = 1
             hint=did_you_mean(method, runs[task]),
         )
     return {key: _for_size(value, num_targets) for key, value in runs[task][method].items()}
+
+
+def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values without those that do not go with what somebody gives beside it.
+
+    >>> values = {"initialization": "examples", "init_examples": 2, "save_dtype": "bfloat16"}
+    >>> without_conflicts(values, {"initialization": "words"})
+    {'save_dtype': 'bfloat16'}
+
+    Args:
+        values: Those of a preset.
+        given: By field of `TrainConfig`, as values or texts.
+    """
+    left = dict(values)
+    starts = values.get("initialization"), given.get("initialization", values.get("initialization"))
+    if starts[0] == "examples" != starts[1]:
+        for name in ("initialization", "init_examples", "compact_examples"):
+            left.pop(name, None)
+    has_room = not any(_is_zero(given.get(name)) for name in ("prefix_length", "init_examples"))
+    if not has_room or given.get("example_attention") == "all":
+        left.pop("compact_examples", None)
+    wanted = {"dev": "", "hold_out": 0, **values, **given}
+    has_dev = bool(wanted["dev"]) or not _is_zero(wanted["hold_out"])
+    if not has_dev or _is_zero(given.get("eval_every")):
+        left.pop("patience", None)
+    return left
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a number, or its text, is zero.
+
+    >>> _is_zero("0.0"), _is_zero(0), _is_zero("x"), _is_zero(None)
+    (True, True, False, False)
+    """
+    try:
+        return value is not None and float(value) == 0
+    except (TypeError, ValueError):
+        return False
 
 
 def _for_size(value: Any, num_targets: int) -> Any:

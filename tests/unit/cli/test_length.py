@@ -72,3 +72,12 @@ def test_the_usual_length_is_64() -> None:
     assert "prefix_length = 64\n" in out
     assert "nested = true\n" in out
     assert 'output = "runs/length"\n' in out
+
+
+def test_examples_to_start_from_have_their_own_length() -> None:
+    out, _ = run("length", "--train", "a", "--dev", "b", "--init-examples", "4", "--print-config")
+    assert "prefix_length = 0\n" in out
+    out, _ = run(
+        "length", "--train", "a", "--dev", "b", "--init-examples", "4", "--prefix-length", "9", "--print-config"
+    )
+    assert "prefix_length = 9\n" in out

@@ -31,6 +31,27 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(
     assert low.max_steps == preset("paper-low-data", "e2e", num_targets=500)["max_steps"]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--hold-out 0", {"hold_out": 0.0, "patience": 0, "init_examples": 2}),
+        ("--hold-out 0 --dev dev.jsonl", {"patience": 2}),
+        ("--dev dev.jsonl --eval-every 0", {"patience": 0}),
+        ("--initialization words", {"init_examples": 0, "compact_examples": "", "prefix_length": 64}),
+        ("--initialization text --prefix-length 5", {"init_examples": 0, "prefix_length": 5}),
+        ("--prefix-length 0", {"compact_examples": "", "init_examples": 2}),
+        ("--examples 0", {"compact_examples": "", "initialization": "examples", "prefix_length": 64}),
+        ("--example-attention all", {"compact_examples": "", "init_examples": 2}),
+        ("--initialization examples", {"compact_examples": "stride", "init_examples": 2, "prefix_length": 64}),
+    ],
+)
+def test_a_preset_gives_way_to_what_the_user_gives(
+    options: str, expected: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = printed(capsys, "--train", "some.jsonl", "--preset", "quick", *options.split())
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
 def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig(output=str(tmp_path), prefix_length=3)
     write_config(config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prefixtune.errors import ConfigError
-from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder, SiteEncoder, fit
+from prefixtune.prefix.encoder import REPARAMETERIZATIONS, PrefixEncoder, SiteEncoder, fit, step_sizes
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, flatten
 from prefixtune.training.starts.words import from_words
@@ -125,3 +125,27 @@ def test_a_random_table_is_small():
     torch.manual_seed(0)
     table = SiteEncoder("none", 300, 20, 1, 1)()
     assert 0.015 < float(table.detach().std()) < 0.025
+
+
+def test_steps_are_of_the_starts_size_without_where_texts_begin():
+    key, value = torch.ones(2, 5, 4), 3 * torch.ones(2, 5, 4)
+    key[:, 0] = key[:, 3] = 100
+    sizes = step_sizes((LayerShape(2, 4, 4),), [(key, value)], 2.0, sinks=(0, 3))
+    assert sizes.tolist() == [1.0] * 8 + [6.0] * 8
+    assert step_sizes((LayerShape(2, 4, 4),), [(key[:, :1], value[:, :1])], 1.0)[0] == 100
+
+
+def test_what_starts_at_zero_takes_the_other_layers_steps():
+    shapes = (LayerShape(1, 2, 2),) * 4
+    sizes = (0.0, 2.0, 3.0, 5.0)
+    layers = [(torch.full((1, 3, 2), size), torch.full((1, 3, 2), 2 * size)) for size in sizes]
+    assert step_sizes(shapes, layers, 1.0).tolist() == [3, 3, 6, 6, 2, 2, 4, 4, 3, 3, 6, 6, 5, 5, 10, 10]
+    nothing = [(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2))] * 4
+    assert float(step_sizes(shapes, nothing, 4.0).min()) > 0
+
+
+def test_a_random_start_moves_in_steps_of_another_prefix():
+    like = random_start()
+    made, from_start = module("scaled", like=like).sites["decoder"], module("scaled", like).sites["decoder"]
+    assert torch.equal(made.scale, from_start.scale)
+    assert float(made.start.abs().max()) < 0.2

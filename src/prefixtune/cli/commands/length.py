@@ -55,10 +55,13 @@ class LengthOptions(ConfigOptions, OutputOptions, TrainConfig):
             file = [stored_layer(given.get("output", USUAL["output"]))]
         else:
             file = list(super().layers(given))
-        usual = Layer(USUAL)
+        values = {**(file[0].values if file else {}), **given}
+        # Examples have a length of their own.
+        starts = values.get("init_examples", "0") not in ("0", 0) or values.get("initialization") == "examples"
+        usual = Layer({name: value for name, value in USUAL.items() if not (starts and name == "prefix_length")})
         if "preset" not in given:
             return [usual, *file]
-        return [usual, preset_layer({**(file[0].values if file else {}), **given}), *file]
+        return [usual, preset_layer(values), *file]
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: what a curve needs."""

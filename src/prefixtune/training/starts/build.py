@@ -34,6 +34,10 @@ from prefixtune.training.starts.words import from_words, word_ids
 __all__ = ["build_encoder", "from_prefix", "resolve_site_lengths"]
 
 
+_WORDS = 10
+"""Positions of the words that the steps of a random start are as large as."""
+
+
 def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[Site, int]) -> Prefix:
     """Another prefix as a start.
 
@@ -126,6 +130,8 @@ def build_encoder(
         start=start.prefix,
         head=(num_labels, backbone.hidden_size) if num_labels else None,
         value_scale=config.value_scale,
+        like=_like(config, backbone, lengths) if start.prefix is None else None,
+        sinks=_sinks(config, backbone, start),
     )
     if config.reparameterization == "mlp" and start.prefix is not None:
         start = replace(start, description={**start.description, "relative_fit_error": fit(encoder, start.prefix)})
@@ -153,6 +159,22 @@ def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int])
         description = {"kind": kind, "file": Path(config.init_prefix).name, "hash": content_hash(given)}
         return Start(from_prefix(backbone, given, lengths), description)
     return Start(None, {"kind": kind})
+
+
+def _like(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Prefix | None:
+    """Some words' keys and values, where a random start moves in steps of their size."""
+    if config.reparameterization != "scaled":
+        return None
+    return from_words(backbone, TrainConfig.default("init_text"), dict.fromkeys(lengths, _WORDS))
+
+
+def _sinks(config: TrainConfig, backbone: Backbone, start: Start) -> dict[Site, list[int]]:
+    """By site: the positions at which texts begin that were computed alone; where there is one text, 0."""
+    if config.example_attention != "own" or not start.blocks or start.prefix is None:
+        return {}
+    firsts = [first for first, _ in start.blocks.values()]
+    # An encoder-decoder's decoder starts from words.
+    return {site: firsts for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"}
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def choose_best(
     room: int,
     seed: int,
     make_prefix: Callable[[Sequence[SolvedExample]], Prefix],
-    encode_dev: Callable[[int], Sequence[TokenizedExample]],
+    encode_dev: Callable[[Sequence[SolvedExample]], Sequence[TokenizedExample]],
 ) -> list[SolvedExample]:
     """The one of some random sets with the lowest loss per token on development examples, before any training.
 
@@ -93,7 +93,7 @@ def choose_best(
         room: Most tokens of all together.
         seed: Of the sets.
         make_prefix: The prefix of a set.
-        encode_dev: Development examples as tokens, behind a prefix of a given length.
+        encode_dev: Development examples as tokens, behind the prefix of a set.
     """
     sets = [choose_random(candidates, count, room, seed + number * 1_000_003) for number in range(NUM_SETS)]
     # Sets of fewer examples than asked for are refused later; the first is as good as any.
@@ -101,7 +101,7 @@ def choose_best(
         return sets[0]
 
     def loss(chosen: Sequence[SolvedExample]) -> float:
-        dev = encode_dev(sum(len(example.row) for example in chosen))
+        dev = encode_dev(chosen)
         return _mean_loss(backbone, make_prefix(chosen), dev)
 
     return min(sets, key=loss)

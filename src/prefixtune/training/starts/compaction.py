@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from prefixtune.attention.injection import observe_attention
 from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import ConfigError
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
 
-__all__ = ["evenly_spaced", "match", "take"]
+__all__ = ["evenly_spaced", "match", "moved", "take"]
 
 
 _QUERIES = 1024
@@ -52,6 +52,21 @@ def take(prefix: Prefix, kept: Mapping[Site, Int[Tensor, " P"]]) -> Prefix:
     return Prefix(
         {site: tuple((k[:, index], v[:, index]) for k, v in prefix.layers[site]) for site, index in kept.items()}
     )
+
+
+def moved(backbone: Backbone, prefix: Prefix, offset: int) -> tuple[Prefix, int]:
+    """A prefix with its keys turned on by some positions (negative: back), and by how many they were.
+
+    None where keys cannot be turned, or do not depend on position; nor where a text keeps its own positions behind a
+    prefix, as it does in encoders.
+    """
+    if not offset or backbone.kind != "decoder":
+        return prefix, 0
+    try:
+        rotation = backbone.rotation
+    except BackboneError:
+        return prefix, 0
+    return (rotation.turn(prefix, offset), offset) if rotation.positions == "rotary" else (prefix, 0)
 
 
 def match(backbone: Backbone, whole: Prefix, ids: Sequence[int], lengths: Mapping[Site, int]) -> Prefix:

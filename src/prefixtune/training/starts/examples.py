@@ -32,7 +32,7 @@ from prefixtune.training.starts.choice import (
     choose_diverse,
     choose_random,
 )
-from prefixtune.training.starts.compaction import evenly_spaced, take
+from prefixtune.training.starts.compaction import evenly_spaced, match, moved, take
 from prefixtune.training.starts.source import read_init_text
 from prefixtune.training.starts.start import Start
 from prefixtune.training.starts.words import from_words
@@ -59,6 +59,7 @@ class ExamplePlan:
         lengths: Positions of each in the prefix.
         site_lengths: P by site.
         description: What the header says of the start.
+        compaction: How examples that take more positions are compacted; empty: none does.
         is_resumed: The start itself is in the state to resume from, and is not computed.
     """
 
@@ -66,6 +67,7 @@ class ExamplePlan:
     lengths: tuple[int, ...]
     site_lengths: dict[Site, int]
     description: dict[str, Any]
+    compaction: str = ""
     is_resumed: bool = False
 
     @property
@@ -80,13 +82,21 @@ class ExamplePlan:
 
 
 def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Refuse more examples to start from than there are, before a backbone loads.
+    """Refuse more examples to start from than there are, or none beside it, before a backbone loads.
 
     Raises:
-        ConfigError: There are fewer different sources with a target.
+        ConfigError: There are fewer different sources with a target; or there is only one, which leave-one-out hides.
     """
     available = len({example.source for example in examples if example.targets})
-    if config.initialization == "examples" and examples and available < config.init_examples:
+    if config.initialization != "examples" or not examples:
+        return
+    if available == 1 and config.leave_one_out:
+        raise ConfigError(
+            "every training example is hidden from the whole prefix: there is one training source, and leave_one_out "
+            "hides its block, so that nothing would be learned.",
+            hint="give more examples, set leave_one_out to false, or start from words.",
+        )
+    if available < config.init_examples:
         raise ConfigError(
             f"init_examples is {config.init_examples}, but there are {available} training examples with different "
             "sources.",
@@ -130,14 +140,16 @@ def plan_examples(
     else:
         candidates = _candidates(config, backbone, text_format, examples)
         dev = _sample_dev(config, dev_examples)
-        chosen = _choose(config, backbone, candidates, UNBOUNDED if compacts else room, partial(encode, dev))
+        chosen = _choose(config, backbone, candidates, room, partial(encode, dev))
         _check_chosen(config, backbone, candidates, chosen, room, is_limited=bool(limits) and not compacts)
     lengths = _block_lengths([len(example.row) for example in chosen], room if compacts else UNBOUNDED)
     by_site: dict[Site, int] = {
         site: sum(lengths) if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
     }
     description = dict(stored) if stored is not None else _describe(config, chosen, lengths)
-    return ExamplePlan(tuple(chosen), lengths, by_site, description, is_resumed=stored is not None)
+    return ExamplePlan(
+        tuple(chosen), lengths, by_site, description, config.compact_examples, is_resumed=stored is not None
+    )
 
 
 def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
@@ -242,22 +254,26 @@ def _choose(
     room: int,
     encode_dev: Callable[[int], Sequence[TokenizedExample]],
 ) -> list[SolvedExample]:
-    """Candidates that fit, by the run's `example_choice`."""
+    """Candidates that fit, by the run's `example_choice`; with `compact_examples` all do."""
     count = config.init_examples
+    fits = UNBOUNDED if config.compact_examples else room
     if not candidates or config.example_choice == "random":
-        return choose_random(candidates, count, room, config.seed)
+        return choose_random(candidates, count, fits, config.seed)
     if config.example_choice == "diverse":
-        return choose_diverse(backbone, candidates, count, room)
+        return choose_diverse(backbone, candidates, count, fits)
+
+    def lengths_of(chosen: Sequence[SolvedExample]) -> tuple[int, ...]:
+        return _block_lengths([len(example.row) for example in chosen], room)
 
     def make_prefix(chosen: Sequence[SolvedExample]) -> Prefix:
-        rows = [example.row for example in chosen]
-        lengths = _block_lengths([len(row) for row in rows], config.prefix_length) if config.compact_examples else None
-        return from_examples(backbone, rows, alone=config.example_attention == "own", lengths=lengths)
+        rows, alone = [example.row for example in chosen], config.example_attention == "own"
+        lengths = lengths_of(chosen) if alone else None
+        return from_examples(backbone, rows, alone=alone, lengths=lengths, compaction=config.compact_examples)
 
-    def dev_tokens(length: int) -> Sequence[TokenizedExample]:
-        return encode_dev(length if backbone.kind == "decoder" else 0)
+    def dev_behind(chosen: Sequence[SolvedExample]) -> Sequence[TokenizedExample]:
+        return encode_dev(sum(lengths_of(chosen)) if backbone.kind == "decoder" else 0)
 
-    return choose_best(backbone, candidates, count, room, config.seed, make_prefix, dev_tokens)
+    return choose_best(backbone, candidates, count, fits, config.seed, make_prefix, dev_behind)
 
 
 def _check_chosen(
@@ -319,7 +335,9 @@ def _describe(config: TrainConfig, chosen: Sequence[SolvedExample], lengths: Seq
 # --- keys and values -------------------------------------------------------------------------------------------------
 
 
-def from_examples(backbone: Backbone, rows: Rows, *, alone: bool, lengths: Sequence[int] | None = None) -> Prefix:
+def from_examples(
+    backbone: Backbone, rows: Rows, *, alone: bool, lengths: Sequence[int] | None = None, compaction: str = "stride"
+) -> Prefix:
     """The keys and values that the frozen model computes for some texts.
 
     In an encoder-decoder they are those of the sites `encoder` and `cross`, where it reads prompt and target as one
@@ -331,21 +349,50 @@ def from_examples(backbone: Backbone, rows: Rows, *, alone: bool, lengths: Seque
         alone: Each text is computed alone: in a decoder-only model at its own positions, those after the texts before
             it; in an encoder, whose texts keep their positions behind a prefix, from position 0. Otherwise, all of them
             are computed as one text.
-        lengths: With `alone`: how many positions of each text are kept, evenly spaced, its first and last among them;
-            the next text's positions follow on these. None: all.
+        lengths: With `alone`: how many positions of each text are kept, its first among them; the next text's positions
+            follow on these. So that what follows stands as far from the kept keys as from the text's own, a decoder's
+            keys are those of a text that ends where its kept positions end (see `_compacted`). None: all.
+        compaction: Which are kept: `stride`: evenly spaced ones; `match`: see `compaction.match`.
     """
     if not alone:
         rows = [tuple(token for row in rows for token in row)]
+    sites: list[Site] = [site for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"]
     parts: list[Prefix] = []
     first = 0
     for row, length in zip(rows, lengths or [len(row) for row in rows], strict=True):
-        ids = torch.tensor([row], device=backbone.device)
-        start = first if backbone.kind == "decoder" else 0
-        whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=start)
-        parts.append(take(whole, dict.fromkeys(whole.sites, evenly_spaced(len(row), length))))
+        parts.append(_compacted(backbone, row, first, length, sites, compaction))
         first += length
-    sites: list[Site] = [site for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"]
     return Prefix({site: _concatenate([part.layers[site] for part in parts]) for site in sites})
+
+
+def _compacted(
+    backbone: Backbone, row: Sequence[int], first: int, length: int, sites: Sequence[Site], compaction: str
+) -> Prefix:
+    """A text's keys and values at some of its positions, in a decoder-only model those of a text that ends with them.
+
+    It would begin at `first + length - len(row)`. Where that is before position 0, its keys are turned back from there
+    if they can be turned; where positions are added to the input, they stay.
+
+    Args:
+        backbone: The frozen model.
+        row: The text's tokens.
+        first: Where its kept positions begin in the prefix.
+        length: How many are kept.
+        sites: Where.
+        compaction: As in `from_examples`.
+    """
+    ids = torch.tensor([row], device=backbone.device)
+    begin = first + length - len(row) if backbone.kind == "decoder" else 0
+    if length < len(row) and compaction == "match":
+        whole = prefix_from_tokens(backbone.model, backbone.layout, ids)
+        try:
+            kept = match(backbone, whole, row, dict.fromkeys(sites, length))
+        except ConfigError as error:
+            raise ConfigError(error.message, hint="give --compact-examples stride.") from error
+        return moved(backbone, kept, begin)[0]
+    whole = prefix_from_tokens(backbone.model, backbone.layout, ids, first_position=max(begin, 0))
+    kept = take(whole, dict.fromkeys(sites, evenly_spaced(len(row), length)))
+    return moved(backbone, kept, min(begin, 0))[0]
 
 
 def _concatenate(parts: Sequence[Sequence[KeyValue]]) -> tuple[KeyValue, ...]:
@@ -366,7 +413,8 @@ def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) 
     alone = config.example_attention == "own"
     rows = [example.row for example in plan.chosen]
     _check_positions(backbone, rows, alone=alone)
-    layers = dict(from_examples(backbone, rows, alone=alone, lengths=plan.lengths if alone else None).layers)
+    lengths = plan.lengths if alone else None
+    layers = dict(from_examples(backbone, rows, alone=alone, lengths=lengths, compaction=plan.compaction).layers)
     if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
         length = plan.site_lengths["decoder"]
         words = read_init_text(config.init_text).text
@@ -389,16 +437,23 @@ def _check_positions(backbone: Backbone, rows: Rows, *, alone: bool) -> None:
         )
 
 
-def hide_own_blocks(examples: Sequence[TokenizedExample], plan: ExamplePlan) -> tuple[TokenizedExample, ...]:
+def hide_own_blocks(
+    tokenized: Sequence[TokenizedExample], examples: Sequence[Example], plan: ExamplePlan
+) -> tuple[TokenizedExample, ...]:
     """Training examples that do not see themselves in the prefix: neither those in it nor others of the same source.
 
     Where each example of the prefix was computed alone, that is exact: the same as a prefix without these positions.
     Where they were computed as one text, later examples have seen an earlier one, so that a trace of it is left.
+
+    Args:
+        tokenized: The training examples as tokens.
+        examples: The same ones, which have their sources whole.
+        plan: What is in the prefix.
     """
-    by_index = plan.blocks
-    by_prompt = {example.prompt: by_index[example.index] for example in plan.chosen}
-    hidden = [by_index.get(index) or by_prompt.get(example.prompt) for index, example in enumerate(examples)]
+    # Sources are compared, not prompts, which may be cut.
+    by_source = {examples[index].source: block for index, block in plan.blocks.items()}
+    hidden = [by_source.get(example.source) for example in examples]
     return tuple(
         example if block is None else dataclasses.replace(example, hidden=tuple(range(*block)))
-        for example, block in zip(examples, hidden, strict=True)
+        for example, block in zip(tokenized, hidden, strict=True)
     )

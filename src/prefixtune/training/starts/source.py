@@ -63,15 +63,15 @@ def check_init_text(config: TrainConfig) -> None:
         return
     # A token holds a byte at least, but for a blank that some tokenizers put in front.
     most = len(source.text.encode("utf-8", "surrogatepass")) + 1
-    longest = max([config.prefix_length, *config.site_lengths.values()])
-    if most < longest:
-        raise too_short(source, f"has at most {most:,} tokens", longest)
+    if most < config.longest:
+        raise too_short(source, f"has at most {most:,} tokens", config)
 
 
-def too_short(source: InitText, count: str, length: int) -> DataError:
+def too_short(source: InitText, count: str, config: TrainConfig) -> DataError:
     """The error of a text that has fewer tokens than the prefix has positions."""
     name = source.file or f"init_text {source.text[:40]!r}"
+    wanted = f"sites is {config.sites!r}" if config.sites else f"prefix_length is {config.prefix_length}"
     return DataError(
-        f"{name} {count}, but prefix_length is {length}.",
+        f"{name} {count}, but {wanted}.",
         hint="give a smaller --prefix-length (0: as long as the text), or --initialization words, which repeats them.",
     )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.compaction import evenly_spaced, match, take
+from prefixtune.training.starts.compaction import evenly_spaced, match, moved, take
 from prefixtune.training.starts.source import read_init_text, too_short
 from prefixtune.training.starts.start import Start
 
@@ -31,9 +30,8 @@ def text_ids(config: TrainConfig, backbone: Backbone) -> list[int]:
     ids = backbone.encode(source.text)
     if not ids:
         raise ConfigError(f"init_text {source.text[:40]!r} has no token.", hint="give some words.")
-    longest = max([config.prefix_length, *config.site_lengths.values()])
-    if len(ids) < longest:
-        raise too_short(source, f"has {len(ids):,} tokens", longest)
+    if len(ids) < config.longest:
+        raise too_short(source, f"has {len(ids):,} tokens", config)
     return ids
 
 
@@ -69,7 +67,9 @@ def from_text(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, in
         kept = match(backbone, whole, ids, lengths)
     else:
         return Start(take(whole, _first(lengths)), description)
-    return _turned_back(backbone, kept, len(ids), description)
+    # The text behind stands as far from the kept keys as it would behind the whole text.
+    kept, turned = moved(backbone, kept, max(lengths.values()) - len(ids))
+    return Start(kept, {**description, "turned_back": -turned})
 
 
 def _first(lengths: Mapping[Site, int]) -> dict[Site, torch.Tensor]:
@@ -88,18 +88,3 @@ def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
             hint="shorten it, or give --compaction cut, which reads its first P tokens alone.",
         )
     return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))
-
-
-def _turned_back(backbone: Backbone, kept: Prefix, tokens: int, description: dict[str, Any]) -> Start:
-    """Keys moved so that the text behind stands as far from them as behind the whole text, where keys can be turned."""
-    # Only in decoder-only models does the text behind a prefix start at P.
-    back = tokens - kept.prefix_length if backbone.kind == "decoder" else 0
-    if back:
-        try:
-            rotation = backbone.rotation
-        except BackboneError:
-            back = 0
-        else:
-            back = back if rotation.positions == "rotary" else 0
-            kept = rotation.turn(kept, -back)
-    return Start(kept, {**description, "turned_back": back})

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import prefixtune as pt
+from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
@@ -123,6 +124,12 @@ def test_options_imply_each_other():
             "needs a start from examples, init_examples and prefix_length",
         ),
         ({"init_examples": 9, "prefix_length": 5, "compact_examples": "stride"}, "fewer positions than the 9"),
+        (
+            {"init_examples": 6, "prefix_length": 30, "sites": "encoder=4,cross", "compact_examples": "stride"},
+            "sites is 'encoder=4,cross', fewer positions than the 6",
+        ),
+        ({"init_examples": 4, "method": "lora"}, "init_examples is for a prefix, which method 'lora' does not train"),
+        ({"initialization": "examples", "method": "full"}, "init_examples is for a prefix"),
     ],
 )
 def test_contradictions(options: dict[str, Any], message: str):
@@ -247,16 +254,110 @@ def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp
     prefix = encoder.bake()
     assert prefix.prefix_length == start.description["prefix_length"] == 11
     first, second = (example.row for example in data.plan.chosen)
-    whole = from_examples(backbone, [first], alone=True)
-    later = from_examples(backbone, [(1,) * 6, second], alone=True)
+    # Each one's last position is the last of those that it keeps; before position 0, its keys are turned back.
+    begin = 11 - len(second)
+    ids = [torch.tensor([row]) for row in (first, second)]
+    own = backbone.rotation.turn(prefix_from_tokens(backbone.model, backbone.layout, ids[0]), 6 - len(first))
+    other = backbone.rotation.turn(prefix_from_tokens(backbone.model, backbone.layout, ids[1]), begin)
     for layer, (key, _) in enumerate(prefix.layers["decoder"]):
-        own, other = whole.layers["decoder"][layer][0], later.layers["decoder"][layer][0]
-        assert torch.equal(key[:, 0], own[:, 0])
-        assert torch.equal(key[:, 5], own[:, len(first) - 1])
-        # The second one's positions follow on the six that the first one keeps.
-        assert torch.allclose(key[:, 6], other[:, 6], atol=1e-6)
-        assert torch.allclose(key[:, 10], other[:, 6 + len(second) - 1], atol=1e-6)
+        own_key, other_key = own.layers["decoder"][layer][0], other.layers["decoder"][layer][0]
+        assert torch.allclose(key[:, 0], own_key[:, 0], atol=1e-5)
+        assert torch.allclose(key[:, 5], own_key[:, len(first) - 1], atol=1e-5)
+        assert torch.allclose(key[:, 6], other_key[:, 0], atol=1e-5)
+        assert torch.allclose(key[:, 10], other_key[:, len(second) - 1], atol=1e-5)
     assert data.train.examples[data.plan.chosen[1].index].hidden == (6, 7, 8, 9, 10)
+
+
+def test_matched_examples_give_more_of_their_attention(tiny_backbone: Any, tmp_path: Path):
+    """What is asked of a match: less difference from the whole example, in the logits behind it, than a stride's."""
+    backbone = tiny_backbone("llama")
+    examples = [pt.Example("the gannet goes to ashby", ("it goes to ashby.",)), *EXAMPLES]
+    question = torch.tensor([backbone.encode("where does the gannet go")])
+    differences = {}
+    options = {"init_examples": 1, "prefix_length": 12, "example_choice": "random", "leave_one_out": False}
+    for how in ("stride", "match"):
+        config = run(tmp_path, compact_examples=how, **options)
+        plan = tokenize(config, backbone, examples[:1], ()).plan
+        encoder, _ = build_encoder(config, backbone, plan=plan)
+        row = plan.chosen[0].row
+        whole = from_examples(backbone, [row], alone=True)
+        with torch.no_grad():
+            wanted = backbone.forward(question, prefixes=whole).logits
+            # The same distances: rotary models see nothing else.
+            given = backbone.forward(question, prefixes=encoder.bake()).logits
+        differences[how] = float((wanted - given).square().mean())
+    assert differences["match"] < differences["stride"]
+
+
+@pytest.mark.parametrize("how", ["stride", "match"])
+def test_compacted_examples_end_where_positions_do(how: str, tiny_backbone: Any, tmp_path: Path):
+    """In a model whose positions are a table, no example is computed past its end."""
+    backbone = tiny_backbone("gpt2")
+    examples = [pt.Example(f"s{n} " + "q" * 70, ("t" * 8,)) for n in range(6)]
+    options = {"init_examples": 4, "prefix_length": 120, "compact_examples": how, "example_choice": "random"}
+    config = run(tmp_path, **options)
+    plan = tokenize(config, backbone, [*examples, pt.Example("a", ("b",))], ()).plan
+    encoder, _ = build_encoder(config, backbone, plan=plan)
+    assert encoder.bake().prefix_length == 120
+    assert encoder.bake().is_finite()
+
+
+@pytest.mark.parametrize("how", ["stride", "match"])
+def test_an_encoders_examples_are_compacted(how: str, tiny_backbone: Any, tmp_path: Path):
+    backbone = tiny_backbone("bart")
+    options = {"init_examples": 2, "prefix_length": 8, "sites": "encoder,cross", "compact_examples": how}
+    config = run(tmp_path, **options)
+    encoder, _ = build_encoder(config, backbone, plan=tokenize(config, backbone, EXAMPLES, ()).plan)
+    assert {site: encoder.bake().length(site) for site in ("encoder", "cross")} == {"encoder": 8, "cross": 8}
+
+
+def test_a_choice_by_loss_reads_behind_the_compacted_prefix(
+    tiny_backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its room is the site's, not prefix_length; and development texts stand behind what is left of the examples."""
+    seen: list[tuple[int, int]] = []
+    usual = choice._mean_loss
+
+    def recorded(backbone: Any, prefix: Any, examples: Any) -> float:
+        seen.append((prefix.prefix_length, max(len(example.prompt) for example in examples)))
+        return usual(backbone, prefix, examples)
+
+    monkeypatch.setattr(choice, "_mean_loss", recorded)
+    backbone = tiny_backbone("llama")
+    examples = [pt.Example(f"{n} " + "q" * 60, ("t" * 8,)) for n in range(8)]
+    options = {"prefix_length": 40, "sites": "decoder=30", "compact_examples": "stride", "example_choice": "loss"}
+    config = run(tmp_path, init_examples=4, **options)
+    data = tokenize(config, backbone, examples, examples[:2])
+    assert set(seen) == {(30, max(len(example.prompt) for example in data.dev.examples))}
+    assert data.plan.site_lengths == {"decoder": 30}
+
+
+def test_a_source_that_is_cut_does_not_see_its_block_either(tiny_backbone: Any, tmp_path: Path):
+    """The prefix takes positions, so that a long source is cut in training, though it is whole in the prefix."""
+    backbone = tiny_backbone("llama")
+    examples = [pt.Example("w " + "q" * 100, (text,)) for text in ("one.", "two.")] + [pt.Example("a b", ("c.",))]
+    data = tokenize(run(tmp_path, init_examples=2, example_choice="random"), backbone, examples, ())
+    long = next(example for example in data.plan.chosen if example.index == 0)
+    assert len(data.train.examples[1].prompt) < len(long.prompt)
+    assert data.train.examples[1].hidden == data.train.examples[0].hidden == tuple(range(*data.plan.blocks[0]))
+
+
+@pytest.mark.parametrize("count", [1, 0])
+def test_a_prefix_that_no_example_sees_is_refused(count: int, tmp_path: Path, no_backbone_loads: None):
+    options = {"init_examples": 1} if count else {"initialization": "examples", "prefix_length": 90}
+    twice = [pt.Example("n : a", ("a it is.",)), pt.Example("n : a", ("yes, a.",))]
+    with pytest.raises(ConfigError, match="every training example is hidden from the whole prefix"):
+        pt.train(run(tmp_path / "run", **options), examples=twice)
+
+
+def test_steps_leave_out_where_each_example_begins(tiny_backbone: Any, tmp_path: Path):
+    backbone = tiny_backbone("llama")
+    config = run(tmp_path, init_examples=2)
+    plan = tokenize(config, backbone, EXAMPLES, ()).plan
+    encoder, start = build_encoder(config, backbone, plan=plan)
+    kept = [n for n in range(sum(plan.lengths)) if n not in (0, plan.lengths[0])]
+    key = start.prefix.layers["decoder"][0][0]
+    assert float(encoder.sites["decoder"].scale[0]) == pytest.approx(float(key[:, kept].square().mean().sqrt()))
 
 
 def test_an_encoder_decoders_sites(tiny_backbone: Any, tmp_path: Path):
@@ -311,6 +412,14 @@ def test_held_out_sources_are_the_development_examples(
     pt.train(config.replace(max_steps=6), backbone=backbone, examples=examples, resume=True)
     header = load_prefix(tmp_path / "run" / "prefix.safetensors").header
     assert json.dumps(header["training"]["dev_loss"]) != "null"
+
+
+def test_held_out_targets_are_as_many_as_dev_limit_says(backbone: Any, tmp_path: Path):
+    events: list[Any] = []
+    pt.train(
+        run(tmp_path / "run", hold_out=0.6, dev_limit=1), backbone=backbone, examples=EXAMPLES, on_event=events.append
+    )
+    assert (events[0]["num_sources"], events[0]["num_dev_targets"]) == (2, 1)
 
 
 def test_the_only_source_cannot_be_held_out(tmp_path: Path, no_backbone_loads: None):

@@ -89,6 +89,15 @@ def test_a_site_without_a_length_of_its_own_is_as_long_as_the_text(tiny_backbone
     assert lengths == {"encoder": len(TEXT), "cross": 5}
 
 
+def test_only_the_lengths_that_sites_use_have_to_fit(tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("bart")
+    short = config("abcdefg", 10, sites="encoder=5,cross=5")
+    check_init_text(short)
+    assert resolve_site_lengths(short, backbone) == {"encoder": 5, "cross": 5}
+    with pytest.raises(DataError, match="has 7 tokens, but sites is 'encoder=8'"):
+        resolve_site_lengths(config("abcdefg", 5, sites="encoder=8"), backbone)
+
+
 @pytest.mark.parametrize("how", ["cut", "stride"])
 def test_a_prompt_starts_from_the_texts_embeddings(how: str, tiny_backbone: Callable[..., Any]):
     backbone = tiny_backbone("llama")
