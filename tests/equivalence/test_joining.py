@@ -204,6 +204,38 @@ def test_models_with_alibi_are_no_backbones(backbone: Callable[..., Backbone], n
         backbone(name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("times", [20, 400])
+def test_one_very_large_number_hides_no_other(backbone: Callable[..., Backbone], dtype: torch.dtype, times: int):
+    made = backbone("qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, max_position_embeddings=4096)
+    with torch.no_grad():
+        for layer in made.model.model.layers:
+            projection = layer.self_attn.k_proj
+            size = projection.weight.norm(dim=1).mean()
+            bias = projection.bias.view(-1, layer.self_attn.head_dim)
+            # The slowest pair alone, as in Qwen2's own weights.
+            half = bias.shape[1] // 2
+            bias[:, half - 1], bias[:, -1] = times * size, -times * size
+    made = Backbone.from_model(made.model.to(dtype), made.tokenizer, "large")
+    expected = made.model.model.rotary_emb.inv_freq.tolist()
+    for turn in made.rotation.layers["decoder"]:
+        assert turn is not None
+        assert (turn.first, turn.second) == (tuple(range(half)), tuple(range(half, 2 * half)))
+        assert turn.frequencies == pytest.approx(expected, abs=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_turns_by_layer_are_found_in_half_precision(backbone: Callable[..., Backbone], dtype: torch.dtype):
+    exact = backbone("gemma3_text")
+    rough = Backbone.from_model(make_model("gemma3_text", exact.tokenizer).to(dtype), exact.tokenizer, "rough")
+    key = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(exact.rotation.layers["decoder"], rough.rotation.layers["decoder"], strict=True):
+        assert one is not None
+        assert other is not None
+        size = max(*one.first, *one.second) + 1
+        torch.testing.assert_close(other(key[..., :size], 50), one(key[..., :size], 50), rtol=0, atol=0.05)
+
+
 def test_attention_that_depends_on_absolute_positions_is_refused(backbone: Callable[..., Backbone]) -> None:
     # Keys are scaled number by number after they are turned, so that scores depend on more than distances.
     with pytest.raises(BackboneError, match="no rotation"):

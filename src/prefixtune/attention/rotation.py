@@ -27,12 +27,20 @@ _TOKENS = 8
 _FARTHEST = 4096
 """Largest offset that is tried; a frequency's error is about the precision of a key, divided by it."""
 _TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.006}
-"""How far the first layer's keys may be from turned ones, relative to their norm, by the model's dtype."""
+"""How far a number of the first layer's keys may be from the turned one, relative to its size, by the model's dtype."""
 _FLOAT32_TOLERANCE = 0.002
 _SEEN = 0.002
-"""Times that: how far a number has to change at some offset to be seen to turn."""
+"""Times that: how far a number has to change at some offset to be looked at."""
+_CERTAIN = 0.25
+"""Times the tolerance: a change that no rounding explains, so that the number has to be in a pair."""
+_SMALLEST = 0.1
+"""Times the median over a key's numbers: smaller ones are compared at this size, since rounding has an absolute part."""
 _DEEPER = 6.0
 """Times the tolerance: how far later layers may be, where rounding adds up."""
+_NOISE = 2.0
+"""Times what values change by, which do not turn: what rounding may do to keys."""
+_MOST_NOISE = 0.5
+"""How far later layers may be at most, where such rounding is seen in the values too; what does not turn is further."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -76,6 +84,7 @@ def find_rotation(model: Any, layout: Layout, max_positions: int | None) -> Rota
     turns: list[PairTurns | None] = []
     for index, sample in enumerate(samples):
         allowed = tolerance if index == 0 else _DEEPER * tolerance
+        noise = 0.0 if index == 0 else _NOISE * _turn_error(sample.values, offsets, None)
         if _distance(sample.values, sample.values[:1].expand_as(sample.values)) > allowed:
             if index == 0:
                 # Positions are added to the input.
@@ -85,8 +94,8 @@ def find_rotation(model: Any, layout: Layout, max_positions: int | None) -> Rota
                 f"layer {index}), so that its prefixes cannot be moved to other positions.",
                 hint="its prefixes can be used alone; join prefixes of another backbone.",
             )
-        turn, error = _choose(sample.keys, offsets, kinds, tolerance)
-        if error > allowed:
+        turn, error = _choose(sample.keys, offsets, kinds, tolerance, noise)
+        if error > max(allowed, min(noise, _MOST_NOISE)):
             raise BackboneError(
                 f"the keys of {name} change with position in a way that is no rotation (layer {index}, relative "
                 f"difference {error:.1e}), so that a prefix cannot be moved.",
@@ -155,24 +164,37 @@ def _run_at(model: Any, layout: Layout, offsets: Sequence[int]) -> list[_Sample]
 
 
 def _choose(
-    keys: Float[Tensor, "N H T D"], offsets: Sequence[int], known: Sequence[PairTurns], tolerance: float
+    keys: Float[Tensor, "N H T D"],
+    offsets: Sequence[int],
+    known: Sequence[PairTurns],
+    tolerance: float,
+    noise: float,
 ) -> tuple[PairTurns | None, float]:
     """How one layer's keys turn (as in an earlier layer, where that fits), and how far the keys are from that."""
     size = keys.shape[-1]
     fitting = [None, *(turn for turn in known if max(*turn.first, *turn.second) < size)]
-    errors = [(_turn_distance(keys, offsets, turn), turn) for turn in fitting]
+    errors = [(_turn_error(keys, offsets, turn), turn) for turn in fitting]
     error, best = min(errors, key=lambda pair: pair[0])
-    if error <= tolerance:
+    if error <= tolerance and best is not None:
         return best, error
-    fitted = _fit(keys, offsets, tolerance)
-    new_error = _turn_distance(keys, offsets, fitted)
+    fitted = _fit(keys, offsets, tolerance, max(_CERTAIN * tolerance, noise))
+    new_error = _turn_error(keys, offsets, fitted)
     return (fitted, new_error) if 2 * new_error < error else (best, error)
 
 
-def _turn_distance(keys: Float[Tensor, "N H T D"], offsets: Sequence[int], turn: PairTurns | None) -> float:
-    if turn is None:
-        return _distance(keys, keys[:1].expand_as(keys))
-    return _distance(keys, torch.stack([turn(keys[0].float(), offset).double() for offset in offsets]))
+def _turn_error(keys: Float[Tensor, "N H T D"], offsets: Sequence[int], turn: PairTurns | None) -> float:
+    """How far keys are from turned ones: of the worst number at the worst offset, relative to the number's size.
+
+    Each number counts by itself: one very large number, which some models have, would hide the others. Of the tokens
+    the median, since some may take another expert at another offset.
+    """
+    if keys.shape[0] < 2:
+        return 0.0
+    expected = keys[:1] if turn is None else torch.stack([turn(keys[0].float(), n).double() for n in offsets])
+    difference = (keys - expected)[1:].square().sum(1).sqrt()  # (N - 1, T, D), over heads
+    size = keys.square().sum(1).mean(0).sqrt()  # (T, D)
+    size = torch.maximum(size, _SMALLEST * size.median(dim=-1, keepdim=True).values).clamp(min=1e-30)
+    return float((difference / size).median(dim=1).values.max())
 
 
 def _distance(one: Float[Tensor, "N H T D"], other: Float[Tensor, "N H T D"]) -> float:
@@ -186,8 +208,11 @@ def _distance(one: Float[Tensor, "N H T D"], other: Float[Tensor, "N H T D"]) ->
 # --- pairs and frequencies -------------------------------------------------------------------------------------------
 
 
-def _fit(keys: Float[Tensor, "N H T D"], offsets: Sequence[int], tolerance: float) -> PairTurns | None:
-    """The pairs of numbers that turn together, and their frequencies; None: nothing turns."""
+def _fit(keys: Float[Tensor, "N H T D"], offsets: Sequence[int], tolerance: float, certain: float) -> PairTurns | None:
+    """The pairs of numbers that turn together, and their frequencies.
+
+    None: nothing turns, or a number that changes by more than `certain`, relative to its size, is in no pair.
+    """
     samples = keys.flatten(1, 2)
     start, moved = samples[0], samples[1:]
     energy = start.square().sum(0).clamp(min=1e-30)
@@ -199,7 +224,8 @@ def _fit(keys: Float[Tensor, "N H T D"], offsets: Sequence[int], tolerance: floa
     chosen = torch.tensor(turning)
     partner = _partners(start[:, chosen], moved[:, :, chosen])
     pairs = [(i, j) for i, j in enumerate(partner.tolist()) if i < j and int(partner[j]) == i]
-    if not pairs:
+    needed = torch.nonzero(change[chosen] > certain**2).flatten().tolist()
+    if not pairs or not {index for pair in pairs for index in pair}.issuperset(needed):
         return None
     first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
     frequencies = _frequencies(start[:, chosen], moved[:, :, chosen], first, second, offsets[1:])
@@ -208,16 +234,22 @@ def _fit(keys: Float[Tensor, "N H T D"], offsets: Sequence[int], tolerance: floa
 
 
 def _partners(start: Float[Tensor, "S C"], moved: Float[Tensor, "N S C"]) -> Int[Tensor, " C"]:
-    """For each number the one that it turns with: one angle for each offset has to explain both."""
+    """For each number the one that it turns with: one angle for each offset has to explain both.
+
+    What is left unexplained counts relative to each number's own size, so that no large number explains a small one.
+    """
     cross = moved.transpose(1, 2) @ start  # (N, C, C): of moved i with start j
+    gram = start.T @ start
     before, after = start.square().sum(0), moved.square().sum(1)
     own = torch.diagonal(cross, dim1=1, dim2=2)
-    cos_part = own[:, :, None] + own[:, None, :]
-    sin_part = cross.transpose(1, 2) - cross
-    explained = (cos_part.square() + sin_part.square()) / (before[:, None] + before[None, :]).clamp(min=1e-30)
-    both = after[:, :, None] + after[:, None, :]
-    left = (both - explained).clamp(min=0).sum(0) / both.sum(0).clamp(min=1e-30)
-    return left.fill_diagonal_(float("inf")).argmin(dim=1)
+    cos, sin = own[:, :, None] + own[:, None, :], cross.transpose(1, 2) - cross
+    length = (cos.square() + sin.square()).sqrt().clamp(min=1e-30)
+    cos, sin = cos / length, sin / length
+    # |moved i - (cos start i - sin start j)|^2
+    left = after[:, :, None] + cos.square() * before[:, None] + sin.square() * before
+    left = left - 2 * cos * own[:, :, None] + 2 * sin * cross - 2 * cos * sin * gram
+    relative = left.clamp(min=0).sum(0) / after.sum(0).clamp(min=1e-30)[:, None]
+    return (relative + relative.T).fill_diagonal_(float("inf")).argmin(dim=1)
 
 
 def _frequencies(
