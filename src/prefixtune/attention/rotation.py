@@ -27,14 +27,14 @@ _TOKENS = 8
 _FARTHEST = 4096
 """Largest offset that is tried; a frequency's error is about the precision of a key, divided by it."""
 _TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.006}
-"""How far a number of the first layer's keys may be from the turned one, relative to its size, by the model's dtype."""
+"""How far a number of the first layer's keys may be from the turned one, relative to its size, by dtype."""
 _FLOAT32_TOLERANCE = 0.002
 _SEEN = 0.002
 """Times that: how far a number has to change at some offset to be looked at."""
 _CERTAIN = 0.25
 """Times the tolerance: a change that no rounding explains, so that the number has to be in a pair."""
 _SMALLEST = 0.1
-"""Times the median over a key's numbers: smaller ones are compared at this size, since rounding has an absolute part."""
+"""Times the median over a key's numbers: smaller ones are compared at this size, below which rounding counts."""
 _DEEPER = 6.0
 """Times the tolerance: how far later layers may be, where rounding adds up."""
 _NOISE = 2.0

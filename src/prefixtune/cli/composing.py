@@ -36,14 +36,15 @@ def read_prefixes(files: Sequence[str]) -> list[Prefix]:
 
 
 def find_rotation(console: Console, prefixes: Sequence[Prefix], files: Sequence[str], backbone: str | None) -> Rotation:
-    """How keys turn with position: as a header has it, or found by running the backbone.
+    """How keys turn with position: found by running the backbone, if it is given, or as the headers have it.
 
     Raises:
         PrefixError: No backbone is named, it cannot be loaded, or its keys cannot be moved.
     """
     from prefixtune.prefix.compose import stored_rotation
 
-    return stored_rotation(prefixes) or load_backbone_of(console, prefixes, files, backbone).rotation
+    stored = None if backbone else stored_rotation(prefixes, files)
+    return stored or load_backbone_of(console, prefixes, files, backbone).rotation
 
 
 def load_backbone_of(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.prefix.composition import content_hash, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import SITES, Site, describe
@@ -54,7 +54,7 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
             a head, or nothing is left of the model's positions.
     """
     names = check_joinable(prefixes, names)
-    rotation = rotation or stored_rotation(prefixes)
+    rotation = rotation or stored_rotation(prefixes, names)
     if rotation is None:
         raise ConfigError(
             "no header says how keys turn with position: the files are older than joining.",
@@ -226,8 +226,9 @@ def _blend(
     heads = [prefix.head for prefix in prefixes if prefix.head is not None]
     head = Head(total([one.weight for one in heads]), total([one.bias for one in heads])) if heads else None
     header = lead_header(prefixes, lead % len(prefixes))
-    rotation = next((prefix.header["rotation"] for prefix in prefixes if prefix.header.get("rotation")), None)
-    header |= {} if rotation is None else {"rotation": rotation}
+    rotation = stored_rotation(prefixes, names)
+    if rotation is not None and any(prefix.header.get("rotation") is not None for prefix in prefixes):
+        header["rotation"] = rotation.to_header()
     header["composition"] = {"mode": mode, "parts": describe_parts(prefixes, names, weights=weights)}
     return Prefix(layers, header, head)
 
@@ -304,22 +305,42 @@ def _widest(prefixes: Sequence[Prefix]) -> torch.dtype:
     return functools.reduce(torch.promote_types, (prefix.dtype for prefix in prefixes))
 
 
-def stored_rotation(prefixes: Sequence[Prefix]) -> Rotation | None:
-    """How keys turn with position, as the first header that knows it says; None: none does.
+def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Rotation | None:
+    """How keys turn with position, as the headers say; None: none does.
+
+    Args:
+        prefixes: At least one.
+        names: What to call them in messages; none: by number.
 
     Raises:
-        CheckpointError: A header has one that cannot be used.
+        CheckpointError: A header has one that cannot be used for its prefix, or two have different ones.
     """
-    for prefix in prefixes:
-        origin = prefix.header.get("backbone")
-        if set(prefix.sites) != {"decoder"} or (
-            isinstance(origin, Mapping) and origin.get("kind") == "encoder-decoder"
-        ):
-            # Text behind an encoder's prefix is not shifted, so that nothing is moved.
-            return Rotation("none")
-        if prefix.header.get("rotation") is not None:
-            return Rotation.from_header(prefix.header["rotation"])
-    return None
+    names = list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
+    if any(map(_is_unshifted, prefixes)):
+        return Rotation("none")
+    found: list[tuple[str, Rotation]] = []
+    for name, prefix in zip(names, prefixes, strict=True):
+        if prefix.header.get("rotation") is None:
+            continue
+        try:
+            rotation = Rotation.from_header(prefix.header["rotation"])
+            rotation.check(prefix.geometry)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error.message}", hint=error.hint) from error
+        if found and (what := found[0][1].differs_in(rotation)):
+            raise CheckpointError(
+                f"{found[0][0]} and {name} do not agree on how keys turn with position: they differ in {what}.",
+                hint="`prefixtune compose --backbone NAME` finds the rotation by running the backbone.",
+            )
+        found.append((name, rotation))
+    return found[0][1] if found else None
+
+
+def _is_unshifted(prefix: Prefix) -> bool:
+    """Whether the text behind a prefix is not shifted, so that nothing is moved: in encoders."""
+    origin = prefix.header.get("backbone")
+    encoder_decoder = isinstance(origin, Mapping) and origin.get("kind") == "encoder-decoder"
+    return set(prefix.sites) != {"decoder"} or encoder_decoder
 
 
 def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> list[str]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.prefix.geometry import SITES, Site
+from prefixtune.prefix.geometry import SITES, Geometry, Site
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["PairTurns", "Positions", "Rotation"]
@@ -33,6 +33,12 @@ approximation.
 """
 
 _MAX_LAYERS, _MAX_PAIRS, _MAX_POSITION = 4096, 4096, 2**31
+_HINT = "get the file again, or `prefixtune compose --backbone NAME`: the rotation is then found by running it."
+_PROBED, _MAX_ANGLE = 4096, 0.02
+"""Two rotations are the same if no key differs by more than this angle, in radians, after this many positions.
+
+As found in bfloat16 and in float32, those of one model differ by up to 0.012.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class PairTurns:
         turned = exact * cos.to(exact) + exact[..., partner.to(keys.device)] * sin.to(exact)
         return turned.to(keys.dtype)
 
+    def frequency_of(self) -> dict[tuple[int, int], float]:
+        """The frequency of each pair, from its smaller index to its larger."""
+        pairs = zip(self.first, self.second, self.frequencies, strict=True)
+        return {(min(i, j), max(i, j)): frequency if i < j else -frequency for i, j, frequency in pairs}
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -91,6 +102,55 @@ class Rotation:
     def is_exact(self) -> bool:
         """Whether a moved prefix is what the model would have computed at the new positions."""
         return self.positions != "absolute"
+
+    def check(self, geometry: Geometry) -> None:
+        """Refuse a rotation that is of another model.
+
+        Args:
+            geometry: Shapes of a prefix's layers.
+
+        Raises:
+            CheckpointError: Its layers are others, or it turns numbers that a key does not have.
+        """
+        for site in geometry if self.positions == "rotary" else ():
+            turns, shapes = self.layers.get(site, ()), geometry[site]
+            if len(turns) != len(shapes):
+                raise CheckpointError(
+                    f"the rotation has {len(turns)} layers at site {site!r}, but the prefix has {len(shapes)}.",
+                    hint=_HINT,
+                )
+            for turn, shape in zip(turns, shapes, strict=True):
+                most = -1 if turn is None else max(*turn.first, *turn.second)
+                if most >= shape.key_dim:
+                    raise CheckpointError(
+                        f"keys of {shape.key_dim} numbers cannot turn as the rotation says: it pairs number {most}.",
+                        hint=_HINT,
+                    )
+
+    def differs_in(self, other: Rotation) -> str:
+        """What is not the same in another rotation, in words; empty: they turn alike.
+
+        Frequencies that were found in another dtype differ a little, and a pair that hardly turns may not be found.
+        """
+        for name in ("positions", "max_positions"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} ({mine} and {theirs})"
+        if {site: len(turns) for site, turns in self.layers.items()} != {
+            site: len(turns) for site, turns in other.layers.items()
+        }:
+            return "the number of layers"
+        span = min(self.max_positions or _PROBED, _PROBED)
+        for site, turns in self.layers.items():
+            for layer, (one, two) in enumerate(zip(turns, other.layers[site], strict=True)):
+                if one == two:
+                    continue
+                mine, theirs = ({} if turn is None else turn.frequency_of() for turn in (one, two))
+                for pair in mine.keys() | theirs.keys():
+                    if abs(mine.get(pair, 0.0) - theirs.get(pair, 0.0)) * span > _MAX_ANGLE:
+                        what = "a frequency" if pair in mine and pair in theirs else "the numbers that turn together"
+                        return f"{what} of layer {layer}"
+        return ""
 
     def turn(self, prefix: Prefix, offset: int) -> Prefix:
         """A prefix with its keys moved on by some positions; values, header and head stay.
@@ -150,7 +210,7 @@ class Rotation:
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CheckpointError(
                 f"the header's rotation cannot be used: {error or type(error).__name__}.",
-                hint="get the file again, or name its backbone, so that the rotation is found by running it.",
+                hint=_HINT,
             ) from error
 
 
@@ -177,6 +237,10 @@ def _read(value: object) -> Rotation:
         if not all(number is None or _is_whole(number, 0, len(kinds) - 1) for number in numbers):
             raise ValueError(f"a layer of {site!r} names no turns")
         layers[site] = tuple(None if number is None else kinds[number] for number in numbers)
+    if positions == "rotary" and not any(turn is not None for turns in layers.values() for turn in turns):
+        raise ValueError("its positions are 'rotary', but no layer turns")
+    if positions != "rotary" and layers:
+        raise ValueError(f"its positions are {positions!r}, but it has layers that turn")
     return Rotation(cast(Positions, positions), layers, most)
 
 

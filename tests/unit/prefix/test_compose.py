@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.compose import average, concatenate, cut, difference, interpolate
 from prefixtune.prefix.composition import MAX_PARTS, content_hash
@@ -158,6 +158,35 @@ def test_what_cannot_be_joined_is_refused_by_name() -> None:
     narrow = Prefix({"decoder": ((torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)),) * 2})
     with pytest.raises(BackboneError, match=r"2 KV heads x 4, but prefix 2 .* x 3"):
         concatenate([_prefix(3), narrow])
+
+
+def _turning(frequency: float, second: int = 2, layers: int = 2, most: int = 40) -> dict[str, Any]:
+    turns = (PairTurns((0,), (second,), (frequency,)), *[None] * (layers - 1))
+    return Rotation("rotary", {"decoder": turns}, most).to_header()
+
+
+@pytest.mark.parametrize(
+    ("rotation", "message"),
+    [
+        (_turning(0.6), "differ in a frequency of layer 0"),
+        (_turning(0.5, second=3), "differ in the numbers that turn together of layer 0"),
+        (_turning(0.5, most=41), "differ in max_positions"),
+        ({"positions": "none", "max_positions": 40}, "differ in positions"),
+        (_turning(0.5, layers=3), "^theirs: the rotation has 3 layers"),
+        (_turning(0.5, second=4), "^theirs: keys of 4 numbers"),
+        ({"positions": "rotary"}, "^theirs: the header's rotation cannot be used"),
+    ],
+)
+@pytest.mark.parametrize("mode", [concatenate, average])
+def test_every_header_has_to_say_the_same_of_the_rotation(rotation: dict[str, Any], message: str, mode: Any) -> None:
+    good, other = _prefix(3, 1), _prefix(3, 2, rotation=rotation)
+    for parts, names in (([good, other], ["mine", "theirs"]), ([other, good], ["theirs", "mine"])):
+        with pytest.raises(CheckpointError, match=message):
+            mode(parts, names=names)
+    # As found in another dtype; and an older file, which says nothing.
+    mode([good, _prefix(3, 2, rotation=_turning(0.5002)), _prefix(3, 4, rotation=None)])
+    # What the backbone itself says comes first.
+    assert concatenate([good, other], ROTATION).header["rotation"] == ROTATION.to_header()
 
 
 def test_a_made_up_composition_in_a_header_does_no_harm() -> None:

@@ -17,6 +17,9 @@ HALF = PairTurns((0, 1), (2, 3), (1.0, 0.01))
 ROTATION = Rotation("rotary", {"decoder": (HALF, None)}, 100)
 
 
+TURNS = {"first": [0], "second": [1], "frequencies": [1.0]}
+
+
 def _prefix(length: int, layers: int = 2, dtype: torch.dtype = torch.float32) -> Prefix:
     generator = torch.Generator().manual_seed(length)
     return Prefix(
@@ -66,12 +69,43 @@ def test_another_number_of_layers_or_a_smaller_head_is_refused() -> None:
         wide.turn(_prefix(3), 1)
 
 
+def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned() -> None:
+    ROTATION.check(_prefix(3).geometry)
+    Rotation("none").check(_prefix(3).geometry)
+    with pytest.raises(CheckpointError, match="2 layers at site 'decoder', but the prefix has 3"):
+        ROTATION.check(_prefix(3, layers=3).geometry)
+    wide = Rotation("rotary", {"decoder": (PairTurns((0,), (5,), (1.0,)), None)})
+    with pytest.raises(CheckpointError, match=r"keys of 5 numbers .* it pairs number 5"):
+        wide.check(_prefix(3).geometry)
+
+
+def test_rotations_that_turn_alike_are_the_same() -> None:
+    def rotation(first: tuple[int, ...], second: tuple[int, ...], *frequencies: float, most: int = 4096) -> Rotation:
+        return Rotation("rotary", {"decoder": (PairTurns(first, second, frequencies), None)}, most)
+
+    one = rotation((0, 1), (2, 3), 1.0, 1e-6)
+    assert not one.differs_in(one)
+    # Found in another dtype; the pair that hardly turns was not seen; the other way round.
+    for same in (rotation((0, 1), (2, 3), 1.000001, 2e-6), rotation((0,), (2,), 1.0), rotation((2,), (0,), -1.0)):
+        assert not one.differs_in(same)
+    assert one.differs_in(rotation((0, 1), (2, 3), 1.00001, 1e-6)) == "a frequency of layer 0"
+    assert one.differs_in(rotation((0, 1), (3, 2), 1.0, 1e-6)) == "the numbers that turn together of layer 0"
+    assert one.differs_in(rotation((0, 1), (2, 3), 1.0, 1e-6, most=8192)) == "max_positions (4096 and 8192)"
+    assert one.differs_in(Rotation("none", max_positions=4096)) == "positions (rotary and none)"
+    longer = Rotation("rotary", {"decoder": (*one.layers["decoder"], None)}, 4096)
+    assert one.differs_in(longer) == "the number of layers"
+
+
 @pytest.mark.parametrize(
     "value",
     [
         [],
         {},
         {"positions": "spiral"},
+        {"positions": "rotary"},
+        {"positions": "rotary", "layers": {"decoder": [None, None]}},
+        {"positions": "none", "layers": {"decoder": [0]}, "turns": [TURNS]},
+        {"positions": "absolute", "layers": {"decoder": [0]}, "turns": [TURNS]},
         {"positions": "rotary", "max_positions": 0},
         {"positions": "rotary", "max_positions": True},
         {"positions": "rotary", "turns": {}},

@@ -45,7 +45,7 @@ class ComposeOptions(OutputOptions):
         "words, which are run again",
     )
     backbone: str | None = Field(
-        None, description="their backbone, if it is elsewhere now; loaded only where the files do not say enough"
+        None, description="their backbone, if it is elsewhere now; how keys turn is then found by running it"
     )
     as_json: bool = json_option("what was done")
 

@@ -29,7 +29,7 @@ class CutOptions(OutputOptions):
     )
     output: str = Field(description="the .safetensors file to write")
     backbone: str | None = Field(
-        None, description="its backbone, if it is elsewhere now; loaded only where an older file is cut at its start"
+        None, description="its backbone, for --from start: how keys turn is then found by running it"
     )
     as_json: bool = json_option("what was done")
 

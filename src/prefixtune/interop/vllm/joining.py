@@ -77,7 +77,7 @@ def _rotation_of(prefixes: Sequence[Prefix], names: Sequence[str]) -> Rotation:
         PrefixError: No header says it, or the prefixes do not belong together.
     """
     check_joinable(prefixes, names)
-    rotation = stored_rotation(prefixes)
+    rotation = stored_rotation(prefixes, [repr(name) for name in names])
     if rotation is None:
         files = " ".join(f"{name}.safetensors" for name in names)
         raise CheckpointError(
