@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 DEFAULT_BACKBONE = "smollm2-135m"
+_MOST_PLUSES = 64
+"""Signs + in the name of one file or folder that are looked for."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,18 @@ def split_joined(text: str) -> list[str]:
     (['manual.safetensors', 'runs/style'], ['hub:me/poems'])
 
     Raises:
-        ConfigError: A name is empty.
+        ConfigError: A name is empty, or there are too many.
     """
+    from prefixtune.prefix.composition import MAX_PARTS
+
     pieces = text.split("+")
     names: list[str] = []
     while pieces:
-        lengths = range(len(pieces), 1, -1)
+        if len(names) == MAX_PARTS:
+            raise ConfigError(
+                f"{text[:40]!r}... joins more than {MAX_PARTS} prefixes.", hint="join fewer, or compose some first."
+            )
+        lengths = range(min(len(pieces), _MOST_PLUSES + 1), 1, -1)
         length = next((n for n in lengths if os.path.lexists("+".join(pieces[:n]))), 1)
         names.append("+".join(pieces[:length]))
         pieces = pieces[length:]
@@ -86,18 +94,26 @@ def split_joined(text: str) -> list[str]:
 
 
 def read_prefix(text: str) -> Prefix:
-    """The prefix that a text of --prefix names, to check it before a model is loaded; of joined ones without the turn.
+    """The prefix that a text of --prefix names, to check it before a model is loaded.
+
+    Where no header of joined ones says how keys turn, they are not turned, and only the model's positions are unknown.
 
     Raises:
         PrefixError: A file is missing or wrong, or they cannot be joined.
     """
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.compose import concatenate
+    from prefixtune.prefix.compose import check_join, concatenate
+    from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
 
     names = split_joined(text)
     parts = [load_prefix(name) for name in names]
-    return parts[0] if len(parts) == 1 else concatenate(parts, Rotation("none"), names=names)
+    if len(parts) == 1:
+        return parts[0]
+    rotation, _ = check_join(parts, names=names)
+    joined = concatenate(parts, rotation or Rotation("none"), names=names)
+    header = {name: value for name, value in joined.header.items() if name != "rotation" or rotation is not None}
+    return Prefix(joined.layers, header, joined.head)
 
 
 def load_with_prefixes(
@@ -119,7 +135,7 @@ def load_with_prefixes(
     """
     from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.prefix.compose import concatenate
+    from prefixtune.prefix.compose import check_join, concatenate
     from prefixtune.prefix.hub import prefix_file
     from prefixtune.prefix.text_format import read_text_format
 
@@ -127,6 +143,7 @@ def load_with_prefixes(
     parts = [[str(prefix_file(name)) for name in split_joined(text)] for text in files]
     files = [file for names in parts for file in names]
     prefixes = [load_prefix(file) for file in files]
+    stored = dict(zip(files, prefixes, strict=True))
     names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes} - {""}
     if options.backbone is None and len(names) > 1:
         raise ConfigError(
@@ -140,6 +157,7 @@ def load_with_prefixes(
             partial(_check_loadable, options, name, adapter),
             *(partial(read_text_format, prefix.header) for prefix in prefixes),
             *(partial(check_size, prefix, name) for prefix in prefixes),
+            *(partial(check_join, [stored[one] for one in names], names=names) for names in parts if len(names) > 1),
             *([] if check is None else [partial(check, prefixes)]),
         ]
     )

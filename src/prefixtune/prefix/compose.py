@@ -9,6 +9,7 @@ prefixes of one length are averaged, or what one has learned is taken from anoth
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
-from prefixtune.prefix.composition import content_hash, describe_parts, lead_header
+from prefixtune.prefix.composition import check_count, content_hash, describe_parts, lead_header
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.geometry import SITES, Site, describe
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix
@@ -25,6 +26,7 @@ from prefixtune.prefix.rotation import Rotation
 
 __all__ = [
     "average",
+    "check_join",
     "check_joinable",
     "check_start",
     "concatenate",
@@ -50,33 +52,58 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
     Raises:
         BackboneError: They are of different backbones.
         CheckpointError: The rotation in a header cannot be used.
-        ConfigError: They cannot be joined: no rotation is known, their placements or adapters do not fit, several have
-            a head, or nothing is left of the model's positions.
+        ConfigError: They cannot be joined: no rotation is known, they are infixes, their placements or adapters do not
+            fit, several have a head, they are too many, or nothing is left of the model's positions.
     """
-    names = check_joinable(prefixes, names)
-    rotation = rotation or stored_rotation(prefixes, names)
+    rotation, lead = check_join(prefixes, rotation, names=names)
     if rotation is None:
         raise ConfigError(
             "no header says how keys turn with position: the files are older than joining.",
             hint="pass the backbone's rotation: load_backbone(...).rotation.",
         )
-    total, most = sum(prefix.length() for prefix in prefixes), rotation.max_positions
+    joined = join(prefixes, rotation)
+    names = _named(prefixes, names)
+    header = lead_header(prefixes, lead) | {"rotation": rotation.to_header()}
+    header["composition"] = {"mode": "concatenate", "parts": describe_parts(prefixes, names, nested="concatenate")}
+    return Prefix(joined.layers, header, prefixes[lead].head)
+
+
+def check_join(
+    prefixes: Sequence[Prefix], rotation: Rotation | None = None, *, names: Sequence[str] = ()
+) -> tuple[Rotation | None, int]:
+    """Refuse prefixes that cannot stand one after the other, before anything is computed.
+
+    Args:
+        prefixes: At least one, in order.
+        rotation: The backbone's; None: as the headers have it.
+        names: What to call the parts in messages; none: by number.
+
+    Returns:
+        The rotation (None: it is unknown), and which part the result has its head, task and text format of.
+
+    Raises:
+        PrefixError: As `concatenate`.
+    """
+    names = check_joinable(prefixes, names)
+    if len(prefixes) > 1 and prefixes[0].placement == "infix":
+        raise ConfigError(
+            f"{names[0]} is an infix, and infixes are not joined.", hint="join prefixes that stand before the text."
+        )
+    rotation = rotation or stored_rotation(prefixes, names)
+    total, most = sum(prefix.length() for prefix in prefixes), None if rotation is None else rotation.max_positions
     if most is not None and total >= most:
         raise ConfigError(
             f"joined, the prefixes take {total:,} positions, but the model has {most:,}, and the text needs some.",
             hint="join fewer, or cut them: `prefixtune cut FILE --length P`.",
         )
-    joined = join(prefixes, rotation)
+    check_count(prefixes, "concatenate")
     heads = [number for number, prefix in enumerate(prefixes) if prefix.head is not None or prefix.header.get("labels")]
     if len(heads) > 1:
         raise ConfigError(
             f"{names[heads[0]]} and {names[heads[1]]} both classify, and a prefix has one set of labels.",
             hint="join one prefix that classifies with others that do not.",
         )
-    lead = heads[0] if heads else len(prefixes) - 1
-    header = lead_header(prefixes, lead) | {"rotation": rotation.to_header()}
-    header["composition"] = {"mode": "concatenate", "parts": describe_parts(prefixes, names, nested="concatenate")}
-    return Prefix(joined.layers, header, prefixes[lead].head)
+    return rotation, heads[0] if heads else len(prefixes) - 1
 
 
 def join(prefixes: Sequence[Prefix], rotation: Rotation) -> Prefix:
@@ -130,7 +157,7 @@ def interpolate(prefixes: Sequence[Prefix], weights: Sequence[float], *, names: 
     _check_labels(prefixes)
     if len(weights) != len(prefixes):
         raise ConfigError(f"{len(weights)} weights for {len(prefixes)} prefixes.", hint="give one for each.")
-    if not abs(sum(weights) - 1) <= 1e-6:
+    if not all(map(math.isfinite, weights)) or not abs(sum(weights) - 1) <= 1e-6:
         raise ConfigError(
             f"the weights {', '.join(f'{w:g}' for w in weights)} add up to {sum(weights):g}, but must to 1.",
             hint="divide each by their sum.",
@@ -154,10 +181,12 @@ def difference(
         BackboneError: They are of different backbones.
         ConfigError: Their lengths differ, or a header says that it had another start.
     """
+    if not math.isfinite(weight):
+        raise ConfigError(f"the weight is {weight:g}, but must be a number.", hint="leave it out: it is 1 then.")
     names = check_joinable([minuend, subtrahend, start], names or ("the first prefix", "the second", "the start"))
     check_start([minuend, subtrahend], start, names)
     bare = [Prefix(prefix.layers, prefix.header) for prefix in (minuend, subtrahend, start)]
-    blended = _blend(bare, (1.0, -weight, weight), names, "difference", lead=0)
+    blended = _blend(bare, (1.0, -weight, weight), names, "difference", alone=True)
     return Prefix(blended.layers, blended.header, minuend.head)
 
 
@@ -200,9 +229,9 @@ def _spell(description: Mapping[str, Any]) -> str:
 
 
 def _blend(
-    prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str, lead: int = -1
+    prefixes: Sequence[Prefix], weights: Sequence[float], names: Sequence[str], mode: str, *, alone: bool = False
 ) -> Prefix:
-    """The weighted sum of prefixes, in float32, and its header."""
+    """The weighted sum of prefixes, in float32, and its header; `alone`: what it says is the first's alone."""
     lengths = [{site: prefix.length(site) for site in prefix.sites} for prefix in prefixes]
     for name, other in zip(names, lengths, strict=True):
         if other != lengths[0]:
@@ -225,7 +254,9 @@ def _blend(
     }
     heads = [prefix.head for prefix in prefixes if prefix.head is not None]
     head = Head(total([one.weight for one in heads]), total([one.bias for one in heads])) if heads else None
-    header = lead_header(prefixes, lead % len(prefixes))
+    header = lead_header(prefixes[:1], 0) if alone else lead_header(prefixes, len(prefixes) - 1)
+    origin = next((prefix.header["backbone"] for prefix in prefixes if prefix.header.get("backbone")), None)
+    header |= {} if origin is None or "backbone" in header else {"backbone": origin}
     rotation = stored_rotation(prefixes, names)
     if rotation is not None and any(prefix.header.get("rotation") is not None for prefix in prefixes):
         header["rotation"] = rotation.to_header()
@@ -262,6 +293,8 @@ def cut(
 ) -> Prefix:
     """Some of a prefix's positions.
 
+    The header has no development loss and no scores: they are the whole's, and stand in its entry of the parts.
+
     Cut at the end, the first ones stay as they are. Cut at the start, the keys of the rest are turned back, so that it
     begins at position 0; what it has taken over from the positions before it stays in it.
 
@@ -293,11 +326,24 @@ def cut(
             )
         kept = rotation.turn(prefix[-length:], -max(0, prefix.length() - length))
     whole = describe_parts([prefix], [str(prefix.header.get("task") or "the whole")])
-    header = {**prefix.header, "composition": {"mode": "cut", "at": end, "parts": whole}}
+    header = {**_unmeasured(prefix.header), "composition": {"mode": "cut", "at": end, "parts": whole}}
     return Prefix(kept.layers, header, prefix.head)
 
 
+def _unmeasured(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A header without what was measured of the whole, which its part does not have."""
+    kept = {name: value for name, value in header.items() if name != "scores"}
+    for name, measured in (("training", ("dev_loss",)), ("initialization", ("prefix_length", "at_most"))):
+        if isinstance(header.get(name), Mapping):
+            kept[name] = {key: value for key, value in header[name].items() if key not in measured}
+    return kept
+
+
 # --- what belongs together -------------------------------------------------------------------------------------------
+
+
+def _named(prefixes: Sequence[Prefix], names: Sequence[str]) -> list[str]:
+    return list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
 
 
 def _widest(prefixes: Sequence[Prefix]) -> torch.dtype:
@@ -315,7 +361,7 @@ def stored_rotation(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> Ro
     Raises:
         CheckpointError: A header has one that cannot be used for its prefix, or two have different ones.
     """
-    names = list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
+    names = _named(prefixes, names)
     if any(map(_is_unshifted, prefixes)):
         return Rotation("none")
     found: list[tuple[str, Rotation]] = []
@@ -352,7 +398,7 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
     """
     if not prefixes:
         raise ConfigError("there is no prefix to compose.", hint="give at least one.")
-    names = list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
+    names = _named(prefixes, names)
     first = prefixes[0]
     for name, prefix in zip(names, prefixes, strict=True):
         if prefix.header.get("adapter"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from prefixtune.errors import ConfigError
+from prefixtune.prefix.geometry import SITES
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import hash_tensors
 
-__all__ = ["MAX_PARTS", "content_hash", "describe_parts", "lead_header", "same_templates"]
+__all__ = ["MAX_PARTS", "check_count", "content_hash", "describe_parts", "lead_header", "same_templates"]
 
 MAX_PARTS = 64
 """Most parts of one prefix, those of its parts included."""
@@ -19,6 +21,8 @@ _TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template
 _LIMITS = ("longest_prompt", "longest_target")
 _LONGEST = 200
 """Characters that are kept of a part's texts."""
+_HASH = 71
+"""Characters of `sha256:` and 64 digits."""
 
 
 def content_hash(prefix: Prefix) -> str:
@@ -89,9 +93,10 @@ def describe_parts(
     Raises:
         ConfigError: There are too many.
     """
+    check_count(prefixes, nested)
     parts: list[dict[str, Any]] = []
     for number, (prefix, name) in enumerate(zip(prefixes, names, strict=True)):
-        mode, inner = _composition(prefix.header)
+        mode, inner = _composition(prefix)
         if inner and mode == nested:
             parts.extend(inner)
             continue
@@ -99,23 +104,74 @@ def describe_parts(
         if weights:
             entry["weight"] = weights[number]
         if inner:
-            entry["composition"] = {"mode": mode, "hashes": [str(part.get("hash", ""))[:71] for part in inner]}
+            entry["composition"] = {"mode": mode, "hashes": [part.get("hash", "") for part in inner]}
         parts.append(entry)
-    if len(parts) > MAX_PARTS:
-        raise ConfigError(
-            f"the result would have {len(parts)} parts, but at most {MAX_PARTS} are allowed.", hint="compose fewer."
-        )
     return parts
 
 
-def _composition(header: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """Mode and parts of a composed prefix; no parts for any other."""
-    composition = header.get("composition")
+def check_count(prefixes: Sequence[Prefix], nested: str = "") -> None:
+    """Refuse prefixes of which a composed one would have too many parts.
+
+    Args:
+        prefixes: The parts.
+        nested: As in `describe_parts`.
+
+    Raises:
+        ConfigError: They are more than `MAX_PARTS`.
+    """
+    compositions = map(_composition, prefixes)
+    count = sum(len(inner) if inner and mode == nested else 1 for mode, inner in compositions)
+    if count > MAX_PARTS:
+        raise ConfigError(
+            f"the result would have {count} parts, but at most {MAX_PARTS} are allowed.", hint="compose fewer."
+        )
+
+
+def _composition(prefix: Prefix) -> tuple[str, list[dict[str, Any]]]:
+    """Mode and parts of a composed prefix, as far as its header, which may come from anybody, can be believed.
+
+    No parts: for any other prefix, and where the lengths of joined parts are not those of the prefix.
+    """
+    composition = prefix.header.get("composition")
     if not isinstance(composition, Mapping):
         return "", []
-    parts = composition.get("parts")
-    valid = isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)
-    return str(composition.get("mode"))[:20], [dict(part) for part in parts][:MAX_PARTS] if valid and parts else []
+    mode, parts = str(composition.get("mode"))[:20], composition.get("parts")
+    if not isinstance(parts, list | tuple) or not 0 < len(parts) <= MAX_PARTS:
+        return mode, []
+    if not all(isinstance(part, Mapping) for part in parts):
+        return mode, []
+    read = [_read_part(part) for part in parts]
+    if mode == "concatenate":
+        for site in prefix.sites:
+            if sum(part.get("prefix_length", {}).get(site, 0) for part in read) != prefix.length(site):
+                return mode, []
+    return mode, read
+
+
+def _read_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The known fields of an entry, each with its type, and not longer than `_entry` writes it."""
+    entry: dict[str, Any] = {"name": part["name"][:_LONGEST] if isinstance(part.get("name"), str) else "?"}
+    if isinstance(part.get("hash"), str):
+        entry["hash"] = part["hash"][:_HASH]
+    lengths = part.get("prefix_length")
+    if isinstance(lengths, Mapping):
+        entry["prefix_length"] = {
+            site: lengths[site] for site in SITES if type(lengths.get(site)) is int and lengths[site] > 0
+        }
+    entry |= {key: part[key][:_LONGEST] for key in _KEPT if isinstance(part.get(key), str)}
+    if _is_number(part.get("dev_loss")):
+        entry["dev_loss"] = part["dev_loss"]
+    if isinstance(part.get("backbone_dtype"), str):
+        entry["backbone_dtype"] = part["backbone_dtype"][:40]
+    if isinstance(part.get("scores"), Mapping):
+        entry["scores"] = _scores(part["scores"])
+    if _is_number(part.get("weight")):
+        entry["weight"] = part["weight"]
+    inner = part.get("composition")
+    if isinstance(inner, Mapping) and isinstance(inner.get("hashes"), list | tuple):
+        hashes = [one[:_HASH] for one in inner["hashes"][:MAX_PARTS] if isinstance(one, str)]
+        entry["composition"] = {"mode": str(inner.get("mode"))[:20], "hashes": hashes}
+    return entry
 
 
 def _entry(prefix: Prefix, name: str) -> dict[str, Any]:
@@ -131,9 +187,17 @@ def _entry(prefix: Prefix, name: str) -> dict[str, Any]:
         entry |= {key: training[key] for key in ("dev_loss", "backbone_dtype") if _is_plain(training.get(key))}
     scores = header.get("scores")
     if isinstance(scores, Mapping):
-        entry["scores"] = {str(key)[:40]: scores[key] for key in list(scores)[:20] if _is_plain(scores[key])}
+        entry["scores"] = _scores(scores)
     return entry
 
 
+def _scores(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(key)[:40]: scores[key] for key in list(scores)[:20] if _is_plain(scores[key])}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast(float, value))
+
+
 def _is_plain(value: object) -> bool:
-    return (isinstance(value, str) and len(value) <= 40) or type(value) in (int, float)
+    return (isinstance(value, str) and len(value) <= 40) or _is_number(value)

@@ -183,7 +183,7 @@ def _measure_run(
     best, chosen = choose(points, significance)
     path = save_prefix(
         folder / f"prefix-{chosen}.safetensors",
-        prefix if chosen == prefix.prefix_length else cut(prefix, chosen),
+        prefix if chosen == prefix.prefix_length else _with_loss(cut(prefix, chosen), points),
         dtype=prefix.dtype,
     )
     _delete_earlier(folder, path)
@@ -202,6 +202,13 @@ def _delete_earlier(folder: Path, path: Path) -> None:
         return
     if re.fullmatch(r"prefix-[0-9]+\.safetensors", earlier) and earlier != path.name:
         (folder / earlier).unlink(missing_ok=True)
+
+
+def _with_loss(prefix: Prefix, points: Sequence[Point]) -> Prefix:
+    """A cut prefix whose header has the development loss that was measured at its length."""
+    loss = next(point.loss for point in points if point.prefix_length == prefix.prefix_length)
+    training = {**(prefix.header.get("training") or {}), "dev_loss": loss}
+    return Prefix(prefix.layers, {**prefix.header, "training": training}, prefix.head)
 
 
 class _Losses:

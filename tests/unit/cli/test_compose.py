@@ -148,6 +148,30 @@ def test_an_older_files_backbone_is_run(folder: Path, loaded: list[str]) -> None
     assert read_artifact("both.safetensors").equal(concatenate([read_artifact("manual.safetensors")] * 2))
 
 
+def test_a_backbone_that_is_named_comes_before_what_the_files_say(folder: Path, loaded: list[str], capsys: Any) -> None:
+    manual, style = (read_artifact(f"{name}.safetensors") for name in ("manual", "style"))
+    wrong = Prefix(manual.layers, {**manual.header, "rotation": {"positions": "rotary"}})
+    save_prefix("wrong.safetensors", wrong)
+    said = _error("compose style.safetensors wrong.safetensors --output both.safetensors", capsys)
+    assert "wrong.safetensors: the header's rotation cannot be used" in said
+    assert "--backbone NAME" in said
+    command = "compose style.safetensors wrong.safetensors --backbone here --output both.safetensors"
+    assert main(command.split()) == 0
+    assert loaded == ["here"]
+    assert read_artifact("both.safetensors").equal(concatenate([style, manual]))
+
+
+def test_the_same_content_twice_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_prefix("copy.safetensors", read_artifact("manual.safetensors"))
+    assert (
+        main(["compose", "manual.safetensors", "style.safetensors", "copy.safetensors", "--output", "x.safetensors"])
+        == 0
+    )
+    assert "copy.safetensors has the content of manual.safetensors, which counts twice" in capsys.readouterr().err
+    assert main(["compose", "manual.safetensors", "style.safetensors", "--output", "y.safetensors"]) == 0
+    assert "twice" not in capsys.readouterr().err
+
+
 def test_positions_that_are_added_to_the_input_are_said_to_be_an_approximation(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from command_line import call
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.cli.loading import read_prefix, split_joined
 from prefixtune.cli.main import main
 from prefixtune.data import TASKS
 from prefixtune.errors import ConfigError
@@ -120,6 +122,49 @@ def test_joined_prefixes_are_those_of_the_composed_file(
     assert [row["prefix"] for row in rows] == named
     assert outputs(capsys, texts[1], "--prefix", named[1]) == [written[mixes[1]]]
     assert outputs(capsys, texts[1], "--prefix", named[1], "--stream")[0].strip() == written[mixes[1]].strip()
+
+
+def test_what_cannot_be_joined_is_said_before_the_model_loads(
+    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("prefixtune.backbone.load.load_backbone", refuse)
+    header = make_header(backbone, task="records")
+    most = header["rotation"]["max_positions"]
+    files = [
+        str(save_prefix(tmp_path / f"{n}.safetensors", Prefix(random_prefix(backbone, most // 2, n).layers, header)))
+        for n in range(2)
+    ]
+    with pytest.raises(ConfigError, match=f"take {most} positions, but the model has {most}"):
+        read_prefix("+".join(files))
+    for command in (["generate", "a"], ["chat"]):
+        assert main([*command, "--prefix", "+".join(files)]) == 2
+        assert f"take {most} positions, but the model has {most}" in capsys.readouterr().err
+
+
+def test_a_header_without_a_rotation_gets_none_by_joining(
+    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path
+) -> None:
+    header = make_header(backbone, task="records")
+    old = {name: value for name, value in header.items() if name != "rotation"}
+    for name, facts in (("new", header), ("old", old)):
+        save_prefix(tmp_path / f"{name}.safetensors", Prefix(random_prefix(backbone, 2).layers, facts))
+    path = str(tmp_path / "{}.safetensors")
+    assert "rotation" not in read_prefix("+".join([path.format("old")] * 2)).header
+    joined = read_prefix(f"{path.format('old')}+{path.format('new')}")
+    assert joined.header["rotation"] == header["rotation"]
+    parts = [load_prefix(path.format(name), backbone) for name in ("old", "new")]
+    assert joined.to(backbone.dtype).equal(concatenate(parts, backbone.rotation))
+
+
+def test_very_many_joined_names_are_refused_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="joins more than 64 prefixes"):
+        split_joined("+".join("a" * 5000))
+    assert time.monotonic() - began < 1
+    assert len(split_joined("+".join("a" * 64))) == 64
 
 
 @pytest.mark.parametrize("text", [r"a\d", "a\\", r"\ud800", r"\u12"])

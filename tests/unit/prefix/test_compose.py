@@ -198,6 +198,46 @@ def test_a_made_up_composition_in_a_header_does_no_harm() -> None:
 # --- number by number ------------------------------------------------------------------------------------------------
 
 
+def test_a_made_up_composition_is_copied_within_bounds() -> None:
+    wild = {
+        "name": "x" * 999,
+        "hash": "y" * 999,
+        "prefix_length": {"decoder": 3, "middle": 1, "cross": "2"},
+        "task": 5,
+        "dev_loss": "low",
+        "backbone_dtype": ["bfloat16"],
+        "scores": {f"{n:03}" * 99: n for n in range(99)},
+        "weight": ["q" * 300_000],
+        "composition": {"mode": "m" * 99, "hashes": ["z" * 999, 7] * 99},
+        "more": "q" * 300_000,
+    }
+    made_up = _prefix(3, 1, composition={"mode": "concatenate", "parts": [wild]})
+    entry, _ = concatenate([made_up, _prefix(2)]).header["composition"]["parts"]
+    assert set(entry) == {"name", "hash", "prefix_length", "scores", "composition"}
+    assert (len(entry["name"]), len(entry["hash"]), entry["prefix_length"]) == (200, 71, {"decoder": 3})
+    assert (len(entry["scores"]), max(map(len, entry["scores"]))) == (20, 40)
+    assert len(entry["composition"]["mode"]) == 20
+    assert set(map(len, entry["composition"]["hashes"])) == {71}
+    # Whose lengths do not add up to the prefix's is one part, with its true length and hash.
+    for parts in ([wild, wild], [{**wild, "prefix_length": {"decoder": 999}}], [{"name": "x"}] * 64):
+        made_up = _prefix(3, 1, composition={"mode": "concatenate", "parts": parts})
+        entry, _ = concatenate([made_up, _prefix(2)], names=["a", "b"]).header["composition"]["parts"]
+        assert entry == {"name": "a", "hash": content_hash(made_up), "prefix_length": {"decoder": 3}}
+
+
+def test_what_cannot_be_joined_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("it was joined")
+
+    monkeypatch.setattr("prefixtune.prefix.compose.join", refuse)
+    with pytest.raises(ConfigError, match="would have 65 parts"):
+        concatenate([_prefix(1)] * 65, Rotation("none"))
+    with pytest.raises(ConfigError, match="both classify"):
+        concatenate([_with_head(_prefix(1), "a", "b")] * 2)
+    with pytest.raises(ConfigError, match="prefix 1 is an infix, and infixes are not joined"):
+        concatenate([_prefix(1, placement="infix")] * 2)
+
+
 def test_blends_are_weighted_sums() -> None:
     a, b, s = (_prefix(3, seed) for seed in (1, 2, 3))
     mean, mixed, without = average([a, b]), interpolate([a, b], (0.25, 0.75)), difference(a, b, s, 0.5)
@@ -243,6 +283,20 @@ def test_blends_that_do_not_fit_are_refused() -> None:
         interpolate([_prefix(3), _prefix(3)], (float("nan"), 1.0))
 
 
+def test_a_difference_says_what_the_first_says_alone() -> None:
+    a, b, start = (_prefix(3, seed) for seed in (1, 2, 3))
+    speaking = _prefix(3, 2, task="b", text_format=FORMAT, labels={"kind": "classification"}, license="b")
+    assert not {"task", "text_format", "labels", "license"} & difference(a, speaking, start).header.keys()
+    assert not {"task", "text_format"} & difference(a, b, _prefix(3, 3, task="s", text_format=FORMAT)).header.keys()
+    mine = _prefix(3, 1, task="a", text_format={**FORMAT, "longest_prompt": 5})
+    other = _prefix(3, 2, text_format={**FORMAT, "longest_prompt": 9})
+    header = difference(mine, other, start).header
+    assert (header["task"], header["text_format"]) == ("a", mine.header["text_format"])
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"the weight is {weight}, but must be a number"):
+            difference(a, b, start, weight)
+
+
 def test_a_difference_needs_the_start_that_both_had() -> None:
     start = _prefix(3, 5)
     began = {"kind": "prefix", "file": "s.safetensors", "hash": content_hash(start)}
@@ -267,6 +321,18 @@ def test_cut_at_the_end_leaves_the_first_positions_as_they_are() -> None:
     (part,) = short.header["composition"]["parts"]
     assert part["hash"] == content_hash(whole)
     assert short.header["composition"]["at"] == "end"
+
+
+def test_a_cut_prefix_does_not_claim_what_was_measured_of_the_whole() -> None:
+    facts = {"training": {"dev_loss": 1.25, "steps": 9}, "scores": {"bleu": 60.0}}
+    whole = _prefix(5, 1, **facts, initialization={"kind": "examples", "prefix_length": 5, "at_most": 6, "count": 2})
+    for end in ("start", "end"):
+        header = cut(whole, 2, end=end).header
+        assert header["training"] == {"steps": 9}
+        assert header["initialization"] == {"kind": "examples", "count": 2}
+        assert "scores" not in header
+        (part,) = header["composition"]["parts"]
+        assert (part["dev_loss"], part["scores"], part["prefix_length"]) == (1.25, {"bleu": 60.0}, {"decoder": 5})
 
 
 def test_cut_at_the_start_undoes_a_join() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
@@ -25,6 +26,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
 from prefixtune.server.models import joined
+from prefixtune.server.models.joined import JoinsInUseError
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import KeyConfig, ServeConfig
 from prefixtune.server.state import ServerState
@@ -164,19 +166,57 @@ def _file(folder: Path, content: bytes) -> Path:
     return path
 
 
-def test_joins_are_bounded_in_bytes_with_single_prefixes(
+def test_joins_are_bounded_in_bytes_and_drop_no_single_prefix(
     backbone: Any, make_server: Callable[..., Any], tmp_path: Path
 ) -> None:
     app, state = make_server()
     one = state.store.get("a").num_bytes
-    state.store.cache.max_bytes = 3 * one
+    assert state.store.get("b").num_bytes == one
+    cache = state.store.cache
+    cache.max_bytes = 4 * one
     for model in ("a+b", "b+a", "a", "b"):
         assert ask(app, "/v1/completions", completion(model=model)).status == 200
-        assert state.store.stats.bytes <= 3 * one
-    state.store.cache.max_bytes = 2 * one - 1
+        assert cache.stats.bytes == 4 * one
+    # Both parts, and the last join, in half of the memory: the other join made room, and no part.
+    assert (cache.stats.loaded, cache.stats.evictions, cache.stats.misses) == (3, 1, 4)
+    # A single prefix that needs room gets it from a join.
+    state.store.put("c", _file(tmp_path, (tmp_path / "prefixes" / "a.safetensors").read_bytes()))
+    state.store.get("c")
+    assert (cache.stats.bytes, cache.stats.evictions) == (3 * one, 2)
+    cache.max_bytes = 4 * one - 1
     refused = ask(app, "/v1/completions", completion(model="a+b"))
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
     assert f"{2 * one:,} bytes" in refused.json["error"]["message"]
+
+
+def test_joins_that_requests_hold_are_counted(make_server: Callable[..., Any], joins: list[threading.Thread]) -> None:
+    _, state = make_server()
+    joiner, parts = state.catalog.joiner, {name: state.store.get(name) for name in "ab"}
+
+    def join(*names: str) -> Prefix:
+        joined: Prefix = joiner.join(names, [parts[name] for name in names])
+        return joined
+
+    size = join("a", "b").num_bytes
+    state.store.cache.max_bytes = 2 * size
+    held = [join("a", "b"), join("b", "a")]
+    # One was dropped from the memory, but is there still: nothing is joined again.
+    count = len(joins)
+    assert join("a", "b") is held[0]
+    assert join("b", "a") is held[1]
+    assert len(joins) == count
+    with pytest.raises(JoinsInUseError, match=f"under way take {2 * size:,} bytes, and {size:,} more would be over"):
+        join("a", "a")
+    held.pop()
+    gc.collect()
+    assert join("a", "a").num_bytes == size
+
+
+def test_a_join_names_no_caller(make_server: Callable[..., Any]) -> None:
+    _, state = make_server()
+    names = ["a", "b"]
+    joined = state.catalog.joiner.join(names, [state.store.get(name) for name in names])
+    assert [part["name"] for part in joined.header["composition"]["parts"]] == ["prefix 1", "prefix 2"]
 
 
 def test_a_join_that_is_too_long_is_refused_with_all_lengths(

@@ -70,7 +70,10 @@ def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone: Any, tmp_path: P
     whole, short = load_prefix(tmp_path / "run"), load_prefix(result.path)
     assert whole.header["training"]["nested"] is True
     assert short.equal(Prefix(whole[: result.chosen].layers))
-    assert short.prefix_length == result.chosen
+    assert short.prefix_length == result.chosen < whole.prefix_length
+    measured = {point.prefix_length: point.loss for point in result.points}
+    assert short.header["training"]["dev_loss"] == measured[result.chosen]
+    assert short.header["composition"]["parts"][0]["dev_loss"] == whole.header["training"]["dev_loss"]
     assert [point.prefix_length for point in result.points] == [1, 2, 3, 4, 6]
     data = tokenize(config(tmp_path), backbone, EXAMPLES, DEV)
     assert data.dev is not None

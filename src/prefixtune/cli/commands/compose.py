@@ -148,9 +148,14 @@ def _common_start(console: Console, options: ComposeOptions, prefixes: list[Pref
 
 def _notes(prefixes: list[Prefix], names: tuple[str, ...], rotation: Rotation | None) -> list[str]:
     """What a user should know of the result."""
-    from prefixtune.prefix.composition import same_templates
+    from prefixtune.prefix.composition import content_hash, same_templates
 
     notes = []
+    first_of: dict[str, str] = {}
+    for name, prefix in zip(names, prefixes, strict=True):
+        first = first_of.setdefault(content_hash(prefix), name)
+        if first is not name:
+            notes.append(f"{name} has the content of {first}, which counts twice")
     if rotation is not None and not rotation.is_exact:
         notes.append(
             "the model adds positions to its input, so that keys cannot be moved: each part stays as it was computed, "

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from prefixtune.prefix.composition import MAX_PARTS
 from prefixtune.utils.config import Config, Layer
 from prefixtune.utils.faults import show_value
 
@@ -31,7 +32,9 @@ class Settings(Config):
     prefixes: Path = Field(description="The folder of prefixes.")
     secret: bytes = Field(repr=False, description="Signs references to prefixes, so that a client cannot forge one.")
     cache_mib: int = Field(1024, ge=1, description="Most memory for a worker's loaded prefixes, in MiB.")
-    max_joined_prefixes: int = Field(8, ge=1, le=1000, description="Most prefixes that one request may join; 1: none.")
+    max_joined_prefixes: int = Field(
+        8, ge=1, le=MAX_PARTS, description="Most prefixes that one request may join; 1: none."
+    )
     allow_other_backbone: bool = Field(False, description="Accept prefixes of a related model with the same shapes.")
     max_body_mib: int = Field(16, ge=1, description="Longest request body that is read, in MiB.")
     raw_completions: bool = Field(

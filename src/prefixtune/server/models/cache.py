@@ -38,6 +38,8 @@ CacheKey = str | tuple[str, ...]
 class PrefixCache:
     """Loaded prefixes by name, each with the version of its file, and joined ones. May be used from any thread.
 
+    Joined ones take at most half of it and make room first: no list of names, however long, drops single prefixes.
+
     Args:
         max_bytes: Most that all prefixes together may take.
     """
@@ -59,19 +61,28 @@ class PrefixCache:
             return entry[1]
 
     def put(self, key: CacheKey, signature: Signature | None, prefix: Prefix) -> None:
-        """Keep a prefix; the least recently used ones make room."""
+        """Keep a prefix; the least recently used ones make room, joined ones before single ones."""
         with self._lock:
             self._drop(key)
             self._entries[key] = (signature, prefix)
             self._bytes += prefix.num_bytes
+            while self._joined_bytes > self.max_joined_bytes:
+                self._evict(next(filter(_is_joined, self._entries)))
             while self._bytes > self.max_bytes:
-                self._drop(next(iter(self._entries)))
-                self._evictions += 1
+                self._evict(next((one for one in self._entries if _is_joined(one) and one != key), self._oldest()))
 
     def drop(self, key: CacheKey) -> None:
         """Forget a prefix."""
         with self._lock:
             self._drop(key)
+
+    def drop_joined(self) -> bool:
+        """Forget the least recently used joined prefix; false: there is none."""
+        with self._lock:
+            oldest = next(filter(_is_joined, self._entries), None)
+            if oldest is not None:
+                self._evict(oldest)
+            return oldest is not None
 
     def count_miss(self) -> None:
         """Count a prefix that has to be read, or joined."""
@@ -79,12 +90,32 @@ class PrefixCache:
             self._misses += 1
 
     @property
+    def max_joined_bytes(self) -> int:
+        """Most that joined prefixes together may take."""
+        return self.max_bytes // 2
+
+    @property
     def stats(self) -> CacheStats:
         """What the cache did so far, and what is in it."""
         with self._lock:
             return CacheStats(self._hits, self._misses, self._evictions, self._bytes, len(self._entries))
 
+    @property
+    def _joined_bytes(self) -> int:
+        return sum(prefix.num_bytes for key, (_, prefix) in self._entries.items() if _is_joined(key))
+
+    def _oldest(self) -> CacheKey:
+        return next(iter(self._entries))
+
+    def _evict(self, key: CacheKey) -> None:
+        self._drop(key)
+        self._evictions += 1
+
     def _drop(self, key: CacheKey) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._bytes -= entry[1].num_bytes
+
+
+def _is_joined(key: CacheKey) -> bool:
+    return isinstance(key, tuple)

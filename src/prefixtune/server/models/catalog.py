@@ -15,7 +15,7 @@ from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.server.auth import Caller
-from prefixtune.server.models.joined import SEPARATOR, PrefixJoiner
+from prefixtune.server.models.joined import SEPARATOR, JoinsInUseError, PrefixJoiner
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.models.task_schema import task_decoding, task_schema_of
 from prefixtune.server.responses import ApiError, bad_request, forbidden, not_found, unavailable
@@ -174,6 +174,8 @@ class Catalog:
             prefix = self.joiner.join(names, loaded)
         except RequestError as error:
             raise bad_request(error.message, param, "context_length_exceeded", hint=error.hint) from None
+        except JoinsInUseError as error:
+            raise unavailable(f"{error.message} Try again later.", "busy", retry_after=1) from None
         except PrefixError as error:
             raise bad_request(error.message, param, "cannot_join", hint=error.hint) from None
         return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names)
