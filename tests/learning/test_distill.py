@@ -16,7 +16,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.distillation.distill import DistillResult, distill
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.train import train
 from small_document import DOCUMENT, ROWS, backbone, options, unanswered, write_rows
@@ -217,3 +217,100 @@ def test_a_document_shorter_than_the_memory_is_refused(backbone: Backbone, optio
     with pytest.raises(DataError, match=r"prefix_length is 100, but .* has 77 tokens"):
         quiet(backbone, **{**options, "prefix_length": 100})
     assert not Path(options["output"]).exists()
+
+
+def test_a_prompt_with_answered_inputs_and_nothing_held_out(
+    backbone: Backbone, options: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north.")
+    own = {**options, "document": "", "questions": "", "test": "", "prompt": str(tmp_path / "prompt.txt")}
+    (result,) = quiet(backbone, **{**own, "data": options["questions"]})
+    assert result.report["questions"] == 4
+    assert "bare" not in result.report["held_out"]
+
+
+def test_another_document_is_not_gone_on_with(backbone: Backbone, options: dict[str, Any]) -> None:
+    quiet(backbone, **options)
+    Path(options["document"]).write_text(DOCUMENT.replace("Ashby", "Selby"))
+    with pytest.raises(CheckpointError, match="begun with another document"):
+        distill(output=options["output"], backbone=backbone, resume=True, progress=False)
+
+
+def test_times_add_up_over_sittings(backbone: Backbone, unanswered: dict[str, Any]) -> None:
+    def at_step_3(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        distill(backbone=backbone, progress=False, on_event=at_step_3, **unanswered)
+    path = Path(unanswered["output"]) / "seconds.json"
+    kept = json.loads(path.read_text())
+    assert set(kept) == {"answers", "labels", "training"}
+    path.write_text(json.dumps({**kept, "labels": 1000.0, "training": 2000.0}))
+    (resumed,) = distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
+    assert 1000 <= resumed.report["seconds"]["labels"] < 1500
+    assert 2000 <= resumed.report["seconds"]["training"] < 2500
+
+
+def test_questions_that_are_also_trained_on_are_counted(backbone: Backbone, options: dict[str, Any]) -> None:
+    (result,) = quiet(backbone, **{**options, "test": options["questions"]})
+    assert result.report["held_out"]["also_trained_on"] == 4
+
+
+def test_nothing_is_written_where_one_of_several_documents_does_not_fit(
+    tiny_backbone: Callable[..., Any], options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "docs").mkdir()
+    for name, question in (("fox", "Where?"), ("owl", "Where is it? " * 20)):
+        (tmp_path / "docs" / f"{name}.txt").write_text(DOCUMENT)
+        write_rows(f"questions/{name}.jsonl", [{"question": question}])
+    own = {**options, "document": str(tmp_path / "docs"), "questions": str(tmp_path / "questions"), "test": ""}
+    with pytest.raises(DataError, match="have no room"):
+        quiet(tiny_backbone("llama", max_position_embeddings=256), **own)
+    assert not Path(options["output"]).exists()
+
+
+def test_a_sentence_that_is_asked_about_has_room_beside_the_document(
+    tiny_backbone: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("llama", max_position_embeddings=320)
+    path = tmp_path / "long.txt"
+    path.write_text("\n".join(f"The Owl {number} goes to the far town of Ashby by {number}." for number in range(20)))
+    own = {**options, "document": str(path), "questions": "self", "num_questions": 20, "test": ""}
+    (result,) = quiet(backbone, **{**own, "kinds": ("fact", "continuation"), "initialization": "text"})
+    assert result.report["pieces_in_view"] > 3
+
+
+def test_a_text_that_nearly_fills_the_window_is_a_start(
+    tiny_backbone: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("The Owl goes on. " * 15)
+    backbone = tiny_backbone("llama", max_position_embeddings=254)
+    (result,) = quiet(backbone, **{**options, "document": str(path), "initialization": "text", "max_steps": 1})
+    assert result.prefix.length() == 8
+
+
+def test_a_text_longer_than_a_sliding_window_is_warned_of(
+    tiny_backbone: Callable[..., Any], options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = tiny_backbone("mistral", max_position_embeddings=512, sliding_window=32)
+    distill(backbone=backbone, **{**options, "max_steps": 1})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "see 32 tokens back" in said
+
+
+def test_a_document_whose_folder_holds_a_run_is_refused_before_anything_is_made(
+    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    for name in ("fox", "owl"):
+        (tmp_path / "docs").mkdir(exist_ok=True)
+        (tmp_path / "docs" / f"{name}.txt").write_text(DOCUMENT)
+        write_rows(f"questions/{name}.jsonl", ROWS)
+    folder = Path(options["output"]) / "owl"
+    folder.mkdir(parents=True)
+    (folder / "prefix.safetensors").write_bytes(b"")
+    own = {**options, "document": str(tmp_path / "docs"), "questions": str(tmp_path / "questions"), "test": ""}
+    with pytest.raises(ConfigError, match="owl' already holds a run"):
+        quiet(backbone, **own)
+    assert not (folder.parent / "distill.toml").exists()

@@ -94,12 +94,22 @@ class DistillConfig(TrainConfig):
         for name in ("questions",) if not self.document else ("data",):
             if getattr(self, name):
                 yield (name, "document"), f"{name} is {getattr(self, name)!r}, which goes with {_PARTNERS[name]}"
+        for fields, useless, where in self._useless():
+            for name in fields if useless else ():
+                if name in self.model_fields_set and getattr(self, name) != self.default(name):
+                    yield (name,), f"{name} is {getattr(self, name)!r}, but {where} does not use it"
         if not self.document and (self.prompt or self.teacher) and not self.data:
             yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
         if not self.kinds:
             yield ("kinds",), "kinds names no kind of question"
         if self.initialization == "examples":
             yield ("initialization",), "initialization is 'examples', which `prefixtune train` can start from"
+
+    def _useless(self) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+        """Fields, whether they mean nothing in this run, and in what."""
+        yield ("kinds", "num_questions"), self.questions != SELF, "a run whose questions are given"
+        yield ("task", "source", "target"), bool(self.document), "a document, whose questions are rows of that name,"
+        yield ("chunk_length",), not self.document, "a run without a document"
 
     @property
     def subject(self) -> Literal["document", "prompt", "teacher"]:

@@ -13,9 +13,19 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.files import FORMATS, read_file, read_text
 from prefixtune.errors import DataError, describe_value
 
-__all__ = ["Question", "chunk_of_question", "find_documents", "questions_file", "read_questions", "split_document"]
+__all__ = [
+    "MAX_DOCUMENT_BYTES",
+    "Question",
+    "chunk_of_question",
+    "find_documents",
+    "questions_file",
+    "read_questions",
+    "split_document",
+]
 
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
+MAX_DOCUMENT_BYTES = 2**24
+"""Most bytes of a document or a prompt."""
 _MOST_DOCUMENTS = 1000
 _WORD = re.compile(r"\w+")
 
@@ -77,7 +87,7 @@ def read_document(path: Path) -> str:
         DataError: It is missing, empty, too large or not text.
     """
     try:
-        return read_text(path).strip()
+        return read_text(path, max_bytes=MAX_DOCUMENT_BYTES, needed="some words").strip()
     except DataError as error:
         if "is empty" in error.message:
             raise DataError(f"the document {str(path)!r} is empty.", hint="check that it is complete.") from error

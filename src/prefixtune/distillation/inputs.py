@@ -11,7 +11,14 @@ from typing import Any
 from prefixtune.data.files import read_text
 from prefixtune.data.registry import read_task
 from prefixtune.distillation.config import SELF, DistillConfig
-from prefixtune.distillation.documents import Question, find_documents, questions_file, read_document, read_questions
+from prefixtune.distillation.documents import (
+    MAX_DOCUMENT_BYTES,
+    Question,
+    find_documents,
+    questions_file,
+    read_document,
+    read_questions,
+)
 from prefixtune.distillation.teacher import check_teacher
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.training.beside import SELF as ALL_OTHERS
@@ -62,7 +69,7 @@ def read_jobs(config: DistillConfig, *, resume: bool, loads_backbone: bool) -> l
     check_all(
         [
             partial(_check_output, config, resume),
-            partial(_read, config, jobs),
+            partial(_read, config, jobs, resume),
             partial(check_teacher, config),
             *early_checks(run, SINGLE_PROCESS, has_dev=False, loads_backbone=loads_backbone, together=True),
         ]
@@ -88,7 +95,7 @@ def _check_output(config: DistillConfig, resume: bool) -> None:
         )
 
 
-def _read(config: DistillConfig, jobs: list[Job]) -> None:
+def _read(config: DistillConfig, jobs: list[Job], resume: bool) -> None:
     output = Path(config.output)
     if config.subject != "document":
         text, questions, test = _all(
@@ -113,7 +120,9 @@ def _read(config: DistillConfig, jobs: list[Job]) -> None:
         questions = tuple(questions[: config.limit or None])
         found[file] = Job(name, output / name, str(file), text, questions, tuple(test))
 
-    check_all([partial(read, file) for file in files])
+    # A document's own folder in that of the run must be free as well.
+    unused = [partial(check_unused, output / file.stem) for file in files if several and not resume]
+    check_all([*(partial(read, file) for file in files), *unused])
     jobs.extend(found[file] for file in files)
     answered = [job for job in jobs if job.answered]
     if answered and len(answered) < len(jobs):
@@ -121,6 +130,13 @@ def _read(config: DistillConfig, jobs: list[Job]) -> None:
         raise DataError(
             f"the questions of {answered[0].name!r} have answers, but those of {other.name!r} have none.",
             hint="give all questions an answer, or none.",
+        )
+    unanswered = [job for job in answered if any(question.answer is None for question in job.test)]
+    if unanswered:
+        raise DataError(
+            f"the questions{' of ' + repr(unanswered[0].name) if several else ''} have answers, but those of --test "
+            f"({config.test!r}) have none: nothing could be compared with them.",
+            hint="give them answers, or leave --test out.",
         )
     if answered and config.teacher:
         raise ConfigError(
@@ -142,7 +158,7 @@ def _all(*readers: Callable[[], Any]) -> list[Any]:
 
 def _read_prompt(path: str) -> str:
     try:
-        return read_text(Path(path)).strip()
+        return read_text(Path(path), max_bytes=MAX_DOCUMENT_BYTES, needed="some words").strip()
     except DataError as error:
         if "is empty" in error.message:
             raise DataError(f"the prompt {path!r} is empty.", hint="check that it is complete.") from error

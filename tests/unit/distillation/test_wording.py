@@ -67,3 +67,18 @@ def test_a_text_in_view_as_a_prefix_is_the_text_in_view(backbone: Backbone) -> N
         own = backbone.forward(asked, prefixes=prefix).logits[0]
         wanted = backbone.model(whole).logits[0, -asked.shape[1] :]
     torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bare_model_is_asked_as_without_a_system_message(backbone: Backbone) -> None:
+    template = "{% if messages[0].role != 'system' %}<system>Default</system>\n{% endif %}" + TEMPLATE
+    backbone = with_template(backbone, template)
+    wording = choose_wording(config(ask="chat"), backbone, None)
+    assert wording.alone().prompt == "<system>Default</system>\n<user>{source}</user>\n<assistant>"
+    own = choose_wording(config(ask="chat", prompt_format="{source} ->"), backbone, None)
+    assert own.alone().prompt == "{source} ->"
+
+
+def test_a_prompt_is_answered_in_lines(backbone: Backbone) -> None:
+    wording = choose_wording(DistillConfig(prompt="p", data="d"), backbone, None)
+    assert wording.stop == ("\nInput:",)
+    assert choose_wording(config(), backbone, None).stop == ("\n",)
