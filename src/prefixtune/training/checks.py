@@ -27,7 +27,13 @@ __all__ = [
 
 
 def early_checks(
-    config: TrainConfig, processes: ProcessGroup, *, has_dev: bool, loads_backbone: bool, together: bool = False
+    config: TrainConfig,
+    processes: ProcessGroup,
+    *,
+    has_dev: bool,
+    loads_backbone: bool,
+    together: bool = False,
+    has_start: bool = False,
 ) -> Iterator[Callable[[], object]]:
     """The checks of a configuration on this machine that need no backbone."""
     if loads_backbone:
@@ -40,9 +46,10 @@ def early_checks(
             adapter_rank=config.adapter_rank,
         )
     yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
-    if config.initialization in ("words", "text", "examples") and config.trains_prefix:
+    begins = config.trains_prefix and not has_start
+    if config.initialization in ("words", "text", "examples") and begins:
         yield lambda: check_init_text(config)
-    if config.initialization == "prefix" and config.trains_prefix:
+    if config.initialization == "prefix" and begins:
         yield lambda: _check_start(config)
     if config.beside and config.beside != SELF:
         yield lambda: read_others(config)

@@ -41,6 +41,7 @@ def read_data(
     resume: bool,
     loads_backbone: bool,
     together: bool = False,
+    has_start: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """Read the files, and report every mistake that can be found before a backbone loads, which takes long.
 
@@ -52,6 +53,7 @@ def read_data(
         resume: The folder may hold a run.
         loads_backbone: The backbone is still to be loaded, so that its options are checked.
         together: It trains with other runs.
+        has_start: The start is in the state to resume from, and its files are not read again.
 
     Returns:
         The training and the development examples, as many as are used.
@@ -79,7 +81,14 @@ def read_data(
             *([lambda: _hold_out(config, train, dev)] if holds_out else ()),
             check_labels,
             lambda: check_example_count(config, train),
-            *early_checks(config, processes, has_dev=has_dev, loads_backbone=loads_backbone, together=together),
+            *early_checks(
+                config,
+                processes,
+                has_dev=has_dev,
+                loads_backbone=loads_backbone,
+                together=together,
+                has_start=has_start,
+            ),
         ]
     )
     return train, dev
@@ -206,7 +215,7 @@ def tokenize(
     """
     labels = _choose_labels(config, backbone, examples, dev_examples)
     text_format = training_format(config, backbone, for_head=labels is not None and labels.by == "head")
-    lengths = resolve_site_lengths(config, backbone) if config.trains_prefix else {}
+    lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
 
     def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
         return _tokenize(config, backbone, examples, labels, text_format, prefix_length)

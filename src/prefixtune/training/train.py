@@ -226,9 +226,18 @@ def _open_runs(
             else None
             for config in configs
         ]
+        stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
         examples = [
-            read_data(config, *some, processes, resume=resume, loads_backbone=backbone is None, together=together)
-            for config, some in zip(configs, inputs, strict=True)
+            read_data(
+                config,
+                *some,
+                processes,
+                resume=resume,
+                loads_backbone=backbone is None,
+                together=together,
+                has_start=stored is not None,
+            )
+            for config, some, stored in zip(configs, inputs, stored_starts, strict=True)
         ]
         for config, (_, dev), given in zip(configs, examples, inputs, strict=True):
             if does_hold_out(config, given[1]):
@@ -243,7 +252,6 @@ def _open_runs(
         for config in configs:
             if config.initialization == "examples" and config.trains_prefix and not resume:
                 console.info(f"choosing examples to start from ({config.example_choice}) ...")
-        stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
         data = [
             tokenize(config, loaded, *pair, stored_start=stored)
             for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
@@ -254,7 +262,7 @@ def _open_runs(
             raise ConfigError(
                 "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
             )
-        loops = [_build_loop(*pair, loaded, processes) for pair in zip(configs, data, strict=True)]
+        loops = [_build_loop(*some, loaded, processes) for some in zip(configs, data, stored_starts, strict=True)]
         _stand_beside(loops, others)
         if check is not None:
             for loop in loops:
@@ -301,11 +309,22 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
         check_gradient_checkpointing(backbone)
 
 
-def _build_loop(config: TrainConfig, data: TrainData, backbone: Backbone, processes: ProcessGroup) -> TrainLoop:
+def _build_loop(
+    config: TrainConfig,
+    data: TrainData,
+    stored_start: Mapping[str, Any] | None,
+    backbone: Backbone,
+    processes: ProcessGroup,
+) -> TrainLoop:
     """A loop with what trains in it: an encoder, or the backbone's own weights."""
     if config.trains_prefix:
         encoder, start = build_encoder(
-            config, backbone, num_labels=data.num_head_labels, examples=data.train.examples, plan=data.plan
+            config,
+            backbone,
+            num_labels=data.num_head_labels,
+            examples=data.train.examples,
+            plan=data.plan,
+            stored_start=stored_start,
         )
         return TrainLoop(config, backbone, data, encoder, start.description, processes)
     if data.num_head_labels:

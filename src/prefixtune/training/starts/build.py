@@ -67,8 +67,15 @@ def _spell(lengths: Mapping[Site, int]) -> str:
     return ",".join(f"{site}={length}" for site, length in lengths.items())
 
 
-def resolve_site_lengths(config: TrainConfig, backbone: Backbone) -> dict[Site, int]:
+def resolve_site_lengths(
+    config: TrainConfig, backbone: Backbone, stored_start: Mapping[str, Any] | None = None
+) -> dict[Site, int]:
     """The prefix length at each site of a run.
+
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        stored_start: How the run that is resumed describes its start; None: it begins.
 
     Raises:
         ConfigError: The backbone has no such site, or the text to start from has no token.
@@ -76,7 +83,8 @@ def resolve_site_lengths(config: TrainConfig, backbone: Backbone) -> dict[Site, 
     """
     lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
     if config.initialization == "text":
-        tokens = len(text_ids(config, backbone))
+        stored = (stored_start or {}).get("tokens")
+        tokens = stored if isinstance(stored, int) and stored > 0 else len(text_ids(config, backbone))
         lengths = {site: length or tokens for site, length in lengths.items()}
     missing = [site for site in lengths if site not in backbone.geometry]
     if missing:
@@ -95,6 +103,7 @@ def build_encoder(
     num_labels: int = 0,
     examples: Sequence[TokenizedExample] = (),
     plan: ExamplePlan | None = None,
+    stored_start: Mapping[str, Any] | None = None,
 ) -> tuple[PrefixEncoder | PromptEncoder, Start]:
     """The trainable prefix of a run, at its start, and that start.
 
@@ -104,6 +113,8 @@ def build_encoder(
         num_labels: Labels of a head to train with it; 0: no head.
         examples: With a head: what it is standardized by.
         plan: The examples to start from, where the run starts from some.
+        stored_start: How the run that is resumed describes its start, which is in its state and is not computed again;
+            None: it begins.
 
     Raises:
         BackboneError: The prefix to start from does not fit the backbone.
@@ -111,7 +122,7 @@ def build_encoder(
         ConfigError: The backbone has no such site, or cannot do the method; or the start does not fit the run.
     """
     torch.manual_seed(config.seed)
-    lengths = resolve_site_lengths(config, backbone) if plan is None else plan.site_lengths
+    lengths = resolve_site_lengths(config, backbone, stored_start) if plan is None else plan.site_lengths
     if config.method != "prefix" and (backbone.kind != "decoder" or not backbone.layout.packable or num_labels):
         raise ConfigError(
             f"method {config.method!r} is for decoder-only models that read packed rows, and has no head; "
@@ -119,8 +130,13 @@ def build_encoder(
             hint="use method = 'prefix'.",
         )
     if config.method == "prompt":
-        return _build_prompt(config, backbone, lengths["decoder"])
-    start = _start(config, backbone, lengths) if plan is None else start_from_plan(config, backbone, plan)
+        return _build_prompt(config, backbone, lengths["decoder"], stored_start)
+    if plan is not None:
+        start = start_from_plan(config, backbone, plan)
+    elif stored_start is not None:
+        start = Start(None, dict(stored_start))
+    else:
+        start = _start(config, backbone, lengths)
     encoder = PrefixEncoder(
         config.reparameterization,
         {site: backbone.geometry[site] for site in lengths},
@@ -187,13 +203,15 @@ def _sample_hidden(
     return torch.cat([hidden_states_at(backbone, prefix, batch) for batch in chunks])
 
 
-def _build_prompt(config: TrainConfig, backbone: Backbone, length: int) -> tuple[PromptEncoder, Start]:
+def _build_prompt(
+    config: TrainConfig, backbone: Backbone, length: int, stored_start: Mapping[str, Any] | None
+) -> tuple[PromptEncoder, Start]:
     """A prompt at the input layer, from the embeddings of words or of a text, or at random, and its start."""
     if config.initialization == "prefix":
         raise no_start()
     table = backbone.model.get_input_embeddings()
-    description: dict[str, Any] = {"kind": config.initialization}
-    if config.initialization in ("words", "text"):
+    description: dict[str, Any] = {"kind": config.initialization} if stored_start is None else dict(stored_start)
+    if stored_start is None and config.initialization in ("words", "text"):
         source = read_init_text(config.init_text)
         description |= source.description
         if config.initialization == "words":

@@ -1,0 +1,58 @@
+"""A resumed run takes its start from its state: the files that it began from may change or be gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.prefix.artifact import save_prefix
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(event: Any) -> None:
+    if event["event"] == "save" and event["step"] == 2:
+        raise Stopped
+
+
+@pytest.mark.parametrize("change", ["delete", "rewrite"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"initialization": "text", "prefix_length": 0},
+        {"initialization": "text", "prefix_length": 3, "compaction": "match"},
+        {"initialization": "text", "prefix_length": 3, "reparameterization": "mlp"},
+        {"initialization": "text", "prefix_length": 0, "method": "prompt", "compaction": "cut"},
+        {"initialization": "words", "prefix_length": 4, "reparameterization": "residual"},
+        {"initialization": "prefix", "prefix_length": 2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_the_files_of_the_start_are_not_read_again(
+    train: Callable[..., Any], backbone: Any, random_prefix: Any, tmp_path: Path, options: Any, change: str
+) -> None:
+    words, prefix = tmp_path / "words.txt", tmp_path / "start.safetensors"
+    options = {**options, "init_text": f"@{words}", "init_prefix": str(prefix), "save_every": 1, "max_steps": 4}
+
+    def write() -> None:
+        words.write_text("hello there", encoding="utf-8")
+        save_prefix(prefix, random_prefix(backbone, 2))
+
+    write()
+    whole = train(4, output=str(tmp_path / "whole"), **options)
+    with pytest.raises(Stopped):
+        train(4, output=str(tmp_path / "half"), on_event=stop, **options)
+    if change == "delete":
+        words.unlink()
+        prefix.unlink()
+    else:
+        words.write_text("quite another text, with more words", encoding="utf-8")
+        save_prefix(prefix, random_prefix(backbone, 5))
+    resumed = train(4, output=str(tmp_path / "half"), resume=True, **options)
+    assert resumed.prefix.equal(whole.prefix)
+    assert resumed.prefix.header["initialization"] == whole.prefix.header["initialization"]
