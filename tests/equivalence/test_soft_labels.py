@@ -149,3 +149,8 @@ def test_the_model_itself_as_the_teacher_gives_no_loss_and_no_gradient(tiny_back
     losses.sum().backward()
     assert float(losses.detach().abs().max()) < 1e-5
     assert all(float(tensor.grad.abs().max()) < 1e-4 for tensor in leaf.stored_tensors())
+
+
+def test_labels_that_are_no_numbers_are_no_loss_of_zero() -> None:
+    labels = SoftLabels.from_logits(torch.full((2, 60), torch.nan))
+    assert soft_losses(torch.randn(2, 60), labels).isnan().all()
