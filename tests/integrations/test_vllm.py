@@ -264,6 +264,9 @@ def test_a_prefix_has_the_text_format_of_its_training(server: Server, form: dict
         path.unlink()
 
 
+@pytest.mark.deploys(
+    "vLLM", "24 mixed requests of 2 to 4 joined prefixes, token for token with the composed file", model=MODEL
+)
 def test_joined_prefixes_equal_generate_with_the_composed_file(server: Server, tmp_path: Path):
     rng, names = random.Random(0), ["p10", "p16", "p37", "p64"]
     joins = [tuple(rng.sample(names, rng.randint(2, 4))) for _ in range(12)] + [("p10", "p37"), ("p37", "p10")]

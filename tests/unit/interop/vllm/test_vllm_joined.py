@@ -225,6 +225,30 @@ def test_prefixes_of_two_models_are_refused(parts: PrefixFolder, random_prefix: 
         joined_reference(both, "manual", "other")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored: stored["layers"]["decoder"].pop(), "layers at site 'decoder', but the prefix has"),
+        (lambda stored: stored["turns"][0]["second"].__setitem__(0, 5000), "it pairs number 5000"),
+        (lambda stored: stored["turns"][0]["frequencies"].__setitem__(0, 0.5), "they differ in a frequency of layer 0"),
+        (lambda stored: stored["layers"].clear(), "the header's rotation cannot be used"),
+    ],
+)
+def test_a_rotation_that_cannot_be_used_is_refused_before_anything_runs(
+    joined_app: FakeVLLM, parts: PrefixFolder, random_prefix: Make, model_folder: Path, change: Any, message: str
+):
+    backbone = load_backbone(model_folder, dtype="float32", device="cpu")
+    stored = rotation_of(backbone)
+    change(stored)
+    save(backbone, random_prefix(backbone, 4), parts.settings.prefixes / "wrong.safetensors", rotation=stored)
+    for model in ("manual+wrong", "wrong+manual"):
+        status, response = call(joined_app, COMPLETIONS, {"prompt": "a", "model": model})
+        assert status == 400
+        assert message in response["error"]["message"]
+        assert "wrong" in response["error"]["message"].partition("cannot be joined: ")[2]
+    assert joined_app.bodies == []
+
+
 def test_a_chat_over_joined_prefixes(joined_app: FakeVLLM):
     call(
         joined_app,
