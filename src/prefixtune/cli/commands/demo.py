@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.training.train import TrainResult
 
-__all__ = ["demo"]
+__all__ = ["demo", "demo_config"]
 
 
 class DemoOptions(OutputOptions):
@@ -33,6 +33,19 @@ class DemoOptions(OutputOptions):
     output: str = Field("runs/demo", description="folder of the run; an earlier demo in it is replaced")
     steps: int = Field(100, ge=1, description="optimizer steps")
     as_json: bool = json_option("the figures")
+
+
+def demo_config(options: DemoOptions) -> TrainConfig:
+    """The run of a demo: what a user gets by default, on its data and steps."""
+    return TrainConfig(
+        task="toy",
+        output=options.output,
+        max_steps=options.steps,
+        batch_size=8,
+        warmup_steps=10,
+        eval_every=0,
+        init_text="Announce the night train:",
+    )
 
 
 @command
@@ -55,16 +68,7 @@ def demo(options: DemoOptions) -> int:
     console.info(f"{backbone!r}")
     examples, held_out = make_toy()
     before = _evaluate(console, "held-out tables, before", backbone, held_out, None)
-    config = TrainConfig(
-        task="toy",
-        output=str(folder),
-        max_steps=options.steps,
-        batch_size=8,
-        warmup_steps=10,
-        eval_every=0,
-        init_text="Announce the night train:",
-    )
-    result = run_training(console, config, backbone=backbone, examples=examples)
+    result = run_training(console, demo_config(options), backbone=backbone, examples=examples)
     after = _evaluate(console, "held-out tables, after", backbone, held_out, result.prefix)
     loss_plot(result.events, folder / "loss.png", "night-train notices")
     figures = _figures(folder, backbone, held_out, before, after, result)
