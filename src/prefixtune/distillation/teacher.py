@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.files import read_text
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
 from prefixtune.prefix.header import FORMAT_VERSION
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
@@ -99,6 +101,38 @@ def check_teacher(config: DistillConfig) -> None:
     else:
         name, adapter = (config.backbone, str(path)) if kind == "adapter" else (config.teacher, None)
         check_loadable(name, dtype=config.dtype, device=config.device, quantize="", adapter=adapter)
+        if kind == "model":
+            _check_token_files(Path(config.backbone), path)
+
+
+def _check_token_files(student: Path, teacher: Path) -> None:
+    """Refuse, where both are folders, a teacher whose file of tokens differs; what cannot be read is found later.
+
+    Raises:
+        BackboneError: It does.
+    """
+    own, other = _tokens_in(student), _tokens_in(teacher)
+    if own and other and own != other:
+        differ = sum(own.get(token) != index for token, index in other.items())
+        raise _other_tokens(str(teacher), str(student), f"{differ:,} of {len(other):,} tokens differ")
+
+
+def _tokens_in(folder: Path) -> dict[str, int]:
+    """The tokens that a model's folder names, by the ids that they have; empty: it does not say."""
+    try:
+        stored = json.loads(read_text(folder / "tokenizer.json"))
+        tokens = dict(stored["model"]["vocab"]) if isinstance(stored["model"]["vocab"], dict) else {}
+        added = {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
+    except (PrefixError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+    return {**tokens, **added} if tokens else {}
+
+
+def _other_tokens(teacher: str, student: str, what: str) -> BackboneError:
+    return BackboneError(
+        f"the teacher {teacher!r} has another tokenizer than {student!r}: {what}.",
+        hint="choose a teacher of the same family; its likeliest tokens are the student's labels.",
+    )
 
 
 def load_teacher(config: DistillConfig, student: Backbone) -> Teacher:
@@ -136,10 +170,7 @@ def check_same_tokens(student: Backbone, teacher: Backbone) -> None:
     if own != other or student.eos_id != teacher.eos_id:
         differ = sum(own.get(token) != index for token, index in other.items())
         what = f"{differ:,} of {len(other):,} tokens differ" if differ else "its end token or its vocabulary differs"
-        raise BackboneError(
-            f"the teacher {teacher.name!r} has another tokenizer than {student.name!r}: {what}.",
-            hint="choose a teacher of the same family; its likeliest tokens are the student's labels.",
-        )
+        raise _other_tokens(teacher.name, student.name, what)
     if student.kind != teacher.kind:
         raise BackboneError(
             f"the teacher {teacher.name!r} is of kind {teacher.kind!r}, but {student.name!r} of kind {student.kind!r}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.teacher import (
     Teacher,
     check_same_tokens,
+    check_teacher,
     label_examples,
     store_labels,
     stored_labels,
@@ -97,3 +100,20 @@ def test_a_teacher_with_another_tokenizer_is_refused(backbone: Backbone) -> None
 def test_a_teacher_of_another_kind_is_refused(backbone: Backbone, tiny_backbone: Callable[..., Any]) -> None:
     with pytest.raises(BackboneError, match="of kind 'encoder-decoder'"):
         check_same_tokens(backbone, tiny_backbone("bart"))
+
+
+def test_a_folder_with_another_tokenizer_is_refused_before_a_model_loads(
+    tiny_models: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    for name in ("student", "teacher"):
+        tiny_models("llama").save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    config = DistillConfig(backbone=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), data="d.jsonl")
+    check_teacher(config)
+    path = tmp_path / "teacher" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    last = max(stored["model"]["vocab"], key=stored["model"]["vocab"].__getitem__)
+    stored["model"]["vocab"]["another"] = stored["model"]["vocab"].pop(last)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(BackboneError, match=r"another tokenizer than .*student.*: 1 of"):
+        check_teacher(config)
