@@ -250,7 +250,7 @@ MISTAKES = {
     "unknown option": (("train", "--prefix-lenght", "3"), "--prefix-lenght", "did you mean '--prefix-length'?"),
     "unknown option with a value": (("train", "--sead=3"), "--sead", "did you mean '--seed'?"),
     "wrong type": (("train", "--seed", "x"), "--seed is 'x', but must be a whole number", "--help"),
-    "several wrong values": (("train", "--prefix-length", "0", "--dtype", "bf16"), "--prefix-length is 0", "--help"),
+    "several wrong values": (("train", "--prefix-length=-1", "--dtype", "bf16"), "--prefix-length is -1", "--help"),
     "no training file": (("train",), "no training file", "--train"),
     "missing file": (("train", "--task", "e2e", "--train", "/nowhere.csv"), "/nowhere.csv", ""),
     "unknown task": (("train", "--task", "e2ee", "--train", "x.csv"), "'e2ee'", "did you mean 'e2e'?"),

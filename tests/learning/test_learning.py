@@ -123,7 +123,7 @@ def test_eight_examples_can_be_overfitted(kind: str, backbone: Any, config_for: 
         batch_size=8,
         max_steps=120,
         save_every=1000,
-        learning_rate=0.1 if kind == "none" else 0.02,
+        learning_rate=0.1 if kind in ("none", "scaled") else 0.02,
     )
     result = train(config, backbone=backbone, examples=EIGHT)
     per_token = [event["loss_per_token"] for event in result.events if event["event"] == "step"]

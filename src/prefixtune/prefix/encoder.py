@@ -278,7 +278,7 @@ def step_sizes(
             by_part.append(torch.full((len(shapes),), RANDOM_STD))
             continue
         kept = [position for position in range(like[0][0].shape[1]) if position not in sinks]
-        numbers = [layer[part].float() for layer in like]
+        numbers = [layer[part].detach().float() for layer in like]
         sizes = torch.stack([(n[:, kept] if kept else n).square().mean().sqrt() for n in numbers]).cpu()
         known = sizes > _NEARLY_ZERO * sizes.max()
         usual = sizes[known].median() if known.any() else torch.tensor(RANDOM_STD)

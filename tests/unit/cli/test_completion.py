@@ -26,8 +26,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        (["exp"], {"export"}),
-        (["c"], {"chat", "config", "convert"}),
+        (["exp"], {"explain", "export"}),
+        (["c"], {"chat", "compose", "config", "convert", "cut"}),
         (["train", "--learning"], {"--learning-rate"}),
         (["export", "--kv-type", ""], {"f16", "f32", "bf16"}),
         (["doctor", "--quantize", "int"], {"int4", "int8"}),

@@ -113,6 +113,13 @@ MISTAKES = [
     ("generate --prefix p.safetensors --num-beams 0 x", "--num-beams is 0, but must be at least 1"),
     ("generate --prefix p.safetensors --prefix labels.safetensors x y", "classification, generation"),
     ("generate --prefix labels.safetensors --stream x", "--stream"),
+    # compose, cut, distill, explain, length
+    ("compose p.safetensors nowhere.safetensors --output new.safetensors", "there is no file 'nowhere.safetensors'"),
+    ("compose p.safetensors deep.safetensors --output new.safetensors", "4 layers"),
+    ("cut nowhere.safetensors --length 1 --output new.safetensors", "there is no file 'nowhere.safetensors'"),
+    ("distill --backbone model --document nowhere.txt --questions rows.jsonl --output run", "nowhere.txt"),
+    ("explain nowhere.safetensors", "there is no file 'nowhere.safetensors'"),
+    (TRAIN.replace("train ", "length ", 1), "--dev"),
     # evaluate
     ("evaluate --prefix nowhere.safetensors --data rows.jsonl", "there is no file"),
     ("evaluate --prefix p.safetensors --data nowhere.jsonl --source name --target text", "nowhere.jsonl"),

@@ -35,7 +35,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
     return {
         "prefix_length": 4,
         "bottleneck_size": 16,
-        "learning_rate": 1e-2,
+        "learning_rate": 3e-2,
         "batch_size": 8,
         "max_steps": 120,
         "warmup_steps": 5,
