@@ -122,7 +122,7 @@ def test_kill_minus_nine_then_the_same_scores(shared: Shared, flags: tuple[str, 
     assert out == f"{folder}: 3 of 3 runs done\n"
     begun = [line.split()[1] for line in err.splitlines() if line.startswith("[")]
     assert begun == ["prefix-n8-P3-task-subset0-seed0", "full-n8-subset0-seed0"]
-    assert err.count("learning rate 0.001: development loss") == 1
+    assert err.count("learning rate 0.02: development loss") == 1
     assert f"prefixtune report {folder}" in err
     scores, whole = scores_of(folder), scores_of(shared[0])
     assert scores == {name: whole[name] for name in scores}

@@ -285,7 +285,7 @@ def step_sizes(
         by_part.append(torch.where(known, sizes, usual))
     return torch.cat(
         [
-            torch.full((shape.num_kv_heads * width,), factor * float(by_part[part][index]))
+            (factor * by_part[part][index]).expand(shape.num_kv_heads * width)
             for index, shape in enumerate(shapes)
             for part, width, factor in ((0, shape.key_dim, 1.0), (1, shape.value_dim, value_scale))
         ]
