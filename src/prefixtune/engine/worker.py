@@ -57,6 +57,7 @@ class Snapshot:
 class _Submission:
     """A request that has not ended: its callback, and which of its sequences go on."""
 
+    number: int
     on_output: OnOutput
     unfinished: set[int]
     callback_failed: bool = False
@@ -72,8 +73,9 @@ class EngineWorker:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._submissions: dict[str, _Submission] = {}
-        self._deadlines: list[tuple[float, int, str, _Submission]] = []
-        self._deadline_numbers = itertools.count()
+        # When, which submission, and its id: of those that ended too, so that nothing else of them is kept here.
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._numbers = itertools.count()
         self._accepting, self._closing, self._restarting = True, False, False
         self._steps = self._tokens = self._restarts = self._failed_callbacks = 0
         self._batch_sizes: Counter[int] = Counter()
@@ -114,10 +116,10 @@ class EngineWorker:
                 raise EngineFull("the engine is restarting.", hint="try again later.")
             # Refuses an id in use, so that no entry is overwritten below.
             self.engine.add(request)
-            submission = self._submissions[request.id] = _Submission(on_output, set(range(request.n)))
+            number = next(self._numbers)
+            self._submissions[request.id] = _Submission(number, on_output, set(range(request.n)))
             if deadline is not None:
-                entry = (time.monotonic() + deadline, next(self._deadline_numbers), request.id, submission)
-                heapq.heappush(self._deadlines, entry)
+                heapq.heappush(self._deadlines, (time.monotonic() + deadline, number, request.id))
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -215,13 +217,19 @@ class EngineWorker:
         """Cancel the requests whose deadline has passed; the lock is held."""
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, request_id, submission = heapq.heappop(self._deadlines)
-            if self._submissions.get(request_id) is submission:
-                self.engine.cancel(request_id, "timeout")
+            entry = heapq.heappop(self._deadlines)
+            if self._is_unfinished(entry):
+                self.engine.cancel(entry[2], "timeout")
         # Entries of requests that ended in time are dropped before they pile up.
         if len(self._deadlines) > 2 * len(self._submissions) + 100:
-            self._deadlines = [entry for entry in self._deadlines if self._submissions.get(entry[2]) is entry[3]]
+            self._deadlines = list(filter(self._is_unfinished, self._deadlines))
             heapq.heapify(self._deadlines)
+
+    def _is_unfinished(self, entry: tuple[float, int, str]) -> bool:
+        """Whether the submission of a deadline has not ended; its id may be in use again. The lock is held."""
+        _, number, request_id = entry
+        submission = self._submissions.get(request_id)
+        return submission is not None and submission.number == number
 
     def _record_step(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,6 +133,18 @@ def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
         assert free.reason == "length"
         assert running.outputs
         assert tokens(waiting.outputs) == tokens(late.outputs) == []
+
+
+def test_a_request_that_has_ended_is_not_kept_for_its_deadline(worker: EngineWorker):
+    first, second = Ear(), Ear()
+    # The thread that delivers outputs keeps the last callback until the next.
+    for ear in (first, second):
+        worker.submit(Request((1,), sampling=SHORT), ear, deadline=PATIENCE)
+        assert ear.reason == "length"
+    callback = weakref.ref(first)
+    del first, ear
+    gc.collect()
+    assert callback() is None
 
 
 # --- callers ---------------------------------------------------------------------------------------------------------
