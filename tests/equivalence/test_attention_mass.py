@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prefixtune.attention import mass as mass_module
 from prefixtune.attention.cache import cache_argument
-from prefixtune.attention.mass import PrefixMass, observe_mass
+from prefixtune.attention.injection import observe_attention
+from prefixtune.attention.mass import PrefixMass
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
@@ -75,13 +76,13 @@ def test_mass_is_transformers_own(
     counted[batch.label_positions] = True
     mass = PrefixMass({"decoder": counted.view_as(batch.input_ids)})
     before = backbone.forward(**batch.inputs(backbone.device), prefixes=prefix).logits
-    with observe_mass(mass):
+    with observe_attention(mass.add):
         watched = backbone.forward(**batch.inputs(backbone.device), prefixes=prefix).logits
     assert torch.equal(before, watched)
     found = mass.mean()["decoder"]
     assert_same(found, by_layer)
     shifted = PrefixMass({"decoder": counted.roll(1).view_as(batch.input_ids)})
-    with observe_mass(shifted):
+    with observe_attention(shifted.add):
         backbone.forward(**batch.inputs(backbone.device), prefixes=prefix)
     assert not torch.allclose(torch.stack(shifted.mean()["decoder"]), torch.stack(found))
 
@@ -95,7 +96,7 @@ def test_mass_at_an_encoder_is_the_first_layer_by_hand(
     ids, real = torch.tensor([random_ids(6, 1), random_ids(6, 2)]), torch.ones(2, 6, dtype=torch.long)
     real[1, 4:] = 0
     mass = PrefixMass({"encoder": real.bool()})
-    with observe_mass(mass):
+    with observe_attention(mass.add):
         backbone.forward(ids, real, prefixes=prefix)
     layer = backbone.model.base_model.encoder.layer[0].attention.self
     x = backbone.model.base_model.embeddings(ids)
@@ -115,6 +116,6 @@ def test_nothing_is_seen_without_a_prefix(tiny_backbone: Make, random_prefix: Ma
     backbone = tiny_backbone("llama")
     batch = pack(examples_of(random_ids)[:1])
     mass = PrefixMass({"decoder": torch.ones_like(batch.input_ids, dtype=torch.bool)})
-    with observe_mass(mass):
+    with observe_attention(mass.add):
         backbone.forward(**batch.inputs(backbone.device))
     assert mass.mean() == {}

@@ -157,8 +157,9 @@ class AttentionCall:
 
 
 traced_calls: contextvars.ContextVar[list[AttentionCall] | None] = contextvars.ContextVar("traced_calls", default=None)
-AttentionObserver = Callable[[tuple[Site, int], Tensor, Tensor, Tensor, Tensor | None, ScoreOptions], None]
-"""Gets a layer's (site, index), queries, keys and values with the prefix in front, mask, and score options."""
+AttentionObserver = Callable[[tuple[Site, int], int, Tensor, Tensor, Tensor, Tensor | None, ScoreOptions, int], None]
+"""Gets a layer's (site, index), P, queries, keys and values with the prefix in front, mask, score options, and where in
+the row the first query is."""
 
 attention_observer: contextvars.ContextVar[AttentionObserver | None] = contextvars.ContextVar(
     "attention_observer", default=None
@@ -188,9 +189,9 @@ def trace_calls(model: nn.Module | None = None) -> Iterator[list[AttentionCall]]
 
 @contextlib.contextmanager
 def observe_attention(observer: AttentionObserver) -> Iterator[None]:
-    """While the block runs, `observer` is called before each layer of an ordinary batch attends.
+    """While the block runs, `observer` is called before each layer attends; in a packed row, for each of its groups.
 
-    Packed rows, the engine's rows and disentangled attention are not observed.
+    The engine's rows, generation, whose cache holds the prefix, and disentangled attention are not observed.
     """
     token = attention_observer.set(observer)
     try:

@@ -218,8 +218,7 @@ def packed_attention(
         value: See there.
         scores: How scores are made; a position bias is that of the whole row, and zero at the prefix.
         infix: The prefix is hidden from the groups' sources.
-        observe: Called for each group with P, queries, keys, mask, `ScoreOptions` and the row's position of its first
-            query (see `PrefixMass.add`).
+        observe: Called for each group, as an `AttentionObserver` that knows the layer.
     """
     lengths = [0 if kv is None else kv[0].shape[2] for kv in prefix_kv_by_group]
     masks = packing.masks(site, lengths, scores.window, query.dtype, query.device, infix=infix)
@@ -240,7 +239,7 @@ def packed_attention(
             bias = nn.functional.pad(bias[..., row : row + queries, column : column + keys], (length, 0))
         if observe is not None:
             wide = None if mask is None else mask[None, None]
-            observe(length, group_query, group_key, wide, replace(scores, position_bias=bias), row)
+            observe(length, group_query, group_key, group_value, wide, replace(scores, position_bias=bias), row)
         row, column = row + queries, column + keys
         if scores.fused:
             outputs.append(grouped_attention(group_query, group_key, group_value, mask, bias, scores.scale))

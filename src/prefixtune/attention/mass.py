@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from prefixtune.attention.kernels import ScoreOptions, attention_weights
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["PrefixMass", "observe_mass", "observed_mass"]
+__all__ = ["PrefixMass"]
 
 
 _MOST_WEIGHTS = 2**23
@@ -24,7 +22,8 @@ _MOST_WEIGHTS = 2**23
 class PrefixMass:
     """Sums, over queries, of the attention weights at each position of one prefix, by attention layer and head.
 
-    The weights are computed a second time, in float32, beside the attention itself, and a few queries at a time.
+    The weights are computed a second time, in float32, beside the attention itself, and a few queries at a time. One
+    prefix for all rows, packed or padded.
 
     Args:
         counted: Site -> which queries of the call count, (rows, positions); a site that is missing is not looked at.
@@ -46,17 +45,19 @@ class PrefixMass:
         length: int,
         query: Float[Tensor, "B Hq T Dk"],
         key: Float[Tensor, "B H S Dk"],
+        value: Float[Tensor, "B H S Dv"],
         mask: Tensor | None,
         scores: ScoreOptions,
-        first: int = 0,
+        first: int,
     ) -> None:
-        """Add the weights of one call of an attention layer.
+        """Add the weights of one call of an attention layer: an observer for `observe_attention`.
 
         Args:
             layer: Which one.
             length: P, of the prefix in front of the keys.
             query: The queries.
             key: All keys, the prefix's first.
+            value: All values, which do not matter.
             mask: As `attention_weights` takes it.
             scores: How scores are made.
             first: Where in the row the first query is.
@@ -86,20 +87,3 @@ class PrefixMass:
         for layer in sorted(self._sums):
             means.setdefault(layer[0], []).append(self._sums[layer] / max(1, self._counts[layer]))
         return means
-
-
-observed_mass: contextvars.ContextVar[PrefixMass | None] = contextvars.ContextVar("observed_mass", default=None)
-
-
-@contextlib.contextmanager
-def observe_mass(mass: PrefixMass) -> Iterator[None]:
-    """While the block runs, every call of the attention function adds its weights at the prefix.
-
-    One prefix for all rows, in packed or padded rows; not for generation, whose cache holds the prefix, and not for
-    disentangled attention, which computes its weights itself.
-    """
-    token = observed_mass.set(mass)
-    try:
-        yield
-    finally:
-        observed_mass.reset(token)

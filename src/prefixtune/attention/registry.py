@@ -17,7 +17,6 @@ from prefixtune.attention.injection import (
 )
 from prefixtune.attention.kernels import AttentionKernel, ScoreOptions, packed_attention, plain_attention
 from prefixtune.attention.masks import make_additive_mask, make_mask
-from prefixtune.attention.mass import observed_mass
 
 __all__ = ["ATTENTION", "ATTENTIONS", "register"]
 
@@ -78,19 +77,15 @@ def attend(
         injection.recorded_kv.append((module, key, value))
     if injection.backend is not None:  # the engine keeps all keys and values
         return injection.backend.attend(injection.layer_of[module], query, key, value, scores), None
-    mass = observed_mass.get()
+    observer = attention_observer.get()
     if injection.packing is not None:  # training: one row, many groups
         layer = injection.layer_of[module]
         prefix_kv_by_group = injection.prefix_kv_by_group(layer)
-        observe = None if mass is None else functools.partial(mass.add, layer)
+        observe = None if observer is None else functools.partial(observer, layer)
         return packed_attention(
             injection.packing, layer[0], prefix_kv_by_group, query, key, value, scores, injection.infix, observe
         ), None
     prefixed = injection.prepend(module, query, key, value, attention_mask, scores)
-    if mass is not None and module in injection.layer_of:
-        layer, (all_keys, _, mask, options) = injection.layer_of[module], prefixed
-        mass.add(layer, all_keys.shape[2] - key.shape[2], query, all_keys, mask, options)
-    observer = attention_observer.get()
     if observer is not None and module in injection.layer_of:
-        observer(injection.layer_of[module], query, *prefixed)
+        observer(injection.layer_of[module], prefixed[0].shape[2] - key.shape[2], query, *prefixed, 0)
     return plain_attention(module, query, *prefixed), None

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prefixtune.attention.mass import PrefixMass, observe_mass
+from prefixtune.attention.injection import observe_attention
+from prefixtune.attention.mass import PrefixMass
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.data.batching import collate
@@ -51,7 +52,7 @@ def prefix_mass(subject: Subject, prefix: Prefix) -> Mapping[Site, list[Float[Te
     for first in range(0, len(subject.tokenized), size):
         batch = collate(subject.backbone, subject.tokenized[first : first + size])
         mass.count(_counted(subject.backbone, batch))
-        with observe_mass(mass):
+        with observe_attention(mass.add):
             subject.backbone.hidden_states(**batch.inputs(subject.backbone.device), prefixes=prefix)
     return mass.mean()
 

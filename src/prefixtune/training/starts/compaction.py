@@ -205,7 +205,14 @@ def _observe(
     seen: set[Layer] = set()
 
     def observer(
-        layer: Layer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: ScoreOptions
+        layer: Layer,
+        length: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: ScoreOptions,
+        first: int,
     ) -> None:
         if layer in layers:
             seen.add(layer)
