@@ -172,8 +172,4 @@ def _read_inputs(config: DistillConfig, path: str) -> list[Question]:
     if config.task == "records" and not config.source:
         return read_questions(Path(path))
     examples = read_task(config.task, path, source=config.source or None, target=config.target or None, split="train")
-    return [
-        Question(example.source, target)
-        for example in examples
-        for target in (example.targets or (None,))  # noqa: RUF100
-    ]
+    return [Question(example.source, target) for example in examples for target in (example.targets or (None,))]
