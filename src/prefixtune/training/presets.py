@@ -73,6 +73,8 @@ def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> di
     >>> values = {"initialization": "examples", "init_examples": 2, "save_dtype": "bfloat16"}
     >>> without_conflicts(values, {"initialization": "words"})
     {'save_dtype': 'bfloat16'}
+    >>> without_conflicts({"initialization": "words", "prefix_length": 5, "seed": 1}, {"init_examples": "4"})
+    {'seed': 1}
 
     Args:
         values: Those of a preset.
@@ -82,6 +84,11 @@ def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> di
     starts = values.get("initialization"), given.get("initialization", values.get("initialization"))
     if starts[0] == "examples" != starts[1]:
         for name in ("initialization", "init_examples", "compact_examples"):
+            left.pop(name, None)
+    with_examples = given.get("initialization") == "examples" or not _is_zero(given.get("init_examples", 0))
+    if starts[0] != "examples" and with_examples:
+        # Words have another length than examples, which set their own.
+        for name in ("initialization", "init_text", "prefix_length"):
             left.pop(name, None)
     has_room = not any(_is_zero(given.get(name)) for name in ("prefix_length", "init_examples"))
     if not has_room or given.get("example_attention") == "all":

@@ -52,6 +52,12 @@ def test_a_preset_gives_way_to_what_the_user_gives(
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_examples_set_the_length_that_a_preset_gives_for_words(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed(capsys, "--task", "e2e", "--preset", "paper-low-data", "--examples", "4")
+    assert (config.initialization, config.init_examples, config.prefix_length) == ("examples", 4, 0)
+    assert config.reparameterization == "mlp"
+
+
 def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig(output=str(tmp_path), prefix_length=3)
     write_config(config)
