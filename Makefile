@@ -132,9 +132,11 @@ initialization: $(VENV)/.installed  ## compare starts and reparameterizations on
 
 memories: $(VENV)/.tested  ## starts, parametrizations and LoRA on equal data; memories that are joined (hours; goes on where it was)
 	$(BIN)/prefixtune prepare
-	$(BIN)/python -m bench.memories --data e2e-2000 --methods words-scaled,words-residual,examples-2,examples-4,examples-7,lora-4,lora-8 \
+	$(BIN)/python -m bench.memories --data e2e-2000 --methods words-scaled,words-residual,examples-212,lora-4,lora-8 \
 		--seeds 3 --score
-	$(BIN)/python -m bench.memories --data e2e-100 --methods words-scaled,examples-2,lora-4,lora-8 --seeds 3
+	$(BIN)/python -m bench.memories --data e2e-100 --methods words-scaled,examples-212,lora-4,lora-8 --seeds 3
+	$(BIN)/prefixtune distill --prompt bench/training/system_prompt.txt --data bench/training/requests.jsonl --source source \
+		--test bench/training/requests_test.jsonl --prefix-length 32 --output runs/prompt
 	$(BIN)/python -m bench.joined --seeds 3
 
 studies: $(VENV)/.tested system  ## the paper's comparisons on E2E and WebNLG (about 3 hours on two cores; goes on where it was)

@@ -1,10 +1,10 @@
 """Starts, parametrizations and LoRA on equal data, steps and batches: development loss and scores, over seeds.
 
-    python -m bench.memories --runs reparameterization,lora,examples --seeds 3
+    python -m bench.memories --methods examples-212,lora-4 --seeds 3 --score
 
-A run is named in `GROUPS`. Its learning rates are tried with the first seed, and the best by the development loss is
-trained with the other seeds. Every finished run is a line of `runs/memories/results.jsonl`: what is there is not run
-again, so that the command goes on where it was stopped. `--table` prints what is there.
+A method is named in `METHODS`. Its learning rates are tried with the first seed, and the best by the development loss
+is trained with the other seeds. Every finished run is a line of `runs/memories/results.jsonl`: what is there is not run
+again, so that the command goes on where it was stopped. Without `--methods` it prints what is there.
 
 Each size draws its training targets once (whole sources); a run's seed orders them and draws its start.
 """
@@ -29,6 +29,7 @@ from prefixtune.utils.console import Console
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 RESULTS = Path("runs/memories/results.jsonl")
+SCORES = ("bleu", "nist", "rouge_l")
 WORDS = "Describe the restaurant in one sentence:"
 
 
@@ -62,10 +63,10 @@ class Data:
 
 
 _MANY = {"max_steps": 125, "batch_size": 16, "eval_every": 0, "warmup_steps": 20}
-_FEW = {"max_steps": 60, "batch_size": 16, "eval_every": 10, "warmup_steps": 10}
+_FEW = {"max_steps": 60, "batch_size": 16, "eval_every": 15, "warmup_steps": 10}
 DATA = {
     "e2e-2000": Data("e2e", "e2e", 2000, 400, _MANY),
-    "e2e-100": Data("e2e", "e2e", 100, 400, _FEW),
+    "e2e-100": Data("e2e", "e2e", 100, 200, _FEW),
     "webnlg": Data("webnlg", "webnlg2017", 2000, 400, _MANY, "Say these facts in one sentence:"),
     "scitldr": Data(
         "scitldr", "scitldr", 500, 200, {**_MANY, "max_length": 400}, "Summarize the paper in one sentence:"
@@ -95,7 +96,12 @@ def _examples(count: int, rates: Sequence[float] = (1e-2, 2e-2), **options: Any)
     return _scaled(rates, **{**start, **options})
 
 
-_LORA = (9e-4, 2.7e-3, 8.1e-3)
+def _examples_in(length: int, rates: Sequence[float] = (1e-2, 2e-2, 4e-2), **options: Any) -> Method:
+    """As many examples as fit a length; 212 positions of SmolLM2-135M are as many numbers as LoRA-8 has."""
+    return _scaled(rates, initialization="examples", prefix_length=length, **options)
+
+
+_LORA = (2.7e-3, 8.1e-3, 1.6e-2)
 METHODS = {
     "words-scaled": _scaled(),
     "words-scaled-values1": _scaled(value_scale=1.0),
@@ -105,15 +111,16 @@ METHODS = {
     "lora-2": Method(_LORA, {"method": "lora", "method_size": 2}),
     "lora-4": Method(_LORA, {"method": "lora", "method_size": 4}),
     "lora-8": Method(_LORA, {"method": "lora", "method_size": 8}),
+    "examples-212": _examples_in(212),
+    "examples-212-all": _examples_in(212, example_attention="all"),
+    "examples-212-all-seen": _examples_in(212, example_attention="all", leave_one_out=False),
+    "examples-212-seen": _examples_in(212, leave_one_out=False),
+    "examples-212-random": _examples_in(212, example_choice="random"),
+    "examples-212-loss": _examples_in(212, example_choice="loss"),
+    "examples-212-dropout": _examples_in(212, prefix_dropout=0.05),
     "examples-2": _examples(2),
     "examples-4": _examples(4),
     "examples-7": _examples(7),
-    "examples-4-all": _examples(4, example_attention="all"),
-    "examples-4-random": _examples(4, example_choice="random"),
-    "examples-4-loss": _examples(4, example_choice="loss"),
-    "examples-4-seen": _examples(4, leave_one_out=False),
-    "examples-4-dropout": _examples(4, prefix_dropout=0.05),
-    "examples-2-dropout": _examples(2, prefix_dropout=0.1),
     "examples-4-none": Method(
         (5e-3, 1.5e-2),
         {"reparameterization": "none", "initialization": "examples", "init_examples": 4, "prefix_length": 0},
@@ -194,7 +201,10 @@ class Bench:
             backbone, text_format = load_tuned(folder / "weights.safetensors")
         decoding = GenerateConfig(max_new_tokens=80, batch_size=30)
         test = self.split(data, "test")
-        result = pt.evaluate(backbone, test, prefix, config=decoding, protocol=DATA[data].task, text_format=text_format)
+        task = DATA[data].task
+        result = pt.evaluate(
+            backbone, test, prefix, config=decoding, protocol=task, metrics=SCORES, text_format=text_format
+        )
         return {name: round(score.score, 4) for name, score in result.scores.items()}
 
 
@@ -239,7 +249,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         runs = [row for row in rows if (row["data"], row["method"], row["rate"]) == (data, method, rate)]
         losses = [row["dev_loss"] for row in runs]
         scores = []
-        for name in ("bleu", "nist", "rouge_l"):
+        for name in SCORES:
             values = [row[name] for row in runs if name in row]
             scores.append(f"{statistics.fmean(values):.2f}" if values else "")
         cells = [data, method, f"{runs[0]['stored']:,}", f"{rate:g}", len(runs), f"{statistics.fmean(losses):.3f}"]
