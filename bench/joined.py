@@ -29,7 +29,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
 
-MODES = {"alone": {}, "beside": {"beside": "self", "beside_rate": 0.6}}
+MODES = {"alone": {}, "beside": {"beside": "self"}}
 """How the memories are trained."""
 
 
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--prefix-length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--beside-rate", type=float, default=0.6)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/joined"))
     options = parser.parse_args()
@@ -114,8 +115,10 @@ def main() -> None:
     backbone, console = pt.load_backbone(dtype="auto"), Console()
     for seed in range(options.seeds):
         for mode in options.modes.split(","):
-            folder = options.output / f"{mode}-{options.prefix_length}-{options.steps}-{seed}"
             settings = {"prefix_length": options.prefix_length, "max_steps": options.steps, "seed": seed, **MODES[mode]}
+            if "beside" in settings:
+                settings["beside_rate"] = options.beside_rate
+            folder = options.output / "-".join([mode, *(str(value) for value in settings.values() if value != "self")])
             train(backbone, options.output, folder, names, settings)
             memories = {name: pt.load_prefix(folder / name / "prefix.safetensors") for name in names}
             figures = {"mode": mode, **settings, **measure(backbone, memories, tests)}
