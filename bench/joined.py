@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--prefix-length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--beside-rate", type=float, default=0.6)
+    parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/joined"))
     options = parser.parse_args()
@@ -116,6 +117,7 @@ def main() -> None:
     for seed in range(options.seeds):
         for mode in options.modes.split(","):
             settings = {"prefix_length": options.prefix_length, "max_steps": options.steps, "seed": seed, **MODES[mode]}
+            settings["learning_rate"] = options.learning_rate
             if "beside" in settings:
                 settings["beside_rate"] = options.beside_rate
             folder = options.output / "-".join([mode, *(str(value) for value in settings.values() if value != "self")])
