@@ -201,8 +201,8 @@ class TrainConfig(Config):
     learning_rate: float = _training(
         0.0,
         ge=0,
-        description="peak rate; 0: 2e-2 for scaled, 5e-3 for none, 1e-3 for residual, 5e-4 for mlp; full 1e-4, top "
-        "3e-4, adapter and lora 1e-3",
+        description="peak rate; 0: 2e-2 for scaled, 5e-3 for none, 1e-3 for residual, 5e-4 for mlp, half of it with "
+        "beside; full 1e-4, top 3e-4, adapter and lora 1e-3",
     )
     weight_decay: float = _training(0.0, ge=0, description="weight decay of AdamW")
     warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
@@ -365,10 +365,14 @@ class TrainConfig(Config):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The configured learning rate, or the default of the method or reparameterization."""
-        return self.learning_rate or default_learning_rate(
-            self.reparameterization if self.trains_prefix else self.method
-        )
+        """The configured learning rate, or the default of the method or reparameterization; half of it beside others.
+
+        What stands beside changes from step to step: at the full rate such a prefix never settles.
+        """
+        if self.learning_rate:
+            return self.learning_rate
+        usual = default_learning_rate(self.reparameterization if self.trains_prefix else self.method)
+        return usual / 2 if self.beside else usual
 
 
 def _parse_label_words(text: str) -> dict[str, str]:

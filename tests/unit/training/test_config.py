@@ -82,6 +82,7 @@ def test_integers_are_accepted_as_floats():
 def test_the_effective_learning_rate(kind: Any):
     assert TrainConfig(reparameterization=kind).peak_learning_rate == default_learning_rate(kind) > 0
     assert TrainConfig(reparameterization=kind, learning_rate=0.25).peak_learning_rate == 0.25
+    assert TrainConfig(reparameterization=kind, beside="memories").peak_learning_rate == default_learning_rate(kind) / 2
 
 
 def test_every_field_has_help():
