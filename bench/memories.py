@@ -101,7 +101,7 @@ def _examples_in(length: int, rates: Sequence[float] = (1e-2, 2e-2, 4e-2), **opt
     return _scaled(rates, initialization="examples", prefix_length=length, **options)
 
 
-_LORA = (2.7e-3, 8.1e-3, 1.6e-2)
+_LORA = (9e-4, 2.7e-3, 8.1e-3)
 METHODS = {
     "words-scaled": _scaled(),
     "words-scaled-values1": _scaled(value_scale=1.0),
