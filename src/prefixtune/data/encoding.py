@@ -40,7 +40,9 @@ class TokenizedExample:
         hidden: Positions of the prefix that the example does not see while it is trained on (see `Group.hidden`).
         visible_length: It is trained with the first positions of the prefix alone, as if there were no others; None:
             with the whole prefix.
-        soft_targets: A teacher's distribution at each token of each target; empty: the targets are certain.
+        soft_targets: A teacher's distribution at each label of each target; empty: the targets are certain.
+        turns: Of a conversation, which has one target: the parts [first, stop) of it that are labels, the assistant's
+            turns, each of which counts as a target; the rest is read only. Empty: all of every target is labels.
     """
 
     prompt: tuple[int, ...]
@@ -49,6 +51,12 @@ class TokenizedExample:
     hidden: tuple[int, ...] = ()
     visible_length: int | None = None
     soft_targets: tuple[SoftLabels, ...] = field(default=(), compare=False)
+    turns: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_targets(self) -> int:
+        """The targets, or the turns of a conversation."""
+        return len(self.turns) or len(self.targets)
 
     def with_targets(self, chosen: Sequence[int]) -> TokenizedExample:
         """The same source with some of its targets, by their indices."""
@@ -84,8 +92,8 @@ class TokenizedDataset:
 
     @property
     def num_targets(self) -> int:
-        """Targets over all examples."""
-        return sum(len(example.targets) for example in self.examples)
+        """Targets over all examples; each turn of a conversation is one."""
+        return sum(example.num_targets for example in self.examples)
 
     @property
     def longest_target(self) -> int:

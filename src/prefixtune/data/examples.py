@@ -4,16 +4,93 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast, get_args
 
-from prefixtune.errors import DataError, describe_value
+from prefixtune.errors import DataError, describe_value, did_you_mean
 
-__all__ = ["Example", "ExampleLike", "SplitName", "TaskKind", "limit_targets", "references_of"]
+__all__ = [
+    "Example",
+    "ExampleLike",
+    "Message",
+    "Role",
+    "SplitName",
+    "TaskKind",
+    "chat_example",
+    "check_messages",
+    "limit_targets",
+    "references_of",
+]
 
 TaskKind = Literal["generation", "classification", "tagging"]
 """What a target is: a text, one label, or one tag per token with a space between. It decides how outputs are scored."""
 SplitName = Literal["train", "dev", "test"]
 """A part of a data set."""
+Role = Literal["system", "user", "assistant"]
+"""Who speaks in a conversation."""
+
+_ROLES: tuple[str, ...] = get_args(Role)
+_MESSAGE_HINT = 'write {"role": "user", "content": "..."}.'
+
+
+class Message(NamedTuple):
+    """One message of a conversation."""
+
+    role: Role
+    content: str
+
+
+def check_messages(messages: Any, name: str = "the conversation") -> tuple[Message, ...]:
+    """The messages before an answer: perhaps one of the system, then the user's and the assistant's in turns.
+
+    >>> check_messages([{"role": "user", "content": "Hi"}])
+    (Message(role='user', content='Hi'),)
+
+    Args:
+        messages: Each a `Message`, a pair, or a dict of its fields.
+        name: What messages of errors call them.
+
+    Raises:
+        DataError: They are no such messages, a role comes where another must, one is empty, or the last one is not the
+            user's.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise DataError(f"{name} is {describe_value(messages)}, not a list of messages.", hint=_MESSAGE_HINT)
+    checked = tuple(
+        _as_message(values, f"message {number} of {name}") for number, values in enumerate(messages, start=1)
+    )
+    first = 1 if checked and checked[0].role == "system" else 0
+    for number, message in enumerate(checked[first:]):
+        wanted = ("user", "assistant")[number % 2]
+        if message.role != wanted:
+            raise DataError(
+                f"message {first + number + 1} of {name} is the {message.role}'s, but must be the {wanted}'s.",
+                hint="write perhaps one system message, then the user's and the assistant's in turns.",
+            )
+    if not checked or checked[-1].role != "user":
+        what = f"ends with the {checked[-1].role}'s message" if checked else "has no message"
+        raise DataError(f"{name} {what}, but must end with the user's.", hint="the answer to it is the target.")
+    return checked
+
+
+def _as_message(values: Any, name: str) -> Message:
+    if isinstance(values, Mapping):
+        unknown = [str(key) for key in values if key not in Message._fields]
+        if unknown or len(values) < len(Message._fields):
+            raise DataError(
+                f"{name} has the fields {', '.join(map(str, values)) or 'none'}; needed are role and content.",
+                hint=_MESSAGE_HINT,
+            )
+        values = (values["role"], values["content"])
+    if not (isinstance(values, (tuple, list)) and len(values) == len(Message._fields)):
+        raise DataError(f"{name} is {describe_value(values)}, not a message.", hint=_MESSAGE_HINT)
+    role, content = values
+    if role not in _ROLES:
+        raise DataError(f"{name} has the role {role!r}.", hint=did_you_mean(str(role), _ROLES))
+    if not isinstance(content, str):
+        raise DataError(f"{name} has {describe_value(content)} as content, not a text.", hint=_MESSAGE_HINT)
+    if not content.strip():
+        raise DataError(f"{name} is empty.", hint="write its text, or leave the conversation out.")
+    return Message(cast(Role, role), content)
 
 
 @dataclass(frozen=True)
@@ -25,15 +102,19 @@ class Example:
         targets: The wanted outputs, or the only one; empty if the example is only for generation.
         fields: The record that the source was made from, for reports and templates.
         groups: How scores are grouped: the name of a grouping -> this example's group, as in `{"category": "Food"}`.
+        messages: Of a conversation: all messages before the targets. The last one is the user's, and `source` is its
+            text; the targets are the assistant's answers to it. Earlier answers among the messages are trained on too.
+            Empty: the example is no chat.
 
     Raises:
-        DataError: Source or targets are not texts.
+        DataError: Source or targets are not texts, or the messages are no conversation (see `check_messages`).
     """
 
     source: str
     targets: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
     groups: Mapping[str, str] = field(default_factory=dict, compare=False)
+    messages: tuple[Message, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str):
@@ -50,6 +131,33 @@ class Example:
                 f"the targets of the example {self.source[:60]!r} are {describe_value(self.targets)}, not texts.",
                 hint='write Example("source", ("target",)).',
             )
+        if self.messages:
+            messages = check_messages(self.messages, f"the conversation {self.source[:60]!r}")
+            object.__setattr__(self, "messages", messages)
+
+
+def chat_example(messages: Any, name: str = "the conversation", **fields: Any) -> Example:
+    """The example of a whole conversation, whose last answer is the target.
+
+    >>> example = chat_example([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}])
+    >>> example.source, example.targets, len(example.messages)
+    ('Hi', ('Hello.',), 1)
+
+    Args:
+        messages: As for `check_messages`, with the assistant's as the last one; with the user's there is no target.
+        name: What messages of errors call them.
+        **fields: Other fields of the example.
+
+    Raises:
+        DataError: They are no such messages.
+    """
+    if isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 1:
+        last = _as_message(messages[-1], f"message {len(messages)} of {name}")
+        if last.role == "assistant":
+            before = check_messages(messages[:-1], name)
+            return Example(before[-1].content, (last.content,), messages=before, **fields)
+    before = check_messages(messages, name)
+    return Example(before[-1].content, messages=before, **fields)
 
 
 ExampleLike = Example | Mapping[str, Any]

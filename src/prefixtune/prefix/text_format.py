@@ -61,6 +61,8 @@ class TextFormat:
         on_too_long: `cut` a too long source at its end, or refuse it (`error`).
         longest_target: Tokens of the longest target in training, its end token included; 0: unknown.
         longest_prompt: Tokens of the longest prompt that training, development data included, did not cut; 0: unknown.
+        chat_template: What writes a conversation: `model`, the backbone's own chat template, or the text of a Jinja
+            template; empty: nothing, and source and target are written by `prompt` and `target`.
 
     Raises:
         ConfigError: A name is unknown, or a value has a wrong type.
@@ -78,6 +80,7 @@ class TextFormat:
     on_too_long: TruncationPolicy = "error"
     longest_target: _Length = 0
     longest_prompt: _Length = 0
+    chat_template: str = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextFormat:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.examples import Example, ExampleLike
+from prefixtune.data.examples import Example, ExampleLike, chat_example, check_messages
 from prefixtune.data.files import Record, read_file
 from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean
 
@@ -111,7 +111,7 @@ def as_examples(
     """The examples of a list of `Example`s or dicts.
 
     >>> as_examples([{"source": "1+1", "target": "2"}])
-    [Example(source='1+1', targets=('2',), fields={}, groups={})]
+    [Example(source='1+1', targets=('2',), fields={}, groups={}, messages=())]
     >>> as_examples([{"name": "Aromi", "food": "Italian", "text": "Eat there."}], "{name} is {food}", "text")[0].source
     'Aromi is Italian'
 
@@ -145,21 +145,28 @@ def _as_example(values: Any, location: str) -> Example:
     hint = 'write {"source": "...", "target": "..."}; `prefixtune.data.as_examples` takes templates for other records.'
     if not isinstance(values, Mapping):
         raise DataError(f"{location} is {describe_value(values)}, but must be a dict or an Example.", hint=hint)
-    known = ("source", "target", "targets", "fields", "groups")
+    known = ("source", "target", "targets", "fields", "groups", "messages")
     unknown = [str(key) for key in values if key not in known]
-    if unknown or "source" not in values or {"target", "targets"} <= values.keys():
+    if unknown or not {"source", "messages"} & values.keys() or {"target", "targets"} <= values.keys():
         why = f"the unknown key {unknown[0]!r}" if unknown else f"the keys {', '.join(map(str, values))}"
         raise DataError(f"{location} has {why}, but must have source, and target or targets.", hint=hint)
     targets = values.get("targets", [values["target"]] if "target" in values else [])
     targets = (targets,) if isinstance(targets, str) else targets
-    if not isinstance(values["source"], str):
+    if not isinstance(values.get("source", ""), str):
         raise DataError(f"the source of {location} is {describe_value(values['source'])}, not a text.", hint=hint)
     if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
         raise DataError(f"the targets of {location} are {describe_value(targets)}, not texts.", hint=hint)
     for key in ("fields", "groups"):
         if not isinstance(values.get(key, {}), Mapping):
             raise DataError(f"the {key} of {location} are {describe_value(values[key])}, not a dict.", hint=hint)
-    return Example(values["source"], tuple(targets), values.get("fields", {}), values.get("groups", {}))
+    others = {key: values[key] for key in ("fields", "groups") if key in values}
+    if "messages" not in values:
+        return Example(values["source"], tuple(targets), **others)
+    name = f"the conversation of {location}"
+    if not {"source", "target", "targets"} & values.keys():
+        return chat_example(values["messages"], name, **others)
+    messages = check_messages(values["messages"], name)
+    return Example(values.get("source", messages[-1].content), tuple(targets), messages=messages, **others)
 
 
 def _merge(records: Iterable[Record], source: str, target: str | None) -> list[Example]:

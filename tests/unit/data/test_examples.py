@@ -1,0 +1,58 @@
+"""Examples and the messages of a conversation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefixtune.data import as_examples
+from prefixtune.data.examples import Example, Message, chat_example, check_messages
+from prefixtune.errors import DataError
+
+SYSTEM = {"role": "system", "content": "Be short."}
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Hello."}
+
+
+def test_a_conversation_as_dicts_pairs_or_messages() -> None:
+    wanted = (Message("system", "Be short."), Message("user", "Hi"))
+    assert check_messages([SYSTEM, USER]) == wanted
+    assert check_messages([("system", "Be short."), ["user", "Hi"]]) == wanted
+    assert check_messages(wanted) == wanted
+    assert Example("Hi", ("Hello.",), messages=wanted).messages == wanted
+
+
+def test_the_last_answer_is_the_target() -> None:
+    example = chat_example([SYSTEM, USER, ASSISTANT, USER, ASSISTANT])
+    assert (example.source, example.targets) == ("Hi", ("Hello.",))
+    assert [message.role for message in example.messages] == ["system", "user", "assistant", "user"]
+    assert chat_example([USER]).targets == ()
+
+
+def test_dicts_of_messages_are_examples() -> None:
+    whole, split = as_examples([{"messages": [USER, ASSISTANT]}, {"messages": [USER], "targets": ["Hello."]}])
+    assert whole == split == Example("Hi", ("Hello.",), messages=(Message("user", "Hi"),))
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("Hi", "not a list of messages"),
+        ([], "has no message"),
+        ([USER, ASSISTANT], "must end with the user's"),
+        ([USER, USER], "message 2 of the conversation is the user's, but must be the assistant's"),
+        ([ASSISTANT, USER], "message 1 of the conversation is the assistant's"),
+        ([USER, SYSTEM], "message 2 of the conversation is the system's"),
+        ([{"role": "user", "content": " "}], "message 1 of the conversation is empty"),
+        ([{"role": "usr", "content": "Hi"}], "the role 'usr'"),
+        ([{"role": "user"}], "needed are role and content"),
+        ([{"role": "user", "content": "Hi", "name": "A"}], "needed are role and content"),
+        ([{"role": "user", "content": 3}], "not a text"),
+        ([3], "not a message"),
+    ],
+)
+def test_what_is_no_conversation(messages: Any, says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check_messages(messages)
+    assert says in caught.value.message
