@@ -1,6 +1,7 @@
-"""Find a prefix's file: on this machine, or on the Hugging Face hub.
+"""Find a prefix's file: on this machine, or on the Hugging Face hub; and upload one.
 
-`hub:OWNER/NAME` is downloaded; a name without `hub:` is a path on this machine. Only `download` uses the network.
+`hub:OWNER/NAME` is downloaded; a name without `hub:` is a path on this machine. Only `download` and `upload` use the
+network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from pathlib import Path
 from prefixtune import __version__
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError, describe_value
 
-__all__ = ["FILE", "HUB", "download", "hub_errors", "is_repository", "prefix_file", "repository_of"]
+__all__ = [
+    "FILE",
+    "HUB",
+    "download",
+    "find_pretrained",
+    "hub_errors",
+    "is_repository",
+    "prefix_file",
+    "repository_of",
+    "upload",
+]
 
 
 FILE = "prefix.safetensors"
@@ -78,6 +89,50 @@ def download(repo_id: str, name: str = FILE, *, revision: str | None = None, tok
                 repo_id, name, revision=revision, token=token, library_name="prefixtune", library_version=__version__
             )
         )
+
+
+def upload(
+    file: Path,
+    card: str,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "",
+) -> str:
+    """Upload a prefix's file and its card in one commit; creates the repository where it does not exist.
+
+    Args:
+        file: The artifact.
+        card: The model card.
+        repo_id: `OWNER/NAME`.
+        private: Only its owner can see a new repository.
+        revision: A branch; None: the main branch.
+        token: Of the hub; None: the one that `hf auth login` stored.
+        message: The commit message; empty: one with the file's name.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConfigError: The repository's name is not valid, or the hub is switched off.
+        PrefixError: The hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from prefixtune.prefix.card import CARD
+
+    with hub_errors(f"cannot upload to {repo_id!r}"):
+        api = HfApi(token=token, library_name="prefixtune", library_version=__version__)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(FILE, str(file)), CommitOperationAdd(CARD, card.encode())],
+            commit_message=message or f"Upload {file.name}",
+            revision=revision,
+        )
+    return str(commit.commit_url)
 
 
 @contextlib.contextmanager
@@ -149,6 +204,36 @@ def prefix_file(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{str(path)!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
         ) from error
+
+
+def find_pretrained(name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
+    """The file that `from_pretrained` means: as in transformers, a path that exists, else a repository of the hub.
+
+    Args:
+        name: A file, a folder that holds one, `OWNER/NAME` or `hub:OWNER/NAME`.
+        revision: Of a repository: a branch, a tag or a commit; None: the main branch.
+        token: Of the hub; None: the one that `hf auth login` stored.
+
+    Raises:
+        CheckpointError: There is nothing of that name, or it is a folder without a prefix.
+        ConfigError: `name` is something else, or a revision comes with a path.
+        PrefixError: The hub cannot be reached, or has no such file.
+    """
+    if isinstance(name, str) and (repository := repository_of(name)) is not None:
+        return download(repository, revision=revision, token=token)
+    if isinstance(name, str) and is_repository(name) and not os.path.lexists(name):
+        try:
+            return download(name, revision=revision, token=token)
+        except PrefixError as error:
+            raise type(error)(
+                f"there is no file or folder {name!r} here, and on the hub: {error.message}", hint=error.hint
+            ) from error
+    if revision is not None:
+        raise ConfigError(
+            f"revision is {revision!r}, but {os.fspath(name)!r} is no repository of the hub.",
+            hint="leave it out, or write OWNER/NAME.",
+        )
+    return prefix_file(name)
 
 
 def _local_file(path: Path) -> Path:

@@ -9,9 +9,11 @@ Axes: P prefix positions, L layers, H key-value heads, D head size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -245,6 +247,93 @@ class Prefix:
             and len(mine) == len(theirs)
             and all(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in zip(mine, theirs, strict=True))
         )
+
+    # --- as in transformers ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> Prefix:
+        """Read a prefix from this machine or from the Hugging Face hub, checking all of it.
+
+        Args:
+            name: A file, the folder of a run or of `save_pretrained`; or, where there is none of that name, the hub's
+                repository `OWNER/NAME` (or `hub:OWNER/NAME`), which is downloaded into the hub's cache.
+            revision: Of a repository: a branch, a tag or a commit; None: the main branch.
+            token: Of the hub; None: the one that `hf auth login` stored.
+
+        Raises:
+            CheckpointError: There is no such file, or it is not a prefix.
+            ConfigError: A revision comes with a path, or the hub is switched off.
+            PrefixError: The hub cannot be reached, or has no such file.
+        """
+        from prefixtune.prefix.artifact import read_artifact
+        from prefixtune.prefix.hub import find_pretrained
+
+        return read_artifact(find_pretrained(name, revision=revision, token=token))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, evaluation: Any = None) -> Path:
+        """Store `prefix.safetensors` and a model card in a folder; returns the file's path.
+
+        An earlier prefix of that name is replaced; a README.md that is there already is left as it is.
+
+        Args:
+            save_directory: Created if it does not exist.
+            evaluation: Whose scores go into the card: what `evaluate` returned, the folder of `prefixtune evaluate`,
+                or a list of these.
+
+        Raises:
+            CheckpointError: The prefix holds NaN or infinity.
+            ConfigError: The evaluation holds no scores.
+            PrefixError: A file cannot be written.
+        """
+        from prefixtune.prefix.artifact import save_prefix
+        from prefixtune.prefix.card import CARD, make_card, read_evaluations
+        from prefixtune.prefix.hub import FILE
+        from prefixtune.utils.files import write_text
+
+        folder = Path(save_directory)
+        card = make_card(self, folder.resolve().name, read_evaluations(evaluation, self))
+        path = save_prefix(folder / FILE, self, dtype=self.dtype)
+        if not (folder / CARD).exists():
+            write_text(folder / CARD, card)
+        return path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        evaluation: Any = None,
+        commit_message: str = "",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the prefix with a model card to the Hugging Face hub; returns the address of the commit.
+
+        Args:
+            repo_id: `OWNER/NAME`; the repository is created where it does not exist.
+            private: Only its owner can see a new repository.
+            evaluation: As in `save_pretrained`; also a run's folder that holds evaluations of this prefix.
+            commit_message: Empty: one with the file's name.
+            revision: A branch; None: the main branch.
+            token: Of the hub; None: the one that `hf auth login` stored.
+
+        Raises:
+            CheckpointError: The prefix holds NaN or infinity.
+            ConfigError: The evaluation holds no scores, the name is not valid, or the hub is switched off.
+            PrefixError: The hub cannot be reached, or refuses.
+        """
+        from tempfile import TemporaryDirectory
+
+        from prefixtune.prefix.artifact import save_prefix
+        from prefixtune.prefix.card import make_card, read_evaluations
+        from prefixtune.prefix.hub import FILE, upload
+
+        card = make_card(self, repo_id, read_evaluations(evaluation, self))
+        with TemporaryDirectory() as folder:
+            file = save_prefix(Path(folder) / FILE, self, dtype=self.dtype)
+            return upload(file, card, repo_id, private=private, revision=revision, token=token, message=commit_message)
 
     def __repr__(self) -> str:
         return (

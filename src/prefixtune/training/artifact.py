@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from prefixtune.errors import BackboneError, CheckpointError
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.header import check_header
+from prefixtune.prefix.hub import HUB
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.tensor_file import metadata_with_checksum, read_verified, save_file
 from prefixtune.prefix.text_format import TextFormat, read_text_format
@@ -64,6 +66,7 @@ def make_run_header(
             "total_steps": state.total_steps,
             "dev_loss": finite_or_none(state.best_loss),
             "num_targets": data.train.num_targets,
+            **_dataset(config.train),
             "backbone_dtype": backbone.dtype_name,
             **reparameterization_facts(config),
             "batch_size": config.batch_size,
@@ -80,6 +83,16 @@ def make_run_header(
         # Weights have no position.
         header.pop("rotation", None)
     return header
+
+
+def _dataset(train: str) -> dict[str, str]:
+    """The data set of the hub that a run reads; a file on this machine is nobody else's.
+
+    >>> _dataset("hub:GEM/e2e_nlg@train"), _dataset("places.jsonl")
+    ({'dataset': 'GEM/e2e_nlg'}, {})
+    """
+    name = re.split("[:@]", train.removeprefix(HUB))[0]
+    return {"dataset": name} if train.startswith(HUB) and name else {}
 
 
 def reparameterization_facts(config: TrainConfig) -> dict[str, Any]:

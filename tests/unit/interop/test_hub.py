@@ -14,13 +14,13 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-import yaml
 
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.interop import hub
 from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -218,33 +218,47 @@ def test_the_commands_take_a_repository_for_a_prefix(
     assert outputs[0] == outputs[1]
 
 
-def test_the_card_says_what_the_hub_reads(artifact: Path, evaluation: Path) -> None:
-    prefix = load_prefix(artifact)
-    card = hub.make_card(prefix, "me/pubs", hub.read_evaluation(evaluation))
-    _, front, page = card.split("---\n", 2)
-    facts = yaml.safe_load(front)
-    assert facts["base_model"] == "tiny-llama"
-    assert facts["library_name"] == "prefixtune"
-    assert facts["license"] == "CC-BY-4.0"
-    assert {"prefix-tuning", "e2e"} <= set(facts["tags"])
-    (model,) = facts["model-index"]
-    (result,) = model["results"]
-    assert model["name"] == "pubs"
-    assert result["dataset"] == {"name": "e2e", "type": "e2e", "split": "test"}
-    assert result["metrics"][0]["type"] == "bleu"
-    assert result["metrics"][0]["value"] == 60.3338
-    assert "| bleu | 60.33 | 58.52 to 62.13 | sacrebleu 2.6.0 |" in page
-    assert f"{prefix.num_parameters:,}" in page
-    assert "prefixtune pull me/pubs pubs.safetensors" in page
+def test_a_prefix_is_pushed_and_read_as_in_transformers(fake_hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    mine = Prefix.from_pretrained(artifact)
+    assert mine.push_to_hub("me/pubs", commit_message="first") == f"{fake_hub.url}/me/pubs/commit/{COMMIT}"
+    assert fake_hub.created[0].get("private") is True or fake_hub.created[0].get("visibility") == "private"
+    assert fake_hub.repos["me/pubs"].keys() == {"prefix.safetensors", "README.md"}
+    for name in ("me/pubs", "hub:me/pubs"):
+        theirs = Prefix.from_pretrained(name)
+        assert theirs.equal(mine)
+        assert theirs.header["task"] == "e2e"
+    Prefix.from_pretrained("me/pubs", revision="v2")
+    assert any("/resolve/v2/" in path for _, path in fake_hub.calls)
 
 
-def test_a_card_names_no_folder_of_a_machine(artifact: Path) -> None:
-    prefix = load_prefix(artifact)
-    prefix.header["backbone"]["name"] = "/home/somebody/models/llama"
-    card = hub.make_card(prefix, "me/pubs")
-    assert "somebody" not in card
-    assert "base_model" not in card
-    assert "model-index" not in card
+def test_a_path_that_exists_is_not_looked_for_on_the_hub(
+    fake_hub: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Prefix.from_pretrained(artifact).save_pretrained("me/pubs")
+    assert Prefix.from_pretrained("me/pubs").equal(load_prefix(artifact))
+    with pytest.raises(ConfigError, match="is no repository of the hub"):
+        Prefix.from_pretrained("me/pubs", revision="v2")
+    assert fake_hub.calls == []
+    with pytest.raises(PrefixError, match=r"no file or folder 'me/none' here, and on the hub: .*no such repository"):
+        Prefix.from_pretrained("me/none")
+
+
+def test_the_scores_of_a_run_are_found(fake_hub: Hub, artifact: Path, evaluation: Path) -> None:
+    file = evaluation / "evaluation.json"
+    facts = json.loads(file.read_text())
+    hub.push(artifact, "me/pubs")
+    assert "model-index" not in fake_hub.repos["me/pubs"]["README.md"].decode(), "it may be of another prefix"
+    file.write_text(json.dumps({**facts, "prefix_hash": content_hash(load_prefix(artifact))}))
+    hub.push(artifact, "me/pubs")
+    assert "value: 60.3338" in fake_hub.repos["me/pubs"]["README.md"].decode()
+    Prefix.from_pretrained(artifact).push_to_hub("me/others", evaluation=artifact.parent)
+    assert "value: 60.3338" in fake_hub.repos["me/others"]["README.md"].decode()
+    file.write_text(json.dumps({**facts, "prefix_hash": "sha256:0"}))
+    hub.push(artifact, "me/pubs")
+    assert "model-index" not in fake_hub.repos["me/pubs"]["README.md"].decode()
+    with pytest.raises(ConfigError, match="no scores of this prefix"):
+        Prefix.from_pretrained(artifact).push_to_hub("me/others", evaluation=artifact.parent)
 
 
 def test_the_commands(

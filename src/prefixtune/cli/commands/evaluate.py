@@ -179,6 +179,7 @@ def _evaluate(
     from prefixtune.evaluation.decode import DECODED_FILE
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.prompting import few_shot_format, instruction_format
+    from prefixtune.prefix.composition import content_hash
 
     backbone, prefix, text_format = load_artifact(console, options, artifact)
     if options.instruction:
@@ -208,7 +209,11 @@ def _evaluate(
         "dtype": backbone.dtype_name,
         "protocol": task.protocol,
     }
-    return outcome, {"backbone": backbone.name, "prefix": options.prefix, "settings": settings}
+    facts: dict[str, Any] = {"backbone": backbone.name, "prefix": options.prefix, "settings": settings}
+    if prefix is not None:
+        # Model cards take the scores of this very prefix alone.
+        facts["prefix_hash"] = content_hash(prefix)
+    return outcome, facts
 
 
 def _describe(options: EvaluateOptions, task: str, method: str) -> dict[str, Any]:

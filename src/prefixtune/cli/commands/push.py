@@ -14,10 +14,12 @@ __all__ = ["push"]
 class PushOptions(OutputOptions):
     """The options of `prefixtune push`."""
 
-    file: str = positional(description="a .safetensors file of `prefixtune train`")
+    file: str = positional(description="a .safetensors file of `prefixtune train`, or its run's folder")
     repo: str = positional(description="repository, OWNER/NAME; made where there is none")
     evaluation: str | None = Field(
-        None, description="folder of `prefixtune evaluate`, whose scores are written into the card"
+        None,
+        description="folder of `prefixtune evaluate`, whose scores are written into the card (default: those of this "
+        "prefix beside the file, or in a folder there)",
     )
     public: bool = Field(False, description="let everybody see a new repository")
     message: str = Field("", description="of the commit")
@@ -34,11 +36,10 @@ def push(options: PushOptions) -> int:
         prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --evaluation runs/e2e/evaluation
         prefixtune push runs/e2e/prefix.safetensors me/e2e-prefix --card
     """
-    from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.interop import hub
 
     if options.card:
-        print(hub.make_card(load_prefix(options.file), options.repo, hub.read_evaluation(options.evaluation)), end="")
+        print(hub.card_of(options.file, options.repo, options.evaluation), end="")
         return 0
     Console(quiet=options.quiet).info(f"uploading {options.file} to {options.repo} ...")
     url = hub.push(

@@ -1,0 +1,130 @@
+"""The model card of a prefix: what the hub reads of it, and what people see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.errors import ConfigError
+from prefixtune.evaluation.metrics import Score
+from prefixtune.evaluation.records import Evaluation
+from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.card import make_card, read_evaluations
+from prefixtune.prefix.prefix import Prefix
+
+SCORES = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
+EVALUATION = {"kind": "evaluation", "task": "e2e", "data": "e2e", "split": "test", "num_examples": 300}
+EVALUATION |= {"scores": SCORES}
+
+
+@pytest.fixture
+def prefix(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]) -> Prefix:
+    backbone = tiny_backbone("llama")
+    training = {"steps": 9, "num_targets": 5, "dataset": "GEM/e2e_nlg"}
+    header = make_header(backbone, task="e2e", license="CC-BY-4.0", training=training)
+    return Prefix(random_prefix(backbone, 4).layers, header)
+
+
+def test_the_hub_reads_it(prefix: Prefix) -> None:
+    text = make_card(prefix, "me/pubs", read_evaluations(EVALUATION))
+    card = ModelCard(text)
+    assert card.data.base_model == "tiny-llama"
+    assert card.data.base_model_relation == "adapter"
+    assert card.data.library_name == "prefixtune"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "CC-BY-4.0"
+    assert card.data.datasets == ["GEM/e2e_nlg"]
+    assert {"prefix-tuning", "e2e"} <= set(card.data.tags)
+    assert card.data.model_name == "pubs"
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("bleu", 60.3338, "test")
+    assert (result.dataset_type, result.dataset_name, result.task_type) == ("e2e", "e2e", "text-generation")
+    # What the hub's library writes again is what it read.
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    assert "| bleu | 60.33 | 58.52 to 62.13 | sacrebleu 2.6.0 |" in text
+    assert f"{prefix.num_parameters:,}" in text
+    assert "prefixtune pull me/pubs pubs.safetensors" in text
+
+
+def test_the_embedded_backbone_has_its_name_of_the_hub(prefix: Prefix) -> None:
+    prefix.header["backbone"]["name"] = "smollm2-135m"
+    assert ModelCard(make_card(prefix, "me/pubs")).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_it_names_no_folder_of_a_machine(prefix: Prefix) -> None:
+    prefix.header["backbone"]["name"] = "/home/somebody/models/llama"
+    text = make_card(prefix, "me/pubs")
+    assert "somebody" not in text
+    assert "base_model" not in text
+    assert "model-index" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag"), [("classification", "text-classification"), ("tagging", "token-classification")]
+)
+def test_labels_have_pipelines_of_their_own(prefix: Prefix, kind: str, tag: str) -> None:
+    prefix.header["labels"] = {"kind": kind, "by": "words", "names": ["a", "b"]}
+    card = ModelCard(make_card(prefix, "me/pubs", read_evaluations(EVALUATION)))
+    assert card.data.pipeline_tag == card.data.eval_results[0].task_type == tag
+    assert "model.generate" not in card.text
+
+
+def test_foreign_words_stay_words(prefix: Prefix) -> None:
+    prefix.header["task"] = "x | y\n<script>alert(1)</script>\n# a heading"
+    text = ModelCard(make_card(prefix, "me/pubs")).text
+    assert "<script>" not in text
+    assert "\n# a heading" not in text
+    assert "x \\| y" in text
+
+
+def test_what_evaluate_returned_goes_into_it(prefix: Prefix) -> None:
+    score = Score("accuracy", 0.75, "a test")
+    (evaluation,) = read_evaluations(Evaluation({"accuracy": score}, ("a", "b", "c")), prefix)
+    assert (evaluation["task"], evaluation["num_examples"]) == ("e2e", 3)
+    (result,) = ModelCard(make_card(prefix, "me/pubs", [evaluation])).data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("accuracy", 0.75, None)
+
+
+def test_several_evaluations(prefix: Prefix, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    evaluations = read_evaluations([tmp_path, {**EVALUATION, "split": "dev"}])
+    results = ModelCard(make_card(prefix, "me/pubs", evaluations)).data.eval_results
+    assert [result.dataset_split for result in results] == ["test", "dev"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {**EVALUATION, "kind": "run"},
+        {**EVALUATION, "scores": {"bleu": 3}},
+        {**EVALUATION, "scores": {"bleu": {"score": "high", "implementation": ""}}},
+        {**EVALUATION, "scores": {"bleu": {"score": 1, "implementation": "", "interval": [1]}}},
+        {**EVALUATION, "num_examples": None},
+        3,
+        "no/such/folder",
+    ],
+)
+def test_what_holds_no_scores_is_refused(wrong: Any, prefix: Prefix) -> None:
+    with pytest.raises(ConfigError, match="holds no scores"):
+        read_evaluations(wrong, prefix)
+
+
+def test_a_folder_with_its_card(prefix: Prefix, tmp_path: Path) -> None:
+    folder = tmp_path / "pubs"
+    path = prefix.save_pretrained(folder, evaluation=EVALUATION)
+    assert path == folder / "prefix.safetensors"
+    assert read_artifact(path).equal(prefix.detach())
+    assert Prefix.from_pretrained(folder).equal(prefix.detach())
+    card = (folder / "README.md").read_text()
+    assert ModelCard(card).data.model_name == "pubs"
+    assert 'pt.load(prefix="pubs")' in card
+    (folder / "README.md").write_text("my own")
+    prefix.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "my own"
