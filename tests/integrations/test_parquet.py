@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import gzip
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from prefixtune.data import files as reading
+from prefixtune.data import streams
 from prefixtune.data.files import read_file
 from prefixtune.data.tasks.records import read_records
 from prefixtune.errors import DataError
@@ -43,7 +44,7 @@ def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
 def test_parquet_that_holds_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path)
-    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 50)
+    monkeypatch.setattr(streams, "MAX_FILE_BYTES", 50)
     with pytest.raises(DataError, match="50"):
         read_file(path)
 
@@ -53,3 +54,11 @@ def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a complete Parquet file") as raised:
         read_file(tmp_path / "a.parquet")
     assert "again" in raised.value.hint
+
+
+def test_parquet_may_be_gzipped(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    assert [row.values for row in read_file(tmp_path / "a.parquet.gz")] == [
+        row.values for row in read_file(tmp_path / "a.parquet")
+    ]

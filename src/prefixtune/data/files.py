@@ -2,49 +2,40 @@
 
 Formats: `.jsonl` (one object per line), `.json` (one list of objects), `.csv` and `.tsv` (a header line; fields in `"`
 if needed; a `.csv` may also use `;` between fields, and a first line such as `sep=;` may name the separator) and
-`.parquet`, each also gzipped (`.gz`). Text is UTF-8, with or without a byte order mark, or UTF-16 with one. A file is
-read as a whole. Instead of a file, a set of the `datasets` library may be read (see `hub`).
+`.parquet`, each also gzipped (`.gz`); `-` is standard input, whose format is recognized. A `.json` file is read as a
+whole, everything else row by row. Instead of a file, a set of the `datasets` library may be read (see `hub`).
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import io
 import os
 import re
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixtune.data.hub import dataset_rows, is_dataset
 from prefixtune.data.parquet import parquet_rows
-from prefixtune.data.parsing import csv_rows, json_lines, json_list
+from prefixtune.data.parsing import LocatedRow, csv_rows, json_lines, json_list
+from prefixtune.data.streams import is_stdin, read_chunks, read_text, shown, text_pieces
 from prefixtune.errors import DataError, did_you_mean
 
 __all__ = [
     "FORMATS",
-    "MAX_FILE_BYTES",
     "Record",
     "check_file",
     "file_format",
+    "iter_file",
     "join_lines",
     "one_line",
     "read_file",
-    "read_text",
 ]
 
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_GZIP_MAGIC = b"\x1f\x8b"
 # A pattern such as `\s*\n\s*` needs time quadratic in the blanks of a text; this one matches a run of white space once.
 _WHITE_SPACE = re.compile(r"\s+")
-MAX_FILE_BYTES = 2**32
-"""Most bytes that are read of a file, after decompression."""
-_BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-"""Byte order mark -> the encoding of the text after it; editors and spreadsheets on Windows write them."""
 
 
 @dataclass(frozen=True)
@@ -83,70 +74,73 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     return ending
 
 
-def read_text(path: Path, *, max_bytes: int | None = None, needed: str = "one row") -> str:
-    """The whole text of a file, decompressed if its name ends with `.gz`, without a byte order mark.
-
-    Args:
-        path: The file.
-        max_bytes: The most that it may hold, also decompressed; None: `MAX_FILE_BYTES`.
-        needed: What an empty file lacks, for the message.
+def read_file(path: Path, formats: Sequence[str] = FORMATS) -> list[Record]:
+    """All rows of a file, as `iter_file` gives them one at a time.
 
     Raises:
-        DataError: The file is missing, a folder, unreadable, empty or too large; or it is not the gzip file that its
-            name promises, or neither UTF-8 nor UTF-16 with a byte order mark.
+        PrefixError: As for `iter_file`.
     """
-    data = _read_whole(path, max_bytes)
-    mark = next((mark for mark in _BYTE_ORDER_MARKS if data.startswith(mark)), b"")
-    data, encoding = data[len(mark) :], _BYTE_ORDER_MARKS.get(mark, "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not {encoding.upper()}; "
-            "only UTF-8 text is allowed.",
-            hint="save it as UTF-8, or convert it, as in `iconv -f WINDOWS-1252 -t UTF-8`.",
-        ) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(
-            f"{path}, line {line}: there is a NUL character, as in files that are damaged or binary.",
-            hint="write the file again, or remove the character.",
-        )
-    if not text.strip():
-        raise DataError(f"{path} is empty; at least {needed} is needed.", hint="check that it is complete.")
-    return text
+    return list(iter_file(path, formats))
 
 
-def read_file(path: Path, formats: Sequence[str] = FORMATS) -> list[Record]:
-    """All rows of a file, in order; blank lines are ignored.
+def iter_file(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Record]:
+    """The rows of a file, in order and one at a time; blank lines are ignored.
+
+    Only a piece of the file is in memory (of a `.json` file the whole).
 
     Args:
-        path: The file, whose ending names its format, or a set of the `datasets` library.
+        path: The file, whose ending names its format; `-`: standard input; or a set of the `datasets` library.
         formats: The allowed endings, of `FORMATS`.
 
     Raises:
         ConfigError: The `datasets` library is needed and not installed.
-        DataError: The file cannot be read (see `read_text`), its ending is not allowed, or one of its rows is
-            malformed.
+        DataError: The file cannot be read (see `streams.read_chunks`), its ending is not allowed, it has no rows, or
+            one of its rows is malformed; raised when the row is reached.
     """
     path = Path(path)
+    is_empty = True
+    for location, values in _located_rows(path, formats):
+        is_empty = False
+        yield Record(location, values)
+    if is_empty:
+        raise DataError(f"{shown(path)} has no rows; at least one is needed.", hint="check that it is complete.")
+
+
+def _located_rows(path: Path, formats: Sequence[str]) -> Iterator[LocatedRow]:
     if is_dataset(path):
-        return [Record(location, values) for location, values in dataset_rows(path)]
+        return dataset_rows(path)
     check_file(path)
-    form = file_format(path, formats)
+    form = _stdin_format(formats) if is_stdin(path) else file_format(path, formats)
     if form == ".parquet":
-        rows = parquet_rows(_read_whole(path), path, MAX_FILE_BYTES)
-    elif form == ".jsonl":
-        rows = json_lines(read_text(path), path)
-    elif form == ".json":
-        rows = json_list(read_text(path), path)
+        return parquet_rows(path)
+    if form == ".jsonl":
+        return json_lines(text_pieces(path), path)
+    if form == ".json":
+        return json_list(read_text(path), path)
+    separators = {".tsv": "\t", ".csv": ",;"}
+    return csv_rows(text_pieces(path), path, separators.get(form, ",;\t"))
+
+
+def _stdin_format(formats: Sequence[str]) -> str:
+    """The format of standard input, by its first characters: `.jsonl`, `.json`, `.parquet`, or a table (empty).
+
+    Raises:
+        DataError: It is none of `formats`.
+    """
+    start = next(read_chunks(Path("-")), b"")
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(b"PAR1"):
+        form = ".parquet"
+    elif text.startswith((b"{", b"[")):
+        form = ".jsonl" if text.startswith(b"{") else ".json"
     else:
-        rows = csv_rows(read_text(path), path, "\t" if form == ".tsv" else "")
-    records = [Record(location, values) for location, values in rows]
-    if not records:
-        raise DataError(f"{path} has no rows; at least one is needed.", hint="check that it is complete.")
-    return records
+        form = ""
+    if (form or ".csv") not in formats:
+        raise DataError(
+            f"stdin holds {form or 'a table, or text'}; allowed: {', '.join(formats)}.",
+            hint="save it as a file of one of these formats.",
+        )
+    return form
 
 
 def check_file(path: Path) -> None:
@@ -156,7 +150,7 @@ def check_file(path: Path) -> None:
         DataError: The path is a folder.
     """
     if os.path.isdir(path):  # Path.is_dir raises if the parent folder may not be read
-        raise _folder_error(path)
+        raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
 
 
 def join_lines(text: str) -> str:
@@ -182,59 +176,3 @@ def one_line(value: Any, column: str, location: str) -> str:
     if not text:
         raise DataError(f"{location}: {column!r} holds {value!r}; text is needed.", hint="write it, or drop the row.")
     return text
-
-
-def _folder_error(path: Path) -> DataError:
-    return DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
-
-
-def _read_whole(path: Path, max_bytes: int | None = None) -> bytes:
-    """A file's bytes, decompressed if its name ends with `.gz`."""
-    data = _read_bytes(path, max_bytes)
-    if path.suffix.lower() == ".gz":
-        return _decompress(path, data, max_bytes)
-    if data.startswith(_GZIP_MAGIC):
-        raise DataError(f"{path} is gzipped, but its name does not end with .gz.", hint="add .gz to its name.")
-    return data
-
-
-def _read_bytes(path: Path, max_bytes: int | None) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return _read_bounded(file, path, max_bytes)
-    except FileNotFoundError as error:
-        neighbours = [item.name for item in path.parent.glob("*")]
-        hint = did_you_mean(path.name, neighbours)
-        if not hint.startswith("did you mean"):
-            hint = "check the path; a relative one starts at the current folder."
-        raise DataError(f"{path} does not exist.", hint=hint) from error
-    except IsADirectoryError as error:
-        raise _folder_error(path) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.", hint="check its permissions.") from error
-
-
-def _read_bounded(file: io.BufferedIOBase, path: Path, max_bytes: int | None) -> bytes:
-    """All bytes of a file, if they are not too many."""
-    limit = MAX_FILE_BYTES if max_bytes is None else max_bytes
-    pieces: list[bytes] = []
-    size = 0
-    while piece := file.read(2**20):
-        pieces.append(piece)
-        size += len(piece)
-        if size > limit:
-            raise DataError(f"{path} holds more than {limit:,} bytes.", hint="split the file.")
-    return b"".join(pieces)
-
-
-def _decompress(path: Path, data: bytes, max_bytes: int | None) -> bytes:
-    if not data.startswith(_GZIP_MAGIC):
-        raise DataError(
-            f"{path} ends with .gz but is not a gzip file.",
-            hint="remove .gz from its name, or compress it with `gzip`.",
-        )
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            return _read_bounded(file, path, max_bytes)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is a broken gzip file: {error}.", hint="copy or download it again.") from error

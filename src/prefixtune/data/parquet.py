@@ -6,44 +6,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefixtune.data import streams
 from prefixtune.errors import DataError
 from prefixtune.utils.extras import needs_extra
 
 __all__ = ["parquet_rows"]
 
 
-def parquet_rows(data: bytes, path: Path, max_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row's location, for messages, and its values by column, as JSON values where possible.
 
     Args:
-        data: The file's bytes.
-        path: The file, for messages.
-        max_bytes: Most bytes of the columns, after decompression.
+        path: The file; gzipped if its name ends with `.gz`; or `-` for standard input.
 
     Raises:
         ConfigError: pyarrow is not installed.
-        DataError: The file is not a complete Parquet file, or has more than `max_bytes`.
+        DataError: The file cannot be read, is not a complete Parquet file, or has too many bytes of columns in a group
+            of rows or in all.
     """
     with needs_extra("datasets", f"{path}: reading Parquet", ", or export the table as JSON lines"):
         import pyarrow as arrow
         from pyarrow import parquet
+    name = streams.shown(path)
     try:
-        with parquet.ParquetFile(arrow.BufferReader(data)) as file:
-            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-            size = sum(group.total_byte_size for group in groups)
-            if not 0 <= size <= max_bytes:
-                raise DataError(
-                    f"{path} has {size:,} bytes of columns; at most {max_bytes:,} are read.", hint="split the file."
-                )
+        with streams.seekable_file(path) as data, parquet.ParquetFile(arrow.PythonFile(data, mode="r")) as file:
+            sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.metadata.num_row_groups)]
+            _check_size(max(sizes, default=0), streams.MAX_FILE_BYTES, f"a group of rows of {name}")
+            _check_size(sum(sizes), streams.MAX_STREAM_BYTES, name)
             # Batch by batch, because all rows at once as Python objects take many times the file's size.
             rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                yield f"{path}, row {number}", {name: _as_json(value) for name, value in row.items()}
+                yield f"{name}, row {number}", {column: _as_json(value) for column, value in row.items()}
     except DataError:
         raise
     except Exception as error:  # the library raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is not a complete Parquet file: {reason}.", hint="copy or export it again.") from error
+        raise DataError(f"{name} is not a complete Parquet file: {reason}.", hint="copy or export it again.") from error
+
+
+def _check_size(size: int, limit: int, what: str) -> None:
+    if not 0 <= size <= limit:
+        raise DataError(
+            f"{what} has {size:,} bytes of columns; at most {limit:,} are read.",
+            hint="split the file, or write it with smaller row groups.",
+        )
 
 
 def _as_json(value: Any) -> Any:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.files import FORMATS, read_file, read_text
+from prefixtune.data.files import FORMATS, read_file
+from prefixtune.data.streams import read_text
 from prefixtune.errors import DataError, describe_value
 
 __all__ = [

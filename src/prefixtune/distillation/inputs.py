@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.files import read_text
 from prefixtune.data.registry import read_task
+from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.documents import (
     MAX_DOCUMENT_BYTES,

@@ -11,7 +11,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.files import read_text
+from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.lesson import TEACHER_FILE, Lesson, Views
 from prefixtune.distillation.report import Reading, encode_taught, read_test, recovered_share, text_bytes

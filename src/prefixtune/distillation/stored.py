@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.files import read_text
+from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.documents import Question
 from prefixtune.distillation.inputs import Job

@@ -18,7 +18,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.data.files import read_text
+from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, PrefixError
 from prefixtune.prefix.header import FORMAT_VERSION

@@ -97,7 +97,7 @@ def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
         ("a.csv", "mr,mr\nname[B],x\n", "line 1: .*twice"),
         ("a.csv", 'mr,ref\nname[A],x\nname[B],"x\n', "line 3: "),
         ("a.csv", "mr,ref\n", "no rows"),
-        ("a.csv", ",,\n", "no rows"),
+        ("a.csv", ",,\n", "is empty"),
         ("a.csv", " \n", "is empty"),
         ("a.jsonl", "", "is empty"),
         ("a.jsonl", '{"mr": "name[B]", "references": ["x"]}\n{"mr": \n', "line 2, column .*not JSON"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
+import io
 import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefixtune.data import files as reading
-from prefixtune.data.files import read_file
+from prefixtune.data import streams
+from prefixtune.data.files import iter_file, read_file
 from prefixtune.errors import ConfigError, DataError
 
 
@@ -108,7 +112,7 @@ def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_what_unzips_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 2**22)
+    monkeypatch.setattr(streams, "MAX_STREAM_BYTES", 2**22)
     with pytest.raises(DataError, match="holds more than 4,194,304 bytes"):
         rows_of(tmp_path / "a.csv.gz", gzip.compress(b"x" * 2**24))
 
@@ -119,3 +123,99 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match="pyarrow, which is not installed") as raised:
         read_file(tmp_path / "a.parquet")
     assert "prefixtune[datasets]" in raised.value.hint
+
+
+def test_a_stream_gives_the_rows_of_the_whole_file_whatever_its_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = 'name;text\r\nAromi;"Eat;\r\ngo. é"\rBibi;x\u2028y\n\nCafé;"a ""b"""'
+    lines = '{"name": "é\u2028"}\n\n{"name": "日本"}\r\n'
+    whole = [rows_of(tmp_path / "a.csv", table), rows_of(tmp_path / "a.jsonl", lines)]
+    assert whole[0][1] == {"name": "Bibi", "text": "x\u2028y"}
+    for size in (3, 4, 7):
+        monkeypatch.setattr(streams, "_CHUNK", size)
+        for mark, encoding in ((b"", "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le")):
+            (tmp_path / "b.csv.gz").write_bytes(gzip.compress(mark + table.encode(encoding)))
+            assert [row.values for row in iter_file(tmp_path / "b.csv.gz")] == whole[0], (size, encoding)
+            assert rows_of(tmp_path / "b.jsonl", mark + lines.encode(encoding)) == whole[1]
+
+
+def test_a_wrong_row_far_down_is_named_when_it_is_reached(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = ['{"a": "é"}'] * 7_000
+    path.write_text("\n".join([*rows, '{"a"', "{}"]), encoding="utf-8")
+    stream = iter_file(path)
+    assert sum(1 for _, _row in zip(range(7_000), stream, strict=False)) == 7_000
+    with pytest.raises(DataError, match=r"a\.jsonl, line 7001, column 5: not JSON"):
+        next(stream)
+    path.write_bytes("\n".join(rows).encode() + b"\n{}\n\xff\n" + b"x" * 2_000_000)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 7002: byte 0xff is not UTF-8"):
+        list(iter_file(path))
+    table = tmp_path / "a.csv"
+    table.write_bytes(b"a,b\n" + b"1,2\n" * 7_000 + b"1\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 7002 has 1 fields; the header has 2"):
+        list(iter_file(table))
+
+
+def test_a_stream_holds_one_piece_of_the_file_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for _ in range(20):
+            file.write(('{"a": "' + "x" * 10_000 + '"}\n') * 100)
+    tracemalloc.start()
+    assert sum(1 for _ in iter_file(path)) == 2_000  # 20 MB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+
+
+def test_a_field_may_be_longer_than_the_csv_module_allows_and_its_limit_stays(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    assert rows_of(tmp_path / "a.csv", f"a,b\n{'x' * 300_000},y\n")[0]["a"] == "x" * 300_000
+    assert csv.field_size_limit() == limit
+
+
+def test_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_ROW_CHARS", 2**20)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 has more than 1,048,576 characters"):
+        rows_of(tmp_path / "a.jsonl", "{}\n" + "x" * 2**22)
+
+
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+    """Give these bytes as standard input."""
+
+    def forget() -> None:
+        if streams._stdin_spool.cache_info().currsize:
+            streams._stdin_spool().close()
+        streams._stdin_spool.cache_clear()
+
+    def pipe(data: bytes) -> None:
+        forget()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    yield pipe
+    forget()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b'{"a": "1", "b": "2"}\n', b' [{"a": "1", "b": "2"}]', b"a,b\n1,2\n", b"a\tb\n1\t2\n", b"\xef\xbb\xbfa;b\n1;2\n",
+     gzip.compress(b'{"a": "1", "b": "2"}\n')],
+)  # fmt: skip
+def test_standard_input_is_recognized_and_can_be_read_twice(piped: Callable[[bytes], None], data: bytes) -> None:
+    piped(data)
+    for _ in range(2):
+        assert [row.values for row in iter_file(Path("-"))] == [{"a": "1", "b": "2"}]
+
+
+def test_standard_input_that_is_wrong_is_named(piped: Callable[[bytes], None]) -> None:
+    piped(b'{"a": 1}\n{"a"\n')
+    with pytest.raises(DataError, match=r"^stdin, line 2, column 5: not JSON"):
+        read_file(Path("-"))
+    piped(b"")
+    with pytest.raises(DataError, match=r"^stdin is empty; at least one row is needed"):
+        read_file(Path("-"))
+    piped(b"a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"^stdin holds a table, or text; allowed: \.jsonl, \.json"):
+        read_file(Path("-"), (".jsonl", ".json"))

@@ -172,7 +172,8 @@ def _read_outputs(path: Path) -> list[str]:
     Raises:
         DataError: It is neither, or cannot be read.
     """
-    from prefixtune.data.files import check_file, read_file, read_text
+    from prefixtune.data.files import check_file, read_file
+    from prefixtune.data.streams import read_text
 
     check_file(path)
     name = path.name.lower().removesuffix(".gz")

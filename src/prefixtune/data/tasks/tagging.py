@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, check_file, file_format, read_file, read_text
+from prefixtune.data.files import Record, check_file, file_format, read_file
 from prefixtune.data.hub import is_dataset
+from prefixtune.data.streams import read_text
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
 __all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged"]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from prefixtune.data.files import Record, join_lines, one_line, read_text
+from prefixtune.data.files import Record, join_lines, one_line
+from prefixtune.data.streams import read_text
 from prefixtune.errors import DataError, short_repr
 
 __all__ = ["Triple", "check_triples", "commented_texts", "read_benchmark", "references_of", "split_triple"]

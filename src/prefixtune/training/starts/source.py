@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.files import read_text
+from prefixtune.data.streams import read_text
 from prefixtune.errors import DataError
 from prefixtune.training.config import TrainConfig
 
