@@ -10,8 +10,8 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, read_task
-from prefixtune.data.batching import epoch_batches
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
+from prefixtune.data.order import epoch_batches
 
 E2E = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e" / "train.jsonl.gz"
 """Where E2E is looked for: beside the repository."""
@@ -54,7 +54,7 @@ def read(path: Path | None) -> Data:
     return Data(f"E2E ({chosen.parent.name}/{chosen.name})", read_task("e2e", chosen))
 
 
-def encode(backbone: Backbone, data: Data, prefix_length: int) -> tuple[TokenizedExample, ...]:
+def encode(backbone: Backbone, data: Data, prefix_length: int) -> Sequence[TokenizedExample]:
     """All examples as token ids, formatted as in training."""
     return encode_examples(backbone, data.examples, default_format(backbone), prefix_length=prefix_length).examples
 

@@ -50,7 +50,7 @@ def run(
     """Time steps and plain products in turn, in fp32 and in bf16."""
     values: dict[str, Any] = {"batch_size": setting[0], "targets_per_source": setting[1], "dtypes": {}}
     figures: list[Figure] = []
-    encoded: tuple[TokenizedExample, ...] = ()
+    encoded: Sequence[TokenizedExample] = ()
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         torch.manual_seed(0)
         backbone = load_backbone(backbone_name, dtype=dtype, device="cpu")

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -27,15 +28,16 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import collate, epoch_batches, join
+from prefixtune.data.batching import collate, join
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
+from prefixtune.data.order import epoch_batches
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.starts.words import from_words
 
 LENGTHS = (5, 10, 10, 20)
 
 
-def prepare(backbone: Backbone, encoded: tuple[TokenizedExample, ...], runs: int, batch_size: int) -> list[list[Batch]]:
+def prepare(backbone: Backbone, encoded: Sequence[TokenizedExample], runs: int, batch_size: int) -> list[list[Batch]]:
     """Four batches for each run, in an order of its own."""
     plans = []
     for seed in range(runs):
@@ -62,7 +64,7 @@ def train_together(backbone: Backbone, prefixes: list[Prefix], batches: list[Bat
 
 
 def measure(
-    backbone: Backbone, encoded: tuple[TokenizedExample, ...], runs: int, batch_size: int, repeats: int
+    backbone: Backbone, encoded: Sequence[TokenizedExample], runs: int, batch_size: int, repeats: int
 ) -> dict[str, Any]:
     """Seconds of both sides for a step of all runs, and the ratio."""
     prefixes = [

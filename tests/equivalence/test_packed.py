@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefixtune.backbone.loss import batch_loss, token_losses
-from prefixtune.data.batching import epoch_batches, pack
+from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.order import epoch_batches
 from prefixtune.training.loop import evaluation_loss
 
 

@@ -16,8 +16,9 @@ from torch.utils.data import SequentialSampler
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
-from prefixtune.data.batching import epoch_batches, pad
+from prefixtune.data.batching import pad
 from prefixtune.data.encoding import default_format, encode_examples
+from prefixtune.data.order import epoch_batches
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.trainer import PrefixModel
 from prefixtune.prefix.text_format import TextFormat

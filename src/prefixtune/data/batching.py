@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
@@ -27,7 +26,7 @@ from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["collate", "epoch_batches", "join", "pack", "pad"]
+__all__ = ["collate", "join", "pack", "pad"]
 
 
 def collate(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
@@ -208,52 +207,6 @@ def join(batches: Sequence[Batch]) -> Batch:
         decoder_input_ids=torch.cat(decoder_rows, dim=1) if decoder_rows else None,
         soft_labels=_join_soft_labels([batch.soft_labels for batch in batches], [batch.labels for batch in batches]),
     )
-
-
-def epoch_batches(
-    examples: Sequence[TokenizedExample], *, batch_size: int, targets_per_source: int, seed: int | None, epoch: int = 0
-) -> Iterator[list[TokenizedExample]]:
-    """One pass over all targets, as lists of examples to `pack`.
-
-    Every target comes once. A source's targets are divided into groups of at most `targets_per_source`, the groups are
-    shuffled, and a batch takes groups until it has `batch_size` targets. The order depends on seed and epoch alone.
-
-    Args:
-        examples: All examples.
-        batch_size: Targets per batch.
-        targets_per_source: Most targets of one source in a group.
-        seed: None: nothing is shuffled.
-        epoch: Which pass.
-    """
-    rng = None if seed is None else random.Random(f"{seed}/{epoch}")
-    batch: list[TokenizedExample] = []
-    room = batch_size
-    for group in _target_groups(examples, min(batch_size, targets_per_source), rng):
-        if len(group.targets) > room:
-            # Fill the batch with a part of the group; the rest begins the next batch.
-            if room:
-                batch.append(group.with_targets(range(room)))
-            yield batch
-            group, batch, room = group.with_targets(range(room, len(group.targets))), [], batch_size
-        batch.append(group)
-        room -= len(group.targets)
-    if batch:
-        yield batch
-
-
-def _target_groups(
-    examples: Sequence[TokenizedExample], size: int, rng: random.Random | None
-) -> list[TokenizedExample]:
-    """Each source with at most `size` of its targets; targets and groups are shuffled if there is an `rng`."""
-    groups: list[TokenizedExample] = []
-    for example in examples:
-        targets = list(range(len(example.targets)))
-        if rng is not None:
-            rng.shuffle(targets)
-        groups.extend(example.with_targets(targets[start : start + size]) for start in range(0, len(targets), size))
-    if rng is not None:
-        rng.shuffle(groups)
-    return groups
 
 
 def _labels(examples: Sequence[TokenizedExample]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.examples import Example
+from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
 from prefixtune.prefix.prefix import Prefix
@@ -25,81 +24,6 @@ __all__ = [
     "encode_prompts",
     "format_of",
 ]
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One source and its targets as token ids; a target's ids end with the end token.
-
-    For a head there is one target, whose ids are label indices.
-
-    Attributes:
-        prompt: The source's tokens.
-        targets: Each target's tokens, or the label indices.
-        label_positions: For a head: where in the prompt each label is predicted; None: the targets are tokens.
-        hidden: Positions of the prefix that the example does not see while it is trained on (see `Group.hidden`).
-        visible_length: It is trained with the first positions of the prefix alone, as if there were no others; None:
-            with the whole prefix.
-        soft_targets: A teacher's distribution at each label of each target; empty: the targets are certain.
-        turns: Of a conversation, which has one target: the parts [first, stop) of it that are labels, the assistant's
-            turns, each of which counts as a target; the rest is read only. Empty: all of every target is labels.
-    """
-
-    prompt: tuple[int, ...]
-    targets: tuple[tuple[int, ...], ...]
-    label_positions: tuple[int, ...] | None = None
-    hidden: tuple[int, ...] = ()
-    visible_length: int | None = None
-    soft_targets: tuple[SoftLabels, ...] = field(default=(), compare=False)
-    turns: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def num_targets(self) -> int:
-        """The targets, or the turns of a conversation."""
-        return len(self.turns) or len(self.targets)
-
-    def with_targets(self, chosen: Sequence[int]) -> TokenizedExample:
-        """The same source with some of its targets, by their indices."""
-        soft_targets = tuple(self.soft_targets[index] for index in chosen) if self.soft_targets else ()
-        return replace(self, targets=tuple(self.targets[index] for index in chosen), soft_targets=soft_targets)
-
-
-@dataclass(frozen=True)
-class TokenizedDataset:
-    """Tokenized examples.
-
-    Attributes:
-        examples: The examples.
-        num_truncated: How many sources were truncated to fit.
-        longest_prompt: Tokens of the longest prompt that was not truncated.
-    """
-
-    examples: tuple[TokenizedExample, ...]
-    num_truncated: int
-    longest_prompt: int = 0
-
-    @classmethod
-    def from_prompts(
-        cls, examples: Sequence[TokenizedExample], whole_prompts: Sequence[Sequence[int]]
-    ) -> TokenizedDataset:
-        """The dataset of these examples, whose prompts had the tokens `whole_prompts` before truncation."""
-        lengths = [(len(example.prompt), len(whole)) for example, whole in zip(examples, whole_prompts, strict=True)]
-        return cls(
-            tuple(examples),
-            sum(kept < whole for kept, whole in lengths),
-            max((whole for kept, whole in lengths if kept == whole), default=0),
-        )
-
-    @property
-    def num_targets(self) -> int:
-        """Targets over all examples; each turn of a conversation is one."""
-        return sum(example.num_targets for example in self.examples)
-
-    @property
-    def longest_target(self) -> int:
-        """Tokens of the longest target; 0 if labels are predicted."""
-        rows = (example.targets for example in self.examples if example.label_positions is None)
-        return max((len(target) for targets in rows for target in targets), default=0)
 
 
 def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:

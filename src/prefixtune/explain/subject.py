@@ -62,7 +62,7 @@ class Subject:
     prefix: Prefix
     text_format: TextFormat
     examples: tuple[Example, ...]
-    tokenized: tuple[TokenizedExample, ...]
+    tokenized: Sequence[TokenizedExample]
     labels: Labels | None
     controls: Mapping[str, Prefix]
     start: Prefix | None
@@ -126,7 +126,7 @@ def make_subject(
 
 def tokenize(
     backbone: Backbone, rows: Sequence[Example], text_format: TextFormat, labels: Labels | None, prefix_length: int
-) -> tuple[TokenizedExample, ...]:
+) -> Sequence[TokenizedExample]:
     """The rows as tokens, cut to the backbone's positions beside a prefix of this length."""
     if labels is not None and labels.by == "head":
         return encode_labelled(backbone, rows, labels, text_format, prefix_length=prefix_length).examples

@@ -17,7 +17,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.tokenized import TokenizedExample, any_hidden, longest_text
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError
 from prefixtune.prefix.compose import check_joinable, join
 from prefixtune.prefix.fingerprint import fingerprints_match
@@ -219,7 +219,7 @@ def check_beside(
             be hidden, but are not the same ones at an encoder-decoder's sites.
     """
     beside = sum(sorted((lengths.get("decoder", 0) for lengths in others), reverse=True)[: config.beside_most])
-    text = max(len(example.prompt) + max(map(len, example.targets), default=0) for example in examples)
+    text = longest_text(examples)
     total, allowed = own.get("decoder", 0) + beside + text, backbone.max_positions
     if backbone.kind == "decoder" and allowed is not None and total > allowed:
         raise ConfigError(
@@ -227,7 +227,7 @@ def check_beside(
             f"take {total:,} positions, but {backbone.name!r} has {allowed:,}.",
             hint="lower beside_most or max_length, or choose shorter prefixes.",
         )
-    hides = config.prefix_dropout > 0 or any(example.hidden for example in examples)
+    hides = config.prefix_dropout > 0 or any_hidden(examples)
     if hides and backbone.kind == "encoder-decoder":
         uneven = [lengths for lengths in (own, *others) if lengths.get("encoder", 0) != lengths.get("cross", 0)]
         if uneven:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import random
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,17 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, limit_targets, read_task
-from prefixtune.data.batching import epoch_batches
-from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, default_format, encode_examples
+from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
+from prefixtune.data.order import TargetGroup, plan_epoch, take
+from prefixtune.data.tokenized import (
+    TokenizedDataset,
+    TokenizedExample,
+    hash_tokens,
+    target_counts,
+    turn_counts,
+)
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.checks import early_checks, no_solved_examples
@@ -26,7 +33,7 @@ from prefixtune.training.folder import check_unused
 from prefixtune.training.starts.build import resolve_site_lengths
 from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
 
-__all__ = ["TrainData", "does_hold_out", "optimizer_steps", "read_data", "tokenize", "training_format"]
+__all__ = ["TrainData", "does_hold_out", "optimizer_steps", "plan_steps", "read_data", "tokenize", "training_format"]
 
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
@@ -307,9 +314,8 @@ def _digest(*datasets: TokenizedDataset | None) -> str:
     """A hash of all token ids."""
     total = hashlib.sha256()
     for dataset in datasets:
-        for example in dataset.examples if dataset is not None else ():
-            for ids in (example.prompt, *example.targets, ()):
-                total.update(array("q", (len(ids), *ids)).tobytes())
+        if dataset is not None:
+            hash_tokens(dataset.examples, total.update)
         total.update(b"|")
     return total.hexdigest()
 
@@ -317,18 +323,25 @@ def _digest(*datasets: TokenizedDataset | None) -> str:
 # --- tokens -> steps -------------------------------------------------------------------------------------------------
 
 
+def plan_steps(
+    config: TrainConfig, examples: Sequence[TokenizedExample], epoch: int
+) -> Iterator[list[list[TargetGroup]]]:
+    """The batches of every optimizer step of an epoch; they depend on the seed and the epoch alone."""
+    batches = plan_epoch(
+        target_counts(examples),
+        turn_counts(examples),
+        batch_size=config.batch_size,
+        targets_per_source=config.targets_per_source,
+        seed=config.seed,
+        epoch=epoch,
+    )
+    while step := list(itertools.islice(batches, config.gradient_accumulation)):
+        yield step
+
+
 def optimizer_steps(
     config: TrainConfig, examples: Sequence[TokenizedExample], epoch: int
 ) -> Iterator[list[list[TokenizedExample]]]:
-    """The batches of every optimizer step of an epoch; they depend on the seed and the epoch alone."""
-    batches = list(
-        epoch_batches(
-            examples,
-            batch_size=config.batch_size,
-            targets_per_source=config.targets_per_source,
-            seed=config.seed,
-            epoch=epoch,
-        )
-    )
-    for first in range(0, len(batches), config.gradient_accumulation):
-        yield batches[first : first + config.gradient_accumulation]
+    """The examples of every optimizer step of an epoch, as `plan_steps` plans them."""
+    for step in plan_steps(config, examples, epoch):
+        yield [take(examples, batch) for batch in step]

@@ -23,8 +23,9 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import collate, epoch_batches, join
+from prefixtune.data.batching import collate, join
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.order import epoch_batches, take
 from prefixtune.errors import TrainingError
 from prefixtune.prefix.artifact import describe_tensors
 from prefixtune.prefix.encoder import PrefixEncoder, PromptEncoder
@@ -47,7 +48,7 @@ from prefixtune.training.checkpoint import (
     state_tensors,
 )
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, optimizer_steps
+from prefixtune.training.data import TrainData, plan_steps
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.variation import variation_facts, vary
@@ -167,7 +168,7 @@ class TrainLoop:
         self.adapter = backbone.adapter_parameters
         self.trained = [*(() if encoder is None else encoder.parameters()), *self.adapter.values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
-        self.steps_per_epoch = sum(1 for _ in optimizer_steps(config, data.train.examples, epoch=0))
+        self.steps_per_epoch = sum(1 for _ in plan_steps(config, data.train.examples, epoch=0))
         self.state = TrainState(self._planned_steps(config.max_steps, config.epochs))
         self.extended_from: int | None = None
         self.resumed = self.stopped = False
@@ -263,12 +264,14 @@ class TrainLoop:
         a resumed run finds its place, and the number of processes changes nothing.
         """
         index, steps_taken = 0, self.state.step
+        examples = self.data.train.examples
         for epoch in range(self.state.total_steps):
-            for batches in optimizer_steps(self.config, self.data.train.examples, epoch):
+            for planned in plan_steps(self.config, examples, epoch):
                 if self.ended or self.stopped:
                     return
                 index += 1
                 if index > steps_taken:
+                    batches = [take(examples, batch) for batch in planned]
                     yield [_local_batch(self.backbone, groups, self.processes) for groups in self._vary(batches, index)]
 
     def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import collate, epoch_batches
+from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.order import epoch_batches
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["target_losses"]

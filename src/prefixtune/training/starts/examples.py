@@ -17,8 +17,9 @@ import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import TokenizedExample, encode_prompts
+from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.examples import Example
+from prefixtune.data.tokenized import TokenizedExample, TokenTable
 from prefixtune.data.truncation import position_limit
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.geometry import Site
@@ -439,7 +440,7 @@ def _check_positions(backbone: Backbone, rows: Rows, *, alone: bool) -> None:
 
 def hide_own_blocks(
     tokenized: Sequence[TokenizedExample], examples: Sequence[Example], plan: ExamplePlan
-) -> tuple[TokenizedExample, ...]:
+) -> Sequence[TokenizedExample]:
     """Training examples that do not see themselves in the prefix: neither those in it nor others of the same source.
 
     Where each example of the prefix was computed alone, that is exact: the same as a prefix without these positions.
@@ -451,9 +452,11 @@ def hide_own_blocks(
         plan: What is in the prefix.
     """
     # Sources are compared, not prompts, which may be cut.
-    by_source = {examples[index].source: block for index, block in plan.blocks.items()}
-    hidden = [by_source.get(example.source) for example in examples]
+    by_source = {examples[index].source: tuple(range(*block)) for index, block in plan.blocks.items()}
+    hidden = {index: by_source[e.source] for index, e in enumerate(examples) if e.source in by_source}
+    if isinstance(tokenized, TokenTable):
+        return dataclasses.replace(tokenized, hidden=hidden)
     return tuple(
-        example if block is None else dataclasses.replace(example, hidden=tuple(range(*block)))
-        for example, block in zip(tokenized, hidden, strict=True)
+        dataclasses.replace(example, hidden=hidden[index]) if index in hidden else example
+        for index, example in enumerate(tokenized)
     )

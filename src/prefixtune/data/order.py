@@ -1,0 +1,125 @@
+"""The order of an epoch: which targets of which examples are in each batch.
+
+It is planned with numbers alone, in arrays, so that a plan of millions of examples takes little memory, and so that a
+resumed run finds its place without making one example.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from prefixtune.data.tokenized import TokenizedExample, target_counts, turn_counts
+
+__all__ = ["TargetGroup", "epoch_batches", "plan_epoch", "take"]
+
+
+class TargetGroup(NamedTuple):
+    """One example with some of its targets, by their indices."""
+
+    example: int
+    targets: tuple[int, ...]
+
+
+def epoch_batches(
+    examples: Sequence[TokenizedExample], *, batch_size: int, targets_per_source: int, seed: int | None, epoch: int = 0
+) -> Iterator[list[TokenizedExample]]:
+    """One pass over all targets, as lists of examples to `pack`; see `plan_epoch`.
+
+    Args:
+        examples: All examples.
+        batch_size: Targets per batch.
+        targets_per_source: Most targets of one source in a group.
+        seed: None: nothing is shuffled.
+        epoch: Which pass.
+    """
+    plan = plan_epoch(
+        target_counts(examples),
+        turn_counts(examples),
+        batch_size=batch_size,
+        targets_per_source=targets_per_source,
+        seed=seed,
+        epoch=epoch,
+    )
+    return (take(examples, batch) for batch in plan)
+
+
+def take(examples: Sequence[TokenizedExample], batch: Sequence[TargetGroup]) -> list[TokenizedExample]:
+    """The examples of a planned batch, each with its targets there."""
+    return [examples[group.example].with_targets(group.targets) for group in batch]
+
+
+def plan_epoch(
+    counts: Sequence[int],
+    turns: Sequence[int] | None = None,
+    *,
+    batch_size: int,
+    targets_per_source: int,
+    seed: int | None,
+    epoch: int = 0,
+) -> Iterator[list[TargetGroup]]:
+    """One pass over all targets, as batches of groups.
+
+    Every target comes once. A source's targets are divided into groups of at most `targets_per_source`, the groups are
+    shuffled, and a batch takes groups until it has `batch_size` targets. The order depends on seed and epoch alone.
+
+    A conversation counts as many targets as it has turns and is never divided: a batch may be smaller for it, and is
+    larger where the conversation alone has more turns.
+
+    Args:
+        counts: The targets of each example.
+        turns: The turns of each example; 0: it is no conversation. None: none is.
+        batch_size: Targets per batch.
+        targets_per_source: Most targets of one source in a group.
+        seed: None: nothing is shuffled.
+        epoch: Which pass.
+    """
+    rng = None if seed is None else random.Random(f"{seed}/{epoch}")
+    owners, starts, order = _target_groups(counts, min(batch_size, targets_per_source), rng)
+    shuffled: Sequence[int] = range(len(owners))
+    if rng is not None:
+        shuffled = array("q", shuffled)
+        rng.shuffle(shuffled)
+    batch: list[TargetGroup] = []
+    room = batch_size
+    for index in shuffled:
+        group = TargetGroup(owners[index], tuple(order[starts[index] : starts[index + 1]]))
+        size = turns[group.example] if turns is not None else 0
+        if size > room and batch:
+            yield batch
+            batch, room = [], batch_size
+        if not size and len(group.targets) > room:
+            # Fill the batch with a part of the group; the rest begins the next batch.
+            if room > 0:
+                batch.append(group._replace(targets=group.targets[:room]))
+            yield batch
+            group, batch, room = group._replace(targets=group.targets[max(room, 0) :]), [], batch_size
+        batch.append(group)
+        room -= size or len(group.targets)
+    if batch:
+        yield batch
+
+
+def _target_groups(
+    counts: Sequence[int], size: int, rng: random.Random | None
+) -> tuple[array[int], array[int], array[int]]:
+    """Groups of at most `size` targets of one example; the targets of each example are shuffled if there is an `rng`.
+
+    Returns:
+        The example of each group; where each group starts in the third array, and at the end its length; the targets of
+        all groups, as indices within their example.
+    """
+    owners, starts, order = array("q"), array("q"), array("i")
+    for example, count in enumerate(counts):
+        first = len(order)
+        targets = array("i", range(count))
+        if rng is not None and count > 1:
+            rng.shuffle(targets)
+        order.extend(targets)
+        for start in range(first, first + count, size):
+            owners.append(example)
+            starts.append(start)
+    starts.append(len(order))
+    return owners, starts, order
