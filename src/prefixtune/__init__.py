@@ -13,6 +13,7 @@ __all__ = [
     "EngineConfig",
     "Example",
     "GenerateConfig",
+    "Model",
     "Prefix",
     "PrefixError",
     "ServeConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "generate",
+    "load",
     "load_backbone",
     "load_prefix",
     "save_prefix",
@@ -35,6 +37,7 @@ _HOMES = {
     "EngineConfig": "engine",
     "Example": "data",
     "GenerateConfig": "inference.config",
+    "Model": "inference.model",
     "Prefix": "prefix.prefix",
     "PrefixError": "errors",
     "ServeConfig": "server.settings",
@@ -42,6 +45,7 @@ _HOMES = {
     "TrainConfig": "training.config",
     "evaluate": "evaluation.evaluate",
     "generate": "inference.generate",
+    "load": "inference.model",
     "load_backbone": "backbone.load",
     "load_prefix": "backbone.prefixes",
     "save_prefix": "prefix.artifact",
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
     from prefixtune.evaluation.evaluate import evaluate
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.inference.generate import generate
+    from prefixtune.inference.model import Model, load
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.server.settings import ServeConfig

@@ -12,9 +12,9 @@ import pytest
 
 import prefixtune as pt
 
-FUNCTIONS = ("evaluate", "generate", "load_backbone", "load_prefix", "save_prefix", "train")
+FUNCTIONS = ("evaluate", "generate", "load", "load_backbone", "load_prefix", "save_prefix", "train")
 CONFIGURATIONS = ("EngineConfig", "GenerateConfig", "ServeConfig", "StudyConfig", "TrainConfig")
-CLASSES = ("Engine", "Example", "Prefix", "PrefixError")
+CLASSES = ("Engine", "Example", "Model", "Prefix", "PrefixError")
 
 
 def section(name: str, title: str) -> str:

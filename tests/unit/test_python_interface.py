@@ -27,7 +27,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 ALIKE = (
     *("a prefix by text", "a prefix by Path", "a prefix by its run", "a pair", "a name", "a path", "a dict"),
-    *("a config", "evaluate", "dicts"),
+    *("a config", "evaluate", "dicts", "load"),
 )
 """Calls that say the same thing in other ways."""
 
@@ -102,6 +102,15 @@ MESSAGES = {
     "a missing prefix": ("CheckpointError", "missing.safetensors"),
     "a hub id, offline": ("PrefixError", "nobody/such-prefix"),
     "a hub id without hub:": ("CheckpointError", "hub:nobody/such-prefix is downloaded from the hub"),
+    "load: a number": ("ConfigError", "3 (of type int)"),
+    "load: a number as prefix": ("ConfigError", "3 (of type int)"),
+    "load: a mistyped option": ("ConfigError", "did you mean 'num_beams'?"),
+    "load: texts and messages": ("RequestError", "texts and conversations"),
+    "load: a number as texts": ("RequestError", "3 (of type int)"),
+    "load: no template": ("RequestError", "no chat template"),
+    "load: a number as messages": ("RequestError", "3 (of type int)"),
+    "load: numbers as messages": ("RequestError", "not a list of dicts"),
+    "load: a number as content": ("RequestError", "message 1"),
     "load_prefix: a number": ("ConfigError", "3 (of type int)"),
     "load_prefix: a wrong backbone": ("ConfigError", "the backbone is 3"),
     "save_prefix: the wrong way round": ("ConfigError", "save_prefix(path, prefix)"),

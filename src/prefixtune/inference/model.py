@@ -1,0 +1,329 @@
+"""`load`: a frozen backbone with a prefix in front, as one object that generates, chats, streams and classifies.
+
+It is called `Model`, as in transformers and vLLM: what answers. The backbone alone is a `Backbone`; what trains inside
+transformers' `Trainer` is a `PrefixModel`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, overload
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.prefixes import PrefixLike, load_prefix
+from prefixtune.data.chat import encode_chat, has_chat_template
+from prefixtune.errors import ConfigError, RequestError, describe_value
+from prefixtune.inference.classify import Prediction, classify
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids, read_output
+from prefixtune.inference.streaming import stream, stream_ids
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.hub import prefix_file
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat, read_text_format
+
+__all__ = ["Messages", "Model", "load"]
+
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: dicts with `role` and `content`, as chat templates read them."""
+
+_ANSWER_TOKENS = 512
+"""Most tokens of an answer in a chat, unless the caller says otherwise."""
+
+
+def load(
+    model: BackboneLike | None = None,
+    prefix: PrefixLike | Sequence[PrefixLike] | None = None,
+    *,
+    allow_other_backbone: bool = False,
+    **options: Any,
+) -> Model:
+    """Load a frozen model with a prefix in front.
+
+    Args:
+        model: A `Backbone`, a name or path, or transformers' (model, tokenizer); None: the one that the prefix was
+            trained for, or without a prefix the embedded one.
+        prefix: A `Prefix`, a path, the folder of a run, or `hub:OWNER/NAME`; a list of these is joined, one after the
+            other; None: the bare model.
+        allow_other_backbone: Take a prefix that was trained for other weights.
+        **options: Of `load_backbone`, for a name or path: `dtype` (`auto` here: bfloat16 where the hardware is fast at
+            it), `device`, `quantize`, `adapter`, ...
+
+    Raises:
+        BackboneError: There is no such model, or a prefix was trained for another one.
+        CheckpointError: A prefix cannot be read.
+        ConfigError: An argument is of a wrong type, or the prefixes cannot be joined.
+        PrefixError: The hub cannot be reached, or has no such file.
+    """
+    given = _as_list(prefix)
+    # Read first: a wrong file is reported at once, before the model loads.
+    files = [one if isinstance(one, Prefix) else prefix_file(one) for one in given]
+    read = [load_prefix(file) for file in files]
+    if model is None:
+        model = _backbone_of(read)
+    if isinstance(model, str | os.PathLike):
+        adapter = options.pop("adapter", None) or _adapter_of(files, read)
+        backbone = load_backbone(model, **{"dtype": "auto", "adapter": adapter, **options})
+    else:
+        backbone = load_backbone(model, **options) if options else as_backbone(model)
+    checked = [load_prefix(one, backbone, allow_other_backbone=allow_other_backbone) for one in read]
+    if len(checked) < 2:
+        return Model(backbone, checked[0] if checked else None)
+    names = ["" if isinstance(one, Prefix) else os.fspath(one) for one in given]
+    return Model(backbone, concatenate(checked, backbone.rotation, names=names if all(names) else ()))
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A frozen backbone with a prefix in front.
+
+    One text gives one answer, a list of texts a list. A text is what the prefix was trained on, formatted as in
+    training; a conversation, a list of messages with `role` and `content`, goes through the chat template. A prefix
+    that was trained on single texts reads the last message alone.
+
+    Attributes:
+        backbone: The model and its tokenizer.
+        prefix: In front of every text; None: the bare model.
+    """
+
+    backbone: Backbone
+    prefix: Prefix | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's, of transformers."""
+        return self.backbone.tokenizer
+
+    @overload
+    def generate(self, texts: str | Messages, **options: Any) -> str: ...
+
+    @overload
+    def generate(self, texts: Sequence[str] | Sequence[Messages], **options: Any) -> list[str]: ...
+
+    def generate(self, texts: Any, **options: Any) -> str | list[str]:
+        """Continue texts, or answer conversations.
+
+        Args:
+            texts: One text or conversation, or a list of them.
+            **options: As for `prefixtune.generate`: `max_new_tokens`, `temperature`, `num_beams`, ..., or `config`.
+
+        Raises:
+            RequestError: A text does not fit, or it is something else.
+            ConfigError: An option is wrong.
+        """
+        single = isinstance(texts, str) or _is_conversation(texts)
+        rows = [texts] if single else _as_rows(texts)
+        if rows and not isinstance(rows[0], str):
+            outputs = self._answer([_check_messages(row) for row in rows], options)
+        else:
+            outputs = generate(self.backbone, rows, self.prefix, **options)
+        return outputs[0] if single else outputs
+
+    def chat(self, messages: str | Messages, **options: Any) -> str:
+        """The answer to a conversation, or to one message; nothing is remembered.
+
+        Args:
+            messages: With `role` and `content`; a text is a user's message.
+            **options: As for `generate`; `max_new_tokens` is 512 here.
+
+        Raises:
+            RequestError: It does not fit, or the model has no chat template.
+            ConfigError: An option is wrong.
+        """
+        return self._answer([_check_messages(_as_messages(messages))], options)[0]
+
+    def stream(self, text: str | Messages, **options: Any) -> Generator[str, None, None]:
+        """Continue a text, or answer a conversation, in pieces as they are generated; joined, they are `generate`'s.
+
+        Args:
+            text: A text, or messages.
+            **options: As for `generate`; beam search cannot stream.
+
+        Raises:
+            RequestError: It does not fit.
+            ConfigError: An option is wrong.
+        """
+        if isinstance(text, str):
+            return stream(self.backbone, text, self.prefix, **options)
+        messages = _check_messages(text)
+        if self._reads_one_text:
+            return stream(self.backbone, _last_message(messages), self.prefix, **_answer_options(options))
+        config = _answer_config(options)
+        return stream_ids(self.backbone, self._encode(messages), self.prefix, config=config)
+
+    @overload
+    def classify(self, texts: str, **options: Any) -> Prediction: ...
+
+    @overload
+    def classify(self, texts: Sequence[str], **options: Any) -> list[Prediction]: ...
+
+    def classify(self, texts: str | Sequence[str], **options: Any) -> Prediction | list[Prediction]:
+        """The label of each text, and how likely every label is.
+
+        Args:
+            texts: One text, or a list of them.
+            **options: As for `prefixtune.inference.classify.classify`: `labels` for the bare model, `batch_size`, ...
+
+        Raises:
+            RequestError: A text does not fit.
+            ConfigError: The prefix is for something else, there are no labels, or an option is wrong.
+        """
+        single = isinstance(texts, str)
+        predictions = classify(self.backbone, [texts] if isinstance(texts, str) else texts, self.prefix, **options)
+        return predictions[0] if single else predictions
+
+    # --- conversations -----------------------------------------------------------------------------------------------
+
+    @property
+    def _text_format(self) -> TextFormat | None:
+        return None if self.prefix is None else read_text_format(self.prefix.header)
+
+    @property
+    def _reads_one_text(self) -> bool:
+        """Whether the prefix was trained with a text format of its own, which has room for one text."""
+        text_format = self._text_format
+        return text_format is not None and not getattr(text_format, "chat_template", "")
+
+    def _answer(self, conversations: Sequence[Messages], options: Mapping[str, Any]) -> list[str]:
+        if self._reads_one_text:
+            texts = [_last_message(messages) for messages in conversations]
+            return generate(self.backbone, texts, self.prefix, **_answer_options(options))
+        config = _answer_config(options)
+        prompts = [self._encode(messages) for messages in conversations]
+        outputs = generate_ids(self.backbone, prompts, [self.prefix] * len(prompts), config=config)
+        form = TextFormat("{source}", "{target}")
+        return [read_output(self.backbone, ids, form, config) for ids in outputs]
+
+    def _encode(self, messages: Messages) -> list[int]:
+        if not has_chat_template(self.backbone):
+            raise RequestError(
+                f"{self.backbone.name!r} has no chat template: it was not trained for conversations.",
+                hint="give a text instead of messages, or load another model.",
+            )
+        return encode_chat(self.backbone, messages)
+
+    def __repr__(self) -> str:
+        return f"Model({self.backbone!r}, {self.prefix!r})"
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _as_list(prefix: PrefixLike | Sequence[PrefixLike] | None) -> list[PrefixLike]:
+    if prefix is None:
+        return []
+    several = isinstance(prefix, Sequence) and not isinstance(prefix, str)
+    return list(cast(Sequence[PrefixLike], prefix)) if several else [cast(PrefixLike, prefix)]
+
+
+def _backbone_of(prefixes: Sequence[Prefix]) -> str:
+    """The backbone that the prefixes were trained for.
+
+    Raises:
+        ConfigError: They name several, or none.
+    """
+    names = {str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes}
+    if len(names) > 1 or names == {""}:
+        shown = ", ".join(sorted(names)).strip(", ") or "none"
+        raise ConfigError(
+            f"the prefixes name {'different backbones' if len(names) > 1 else 'no backbone'} ({shown}).",
+            hint='name the model, as in load("smollm2-135m", prefix).',
+        )
+    return names.pop() if names else DEFAULT_BACKBONE
+
+
+def _adapter_of(files: Sequence[Path | Prefix], prefixes: Sequence[Prefix]) -> str | None:
+    """The LoRA adapter that the prefixes were trained with: next to their files, or by its name.
+
+    Raises:
+        ConfigError: They were trained with different ones.
+    """
+    adapters = set()
+    for file, prefix in zip(files, prefixes, strict=True):
+        name = str(prefix.header.get("adapter") or "")
+        beside = None if isinstance(file, Prefix) or not name else file.parent / name
+        adapters.add(str(beside) if beside is not None and beside.is_dir() else name)
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"the prefixes were trained with different adapters: {', '.join(map(repr, sorted(adapters)))}.",
+            hint="load one at a time, or name one with adapter=.",
+        )
+    return (adapters.pop() if adapters else "") or None
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _as_rows(texts: Any) -> list[Any]:
+    """Texts or conversations, all of one kind.
+
+    Raises:
+        RequestError: It is something else.
+    """
+    if not isinstance(texts, Sequence):
+        raise RequestError(
+            f"texts is {describe_value(texts)}, not a text or a list of them.", hint='write "a text" or [text, text].'
+        )
+    rows = list(texts)
+    if rows and len({isinstance(row, str) for row in rows}) > 1:
+        raise RequestError(
+            "the list holds texts and conversations.", hint="generate for each kind in a call of its own."
+        )
+    return rows
+
+
+def _as_messages(messages: str | Messages) -> Messages:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _check_messages(messages: Any) -> Messages:
+    """The messages, if a chat template can read them.
+
+    Raises:
+        RequestError: They are something else, or end with an answer.
+    """
+    hint = 'write [{"role": "user", "content": "..."}].'
+    if not _is_conversation(messages):
+        raise RequestError(f"the messages are {describe_value(messages)}, not a list of dicts.", hint=hint)
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise RequestError(
+                f"message {number} is {describe_value(message)}, without a role and a content that are texts.",
+                hint=hint,
+            )
+    if messages[-1]["role"] != "user":
+        raise RequestError(
+            f"the last message is of role {messages[-1]['role'][:40]!r}, but only a user's is answered.", hint=hint
+        )
+    return cast(Messages, messages)
+
+
+def _last_message(messages: Messages) -> str:
+    """What a prefix for single texts reads of a conversation; a warning says what it does not."""
+    if len(messages) > 1:
+        warnings.warn(
+            "the prefix was trained on single texts: it reads the last message only, not those before it",
+            stacklevel=4,
+        )
+    return messages[-1]["content"]
+
+
+def _answer_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(options) if options.get("config") is not None else {"max_new_tokens": _ANSWER_TOKENS, **options}
+
+
+def _answer_config(options: Mapping[str, Any]) -> GenerateConfig:
+    """The options of an answer through the chat template.
+
+    Raises:
+        ConfigError: One is unknown or wrong.
+    """
+    options = _answer_options(options)
+    return GenerateConfig.from_arguments(options.pop("config", None), options)

@@ -1,0 +1,161 @@
+"""The object of `load`: it says what the functions say, with the prefix in front."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.data.chat import encode_chat
+from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.inference.classify import classify
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.model import Model, load
+from prefixtune.prefix.compose import concatenate
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TEXTS = ["some text", "more"]
+TALK = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi"},
+    {"role": "user", "content": "who are you"},
+]
+FEW = {"max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> Backbone:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return Backbone.from_model(tiny_models("qwen2"), tokenizer, "tiny-qwen2")
+
+
+@pytest.fixture
+def make_prefix(backbone: Backbone, random_prefix: Callable[..., Any]) -> Callable[..., Prefix]:
+    def make(length: int = 3, seed: int = 0, **facts: Any) -> Prefix:
+        prefix = random_prefix(backbone, length, seed, scale=3.0).detach()
+        return Prefix(prefix.layers, make_header(backbone, **facts))
+
+    return make
+
+
+def ids_of(backbone: Backbone, messages: Sequence[Any], prefix: Prefix | None) -> str:
+    """The answer by hand: the chat template's ids, continued."""
+    config = pt.GenerateConfig(**FEW)
+    (ids,) = generate_ids(backbone, [encode_chat(backbone, messages)], [prefix], config=config)
+    return backbone.decode(ids).strip()
+
+
+def test_texts(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+    prefix = make_prefix()
+    model = load(backbone, prefix)
+    expected = generate(backbone, TEXTS, prefix, **FEW)
+    assert expected != generate(backbone, TEXTS, **FEW), "the prefix must show"
+    assert model.generate(TEXTS, **FEW) == expected
+    assert model.generate(TEXTS[0], **FEW) == expected[0]
+    assert "".join(model.stream(TEXTS[0], **FEW)).strip() == expected[0]
+    assert load(backbone).generate(TEXTS, **FEW) == generate(backbone, TEXTS, **FEW)
+    assert model.generate([]) == []
+
+
+def test_conversations_go_through_the_chat_template(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+    prefix = make_prefix()
+    model = load(backbone, prefix)
+    expected = ids_of(backbone, TALK, prefix)
+    assert expected != ids_of(backbone, TALK, None), "the prefix must show"
+    assert model.chat(TALK, **FEW) == expected
+    assert model.generate(TALK, **FEW) == expected
+    assert model.generate([TALK, TALK[:1]], **FEW) == [expected, ids_of(backbone, TALK[:1], prefix)]
+    assert "".join(model.stream(TALK, **FEW)).strip() == expected
+    assert model.chat("hello", **FEW) == ids_of(backbone, TALK[:1], prefix)
+
+
+def test_a_prefix_for_single_texts_reads_the_last_message(
+    backbone: Backbone, make_prefix: Callable[..., Prefix]
+) -> None:
+    prefix = make_prefix(text_format=TextFormat("{source} ->", " {target}").to_dict())
+    model = load(backbone, prefix)
+    expected = generate(backbone, ["who are you"], prefix, **FEW)[0]
+    with pytest.warns(UserWarning, match="last message only"):
+        assert model.chat(TALK, **FEW) == expected
+    assert model.chat("who are you", **FEW) == expected
+    with pytest.warns(UserWarning, match="last message only"):
+        assert "".join(model.stream(TALK, **FEW)).strip() == expected
+
+
+def test_labels(backbone: Backbone) -> None:
+    model = load(backbone)
+    expected = classify(backbone, TEXTS, labels=["yes", "no"])
+    assert model.classify(TEXTS, labels=["yes", "no"]) == expected
+    assert model.classify(TEXTS[1], labels=["yes", "no"]) == expected[1]
+
+
+def test_a_list_is_joined(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+    parts = [make_prefix(3, 0), make_prefix(2, 1)]
+    model = load(backbone, parts)
+    assert model.prefix is not None
+    assert model.prefix.equal(concatenate(parts, backbone.rotation))
+    assert model.generate(TEXTS, **FEW) != load(backbone, parts[0]).generate(TEXTS, **FEW)
+
+
+def test_files_name_their_backbone(backbone: Backbone, make_prefix: Callable[..., Prefix], tmp_path: Path) -> None:
+    backbone.model.save_pretrained(tmp_path / "model")
+    backbone.tokenizer.save_pretrained(tmp_path / "model")
+    prefix = make_prefix()
+    header = {**prefix.header, "backbone": {**prefix.header["backbone"], "name": str(tmp_path / "model")}}
+    folder = tmp_path / "run"
+    Prefix(prefix.layers, header).save_pretrained(folder)
+    expected = generate(backbone, TEXTS, prefix, **FEW)
+    options = {"dtype": "float32", "device": "cpu"}
+    assert load(prefix=folder, **options).generate(TEXTS, **FEW) == expected
+    assert load(tmp_path / "model", folder / "prefix.safetensors", **options).generate(TEXTS, **FEW) == expected
+    both = load(prefix=[folder, str(folder)], **options).prefix
+    assert both is not None
+    assert both.length() == 6
+    assert both.header["composition"]["parts"][0]["name"] == str(folder)
+
+
+def test_what_is_wrong_gets_one_line(
+    backbone: Backbone, make_prefix: Callable[..., Prefix], tiny_backbone: Callable[..., Any]
+) -> None:
+    model = load(backbone, make_prefix())
+    wrong: list[list[dict[str, str]]] = [[], [{"role": "user"}], [{"content": "hello"}]]
+    for messages in wrong:
+        with pytest.raises(RequestError):
+            model.chat(messages)
+    with pytest.raises(RequestError, match="only a user's is answered"):
+        model.chat(TALK[:2])
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        model.chat(TALK, max_new_tokens="4")
+    with pytest.raises(ConfigError, match="options were given too"):
+        load(backbone, dtype="bfloat16")
+    with pytest.raises(BackboneError):
+        load(tiny_backbone("gpt2"), make_prefix())
+    other = tiny_backbone("llama")
+    with pytest.raises(RequestError, match="no chat template"):
+        load(other).chat("hello")
+    nameless = Prefix(make_prefix().layers)
+    with pytest.raises(ConfigError, match="no backbone"):
+        load(prefix=nameless)
+    stranger = make_prefix()
+    stranger.header["backbone"]["name"] = "another"
+    with pytest.raises(ConfigError, match="different backbones"):
+        load(prefix=[make_prefix(), stranger])
+
+
+def test_it_says_what_it_is(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+    shown = repr(load(backbone, make_prefix()))
+    assert shown.startswith("Model(Backbone('tiny-qwen2'")
+    assert "Prefix(P=3" in shown
+    assert isinstance(load(backbone), Model)
