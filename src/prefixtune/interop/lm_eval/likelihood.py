@@ -1,0 +1,169 @@
+"""How likely continuations of contexts are, each behind its own prefix.
+
+Continuations of one context share its computation (`data.batching.pack`), so a multiple-choice question is read once
+for all its choices; and prefixes are mixed in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.loss import label_logits
+from prefixtune.data.batching import join, pack, pad
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["Continuation", "score_continuations"]
+
+_SHORT_CONTEXT = 256
+"""Continuations of a context share a group while they take no more positions than it, or than this: attention within a
+group costs the square of its positions."""
+_ROWS = 64
+"""Rows of logits that are converted to float32 at a time."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens whose likelihood is asked for.
+
+    Attributes:
+        context: The tokens before them, at least one; of an encoder-decoder, what the encoder reads.
+        tokens: The continuation, at least one token.
+        prefix: In front of the context; None: nothing is.
+    """
+
+    context: tuple[int, ...]
+    tokens: tuple[int, ...]
+    prefix: Prefix | None
+
+    @property
+    def key(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """The same for continuations that have the same likelihood."""
+        return id(self.prefix), self.context, self.tokens
+
+
+@torch.inference_mode()
+def score_continuations(
+    backbone: Backbone,
+    continuations: Sequence[Continuation],
+    *,
+    batch_size: int,
+    on_batch: Callable[[dict[int, tuple[float, bool]]], None] | None = None,
+) -> list[tuple[float, bool]]:
+    """Each continuation's log-likelihood in nats, and whether greedy decoding would write it.
+
+    Args:
+        backbone: Decoder-only or encoder-decoder.
+        continuations: In any order; equal ones are computed once.
+        batch_size: Most continuations that are computed at a time. The longest come first, so that too little memory
+            shows at once.
+        on_batch: Called after each batch with its results by their indices in `continuations`.
+
+    Raises:
+        DataError: A context is empty.
+        BackboneError: A prefix does not fit the backbone.
+    """
+    indices: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for index, one in enumerate(continuations):
+        indices.setdefault(one.key, []).append(index)
+    results: dict[int, tuple[float, bool]] = {}
+    groups = _group([continuations[same[0]] for same in indices.values()])
+    for batch in _batches(backbone, groups, batch_size):
+        scored: dict[int, tuple[float, bool]] = {}
+        for key, result in _score_batch(backbone, batch):
+            scored.update(dict.fromkeys(indices[key], result))
+        results.update(scored)
+        if on_batch is not None:
+            on_batch(scored)
+    return [results[index] for index in range(len(continuations))]
+
+
+def _group(continuations: Sequence[Continuation]) -> list[list[Continuation]]:
+    """Continuations that share the computation of their context, the longest groups first."""
+    by_context: dict[tuple[int, tuple[int, ...]], list[Continuation]] = {}
+    for one in continuations:
+        by_context.setdefault((id(one.prefix), one.context), []).append(one)
+    groups: list[list[Continuation]] = []
+    for same in by_context.values():
+        room = 0
+        for one in sorted(same, key=lambda one: -len(one.tokens)):
+            if len(one.tokens) > room:
+                groups.append([])
+                room = max(len(one.context), _SHORT_CONTEXT, len(one.tokens))
+            groups[-1].append(one)
+            room -= len(one.tokens)
+    return sorted(groups, key=lambda group: -len(group[0].context) - sum(len(one.tokens) for one in group))
+
+
+def _batches(
+    backbone: Backbone, groups: Sequence[Sequence[Continuation]], batch_size: int
+) -> Iterator[list[list[Continuation]]]:
+    """Groups of continuations that are computed together: at most `batch_size` continuations."""
+    rooms: dict[int | None, tuple[list[list[Continuation]], int]] = {}
+    for group in groups:
+        kind = _kind(backbone, group[0].prefix)
+        for start in range(0, len(group), batch_size):
+            part = list(group[start : start + batch_size])
+            batch, room = rooms.get(kind, ([], batch_size))
+            if len(part) > room:
+                yield batch
+                batch, room = [], batch_size
+            batch.append(part)
+            rooms[kind] = (batch, room - len(part))
+    for batch, _ in rooms.values():
+        yield batch
+
+
+def _kind(backbone: Backbone, prefix: Prefix | None) -> int | None:
+    """Only prefixes of one kind share a batch: None for those that mix, else the prefix itself."""
+    mixes = backbone.layout.packable and not (prefix is not None and prefix.placement == "infix")
+    return None if mixes else id(prefix)
+
+
+def _score_batch(
+    backbone: Backbone, groups: Sequence[Sequence[Continuation]]
+) -> list[tuple[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[float, bool]]]:
+    """The key and the result of every continuation of a batch."""
+    by_prefix: dict[int, list[Sequence[Continuation]]] = {}
+    for group in groups:
+        by_prefix.setdefault(id(group[0].prefix), []).append(group)
+    ordered = [one for same in by_prefix.values() for group in same for one in group]
+    prefixes = [same[0][0].prefix for same in by_prefix.values()]
+    batches = [_collate(backbone, same) for same in by_prefix.values()]
+    batch = batches[0] if len(batches) == 1 else join(batches)
+    logits = label_logits(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
+    logprobs, greedy = _label_scores(logits, batch.labels.to(logits.device))
+    target = batch.target_index.to(logits.device)
+    sums = torch.zeros(len(ordered), dtype=torch.float64, device="cpu").index_add_(0, target.cpu(), logprobs.cpu())
+    misses = torch.zeros(len(ordered), dtype=torch.long).index_add_(0, target.cpu(), (~greedy).long().cpu())
+    return [
+        (one.key, (float(total), not missed))
+        for one, total, missed in zip(ordered, sums.tolist(), misses.tolist(), strict=True)
+    ]
+
+
+def _collate(backbone: Backbone, groups: Sequence[Sequence[Continuation]]) -> Batch:
+    examples = [TokenizedExample(group[0].context, tuple(one.tokens for one in group)) for group in groups]
+    start = backbone.decoder_start_id if backbone.kind == "encoder-decoder" else None
+    if backbone.layout.packable:
+        return pack(examples, decoder_start_id=start)
+    return pad(examples, pad_id=backbone.pad_id, decoder_start_id=start)
+
+
+def _label_scores(
+    logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """Each label's log-probability, in float64 of a softmax in float32, and whether it is the likeliest."""
+    logprobs = torch.empty(len(labels), dtype=torch.float64)
+    for first in range(0, len(labels), _ROWS):
+        rows = slice(first, first + _ROWS)
+        logarithms = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
+        logprobs[rows] = logarithms.gather(1, labels[rows, None])[:, 0].double().cpu()
+    return logprobs, logits.argmax(dim=-1) == labels

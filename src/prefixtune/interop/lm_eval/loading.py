@@ -1,0 +1,73 @@
+"""The backbone and the prefixes that lm-eval's model is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.prefixes import PrefixLike, load_prefix
+from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix.prefix import Prefix
+
+__all__ = ["check_batch_size", "load_fitting_backbone", "load_prefixes"]
+
+_BATCH_SIZE = 16
+
+
+def check_batch_size(batch_size: int | str, most: int | None) -> int:
+    size = _BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
+    if size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.", hint="leave it out for 16.")
+    return size if most is None else min(size, most)
+
+
+def load_prefixes(
+    prefix: PrefixLike | None, task_prefixes: Mapping[str, PrefixLike | None]
+) -> tuple[Prefix | None, dict[str, Prefix | None]]:
+    """The prefixes of all tasks and of each; a file that several tasks name is read once."""
+    known: dict[str, Prefix] = {}
+
+    def read(one: PrefixLike | None) -> Prefix | None:
+        if one is None or isinstance(one, Prefix):
+            return one
+        if str(one) not in known:
+            known[str(one)] = load_prefix(one)
+        return known[str(one)]
+
+    return read(prefix), {task: read(one) for task, one in task_prefixes.items()}
+
+
+def load_fitting_backbone(
+    given: BackboneLike | None,
+    prefixes: Sequence[Prefix],
+    *,
+    dtype: str,
+    device: str,
+    allow_other_backbone: bool,
+) -> Backbone:
+    """The backbone, with which the prefixes were checked.
+
+    Raises:
+        BackboneError: It is an encoder, or a prefix does not fit it.
+        ConfigError: A prefix is for labels.
+    """
+    if given is None:
+        names = [str((prefix.header.get("backbone") or {}).get("name") or "") for prefix in prefixes]
+        given = next((name for name in names if name), DEFAULT_BACKBONE)
+    named = isinstance(given, str | Path)
+    backbone = load_backbone(given, dtype=dtype, device=device) if named else as_backbone(given)
+    if backbone.kind == "encoder":
+        raise BackboneError(
+            f"{backbone.name!r} is an encoder, which reads text and writes none.",
+            hint="lm-eval's tasks need a model that writes.",
+        )
+    for prefix in prefixes:
+        load_prefix(prefix, backbone, allow_other_backbone=allow_other_backbone)
+        if prefix.head is not None:
+            raise ConfigError(
+                "a prefix was trained with a head for labels, and lm-eval's tasks need one that writes text.",
+                hint="measure it with `prefixtune evaluate`.",
+            )
+    return backbone

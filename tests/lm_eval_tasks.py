@@ -1,0 +1,79 @@
+"""Small tasks of lm-eval over local files, made up on the spot: questions with choices, texts to continue, texts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+WORDS = "the a cat dog tree sees likes red blue under over one two and not house night train".split()
+
+
+def words(rng: random.Random, least: int, most: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
+
+
+def make_tasks(folder: Path, *, seed: int = 0, count: int = 12) -> Path:
+    """Write the tasks `made_choices`, `made_texts`, `made_rolling` and the group `made` of the first two."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    choices = [
+        {
+            "question": words(rng, 1, 12),
+            # One choice may begin another one, and lengths differ.
+            "choices": [words(rng, 1, 4) for _ in range(3)] + ["the", "the cat"],
+            "answer": rng.randrange(5),
+        }
+        for _ in range(count)
+    ]
+    texts = [{"source": words(rng, 1, 10), "target": words(rng, 2, 5)} for _ in range(count)]
+    rolling = [{"text": words(rng, 1, 30)} for _ in range(count)]
+    _write_task(
+        folder,
+        "made_choices",
+        choices,
+        output_type="multiple_choice",
+        doc_to_text="{{question}}\nAnswer:",
+        doc_to_choice="{{choices}}",
+        doc_to_target="answer",
+        metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}],
+    )
+    _write_task(
+        folder,
+        "made_texts",
+        texts,
+        output_type="generate_until",
+        doc_to_text="{{source}} =",
+        doc_to_target="{{target}}",
+        generation_kwargs={"until": ["\n", "ab"], "max_gen_toks": 12, "do_sample": False},
+        metric_list=[{"metric": "exact_match"}],
+    )
+    _write_task(
+        folder,
+        "made_rolling",
+        rolling,
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    )
+    group = {"group": "made", "task": ["made_choices", "made_texts"]}
+    (folder / "made.yaml").write_text(json.dumps(group), encoding="utf-8")
+    return folder
+
+
+def _write_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "metadata": {"version": 1},
+        **settings,
+    }
+    # JSON is YAML.
+    (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")
