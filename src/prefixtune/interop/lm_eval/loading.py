@@ -10,13 +10,19 @@ from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import read_text_format
 
-__all__ = ["check_batch_size", "load_fitting_backbone", "load_prefixes"]
+__all__ = ["check_batch_size", "check_writes", "load_fitting_backbone", "load_prefixes", "stored_template"]
 
 _BATCH_SIZE = 16
 
 
 def check_batch_size(batch_size: int | str, most: int | None) -> int:
+    """The number of requests that are computed together.
+
+    Raises:
+        ConfigError: It is below 1.
+    """
     size = _BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
     if size < 1:
         raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.", hint="leave it out for 16.")
@@ -65,9 +71,35 @@ def load_fitting_backbone(
         )
     for prefix in prefixes:
         load_prefix(prefix, backbone, allow_other_backbone=allow_other_backbone)
-        if prefix.head is not None:
-            raise ConfigError(
-                "a prefix was trained with a head for labels, and lm-eval's tasks need one that writes text.",
-                hint="measure it with `prefixtune evaluate`.",
-            )
+        check_writes(prefix)
     return backbone
+
+
+def check_writes(prefix: Prefix) -> None:
+    """Refuse a prefix that was trained for a head: it writes no text.
+
+    Raises:
+        ConfigError: It is such a prefix.
+    """
+    if prefix.head is not None:
+        raise ConfigError(
+            "a prefix was trained with a head for labels, and lm-eval's tasks need one that writes text.",
+            hint="measure it with `prefixtune evaluate`.",
+        )
+
+
+def stored_template(prefixes: Sequence[Prefix | None]) -> str | None:
+    """The chat template that prefixes were trained with, where that is not the model's own.
+
+    Raises:
+        ConfigError: They were trained with different ones.
+        CheckpointError: A text format cannot be read.
+    """
+    formats = [None if prefix is None else read_text_format(prefix.header) for prefix in prefixes]
+    templates = {text_format.chat_template for text_format in formats if text_format is not None} - {"", "model"}
+    if len(templates) > 1:
+        raise ConfigError(
+            f"the prefixes were trained with {len(templates)} different chat templates, and lm-eval asks for one.",
+            hint="measure one prefix at a time.",
+        )
+    return next(iter(templates), None)

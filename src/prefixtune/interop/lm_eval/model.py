@@ -21,7 +21,7 @@ from prefixtune.errors import ConfigError, RequestError, short_repr
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
-from prefixtune.interop.lm_eval.loading import check_batch_size, load_fitting_backbone, load_prefixes
+from prefixtune.interop.lm_eval.loading import check_batch_size, load_fitting_backbone, load_prefixes, stored_template
 from prefixtune.interop.lm_eval.prompting import decoding_config, encode_as_trained, keep_right
 from prefixtune.interop.lm_eval.responses import Responses, model_digest, request_key
 from prefixtune.prefix.prefix import Prefix
@@ -106,6 +106,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self._responses = Responses(None if responses is None else Path(responses))
         self._digests = {id(one): model_digest(self.backbone, one, [prompt_format, max_length]) for one in known}
         self._formats = {id(one): self._format_of(one) for one in known}
+        self._chat_template = stored_template(known) or self.tokenizer.chat_template
         self._num_cut = 0
 
     # --- what lm-eval asks of the tokenizer and the model ---
@@ -146,7 +147,6 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return {
             "model_num_parameters": self.backbone.num_parameters,
             "model_dtype": self.backbone.dtype_name,
-            "model_fingerprint": self.backbone.fingerprint,
             "prefix_length": None if self.prefix is None else self.prefix.length(),
             "task_prefix_lengths": {
                 task: None if one is None else one.length() for task, one in self.task_prefixes.items()
@@ -178,7 +178,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         """
 
         def compute(todo: list[int], keep: Callable[[dict[int, Any]], None]) -> None:
-            asked = [self._continuation(*requests[index].args, self._prefix_of(requests[index])) for index in todo]
+            asked = [self._continuation(requests[index]) for index in todo]
             # One without a token is certain.
             keep({index: (0.0, True) for index, one in zip(todo, asked, strict=True) if not one.tokens})
             scored = [(index, one) for index, one in zip(todo, asked, strict=True) if one.tokens]
@@ -222,13 +222,17 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         asked = [self._fit(context, tokens, self.prefix, None) for _, context, tokens in requests]
         return score_continuations(self.backbone, asked, batch_size=self.batch_size)
 
-    def _continuation(self, context: str, continuation: str, prefix: Prefix | None) -> Continuation:
+    def _continuation(self, request: Any) -> Continuation:
         """A context and its continuation as token ids; a context that is too long is cut at its beginning."""
+        context, continuation = request.args
+        prefix = self._prefix_of(request)
         text_format = self._formats[id(prefix)]
         if text_format is not None:
-            return self._fit(*encode_as_trained(self.backbone, text_format, context, continuation), prefix, text_format)
+            prompt, target = encode_as_trained(self.backbone, text_format, context, continuation)
+            return self._fit(prompt, target, prefix, text_format)
         if context:
-            return self._fit(*self._encode_pair(context, continuation), prefix, None)
+            prompt, target = self._encode_pair(context, continuation)
+            return self._fit(prompt, target, prefix, None)
         tokens = self.tok_encode(continuation, add_special_tokens=False)
         begins = tokens[:1] == [self.prefix_token_id]
         return self._fit(tokens[:1], tokens[1:], prefix, None) if begins else self._fit([], tokens, prefix, None)
@@ -330,6 +334,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
+                    chat_template=self._chat_template,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=not add_generation_prompt,
@@ -340,6 +345,10 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             return fill(chat_history)
         except TemplateError:
             return fill([message for message in chat_history if message["role"] != "system"])
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The text of the template that `apply_chat_template` fills in; None: none is asked for."""
+        return self._chat_template if chat_template else None
 
     # --- shared ---
 
