@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from openai.types import Completion, CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
@@ -20,7 +21,9 @@ from pydantic import BaseModel
 from live_server import MODEL, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data.encoding import encode_prompts
 from prefixtune.inference.generate import generate
+from prefixtune.prefix.text_format import read_text_format
 from prefixtune.server.auth import hash_key
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
@@ -116,6 +119,58 @@ def test_completions_are_of_the_clients_types(server: LiveServer, more: dict[str
     assert parsed(Completion, last).usage == whole.usage
     assert last["choices"] == []
     assert [pieces[choice.index] for choice in whole.choices] == [choice.text for choice in whole.choices]
+
+
+@pytest.mark.parametrize("prompt", ["Aromi: soup", [5, 6, 7, 8]])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_an_echo_has_the_logprobs_of_the_prompt(server: LiveServer, folder: Path, prompt: Any, max_tokens: int) -> None:
+    """As lm-eval's `local-completions` asks; the whole equals the model run on all tokens at once."""
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    prefix = load_prefix(folder / "prefixes" / "mine.safetensors", backbone)
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    prompt_ids = (
+        encode_prompts(backbone, read_text_format(prefix.header), texts)[0] if isinstance(prompt, str) else prompt
+    )
+    body = {**GREEDY, "prompt": prompt, "max_tokens": max_tokens, "logprobs": 1, "echo": True, "n": 2}
+    with client(server) as openai_client:
+        whole = openai_client.completions.create(**body)
+        chunks = list(openai_client.completions.create(**body, stream=True))
+    for choice in whole.choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        tokens, values, top = logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs
+        assert tokens is not None
+        assert values is not None
+        assert top is not None
+        assert len(tokens) == len(values) == len(top) == len(prompt_ids) + max_tokens
+        assert tokens[: len(prompt_ids)] == [backbone.tokenizer.decode([token]) for token in prompt_ids]
+        assert (values[0], top[0]) == (None, None)
+        with torch.no_grad():
+            logits = backbone.forward(torch.tensor([prompt_ids]), prefixes=prefix).logits[0]
+        expected = logits.log_softmax(-1)[range(len(prompt_ids) - 1), prompt_ids[1:]]
+        assert values[1 : len(prompt_ids)] == pytest.approx(expected.tolist(), abs=1e-3)
+        assert choice.text.startswith(backbone.tokenizer.decode(prompt_ids))
+        assert choice.text == "".join(tokens)
+        assert logprobs.text_offset == [len("".join(tokens[:number])) for number in range(len(tokens))]
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        parts = [piece.logprobs for piece in mine if piece.logprobs]
+        assert [value for part in parts for value in part.token_logprobs or ()] == pytest.approx(values, abs=1e-6)
+        assert [offset for part in parts for offset in part.text_offset or ()] == logprobs.text_offset
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(prompt_ids)
+    assert whole.usage.completion_tokens == 2 * max_tokens
+
+
+def test_an_echo_without_logprobs_is_the_prompt_and_the_text(server: LiveServer, folder: Path) -> None:
+    with client(server) as openai_client:
+        plain, echo = (
+            openai_client.completions.create(**{**GREEDY, "model": MODEL, "prompt": ["a b", "c"]}, echo=echo)
+            for echo in (False, True)
+        )
+    prompts = ("a b", "c")
+    expected = [prompt + choice.text for prompt, choice in zip(prompts, plain.choices, strict=True)]
+    assert [choice.text for choice in echo.choices] == expected
 
 
 @pytest.mark.parametrize(

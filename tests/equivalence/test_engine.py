@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -253,6 +254,77 @@ def test_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, reques
             assert [number for number, _ in token.top_logprobs] == best.indices.tolist()
             assert [value for _, value in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
             assert token.id == token.top_logprobs[0][0]
+
+
+@pytest.mark.parametrize("max_prompt_logits", [1000, 3])
+def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(
+    llama: Backbone, requests: Any, random_ids: Any, max_prompt_logits: int
+):
+    asked = requests(llama, prompt_logprobs=3) + requests(llama, prompt_logprobs=0, max_new_tokens=0)
+    asked += [
+        *requests(llama),
+        Request(tuple(random_ids(40, 1)), None, SamplingParams(prompt_logprobs=2, max_new_tokens=4), n=3),
+    ]
+    engine = Engine(llama, EngineConfig(num_slots=3, prefill_tokens=6))
+    engine.scheduler.max_prompt_logits = max_prompt_logits
+    for request, outputs in zip(asked, engine.run(asked), strict=True):
+        params = request.sampling
+        for output in outputs:
+            assert not params.max_new_tokens or ids(output) == alone(llama, request)
+            assert params.max_new_tokens or (output.finish_reason, output.tokens) == ("length", ())
+            if params.prompt_logprobs is None:
+                assert output.prompt_tokens == ()
+                continue
+            first, *rest = output.prompt_tokens
+            assert [token.id for token in output.prompt_tokens] == list(request.prompt)
+            assert (first.logprob, first.top_logprobs) == (None, ())
+            expected = recomputed(llama, replace(request, prompt=request.prompt[:1]), request.prompt[1:])
+            for token, row in zip(rest, expected, strict=True):
+                assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+                assert [id for id, _ in token.top_logprobs] == row.topk(params.prompt_logprobs).indices.tolist()
+
+
+def test_prompts_with_logprobs_are_computed_in_pieces_of_bounded_size(llama: Backbone, random_ids: Any):
+    engine = Engine(llama)
+    engine.scheduler.max_prompt_logits = 16
+    sampling = SamplingParams(prompt_logprobs=1, max_new_tokens=0)
+    for seed in range(3):
+        engine.add(Request(tuple(random_ids(100, seed)), None, sampling))
+    rows = []
+    forward = engine.runner.forward
+
+    def count(*scheduled: Any) -> torch.Tensor:
+        logits = forward(*scheduled)
+        rows.append(len(logits))
+        return logits
+
+    engine.runner.forward = count  # type: ignore[method-assign]
+    finish(engine)
+    assert max(rows) == 16
+    assert sum(rows) >= 3 * 99
+
+
+def test_a_prompt_with_nan_fails_alone(llama: Backbone, requests: Any, random_prefix: Any):
+    nan = float("nan")
+    broken = Prefix(
+        {"decoder": tuple((key * nan, value) for key, value in random_prefix(llama, 2, 5).layers["decoder"])}
+    )
+    sampling = SamplingParams(prompt_logprobs=0, max_new_tokens=0)
+    asked = [Request((1, 2, 3), prefix, sampling) for prefix in (broken, None)]
+    (bad,), (good,) = Engine(llama).run(asked)
+    assert bad.finish_reason == "error"
+    assert "not finite" in bad.error
+    assert good.finish_reason == "length"
+    assert len(good.prompt_tokens) == 3
+
+
+def test_the_longest_prompt_without_new_tokens(llama: Backbone):
+    engine = Engine(llama, max_length=8)
+    sampling = SamplingParams(prompt_logprobs=0, max_new_tokens=0)
+    ((output,),) = engine.run([Request((1,) * 8, None, sampling)])
+    assert len(output.prompt_tokens) == 8
+    with pytest.raises(RequestError, match="9 \\(text\\)"):
+        engine.add(Request((1,) * 9, None, sampling))
 
 
 @pytest.fixture(scope="module")

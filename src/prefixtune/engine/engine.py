@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
@@ -38,7 +40,7 @@ from prefixtune.engine.request import (
     Token,
     join_outputs,
 )
-from prefixtune.engine.sampler import sample
+from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import RunningSequence, TokenSequence
 from prefixtune.errors import BackboneError, PrefixError, RequestError, describe_value
@@ -50,6 +52,8 @@ __all__ = ["Engine"]
 
 DEFAULT_MAX_LENGTH = 4096
 """Positions of a slot if the backbone has no limit."""
+_PROMPT_LOGITS_BYTES = 2**27
+"""Of the logits (as float32) of prompts whose log-probabilities are wanted, in one step."""
 _CONTEXT_TOKENS = 4
 """Tokens of a prompt with which the first generated tokens are decoded."""
 
@@ -86,10 +90,11 @@ class Engine:
         limits = (self.config.max_length, backbone.max_positions, _rotary_limit(backbone))
         self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
         self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length)
-        self.scheduler = Scheduler(self.config.num_slots, self.config.prefill_tokens)
-        self.batch_size = 0
         self._has_encoder = backbone.kind == "encoder-decoder"
         self._vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
+        max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self._vocab_size))
+        self.scheduler = Scheduler(self.config.num_slots, self.config.prefill_tokens, max_prompt_logits)
+        self.batch_size = 0
         self._sequences: dict[str, list[TokenSequence]] = {}
         self._lock = threading.Lock()
         self._cancelled: dict[str, FinishReason] = {}
@@ -132,6 +137,11 @@ class Engine:
                     f"the prefix's placement is {request.prefix.placement!r}, but the engine serves 'front' only.",
                     hint="use `generate` for it.",
                 )
+        if self._has_encoder and request.sampling.prompt_logprobs is not None:
+            raise RequestError(
+                "an encoder-decoder's encoder reads the prompt, whose tokens then have no log-probabilities.",
+                hint="leave prompt_logprobs out, or use a decoder-only model.",
+            )
         self.check_length(len(request.prompt), request.prefix_length, request.sampling.max_new_tokens)
         unknown = [token for token in (*request.prompt, *request.sampling.banned) if not 0 <= token < self._vocab_size]
         if unknown:
@@ -163,7 +173,8 @@ class Engine:
         Raises:
             ContextLengthError: It does.
         """
-        if new_tokens <= self.available_tokens(prompt_tokens, prefix_length):
+        # Without new tokens the prompt's last one takes a position all the same.
+        if max(1, new_tokens) <= self.available_tokens(prompt_tokens, prefix_length):
             return
         if self._has_encoder:
             needed = f"{prompt_tokens} (text) and {new_tokens} (new) positions"
@@ -255,12 +266,17 @@ class Engine:
         try:
             logits = self.runner.forward(decodes, prefills)
             sampled = [work.sequence for work in scheduled if work.needs_logits]
-            tokens = sample(logits, sampled, self.backbone.eos_id) if sampled else []
+            tokens = sample(logits[: len(sampled)], sampled, self.backbone.eos_id) if sampled else []
+            broken = _add_prompt_logprobs(logits[len(sampled) :], scheduled)
         except Exception as error:
             return outputs + [self._fail(work.sequence, error) for work in scheduled]
+        ended = [work.sequence for work in scheduled if work.is_last and not work.needs_logits]
         for work in scheduled:
             work.sequence.num_computed_tokens += work.num_tokens
-        return outputs + [self._append(sequence, token) for sequence, token in zip(sampled, tokens, strict=True)]
+        outputs += [self._finish(sequence, "error", error=NOT_FINITE) for sequence in broken]
+        outputs += [self._finish(sequence, "length") for sequence in ended if sequence not in broken]
+        pairs = zip(sampled, tokens, strict=True)
+        return outputs + [self._append(sequence, token) for sequence, token in pairs if sequence not in broken]
 
     def _try_each(self, items: Sequence[S], action: Callable[[S], None], outputs: list[SequenceOutput]) -> list[S]:
         """Do something for each sequence; one for which it fails ends. Returns the others."""
@@ -286,7 +302,8 @@ class Engine:
             return self._finish(sequence, "stop", (token,), piece)
         if sequence.num_new_tokens >= sequence.request.sampling.max_new_tokens:
             return self._finish(sequence, "length", (token,), piece + text.finish())
-        return SequenceOutput(sequence.request.id, sequence.index, (token,), piece)
+        prompt_tokens = sequence.take_prompt_tokens()
+        return SequenceOutput(sequence.request.id, sequence.index, (token,), piece, prompt_tokens=prompt_tokens)
 
     def _finish(
         self,
@@ -302,7 +319,8 @@ class Engine:
             if all(other.finish_reason for other in self._sequences.get(request_id, ())):
                 self._sequences.pop(request_id, None)
                 self._cancelled.pop(request_id, None)
-        return SequenceOutput(request_id, sequence.index, tokens, text, reason, error)
+        prompt_tokens = () if reason == "error" else sequence.take_prompt_tokens()
+        return SequenceOutput(request_id, sequence.index, tokens, text, reason, error, prompt_tokens=prompt_tokens)
 
     def _fail(self, sequence: TokenSequence, error: Exception) -> SequenceOutput:
         return self._finish(sequence, "error", error=f"{type(error).__name__}: {error}")
@@ -324,6 +342,23 @@ class Engine:
                     outputs.append(SequenceOutput(request_id, sequence.index, (), "", reason))
         self._cancelled.clear()
         return outputs
+
+
+def _add_prompt_logprobs(logits: Float[Tensor, "R V"], scheduled: Sequence[ScheduledSequence]) -> list[TokenSequence]:
+    """Add the log-probabilities that a step computed of prompts to their sequences; returns those where one is NaN."""
+    row, broken = 0, []
+    for work in scheduled:
+        if count := work.num_prompt_logits:
+            sequence, first = work.sequence, work.sequence.num_computed_tokens + 1
+            next_ids = sequence.token_ids[first : first + count]
+            num_top = sequence.request.sampling.prompt_logprobs or 0
+            found = prompt_logprobs(logits[row : row + count], next_ids, num_top)
+            tokens = [Token(id, *values) for id, values in zip(next_ids, found, strict=True)]
+            sequence.prompt_tokens += tokens
+            if any(token.logprob != token.logprob for token in tokens):
+                broken.append(sequence)
+            row += count
+    return broken
 
 
 def _check_generates(backbone: Backbone) -> None:

@@ -66,6 +66,7 @@ class ModelRunner:
             return
         # Without the prompt's last token: each sequence samples its own next token after it.
         sequence.num_computed_tokens = sequence.num_input_ids - 1
+        sequence.prompt_tokens = computed.prompt_tokens
         length = sequence.request.prefix_length + sequence.num_computed_tokens
         self.kv_cache.copy(computed.slot, sequence.slot, length)
 
@@ -79,15 +80,22 @@ class ModelRunner:
     def forward(
         self, decodes: Sequence[ScheduledSequence], prefills: Sequence[ScheduledSequence]
     ) -> Float[Tensor, "W V"]:
-        """Compute the scheduled tokens in one row; returns the logits for each of those that needs them, in order."""
+        """Compute the scheduled tokens in one row.
+
+        Returns:
+            The logits after each sequence's last token that needs them; then those after the tokens of prompts whose
+            log-probabilities are wanted.
+        """
         ids: list[int] = []
         positions: list[int] = []
         last_indices: list[int] = []
+        prompt_indices: list[int] = []
         spans = []
         for scheduled in (*decodes, *prefills):
             sequence, count = scheduled.sequence, scheduled.num_tokens
             first, prefix_length = sequence.num_computed_tokens, sequence.request.prefix_length
             start = prefix_length + first
+            prompt_indices.extend(range(len(ids), len(ids) + scheduled.num_prompt_logits))
             ids.extend(sequence.token_ids[first : first + count])
             position = start if self.encoder_cache is None else first
             positions.extend(range(position, position + count))
@@ -101,7 +109,7 @@ class ModelRunner:
             sequences = [scheduled.sequence for scheduled in decodes]
             backend, encoded = self.encoder_cache.attention(slot_attention, sequences)
         device = self.backbone.device
-        wanted = torch.tensor(last_indices or [len(ids) - 1], device=device)
+        wanted = torch.tensor([*last_indices, *prompt_indices] or [len(ids) - 1], device=device)
         logits_to_keep = wanted if self.backbone.supports_logits_to_keep else None
         with self.backbone.autocast():
             logits = forward_with_backend(

@@ -55,12 +55,18 @@ class SamplingParams(SamplingConfig):
     hint: ClassVar[str] = "leave the value out for its default; `help(SamplingParams)` explains every one."
     error_class: ClassVar[type[PrefixError]] = RequestError
 
+    max_new_tokens: int = _sampling(
+        100, ge=0, description="most tokens to generate; 0: none, for the log-probabilities of the prompt"
+    )
     banned: CommaList[Annotated[int, Field(ge=0)]] = _sampling((), description="tokens that are never sampled")
     logprobs: int | None = _sampling(
         None,
         ge=0,
         le=20,
         description="return log-probabilities: of each token, and of that many of the likeliest ones; None: none",
+    )
+    prompt_logprobs: int | None = _sampling(
+        None, ge=0, le=20, description="the same for the tokens of the prompt (decoder-only models)"
     )
 
 
@@ -123,11 +129,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token.
+    """One token of a text or of a prompt.
 
     Attributes:
         id: Its token id.
-        logprob: Its log-probability under the model, before temperature; None: not requested.
+        logprob: Its log-probability under the model, before temperature; None: not requested, or there is none, as of
+            a prompt's first token.
         top_logprobs: The likeliest tokens at its position and their log-probabilities, the best first.
     """
 
@@ -148,6 +155,7 @@ class SequenceOutput:
         finish_reason: None: the sequence goes on.
         error: What went wrong, if `finish_reason` is `error`.
         engine_crashed: The whole engine failed, not this request: it may be sent again.
+        prompt_tokens: In the first output, if `prompt_logprobs` were requested: the prompt's tokens.
     """
 
     request_id: str
@@ -157,6 +165,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     error: str = ""
     engine_crashed: bool = False
+    prompt_tokens: tuple[Token, ...] = ()
 
 
 def join_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
@@ -164,4 +173,5 @@ def join_outputs(outputs: Sequence[SequenceOutput]) -> SequenceOutput:
     last = outputs[-1]
     tokens = tuple(token for output in outputs for token in output.tokens)
     text = "".join(output.text for output in outputs)
-    return replace(last, tokens=tokens, text=text)
+    prompt_tokens = next((output.prompt_tokens for output in outputs if output.prompt_tokens), ())
+    return replace(last, tokens=tokens, text=text, prompt_tokens=prompt_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,15 @@ from torch import Tensor
 from prefixtune.engine.request import SamplingParams, Token
 from prefixtune.engine.sequence import TokenSequence
 
-__all__ = ["sample"]
+__all__ = ["NOT_FINITE", "prompt_logprobs", "sample"]
 
 
+NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or its values too large."
+"""Why there is no token."""
 _LOWEST_TEMPERATURE = 1e-5
 """Below it, scores would overflow; the likeliest token has all the weight anyway."""
+_LOGPROBS_BYTES = 2**24
+"""Of a prompt's log-probabilities that are computed at once."""
 
 
 def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int) -> list[Token | str]:
@@ -42,7 +46,7 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
     ):
         params = sequence.request.sampling
         if not math.isfinite(score):
-            tokens.append("the model's logits are not finite; the prefix may be broken, or its values too large.")
+            tokens.append(NOT_FINITE)
         elif sequence.forced_bos_id is not None and sequence.num_new_tokens == 0:
             tokens.append(_with_logprobs(sequence.forced_bos_id, logits[row], params))
         elif _is_plain_greedy(params):
@@ -73,6 +77,27 @@ def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], seque
     if params.temperature > 0:
         token = _draw((scores - best.values) / max(params.temperature, _LOWEST_TEMPERATURE), sequence)
     return _with_logprobs(token, logits, params)
+
+
+def prompt_logprobs(
+    logits: Float[Tensor, "R V"], next_ids: Sequence[int], num_top: int
+) -> Iterator[tuple[float, tuple[tuple[int, float], ...]]]:
+    """The log-probability of the token after each position of a prompt, and the likeliest tokens there.
+
+    In float32, a few positions at a time: a copy of all logits would take much memory.
+
+    Args:
+        logits: After each position.
+        next_ids: The tokens that follow.
+        num_top: How many of the likeliest.
+    """
+    rows = max(1, _LOGPROBS_BYTES // (4 * logits.shape[-1]))
+    for start in range(0, len(logits), rows):
+        logprobs = logits[start : start + rows].float().log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.tensor(next_ids[start : start + rows], device=logits.device)[:, None])[:, 0]
+        top = logprobs.topk(min(num_top, logprobs.shape[-1]))
+        for logprob, ids, values in zip(chosen.tolist(), top.indices.tolist(), top.values.tolist(), strict=True):
+            yield logprob, tuple(zip(ids, values, strict=True))
 
 
 def _with_logprobs(token: int, logits: Float[Tensor, " V"], params: SamplingParams) -> Token:

@@ -33,9 +33,22 @@ class ScheduledSequence:
     num_tokens: int
 
     @property
+    def is_last(self) -> bool:
+        """Whether nothing of the sequence is left to compute after it."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
+    @property
     def needs_logits(self) -> bool:
         """Whether the sequence's next token is sampled after it."""
-        return self.num_tokens == self.sequence.num_uncomputed
+        return self.is_last and self.sequence.request.sampling.max_new_tokens > 0
+
+    @property
+    def num_prompt_logits(self) -> int:
+        """After how many of the tokens, the first ones, the log-probability of the prompt's next token is wanted."""
+        sequence = self.sequence
+        if sequence.request.sampling.prompt_logprobs is None:
+            return 0
+        return max(0, min(self.num_tokens, sequence.num_input_ids - 1 - sequence.num_computed_tokens))
 
 
 class Scheduler:
@@ -45,10 +58,11 @@ class Scheduler:
         num_slots: Sequences that run at once.
         prefill_tokens: Most prompt tokens computed in a step while sequences are being generated; if there are none,
             four times as many.
+        max_prompt_logits: Most tokens in a step of prompts whose log-probabilities are wanted: bounds their memory.
     """
 
-    def __init__(self, num_slots: int, prefill_tokens: int) -> None:
-        self.prefill_tokens = prefill_tokens
+    def __init__(self, num_slots: int, prefill_tokens: int, max_prompt_logits: int = 1024) -> None:
+        self.prefill_tokens, self.max_prompt_logits = prefill_tokens, max_prompt_logits
         # The tenant who has waited longest for a turn comes first.
         self.waiting: OrderedDict[str, deque[TokenSequence]] = OrderedDict()
         self.num_waiting = 0
@@ -93,11 +107,15 @@ class Scheduler:
         prefills = [s for s in ready if first_of_request.get(s.request.id) is s]
         counts = dict.fromkeys(prefills, 0)
         budget = self._prompt_budget(delays_others=bool(decodes))
-        if prefills:
-            counts[prefills[0]] = min(prefills[0].num_uncomputed, (budget + 1) // 2)
-            budget -= counts[prefills[0]]
-        for sequence in sorted(prefills, key=lambda s: s.num_uncomputed):
-            more = min(sequence.num_uncomputed - counts[sequence], budget)
+        logits_budget = self.max_prompt_logits
+        # The oldest has the first half, and takes part in the rest.
+        shares = [(s, (budget + 1) // 2) for s in prefills[:1]]
+        shares += [(s, budget) for s in sorted(prefills, key=lambda s: s.num_uncomputed)]
+        for sequence, share in shares:
+            more = min(sequence.num_uncomputed - counts[sequence], share, budget)
+            if sequence.request.sampling.prompt_logprobs is not None:
+                more = min(more, logits_budget)
+                logits_budget -= more
             counts[sequence] += more
             budget -= more
         return [ScheduledSequence(s, 1) for s in decodes], [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from prefixtune.engine.request import FinishReason, Request
+from prefixtune.engine.request import FinishReason, Request, Token
 from prefixtune.inference.detokenizer import Detokenizer
 
 __all__ = ["RunningSequence", "TokenSequence"]
@@ -53,6 +53,9 @@ class TokenSequence:
         token_ids: The input (the prompt, or `decoder_start_id`), then the generated tokens without the end token.
         num_input_ids: Length of that input.
         finish_reason: None: it goes on.
+        prompt_tokens: The prompt's tokens with their log-probabilities, as far as they are computed; empty: they are
+            not requested.
+        prompt_returned: They are in an output.
     """
 
     request: Request
@@ -66,12 +69,16 @@ class TokenSequence:
     token_ids: list[int] = field(init=False)
     num_input_ids: int = field(init=False)
     finish_reason: FinishReason | None = None
+    prompt_tokens: list[Token] = field(init=False)
+    prompt_returned: bool = False
 
     def __post_init__(self) -> None:
         prompt, start = self.request.prompt, self.decoder_start_id
         self.token_ids = list(prompt) if start is None else [start]
         self.num_unencoded = 0 if start is None else len(prompt)
         self.num_input_ids = len(self.token_ids)
+        # Nothing precedes the first one.
+        self.prompt_tokens = [] if self.request.sampling.prompt_logprobs is None else [Token(prompt[0])]
         seed = self.request.sampling.seed
         # Each sequence of a request draws its own numbers.
         self.random = random.Random(None if seed is None else f"{seed}/{self.index}")
@@ -90,6 +97,13 @@ class TokenSequence:
     def num_uncomputed(self) -> int:
         """Tokens to compute before the next one can be sampled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    def take_prompt_tokens(self) -> tuple[Token, ...]:
+        """The prompt's tokens with their log-probabilities, once."""
+        if self.prompt_returned:
+            return ()
+        self.prompt_returned = True
+        return tuple(self.prompt_tokens)
 
     def snapshot(self) -> RunningSequence:
         """What it is at now."""

@@ -97,5 +97,5 @@ def test_drawing_leaves_the_random_state_of_others_alone():
 
 def test_all_faults_of_a_request_at_once():
     with pytest.raises(RequestError, match=r"max_new_tokens.*top_k.*banned.*logprobs") as error:
-        SamplingParams(max_new_tokens=0, top_k=-1, logprobs=21, banned=(-1,))
+        SamplingParams(max_new_tokens=-1, top_k=-1, logprobs=21, banned=(-1,))
     assert error.value.hint

@@ -76,7 +76,7 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0), ("max_tokens", 101), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "5"),
+        ("max_tokens", -1), ("max_tokens", 101), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "5"),
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True),
         ("repetition_penalty", 5e-324), ("temperature", 10**400), ("top_p", 10**400), ("max_tokens", 10**400),
         ("max_tokens", 1e300),
@@ -99,7 +99,7 @@ def test_texts_are_bounded_over_all_prompts() -> None:
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 1}), ("presence_penalty", 0.5), ("frequency_penalty", 1), ("best_of", 2), ("echo", True),
+        ("logit_bias", {"5": 1}), ("presence_penalty", 0.5), ("frequency_penalty", 1), ("best_of", 2),
         ("suffix", "x"), ("audio", {}), ("modalities", ["audio"]), ("reasoning_effort", "high"),
     ],
 )  # fmt: skip
@@ -111,7 +111,7 @@ def test_unsupported_fields_are_refused_by_name(field: str, value: Any) -> None:
 
 def test_fields_that_change_nothing_are_ignored() -> None:
     neutral = {
-        "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {}, "echo": False,
+        "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {},
         "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "suffix": "", "modalities": ["text"],
         "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True,
     }  # fmt: skip
@@ -210,6 +210,16 @@ def test_the_faults_of_a_long_list_are_not_all_collected(body: dict[str, Any], p
     assert time.process_time() - started < 0.2
     assert error.param == param
     assert len(error.message) <= 1000
+
+
+def test_echo_asks_for_the_prompts_logprobs_too() -> None:
+    params = completion(echo=True, logprobs=3, max_tokens=0).sampling(LIMITS)
+    assert (params.prompt_logprobs, params.logprobs, params.max_new_tokens) == (3, 3, 0)
+    assert completion(echo=True).sampling(LIMITS).prompt_logprobs is None
+    assert completion(logprobs=3).sampling(LIMITS).prompt_logprobs is None
+    error = refused(chat, echo=True)
+    assert (error.param, error.code) == ("echo", "unsupported_field")
+    assert "/v1/completions" in error.message
 
 
 def test_messages() -> None:

@@ -24,19 +24,28 @@ class CompletionChoices:
     Args:
         backbone: Whose tokens they are.
         text_format: Of which the targets are a part; None: texts are returned as they are.
+        prompts: Texts that the texts begin with, the same number of texts with each; None: they do not.
     """
 
     id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, backbone: Backbone, text_format: TextFormat | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        text_format: TextFormat | None = None,
+        prompts: Sequence[str] | None = None,
+        n: int = 1,
+    ) -> None:
         self.decode = token_decoder(backbone)
-        self.text_format = text_format
+        self.text_format, self.prompts, self.n = text_format, prompts, n
+        self.begun: set[int] = set()
         self.text_ends: dict[int, int] = {}
         self.target_offsets: dict[int, TargetOffsets] = {}
 
     def whole(self, index: int, output: SequenceOutput, target: str) -> dict[str, Any]:
         """The choice of a whole text."""
         logprobs = self._target_logprobs(index, target, output, last=True)
+        target = self._prompt(index) + target
         return {"index": index, "text": target, "logprobs": logprobs, "finish_reason": output.finish_reason}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
@@ -47,38 +56,56 @@ class CompletionChoices:
         """A piece, with the finish reason if it is the last one."""
         finish_reason = output.finish_reason
         logprobs = self._target_logprobs(index, target, output, last=finish_reason is not None)
+        if index not in self.begun:
+            self.begun.add(index)
+            target = self._prompt(index) + target
         if not target and logprobs is None and finish_reason is None:
             return []
         return [{"index": index, "text": target, "logprobs": logprobs, "finish_reason": finish_reason}]
 
     def _target_logprobs(self, index: int, target: str, output: SequenceOutput, *, last: bool) -> dict[str, Any] | None:
         """Logprobs whose offsets count within the target."""
-        logprobs = self._logprobs(index, output.tokens)
+        logprobs = self._logprobs(index, output)
         if self.text_format is None:
             return logprobs
         offsets = self.target_offsets.setdefault(index, TargetOffsets(self.text_format))
         return offsets.add(target, logprobs, last=last)
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not any(token.logprob is not None for token in tokens):
+    def _prompt(self, index: int) -> str:
+        """What a text begins with."""
+        return "" if self.prompts is None else self.prompts[index // self.n]
+
+    def _logprobs(self, index: int, output: SequenceOutput) -> dict[str, Any] | None:
+        tokens = [*output.prompt_tokens, *output.tokens]
+        if not output.prompt_tokens and not any(token.logprob is not None for token in tokens):
             return None
         texts = [self.decode(token.id) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self.text_ends.get(index, 0))
-            self.text_ends[index] = offsets[-1] + len(text)
-        top_logprobs = []
-        for token, text in zip(tokens, texts, strict=True):
-            by_text: dict[str, float] = {}
-            for other, logprob in token.top_logprobs:
-                by_text.setdefault(self.decode(other), _finite(logprob))
-            top_logprobs.append({**by_text, text: _finite(token.logprob)})
+        offsets, end = [], self.text_ends.get(index, 0)
+        num_prompt, prompt_length = len(output.prompt_tokens), len(self._prompt(index))
+        for number, text in enumerate(texts):
+            # A prompt may be shorter than its tokens: by special ones, and by those with part of a character.
+            if number == num_prompt and num_prompt:
+                end = prompt_length
+            offsets.append(min(end, prompt_length) if number < num_prompt else end)
+            end += len(text)
+        self.text_ends[index] = end if output.tokens else prompt_length
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": top_logprobs,
+            "token_logprobs": [None if token.logprob is None else _finite(token.logprob) for token in tokens],
+            "top_logprobs": [self._top_logprobs(token, text) for token, text in zip(tokens, texts, strict=True)],
             "text_offset": offsets,
         }
+
+    def _top_logprobs(self, token: Token, text: str) -> dict[str, float] | None:
+        """The likeliest tokens and the token itself, by their texts; of other tokens with the same text, by number."""
+        if token.logprob is None:
+            return None
+        by_text = {text: _finite(token.logprob)}
+        for other, logprob in token.top_logprobs:
+            if other != token.id:
+                name = self.decode(other)
+                by_text[f"token_id:{other}" if name in by_text else name] = _finite(logprob)
+        return by_text
 
 
 class ChatChoices:

@@ -24,7 +24,7 @@ from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
 from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
-from prefixtune.server.api.prompting import chat_source, encode_chat, encode_text, start_targets
+from prefixtune.server.api.prompting import chat_source, decode_prompts, encode_chat, encode_text, start_targets
 from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, OpenAIRequest, parse
 from prefixtune.server.api.schemas import Chat, ChatChunk, Completion, CompletionChunk
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
@@ -54,12 +54,21 @@ async def create_completion(context: GenerationContext) -> Response:
     texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
     raw = state.config.raw_completions or not texts
     text_format = None if raw else state.catalog.trained_format(model.header)
-    choices = CompletionChoices(state.backbone, text_format)
     if text_format is not None:
-        generation = await start_targets(context, request, model, text_format, texts, request.n)
+        generation = await start_targets(context, request, model, text_format, texts, request.n, verbatim=request.echo)
+    else:
+        encode = encode_text
+        prompts = [await encode(context, prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        generation = _continue(context, request, model, prompts)
+    if not request.echo:
+        choices = CompletionChoices(state.backbone, text_format)
         return await _respond(context, request, generation, choices, text_format)
-    prompts = [await encode_text(context, prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-    return await _respond(context, request, _continue(context, request, model, prompts), choices)
+    # What the model read, and what it generated, both as they are.
+    read = [one.prompt for one in generation.requests]
+    prompt_texts = texts if raw and texts else await decode_prompts(context, read)
+    return await _respond(
+        context, request, generation, CompletionChoices(state.backbone, None, prompt_texts, request.n)
+    )
 
 
 @router.post(
@@ -92,7 +101,7 @@ def _continue(
 ) -> Generation:
     """Generate after prompts as they are."""
     state = context.state
-    default = None if request.length else state.config.default_max_tokens
+    default = state.config.default_max_tokens if request.length is None else None
     sampling = request.sampling(state.limits)
     return start_generation(context, model, prompts, sampling, n=request.n, default_max_tokens=default, verbatim=True)
 
@@ -148,7 +157,9 @@ async def _events(
         index = generation.text_index(output)
         last = output.finish_reason is not None
         target = output.text if targets is None else targets[index].add(output.text, last=last)
-        for choice in choices.pieces(index, output, target):
+        # Decoding a long prompt's likeliest tokens takes seconds.
+        pieces = partial(choices.pieces, index, output, target)
+        for choice in await asyncio.to_thread(pieces) if output.prompt_tokens else pieces():
             yield event({**head, "choices": [choice], **no_usage})
     if request.include_usage:
         yield event({**head, "choices": [], "usage": generation.usage()})

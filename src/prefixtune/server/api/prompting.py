@@ -25,7 +25,7 @@ from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import task_decoding
 from prefixtune.server.responses import bad_request
 
-__all__ = ["chat_source", "encode_chat", "encode_text", "run_in_turn", "start_targets"]
+__all__ = ["chat_source", "decode_prompts", "encode_chat", "encode_text", "run_in_turn", "start_targets"]
 
 
 _CUT_HEADER = "x-prefixtune-cut-tokens"
@@ -61,6 +61,12 @@ async def encode_text(context: RequestContext, text: str) -> tuple[int, ...]:
     """Token ids of a text as it is."""
     backbone = context.state.backbone
     return tuple(await run_in_turn(context, lambda: backbone.encode_sources([text])[0]))
+
+
+async def decode_prompts(context: RequestContext, prompts: Sequence[tuple[int, ...]]) -> list[str]:
+    """Prompts as the model reads them, special tokens included."""
+    decode = partial(context.state.backbone.tokenizer.decode, clean_up_tokenization_spaces=False)
+    return await run_in_turn(context, lambda: [str(decode(list(prompt))) for prompt in prompts])
 
 
 async def encode_chat(context: RequestContext, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
@@ -151,8 +157,12 @@ async def start_targets(
     text_format: TextFormat,
     sources: Sequence[str],
     n: int = 1,
+    *,
+    verbatim: bool = False,
 ) -> Generation:
     """Generate the targets of sources, with the decoding of the prefix's task where the request has none of its own.
+
+    `verbatim` keeps the white space around the texts.
 
     Raises:
         ApiError: A source is too long, or the engine takes no request now.
@@ -160,7 +170,7 @@ async def start_targets(
     """
     defaults, config = task_decoding(model.header), context.state.config
     task_length = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
-    length = request.length or task_length
+    length = task_length if request.length is None else request.length
     changes: dict[str, Any] = {}
     if "min_tokens" not in request.model_fields_set:
         changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
@@ -172,5 +182,5 @@ async def start_targets(
         changes["banned"] = tuple(banned)
     sampling = request.sampling(context.state.limits).replace(**changes)
     prompts = [await _encode_source(context, model, text_format, source, length) for source in sources]
-    default = None if request.length else task_length
-    return start_generation(context, model, prompts, sampling, n=n, default_max_tokens=default, verbatim=False)
+    default = task_length if request.length is None else None
+    return start_generation(context, model, prompts, sampling, n=n, default_max_tokens=default, verbatim=verbatim)

@@ -124,10 +124,15 @@ class GenerationRequest(BaseModel):
         """How many of the likeliest tokens to return; None: no logprobs at all."""
         return None
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return None
+
     def sampling(self, limits: Limits) -> SamplingParams:
         """How tokens are chosen; the number of new tokens counts only if there is a `length`."""
         return SamplingParams(
-            max_new_tokens=self.length or limits.max_tokens,
+            max_new_tokens=limits.max_tokens if self.length is None else self.length,
             min_new_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -136,6 +141,7 @@ class GenerationRequest(BaseModel):
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
         )
 
     def _conflicts(self, limits: Limits) -> Iterator[Fault]:
@@ -204,7 +210,7 @@ class OpenAIRequest(GenerationRequest):
     presence_penalty: Any = _unsupported("use repetition_penalty", 0)
     frequency_penalty: Any = _unsupported("use repetition_penalty", 0)
     best_of: Any = _unsupported("use n", 1)
-    echo: Any = _unsupported("the prompt is not repeated", False)
+    echo: Any = _unsupported("only /v1/completions repeats the prompt", False)
     suffix: Any = _unsupported("text is generated after the prompt only", "")
     audio: Any = _unsupported("only text is generated")
     modalities: Any = _unsupported("only text is generated", ["text"])
@@ -272,7 +278,18 @@ class CompletionRequest(OpenAIRequest):
     ] = Field(
         description="With a prefix, a text is a source in the prefix's text format; token ids are used as they are.",
     )
-    logprobs: Integer | None = Field(None, ge=0, le=20, description="How many of the likeliest tokens to return.")
+    max_tokens: Integer | None = Field(
+        None,
+        ge=0,
+        description="Most new tokens; by default those of the prefix's task or {length}, as far as they fit. 0: "
+        "none; with echo, the prompt's log-probabilities.",
+    )
+    logprobs: Integer | None = Field(
+        None, ge=0, le=20, description="How many of the likeliest tokens to return; with echo, also of the prompt."
+    )
+    echo: Boolean = Field(
+        False, description="Begin with the prompt, as the model reads it; the text is then returned as it is generated."
+    )
 
     @property
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:
@@ -287,6 +304,11 @@ class CompletionRequest(OpenAIRequest):
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens to return; None: no logprobs at all."""
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return self.logprobs if self.echo else None
 
     def _conflicts(self, limits: Limits) -> Iterator[Fault]:
         yield from super()._conflicts(limits)

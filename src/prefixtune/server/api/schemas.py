@@ -69,8 +69,8 @@ class Usage(BaseModel):
 
 class Logprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: Annotated[list[float | None], Field(description="None: of a prompt's first token (echo).")]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
