@@ -64,6 +64,7 @@ def decode(
                 text_format=text_format,
                 config=batch_config,
                 on_cut=lambda _: None,
+                progress=False,
             )
             elapsed = time.perf_counter() - start_time
             decoded = dict(zip(batch, texts, strict=True))

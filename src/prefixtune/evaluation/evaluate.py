@@ -23,6 +23,7 @@ from prefixtune.inference.classify import classify, tag
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.utils.console import show_batches
 
 __all__ = ["check_examples", "check_kind", "evaluate"]
 
@@ -43,6 +44,7 @@ def evaluate(
     resume_file: str | Path | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> Evaluation:
     """Generate for every example, and score the outputs against its targets.
@@ -64,6 +66,7 @@ def evaluate(
         resume_file: A file to which every batch's outputs are written; if it exists, decoding continues after them.
         on_batch: Called after each batch with the number of examples done so far.
         on_cut: Called before the work with the indices of the sources that were truncated to fit, if there are any.
+        progress: Show the progress on stderr; None: only in a notebook, and only without `on_batch`.
         **options: Fields of `GenerateConfig`, instead of `config`.
 
     Raises:
@@ -90,22 +93,24 @@ def evaluate(
     check_kind(task_kind, labelled=labels is not None, intervals=intervals)
     if labels is None and task_kind != "generation":
         labels = Labels(task_kind, "words", label_names(examples))
-    if labels is not None:
-        outcome = _evaluate_labels(
-            backbone, examples, prefix, labels, chosen_format, decoding, on_batch, note_truncated
-        )
-    else:
-        names = _check_names(protocol, metrics)
-        outputs, seconds = decode(
-            backbone,
-            examples,
-            prefix,
-            chosen_format,
-            decoding,
-            resume_file=None if resume_file is None else Path(resume_file),
-            on_batch=on_batch,
-            on_cut=note_truncated,
-        )
+    names = [] if labels is not None else _check_names(protocol, metrics)
+    with show_batches("evaluating", len(examples), on_batch, progress) as show:
+        if labels is not None:
+            outcome = _evaluate_labels(
+                backbone, examples, prefix, labels, chosen_format, decoding, show, note_truncated
+            )
+        else:
+            outputs, seconds = decode(
+                backbone,
+                examples,
+                prefix,
+                chosen_format,
+                decoding,
+                resume_file=None if resume_file is None else Path(resume_file),
+                on_batch=show,
+                on_cut=note_truncated,
+            )
+    if labels is None:
         outcome = _score_texts(outputs, examples, protocol, names, intervals=intervals, seconds=seconds)
     return dataclasses.replace(outcome, num_truncated=len(truncated))
 

@@ -87,6 +87,7 @@ def _describe(subject: Subject, asked: Mapping[str, str], prefix: Prefix | None)
         None if prefix is None else Prefix(prefix.layers, {"placement": prefix.placement}),
         text_format=TextFormat("{source}", "{target}"),
         max_new_tokens=_NEW_TOKENS,
+        progress=False,
         stop=("\n",),
     )
     return {name: " ".join(text.split())[:_LONGEST] for name, text in zip(asked, outputs, strict=True)}

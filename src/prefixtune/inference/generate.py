@@ -18,6 +18,7 @@ from prefixtune.inference.generation_config import check_supported
 from prefixtune.inference.prompts import check_requests, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.utils.console import show_batches
 
 __all__ = ["generate", "generate_ids", "read_output"]
 
@@ -32,6 +33,7 @@ def generate(
     assistant: BackboneLike | None = None,
     on_batch: Callable[[int], None] | None = None,
     on_cut: Callable[[Sequence[int]], None] | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue texts, each with its own prefix.
@@ -49,6 +51,7 @@ def generate(
         on_batch: Called after each batch with the number of texts that are done.
         on_cut: Called before the work with the indices of the truncated sources, if there are any; None: a warning
             says so.
+        progress: Show the progress on stderr; None: only in a notebook, and only without `on_batch`.
         **options: Fields of `GenerateConfig`, instead of `config`.
 
     Returns:
@@ -67,15 +70,18 @@ def generate(
     assistant = None if assistant is None else as_backbone(assistant)
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
-    outputs = generate_ids(
-        backbone,
-        prompts.ids,
-        prefixes,
-        config=config,
-        new_tokens=prompts.new_tokens,
-        assistant=assistant,
-        on_batch=on_batch,
-    )
+    if progress is None and len(texts) <= config.batch_size:
+        progress = False
+    with show_batches("generating", len(texts), on_batch, progress) as show:
+        outputs = generate_ids(
+            backbone,
+            prompts.ids,
+            prefixes,
+            config=config,
+            new_tokens=prompts.new_tokens,
+            assistant=assistant,
+            on_batch=show,
+        )
     return [read_output(backbone, ids, form, config) for ids, form in zip(outputs, prompts.formats, strict=True)]
 
 

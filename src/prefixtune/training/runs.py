@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,14 @@ class TrainResult:
     steps: int
     best_loss: float
     num_trained: int
-    events: tuple[Event, ...]
+    events: tuple[Event, ...] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        from prefixtune.training.notebook import run_html
+
+        return run_html(
+            self.path, self.events, steps=self.steps, best_loss=self.best_loss, num_trained=self.num_trained
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Output for people: a progress bar on a terminal, plain lines in a log, messages and tables.
+"""Output for people: a progress bar on a terminal or in a notebook, plain lines in a log, messages and tables.
 
 Progress and messages go to stderr; stdout holds results only.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TextIO
 
 from rich import box
@@ -17,7 +17,9 @@ from rich import progress as rich_progress
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Console", "Progress", "format_figure", "format_seconds"]
+from prefixtune.utils.notebook import NotebookBar, in_notebook
+
+__all__ = ["Console", "Progress", "format_figure", "format_seconds", "show_batches"]
 
 
 Figure = float | int | str
@@ -55,6 +57,7 @@ class Console:
         self.quiet = quiet
         self._clock = clock
         self._out = _rich_console(sys.stderr if stream is None else stream)
+        self._in_notebook = stream is None and in_notebook()
 
     @property
     def live(self) -> bool:
@@ -62,16 +65,23 @@ class Console:
         return self._out.is_terminal and not self._out.is_dumb_terminal
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: int | None, *, start: int = 0) -> Iterator[Progress]:
+    def progress(self, title: str, total: int | None, *, start: int = 0, at_once: bool = True) -> Iterator[Progress]:
         """Show the progress of the block.
 
         Args:
             title: Names the work in a word or two.
             total: Steps of the whole work; None when unknown.
             start: Steps done before, when work is resumed.
+            at_once: In a notebook: show the bar from the start, not only for longer work.
         """
         if self.quiet:
             yield _Silent()
+        elif self._in_notebook:
+            bar_in_page = _InNotebook(self._clock, title, total, start, at_once)
+            try:
+                yield bar_in_page
+            finally:
+                bar_in_page.close()
         elif self.live:
             with _bar(self._out) as bar:
                 yield _Live(bar, bar.add_task(title, total=total, completed=start, figures=""))
@@ -130,6 +140,33 @@ class Console:
         _print_line(self._out, Text(text))
 
 
+@contextlib.contextmanager
+def show_batches(
+    title: str, total: int, on_batch: Callable[[int], None] | None, progress: bool | None
+) -> Iterator[Callable[[int], None] | None]:
+    """Yield what a function calls after each batch: its caller's own, or one that shows the progress on stderr.
+
+    Args:
+        title: Names the work.
+        total: Of the whole work.
+        on_batch: The caller's; None: there is none.
+        progress: Whether to show it; None: in a notebook only, and only where there is no `on_batch`.
+    """
+    if progress is None:
+        progress = on_batch is None and in_notebook()
+    if not progress:
+        yield on_batch
+        return
+    with Console().progress(title, total, at_once=False) as bar:
+
+        def both(done: int) -> None:
+            bar.update(done)
+            if on_batch is not None:
+                on_batch(done)
+
+        yield both
+
+
 def format_figure(value: Figure) -> str:
     """Format a number for people: four significant digits, thousands separated.
 
@@ -156,8 +193,9 @@ def format_seconds(seconds: float) -> str:
 
 def _rich_console(stream: TextIO) -> rich_console.Console:
     terminal = stream.isatty()
-    # A log has no width: tables may be as wide as they need.
-    return rich_console.Console(file=stream, force_terminal=terminal, width=None if terminal else 1000)
+    # A log has no width: tables may be as wide as they need. In a notebook, rich would write to the page, not here.
+    width = None if terminal else 1000
+    return rich_console.Console(file=stream, force_terminal=terminal, force_jupyter=False, width=width)
 
 
 def _print_line(out: rich_console.Console, text: Text) -> None:
@@ -199,6 +237,21 @@ class _Live:
         self._bar.update(self._task, completed=step, figures="  ".join(_list_figures(self._figures)))
 
 
+class _InNotebook:
+    """A bar in a notebook's page, with the text of a plain line beside it."""
+
+    def __init__(self, clock: Callable[[], float], title: str, total: int | None, start: int, at_once: bool) -> None:
+        self._lines = _Lines(lambda _: None, clock, title, total, start)
+        self._bar = NotebookBar(total, self._lines.text, clock=clock, at_once=at_once)
+
+    def update(self, step: int, **figures: Figure) -> None:
+        self._lines.note(step, figures)
+        self._bar.update(step)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
 class _Lines:
     """Plain lines, for logs and pipes."""
 
@@ -215,9 +268,13 @@ class _Lines:
         self._last_step: int | None = None
         self._figures: dict[str, Figure] = {}
 
-    def update(self, step: int, **figures: Figure) -> None:
+    def note(self, step: int, figures: Mapping[str, Figure]) -> None:
+        """Keep the progress, without showing it."""
         self._step = step
         self._figures.update(figures)
+
+    def update(self, step: int, **figures: Figure) -> None:
+        self.note(step, figures)
         waited = self._clock() - self._last_time
         if waited >= SHORTEST and (self._last_step is None or waited >= LONGEST or self._tenth_done(self._last_step)):
             self._line()
@@ -230,9 +287,9 @@ class _Lines:
     def _tenth_done(self, since: int) -> bool:
         return self._total is not None and self._step - since >= TENTH * self._total
 
-    def _line(self) -> None:
-        now = self._clock()
-        done, elapsed = self._step - self._start, now - self._begin
+    def text(self) -> str:
+        """What a line says now."""
+        done, elapsed = self._step - self._start, self._clock() - self._begin
         parts = [f"{self._title}: {self._step:,}"]
         if self._total:
             parts[0] += f"/{self._total:,} ({100 * self._step / self._total:.0f} %)"
@@ -241,5 +298,8 @@ class _Lines:
             parts.append(f"{format_seconds(elapsed / done * (self._total - self._step))} left")
         else:
             parts.append(f"{format_seconds(elapsed)} taken")
-        self._write(", ".join(parts))
-        self._last_time, self._last_step = now, self._step
+        return ", ".join(parts)
+
+    def _line(self) -> None:
+        self._write(self.text())
+        self._last_time, self._last_step = self._clock(), self._step
