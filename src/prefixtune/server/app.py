@@ -19,10 +19,10 @@ from prefixtune.server.middleware import Middleware
 from prefixtune.server.responses import ApiError, json_text
 from prefixtune.server.state import ServerState
 
-__all__ = ["ROUTES", "make_app"]
+__all__ = ["DESCRIPTION", "ROUTES", "make_app"]
 
 
-_DESCRIPTION = (
+DESCRIPTION = (
     "One frozen language model and many prefixes. /v1/models, /v1/completions and /v1/chat/completions are OpenAI's; "
     "/v1/tasks takes the fields of a prefix's own task. A name such as manual+style means prefixes that are joined. "
     "Every GET is also a HEAD."
@@ -40,7 +40,7 @@ def make_app(state: ServerState) -> FastAPI:
     app = FastAPI(
         title="prefixtune",
         version=__version__,
-        description=_DESCRIPTION,
+        description=DESCRIPTION,
         routes=[*ROUTES, *(playground.router.routes if config.playground else ())],
         exception_handlers={
             **dict.fromkeys((ApiError, PrefixError, RateLimited, QueueFull), respond_to_error),

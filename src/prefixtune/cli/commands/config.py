@@ -13,9 +13,9 @@ from pydantic import Field
 from prefixtune.cli.options import CommandOptions, command, positional
 from prefixtune.utils.config import Config
 
-__all__ = ["config"]
+__all__ = ["CONFIGURATIONS", "config", "configuration"]
 
-_CONFIGURATIONS = {
+CONFIGURATIONS = {
     "train": ("training.config", "TrainConfig"),
     "distill": ("distillation.config", "DistillConfig"),
     "generate": ("inference.config", "GenerateConfig"),
@@ -39,7 +39,7 @@ class ConfigCommandOptions(CommandOptions):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """A schema has a name."""
         if self.action and not self.name:
-            yield ("name",), f"NAME is missing, which must be one of {', '.join(_CONFIGURATIONS)}"
+            yield ("name",), f"NAME is missing, which must be one of {', '.join(CONFIGURATIONS)}"
 
 
 @command
@@ -57,7 +57,7 @@ def config(options: ConfigCommandOptions) -> int:
 
         build_app("config")(["config", "--help"], result_action="return_value")
         return 0
-    schema = json.dumps(_configuration(options.name).json_schema(), indent=2, ensure_ascii=False)
+    schema = json.dumps(configuration(options.name).json_schema(), indent=2, ensure_ascii=False)
     if options.output:
         from prefixtune.utils.files import write_text
         from prefixtune.utils.writable import check_writable
@@ -70,7 +70,8 @@ def config(options: ConfigCommandOptions) -> int:
     return 0
 
 
-def _configuration(name: str) -> type[Config]:
-    module, kind = _CONFIGURATIONS[name]
+def configuration(name: str) -> type[Config]:
+    """The class of a configuration, by its name in `CONFIGURATIONS`."""
+    module, kind = CONFIGURATIONS[name]
     configuration: type[Config] = getattr(importlib.import_module(f"prefixtune.{module}"), kind)
     return configuration

@@ -1,0 +1,101 @@
+"""`make site`'s command builds the pages without a warning; a broken link is one; the first page works in a browser."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from browser import CHROMIUM, NO_CHROMIUM, Browser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(docs: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    options = ["-W", "-n", "--keep-going", "-q", "-b", "html"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "sphinx", *options, str(docs), str(site)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("site")
+    done = build(ROOT / "docs", site)
+    assert done.returncode == 0, done.stderr
+    return site
+
+
+def test_every_page_is_reachable_and_nothing_comes_from_elsewhere(site: Path) -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert (site / page.relative_to(ROOT / "docs")).with_suffix(".html").exists(), page
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert not [tag for tag in ("<script", "<link", "<img", "<iframe") if f'{tag} src="http' in text], page
+        assert '<link rel="stylesheet" type="text/css" href="http' not in text, page
+
+
+def test_links_lead_to_pages_and_to_files_of_the_repository(site: Path) -> None:
+    text = (site / "how_it_works.html").read_text(encoding="utf-8")
+    assert 'href="contributing.html"' in text
+    assert "<math" in text
+    deploy = (site / "deploy.html").read_text(encoding="utf-8")
+    assert 'href="repository/tests/integrations/test_vllm.py.html"' in deploy
+    assert "test_vllm" in (site / "repository" / "tests" / "integrations" / "test_vllm.py.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("[a](nowhere.md)", "nowhere.md"),
+        ("[a](other.md#nope)", "nope"),
+        ("[a](#nope)", "nope"),
+        ("[a](../src/nofile.py)", "nofile.py"),
+        (r"$$\nosuchcommand{x}$$", "MathML"),
+    ],
+)
+def test_a_broken_link_or_equation_is_an_error(tmp_path: Path, line: str, fault: str) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    conf = (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
+    (docs / "conf.py").write_text(conf.replace("Path(__file__).resolve().parents[1]", f"Path({str(ROOT)!r})"))
+    (docs / "other.md").write_text("# Other\n")
+    (docs / "index.md").write_text(f"# Pages\n\n{line}\n\n```{{toctree}}\nother\n```\n")
+    done = build(docs, tmp_path / "site")
+    assert done.returncode != 0
+    assert fault in done.stderr
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_first_page_in_a_browser(site: Path, browser: Browser, scheme: str) -> None:
+    browser.open(site / "index.html", scheme=scheme)
+    assert browser.value("document.querySelector('h1').innerText").startswith("prefixtune")
+    links = browser.value("[...document.querySelectorAll('.sidebar-tree a')].map(link => link.getAttribute('href'))")
+    assert {"cli.html", "api/index.html", "how_it_works.html", "tutorials/index.html"} <= set(links)
+    assert not browser.complaints()
+    assert all(request.startswith(("file:", "data:")) for request in browser.requests())
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+def test_equations_are_drawn_and_a_phone_shows_no_wider_page(site: Path, browser: Browser) -> None:
+    browser.open(site / "how_it_works.html", width=400)
+    assert browser.value("document.querySelector('math mfrac').getBoundingClientRect().height") > 20
+    assert browser.value("document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
+def test_the_search_finds_a_word_without_a_server(site: Path, browser: Browser) -> None:
+    browser.open(f"{(site / 'search.html').as_uri()}?q=reparameterization")
+    browser.until("document.querySelectorAll('#search-results li').length > 0")
