@@ -1,0 +1,146 @@
+"""Log-likelihoods for lm-eval, with shared contexts and mixed prefixes, against one forward pass for each request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
+from prefixtune.prefix.prefix import Prefix
+
+
+def alone(backbone: Any, one: Continuation) -> tuple[float, bool]:
+    """The log-likelihood from a row of its own, and whether each of its tokens is the likeliest."""
+    ids = [*one.context, *one.tokens]
+    with torch.no_grad():
+        if backbone.kind == "decoder":
+            logits = backbone.forward(torch.tensor([ids[:-1]]), prefixes=one.prefix).logits[0, -len(one.tokens) :]
+        else:
+            decoder_ids = torch.tensor([[backbone.decoder_start_id, *one.tokens[:-1]]])
+            logits = backbone.forward(
+                torch.tensor([one.context]), prefixes=one.prefix, decoder_input_ids=decoder_ids
+            ).logits[0]
+    labels = torch.tensor(one.tokens)
+    logprobs = logits.double().log_softmax(-1)[torch.arange(len(labels)), labels]
+    return float(logprobs.sum()), bool((logits.argmax(-1) == labels).all())
+
+
+def make_requests(
+    random_ids: Callable[..., list[int]], prefixes: list[Prefix | None], *, count: int = 40, seed: int = 0
+) -> list[Continuation]:
+    """Contexts that come several times, continuations of one token and of many, equal ones, all prefixes in turn."""
+    rng = random.Random(seed)
+    contexts = [tuple(random_ids(rng.choice([1, 2, 5, 30]), seed=n)) for n in range(8)]
+    endings = [tuple(random_ids(rng.choice([1, 1, 2, 9, 40]), seed=100 + n)) for n in range(12)]
+    return [Continuation(rng.choice(contexts), rng.choice(endings), rng.choice(prefixes)) for _ in range(count)]
+
+
+def greedy(backbone: Any, one: Continuation, tokens: int) -> Continuation:
+    """The same context with the continuation that greedy decoding writes."""
+    written: list[int] = []
+    for _ in range(tokens):
+        ids = torch.tensor([[*one.context, *written]])
+        with torch.no_grad():
+            written.append(int(backbone.forward(ids, prefixes=one.prefix).logits[0, -1].argmax()))
+    return Continuation(one.context, tuple(written), one.prefix)
+
+
+def check(backbone: Any, requests: list[Continuation], batch_size: int) -> None:
+    results = score_continuations(backbone, requests, batch_size=batch_size)
+    expected = [alone(backbone, one) for one in requests]
+    assert [sure for _, sure in results] == [sure for _, sure in expected]
+    torch.testing.assert_close([total for total, _ in results], [total for total, _ in expected], rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_log_likelihoods_are_those_of_one_row_each(
+    backbone: Any, random_prefix: Any, random_ids: Any, batch_size: int
+) -> None:
+    prefixes = [None, random_prefix(backbone, 3, seed=1), random_prefix(backbone, 6, seed=2)]
+    requests = make_requests(random_ids, prefixes)
+    requests += [greedy(backbone, one, 3) for one in requests[:4]]
+    check(backbone, requests, batch_size)
+
+
+def test_encoder_decoders_score_too(encoder_decoder: Any, random_prefix: Any, random_ids: Any) -> None:
+    prefixes = [None, random_prefix(encoder_decoder, 3, seed=1)]
+    check(encoder_decoder, make_requests(random_ids, prefixes, count=16), batch_size=5)
+
+
+@pytest.mark.parametrize("name", ["jamba", "bamba"])
+def test_models_that_cannot_be_packed_get_padded_rows(
+    tiny_tokenizer: Any, random_prefix: Any, random_ids: Any, name: str
+) -> None:
+    from prefixtune.backbone.backbone import Backbone
+    from zoo import exists, make_model
+
+    if not exists(name):
+        pytest.skip(f"this transformers has no {name}")
+    backbone = Backbone.from_model(make_model(name, tiny_tokenizer, 0), tiny_tokenizer, name)
+    assert not backbone.layout.packable
+    prefixes = [None, random_prefix(backbone, 3, seed=1)]
+    check(backbone, make_requests(random_ids, prefixes, count=12), batch_size=4)
+
+
+def test_an_infix_shares_no_batch_with_others(tiny_backbone: Any, random_prefix: Any, random_ids: Any) -> None:
+    backbone = tiny_backbone("llama")
+    plain = random_prefix(backbone, 3, seed=1)
+    infix = Prefix(random_prefix(backbone, 4, seed=2).layers, {"placement": "infix"})
+    requests = make_requests(random_ids, [plain, infix, None])
+    results = score_continuations(backbone, requests, batch_size=8)
+    mixed = [index for index, one in enumerate(requests) if one.prefix is not infix]
+    expected = [alone(backbone, requests[index]) for index in mixed]
+    torch.testing.assert_close(
+        [results[index][0] for index in mixed], [total for total, _ in expected], rtol=2e-5, atol=2e-4
+    )
+    # An infix by itself is checked against transformers' own attention in test_prompt_and_infix; here, that mixing and
+    # sharing change nothing.
+    others = [index for index, one in enumerate(requests) if one.prefix is infix]
+    single = [score_continuations(backbone, [requests[index]], batch_size=1)[0] for index in others]
+    torch.testing.assert_close(
+        [results[index][0] for index in others], [total for total, _ in single], rtol=2e-5, atol=2e-4
+    )
+
+
+def test_each_batch_is_reported_once_and_equal_requests_are_computed_once(
+    tiny_backbone: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone("llama")
+    context, ending = tuple(random_ids(5)), tuple(random_ids(3, seed=1))
+    requests = [Continuation(context, ending, None), Continuation(context, ending[:1], None)] * 3
+    seen: list[dict[int, tuple[float, bool]]] = []
+    rows: list[int] = []
+    forward = type(backbone).forward
+
+    def counting(self: Any, input_ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        rows.append(input_ids.numel())
+        return forward(self, input_ids, *rest, **options)
+
+    monkeypatch.setattr(type(backbone), "forward", counting)
+    results = score_continuations(backbone, requests, batch_size=2, on_batch=seen.append)
+    assert sorted(index for batch in seen for index in batch) == list(range(6))
+    assert {index: result for batch in seen for index, result in batch.items()} == dict(enumerate(results))
+    # The context but its last token once, then that token before each continuation but its last token.
+    assert rows == [4 + 3 + 1]
+
+
+def test_many_continuations_of_a_short_context_are_not_one_wide_row(
+    tiny_backbone: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention within a group costs the square of its positions: windows of a long text must not form one group."""
+    backbone = tiny_backbone("llama", max_position_embeddings=1000)
+    requests = [Continuation((1,), tuple(random_ids(300, seed=n)), None) for n in range(4)]
+    groups: list[int] = []
+    forward = type(backbone).forward
+
+    def watching(self: Any, *rest: Any, **options: Any) -> Any:
+        groups.extend(group.stop - group.start for group in options["packing"].groups)
+        return forward(self, *rest, **options)
+
+    monkeypatch.setattr(type(backbone), "forward", watching)
+    score_continuations(backbone, requests, batch_size=4)
+    assert groups == [300] * 4
