@@ -47,7 +47,7 @@ def make_tasks(folder: Path, *, seed: int = 0, count: int = 12) -> Path:
         for _ in range(count)
     ]
     texts = [{"source": words(rng, 1, 10), "target": words(rng, 2, 5)} for _ in range(count)]
-    rolling = [{"text": words(rng, 1, 30)} for _ in range(count)]
+    rolling = [{"text": words(rng, 1, 90)} for _ in range(count)]
     _write_task(
         folder,
         "made_choices",

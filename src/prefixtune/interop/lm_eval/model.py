@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -28,10 +28,8 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.utils.console import Console
 
-__all__ = ["PrefixLM", "PromptFormat"]
+__all__ = ["PrefixLM"]
 
-PromptFormat = Literal["raw", "prefix"]
-"""How a prefix gets a context: as raw text, or as the source of its own text format."""
 _DEFAULT_POSITIONS = 2048
 """lm-eval's own default for models that do not say how many they have."""
 
@@ -71,7 +69,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         prefix: PrefixLike | None = None,
         *,
         task_prefixes: Mapping[str, PrefixLike | None] | None = None,
-        prompt_format: PromptFormat = "raw",
+        prompt_format: str = "raw",
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         max_length: int | None = None,
