@@ -33,7 +33,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
 from prefixtune.data import TASKS, read_all_entries, read_task
 from prefixtune.data.labels import labels_of
-from prefixtune.data.tasks.records import check_template, render
+from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError
 from prefixtune.evaluation.decode import read_decoded
 from prefixtune.interop.hub import read_evaluation

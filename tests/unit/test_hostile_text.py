@@ -11,7 +11,7 @@ import pytest
 
 from prefixtune.data.files import join_lines, read_file
 from prefixtune.data.tasks.e2e import parse_mr
-from prefixtune.data.tasks.records import check_template, render
+from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.pages.document import Document

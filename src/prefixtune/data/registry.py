@@ -10,6 +10,7 @@ from typing import Any
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.files import FORMATS
 from prefixtune.data.folders import Release, locate
+from prefixtune.data.forms import FORMS, Form, file_form, read_form
 from prefixtune.data.tasks.classification import read_classification
 from prefixtune.data.tasks.dart import DART_FORMATS, dart_entries, read_dart
 from prefixtune.data.tasks.e2e import E2E_FORMATS, read_e2e
@@ -22,7 +23,7 @@ from prefixtune.data.toy.table_to_text import make_toy
 from prefixtune.data.toy.tagging import make_toy_tags
 from prefixtune.errors import ConfigError, did_you_mean
 
-__all__ = ["TASKS", "Task", "read_all_entries", "read_task"]
+__all__ = ["TASKS", "Task", "read_all_entries", "read_task", "resolve_task"]
 
 
 _PARTS = ("train", "held_out")
@@ -69,7 +70,15 @@ class Task:
 
 
 def read_task(
-    task: str, path: Path | str, *, source: str | None = None, target: str | None = None, split: str | None = None
+    task: str,
+    path: Path | str,
+    *,
+    source: str | None = None,
+    target: str | None = None,
+    split: str | None = None,
+    form: str = "",
+    prefer: str = "",
+    needs_targets: bool = False,
 ) -> list[Example]:
     """Read the examples of a task.
 
@@ -77,27 +86,85 @@ def read_task(
     (320, 40)
 
     Args:
-        task: A name of `TASKS`.
-        path: A file; a folder of files, or one that the `datasets` library saved; or `hub:NAME`. For the sets made here
-            (`toy`, `toy_labels`, `toy_tags`): `train` or `held_out`.
-        source: Template of the source, for `records` (which needs it), `classification`, `summarization` and `xsum`;
-            for `tagging` the name of a column.
+        task: A name of `TASKS`; `records` without `source`: the data's form is recognized (see `forms`).
+        path: A file; `-` for standard input; a folder of files, or one that the `datasets` library saved; or
+            `hub:NAME`. For the sets made here (`toy`, `toy_labels`, `toy_tags`): `train` or `held_out`.
+        source: Template of the source, for `records`, `classification`, `summarization` and `xsum`; for `tagging` the
+            name of a column.
         target: Template of the target, likewise.
         split: `train`, `dev` or `test`: which part of a folder or set to read; ignored for a file and for a set made
             here.
+        form: For `records` without `source`: the form that the data must have; empty: any that fits.
+        prefer: Likewise: the form that is taken where several fit.
+        needs_targets: Likewise: an example without a target is refused.
 
     Raises:
-        ConfigError: The task or the split is unknown; a template is missing, malformed, or given to a task that takes
-            none; or the `datasets` library is needed and not installed.
+        ConfigError: The task, the form or the split is unknown; a template is missing, malformed, or given to a task
+            that takes none; several forms fit; or the `datasets` library is needed and not installed.
         DataError: The file or one of its rows is wrong; or the folder has no such split, or several and none was
             named.
     """
-    if task not in TASKS:
-        raise ConfigError(f"there is no task {task!r}.", hint=did_you_mean(task, TASKS))
-    chosen = TASKS[task]
+    chosen = _task(task)
+    _check_form(task, source, form)
     # A part of a set made here is not a path, even if a folder has its name.
     file = Path(path) if chosen.parts else locate(Path(path), split, chosen.formats, chosen.release)
-    return chosen.read(file, source, target)
+    if not _has_form(task, source, target):
+        return chosen.read(file, source, target)
+    found, _ = file_form(file, form=form, prefer=prefer, needs_targets=needs_targets)
+    return read_form(file, found, needs_targets=needs_targets)
+
+
+def resolve_task(
+    task: str,
+    path: Path | str,
+    *,
+    source: str | None = None,
+    target: str | None = None,
+    split: str | None = None,
+    form: str = "",
+    prefer: str = "",
+    needs_targets: bool = True,
+) -> tuple[str, Form | None, tuple[str, ...]]:
+    """The task that a file's form belongs to, the form, and the columns of the first row; the arguments of `read_task`.
+
+    For a task that has no form, that is the task itself, None, and nothing.
+
+    Raises:
+        ConfigError: As for `read_task`.
+        DataError: Likewise; only the first row is read.
+    """
+    chosen = _task(task)
+    _check_form(task, source, form)
+    if not _has_form(task, source, target):
+        return task, None, ()
+    file = locate(Path(path), split, chosen.formats, chosen.release)
+    found, row = file_form(file, form=form, prefer=prefer, needs_targets=needs_targets)
+    return found.task, found, tuple(map(str, row))
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise ConfigError(f"there is no task {name!r}.", hint=did_you_mean(name, TASKS))
+    return TASKS[name]
+
+
+def _has_form(task: str, source: str | None, target: str | None) -> bool:
+    """Whether the form of the data is recognized by their columns."""
+    return task == "records" and source is None and target is None
+
+
+def _check_form(task: str, source: str | None, form: str) -> None:
+    """Refuse a form where there is none to choose, and one that is unknown."""
+    if not form:
+        return
+    if form not in FORMS:
+        raise ConfigError(f"there is no form {form!r}.", hint=did_you_mean(form, FORMS))
+    if task not in ("records", FORMS[form].task):
+        raise ConfigError(f"form is {form!r}, but the task {task!r} has its own.", hint="leave one of the two out.")
+    if source is not None:
+        raise ConfigError(
+            f"form is {form!r}, but source names the columns: {source!r}.", hint="leave one of the two out."
+        )
 
 
 def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
@@ -138,8 +205,8 @@ def _own_format(
 def _read_records(path: Path, source: str | None, target: str | None) -> list[Example]:
     if source is None:
         raise ConfigError(
-            "task 'records' needs a source template; got none.",
-            hint="give a column's name, or text with {column} in it.",
+            f"target is {target!r}, but there is no source.",
+            hint="give source, a column's name or text with {column} in it; or neither, and the form is recognized.",
         )
     return read_records(path, source, target)
 
@@ -262,7 +329,8 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "records",
-            "your own records: JSON lines, JSON, CSV, TSV or Parquet, with templates",
+            "your own data: JSON lines, JSON, CSV, TSV or Parquet, whose columns say what they are (chats, prompts, "
+            "instructions, texts, ...) or are named by templates",
             _read_records,
             _TEXT,
             takes_columns=True,

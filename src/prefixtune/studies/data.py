@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
@@ -79,7 +80,7 @@ class StudyData:
                 f"the study has no {split} data.", hint=f"set data (a folder) or {split}, in the file or as an option."
             )
         # Templates for the user's own columns, as in `prefixtune train`.
-        columns = {name: self.config.train_settings.get(name) for name in ("source", "target")}
+        columns: dict[str, Any] = {name: self.config.train_settings.get(name) for name in ("source", "target")}
         examples = [e for e in read_task(self.config.task, path, split=split, **columns) if e.targets]
         if not examples:
             raise DataError(f"{path} has no example with a target.", hint="give data with references.")

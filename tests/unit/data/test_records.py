@@ -10,7 +10,8 @@ import pytest
 
 from data_files import write
 from prefixtune.data import read_task
-from prefixtune.data.tasks.records import read_records, render
+from prefixtune.data.tasks.records import read_records
+from prefixtune.data.templates import render
 from prefixtune.errors import ConfigError, DataError
 
 ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "food": "French", "text": "Go, eat."}]
@@ -121,7 +122,9 @@ def test_a_list_is_no_part_of_a_template(tmp_path: Path):
         read_records(path, "q", "so {a}")
 
 
-def test_the_task_needs_a_source(tmp_path: Path):
-    path = write(tmp_path / "a.csv", "q\nx\n")
-    with pytest.raises(ConfigError, match="needs a source template"):
+def test_a_target_alone_is_refused_and_nothing_at_all_is_recognized(tmp_path: Path):
+    path = write(tmp_path / "a.csv", "q,a\nx,y\n")
+    with pytest.raises(ConfigError, match="target is 'a', but there is no source"):
+        read_task("records", path, target="a")
+    with pytest.raises(DataError, match=r"a\.csv, line 2 has the columns q, a; forms that are recognized: messages;"):
         read_task("records", path)

@@ -119,7 +119,7 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
     from prefixtune.data import TASKS, read_task
     from prefixtune.evaluation.metrics import METRICS
 
-    columns = {"source": options.source, "target": options.target, "split": options.split or None}
+    columns: dict[str, Any] = {"source": options.source, "target": options.target, "split": options.split or None}
     examples: list[Example] = []
     outputs: dict[str, list[str]] = {}
 

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, read_file
-from prefixtune.data.tasks.records import check_template, render
+from prefixtune.data.files import Record, iter_file
+from prefixtune.data.templates import check_template, render
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = ["check_labels", "label_names", "read_classification"]
+__all__ = ["check_labels", "label_names", "labelled_example", "read_classification"]
 
 
 def read_classification(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
@@ -40,12 +40,19 @@ def read_classification(path: Path, source: str | None = None, target: str | Non
     target = "label" if target is None else target
     columns = [*check_template(source), *check_template(target)]
     examples = []
-    for record in read_file(path):
+    for record in iter_file(path):
         _check_columns(record, columns)
-        examples.append(
-            Example(render(source, record.values, record.location), (_label(target, record),), record.values)
-        )
+        examples.append(labelled_example(record, source, target))
     return examples
+
+
+def labelled_example(record: Record, source: str, target: str) -> Example:
+    """The example of a row: a text and its label, by their templates.
+
+    Raises:
+        DataError: A column is missing or has no text, or the label is none.
+    """
+    return Example(render(source, record.values, record.location), (_label(target, record),), record.values)
 
 
 def label_names(examples: Iterable[Example]) -> tuple[str, ...]:

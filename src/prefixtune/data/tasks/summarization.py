@@ -15,14 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, join_lines, one_line, read_file
-from prefixtune.data.tasks.records import check_template, render, targets_of
+from prefixtune.data.files import Record, iter_file, join_lines, one_line
+from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.errors import DataError
 
-__all__ = ["SCITLDR_FORMATS", "read_scitldr", "read_summaries", "read_xsum"]
+__all__ = [
+    "DOCUMENT_COLUMNS",
+    "SCITLDR_FORMATS",
+    "SUMMARY_COLUMNS",
+    "read_scitldr",
+    "read_summaries",
+    "read_xsum",
+    "summary_example",
+]
 
 
 SCITLDR_FORMATS = (".jsonl", ".json")
+DOCUMENT_COLUMNS, SUMMARY_COLUMNS = ("document", "article"), ("summary", "highlights")
+"""Where no column is named: the first of these that is there."""
 
 
 def read_summaries(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
@@ -41,7 +51,7 @@ def read_summaries(path: Path, source: str | None = None, target: str | None = N
         ConfigError: A template is malformed, or the `datasets` library is needed and not installed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
-    return _read(path, source, target, ("document", "article"), ("summary", "highlights"))
+    return _read(path, source, target, DOCUMENT_COLUMNS, SUMMARY_COLUMNS)
 
 
 def read_xsum(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
@@ -60,7 +70,7 @@ def read_scitldr(path: Path) -> list[Example]:
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
     examples = []
-    for record in read_file(path, SCITLDR_FORMATS):
+    for record in iter_file(path, SCITLDR_FORMATS):
         document, column = _column(record, ("document", "source"), "document")
         if isinstance(document, list):
             document = " ".join(one_line(sentence, column, record.location) for sentence in document)
@@ -81,15 +91,32 @@ def _read(
     for template in (source, target):
         if template is not None:
             check_template(template)
-    examples = []
-    for record in read_file(path):
-        from_columns = _column(record, documents, "document", "source")[1] if source is None else source
-        to_columns = _column(record, summaries, "summary", "target")[1] if target is None else target
-        targets = tuple(join_lines(text) for text in targets_of(to_columns, record))
-        examples.append(
-            Example(join_lines(render(from_columns, record.values, record.location)), targets, record.values)
-        )
-    return examples
+    return [summary_example(record, source, target, documents, summaries) for record in iter_file(path)]
+
+
+def summary_example(
+    record: Record,
+    source: str | None = None,
+    target: str | None = None,
+    documents: Sequence[str] = DOCUMENT_COLUMNS,
+    summaries: Sequence[str] = SUMMARY_COLUMNS,
+) -> Example:
+    """The example of a row: a document and its summaries, each in one line.
+
+    Args:
+        record: The row.
+        source: Template of the document; None: the first of `documents` that is there.
+        target: Template of the summary; None: the first of `summaries` that is there.
+        documents: Columns.
+        summaries: Columns.
+
+    Raises:
+        DataError: A column is missing or has no text.
+    """
+    from_columns = _column(record, documents, "document", "source")[1] if source is None else source
+    to_columns = _column(record, summaries, "summary", "target")[1] if target is None else target
+    targets = tuple(join_lines(text) for text in targets_of(to_columns, record))
+    return Example(join_lines(render(from_columns, record.values, record.location)), targets, record.values)
 
 
 def _column(record: Record, names: Sequence[str], what: str, option: str = "") -> tuple[Any, str]:

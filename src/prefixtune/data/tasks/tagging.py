@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import Record, check_file, file_format, read_file
+from prefixtune.data.files import Record, check_file, file_format, iter_file
 from prefixtune.data.hub import is_dataset
 from prefixtune.data.streams import read_text
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
 
-__all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged"]
+__all__ = ["TAGGING_FORMATS", "check_tags", "read_tagging", "tag_names", "tagged", "tagged_example"]
 
 
 _JSON = (".jsonl", ".json")
@@ -60,7 +60,7 @@ def read_tagging(path: Path, source: str | None = None, target: str | None = Non
                     f"tagging: {name!r} is not the name of a column; a column that holds a list is needed.",
                     hint="name one column, without braces.",
                 )
-        return [_from_row(record, *names) for record in read_file(path, _JSON)]
+        return [tagged_example(record, *names) for record in iter_file(path, _JSON)]
     for option, value in (("source", source), ("target", target)):
         if value is not None:
             raise ConfigError(
@@ -129,7 +129,12 @@ def _tags(example: Example, number: int) -> tuple[str, ...]:
     return tags
 
 
-def _from_row(record: Record, source: str, target: str) -> Example:
+def tagged_example(record: Record, source: str, target: str) -> Example:
+    """The example of a row: a column of tokens, and one of their tags.
+
+    Raises:
+        DataError: A column is missing or holds no such list, or there are not as many tags as tokens.
+    """
     tokens, tags = (_strings(record, column) for column in (source, target))
     if len(tokens) != len(tags):
         raise DataError(

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from prefixtune.data import TASKS
 from prefixtune.data.files import join_lines, one_line
 from prefixtune.data.tasks import dart, e2e, webnlg
-from prefixtune.data.tasks.records import check_template, render
 from prefixtune.data.tasks.triples import check_triples
+from prefixtune.data.templates import check_template, render
 from prefixtune.data.toy import table_to_text as toy
 from prefixtune.errors import ConfigError, DataError
 

@@ -1,0 +1,324 @@
+"""Forms of data, recognized by their columns: one test for each, and what is refused with file and row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from data_files import write
+from prefixtune.data import as_examples, read_task
+from prefixtune.data.examples import Example, Message
+from prefixtune.data.files import iter_file
+from prefixtune.data.forms import FORMS, FormName, describe_data, detect_form, file_form, iter_form
+from prefixtune.data.registry import TASKS, resolve_task
+from prefixtune.errors import ConfigError, DataError, PrefixError
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello. "}
+HI = (Message("user", "Hi"),)
+TURNS = [USER, ASSISTANT, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "So long."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello. "}
+
+Row = dict[str, Any]
+
+
+def jsonl(path: Path, *rows: Row) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+CASES: list[tuple[str, Row, str, tuple[str, ...], tuple[Message, ...]]] = [
+    ("messages", {"messages": [USER, ASSISTANT]}, "Hi", ("Hello. ",), HI),
+    (
+        "messages",
+        {"id": 1, "messages": [{**SYSTEM, "role": "developer"}, *TURNS], "tools": []},
+        "Bye",
+        ("So long.",),
+        (Message("system", "Be brief."), *HI, Message("assistant", "Hello. "), Message("user", "Bye")),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                ASSISTANT,
+            ]
+        },
+        "Hi",
+        ("Hello. ",),
+        HI,
+    ),
+    # As Parquet and `datasets` give it, and as a cell of a table holds it.
+    (
+        "messages",
+        {"messages": [{**USER, "tool_calls": None, "name": None}, {**ASSISTANT, "tool_calls": None}]},
+        "Hi",
+        ("Hello. ",),
+        HI,
+    ),
+    ("messages", {"messages": json.dumps([USER, ASSISTANT])}, "Hi", ("Hello. ",), HI),
+    ("conversations", {"conversations": [HUMAN, GPT]}, "Hi", ("Hello. ",), HI),
+    (
+        "conversations",
+        {"conversations": [{"from": "system", "value": "Be brief."}, HUMAN, GPT], "id": "x"},
+        "Hi",
+        ("Hello. ",),
+        (Message("system", "Be brief."), *HI),
+    ),
+    ("prompt", {"prompt": " Hi", "completion": " Hello. "}, "Hi", ("Hello.",), HI),
+    ("prompt", {"prompt": "Hi", "completion": ["A", "B"]}, "Hi", ("A", "B"), HI),
+    ("prompt", {"prompt": [USER], "completion": [ASSISTANT]}, "Hi", ("Hello. ",), HI),
+    ("prompt", {"prompt": "Hi", "response": [ASSISTANT]}, "Hi", ("Hello. ",), HI),
+    (
+        "prompt",
+        {"prompt": "Hi", "completion": "Hello.", "system": "Be brief."},
+        "Hi",
+        ("Hello.",),
+        (Message("system", "Be brief."), *HI),
+    ),
+    (
+        "instruction",
+        {"instruction": "Add", "input": "1, 2", "output": "3"},
+        "Add\n\n1, 2",
+        ("3",),
+        (Message("user", "Add\n\n1, 2"),),
+    ),
+    ("instruction", {"instruction": "Hi", "input": "", "output": "Hello.", "text": "Below is"}, "Hi", ("Hello.",), HI),
+    ("instruction", {"instruction": "Hi", "input": None, "output": "Hello."}, "Hi", ("Hello.",), HI),
+    ("instruction", {"instruction": "Hi", "output": "Hello."}, "Hi", ("Hello.",), HI),
+    ("instruction", {"instruction": "Hi", "context": "", "response": "Hello.", "category": "x"}, "Hi", ("Hello.",), HI),
+    ("question", {"question": "Why?", "answer": "So.", "id": 3}, "Why?", ("So.",), ()),
+    ("question", {"question": "Why?", "answers": ["So.", "Because."]}, "Why?", ("So.", "Because."), ()),
+    ("source", {"source": "1+1", "target": "2"}, "1+1", ("2",), ()),
+    ("source", {"source": "1+1", "targets": ["2", "two"]}, "1+1", ("2", "two"), ()),
+    ("document", {"document": "It\nrained.", "summary": "Rain."}, "It rained.", ("Rain.",), ()),
+    ("document", {"article": "It rained.", "highlights": ["Rain.", "Wet."]}, "It rained.", ("Rain.", "Wet."), ()),
+    ("label", {"text": "Fine.", "label": 1}, "Fine.", ("1",), ()),
+    ("tags", {"tokens": ["Grey", "Wolf"], "tags": ["B-X", "I-X"]}, "Grey Wolf", ("B-X I-X",), ()),
+    ("text", {"text": "  def f():\n", "url": "x"}, "", ("  def f():\n",), ()),
+]
+
+
+@pytest.mark.parametrize(("form", "row", "source", "targets", "messages"), CASES)
+def test_a_form_is_recognized_by_its_columns(
+    form: str, row: Row, source: str, targets: tuple[str, ...], messages: tuple[Message, ...], tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", row)
+    assert file_form(path)[0].name == form
+    task, found, columns = resolve_task("records", path)
+    assert (task, found, columns) == (FORMS[form].task, FORMS[form], tuple(row))
+    expected = Example(source, targets, messages=messages)
+    assert read_task("records", path, needs_targets=True) == [expected]
+    assert read_task("records", path, form=form) == [expected]
+    assert as_examples([row]) == [expected]
+    assert list(iter_form(iter_file(path), FORMS[form])) == [expected]
+    if form != "tags":
+        assert set(read_task("records", path)[0].fields) == set(row)
+
+
+def test_every_form_has_a_case_and_a_task() -> None:
+    assert {form for form, *_ in CASES} == set(FORMS) == set(get_args(FormName))
+    assert all(form.task in TASKS for form in FORMS.values())
+
+
+def test_equal_sources_of_one_turn_are_merged_and_conversations_and_texts_are_not(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"messages": [USER, ASSISTANT]},
+        {"messages": TURNS},
+        {"messages": [USER, {"role": "assistant", "content": "Yes?"}]},
+        {"messages": TURNS},
+        {"messages": [SYSTEM, USER, ASSISTANT]},
+    )
+    read = read_task("records", path)
+    assert [example.targets for example in read] == [("Hello. ", "Yes?"), ("So long.",), ("So long.",), ("Hello. ",)]
+    line = describe_data(FORMS["messages"], read, path, ["messages", "id"])
+    assert line == f"{path}: read as chats: 4 conversations, 7 answers; not used: id"
+    texts = read_task("records", jsonl(tmp_path / "b.jsonl", {"text": "x"}, {"text": "x"}))
+    assert texts == [Example("", ("x",))] * 2
+    assert describe_data(FORMS["text"], texts, "-", ["text"]) == "stdin: read as texts: 2 texts"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '[{"prompt": "Hi", "completion": "Hello."}]'),
+        ("a.csv", "prompt,completion\nHi,Hello.\n"),
+        ("a.csv", "prompt;completion\nHi;Hello.\n"),
+        ("a.tsv", "prompt\tcompletion\nHi\tHello.\n"),
+        ("a.jsonl.gz", '{"prompt": "Hi", "completion": "Hello."}\n'),
+    ],
+)
+def test_a_form_in_every_kind_of_file(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert read_task("records", path) == [Example("Hi", ("Hello.",), messages=HI)]
+
+
+def test_a_form_in_a_folder(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        jsonl(tmp_path / f"{split}.jsonl", {"prompt": split, "completion": "x"})
+    assert read_task("records", tmp_path, split="dev")[0].source == "dev"
+    assert resolve_task("records", tmp_path, split="train")[0] == "records"
+
+
+def test_two_readings_are_refused_with_the_choices_and_one_can_be_named(tmp_path: Path) -> None:
+    row = {"messages": [USER, ASSISTANT], "prompt": "Hi", "completion": "No."}
+    path = jsonl(tmp_path / "a.jsonl", row)
+    with pytest.raises(ConfigError) as raised:
+        read_task("records", path)
+    assert raised.value.message == (
+        f"{path}, line 1 can be read as chats (messages), or as prompts and completions (prompt + completion)."
+    )
+    assert raised.value.hint == "choose one: --form messages or --form prompt."
+    assert read_task("records", path, form="prompt")[0].targets == ("No.",)
+    assert read_task("records", path, prefer="messages")[0].targets == ("Hello. ",)
+    assert as_examples([row], form="prompt")[0].targets == ("No.",)
+    # An export of several files fills the columns that a row does not have.
+    assert detect_form({**row, "messages": None}, "x").name == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("row", "message", "hint"),
+    [
+        ({"Prompt": "x", "Completion": "y"}, "has the columns Prompt, Completion", "did you mean 'prompt'"),
+        ({"a": "x", "b": "y"}, "forms that are recognized: messages; conversations; prompt + completion", "--source"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "has the columns", "--source prompt --target chosen"),
+        ({"input_ids": [1, 2]}, "has the columns input_ids", "give the texts"),
+        ({}, "has the columns none", ""),
+        ({f"c{number}": 1 for number in range(500)}, "... (500 in all)", ""),
+    ],
+)
+def test_no_form_says_what_there_is(row: Row, message: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as raised:
+        read_task("records", jsonl(tmp_path / "a.jsonl", row))
+    assert raised.value.message.startswith(f"{tmp_path / 'a.jsonl'}, line 1 has the columns")
+    assert message in raised.value.message
+    assert hint in raised.value.hint
+    assert len(str(raised.value)) < 700
+
+
+def test_a_named_form_must_fit_and_suit_the_task(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "x", "completion": "y"})
+    with pytest.raises(DataError, match=r"line 1 has the columns prompt, completion, but the form 'text' needs text"):
+        read_task("records", path, form="text")
+    with pytest.raises(ConfigError, match="there is no form 'chats'"):
+        read_task("records", path, form="chats")
+    with pytest.raises(ConfigError, match="form is 'prompt', but the task 'e2e' has its own"):
+        read_task("e2e", path, form="prompt")
+    with pytest.raises(ConfigError, match="form is 'prompt', but source names the columns: 'prompt'"):
+        read_task("records", path, source="prompt", form="prompt")
+    assert read_task("classification", jsonl(tmp_path / "b.jsonl", {"text": "x", "label": "y"}), form="label")
+
+
+def chat(*messages: Any) -> Row:
+    return {"messages": list(messages)}
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+NESTED: Any = []
+for _ in range(500):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (chat(USER), "the conversation ends with the user's turn, so there is no answer to learn"),
+        (chat(*TURNS, USER), "the conversation ends with the user's turn"),
+        (chat(SYSTEM), "the conversation ends with the system's message, but must end with the user's"),
+        (chat(ASSISTANT), "the conversation has no message"),
+        (chat(USER, USER, ASSISTANT), "message 2 of the conversation is the user's, but must be the assistant's"),
+        (chat(ASSISTANT, USER, ASSISTANT), "message 1 of the conversation is the assistant's, but must be the user's"),
+        (chat(USER, SYSTEM, ASSISTANT), "message 2 of the conversation is the system's"),
+        (chat(USER, ASSISTANT, SYSTEM, USER, ASSISTANT), "message 3 of the conversation is the system's"),
+        (chat(USER, {**ASSISTANT, "content": " \n"}), "message 2 of 'messages' is empty"),
+        (chat(USER, {**ASSISTANT, "content": []}), "message 2 of 'messages' is empty"),
+        (chat(USER, {"role": "assistant"}), "message 2 of 'messages' has no 'content'; its keys are: role"),
+        (chat({"role": "tool", "content": "x"}), "message 1 of 'messages' has the role 'tool'"),
+        (
+            chat(USER, {"role": "assistant", "tool_calls": [{"id": 1}]}),
+            "message 2 of 'messages' calls a tool (tool_calls)",
+        ),
+        (
+            chat({"role": "user", "content": [IMAGE]}, ASSISTANT),
+            "message 1 of 'messages' holds a part of type 'image_url'",
+        ),
+        (chat({"role": "usr", "content": "x"}), "message 1 of 'messages' has the role 'usr'"),
+        (chat({"role": 3, "content": "x"}), "message 1 of 'messages' has the role 3 (of type int)"),
+        (chat({"role": "user", "content": 3}), "message 1 of 'messages' has 3 (of type int) as content"),
+        (chat(USER, {**ASSISTANT, "weight": 0}), "message 2 of 'messages' has the weight 0"),
+        (chat("Hi"), "message 1 of 'messages' is of type str, 'Hi', not an object"),
+        (chat(NESTED), "message 1 of 'messages' is of type list, not an object"),
+        (chat({"role": "user", "content": NESTED}), "message 1 of 'messages' holds of type list; only text is read"),
+        (chat(), "'messages' is an empty list"),
+        ({"messages": None}, "'messages' is nothing (null)"),
+        ({"messages": {"role": "user"}}, "'messages' is of type dict"),
+        ({"messages": "Hi"}, "'messages' is of type str, 'Hi'"),
+        ({"messages": "[" * 9000}, "'messages' is not JSON"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"name": "x"}]}, "'tools' is not empty"),
+        ({"prompt": "x", "completion": "y"}, "has the form of prompts and completions (prompt + completion), but"),
+        ({"message": [USER, ASSISTANT]}, "there is no column 'messages'; there are: message"),
+    ],
+)
+def test_a_wrong_row_of_chats_is_named_in_one_line(row: Row, message: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *[{"messages": [USER, ASSISTANT]}] * 3, row)
+    with pytest.raises(DataError) as raised:
+        read_task("records", path, needs_targets=True)
+    assert raised.value.message.startswith(f"{path}, line 4")
+    assert message in raised.value.message
+    assert raised.value.hint
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, "there is no column 'completion' or 'response'"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, "column 'completion' holds nothing"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"prompt": ["a"], "completion": "b"},
+            "message 1 of 'prompt' is of type str",
+        ),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": []}, "'completion' is an empty list"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": " ", "completion": "b"}, "'prompt' gives an empty text"),
+        (
+            {"instruction": "a", "output": "b"},
+            {"instruction": "a", "input": {}, "output": "b"},
+            "'input' holds an object",
+        ),
+        ({"conversations": [HUMAN, GPT]}, {"conversations": [GPT]}, "the conversation has no message"),
+        (
+            {"conversations": [HUMAN, GPT]},
+            {"conversations": [{"from": "human"}]},
+            "message 1 of 'conversations' has no 'value'",
+        ),
+        ({"text": "x"}, {"text": ""}, "'text' gives an empty text"),
+        ({"text": "x"}, {"text": ["x"]}, "column 'text' holds a list"),
+        ({"text": "x", "label": "a"}, {"text": "x", "label": 0.5}, "label 0.5 is not a whole number"),
+        ({"text": "x", "label": "a"}, {"text": "x"}, "has the form of texts (text), but"),
+        ({"source": "x", "target": "a"}, {"source": "x"}, "there is no column 'target' or 'targets'"),
+    ],
+)
+def test_a_wrong_row_far_down_is_named(good: Row, bad: Row, message: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *[good] * 7_000, bad)
+    with pytest.raises(DataError) as raised:
+        read_task("records", path, needs_targets=True)
+    assert raised.value.message.startswith(f"{path}, line 7001")
+    assert message in raised.value.message
+    if "source" not in bad:  # otherwise a dict has an example's fields
+        with pytest.raises(PrefixError, match="example 2"):
+            as_examples([good, bad], needs_targets=True)
+
+
+def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", chat(USER), chat(*TURNS, USER))
+    assert [(len(example.messages), example.targets) for example in read_task("records", path)] == [(1, ()), (5, ())]
+    assert read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"})) == [Example("Hi", messages=HI)]
+    with pytest.raises(DataError, match="forms that are recognized"):
+        read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}), needs_targets=True)
