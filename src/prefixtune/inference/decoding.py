@@ -8,7 +8,7 @@ processors and stopping are transformers' own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from prefixtune.inference.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.inference.generation_config import to_generation_config
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["generate_batch", "seeded"]
+__all__ = ["generate_batch", "put_prefixes", "repetition_processor", "seeded"]
 
 
 @torch.inference_mode()
@@ -38,13 +38,7 @@ def generate_batch(
     """Token ids that continue each prompt of one batch, B lists; they end before the end token."""
     arguments = _inputs(backbone, prompts)
     guessing = assistant is not None or config.prompt_lookup > 0
-    if any(prefix is not None and prefix.placement == "infix" for prefix in prefixes):
-        prefix_context = cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
-    # Guessed tokens are looked up in the ids, which would hold padding for a prefilled cache's prefix.
-    elif backbone.layout.cache_layers is not None and not guessing:
-        prefix_context = cached_prefix_slots(_prefill(arguments, backbone, prefixes, config))
-    else:
-        prefix_context = injecting(_inject(arguments, backbone, prefixes, config))
+    prefix_context = put_prefixes(arguments, backbone, prefixes, config, guessing=guessing)
     start = 1 if backbone.kind == "encoder-decoder" else arguments["input_ids"].shape[1]
     if streamer is not None:
         arguments["streamer"] = streamer
@@ -56,6 +50,34 @@ def generate_batch(
     new = output[:, start:].tolist()
     rows = [row[: row.index(backbone.eos_id)] if backbone.eos_id in row else row for row in new]
     return [ids_until_stop(backbone.decode, row, config.stop) for row in rows] if config.stop else rows
+
+
+def put_prefixes(
+    arguments: dict[str, Any],
+    backbone: Backbone,
+    prefixes: Sequence[Prefix | None],
+    config: GenerateConfig,
+    *,
+    guessing: bool = False,
+) -> contextlib.AbstractContextManager[Any]:
+    """Put prefixes in front of a call of transformers' `generate`.
+
+    Args:
+        arguments: Of the call, with `input_ids` and `attention_mask`; changed in place. Where the prefixes are a
+            prefilled cache, the ids get padding in front, as many as the longest prefix has positions.
+        backbone: The frozen model.
+        prefixes: One per row.
+        config: Its beams are rows per text, and its cache is used.
+        guessing: Tokens are guessed, and looked up in the ids, so that these may hold no padding for a prefix.
+
+    Returns:
+        A context for the call.
+    """
+    if any(prefix is not None and prefix.placement == "infix" for prefix in prefixes):
+        return cached_prefix_slots(_prefill_infix(arguments, backbone, prefixes, config, guessing))
+    if backbone.layout.cache_layers is not None and not guessing:
+        return cached_prefix_slots(_prefill(arguments, backbone, prefixes, config))
+    return injecting(_inject(arguments, backbone, prefixes, config))
 
 
 @contextlib.contextmanager
@@ -181,17 +203,31 @@ def _add_rules(
             [StopStringCriterion(backbone.decode, config.stop, start)]
         )
     if config.repetition_penalty != 1:
-
-        def penalize(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            seen = torch.zeros_like(scores, dtype=torch.bool)
-            for row, ids in enumerate(input_ids[:, start:].tolist()):
-                # An encoder-decoder may repeat its source.
-                prompt = prompts[row // config.num_beams] if backbone.kind == "decoder" else ()
-                seen[row, [*prompt, *ids]] = True
-            penalty = config.repetition_penalty
-            return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
-
+        # An encoder-decoder may repeat its source.
+        seen = prompts if backbone.kind == "decoder" else [()] * len(prompts)
+        penalize = repetition_processor(seen, config.repetition_penalty, start, config.num_beams)
         arguments["logits_processor"] = LogitsProcessorList([penalize])
+
+
+def repetition_processor(
+    prompts: Sequence[Sequence[int]], penalty: float, start: int, repeats: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A repetition penalty on each row's own text: without padding, prefix slots and other rows.
+
+    Args:
+        prompts: Token ids that count as said.
+        penalty: Above 1: said tokens become less likely.
+        start: Where generated tokens begin in the ids.
+        repeats: Rows per prompt.
+    """
+
+    def penalize(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen = torch.zeros_like(scores, dtype=torch.bool)
+        for row, ids in enumerate(input_ids[:, start:].tolist()):
+            seen[row, [*prompts[row // repeats], *ids]] = True
+        return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+
+    return penalize
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, read_output
+from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.inference.streaming import stream, stream_ids
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.hub import prefix_file
@@ -180,6 +181,24 @@ class Model:
         predictions = classify(self.backbone, [texts] if isinstance(texts, str) else texts, self.prefix, **options)
         return predictions[0] if single else predictions
 
+    def pipeline(self, task: str = "text-generation", **options: Any) -> Any:
+        """A `pipeline` of transformers with the prefix in front.
+
+        Its texts are formatted as in training. It has transformers' own defaults: it samples unless `do_sample=False`
+        is given, which gives the texts of `generate`.
+
+        Args:
+            task: `text-generation` or `text-classification`.
+            **options: Of transformers' `pipeline`, and defaults of its calls, such as `max_new_tokens`; `labels` for
+                classification by the bare model.
+
+        Raises:
+            ConfigError: There is no such pipeline with a prefix, or the prefix is for something else.
+        """
+        from prefixtune.inference.pipeline import make_pipeline
+
+        return make_pipeline(self.backbone, self.prefix, self._prompt_ids, task, options)
+
     # --- conversations -----------------------------------------------------------------------------------------------
 
     @property
@@ -201,6 +220,14 @@ class Model:
         outputs = generate_ids(self.backbone, prompts, [self.prefix] * len(prompts), config=config)
         form = TextFormat("{source}", "{target}")
         return [read_output(self.backbone, ids, form, config) for ids in outputs]
+
+    def _prompt_ids(self, text: str | Messages, new_tokens: int) -> list[int]:
+        """The token ids of a text or a conversation, cut as in training."""
+        if not isinstance(text, str) and not self._reads_one_text:
+            return self._encode(_check_messages(text))
+        source = text if isinstance(text, str) else _last_message(_check_messages(text))
+        config = GenerateConfig(max_new_tokens=new_tokens)
+        return list(prepare_prompts(self.backbone, [source], [self.prefix], config).ids[0])
 
     def _encode(self, messages: Messages) -> list[int]:
         if not has_chat_template(self.backbone):
