@@ -40,8 +40,12 @@ _WAYS_OUT = {
     "sentiment-analysis": "it is called text-classification.",
     "conversational": "use text-generation with messages, or model.chat.",
 }
-_REFUSED = ("assistant_model", "cache_implementation", "inputs_embeds", "position_ids", "prompt_lookup_num_tokens")
-_REFUSED += ("past_key_values", "cache", "prefill_chunk_size")
+_REFUSED = (
+    *("assistant_model", "cache", "cache_implementation", "inputs_embeds", "past_key_values", "position_ids"),
+    *("prefill_chunk_size", "prompt_lookup_num_tokens"),
+)
+"""Options of transformers' `generate` that would take the prefix's place."""
+
 
 Encode = Callable[[Any, int], list[int]]
 """A text or messages, and how many tokens are to follow -> token ids, as in `generate`."""
