@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
+    from prefixtune.prefix.text_format import TextFormat
 
 __all__ = ["Answer", "Conversation"]
 
@@ -46,8 +47,16 @@ class Conversation:
     @property
     def reads_one_message(self) -> bool:
         """Whether the prefix in use was trained with a text format of its own, which has room for one text."""
+        stored = self._stored_format
+        return stored is not None and not stored.is_chat
+
+    @property
+    def _stored_format(self) -> TextFormat | None:
+        """What the prefix in use was trained with; None: it says nothing, and the backbone's chat template is used."""
+        from prefixtune.prefix.text_format import read_text_format
+
         prefix = self.prefixes.get(self.name)
-        return prefix is not None and prefix.header.get("text_format") is not None
+        return None if prefix is None else read_text_format(prefix.header)
 
     def ask(
         self, text: str, on_piece: Callable[[str], object], on_cut: Callable[[Sequence[int]], None] | None = None
@@ -88,12 +97,21 @@ class Conversation:
         write_text(path, "".join(f"{json.dumps(message, ensure_ascii=False)}\n" for message in self.messages))
 
     def _stream(self, text: str, on_cut: Callable[[Sequence[int]], None] | None) -> Generator[str, None, None]:
-        from prefixtune.data.chat import encode_chat
+        from prefixtune.data.chat import encode_chat, end_ids
         from prefixtune.inference.streaming import stream, stream_ids
 
         prefix = self.prefixes.get(self.name)
         config = self.decoding(prefix)
         if self.reads_one_message:
             return stream(self.backbone, text, prefix, config=config, on_cut=on_cut)
-        ids = encode_chat(self.backbone, [*self.messages, {"role": "user", "content": text}])
-        return stream_ids(self.backbone, ids, prefix, config=config)
+        conversation = [*self._answered, {"role": "user", "content": text}]
+        if self._stored_format is not None:
+            return stream(self.backbone, conversation, prefix, config=config, on_cut=on_cut)
+        ids = encode_chat(self.backbone, conversation)
+        return stream_ids(self.backbone, ids, prefix, config=config, ends=end_ids(self.backbone))
+
+    @property
+    def _answered(self) -> list[dict[str, str]]:
+        """The messages, without those whose answer is empty: no template is made for empty turns."""
+        pairs = zip(self.messages[::2], self.messages[1::2], strict=True)
+        return [message for pair in pairs if pair[1]["content"] for message in pair]

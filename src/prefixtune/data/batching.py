@@ -2,7 +2,8 @@
 
 All examples of a step share one packed row. A source appears once, followed by its targets; each target attends to the
 source and to itself, and its positions continue from the end of the source. For a causal model this equals one padded
-row per pair of source and target, because a source never attends to its target; packing only computes less. For an
+row per pair of source and target, because a source never attends to its target; packing only computes less. A
+conversation is one such target, of which the assistant's turns are labels: each turn sees what was before it. For an
 encoder-decoder the sources are in the encoder's row and the targets in the decoder's, and all targets of a source share
 its encoder states.
 
@@ -102,8 +103,8 @@ def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None =
             shared, opening = (), decoder_start_id
         groups.append(Group(len(ids), len(shared), tuple(map(len, example.targets)), example.hidden))
         ids.extend(shared)
-        for target in example.targets:
-            label_positions.extend(range(len(ids), len(ids) + len(target)))
+        for target, spans in zip(example.targets, example.label_spans(), strict=True):
+            label_positions.extend(len(ids) + offset for first, stop in spans for offset in range(first, stop))
             ids.extend((opening, *target[:-1]))
     labels = (torch.tensor(label_positions), *_labels(examples))
     soft_labels = _soft_labels(examples)
@@ -137,16 +138,17 @@ def pad(examples: Sequence[TokenizedExample], *, pad_id: int, decoder_start_id: 
     _check_prompts(examples)
     # What the decoder reads before a target's first label is predicted from its last token.
     pairs = [
-        (example.prompt if decoder_start_id is None else (decoder_start_id,), target)
+        (example.prompt if decoder_start_id is None else (decoder_start_id,), target, spans)
         for example in examples
-        for target in example.targets
+        for target, spans in zip(example.targets, example.label_spans(), strict=True)
     ]
-    ids, mask = _pad_rows([(*context, *target[:-1]) for context, target in pairs], pad_id)
+    ids, mask = _pad_rows([(*context, *target[:-1]) for context, target, _ in pairs], pad_id)
     width = ids.shape[1]
     label_positions = [
         row * width + len(context) - 1 + offset
-        for row, (context, target) in enumerate(pairs)
-        for offset in range(len(target))
+        for row, (context, _, spans) in enumerate(pairs)
+        for first, stop in spans
+        for offset in range(first, stop)
     ]
     labels = (torch.tensor(label_positions), *_labels(examples))
     soft_labels = _soft_labels(examples)
@@ -210,11 +212,16 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def _labels(examples: Sequence[TokenizedExample]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """All labels in order, and which target each belongs to."""
-    targets = [target for example in examples for target in example.targets]
+    """All labels in order, and which target each belongs to; each turn of a conversation is one."""
+    labels = [
+        target[first:stop]
+        for example in examples
+        for target, spans in zip(example.targets, example.label_spans(), strict=True)
+        for first, stop in spans
+    ]
     return (
-        torch.tensor([label for target in targets for label in target]),
-        torch.tensor([index for index, target in enumerate(targets) for _ in target]),
+        torch.tensor([label for ids in labels for label in ids]),
+        torch.tensor([index for index, ids in enumerate(labels) for _ in ids]),
     )
 
 

@@ -1,13 +1,71 @@
-"""A conversation -> token ids, by the backbone's own chat template."""
+"""Conversations -> token ids, by a chat template: what is read before an answer, and where the answers are labels.
+
+A conversation is computed once: its answers are the turns of one packed example. Where the template writes earlier
+answers in another way than the last one (thinking is removed), or tokens join at a border, each turn is an example of
+its own.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.examples import Message
 from prefixtune.errors import RequestError
+from prefixtune.prefix.chat_format import render_chat, split_at_last_message, template_hash
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = ["encode_chat", "has_chat_template"]
+__all__ = [
+    "ConversationTurns",
+    "Source",
+    "Turn",
+    "as_conversation",
+    "chat_format",
+    "encode_chat",
+    "encode_conversation",
+    "end_ids",
+    "has_chat_template",
+    "lengths_around",
+    "only_text",
+]
+
+
+Source = str | Sequence[Message] | Sequence[Mapping[str, str]]
+"""What is answered: one user message's text, or all messages before the answer."""
+
+_OWN = TextFormat("{source}", "{target}", chat_template=MODEL_TEMPLATE)
+_ANSWER = "\ue000answer\ue001"
+"""A text that stands for an answer; of characters for private use, which no template changes."""
+
+
+class Turn(NamedTuple):
+    """One answer of the assistant: the tokens before it, and its own up to where generation stops."""
+
+    prompt: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Positions of both."""
+        return len(self.prompt) + len(self.labels)
+
+
+@dataclass(frozen=True)
+class ConversationTurns:
+    """The answers of a conversation.
+
+    Attributes:
+        turns: One per answer of the assistant; the last ones answer the same message where there are several targets.
+        num_last: How many of them answer the last message.
+        is_packed: Each turn continues the one before it token by token, so that the whole is computed once.
+    """
+
+    turns: tuple[Turn, ...]
+    num_last: int
+    is_packed: bool
 
 
 def has_chat_template(backbone: Backbone) -> bool:
@@ -15,20 +73,203 @@ def has_chat_template(backbone: Backbone) -> bool:
     return bool(backbone.tokenizer.chat_template)
 
 
-def encode_chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def encode_chat(
+    backbone: Backbone, messages: Sequence[Mapping[str, str]], text_format: TextFormat | None = None
+) -> list[int]:
     """Token ids of messages with `role` and `content`, up to where the next answer begins.
+
+    They equal those of `tokenizer.apply_chat_template`; the template writes the special tokens, and the tokenizer adds
+    none.
+
+    Args:
+        backbone: Its tokenizer counts.
+        messages: All of them; the last one is the user's.
+        text_format: Names the chat template; None: the backbone's own.
 
     Raises:
         RequestError: The template refuses the messages.
     """
-    from jinja2 import TemplateError
+    text = render_chat(backbone.tokenizer, text_format or _OWN, messages, add_generation_prompt=True)
+    _check_characters(text)
+    return backbone.encode(text)
 
-    try:
-        ids: list[int] = backbone.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-    except TemplateError as error:
+
+def as_conversation(source: Source) -> list[dict[str, str]]:
+    """The messages of a source; a text is the user's.
+
+    >>> as_conversation("Hi")
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    if isinstance(source, str):
+        return [{"role": "user", "content": source}]
+    return [message._asdict() if isinstance(message, Message) else dict(message) for message in source]
+
+
+def only_text(source: Source) -> str:
+    """The text of a source for a format without a chat template.
+
+    Raises:
+        RequestError: It is a conversation of several messages, which no plain format has room for.
+    """
+    if isinstance(source, str):
+        return source
+    if len(source) > 1:
         raise RequestError(
-            f"the backbone's chat template refuses the messages: {error}.", hint="change their roles or their order."
-        ) from None
-    return ids
+            f"a conversation has {len(source)} messages, but the text format has no chat template and reads one text.",
+            hint="send the last user message alone, or train with a chat template.",
+        )
+    return as_conversation(source)[0]["content"]
+
+
+def chat_format(backbone: Backbone, template: str, system: str = "") -> TextFormat:
+    """The text format of a chat template, with the token that ends a turn.
+
+    Args:
+        backbone: Its tokenizer counts.
+        template: `model`, or the text of a Jinja template.
+        system: The system message of a conversation that has none.
+
+    Raises:
+        RequestError: The backbone has no template, or it refuses a question and an answer.
+        DataError: The template cannot be stored.
+    """
+    own = template == MODEL_TEMPLATE
+    if own and not has_chat_template(backbone):
+        raise RequestError(
+            f"{backbone.name!r} has no chat template.", hint="give one (--chat-template FILE), or none (none)."
+        )
+    form = TextFormat(
+        "{source}",
+        "{target}",
+        backbone.separator,
+        chat_template=template,
+        template_hash=template_hash(backbone.tokenizer) if own else "",
+        system=system,
+    )
+    form.check_stored()
+    return TextFormat(**{**form.to_dict(), "end": _end_of_turn(backbone, form) or backbone.end})
+
+
+def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[int, ...]:
+    """The tokens, besides the tokenizer's end token, at which an answer ends.
+
+    Args:
+        backbone: Its tokenizer counts.
+        text_format: What the answer is written in; None: the backbone's own chat template, if it has one.
+    """
+    if text_format is not None:
+        name = text_format.end if text_format.is_chat else ""
+    else:
+        if "end_of_turn" not in backbone.tokenizer_cache:
+            try:
+                found = _end_of_turn(backbone, _OWN) if has_chat_template(backbone) else ""
+            except RequestError:
+                found = ""
+            backbone.tokenizer_cache["end_of_turn"] = found
+        name = backbone.tokenizer_cache["end_of_turn"]
+    if not name or name == backbone.end:
+        return ()
+    ids = backbone.encode(name)
+    return (ids[0],) if len(ids) == 1 else ()
+
+
+def encode_conversation(
+    backbone: Backbone,
+    text_format: TextFormat,
+    messages: Sequence[Message],
+    targets: Sequence[str],
+    *,
+    last_only: bool = False,
+) -> ConversationTurns:
+    """Every answer of a conversation as token ids.
+
+    What is before an answer is the messages before it, as `apply_chat_template` writes them with
+    `add_generation_prompt`; its labels are what the template writes after that, up to the token that ends the turn.
+
+    Args:
+        backbone: Its tokenizer counts.
+        text_format: Names the chat template.
+        messages: All messages before the targets; the last one is the user's.
+        targets: The answers to the last message.
+        last_only: Leave out the earlier answers.
+
+    Raises:
+        RequestError: The template refuses the messages.
+    """
+    conversation = as_conversation(messages)
+    turns = [
+        _encode_turn(backbone, text_format, conversation[:index], message["content"])
+        for index, message in enumerate(conversation)
+        if message["role"] == "assistant" and not last_only
+    ]
+    num_earlier = len(turns)
+    turns += [_encode_turn(backbone, text_format, conversation, target) for target in targets]
+    following = itertools.pairwise(turns[: num_earlier + 1])
+    is_packed = all(later.prompt[: turn.length] == turn.prompt + turn.labels for turn, later in following)
+    return ConversationTurns(tuple(turns), len(targets), is_packed)
+
+
+def lengths_around(backbone: Backbone, text_format: TextFormat, source: Source) -> tuple[int, int]:
+    """Tokens before and after the content of a source's last message.
+
+    Raises:
+        RequestError: The template refuses the messages, or the content is not there once.
+    """
+    before, after = split_at_last_message(backbone.tokenizer, text_format, as_conversation(source))
+    return len(backbone.encode(before)), len(backbone.encode(after))
+
+
+def _encode_turn(
+    backbone: Backbone, text_format: TextFormat, messages: Sequence[Mapping[str, str]], answer: str
+) -> Turn:
+    """The tokens before an answer, and its own."""
+    tokenizer = backbone.tokenizer
+    before = render_chat(tokenizer, text_format, messages, add_generation_prompt=True)
+    answered = [*messages, {"role": "assistant", "content": answer}]
+    whole = render_chat(tokenizer, text_format, answered, add_generation_prompt=False)
+    _check_characters(whole)
+    prompt, ids = backbone.encode(before), backbone.encode(whole)
+    # Generation starts after the prompt's own tokens, whatever the tokens of the whole text are.
+    text = whole[len(before) :] if whole.startswith(before) else answer
+    labels = ids[len(prompt) :] if ids[: len(prompt)] == prompt else backbone.encode(text)
+    stop = _stop(backbone, labels, {backbone.eos_id, *end_ids(backbone, text_format)})
+    if stop is None:
+        return Turn(tuple(prompt), (*backbone.encode(text.rstrip()), backbone.eos_id))
+    return Turn(tuple(prompt), tuple(labels[:stop]))
+
+
+def _stop(backbone: Backbone, labels: Sequence[int], ends: set[int]) -> int | None:
+    """How many tokens of a written answer are generated: up to the end token after its content; None: there is none."""
+
+    def is_blank(first: int, stop: int) -> bool:
+        return not str(backbone.tokenizer.decode(labels[first:stop])).strip()
+
+    found: int | None = None
+    after = len(labels)
+    for index in range(len(labels) - 1, -1, -1):
+        if labels[index] in ends:
+            if not is_blank(index + 1, after):
+                break
+            found = after = index
+    return None if found is None else found + 1
+
+
+def _end_of_turn(backbone: Backbone, text_format: TextFormat) -> str:
+    """The special token that a chat template writes after an answer; empty: it writes none."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}]
+    text = render_chat(backbone.tokenizer, text_format, messages, add_generation_prompt=False)
+    after = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
+    ids = backbone.encode(after.lstrip())
+    added = backbone.tokenizer.added_tokens_decoder
+    return str(added[ids[0]].content) if ids and ids[0] in added else ""
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"a message holds half a surrogate pair at position {error.start} of the conversation, which is no "
+            "character.",
+            hint="write UTF-8 text.",
+        ) from error

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.examples import Example
+from prefixtune.data.chat import Source, as_conversation, encode_chat, encode_conversation, only_text
+from prefixtune.data.chat_examples import Turns, check_plain, encode_conversations
+from prefixtune.data.examples import Example, check_messages, conversation_of
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.data.truncation import position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
@@ -21,6 +23,7 @@ __all__ = [
     "check_texts",
     "default_format",
     "encode_examples",
+    "encode_pairs",
     "encode_prompts",
     "format_of",
 ]
@@ -38,8 +41,8 @@ def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
     return TextFormat() if backbone.kind == "decoder" else TextFormat("{source}", "{target}")
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Refuse anything but a list of strings.
+def check_texts(texts: Sequence[Source]) -> None:
+    """Refuse anything but a list of strings and of conversations.
 
     Raises:
         RequestError: It is something else.
@@ -49,7 +52,16 @@ def check_texts(texts: Sequence[str]) -> None:
     if isinstance(texts, Mapping) or not (hasattr(texts, "__len__") and hasattr(texts, "__iter__")):
         raise RequestError(f"texts is {describe_value(texts)}, not a list of strings.", hint="write [text].")
     for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
+        if isinstance(text, Mapping) and {"role", "content"} <= text.keys():
+            raise RequestError(
+                f"text {number} is one message of a conversation.", hint="write a list of conversations: [messages]."
+            )
+        if isinstance(text, list | tuple):
+            try:
+                check_messages(text, f"conversation {number}")
+            except DataError as error:
+                raise RequestError(error.message, hint=error.hint) from None
+        elif not isinstance(text, str):
             raise RequestError(f"text {number} is {describe_value(text)}, not a string.", hint="write a list of texts.")
 
 
@@ -87,9 +99,41 @@ def format_of(backbone: Backbone, prefix: Prefix | None, text_format: TextFormat
     return text_format or stored or default_format(backbone)
 
 
-def encode_prompts(backbone: Backbone, text_format: TextFormat, sources: Sequence[str]) -> list[list[int]]:
-    """Token ids of the text before the targets, or of the text that an encoder reads."""
-    return backbone.encode_sources([text_format.format_prompt(source, backbone.separator) for source in sources])
+def encode_prompts(backbone: Backbone, text_format: TextFormat, sources: Sequence[Source]) -> list[list[int]]:
+    """Token ids of the text before the targets, or of the text that an encoder reads.
+
+    Args:
+        backbone: Its tokenizer counts.
+        text_format: The text around a source; with a chat template, a text is one user message.
+        sources: Texts, or conversations.
+
+    Raises:
+        RequestError: A conversation has more than one message, and the format has no chat template; or the template
+            refuses it.
+    """
+    if text_format.is_chat:
+        return [encode_chat(backbone, as_conversation(source), text_format) for source in sources]
+    texts = [only_text(source) for source in sources]
+    return backbone.encode_sources([text_format.format_prompt(text, backbone.separator) for text in texts])
+
+
+def encode_pairs(
+    backbone: Backbone, text_format: TextFormat, examples: Sequence[Example]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Each example's source and first target as token ids, neither of them cut; of a conversation, its last answer.
+
+    Raises:
+        RequestError: A chat template refuses an example.
+    """
+    if text_format.is_chat:
+        found = [
+            encode_conversation(backbone, text_format, conversation_of(example), example.targets[:1], last_only=True)
+            for example in examples
+        ]
+        return [(turns.turns[-1].prompt, turns.turns[-1].labels) for turns in found]
+    prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
+    targets = backbone.encode_targets([text_format.format_target(example.targets[0]) for example in examples])
+    return [(tuple(prompt), tuple(target)) for prompt, target in zip(prompts, targets, strict=True)]
 
 
 def encode_examples(
@@ -100,8 +144,11 @@ def encode_examples(
     prefix_length: int,
     max_length: int = 0,
     on_too_long: TruncationPolicy = "cut",
+    turns: Turns = "packed",
 ) -> TokenizedDataset:
     """Turn examples into token ids; sources that do not fit are truncated, targets never.
+
+    Of a conversation, every answer is a target (see `data.chat_examples`).
 
     Args:
         backbone: Its tokenizer and positions count.
@@ -111,6 +158,7 @@ def encode_examples(
         max_length: Positions of source and target together (of each, for an encoder-decoder); 0: as many as the
             backbone allows.
         on_too_long: `cut` the source at its end, or raise an `error`.
+        turns: How conversations become examples.
 
     Raises:
         DataError: There is no example, one has no target, a target is longer than the limit, or an example is too long
@@ -124,6 +172,10 @@ def encode_examples(
                 f"example {number} ({example.source[:60]!r}) has no target.", hint="name the target column."
             )
     limit = position_limit(backbone, prefix_length, max_length)
+    if text_format.is_chat:
+        return encode_conversations(backbone, examples, text_format, limit, on_too_long, turns=turns)
+    for number, example in enumerate(examples, start=1):
+        check_plain(example, number)
     prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
     target_ids = iter(
         backbone.encode_targets([text_format.format_target(t) for example in examples for t in example.targets])

@@ -17,6 +17,7 @@ __all__ = [
     "TaskKind",
     "chat_example",
     "check_messages",
+    "conversation_of",
     "limit_targets",
     "references_of",
 ]
@@ -168,6 +169,15 @@ def references_of(example: Example, protocol: str) -> list[str]:
     """The texts that an output is scored against: the targets; for DART the official scorer's, if the file has them."""
     official = example.fields.get("official_references") if protocol == "dart" else None
     return list(official or example.targets)
+
+
+def conversation_of(example: Example) -> tuple[Message, ...]:
+    """The messages of an example; where it has none, its source is the user's.
+
+    >>> conversation_of(Example("Hi"))
+    (Message(role='user', content='Hi'),)
+    """
+    return example.messages or (Message("user", example.source),)
 
 
 def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:

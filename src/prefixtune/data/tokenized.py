@@ -71,6 +71,10 @@ class TokenizedExample:
         """The targets, or the turns of a conversation."""
         return len(self.turns) or len(self.targets)
 
+    def label_spans(self) -> list[list[tuple[int, int]]]:
+        """The parts [first, stop) of each target that are labels: the turns of a conversation, else all of it."""
+        return [list(self.turns)] if self.turns else [[(0, len(target))] for target in self.targets]
+
     def with_targets(self, chosen: Sequence[int]) -> TokenizedExample:
         """The same source with some of its targets, by their indices."""
         soft_targets = tuple(self.soft_targets[index] for index in chosen) if self.soft_targets else ()
@@ -158,8 +162,14 @@ class TokenTable(Sequence[TokenizedExample]):
 
     @property
     def longest_target(self) -> int:
-        """Tokens of the longest target; 0 if labels are predicted."""
-        return 0 if self.label_positions is not None else int(self._targets_longest().max(initial=0))
+        """Tokens of the longest target, or turn of a conversation; 0 if labels are predicted."""
+        if self.label_positions is not None:
+            return 0
+        lengths, turns = self._targets_longest(), self.turn_counts
+        if turns is None or self.turns is None:
+            return int(lengths.max(initial=0))
+        spans = self.turns[1::2] - self.turns[::2]
+        return max(int(lengths[turns == 0].max(initial=0)), int(spans.max(initial=0)))
 
     @property
     def longest_text(self) -> int:
@@ -233,11 +243,17 @@ class TokenizedDataset:
         examples: The examples.
         num_truncated: How many sources were truncated to fit.
         longest_prompt: Tokens of the longest prompt that was not truncated.
+        num_dropped_turns: Answers at the end of conversations that were left out, as they did not fit.
+        num_unpacked: Conversations whose turns are examples of their own.
+        origins: Which example each one comes from; empty: there is one for each.
     """
 
     examples: Sequence[TokenizedExample]
     num_truncated: int
     longest_prompt: int = 0
+    num_dropped_turns: int = 0
+    num_unpacked: int = 0
+    origins: tuple[int, ...] = ()
 
     @classmethod
     def from_prompts(
@@ -260,7 +276,7 @@ class TokenizedDataset:
 
     @property
     def longest_target(self) -> int:
-        """Tokens of the longest target; 0 if labels are predicted."""
+        """Tokens of the longest target, or turn of a conversation; 0 if labels are predicted."""
         return longest_target(self.examples)
 
 
@@ -284,11 +300,11 @@ def turn_counts(examples: Sequence[TokenizedExample]) -> array[int] | None:
 
 
 def longest_target(examples: Sequence[TokenizedExample]) -> int:
-    """Tokens of the longest target; 0 if labels are predicted."""
+    """Tokens of the longest target, or turn of a conversation; 0 if labels are predicted."""
     if isinstance(examples, TokenTable):
         return examples.longest_target
-    rows = (example.targets for example in examples if example.label_positions is None)
-    return max((len(target) for targets in rows for target in targets), default=0)
+    rows = (example.label_spans() for example in examples if example.label_positions is None)
+    return max((stop - first for spans in rows for target in spans for first, stop in target), default=0)
 
 
 def longest_text(examples: Sequence[TokenizedExample]) -> int:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.chat import Source, lengths_around
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat, fit_ids
 
@@ -35,11 +36,18 @@ def position_limit(backbone: Backbone, prefix_length: int, max_length: int) -> i
     return min(max_length or allowed, allowed - taken)
 
 
-def template_lengths(backbone: Backbone, text_format: TextFormat) -> tuple[int, int]:
+def template_lengths(backbone: Backbone, text_format: TextFormat, source: Source = "") -> tuple[int, int]:
     """Tokens before and after a prompt's source: those of the format's template, and special tokens.
 
     Truncation keeps them, and is refused if it would keep nothing else.
+
+    Args:
+        backbone: Its tokenizer counts.
+        text_format: The text around a source.
+        source: With a chat template: the conversation, of which the last message is cut.
     """
+    if text_format.is_chat:
+        return lengths_around(backbone, text_format, source)
     before, after = (len(backbone.encode(text)) for text in text_format.around(backbone.separator))
     if backbone.kind == "decoder":
         return before, after
@@ -61,6 +69,7 @@ def truncate_prompt(
     new_tokens: int,
     positions: int | None = None,
     name: str = "the text",
+    source: Source = "",
 ) -> list[int]:
     """A prompt's tokens; a source that is too long is treated as in training.
 
@@ -75,6 +84,7 @@ def truncate_prompt(
         new_tokens: Most tokens to generate.
         positions: Of the whole sequence, the prefix included; None: the backbone's.
         name: What messages call the text.
+        source: What the prompt was made of; needed where it is a conversation.
 
     Raises:
         RequestError: It is longer than the training allowed and may not be truncated, or nothing of its source would be
@@ -86,7 +96,7 @@ def truncate_prompt(
         prompt,
         positions=None if whole is None else whole - backbone.prefix_positions(prefix_length),
         new_tokens=new_tokens,
-        around=lambda: template_lengths(backbone, text_format),
+        around=lambda: template_lengths(backbone, text_format, source),
         apart=backbone.kind == "encoder-decoder",
         name=name,
     )

@@ -294,7 +294,7 @@ class Engine:
         text = sequence.detokenizer
         if isinstance(token, str):
             return self._finish(sequence, "error", error=token)
-        if token.id == self.backbone.eos_id:
+        if token.id == self.backbone.eos_id or token.id in sequence.request.sampling.end_ids:
             return self._finish(sequence, "stop", (), text.finish())
         sequence.token_ids.append(token.id)
         piece = text.add(token.id)

@@ -59,6 +59,9 @@ class SamplingParams(SamplingConfig):
         100, ge=0, description="most tokens to generate; 0: none, for the log-probabilities of the prompt"
     )
     banned: CommaList[Annotated[int, Field(ge=0)]] = _sampling((), description="tokens that are never sampled")
+    end_ids: CommaList[Annotated[int, Field(ge=0)]] = _sampling(
+        (), description="tokens that end a text, besides the tokenizer's end token"
+    )
     logprobs: int | None = _sampling(
         None,
         ge=0,

@@ -38,6 +38,8 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
     if too_short:
         allowed = logits.clone()
         allowed[too_short, eos_id] = float("-inf")
+        for row in too_short:
+            allowed[row, list(sequences[row].request.sampling.end_ids)] = float("-inf")
     # A row with a NaN anywhere has NaN as its maximum.
     best = allowed.max(dim=-1)
     tokens: list[Token | str] = []

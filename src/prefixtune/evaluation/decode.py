@@ -13,7 +13,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.fingerprint import weights
-from prefixtune.data.examples import Example
+from prefixtune.data.examples import Example, conversation_of
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate
@@ -44,10 +44,12 @@ def decode(
     """One output per example, and the seconds that decoding took; sources of similar length share a batch."""
     if resume_file is not None:
         check_writable(resume_file)
-    sources = [example.source for example in examples]
+    sources = [example.messages or example.source for example in examples]
     # Every length is checked, and every truncated source counted, before the first batch.
     prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
-    order = sorted(range(len(examples)), key=lambda index: len(sources[index]))
+    order = sorted(
+        range(len(examples)), key=lambda index: sum(len(m.content) for m in conversation_of(examples[index]))
+    )
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     digest = "" if resume_file is None else _digest(backbone, examples, prefix, text_format, config)
     rows = [] if resume_file is None else list(read_decoded(resume_file, digest))
@@ -132,7 +134,7 @@ def _digest(
         "format": None if text_format is None else text_format.to_dict(),
         "header": None if prefix is None else prefix.header.get("text_format"),
         "decoding": config.to_dict(),
-        "sources": [example.source for example in examples],
+        "sources": [example.messages or example.source for example in examples],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for tensor in () if prefix is None else prefix.tensors():

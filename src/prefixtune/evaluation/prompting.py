@@ -28,8 +28,13 @@ def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separa
         end: The text that ends a target.
 
     Raises:
-        DataError: An example contains a placeholder of the template.
+        DataError: The format has a chat template, or an example contains a placeholder of the template.
     """
+    if text_format.is_chat:
+        raise DataError(
+            "solved examples cannot be shown in a chat template.",
+            hint="give conversations whose earlier turns are the examples.",
+        )
     _check_examples(examples)
     shown = "".join(
         text_format.format_prompt(example.source, separator) + text_format.format_target(example.targets[0]) + end

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import encode_prompts, format_of
+from prefixtune.data.encoding import encode_pairs, format_of
 from prefixtune.data.examples import Example
 from prefixtune.data.labels import labels_of, with_label_words
 from prefixtune.prefix.prefix import Prefix
@@ -80,9 +80,7 @@ def _find_examples(
         chosen = with_label_words(chosen, labels)
     if not chosen or not all(example.targets for example in chosen):
         return None, other
-    prompts = encode_prompts(backbone, text_format, [example.source for example in chosen])
-    targets = backbone.encode_targets([text_format.format_target(example.targets[0]) for example in chosen])
-    rows = [(*prompt, *target) for prompt, target in zip(prompts, targets, strict=True)]
+    rows = [(*prompt, *target) for prompt, target in encode_pairs(backbone, text_format, chosen)]
     alone, lengths = stored.get("attention") == "own", stored.get("lengths")
     if [len(row) for row in rows] != tokens or not _are_counts(lengths, most=max(map(len, rows))):
         return None, other

@@ -130,7 +130,7 @@ def tokenize(
     """The rows as tokens, cut to the backbone's positions beside a prefix of this length."""
     if labels is not None and labels.by == "head":
         return encode_labelled(backbone, rows, labels, text_format, prefix_length=prefix_length).examples
-    return encode_examples(backbone, rows, text_format, prefix_length=prefix_length).examples
+    return encode_examples(backbone, rows, text_format, prefix_length=prefix_length, turns="last").examples
 
 
 def blocks(count: int, most: int) -> list[range]:

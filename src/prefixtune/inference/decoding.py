@@ -34,8 +34,9 @@ def generate_batch(
     config: GenerateConfig,
     assistant: Backbone | None,
     streamer: Any,
+    end_ids: Sequence[int],
 ) -> list[list[int]]:
-    """Token ids that continue each prompt of one batch, B lists; they end before the end token."""
+    """Token ids that continue each prompt of one batch, B lists; they end before one of the end tokens."""
     arguments = _inputs(backbone, prompts)
     guessing = assistant is not None or config.prompt_lookup > 0
     prefix_context = put_prefixes(arguments, backbone, prefixes, config, guessing=guessing)
@@ -46,9 +47,10 @@ def generate_batch(
         arguments["assistant_model"] = assistant.model
     _add_rules(arguments, backbone, prompts, config, start)
     with prefix_context, backbone.autocast(), _compiler_errors():
-        output = backbone.model.generate(**arguments, generation_config=to_generation_config(backbone, config))
+        output = backbone.model.generate(**arguments, generation_config=to_generation_config(backbone, config, end_ids))
     new = output[:, start:].tolist()
-    rows = [row[: row.index(backbone.eos_id)] if backbone.eos_id in row else row for row in new]
+    ends = set(end_ids)
+    rows = [row[: next((index for index, token in enumerate(row) if token in ends), len(row))] for row in new]
     return [ids_until_stop(backbone.decode, row, config.stop) for row in rows] if config.stop else rows
 
 

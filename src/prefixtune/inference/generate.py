@@ -9,6 +9,7 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
+from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
@@ -25,7 +26,7 @@ __all__ = ["generate", "generate_ids", "read_output"]
 
 def generate(
     backbone: BackboneLike,
-    texts: Sequence[str],
+    texts: Sequence[Source],
     prefix: PrefixLike | Sequence[PrefixLike | None] | None = None,
     *,
     text_format: TextFormatLike | None = None,
@@ -40,7 +41,9 @@ def generate(
 
     Args:
         backbone: The frozen model: a `Backbone`, a name or path (loaded for this call), or a (model, tokenizer) pair.
-        texts: Sources, as in training (linearized, without separators).
+        texts: Sources, as in training (linearized, without separators); or conversations, each a list of messages with
+            `role` and `content`, of which the last is the user's. With a prefix that was trained with a chat template,
+            a text is one user message.
         prefix: One for all texts, one per text, or None; within a list, None leaves that text to the bare model. A
             prefix is a `Prefix`, a path, or a repository of the hub.
         text_format: The text around a source: a `TextFormat`, or a dict of its fields; None: what each prefix was
@@ -79,6 +82,7 @@ def generate(
             prefixes,
             config=config,
             new_tokens=prompts.new_tokens,
+            ends=prompts.ends,
             assistant=assistant,
             on_batch=show,
         )
@@ -97,6 +101,7 @@ def generate_ids(
     *,
     config: GenerateConfig,
     new_tokens: Sequence[int] | None = None,
+    ends: Sequence[Sequence[int]] = (),
     assistant: Backbone | None = None,
     streamer: Any = None,
     on_batch: Callable[[int], None] | None = None,
@@ -104,7 +109,8 @@ def generate_ids(
     """`generate` on token ids: what follows each prompt, without the end token and padding.
 
     Texts of similar length share a batch; the results are in the order of the prompts. `new_tokens` limits each prompt;
-    None: `config.max_new_tokens` limits all.
+    None: `config.max_new_tokens` limits all. `ends` are the tokens, besides the tokenizer's end token, at which each
+    text ends.
     """
     limits = [config.max_new_tokens] * len(prompts) if new_tokens is None else new_tokens
     check_requests(backbone, prompts, prefixes, limits)
@@ -112,8 +118,8 @@ def generate_ids(
     batch_size = 1 if config.prompt_lookup or assistant is not None else config.batch_size
     infix = [prefix is not None and prefix.placement == "infix" for prefix in prefixes]
     # All rows of a batch have the same.
-    shared = list(zip(infix, limits, strict=True))
-    order = sorted(range(len(prompts)), key=lambda n: (infix[n], -limits[n], len(prompts[n])))
+    shared = list(zip(infix, limits, [tuple(own) for own in ends] or [()] * len(prompts), strict=True))
+    order = sorted(range(len(prompts)), key=lambda n: (infix[n], -limits[n], shared[n][2], len(prompts[n])))
     results: list[list[int]] = [[] for _ in prompts]
     done = 0
     with seeded(config.seed, backbone.device):
@@ -123,7 +129,13 @@ def generate_ids(
             limit = limits[rows[0]]
             batch_config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
             outputs = generate_batch(
-                backbone, [prompts[n] for n in rows], [prefixes[n] for n in rows], batch_config, assistant, streamer
+                backbone,
+                [prompts[n] for n in rows],
+                [prefixes[n] for n in rows],
+                batch_config,
+                assistant,
+                streamer,
+                (backbone.eos_id, *shared[rows[0]][2]),
             )
             for row, ids in zip(rows, outputs, strict=True):
                 results[row] = ids

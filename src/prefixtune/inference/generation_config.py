@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prefixtune.attention.cache import can_crop_empty_layers
@@ -12,8 +13,14 @@ from prefixtune.inference.config import GenerateConfig
 __all__ = ["check_supported", "newline_tokens", "to_generation_config"]
 
 
-def to_generation_config(backbone: Backbone, config: GenerateConfig) -> Any:
-    """Transformers' `GenerationConfig`; nothing in it comes from the model's own one."""
+def to_generation_config(backbone: Backbone, config: GenerateConfig, end_ids: Sequence[int] = ()) -> Any:
+    """Transformers' `GenerationConfig`; nothing in it comes from the model's own one.
+
+    Args:
+        backbone: The frozen model.
+        config: How to decode.
+        end_ids: The tokens that end a text; empty: the tokenizer's end token.
+    """
     from transformers import CompileConfig, GenerationConfig
 
     values: dict[str, Any] = {
@@ -21,7 +28,7 @@ def to_generation_config(backbone: Backbone, config: GenerateConfig) -> Any:
         "num_beams": config.num_beams,
         "do_sample": config.temperature > 0,
         "pad_token_id": backbone.pad_id,
-        "eos_token_id": backbone.eos_id,
+        "eos_token_id": list(end_ids) if len(end_ids) > 1 else backbone.eos_id,
         "use_cache": True,
     }
     if backbone.kind == "encoder-decoder":

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.chat import Source, chat_format, end_ids, has_chat_template
 from prefixtune.data.encoding import encode_prompts, format_of
 from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix, check_fits
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
 __all__ = ["Prompts", "check_positions", "check_requests", "prepare_prompts", "truncate_prompts"]
 
@@ -24,16 +25,18 @@ class Prompts:
         ids: Of each text.
         formats: Of each text.
         new_tokens: Most tokens to generate for each.
+        ends: Of each text: the tokens, besides the tokenizer's end token, at which its output ends.
     """
 
     ids: tuple[list[int], ...]
     formats: tuple[TextFormat, ...]
     new_tokens: tuple[int, ...]
+    ends: tuple[tuple[int, ...], ...]
 
 
 def prepare_prompts(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[Source],
     prefixes: Sequence[Prefix | None],
     config: GenerateConfig,
     text_format: TextFormat | None = None,
@@ -44,7 +47,7 @@ def prepare_prompts(
 
     Args:
         backbone: The frozen model.
-        texts: Sources, as in training.
+        texts: Sources, as in training; or conversations.
         prefixes: One per text.
         config: How to decode, and what happens to long sources.
         text_format: The text around a source; None: what each prefix was trained with.
@@ -57,17 +60,33 @@ def prepare_prompts(
     """
     format_by_prefix = {id(prefix): format_of(backbone, prefix, text_format) for prefix in prefixes}
     formats = [
-        format_by_prefix[id(prefix)].with_lengths(config.max_total_length, config.on_too_long) for prefix in prefixes
+        format_by_prefix[id(prefix)]
+        if isinstance(text, str) or text_format is not None or _has_format(prefix)
+        else _conversation_format(backbone, format_by_prefix[id(prefix)])
+        for text, prefix in zip(texts, prefixes, strict=True)
     ]
+    formats = [form.with_lengths(config.max_total_length, config.on_too_long) for form in formats]
     whole = [encode_prompts(backbone, form, [text])[0] for text, form in zip(texts, formats, strict=True)]
     new_tokens = [
         _max_new_tokens(backbone, form, prompt, prefix, config)
         for prompt, form, prefix in zip(whole, formats, prefixes, strict=True)
     ]
-    ids = truncate_prompts(backbone, whole, formats, prefixes, new_tokens)
+    ids = truncate_prompts(backbone, whole, formats, prefixes, new_tokens, texts)
     check_requests(backbone, ids, prefixes, new_tokens)
     report_truncated(whole, ids, on_cut)
-    return Prompts(tuple(ids), tuple(formats), tuple(new_tokens))
+    ends = tuple(end_ids(backbone, form) for form in formats)
+    return Prompts(tuple(ids), tuple(formats), tuple(new_tokens), ends)
+
+
+def _has_format(prefix: Prefix | None) -> bool:
+    return prefix is not None and prefix.header.get("text_format") is not None
+
+
+def _conversation_format(backbone: Backbone, default: TextFormat) -> TextFormat:
+    """What writes a conversation where no format is stored: the backbone's own chat template, if it has one."""
+    if backbone.kind != "decoder" or not has_chat_template(backbone):
+        return default
+    return chat_format(backbone, MODEL_TEMPLATE)
 
 
 def truncate_prompts(
@@ -76,6 +95,7 @@ def truncate_prompts(
     formats: Sequence[TextFormat],
     prefixes: Sequence[Prefix | None],
     new_tokens: Sequence[int],
+    sources: Sequence[Source] = (),
 ) -> list[list[int]]:
     """Every prompt with its source truncated, if it is too long and its text format allows that.
 
@@ -83,7 +103,15 @@ def truncate_prompts(
         RequestError: It is longer than in training and may not be truncated, or nothing of its source would be left.
     """
     return [
-        truncate_prompt(backbone, form, prompt, prefix_length=_length(prefix), new_tokens=most, name=f"text {number}")
+        truncate_prompt(
+            backbone,
+            form,
+            prompt,
+            prefix_length=_length(prefix),
+            new_tokens=most,
+            name=f"text {number}",
+            source=sources[number - 1] if sources else "",
+        )
         for number, (prompt, form, prefix, most) in enumerate(
             zip(prompts, formats, prefixes, new_tokens, strict=True), start=1
         )

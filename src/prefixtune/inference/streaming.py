@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
-from prefixtune.data.encoding import TextFormatLike, as_text_format
+from prefixtune.data.chat import Source
+from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.detokenizer import Detokenizer
@@ -25,7 +26,7 @@ __all__ = ["check_streams", "stream", "stream_ids"]
 
 def stream(
     backbone: BackboneLike,
-    text: str,
+    text: Source,
     prefix: PrefixLike | None = None,
     *,
     text_format: TextFormatLike | None = None,
@@ -33,27 +34,31 @@ def stream(
     on_cut: Callable[[Sequence[int]], None] | None = None,
     **options: Any,
 ) -> Generator[str, None, None]:
-    """Continue one text, yielding pieces as they become certain; joined, they are `generate`'s output.
+    """Continue one text, or answer one conversation, yielding pieces as they become certain.
 
-    Arguments as for `generate`; beam search cannot stream.
+    Joined, they are `generate`'s output. Arguments as for `generate`; beam search cannot stream.
 
     Raises:
         ConfigError: The configuration uses beam search.
     """
     config = GenerateConfig.from_arguments(config, options)
     check_streams(config)
-    if not isinstance(text, str):
+    if not isinstance(text, str | list | tuple):
         raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
+    check_texts([text])
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
     prompts = prepare_prompts(backbone, [text], [prefix], config, as_text_format(text_format), on_cut=on_cut)
     form, prompt = prompts.formats[0], prompts.ids[0]
     if any(form.target_words):
         # Words around the target can only be removed from the whole output.
-        (ids,) = generate_ids(backbone, [prompt], [prefix], config=config, new_tokens=prompts.new_tokens)
+        (ids,) = generate_ids(
+            backbone, [prompt], [prefix], config=config, new_tokens=prompts.new_tokens, ends=prompts.ends
+        )
         yield read_output(backbone, ids, form, config)
         return
-    yield from stream_ids(backbone, prompt, prefix, config=config, new_tokens=prompts.new_tokens[0])
+    limit, ends = prompts.new_tokens[0], prompts.ends[0]
+    yield from stream_ids(backbone, prompt, prefix, config=config, new_tokens=limit, ends=ends)
 
 
 def stream_ids(
@@ -63,19 +68,23 @@ def stream_ids(
     *,
     config: GenerateConfig,
     new_tokens: int | None = None,
+    ends: Sequence[int] = (),
 ) -> Generator[str, None, None]:
-    """`stream` for a prompt that is already token ids; `new_tokens` replaces `config.max_new_tokens`.
+    """`stream` for a prompt that is already token ids.
+
+    `new_tokens` replaces `config.max_new_tokens`; `ends` are the tokens, besides the tokenizer's end token, at which
+    the text ends.
 
     Raises:
         PrefixError: The prompt does not fit, or the configuration cannot stream.
     """
     check_streams(config)
-    streamer = _Streamer(backbone, config.stop)
+    streamer = _Streamer(backbone, config.stop, {backbone.eos_id, *ends})
 
     def run() -> None:
         try:
             limits = [config.max_new_tokens if new_tokens is None else new_tokens]
-            generate_ids(backbone, [prompt], [prefix], config=config, new_tokens=limits, streamer=streamer)
+            generate_ids(backbone, [prompt], [prefix], config=config, new_tokens=limits, ends=[ends], streamer=streamer)
         except BaseException as error:
             streamer.fail(error)
 
@@ -108,10 +117,10 @@ class _Cancelled(Exception):
 class _Streamer:
     """A streamer of transformers: takes tokens from its loop, and yields text that can no longer change."""
 
-    def __init__(self, backbone: Backbone, stop: Sequence[str]) -> None:
+    def __init__(self, backbone: Backbone, stop: Sequence[str], ends: Set[int]) -> None:
         self.cancelled = False
         self._text = Detokenizer(backbone.decode, stop)
-        self._eos_id = backbone.eos_id
+        self._ends = ends
         self._prompt_seen = self._ended = False
         self._pieces: queue.Queue[str | BaseException | None] = queue.Queue()
 
@@ -124,9 +133,10 @@ class _Streamer:
         tokens = value.reshape(-1).tolist()
         if self._ended:
             return
-        if self._eos_id in tokens:
+        end = next((index for index, token in enumerate(tokens) if token in self._ends), None)
+        if end is not None:
             self._ended = True
-            tokens = tokens[: tokens.index(self._eos_id)]
+            tokens = tokens[:end]
         self._emit(self._text.add(*tokens))
 
     def end(self) -> None:

@@ -20,6 +20,7 @@ from prefixtune.utils.faults import describe_fault
 
 __all__ = [
     "MAX_TEMPLATE_CHARS",
+    "MODEL_TEMPLATE",
     "TextFormat",
     "TruncationPolicy",
     "cut_prompt",
@@ -30,6 +31,8 @@ __all__ = [
 
 MAX_TEMPLATE_CHARS = 2**14
 """Longest template that a header may hold."""
+MODEL_TEMPLATE = "model"
+"""The chat template of a text format that is the backbone's own."""
 TruncationPolicy = Literal["cut", "error"]
 """What happens to a source that is too long: it is truncated, or refused."""
 
@@ -63,6 +66,8 @@ class TextFormat:
         longest_prompt: Tokens of the longest prompt that training, development data included, did not cut; 0: unknown.
         chat_template: What writes a conversation: `model`, the backbone's own chat template, or the text of a Jinja
             template; empty: nothing, and source and target are written by `prompt` and `target`.
+        template_hash: With `model`: tells that template from another one.
+        system: The system message of a conversation that has none; empty: none.
 
     Raises:
         ConfigError: A name is unknown, or a value has a wrong type.
@@ -81,6 +86,8 @@ class TextFormat:
     longest_target: _Length = 0
     longest_prompt: _Length = 0
     chat_template: str = ""
+    template_hash: str = ""
+    system: str = ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextFormat:
@@ -127,6 +134,11 @@ class TextFormat:
             )
         if "{source}" in self.separator:
             raise DataError("text format: the separator contains {source}.", hint="the separator is a token's text.")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a chat template writes sources and targets, so that whole conversations can be read."""
+        return bool(self.chat_template)
 
     def format_prompt(self, source: str, separator: str) -> str:
         """The text before the target.
@@ -276,6 +288,26 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
                     f"{_MAX_REPEATS} are allowed.",
                     hint="write every column once.",
                 )
+    template = texts.get("chat_template", "")
+    if template not in ("", MODEL_TEMPLATE):
+        _check_chat_template(template)
+
+
+def _check_chat_template(template: str) -> None:
+    """Refuse a template that cannot be rendered within limits.
+
+    Raises:
+        DataError: It is no template, or uses what a stored one may not.
+    """
+    from prefixtune.prefix.bounded_template import TemplateFault, compile_template
+
+    try:
+        compile_template(template)
+    except TemplateFault as error:
+        raise DataError(
+            f"text format: the chat template cannot be used: {error}.",
+            hint="a stored template may loop, compare and trim; another one belongs into the model's tokenizer.",
+        ) from None
 
 
 def cut_prompt(ids: Sequence[int], room: int, ending: int) -> list[int]:

@@ -11,6 +11,7 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.beside import SELF, read_others
+from prefixtune.training.chat import read_template
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.starts.source import check_init_text
@@ -46,6 +47,8 @@ def early_checks(
             adapter_rank=config.adapter_rank,
         )
     yield lambda: TextFormat(config.prompt_format or "{source}", config.target_format or "{target}")
+    if config.chat_template:
+        yield lambda: read_template(config)
     begins = config.trains_prefix and not has_start
     if config.initialization in ("words", "text", "examples") and begins:
         yield lambda: check_init_text(config)

@@ -111,6 +111,12 @@ class TrainConfig(Config):
     target_format: str = _data(
         "", description="text of the target, before the end token; empty: ' {target} ', or '{target}' with an encoder"
     )
+    chat_template: str = _data(
+        "",
+        description="what writes conversations, prompts and completions: a file with a Jinja template; model: the "
+        "model's own; none; empty: the model's own for data with messages, if it has one",
+    )
+    system: str = _data("", description="system message of a conversation that has none; needs a chat template")
     max_length: int = _data(
         0,
         ge=0,
@@ -280,6 +286,7 @@ class TrainConfig(Config):
             for name in ("nested", "prefix_dropout", "beside", "init_examples", "compact_examples"):
                 if getattr(self, name):
                     yield (name, "method"), f"{name} is for a prefix, which method {self.method!r} does not train"
+        yield from self._chat_conflicts()
         if self.beside and self.method == "infix":
             yield ("beside", "method"), "beside needs prefixes before the text, but method is 'infix'"
         if self.initialization in ("words", "text") and not self.init_text.strip():
@@ -323,6 +330,15 @@ class TrainConfig(Config):
             if self.example_attention == "all":
                 message = "compact_examples computes each example alone, but example_attention is 'all'"
                 yield ("compact_examples", "example_attention"), message
+
+    def _chat_conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """A chat template writes all of the text."""
+        if self.system and self.chat_template == "none":
+            yield ("system", "chat_template"), "system needs a chat template, but chat_template is 'none'"
+        if self.chat_template not in ("", "none"):
+            for name in ("prompt_format", "target_format"):
+                if getattr(self, name):
+                    yield (name, "chat_template"), f"{name} is given, but chat_template writes all of the text"
 
     @property
     def site_lengths(self) -> dict[Site, int]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, limit_targets, read_task
+from prefixtune.data.chat import chat_format
+from prefixtune.data.chat_examples import Turns
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
@@ -26,6 +28,7 @@ from prefixtune.data.tokenized import (
 )
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.chat import choose_template
 from prefixtune.training.checks import early_checks, no_solved_examples
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
@@ -221,7 +224,12 @@ def tokenize(
         DataError: An example does not fit, or a template cannot be stored.
     """
     labels = _choose_labels(config, backbone, examples, dev_examples)
-    text_format = training_format(config, backbone, for_head=labels is not None and labels.by == "head")
+    text_format = training_format(
+        config,
+        backbone,
+        for_head=labels is not None and labels.by == "head",
+        has_messages=any(example.messages for example in examples),
+    )
     lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
 
     def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
@@ -244,7 +252,7 @@ def tokenize(
         lengths = plan.site_lengths
     train = encode(examples, lengths.get("decoder", 0))
     if plan is not None and config.leave_one_out:
-        train = dataclasses.replace(train, examples=hide_own_blocks(train.examples, examples, plan))
+        train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
     dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None
     text_format = dataclasses.replace(
         text_format,
@@ -269,22 +277,35 @@ def _choose_labels(
     return None
 
 
-def training_format(config: TrainConfig, backbone: Backbone, *, for_head: bool = False) -> TextFormat:
+def training_format(
+    config: TrainConfig, backbone: Backbone, *, for_head: bool = False, has_messages: bool = False
+) -> TextFormat:
     """The text format of a training run, as its header stores it.
 
+    Args:
+        config: The run.
+        backbone: The frozen model.
+        for_head: A head is trained.
+        has_messages: The data is chats, or prompts and completions: the backbone's own chat template writes them,
+            unless the configuration says otherwise.
+
     Raises:
+        ConfigError: The backbone cannot have the chat template.
         DataError: A template cannot be stored in a header.
     """
     default = default_format(backbone, for_head=for_head)
-    text_format = TextFormat(
-        config.prompt_format or default.prompt,
-        config.target_format or default.target,
-        backbone.separator,
-        backbone.end,
-        config.source,
-        config.target,
-        config.max_length,
-        config.on_too_long,
+    written = TextFormat(config.prompt_format or default.prompt, config.target_format or default.target)
+    template = choose_template(config, backbone, for_head=for_head, has_messages=has_messages)
+    if template:
+        written = chat_format(backbone, template, config.system)
+    text_format = dataclasses.replace(
+        written,
+        separator=backbone.separator,
+        end=written.end or backbone.end,
+        source=config.source,
+        target_template=config.target,
+        max_length=config.max_length,
+        on_too_long=config.on_too_long,
     )
     text_format.check_stored()
     return text_format
@@ -307,7 +328,9 @@ def _tokenize(
         return encode_labelled(backbone, examples, labels, text_format, **limits)
     if labels is not None:
         examples = with_label_words(examples, labels)
-    return encode_examples(backbone, examples, text_format, **limits)
+    # An infix is hidden from what is read first alone, so each turn needs a row of its own.
+    turns: Turns = "separate" if config.method == "infix" else "packed"
+    return encode_examples(backbone, examples, text_format, turns=turns, **limits)
 
 
 def _digest(*datasets: TokenizedDataset | None) -> str:

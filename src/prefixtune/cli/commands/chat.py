@@ -57,8 +57,9 @@ class ChatOptions(OutputOptions, BackboneOptions, SamplingConfig):
 def chat(options: ChatOptions) -> int:
     r"""Talk with a model and its prefixes in the terminal.
 
-    The model reads the whole conversation in its own chat template. A prefix that was trained on single texts reads
-    the last message alone, in its own text format, with the decoding of its task. Ctrl-C stops an answer, Ctrl-D ends.
+    The model reads the whole conversation in its own chat template, or in the one that the prefix was trained with. A
+    prefix that was trained on single texts reads the last message alone, in its own text format, with the decoding of
+    its task. Ctrl-C stops an answer, Ctrl-D ends.
     /help lists the commands of a conversation. Without a terminal, each line of stdin is a message.
 
     For example:

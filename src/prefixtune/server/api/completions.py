@@ -1,7 +1,8 @@
 """OpenAI's `/v1/completions` and `/v1/chat/completions`, whole and as streams.
 
 With a prefix, a prompt or a chat's last message is a source: it is put into the text format that the prefix was trained
-with, and the response is the target alone. Otherwise (the bare backbone, token ids, `raw_completions`, a prefix whose
+with, and the response is the target alone. Where that format has a chat template, all messages of a chat are written by
+it, and a prompt is one user message. Otherwise (the bare backbone, token ids, `raw_completions`, a prefix whose
 file has no format) a prompt goes to the model as it is, and a chat in the backbone's own template; the response is what
 the model generated, white space around it included.
 """
@@ -89,20 +90,24 @@ async def create_chat_completion(context: GenerationContext) -> Response:
     text_format = state.catalog.trained_format(model.header)
     choices = ChatChoices(state.backbone)
     if text_format is not None:
-        source = chat_source(context, request.messages)
+        source = chat_source(context, request, text_format)
         generation = await start_targets(context, request, model, text_format, [source], request.n)
         return await _respond(context, request, generation, choices, text_format)
-    prompt = await encode_chat(context, request.conversation)
-    return await _respond(context, request, _continue(context, request, model, [prompt]), choices)
+    prompt, ends = await encode_chat(context, request.conversation)
+    return await _respond(context, request, _continue(context, request, model, [prompt], ends), choices)
 
 
 def _continue(
-    context: RequestContext, request: OpenAIRequest, model: ServedModel, prompts: Sequence[tuple[int, ...]]
+    context: RequestContext,
+    request: OpenAIRequest,
+    model: ServedModel,
+    prompts: Sequence[tuple[int, ...]],
+    ends: Sequence[int] = (),
 ) -> Generation:
-    """Generate after prompts as they are."""
+    """Generate after prompts as they are; the `ends` end a text, besides the tokenizer's end token."""
     state = context.state
     default = state.config.default_max_tokens if request.length is None else None
-    sampling = request.sampling(state.limits)
+    sampling = request.sampling(state.limits).replace(end_ids=tuple(ends))
     return start_generation(context, model, prompts, sampling, n=request.n, default_max_tokens=default, verbatim=True)
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import chat
+from prefixtune.data.chat import Source, end_ids
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import RequestError
@@ -19,7 +20,7 @@ from prefixtune.inference.generation_config import newline_tokens
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.generation import Generation, deadline_exceeded, start_generation
-from prefixtune.server.api.protocol import GenerationRequest, Message
+from prefixtune.server.api.protocol import ChatRequest, GenerationRequest
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import task_decoding
@@ -69,16 +70,20 @@ async def decode_prompts(context: RequestContext, prompts: Sequence[tuple[int, .
     return await run_in_turn(context, lambda: [str(decode(list(prompt))) for prompt in prompts])
 
 
-async def encode_chat(context: RequestContext, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-    """Token ids of a chat in the backbone's own template.
+async def encode_chat(
+    context: RequestContext, messages: Sequence[dict[str, str]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of a chat in the backbone's own template, and the tokens that end an answer there.
 
     Raises:
         ApiError: The backbone has no chat template, or it refuses the messages.
     """
-    return tuple(await run_in_turn(context, partial(_apply_chat_template, context.state.backbone, messages)))
+    return await run_in_turn(context, partial(_apply_chat_template, context.state.backbone, messages))
 
 
-def _apply_chat_template(backbone: Backbone, messages: Sequence[dict[str, str]]) -> list[int]:
+def _apply_chat_template(
+    backbone: Backbone, messages: Sequence[dict[str, str]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not chat.has_chat_template(backbone):
         raise bad_request(
             "the backbone has no chat template.",
@@ -87,15 +92,15 @@ def _apply_chat_template(backbone: Backbone, messages: Sequence[dict[str, str]])
             hint="use /v1/completions, or /v1/tasks/ and the name of a prefix.",
         )
     try:
-        return chat.encode_chat(backbone, messages)
+        return tuple(chat.encode_chat(backbone, messages)), end_ids(backbone)
     except RequestError as error:
         raise bad_request(error.message, "messages") from None
 
 
 async def _encode_source(
-    context: RequestContext, model: ServedModel, text_format: TextFormat, source: str, max_new_tokens: int
+    context: RequestContext, model: ServedModel, text_format: TextFormat, source: Source, max_new_tokens: int
 ) -> tuple[int, ...]:
-    """Token ids of a source in a text format; one that is too long is treated as in training.
+    """Token ids of a source, or of a conversation, in a text format; one that is too long is treated as in training.
 
     Args:
         context: The request; its log line and response headers say how much was cut.
@@ -109,11 +114,22 @@ async def _encode_source(
     """
     backbone = context.state.backbone
     text_format = text_format.with_lengths(on_too_long=context.state.config.on_too_long)
-    room = {"prefix_length": model.prefix_length, "positions": context.state.engine.max_length}
 
     def encode() -> tuple[list[int], int]:
-        whole = encode_prompts(backbone, text_format, [source])[0]
-        ids = truncate_prompt(backbone, text_format, whole, new_tokens=max_new_tokens, name="the prompt", **room)
+        try:
+            whole = encode_prompts(backbone, text_format, [source])[0]
+        except RequestError as error:
+            raise bad_request(error.message, "messages" if text_format.is_chat else "prompt", hint=error.hint) from None
+        ids = truncate_prompt(
+            backbone,
+            text_format,
+            whole,
+            prefix_length=model.prefix_length,
+            new_tokens=max_new_tokens,
+            positions=context.state.engine.max_length,
+            name="the prompt",
+            source=source,
+        )
         return ids, len(whole) - len(ids)
 
     try:
@@ -126,17 +142,21 @@ async def _encode_source(
     return tuple(ids)
 
 
-def chat_source(context: RequestContext, messages: Sequence[Message]) -> str:
-    """The source of a chat with a prefix: its last message, which must be the user's.
+def chat_source(context: RequestContext, request: ChatRequest, text_format: TextFormat) -> Source:
+    """The source of a chat with a prefix: with a chat template all messages, else the last one; which is the user's.
 
     Raises:
-        ApiError: It is not the user's, or there are earlier messages and the server does not drop them.
+        ApiError: It is not the user's; or there are earlier messages that the prefix cannot read, and the server does
+            not drop them.
     """
+    messages = request.messages
     last, num_earlier = messages[-1], len(messages) - 1
     if last.role != "user":
         raise bad_request(f"the last message has the role {last.role!r}, but must be the user's.", "messages")
     if not last.text.strip():
         raise bad_request("the last message is empty; some text is needed.", "messages")
+    if text_format.is_chat:
+        return request.conversation
     if num_earlier and context.state.config.earlier_messages == "refuse":
         raise bad_request(
             f"this prefix reads one text, but the chat has {len(messages)} messages.",
@@ -155,7 +175,7 @@ async def start_targets(
     request: GenerationRequest,
     model: ServedModel,
     text_format: TextFormat,
-    sources: Sequence[str],
+    sources: Sequence[Source],
     n: int = 1,
     *,
     verbatim: bool = False,
@@ -172,6 +192,8 @@ async def start_targets(
     task_length = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
     length = task_length if request.length is None else request.length
     changes: dict[str, Any] = {}
+    if text_format.is_chat:
+        changes["end_ids"] = await run_in_turn(context, partial(end_ids, context.state.backbone, text_format))
     if "min_tokens" not in request.model_fields_set:
         changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
     if defaults.get("ban_newlines"):

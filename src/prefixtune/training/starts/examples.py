@@ -17,9 +17,9 @@ import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import encode_prompts
+from prefixtune.data.encoding import encode_pairs
 from prefixtune.data.examples import Example
-from prefixtune.data.tokenized import TokenizedExample, TokenTable
+from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, TokenTable
 from prefixtune.data.truncation import position_limit
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.geometry import Site
@@ -88,7 +88,7 @@ def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> Non
     Raises:
         ConfigError: There are fewer different sources with a target; or there is only one, which leave-one-out hides.
     """
-    available = len({example.source for example in examples if example.targets})
+    available = len({_key(example) for example in examples if example.targets})
     if config.initialization != "examples" or not examples:
         return
     if available == 1 and config.leave_one_out:
@@ -218,10 +218,10 @@ def _candidates(
     config: TrainConfig, backbone: Backbone, text_format: TextFormat, examples: Sequence[Example]
 ) -> list[SolvedExample]:
     """A random sample of the training examples that fit the run's limits whole, each source once."""
-    first_of: dict[str, int] = {}
+    first_of: dict[tuple[object, ...], int] = {}
     for index, example in enumerate(examples):
         if example.targets:
-            first_of.setdefault(example.source, index)
+            first_of.setdefault(_key(example), index)
     indices = list(first_of.values())
     count = max(MAX_CANDIDATES, 2 * config.init_examples)
     if len(indices) > count:
@@ -240,12 +240,8 @@ def _solve(
     backbone: Backbone, text_format: TextFormat, examples: Sequence[Example], indices: Sequence[int]
 ) -> list[SolvedExample]:
     """Examples as tokens, none of them cut."""
-    prompts = encode_prompts(backbone, text_format, [examples[index].source for index in indices])
-    targets = backbone.encode_targets([text_format.format_target(examples[index].targets[0]) for index in indices])
-    return [
-        SolvedExample(index, tuple(prompt), tuple(target))
-        for index, prompt, target in zip(indices, prompts, targets, strict=True)
-    ]
+    pairs = encode_pairs(backbone, text_format, [examples[index] for index in indices])
+    return [SolvedExample(index, *pair) for index, pair in zip(indices, pairs, strict=True)]
 
 
 def _choose(
@@ -439,24 +435,33 @@ def _check_positions(backbone: Backbone, rows: Rows, *, alone: bool) -> None:
 
 
 def hide_own_blocks(
-    tokenized: Sequence[TokenizedExample], examples: Sequence[Example], plan: ExamplePlan
+    dataset: TokenizedDataset, examples: Sequence[Example], plan: ExamplePlan
 ) -> Sequence[TokenizedExample]:
     """Training examples that do not see themselves in the prefix: neither those in it nor others of the same source.
 
     Where each example of the prefix was computed alone, that is exact: the same as a prefix without these positions.
-    Where they were computed as one text, later examples have seen an earlier one, so that a trace of it is left.
+    Where they were computed as one text, later examples have seen an earlier one, so that a trace of it is left. The
+    earlier turns of a conversation that is in the prefix do not see it either.
 
     Args:
-        tokenized: The training examples as tokens.
+        dataset: The training examples as tokens.
         examples: The same ones, which have their sources whole.
         plan: What is in the prefix.
     """
+    tokenized = dataset.examples
     # Sources are compared, not prompts, which may be cut.
-    by_source = {examples[index].source: tuple(range(*block)) for index, block in plan.blocks.items()}
-    hidden = {index: by_source[e.source] for index, e in enumerate(examples) if e.source in by_source}
+    by_source = {_key(examples[index]): tuple(range(*block)) for index, block in plan.blocks.items()}
+    origins = dataset.origins or range(len(examples))
+    keys = [_key(example) for example in examples]
+    hidden = {row: by_source[keys[index]] for row, index in enumerate(origins) if keys[index] in by_source}
     if isinstance(tokenized, TokenTable):
         return dataclasses.replace(tokenized, hidden=hidden)
     return tuple(
-        dataclasses.replace(example, hidden=hidden[index]) if index in hidden else example
-        for index, example in enumerate(tokenized)
+        dataclasses.replace(example, hidden=hidden[row]) if row in hidden else example
+        for row, example in enumerate(tokenized)
     )
+
+
+def _key(example: Example) -> tuple[object, ...]:
+    """Equal for examples of one source: the same text, after the same messages."""
+    return (example.source, *example.messages)
