@@ -26,7 +26,7 @@ __all__ = [
     "check_extension",
     "check_same_run",
     "finite_or_none",
-    "has_new_length",
+    "goes_on_differently",
     "is_over",
     "keep_state",
     "load_state",
@@ -92,7 +92,8 @@ _FACTS: dict[str, tuple[type, ...]] = {
 
 _LENGTHS = ("max_steps", "epochs", "patience")
 """How long a run goes on: a resumed run may be given more of it, and its schedule is then that of the new length."""
-_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", *_LENGTHS)
+_REPORTING = ("report_to", "project", "run_name", "report_examples")
+_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", *_REPORTING, *_LENGTHS)
 """Options that may differ when a run is resumed; the dtype that results is compared by itself."""
 
 
@@ -288,9 +289,10 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
         )
 
 
-def has_new_length(config: TrainConfig, checkpoint: Checkpoint) -> bool:
-    """Whether a resumed run is given another length than it was started with."""
-    return any(checkpoint.facts["config"][name] != getattr(config, name) for name in _LENGTHS)
+def goes_on_differently(config: TrainConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a resumed run is given another length, or reports elsewhere, than it was started with."""
+    stored, given = {**TrainConfig().to_dict(), **checkpoint.facts["config"]}, config.to_dict()
+    return any(stored[name] != given[name] for name in (*_LENGTHS, *_REPORTING))
 
 
 def check_extension(config: TrainConfig, state: TrainState, planned_steps: int) -> None:

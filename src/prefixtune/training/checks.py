@@ -15,6 +15,7 @@ from prefixtune.training.chat import read_template
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.starts.source import check_init_text
+from prefixtune.training.trackers.tracker import check_installed
 
 __all__ = [
     "check_gradient_checkpointing",
@@ -54,6 +55,7 @@ def early_checks(
         yield lambda: check_init_text(config)
     if config.initialization == "prefix" and begins:
         yield lambda: _check_start(config)
+    yield lambda: check_installed(config.trackers)
     if config.beside and config.beside != SELF:
         yield lambda: read_others(config)
     yield lambda: _check_combination(config, processes, has_dev, together)

@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from prefixtune.errors import did_you_mean
 from prefixtune.prefix.geometry import SITES, Site
-from prefixtune.utils.config import Config, option_group
+from prefixtune.utils.config import CommaList, Config, option_group
 from prefixtune.utils.faults import show_value
 
 __all__ = ["MOST_LENGTHS", "TrainConfig", "default_learning_rate"]
@@ -19,6 +19,8 @@ MOST_LENGTHS = 64
 """Lengths of a nested prefix that are measured after a run, at most."""
 
 _PREFIX_METHODS = ("prefix", "prompt", "infix")
+TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow", "all", "none"]
+_TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
 _INIT_EXAMPLES = 4
 """Examples to start from, where neither their number nor a length is given."""
 _backbone, _method, _data = option_group("backbone"), option_group("method"), option_group("data")
@@ -238,6 +240,16 @@ class TrainConfig(Config):
     patience: int = _output(0, ge=0, description="stop after N evaluations without a better loss; 0: never")
     save_every: int = _output(100, ge=1, description="save the resumable state every N steps")
     save_dtype: Literal["float32", "bfloat16"] = _output("float32", description="dtype of the stored prefix")
+    report_to: CommaList[TrackerName] = _output(
+        (),
+        description="trackers to report to: trackio, wandb, tensorboard, mlflow, several, or all (these four); offline, "
+        "in the run's folder, unless their own variables say otherwise",
+    )
+    project: str = _output("", description="the trackers' project; empty: prefixtune")
+    run_name: str = _output("", description="the run's name in the trackers; empty: that of its folder")
+    report_examples: int = _output(
+        3, ge=0, le=16, description="trackers: development examples whose generated texts each evaluation reports"
+    )
     license: str = _output("", description="license note for the header of the prefix")
 
     @model_validator(mode="before")
@@ -292,6 +304,8 @@ class TrainConfig(Config):
         if self.initialization in ("words", "text") and not self.init_text.strip():
             yield ("initialization", "init_text"), f"initialization is {self.initialization!r}, but init_text is empty"
         yield from self._example_conflicts()
+        if "none" in self.report_to and len(self.report_to) > 1:
+            yield ("report_to",), "report_to names 'none' and others"
         if self.patience and not self.eval_every:
             yield (
                 ("patience", "eval_every"),
@@ -373,6 +387,17 @@ class TrainConfig(Config):
         {'pos': 'great', 'neg': 'bad'}
         """
         return _parse_label_words(self.label_words)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that the run reports to, each once.
+
+        >>> TrainConfig(report_to="wandb,all").trackers
+        ('trackio', 'wandb', 'tensorboard', 'mlflow')
+        """
+        if "all" in self.report_to:
+            return _TRACKERS
+        return tuple(name for name in _TRACKERS if name in self.report_to)
 
     @property
     def trains_prefix(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "PREFIX_FILE",
     "PREVIOUS_FILE",
     "STATE_FILE",
+    "TRACKERS_FILE",
     "WEIGHTS_FILE",
     "Event",
     "check_unused",
@@ -36,11 +38,15 @@ PREVIOUS_FILE = "previous.safetensors"
 PREFIX_FILE, WEIGHTS_FILE = "prefix.safetensors", "weights.safetensors"
 """The artifact of a run: of a prefix, or of a method that trains the model's own weights."""
 
+TRACKERS_FILE = "trackers.json"
+"""What continues the tracked runs of a run."""
+
 ADAPTER_FOLDER = "adapter"
 """A LoRA adapter that was trained with the prefix."""
 
 Event = dict[str, Any]
-"""What happened: `event` is start, resume, extend, step, evaluation, save or end; the rest are figures."""
+"""What happened: `event` is start, resume, extend, step, evaluation, save, end, tracking (of a tracker) or examples (texts
+that were written for trackers); the rest are figures."""
 
 
 def check_unused(folder: Path) -> None:
@@ -81,8 +87,8 @@ def write_log(config: TrainConfig, events: Sequence[Event]) -> None:
     write_text(Path(config.output) / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in events))
 
 
-def read_events(path: Path, step: int) -> list[Event]:
-    """The log's events up to a step; a last line that a kill has cut off is left out.
+def read_events(path: Path, step: float = math.inf) -> list[Event]:
+    """The log's events up to a step, or all; a last line that a kill has cut off is left out.
 
     Raises:
         CheckpointError: Another line is damaged.
@@ -104,7 +110,7 @@ def read_events(path: Path, step: int) -> list[Event]:
                 hint="delete the file: the run goes on from its state, with a new log.",
             ) from error
         # An extension at this very step was stopped before it was saved; it comes again.
-        comes_again = kind in ("end", "resume") or (kind == "extend" and reached == step)
+        comes_again = kind in ("end", "resume", "tracking") or (kind == "extend" and reached == step)
         if reached <= step and not comes_again:
             events.append(event)
     return events

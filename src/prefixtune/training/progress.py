@@ -62,6 +62,8 @@ def _describe(event: Event) -> str:
             f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "
             f"{event['dtype']} on {event['device']}{_describe_patience(event)}"
         )
+    if event["event"] == "tracking":
+        return str(event["message"])
     if event["event"] == "resume":
         return f"resuming after step {event['step']} of {event['total_steps']}"
     if event["event"] == "extend":

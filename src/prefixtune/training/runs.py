@@ -19,6 +19,7 @@ from prefixtune.training.beside import SELF
 from prefixtune.training.checkpoint import Checkpoint, TrainState, is_over, read_checkpoint
 from prefixtune.training.folder import PREFIX_FILE, PREVIOUS_FILE, STATE_FILE, WEIGHTS_FILE, Event
 from prefixtune.training.loop import TrainLoop, forward_backward
+from prefixtune.training.trackers.tracking import Tracking
 
 __all__ = ["Run", "TrainResult", "agree_on_step", "step_together", "stop_requests"]
 
@@ -60,14 +61,23 @@ class Run:
         loop: Ready to train.
         events: So far.
         log: Appends a line to the log.
+        tracking: The trackers that it reports to.
     """
 
     loop: TrainLoop
     events: list[Event]
     log: Callable[[str], None]
+    tracking: Tracking
 
-    def record(self, event: Event) -> None:
-        """Keep and log an event."""
+    def record(self, event: Event) -> list[Event]:
+        """Keep, log and report an event; returns it, and what the trackers have to say."""
+        self._keep(event)
+        news = self.tracking.record(event)
+        for said in news:
+            self._keep(said)
+        return [event, *news]
+
+    def _keep(self, event: Event) -> None:
         self.events.append(event)
         if self.loop.processes.is_main:
             self.log(json.dumps(event))

@@ -18,7 +18,7 @@ from prefixtune.data import Example, ExampleLike
 from prefixtune.errors import ConfigError, TrainingError
 from prefixtune.training.baselines import Tuning, tune
 from prefixtune.training.beside import SELF, Beside, load_others
-from prefixtune.training.checkpoint import Checkpoint, has_new_length, read_checkpoint
+from prefixtune.training.checkpoint import Checkpoint, goes_on_differently, read_checkpoint
 from prefixtune.training.checks import (
     check_gradient_checkpointing,
     check_hidden_positions,
@@ -41,6 +41,7 @@ from prefixtune.training.loop import TrainLoop
 from prefixtune.training.progress import show_training
 from prefixtune.training.runs import Run, TrainResult, agree_on_step, step_together, stop_requests
 from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.trackers.tracking import last_logged, tracking
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import line_writer
 from prefixtune.utils.locks import claim_folder
@@ -116,10 +117,10 @@ def train(
         )
         (run,), stop = stack.enter_context(opened)
         for event in run.loop.run(stop):
-            run.record(event)
-            show(event)
-            if on_event is not None and processes.is_main:
-                on_event(event)
+            for happened in run.record(event):
+                show(happened)
+                if on_event is not None and processes.is_main:
+                    on_event(happened)
         if stop.is_set():
             raise KeyboardInterrupt("the state is saved")
         if after is not None:
@@ -171,9 +172,9 @@ def train_together(
         runs, stop = stack.enter_context(opened)
         errors: list[TrainingError] = []
         for run, event in step_together(runs, stop, errors):
-            run.record(event)
-            if on_event is not None and processes.is_main:
-                on_event({**event, "run": str(Path(run.loop.config.output))})
+            for happened in run.record(event):
+                if on_event is not None and processes.is_main:
+                    on_event({**happened, "run": str(Path(run.loop.config.output))})
         if stop.is_set():
             raise KeyboardInterrupt("the states are saved")
         if errors:
@@ -185,6 +186,9 @@ def train_together(
 
 _Inputs = tuple[Sequence[ExampleLike] | None, Sequence[ExampleLike] | None]
 """A run's examples and development examples, as callers have them."""
+
+_Log = tuple[list[Event], list[Event]]
+"""The events of a run's log up to its state, and all of them."""
 
 
 @contextlib.contextmanager
@@ -269,10 +273,10 @@ def _open_runs(
                 check(loop)
         agree_on_step(loops, checkpoints)
         # Checkpoints are dropped one by one: each may be as large as the model.
-        events = [_resume(loop, checkpoints.pop(0)) for loop in loops]
+        logs = [_resume(loop, checkpoints.pop(0)) for loop in loops]
         stop = stack.enter_context(stop_requests())
         stack.enter_context(gradient_checkpointing(loaded.model, configs[0].gradient_checkpointing))
-        yield [_open_log(*pair, stack) for pair in zip(loops, events, strict=True)], stop
+        yield [_open_log(*pair, stack) for pair in zip(loops, logs, strict=True)], stop
 
 
 def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
@@ -359,29 +363,34 @@ def _other_runs(loops: Sequence[TrainLoop], backbone: Backbone) -> Beside:
     return Beside([loop.current_prefix for loop in loops], lengths, backbone.rotation, digest)
 
 
-def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> list[Event]:
-    """Bring a loop to a checkpoint and cut its log back to it; returns the events up to there."""
+def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> _Log:
+    """Bring a loop to a checkpoint and cut its log back to it; returns the log as it was, up to there and whole."""
     if checkpoint is None:
-        return []
+        return [], []
     loop.resume(checkpoint)
-    events = read_events(Path(loop.config.output) / EVENTS_FILE, loop.state.step)
+    path = Path(loop.config.output) / EVENTS_FILE
+    events, whole = read_events(path, loop.state.step), read_events(path)
     # All processes have read the log before the first one changes it.
     loop.processes.barrier()
     if loop.processes.is_main:
         write_log(loop.config, events)
-        if has_new_length(loop.config, checkpoint):
-            # A later `--resume` without options goes on as far as this one.
+        if goes_on_differently(loop.config, checkpoint):
+            # A later `--resume` without options goes on as this one.
             write_config(loop.config)
-    return events
+    return events, whole
 
 
-def _open_log(loop: TrainLoop, events: list[Event], stack: contextlib.ExitStack) -> Run:
+def _open_log(loop: TrainLoop, log: _Log, stack: contextlib.ExitStack) -> Run:
     """A run whose folder is ready: a new one has its configuration, an empty log and a first state."""
+    events, whole = log
     folder = Path(loop.config.output)
     folder.mkdir(parents=True, exist_ok=True)
+    # Before anything else is written: a tracker that does not start leaves no run behind.
+    tracked = stack.enter_context(tracking(loop, last_logged(whole)))
     if not loop.resumed and loop.processes.is_main:
         write_config(loop.config)
         write_log(loop.config, [])
         # From now on, even a kill can be resumed from.
         loop.save()
-    return Run(loop, events, stack.enter_context(line_writer(folder / EVENTS_FILE)))
+    line = stack.enter_context(line_writer(folder / EVENTS_FILE))
+    return Run(loop, events, line, tracked)

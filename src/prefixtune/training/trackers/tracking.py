@@ -1,0 +1,230 @@
+"""A run's trackers: started, told of every event, never allowed to end the training, and continued on resuming.
+
+The libraries are called directly. accelerate's wrappers of them start its own process group, end one tracked run when
+another one starts in the same program, and drop texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.training.folder import TRACKERS_FILE, Event
+from prefixtune.training.trackers.mlflow import MLflow
+from prefixtune.training.trackers.samples import as_markdown, write_samples
+from prefixtune.training.trackers.tensorboard import TensorBoard
+from prefixtune.training.trackers.tracker import Outcome, TrackedRun, Tracker
+from prefixtune.training.trackers.trackio import Trackio
+from prefixtune.training.trackers.wandb import WeightsAndBiases
+from prefixtune.utils.files import write_text
+from prefixtune.utils.machine import peak_memory_mib
+
+if TYPE_CHECKING:
+    from prefixtune.training.loop import TrainLoop
+
+__all__ = ["TRACKERS", "Tracking", "last_logged", "tracking"]
+
+
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "trackio": Trackio,
+    "wandb": WeightsAndBiases,
+    "tensorboard": TensorBoard,
+    "mlflow": MLflow,
+}
+
+_MAX_FILE = 64 * 1024
+_KINDS = ("step", "evaluation")
+
+
+@contextlib.contextmanager
+def tracking(loop: TrainLoop, logged: Mapping[str, int]) -> Iterator[Tracking]:
+    """The trackers that a run reports to, while it trains; none in other processes than the first.
+
+    Args:
+        loop: Ready to train; its folder is there.
+        logged: The last step of each kind of event that the run's log had.
+
+    Raises:
+        CheckpointError: The run's file of trackers is damaged.
+        ConfigError: A tracker of a new run does not start.
+    """
+    run = Tracking(loop)
+    run.start(logged)
+    try:
+        yield run
+    except BaseException as error:
+        run.finish("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    else:
+        run.finish("stopped")
+
+
+def last_logged(events: Sequence[Event]) -> dict[str, int]:
+    """The last step of each kind of event in a log."""
+    return {kind: max((event["step"] for event in events if event["event"] == kind), default=0) for kind in _KINDS}
+
+
+class Tracking:
+    """The trackers of a run.
+
+    A tracker that fails is left alone until the next evaluation, where it is tried again; the training goes on.
+    """
+
+    def __init__(self, loop: TrainLoop) -> None:
+        self._loop = loop
+        self._trackers: dict[str, Tracker] = {}
+        self._paused: set[str] = set()
+        self._warned: set[str] = set()
+        self._samples = loop.config.report_examples
+        self._news: list[Event] = []
+
+    def start(self, logged: Mapping[str, int]) -> None:
+        """Start or continue the tracked runs."""
+        config = self._loop.config
+        if not (config.trackers and self._loop.processes.is_main):
+            return
+        path = Path(config.output) / TRACKERS_FILE
+        identities = _read_identities(path) if self._loop.resumed else {}
+        for name in config.trackers:
+            self._start(name, identities.get(name, {}), logged)
+        stored = {name: tracker.identity for name, tracker in self._trackers.items()}
+        # What a resumed run no longer reports to can be continued later.
+        write_text(path, json.dumps({**identities, **stored}, indent=1) + "\n")
+
+    def _start(self, name: str, identity: Mapping[str, str], logged: Mapping[str, int]) -> None:
+        config = self._loop.config
+        run = TrackedRun(
+            Path(config.output),
+            config.project,
+            config.run_name or Path(config.output).resolve().name,
+            _hyperparameters(config.to_dict()),
+            identity,
+            self._loop.state.step,
+            logged if identity else dict.fromkeys(_KINDS, 0),
+        )
+        try:
+            self._trackers[name] = tracker = TRACKERS[name](run)
+        except Exception as error:
+            if not self._loop.resumed:
+                raise ConfigError(
+                    f"the tracker {name} does not start: {_first_line(error)}",
+                    hint=f"mend that, or leave {name} out of report_to.",
+                ) from error
+            self._tell(name, f"{name} does not start, so this run goes on without it: {_first_line(error)}")
+        else:
+            self._tell(name, f"reporting to {name}" + (f"; see it: {tracker.how_to_see}" if tracker.how_to_see else ""))
+
+    def _tell(self, name: str, message: str) -> None:
+        step = self._loop.state.step
+        self._news.append({"event": "tracking", "step": step, "tracker": name, "message": message})
+
+    def record(self, event: Event) -> list[Event]:
+        """Report an event; returns what there is to say of it, and the texts that were written for it."""
+        kind, step = event["event"], event.get("step", 0)
+        news, self._news = self._news, []
+        if self._trackers and kind in _KINDS:
+            if kind == "evaluation":
+                self._paused.clear()
+            values = _step_values(self._loop, event) if kind == "step" else _evaluation_values(event)
+            waiting = {name for name, tracker in self._trackers.items() if step > tracker.logged.get(kind, 0)}
+            self._each(waiting, lambda tracker: tracker.log(values, step))
+            if kind == "evaluation" and waiting and (samples := self._write_samples()):
+                news.append({"event": "examples", "step": step, "examples": samples})
+                text = as_markdown(samples)
+                self._each(waiting, lambda tracker: tracker.log_text("eval/examples", text, step))
+        return [*news, *self._take_news()]
+
+    def _take_news(self) -> list[Event]:
+        news, self._news = self._news, []
+        return news
+
+    def _each(self, names: set[str], do: Callable[[Tracker], None]) -> None:
+        """Call something of some trackers; an error ends nothing."""
+        for name in [name for name in self._trackers if name in names and name not in self._paused]:
+            try:
+                do(self._trackers[name])
+            except Exception as error:
+                self._paused.add(name)
+                if name not in self._warned:
+                    self._warned.add(name)
+                    message = f"{name} failed and is tried again at the next evaluation: {_first_line(error)}"
+                    self._tell(name, message)
+
+    def _write_samples(self) -> list[dict[str, str]]:
+        try:
+            return write_samples(self._loop, self._samples)
+        except Exception as error:
+            self._samples = 0
+            self._tell("", f"no example texts are reported: {_first_line(error)}")
+            return []
+
+    def finish(self, outcome: Outcome) -> None:
+        """Finish all tracked runs; a run that took all its steps is finished, whatever happened to others."""
+        if self._loop.ended:
+            outcome = "finished"
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.finish(outcome)
+            except Exception as error:
+                warnings.warn(f"{name} did not finish: {_first_line(error)}", RuntimeWarning, stacklevel=2)
+
+
+def _step_values(loop: TrainLoop, event: Event) -> dict[str, float]:
+    values = {
+        "train/loss": event["loss_per_token"],
+        "train/learning_rate": event["lr"],
+        "train/grad_norm": event["grad_norm"],
+        "train/tokens_per_second": event["target_tokens"] / max(event["seconds"], 1e-9),
+        "train/epoch": event["step"] / loop.steps_per_epoch,
+    }
+    if (peak := peak_memory_mib()) is not None:
+        values["train/memory_mib"] = peak
+    if loop.backbone.device.type == "cuda":
+        values["train/gpu_memory_mib"] = torch.cuda.max_memory_allocated(loop.backbone.device) / 2**20
+    return values
+
+
+def _evaluation_values(event: Event) -> dict[str, float]:
+    names = {"loss": "eval/loss", "best_loss": "eval/best_loss", "best_step": "eval/best_step"}
+    return {name: event[key] for key, name in names.items() if event.get(key) is not None}
+
+
+def _hyperparameters(values: Mapping[str, Any]) -> dict[str, str | float]:
+    """A configuration as trackers take it: numbers, texts, and lists as texts."""
+    return {
+        key: value if isinstance(value, int | float | str) else ",".join(map(str, value))
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _read_identities(path: Path) -> dict[str, dict[str, str]]:
+    """What each tracker stored of a run.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with open(path, "rb") as file:
+            content = json.loads(file.read(_MAX_FILE))
+        if all(isinstance(value, str) for identity in content.values() for value in identity.values()):
+            return {name: dict(identity) for name, identity in content.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    raise CheckpointError(
+        f"{str(path)!r} names no tracked runs.", hint="delete the file: tracked runs start anew from this step."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
