@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from prefixtune.training.config import TrainConfig
@@ -128,6 +129,8 @@ class DistillConfig(TrainConfig):
         values: dict[str, Any] = {name: getattr(self, name) for name in TrainConfig.model_fields}
         values |= {name: TrainConfig.default(name) for name in self.unused}
         values |= {"output": output, "prompt_format": prompt_format, "target_format": target_format, "limit": 0}
+        if self.run_name and Path(output) != Path(self.output):
+            values["run_name"] = f"{self.run_name}/{Path(output).name}"
         if self.initialization == "text":
             values |= {"init_text": f"@{text_file}"} if text_file else {"initialization": "words"}
         return TrainConfig(**values)

@@ -30,10 +30,12 @@ __all__ = ["StudyConfig", "training_defaults"]
 
 
 _LISTS = ("methods", "sizes", "lengths", "starts")
+_TRACKER_KEYS = ("report_to", "project", "run_name", "report_examples")
 _RESERVED_KEYS = (
     *("task", "train", "dev", "backbone", "dtype", "device", "output", "method", "prefix_length", "limit"),
     *("learning_rate", "seed", "dev_limit", "initialization", "init_text"),
     *("quantize", "adapter", "train_adapter", "adapter_rank"),
+    *_TRACKER_KEYS,
 )
 """Keys of `TrainConfig` that a study sets itself for every run, or cannot use, as all runs share one backbone."""
 
@@ -321,7 +323,8 @@ def _check_study(layer: Layer, name: object) -> Layer:
 def _setting_faults(name: str, settings: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a table of training settings."""
     for key in sorted(settings.keys() & set(_RESERVED_KEYS)):
-        yield f"{name} has {key!r}, which the study sets itself"
+        of_trackers = "but runs of a study move and are tidied up: they report to `prefixtune report` alone"
+        yield f"{name} has {key!r}, {of_trackers if key in _TRACKER_KEYS else 'which the study sets itself'}"
     values = {key: value for key, value in settings.items() if key not in _RESERVED_KEYS}
     allowed = TrainConfig.model_fields.keys() - set(_RESERVED_KEYS)
     layer = Layer(values, "key", name=lambda field: f"{name}.{field}", fields=frozenset(allowed))

@@ -242,7 +242,7 @@ class TrainConfig(Config):
     save_dtype: Literal["float32", "bfloat16"] = _output("float32", description="dtype of the stored prefix")
     report_to: CommaList[TrackerName] = _output(
         (),
-        description="trackers to report to: trackio, wandb, tensorboard, mlflow, several, or all (these four); offline, "
+        description="trackers to report to: trackio, wandb, tensorboard, mlflow, several, or all (these four); offline "
         "in the run's folder, unless their own variables say otherwise",
     )
     project: str = _output("", description="the trackers' project; empty: prefixtune")

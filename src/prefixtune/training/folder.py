@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ ADAPTER_FOLDER = "adapter"
 """A LoRA adapter that was trained with the prefix."""
 
 Event = dict[str, Any]
-"""What happened: `event` is start, resume, extend, step, evaluation, save, end, tracking (of a tracker) or examples (texts
-that were written for trackers); the rest are figures."""
+"""What happened: `event` is start, resume, extend, step, evaluation, save, end, tracking (news of a tracker) or
+examples (texts that were written for trackers); the rest are figures."""
 
 
 def check_unused(folder: Path) -> None:
@@ -87,7 +86,7 @@ def write_log(config: TrainConfig, events: Sequence[Event]) -> None:
     write_text(Path(config.output) / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in events))
 
 
-def read_events(path: Path, step: float = math.inf) -> list[Event]:
+def read_events(path: Path, step: int | None = None) -> list[Event]:
     """The log's events up to a step, or all; a last line that a kill has cut off is left out.
 
     Raises:
@@ -111,6 +110,6 @@ def read_events(path: Path, step: float = math.inf) -> list[Event]:
             ) from error
         # An extension at this very step was stopped before it was saved; it comes again.
         comes_again = kind in ("end", "resume", "tracking") or (kind == "extend" and reached == step)
-        if reached <= step and not comes_again:
+        if (step is None or reached <= step) and not comes_again:
             events.append(event)
     return events

@@ -1,1 +1,1 @@
-"""Experiment trackers: a run's figures in trackio, Weights & Biases, TensorBoard or MLflow, kept in the run's folder."""
+"""Experiment trackers: a run in trackio, Weights & Biases, TensorBoard or MLflow, kept in the run's folder."""

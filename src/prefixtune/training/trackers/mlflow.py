@@ -49,7 +49,8 @@ class MLflow:
             for start in range(0, len(params), _BATCH):
                 self._client.log_batch(self._id, params=params[start : start + _BATCH])
         self.identity = {"id": self._id, "uri": uri}
-        self.how_to_see = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        allow = "MLFLOW_ALLOW_FILE_STORE=true " if uri.startswith("file:") else ""
+        self.how_to_see = f"{allow}mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
     def _experiment(self, name: str) -> str:
         """The id of an experiment, which is made if there is none of that name."""

@@ -67,10 +67,9 @@ def as_markdown(samples: Sequence[dict[str, Any]]) -> str:
 def _prompt_and_target(example: TokenizedExample) -> tuple[list[int], list[int]]:
     """What comes before the text to write, and that text: of a conversation, the last turn."""
     prompt, target = list(example.prompt), list(example.targets[0])
-    turns = getattr(example, "turns", ())
-    if not turns:
+    if not example.turns:
         return prompt, target
-    first, stop = turns[-1]
+    first, stop = example.turns[-1]
     return prompt + target[:first], target[first:stop]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ class TensorBoard:
         folder = run.folder / "tensorboard"
         self.identity = {"folder": folder.name}
         self.logged: Mapping[str, int] = dict.fromkeys(run.logged, run.step)
-        self.how_to_see = f"tensorboard --logdir {folder}"
+        self.how_to_see = f"tensorboard --logdir {shlex.quote(str(folder))}"
         # Typed as Any: the class has no types of its own.
         writer: Any = SummaryWriter
         self._writer = writer(str(folder), purge_step=run.step + 1 if run.identity else None)

@@ -33,7 +33,7 @@ class TrackedRun:
     folder: Path
     project: str
     name: str
-    hyperparameters: Mapping[str, str | float]
+    hyperparameters: Mapping[str, str | int | float]
     identity: Mapping[str, str] = field(default_factory=dict)
     step: int = 0
     logged: Mapping[str, int] = field(default_factory=dict)

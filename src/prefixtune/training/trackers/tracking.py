@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,11 +135,10 @@ class Tracking:
                 self._paused.clear()
             values = _step_values(self._loop, event) if kind == "step" else _evaluation_values(event)
             waiting = {name for name, tracker in self._trackers.items() if step > tracker.logged.get(kind, 0)}
-            self._each(waiting, lambda tracker: tracker.log(values, step))
-            if kind == "evaluation" and waiting and (samples := self._write_samples()):
-                news.append({"event": "examples", "step": step, "examples": samples})
-                text = as_markdown(samples)
-                self._each(waiting, lambda tracker: tracker.log_text("eval/examples", text, step))
+            if values:
+                self._each(waiting, lambda tracker: tracker.log(values, step))
+            if kind == "evaluation" and waiting:
+                news += self._report_samples(waiting, step)
         return [*news, *self._take_news()]
 
     def _take_news(self) -> list[Event]:
@@ -157,13 +157,23 @@ class Tracking:
                     message = f"{name} failed and is tried again at the next evaluation: {_first_line(error)}"
                     self._tell(name, message)
 
-    def _write_samples(self) -> list[dict[str, str]]:
+    def _report_samples(self, names: set[str], step: int) -> list[Event]:
+        """Let the run write texts, and report them; returns their event."""
+        if not self._samples:
+            return []
+        started = time.perf_counter()
         try:
-            return write_samples(self._loop, self._samples)
+            samples = write_samples(self._loop, self._samples)
         except Exception as error:
             self._samples = 0
             self._tell("", f"no example texts are reported: {_first_line(error)}")
             return []
+        if not samples:
+            return []
+        seconds = round(time.perf_counter() - started, 4)
+        text = as_markdown(samples)
+        self._each(names, lambda tracker: tracker.log_text("eval/examples", text, step))
+        return [{"event": "examples", "step": step, "seconds": seconds, "examples": samples}]
 
     def finish(self, outcome: Outcome) -> None:
         """Finish all tracked runs; a run that took all its steps is finished, whatever happened to others."""
@@ -192,11 +202,11 @@ def _step_values(loop: TrainLoop, event: Event) -> dict[str, float]:
 
 
 def _evaluation_values(event: Event) -> dict[str, float]:
-    names = {"loss": "eval/loss", "best_loss": "eval/best_loss", "best_step": "eval/best_step"}
+    names = {"loss": "eval/loss", "best_loss": "eval/best_loss"}
     return {name: event[key] for key, name in names.items() if event.get(key) is not None}
 
 
-def _hyperparameters(values: Mapping[str, Any]) -> dict[str, str | float]:
+def _hyperparameters(values: Mapping[str, Any]) -> dict[str, str | int | float]:
     """A configuration as trackers take it: numbers, texts, and lists as texts."""
     return {
         key: value if isinstance(value, int | float | str) else ",".join(map(str, value))

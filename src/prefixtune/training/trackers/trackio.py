@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import io
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ class Trackio:
     """
 
     def __init__(self, run: TrackedRun) -> None:
-        module, folder = _import(Path(run.identity.get("folder") or run.folder.resolve() / "trackio"))
+        module, folder = _import((run.folder.resolve() / run.identity.get("folder", "trackio")).resolve())
         project = run.identity.get("project") or run.project or "prefixtune"
         name = run.identity.get("name") or _free_name(module, project, run.name)
         # trackio ends the run that is current; in a context of its own, there is none.
@@ -44,10 +45,10 @@ class Trackio:
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
-        self.identity = {"project": project, "name": name, "folder": str(folder)}
+        self.identity = {"project": project, "name": name, "folder": os.path.relpath(folder, run.folder.resolve())}
         self.logged = run.logged if is_remote else self._stored_steps(run)
-        show = f"trackio show --project {project}"
-        self.how_to_see = show if is_remote else f"TRACKIO_DIR={folder} {show}"
+        show = f"trackio show --project {shlex.quote(project)}"
+        self.how_to_see = show if is_remote else f"TRACKIO_DIR={shlex.quote(os.path.relpath(folder))} {show}"
 
     def _stored_steps(self, run: TrackedRun) -> Mapping[str, int]:
         """The last steps; a killed program may have lost the last half second of what its log has."""
