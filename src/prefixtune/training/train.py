@@ -386,7 +386,7 @@ def _open_log(loop: TrainLoop, log: _Log, stack: contextlib.ExitStack) -> Run:
     folder = Path(loop.config.output)
     folder.mkdir(parents=True, exist_ok=True)
     # Before anything else is written: a tracker that does not start leaves no run behind.
-    tracked = stack.enter_context(tracking(loop, last_logged(whole)))
+    tracked = stack.enter_context(tracking(loop, events, last_logged(whole)))
     if not loop.resumed and loop.processes.is_main:
         write_config(loop.config)
         write_log(loop.config, [])

@@ -36,12 +36,12 @@ class MLflow:
         from mlflow.entities import Param
 
         self._client: Any = MlflowClient(tracking_uri=uri)
-        self.logged: Mapping[str, int] = {}
+        self.logged = run.logged
         if run.identity:
             self._id = run.identity["id"]
             self._client.update_run(self._id, status="RUNNING")
             names = {"step": "train/loss", "evaluation": "eval/loss"}
-            self.logged = {kind: self._last_step(name) for kind, name in names.items()}
+            self.logged = {**run.logged, **{kind: self._last_step(name) for kind, name in names.items()}}
         else:
             project = run.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "prefixtune"
             self._id = self._client.create_run(self._experiment(project), run_name=run.name).info.run_id

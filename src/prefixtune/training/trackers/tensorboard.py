@@ -14,8 +14,8 @@ __all__ = ["TensorBoard"]
 class TensorBoard:
     """A run in TensorBoard.
 
-    A resumed run writes another file into the same folder; TensorBoard drops what the earlier files hold of the steps
-    after the one that it is resumed after.
+    A resumed run writes another file into the same folder. TensorBoard drops what earlier files hold of
+    later steps than the run's log does, which a kill may have cut short.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -24,11 +24,11 @@ class TensorBoard:
 
         folder = run.folder / "tensorboard"
         self.identity = {"folder": folder.name}
-        self.logged: Mapping[str, int] = dict.fromkeys(run.logged, run.step)
+        self.logged = run.logged
         self.how_to_see = f"tensorboard --logdir {shlex.quote(str(folder))}"
         # Typed as Any: the class has no types of its own.
         writer: Any = SummaryWriter
-        self._writer = writer(str(folder), purge_step=run.step + 1 if run.identity else None)
+        self._writer = writer(str(folder), purge_step=max(run.logged.values()) + 1 if run.identity else None)
         if not run.identity:
             # `add_hparams` would make a second run in a folder of its own.
             for summary in hparams(dict(run.hyperparameters), {}):

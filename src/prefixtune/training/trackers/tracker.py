@@ -10,7 +10,10 @@ from typing import Literal, Protocol
 
 from prefixtune.errors import ConfigError
 
-__all__ = ["Outcome", "TrackedRun", "Tracker", "check_installed"]
+__all__ = ["KINDS", "Outcome", "TrackedRun", "Tracker", "check_installed"]
+
+KINDS = ("step", "evaluation", "examples")
+"""Kinds of events that trackers are told of."""
 
 Outcome = Literal["finished", "stopped", "failed"]
 """How a run ends; one that is stopped may be resumed."""
@@ -27,7 +30,7 @@ class TrackedRun:
         hyperparameters: Its configuration.
         identity: What the tracker stored of the run that is resumed; empty: a new tracked run starts.
         step: The step that is resumed after; 0 for a new run.
-        logged: The last step of each kind of event (step, evaluation) that the run's log had before it was resumed.
+        logged: The last step of each kind of event (`KINDS`) that the run's log had before it was resumed.
     """
 
     folder: Path
@@ -44,8 +47,9 @@ class Tracker(Protocol):
 
     Attributes:
         identity: What continues this tracked run later.
-        logged: The last step of each kind of event that it holds; a resumed run repeats these steps with the same
-            figures, and they are not logged twice.
+        logged: The last step of each kind of event (`KINDS`) that it held when it was started. A resumed run computes
+            some of these steps again, with the same figures, and they are not logged twice; what is missing before
+            them comes from the run's log.
         how_to_see: A command that shows the run.
     """
 

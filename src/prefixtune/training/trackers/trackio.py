@@ -18,6 +18,8 @@ __all__ = ["Trackio"]
 
 _REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 """Variables that send runs elsewhere."""
+_KEYS = {"step": "train/loss", "evaluation": "eval/loss", "examples": "eval/examples"}
+"""A key of each kind of event."""
 
 
 class Trackio:
@@ -46,14 +48,9 @@ class Trackio:
                 auto_log_cpu=False,
             )
         self.identity = {"project": project, "name": name, "folder": os.path.relpath(folder, run.folder.resolve())}
-        self.logged = run.logged if is_remote else self._stored_steps(run)
+        self.logged = run.logged if is_remote else _stored_steps(project, name, self._run.id)
         show = f"trackio show --project {shlex.quote(project)}"
         self.how_to_see = show if is_remote else f"TRACKIO_DIR={shlex.quote(os.path.relpath(folder))} {show}"
-
-    def _stored_steps(self, run: TrackedRun) -> Mapping[str, int]:
-        """The last steps; a killed program may have lost the last half second of what its log has."""
-        last = getattr(self._run, "_initial_last_step", None) or 0
-        return {kind: min(step, last) for kind, step in run.logged.items()}
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Figures of a step."""
@@ -94,6 +91,14 @@ def _free_name(module: Any, project: str, name: str) -> str:
         return name
     names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))]
     return next(free for free in names if free not in taken)
+
+
+def _stored_steps(project: str, name: str, identity: str) -> dict[str, int]:
+    """The last step of each kind in the database; a program that was killed may have lost half a second of them."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    rows = SQLiteStorage.get_logs(project, name, run_id=identity)
+    return {kind: max((row["step"] for row in rows if key in row), default=0) for kind, key in _KEYS.items()}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,11 @@ __all__ = ["WeightsAndBiases"]
 
 
 class WeightsAndBiases:
-    """A run in Weights & Biases. A resumed run keeps its id; offline, it writes a second folder with the same id."""
+    """A run in Weights & Biases.
+
+    A resumed run keeps its id; offline, it writes a second folder with the same id. Offline, wandb writes in blocks of
+    32 KiB: a program that is killed loses up to so much, and the second folder has these steps again.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         # Reports of wandb's own errors go to its makers; not without being asked.
@@ -24,8 +28,11 @@ class WeightsAndBiases:
         folder = os.environ.get("WANDB_DIR") or str(run.folder)
         project = run.project or os.environ.get("WANDB_PROJECT") or "prefixtune"
         module: Any = wandb
+        self._last_step = run.step
         self.identity = dict(run.identity) or {"id": secrets.token_hex(4), "project": project, "name": run.name}
         self.logged = run.logged
+        if mode == "offline":
+            self.logged = dict.fromkeys(run.logged, int(self.identity.get("written", "0")))
         self._run = module.init(
             project=self.identity["project"],
             name=self.identity["name"],
@@ -45,6 +52,7 @@ class WeightsAndBiases:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Figures of a step."""
         self._run.log(dict(values), step=step)
+        self._last_step = step
 
     def log_text(self, title: str, text: str, step: int) -> None:
         """A text in Markdown, as a file of the run."""
@@ -57,3 +65,4 @@ class WeightsAndBiases:
     def finish(self, outcome: Outcome) -> None:
         """End the run; one that failed is marked as such."""
         self._run.finish(exit_code=1 if outcome == "failed" else 0)
+        self.identity["written"] = str(self._last_step)
