@@ -244,6 +244,7 @@ class TrainConfig(Config):
         (),
         description="trackers to report to: trackio, wandb, tensorboard, mlflow, several, or all (these four); offline "
         "in the run's folder, unless their own variables say otherwise",
+        json_schema_extra={"group": "output", "many": [1, None]},
     )
     project: str = _output("", description="the trackers' project; empty: prefixtune")
     run_name: str = _output("", description="the run's name in the trackers; empty: that of its folder")
