@@ -28,7 +28,6 @@ from prefixtune.errors import ConfigError, DataError, did_you_mean
 __all__ = [
     "FORMS",
     "Form",
-    "FormName",
     "describe_data",
     "detect_form",
     "file_form",
@@ -37,20 +36,6 @@ __all__ = [
     "merge_examples",
     "read_form",
 ]
-
-FormName = Literal[
-    "messages",
-    "conversations",
-    "prompt",
-    "instruction",
-    "question",
-    "source",
-    "document",
-    "label",
-    "tags",
-    "text",
-]
-"""What `--form` may be."""
 
 _COMPLETIONS = ("completion", "response")
 _OUTPUTS = ("output", "response")
@@ -79,7 +64,7 @@ class Form:
         task: Of the data.
     """
 
-    name: FormName
+    name: str
     columns: tuple[tuple[str, ...], ...]
     title: str
     units: tuple[str, str]

@@ -12,7 +12,22 @@ from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import CommaList, Config, option_group
 from prefixtune.utils.faults import show_value
 
-__all__ = ["MOST_LENGTHS", "TrainConfig", "default_learning_rate"]
+__all__ = ["MOST_LENGTHS", "FormName", "TrainConfig", "default_learning_rate"]
+
+
+FormName = Literal[
+    "messages",
+    "conversations",
+    "prompt",
+    "instruction",
+    "question",
+    "source",
+    "document",
+    "label",
+    "tags",
+    "text",
+]
+"""The forms of data: the names of `data.forms.FORMS`, whose import takes longer."""
 
 
 MOST_LENGTHS = 64
@@ -78,10 +93,17 @@ class TrainConfig(Config):
 
     task: str = _data(
         "records",
-        description="how to read the files: e2e, webnlg, dart, summarization, xsum, scitldr, records (your own), "
-        "classification, tagging, toy, toy_labels, toy_tags",
+        description="how to read the files: records (your own, recognized by their columns or named by source and "
+        "target), e2e, webnlg, dart, summarization, xsum, scitldr, classification, tagging, toy, toy_labels, toy_tags",
     )
-    train: str = _data("", description="training file, or a folder that holds a training set")
+    form: Literal["", FormName] = _data(
+        "",
+        description="for your own files without source: what their columns are, where several readings fit; empty: "
+        "recognized",
+    )
+    train: str = _data(
+        "", description="training file, a folder that holds a training set, hub:NAME, or - for standard input"
+    )
     dev: str = _data(
         "", description="development file (or the folder again), to evaluate on, stop early and keep the best prefix"
     )

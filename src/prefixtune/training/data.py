@@ -17,6 +17,7 @@ from prefixtune.data.chat import chat_format
 from prefixtune.data.chat_examples import Turns
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.examples import TaskKind
+from prefixtune.data.forms import merge_examples
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
 from prefixtune.data.order import TargetGroup, plan_epoch, take
 from prefixtune.data.tokenized import (
@@ -135,7 +136,7 @@ def _task_kind(config: TrainConfig) -> TaskKind:
 
 def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
     if examples is not None:
-        return _with_targets(as_examples(examples, config.source or None, config.target or None), "training")
+        return _with_targets(_convert(config, examples, "example"), "training")
     parts = TASKS[config.task].parts if config.task in TASKS else ()
     if not config.train and config.task in TASKS and not parts:
         raise ConfigError("no training file is given.", hint="set train (--train FILE).")
@@ -144,7 +145,7 @@ def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | No
 
 def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
     if examples is not None:
-        dev = as_examples(examples, config.source or None, config.target or None, "development example")
+        dev = _convert(config, examples, "development example")
     else:
         dev = _read(config, config.dev, "dev") if config.dev else []
     return _with_targets(dev, "development") if dev else []
@@ -152,7 +153,25 @@ def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] |
 
 def _read(config: TrainConfig, path: str, split: str) -> list[Example]:
     """The examples of a file, or of a folder's split."""
-    return read_task(config.task, path, source=config.source or None, target=config.target or None, split=split)
+    # Development data may have another form.
+    return read_task(
+        config.task,
+        path,
+        source=config.source or None,
+        target=config.target or None,
+        split=split,
+        form=config.form if split == "train" else "",
+        prefer=config.form,
+        needs_targets=True,
+    )
+
+
+def _convert(config: TrainConfig, examples: Sequence[ExampleLike], what: str) -> list[Example]:
+    """The examples that a caller gave."""
+    form = config.form if what == "example" else ""
+    converted = as_examples(examples, config.source or None, config.target or None, what, form=form, needs_targets=True)
+    # As those of a file; without a form, the caller has grouped the targets.
+    return merge_examples(converted) if config.form and config.task == "records" else converted
 
 
 def _with_targets(examples: list[Example], what: str) -> list[Example]:

@@ -37,6 +37,7 @@ from prefixtune.training.folder import (
     write_config,
     write_log,
 )
+from prefixtune.training.forms import describe_run_data, settle_form
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.progress import show_training
 from prefixtune.training.runs import Run, TrainResult, agree_on_step, step_together, stop_requests
@@ -220,6 +221,7 @@ def _open_runs(
     Yields:
         The runs, and the event that Ctrl-C or SIGTERM sets.
     """
+    configs = [settle_form(config, given) for config, (given, _) in zip(configs, inputs, strict=True)]
     with contextlib.ExitStack() as stack:
         # Nobody else may train in these folders meanwhile; refused before anything is read or loaded.
         for config in configs if processes.is_main else ():
@@ -243,7 +245,9 @@ def _open_runs(
             )
             for config, some, stored in zip(configs, inputs, stored_starts, strict=True)
         ]
-        for config, (_, dev), given in zip(configs, examples, inputs, strict=True):
+        for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
+            for line in describe_run_data(config, train, dev, given=given[0] is not None):
+                console.info(line)
             if does_hold_out(config, given[1]):
                 sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
                 console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")

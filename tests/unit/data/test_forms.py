@@ -13,9 +13,10 @@ from data_files import write
 from prefixtune.data import as_examples, read_task
 from prefixtune.data.examples import Example, Message
 from prefixtune.data.files import iter_file
-from prefixtune.data.forms import FORMS, FormName, describe_data, detect_form, file_form, iter_form
+from prefixtune.data.forms import FORMS, describe_data, detect_form, file_form, iter_form
 from prefixtune.data.registry import TASKS, resolve_task
 from prefixtune.errors import ConfigError, DataError, PrefixError
+from prefixtune.training.config import FormName
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello. "}
 HI = (Message("user", "Hi"),)
