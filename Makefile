@@ -169,6 +169,10 @@ site: $(VENV)/.site  ## the documentation as a site, in build/site; fetches noth
 	$(BIN)/python -m sphinx -W -n --keep-going --jobs auto -q -b html docs build/site
 	@echo "build/site/index.html"
 
+examples: $(VENV)/.integrated  ## run every script of examples/, and write docs/examples.md (PREFIXTUNE_EXAMPLES=short: in seconds)
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m tools.examples_page $(EXAMPLES)
+
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-adapters $(VENV)-oldest $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

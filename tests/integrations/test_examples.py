@@ -1,0 +1,56 @@
+"""Every script of examples/ runs on a tiny model with two steps; docs/examples.md shows the scripts as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from live_server import MODEL, make_model
+from tools.examples_page import EXAMPLES, NAMES, ROOT, run_example
+
+EXPECTED = {
+    "first_prefix": ("runs/first_prefix/prefix.safetensors", "numbers, "),
+    "memory_of_a_document": ("runs/guide/prefix.safetensors", "32 positions"),
+    "joined": ("runs/Plover/prefix.safetensors", "all three joined"),
+    "serve_and_ask": ("prefixes/opposites.safetensors", "models: capitals, opposites"),
+    "compare_with_lora": ("runs/compare-2/weights.safetensors", " of 8"),
+    "classify": ("runs/classify/prefix.safetensors", "cancel"),
+    "to_llama_cpp": ("exported/capitals.bin", "placeholder tokens stand for the prefix"),
+}
+"""Script -> a file that it leaves, and what it prints."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / MODEL
+    make_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_it_runs(name: str, model: Path, tmp_path: Path) -> None:
+    file, words = EXPECTED[name]
+    printed = run_example(name, tmp_path, STEPS="2", BACKBONE=str(model))
+    assert words in printed
+    assert (tmp_path / file).stat().st_size > 0
+
+
+def test_every_script_is_short_and_tested() -> None:
+    for name in NAMES:
+        script = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        assert len(script.splitlines()) <= 60, name
+    assert set(EXPECTED) <= set(NAMES)
+
+
+def test_a_script_that_fails_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"classify.py failed[\s\S]*nowhere"):
+        run_example("classify", tmp_path, BACKBONE=str(tmp_path / "nowhere"))
+
+
+def test_the_page_is_current() -> None:
+    command = [sys.executable, "-m", "tools.examples_page", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
