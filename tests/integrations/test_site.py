@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import prefixtune
 from browser import CHROMIUM, NO_CHROMIUM, Browser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,11 @@ def test_links_lead_to_pages_and_to_files_of_the_repository(site: Path) -> None:
     deploy = (site / "deploy.html").read_text(encoding="utf-8")
     assert 'href="repository/tests/integrations/test_vllm.py.html"' in deploy
     assert "test_vllm" in (site / "repository" / "tests" / "integrations" / "test_vllm.py.html").read_text("utf-8")
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
+    assert [name for name in prefixtune.__all__ if f'id="prefixtune.{name}"' not in pages] == ["__version__"]
 
 
 @pytest.mark.parametrize(
