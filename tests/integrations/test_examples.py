@@ -15,7 +15,7 @@ EXPECTED = {
     "first_prefix": ("runs/first_prefix/prefix.safetensors", "numbers, "),
     "memory_of_a_document": ("runs/guide/prefix.safetensors", "32 positions"),
     "joined": ("runs/Plover/prefix.safetensors", "all three joined"),
-    "serve_and_ask": ("prefixes/opposites.safetensors", "models: capitals, opposites"),
+    "serve_and_ask": ("prefixes/opposites.safetensors", ", capitals, opposites\n"),
     "compare_with_lora": ("runs/compare-2/weights.safetensors", " of 8"),
     "classify": ("runs/classify/prefix.safetensors", "cancel"),
     "to_llama_cpp": ("exported/capitals.bin", "placeholder tokens stand for the prefix"),
