@@ -70,9 +70,9 @@ def run_example(name: str, folder: Path, **variables: str) -> str:
 
 
 def examples_page() -> str:
-    """The page, of the scripts and their kept outputs."""
+    """The page, of the scripts whose outputs are kept."""
     parts = ["# Examples", INTRODUCTION]
-    for name in NAMES:
+    for name in (name for name in NAMES if (OUTPUTS / f"{name}.txt").exists()):
         path = EXAMPLES / f"{name}.py"
         script = path.read_text(encoding="utf-8")
         output = (OUTPUTS / f"{name}.txt").read_text(encoding="utf-8")
