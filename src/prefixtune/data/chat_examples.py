@@ -48,6 +48,7 @@ def encode_conversations(
     on_too_long: TruncationPolicy,
     *,
     turns: Turns = "packed",
+    first: int = 1,
 ) -> TokenizedDataset:
     """Turn conversations into token ids.
 
@@ -61,6 +62,7 @@ def encode_conversations(
         limit: Positions of a conversation.
         on_too_long: `error`: refuse one that is too long.
         turns: How a conversation becomes examples.
+        first: The number of the first example, for messages.
 
     Raises:
         DataError: The template refuses an example, or one is too long.
@@ -68,7 +70,7 @@ def encode_conversations(
     tokenized: list[TokenizedExample] = []
     origins: list[int] = []
     longest_prompt = num_truncated = num_dropped = num_unpacked = 0
-    for number, example in enumerate(examples, start=1):
+    for number, example in enumerate(examples, start=first):
         messages = conversation_of(example)
         name = f"example {number} ({example.source[:60]!r})"
         try:
@@ -94,7 +96,7 @@ def encode_conversations(
         num_dropped += len(found.turns) - len(fitting)
         num_unpacked += len(fitting) > num_last and not is_packed
         tokenized += made
-        origins += [number - 1] * len(made)
+        origins += [number - first] * len(made)
     one_each = origins == list(range(len(examples)))
     return TokenizedDataset(
         tuple(tokenized), num_truncated, longest_prompt, num_dropped, num_unpacked, () if one_each else tuple(origins)

@@ -145,6 +145,7 @@ def encode_examples(
     max_length: int = 0,
     on_too_long: TruncationPolicy = "cut",
     turns: Turns = "packed",
+    first: int = 1,
 ) -> TokenizedDataset:
     """Turn examples into token ids; sources that do not fit are truncated, targets never.
 
@@ -159,6 +160,7 @@ def encode_examples(
             backbone allows.
         on_too_long: `cut` the source at its end, or raise an `error`.
         turns: How conversations become examples.
+        first: The number of the first example, for messages.
 
     Raises:
         DataError: There is no example, one has no target, a target is longer than the limit, or an example is too long
@@ -166,15 +168,15 @@ def encode_examples(
     """
     if not examples:
         raise DataError("there is no example to train on.", hint="check the file and `limit`.")
-    for number, example in enumerate(examples, start=1):
+    for number, example in enumerate(examples, start=first):
         if not example.targets:
             raise DataError(
                 f"example {number} ({example.source[:60]!r}) has no target.", hint="name the target column."
             )
     limit = position_limit(backbone, prefix_length, max_length)
     if text_format.is_chat:
-        return encode_conversations(backbone, examples, text_format, limit, on_too_long, turns=turns)
-    for number, example in enumerate(examples, start=1):
+        return encode_conversations(backbone, examples, text_format, limit, on_too_long, turns=turns, first=first)
+    for number, example in enumerate(examples, start=first):
         check_plain(example, number)
     prompts = encode_prompts(backbone, text_format, [example.source for example in examples])
     target_ids = iter(
@@ -183,7 +185,7 @@ def encode_examples(
     before, after = template_lengths(backbone, text_format)
     separate = backbone.kind == "encoder-decoder"
     tokenized: list[TokenizedExample] = []
-    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True), start=1):
+    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True), start=first):
         name = f"example {number} ({example.source[:60]!r})"
         targets = tuple(tuple(next(target_ids)) for _ in example.targets)
         longest = max(map(len, targets))

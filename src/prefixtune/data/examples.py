@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -19,7 +19,10 @@ __all__ = [
     "check_messages",
     "conversation_of",
     "limit_targets",
+    "merge_examples",
+    "merge_key",
     "references_of",
+    "source_key",
 ]
 
 TaskKind = Literal["generation", "classification", "tagging"]
@@ -178,6 +181,33 @@ def conversation_of(example: Example) -> tuple[Message, ...]:
     (Message(role='user', content='Hi'),)
     """
     return example.messages or (Message("user", example.source),)
+
+
+def source_key(example: Example) -> tuple[str, tuple[Message, ...]] | None:
+    """Equal for examples of one source: the same text, after the same messages; None: it has none, and is its own."""
+    return (example.source, example.messages) if example.source else None
+
+
+def merge_key(example: Example) -> tuple[str, tuple[Message, ...]] | None:
+    """Equal for examples that are merged; None: it is not merged, as a conversation of several turns, or a text."""
+    has_turns = any(message.role == "assistant" for message in example.messages)
+    return None if has_turns else source_key(example)
+
+
+def merge_examples(examples: Iterable[Example]) -> list[Example]:
+    """One example for each source of one turn, in order of first appearance, with all its targets in order.
+
+    >>> [e.targets for e in merge_examples([Example("a", ("1",)), Example("b", ("2",)), Example("a", ("3",))])]
+    [('1', '3'), ('2',)]
+    """
+    first: dict[Any, Example] = {}
+    targets: dict[Any, list[str]] = {}
+    for number, example in enumerate(examples):
+        key = merge_key(example)
+        first.setdefault(number if key is None else key, example)
+        if key is not None:
+            targets.setdefault(key, []).extend(example.targets)
+    return [replace(e, targets=tuple(targets[key])) if key in targets else e for key, e in first.items()]
 
 
 def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:

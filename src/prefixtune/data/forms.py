@@ -10,12 +10,12 @@ computation. A conversation of several turns, and a text, is an example of its o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from prefixtune.data.examples import Example, Message
+from prefixtune.data.examples import Example, Message, merge_examples
 from prefixtune.data.files import Record, iter_file
 from prefixtune.data.messages import parse_messages, split_answer
 from prefixtune.data.streams import shown
@@ -33,7 +33,6 @@ __all__ = [
     "file_form",
     "iter_form",
     "make_example",
-    "merge_examples",
     "read_form",
 ]
 
@@ -237,30 +236,6 @@ def _other_form(record: Record, form: Form) -> DataError:
     )
 
 
-def merge_examples(examples: Iterable[Example]) -> list[Example]:
-    """One example for each source of one turn, in order of first appearance, with all its targets in order.
-
-    >>> [e.targets for e in merge_examples([Example("a", ("1",)), Example("b", ("2",)), Example("a", ("3",))])]
-    [('1', '3'), ('2',)]
-    """
-    merged: list[Example] = []
-    targets: dict[int, list[str]] = {}
-    places: dict[tuple[str, tuple[Message, ...]], int] = {}
-    for example in examples:
-        has_turns = any(message.role == "assistant" for message in example.messages)
-        if has_turns or not example.source:
-            merged.append(example)
-            continue
-        place = places.setdefault((example.source, example.messages), len(merged))
-        if place == len(merged):
-            merged.append(example)
-        else:
-            targets.setdefault(place, list(merged[place].targets)).extend(example.targets)
-    for place, all_targets in targets.items():
-        merged[place] = replace(merged[place], targets=tuple(all_targets))
-    return merged
-
-
 def describe_data(form: Form, examples: Sequence[Example], path: Path | str, columns: Iterable[str] = ()) -> str:
     """One line for people: what was read, and which columns are not used.
 
@@ -273,7 +248,10 @@ def describe_data(form: Form, examples: Sequence[Example], path: Path | str, col
         path: Where they are from.
         columns: Of the first row.
     """
-    answers = sum(len(one.targets) + sum(m.role == "assistant" for m in one.messages) for one in examples)
+    # Imported here: numpy takes a moment.
+    from prefixtune.data.stored_examples import count_answers
+
+    answers = count_answers(examples)
     counts = [_count(len(examples), form.units[0])]
     if form.units[1]:
         counts.append(_count(answers, form.units[1]))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefixtune.data.examples import Example, TaskKind
-from prefixtune.data.files import FORMATS
+from prefixtune.data.files import FORMATS, iter_file
 from prefixtune.data.folders import Release, locate
-from prefixtune.data.forms import FORMS, Form, file_form, read_form
-from prefixtune.data.tasks.classification import read_classification
+from prefixtune.data.forms import FORMS, Form, file_form, iter_form, read_form
+from prefixtune.data.tasks.classification import iter_classification, read_classification
 from prefixtune.data.tasks.dart import DART_FORMATS, dart_entries, read_dart
 from prefixtune.data.tasks.e2e import E2E_FORMATS, read_e2e
-from prefixtune.data.tasks.records import read_records
-from prefixtune.data.tasks.summarization import SCITLDR_FORMATS, read_scitldr, read_summaries, read_xsum
+from prefixtune.data.tasks.records import iter_records, read_records
+from prefixtune.data.tasks.summarization import (
+    SCITLDR_FORMATS,
+    iter_summaries,
+    iter_xsum,
+    read_scitldr,
+    read_summaries,
+    read_xsum,
+)
 from prefixtune.data.tasks.tagging import TAGGING_FORMATS, read_tagging
 from prefixtune.data.tasks.webnlg import WEBNLG_FORMATS, read_webnlg, webnlg_entries
 from prefixtune.data.toy.classification import make_toy_labels
@@ -23,7 +30,7 @@ from prefixtune.data.toy.table_to_text import make_toy
 from prefixtune.data.toy.tagging import make_toy_tags
 from prefixtune.errors import ConfigError, did_you_mean
 
-__all__ = ["TASKS", "Task", "read_all_entries", "read_task", "resolve_task"]
+__all__ = ["TASKS", "Task", "load_task", "read_all_entries", "read_task", "resolve_task"]
 
 
 _PARTS = ("train", "held_out")
@@ -51,6 +58,8 @@ class Task:
         max_source_length: Tokens of a source that the paper's models read; 0: all. For users and presets.
         read_all: If some entries of a file are not examples (they have no good text): path -> every entry, with None
             for those.
+        iterate: As `read`, one example for each row, where that can be done without all of the file in memory.
+        merges: `read` merges equal sources, which `iterate` does not.
     """
 
     name: str
@@ -67,6 +76,8 @@ class Task:
     takes_columns: bool = False
     max_source_length: int = 0
     read_all: Callable[[Path], list[Example | None]] | None = None
+    iterate: Callable[[Path, str | None, str | None], Iterator[Example]] | None = None
+    merges: bool = False
 
 
 def read_task(
@@ -167,6 +178,57 @@ def _check_form(task: str, source: str | None, form: str) -> None:
         )
 
 
+def load_task(
+    task: str,
+    path: Path | str,
+    *,
+    source: str | None = None,
+    target: str | None = None,
+    split: str | None = None,
+    form: str = "",
+    prefer: str = "",
+    needs_targets: bool = False,
+    keep: bool = True,
+) -> Sequence[Example]:
+    """As `read_task`, but many examples stay in a file: see `stored_examples`.
+
+    Args:
+        task: As for `read_task`, like the others.
+        path: Likewise.
+        source: Likewise.
+        target: Likewise.
+        split: Likewise.
+        form: Likewise.
+        prefer: Likewise.
+        needs_targets: Likewise.
+        keep: Whether the examples of a large file may stay in the user's cache.
+
+    Raises:
+        PrefixError: As for `read_task`; or the disk is full.
+    """
+    # Imported here: numpy takes a moment.
+    from prefixtune.data.stored_examples import gather, gather_file
+
+    chosen = _task(task)
+    iterate, has_form = chosen.iterate, _has_form(task, source, target)
+    if not has_form and (iterate is None or (task == "records" and source is None)):
+        return gather(read_task(task, path, source=source, target=target, split=split, form=form))
+    _check_form(task, source, form)
+    file = locate(Path(path), split, chosen.formats, chosen.release)
+    if not has_form and iterate is not None:
+        facts = {"task": task, "source": source, "target": target}
+        return gather_file(file, lambda: iterate(file, source, target), merge=chosen.merges, keep=keep, **facts)
+    found, _ = file_form(file, form=form, prefer=prefer, needs_targets=needs_targets)
+    return gather_file(
+        file,
+        lambda: iter_form(iter_file(file), found, needs_targets=needs_targets),
+        merge=found.task == "records",
+        keep=keep,
+        form=found.name,
+        needs_targets=needs_targets,
+    )
+
+
 def read_all_entries(task: str, path: Path | str, *, split: str | None = None) -> list[Example | None]:
     """Every entry of a file, with None for those that `read_task` leaves out; empty if the task leaves none out.
 
@@ -209,6 +271,10 @@ def _read_records(path: Path, source: str | None, target: str | None) -> list[Ex
             hint="give source, a column's name or text with {column} in it; or neither, and the form is recognized.",
         )
     return read_records(path, source, target)
+
+
+def _iter_records(path: Path, source: str | None, target: str | None) -> Iterator[Example]:
+    return iter_records(path, source or "", target)
 
 
 def _toy_reader(
@@ -310,6 +376,7 @@ TASKS: dict[str, Task] = {
             "documents and summaries: JSON lines, JSON, CSV, TSV or Parquet, columns document and summary (or article "
             "and highlights) unless named",
             read_summaries,
+            iterate=iter_summaries,
             takes_columns=True,
             **_SUMMARIES,
         ),
@@ -317,6 +384,7 @@ TASKS: dict[str, Task] = {
             "xsum",
             "XSUM: one-sentence summaries of news; columns document and summary unless named",
             read_xsum,
+            iterate=iter_xsum,
             takes_columns=True,
             **_SUMMARIES,
         ),
@@ -333,6 +401,8 @@ TASKS: dict[str, Task] = {
             "instructions, texts, ...) or are named by templates",
             _read_records,
             _TEXT,
+            iterate=_iter_records,
+            merges=True,
             takes_columns=True,
         ),
         Task(
@@ -348,6 +418,7 @@ TASKS: dict[str, Task] = {
             read_classification,
             _LABEL,
             "classification",
+            iterate=iter_classification,
             metrics=_LABEL_METRICS,
             takes_columns=True,
         ),

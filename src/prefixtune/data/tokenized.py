@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Int
 
 from prefixtune.backbone.soft_labels import SoftLabels
@@ -112,7 +113,7 @@ class TokenTable(Sequence[TokenizedExample]):
         """The table of some examples, without what a step or a teacher adds to them."""
         columns = Columns()
         columns.extend(examples)
-        arrays: dict[str, Any] = {name: np.array(column, DTYPES[name]) for name, column in columns.filled().items()}
+        arrays: dict[str, Any] = {name: numbers for name, numbers in columns.take().items() if name in columns.used}
         return cls(**arrays)
 
     def __len__(self) -> int:
@@ -187,44 +188,55 @@ class TokenTable(Sequence[TokenizedExample]):
 
 
 class Columns:
-    """The arrays of a `TokenTable` while they grow."""
+    """The columns of a `TokenTable` while they grow; what there is so far may be taken to somewhere else."""
 
     def __init__(self) -> None:
-        self.tokens = array("i")
-        self.row_ends, self.first_rows = array("q"), array("q", [0])
-        self.label_positions, self.label_ends = array("i"), array("q")
-        self.turns, self.turn_ends = array("i"), array("q")
-        self.totals = {"tokens": 0, "label_positions": 0, "turns": 0, "rows": 0}
-        self.labelled = False
+        self._ends = {"tokens": 0, "label_positions": 0, "turns": 0}
+        self._rows = 0
+        self._labelled = False
+        self._clear()
+        self._columns["first_rows"].append(0)
+
+    def _clear(self) -> None:
+        self._columns = {name: array("i" if dtype.itemsize == 4 else "q") for name, dtype in DTYPES.items()}
+
+    @property
+    def used(self) -> set[str]:
+        """The columns that the examples so far need."""
+        used = {"tokens", "row_ends", "first_rows"}
+        if self._labelled:
+            used |= {"label_positions", "label_ends"}
+        if self._ends["turns"]:
+            used |= {"turns", "turn_ends"}
+        return used
 
     def extend(self, examples: Iterable[TokenizedExample]) -> None:
         """Append some examples."""
-        totals = self.totals
+        columns = self._columns
         for example in examples:
             for row in (example.prompt, *example.targets):
-                self.tokens.extend(row)
-                totals["tokens"] += len(row)
-                self.row_ends.append(totals["tokens"])
-            totals["rows"] += 1 + len(example.targets)
-            self.first_rows.append(totals["rows"])
-            if example.label_positions is not None:
-                self.labelled = True
-                self.label_positions.extend(example.label_positions)
-                totals["label_positions"] += len(example.label_positions)
-            self.label_ends.append(totals["label_positions"])
-            for turn in example.turns:
-                self.turns.extend(turn)
-                totals["turns"] += 2
-            self.turn_ends.append(totals["turns"])
+                columns["row_ends"].append(self._append("tokens", row))
+            self._rows += 1 + len(example.targets)
+            columns["first_rows"].append(self._rows)
+            self._labelled |= example.label_positions is not None
+            columns["label_ends"].append(self._append("label_positions", example.label_positions or ()))
+            columns["turn_ends"].append(self._append("turns", tuple(itertools.chain(*example.turns))))
 
-    def filled(self) -> dict[str, array[int]]:
-        """The columns that these examples have, by name."""
-        columns = {"tokens": self.tokens, "row_ends": self.row_ends, "first_rows": self.first_rows}
-        if self.labelled:
-            columns |= {"label_positions": self.label_positions, "label_ends": self.label_ends}
-        if self.totals["turns"]:
-            columns |= {"turns": self.turns, "turn_ends": self.turn_ends}
-        return columns
+    def _append(self, name: str, numbers: Sequence[int]) -> int:
+        """Append to a column; returns where it ends now."""
+        if numbers:
+            self._columns[name].extend(numbers)
+            self._ends[name] += len(numbers)
+        return self._ends[name]
+
+    def take(self) -> dict[str, npt.NDArray[Any]]:
+        """The numbers since the last time, by column; of all columns, used or not."""
+        taken = {
+            name: np.frombuffer(column, dtype) if column else np.empty(0, dtype)
+            for (name, column), dtype in zip(self._columns.items(), DTYPES.values(), strict=True)
+        }
+        self._clear()
+        return taken
 
 
 def _part(values: Any, ends: Any, index: int) -> list[int] | None:
@@ -253,7 +265,7 @@ class TokenizedDataset:
     longest_prompt: int = 0
     num_dropped_turns: int = 0
     num_unpacked: int = 0
-    origins: tuple[int, ...] = ()
+    origins: Sequence[int] | Int[np.ndarray, " N"] = ()
 
     @classmethod
     def from_prompts(

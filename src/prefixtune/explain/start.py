@@ -77,7 +77,7 @@ def _find_examples(
     chosen = [train[index] for index in indices]
     labels, text_format = labels_of(prefix), format_of(backbone, prefix)
     if labels is not None and labels.by == "words":
-        chosen = with_label_words(chosen, labels)
+        chosen = list(with_label_words(chosen, labels))
     if not chosen or not all(example.targets for example in chosen):
         return None, other
     rows = [(*prompt, *target) for prompt, target in encode_pairs(backbone, text_format, chosen)]

@@ -107,7 +107,7 @@ def make_subject(
     labels, text_format = labels_of(prefix), format_of(backbone, prefix)
     rows = [replace(example, targets=example.targets[:1]) for example in examples if example.targets][: limits.rows]
     if labels is not None and labels.by == "words":
-        rows = with_label_words(rows, labels)
+        rows = list(with_label_words(rows, labels))
     longest = max((each.prefix_length for each in (prefix, *controls.values())), default=0)
     return Subject(
         backbone=backbone,

@@ -122,6 +122,10 @@ class TrainConfig(Config):
     )
     limit: int = _data(0, ge=0, description="use only the first N training targets; 0: all")
     dev_limit: int = _data(0, ge=0, description="use only the first N development targets; 0: all")
+    data_cache: bool = _data(
+        True,
+        description="keep what was read and tokenized of large files in the user's cache, where the next run finds it",
+    )
     hold_out: float = _data(
         0.0,
         ge=0,

@@ -11,15 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data import TASKS, Example, ExampleLike, as_examples, limit_targets, read_task
+from prefixtune.data import TASKS, Example, ExampleLike, as_examples, load_task
+from prefixtune.data.cache import content_key
 from prefixtune.data.chat import chat_format
 from prefixtune.data.chat_examples import Turns
 from prefixtune.data.encoding import default_format, encode_examples
-from prefixtune.data.examples import TaskKind
-from prefixtune.data.forms import merge_examples
+from prefixtune.data.examples import TaskKind, merge_examples
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, validate_labels, with_label_words
 from prefixtune.data.order import TargetGroup, plan_epoch, take
+from prefixtune.data.stored_examples import (
+    StoredExamples,
+    distinct_sources,
+    first_targets,
+    has_messages,
+    has_targets,
+    select,
+    source_ids,
+)
+from prefixtune.data.stored_tokens import encode_stored, tokenizer_key
 from prefixtune.data.tokenized import (
     TokenizedDataset,
     TokenizedExample,
@@ -53,7 +65,7 @@ def read_data(
     loads_backbone: bool,
     together: bool = False,
     has_start: bool = False,
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Read the files, and report every mistake that can be found before a backbone loads, which takes long.
 
     Args:
@@ -74,11 +86,23 @@ def read_data(
     """
     if not resume and processes.is_main:
         check_unused(Path(config.output))
-    train: list[Example] = []
-    dev: list[Example] = []
+    train: Sequence[Example] = ()
+    dev: Sequence[Example] = ()
     kind = _task_kind(config)
     holds_out = does_hold_out(config, dev_examples)
     has_dev = bool(dev_examples or config.dev) or holds_out
+
+    def read_train() -> None:
+        nonlocal train
+        train = first_targets(_training_examples(config, examples), config.limit)
+
+    def read_dev() -> None:
+        nonlocal dev
+        dev = first_targets(_development_examples(config, dev_examples), config.dev_limit)
+
+    def hold_out() -> None:
+        nonlocal train, dev
+        train, dev = _hold_out(config, train)
 
     def check_labels() -> None:
         # What could not be read is reported by itself.
@@ -87,9 +111,9 @@ def read_data(
 
     check_all(
         [
-            lambda: train.extend(limit_targets(_training_examples(config, examples), config.limit)),
-            lambda: dev.extend(limit_targets(_development_examples(config, dev_examples), config.dev_limit)),
-            *([lambda: _hold_out(config, train, dev)] if holds_out else ()),
+            read_train,
+            read_dev,
+            *([hold_out] if holds_out else ()),
             check_labels,
             lambda: check_example_count(config, train),
             *early_checks(
@@ -110,31 +134,33 @@ def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | Non
     return bool(config.hold_out) and not config.dev and dev_examples is None
 
 
-def _hold_out(config: TrainConfig, train: list[Example], dev: list[Example]) -> None:
-    """Move a share of the sources, with all their targets, from the training to the development examples.
+def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Divide the examples into those to train on and a share of the sources, with all their targets, to develop with.
 
     Raises:
         DataError: There is only one source.
     """
-    sources = list(dict.fromkeys(example.source for example in train if example.targets))
     if not train:
-        return  # It could not be read, which is reported by itself.
+        return train, ()  # It could not be read, which is reported by itself.
+    sources = distinct_sources(train)
     if len(sources) < 2:
         raise DataError(
             f"hold_out is {config.hold_out:g}, but there is only one training source.",
             hint="give more data or a development file, or set hold_out to 0.",
         )
     count = min(max(1, round(config.hold_out * len(sources))), len(sources) - 1)
-    held = set(random.Random(f"{config.seed}/hold_out").sample(sources, count))
-    dev.extend(limit_targets([example for example in train if example.source in held], config.dev_limit))
-    train[:] = [example for example in train if example.source not in held]
+    drawn = random.Random(f"{config.seed}/hold_out").sample(range(len(sources)), count)
+    ids = source_ids(train)
+    held = np.isin(ids, ids[sources[drawn]])
+    dev = first_targets(select(train, np.flatnonzero(held)), config.dev_limit)
+    return select(train, np.flatnonzero(~held)), dev
 
 
 def _task_kind(config: TrainConfig) -> TaskKind:
     return TASKS[config.task].kind if config.task in TASKS else "generation"
 
 
-def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
+def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> Sequence[Example]:
     if examples is not None:
         return _with_targets(_convert(config, examples, "example"), "training")
     parts = TASKS[config.task].parts if config.task in TASKS else ()
@@ -143,7 +169,8 @@ def _training_examples(config: TrainConfig, examples: Sequence[ExampleLike] | No
     return _with_targets(_read(config, config.train or (*parts, "")[0], "train"), "training")
 
 
-def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> list[Example]:
+def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> Sequence[Example]:
+    dev: Sequence[Example]
     if examples is not None:
         dev = _convert(config, examples, "development example")
     else:
@@ -151,10 +178,10 @@ def _development_examples(config: TrainConfig, examples: Sequence[ExampleLike] |
     return _with_targets(dev, "development") if dev else []
 
 
-def _read(config: TrainConfig, path: str, split: str) -> list[Example]:
+def _read(config: TrainConfig, path: str, split: str) -> Sequence[Example]:
     """The examples of a file, or of a folder's split."""
     # Development data may have another form.
-    return read_task(
+    return load_task(
         config.task,
         path,
         source=config.source or None,
@@ -163,6 +190,7 @@ def _read(config: TrainConfig, path: str, split: str) -> list[Example]:
         form=config.form if split == "train" else "",
         prefer=config.form,
         needs_targets=True,
+        keep=config.data_cache,
     )
 
 
@@ -174,11 +202,11 @@ def _convert(config: TrainConfig, examples: Sequence[ExampleLike], what: str) ->
     return merge_examples(converted) if config.form and config.task == "records" else converted
 
 
-def _with_targets(examples: list[Example], what: str) -> list[Example]:
+def _with_targets(examples: Sequence[Example], what: str) -> Sequence[Example]:
     """The examples, at least one of which must have a target."""
     if not examples:
         raise DataError(f"the {what} data has no example.", hint="check the file and `limit`.")
-    if not any(example.targets for example in examples):
+    if not has_targets(examples).any():
         raise DataError(
             f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
             hint="name the column or template of the targets (--target), or give another file.",
@@ -247,7 +275,7 @@ def tokenize(
         config,
         backbone,
         for_head=labels is not None and labels.by == "head",
-        has_messages=any(example.messages for example in examples),
+        has_messages=has_messages(examples),
     )
     lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
 
@@ -343,13 +371,29 @@ def _tokenize(
         "max_length": config.max_length,
         "on_too_long": config.on_too_long,
     }
-    if labels is not None and labels.by == "head":
-        return encode_labelled(backbone, examples, labels, text_format, **limits)
-    if labels is not None:
-        examples = with_label_words(examples, labels)
     # An infix is hidden from what is read first alone, so each turn needs a row of its own.
     turns: Turns = "separate" if config.method == "infix" else "packed"
-    return encode_examples(backbone, examples, text_format, turns=turns, **limits)
+
+    def encode(some: Sequence[Example], first: int) -> TokenizedDataset:
+        if labels is not None and labels.by == "head":
+            return encode_labelled(backbone, some, labels, text_format, first=first, **limits)
+        if labels is not None:
+            some = with_label_words(some, labels)
+        return encode_examples(backbone, some, text_format, turns=turns, first=first, **limits)
+
+    key = None
+    if config.data_cache and isinstance(examples, StoredExamples) and (tokenizer := tokenizer_key(backbone)):
+        key = content_key(
+            what="tokens",
+            examples=examples.digest,
+            tokenizer=tokenizer,
+            positions=backbone.prefix_positions(prefix_length),
+            text_format=dataclasses.asdict(text_format),
+            labels=None if labels is None else labels.to_dict(),
+            turns=turns,
+            **limits,
+        )
+    return encode_stored(examples, encode, key=key)
 
 
 def _digest(*datasets: TokenizedDataset | None) -> str:

@@ -10,7 +10,7 @@ numbers are refused, because an amount is not a class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from prefixtune.data.examples import Example
@@ -18,7 +18,7 @@ from prefixtune.data.files import Record, iter_file
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import DataError, did_you_mean
 
-__all__ = ["check_labels", "label_names", "labelled_example", "read_classification"]
+__all__ = ["check_labels", "iter_classification", "label_names", "labelled_example", "read_classification"]
 
 
 def read_classification(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
@@ -36,14 +36,17 @@ def read_classification(path: Path, source: str | None = None, target: str | Non
         ConfigError: A template is malformed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
+    return list(iter_classification(path, source, target))
+
+
+def iter_classification(path: Path, source: str | None = None, target: str | None = None) -> Iterator[Example]:
+    """As `read_classification`, one example at a time."""
     source = "text" if source is None else source
     target = "label" if target is None else target
     columns = [*check_template(source), *check_template(target)]
-    examples = []
     for record in iter_file(path):
         _check_columns(record, columns)
-        examples.append(labelled_example(record, source, target))
-    return examples
+        yield labelled_example(record, source, target)
 
 
 def labelled_example(record: Record, source: str, target: str) -> Example:

@@ -6,17 +6,17 @@ Equal sources are merged into one example, in order of first appearance, with al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.examples import Example, ExampleLike, chat_example, check_messages
+from prefixtune.data.examples import Example, ExampleLike, chat_example, check_messages, merge_examples
 from prefixtune.data.files import Record, iter_file
 from prefixtune.data.forms import Form, detect_form, make_example
 from prefixtune.data.templates import check_template, render, targets_of
 from prefixtune.errors import DataError, describe_value
 
-__all__ = ["as_examples", "example_form", "read_records"]
+__all__ = ["as_examples", "example_form", "iter_records", "read_records"]
 
 
 _FIELDS = frozenset(("source", "target", "targets", "fields", "groups", "messages"))
@@ -39,10 +39,15 @@ def read_records(path: Path, source: str, target: str | None = None) -> list[Exa
         ConfigError: A template is malformed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
+    return merge_examples(iter_records(path, source, target))
+
+
+def iter_records(path: Path, source: str, target: str | None = None) -> Iterator[Example]:
+    """As `read_records`, one example for each row: equal sources are not merged."""
     for template in (source, target):
         if template is not None:
             check_template(template)
-    return _merge(iter_file(path), source, target)
+    return _render_all(iter_file(path), source, target)
 
 
 def as_examples(
@@ -84,7 +89,8 @@ def as_examples(
         )
     rows = [dict(example) for example in examples if isinstance(example, Mapping)]
     if source is not None and len(rows) == len(examples):
-        return _merge((Record(f"{what} {number}", row) for number, row in enumerate(rows, start=1)), source, target)
+        records = (Record(f"{what} {number}", row) for number, row in enumerate(rows, start=1))
+        return merge_examples(_render_all(records, source, target))
     rows_form = example_form(examples, what, form=form)
 
     def convert(example: Any, location: str) -> Example:
@@ -145,12 +151,8 @@ def _as_example(values: Any, location: str) -> Example:
     return Example(values.get("source", messages[-1].content), tuple(targets), messages=messages, **others)
 
 
-def _merge(records: Iterable[Record], source: str, target: str | None) -> list[Example]:
-    """One example for each distinct source of the records."""
-    first: dict[str, Record] = {}
-    targets: dict[str, list[str]] = {}
+def _render_all(records: Iterable[Record], source: str, target: str | None) -> Iterator[Example]:
+    """The example of each record."""
     for record in records:
         text = render(source, record.values, record.location)
-        first.setdefault(text, record)
-        targets.setdefault(text, []).extend([] if target is None else targets_of(target, record))
-    return [Example(text, tuple(targets[text]), record.values) for text, record in first.items()]
+        yield Example(text, () if target is None else tuple(targets_of(target, record)), record.values)

@@ -10,7 +10,7 @@ line, because generation for these tasks bans line breaks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ __all__ = [
     "DOCUMENT_COLUMNS",
     "SCITLDR_FORMATS",
     "SUMMARY_COLUMNS",
+    "iter_summaries",
+    "iter_xsum",
     "read_scitldr",
     "read_summaries",
     "read_xsum",
@@ -51,12 +53,22 @@ def read_summaries(path: Path, source: str | None = None, target: str | None = N
         ConfigError: A template is malformed, or the `datasets` library is needed and not installed.
         DataError: The file or one of its rows is wrong; the message names file and line.
     """
-    return _read(path, source, target, DOCUMENT_COLUMNS, SUMMARY_COLUMNS)
+    return list(iter_summaries(path, source, target))
+
+
+def iter_summaries(path: Path, source: str | None = None, target: str | None = None) -> Iterator[Example]:
+    """As `read_summaries`, one example at a time."""
+    return _iterate(path, source, target, DOCUMENT_COLUMNS, SUMMARY_COLUMNS)
 
 
 def read_xsum(path: Path, source: str | None = None, target: str | None = None) -> list[Example]:
     """Like `read_summaries`, but the default columns are XSUM's only: `document` and `summary`."""
-    return _read(path, source, target, ("document",), ("summary",))
+    return list(iter_xsum(path, source, target))
+
+
+def iter_xsum(path: Path, source: str | None = None, target: str | None = None) -> Iterator[Example]:
+    """As `read_xsum`, one example at a time."""
+    return _iterate(path, source, target, ("document",), ("summary",))
 
 
 def read_scitldr(path: Path) -> list[Example]:
@@ -85,13 +97,14 @@ def read_scitldr(path: Path) -> list[Example]:
     return examples
 
 
-def _read(
+def _iterate(
     path: Path, source: str | None, target: str | None, documents: Sequence[str], summaries: Sequence[str]
-) -> list[Example]:
+) -> Iterator[Example]:
     for template in (source, target):
         if template is not None:
             check_template(template)
-    return [summary_example(record, source, target, documents, summaries) for record in iter_file(path)]
+    for record in iter_file(path):
+        yield summary_example(record, source, target, documents, summaries)
 
 
 def summary_example(

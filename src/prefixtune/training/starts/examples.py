@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import encode_pairs
 from prefixtune.data.examples import Example
+from prefixtune.data.stored_examples import distinct_sources, source_ids
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, TokenTable
 from prefixtune.data.truncation import position_limit
 from prefixtune.errors import CheckpointError, ConfigError, DataError
@@ -88,9 +90,9 @@ def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> Non
     Raises:
         ConfigError: There are fewer different sources with a target; or there is only one, which leave-one-out hides.
     """
-    available = len({_key(example) for example in examples if example.targets})
     if config.initialization != "examples" or not examples:
         return
+    available = len(distinct_sources(examples))
     if available == 1 and config.leave_one_out:
         raise ConfigError(
             "every training example is hidden from the whole prefix: there is one training source, and leave_one_out "
@@ -218,11 +220,7 @@ def _candidates(
     config: TrainConfig, backbone: Backbone, text_format: TextFormat, examples: Sequence[Example]
 ) -> list[SolvedExample]:
     """A random sample of the training examples that fit the run's limits whole, each source once."""
-    first_of: dict[tuple[object, ...], int] = {}
-    for index, example in enumerate(examples):
-        if example.targets:
-            first_of.setdefault(_key(example), index)
-    indices = list(first_of.values())
+    indices: list[int] = distinct_sources(examples).tolist()
     count = max(MAX_CANDIDATES, 2 * config.init_examples)
     if len(indices) > count:
         indices = sorted(random.Random(f"{config.seed}/candidates").sample(indices, count))
@@ -450,18 +448,15 @@ def hide_own_blocks(
     """
     tokenized = dataset.examples
     # Sources are compared, not prompts, which may be cut.
-    by_source = {_key(examples[index]): tuple(range(*block)) for index, block in plan.blocks.items()}
-    origins = dataset.origins or range(len(examples))
-    keys = [_key(example) for example in examples]
-    hidden = {row: by_source[keys[index]] for row, index in enumerate(origins) if keys[index] in by_source}
+    sources = source_ids(examples)
+    blocks = {int(sources[index]): tuple(range(*block)) for index, block in plan.blocks.items()}
+    if len(dataset.origins):
+        sources = sources[np.asarray(dataset.origins)]
+    rows = np.flatnonzero(np.isin(sources, list(blocks))).tolist()
+    hidden = {row: blocks[int(sources[row])] for row in rows}
     if isinstance(tokenized, TokenTable):
         return dataclasses.replace(tokenized, hidden=hidden)
     return tuple(
         dataclasses.replace(example, hidden=hidden[row]) if row in hidden else example
         for row, example in enumerate(tokenized)
     )
-
-
-def _key(example: Example) -> tuple[object, ...]:
-    """Equal for examples of one source: the same text, after the same messages."""
-    return (example.source, *example.messages)
