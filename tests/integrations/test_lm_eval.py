@@ -363,19 +363,48 @@ def test_an_encoder_and_wrong_options_are_refused(tiny_backbone: Any) -> None:
         PrefixLM(tiny_backbone("llama"), batch_size=0)
 
 
-def test_prefixes_with_different_chat_templates_are_refused(tiny_backbone: Any, random_prefix: Any) -> None:
-    backbone = tiny_backbone("llama")
+def test_a_prefixs_own_chat_template_is_used_and_several_are_refused(
+    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
+) -> None:
+    backbone = tiny_backbone("llama", max_position_embeddings=700)
 
-    def trained_with(template: str) -> Prefix:
-        form = TextFormat(chat_template=template)
+    def trained_with(template: str, system: str = "") -> Prefix:
+        form = TextFormat("{source}", "{target}", chat_template=template, system=system)
         return Prefix(random_prefix(backbone, 2).layers, {"text_format": form.to_dict()})
 
-    one, other = trained_with("{{ messages[0]['content'] }}!"), trained_with("{{ messages[0]['content'] }}?")
-    model = PrefixLM(backbone, one, console=QUIET)
-    assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi!"
-    assert model.chat_template(True) == "{{ messages[0]['content'] }}!"
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
+    opens = template + "{% if add_generation_prompt %}assistant: {% endif %}"
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + opens
+    model = PrefixLM(backbone, trained_with(opens, "Be kind."), console=QUIET)
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
+    assert model.apply_chat_template(asked[:1]) == "system: Be kind.;user: Hi;assistant: "
+    assert model.apply_chat_template(asked, add_generation_prompt=False).endswith("user: Hi;assistant: Well")
+    assert model.chat_template(True) == opens
+    refusing = PrefixLM(backbone, trained_with(strict), console=QUIET)
+    told = [{"role": "system", "content": "Be brief."}, *asked[:1]]
+    assert refusing.apply_chat_template(told) == "user: Hi;assistant: "
+    several = PrefixLM(backbone, trained_with(opens), task_prefixes={"made_texts": trained_with(strict)}, console=QUIET)
+    measure(several, "made_texts", limit=1)
     with pytest.raises(ConfigError, match="2 different chat templates"):
-        PrefixLM(backbone, one, task_prefixes={"made_texts": other})
+        measure(several, "made_texts", limit=1, apply_chat_template=True)
+
+
+def test_in_the_format_of_a_chat_prefix_a_context_is_a_users_message(
+    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
+) -> None:
+    backbone = tiny_backbone("llama", max_position_embeddings=700)
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    form = TextFormat("{source}", "{target}", end="</s>", chat_template=template)
+    prefix = Prefix(random_prefix(backbone, 4, seed=5).layers, {"text_format": form.to_dict()})
+    model = PrefixLM(backbone, prefix, prompt_format="prefix", console=QUIET)
+    for sample in measure(model, "made_choices")["samples"]["made_choices"]:
+        for (context, choice), ((total, _),) in zip(sample["arguments"], sample["resps"], strict=True):
+            prompt = backbone.encode(f"[user]{context}</s>[assistant]")
+            target = [*backbone.encode(choice.strip()), backbone.eos_id]
+            assert total == pytest.approx(row_of(model, prefix, prompt, target), abs=1e-3)
 
 
 def test_sampled_texts_are_drawn_anew(tiny_backbone: Any, measure: Callable[..., Any], tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import read_text_format
+from prefixtune.prefix.text_format import TextFormat, read_text_format
 
-__all__ = ["check_batch_size", "check_writes", "load_fitting_backbone", "load_prefixes", "stored_template"]
+__all__ = ["check_batch_size", "check_writes", "load_fitting_backbone", "load_prefixes", "stored_chat"]
 
 _BATCH_SIZE = 16
 
@@ -88,18 +88,19 @@ def check_writes(prefix: Prefix) -> None:
         )
 
 
-def stored_template(prefixes: Sequence[Prefix | None]) -> str | None:
-    """The chat template that prefixes were trained with, where that is not the model's own.
+def stored_chat(prefixes: Sequence[Prefix | None]) -> TextFormat | None:
+    """The text format of prefixes that were trained on conversations; None: there is none.
 
     Raises:
-        ConfigError: They were trained with different ones.
+        ConfigError: They were trained with different templates or system messages.
         CheckpointError: A text format cannot be read.
     """
     formats = [None if prefix is None else read_text_format(prefix.header) for prefix in prefixes]
-    templates = {text_format.chat_template for text_format in formats if text_format is not None} - {"", "model"}
-    if len(templates) > 1:
+    chats = {(form.chat_template, form.system): form for form in formats if form is not None and form.is_chat}
+    if len(chats) > 1:
         raise ConfigError(
-            f"the prefixes were trained with {len(templates)} different chat templates, and lm-eval asks for one.",
+            f"the prefixes were trained with {len(chats)} different chat templates or system messages, and lm-eval "
+            "asks for one.",
             hint="measure one prefix at a time.",
         )
-    return next(iter(templates), None)
+    return next(iter(chats.values()), None)

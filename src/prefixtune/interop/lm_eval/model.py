@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from prefixtune.backbone.load import BackboneLike
 from prefixtune.backbone.prefixes import PrefixLike
-from prefixtune.data.encoding import encode_prompts, format_of
+from prefixtune.data.chat import end_ids
+from prefixtune.data.encoding import encode_pairs, encode_prompts, format_of
+from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError, RequestError, short_repr
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
-from prefixtune.interop.lm_eval.loading import check_batch_size, load_fitting_backbone, load_prefixes, stored_template
-from prefixtune.interop.lm_eval.prompting import decoding_config, encode_as_trained, keep_right
+from prefixtune.interop.lm_eval.loading import check_batch_size, load_fitting_backbone, load_prefixes, stored_chat
+from prefixtune.interop.lm_eval.prompting import decoding_config, fill_template, keep_right
 from prefixtune.interop.lm_eval.responses import Responses, model_digest, request_key
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 from prefixtune.utils.console import Console
 
 __all__ = ["PrefixLM"]
@@ -104,7 +107,6 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self._responses = Responses(None if responses is None else Path(responses))
         self._digests = {id(one): model_digest(self.backbone, one, [prompt_format, max_length]) for one in known}
         self._formats = {id(one): self._format_of(one) for one in known}
-        self._chat_template = stored_template(known) or self.tokenizer.chat_template
         self._num_cut = 0
 
     # --- what lm-eval asks of the tokenizer and the model ---
@@ -217,7 +219,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        asked = [self._fit(context, tokens, self.prefix, None) for _, context, tokens in requests]
+        asked = [self._fit(context, tokens, self.prefix) for _, context, tokens in requests]
         return score_continuations(self.backbone, asked, batch_size=self.batch_size)
 
     def _continuation(self, request: Any) -> Continuation:
@@ -226,17 +228,24 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         prefix = self._prefix_of(request)
         text_format = self._formats[id(prefix)]
         if text_format is not None:
-            prompt, target = encode_as_trained(self.backbone, text_format, context, continuation)
-            return self._fit(prompt, target, prefix, text_format)
+            # The format has its own space before a target.
+            example = Example(context, (continuation.strip(),))
+            ((trained_prompt, trained_target),) = encode_pairs(self.backbone, text_format, [example])
+            return self._fit(trained_prompt, trained_target, prefix, text_format, context)
         if context:
             prompt, target = self._encode_pair(context, continuation)
-            return self._fit(prompt, target, prefix, None)
+            return self._fit(prompt, target, prefix)
         tokens = self.tok_encode(continuation, add_special_tokens=False)
         begins = tokens[:1] == [self.prefix_token_id]
-        return self._fit(tokens[:1], tokens[1:], prefix, None) if begins else self._fit([], tokens, prefix, None)
+        return self._fit(tokens[:1], tokens[1:], prefix) if begins else self._fit([], tokens, prefix)
 
     def _fit(
-        self, context: Sequence[int], tokens: Sequence[int], prefix: Prefix | None, text_format: TextFormat | None
+        self,
+        context: Sequence[int],
+        tokens: Sequence[int],
+        prefix: Prefix | None,
+        text_format: TextFormat | None = None,
+        source: str = "",
     ) -> Continuation:
         room = self._room(prefix)
         if len(tokens) > room:
@@ -246,7 +255,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             )
         # Nothing is computed at the last token.
         most = room if self.backend == "seq2seq" else room + 1 - len(tokens)
-        kept = keep_right(self.backbone, text_format, context or [self.prefix_token_id], most)
+        kept = keep_right(self.backbone, text_format, source, context or [self.prefix_token_id], most)
         self._num_cut += len(kept) < len(context)
         return Continuation(kept, tuple(tokens), prefix)
 
@@ -282,7 +291,13 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                 batch = [index for index in order[: self.batch_size] if configs[index] == config]
                 order = order[len(batch) :]
                 prefixes = [self._prefix_of(requests[index]) for index in batch]
-                outputs = generate_ids(self.backbone, [prompts[i] for i in batch], prefixes, config=config)
+                outputs = generate_ids(
+                    self.backbone,
+                    [prompts[index] for index in batch],
+                    prefixes,
+                    config=config,
+                    ends=[end_ids(self.backbone, self._formats[id(prefix)]) for prefix in prefixes],
+                )
                 keep(
                     {
                         i: self._text(ids, config, prefix)
@@ -310,7 +325,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             if text_format is None
             else encode_prompts(self.backbone, text_format, [context])[0]
         )
-        kept = keep_right(self.backbone, text_format, ids or [self.prefix_token_id], room)
+        kept = keep_right(self.backbone, text_format, context, ids or [self.prefix_token_id], room)
         self._num_cut += len(kept) < len(ids)
         return kept
 
@@ -325,28 +340,45 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
     # --- chat ---
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the model's chat template; one that refuses a system message gets none."""
-        from jinja2 import TemplateError
+        """A conversation as text, by the chat template; one that refuses a system message gets none.
 
-        def fill(messages: list[dict[str, str]]) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self._chat_template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
+        Raises:
+            ConfigError: The prefixes were trained with different templates.
+            RequestError: The template refuses the messages.
+        """
+        stored, messages = self._stored_chat(), list(chat_history)
+        if stored is not None and stored.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": stored.system}, *messages]
+        try:
+            return fill_template(self.tokenizer, stored, messages, add_generation_prompt)
+        except RequestError:
+            without_system = [message for message in messages if message["role"] != "system"]
+            if len(without_system) == len(messages):
+                raise
+            return fill_template(
+                self.tokenizer,
+                None if stored is None else replace(stored, system=""),
+                without_system,
+                add_generation_prompt,
             )
 
-        try:
-            return fill(chat_history)
-        except TemplateError:
-            return fill([message for message in chat_history if message["role"] != "system"])
-
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The text of the template that `apply_chat_template` fills in; None: none is asked for."""
-        return self._chat_template if chat_template else None
+        """The text of the template that `apply_chat_template` fills in; None: none is asked for.
+
+        It is the one that the prefixes were trained with, else the model's own.
+
+        Raises:
+            ConfigError: The prefixes were trained with different ones.
+        """
+        if not chat_template:
+            return None
+        stored = self._stored_chat()
+        if stored is not None and stored.chat_template != MODEL_TEMPLATE:
+            return stored.chat_template
+        return self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+
+    def _stored_chat(self) -> TextFormat | None:
+        return stored_chat([self.prefix, *self.task_prefixes.values()])
 
     # --- shared ---
 

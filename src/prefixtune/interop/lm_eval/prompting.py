@@ -7,19 +7,19 @@ training: the format's text stands around both, and the end token counts as part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import template_lengths
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.prefix.text_format import TextFormat
+from prefixtune.prefix.chat_format import render_chat
+from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = ["decoding_config", "encode_as_trained", "keep_right"]
+__all__ = ["decoding_config", "fill_template", "keep_right"]
 
 _SUPPORTED = ("top_k", "top_p", "num_beams", "repetition_penalty", "length_penalty", "min_new_tokens")
 _WITHOUT_EFFECT = ("do_sample", "use_cache", "early_stopping", "temperature")
@@ -27,28 +27,53 @@ _DEFAULT_NEW_TOKENS = 256
 """As lm-eval's models have it."""
 
 
-def encode_as_trained(
-    backbone: Backbone, text_format: TextFormat, context: str, continuation: str
-) -> tuple[list[int], list[int]]:
-    """A context as the source and a continuation as the target of a text format; the target ends with the end token.
-
-    The space that lm-eval puts before a continuation is left out: the format has its own.
-    """
-    (prompt,) = encode_prompts(backbone, text_format, [context])
-    (target,) = backbone.encode_targets([text_format.format_target(continuation.strip())])
-    return prompt, target
-
-
-def keep_right(backbone: Backbone, text_format: TextFormat | None, prompt: Sequence[int], room: int) -> tuple[int, ...]:
+def keep_right(
+    backbone: Backbone, text_format: TextFormat | None, source: str, prompt: Sequence[int], room: int
+) -> tuple[int, ...]:
     """A prompt's last tokens, as many as there is room for; of one in a text format, the text around the source stays.
 
     lm-eval's question is at the end, behind the solved examples; so a context is cut at its beginning.
     """
     if len(prompt) <= room:
         return tuple(prompt)
-    before = 0 if text_format is None else template_lengths(backbone, text_format)[0]
+    before = 0 if text_format is None else template_lengths(backbone, text_format, source)[0]
     kept = room - before
     return (*prompt[:before], *prompt[len(prompt) - kept :]) if kept > 0 else tuple(prompt[len(prompt) - room :])
+
+
+def fill_template(
+    tokenizer: Any, stored: TextFormat | None, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+) -> str:
+    """A conversation as text, by the template of a prefix's text format, or by the tokenizer's own.
+
+    Args:
+        tokenizer: Of transformers.
+        stored: The text format of a prefix that was trained on conversations; None: there is none.
+        messages: Each with `role` and `content`.
+        add_generation_prompt: Write what opens the assistant's answer; else the last message is left open.
+
+    Raises:
+        RequestError: The template refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    if stored is None or stored.chat_template == MODEL_TEMPLATE:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
+        except TemplateError as error:
+            raise RequestError(
+                f"the model's chat template refuses the messages: {error}.", hint="leave --apply-chat-template out."
+            ) from None
+    text = render_chat(tokenizer, stored, messages, add_generation_prompt=add_generation_prompt)
+    last = messages[-1]["content"].strip()
+    return text if add_generation_prompt else text[: text.rindex(last) + len(last)] if last in text else text
 
 
 def decoding_config(arguments: dict[str, Any], end: str, batch_size: int) -> GenerateConfig:
