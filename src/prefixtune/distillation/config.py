@@ -32,7 +32,7 @@ class DistillConfig(TrainConfig):
     unused: ClassVar[frozenset[str]] = frozenset(
         {"method", "method_size", "train", "dev", "dev_limit", "patience", "classifier", "label_words", "shard"}
         | {"train_adapter", "adapter_rank", "init_examples", "example_choice", "example_attention", "leave_one_out"}
-        | {"hold_out", "compact_examples"}
+        | {"hold_out", "compact_examples", "data_cache"}
     )
     """Fields of `TrainConfig` that mean nothing here."""
 

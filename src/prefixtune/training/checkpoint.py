@@ -93,7 +93,7 @@ _FACTS: dict[str, tuple[type, ...]] = {
 _LENGTHS = ("max_steps", "epochs", "patience")
 """How long a run goes on: a resumed run may be given more of it, and its schedule is then that of the new length."""
 _REPORTING = ("report_to", "project", "run_name", "report_examples")
-_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", *_REPORTING, *_LENGTHS)
+_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", "data_cache", *_REPORTING, *_LENGTHS)
 """Options that may differ when a run is resumed; the dtype that results is compared by itself."""
 
 

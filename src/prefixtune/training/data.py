@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,23 @@ from prefixtune.training.distributed import ProcessGroup
 from prefixtune.training.folder import check_unused
 from prefixtune.training.starts.build import resolve_site_lengths
 from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
+from prefixtune.utils.console import Console, Progress
 
-__all__ = ["TrainData", "does_hold_out", "optimizer_steps", "plan_steps", "read_data", "tokenize", "training_format"]
+__all__ = [
+    "TrainData",
+    "count_steps",
+    "does_hold_out",
+    "is_large_file",
+    "optimizer_steps",
+    "plan_steps",
+    "read_data",
+    "tokenize",
+    "training_format",
+]
 
+
+_LARGE_BYTES = 2**25
+"""Bytes of a file from which on it is said that it is read."""
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
 
@@ -127,6 +143,11 @@ def read_data(
         ]
     )
     return train, dev
+
+
+def is_large_file(path: str) -> bool:
+    """Whether reading a file takes long."""
+    return os.path.isfile(path) and os.path.getsize(path) >= _LARGE_BYTES
 
 
 def does_hold_out(config: TrainConfig, dev_examples: Sequence[ExampleLike] | None) -> bool:
@@ -255,6 +276,7 @@ def tokenize(
     dev_examples: Sequence[Example],
     *,
     stored_start: Mapping[str, Any] | None = None,
+    console: Console | None = None,
 ) -> TrainData:
     """Choose the labels, and the examples to start from, and turn a run's examples into token ids.
 
@@ -264,6 +286,7 @@ def tokenize(
         examples: To train on.
         dev_examples: To choose the best prefix by.
         stored_start: How the run that is resumed describes its start; None: it begins.
+        console: Shows the progress where the examples are many; None: nothing does.
 
     Raises:
         CheckpointError: The start to resume from is not in the data.
@@ -280,7 +303,8 @@ def tokenize(
     lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
 
     def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
-        return _tokenize(config, backbone, examples, labels, text_format, prefix_length)
+        with _progress(console, len(examples)) as on_part:
+            return _tokenize(config, backbone, examples, labels, text_format, prefix_length, on_part)
 
     plan = None
     if config.initialization == "examples" and config.trains_prefix:
@@ -365,6 +389,7 @@ def _tokenize(
     labels: Labels | None,
     text_format: TextFormat,
     prefix_length: int,
+    on_part: Callable[[int], None],
 ) -> TokenizedDataset:
     limits: dict[str, Any] = {
         "prefix_length": prefix_length,
@@ -393,7 +418,22 @@ def _tokenize(
             turns=turns,
             **limits,
         )
-    return encode_stored(examples, encode, key=key)
+    return encode_stored(examples, encode, key=key, on_part=on_part)
+
+
+@contextlib.contextmanager
+def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what is told how many examples are tokenized; nothing is shown before that."""
+    with contextlib.ExitStack() as stack:
+        shown: list[Progress] = []
+
+        def on_part(done: int) -> None:
+            if not shown and console is not None:
+                shown.append(stack.enter_context(console.progress("tokenizing", total)))
+            for progress in shown:
+                progress.update(done)
+
+        yield on_part
 
 
 def _digest(*datasets: TokenizedDataset | None) -> str:
@@ -423,6 +463,15 @@ def plan_steps(
     )
     while step := list(itertools.islice(batches, config.gradient_accumulation)):
         yield step
+
+
+def count_steps(config: TrainConfig, examples: Sequence[TokenizedExample]) -> int:
+    """The optimizer steps of an epoch; where conversations make them differ, of the first."""
+    if turn_counts(examples) is not None:
+        return sum(1 for _ in plan_steps(config, examples, epoch=0))
+    # Every batch but the last is full.
+    batches = -(-sum(target_counts(examples)) // config.batch_size)
+    return -(-batches // config.gradient_accumulation)
 
 
 def optimizer_steps(

@@ -48,7 +48,7 @@ from prefixtune.training.checkpoint import (
     state_tensors,
 )
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, plan_steps
+from prefixtune.training.data import TrainData, count_steps, plan_steps
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.variation import variation_facts, vary
@@ -168,7 +168,7 @@ class TrainLoop:
         self.adapter = backbone.adapter_parameters
         self.trained = [*(() if encoder is None else encoder.parameters()), *self.adapter.values()]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.peak_learning_rate, weight_decay=config.weight_decay)
-        self.steps_per_epoch = sum(1 for _ in plan_steps(config, data.train.examples, epoch=0))
+        self.steps_per_epoch = count_steps(config, data.train.examples)
         self.state = TrainState(self._planned_steps(config.max_steps, config.epochs))
         self.extended_from: int | None = None
         self.resumed = self.stopped = False

@@ -26,7 +26,7 @@ from prefixtune.training.checks import (
     no_head,
 )
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, does_hold_out, read_data, tokenize
+from prefixtune.training.data import TrainData, does_hold_out, is_large_file, read_data, tokenize
 from prefixtune.training.distributed import ProcessGroup, init_distributed, shard_model
 from prefixtune.training.folder import (
     EVENTS_FILE,
@@ -233,6 +233,9 @@ def _open_runs(
             for config in configs
         ]
         stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
+        for config, given in zip(configs, inputs, strict=True):
+            if given[0] is None and is_large_file(config.train):
+                console.info(f"reading {config.train} ...")
         examples = [
             read_data(
                 config,
@@ -261,7 +264,7 @@ def _open_runs(
             if config.initialization == "examples" and config.trains_prefix and not resume:
                 console.info(f"choosing examples to start from ({config.example_choice}) ...")
         data = [
-            tokenize(config, loaded, *pair, stored_start=stored)
+            tokenize(config, loaded, *pair, stored_start=stored, console=console)
             for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
         ]
         if teach is not None:
