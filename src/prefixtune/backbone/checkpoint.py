@@ -15,7 +15,7 @@ from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError
 
-__all__ = ["auto_class", "find_checkpoint", "no_config_error", "read_checkpoint"]
+__all__ = ["auto_class", "find_checkpoint", "no_config_error", "read_checkpoint", "read_tokenizer"]
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
@@ -83,6 +83,28 @@ def read_checkpoint(
                 hint="check that its folder holds config.json, safetensors weights and a tokenizer.",
             ) from error
     return model, tokenizer, unused
+
+
+def read_tokenizer(name: str, source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Read a model's configuration and its tokenizer, not its weights; the arguments are those of `read_checkpoint`.
+
+    Raises:
+        BackboneError: One of them cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+        except _UNREADABLE as error:
+            raise no_config_error(name, _first_line(error)) from error
+        try:
+            return config, AutoTokenizer.from_pretrained(source, **options)
+        except _UNREADABLE as error:
+            raise BackboneError(
+                f"cannot load the tokenizer of {name!r}: {_first_line(error)}",
+                hint="check that its folder holds config.json and a tokenizer.",
+            ) from error
 
 
 def no_config_error(name: str, reason: str) -> BackboneError:

@@ -1,0 +1,160 @@
+"""`prefixtune data`: what a training run would read of a file, before the run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from pydantic import Field
+
+from prefixtune.cli.common import print_json
+from prefixtune.cli.options import CommandOptions, command, json_option, positional
+from prefixtune.errors import ConfigError
+from prefixtune.evaluation.data_report import DataReport, Lengths, Limit, Part, report_data
+from prefixtune.training.config import TrainConfig
+
+__all__ = ["data"]
+
+_MAX_TEXT = 1_500
+"""Characters of a piece of the example that are shown, at most; of a longer one, its beginning and its end."""
+_BAR = 40
+_MAX_LABELS = 12
+
+
+class DataOptions(CommandOptions):
+    """The options of `prefixtune data`."""
+
+    file: str = positional("", description="data to look at: a file, a folder or hub:NAME; none: standard input")
+    test: str = Field("", description="a test file: how many of its sources are also in the data?")
+    backbone: str = Field("smollm2-135m", description="whose tokens are counted; its weights are not loaded")
+    task: str = Field("records", description="how to read the files (see `prefixtune tasks`)")
+    form: str = Field("", description="form of the data, where several fit: messages, prompt, instruction, text, ...")
+    source: str = Field("", description="column or template of the source, such as '{name} is {food}'")
+    target: str = Field("", description="column or template of the target")
+    chat_template: str = Field("", description="as of `prefixtune train`: a file, model, none; empty: by the data")
+    system: str = Field("", description="system message of a conversation that has none")
+    prompt_format: str = Field("", description="text before the target, as of `prefixtune train`")
+    target_format: str = Field("", description="text of the target, as of `prefixtune train`")
+    max_length: int = Field(0, ge=0, description="most positions of source and target together; 0: the backbone's")
+    prefix_length: int = Field(10, ge=0, description="P, which takes positions too")
+    batch_size: int = Field(16, ge=1, description="targets per forward pass, for the positions of a step")
+    rows: int = Field(100_000, ge=0, description="rows that are read, at most; 0: all")
+    sample: int = Field(2_000, ge=1, description="examples that are tokenized, at most, evenly spaced")
+    as_json: bool = json_option("all figures")
+
+
+@command
+def data(options: DataOptions) -> int:
+    """Look at data before a run: form, lengths, what would be cut, one example with its labels, duplicates.
+
+    Only the backbone's tokenizer is loaded, and nothing is written.
+
+    For example:
+        prefixtune data chats.jsonl
+        prefixtune data train.csv --source "{name} is {food}" --target text --test test.csv
+    """
+    fields = TrainConfig.model_fields.keys() & options.given(DataOptions).keys()
+    if not options.file and (sys.stdin is None or sys.stdin.isatty()):
+        raise ConfigError("there is no data to look at.", hint="name a file, or send one: prefixtune data < rows.jsonl")
+    given = {name: getattr(options, name) for name in fields}
+    config = TrainConfig(train=options.file or "-", **given, initialization="random")
+    report = report_data(
+        config, test=options.test, form=options.form, max_rows=options.rows, max_tokenized=options.sample
+    )
+    if options.as_json:
+        print_json(report.to_dict())
+        return 0
+    for line in _lines(report, options.test):
+        print(line)
+    return 0
+
+
+def _lines(report: DataReport, test: str) -> Iterator[str]:
+    yield report.read
+    if not report.is_whole:
+        yield f"only the first {report.rows:,} rows were read (--rows)"
+    yield ""
+    yield from _length_lines(report)
+    yield ""
+    yield from _limit_lines(report)
+    if report.positions:
+        yield ""
+        most, steps = report.positions["most"], report.positions["steps"]
+        yield (
+            f"an optimizer step reads about {report.positions['mean']:,.0f} positions, {most:,.0f} at most; "
+            f"{steps:,.0f} {'step' if steps == 1 else 'steps'} are an epoch"
+        )
+    yield ""
+    yield from _notes(report, test)
+    yield ""
+    how = "in color" if _in_color() else "in [[ ]]"
+    more = f"; it has {report.more_targets:,} more targets" if report.more_targets else ""
+    yield f"the first example as the model reads it, with what it learns to write {how}{more}:"
+    yield _show(report.example)
+
+
+def _length_lines(report: DataReport) -> Iterator[str]:
+    whole = report.tokenized == report.examples
+    which = f"all {report.examples:,}" if whole else f"{report.tokenized:,} of {report.examples:,}"
+    template = ", by its chat template" if report.chat_template else ""
+    yield f"tokens of {report.backbone}{template}, in {which} examples:"
+    yield f"  {'':<10}{'median':>8}{'90 %':>8}{'99 %':>8}{'longest':>9}"
+    for item in report.lengths:
+        yield f"  {item.what:<10}{item.median:>8,}{item.p90:>8,}{item.p99:>8,}{item.longest:>9,}"
+    yield ""
+    yield from _histogram(report.lengths[-1])
+
+
+def _histogram(lengths: Lengths) -> Iterator[str]:
+    most = max(count for _, _, count in lengths.bins)
+    width = len(f"{lengths.bins[-1][1]:,}")
+    yield f"{lengths.what}:"
+    for first, last, count in lengths.bins:
+        span = f"{first:>{width},}-{last:<{width},}" if last > first else f"{first:>{width},} {'':<{width}}"
+        bar = "#" * -(-count * _BAR // most)
+        yield f"  {span} {bar:<{_BAR}} {count:,}".rstrip()
+
+
+def _limit_lines(report: DataReport) -> Iterator[str]:
+    refused = any(limit.refused for limit in report.limits)
+    yield f"{'max_length':>10}{'cut':>10}" + (f"{'refused: the target alone is too long':>42}" if refused else "")
+    for limit in report.limits:
+        yield _limit_line(limit, report.tokenized, refused)
+
+
+def _limit_line(limit: Limit, total: int, refused: bool) -> str:
+    share = f" ({limit.cut / total:.1%})" if limit.cut else ""
+    line = f"{limit.positions:>10,}{limit.cut:>10,}{share:<9}"
+    line += f"{limit.refused:>10,}" if refused else ""
+    return f"{line}  {limit.name}".rstrip()
+
+
+def _notes(report: DataReport, test: str) -> Iterator[str]:
+    yield f"equal rows: {report.equal_rows:,}; equal sources with other targets: {report.equal_sources:,}"
+    if report.num_short_targets:
+        shown = "; ".join(report.short_targets)
+        more = "; ..." if report.num_short_targets > len(report.short_targets) else ""
+        yield f"targets of at most one token: {report.num_short_targets:,}: {shown}{more}"
+    if report.labels:
+        listed = [f"{label} {count:,}" for label, count in list(report.labels.items())[:_MAX_LABELS]]
+        yield f"{len(report.labels):,} labels: {', '.join(listed)}{', ...' if len(report.labels) > _MAX_LABELS else ''}"
+    if report.overlap is not None:
+        count, total = report.overlap["count"], report.overlap["num_examples"]
+        yield f"sources of {test} that are also in the data: {count:,} of {total:,} ({report.overlap['share']:.1%})"
+
+
+def _in_color() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _show(parts: Sequence[Part]) -> str:
+    before, after = ("\033[1;32m", "\033[0m") if _in_color() else ("[[", "]]")
+    return "".join(f"{before}{_safe(part.text)}{after}" if part.is_label else _safe(part.text) for part in parts)
+
+
+def _safe(text: str) -> str:
+    """A text for a terminal: shortened, and without characters that would steer it."""
+    if len(text) > _MAX_TEXT:
+        text = f"{text[: _MAX_TEXT // 2]} ... {text[-_MAX_TEXT // 2 :]}"
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)

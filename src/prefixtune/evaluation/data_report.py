@@ -1,0 +1,368 @@
+"""What a training run would read of a file: its form, lengths in tokens, an example with its labels, duplicates.
+
+Only a tokenizer is loaded. Of a large file the first rows are read, and of these as many are tokenized as a person
+waits for; the report says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.unloaded import load_tokenizer
+from prefixtune.data.encoding import encode_examples, encode_prompts
+from prefixtune.data.examples import Example, TaskKind
+from prefixtune.data.files import iter_file
+from prefixtune.data.folders import locate
+from prefixtune.data.forms import describe_data, iter_form, merge_examples
+from prefixtune.data.labels import choose_labels, with_label_words
+from prefixtune.data.registry import TASKS, read_task, resolve_task
+from prefixtune.data.templates import check_template, render, targets_of
+from prefixtune.data.tokenized import TokenizedExample
+from prefixtune.data.truncation import template_lengths
+from prefixtune.errors import DataError
+from prefixtune.evaluation.overlap import find_overlap
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import optimizer_steps, training_format
+
+__all__ = ["DataReport", "Lengths", "Limit", "Part", "report_data"]
+
+_LIMITS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_NUM_BINS = 10
+_SHORT = 1
+"""Tokens of a very short target, without its end token, at most."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of tokens.
+
+    Attributes:
+        what: Of what: source, target, or both together.
+        median: The middle one.
+        p90: Nine of ten are no longer.
+        p99: Ninety-nine of a hundred are no longer.
+        longest: The longest.
+        bins: Numbers of texts by length, as (from, to, how many).
+    """
+
+    what: str
+    median: int
+    p90: int
+    p99: int
+    longest: int
+    bins: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What happens to the examples at a limit of positions.
+
+    Attributes:
+        positions: The limit (`max_length`).
+        cut: Examples that lose something: the end of a source, or the last turns of a conversation.
+        refused: Examples whose target alone does not fit; training would stop with an error.
+        name: Why it is listed, if it is no usual one.
+    """
+
+    positions: int
+    cut: int
+    refused: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an example as the model reads it; the loss is on it or not."""
+
+    text: str
+    is_label: bool
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a file holds.
+
+    Attributes:
+        read: One line: the form, and how much.
+        rows: That were read.
+        is_whole: These are all rows.
+        examples: Of these rows, equal sources merged.
+        tokenized: Examples whose lengths are known.
+        backbone: Whose tokens are counted.
+        chat_template: Whether a chat template writes the examples.
+        lengths: Of sources, targets and both.
+        limits: What would be cut at which length.
+        positions: Positions of an optimizer step: mean and most, with the prefix; and the steps of an epoch.
+        example: The first example, in pieces.
+        more_targets: Further targets of the first example.
+        equal_rows: Rows that are there before.
+        equal_sources: Rows whose source is there before, with another target.
+        short_targets: Locations of very short targets (the first ones), and how many there are.
+        labels: Label -> how many, for classification.
+        overlap: Of a test file: how many of its sources are here.
+    """
+
+    read: str
+    rows: int
+    is_whole: bool
+    examples: int
+    tokenized: int
+    backbone: str
+    chat_template: bool
+    lengths: list[Lengths]
+    limits: list[Limit]
+    positions: dict[str, float]
+    example: list[Part]
+    more_targets: int
+    equal_rows: int
+    equal_sources: int
+    short_targets: list[str]
+    num_short_targets: int
+    labels: dict[str, int] = field(default_factory=dict)
+    overlap: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def report_data(
+    config: TrainConfig, *, test: str = "", form: str = "", max_rows: int = 100_000, max_tokenized: int = 2_000
+) -> DataReport:
+    """Look at a run's training file; nothing is written and no weights are loaded.
+
+    Args:
+        config: The run: its `train`, `task`, `source`, `target`, `backbone`, `max_length`, `prefix_length`, and so on.
+        test: A file whose sources are compared; empty: none.
+        form: That the data must have; empty: any that is recognized.
+        max_rows: Rows that are read of either file, at most; 0: all.
+        max_tokenized: Examples that are tokenized, at most, evenly spaced.
+
+    Raises:
+        PrefixError: A file cannot be read, or an option is wrong; as in training.
+    """
+    rows, is_whole, title, kind = _read(config, config.train, form, max_rows)
+    if not any(row.targets for row in rows):
+        raise DataError(f"{config.train} has no targets.", hint="name the target column (--target).")
+    merged = merge_examples(rows) if kind == "generation" else rows
+    backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
+    counts = dict(Counter(target for row in rows for target in row.targets)) if kind == "classification" else {}
+    chosen = _spread([example for example in merged if example.targets], max_tokenized)
+    by_head = False
+    if kind != "generation":
+        labels = choose_labels(kind, unlimited, merged, by=config.classifier, words=config.words_by_label)
+        by_head = labels.by == "head"
+        if not by_head:
+            chosen = with_label_words(chosen, labels)
+    has_messages = any(example.messages for example in merged)
+    text_format = training_format(config, unlimited, for_head=by_head, has_messages=has_messages)
+    if by_head:
+        # A head reads the source alone: its labels take no positions.
+        prompts = encode_prompts(unlimited, text_format, [example.source for example in chosen])
+        tokenized = [TokenizedExample(tuple(prompt), ((),)) for prompt in prompts]
+    else:
+        tokenized = list(encode_examples(unlimited, chosen, text_format, prefix_length=0).examples)
+    around = 0 if text_format.is_chat else sum(template_lengths(unlimited, text_format))
+    test_rows = _read(config, test, form, max_rows)[0] if test else []
+    numbers = _row_counts(rows)
+    short = [] if kind != "generation" else _short_targets(unlimited, chosen)
+    return DataReport(
+        title,
+        len(rows),
+        is_whole,
+        len(merged),
+        len(chosen),
+        config.backbone,
+        text_format.is_chat,
+        _all_lengths(tokenized, by_head),
+        _limits(config, backbone, tokenized, around, by_head),
+        {} if by_head else _positions(config, backbone, tokenized, len(merged) / max(len(chosen), 1)),
+        _parts(unlimited, tokenized[0], by_head),
+        len(chosen[0].targets) - 1,
+        *numbers,
+        short[:5],
+        len(short),
+        dict(sorted(counts.items(), key=lambda pair: -pair[1])),
+        find_overlap(test_rows, rows, config.train).to_dict() if test else None,
+    )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(config: TrainConfig, path: str, form: str, most: int) -> tuple[list[Example], bool, str, TaskKind]:
+    """The example of each row, whether these are all, one line for people, and the kind of the task."""
+    source, target = config.source or None, config.target or None
+    task, found, columns = resolve_task(config.task, path, source=source, target=target, split="train", form=form)
+    chosen = TASKS[task]
+    if found is None and not (config.task == "records" and source):
+        examples = read_task(task, path, source=source, target=target, split="train")
+        return examples, True, f"{path}: read as task {task}: {len(examples):,} examples", chosen.kind
+    records = iter_file(locate(Path(path), "train", chosen.formats, chosen.release))
+    if found is not None:
+        rows = iter_form(records, found)
+    else:
+        for template in filter(None, (source, target)):
+            check_template(template)
+        rows = (
+            Example(
+                render(source or "", record.values, record.location),
+                tuple(targets_of(target, record)) if target else (),
+                record.values,
+            )
+            for record in records
+        )
+    kept, is_whole = _first(rows, most)
+    if found is not None:
+        return kept, is_whole, describe_data(found, kept, path, columns), chosen.kind
+    return kept, is_whole, f"{path}: read by templates: {len(kept):,} rows", chosen.kind
+
+
+def _first(rows: Iterable[Example], most: int) -> tuple[list[Example], bool]:
+    """The first rows, and whether there are no others."""
+    iterator: Iterator[Example] = iter(rows)
+    kept = list(itertools.islice(iterator, most)) if most else list(iterator)
+    return kept, not most or next(iterator, None) is None
+
+
+def _spread(examples: Sequence[Example], most: int) -> list[Example]:
+    """Some of the examples, evenly spaced, the first one among them."""
+    count = min(len(examples), most)
+    return [examples[index * len(examples) // count] for index in range(count)]
+
+
+def _row_counts(rows: Sequence[Example]) -> tuple[int, int]:
+    """Rows that are there before, and rows whose source alone is."""
+    sources: set[Any] = set()
+    whole: set[Any] = set()
+    equal_rows = equal_sources = 0
+    for row in rows:
+        source = (" ".join(row.source.split()), row.messages[:-1]) if row.source else row.targets
+        if (source, row.targets) in whole:
+            equal_rows += 1
+        elif source in sources:
+            equal_sources += 1
+        sources.add(source)
+        whole.add((source, row.targets))
+    return equal_rows, equal_sources
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------------
+
+
+def _all_lengths(tokenized: Sequence[TokenizedExample], by_head: bool) -> list[Lengths]:
+    sources = [len(example.prompt) for example in tokenized]
+    if by_head:
+        return [_lengths("source", sources)]
+    targets = [stop - first for example in tokenized for first, stop in _spans(example)]
+    whole = [_whole(example, by_head) for example in tokenized]
+    return [_lengths("source", sources), _lengths("target", targets), _lengths("together", whole)]
+
+
+def _lengths(what: str, numbers: Sequence[int]) -> Lengths:
+    ordered = sorted(numbers)
+    longest = ordered[-1]
+
+    def quantile(share: float) -> int:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    shortest = ordered[0]
+    width = -(-(longest - shortest + 1) // _NUM_BINS)
+    counts = Counter((number - shortest) // width for number in ordered)
+    starts = range(shortest, longest + 1, width)
+    bins = [(start, start + width - 1, counts[index]) for index, start in enumerate(starts)]
+    return Lengths(what, int(statistics.median(ordered)), quantile(0.9), quantile(0.99), longest, bins)
+
+
+def _limits(
+    config: TrainConfig, backbone: Backbone, tokenized: Sequence[TokenizedExample], around: int, by_head: bool
+) -> list[Limit]:
+    """What would be cut at usual limits, up to the first that cuts nothing; and at the run's own and the model's."""
+    separate = backbone.kind == "encoder-decoder"
+
+    def at(positions: int, name: str = "") -> Limit:
+        model = backbone.max_positions
+        taken = backbone.prefix_positions(config.prefix_length)
+        room = positions if model is None else min(positions, model - taken)
+        cut = refused = 0
+        for example in tokenized:
+            longest = 0 if by_head else max(stop - first for first, stop in _spans(example))
+            smallest = longest if separate else longest + around
+            whole = max(len(example.prompt), longest) if separate else _whole(example, by_head)
+            refused += smallest > room
+            cut += whole > room >= smallest
+        return Limit(positions, cut, refused, name)
+
+    found: list[Limit] = []
+    for positions in _LIMITS:
+        found.append(at(positions))
+        if not (found[-1].cut or found[-1].refused):
+            break
+    own = {config.max_length: "--max-length", backbone.max_positions: f"all that {config.backbone} has"}
+    found = [limit for limit in found if limit.positions not in own]
+    found += [at(positions, name) for positions, name in own.items() if positions]
+    return sorted(found, key=lambda limit: limit.positions)
+
+
+def _spans(example: TokenizedExample) -> Sequence[tuple[int, int]]:
+    return example.turns or [(0, len(target)) for target in example.targets]
+
+
+def _whole(example: TokenizedExample, by_head: bool) -> int:
+    return len(example.prompt) + (0 if by_head else max(map(len, example.targets)))
+
+
+def _positions(
+    config: TrainConfig, backbone: Backbone, tokenized: Sequence[TokenizedExample], factor: float
+) -> dict[str, float]:
+    """Positions that the model computes in an optimizer step, without padding; of the examples that were tokenized."""
+    model = backbone.max_positions
+    most = min(config.max_length or 1 << 30, 1 << 30 if model is None else model)
+    steps = [
+        sum(min(most, len(example.prompt) + sum(map(len, example.targets))) for batch in step for example in batch)
+        for step in optimizer_steps(config, tokenized, epoch=0)
+    ]
+    return {"mean": round(statistics.mean(steps)), "most": max(steps), "steps": max(1, round(len(steps) * factor))}
+
+
+def _short_targets(backbone: Backbone, examples: Sequence[Example]) -> list[str]:
+    """Targets of the tokenized examples of at most one token, with their sources."""
+    found: list[str] = []
+    for example in examples:
+        ids = backbone.encode_targets(list(example.targets))
+        found += [
+            f"{target!r} of {example.source[:40]!r}"
+            for target, tokens in zip(example.targets, ids, strict=True)
+            if len(tokens) - 1 <= _SHORT
+        ]
+    return found
+
+
+# --- an example ------------------------------------------------------------------------------------------------------
+
+
+def _parts(backbone: Backbone, example: TokenizedExample, by_head: bool) -> list[Part]:
+    """An example as the model reads it: its first target, in pieces with and without a loss."""
+
+    def text(ids: Sequence[int]) -> str:
+        return str(backbone.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    parts = [Part(text(example.prompt), False)]
+    if by_head:
+        return parts
+    target, position = example.targets[0], 0
+    for first, stop in example.turns or [(0, len(target))]:
+        if first > position:
+            parts.append(Part(text(target[position:first]), False))
+        parts.append(Part(text(target[first:stop]), True))
+        position = stop
+    if position < len(target):
+        parts.append(Part(text(target[position:]), False))
+    return parts
