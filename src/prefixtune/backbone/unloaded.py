@@ -11,6 +11,7 @@ from prefixtune.backbone.checkpoint import auto_class, find_checkpoint, read_tok
 from prefixtune.backbone.load import check_end_token
 from prefixtune.backbone.lora import base_model_name, is_adapter
 from prefixtune.errors import BackboneError
+from prefixtune.prefix.geometry import BackboneKind
 
 __all__ = ["load_tokenizer"]
 
@@ -37,7 +38,7 @@ def load_tokenizer(name: str, *, limited: bool = True) -> Backbone:
         )
     config, tokenizer = read_tokenizer(name, source, options)
     made = auto_class(config).__name__
-    kind = "encoder-decoder" if "Seq2Seq" in made else "encoder" if made == "AutoModel" else "decoder"
+    kind: BackboneKind = "encoder-decoder" if "Seq2Seq" in made else "encoder" if made == "AutoModel" else "decoder"
     if not limited:
         nothing = SimpleNamespace()
         config = SimpleNamespace(get_text_config=lambda decoder: nothing)

@@ -118,7 +118,7 @@ class DataReport:
     chat_template: bool
     lengths: list[Lengths]
     limits: list[Limit]
-    positions: dict[str, float]
+    positions: dict[str, int]
     example: list[Part]
     more_targets: int
     equal_rows: int
@@ -134,21 +134,20 @@ class DataReport:
 
 
 def report_data(
-    config: TrainConfig, *, test: str = "", form: str = "", max_rows: int = 100_000, max_tokenized: int = 2_000
+    config: TrainConfig, *, test: str = "", max_rows: int = 100_000, max_tokenized: int = 2_000
 ) -> DataReport:
     """Look at a run's training file; nothing is written and no weights are loaded.
 
     Args:
-        config: The run: its `train`, `task`, `source`, `target`, `backbone`, `max_length`, `prefix_length`, and so on.
+        config: The run: its `train`, `task`, `form`, `source`, `target`, `backbone`, `max_length`, `prefix_length`, and so on.
         test: A file whose sources are compared; empty: none.
-        form: That the data must have; empty: any that is recognized.
         max_rows: Rows that are read of either file, at most; 0: all.
         max_tokenized: Examples that are tokenized, at most, evenly spaced.
 
     Raises:
         PrefixError: A file cannot be read, or an option is wrong; as in training.
     """
-    rows, is_whole, title, kind = _read(config, config.train, form, max_rows)
+    rows, is_whole, title, kind = _read(config, config.train, max_rows)
     if not any(row.targets for row in rows):
         raise DataError(f"{config.train} has no targets.", hint="name the target column (--target).")
     merged = merge_examples(rows) if kind == "generation" else rows
@@ -170,7 +169,7 @@ def report_data(
     else:
         tokenized = list(encode_examples(unlimited, chosen, text_format, prefix_length=0).examples)
     around = 0 if text_format.is_chat else sum(template_lengths(unlimited, text_format))
-    test_rows = _read(config, test, form, max_rows)[0] if test else []
+    test_rows = _read(config, test, max_rows)[0] if test else []
     numbers = _row_counts(rows)
     short = [] if kind != "generation" else _short_targets(unlimited, chosen)
     return DataReport(
@@ -197,10 +196,12 @@ def report_data(
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(config: TrainConfig, path: str, form: str, most: int) -> tuple[list[Example], bool, str, TaskKind]:
+def _read(config: TrainConfig, path: str, most: int) -> tuple[list[Example], bool, str, TaskKind]:
     """The example of each row, whether these are all, one line for people, and the kind of the task."""
     source, target = config.source or None, config.target or None
-    task, found, columns = resolve_task(config.task, path, source=source, target=target, split="train", form=form)
+    task, found, columns = resolve_task(
+        config.task, path, source=source, target=target, split="train", form=config.form
+    )
     chosen = TASKS[task]
     if found is None and not (config.task == "records" and source):
         examples = read_task(task, path, source=source, target=target, split="train")
@@ -321,7 +322,7 @@ def _whole(example: TokenizedExample, by_head: bool) -> int:
 
 def _positions(
     config: TrainConfig, backbone: Backbone, tokenized: Sequence[TokenizedExample], factor: float
-) -> dict[str, float]:
+) -> dict[str, int]:
     """Positions that the model computes in an optimizer step, without padding; of the examples that were tokenized."""
     model = backbone.max_positions
     most = min(config.max_length or 1 << 30, 1 << 30 if model is None else model)

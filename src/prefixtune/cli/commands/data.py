@@ -59,9 +59,7 @@ def data(options: DataOptions) -> int:
         raise ConfigError("there is no data to look at.", hint="name a file, or send one: prefixtune data < rows.jsonl")
     given = {name: getattr(options, name) for name in fields}
     config = TrainConfig(train=options.file or "-", **given, initialization="random")
-    report = report_data(
-        config, test=options.test, form=options.form, max_rows=options.rows, max_tokenized=options.sample
-    )
+    report = report_data(config, test=options.test, max_rows=options.rows, max_tokenized=options.sample)
     if options.as_json:
         print_json(report.to_dict())
         return 0
@@ -89,7 +87,8 @@ def _lines(report: DataReport, test: str) -> Iterator[str]:
     yield from _notes(report, test)
     yield ""
     how = "in color" if _in_color() else "in [[ ]]"
-    more = f"; it has {report.more_targets:,} more targets" if report.more_targets else ""
+    count = report.more_targets
+    more = f"; it has {count:,} more {'target' if count == 1 else 'targets'}" if count else ""
     yield f"the first example as the model reads it, with what it learns to write {how}{more}:"
     yield _show(report.example)
 

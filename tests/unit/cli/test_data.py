@@ -1,0 +1,41 @@
+"""`prefixtune data` on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import command_line
+
+
+@pytest.fixture
+def words(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> list[str]:
+    """A command on a small file, with a backbone that has no weights."""
+    tiny_models("llama").config.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"Say {n}", "completion": "n" * n} for n in range(1, 30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return ["data", str(tmp_path / "rows.jsonl"), "--backbone", str(tmp_path / "model")]
+
+
+def test_for_people_and_for_programs(words: list[str], tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    shown, _ = command_line.run(*words)
+    assert "read as prompts and completions: 29 prompts, 29 completions" in shown
+    assert "[[ n </s>]]" in shown
+    figures = json.loads(command_line.run(*words, "--json", "--max-length", "20")[0])
+    assert figures["limits"][0]["positions"] == 20
+    assert figures["limits"][0]["cut"] + figures["limits"][0]["refused"] > 0
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+def test_characters_that_steer_a_terminal_are_not_shown(words: list[str], tmp_path: Path) -> None:
+    row = {"prompt": "a\x1b[2J", "completion": "b\u202ec"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    shown = command_line.run(*words)[0]
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown

@@ -1,0 +1,159 @@
+"""What a run would read of a file, against what training makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+from prefixtune.backbone.unloaded import load_tokenizer
+from prefixtune.data.encoding import default_format, encode_examples
+from prefixtune.errors import BackboneError, DataError, PrefixError
+from prefixtune.evaluation.data_report import DataReport, report_data
+
+ROWS = [("a", "x"), ("bb", "yyyy"), ("cccc" * 9, "z"), ("bb", "other"), ("a", "x"), ("d", "w" * 60)]
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> Callable[[str], str]:
+    """A folder with a configuration and a tokenizer, and no weights at all."""
+
+    def write(family: str) -> str:
+        folder = tmp_path / family
+        tiny_models(family).config.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture
+def look(tmp_path: Path, model: Callable[[str], str]) -> Callable[..., DataReport]:
+    """`look(rows, family="llama", **options)`: the report on these rows."""
+
+    def run(rows: list[dict[str, Any]], family: str = "llama", test: str = "", **options: Any) -> DataReport:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        limits = {name: options.pop(name) for name in ("max_rows", "max_tokenized") if name in options}
+        config = pt.TrainConfig(train=str(path), backbone=model(family), **{"prefix_length": 3, **options})
+        return report_data(config, test=test, **limits)
+
+    return run
+
+
+def rows_of(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"source": source, "target": target} for source, target in pairs]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
+def test_limits_are_those_of_training(
+    look: Callable[..., DataReport], tiny_backbone: Callable[..., Any], family: str
+) -> None:
+    backbone = tiny_backbone(family)
+    examples = [pt.Example("a", ("x",)), pt.Example("bb", ("yyyy", "other")), pt.Example("cccc" * 9, ("z",))]
+    pairs = [(example.source, target) for example in examples for target in example.targets]
+    tried = range(4, 60)
+    for length in tried:
+        report = look(rows_of(pairs), family, max_length=length)
+        limit = next(limit for limit in report.limits if limit.name == "--max-length")
+        cut = refused = 0
+        for example in examples:
+            try:
+                made = encode_examples(
+                    backbone, [example], default_format(backbone), prefix_length=3, max_length=length
+                )
+                cut += made.num_truncated
+            except DataError:
+                refused += 1
+        assert (limit.cut, limit.refused) == (cut, refused), length
+
+
+def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: Callable[..., Any]) -> None:
+    report = look(rows_of(ROWS), batch_size=100)
+    backbone = tiny_backbone("llama")
+    merged = [pt.Example("a", ("x", "x")), pt.Example("bb", ("yyyy", "other"))]
+    merged += [pt.Example(source, (target,)) for source, target in (ROWS[2], ROWS[5])]
+    made = encode_examples(backbone, merged, default_format(backbone), prefix_length=0, max_length=1000)
+    by_name = {lengths.what: lengths for lengths in report.lengths}
+    assert by_name["source"].longest == max(len(example.prompt) for example in made.examples)
+    assert by_name["target"].longest == made.longest_target
+    assert sum(count for _, _, count in by_name["target"].bins) == made.num_targets == 6
+    assert by_name["together"].longest == max(len(e.prompt) + max(map(len, e.targets)) for e in made.examples)
+    assert report.positions == {
+        "mean": sum(len(e.prompt) + sum(map(len, e.targets)) for e in made.examples),
+        "most": report.positions["mean"],
+        "steps": 1,
+    }
+    assert (report.rows, report.examples, report.equal_rows, report.equal_sources) == (6, 4, 1, 1)
+    assert [part.is_label for part in report.example] == [False, True]
+    assert report.example[1].text == " x </s>"
+    assert report.more_targets == 1
+    assert report.num_short_targets == 0, "a token of the tiny tokenizer is a byte, and there are spaces"
+
+
+def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataReport], tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")
+    turns = [("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"), ("assistant", "Gone.")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}] * 2
+    report = look(rows, chat_template=str(tmp_path / "chat.jinja"))
+    assert report.chat_template
+    assert "".join(f"[{p.text}]" if p.is_label else p.text for p in report.example) == (
+        "<s>user:Hi</s><s>assistant:[Yes?</s>]<s>user:Go</s><s>assistant:[Gone.</s>]"
+    )
+    assert next(item for item in report.lengths if item.what == "target").longest == len("Gone.") + 1
+    assert report.equal_rows == 1
+
+
+def test_labels(look: Callable[..., DataReport]) -> None:
+    rows = [{"text": f"t{n}", "label": "good" if n % 3 else "bad"} for n in range(9)]
+    by_words = look(rows)
+    assert by_words.labels == {"good": 6, "bad": 3}
+    assert by_words.example[1].text.strip() == "bad </s>"
+    by_head = look(rows, task="classification", classifier="head")
+    assert [lengths.what for lengths in by_head.lengths] == ["source"]
+    assert [part.is_label for part in by_head.example] == [False]
+
+
+def test_only_the_first_rows_of_a_large_file_are_read(look: Callable[..., DataReport]) -> None:
+    rows = rows_of([(f"s{n}", "t") for n in range(50)])
+    report = look([*rows, {"bad": 1}], max_rows=50, max_tokenized=7)
+    assert (report.rows, report.is_whole, report.examples, report.tokenized) == (50, False, 50, 7)
+    assert look(rows, max_rows=50).is_whole
+    with pytest.raises(DataError, match="line 51"):
+        look([*rows, {"bad": 1}], max_rows=0)
+
+
+def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"source": " a ", "target": "q"}\n{"source": "new", "target": "q"}\n', encoding="utf-8")
+    report = look(rows_of(ROWS), test=str(test))
+    assert report.overlap is not None
+    assert (report.overlap["count"], report.overlap["num_examples"]) == (1, 2)
+
+
+def test_very_short_targets_are_named(look: Callable[..., DataReport]) -> None:
+    report = look(rows_of([("a", "x"), ("b", "yes")]), prompt_format="{source}:", target_format="{target}")
+    assert report.num_short_targets == 1
+    assert "'x' of 'a'" in report.short_targets[0]
+
+
+def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:
+    for family, kind in (("llama", "decoder"), ("t5", "encoder-decoder"), ("bert", "encoder")):
+        backbone, loaded = load_tokenizer(model(family)), tiny_backbone(family)
+        assert (backbone.kind, backbone.max_positions) == (kind, loaded.max_positions)
+    assert load_tokenizer(model("llama"), limited=False).max_positions is None
+    with pytest.raises(BackboneError, match="nothing"):
+        load_tokenizer(str(tmp_path / "nothing"))
+
+
+def test_data_without_targets(look: Callable[..., DataReport]) -> None:
+    with pytest.raises(PrefixError, match="target"):
+        look([{"name": "a"}], source="name")
