@@ -139,7 +139,8 @@ def report_data(
     """Look at a run's training file; nothing is written and no weights are loaded.
 
     Args:
-        config: The run: its `train`, `task`, `form`, `source`, `target`, `backbone`, `max_length`, `prefix_length`, and so on.
+        config: The run: its `train`, `task`, `form`, `source`, `target`, `backbone`, `max_length`, `prefix_length`, and
+            so on.
         test: A file whose sources are compared; empty: none.
         max_rows: Rows that are read of either file, at most; 0: all.
         max_tokenized: Examples that are tokenized, at most, evenly spaced.
