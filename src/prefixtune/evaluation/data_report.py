@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def report_data(
         tokenized = [TokenizedExample(tuple(prompt), ((),)) for prompt in prompts]
     else:
         tokenized = list(encode_examples(unlimited, chosen, text_format, prefix_length=0).examples)
-    around = 0 if text_format.is_chat else sum(template_lengths(unlimited, text_format))
+    around = sum(template_lengths(unlimited, text_format, "a"))
     test_rows = _read(config, test, max_rows)[0] if test else []
     numbers = _row_counts(rows)
     short = [] if kind != "generation" else _short_targets(unlimited, chosen)
@@ -207,7 +207,8 @@ def _read(config: TrainConfig, path: str, most: int) -> tuple[list[Example], boo
     if found is None and not (config.task == "records" and source):
         examples = read_task(task, path, source=source, target=target, split="train")
         return examples, True, f"{path}: read as task {task}: {len(examples):,} examples", chosen.kind
-    records = iter_file(locate(Path(path), "train", chosen.formats, chosen.release))
+    every = iter_file(locate(Path(path), "train", chosen.formats, chosen.release))
+    records = itertools.islice(every, most) if most else every
     if found is not None:
         rows = iter_form(records, found)
     else:
@@ -221,17 +222,11 @@ def _read(config: TrainConfig, path: str, most: int) -> tuple[list[Example], boo
             )
             for record in records
         )
-    kept, is_whole = _first(rows, most)
+    kept = list(rows)
+    is_whole = next(every, None) is None
     if found is not None:
         return kept, is_whole, describe_data(found, kept, path, columns), chosen.kind
     return kept, is_whole, f"{path}: read by templates: {len(kept):,} rows", chosen.kind
-
-
-def _first(rows: Iterable[Example], most: int) -> tuple[list[Example], bool]:
-    """The first rows, and whether there are no others."""
-    iterator: Iterator[Example] = iter(rows)
-    kept = list(itertools.islice(iterator, most)) if most else list(iterator)
-    return kept, not most or next(iterator, None) is None
 
 
 def _spread(examples: Sequence[Example], most: int) -> list[Example]:
@@ -295,11 +290,15 @@ def _limits(
         room = positions if model is None else min(positions, model - taken)
         cut = refused = 0
         for example in tokenized:
-            longest = 0 if by_head else max(stop - first for first, stop in _spans(example))
-            smallest = longest if separate else longest + around
-            whole = max(len(example.prompt), longest) if separate else _whole(example, by_head)
-            refused += smallest > room
-            cut += whole > room >= smallest
+            # Of a conversation the last turns are left out first; the first one's message is cut last.
+            spans = _spans(example)[:1] if example.turns else _spans(example)
+            longest = 0 if by_head else max(stop - first for first, stop in spans)
+            left = room if separate else room - longest
+            is_long = len(example.prompt) > left
+            if longest > room or (is_long and left <= around):
+                refused += 1
+            else:
+                cut += is_long or (_whole(example, by_head) > room and not separate)
         return Limit(positions, cut, refused, name)
 
     found: list[Limit] = []
