@@ -288,3 +288,24 @@ def test_texts_in_markdown_cannot_break_out() -> None:
     page = as_markdown([{"prompt": "```\n# no heading", "target": "a", "output": "|b|"}])
     assert "````text\n```\n# no heading\n````" in page
     assert page.count("\n```text\n") == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"method": "infix"},
+        {"method": "lora"},
+        {"prefix_dropout": 0.5},
+        {"nested": True},
+    ],
+    ids=str,
+)
+def test_the_texts_are_those_of_the_whole_prefix(
+    train: Callable[..., Any], tracked: list[Any], tiny_backbone: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    own = tiny_backbone("llama")
+    result = train(2, dev_examples=DEV, report_to="wandb", learning_rate=0.3, backbone=own, **options)
+    examples = next(event["examples"] for event in result.events if event["event"] == "examples")
+    expected = pt.generate(own, [example.source for example in DEV], result.prefix, max_new_tokens=48)
+    assert [example["output"] for example in examples] == expected
