@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -107,6 +109,26 @@ def test_two_builders_at_once_build_once():
     for entry in entries:
         check(entry)
     assert build.times == 1
+
+
+def test_two_processes_at_once_build_once(tmp_path: Path):
+    program = """
+import pathlib, sys, time
+import numpy as np
+from prefixtune.data.cache import content_key, stored
+def build(writer):
+    pathlib.Path(sys.argv[1]).open("a").write("built\\n")
+    time.sleep(0.5)
+    writer.append("a", np.arange(9))
+    return {}
+print(int(stored(content_key(x=1), build).columns["a"].sum()))
+"""
+    children = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [child.communicate()[0] for child in children] == ["36\n"] * 2
+    assert (tmp_path / "log").read_text() == "built\n"
 
 
 def test_what_was_not_used_for_longest_is_removed(monkeypatch: pytest.MonkeyPatch):

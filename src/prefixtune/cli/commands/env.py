@@ -22,7 +22,14 @@ __all__ = ["env"]
 _CORE = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "cyclopts")
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _SETTINGS = (
-    *("PREFIXTUNE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "CUDA_VISIBLE_DEVICES"),
+    *(
+        "PREFIXTUNE_HOME",
+        "PREFIXTUNE_DATA_CACHE",
+        "HF_HOME",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "CUDA_VISIBLE_DEVICES",
+    ),
     *("OMP_NUM_THREADS", "CXX"),
 )
 """Environment variables that hold no secret."""
