@@ -16,7 +16,7 @@ from typing import Any, cast, overload
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix
-from prefixtune.data.chat import encode_chat, has_chat_template
+from prefixtune.data.chat import Source, encode_chat, end_ids, has_chat_template
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
@@ -155,10 +155,11 @@ class Model:
         if isinstance(text, str):
             return stream(self.backbone, text, self.prefix, **options)
         messages = _check_messages(text)
-        if self._reads_one_text:
-            return stream(self.backbone, _last_message(messages), self.prefix, **_answer_options(options))
-        config = _answer_config(options)
-        return stream_ids(self.backbone, self._encode(messages), self.prefix, config=config)
+        if self._text_format is not None:
+            source = _last_message(messages) if self._reads_one_text else messages
+            return stream(self.backbone, source, self.prefix, **_answer_options(options))
+        config, ends = _answer_config(options), end_ids(self.backbone)
+        return stream_ids(self.backbone, self._encode(messages), self.prefix, config=config, ends=ends)
 
     @overload
     def classify(self, texts: str, **options: Any) -> Prediction: ...
@@ -209,23 +210,28 @@ class Model:
     def _reads_one_text(self) -> bool:
         """Whether the prefix was trained with a text format of its own, which has room for one text."""
         text_format = self._text_format
-        return text_format is not None and not getattr(text_format, "chat_template", "")
+        return text_format is not None and not text_format.is_chat
 
     def _answer(self, conversations: Sequence[Messages], options: Mapping[str, Any]) -> list[str]:
-        if self._reads_one_text:
-            texts = [_last_message(messages) for messages in conversations]
-            return generate(self.backbone, texts, self.prefix, **_answer_options(options))
-        config = _answer_config(options)
+        if self._text_format is not None:
+            sources = [_last_message(messages) if self._reads_one_text else messages for messages in conversations]
+            return generate(self.backbone, sources, self.prefix, **_answer_options(options))
+        config, ends = _answer_config(options), end_ids(self.backbone)
         prompts = [self._encode(messages) for messages in conversations]
-        outputs = generate_ids(self.backbone, prompts, [self.prefix] * len(prompts), config=config)
+        outputs = generate_ids(
+            self.backbone, prompts, [self.prefix] * len(prompts), config=config, ends=[ends] * len(prompts)
+        )
         form = TextFormat("{source}", "{target}")
         return [read_output(self.backbone, ids, form, config) for ids in outputs]
 
     def _prompt_ids(self, text: str | Messages, new_tokens: int) -> list[int]:
         """The token ids of a text or a conversation, cut as in training."""
-        if not isinstance(text, str) and not self._reads_one_text:
-            return self._encode(_check_messages(text))
-        source = text if isinstance(text, str) else _last_message(_check_messages(text))
+        source: Source = text
+        if not isinstance(text, str):
+            messages = _check_messages(text)
+            if self._text_format is None:
+                return self._encode(messages)
+            source = _last_message(messages) if self._reads_one_text else messages
         config = GenerateConfig(max_new_tokens=new_tokens)
         return list(prepare_prompts(self.backbone, [source], [self.prefix], config).ids[0])
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 from prefixtune.errors import RequestError
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE
 from prefixtune.interop.vllm.http import APIError
 from prefixtune.interop.vllm.state import ServerState
+from prefixtune.prefix.chat_format import render_chat, split_at_last_message
 from prefixtune.prefix.text_format import TextFormat, fit_ids
 
 __all__ = ["Formatter", "chat_prompt", "chat_template_kwargs", "list_prompts", "tokenize_prompts"]
 
+
+Messages = Sequence[Mapping[str, str]]
+"""Messages of a chat, each with `role` and `content`."""
 
 _MAX_PROMPTS = 1024
 """Of one request, as in vLLM."""
@@ -47,12 +52,31 @@ class Formatter:
         max_tokens = fields.get("max_completion_tokens") or fields.get("max_tokens")
         return cls(state, text_format, prefix_length, max_tokens if _is_int(max_tokens) else _DEFAULT_MAX_TOKENS)
 
-    def format(self, source: str) -> str:
-        """The source in the text format."""
-        return self.text_format.format_prompt(source, self.state.separator)
+    def format(self, source: str, messages: Messages | None = None) -> str:
+        """The source in the text format.
 
-    def fit(self, ids: list[int]) -> list[int]:
+        Args:
+            source: The text, or the last message's.
+            messages: With a chat template: the whole conversation; None: the source is one user message.
+
+        Raises:
+            APIError: The chat template refuses the messages.
+        """
+        if not self.text_format.is_chat:
+            return self.text_format.format_prompt(source, self.state.separator)
+        tokenizer, conversation = self.state.tokenizer, messages or _only(source)
+        try:
+            return render_chat(tokenizer, self.text_format, conversation, add_generation_prompt=True)
+        except RequestError as error:
+            raise APIError(f"{error.message} {error.hint}", "messages") from None
+
+    def fit(self, ids: list[int], source: str, messages: Messages | None = None) -> list[int]:
         """A formatted prompt's token ids; where it is too long, its source is cut as in training.
+
+        Args:
+            ids: Of the prompt.
+            source: As for `format`.
+            messages: As for `format`.
 
         Raises:
             APIError: It is longer than the training allowed.
@@ -64,15 +88,28 @@ class Formatter:
                 ids,
                 positions=None if max_positions is None else max_positions - self.prefix_length,
                 new_tokens=self.max_new_tokens,
-                around=self._count_around,
+                around=partial(self._count_around, source, messages),
                 name="the prompt",
             )
         except RequestError as error:
             raise APIError(f"{error.message} {error.hint}", "prompt") from None
 
-    def _count_around(self) -> tuple[int, int]:
+    @property
+    def end_ids(self) -> list[int]:
+        """The token that ends an answer, where a chat template writes another one than the tokenizer's end token."""
+        end, tokenizer = self.text_format.end, self.state.tokenizer
+        if not self.text_format.is_chat or not end or end == tokenizer.eos_token:
+            return []
+        ids = self.state.encode(end)
+        return ids if len(ids) == 1 else []
+
+    def _count_around(self, source: str, messages: Messages | None) -> tuple[int, int]:
         """How many tokens come before the source, and after it."""
-        before, after = self.text_format.around(self.state.separator)
+        if self.text_format.is_chat:
+            conversation = messages or _only(source)
+            before, after = split_at_last_message(self.state.tokenizer, self.text_format, conversation)
+        else:
+            before, after = self.text_format.around(self.state.separator)
         return len(self.state.encode(before)), len(self.state.encode(after))
 
 
@@ -109,7 +146,7 @@ def tokenize_prompts(
     for prompt in prompts:
         if isinstance(prompt, str) and formatter is not None:
             whole = state.encode(formatter.format(prompt)) if prompt else []
-            ids = formatter.fit(whole) if whole else []
+            ids = formatter.fit(whole, prompt) if whole else []
             num_cut += len(whole) - len(ids)
         elif isinstance(prompt, str):
             ids = state.encode(prompt, add_special_tokens=add_special_tokens)
@@ -131,16 +168,20 @@ def _is_int(value: object) -> TypeGuard[int]:
 
 
 def chat_prompt(state: ServerState, messages: Any, formatter: Formatter) -> tuple[str, int]:
-    """The last message in the prefix's text format, and how many messages before it were dropped.
+    """A chat in the prefix's text format, and how many messages before the last one were dropped.
+
+    With a chat template all messages are written, else the last one.
 
     Raises:
-        APIError: It is not the user's or no text, there are others before it, or it is too long.
+        APIError: The last one is not the user's or no text, there are others that the prefix cannot read, or it is too
+            long.
     """
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "user":
         raise APIError("'messages' must end with a user message.", "messages")
-    source = _message_text(last)
-    if len(messages) > 1 and state.settings.earlier_messages == "refuse":
+    source = _message_text(last, "the last message")
+    is_chat = formatter.text_format.is_chat
+    if len(messages) > 1 and not is_chat and state.settings.earlier_messages == "refuse":
         raise APIError(
             f"this prefix reads one text, but the chat has {len(messages)} messages. Send the last user message alone, "
             "or have the server drop the others (earlier_messages = 'drop').",
@@ -152,20 +193,38 @@ def chat_prompt(state: ServerState, messages: Any, formatter: Formatter) -> tupl
             "format. `prefixtune serve --engine vllm` adds one; /v1/completions works.",
             "messages",
         )
-    text = formatter.format(source)
+    conversation = [_as_message(message) for message in messages] if is_chat else None
+    text = formatter.format(source, conversation)
     ids = state.encode(text)
-    if len(formatter.fit(ids)) < len(ids):
+    if len(formatter.fit(ids, source, conversation)) < len(ids):
         raise APIError(f"the message takes {len(ids)} tokens and would be cut; /v1/completions does that.", "messages")
-    return text, len(messages) - 1
+    return text, 0 if is_chat else len(messages) - 1
 
 
-def _message_text(message: dict[str, Any]) -> str:
+def _only(source: str) -> Messages:
+    return [{"role": "user", "content": source}]
+
+
+def _as_message(message: Any) -> dict[str, str]:
+    """A message as chat templates read it.
+
+    Raises:
+        APIError: It has another role, or is no text.
+    """
+    roles = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
+    role = roles.get(str(message.get("role"))) if isinstance(message, dict) else None
+    if role is None:
+        raise APIError(f"a message's role must be one of {', '.join(roles)}.", "messages")
+    return {"role": role, "content": _message_text(message, f"the {role}'s message")}
+
+
+def _message_text(message: dict[str, Any], name: str) -> str:
     content = message.get("content")
     if isinstance(content, list):
         texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
         content = "".join(texts) if len(texts) == len(content) else None
     if not isinstance(content, str) or not content.strip():
-        raise APIError("the last message must be a text that is not empty.", "messages")
+        raise APIError(f"{name} must be a text that is not empty.", "messages")
     return content
 
 

@@ -83,6 +83,9 @@ def rewrite_request(state: ServerState, body: bytes, *, is_chat: bool) -> Backbo
     }
     text_format = _text_format_for(state, prefix, fields, is_chat)
     formatter = None if text_format is None else Formatter.from_fields(state, text_format, length, fields)
+    stops = fields.get("stop_token_ids") or []
+    if formatter is not None and formatter.end_ids and isinstance(stops, list):
+        fields["stop_token_ids"] = [*stops, *formatter.end_ids]
     num_prompts, num_cut, num_dropped = 1, 0, 0
     if is_chat:
         prompt = None

@@ -1,0 +1,127 @@
+"""Conversations that are too long or cannot be written, and where an answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from prefixtune.data.chat import chat_format, encode_chat, end_ids
+from prefixtune.data.encoding import encode_examples, encode_pairs, encode_prompts
+from prefixtune.data.examples import Example, Message, chat_example
+from prefixtune.data.truncation import truncate_prompt
+from prefixtune.errors import DataError, RequestError
+from prefixtune.prefix.text_format import TextFormat
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+USER, ASSISTANT = Message("user", "What is it?"), Message("assistant", "A cat.")
+
+
+@pytest.fixture
+def llama(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture
+def form(llama: Any) -> TextFormat:
+    return chat_format(llama, TEMPLATE)
+
+
+def test_where_an_answer_ends(llama: Any, form: TextFormat) -> None:
+    assert form.end == "<pad>"
+    assert end_ids(llama, form) == (llama.tokenizer.pad_token_id,)
+    assert end_ids(llama, TextFormat()) == ()
+    (tokenized,) = encode_examples(llama, [Example("Q", ("A",))], form, prefix_length=0).examples
+    assert llama.tokenizer.decode(tokenized.prompt) == "<s>u:Q<pad>\n<s>a:"
+    assert llama.tokenizer.decode(tokenized.targets[0]) == "A<pad>"
+    no_end = chat_format(llama, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert no_end.end == "</s>"
+    (tokenized,) = encode_examples(llama, [Example("Q", ("A\n",))], no_end, prefix_length=0).examples
+    assert llama.tokenizer.decode(tokenized.targets[0]) == "A</s>"
+
+
+def test_an_answer_that_quotes_the_end_token(llama: Any, form: TextFormat) -> None:
+    (tokenized,) = encode_examples(llama, [Example("Q", ("A<pad>B",))], form, prefix_length=0).examples
+    assert llama.tokenizer.decode(tokenized.targets[0]) == "A<pad>B<pad>"
+
+
+def test_a_default_system_message(llama: Any) -> None:
+    form = chat_format(llama, TEMPLATE, system="Be short.")
+    assert llama.tokenizer.decode(encode_prompts(llama, form, ["Q"])[0]) == "<s>s:Be short.<pad>\n<s>u:Q<pad>\n<s>a:"
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Q"}]
+    assert "Be short." not in llama.tokenizer.decode(encode_chat(llama, own, form))
+
+
+def test_last_turns_are_left_out_of_a_long_conversation(llama: Any, form: TextFormat) -> None:
+    chat = chat_example([USER, ASSISTANT] * 4)
+    whole = encode_examples(llama, [chat], form, prefix_length=0)
+    (example,) = whole.examples
+    assert whole.num_targets == 4
+    length = len(example.prompt) + example.turns[1][1]
+    for limit, turns in ((length, 2), (length - 1, 1)):
+        cut = encode_examples(llama, [chat], form, prefix_length=0, max_length=limit)
+        (kept,) = cut.examples
+        assert (cut.num_targets, cut.num_dropped_turns, cut.num_truncated) == (turns, 4 - turns, 0)
+        ids = [*example.prompt, *example.targets[0]]
+        assert [*kept.prompt, *kept.targets[0]] == ids[: len(kept.prompt) + len(kept.targets[0])]
+    with pytest.raises(DataError, match=r"takes .* positions are allowed"):
+        encode_examples(llama, [chat], form, prefix_length=0, max_length=length, on_too_long="error")
+
+
+def test_a_long_user_message_is_cut_inside_the_template(llama: Any, form: TextFormat) -> None:
+    chat = chat_example([Message("system", "Sys"), Message("user", "long " * 20), ASSISTANT, USER, ASSISTANT])
+    cut = encode_examples(llama, [chat], form, prefix_length=0, max_length=50)
+    (kept,) = cut.examples
+    assert (cut.num_targets, cut.num_dropped_turns, cut.num_truncated) == (1, 1, 1)
+    assert len(kept.prompt) + len(kept.targets[0]) == 50
+    text = llama.tokenizer.decode(kept.prompt)
+    assert text.startswith("<s>s:Sys<pad>\n<s>u:long long")
+    assert text.endswith("<pad>\n<s>a:")
+    with pytest.raises(DataError, match="the chat template takes"):
+        encode_examples(llama, [chat], form, prefix_length=0, max_length=23)
+    # In use, the last message is cut as well, and those before it stay.
+    form = replace(form, max_length=60, longest_target=7, on_too_long="cut")
+    messages = [*chat.messages[:1], USER, ASSISTANT, Message("user", "long " * 20)]
+    whole = encode_prompts(llama, form, [messages])[0]
+    ids = truncate_prompt(llama, form, whole, prefix_length=0, new_tokens=7, source=messages)
+    assert len(ids) == 53
+    assert llama.tokenizer.decode(ids).startswith("<s>s:Sys<pad>\n<s>u:What is it?<pad>\n<s>a:A cat.<pad>\n<s>u:l")
+    assert llama.tokenizer.decode(ids).endswith("<pad>\n<s>a:")
+
+
+def test_what_a_template_refuses_names_the_example(llama: Any) -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    chats = [chat_example([USER, ASSISTANT]), chat_example([Message("system", "S"), USER, ASSISTANT])]
+    with pytest.raises(DataError, match=r"example 2 .*refuses the messages: no system") as caught:
+        encode_examples(llama, chats, chat_format(llama, strict), prefix_length=0)
+    assert "--chat-template FILE" in str(caught.value.hint)
+
+
+def test_without_a_template(llama: Any) -> None:
+    single = chat_example([USER, ASSISTANT])
+    (plain,) = encode_examples(
+        llama, [Example(USER.content, (ASSISTANT.content,))], TextFormat(), prefix_length=0
+    ).examples
+    assert encode_examples(llama, [single], TextFormat(), prefix_length=0).examples[0] == plain
+    for messages, what in (([USER, ASSISTANT, USER], "several turns"), ([Message("system", "S"), USER], "a system")):
+        with pytest.raises(DataError, match=f"example 2 .*has {what}.*needs a chat template"):
+            encode_examples(llama, [single, chat_example([*messages, ASSISTANT])], TextFormat(), prefix_length=0)
+        with pytest.raises(RequestError, match="no chat template and reads one text"):
+            encode_prompts(llama, TextFormat(), [messages])
+    with pytest.raises(RequestError, match="has no chat template"):
+        chat_format(llama, "model")
+
+
+def test_solved_examples_and_last_turns(llama: Any, form: TextFormat) -> None:
+    chat = chat_example([USER, ASSISTANT, USER, Message("assistant", "A dog.")])
+    ((prompt, target),) = encode_pairs(llama, form, [chat])
+    (last,) = encode_examples(llama, [chat], form, prefix_length=0, turns="last").examples
+    assert (last.prompt, last.targets, last.turns) == (prompt, (target,), ())
+    apart = encode_examples(llama, [chat], form, prefix_length=0, turns="separate")
+    assert [len(example.prompt) for example in apart.examples][1] == len(prompt)
+    assert (apart.num_targets, apart.num_unpacked, apart.origins) == (2, 1, (0, 0))
