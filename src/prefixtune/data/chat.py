@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prefixtune.backbone.backbone import Backbone
@@ -29,6 +29,7 @@ __all__ = [
     "end_ids",
     "has_chat_template",
     "lengths_around",
+    "literal_format",
     "only_text",
 ]
 
@@ -148,6 +149,34 @@ def chat_format(backbone: Backbone, template: str, system: str = "") -> TextForm
     )
     form.check_stored()
     return TextFormat(**{**form.to_dict(), "end": _end_of_turn(backbone, form) or backbone.end})
+
+
+def literal_format(backbone: Backbone, text_format: TextFormat) -> TextFormat:
+    """A text format without a chat template that writes the same text around one user message.
+
+    For programs that know no such templates.
+
+    Args:
+        backbone: Its tokenizer counts.
+        text_format: Any; one without a chat template is returned as it is.
+
+    Raises:
+        RequestError: The template refuses a user message, or writes it never or more than once.
+    """
+    if not text_format.is_chat:
+        return text_format
+    before, after = split_at_last_message(backbone.tokenizer, text_format, as_conversation(""))
+    # In a template braces would be placeholders.
+    if any(placeholder in before + after for placeholder in ("{source}", "{separator}")):
+        raise RequestError("the chat template writes {source} or {separator}.", hint="use another template.")
+    return replace(
+        text_format,
+        prompt=f"{before}{{source}}{after}",
+        target="{target}",
+        chat_template="",
+        template_hash="",
+        system="",
+    )
 
 
 def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[int, ...]:

@@ -287,6 +287,11 @@ class TokenizedDataset:
         return sum(example.num_targets for example in self.examples)
 
     @property
+    def num_sources(self) -> int:
+        """Sources, or conversations."""
+        return len(set(self.origins)) if self.origins else len(self.examples)
+
+    @property
     def longest_target(self) -> int:
         """Tokens of the longest target, or turn of a conversation; 0 if labels are predicted."""
         return longest_target(self.examples)

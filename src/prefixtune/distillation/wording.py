@@ -9,7 +9,7 @@ import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.chat import has_chat_template
+from prefixtune.data.chat import has_chat_template, literal_format
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
@@ -100,7 +100,8 @@ def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: Te
     else:
         ask = "plain"
     if ask == "teacher" and teacher_format is not None:
-        wording = Wording(teacher_format.prompt, teacher_format.target, tuned=True)
+        literal = literal_format(backbone, teacher_format)
+        wording = Wording(literal.prompt, literal.target, tuned=True)
     elif ask == "chat":
         wording = _chat_wording(backbone)
     elif config.subject == "teacher":

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from prefixtune.data.examples import Example, Message, conversation_of
 from prefixtune.errors import PrefixError
 from prefixtune.explain.losses import rows_of
 from prefixtune.explain.subject import Subject, tokenize
@@ -131,11 +132,21 @@ def faithfulness(loss: float | None, bare: float, gain: float) -> float | None:
     return None if loss is None or gain < _LEAST_GAIN else (bare - loss) / gain
 
 
+def _preceded(example: Example, description: str) -> Example:
+    """The example with a description before its source, in the same user message."""
+    *earlier, last = conversation_of(example)
+    asked = Message("user", f"{description}\n{last.content}")
+    return dataclasses.replace(example, source=asked.content, messages=(*earlier, asked))
+
+
 def _losses(subject: Subject, description: str, prefix: Prefix | None) -> float:
     """The loss per label of the first rows, with a description in front of each prompt."""
     literal = description.replace("{", "(").replace("}", ")")
-    shown = dataclasses.replace(subject.text_format, prompt=f"{literal}\n{subject.text_format.prompt}")
-    text_format = shown if description else subject.text_format
-    examples, length = subject.examples[:_ROWS], subject.prefix.prefix_length
+    text_format, examples = subject.text_format, subject.examples[:_ROWS]
+    if description and text_format.is_chat:
+        examples = tuple(_preceded(example, description) for example in examples)
+    elif description:
+        text_format = dataclasses.replace(text_format, prompt=f"{literal}\n{text_format.prompt}")
+    length = subject.prefix.prefix_length
     rows = tokenize(subject.backbone, examples, text_format, subject.labels, length)
     return rows_of(subject.backbone, rows, prefix, None, subject.limits.batch_size).mean

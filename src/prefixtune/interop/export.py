@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.prefix import Prefix, check_fits
@@ -98,7 +99,8 @@ def _find_window(config: Any) -> int | None:
 
 def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
     """The manifest's part about the backbone, the prefix and its text format."""
-    text_format = format_of(backbone, prefix)
+    trained = format_of(backbone, prefix)
+    text_format = literal_format(backbone, trained)
     return {
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "model_type": backbone.model.config.model_type,
@@ -108,7 +110,7 @@ def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
             "prompt": text_format.format_prompt("{source}", backbone.separator),
             "target": text_format.target,
         },
-        "end": backbone.end,
+        "end": trained.end if trained.is_chat else backbone.end,
         **{key: prefix.header[key] for key in ("task", "license") if prefix.header.get(key)},
     }
 

@@ -17,7 +17,7 @@ MAX_PARTS = 64
 """Most parts of one prefix, those of its parts included."""
 
 _KEPT = ("task", "description", "license")
-_TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template")
+_TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template", "chat_template", "system")
 _LIMITS = ("longest_prompt", "longest_target")
 _LONGEST = 200
 """Characters that are kept of a part's texts."""

@@ -237,9 +237,10 @@ class TrainLoop:
         return {
             "event": "start",
             "total_steps": self.state.total_steps,
-            "num_sources": len(self.data.train.examples),
+            "num_sources": self.data.train.num_sources,
             "num_targets": self.data.train.num_targets,
             "num_cut": self.data.train.num_truncated,
+            **self._chat_facts(),
             "num_dev_targets": 0 if self.data.dev is None else self.data.dev.num_targets,
             "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": sum(tensor.numel() for tensor in stored),
@@ -251,6 +252,12 @@ class TrainLoop:
             "dtype": self.backbone.dtype_name,
             "device": str(self.backbone.device),
         }
+
+    def _chat_facts(self) -> dict[str, int]:
+        """How many turns of conversations were left out, and whose turns are computed separately; without zeros."""
+        dataset = self.data.train
+        facts = {"num_dropped_turns": dataset.num_dropped_turns, "num_unpacked": dataset.num_unpacked}
+        return {name: count for name, count in facts.items() if count}
 
     def _patience_facts(self) -> dict[str, int]:
         """How many evaluations there will be, where a run may stop by them; empty: it does not."""

@@ -57,6 +57,10 @@ def _describe(event: Event) -> str:
     """What a message says of an event; empty: nothing."""
     if event["event"] == "start":
         cut = f", {event['num_cut']} sources truncated to fit" if event["num_cut"] else ""
+        if dropped := event.get("num_dropped_turns"):
+            cut += f", {dropped:,} turns at the end of conversations left out to fit"
+        if unpacked := event.get("num_unpacked"):
+            cut += f", the turns of {unpacked:,} conversations computed separately"
         return (
             f"{_describe_prefix(event)}{event['num_targets']:,} targets of {event['num_sources']:,} sources{cut}; "
             f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored; "

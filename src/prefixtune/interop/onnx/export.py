@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from prefixtune.attention.cache import cache_argument, growing_cache
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.quiet import quiet_transformers
+from prefixtune.data.chat import end_ids
+from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.export import check_exportable, describe_origin, write_manifest
 from prefixtune.interop.onnx.run import pad, past_names, start, step
@@ -146,7 +148,7 @@ def _list_facts(prefix: Prefix, backbone: Backbone, baked: bool) -> dict[str, An
         "num_layers": len(shapes),
         "num_kv_heads": shapes[0].num_kv_heads,
         "head_dim": shapes[0].key_dim,
-        "end_id": backbone.eos_id,
+        "end_id": next(iter(end_ids(backbone, format_of(backbone, prefix))), backbone.eos_id),
         "pad_id": backbone.pad_id,
     }
 

@@ -1,0 +1,63 @@
+"""An output ends at the token that ends a turn in the prefix's chat template, in each way of generating."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from prefixtune.engine.config import EngineConfig
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.errors import RequestError
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.streaming import stream, stream_ids
+
+
+def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Callable[..., list[int]]) -> None:
+    backbone, config = tiny_backbone("llama"), GenerateConfig(max_new_tokens=12)
+    prompts = [random_ids(count, seed=count) for count in (4, 6, 5)]
+    free = generate_ids(backbone, prompts, [None] * 3, config=config)
+    ends = [(free[0][5],), (), (free[2][3], free[2][7])]
+    expected = [
+        row[: next((index for index, token in enumerate(row) if token in own), len(row))]
+        for row, own in zip(free, ends, strict=True)
+    ]
+    assert [len(row) for row in expected] != [len(row) for row in free]
+    # In one call, each text has its own.
+    assert generate_ids(backbone, prompts, [None] * 3, config=config, ends=ends) == expected
+    for prompt, own, ids in zip(prompts, ends, expected, strict=True):
+        assert "".join(stream_ids(backbone, prompt, None, config=config, ends=own)) == backbone.decode(ids).strip()
+        engine = Engine(backbone, EngineConfig(num_slots=2, max_waiting=4))
+        engine.submit(Request(tuple(prompt), sampling=SamplingParams(max_new_tokens=12, end_ids=own)))
+        tokens: list[int] = []
+        while engine.has_work:
+            tokens += [token.id for output in engine.step() for token in output.tokens]
+        assert tokens == ids
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        ([{"role": "user", "content": "Hi"}], "is one message of a conversation"),
+        ([[{"role": "assistant", "content": "Hi"}]], "message 1 of conversation 1 is the assistant's"),
+        ([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]], "must end with the user's"),
+        ([[]], "has no message"),
+    ],
+)
+def test_what_is_no_conversation(tiny_backbone: Callable[..., Any], texts: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        generate(tiny_backbone("llama"), texts)
+    if isinstance(texts[0], list):
+        with pytest.raises(RequestError, match=says.replace("2", "1")):
+            list(stream(tiny_backbone("llama"), texts[0]))
+
+
+def test_a_conversation_without_a_template_anywhere(tiny_backbone: Callable[..., Any]) -> None:
+    backbone, one = tiny_backbone("llama"), [{"role": "user", "content": "Hi"}]
+    assert generate(backbone, [one], max_new_tokens=4) == generate(backbone, ["Hi"], max_new_tokens=4)
+    chat = [*one, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on"}]
+    with pytest.raises(RequestError, match="no chat template and reads one text"):
+        generate(backbone, [chat])

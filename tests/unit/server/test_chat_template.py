@@ -1,0 +1,119 @@
+"""A prefix that was trained with a chat template reads whole conversations, as in training."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asgi_client import send
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.data.chat import chat_format, encode_chat
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.artifact import load_prefix, save_prefix
+from prefixtune.prefix.prefix import Prefix
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Go on"},
+]
+
+
+@pytest.fixture
+def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Any, tmp_path: Path) -> tuple[Any, Any]:
+    """An application with the prefix `chatty`, and the prompts that its engine gets."""
+    app, state = make_server()
+    header = make_header(backbone, task="records", text_format=chat_format(backbone, TEMPLATE).to_dict())
+    save_prefix(tmp_path / "prefixes" / "chatty.safetensors", Prefix(random_prefix(backbone, 4, 9).layers, header))
+    return app, state
+
+
+def prompts_of(state: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that the engine gets from now on."""
+    requests: list[Any] = []
+    submit = state.worker.submit
+
+    def record(request: Any, *args: Any, **options: Any) -> Any:
+        requests.append(request)
+        return submit(request, *args, **options)
+
+    monkeypatch.setattr(state.worker, "submit", record)
+    return requests
+
+
+def test_all_messages_are_read(
+    server: tuple[Any, Any], backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = server
+    requests, form = prompts_of(state, monkeypatch), chat_format(backbone, TEMPLATE)
+    body = {"model": "chatty", "messages": CHAT, "max_tokens": 6}
+    response = asyncio.run(send(app, "POST", "/v1/chat/completions", body))
+    assert response.status == 200
+    assert b"x-prefixtune-dropped-messages" not in dict(response.headers)
+    assert list(requests[-1].prompt) == encode_chat(backbone, CHAT, form)
+    assert requests[-1].sampling.end_ids == (backbone.tokenizer.pad_token_id,)
+    prefix = load_prefix(tmp_path / "prefixes" / "chatty.safetensors", backbone)
+    (expected,) = generate(backbone, [CHAT], prefix, max_new_tokens=6)
+    assert response.json["choices"][0]["message"]["content"] == expected
+    # The newer name of a role, as in the backbone's own template; a completion and a task are one user message.
+    body["messages"] = [{"role": "developer", "content": "S"}, *CHAT[1:]]
+    asyncio.run(send(app, "POST", "/v1/chat/completions", body))
+    assert list(requests[-1].prompt) == encode_chat(backbone, CHAT, form)
+    for path, body in (
+        ("/v1/completions", {"model": "chatty", "prompt": "Hi", "max_tokens": 3}),
+        ("/v1/tasks/chatty", {"source": "Hi", "max_tokens": 3}),
+    ):
+        assert asyncio.run(send(app, "POST", path, body)).status == 200
+        assert list(requests[-1].prompt) == encode_chat(backbone, [CHAT[1]], form)
+
+
+def test_an_answer_ends_with_its_turn(server: tuple[Any, Any], backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, _ = server
+    weight = backbone.model.lm_head.weight
+    pad, before = backbone.tokenizer.pad_token_id, weight.detach().clone()
+    try:
+        with torch.no_grad():
+            # Whatever the hidden state is, the turn's end or the token next to it is the likeliest.
+            weight[pad] = 50 * before.abs().sum(dim=0)
+            weight[pad - 1] = -weight[pad]
+        body = {"model": "chatty", "messages": CHAT, "max_tokens": 40}
+        bounded = asyncio.run(send(app, "POST", "/v1/chat/completions", {**body, "min_tokens": 3})).json
+        response = asyncio.run(send(app, "POST", "/v1/chat/completions", body)).json
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert response["choices"][0]["finish_reason"] == "stop"
+    assert response["usage"]["completion_tokens"] < 40
+    assert bounded["usage"]["completion_tokens"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('only one turn') }}", "only one turn"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "it takes more than"),
+    ],
+)
+def test_a_template_that_refuses_or_hangs(
+    server: tuple[Any, Any], backbone: Any, random_prefix: Any, tmp_path: Path, template: str, says: str
+) -> None:
+    app, _ = server
+    form = {**chat_format(backbone, TEMPLATE).to_dict(), "chat_template": template}
+    header = make_header(backbone, text_format=form)
+    save_prefix(tmp_path / "prefixes" / "hostile.safetensors", Prefix(random_prefix(backbone, 4, 9).layers, header))
+    start = time.monotonic()
+    response = asyncio.run(send(app, "POST", "/v1/chat/completions", {"model": "hostile", "messages": CHAT}))
+    assert response.status == 400
+    assert says in response.json["error"]["message"]
+    assert time.monotonic() - start < 10

@@ -1,0 +1,129 @@
+"""Which chat template writes the data of a run, and that its prefix says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.inference.generate import generate
+from prefixtune.prefix.artifact import load_prefix
+from prefixtune.prefix.text_format import read_text_format
+from prefixtune.training.chat import choose_template, read_template
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import training_format
+from prefixtune.training.train import train
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {name}?"},
+            {"role": "assistant", "content": "A pub."},
+            {"role": "user", "content": "Where?"},
+            {"role": "assistant", "content": "By the river."},
+        ]
+    }
+    for name in ("Aromi", "Bibimbap", "Cotto", "The Dumpling Tree")
+]
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "template.jinja"
+    path.write_text(TEMPLATE)
+    return path
+
+
+def test_the_models_own_template_is_for_data_with_messages(default_backbone: Any, tiny_backbone: Any) -> None:
+    config = TrainConfig()
+    assert choose_template(config, default_backbone, has_messages=True) == "model"
+    assert choose_template(config, default_backbone) == ""
+    assert choose_template(config, default_backbone, has_messages=True, for_head=True) == ""
+    assert choose_template(TrainConfig(chat_template="none"), default_backbone, has_messages=True) == ""
+    assert choose_template(TrainConfig(prompt_format="{source} ="), default_backbone, has_messages=True) == ""
+    assert choose_template(TrainConfig(chat_template="model"), default_backbone) == "model"
+    assert choose_template(config, tiny_backbone("llama"), has_messages=True) == ""
+    assert choose_template(config, tiny_backbone("t5"), has_messages=True) == ""
+    form = training_format(TrainConfig(system="Be short.", max_length=99), default_backbone, has_messages=True)
+    assert (form.chat_template, form.end, form.system, form.max_length) == ("model", "<|im_end|>", "Be short.", 99)
+    assert len(form.template_hash) == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"chat_template": "model"}, "llama", "has none"),
+        ({"chat_template": "FILE"}, "t5", "reads a source and writes a target"),
+        ({"system": "Be short."}, "llama", "no chat template that could write it"),
+    ],
+)
+def test_templates_that_a_backbone_cannot_have(
+    tiny_backbone: Any, template: Path, options: dict[str, str], kind: str, says: str
+) -> None:
+    options = {name: str(template) if value == "FILE" else value for name, value in options.items()}
+    with pytest.raises(ConfigError, match=says):
+        choose_template(TrainConfig(**options), tiny_backbone(kind), has_messages=True)
+
+
+def test_files_that_hold_no_template(tmp_path: Path) -> None:
+    for content, says in (
+        (b"", "one template|a template"),
+        (b"{% for m in messages %}", "line 1: Unexpected end"),
+        (b"{{ messages | join }}", "No filter named"),
+        (b"x" * 20000, "20,000 characters"),
+        (b"\xff\xfe\xff", "UTF-8|UTF-16"),
+    ):
+        path = tmp_path / "bad.jinja"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=says):
+            read_template(TrainConfig(chat_template=str(path)))
+    with pytest.raises(ConfigError, match="is no file"):
+        read_template(TrainConfig(chat_template=str(tmp_path / "none.jinja")))
+    with pytest.raises(ConfigError, match="chat_template writes all of the text"):
+        TrainConfig(chat_template="model", prompt_format="{source}")
+    with pytest.raises(ConfigError, match="chat_template is 'none'"):
+        TrainConfig(chat_template="none", system="Be short.")
+
+
+@pytest.mark.parametrize("method", ["prefix", "infix"])
+@pytest.mark.parametrize("start", [{}, {"init_examples": 2}])
+def test_a_run_on_conversations(
+    tiny_backbone: Callable[..., Any], tmp_path: Path, template: Path, method: str, start: dict[str, int]
+) -> None:
+    if start and method == "infix":
+        pytest.skip("an infix starts from words")
+    backbone = tiny_backbone("llama", max_position_embeddings=512)
+    result = train(
+        backbone,
+        examples=CHATS,
+        chat_template=str(template),
+        method=method,
+        max_steps=2,
+        batch_size=3,
+        output=str(tmp_path / "run"),
+        **(start or {"prefix_length": 3}),
+    )
+    event = result.events[0]
+    assert (event["num_sources"], event["num_targets"], event["num_cut"]) == (4, 8, 0)
+    # Conversations are whole in their batches of at most three turns; an infix needs a row for each turn.
+    assert event.get("num_unpacked", 0) == (4 if method == "infix" else 0)
+    prefix = load_prefix(result.path, backbone)
+    form = read_text_format(prefix.header)
+    assert form is not None
+    assert (form.chat_template, form.end) == (TEMPLATE, "<pad>")
+    assert form.longest_target == len("By the river.") + 1
+    chat = CHATS[0]["messages"][:3]
+    assert len(generate(backbone, ["Hi", chat], prefix, max_new_tokens=3)) == 2
+
+
+def test_conversations_without_a_template(tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"example 1 .* has several turns, which needs a chat template"):
+        train(tiny_backbone("llama"), examples=CHATS, max_steps=1, prefix_length=3, output=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
