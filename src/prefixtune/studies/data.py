@@ -197,5 +197,5 @@ def digest_examples(examples: Sequence[Example]) -> str:
     """A short hash of sources and targets, the same wherever they were read from."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.source, *example.targets]).encode())
+        digest.update(json.dumps([example.source, *example.targets, *example.messages]).encode())
     return digest.hexdigest()[:16]

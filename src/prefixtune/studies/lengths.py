@@ -276,7 +276,7 @@ def example_ends(header: Mapping[str, Any]) -> list[int]:
 
 def sum_by_source(losses: torch.Tensor, examples: Sequence[TokenizedExample]) -> Array:
     """Losses and tokens of each source: its targets are no independent measurements. Shape (sources, 2)."""
-    counts = [len(example.targets) for example in examples]
+    counts = [example.num_targets for example in examples]
     return np.stack([part.sum(0).numpy() for part in losses.split(counts) if len(part)])
 
 

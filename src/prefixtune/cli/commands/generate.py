@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -19,6 +20,7 @@ from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
+    from prefixtune.data.chat import Source
     from prefixtune.inference.classify import Prediction
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
@@ -38,6 +40,12 @@ class GenerateOptions(DecodingOptions, OutputOptions):
         (),
         description="sources, taken as typed (\\n is two characters: see --escapes); without any, lines are read from "
         "stdin, one result a line",
+    )
+    data: str = Field(
+        "",
+        description="a file instead of texts, in any form that train reads: conversations, prompts, texts, ...; each "
+        "row's last user message is answered, one result a row",
+        json_schema_extra={"metavar": "FILE"},
     )
     prefix: TextList = Field(
         (),
@@ -61,7 +69,10 @@ class GenerateOptions(DecodingOptions, OutputOptions):
             yield ("prefix", "run_folder"), "--prefix cannot go with --run, whose prefix is used; give one of the two"
         if self.stream and self.as_json:
             yield ("stream", "as_json"), "--stream prints one text while it is generated, and cannot go with --json"
-        if not self.texts and not self.print_config and (sys.stdin is None or sys.stdin.isatty()):
+        if self.data and (self.texts or self.stream):
+            other = "texts" if self.texts else "stream"
+            yield ("data", other), "--data gives the texts, one result a row; leave out --stream and other texts"
+        if not (self.texts or self.data) and not self.print_config and (sys.stdin is None or sys.stdin.isatty()):
             yield ("texts",), 'there is no text to continue: give it as an argument ("..."), or as lines on stdin'
 
 
@@ -77,12 +88,13 @@ def generate(options: GenerateOptions) -> int:
         prefixtune generate --prefix manual.safetensors+style.safetensors "How do I reset it?"
         prefixtune generate --run runs/full "name : Aromi | type : pub"
         prefixtune generate --prefix p.safetensors --escapes "first line\nsecond line"
+        prefixtune generate --prefix p.safetensors --data chats.jsonl --json
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
     console = Console(quiet=options.quiet)
-    lines = [] if options.print_config else _read_texts(options, console)
+    lines: list[Source] = [] if options.print_config else _read_texts(options, console)
     # Blank lines of stdin have empty results, so that the lines of sources and results match.
-    kept = [index for index, line in enumerate(lines) if options.texts or line.strip()]
+    kept = [index for index, line in enumerate(lines) if options.texts or not isinstance(line, str) or line.strip()]
     texts = [lines[index] for index in kept]
     several = len(options.prefix) > 1 and not options.print_config
     names = [options.prefix[index] for index in kept] if several else list(options.prefix)
@@ -108,7 +120,7 @@ def generate(options: GenerateOptions) -> int:
     else:
         backbone, prefixes = load_with_prefixes(console, options, names)
     if labelling:
-        rows = _label(console, backbone, prefixes, texts, config)
+        rows = _label(console, backbone, prefixes, [_last_text(text) for text in texts], config)
     elif options.stream:
         return _stream(console, backbone, texts[0], prefixes, text_format, config)
     else:
@@ -119,16 +131,13 @@ def generate(options: GenerateOptions) -> int:
     return 0
 
 
-def _read_texts(options: GenerateOptions, console: Console) -> list[str]:
-    """The texts of the arguments or of stdin.
+def _read_texts(options: GenerateOptions, console: Console) -> list[Source]:
+    """The texts of the arguments or of stdin, or the texts and conversations of a file.
 
     Raises:
         PrefixError: There is none, one is no UTF-8, or their number does not fit the other options.
     """
-    lines = list(options.texts) or _stdin_lines(console)
-    _check_texts(lines)
-    if options.escapes:
-        lines = [unescape(line, number) for number, line in enumerate(lines, start=1)]
+    lines: list[Source] = _read_data(options, console) if options.data else list(_given_texts(options, console))
     if options.stream and len(lines) != 1:
         raise ConfigError(
             f"--stream prints one text while it is generated, but got {len(lines)}.", hint="give one text."
@@ -138,6 +147,41 @@ def _read_texts(options: GenerateOptions, console: Console) -> list[str]:
             f"{len(options.prefix)} prefixes for {len(lines)} texts.", hint="give --prefix once, or once per text."
         )
     return lines
+
+
+def _given_texts(options: GenerateOptions, console: Console) -> list[str]:
+    lines = list(options.texts) or _stdin_lines(console)
+    _check_texts(lines)
+    if options.escapes:
+        lines = [unescape(line, number) for number, line in enumerate(lines, start=1)]
+    return lines
+
+
+def _read_data(options: GenerateOptions, console: Console) -> list[Source]:
+    """The source of every row of a file; of a conversation, all messages before the last answer."""
+    from prefixtune.data.files import FORMATS, iter_file
+    from prefixtune.data.folders import locate
+    from prefixtune.data.forms import describe_data, file_form, iter_form
+
+    path = locate(Path(options.data), None, FORMATS, {})
+    form, row = file_form(path, needs_targets=False)
+    examples = list(iter_form(iter_file(path), form))
+    console.info(describe_data(form, examples, options.data, row))
+    return [example.messages or example.source for example in examples]
+
+
+def _last_text(source: Source) -> str:
+    """What is labelled: the text, or that of the last message."""
+    from prefixtune.data.chat import as_conversation
+
+    return as_conversation(source)[-1]["content"]
+
+
+def _shown(source: Source) -> dict[str, Any]:
+    """A source in a result."""
+    from prefixtune.data.chat import as_conversation
+
+    return {"text": source} if isinstance(source, str) else {"messages": as_conversation(source)}
 
 
 def _check_texts(lines: Sequence[str]) -> None:
@@ -177,7 +221,7 @@ def _is_labelling(prefixes: Sequence[Prefix], options: GenerateOptions) -> bool:
 def _stream(
     console: Console,
     backbone: Backbone,
-    text: str,
+    text: Source,
     prefixes: Sequence[Prefix],
     text_format: TextFormat | None,
     config: GenerateConfig,
@@ -197,7 +241,7 @@ def _stream(
 def _generate(
     console: Console,
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[Source],
     prefixes: Sequence[Prefix],
     text_format: TextFormat | None,
     config: GenerateConfig,
@@ -218,12 +262,12 @@ def _generate(
         )
     _report_cut(console, cut, len(texts))
     return [
-        {"text": text, "output": output, "cut": index in cut}
+        {**_shown(text), "output": output, "cut": index in cut}
         for index, (text, output) in enumerate(zip(texts, outputs, strict=True))
     ]
 
 
-def _print_rows(options: GenerateOptions, lines: Sequence[str], rows: Mapping[int, Mapping[str, Any]]) -> None:
+def _print_rows(options: GenerateOptions, lines: Sequence[Source], rows: Mapping[int, Mapping[str, Any]]) -> None:
     """Print one result per line of input, in order; `rows` has the index of the line -> the result."""
     for index, line in enumerate(lines):
         row = rows.get(index, {"text": line, "output": "", "note": "the line is blank"})
