@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
 from prefixtune.data.encoding import encode_examples
+from prefixtune.data.examples import chat_example
+from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy
 
@@ -27,7 +29,7 @@ IGNORED = -100
 class Collator:
     """Makes padded batches: one row for each target, with labels only at the target.
 
-    It takes `Example`s, rows with `source` and `target` (one text, or several), or rows of token ids with `input_ids`
+    It takes `Example`s, rows with `source` and `target` (one text, or several) or `messages`, or rows of token ids with `input_ids`
     and `labels`. Sources that do not fit are cut, as in `train`.
 
     Attributes:
@@ -66,14 +68,18 @@ class Collator:
 
     def _encode(self, example: Example) -> list[tuple[list[int], list[int]]]:
         """Ids and labels of the rows of an example, one for each target."""
-        (tokenized,) = encode_examples(
+        dataset = encode_examples(
             self.backbone,
             [example],
             self.text_format,
             prefix_length=self.prefix_length,
             max_length=self.max_length,
             on_too_long=self.on_too_long,
-        ).examples
+        )
+        return [row for tokenized in dataset.examples for row in self._rows_of(tokenized)]
+
+    def _rows_of(self, tokenized: TokenizedExample) -> list[tuple[list[int], list[int]]]:
+        """Of a conversation there is one row, in which the assistant's turns are labels."""
         prompt = list(tokenized.prompt)
         if not prompt:
             raise DataError(
@@ -81,18 +87,27 @@ class Collator:
             )
         if self.backbone.kind == "encoder-decoder":
             return [(prompt, list(target)) for target in tokenized.targets]
-        return [([*prompt, *target], [IGNORED] * len(prompt) + list(target)) for target in tokenized.targets]
+        rows = []
+        for target, spans in zip(tokenized.targets, tokenized.label_spans(), strict=True):
+            labels = [IGNORED] * (len(prompt) + len(target))
+            for first, stop in spans:
+                labels[len(prompt) + first : len(prompt) + stop] = target[first:stop]
+            rows.append(([*prompt, *target], labels))
+        return rows
 
 
 def _to_example(feature: Example | Mapping[str, Any]) -> Example:
     if isinstance(feature, Example):
         return feature
+    if "messages" in feature:
+        return chat_example(feature["messages"])
     target = feature.get("target")
     targets = (target,) if isinstance(target, str) else tuple(target or ())
     if not isinstance(feature.get("source"), str) or not all(isinstance(text, str) for text in targets):
         columns = ", ".join(map(repr, feature)) or "none, as the trainer removed them"
         raise DataError(
-            f"a row of the data set has the columns {columns}; needed are source and target, or input_ids and labels.",
+            f"a row of the data set has the columns {columns}; needed are source and target, messages, or input_ids and "
+            "labels.",
             hint="rename the columns, and set remove_unused_columns=False in the trainer's arguments.",
         )
     return Example(feature["source"], targets)
