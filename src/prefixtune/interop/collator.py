@@ -29,8 +29,8 @@ IGNORED = -100
 class Collator:
     """Makes padded batches: one row for each target, with labels only at the target.
 
-    It takes `Example`s, rows with `source` and `target` (one text, or several) or `messages`, or rows of token ids with `input_ids`
-    and `labels`. Sources that do not fit are cut, as in `train`.
+    It takes `Example`s, rows with `source` and `target` (one text, or several) or `messages`, or rows of token ids with
+    `input_ids` and `labels`. Sources that do not fit are cut, as in `train`.
 
     Attributes:
         backbone: The model that the batches are for.
@@ -106,8 +106,8 @@ def _to_example(feature: Example | Mapping[str, Any]) -> Example:
     if not isinstance(feature.get("source"), str) or not all(isinstance(text, str) for text in targets):
         columns = ", ".join(map(repr, feature)) or "none, as the trainer removed them"
         raise DataError(
-            f"a row of the data set has the columns {columns}; needed are source and target, messages, or input_ids and "
-            "labels.",
+            f"a row of the data set has the columns {columns}; needed are source and target, messages, or "
+            "input_ids and labels.",
             hint="rename the columns, and set remove_unused_columns=False in the trainer's arguments.",
         )
     return Example(feature["source"], targets)

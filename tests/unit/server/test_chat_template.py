@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from asgi_client import send
-from prefixtune.backbone.prefixes import make_header
+from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.chat import chat_format, encode_chat
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import load_prefix, save_prefix
+from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
 
 TEMPLATE = (

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.artifact import load_prefix
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.chat import choose_template, read_template
 from prefixtune.training.config import TrainConfig
