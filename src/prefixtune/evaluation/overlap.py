@@ -56,8 +56,8 @@ def find_overlap(examples: Sequence[Example], training: Sequence[Example], train
     >>> find_overlap([Example("a  b"), Example("c")], [Example(" a b", ("x",))], "my.csv").count
     1
     """
-    known = {_normalize(example.source) for example in training}
-    return Overlap(sum(_normalize(example.source) in known for example in examples), len(examples), train)
+    known = set(map(_key, training))
+    return Overlap(sum(_key(example) in known for example in examples), len(examples), train)
 
 
 def training_examples(config: TrainConfig) -> list[Example] | None:
@@ -82,5 +82,6 @@ def training_examples(config: TrainConfig) -> list[Example] | None:
     return limit_targets(examples, config.limit)
 
 
-def _normalize(source: str) -> str:
-    return " ".join(source.split())
+def _key(example: Example) -> tuple[str, ...]:
+    """The source, or the messages before the answer, without differences in white space."""
+    return tuple(" ".join(text.split()) for text in (example.source, *(m.content for m in example.messages)))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import has_chat_template
+from prefixtune.data.chat_examples import check_plain
+from prefixtune.data.examples import Example
 from prefixtune.data.streams import read_text
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["choose_template", "read_template"]
+__all__ = ["check_messages_can_be_written", "choose_template", "read_template"]
 
 
 _HINT = "give a file with a Jinja template, or 'model' or 'none'."
@@ -34,8 +37,19 @@ def read_template(config: TrainConfig) -> str:
     return text
 
 
+def check_messages_can_be_written(config: TrainConfig, examples: Sequence[Example]) -> None:
+    """Refuse conversations that the configuration writes plainly, before a backbone loads.
+
+    Raises:
+        DataError: An example has a system message or several turns.
+    """
+    if config.chat_template == "none" or ((config.prompt_format or config.target_format) and not config.chat_template):
+        for number, example in enumerate(examples, start=1):
+            check_plain(example, number)
+
+
 def choose_template(
-    config: TrainConfig, backbone: Backbone, *, for_head: bool = False, has_messages: bool = False
+    config: TrainConfig, backbone: Backbone, *, for_labels: bool = False, has_messages: bool = False
 ) -> str:
     """The template of a run, as a text format stores it; empty: source and target are written plainly.
 
@@ -45,9 +59,11 @@ def choose_template(
         DataError: The file holds no template that can be stored.
     """
     template = read_template(config)
-    chats = backbone.kind == "decoder" and not for_head
+    chats = backbone.kind == "decoder" and not for_labels
     if template and not chats:
-        what = "a head reads texts" if for_head else f"{backbone.name!r} reads a source and writes a target"
+        what = (
+            "labels are learned from texts" if for_labels else f"{backbone.name!r} reads a source and writes a target"
+        )
         raise ConfigError(
             f"chat_template is {config.chat_template!r}, but {what}, not chats.",
             hint="leave chat_template out, or take a decoder-only model.",

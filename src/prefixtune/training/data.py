@@ -43,7 +43,7 @@ from prefixtune.data.tokenized import (
 )
 from prefixtune.errors import ConfigError, DataError, check_all
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.chat import choose_template
+from prefixtune.training.chat import check_messages_can_be_written, choose_template
 from prefixtune.training.checks import early_checks, no_solved_examples
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
@@ -132,6 +132,7 @@ def read_data(
             *([hold_out] if holds_out else ()),
             check_labels,
             lambda: check_example_count(config, train),
+            lambda: check_messages_can_be_written(config, (*train, *dev)),
             *early_checks(
                 config,
                 processes,
@@ -298,6 +299,7 @@ def tokenize(
         config,
         backbone,
         for_head=labels is not None and labels.by == "head",
+        for_labels=labels is not None,
         has_messages=has_messages(examples),
     )
     lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
@@ -349,7 +351,12 @@ def _choose_labels(
 
 
 def training_format(
-    config: TrainConfig, backbone: Backbone, *, for_head: bool = False, has_messages: bool = False
+    config: TrainConfig,
+    backbone: Backbone,
+    *,
+    for_head: bool = False,
+    for_labels: bool = False,
+    has_messages: bool = False,
 ) -> TextFormat:
     """The text format of a training run, as its header stores it.
 
@@ -357,6 +364,7 @@ def training_format(
         config: The run.
         backbone: The frozen model.
         for_head: A head is trained.
+        for_labels: Labels are learned, by a head or as words.
         has_messages: The data is chats, or prompts and completions: the backbone's own chat template writes them,
             unless the configuration says otherwise.
 
@@ -366,7 +374,7 @@ def training_format(
     """
     default = default_format(backbone, for_head=for_head)
     written = TextFormat(config.prompt_format or default.prompt, config.target_format or default.target)
-    template = choose_template(config, backbone, for_head=for_head, has_messages=has_messages)
+    template = choose_template(config, backbone, for_labels=for_labels, has_messages=has_messages)
     if template:
         written = chat_format(backbone, template, config.system)
     text_format = dataclasses.replace(

@@ -45,7 +45,7 @@ def test_the_models_own_template_is_for_data_with_messages(default_backbone: Any
     config = TrainConfig()
     assert choose_template(config, default_backbone, has_messages=True) == "model"
     assert choose_template(config, default_backbone) == ""
-    assert choose_template(config, default_backbone, has_messages=True, for_head=True) == ""
+    assert choose_template(config, default_backbone, has_messages=True, for_labels=True) == ""
     assert choose_template(TrainConfig(chat_template="none"), default_backbone, has_messages=True) == ""
     assert choose_template(TrainConfig(prompt_format="{source} ="), default_backbone, has_messages=True) == ""
     assert choose_template(TrainConfig(chat_template="model"), default_backbone) == "model"
