@@ -15,6 +15,7 @@ from live_server import make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.conversation import Conversation
+from prefixtune.data.chat import chat_format
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.prefix.compose import concatenate
@@ -91,6 +92,26 @@ def test_prefixes_are_switched(
     assert err.count("the prefix 'single' reads your last message only") == 1
     assert err.endswith("  whole\n* single\n  none\n")
     assert out.splitlines()[0] == rows[0]["output"].splitlines()[0]
+
+
+def test_a_prefix_of_conversations_reads_all_messages(
+    model: Path, backbone: Any, answer_to: Callable[..., str], tmp_path: Path
+) -> None:
+    file = make_prefix(backbone, tmp_path / "talks.safetensors", 4, text_format=asdict(chat_format(backbone, "model")))
+    prefix = load_prefix(file, backbone)
+    (first, second), err = chat("--backbone", model, "--prefix", file, lines="Hello\nWho are you?\n")
+    assert first["output"] == answer_to("Hello", prefix=prefix)
+    messages = ["Hello", first["output"].strip(), "Who are you?"]
+    assert second["output"] == answer_to(*messages, prefix=prefix)
+    assert "last message only" not in err
+    rows = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(messages)]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": rows[:count]}) + "\n" for count in (1, 3)))
+    out, err = run("generate", "--backbone", str(model), "--prefix", str(file), "--data", str(data), "--json", *SHORT)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [row["messages"] for row in results] == [rows[:1], rows]
+    assert [row["output"] for row in results] == [first["output"].strip(), second["output"].strip()]
+    assert "read as chats: 2 conversations" in err
 
 
 def test_joined_prefixes_have_one_name(
