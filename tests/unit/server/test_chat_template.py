@@ -30,13 +30,20 @@ CHAT = [
 ]
 
 
+REFUSES = "{{ raise_exception('only one turn') }}"
+HANGS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.fixture
 def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Any, tmp_path: Path) -> tuple[Any, Any]:
-    """An application with the prefix `chatty`, and the prompts that its engine gets."""
-    app, state = make_server()
-    header = make_header(backbone, task="records", text_format=chat_format(backbone, TEMPLATE).to_dict())
-    save_prefix(tmp_path / "prefixes" / "chatty.safetensors", Prefix(random_prefix(backbone, 4, 9).layers, header))
-    return app, state
+    """An application with the prefix `chatty`, and others whose templates do not write the messages."""
+    (tmp_path / "prefixes").mkdir()
+    form = chat_format(backbone, TEMPLATE).to_dict()
+    for name, template in (("chatty", TEMPLATE), ("refuses", REFUSES), ("hangs", HANGS)):
+        header = make_header(backbone, task="records", text_format={**form, "chat_template": template})
+        prefix = Prefix(random_prefix(backbone, 4, 9).layers, header)
+        save_prefix(tmp_path / "prefixes" / f"{name}.safetensors", prefix)
+    return make_server()  # type: ignore[no-any-return]
 
 
 def prompts_of(state: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -57,10 +64,10 @@ def test_all_messages_are_read(
 ) -> None:
     app, state = server
     requests, form = prompts_of(state, monkeypatch), chat_format(backbone, TEMPLATE)
-    body = {"model": "chatty", "messages": CHAT, "max_tokens": 6}
+    body: dict[str, Any] = {"model": "chatty", "messages": CHAT, "max_tokens": 6, "temperature": 0}
     response = asyncio.run(send(app, "POST", "/v1/chat/completions", body))
     assert response.status == 200
-    assert b"x-prefixtune-dropped-messages" not in dict(response.headers)
+    assert "x-prefixtune-dropped-messages" not in response.headers
     assert list(requests[-1].prompt) == encode_chat(backbone, CHAT, form)
     assert requests[-1].sampling.end_ids == (backbone.tokenizer.pad_token_id,)
     prefix = load_prefix(tmp_path / "prefixes" / "chatty.safetensors", backbone)
@@ -87,7 +94,7 @@ def test_an_answer_ends_with_its_turn(server: tuple[Any, Any], backbone: Any, mo
             # Whatever the hidden state is, the turn's end or the token next to it is the likeliest.
             weight[pad] = 50 * before.abs().sum(dim=0)
             weight[pad - 1] = -weight[pad]
-        body = {"model": "chatty", "messages": CHAT, "max_tokens": 40}
+        body = {"model": "chatty", "messages": CHAT, "max_tokens": 40, "temperature": 0}
         bounded = asyncio.run(send(app, "POST", "/v1/chat/completions", {**body, "min_tokens": 3})).json
         response = asyncio.run(send(app, "POST", "/v1/chat/completions", body)).json
     finally:
@@ -98,22 +105,11 @@ def test_an_answer_ends_with_its_turn(server: tuple[Any, Any], backbone: Any, mo
     assert bounded["usage"]["completion_tokens"] >= 3
 
 
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{{ raise_exception('only one turn') }}", "only one turn"),
-        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "it takes more than"),
-    ],
-)
-def test_a_template_that_refuses_or_hangs(
-    server: tuple[Any, Any], backbone: Any, random_prefix: Any, tmp_path: Path, template: str, says: str
-) -> None:
+@pytest.mark.parametrize(("name", "says"), [("refuses", "only one turn"), ("hangs", "it takes more than")])
+def test_a_template_that_refuses_or_hangs(server: tuple[Any, Any], name: str, says: str) -> None:
     app, _ = server
-    form = {**chat_format(backbone, TEMPLATE).to_dict(), "chat_template": template}
-    header = make_header(backbone, text_format=form)
-    save_prefix(tmp_path / "prefixes" / "hostile.safetensors", Prefix(random_prefix(backbone, 4, 9).layers, header))
     start = time.monotonic()
-    response = asyncio.run(send(app, "POST", "/v1/chat/completions", {"model": "hostile", "messages": CHAT}))
+    response = asyncio.run(send(app, "POST", "/v1/chat/completions", {"model": name, "messages": CHAT}))
     assert response.status == 400
     assert says in response.json["error"]["message"]
     assert time.monotonic() - start < 10

@@ -101,7 +101,7 @@ def test_a_run_on_conversations(
         pytest.skip("an infix starts from words")
     backbone = tiny_backbone("llama", max_position_embeddings=512)
     result = train(
-        backbone,
+        backbone=backbone,
         examples=CHATS,
         chat_template=str(template),
         method=method,
@@ -128,5 +128,5 @@ def test_a_run_on_conversations(
 
 def test_conversations_without_a_template(tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"example 1 .* has several turns, which needs a chat template"):
-        train(tiny_backbone("llama"), examples=CHATS, max_steps=1, prefix_length=3, output=str(tmp_path / "run"))
+        train(backbone=tiny_backbone("llama"), examples=CHATS, prefix_length=3, output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
