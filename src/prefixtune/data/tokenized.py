@@ -289,7 +289,7 @@ class TokenizedDataset:
     @property
     def num_sources(self) -> int:
         """Sources, or conversations."""
-        return len(set(self.origins)) if self.origins else len(self.examples)
+        return len(np.unique(np.asarray(self.origins))) if len(self.origins) else len(self.examples)
 
     @property
     def longest_target(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
@@ -37,7 +37,7 @@ def read_template(config: TrainConfig) -> str:
     return text
 
 
-def check_messages_can_be_written(config: TrainConfig, examples: Sequence[Example]) -> None:
+def check_messages_can_be_written(config: TrainConfig, examples: Iterable[Example]) -> None:
     """Refuse conversations that the configuration writes plainly, before a backbone loads.
 
     Raises:

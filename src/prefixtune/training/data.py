@@ -132,7 +132,7 @@ def read_data(
             *([hold_out] if holds_out else ()),
             check_labels,
             lambda: check_example_count(config, train),
-            lambda: check_messages_can_be_written(config, (*train, *dev)),
+            lambda: check_messages_can_be_written(config, itertools.chain(train, dev)),
             *early_checks(
                 config,
                 processes,
