@@ -17,10 +17,10 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.unloaded import load_tokenizer
 from prefixtune.data.encoding import encode_examples, encode_prompts
-from prefixtune.data.examples import Example, TaskKind
+from prefixtune.data.examples import Example, TaskKind, merge_examples
 from prefixtune.data.files import iter_file
 from prefixtune.data.folders import locate
-from prefixtune.data.forms import describe_data, iter_form, merge_examples
+from prefixtune.data.forms import describe_data, iter_form
 from prefixtune.data.labels import choose_labels, with_label_words
 from prefixtune.data.registry import TASKS, read_task, resolve_task
 from prefixtune.data.templates import check_template, render, targets_of
@@ -160,7 +160,7 @@ def report_data(
         labels = choose_labels(kind, unlimited, merged, by=config.classifier, words=config.words_by_label)
         by_head = labels.by == "head"
         if not by_head:
-            chosen = with_label_words(chosen, labels)
+            chosen = list(with_label_words(chosen, labels))
     has_messages = any(example.messages for example in merged)
     text_format = training_format(config, unlimited, for_head=by_head, has_messages=has_messages)
     if by_head:

@@ -362,7 +362,8 @@ class ChatRequest(OpenAIRequest):
     messages: Annotated[list[Message], WrapValidator(in_slices), Check("a list of at least one message", deep=True)] = (
         Field(
             min_length=1,
-            description="With a prefix, the last one is the source, and must be the user's.",
+            description="With a prefix, the last one must be the user's; it is the source, or all are read by a prefix "
+            "that was trained with a chat template.",
         )
     )
     max_completion_tokens: Integer | None = Field(
