@@ -9,7 +9,7 @@ import torch
 
 from prefixtune.attention.compute import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.chat import has_chat_template, literal_format
+from prefixtune.data.chat import end_ids, has_chat_template, literal_format
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
@@ -86,7 +86,8 @@ def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: Te
         teacher_format: What the teacher was trained with; None: nothing.
 
     Raises:
-        ConfigError: A chat template is asked for, and the backbone has none, or one without a system message.
+        ConfigError: A chat template is asked for, and the backbone has none, or one without a system message; or the
+            teacher's ends an answer with another token than the backbone's.
     """
     ask: Literal["plain", "chat", "teacher"]
     if config.ask != "auto":
@@ -100,6 +101,12 @@ def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: Te
     else:
         ask = "plain"
     if ask == "teacher" and teacher_format is not None:
+        if end_ids(backbone, teacher_format):
+            raise ConfigError(
+                f"the teacher's chat template ends an answer with {teacher_format.end!r}, which is not the end token "
+                f"{backbone.end!r} of {backbone.name!r}, so that its answers would not end here.",
+                hint="choose --ask plain or chat.",
+            )
         literal = literal_format(backbone, teacher_format)
         wording = Wording(literal.prompt, literal.target, tuned=True)
     elif ask == "chat":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefixtune.data.chat import chat_format, encode_chat, end_ids
+from prefixtune.data.chat import chat_format, encode_chat, end_ids, literal_format
 from prefixtune.data.encoding import encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example, Message, chat_example
 from prefixtune.data.truncation import truncate_prompt
@@ -125,3 +125,21 @@ def test_solved_examples_and_last_turns(llama: Any, form: TextFormat) -> None:
     apart = encode_examples(llama, [chat], form, prefix_length=0, turns="separate")
     assert [len(example.prompt) for example in apart.examples][1] == len(prompt)
     assert (apart.num_targets, apart.num_unpacked, apart.origins) == (2, 1, (0, 0))
+
+
+def test_a_format_for_programs_without_templates(llama: Any) -> None:
+    form = chat_format(llama, TEMPLATE, system="Be short.")
+    plain = literal_format(llama, form)
+    assert not plain.is_chat
+    assert plain.prompt == "<s>s:Be short.<pad>\n<s>u:{source}<pad>\n<s>a:"
+    assert encode_prompts(llama, plain, ["What?"]) == encode_prompts(llama, form, ["What?"])
+    assert literal_format(llama, TextFormat()) == TextFormat()
+    with pytest.raises(RequestError, match=r"writes \{source\}"):
+        literal_format(llama, chat_format(llama, "{% for m in messages %}{source}{{ m.content }}{% endfor %}"))
+
+
+def test_a_changed_template_is_noticed(default_backbone: Any) -> None:
+    form = chat_format(default_backbone, "model")
+    assert encode_prompts(default_backbone, form, ["Hi"])
+    with pytest.warns(UserWarning, match="is not the one that the prefix was trained with"):
+        encode_prompts(default_backbone, replace(form, template_hash="0" * 16), ["Hi"])

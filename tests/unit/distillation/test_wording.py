@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.chat import chat_format
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.wording import choose_wording, in_view
 from prefixtune.errors import ConfigError
@@ -82,3 +83,12 @@ def test_a_prompt_is_answered_in_lines(backbone: Backbone) -> None:
     wording = choose_wording(DistillConfig(prompt="p", data="d"), backbone, None)
     assert wording.stop == ("\nInput:",)
     assert choose_wording(config(), backbone, None).stop == ("\n",)
+
+
+def test_a_teacher_with_a_chat_template(backbone: Backbone) -> None:
+    teacher = chat_format(backbone, TEMPLATE + "\n")
+    wording = choose_wording(DistillConfig(teacher="t", data="d"), backbone, teacher)
+    assert wording.prompt == "<user>{source}</user>\n<assistant>"
+    other = chat_format(backbone, "{% for m in messages %}{{ m.content }}<pad>{% endfor %}")
+    with pytest.raises(ConfigError, match="ends an answer with '<pad>'"):
+        choose_wording(DistillConfig(teacher="t", data="d"), backbone, other)
