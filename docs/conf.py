@@ -31,6 +31,7 @@ site_repository_pages = {
     "readme": "README.md",
     "contributing": "CONTRIBUTING.md",
     "changelog": "CHANGELOG.md",
+    "retrieval": "examples/retrieval/README.md",
 }
 
 myst_enable_extensions = ["dollarmath"]
