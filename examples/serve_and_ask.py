@@ -17,9 +17,11 @@ WORDS = {"cold": "hot", "big": "small", "early": "late", "open": "closed", "dry"
 
 backbone = pt.load_backbone(NAME, dtype="auto")
 os.makedirs("prefixes", exist_ok=True)
-for name, pairs in (("capitals", CAPITALS), ("opposites", WORDS)):
+for name, words, pairs in (("capitals", "The capital of", CAPITALS), ("opposites", "The opposite of", WORDS)):
     examples = [{"source": source, "target": target} for source, target in pairs.items()]
-    options = {"max_steps": STEPS, "warmup_steps": min(5, STEPS), "batch_size": 6}
+    # The text around a source is stored with the prefix: clients send the source alone.
+    options = {"prompt_format": f"{words} {{source}} is", "target_format": " {target}", "init_text": words}
+    options |= {"max_steps": STEPS, "warmup_steps": min(5, STEPS), "batch_size": 6, "learning_rate": 5e-3}
     result = pt.train(backbone=backbone, examples=examples, output=f"runs/{name}", progress=False, **options)
     pt.save_prefix(f"prefixes/{name}.safetensors", result.prefix)
 
