@@ -66,8 +66,8 @@ class LmEvalOptions(BackboneOptions, OutputOptions):
     @field_validator("tasks")
     @classmethod
     def _check_tasks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if not names or not all(names):
-            raise ValueError("names no task" if not any(names) else f"is {','.join(names)!r}, with an empty name")
+        if not names:
+            raise ValueError("names no task")
         return names
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:

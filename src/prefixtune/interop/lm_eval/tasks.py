@@ -22,6 +22,8 @@ __all__ = ["LoadedTasks", "check_tasks", "find_tasks", "load_tasks", "prefixes_b
 
 _MANY = 30
 """Names that a hint may list."""
+_MOST_READ = 2**20
+"""Characters of a task's file that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def without_noise() -> Iterator[None]:
 def find_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskManager, list[str]]:
     """lm-eval's index, and the names of tasks, groups and tags, in which `*` and `?` match.
 
-    Where a folder of own tasks has all of them, lm-eval's thousands are not read, which takes seconds.
+    Where a folder or files of one's own have all of them, lm-eval's thousands are not read, which takes seconds.
 
     Args:
         names: Names, patterns, or files of tasks in YAML.
@@ -74,12 +76,11 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskMana
     Raises:
         ConfigError: A name is unknown, all of them named at once; or the folder is missing.
     """
-    if include_path is not None:
-        if not os.path.isdir(include_path):
-            raise ConfigError(f"{include_path!r}, with further tasks, is no folder.", hint="check --include-path.")
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if all(name in own.all_subtasks for name in names):
-            return own, list(names)
+    if include_path is not None and not os.path.isdir(include_path):
+        raise ConfigError(f"{include_path!r}, with further tasks, is no folder.", hint="check --include-path.")
+    own = TaskManager(include_path=include_path, include_defaults=False)
+    if all(_is_own(own, name) for name in names):
+        return own, list(names)
     manager = TaskManager(include_path=include_path)
     matched = {name: _match(name, manager.all_tasks) for name in names}
     unknown = [name for name, found in matched.items() if not found]
@@ -89,8 +90,26 @@ def find_tasks(names: Sequence[str], include_path: str | None) -> tuple[TaskMana
     return manager, list(dict.fromkeys(task for found in matched.values() for task in found))
 
 
+def _is_own(manager: TaskManager, name: str) -> bool:
+    """Whether a manager that knows none of lm-eval's tasks has all that a name means."""
+    if name in manager.all_groups:
+        config = manager.task_index[name].cfg or {}
+        members = config.get("task") or ()
+        return isinstance(members, list) and all(isinstance(one, str) and _is_own(manager, one) for one in members)
+    return name in manager.all_subtasks or (_is_task_file(name) and "group" not in _head(name))
+
+
+def _is_task_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) and os.path.isfile(name)
+
+
+def _head(name: str) -> str:
+    with open(name, encoding="utf-8", errors="replace") as file:
+        return file.read(_MOST_READ)
+
+
 def _match(name: str, known: Sequence[str]) -> list[str]:
-    if name in known or (name.endswith((".yaml", ".yml")) and os.path.isfile(name)):
+    if name in known or _is_task_file(name):
         return [name]
     return fnmatch.filter(known, name) if set("*?[") & set(name) else []
 

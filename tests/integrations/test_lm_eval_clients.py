@@ -1,0 +1,108 @@
+"""lm-eval's own clients of OpenAI's interface, against a real server: the answers of the class within this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from live_server import MODEL, POSITIONS, LiveServer, make_model, make_prefix
+from lm_eval_tasks import make_tasks
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.interop.lm_eval.model import PrefixLM
+from prefixtune.utils.console import Console
+
+# Raised within lm-eval and what it imports.
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::UserWarning")
+
+Measure = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clients")
+    make_model(folder / MODEL)
+    (folder / "prefixes").mkdir()
+    make_tasks(folder / "tasks", count=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Any:
+    return load_backbone(folder / MODEL, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
+    form = {"prompt": "Q {source} =", "target": " {target}"}
+    make_prefix(backbone, folder / "prefixes" / "facts.safetensors", 1)
+    make_prefix(backbone, folder / "prefixes" / "formatted.safetensors", 2, text_format=form)
+    server = LiveServer(folder / MODEL, folder / "prefixes", "--raw-completions").wait()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def measure(folder: Path) -> Measure:
+    def run(model: Any, *tasks: str, **options: Any) -> dict[str, Any]:
+        manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+        results = simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+        )
+        return {
+            task: {sample["doc_id"]: [one for (one,) in sample["resps"]] for sample in samples}
+            for task, samples in results["samples"].items()
+        }
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["facts", "formatted", MODEL])
+@pytest.mark.parametrize("tokenized", [True, False], ids=["tokens", "text"])
+def test_local_completions_gives_the_answers_of_the_class(
+    folder: Path, backbone: Any, server: LiveServer, measure: Measure, name: str, tokenized: bool
+) -> None:
+    prefix = None if name == MODEL else load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
+    arguments = {
+        "base_url": f"{server.url}/v1/completions",
+        "model": name,
+        "tokenizer": str(folder / MODEL),
+        "tokenizer_backend": "huggingface",
+        "tokenized_requests": tokenized,
+        "max_length": POSITIONS - 4,
+        "max_retries": 1,
+    }
+    tasks = ("made_choices", "made_rolling", "made_texts")
+    theirs = measure("local-completions", *tasks, model_args=arguments, batch_size=4)
+    ours = measure(PrefixLM(backbone, prefix, console=Console(quiet=True)), *tasks)
+    assert ours["made_texts"] == theirs["made_texts"]
+    assert any(row[0] for row in ours["made_texts"].values())
+    for document, row in ours["made_choices"].items():
+        others = theirs["made_choices"][document]
+        assert [sure for _, sure in row] == [sure for _, sure in others]
+        torch.testing.assert_close([one for one, _ in row], [one for one, _ in others], rtol=1e-4, atol=1e-2)
+    rolling = [[row[document][0] for document in sorted(row)] for row in (ours["made_rolling"], theirs["made_rolling"])]
+    torch.testing.assert_close(*rolling, rtol=1e-4, atol=1e-2)
+
+
+def test_local_chat_completions_gives_the_texts_of_the_class(
+    folder: Path, backbone: Any, server: LiveServer, measure: Measure
+) -> None:
+    prefix = load_prefix(folder / "prefixes" / "facts.safetensors", backbone)
+    arguments = {"base_url": f"{server.url}/v1/chat/completions", "model": "facts", "max_retries": 1}
+    options = {"apply_chat_template": True, "num_fewshot": 1, "system_instruction": "Be brief."}
+    theirs = measure("local-chat-completions", "made_texts", model_args=arguments, **options)
+    ours = measure(PrefixLM(backbone, prefix, console=Console(quiet=True)), "made_texts", **options)
+    # The server's answers in a chat come without the white space around them.
+    stripped = {document: [text.strip() for text in row] for document, row in ours["made_texts"].items()}
+    assert stripped == theirs["made_texts"]
+    assert len({text for row in stripped.values() for text in row}) > 3
