@@ -261,9 +261,10 @@ def _encode_turn(
     # Generation starts after the prompt's own tokens, whatever the tokens of the whole text are.
     text = whole[len(before) :] if whole.startswith(before) else answer
     labels = ids[len(prompt) :] if ids[: len(prompt)] == prompt else backbone.encode(text)
-    stop = _stop(backbone, labels, {backbone.eos_id, *end_ids(backbone, text_format)})
+    ends = (*end_ids(backbone, text_format), backbone.eos_id)
+    stop = _stop(backbone, labels, set(ends))
     if stop is None:
-        return Turn(tuple(prompt), (*backbone.encode(text.rstrip()), backbone.eos_id))
+        return Turn(tuple(prompt), (*backbone.encode(text.rstrip()), ends[0]))
     return Turn(tuple(prompt), tuple(labels[:stop]))
 
 
