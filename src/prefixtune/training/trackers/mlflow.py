@@ -44,7 +44,10 @@ class MLflow:
             self.logged = {**run.logged, **{kind: self._last_step(name) for kind, name in names.items()}}
         else:
             project = run.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "prefixtune"
-            self._id = self._client.create_run(self._experiment(project), run_name=run.name).info.run_id
+            # A database keeps files in the present folder unless it is told where.
+            own = uri.startswith("sqlite:") and not os.environ.get("MLFLOW_TRACKING_URI")
+            files = (run.folder.resolve() / "mlflow" / "artifacts").as_uri() if own else None
+            self._id = self._client.create_run(self._experiment(project, files), run_name=run.name).info.run_id
             params = [Param(key, str(value)[:_MAX_VALUE]) for key, value in run.hyperparameters.items()]
             for start in range(0, len(params), _BATCH):
                 self._client.log_batch(self._id, params=params[start : start + _BATCH])
@@ -52,10 +55,12 @@ class MLflow:
         allow = "MLFLOW_ALLOW_FILE_STORE=true " if uri.startswith("file:") else ""
         self.how_to_see = f"{allow}mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
-    def _experiment(self, name: str) -> str:
-        """The id of an experiment, which is made if there is none of that name."""
+    def _experiment(self, name: str, files: str | None) -> str:
+        """The id of an experiment, which is made if there is none of that name, with its files there."""
         found = self._client.get_experiment_by_name(name)
-        return str(self._client.create_experiment(name) if found is None else found.experiment_id)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self._client.create_experiment(name, artifact_location=files))
 
     def _last_step(self, name: str) -> int:
         return max((metric.step for metric in self._client.get_metric_history(self._id, name)), default=0)
