@@ -143,7 +143,8 @@ class Engine:
                 hint="leave prompt_logprobs out, or use a decoder-only model.",
             )
         self.check_length(len(request.prompt), request.prefix_length, request.sampling.max_new_tokens)
-        unknown = [token for token in (*request.prompt, *request.sampling.banned) if not 0 <= token < self._vocab_size]
+        tokens = (*request.prompt, *request.sampling.banned, *request.sampling.logit_bias)
+        unknown = [token for token in tokens if not 0 <= token < self._vocab_size]
         if unknown:
             raise RequestError(
                 f"there is no token {unknown[0]}: the model has {self._vocab_size:,}.",

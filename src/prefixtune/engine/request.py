@@ -62,6 +62,9 @@ class SamplingParams(SamplingConfig):
     end_ids: CommaList[Annotated[int, Field(ge=0)]] = _sampling(
         (), description="tokens that end a text, besides the tokenizer's end token"
     )
+    logit_bias: Annotated[
+        dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
+    ] = _sampling(default_factory=dict, description="added to the scores of tokens, by token id; 1024 at most")
     logprobs: int | None = _sampling(
         None,
         ge=0,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prefixtune.engine.logit_rules import LogitRules, has_rules
 from prefixtune.engine.request import SamplingParams, Token
 from prefixtune.engine.sequence import TokenSequence
 
@@ -60,18 +61,14 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
 
 def _is_plain_greedy(params: SamplingParams) -> bool:
     """Whether the likeliest token is all that is needed."""
-    return params.temperature == 0 and params.logprobs is None and params.repetition_penalty == 1 and not params.banned
+    return params.temperature == 0 and params.logprobs is None and not has_rules(params)
 
 
 def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
     params = sequence.request.sampling
     scores = allowed.float().clone()
-    if params.repetition_penalty != 1 and sequence.penalized_ids:
-        seen = torch.tensor(sorted(set(sequence.penalized_ids)), device=scores.device)
-        old, penalty = scores[seen], params.repetition_penalty
-        scores[seen] = torch.where(old > 0, old / penalty, old * penalty)
-    if params.banned:
-        scores[list(params.banned)] = float("-inf")
+    if has_rules(params):
+        scores = _rules(sequence, scores).apply(scores, sequence.token_ids, sequence.num_input_ids)
     best = scores.max(dim=-1)
     if not math.isfinite(float(best.values)):
         return "every token is banned."
@@ -79,6 +76,15 @@ def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], seque
     if params.temperature > 0:
         token = _draw((scores - best.values) / max(params.temperature, _LOWEST_TEMPERATURE), sequence)
     return _with_logprobs(token, logits, params)
+
+
+def _rules(sequence: TokenSequence, scores: Float[Tensor, " V"]) -> LogitRules:
+    """A sequence's rules; made for its first token."""
+    if sequence.rules is None:
+        # An encoder-decoder may repeat its source.
+        prompt = sequence.request.prompt if sequence.decoder_start_id is None else ()
+        sequence.rules = LogitRules(sequence.request.sampling, prompt, len(scores), scores.device)
+    return sequence.rules
 
 
 def prompt_logprobs(
@@ -113,7 +119,7 @@ def _with_logprobs(token: int, logits: Float[Tensor, " V"], params: SamplingPara
 
 
 def _draw(scores: Float[Tensor, " V"], sequence: TokenSequence) -> int:
-    """Sample within top_k and top_p, with one of the sequence's own random numbers."""
+    """Sample within top_k, top_p and min_p, with one of the sequence's own random numbers."""
     params = sequence.request.sampling
     if 0 < params.top_k < len(scores):
         lowest = scores.topk(params.top_k).values[-1]
@@ -128,6 +134,9 @@ def _draw(scores: Float[Tensor, " V"], sequence: TokenSequence) -> int:
         # The first that reaches p stays.
         count = int((probabilities.cumsum(-1) - probabilities < params.top_p).sum())
         probabilities, candidates = probabilities[:count], candidates[order]
+    if params.min_p > 0:
+        likely = probabilities >= params.min_p * probabilities.max()
+        probabilities, candidates = probabilities[likely], candidates[: len(probabilities)][likely]
     cumulative = probabilities.cumsum(-1)
     drawn = int(torch.searchsorted(cumulative, float(cumulative[-1]) * sequence.random.random(), right=True))
     return int(candidates[min(drawn, len(cumulative) - 1)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from prefixtune.engine.logit_rules import LogitRules
 from prefixtune.engine.request import FinishReason, Request, Token
 from prefixtune.inference.detokenizer import Detokenizer
 
@@ -56,6 +57,7 @@ class TokenSequence:
         prompt_tokens: The prompt's tokens with their log-probabilities, as far as they are computed; empty: they are
             not requested.
         prompt_returned: They are in an output.
+        rules: What changes the scores of its next token; None: nothing, or it has no token yet.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class TokenSequence:
     finish_reason: FinishReason | None = None
     prompt_tokens: list[Token] = field(init=False)
     prompt_returned: bool = False
+    rules: LogitRules | None = None
 
     def __post_init__(self) -> None:
         prompt, start = self.request.prompt, self.decoder_start_id
@@ -87,11 +90,6 @@ class TokenSequence:
     def num_new_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_input_ids
-
-    @property
-    def penalized_ids(self) -> list[int]:
-        """The tokens that `repetition_penalty` counts: prompt and text, but not the decoder's start token."""
-        return self.token_ids if self.decoder_start_id is None else self.token_ids[1:]
 
     @property
     def num_uncomputed(self) -> int:

@@ -15,7 +15,7 @@ __all__ = ["ClassifyConfig", "GenerateConfig", "SamplingConfig"]
 
 _decoding = option_group("decoding")
 _STOPPING = "`stop` takes strings that end an output; the end token always does"
-_NARROWING = "top_k and top_p narrow what is sampled from"
+_NARROWING = "top_k, top_p and min_p narrow what is sampled from"
 
 
 class SamplingConfig(Config):
@@ -26,10 +26,19 @@ class SamplingConfig(Config):
     temperature: float = _decoding(0.0, ge=0, description="0: greedy; above: sample")
     top_k: int = _decoding(0, ge=0, description="sample from the k likeliest tokens; 0: all")
     top_p: float = _decoding(1.0, gt=0, le=1, description="sample from the likeliest tokens that together reach p")
+    min_p: float = _decoding(
+        0.0, ge=0, le=1, description="sample no token less likely than this share of the likeliest one's probability"
+    )
     seed: int | None = _decoding(None, description="of sampling; without one, it is not reproducible")
     stop: TextList = _decoding((), description="ends an output, and is left out of it; several: each may end it")
     repetition_penalty: float = _decoding(
         1.0, gt=0, description="above 1 discourages tokens that the prompt or the text already has"
+    )
+    presence_penalty: float = _decoding(
+        0.0, ge=-2, le=2, description="subtracted from the score of every token that the text already has"
+    )
+    frequency_penalty: float = _decoding(
+        0.0, ge=-2, le=2, description="subtracted from a token's score as often as the text has it"
     )
 
     @field_validator("stop")
@@ -80,9 +89,8 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
         "n": "give a text several times, as in [text] * 3, with a temperature above 0",
         "early_stopping": "beam search ends when its beams do; length_penalty favours longer or shorter outputs",
         "no_repeat_ngram_size": "repetition_penalty above 1 discourages repeating",
-        **dict.fromkeys(("frequency_penalty", "presence_penalty"), "repetition_penalty above 1 discourages repeating"),
         **dict.fromkeys(("stop_strings", "eos_token_id", "stopping_criteria"), _STOPPING),
-        **dict.fromkeys(("typical_p", "min_p", "epsilon_cutoff", "eta_cutoff"), _NARROWING),
+        **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff"), _NARROWING),
         **dict.fromkeys(("bad_words_ids", "suppress_tokens"), "ban_newlines=True bans line breaks"),
         "cache_implementation": "cache is 'dynamic' or 'static'",
         "prompt_lookup_num_tokens": "it is called prompt_lookup here",

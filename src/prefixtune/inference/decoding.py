@@ -21,6 +21,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.inference.generation_config import to_generation_config
+from prefixtune.inference.penalties import penalize, penalizes
 from prefixtune.prefix.prefix import Prefix
 
 __all__ = ["generate_batch", "put_prefixes", "repetition_processor", "seeded"]
@@ -197,18 +198,37 @@ def _add_rules(
     config: GenerateConfig,
     start: int,
 ) -> None:
-    """Stop strings and repetition penalty of each row's own text: without padding, prefix slots and other rows."""
+    """Stop strings and penalties of each row's own text: without padding, prefix slots and other rows."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     if config.stop:
         arguments["stopping_criteria"] = StoppingCriteriaList(
             [StopStringCriterion(backbone.decode, config.stop, start)]
         )
-    if config.repetition_penalty != 1:
-        # An encoder-decoder may repeat its source.
-        seen = prompts if backbone.kind == "decoder" else [()] * len(prompts)
-        penalize = repetition_processor(seen, config.repetition_penalty, start, config.num_beams)
-        arguments["logits_processor"] = LogitsProcessorList([penalize])
+    if penalizes(config):
+        arguments["logits_processor"] = LogitsProcessorList([_penalties(backbone, prompts, config, start)])
+
+
+def _penalties(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], config: GenerateConfig, start: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Transformers' own penalties would count padding and prefix slots."""
+    in_prompt: torch.Tensor | None = None
+
+    def apply(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        nonlocal in_prompt
+        if in_prompt is None:
+            in_prompt = torch.zeros_like(scores, dtype=torch.bool)
+            # An encoder-decoder may repeat its source.
+            if backbone.kind == "decoder":
+                for row in range(len(scores)):
+                    in_prompt[row, list(prompts[row // config.num_beams])] = True
+        new = input_ids[:, start:]
+        counts = torch.zeros_like(scores, dtype=torch.int32)
+        counts.scatter_add_(1, new, torch.ones_like(new, dtype=torch.int32))
+        return penalize(scores, config, in_prompt | (counts > 0), counts)
+
+    return apply
 
 
 def repetition_processor(

@@ -51,6 +51,8 @@ def to_generation_config(backbone: Backbone, config: GenerateConfig, end_ids: Se
         values["length_penalty"] = config.length_penalty
     if config.temperature > 0:
         values |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+        if config.min_p:
+            values["min_p"] = config.min_p
     if config.ban_newlines:
         values["suppress_tokens"] = newline_tokens(backbone)
     return GenerationConfig(**values)
