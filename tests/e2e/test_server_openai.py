@@ -196,7 +196,7 @@ def test_chats_are_of_the_clients_types(server: LiveServer, model: str, more: di
 
 
 def test_models_and_errors_are_of_the_clients_types(server: LiveServer) -> None:
-    extra = ("kind", "description", "task", "license", "prefix_length")
+    extra = ("root", "parent", "max_model_len", "kind", "description", "task", "license", "prefix_length")
     listed = server.get("/v1/models", key="pt-me")[1]
     assert listed["object"] == "list"
     models = [parsed(Model, model, extra=extra) for model in listed["data"]]

@@ -165,6 +165,11 @@ def test_real_responses_match_the_document(document: dict[str, Any], server: Liv
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     for more in ({}, {"logprobs": 2}, {"logprobs": 0, **usage}, {"n": 2, "stream": True, "stop": ["e"]}):
         check("POST", "/v1/completions", 200, {"model": "mine", "prompt": "a", "seed": 3, **more})
+    for more in ({"max_tokens": 0}, {"stream": True}, {"logit_bias": {"5": -2}, "min_p": 0.1, "frequency_penalty": 1}):
+        body = {"model": MODEL, "prompt": [5, 6], "echo": True, "logprobs": 1, **more}
+        check("POST", "/v1/completions", 200, body)
+    check("POST", "/classify", 200, {"model": MODEL, "input": ["a", "b c"], "labels": ["yes", "no"]})
+    check("POST", "/classify", 400, {"model": "mine", "input": "a"})
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     for more in ({}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2, **usage}, {"n": 2, "stream": True}):
         check("POST", "/v1/chat/completions", 200, {"model": "pubs", "messages": messages, "seed": 3, **more})

@@ -185,10 +185,12 @@ FIELDS = (
     *("top_p", "top_k", "repetition_penalty", "seed", "stop", "logprobs", "top_logprobs", "stream", "stream_options"),
     *("include_usage", "echo", "tools", "response_format", "source", "fields", "format_of", "name", "food", "mr"),
     *("triples", "document", "suffix", "user", "metadata", "logit_bias", "max_completion_tokens", "x"),
+    *("min_p", "presence_penalty", "frequency_penalty", "json_schema", "schema", "strict", "input", "labels"),
 )
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "mine", "prompt": "a"},
     "/v1/chat/completions": {"model": "pubs", "messages": [{"role": "user", "content": "name[a]"}]},
+    "/classify": {"model": MODEL, "input": "a", "labels": ["a", "b"]},
     "/v1/tasks/mine": {"name": "a", "food": "b"},
     "/v1/tasks/pubs": {"mr": "name[a]"},
     "/v1/tasks/facts": {"triples": [["a", "b", "c"]]},

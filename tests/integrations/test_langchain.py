@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import langchain_openai
 import openai
 import pytest
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from pydantic import BaseModel, Field
 
 from live_server import MODEL, LiveServer, generate_alone, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
@@ -125,12 +127,31 @@ def test_langchains_options_reach_the_engine(options: dict[str, Any]) -> None:
     assert longer.invoke("Hello!").content == whole.content
 
 
+def test_langchains_structured_output_follows_the_schema(options: dict[str, Any]) -> None:
+    class Pub(BaseModel):
+        """A pub."""
+
+        name: str = Field(max_length=8)
+        stars: Literal[1, 2, 3]
+        open: bool
+
+    model = langchain_openai.ChatOpenAI(model="facts", **{**options, "max_tokens": 400, "temperature": 1}, seed=2)
+    for method in ("json_schema", "json_mode"):
+        structured = model.with_structured_output(Pub, method=method, include_raw=True)
+        answer = structured.invoke("Hello!")
+        assert isinstance(json.loads(answer["raw"].content), dict)
+        # Any object is JSON, but not this one.
+        assert (method == "json_mode") or isinstance(answer["parsed"], Pub)
+    with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
+        model.with_structured_output(Pub, method="function_calling").invoke("Hello!")
+
+
 def test_langchains_errors_say_what_the_server_says(options: dict[str, Any]) -> None:
     for kind, changes, message in (
         (openai.NotFoundError, {"model": "fcats"}, "Did you mean 'facts'"),
         (openai.BadRequestError, {"temperature": 3}, "between 0 and 2"),
         (openai.BadRequestError, {"max_tokens": 5000}, "between 1 and 1024"),
-        (openai.BadRequestError, {"frequency_penalty": 1}, "'frequency_penalty' is not supported"),
+        (openai.BadRequestError, {"frequency_penalty": 3}, "between -2 and 2"),
     ):
         model = langchain_openai.ChatOpenAI(**{"model": "facts", **options, **changes})
         with pytest.raises(kind, match=message):

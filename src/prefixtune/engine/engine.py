@@ -153,13 +153,17 @@ class Engine:
 
     def _sequence(self, request: Request, index: int) -> TokenSequence:
         decode, sampling = self.backbone.decode, request.sampling
-        if self._has_encoder:
-            text = Detokenizer(decode, sampling.stop, verbatim=request.verbatim)
-            return TokenSequence(request, index, text, self.backbone.decoder_start_id, self.backbone.forced_bos_id)
-        context = request.prompt[-_CONTEXT_TOKENS:]
-        return TokenSequence(
-            request, index, Detokenizer(decode, sampling.stop, verbatim=request.verbatim, context=context)
+        context = () if self._has_encoder else request.prompt[-_CONTEXT_TOKENS:]
+        text = Detokenizer(decode, sampling.stop, verbatim=request.verbatim, context=context)
+        start_id, bos_id = self.backbone.decoder_start_id, self.backbone.forced_bos_id
+        sequence = (
+            TokenSequence(request, index, text, start_id, bos_id)
+            if self._has_encoder
+            else TokenSequence(request, index, text)
         )
+        if request.grammar is not None:
+            sequence.grammar = request.grammar.start()
+        return sequence
 
     def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
         """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
@@ -301,6 +305,14 @@ class Engine:
         piece = text.add(token.id)
         if text.stopped:
             return self._finish(sequence, "stop", (token,), piece)
+        # A forced first token is no part of the text.
+        if sequence.grammar is not None and not (token.id == sequence.forced_bos_id and sequence.num_new_tokens == 1):
+            try:
+                sequence.grammar.accept(token.id)
+            except PrefixError as error:
+                return self._finish(sequence, "error", error=error.message)
+            if sequence.grammar.finished:
+                return self._finish(sequence, "stop", (token,), piece + text.finish())
         if sequence.num_new_tokens >= sequence.request.sampling.max_new_tokens:
             return self._finish(sequence, "length", (token,), piece + text.finish())
         prompt_tokens = sequence.take_prompt_tokens()

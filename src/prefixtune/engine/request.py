@@ -13,6 +13,7 @@ from pydantic import Field
 from prefixtune.backbone.prefixes import as_prefix
 from prefixtune.errors import PrefixError, RequestError, describe_value
 from prefixtune.inference.config import SamplingConfig
+from prefixtune.inference.grammar import Grammar
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.config import CommaList, option_group
 from prefixtune.utils.faults import show_value
@@ -88,6 +89,7 @@ class Request:
         tenant: Who sends it; tenants share the slots fairly.
         prefix_name: The prefix's name, shown in the status of the running batch.
         verbatim: Keep the white space around a text.
+        grammar: What a text must follow, by `compile_json_schema`; it ends where nothing may follow.
         id: Its id; generated if none is given.
 
     Raises:
@@ -101,6 +103,7 @@ class Request:
     tenant: str = ""
     prefix_name: str = ""
     verbatim: bool = False
+    grammar: Grammar | None = None
     id: str = field(default_factory=lambda: f"request-{next(_request_numbers)}")
 
     def __post_init__(self) -> None:
@@ -118,6 +121,11 @@ class Request:
             raise RequestError(
                 f"sampling is {describe_value(self.sampling)}, but must be a SamplingParams or a dict.",
                 hint="write SamplingParams(max_new_tokens=20), for example.",
+            )
+        if self.grammar is not None and self.sampling.min_new_tokens:
+            raise RequestError(
+                f"min_new_tokens is {self.sampling.min_new_tokens}, but the grammar says when a text ends.",
+                hint="leave it out.",
             )
         if not self.prompt:
             raise RequestError("the prompt has no token.", hint="give some text.")

@@ -12,6 +12,7 @@ from torch import Tensor
 from prefixtune.engine.logit_rules import LogitRules, has_rules
 from prefixtune.engine.request import SamplingParams, Token
 from prefixtune.engine.sequence import TokenSequence
+from prefixtune.errors import RequestError
 
 __all__ = ["NOT_FINITE", "prompt_logprobs", "sample"]
 
@@ -52,10 +53,10 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
             tokens.append(NOT_FINITE)
         elif sequence.forced_bos_id is not None and sequence.num_new_tokens == 0:
             tokens.append(_with_logprobs(sequence.forced_bos_id, logits[row], params))
-        elif _is_plain_greedy(params):
+        elif sequence.grammar is None and _is_plain_greedy(params):
             tokens.append(Token(token))
         else:
-            tokens.append(_sample_one(logits[row], allowed[row], sequence))
+            tokens.append(_try_one(logits[row], allowed[row], sequence))
     return tokens
 
 
@@ -64,11 +65,21 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 and params.logprobs is None and not has_rules(params)
 
 
+def _try_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
+    try:
+        return _sample_one(logits, allowed, sequence)
+    except RequestError as error:
+        # The grammar became too complex.
+        return error.message
+
+
 def _sample_one(logits: Float[Tensor, " V"], allowed: Float[Tensor, " V"], sequence: TokenSequence) -> Token | str:
     params = sequence.request.sampling
     scores = allowed.float().clone()
     if has_rules(params):
         scores = _rules(sequence, scores).apply(scores, sequence.token_ids, sequence.num_input_ids)
+    if sequence.grammar is not None:
+        scores.masked_fill_(~sequence.grammar.allowed(len(scores)).to(scores.device), float("-inf"))
     best = scores.max(dim=-1)
     if not math.isfinite(float(best.values)):
         return "every token is banned."

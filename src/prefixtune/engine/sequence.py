@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from prefixtune.engine.logit_rules import LogitRules
 from prefixtune.engine.request import FinishReason, Request, Token
 from prefixtune.inference.detokenizer import Detokenizer
+from prefixtune.inference.grammar import GrammarState
 
 __all__ = ["RunningSequence", "TokenSequence"]
 
@@ -57,6 +58,7 @@ class TokenSequence:
         prompt_tokens: The prompt's tokens with their log-probabilities, as far as they are computed; empty: they are
             not requested.
         prompt_returned: They are in an output.
+        grammar: How far it is in the request's grammar; None: there is none.
         rules: What changes the scores of its next token; None: nothing, or it has no token yet.
     """
 
@@ -73,6 +75,7 @@ class TokenSequence:
     finish_reason: FinishReason | None = None
     prompt_tokens: list[Token] = field(init=False)
     prompt_returned: bool = False
+    grammar: GrammarState | None = None
     rules: LogitRules | None = None
 
     def __post_init__(self) -> None:

@@ -12,10 +12,13 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SequenceOutput
 from prefixtune.engine.sequence import RunningSequence
@@ -27,6 +30,7 @@ _log = logging.getLogger(__name__)
 _LONGEST_PAUSE = 5.0
 """Seconds between attempts to restart a failed engine."""
 
+R = TypeVar("R")
 OnOutput = Callable[[SequenceOutput], None]
 
 
@@ -88,6 +92,7 @@ class EngineWorker:
             threading.Thread(target=self._compute, name="prefixtune-engine", daemon=True),
             threading.Thread(target=self._deliver, name="prefixtune-outputs", daemon=True),
         ]
+        self._calls: deque[tuple[Future[Any], Callable[[Backbone], Any]]] = deque()
         for thread in self._threads:
             thread.start()
 
@@ -122,6 +127,23 @@ class EngineWorker:
                 heapq.heappush(self._deadlines, (time.monotonic() + deadline, number, request.id))
             self._changed.notify_all()
 
+    def call(self, work: Callable[[Backbone], R]) -> Future[R]:
+        """Let the model do something else between two steps; the running texts wait meanwhile, so it should be short.
+
+        Args:
+            work: Called with the engine's backbone, in the engine's thread. Of several, one is called before each step.
+
+        Raises:
+            EngineFull: The worker is closing.
+        """
+        future: Future[R] = Future()
+        with self._changed:
+            if not self._accepting:
+                raise EngineFull("the engine is being closed and accepts no more work.", hint="use another replica.")
+            self._calls.append((future, work))
+            self._changed.notify_all()
+        return future
+
     def cancel(self, request_id: str) -> None:
         """Cancel a request; its sequences end with `cancelled`. Unknown ids are ignored."""
         with self._changed:
@@ -152,6 +174,8 @@ class EngineWorker:
         """Cancel what still runs, and stop; waits at most `timeout` seconds for a step or for slow callbacks."""
         with self._changed:
             self._accepting, self._closing = False, True
+            while self._calls:
+                self._calls.popleft()[0].cancel()
             for request_id in self._submissions:
                 self.engine.cancel(request_id)
             self._changed.notify_all()
@@ -193,6 +217,9 @@ class EngineWorker:
 
     def _compute(self) -> None:
         while self._wait_for_work():
+            self._do_call()
+            if not self.engine.busy:
+                continue
             try:
                 outputs = self.engine.step()
             except BaseException as error:
@@ -202,6 +229,21 @@ class EngineWorker:
             self._record_step(outputs)
         self._outputs.put(None)
 
+    def _do_call(self) -> None:
+        """Do the first of the waiting calls, if there is one."""
+        with self._changed:
+            if not self._calls:
+                return
+            future, work = self._calls.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = work(self.engine.backbone)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
     def _wait_for_work(self) -> bool:
         """Wait until there is something to compute; False: the worker ends."""
         with self._changed:
@@ -209,7 +251,7 @@ class EngineWorker:
                 if self._closing and (self._restarting or not self.engine.busy):
                     return False
                 self._cancel_expired()
-                if self.engine.busy:
+                if self.engine.busy or self._calls:
                     return True
                 self._changed.wait()
 

@@ -8,7 +8,7 @@ encoder needs a head, because it generates no words; tagging always needs one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +37,7 @@ from prefixtune.inference.prompts import check_positions, truncate_prompts
 from prefixtune.prefix.prefix import Prefix, check_fits
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["Prediction", "classify", "tag"]
+__all__ = ["EncodedTexts", "Prediction", "classify", "encode_to_classify", "encode_to_tag", "tag"]
 
 
 T = TypeVar("T")
@@ -94,25 +94,90 @@ def classify(
         raise ConfigError(f"labels is {describe_value(labels)}, but must be a list of strings.", hint="write [a, b].")
     backbone = as_backbone(backbone)
     loaded = as_prefix(prefix, backbone)
-    chosen = _labels_for("classification", loaded, labels)
-    form = format_of(backbone, loaded, as_text_format(text_format))
-    form = form.with_lengths(config.max_total_length, config.on_too_long)
-    if loaded is not None:
-        check_fits(loaded, backbone.geometry, backbone.name)
-    words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
-    prompts = _encode_texts(backbone, texts, loaded, form, words, on_cut)
+    form = as_text_format(text_format)
+    encoded = encode_to_classify(backbone, texts, loaded, labels=labels, text_format=form, config=config, on_cut=on_cut)
     predictions: list[Prediction] = []
-    for batch in _batches(prompts, config.batch_size):
-        if words:
-            scores = _score_words(backbone, loaded, batch, words)
-        else:
-            # An encoder's first token stands for the text, a decoder's last one.
-            positions = [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in batch]
-            scores = _score_head(backbone, loaded, batch, positions)
-        predictions.extend(_predict(row, chosen.names) for row in scores)
+    for rows in _batches(range(len(texts)), config.batch_size):
+        predictions.extend(one for (one,) in encoded.predict(rows))
         if on_batch is not None:
             on_batch(len(predictions))
     return predictions
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTexts:
+    """Texts as token ids, ready to be labelled: classified as a whole, or tagged token by token.
+
+    Attributes:
+        backbone: The model.
+        prefix: None: the bare model.
+        labels: The labels to choose from.
+        prompts: Token ids of each text.
+        positions: Of each text, where the head's scores are read; by words: none.
+        words: By words: the token ids of each label's word.
+    """
+
+    backbone: Backbone
+    prefix: Prefix | None
+    labels: Labels
+    prompts: Sequence[Sequence[int]]
+    positions: Sequence[Sequence[int]] = ()
+    words: Sequence[tuple[int, ...]] = ()
+
+    def on(self, backbone: Backbone) -> EncodedTexts:
+        """The same for another copy of the model."""
+        return replace(self, backbone=backbone)
+
+    def predict(self, rows: Sequence[int]) -> list[list[Prediction]]:
+        """The labels of some texts, computed in one batch: of each text one, or one for each tagged token."""
+        prompts = [self.prompts[row] for row in rows]
+        if self.words:
+            scores = _score_words(self.backbone, self.prefix, prompts, self.words)
+            return [[_predict(row, self.labels.names)] for row in scores]
+        positions = [self.positions[row] for row in rows]
+        head_scores = iter(_score_head(self.backbone, self.prefix, prompts, positions))
+        return [[_predict(next(head_scores), self.labels.names) for _ in at] for at in positions]
+
+
+def encode_to_classify(
+    backbone: Backbone,
+    texts: Sequence[str],
+    prefix: Prefix | None,
+    *,
+    labels: Sequence[str] | None = None,
+    text_format: TextFormat | None = None,
+    config: ClassifyConfig | None = None,
+    on_cut: Callable[[Sequence[int]], None] | None = None,
+) -> EncodedTexts:
+    """Texts to classify as token ids; arguments and errors as those of `classify`."""
+    config = config or ClassifyConfig()
+    chosen = _labels_for("classification", prefix, labels)
+    form = format_of(backbone, prefix, text_format).with_lengths(config.max_total_length, config.on_too_long)
+    if prefix is not None:
+        check_fits(prefix, backbone.geometry, backbone.name)
+    words = _encode_label_words(backbone, form, chosen) if chosen.by == "words" else []
+    prompts = _encode_texts(backbone, texts, prefix, form, words, on_cut)
+    # An encoder's first token stands for the text, a decoder's last one.
+    positions = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
+    return EncodedTexts(backbone, prefix, chosen, prompts, positions, words)
+
+
+def encode_to_tag(
+    backbone: Backbone, texts: Sequence[Sequence[str]], prefix: Prefix, *, text_format: TextFormat | None = None
+) -> EncodedTexts:
+    """Lists of tokens to tag as token ids; arguments and errors as those of `tag`."""
+    labels = _labels_for("tagging", prefix, None)
+    form = format_of(backbone, prefix, text_format)
+    check_fits(prefix, backbone.geometry, backbone.name)
+    for number, tokens in enumerate(texts, start=1):
+        if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
+            raise RequestError(f"text {number} is {tokens!r}, not a list of tokens.", hint="write text.split().")
+    # A prompt, and the positions of its tokens that are tagged.
+    encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
+    prompts, positions = [prompt for prompt, _ in encoded], [at for _, at in encoded]
+    nothing_new, prefixes = [0] * len(encoded), [prefix] * len(encoded)
+    check_positions(backbone, prompts, prefixes, nothing_new, hint="shorten the text.")
+    return EncodedTexts(backbone, prefix, labels, prompts, positions)
 
 
 def _encode_label_words(backbone: Backbone, form: TextFormat, labels: Labels) -> list[tuple[int, ...]]:
@@ -175,21 +240,10 @@ def tag(
     loaded = as_prefix(prefix, backbone)
     if loaded is None:
         raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
-    names = _labels_for("tagging", loaded, None).names
-    form = format_of(backbone, loaded, as_text_format(text_format))
-    check_fits(loaded, backbone.geometry, backbone.name)
-    for number, tokens in enumerate(texts, start=1):
-        if isinstance(tokens, str) or not tokens or not all(isinstance(token, str) for token in tokens):
-            raise RequestError(f"text {number} is {tokens!r}, not a list of tokens.", hint="write text.split().")
-    # A prompt, and the positions of its tokens that are tagged.
-    encoded = [encode_labelled_prompt(backbone, form, " ".join(tokens), tokens) for tokens in texts]
-    nothing_new, prefixes = [0] * len(encoded), [loaded] * len(encoded)
-    check_positions(backbone, [prompt for prompt, _ in encoded], prefixes, nothing_new, hint="shorten the text.")
+    encoded = encode_to_tag(backbone, texts, loaded, text_format=as_text_format(text_format))
     predictions: list[list[Prediction]] = []
-    for batch in _batches(encoded, config.batch_size):
-        prompts, positions = zip(*batch, strict=True)
-        scores = iter(_score_head(backbone, loaded, prompts, positions))
-        predictions.extend([_predict(next(scores), names) for _ in tagged] for tagged in positions)
+    for rows in _batches(range(len(texts)), config.batch_size):
+        predictions.extend(encoded.predict(rows))
         if on_batch is not None:
             on_batch(len(predictions))
     return predictions

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
+from prefixtune.errors import PrefixError
 from prefixtune.utils.config import Config, TextList, option_group
 from prefixtune.utils.faults import show_value
 
@@ -114,9 +115,33 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
         "are then generated one at a time",
     )
 
+    response_schema: str = option_group("decoding", flag="schema", metavar="FILE")(
+        "",
+        description="a file with a JSON schema, or the schema itself, that outputs follow; needs the extra json",
+    )
+
+    @field_validator("response_schema")
+    @classmethod
+    def _read_schema(cls, value: str) -> str:
+        """Reads a file, so that what is wrong with it is said before the model loads."""
+        if not value:
+            return value
+        from prefixtune.inference.grammar import import_llguidance, read_json_schema
+
+        try:
+            import_llguidance()
+            return read_json_schema(value)
+        except PrefixError as error:
+            raise ValueError(f"cannot be used: {error.message.rstrip('.')}; {error.hint.rstrip('.')}") from None
+
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: ways of decoding that exclude each other."""
         yield from super().conflicts()
+        if self.response_schema and (self.num_beams > 1 or self.prompt_lookup or self.min_new_tokens):
+            yield (
+                ("response_schema", "num_beams", "prompt_lookup", "min_new_tokens"),
+                "a JSON schema needs num_beams = 1, no prompt look-up and no min_new_tokens",
+            )
         if self.compile and self.cache != "static":
             yield ("compile", "cache"), "compile is True, but must be False unless cache is 'static'"
         if self.num_beams > 1 and self.temperature > 0:

@@ -21,6 +21,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.detokenizer import StopStringCriterion, ids_until_stop
 from prefixtune.inference.generation_config import to_generation_config
+from prefixtune.inference.grammar import compile_json_schema, constrain
 from prefixtune.inference.penalties import penalize, penalizes
 from prefixtune.prefix.prefix import Prefix
 
@@ -205,8 +206,14 @@ def _add_rules(
         arguments["stopping_criteria"] = StoppingCriteriaList(
             [StopStringCriterion(backbone.decode, config.stop, start)]
         )
+    processors = LogitsProcessorList()
     if penalizes(config):
-        arguments["logits_processor"] = LogitsProcessorList([_penalties(backbone, prompts, config, start)])
+        processors.append(_penalties(backbone, prompts, config, start))
+    if config.response_schema:
+        begin = start if backbone.forced_bos_id is None else start + 1
+        processors.append(constrain(compile_json_schema(backbone, config.response_schema), begin, backbone.eos_id))
+    if processors:
+        arguments["logits_processor"] = processors
 
 
 def _penalties(

@@ -97,9 +97,10 @@ def check_supported(backbone: Backbone, config: GenerateConfig, assistant: Backb
 
 
 def _check_assistant(backbone: Backbone, config: GenerateConfig, assistant: Backbone) -> None:
-    if config.num_beams > 1 or config.cache != "dynamic" or config.prompt_lookup:
+    if config.num_beams > 1 or config.cache != "dynamic" or config.prompt_lookup or config.response_schema:
         raise ConfigError(
-            "an assistant needs num_beams = 1, the dynamic cache and no prompt look-up.", hint="leave those out."
+            "an assistant needs num_beams = 1, the dynamic cache, no prompt look-up and no JSON schema.",
+            hint="leave those out.",
         )
     if assistant.kind != backbone.kind or len(assistant.tokenizer) != len(backbone.tokenizer):
         raise ConfigError(

@@ -12,8 +12,9 @@ from starlette.exceptions import HTTPException
 from prefixtune import __version__
 from prefixtune.errors import PrefixError
 from prefixtune.server import playground
-from prefixtune.server.api import admin, completions, health, models, openapi, tasks
+from prefixtune.server.api import admin, classify, completions, health, models, openapi, tasks
 from prefixtune.server.api.endpoint import respond_to_error
+from prefixtune.server.api.refused import refused_endpoint
 from prefixtune.server.limits import QueueFull, RateLimited
 from prefixtune.server.middleware import Middleware
 from prefixtune.server.responses import ApiError, json_text
@@ -29,7 +30,16 @@ DESCRIPTION = (
 )
 
 
-_ROUTERS = (models.router, completions.router, tasks.router, admin.router, health.router, health.public, openapi.router)
+_ROUTERS = (
+    models.router,
+    completions.router,
+    tasks.router,
+    classify.router,
+    admin.router,
+    health.router,
+    health.public,
+    openapi.router,
+)
 ROUTES = [route for router in _ROUTERS for route in router.routes]
 """All routes, but for the playground's."""
 
@@ -69,6 +79,9 @@ def make_app(state: ServerState) -> FastAPI:
 async def _respond_to_unknown(request: Request, error: Any) -> Response:
     """Nothing has this path, or not with this method."""
     if error.status_code != 405:
+        if why := refused_endpoint(request.url.path):
+            request.scope["log_fields"]["refused"] = "unsupported_endpoint"
+            return ApiError(404, why, code="unsupported_endpoint").response()
         return ApiError(404, "there is nothing at this path.", code="unknown_path").response()
     path = request.scope["route"].path_format
     routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.path_format == path]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -153,3 +154,42 @@ def test_offsets_of_tokens_count_within_the_target(
     parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
     assert [token for part in parts for token in part["tokens"]] == pieces
     assert [offset for part in parts for offset in part["text_offset"]] == offsets
+
+
+def test_without_llguidance_a_response_format_is_refused_with_the_way_out(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, _ = make_server()
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    response = asyncio.run(send(app, "POST", "/v1/completions", completion(response_format={"type": "json_object"})))
+    error = response.json["error"]
+    assert response.status == 400
+    assert (error["param"], error["code"]) == ("response_format", "unsupported_field")
+    assert "prefixtune[json]" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/v1/embeddings", "/classify"), ("POST", "/v1/responses", "/v1/chat/completions"),
+        ("GET", "/v1/responses/resp_1", "Responses API"), ("POST", "/v1/images/generations", "Send text"),
+        ("POST", "/v1/audio/speech", "Send text"), ("POST", "/v1/moderations", "/classify"),
+        ("GET", "/v1/fine_tuning/jobs", "prefixtune train"), ("POST", "/score", "echo"),
+    ],
+)  # fmt: skip
+def test_endpoints_of_others_are_refused_by_name(
+    make_server: Callable[..., Any], method: str, path: str, words: str
+) -> None:
+    response = asyncio.run(send(make_server()[0], method, path, {} if method == "POST" else None))
+    error = response.json["error"]
+    assert (response.status, error["code"], error["type"]) == (404, "unsupported_endpoint", "invalid_request_error")
+    assert words in error["message"]
+
+
+def test_models_are_described_as_vllm_does(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server()
+    models = {model["id"]: model for model in asyncio.run(send(app, "GET", "/v1/models")).json["data"]}
+    assert (models["tiny"]["root"], models["tiny"]["parent"], models["tiny"]["max_model_len"]) == ("tiny", None, 512)
+    assert (models["a"]["root"], models["a"]["parent"], models["a"]["max_model_len"]) == ("a", "tiny", 508)
+    joined = asyncio.run(send(app, "GET", "/v1/models/a+b")).json
+    assert (joined["parent"], joined["max_model_len"]) == ("tiny", 504)

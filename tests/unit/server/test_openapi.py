@@ -120,12 +120,17 @@ def test_documented_defaults_are_the_real_ones() -> None:
         "top_p": plain.sampling(LIMITS).top_p,
         "top_k": plain.sampling(LIMITS).top_k,
         "repetition_penalty": plain.sampling(LIMITS).repetition_penalty,
+        "min_p": plain.sampling(LIMITS).min_p,
+        "presence_penalty": plain.sampling(LIMITS).presence_penalty,
+        "frequency_penalty": plain.sampling(LIMITS).frequency_penalty,
         "n": plain.n,
         "echo": plain.echo,
         "stream": plain.stream,
     }
     numbers = {"min_tokens": 0, "temperature": 1, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "n": 1}
-    assert defaults == numbers | {"stream": False, "echo": False}
+    assert defaults == numbers | {"stream": False, "echo": False} | dict.fromkeys(
+        ("min_p", "presence_penalty", "frequency_penalty"), 0
+    )
     task = parse_task(REQUIRED["TaskRequest"], LIMITS, ())
     assert schemas["TaskRequest"]["properties"]["temperature"]["default"] == task.sampling(LIMITS).temperature
 

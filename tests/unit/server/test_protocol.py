@@ -83,6 +83,11 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
         ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("n", 0), ("n", 7), ("logprobs", 21), ("seed", 2**64),
         ("stop", [""]), ("stop", [1]), ("stop", ["a"] * 17), ("stop", "x" * 257), ("stream", 1), ("stream", "yes"),
         ("stream_options", {"include_usage": True}), ("repetition_penalty", 0), ("model", 3), ("model", ""),
+        ("min_p", 1.1), ("min_p", -0.1), ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("echo", 1),
+        ("logit_bias", {"a": 1}), ("logit_bias", {"5": 101}), ("logit_bias", {"5": True}), ("logit_bias", [5]),
+        ("logit_bias", {str(token): 1 for token in range(1025)}), ("logit_bias", {"-1": 1}),
+        ("response_format", {"type": "xml"}), ("response_format", "json"), ("response_format", {}),
+        ("response_format", {"type": "json_object", "schema": {}}),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_their_field(field: str, value: Any) -> None:
@@ -98,8 +103,7 @@ def test_texts_are_bounded_over_all_prompts() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 1}), ("presence_penalty", 0.5), ("frequency_penalty", 1), ("best_of", 2),
+        ("tools", [{"type": "function"}]), ("tool_choice", "required"), ("best_of", 2),
         ("suffix", "x"), ("audio", {}), ("modalities", ["audio"]), ("reasoning_effort", "high"),
     ],
 )  # fmt: skip
@@ -115,7 +119,7 @@ def test_fields_that_change_nothing_are_ignored() -> None:
         "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "suffix": "", "modalities": ["text"],
         "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True,
     }  # fmt: skip
-    assert completion(**neutral) == completion()
+    assert completion(**neutral).sampling(LIMITS) == completion().sampling(LIMITS)
     # In JSON false is not a number.
     assert refused(completion, presence_penalty=False).param == "presence_penalty"
 
@@ -210,6 +214,25 @@ def test_the_faults_of_a_long_list_are_not_all_collected(body: dict[str, Any], p
     assert time.process_time() - started < 0.2
     assert error.param == param
     assert len(error.message) <= 1000
+
+
+def test_penalties_and_biases_reach_the_engine() -> None:
+    fields = {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.5}
+    params = completion(**fields, logit_bias={"5": -100, "007": 1.5}).sampling(LIMITS)
+    assert fields == {name: getattr(params, name) for name in fields}
+    assert params.logit_bias == {5: -100.0, 7: 1.5}
+
+
+def test_response_formats() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    named = {"name": "x", "schema": schema, "strict": True, "description": "d"}
+    assert completion(response_format={"type": "json_schema", "json_schema": named}).json_schema == schema
+    assert chat(response_format={"type": "json_object"}).json_schema == {"type": "object"}
+    assert completion(response_format={"type": "text"}).json_schema is None
+    wrong = refused(chat, response_format={"type": "json_schema", "json_schema": {"name": "x"}})
+    assert wrong.param == "response_format"
+    assert '"schema": {...}' in wrong.message
+    assert refused(chat, response_format={"type": "json_object"}, min_tokens=2).param == "min_tokens"
 
 
 def test_echo_asks_for_the_prompts_logprobs_too() -> None:

@@ -25,7 +25,14 @@ from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
 from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
-from prefixtune.server.api.prompting import chat_source, decode_prompts, encode_chat, encode_text, start_targets
+from prefixtune.server.api.prompting import (
+    chat_source,
+    compile_grammar,
+    decode_prompts,
+    encode_chat,
+    encode_text,
+    start_targets,
+)
 from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, OpenAIRequest, parse
 from prefixtune.server.api.schemas import Chat, ChatChunk, Completion, CompletionChunk
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
@@ -60,7 +67,7 @@ async def create_completion(context: GenerationContext) -> Response:
     else:
         encode = encode_text
         prompts = [await encode(context, prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-        generation = _continue(context, request, model, prompts)
+        generation = await _continue(context, request, model, prompts)
     if not request.echo:
         choices = CompletionChoices(state.backbone, text_format)
         return await _respond(context, request, generation, choices, text_format)
@@ -94,10 +101,10 @@ async def create_chat_completion(context: GenerationContext) -> Response:
         generation = await start_targets(context, request, model, text_format, [source], request.n)
         return await _respond(context, request, generation, choices, text_format)
     prompt, ends = await encode_chat(context, request.conversation)
-    return await _respond(context, request, _continue(context, request, model, [prompt], ends), choices)
+    return await _respond(context, request, await _continue(context, request, model, [prompt], ends), choices)
 
 
-def _continue(
+async def _continue(
     context: RequestContext,
     request: OpenAIRequest,
     model: ServedModel,
@@ -108,7 +115,10 @@ def _continue(
     state = context.state
     default = state.config.default_max_tokens if request.length is None else None
     sampling = request.sampling(state.limits).replace(end_ids=tuple(ends))
-    return start_generation(context, model, prompts, sampling, n=request.n, default_max_tokens=default, verbatim=True)
+    grammar = await compile_grammar(context, request)
+    return start_generation(
+        context, model, prompts, sampling, n=request.n, default_max_tokens=default, verbatim=True, grammar=grammar
+    )
 
 
 async def _respond(

@@ -20,6 +20,7 @@ from prefixtune.engine.request import (
 )
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import PrefixError
+from prefixtune.inference.grammar import Grammar
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.limits import QueueFull
@@ -166,6 +167,7 @@ def start_generation(
     n: int = 1,
     default_max_tokens: int | None,
     verbatim: bool,
+    grammar: Grammar | None = None,
 ) -> Generation:
     """Submit the prompts to the engine; what still runs when the response ends is cancelled.
 
@@ -177,6 +179,7 @@ def start_generation(
         n: Texts for each prompt.
         default_max_tokens: Most new tokens instead of those of `sampling`, as far as they fit; None: the request says.
         verbatim: Keep the white space around the texts.
+        grammar: What the texts must follow.
 
     Raises:
         ApiError: A prompt is too long, or the engine takes no request now.
@@ -193,6 +196,7 @@ def start_generation(
             tenant=context.tenant,
             prefix_name=model.name,
             verbatim=verbatim,
+            grammar=grammar,
             id=uuid.uuid4().hex,
         )
         for prompt in prompts

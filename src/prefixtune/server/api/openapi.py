@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from prefixtune.server.api.endpoint import KeyContext
-from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, TaskRequest, with_limits
+from prefixtune.server.api.protocol import ChatRequest, ClassifyRequest, CompletionRequest, TaskRequest, with_limits
 from prefixtune.server.api.schemas import ChatChunk, CompletionChunk, Error, TaskOutputChunk
 from prefixtune.server.limits import Limits
 from prefixtune.server.settings import ServeConfig
@@ -22,7 +22,7 @@ __all__ = ["BYTES_BODY", "NAME", "api_router", "errors", "json_body", "openapi_d
 
 
 _REF = "#/components/schemas/{model}"
-_REQUESTS = (CompletionRequest, ChatRequest, TaskRequest)
+_REQUESTS = (CompletionRequest, ChatRequest, TaskRequest, ClassifyRequest)
 _ERRORS = {
     400: "A field (`param`), the name or the body is wrong.",
     401: "The key is missing or unknown.",

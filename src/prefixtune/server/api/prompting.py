@@ -15,8 +15,9 @@ from prefixtune.data import chat
 from prefixtune.data.chat import Source, end_ids
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.data.truncation import truncate_prompt
-from prefixtune.errors import RequestError
+from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.generation_config import newline_tokens
+from prefixtune.inference.grammar import Grammar, compile_json_schema
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.generation import Generation, deadline_exceeded, start_generation
@@ -26,7 +27,15 @@ from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import task_decoding
 from prefixtune.server.responses import bad_request
 
-__all__ = ["chat_source", "decode_prompts", "encode_chat", "encode_text", "run_in_turn", "start_targets"]
+__all__ = [
+    "chat_source",
+    "compile_grammar",
+    "decode_prompts",
+    "encode_chat",
+    "encode_text",
+    "run_in_turn",
+    "start_targets",
+]
 
 
 _CUT_HEADER = "x-prefixtune-cut-tokens"
@@ -194,7 +203,7 @@ async def start_targets(
     changes: dict[str, Any] = {}
     if text_format.is_chat:
         changes["end_ids"] = await run_in_turn(context, partial(end_ids, context.state.backbone, text_format))
-    if "min_tokens" not in request.model_fields_set:
+    if request.json_schema is None and "min_tokens" not in request.model_fields_set:
         changes["min_new_tokens"] = min(defaults.get("min_new_tokens", 0), length)
     if defaults.get("ban_newlines"):
         # Takes a while the first time, and is cached.
@@ -205,4 +214,27 @@ async def start_targets(
     sampling = request.sampling(context.state.limits).replace(**changes)
     prompts = [await _encode_source(context, model, text_format, source, length) for source in sources]
     default = task_length if request.length is None else None
-    return start_generation(context, model, prompts, sampling, n=n, default_max_tokens=default, verbatim=verbatim)
+    grammar = await compile_grammar(context, request)
+    return start_generation(
+        context, model, prompts, sampling, n=n, default_max_tokens=default, verbatim=verbatim, grammar=grammar
+    )
+
+
+async def compile_grammar(context: RequestContext, request: GenerationRequest) -> Grammar | None:
+    """The grammar of a request's `response_format`, compiled outside the event loop; None: it has none.
+
+    Raises:
+        ApiError: The schema cannot be used, or this server lacks what is needed.
+    """
+    if request.json_schema is None:
+        return None
+    backbone, param = context.state.engine.backbone, "response_format"
+    try:
+        return await run_in_turn(context, partial(compile_json_schema, backbone, request.json_schema))
+    except RequestError as error:
+        raise bad_request(error.message, param, "invalid_schema", hint=error.hint) from None
+    except ConfigError as error:
+        hint = f"on the server, {error.hint}"
+        raise bad_request(
+            f"{param} is not supported here: {error.message}", param, "unsupported_field", hint=hint
+        ) from None

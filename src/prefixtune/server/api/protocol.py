@@ -40,7 +40,9 @@ from prefixtune.server.api.validation import (
 from prefixtune.server.limits import Limits
 
 __all__ = [
+    "Body",
     "ChatRequest",
+    "ClassifyRequest",
     "CompletionRequest",
     "GenerationRequest",
     "Message",
@@ -74,34 +76,14 @@ Boolean = Annotated[bool, Strict()]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]
 TokenIds = Annotated[list[Integer], Field(min_length=1, fail_fast=True), BeforeValidator(whole_ids)]
+TokenNumber = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class GenerationRequest(BaseModel):
-    """What all requests for texts share."""
+class Body(BaseModel):
+    """What all bodies share: null is the same as no field, and whole numbers may be written as floats."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_allow_null)
-
-    max_tokens: Integer | None = Field(
-        None,
-        ge=1,
-        description="Most new tokens; by default those of the prefix's task or {length}, as far as they fit.",
-    )
-    min_tokens: Integer = Field(0, ge=0, description="Fewest new tokens; at most max_tokens.")
-    temperature: Number = Field(1.0, ge=0, le=2, description="0: the likeliest token each time.")
-    top_p: Number = Field(1.0, gt=0, le=1)
-    top_k: Integer = Field(0, ge=0, le=1_000_000, description="0: all tokens.")
-    # Scores divided by much less would overflow.
-    repetition_penalty: Number = Field(1.0, ge=0.01, le=10)
-    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: (
-        Annotated[
-            StopString | Annotated[list[StopString], Field(max_length=16)],
-            Check("a text or a list of at most 16 texts, of 1 to 256 characters each"),
-        ]
-        | None
-    ) = Field(None, description="Strings that end a text; they are not part of it.", examples=[["\n\n"]])
-    stream: Boolean = Field(False, description="Send pieces as they are generated.")
 
     @model_validator(mode="before")
     @classmethod
@@ -113,6 +95,40 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _write_whole(cls, value: Any, info: Any) -> Any:
         return whole([value])[0] if cls.model_fields[info.field_name].annotation in (int, Integer | None) else value
+
+    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
+        """Fields that do not go together."""
+        yield from ()
+
+
+class GenerationRequest(Body):
+    """What all requests for texts share."""
+
+    max_tokens: Integer | None = Field(
+        None,
+        ge=1,
+        description="Most new tokens; by default those of the prefix's task or {length}, as far as they fit.",
+    )
+    min_tokens: Integer = Field(0, ge=0, description="Fewest new tokens; at most max_tokens.")
+    temperature: Number = Field(1.0, ge=0, le=2, description="0: the likeliest token each time.")
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: Integer = Field(0, ge=0, le=1_000_000, description="0: all tokens.")
+    min_p: Number = Field(
+        0.0, ge=0, le=1, description="No token less likely than this share of the likeliest one's probability."
+    )
+    # Scores divided by much less would overflow.
+    repetition_penalty: Number = Field(1.0, ge=0.01, le=10, description="Of tokens in the prompt and in the text.")
+    presence_penalty: Number = Field(0.0, ge=-2, le=2, description="Of tokens that were generated.")
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2, description="Of tokens, as often as they were generated.")
+    seed: Integer | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: (
+        Annotated[
+            StopString | Annotated[list[StopString], Field(max_length=16)],
+            Check("a text or a list of at most 16 texts, of 1 to 256 characters each"),
+        ]
+        | None
+    ) = Field(None, description="Strings that end a text; they are not part of it.", examples=[["\n\n"]])
+    stream: Boolean = Field(False, description="Send pieces as they are generated.")
 
     @property
     def length(self) -> int | None:
@@ -129,6 +145,16 @@ class GenerationRequest(BaseModel):
         """The same for the prompt's tokens."""
         return None
 
+    @property
+    def bias(self) -> dict[int, float]:
+        """What is added to the scores of tokens, by token id."""
+        return {}
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that texts follow; None: they follow none."""
+        return None
+
     def sampling(self, limits: Limits) -> SamplingParams:
         """How tokens are chosen; the number of new tokens counts only if there is a `length`."""
         return SamplingParams(
@@ -137,7 +163,11 @@ class GenerationRequest(BaseModel):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.bias,
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             logprobs=self.num_logprobs,
@@ -145,10 +175,12 @@ class GenerationRequest(BaseModel):
         )
 
     def _conflicts(self, limits: Limits) -> Iterator[Fault]:
-        """Fields that do not go together."""
         if self.length is not None and self.min_tokens > self.length:
             message = f"min_tokens is {self.min_tokens}, which is more than max_tokens ({self.length})."
             yield Fault(message, "min_tokens")
+
+
+_NO_TOOLS = "no function is called; ask for its arguments with response_format and a JSON schema"
 
 
 def _ignored() -> Any:
@@ -168,6 +200,45 @@ class StreamOptions(BaseModel):
 
     include_usage: Boolean | None = Field(None, description="End the stream with its usage.")
     include_obfuscation: Any = Field(None, description="Ignored.")
+
+
+class TextFormatOption(BaseModel):
+    """Any text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(BaseModel):
+    """A JSON object."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(BaseModel):
+    """A JSON schema with a name, which is not read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    json_schema: dict[str, Any] = Field(alias="schema", description="At most 65,536 characters and 64 levels.")
+    description: Any = None
+    strict: Any = Field(None, description="Ignored: texts always follow the schema.")
+
+
+class JsonSchemaFormat(BaseModel):
+    """JSON that follows a schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = TextFormatOption | JsonObjectFormat | JsonSchemaFormat
 
 
 class OpenAIRequest(GenerationRequest):
@@ -191,6 +262,24 @@ class OpenAIRequest(GenerationRequest):
     )
     n: Integer = Field(1, ge=1, description="Texts for each prompt; at most {texts} for all prompts together.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    logit_bias: (
+        Annotated[
+            dict[TokenNumber, Annotated[Number, Field(ge=-100, le=100)]],
+            Field(max_length=1024),
+            Check("an object of at most 1024 token ids, each with a number between -100 and 100"),
+        ]
+        | None
+    ) = Field(None, description="Added to the scores of tokens, by token id.", examples=[{"11": -100}])
+    response_format: (
+        Annotated[
+            Annotated[ResponseFormat, Discriminator("type")],
+            Check(
+                'one of {"type": "text"}, {"type": "json_object"} and {"type": "json_schema", "json_schema": '
+                '{"name": "...", "schema": {...}}}'
+            ),
+        ]
+        | None
+    ) = Field(None, description="What a text must be: any text, a JSON object, or JSON that follows a schema.")
 
     user: Any = _ignored()
     metadata: Any = _ignored()
@@ -201,15 +290,11 @@ class OpenAIRequest(GenerationRequest):
     prompt_cache_retention: Any = _ignored()
     parallel_tool_calls: Any = _ignored()
 
-    tools: Any = _unsupported("tools are not supported", [])
-    tool_choice: Any = _unsupported("tools are not supported", "none", "auto")
-    functions: Any = _unsupported("functions are not supported", [])
-    function_call: Any = _unsupported("functions are not supported", "none", "auto")
-    response_format: Any = _unsupported("only text is generated", {"type": "text"})
-    logit_bias: Any = _unsupported("there is no bias for single tokens", {})
-    presence_penalty: Any = _unsupported("use repetition_penalty", 0)
-    frequency_penalty: Any = _unsupported("use repetition_penalty", 0)
-    best_of: Any = _unsupported("use n", 1)
+    tools: Any = _unsupported(_NO_TOOLS, [])
+    tool_choice: Any = _unsupported(_NO_TOOLS, "none", "auto")
+    functions: Any = _unsupported(_NO_TOOLS, [])
+    function_call: Any = _unsupported(_NO_TOOLS, "none", "auto")
+    best_of: Any = _unsupported("use n with logprobs, and choose", 1)
     echo: Any = _unsupported("only /v1/completions repeats the prompt", False)
     suffix: Any = _unsupported("text is generated after the prompt only", "")
     audio: Any = _unsupported("only text is generated")
@@ -244,6 +329,21 @@ class OpenAIRequest(GenerationRequest):
         return {**body, "model": "+".join(str(name) for name in prefixes) or "prefixes"}
 
     @property
+    def bias(self) -> dict[int, float]:
+        """What is added to the scores of tokens, by token id."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that texts follow; None: they follow none."""
+        match self.response_format:
+            case JsonSchemaFormat(json_schema=named):
+                return named.json_schema
+            case JsonObjectFormat():
+                return {"type": "object"}
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -253,6 +353,8 @@ class OpenAIRequest(GenerationRequest):
         if self.prefixes is not None and len(self.prefixes) > limits.max_joined:
             message = f"'prefixes' has {len(self.prefixes)} names, but this server joins at most {limits.max_joined}."
             yield Fault(message, "prefixes", "too_many_prefixes")
+        if self.json_schema is not None and self.min_tokens:
+            yield Fault("min_tokens cannot go with response_format, which says when a text ends.", "min_tokens")
         if self.stream_options and not self.stream:
             yield Fault("'stream_options' needs stream to be true.", "stream_options")
 
@@ -419,7 +521,45 @@ class TaskRequest(GenerationRequest):
         return self.model_extra or {} if self.fields is None else self.fields
 
 
-R = TypeVar("R", bound=GenerationRequest)
+class ClassifyRequest(Body):
+    """A body of `/classify`."""
+
+    model: Annotated[NonEmpty, Check("the name of a model; /v1/models lists them")] = Field(
+        description="A prefix that classifies or tags; or the bare backbone, with labels."
+    )
+    input: Annotated[
+        NonEmpty
+        | Annotated[
+            list[NonEmpty | Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, fail_fast=True),
+        ],
+        Check("a text or a list of texts; for a prefix that tags, each may be a list of words; none of them empty"),
+    ] = Field(
+        description="One or several texts, at most {texts}. For a prefix that tags, a text is split at white space.",
+        examples=["a fine film"],
+    )
+    labels: (
+        Annotated[
+            list[NonEmpty],
+            Field(min_length=2, max_length=1000, fail_fast=True),
+            Check("a list of 2 to 1000 labels"),
+        ]
+        | None
+    ) = Field(None, description="With the bare backbone: the labels to choose from, by their own words.")
+    user: Any = _ignored()
+    priority: Any = _ignored()
+
+    @property
+    def texts(self) -> list[str | list[str]]:
+        """The texts, as a list."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
+
+    def _conflicts(self, limits: Limits) -> Iterator[Fault]:
+        if len(self.texts) > limits.max_texts:
+            yield Fault(f"'input' has {len(self.texts)} texts; at most {limits.max_texts} are allowed.", "input")
+
+
+R = TypeVar("R", bound=Body)
 
 
 @functools.cache

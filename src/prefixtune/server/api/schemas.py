@@ -12,6 +12,7 @@ from prefixtune.server.models.task_schema import TaskField
 __all__ = [
     "Chat",
     "ChatChunk",
+    "Classification",
     "Completion",
     "CompletionChunk",
     "Error",
@@ -49,6 +50,9 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: Annotated[str, Field(description="As `id`.")]
+    parent: Annotated[str | None, Field(description="The backbone; None: it is the backbone.")]
+    max_model_len: Annotated[int, Field(description="Most tokens of prompt and text together.")]
     kind: Literal["backbone", "prefix", "joined"]
     description: str
     task: str | None
@@ -153,6 +157,30 @@ class ChatChunk(Head):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPiece]
     usage: Usage | None = None
+
+
+class Label(BaseModel):
+    label: str
+    probs: Annotated[list[float], Field(description="Of every label, in the order of the prefix's labels.")]
+    num_classes: int
+
+
+class TokenLabel(Label):
+    token: str
+
+
+class TextLabel(BaseModel):
+    index: int
+    label: Annotated[str | None, Field(description="None: the prefix tags.")]
+    probs: list[float] | None
+    num_classes: int
+    tokens: Annotated[list[TokenLabel] | None, Field(description="Of a prefix that tags.")] = None
+
+
+class Classification(Head):
+    object: Literal["list"]
+    data: list[TextLabel]
+    usage: Usage
 
 
 class Task(BaseModel):

@@ -80,7 +80,7 @@ class Catalog:
         max_length: int,
     ) -> None:
         self.store, self.backbone, self.backbone_id, self.created = store, backbone, backbone_id, created
-        self.max_joined = max_joined
+        self.max_joined, self.max_length = max_joined, max_length
         self.joiner = PrefixJoiner(store, backbone, max_length)
 
     def names(self, caller: Caller) -> list[str]:
@@ -231,10 +231,7 @@ class Catalog:
         joined = await self.load(model, caller)
         prefix, task = joined.prefix, joined.header.get("task")
         return {
-            "id": joined.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "prefixtune",
+            **self._model(joined.name, joined.prefix_length),
             "kind": "joined",
             "description": f"{len(joined.parts)} prefixes, joined in this order",
             "task": task if isinstance(task, str) else None,
@@ -247,16 +244,30 @@ class Catalog:
         Raises:
             ApiError: The prefix does not exist any more, or its file is broken.
         """
-        model = {"id": name, "object": "model", "created": self.created, "owned_by": "prefixtune"}
         if name == self.backbone_id:
-            return {**model, "kind": "backbone", "description": "the bare backbone", "task": None}
+            return {**self._model(name), "kind": "backbone", "description": "the bare backbone", "task": None}
         header = self.header(name)
         task, description = (header.get(key) if isinstance(header.get(key), str) else None for key in _TEXTS)
         if description is None:
             description = TASKS[task].description if task in TASKS else "a prefix"
         types = {"prefix_length": dict, "license": str}
         more = {key: header[key] for key, kind in types.items() if header.get(key) and isinstance(header[key], kind)}
+        length = more.get("prefix_length", {}).get("decoder")
+        model = self._model(name, length if type(length) is int else 0)
         return {**model, "kind": "prefix", "description": description, "task": task, **more}
+
+    def _model(self, name: str, prefix_length: int = 0) -> dict[str, Any]:
+        """What OpenAI's and vLLM's clients read of a model."""
+        takes_room = self.backbone.kind == "decoder"
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "prefixtune",
+            "root": name,
+            "parent": None if name == self.backbone_id else self.backbone_id,
+            "max_model_len": max(0, self.max_length - prefix_length) if takes_room else self.max_length,
+        }
 
     def describe_task(self, name: str, header: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a prefix's task, for a page that shows a form.

@@ -1,0 +1,253 @@
+"""Output that follows a JSON schema: which tokens may come next, by llguidance (the extra `json`)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import RequestError
+from prefixtune.utils.extras import needs_extra
+
+__all__ = [
+    "ANY_OBJECT",
+    "Grammar",
+    "GrammarState",
+    "check_json_schema",
+    "compile_json_schema",
+    "constrain",
+    "import_llguidance",
+    "read_json_schema",
+]
+
+
+ANY_OBJECT = '{"type":"object"}'
+"""The schema of any JSON object."""
+_MAX_SCHEMA_LENGTH = 2**16
+_MAX_DEPTH = 64
+_WHITE_SPACE = r"[ \n\t]{0,16}"
+"""Between the parts of a JSON text. Without a limit, a small model may never end it."""
+# A step of a text's grammar takes at most about 10 ms, and a schema about 50 ms.
+_LIMITS = {"step_lexer_fuel": 100_000, "step_max_items": 25_000, "max_grammar_size": 100_000, "verbose_errors": False}
+
+
+def import_llguidance() -> Any:
+    """The library.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    with needs_extra("json", "output by a JSON schema", ", or ask for the form in the prompt"):
+        import llguidance
+        import llguidance.hf
+        import llguidance.numpy
+    return llguidance
+
+
+@functools.cache
+def _mask_threads() -> ThreadPoolExecutor:
+    """Where masks are computed, while the model computes the scores that they apply to."""
+    return ThreadPoolExecutor(2, thread_name_prefix="prefixtune-grammar")
+
+
+class GrammarState:
+    """How far one text is in its grammar.
+
+    Args:
+        matcher: llguidance's, at the beginning; this object's alone from now on.
+        num_tokens: Of the grammar's vocabulary.
+
+    Attributes:
+        finished: The text is complete, and nothing may follow.
+    """
+
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
+        self.finished = False
+        self._matcher, self._num_tokens = matcher, num_tokens
+        self._mask: Future[Any] = _mask_threads().submit(self._compute)
+
+    def accept(self, token: int) -> None:
+        """Go on after a generated token, which must be allowed.
+
+        Raises:
+            RequestError: It is not allowed, or the grammar became too complex.
+        """
+        self._mask.result()
+        if not self._matcher.consume_token(token):
+            raise RequestError(_reason(self._matcher), hint="use a simpler schema.")
+        self.finished = bool(self._matcher.is_stopped())
+        if not self.finished:
+            self._mask = _mask_threads().submit(self._compute)
+
+    def allowed(self, vocab_size: int) -> Bool[Tensor, " V"]:
+        """Which tokens may come next.
+
+        Raises:
+            RequestError: The grammar became too complex.
+        """
+        mask = torch.from_numpy(self._mask.result())
+        if self._matcher.is_error():
+            raise RequestError(_reason(self._matcher), hint="use a simpler schema.")
+        # A model may have more scores than its tokenizer has tokens.
+        return torch.nn.functional.pad(mask, (0, vocab_size - len(mask))) if vocab_size > len(mask) else mask
+
+    def _compute(self) -> Any:
+        import llguidance.numpy
+        import numpy
+
+        bits = llguidance.numpy.allocate_token_bitmask(1, self._num_tokens)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, bits)
+        return numpy.unpackbits(bits[0].view(numpy.uint8), bitorder="little")[: self._num_tokens].astype(bool)
+
+
+class Grammar:
+    """A JSON schema for one backbone's tokens.
+
+    Args:
+        matcher: llguidance's, at the beginning.
+        num_tokens: Of the vocabulary.
+    """
+
+    def __init__(self, matcher: Any, num_tokens: int) -> None:
+        self._matcher, self._num_tokens = matcher, num_tokens
+
+    def start(self) -> GrammarState:
+        """The state of a new text."""
+        return GrammarState(self._matcher.deep_copy(), self._num_tokens)
+
+
+def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> Grammar:
+    """A JSON schema as a grammar; may take some 50 ms, without Python's lock.
+
+    Args:
+        backbone: Whose tokens are used.
+        schema: The schema, as JSON text or an object.
+
+    Raises:
+        RequestError: It is no schema, too large, uses what is not supported, or nothing fits it; or the tokenizer
+            cannot be used for this.
+        ConfigError: llguidance is not installed.
+    """
+    library = import_llguidance()
+    text = check_json_schema(schema)
+    tokenizer = _tokenizer(backbone)
+    grammar = library.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE})
+    matcher = library.LLMatcher(tokenizer, grammar, log_level=0, limits=library.LLParserLimits(**_LIMITS))
+    reason = _reason(matcher) if matcher.is_error() else ""
+    if not reason and not _fits_anything(Grammar(matcher, tokenizer.vocab_size), tokenizer.vocab_size):
+        reason = "nothing fits it"
+    if reason:
+        raise RequestError(
+            f"the JSON schema cannot be used: {reason}.",
+            hint='leave that out of the schema, or use {"type": "object"}.',
+        )
+    return Grammar(matcher, tokenizer.vocab_size)
+
+
+def _fits_anything(grammar: Grammar, vocab_size: int) -> bool:
+    try:
+        return bool(grammar.start().allowed(vocab_size).any())
+    except RequestError:
+        return False
+
+
+def check_json_schema(schema: str | Mapping[str, Any]) -> str:
+    """A schema as compact JSON text.
+
+    Raises:
+        RequestError: It is not JSON, no object, or too large.
+    """
+    hint = 'write an object such as {"type": "object", "properties": {"name": {"type": "string"}}}.'
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"the JSON schema is not JSON: {error}.", hint=hint) from None
+    if not isinstance(value, Mapping):
+        raise RequestError("the JSON schema is not an object.", hint=hint)
+    if len(text) > _MAX_SCHEMA_LENGTH:
+        raise RequestError(
+            f"the JSON schema has {len(text):,} characters; at most {_MAX_SCHEMA_LENGTH:,} are allowed.",
+            hint="leave out descriptions and examples.",
+        )
+    if _depth(text) > _MAX_DEPTH:
+        raise RequestError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep.", hint="use $defs and $ref.")
+    return text
+
+
+def read_json_schema(value: str) -> str:
+    """A schema as compact JSON text, from such a text or from a file.
+
+    Raises:
+        RequestError: It cannot be read, or as `check_json_schema`.
+    """
+    if value.lstrip().startswith("{"):
+        return check_json_schema(value)
+    try:
+        with Path(value).expanduser().open(encoding="utf-8") as file:
+            text = file.read(4 * _MAX_SCHEMA_LENGTH)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise RequestError(f"{value!r} cannot be read: {reason}.", hint="give a file with a JSON schema.") from None
+    return check_json_schema(text)
+
+
+def _depth(text: str) -> int:
+    """At most how deep a JSON text is nested; brackets within strings count too."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _tokenizer(backbone: Backbone) -> Any:
+    """Llguidance's view of a backbone's tokens; made once, which takes about a second."""
+    tokenizer = backbone.tokenizer_cache.get("llguidance")
+    if tokenizer is None:
+        library = import_llguidance()
+        size = max(int(backbone.model.get_output_embeddings().weight.shape[0]), len(backbone.tokenizer))
+        try:
+            tokenizer = library.hf.from_tokenizer(backbone.tokenizer, n_vocab=size, eos_token=backbone.eos_id)
+        except Exception as error:
+            raise RequestError(
+                f"the tokenizer of {backbone.name!r} cannot be used for JSON schemas: {error}.",
+                hint="ask for the form in the prompt, or use a backbone with a fast tokenizer.",
+            ) from error
+        backbone.tokenizer_cache["llguidance"] = tokenizer
+    return tokenizer
+
+
+def _reason(matcher: Any) -> str:
+    return str(matcher.get_error()).strip().splitlines()[0].rstrip(".")[:300]
+
+
+def constrain(grammar: Grammar, start: int, eos_id: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A logits processor for transformers: every row's text, from `start` on, follows the grammar."""
+    states: list[GrammarState] = []
+
+    def apply(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if states:
+            for state, token in zip(states, input_ids[:, -1].tolist(), strict=True):
+                # Rows that have ended go on as padding.
+                if not state.finished and token != eos_id and input_ids.shape[1] > start:
+                    state.accept(token)
+        else:
+            states.extend(grammar.start() for _ in range(len(scores)))
+        allowed = torch.zeros_like(scores, dtype=torch.bool)
+        for row, state in enumerate(states):
+            if state.finished:
+                allowed[row, eos_id] = True
+            else:
+                allowed[row] = state.allowed(scores.shape[1]).to(scores.device)
+        return scores.masked_fill(~allowed, float("-inf"))
+
+    return apply

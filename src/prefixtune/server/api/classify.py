@@ -1,0 +1,178 @@
+"""`/classify`: labels of texts, by a prefix that classifies or tags, in vLLM's shape.
+
+The model works on a batch of texts at a time, between two steps of the engine, so that streams go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from fastapi import Response
+
+from prefixtune.data.labels import labels_of
+from prefixtune.engine.request import EngineFull
+from prefixtune.errors import ConfigError, RequestError
+from prefixtune.inference.classify import EncodedTexts, Prediction, encode_to_classify, encode_to_tag
+from prefixtune.inference.config import ClassifyConfig
+from prefixtune.server.api.body import read_json
+from prefixtune.server.api.endpoint import GenerationContext, RequestContext
+from prefixtune.server.api.generation import deadline_exceeded
+from prefixtune.server.api.openapi import api_router, errors, json_body
+from prefixtune.server.api.prompting import run_in_turn
+from prefixtune.server.api.protocol import ClassifyRequest, parse
+from prefixtune.server.api.schemas import Classification
+from prefixtune.server.api.streaming import run_until_disconnect
+from prefixtune.server.models.catalog import ServedModel
+from prefixtune.server.responses import bad_request, json_response, unavailable
+
+__all__ = ["router"]
+
+
+router = api_router(401, 403, 404, 429, 500, 503, 504)
+
+
+@router.post(
+    "/classify",
+    name="classify",
+    response_model=Classification,
+    responses=errors(400, 408, 413, 415),
+    openapi_extra=json_body(ClassifyRequest, model="NAME", input=["a text", "another"]),
+)
+async def create_classification(context: GenerationContext) -> Response:
+    """Classify or tag texts.
+
+    `labels`, `probs` and `num_classes` are vLLM's; a prefix that tags gives `tokens`, each with these.
+    """
+    state = context.state
+    request = await read_json(context, partial(parse, ClassifyRequest, limits=state.limits))
+    model = await state.catalog.load(request.model, context.caller)
+    if state.config.log_prompts:
+        context.log_fields["input"] = request.texts
+    _check_kind(request, model)
+    texts = request.texts
+    context.exit_stack.enter_context(state.admission.admit(len(texts), context.tenant))
+    encoded = await _encode(context, request, model)
+    num_tokens = sum(map(len, encoded.prompts))
+    context.log_fields |= {"model": model.name, "prompt_tokens": num_tokens}
+    state.metrics.prompt(model.names, num_tokens)
+    predictions = await _predict(context, encoded)
+    tags = encoded.labels.kind == "tagging"
+    data = [
+        {"index": index, **(_tagged(_words(texts[index]), one) if tags else _label(one[0]))}
+        for index, one in enumerate(predictions)
+    ]
+    body = {
+        "id": f"classify-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model.name,
+        "data": data,
+        "usage": {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens},
+    }
+    return json_response(body, headers=context.headers)
+
+
+def _check_kind(request: ClassifyRequest, model: ServedModel) -> None:
+    """Refuse a model that gives no labels, and labels or lists of words where there is no use for them."""
+    stored = labels_of(model.prefix)
+    if model.prefix is not None and stored is None:
+        raise bad_request(
+            f"the prefix {model.name!r} generates texts and gives no labels.",
+            "model",
+            "not_a_classifier",
+            hint="use /v1/completions or /v1/tasks, or name a prefix that was trained for classification or tagging.",
+        )
+    if model.prefix is None and not request.labels:
+        raise bad_request(
+            f"{model.name!r} is the bare backbone, which needs labels to choose from.",
+            "labels",
+            hint='give "labels": ["a", "b"], or name a prefix that was trained for classification or tagging.',
+        )
+    if model.prefix is not None and request.labels:
+        raise bad_request(f"the prefix {model.name!r} has labels of its own.", "labels", hint="leave it out.")
+    if (stored is None or stored.kind != "tagging") and not all(isinstance(text, str) for text in request.texts):
+        raise bad_request(f"{model.name!r} classifies whole texts.", "input", hint="give texts, not lists of words.")
+
+
+def _words(text: str | Sequence[str]) -> list[str]:
+    return text.split() if isinstance(text, str) else list(text)
+
+
+async def _encode(context: RequestContext, request: ClassifyRequest, model: ServedModel) -> EncodedTexts:
+    """The texts as token ids, in the prefix's text format.
+
+    Raises:
+        ApiError: A text cannot be labelled.
+    """
+    backbone, stored = context.state.backbone, labels_of(model.prefix)
+    config = ClassifyConfig(on_too_long=context.state.config.on_too_long)
+    cut: list[int] = []
+
+    def encode() -> EncodedTexts:
+        if model.prefix is not None and stored is not None and stored.kind == "tagging":
+            return encode_to_tag(backbone, [_words(text) for text in request.texts], model.prefix)
+        texts = [str(text) for text in request.texts]
+        labels = request.labels
+        return encode_to_classify(backbone, texts, model.prefix, labels=labels, config=config, on_cut=cut.extend)
+
+    try:
+        encoded = await run_in_turn(context, encode)
+    except (RequestError, ConfigError) as error:
+        raise bad_request(error.message, "input", hint=error.hint) from None
+    if cut:
+        context.headers["x-prefixtune-cut-texts"] = context.log_fields["cut_texts"] = str(len(cut))
+    return encoded
+
+
+async def _predict(context: RequestContext, encoded: EncodedTexts) -> list[list[Prediction]]:
+    """The labels of all texts, a batch at a time between two steps of the engine.
+
+    Raises:
+        ApiError: The time is over, or the engine accepts no work.
+        ClientDisconnect: The client disconnected.
+    """
+    worker = context.state.worker
+    results: dict[int, list[Prediction]] = {}
+
+    async def predict() -> None:
+        for rows in _batches(encoded, context.state.config.prefill_tokens):
+            call = worker.call(lambda backbone, rows=rows: encoded.on(backbone).predict(rows))  # type: ignore[misc]
+            found = await asyncio.wrap_future(call)
+            results.update(zip(rows, found, strict=True))
+
+    try:
+        async with asyncio.timeout(context.remaining):
+            await run_until_disconnect(context.request.receive, predict())
+    except TimeoutError:
+        raise deadline_exceeded(context) from None
+    except EngineFull as error:
+        raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
+    return [results[row] for row in range(len(encoded.prompts))]
+
+
+def _batches(encoded: EncodedTexts, max_tokens: int) -> Iterator[list[int]]:
+    """Texts of similar length together, with padding at most that many tokens; at least one text."""
+    extra = sum(map(len, encoded.words))
+    batch: list[int] = []
+    for row in sorted(range(len(encoded.prompts)), key=lambda row: len(encoded.prompts[row])):
+        if batch and (len(batch) + 1) * (len(encoded.prompts[row]) + extra) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def _label(prediction: Prediction) -> dict[str, Any]:
+    probabilities = list(prediction.probabilities.values())
+    return {"label": prediction.label, "probs": probabilities, "num_classes": len(probabilities)}
+
+
+def _tagged(words: Sequence[str], predictions: Sequence[Prediction]) -> dict[str, Any]:
+    tokens = [{"token": word, **_label(one)} for word, one in zip(words, predictions, strict=True)]
+    num_classes = tokens[0]["num_classes"]
+    return {"label": None, "probs": None, "num_classes": num_classes, "tokens": tokens}

@@ -1,0 +1,170 @@
+"""Output by a JSON schema: through `generate`, the engine and a real server, beside texts without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel
+
+from live_server import MODEL, LiveServer, make_model, make_prefix
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.errors import ConfigError, RequestError
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.grammar import compile_json_schema
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}, "required": ["a", "b"],
+     "additionalProperties": False},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+    {"enum": ["red", "green", None]},
+    {"type": "object", "properties": {"s": {"type": "string", "maxLength": 5}}, "required": ["s"],
+     "additionalProperties": False},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("json")
+    make_model(folder / MODEL)
+    (folder / "prefixes").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Any:
+    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    for seed, name in enumerate(("pubs", "facts")):
+        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, task="e2e")
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
+    server = LiveServer(folder / MODEL, folder / "prefixes").wait()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def valid(text: str, schema: dict[str, Any]) -> bool:
+    return bool(Draft202012Validator(schema).is_valid(json.loads(text)))
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=["object", "array", "enum", "text"])
+def test_one_running_batch_follows_every_schema_and_is_generates(backbone: Any, folder: Path, schema: Any) -> None:
+    prefix = load_prefix(folder / "prefixes" / "pubs.safetensors", backbone)
+    grammar = compile_json_schema(backbone, schema)
+    greedy, drawn = SamplingParams(max_new_tokens=200), SamplingParams(max_new_tokens=200, temperature=1.0, seed=3)
+    prompt = (5, 6, 7)
+    requests = [
+        Request(prompt, prefix, greedy, grammar=grammar),
+        Request(prompt, None, SamplingParams(max_new_tokens=30)),
+        Request(prompt, None, drawn, grammar=grammar, n=3),
+        Request(prompt, None, SamplingParams(max_new_tokens=200, frequency_penalty=2), grammar=grammar),
+    ]
+    engine = Engine(backbone)
+    outputs = engine.run(requests)
+    for request, texts in zip(requests, outputs, strict=True):
+        for output in texts:
+            assert request.grammar is None or output.finish_reason == "length" or valid(output.text, schema)
+    assert all(output.finish_reason == "stop" for output in outputs[2])
+    # What runs beside is what it is alone.
+    ((alone,),) = engine.run([requests[1]])
+    assert outputs[1][0].text == alone.text
+    config = GenerateConfig(max_new_tokens=200, response_schema=json.dumps(schema))
+    (ids,) = generate_ids(backbone, [list(prompt)], [prefix], config=config)
+    assert ids == [token.id for token in outputs[0][0].tokens]
+
+
+def test_a_batch_of_generate_has_a_grammar_for_every_row(backbone: Any) -> None:
+    config = {"max_new_tokens": 100, "temperature": 1.0, "seed": 4, "response_schema": json.dumps(SCHEMAS[1])}
+    outputs = generate(backbone, ["a", "bb ccc", "d"], config=config)
+    assert all(valid(output, SCHEMAS[1]) for output in outputs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client_gets_json(client: openai.OpenAI, stream: bool) -> None:
+    class Pub(BaseModel):
+        stars: int
+        open: bool
+
+    messages: Any = [{"role": "user", "content": "Hello!"}]
+    options: dict[str, Any] = {"model": "facts", "messages": messages, "max_tokens": 400, "seed": 5}
+    if stream:
+        with client.chat.completions.stream(**options, response_format=Pub) as events:
+            parsed = events.get_final_completion().choices[0]
+    else:
+        parsed = client.chat.completions.parse(**options, response_format=Pub).choices[0]
+    assert parsed.finish_reason == "stop"
+    assert isinstance(parsed.message.parsed, Pub)
+
+
+def test_json_objects_and_completions(client: openai.OpenAI) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMAS[0]}}
+    answer = client.completions.create(
+        model="pubs", prompt=["a", "b"], n=2, max_tokens=300, seed=1, extra_body={"response_format": schema}
+    )
+    assert all(valid(choice.text, SCHEMAS[0]) for choice in answer.choices)
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    messages: Any = [{"role": "user", "content": "Hello!"}]
+    chat = client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=20, response_format={"type": "json_object"}
+    )
+    assert str(chat.choices[0].message.content).startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "nonsense"}, "nonsense"),
+        ({"$ref": "http://example.com/schema"}, "example.com"),
+        ({"$ref": "#"}, "nothing fits it"),
+        ({"enum": ["x" * 70_000]}, "at most 65,536"),
+        ({"not": {}}, "not"),
+        ({"type": "string", "description": "[" * 65}, "nested"),
+    ],
+)
+def test_schemas_that_cannot_be_used(client: openai.OpenAI, backbone: Any, schema: Any, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        compile_json_schema(backbone, schema)
+    messages: Any = [{"role": "user", "content": "Hello!"}]
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=words) as error:
+        client.chat.completions.create(model="facts", messages=messages, response_format=form)
+    assert error.value.param == "response_format"
+
+
+def test_generates_options_say_what_is_wrong_before_the_model_loads(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    assert GenerateConfig(response_schema=str(tmp_path / "schema.json")).response_schema == '{"type":"object"}'
+    (tmp_path / "wrong.json").write_text("[1")
+    for value, words in ((str(tmp_path / "none.json"), "No such file"), (str(tmp_path / "wrong.json"), "not JSON")):
+        with pytest.raises(ConfigError, match=words):
+            GenerateConfig(response_schema=value)
+    with pytest.raises(ConfigError, match="num_beams"):
+        GenerateConfig(response_schema="{}", num_beams=2)
+
+
+def test_without_the_extra_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, backbone: Any) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ConfigError, match="llguidance") as error:
+        compile_json_schema(backbone, {})
+    assert "prefixtune[json]" in error.value.hint
+    with pytest.raises(ConfigError, match=r"prefixtune\[json\]"):
+        GenerateConfig(response_schema="{}")

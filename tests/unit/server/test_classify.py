@@ -1,0 +1,135 @@
+"""`/classify`: the labels of `classify` and `tag`, in vLLM's shape, while texts are generated."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from asgi_client import send
+from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.inference.classify import classify, tag
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Head, Prefix
+
+TEXTS = ["a b c", "soup", "Aromi is a pub by the river", "x y", "z"]
+
+
+@pytest.fixture
+def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Callable[..., Any]) -> Any:
+    app, state = make_server(prefill_tokens=16)
+    width = backbone.model.config.hidden_size
+    labels = {
+        "head": {"kind": "classification", "by": "head", "names": ["bad", "good", "none"]},
+        "words": {"kind": "classification", "by": "words", "names": ["no", "yes"], "words": ["no", "yes"]},
+        "tags": {"kind": "tagging", "by": "head", "names": ["B", "I"]},
+    }
+    for seed, (name, facts) in enumerate(labels.items()):
+        generator = torch.Generator().manual_seed(seed)
+        count = len(facts["names"])
+        head = None
+        if facts["by"] == "head":
+            head = Head(torch.randn(count, width, generator=generator), torch.randn(count, generator=generator))
+        header = make_header(backbone, task=facts["kind"], labels=facts)
+        prefix = Prefix(random_prefix(backbone, 3, seed).layers, header, head)
+        save_prefix(state.store.folder / f"{name}.safetensors", prefix)
+    state.store.reload()
+    return app, state
+
+
+def loaded(server: Any, backbone: Any, name: str) -> Prefix:
+    return load_prefix(server[1].store.folder / f"{name}.safetensors", backbone)
+
+
+@pytest.mark.parametrize("name", ["head", "words"])
+def test_the_labels_are_classifys(server: Any, backbone: Any, name: str) -> None:
+    body = {"model": name, "input": TEXTS}
+    response = asyncio.run(send(server[0], "POST", "/classify", body)).json
+    expected = classify(backbone, TEXTS, loaded(server, backbone, name))
+    assert response["object"] == "list"
+    assert response["model"] == name
+    assert response["usage"]["prompt_tokens"] == response["usage"]["total_tokens"] > 0
+    for index, (item, prediction) in enumerate(zip(response["data"], expected, strict=True)):
+        assert (item["index"], item["label"]) == (index, prediction.label)
+        assert item["probs"] == pytest.approx(list(prediction.probabilities.values()), abs=1e-5)
+        assert item["num_classes"] == len(item["probs"])
+    (one,) = asyncio.run(send(server[0], "POST", "/classify", {"model": name, "input": TEXTS[2]})).json["data"]
+    assert one["probs"] == pytest.approx(response["data"][2]["probs"], abs=1e-5)
+
+
+def test_the_bare_backbone_chooses_from_labels(server: Any, backbone: Any) -> None:
+    body = {"model": "tiny", "input": TEXTS, "labels": ["yes", "no", "perhaps"]}
+    response = asyncio.run(send(server[0], "POST", "/classify", body)).json
+    expected = classify(backbone, TEXTS, labels=["yes", "no", "perhaps"])
+    assert [item["label"] for item in response["data"]] == [one.label for one in expected]
+
+
+def test_tags_are_those_of_tag(server: Any, backbone: Any) -> None:
+    texts = [text.split() for text in TEXTS]
+    expected = tag(backbone, texts, loaded(server, backbone, "tags"))
+    for sent in (TEXTS, texts):
+        response = asyncio.run(send(server[0], "POST", "/classify", {"model": "tags", "input": sent})).json
+        for item, words, predictions in zip(response["data"], texts, expected, strict=True):
+            assert (item["label"], item["probs"], item["num_classes"]) == (None, None, 2)
+            assert [token["token"] for token in item["tokens"]] == words
+            assert [token["label"] for token in item["tokens"]] == [one.label for one in predictions]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"model": "a", "input": "x"}, "model", "generates texts"),
+        ({"model": "tiny", "input": "x"}, "labels", "bare backbone"),
+        ({"model": "head", "input": "x", "labels": ["a", "b"]}, "labels", "labels of its own"),
+        ({"model": "head", "input": [["x"]]}, "input", "whole texts"),
+        ({"model": "head", "input": []}, "input", "none of them empty"),
+        ({"model": "head", "input": [1]}, "input", "a list of texts"),
+        ({"model": "head", "input": ["x"] * 129}, "input", "at most"),
+        ({"model": "head", "inputs": "x"}, "input", "missing"),
+        ({"model": "head", "input": "x " * 600}, "input", "positions"),
+    ],
+)
+def test_what_is_refused(server: Any, body: dict[str, Any], param: str, words: str) -> None:
+    response = asyncio.run(send(server[0], "POST", "/classify", body))
+    error = response.json["error"]
+    assert response.status == 400
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+def test_texts_are_generated_meanwhile(server: Any) -> None:
+    """A batch is labelled between two steps: nobody waits for all of them."""
+    app, state = server
+    order: list[str] = []
+    step, call = state.engine.step, state.worker.call
+
+    def stepped() -> Any:
+        order.append("step")
+        return step()
+
+    def called(work: Any) -> Any:
+        def noted(backbone: Any) -> Any:
+            order.append("batch")
+            return work(backbone)
+
+        return call(noted)
+
+    state.engine.step, state.worker.call = stepped, called
+    text = {"model": "a", "prompt": "hi", "max_tokens": 200, "temperature": 0}
+
+    async def both() -> list[Any]:
+        writing = asyncio.ensure_future(send(app, "POST", "/v1/completions", text))
+        while len(order) < 3:
+            await asyncio.sleep(0.001)
+        return await asyncio.gather(writing, send(app, "POST", "/classify", {"model": "head", "input": TEXTS * 4}))
+
+    written, labelled = asyncio.run(both())
+    assert (written.status, labelled.status) == (200, 200)
+    batches = [index for index, what in enumerate(order) if what == "batch"]
+    assert len(batches) > 5
+    between = [later - earlier for earlier, later in itertools.pairwise(batches)]
+    assert min(between) > 1
