@@ -50,7 +50,7 @@ def test_the_labels_are_classifys(server: Any, backbone: Any, name: str) -> None
     body = {"model": name, "input": TEXTS}
     response = asyncio.run(send(server[0], "POST", "/classify", body)).json
     expected = classify(backbone, TEXTS, loaded(server, backbone, name))
-    assert response["object"] == "list"
+    assert response.get("object") == "list", response
     assert response["model"] == name
     assert response["usage"]["prompt_tokens"] == response["usage"]["total_tokens"] > 0
     for index, (item, prediction) in enumerate(zip(response["data"], expected, strict=True)):
@@ -88,7 +88,7 @@ def test_tags_are_those_of_tag(server: Any, backbone: Any) -> None:
         ({"model": "head", "input": [["x"]]}, "input", "whole texts"),
         ({"model": "head", "input": []}, "input", "none of them empty"),
         ({"model": "head", "input": [1]}, "input", "a list of texts"),
-        ({"model": "head", "input": ["x"] * 129}, "input", "at most"),
+        ({"model": "head", "input": ["x"] * 33}, "input", "at most"),
         ({"model": "head", "inputs": "x"}, "input", "missing"),
         ({"model": "head", "input": "x " * 600}, "input", "positions"),
     ],

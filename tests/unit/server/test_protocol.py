@@ -176,7 +176,7 @@ def test_a_hint_lists_ignored_fields_and_no_unsupported_ones() -> None:
     assert "Known: include_obfuscation, include_usage." in message
     message = refused(completion, foo=1).message
     assert "user" in message
-    assert "logit_bias" not in message
+    assert "best_of" not in message
 
 
 def test_a_part_that_is_no_text_part_is_answered_with_an_example() -> None:
