@@ -233,7 +233,9 @@ def read_outline(path: Path) -> Outline:
     return Outline(header, shapes)
 
 
-def incompatibilities(outline: Outline, geometry: Geometry, name: str, fingerprint: str | None = None) -> list[str]:
+def incompatibilities(
+    outline: Outline, geometry: Geometry, name: str, fingerprint: str | None = None, *, classifies: bool = False
+) -> list[str]:
     """Why a prefix cannot be served in front of a model's text; empty: no reason is known.
 
     Args:
@@ -241,9 +243,12 @@ def incompatibilities(outline: Outline, geometry: Geometry, name: str, fingerpri
         geometry: The model's.
         name: The model's, for messages.
         fingerprint: The model's; None: weights are not compared.
+        classifies: Prefixes that classify or tag are served too.
     """
-    header, shapes, reasons = outline.header, outline.shapes, []
-    if "head.weight" in shapes or header.get("labels"):
+    header, shapes, reasons = outline.header, dict(outline.shapes), list[str]()
+    if classifies:
+        reasons += _faults_of_labels(header.get("labels"), shapes.pop("head.weight", ()), shapes.pop("head.bias", ()))
+    elif "head.weight" in shapes or header.get("labels"):
         reasons.append("it classifies, and writes no text")
     if header.get("adapter"):
         reasons.append("it was trained together with a LoRA adapter")
@@ -259,6 +264,27 @@ def incompatibilities(outline: Outline, geometry: Geometry, name: str, fingerpri
         if not fingerprints_match(str(stored), fingerprint):
             reasons.append(f"it was trained for other weights than those of {name!r}")
     return reasons
+
+
+def _faults_of_labels(labels: Any, weight: tuple[int, ...], bias: tuple[int, ...]) -> list[str]:
+    """What is wrong with the labels in a header and with the shapes of the head; nothing of both is right."""
+    if not labels and not weight and not bias:
+        return []
+    if not isinstance(labels, Mapping):
+        return ["it has a head, but no labels"]
+    names, words = labels.get("names"), labels.get("words") or []
+    lists = (names, words)
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
+        return ["its labels are no texts"]
+    kind, by = labels.get("kind"), labels.get("by")
+    if (kind, by) not in (("classification", "head"), ("classification", "words"), ("tagging", "head")):
+        return ["its kind of labels is unknown"]
+    count = len(names or ())
+    if count < 2 or (by == "words" and (len(words) != count or weight or bias)):
+        return ["its labels and their words do not match"]
+    if by == "head" and (len(weight) != 2 or weight[0] != count or bias != (count,)):
+        return ["its head has not one row for each label"]
+    return []
 
 
 def _fits(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry) -> bool:

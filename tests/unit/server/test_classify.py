@@ -79,6 +79,43 @@ def test_tags_are_those_of_tag(server: Any, backbone: Any) -> None:
             assert [token["label"] for token in item["tokens"]] == [one.label for one in predictions]
 
 
+def test_a_prefix_with_labels_writes_no_text(server: Any) -> None:
+    for path, more in (("/v1/completions", {"prompt": "x"}), ("/v1/tasks/head", {"source": "x"})):
+        body = {**({"model": "head"} if path.startswith("/v1/comp") else {}), **more}
+        response = asyncio.run(send(server[0], "POST", path, body))
+        assert (response.status, response.code) == (400, "not_a_generator")
+        assert "/classify" in response.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"kind": "classification", "by": "head", "names": ["a", "b"]},
+        {"kind": "classification", "by": "head", "names": ["a", "b", 3]},
+        {"kind": "tagging", "by": "words", "names": ["a", "b", "c"], "words": ["a", "b", "c"]},
+        {"kind": "classification", "by": "words", "names": ["a", "b", "c"], "words": ["a"]},
+        {"names": "abc"},
+        ["a"],
+        None,
+    ],
+)
+@pytest.mark.parametrize("width", [0, 5])
+def test_files_whose_labels_do_not_fit_are_not_served(
+    server: Any, backbone: Any, random_prefix: Callable[..., Any], labels: Any, width: int
+) -> None:
+    app, state = server
+    size = width or backbone.model.config.hidden_size
+    prefix = random_prefix(backbone, 3, 0)
+    if width:
+        labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
+    head = Head(torch.zeros(3, size), torch.zeros(3))
+    header = {**make_header(backbone, task="x"), "labels": labels}
+    save_prefix(state.store.folder / "odd.safetensors", Prefix(prefix.layers, header, head))
+    state.store.reload()
+    assert "odd" in state.store.refused
+    assert asyncio.run(send(app, "POST", "/classify", {"model": "odd", "input": "x"})).status == 503
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [

@@ -258,12 +258,14 @@ WRONG = [
           ("include_usages", "stream_options", "Did you mean 'include_usage'?")),
     Wrong("tools", chat(tools=[{"type": "function"}]),
           400, "tools", "unsupported_field",
-          "'tools' is not supported: no function is called; ask for its arguments with response_format and a JSON schema.",
+          "'tools' is not supported: no function is called; ask for its arguments with response_format and a JSON "
+          "schema.",
           ("'tools' is not supported",)),
-    Wrong("JSON as the form of a reply", chat(response_format={"type": "json_object"}),
-          400, "response_format", "unsupported_field",
-          "'response_format' is not supported: only text is generated.",
-          ("'response_format' is not supported", "only text")),
+    Wrong("XML as the form of a reply", chat(response_format={"type": "xml"}),
+          400, "response_format", None,
+          '\'response_format\' is {"type": "xml"}, but must be one of {"type": "text"}, {"type": "json_object"} and '
+          '{"type": "json_schema", "json_schema": {"name": "...", "schema": {...}}}.',
+          ("'response_format'", "json_object", "json_schema")),
     Wrong("a presence penalty that is too high", completion(presence_penalty=3),
           400, "presence_penalty", None,
           "'presence_penalty' is 3, but must be a number between -2 and 2.",
@@ -446,7 +448,8 @@ WRONG = [
           ("'prompt'",), also=("'max_tokens'", '"5"')),
     Wrong("two unsupported fields", completion(tools=[1], best_of=2),
           400, "tools", "unsupported_field",
-          "'tools' is not supported: no function is called; ask for its arguments with response_format and a JSON schema.",
+          "'tools' is not supported: no function is called; ask for its arguments with response_format and a JSON "
+          "schema.",
           ("'tools' is not supported",), also=("'best_of' is not supported",)),
     # bodies
     Wrong("no body", (COMPLETIONS, b""),

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefixtune.data.labels import labels_of
 from prefixtune.engine.request import (
     ContextLengthError,
     EngineFull,
@@ -186,6 +187,9 @@ def start_generation(
         QueueFull: There is no room.
     """
     state = context.state
+    if labels_of(model.prefix) is not None:
+        message = f"the prefix {model.name!r} gives labels and writes no text."
+        raise bad_request(message, "model", "not_a_generator", hint="use /classify.")
     context.log_fields |= {"model": model.name, "prompt_tokens": sum(map(len, prompts))}
     requests = [
         Request(

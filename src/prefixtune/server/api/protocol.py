@@ -62,6 +62,9 @@ def _allow_null(schema: dict[str, Any]) -> None:
         if field.get("default", ...) is None:
             del field["default"]
         options = [option for option in field.pop("anyOf", ()) if option != {"type": "null"}]
+        for option in options:
+            if "patternProperties" in option:
+                option["additionalProperties"] = False
         if len(options) == 1 and "type" in options[0]:
             field |= options.pop()
         if options:

@@ -38,7 +38,10 @@ class PrefixValidator:
         """
         outline = read_outline(path)
         fingerprint = None if self.allow_other_backbone else self.backbone.fingerprint
-        reasons = incompatibilities(outline, self.backbone.geometry, self.backbone.name, fingerprint)
+        reasons = incompatibilities(outline, self.backbone.geometry, self.backbone.name, fingerprint, classifies=True)
+        width = _hidden_size(self.backbone)
+        if outline.shapes.get("head.weight", (0, width))[-1:] != (width,):
+            reasons.append(f"its head is not for hidden states of {width} numbers")
         num_bytes = outline.num_elements * self.backbone.dtype.itemsize
         if num_bytes > self.max_bytes:
             reasons.append(f"it takes {num_bytes:,} bytes, but all prefixes together may take {self.max_bytes:,}")
@@ -79,3 +82,8 @@ class PrefixValidator:
                 hint="serve in float32 or bfloat16.",
             )
         return prefix
+
+
+def _hidden_size(backbone: Backbone) -> int:
+    config = backbone.model.config.get_text_config(decoder=True)
+    return int(getattr(config, "hidden_size", 0) or config.d_model)
