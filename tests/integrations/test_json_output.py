@@ -96,6 +96,9 @@ def test_a_batch_of_generate_has_a_grammar_for_every_row(backbone: Any) -> None:
     config = {"max_new_tokens": 100, "temperature": 1.0, "seed": 4, "response_schema": json.dumps(SCHEMAS[1])}
     outputs = generate(backbone, ["a", "bb ccc", "d"], config=config)
     assert all(valid(output, SCHEMAS[1]) for output in outputs)
+    # A number ends where the model says so, and rows end at different times.
+    config |= {"response_schema": '{"type": "integer"}', "max_new_tokens": 60}
+    assert all(isinstance(json.loads(output), int) for output in generate(backbone, ["a", "b", "c"] * 4, config=config))
 
 
 @pytest.mark.parametrize("stream", [False, True])

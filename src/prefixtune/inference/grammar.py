@@ -238,7 +238,8 @@ def constrain(grammar: Grammar, start: int, eos_id: int) -> Callable[[torch.Tens
         if states:
             for state, token in zip(states, input_ids[:, -1].tolist(), strict=True):
                 # Rows that have ended go on as padding.
-                if not state.finished and token != eos_id and input_ids.shape[1] > start:
+                state.finished = state.finished or token == eos_id
+                if not state.finished and input_ids.shape[1] > start:
                     state.accept(token)
         else:
             states.extend(grammar.start() for _ in range(len(scores)))
