@@ -52,6 +52,7 @@ EXTRAS = {
         ("evaluate", "--prefix", "PREFIX", "--data", "places.jsonl", "--target", "text", "--metrics", "meteor"),
     ],
     "bertscore": [(*SCORE, "--metrics", "bertscore")],
+    "json": [("generate", "--prefix", "PREFIX", "--schema", '{"type": "object"}', "Aromi is Italian")],
     "ray": [("study", "length", "--config", "study.toml", "--output", "runs/study", "--ray", "2")],
     "export": [("export", "PREFIX", "--to", "onnx", "--output", "exported")],
 }

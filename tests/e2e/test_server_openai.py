@@ -241,7 +241,7 @@ def test_the_asynchronous_client_gets_the_same(server: LiveServer, target: str) 
 ERRORS: list[tuple[str, dict[str, Any], type[openai.APIStatusError], int, str | None, str | None]] = [
     ("me", {**GREEDY, "prompt": ""}, openai.BadRequestError, 400, "prompt", None),
     ("me", {**GREEDY, "prompt": "a", "top_p": 1.5}, openai.BadRequestError, 400, "top_p", None),
-    ("me", {**GREEDY, "prompt": "a", "echo": True}, openai.BadRequestError, 400, "echo", "unsupported_field"),
+    ("me", {**GREEDY, "prompt": "a", "best_of": 2}, openai.BadRequestError, 400, "best_of", "unsupported_field"),
     ("me", {**GREEDY, "prompt": "a" * 600}, openai.BadRequestError, 400, "prompt", "context_length_exceeded"),
     ("nobody", {**GREEDY, "prompt": "a"}, openai.AuthenticationError, 401, None, "invalid_api_key"),
     ("me", {**GREEDY, "prompt": "a", "model": "yours"}, openai.PermissionDeniedError, 403, None, "model_not_allowed"),
