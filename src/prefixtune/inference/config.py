@@ -129,10 +129,11 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
         from prefixtune.inference.grammar import import_llguidance, read_json_schema
 
         try:
+            schema = read_json_schema(value)
             import_llguidance()
-            return read_json_schema(value)
         except PrefixError as error:
             raise ValueError(f"cannot be used: {error.message.rstrip('.')}; {error.hint.rstrip('.')}") from None
+        return schema
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: ways of decoding that exclude each other."""
