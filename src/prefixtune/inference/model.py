@@ -16,18 +16,19 @@ from typing import Any, cast, overload
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import DEFAULT_BACKBONE, BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix
-from prefixtune.data.chat import Source, encode_chat, end_ids, has_chat_template
+from prefixtune.data.chat import has_chat_template
+from prefixtune.data.encoding import check_texts
 from prefixtune.errors import ConfigError, RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids, read_output
+from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import prepare_prompts
-from prefixtune.inference.streaming import stream, stream_ids
+from prefixtune.inference.streaming import stream
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.notebook import prefix_html
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat, read_text_format
+from prefixtune.prefix.text_format import read_text_format
 from prefixtune.utils.notebook import facts_html
 
 __all__ = ["Messages", "Model", "load"]
@@ -121,11 +122,10 @@ class Model:
             ConfigError: An option is wrong.
         """
         single = isinstance(texts, str) or _is_conversation(texts)
-        rows = [texts] if single else _as_rows(texts)
-        if rows and not isinstance(rows[0], str):
-            outputs = self._answer([_check_messages(row) for row in rows], options)
-        else:
-            outputs = generate(self.backbone, rows, self.prefix, **options)
+        rows = [texts] if single else texts
+        if isinstance(rows, Sequence):
+            rows = [row if isinstance(row, str) else self._source(row) for row in rows]
+        outputs = generate(self.backbone, rows, self.prefix, **options)
         return outputs[0] if single else outputs
 
     def chat(self, messages: str | Messages, **options: Any) -> str:
@@ -139,7 +139,8 @@ class Model:
             RequestError: It does not fit, or the model has no chat template.
             ConfigError: An option is wrong.
         """
-        return self._answer([_check_messages(_as_messages(messages))], options)[0]
+        source = self._source([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+        return generate(self.backbone, [source], self.prefix, **_answer_options(options))[0]
 
     def stream(self, text: str | Messages, **options: Any) -> Generator[str, None, None]:
         """Continue a text, or answer a conversation, in pieces as they are generated; joined, they are `generate`'s.
@@ -152,14 +153,9 @@ class Model:
             RequestError: It does not fit.
             ConfigError: An option is wrong.
         """
-        if isinstance(text, str):
-            return stream(self.backbone, text, self.prefix, **options)
-        messages = _check_messages(text)
-        if self._text_format is not None:
-            source = _last_message(messages) if self._reads_one_text else messages
-            return stream(self.backbone, source, self.prefix, **_answer_options(options))
-        config, ends = _answer_config(options), end_ids(self.backbone)
-        return stream_ids(self.backbone, self._encode(messages), self.prefix, config=config, ends=ends)
+        if not isinstance(text, str):
+            text, options = self._source(text), _answer_options(options)
+        return stream(self.backbone, text, self.prefix, **options)
 
     @overload
     def classify(self, texts: str, **options: Any) -> Prediction: ...
@@ -198,50 +194,44 @@ class Model:
         """
         from prefixtune.inference.pipeline import make_pipeline
 
-        return make_pipeline(self.backbone, self.prefix, self._prompt_ids, task, options)
+        return make_pipeline(self.backbone, self.prefix, self._prompt, task, options)
 
     # --- conversations -----------------------------------------------------------------------------------------------
 
-    @property
-    def _text_format(self) -> TextFormat | None:
-        return None if self.prefix is None else read_text_format(self.prefix.header)
+    def _source(self, messages: Any) -> Any:
+        """What `generate` reads of a conversation: all of it, or the last message in the prefix's own text format.
 
-    @property
-    def _reads_one_text(self) -> bool:
-        """Whether the prefix was trained with a text format of its own, which has room for one text."""
-        text_format = self._text_format
-        return text_format is not None and not text_format.is_chat
-
-    def _answer(self, conversations: Sequence[Messages], options: Mapping[str, Any]) -> list[str]:
-        if self._text_format is not None:
-            sources = [_last_message(messages) if self._reads_one_text else messages for messages in conversations]
-            return generate(self.backbone, sources, self.prefix, **_answer_options(options))
-        config, ends = _answer_config(options), end_ids(self.backbone)
-        prompts = [self._encode(messages) for messages in conversations]
-        outputs = generate_ids(
-            self.backbone, prompts, [self.prefix] * len(prompts), config=config, ends=[ends] * len(prompts)
-        )
-        form = TextFormat("{source}", "{target}")
-        return [read_output(self.backbone, ids, form, config) for ids in outputs]
-
-    def _prompt_ids(self, text: str | Messages, new_tokens: int) -> list[int]:
-        """The token ids of a text or a conversation, cut as in training."""
-        source: Source = text
-        if not isinstance(text, str):
-            messages = _check_messages(text)
-            if self._text_format is None:
-                return self._encode(messages)
-            source = _last_message(messages) if self._reads_one_text else messages
-        config = GenerateConfig(max_new_tokens=new_tokens)
-        return list(prepare_prompts(self.backbone, [source], [self.prefix], config).ids[0])
-
-    def _encode(self, messages: Messages) -> list[int]:
-        if not has_chat_template(self.backbone):
+        Raises:
+            RequestError: The model has no chat template.
+        """
+        if not _is_conversation(messages):
             raise RequestError(
-                f"{self.backbone.name!r} has no chat template: it was not trained for conversations.",
-                hint="give a text instead of messages, or load another model.",
+                f"the messages are {describe_value(messages)}, not a list of dicts.",
+                hint='write [{"role": "user", "content": "..."}].',
             )
-        return encode_chat(self.backbone, messages)
+        check_texts([messages])
+        text_format = None if self.prefix is None else read_text_format(self.prefix.header)
+        if text_format is None:
+            if not has_chat_template(self.backbone):
+                raise RequestError(
+                    f"{self.backbone.name!r} has no chat template: it was not trained for conversations.",
+                    hint="give a text instead of messages, or load another model.",
+                )
+        elif not text_format.is_chat:
+            if len(messages) > 1:
+                warnings.warn(
+                    "the prefix was trained on single texts: it reads the last message only, not those before it",
+                    stacklevel=3,
+                )
+            return messages[-1]["content"]
+        return list(messages)
+
+    def _prompt(self, text: str | Messages, new_tokens: int) -> tuple[list[int], tuple[int, ...]]:
+        """The token ids of a text or a conversation, cut as in training, and those that end an answer."""
+        source = text if isinstance(text, str) else self._source(text)
+        config = GenerateConfig(max_new_tokens=new_tokens)
+        prompts = prepare_prompts(self.backbone, [source], [self.prefix], config)
+        return list(prompts.ids[0]), prompts.ends[0]
 
     def __repr__(self) -> str:
         return f"Model({self.backbone!r}, {self.prefix!r})"
@@ -305,69 +295,5 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _as_rows(texts: Any) -> list[Any]:
-    """Texts or conversations, all of one kind.
-
-    Raises:
-        RequestError: It is something else.
-    """
-    if not isinstance(texts, Sequence):
-        raise RequestError(
-            f"texts is {describe_value(texts)}, not a text or a list of them.", hint='write "a text" or [text, text].'
-        )
-    rows = list(texts)
-    if rows and len({isinstance(row, str) for row in rows}) > 1:
-        raise RequestError(
-            "the list holds texts and conversations.", hint="generate for each kind in a call of its own."
-        )
-    return rows
-
-
-def _as_messages(messages: str | Messages) -> Messages:
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-
-
-def _check_messages(messages: Any) -> Messages:
-    """The messages, if a chat template can read them.
-
-    Raises:
-        RequestError: They are something else, or end with an answer.
-    """
-    hint = 'write [{"role": "user", "content": "..."}].'
-    if not _is_conversation(messages):
-        raise RequestError(f"the messages are {describe_value(messages)}, not a list of dicts.", hint=hint)
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise RequestError(
-                f"message {number} is {describe_value(message)}, without a role and a content that are texts.",
-                hint=hint,
-            )
-    if messages[-1]["role"] != "user":
-        raise RequestError(
-            f"the last message is of role {messages[-1]['role'][:40]!r}, but only a user's is answered.", hint=hint
-        )
-    return cast(Messages, messages)
-
-
-def _last_message(messages: Messages) -> str:
-    """What a prefix for single texts reads of a conversation; a warning says what it does not."""
-    if len(messages) > 1:
-        warnings.warn(
-            "the prefix was trained on single texts: it reads the last message only, not those before it",
-            stacklevel=4,
-        )
-    return messages[-1]["content"]
-
-
 def _answer_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options) if options.get("config") is not None else {"max_new_tokens": _ANSWER_TOKENS, **options}
-
-
-def _answer_config(options: Mapping[str, Any]) -> GenerateConfig:
-    """The options of an answer through the chat template.
-
-    Raises:
-        ConfigError: One is unknown or wrong.
-    """
-    options = _answer_options(options)
-    return GenerateConfig.from_arguments(options.pop("config", None), options)

@@ -47,8 +47,8 @@ _REFUSED = (
 """Options of transformers' `generate` that would take the prefix's place."""
 
 
-Encode = Callable[[Any, int], list[int]]
-"""A text or messages, and how many tokens are to follow -> token ids, as in `generate`."""
+Encode = Callable[[Any, int], tuple[list[int], tuple[int, ...]]]
+"""A text or messages, and how many tokens are to follow -> token ids as in `generate`, and those that end an answer."""
 
 
 def make_pipeline(
@@ -103,9 +103,18 @@ class PrefixTextGeneration(TextGenerationPipeline):  # type: ignore[misc]
         given = {**getattr(self, "_generate_kwargs", {}), **settings}
         limits = [given.get("max_new_tokens"), getattr(given.get("generation_config"), "max_new_tokens", None)]
         new_tokens = next((limit for limit in limits if limit), 1)
-        ids = self.encode(getattr(prompt_text, "messages", prompt_text), new_tokens)
+        ids, ends = self.encode(getattr(prompt_text, "messages", prompt_text), new_tokens)
         rows = torch.tensor([ids])
-        return {"input_ids": rows, "attention_mask": torch.ones_like(rows), "prompt_text": prompt_text}
+        mask = torch.ones_like(rows)
+        return {"input_ids": rows, "attention_mask": mask, "prompt_text": prompt_text, "ends": ends}
+
+    def _forward(self, model_inputs: dict[str, Any], **options: Any) -> Any:
+        ends = model_inputs.pop("ends")
+        # In a batch, a list of each row's.
+        flat = {end for row in ends for end in (row if isinstance(row, tuple) else (row,))}
+        if flat and not getattr(options.get("generation_config"), "eos_token_id", None):
+            options.setdefault("eos_token_id", sorted({self.tokenizer.eos_token_id, *flat}))
+        return super()._forward(model_inputs, **options)
 
 
 class PrefixTextClassification(TextClassificationPipeline):  # type: ignore[misc]

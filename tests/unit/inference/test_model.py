@@ -130,11 +130,16 @@ def test_what_is_wrong_gets_one_line(
     backbone: Backbone, make_prefix: Callable[..., Prefix], tiny_backbone: Callable[..., Any]
 ) -> None:
     model = load(backbone, make_prefix())
-    wrong: list[list[dict[str, str]]] = [[], [{"role": "user"}], [{"content": "hello"}]]
+    wrong: list[list[dict[str, str]]] = [
+        [],
+        [{"role": "user"}],
+        [{"content": "hello"}],
+        [{"role": "user", "content": ""}],
+    ]
     for messages in wrong:
         with pytest.raises(RequestError):
             model.chat(messages)
-    with pytest.raises(RequestError, match="only a user's is answered"):
+    with pytest.raises(RequestError, match="ends with"):
         model.chat(TALK[:2])
     with pytest.raises(ConfigError, match="max_new_tokens"):
         model.chat(TALK, max_new_tokens="4")

@@ -80,7 +80,7 @@ def test_options_of_transformers(backbone: Backbone, make_model: Callable[..., M
     several = pipe("some text", do_sample=True, num_return_sequences=5, temperature=1.5)
     assert len({row["generated_text"] for row in several}) > 1
     (ids,) = pipe("some text", return_full_text=None, return_tensors=True)
-    prompt = len(model._prompt_ids("some text", 6))
+    prompt = len(model._prompt("some text", 6)[0])
     assert len(ids["generated_token_ids"]) <= prompt + 6, "the prefix takes no place among the ids"
     total = pipe("some text", max_length=prompt + 2, max_new_tokens=None)[0]["generated_text"].strip()
     assert total == model.generate("some text", max_new_tokens=2)
@@ -91,7 +91,7 @@ def test_a_streamer_does_not_see_the_prefix(backbone: Backbone, make_model: Call
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=False)
     model.pipeline(**GREEDY)("some text", streamer=streamer)
     shown = "".join(streamer)
-    assert shown.startswith(model.tokenizer.decode(model._prompt_ids("some text", 6)))
+    assert shown.startswith(model.tokenizer.decode(model._prompt("some text", 6)[0]))
     assert shown.rstrip().removesuffix(backbone.end).rstrip().endswith(model.generate("some text", max_new_tokens=6))
 
 
