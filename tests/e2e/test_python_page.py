@@ -1,0 +1,52 @@
+"""The snippets of docs/python.md, one after the other, with a hub that is a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard
+
+from prefixtune.backbone.packaged import pretrained_folder
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if pretrained_folder("smollm2-135m") is None:
+        pytest.skip("the embedded backbone is not prepared here (`prefixtune prepare`)")
+    hub = tmp_path / "hub"
+
+    def create_repo(self: Any, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        assert private
+        (hub / repo_id).mkdir(parents=True)
+
+    def create_commit(self: Any, repo_id: str, operations: Any, **_: Any) -> Any:
+        for operation in operations:
+            with operation.as_file() as file:
+                (hub / repo_id / operation.path_in_repo).write_bytes(file.read())
+        return SimpleNamespace(commit_url=str(hub / repo_id))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr("prefixtune.prefix.hub.download", lambda repo_id, **_: hub / repo_id / "prefix.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert len(blocks) == 9
+    for block in blocks:
+        short = block.replace("max_steps=20", "max_steps=2").replace("max_new_tokens=24", "max_new_tokens=4")
+        exec(compile(short, str(PAGE), "exec"), names)
+    assert names["theirs"].equal(names["model"].prefix)
+    card = ModelCard.load(hub / "me" / "bookings-prefix" / "README.md")
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.data.eval_results[0].metric_type == "bleu"
+    assert (tmp_path / "runs" / "trainer" / "prefix.safetensors").exists()
+    out = capsys.readouterr().out
+    assert "Prediction(label=" in out
