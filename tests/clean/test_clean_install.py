@@ -55,6 +55,7 @@ EXTRAS = {
     "json": [("generate", "--prefix", "PREFIX", "--schema", '{"type": "object"}', "Aromi is Italian")],
     "ray": [("study", "length", "--config", "study.toml", "--output", "runs/study", "--ray", "2")],
     "export": [("export", "PREFIX", "--to", "onnx", "--output", "exported")],
+    "lm-eval": [("lm-eval", "--tasks", "arc_easy")],
 }
 """Every optional extra, and commands that need it."""
 
@@ -73,7 +74,16 @@ def test_the_core_dependencies_alone_are_there(machine: Machine) -> None:
 def test_every_module_imports_without_the_extras(machine: Machine) -> None:
     out, _ = machine.run("python", "-c", IMPORTS)
     missing = json.loads(out)
-    assert set(missing.values()) <= {"fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "vllm"}
+    assert set(missing.values()) <= {
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "h11",
+        "prometheus_client",
+        "vllm",
+        "lm_eval",
+        "datasets",
+    }
     assert all(name.startswith(("prefixtune.server.", "prefixtune.interop.vllm.")) for name in missing)
 
 
