@@ -123,6 +123,16 @@ def test_ones_own_columns_and_class_names(tmp_path: Path):
     assert read_task("tagging", tagged, target="ner_tags")[0].targets == ("B-TRAIN I-TRAIN",)
 
 
+def test_a_set_whose_form_is_recognized(tmp_path: Path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    folder = save_splits(tmp_path / "set", train=[{"messages": turns}], validation=[{"messages": turns * 2}])
+    (example,) = read_task("records", folder, split="dev", needs_targets=True)
+    assert (example.source, example.targets, len(example.messages)) == ("Hi", ("Hello.",), 3)
+    wrong = save(tmp_path / "wrong", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}])
+    with pytest.raises(DataError, match=r"wrong, row 2: column 'completion' holds nothing \(null\)"):
+        read_task("records", wrong, needs_targets=True)
+
+
 def test_splits(tmp_path: Path):
     rows = {
         name: [{"document": f"{name}.", "summary": f"{name}!"}] for name in ("train", "validation", "test_seen", "test")
@@ -182,8 +192,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """What the hub was asked for; it has a set of two splits."""
     calls: list[tuple[str, str | None]] = []
 
-    def load(name: str, configuration: str | None) -> Any:
-        calls.append((name, configuration))
+    def load(name: str, configuration: str | None, revision: str | None = None) -> Any:
+        calls.append((name, f"{configuration}#{revision}" if revision else configuration))
         if name != "GEM/xsum":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist.\nMore.")
         parts = {part: [{"document": f"{part}.", "summary": "x"}] for part in ("train", "validation")}
@@ -198,6 +208,10 @@ def test_the_hub_is_asked_only_where_it_is_named(tmp_path: Path, asked: list[tup
     assert read_task("xsum", "hub:GEM/xsum:small@train")[0].source == "train."
     assert asked[0] == ("GEM/xsum", None)
     assert asked[-1] == ("GEM/xsum", "small")
+    assert read_task("xsum", "hub:GEM/xsum:small#v1.0", split="dev")[0].source == "validation."
+    assert asked[-1] == ("GEM/xsum", "small#v1.0")
+    assert read_task("records", "hub:GEM/xsum@train#v1.0")[0].targets == ("x",)
+    assert asked[-1] == ("GEM/xsum", "None#v1.0")
     count = len(asked)
     with pytest.raises(DataError):
         read_task("xsum", "GEM/xsum", split="dev")

@@ -11,6 +11,7 @@ from prefixtune.data.chat_examples import Turns, check_plain, encode_conversatio
 from prefixtune.data.examples import Example, check_messages, conversation_of
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
 from prefixtune.data.truncation import position_limit, template_lengths
+from prefixtune.data.windows import DEFAULT_WINDOW, is_text, text_windows
 from prefixtune.errors import ConfigError, DataError, RequestError, describe_value
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, cut_prompt, read_text_format
@@ -149,7 +150,8 @@ def encode_examples(
 ) -> TokenizedDataset:
     """Turn examples into token ids; sources that do not fit are truncated, targets never.
 
-    Of a conversation, every answer is a target (see `data.chat_examples`).
+    Of a conversation, every answer is a target (see `data.chat_examples`). A text without a source is learned as it is,
+    in several windows if it is long (see `data.windows`).
 
     Args:
         backbone: Its tokenizer and positions count.
@@ -185,10 +187,18 @@ def encode_examples(
     before, after = template_lengths(backbone, text_format)
     separate = backbone.kind == "encoder-decoder"
     tokenized: list[TokenizedExample] = []
+    whole: list[Sequence[int]] = []
+    origins: list[int] = []
     for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True), start=first):
         name = f"example {number} ({example.source[:60]!r})"
         targets = tuple(tuple(next(target_ids)) for _ in example.targets)
         longest = max(map(len, targets))
+        if is_text(example) and backbone.kind == "decoder":
+            windows = text_windows(prompt, targets[0], min(limit, max_length or DEFAULT_WINDOW))
+            tokenized += windows
+            whole += [window.prompt for window in windows]
+            origins += [number - first] * len(windows)
+            continue
         room = limit if separate else limit - longest
         if longest > limit or (len(prompt) > room and room <= before + after):
             raise DataError(
@@ -203,4 +213,7 @@ def encode_examples(
                 hint="raise max_length, or set on_too_long = 'cut' to truncate the source.",
             )
         tokenized.append(TokenizedExample(tuple(cut_prompt(prompt, room, after)), targets))
-    return TokenizedDataset.from_prompts(tokenized, prompts)
+        whole.append(prompt)
+        origins.append(number - first)
+    dataset = TokenizedDataset.from_prompts(tokenized, whole)
+    return dataset if len(origins) == len(examples) else replace(dataset, origins=tuple(origins))

@@ -1,8 +1,9 @@
 """Data sets of the `datasets` library: a folder that `save_to_disk` wrote, or a set on the hub, named `hub:NAME`.
 
-    hub:OWNER/NAME[:CONFIGURATION][@SPLIT]
+    hub:OWNER/NAME[:CONFIGURATION][@SPLIT][#REVISION]
 
-A set's split has an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. Nothing is downloaded without `hub:`.
+A set's split has an address of its own: `FOLDER/SPLIT`, or `hub:NAME@SPLIT`. A revision is a branch, a tag or a commit,
+as in `hub:GEM/e2e_nlg@train#v1.0`. Nothing is downloaded without `hub:`.
 Class numbers become class names. The library is optional, and imported only when a set is read.
 """
 
@@ -44,8 +45,8 @@ def dataset_splits(path: Path | str) -> tuple[str, ...]:
         DataError: The set cannot be found or read.
     """
     if str(path).startswith(HUB):
-        name, configuration, split = _address(str(path))
-        return () if split else tuple(_load_from_hub(name, configuration))
+        name, configuration, split, revision = _address(str(path))
+        return () if split else tuple(_load_from_hub(name, configuration, revision))
     if os.path.isfile(os.path.join(path, _DATASET_INFO)):
         return ()
     try:
@@ -62,12 +63,15 @@ def split_path(path: Path | str, split: str) -> Path:
 
     >>> split_path("hub:GEM/e2e_nlg", "test").as_posix()
     'hub:GEM/e2e_nlg@test'
+    >>> split_path("hub:GEM/e2e_nlg#v1", "test").as_posix()
+    'hub:GEM/e2e_nlg@test#v1'
 
     Raises:
         DataError: The split's folder is missing.
     """
     if str(path).startswith(HUB):
-        return Path(f"{path}@{split}")
+        name, mark, revision = str(path).partition("#")
+        return Path(f"{name}@{split}{mark}{revision}")
     if not is_dataset(folder := Path(path) / split):
         raise DataError(
             f"{path} names the split {split!r}, but {folder} is not a folder of a saved set.",
@@ -89,8 +93,8 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
             hint=f"name one, as in {split_path(path, splits[0]).as_posix()}.",
         )
     if str(path).startswith(HUB):
-        name, configuration, split = _address(str(path))
-        splits_by_name = _load_from_hub(name, configuration)
+        name, configuration, split, revision = _address(str(path))
+        splits_by_name = _load_from_hub(name, configuration, revision)
         if split not in splits_by_name:
             raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(splits_by_name)}.")
         data = splits_by_name[split]
@@ -106,13 +110,14 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         )
 
 
-def _address(path: str) -> tuple[str, str | None, str | None]:
-    """The parts of `hub:NAME[:CONFIGURATION][@SPLIT]`."""
-    rest, _, split = path.removeprefix(HUB).partition("@")
+def _address(path: str) -> tuple[str, str | None, str | None, str | None]:
+    """The parts of `hub:NAME[:CONFIGURATION][@SPLIT][#REVISION]`."""
+    address, _, revision = path.removeprefix(HUB).partition("#")
+    rest, _, split = address.partition("@")
     name, _, configuration = rest.partition(":")
     if not name.strip("/ "):
         raise ConfigError(f"{path!r} names no set.", hint="write hub:OWNER/NAME, as in hub:GEM/e2e_nlg.")
-    return name, configuration or None, split or None
+    return name, configuration or None, split or None, revision or None
 
 
 def _library() -> Any:
@@ -134,14 +139,16 @@ def _load_from_disk(path: Path | str) -> Any:
         ) from error
 
 
-def _load_from_hub(name: str, configuration: str | None) -> Any:
+def _load_from_hub(name: str, configuration: str | None, revision: str | None) -> Any:
     library = _library()
     try:
-        return library.load_dataset(name, configuration)
+        return library.load_dataset(name, configuration, revision=revision)
     except Exception as error:  # as above, also the network's
         raise DataError(
-            f"{HUB}{name}{f':{configuration}' if configuration else ''} cannot be loaded: {_first_line(error)}.",
-            hint="check the name (and configuration, hub:OWNER/NAME:CONFIGURATION) and the network.",
+            f"{HUB}{name}{f':{configuration}' if configuration else ''}{f'#{revision}' if revision else ''} cannot be "
+            f"loaded: {_first_line(error)}.",
+            hint="check the name (with its configuration and revision, hub:OWNER/NAME:CONFIGURATION#REVISION) and the "
+            "network.",
         ) from error
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import codecs
-import functools
 import gzip
 import io
 import itertools
@@ -141,25 +140,35 @@ def _bounded(read: Callable[[int], bytes], path: Path, max_bytes: int | None) ->
         yield piece
 
 
-@functools.cache
+_spooled: list[tuple[object, IO[bytes]]] = []
+"""The standard input that was read last, if any, and the temporary file that keeps it."""
+
+
 def _stdin_spool() -> IO[bytes]:
     """Standard input in a temporary file, which is deleted when the program ends."""
-    stream = sys.stdin.buffer
-    if stream.isatty():
+    stream = sys.stdin
+    if _spooled and _spooled[-1][0] is stream:
+        return _spooled[-1][1]
+    if stream is None or stream.isatty():
         raise DataError(
             "'-' means standard input, but nothing is piped into this command.",
             hint="write `... < FILE`, `cat FILE | ...`, or the file's name.",
         )
     spool = tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the program
     atexit.register(spool.close)
+    # A program that runs this one within itself may replace standard input by a text.
+    source = stream.buffer if hasattr(stream, "buffer") else io.BytesIO(stream.read().encode())
     try:
-        for piece in _bounded(stream.read, Path(STDIN), None):
+        for piece in _bounded(source.read, Path(STDIN), None):
             spool.write(piece)
     except OSError as error:
         raise DataError(
             f"stdin cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
             hint="make room there, or set TMPDIR to another folder.",
         ) from error
+    while _spooled:
+        _spooled.pop()[1].close()
+    _spooled.append((stream, spool))
     return spool
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefixtune.data.registry import read_task
+from prefixtune.data.registry import read_task, resolve_task
 from prefixtune.data.streams import read_text
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.documents import (
@@ -166,10 +166,24 @@ def _read_prompt(path: str) -> str:
 
 
 def _read_inputs(config: DistillConfig, path: str) -> list[Question]:
-    """The inputs of a file, a target of each as its answer; without a template, rows of question and answer."""
+    """The inputs of a file, a target of each as its answer; without a template, their form is recognized.
+
+    Raises:
+        DataError: One has several messages, or is a text alone.
+    """
     if not path:
         return []
-    if config.task == "records" and not config.source:
+    columns: dict[str, Any] = {"source": config.source or None, "target": config.target or None, "split": "train"}
+    columns |= {"form": config.form, "prefer": "question"}
+    _, form, _ = resolve_task(config.task, path, needs_targets=False, **columns)
+    if form is not None and form.name == "question":
         return read_questions(Path(path))
-    examples = read_task(config.task, path, source=config.source or None, target=config.target or None, split="train")
+    examples = read_task(config.task, path, **columns)
+    for number, example in enumerate(examples, start=1):
+        if len(example.messages) > 1 or not example.source:
+            what = f"has {len(example.messages)} messages" if example.source else "is a text alone"
+            raise DataError(
+                f"input {number} of {path} {what}; the teacher is asked one question at a time.",
+                hint="give questions: rows with prompt or question, and perhaps an answer.",
+            )
     return [Question(example.source, target) for example in examples for target in (example.targets or (None,))]

@@ -15,8 +15,10 @@ from prefixtune.data.examples import Example, ExampleLike, TaskKind, references_
 from prefixtune.data.labels import Labels, labels_of
 from prefixtune.data.tasks.classification import label_names
 from prefixtune.data.tasks.records import as_examples
+from prefixtune.data.windows import is_text
 from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean
 from prefixtune.evaluation.decode import decode
+from prefixtune.evaluation.language import evaluate_texts
 from prefixtune.evaluation.metrics import METRICS, PROTOCOLS, accuracy, macro_f1, measure, span_f1
 from prefixtune.evaluation.records import Evaluation, score_groups
 from prefixtune.inference.classify import classify, tag
@@ -49,7 +51,8 @@ def evaluate(
 ) -> Evaluation:
     """Generate for every example, and score the outputs against its targets.
 
-    A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead, whatever `metrics` says.
+    A prefix that classifies or tags, by its header, is scored by accuracy and F1 instead, whatever `metrics` says; and
+    texts without sources by their perplexity and bits per byte, with nothing generated.
 
     Args:
         backbone: The frozen model: a `Backbone`, a name or path, or a (model, tokenizer) pair.
@@ -99,6 +102,8 @@ def evaluate(
             outcome = _evaluate_labels(
                 backbone, examples, prefix, labels, chosen_format, decoding, show, note_truncated
             )
+        elif all(is_text(example) for example in examples):
+            outcome = evaluate_texts(backbone, examples, prefix, chosen_format, intervals=intervals, on_batch=show)
         else:
             outputs, seconds = decode(
                 backbone,

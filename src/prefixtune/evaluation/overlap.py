@@ -13,6 +13,7 @@ from typing import Any
 from prefixtune.data.examples import Example, limit_targets
 from prefixtune.data.folders import locate
 from prefixtune.data.registry import TASKS, read_task
+from prefixtune.data.streams import is_stdin
 from prefixtune.prefix.hub import HUB
 from prefixtune.training.config import TrainConfig
 
@@ -61,13 +62,15 @@ def find_overlap(examples: Sequence[Example], training: Sequence[Example], train
 
 
 def training_examples(config: TrainConfig) -> list[Example] | None:
-    """The examples that a run was trained on; None: they are gone, on a hub, or too large to be read again.
+    """The examples that a run was trained on; None: they cannot be read again.
+
+    They are gone, on a hub, from standard input, or too large.
 
     Raises:
         PrefixError: The files are not what the run was trained on.
     """
     task = TASKS.get(config.task)
-    if task is None or config.train.startswith(HUB) or not (config.train or task.parts):
+    if task is None or config.train.startswith(HUB) or is_stdin(config.train) or not (config.train or task.parts):
         return None
     path = config.train or task.parts[0]
     if not task.parts:
@@ -78,10 +81,13 @@ def training_examples(config: TrainConfig) -> list[Example] | None:
         # Compressed text has about an eighth of its size.
         if sum(file.stat().st_size * (8 if file.suffix == ".gz" else 1) for file in files) > MAX_TRAINING_BYTES:
             return None
-    examples = read_task(config.task, path, source=config.source or None, target=config.target or None, split="train")
+    examples = read_task(
+        config.task, path, source=config.source or None, target=config.target or None, split="train", form=config.form
+    )
     return limit_targets(examples, config.limit)
 
 
 def _key(example: Example) -> tuple[str, ...]:
-    """The source, or the messages before the answer, without differences in white space."""
-    return tuple(" ".join(text.split()) for text in (example.source, *(m.content for m in example.messages)))
+    """The source, the messages before the answer, or a text alone, without differences in white space."""
+    texts = (example.source, *(m.content for m in example.messages)) if example.source else example.targets
+    return tuple(" ".join(text.split()) for text in texts)

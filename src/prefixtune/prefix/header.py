@@ -57,6 +57,7 @@ HEADER_FIELDS: Mapping[str, type] = {
     "backbone.name": str,
     "composition": dict,
     "description": str,
+    "form": str,
     "initialization": dict,
     "labels": dict,
     "labels.by": str,

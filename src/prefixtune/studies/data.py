@@ -81,6 +81,7 @@ class StudyData:
             )
         # Templates for the user's own columns, as in `prefixtune train`.
         columns: dict[str, Any] = {name: self.config.train_settings.get(name) for name in ("source", "target")}
+        columns["form"] = self.config.train_settings.get("form", "")
         examples = [e for e in read_task(self.config.task, path, split=split, **columns) if e.targets]
         if not examples:
             raise DataError(f"{path} has no example with a target.", hint="give data with references.")

@@ -56,6 +56,7 @@ def make_run_header(
     header = make_header(
         backbone,
         task=config.task,
+        **({"form": config.form} if config.form else {}),
         method=config.method,
         **({"placement": "infix"} if config.method == "infix" else {}),
         text_format=data.text_format.to_dict(),
@@ -91,7 +92,7 @@ def _dataset(train: str) -> dict[str, str]:
     >>> _dataset("hub:GEM/e2e_nlg@train"), _dataset("places.jsonl")
     ({'dataset': 'GEM/e2e_nlg'}, {})
     """
-    name = re.split("[:@]", train.removeprefix(HUB))[0]
+    name = re.split("[:@#]", train.removeprefix(HUB))[0]
     return {"dataset": name} if train.startswith(HUB) and name else {}
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example, ExampleLike, resolve_task
 from prefixtune.data.forms import FORMS, Form, describe_data
 from prefixtune.data.tasks.records import example_form
-from prefixtune.errors import PrefixError
+from prefixtune.data.tokenized import TokenizedDataset
+from prefixtune.data.windows import DEFAULT_WINDOW, TEXT_FORMAT
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.training.config import TrainConfig
 
-__all__ = ["describe_run_data", "settle_form"]
+__all__ = ["check_form", "describe_run_data", "describe_windows", "settle_form"]
 
 
 def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = None) -> TrainConfig:
@@ -29,7 +32,17 @@ def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = No
         form = _find_form(config, examples)
     except PrefixError:
         return config
-    return config if form is None else config.replace(task=form.task, form=form.name)
+    if form is None:
+        return config
+    return config.replace(task=form.task, form=form.name, **(_text_format(config) if form.name == "text" else {}))
+
+
+def _text_format(config: TrainConfig) -> dict[str, str]:
+    """What is around a text, where the user does not say it."""
+    return {
+        "prompt_format": config.prompt_format or TEXT_FORMAT.prompt,
+        "target_format": config.target_format or TEXT_FORMAT.target,
+    }
 
 
 def _find_form(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> Form | None:
@@ -38,6 +51,43 @@ def _find_form(config: TrainConfig, examples: Sequence[ExampleLike] | None) -> F
     if not config.train:
         return None
     return resolve_task(config.task, config.train, split="train", form=config.form)[1]
+
+
+def check_form(config: TrainConfig, backbone: Backbone) -> None:
+    """Refuse texts where they cannot be learned.
+
+    Raises:
+        ConfigError: The backbone reads a source apart, or the start is solved examples, which texts are not.
+    """
+    if config.form != "text":
+        return
+    if backbone.kind != "decoder":
+        raise ConfigError(
+            f"{backbone.name!r} is an {backbone.kind}, which does not go on with a text, but the data is texts alone.",
+            hint="choose a decoder-only model, or give sources and targets.",
+        )
+    if config.trains_prefix and config.initialization == "examples":
+        raise ConfigError(
+            "initialization is 'examples', but texts alone are no solved examples.",
+            hint="start from words, or from a text: --initialization text --init-text @FILE.",
+        )
+
+
+def describe_windows(config: TrainConfig, texts: Sequence[Example], data: TokenizedDataset) -> str:
+    """One line, if texts were divided into windows; else empty.
+
+    Args:
+        config: As `settle_form` returns it.
+        texts: The training examples.
+        data: The same as tokens.
+    """
+    if config.form != "text" or len(data.examples) == len(texts):
+        return ""
+    length = config.max_length or DEFAULT_WINDOW
+    return (
+        f"texts longer than {length:,} positions (max_length) are learned in windows: {len(texts):,} texts, "
+        f"{len(data.examples):,} windows"
+    )
 
 
 def describe_run_data(

@@ -37,7 +37,7 @@ from prefixtune.training.folder import (
     write_config,
     write_log,
 )
-from prefixtune.training.forms import describe_run_data, settle_form
+from prefixtune.training.forms import check_form, describe_run_data, describe_windows, settle_form
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.progress import show_training
 from prefixtune.training.runs import Run, TrainResult, agree_on_step, step_together, stop_requests
@@ -267,6 +267,9 @@ def _open_runs(
             tokenize(config, loaded, *pair, stored_start=stored, console=console)
             for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
         ]
+        for config, (train, _), some in zip(configs, examples, data, strict=True):
+            if line := describe_windows(config, train, some.train):
+                console.info(line)
         if teach is not None:
             data = [teach(config, loaded, some) for config, some in zip(configs, data, strict=True)]
         if together and any(some.has_head for some in data):
@@ -316,6 +319,7 @@ def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) 
             hint="train them one after the other.",
         )
     check_hidden_positions(config, backbone)
+    check_form(config, backbone)
     if config.gradient_checkpointing:
         check_gradient_checkpointing(backbone)
 

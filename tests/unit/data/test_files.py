@@ -8,7 +8,7 @@ import gzip
 import io
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,20 +182,13 @@ def test_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     """Give these bytes as standard input."""
 
-    def forget() -> None:
-        if streams._stdin_spool.cache_info().currsize:
-            streams._stdin_spool().close()
-        streams._stdin_spool.cache_clear()
-
     def pipe(data: bytes) -> None:
-        forget()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
-    yield pipe
-    forget()
+    return pipe
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from prefixtune.cli.decoding import DecodingOptions, generate_config
 from prefixtune.cli.loading import Artifact, find_artifact, load_artifact, split_joined
 from prefixtune.cli.options import OutputOptions, command, json_option
 from prefixtune.errors import ConfigError, PrefixError
-from prefixtune.training.config import TrainConfig
+from prefixtune.training.config import FormName, TrainConfig
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -40,11 +40,15 @@ class EvaluateOptions(DecodingOptions, OutputOptions):
     )
     task: str | None = Field(None, description="default: the prefix's or the run's task")
     data: str = Field(
-        description="examples with references: a file, or a folder", json_schema_extra={"metavar": "PATH"}
+        description="examples with references: a file, a folder, hub:NAME, or - (stdin)",
+        json_schema_extra={"metavar": "PATH"},
     )
     split: Literal["", "train", "dev", "test"] = Field("", description="which part of a folder")
     source: str | None = Field(None, description="records: column or template (default: as in training)")
     target: str | None = Field(None, description="records: column or template (default: as in training)")
+    form: Literal["", FormName] = Field(
+        "", description="records without source: what the columns are, where several readings fit"
+    )
     limit: int = Field(0, ge=0, description="only the first N examples; 0: all")
     shots: int = Field(0, ge=0, description="show N solved examples of --train before each")
     train: str | None = Field(
@@ -95,7 +99,8 @@ def evaluate(options: EvaluateOptions) -> int:
         prefixtune evaluate --run runs/full --data webnlg/ --split test --output runs/full/test --intervals
         prefixtune evaluate --task e2e --data e2e/ --split test --shots 3 --train e2e/
     """
-    from prefixtune.data import TASKS, read_task
+    from prefixtune.data import TASKS, read_task, resolve_task
+    from prefixtune.data.forms import describe_data
     from prefixtune.evaluation.evaluate import check_examples, check_kind
     from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.utils.files import write_text
@@ -105,10 +110,18 @@ def evaluate(options: EvaluateOptions) -> int:
     artifact = find_artifact(options, options.prefix)
     name = options.task or artifact.header.get("task") or "records"
     source, target = _columns(options, name, artifact)
-    examples = read_task(name, options.data, source=source, target=target, split=options.split or None)
+    columns: dict[str, Any] = {"source": source, "target": target, "form": options.form}
+    if name == "records" and not options.form:
+        columns["prefer"] = artifact.header.get("form") or ""
+    name, form, first_row = resolve_task(name, options.data, split=options.split or None, **columns)
+    examples = read_task(name, options.data, split=options.split or None, needs_targets=True, **columns)
     examples = examples[: options.limit or None]
+    if form is not None:
+        console.info(describe_data(form, examples, options.data, first_row))
     task = TASKS[name]
     metrics = _check_metrics(options.metrics, task) if options.metrics else task.metrics
+    if form is not None and form.name == "text":
+        _check_text_options(options)
     check_examples(examples)
     labelled = artifact.weights is None and bool(artifact.header.get("labels"))
     check_kind(task.kind, labelled=labelled, intervals=options.intervals)
@@ -117,7 +130,7 @@ def evaluate(options: EvaluateOptions) -> int:
         print(config.to_toml().rstrip())
         return 0
     _check_outputs(options)
-    shots = _read_shots(options, name, source, target)
+    shots = _read_shots(options, name, columns)
     overlap = _overlap(console, examples, _training_files(options, artifact, shots), shots)
     outcome, settings = _evaluate(console, options, artifact, examples, task, metrics, config, shots)
     if options.output:
@@ -227,6 +240,21 @@ def _describe(options: EvaluateOptions, task: str, method: str) -> dict[str, Any
     }
 
 
+def _check_text_options(options: EvaluateOptions) -> None:
+    """Refuse what texts alone have no use for.
+
+    Raises:
+        ConfigError: Such an option is given.
+    """
+    for name in ("metrics", "shots", "instruction"):
+        if getattr(options, name):
+            raise ConfigError(
+                f"{options.flag(name)} is given, but the data is texts alone, whose perplexity is measured: nothing is "
+                "generated.",
+                hint="leave it out, or name a source and a target (--source, --target).",
+            )
+
+
 def _check_metrics(metrics: Sequence[str], task: Task) -> Sequence[str]:
     """The metrics of --metrics.
 
@@ -251,7 +279,7 @@ def _check_metrics(metrics: Sequence[str], task: Task) -> Sequence[str]:
     return metrics
 
 
-def _read_shots(options: EvaluateOptions, task: str, source: str | None, target: str | None) -> list[Example]:
+def _read_shots(options: EvaluateOptions, task: str, columns: dict[str, Any]) -> list[Example]:
     """The solved examples of --shots.
 
     Raises:
@@ -261,7 +289,7 @@ def _read_shots(options: EvaluateOptions, task: str, source: str | None, target:
 
     if not options.shots or options.train is None:
         return []
-    examples = read_task(task, options.train, source=source, target=target, split="train")
+    examples = read_task(task, options.train, split="train", **columns)
     shots = [example for example in examples if example.targets][: options.shots]
     if len(shots) < options.shots:
         raise ConfigError(

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 
 from prefixtune.cli.common import MetricNames, check_metrics, print_json
 from prefixtune.cli.options import CommandOptions, command, json_option
-from prefixtune.errors import ConfigError, DataError, check_all, did_you_mean
+from prefixtune.errors import ConfigError, DataError, PrefixError, check_all, did_you_mean
+from prefixtune.training.config import FormName
 from prefixtune.utils.config import TextList
 from prefixtune.utils.console import Console
 
@@ -28,7 +29,7 @@ _LABEL_METRICS = {"classification": ("accuracy", "macro_f1"), "tagging": ("span_
 class ScoreOptions(CommandOptions):
     """The options of `prefixtune score`."""
 
-    task: str = Field(description="the task of the references: how they are read and scored")
+    task: str = Field("records", description="the task of the references: how they are read and scored")
     hypotheses: str = Field(
         description='outputs, one a line, or .jsonl with the key "output"', json_schema_extra={"metavar": "FILE"}
     )
@@ -55,6 +56,9 @@ class ScoreOptions(CommandOptions):
     split: Literal["", "train", "dev", "test"] = Field("", description="which part, if the references are a folder")
     source: str | None = Field(None, description="records, classification, tagging: column or template")
     target: str | None = Field(None, description="the same, for the references")
+    form: Literal["", FormName] = Field(
+        "", description="records without source: what the columns are, where several readings fit"
+    )
     as_json: bool = json_option("the scores")
     quiet: bool = Field(False, description="no warnings, only results and errors")
 
@@ -92,6 +96,7 @@ def score(options: ScoreOptions) -> int:
     from prefixtune.data import TASKS
 
     console = Console(quiet=options.quiet)
+    options = _settle_task(options)
     examples, outputs = _read_files(options)
     names = [name for name in (options.hypotheses, options.against) if name is not None]
     systems = [_outputs_of_examples(console, options, name, outputs[name], len(examples)) for name in names]
@@ -110,6 +115,25 @@ def score(options: ScoreOptions) -> int:
     return 0
 
 
+def _settle_task(options: ScoreOptions) -> ScoreOptions:
+    """The options with the task that the references' columns show, if they are recognized."""
+    from prefixtune.data import resolve_task
+
+    split = options.split or None
+    try:
+        task, _, _ = resolve_task(
+            options.task,
+            options.references,
+            source=options.source,
+            target=options.target,
+            split=split,
+            form=options.form,
+        )
+    except PrefixError:
+        return options  # It is said when the files are read, together with all else.
+    return options.replace(task=task)
+
+
 def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[str]]]:
     """The examples, each with a reference, and file -> its outputs.
 
@@ -119,7 +143,13 @@ def _read_files(options: ScoreOptions) -> tuple[list[Example], dict[str, list[st
     from prefixtune.data import TASKS, read_task
     from prefixtune.evaluation.metrics import METRICS
 
-    columns: dict[str, Any] = {"source": options.source, "target": options.target, "split": options.split or None}
+    columns: dict[str, Any] = {
+        "source": options.source,
+        "target": options.target,
+        "split": options.split or None,
+        "form": options.form,
+        "needs_targets": True,
+    }
     examples: list[Example] = []
     outputs: dict[str, list[str]] = {}
 

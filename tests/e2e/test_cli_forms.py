@@ -1,0 +1,126 @@
+"""The real command line on each form of data, from each kind of file, on a tiny model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import run
+from zoo import make_model, make_tokenizer
+
+TURNS = [
+    {"role": "user", "content": "the pub"},
+    {"role": "assistant", "content": "is near"},
+    {"role": "user", "content": "the river"},
+    {"role": "assistant", "content": "it rained"},
+]
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "prompt": ({"prompt": "the pub", "completion": "is near"}, "prompts and completions: 1 prompt, 2 completions"),
+    "instruction": ({"instruction": "the pub", "output": "is near"}, "instructions: 1 instruction, 2 answers"),
+    "question": ({"question": "the pub", "answer": "is near"}, "questions and answers: 1 question, 2 answers"),
+    "source": ({"source": "the pub", "targets": ["is near"]}, "sources and targets: 1 source, 2 targets"),
+    "document": ({"article": "the pub", "highlights": "is near"}, "documents and summaries: 2 documents, 2 summaries"),
+    "text": ({"text": "the pub is near " * 9, "id": 1}, "texts: 2 texts; not used: id"),
+    "messages": ({"messages": TURNS[:2]}, "chats: 1 conversation, 2 answers"),
+    "conversations": (
+        {"conversations": [{"from": "human", "value": "the pub"}, {"from": "gpt", "value": "is near"}]},
+        "chats: 1 conversation, 2 answers",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("forms") / "llama"
+    tokenizer = make_tokenizer()
+    make_model("llama", tokenizer, max_position_embeddings=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def train(model: str, output: Path, data: object, *more: str, code: int = 0, stdin: str = "") -> str:
+    flags = ("--dtype", "float32", "--max-steps", "2", "--init-text", "a place", "--output", str(output))
+    return run("train", "--backbone", model, "--train", str(data), *flags, *more, code=code, stdin=stdin)[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_train_generate_and_evaluate_with_nothing_but_the_file(form: str, model: str, tmp_path: Path) -> None:
+    row, said = FORMS[form]
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"{json.dumps(row)}\n" * 2)
+    assert f"{data}: read as {said}\n" in train(model, tmp_path / "run", data)
+    prefix = str(tmp_path / "run" / "prefix.safetensors")
+    header = json.loads(run("inspect", prefix, "--json")[0])["header"]
+    assert (header["task"], header["form"]) == ("summarization" if form == "document" else "records", form)
+    out, _ = run("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "the pub")
+    assert json.loads(out)["text"] == "the pub"
+    out, err = run("evaluate", "--prefix", prefix, "--data", str(data), "--max-new-tokens", "4", "--json")
+    scores = json.loads(out)["scores"]
+    assert ("perplexity" in scores) == (form == "text")
+    assert form == "document" or f"read as {said}" in err
+    assert json.loads(out)["overlap"]["count"] == json.loads(out)["num_examples"]
+
+
+def test_labels_are_classified_and_tags_are_tagged(model: str, tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("text;label\nthe pub is near;good\nit rained;bad\n")
+    assert "read as texts and labels: 2 texts\n" in train(model, tmp_path / "labels", data, "--dev", str(data))
+    prefix = str(tmp_path / "labels" / "prefix.safetensors")
+    out, _ = run("evaluate", "--prefix", prefix, "--data", str(data), "--json")
+    assert set(json.loads(out)["scores"]) == {"accuracy", "macro_f1"}
+    tags = tmp_path / "tags.json"
+    tags.write_text(json.dumps([{"tokens": ["the", "pub"], "tags": ["O", "B-X"]}]))
+    assert "read as tokens and tags: 1 sentence\n" in train(model, tmp_path / "tags", tags)
+
+
+def test_standard_input_trains_and_is_resumed(model: str, tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"messages": TURNS}) + "\n" for _ in range(3))
+    said = train(model, tmp_path / "run", "-", stdin=rows)
+    assert "stdin: read as chats: 3 conversations, 6 answers\n" in said
+    more = ("--resume", "--output", str(tmp_path / "run"), "--max-steps", "3")
+    assert "stdin: read as chats" in run("train", *more, stdin=rows)[1]
+    table = "prompt\tcompletion\nthe pub\tis near\n"
+    out, err = run("evaluate", "--backbone", model, "--data", "-", "--max-new-tokens", "4", "--json", stdin=table)
+    assert "stdin: read as prompts and completions: 1 prompt, 1 completion" in err
+    assert json.loads(out)["num_examples"] == 1
+
+
+def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model: str, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text(
+        "".join(json.dumps({"text": f"{number} the pub is near the river " * 40}) + "\n" for number in range(4))
+    )
+    said = train(model, tmp_path / "run", data, "--max-length", "64", "--hold-out", "0.25")
+    assert "texts longer than 64 positions (max_length) are learned in windows: 3 texts, " in said
+    _, err = run(
+        "train", "--train", str(data), "--backbone", model, "--output", str(tmp_path / "no"), "--examples", "1", code=2
+    )
+    assert "texts alone are no solved examples" in err
+
+
+def test_development_data_may_have_another_form_of_the_same_task(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "the pub", "completion": "is near"}) + "\n")
+    train(model, tmp_path / "run", tmp_path / "a.jsonl", "--dev", str(tmp_path / "b.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ({"messages": TURNS[:3]}, "line 7001: the conversation ends with the user's turn"),
+        ({"prompt": "a", "completion": "b"}, "line 7001 has the form of prompts and completions"),
+        ({"messages": [*TURNS[:2], {"role": "system", "content": "x"}]}, "line 7001: message 3 of the conversation"),
+    ],
+)
+def test_a_wrong_row_is_one_line_before_the_model_loads(last: Any, says: str, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"{json.dumps({'messages': TURNS})}\n" * 7000 + json.dumps(last))
+    err = run("train", "--train", str(data), "--output", str(tmp_path / "run"), code=2)[1]
+    assert says in err
+    assert "hint: " in err
+    assert "loading" not in err
+    assert err.count("error:") == 1
+    assert not (tmp_path / "run" / "prefix.safetensors").exists()

@@ -1,0 +1,55 @@
+"""Perplexity of texts: equal to transformers' own loss, window by window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.examples import Example
+from prefixtune.errors import ConfigError
+from prefixtune.evaluation.evaluate import evaluate
+
+TEXTS = ["the pub is near the river", "it rained", "a long walk by the river " * 4]
+
+
+@pytest.fixture
+def model(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+def test_the_perplexity_of_texts_is_that_of_transformers(model: Backbone) -> None:
+    outcome = evaluate(model, [{"text": text} for text in TEXTS])
+    losses, tokens = [], []
+    for text in TEXTS:
+        ids = torch.tensor([[*model.encode(model.separator), *model.encode(text), model.eos_id]])
+        with torch.no_grad():
+            loss = model.model(input_ids=ids, labels=ids).loss
+        tokens.append(ids.shape[1] - 1)
+        losses.append(float(loss) * tokens[-1])
+    assert outcome.scores["perplexity"].score == pytest.approx(math.exp(sum(losses) / sum(tokens)), rel=1e-4)
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert outcome.scores["bits_per_byte"].score == pytest.approx(sum(losses) / math.log(2) / num_bytes, rel=1e-4)
+    assert outcome.outputs[1].endswith(f"of {tokens[1]} tokens")
+    assert not outcome.scores["perplexity"].higher_is_better
+
+
+def test_a_long_text_counts_every_token_once_and_a_batch_changes_nothing(model: Backbone) -> None:
+    long = Example("", (" ".join(TEXTS * 60),))
+    seen: list[int] = []
+    alone = evaluate(model, [long]).scores["perplexity"].score
+    both = evaluate(model, [long, Example("", ("it rained",)), long], on_batch=seen.append, intervals=True)
+    assert seen[-1] == 3
+    assert seen == sorted(seen)
+    low, high = both.scores["perplexity"].interval or (0, 0)
+    assert low <= both.scores["perplexity"].score <= high
+    assert both.outputs[0] == both.outputs[2] == f"perplexity {alone:.3f} of {both.outputs[0].split()[-2]} tokens"
+
+
+def test_an_encoder_decoder_cannot_go_on_with_a_text(encoder_decoder: Backbone) -> None:
+    with pytest.raises(ConfigError, match="does not go on with a text"):
+        evaluate(encoder_decoder, [{"text": "it rained"}])
