@@ -57,10 +57,9 @@ def test_train_generate_and_evaluate_with_nothing_but_the_file(form: str, model:
     assert (header["task"], header["form"]) == ("summarization" if form == "document" else "records", form)
     out, _ = run("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "the pub")
     assert json.loads(out)["text"] == "the pub"
-    out, err = run("evaluate", "--prefix", prefix, "--data", str(data), "--max-new-tokens", "4", "--json")
+    out, _ = run("evaluate", "--prefix", prefix, "--data", str(data), "--max-new-tokens", "4", "--json")
     scores = json.loads(out)["scores"]
     assert ("perplexity" in scores) == (form == "text")
-    assert form == "document" or f"read as {said}" in err
     assert json.loads(out)["overlap"]["count"] == json.loads(out)["num_examples"]
 
 
@@ -83,9 +82,9 @@ def test_standard_input_trains_and_is_resumed(model: str, tmp_path: Path) -> Non
     more = ("--resume", "--output", str(tmp_path / "run"), "--max-steps", "3")
     assert "stdin: read as chats" in run("train", *more, stdin=rows)[1]
     table = "prompt\tcompletion\nthe pub\tis near\n"
-    out, err = run("evaluate", "--backbone", model, "--data", "-", "--max-new-tokens", "4", "--json", stdin=table)
+    out, err = run("evaluate", "--backbone", model, "--data", "-", "--max-new-tokens", "4", stdin=table)
     assert "stdin: read as prompts and completions: 1 prompt, 1 completion" in err
-    assert json.loads(out)["num_examples"] == 1
+    assert "1 examples of -" in out
 
 
 def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model: str, tmp_path: Path) -> None:
