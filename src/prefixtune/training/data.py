@@ -327,11 +327,12 @@ def tokenize(
     if plan is not None and config.leave_one_out:
         train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
     dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None
-    text_format = dataclasses.replace(
-        text_format,
-        longest_target=train.longest_target,
-        longest_prompt=max(dataset.longest_prompt for dataset in (train, dev) if dataset is not None),
-    )
+    if config.form != "text":  # which may have any beginning to go on with
+        text_format = dataclasses.replace(
+            text_format,
+            longest_target=train.longest_target,
+            longest_prompt=max(dataset.longest_prompt for dataset in (train, dev) if dataset is not None),
+        )
     return TrainData(train, dev, text_format, labels, _digest(train, dev), plan)
 
 
