@@ -31,7 +31,7 @@ from prefixtune.backbone.load import check_size
 from prefixtune.backbone.lora import adapter_config
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
-from prefixtune.data import TASKS, read_all_entries, read_task
+from prefixtune.data import TASKS, as_examples, read_all_entries, read_task
 from prefixtune.data.labels import labels_of
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError
@@ -308,6 +308,32 @@ def test_data_files(folder: Path, chosen: tuple[tuple[str, str], bytes], source:
             assert len(example.source) < 100 * (len(data) + 1000)
     with refused():
         read_all_entries(task, path)
+
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "system", "content": "a"},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "c"},
+        ]
+    },
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    {"instruction": "a", "input": "b", "output": "c"},
+    {"question": "a", "answers": ["b"]},
+    {"text": "a"},
+]
+
+
+@fuzzed(rows=st.sampled_from(ROWS).flatmap(lambda row: st.lists(st.just(row) | altered(row), min_size=1, max_size=3)))
+def test_forms(folder: Path, rows: list[Any]) -> None:
+    with refused():
+        path = write(folder / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+        for example in read_task("records", path):
+            example.source.encode("utf-8")
+    with refused():
+        as_examples(rows, needs_targets=True)
 
 
 @fuzzed(template=st.text(max_size=300) | st.text("{}ab \n", max_size=300), record=st.dictionaries(st.text(), JSON))
