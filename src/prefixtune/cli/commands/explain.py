@@ -177,7 +177,7 @@ def _read_data(options: ExplainOptions, path: str, split: str, prefixes: Sequenc
             "source": options.source or trained.source or None,
             "target": options.target or trained.target_template or None,
         }
-    return list(read_task(name, path, split=split or None, **columns))
+    return list(read_task(name, path, split=split or None, prefer=str(header.get("form") or ""), **columns))
 
 
 def _make_views(
