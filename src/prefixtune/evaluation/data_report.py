@@ -154,7 +154,7 @@ def report_data(
     merged = merge_examples(rows) if kind == "generation" else rows
     backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
     counts = dict(Counter(target for row in rows for target in row.targets)) if kind == "classification" else {}
-    chosen = _spread([example for example in merged if example.targets], max_tokenized)
+    chosen: Sequence[Example] = _spread([example for example in merged if example.targets], max_tokenized)
     by_head = False
     if kind != "generation":
         labels = choose_labels(kind, unlimited, merged, by=config.classifier, words=config.words_by_label)
