@@ -55,9 +55,10 @@ def test_train_generate_and_evaluate_with_nothing_but_the_file(form: str, model:
     prefix = str(tmp_path / "run" / "prefix.safetensors")
     header = json.loads(run("inspect", prefix, "--json")[0])["header"]
     assert (header["task"], header["form"]) == ("summarization" if form == "document" else "records", form)
-    out, _ = run("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "the pub")
+    length = ("--max-new-tokens", "12")  # summaries have at least 11
+    out, _ = run("generate", "--prefix", prefix, *length, "--json", "the pub")
     assert json.loads(out)["text"] == "the pub"
-    out, _ = run("evaluate", "--prefix", prefix, "--data", str(data), "--max-new-tokens", "4", "--json")
+    out, _ = run("evaluate", "--prefix", prefix, "--data", str(data), *length, "--json")
     scores = json.loads(out)["scores"]
     assert ("perplexity" in scores) == (form == "text")
     assert json.loads(out)["overlap"]["count"] == json.loads(out)["num_examples"]
@@ -76,9 +77,9 @@ def test_labels_are_classified_and_tags_are_tagged(model: str, tmp_path: Path) -
 
 
 def test_standard_input_trains_and_is_resumed(model: str, tmp_path: Path) -> None:
-    rows = "".join(json.dumps({"messages": TURNS}) + "\n" for _ in range(3))
+    rows = "".join(json.dumps({"messages": TURNS[:2]}) + "\n" for _ in range(3))
     said = train(model, tmp_path / "run", "-", stdin=rows)
-    assert "stdin: read as chats: 3 conversations, 6 answers\n" in said
+    assert "stdin: read as chats: 1 conversation, 3 answers\n" in said
     more = ("--resume", "--output", str(tmp_path / "run"), "--max-steps", "3")
     assert "stdin: read as chats" in run("train", *more, stdin=rows)[1]
     table = "prompt\tcompletion\nthe pub\tis near\n"
@@ -101,7 +102,7 @@ def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model: str, t
 
 
 def test_development_data_may_have_another_form_of_the_same_task(model: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TURNS[2:]}) + "\n")
     (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "the pub", "completion": "is near"}) + "\n")
     train(model, tmp_path / "run", tmp_path / "a.jsonl", "--dev", str(tmp_path / "b.jsonl"))
 

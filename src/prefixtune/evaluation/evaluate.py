@@ -97,12 +97,13 @@ def evaluate(
     if labels is None and task_kind != "generation":
         labels = Labels(task_kind, "words", label_names(examples))
     names = [] if labels is not None else _check_names(protocol, metrics)
+    predicts_texts = labels is None and all(is_text(example) for example in examples)
     with show_batches("evaluating", len(examples), on_batch, progress) as show:
         if labels is not None:
             outcome = _evaluate_labels(
                 backbone, examples, prefix, labels, chosen_format, decoding, show, note_truncated
             )
-        elif all(is_text(example) for example in examples):
+        elif predicts_texts:
             outcome = evaluate_texts(backbone, examples, prefix, chosen_format, intervals=intervals, on_batch=show)
         else:
             outputs, seconds = decode(
@@ -115,7 +116,7 @@ def evaluate(
                 on_batch=show,
                 on_cut=note_truncated,
             )
-    if labels is None:
+    if labels is None and not predicts_texts:
         outcome = _score_texts(outputs, examples, protocol, names, intervals=intervals, seconds=seconds)
     return dataclasses.replace(outcome, num_truncated=len(truncated))
 
