@@ -96,6 +96,7 @@ def run(words: Sequence[str]) -> int:
     Raises:
         PrefixError: Wrong use or input.
     """
+    words = _join_stdin(words)
     function, bound, faults = _parse(build_app(words[0] if words else ""), words)
     if not hasattr(function, "options"):
         # --help, --version and shell completion are cyclopts' own.
@@ -107,6 +108,24 @@ def run(words: Sequence[str]) -> int:
         texts["quiet"] = True
     result: int = function.run(function.options.read(texts, faults))
     return result
+
+
+_DATA_OPTIONS = ("--train", "--dev", "--data", "--references", "--test")
+
+
+def _join_stdin(words: Sequence[str]) -> list[str]:
+    """The words with `--train=-` for `--train -`, which cyclopts takes for an option without a value.
+
+    >>> _join_stdin(["train", "--train", "-", "--seed", "1"])
+    ['train', '--train=-', '--seed', '1']
+    """
+    joined: list[str] = []
+    for word in words:
+        if word == "-" and joined and joined[-1] in _DATA_OPTIONS:
+            joined[-1] += "=-"
+        else:
+            joined.append(word)
+    return joined
 
 
 def build_app(command: str = "") -> App:
