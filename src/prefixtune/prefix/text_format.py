@@ -36,6 +36,7 @@ MODEL_TEMPLATE = "model"
 TruncationPolicy = Literal["cut", "error"]
 """What happens to a source that is too long: it is truncated, or refused."""
 
+_CHAT_FIELDS = ("chat_template", "template_hash", "system")
 _MAX_TOKEN_CHARS = 256
 _MAX_SEPARATORS = 8
 _MAX_REPEATS = 4
@@ -232,8 +233,9 @@ class TextFormat:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in a prefix's header."""
-        return dataclasses.asdict(self)
+        """As stored in a prefix's header; without a chat template nothing that older readers do not know."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value or name not in _CHAT_FIELDS}
 
     def check_stored(self) -> None:
         """Refuse values that a header may not hold.
