@@ -18,12 +18,14 @@ from transformers import GenerationConfig, LogitsProcessorList, TextClassificati
 from transformers import pipeline as transformers_pipeline
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.chat import end_ids
 from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError, RequestError, did_you_mean
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.decoding import put_prefixes, repetition_processor
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import read_text_format
 
 __all__ = ["TASKS", "make_pipeline"]
 
@@ -202,6 +204,9 @@ def _generate(
     if input_ids is None:
         raise RequestError("the text has no token.", hint="write some text.")
     config = _merge(backbone, generation_config, options)
+    if config.eos_token_id is None:
+        ends = end_ids(backbone, None if prefix is None else read_text_format(prefix.header))
+        config.eos_token_id = [backbone.eos_id, *ends] if ends else backbone.eos_id
     repeats = max(config.num_beams or 1, config.num_return_sequences or 1)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     prompts = [ids[real.bool()].tolist() for ids, real in zip(input_ids, mask, strict=True)]
@@ -234,7 +239,7 @@ def _generate(
 
 
 def _merge(backbone: Backbone, given: Any, options: dict[str, Any]) -> Any:
-    """One generation configuration of a call's own and its options, which are taken out; with the backbone's tokens.
+    """One generation configuration of a call's own and its options, which are taken out.
 
     Raises:
         ConfigError: An option cannot be used with a prefix.
@@ -248,7 +253,6 @@ def _merge(backbone: Backbone, given: Any, options: dict[str, Any]) -> Any:
             raise ConfigError(
                 f"{name} cannot be used in a pipeline with a prefix.", hint="leave it out, or use model.generate."
             )
-    config.eos_token_id = backbone.eos_id if config.eos_token_id is None else config.eos_token_id
     config.pad_token_id = backbone.pad_id if config.pad_token_id is None else config.pad_token_id
     return config
 

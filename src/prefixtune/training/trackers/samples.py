@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from prefixtune.data.chat import end_ids
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids, read_output
@@ -40,7 +41,8 @@ def write_samples(loop: TrainLoop, count: int) -> list[dict[str, str]]:
     room = [_room(loop, len(prompt), 0 if prefix is None else prefix.length()) for prompt, _ in pairs]
     config = GenerateConfig(max_new_tokens=_MAX_NEW_TOKENS, batch_size=len(pairs))
     prompts = [prompt for prompt, _ in pairs]
-    outputs = generate_ids(backbone, prompts, [prefix] * len(prompts), config=config, new_tokens=room)
+    ends = [end_ids(backbone, loop.data.text_format)] * len(prompts)
+    outputs = generate_ids(backbone, prompts, [prefix] * len(prompts), config=config, new_tokens=room, ends=ends)
     return [
         {
             "prompt": _shorten(backbone.decode(prompt)),
