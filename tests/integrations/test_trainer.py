@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -398,3 +399,54 @@ def test_trl_trains_it_with_the_losses_of_our_own_loop(name: str, tiny_backbone:
     assert set(stored) == set(model.state_dict())
     with pytest.raises(ConfigError, match="no packing"):
         model.base_model(torch.tensor([[3, 4]]), position_ids=torch.tensor([[0, 0]]))
+
+
+CHATML = (
+    "{% for message in messages %}<{{ message['role'] }}>{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}</s>{% endgeneration %}{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt and completion"])
+def test_trl_trains_it_on_the_answers_of_chats(
+    form: str, tiny_models: Make, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    import datasets
+    import trl
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = CHATML.replace("</s>", tokenizer.eos_token)
+    backbone = Backbone.from_model(tiny_models("llama"), tokenizer, "tiny-llama")
+    chats = [
+        [{"role": "user", "content": f"item {n}"}, {"role": "assistant", "content": "ab c " * (1 + n % 3) + str(n)}]
+        for n in range(4)
+    ]
+    rows = (
+        [{"messages": chat} for chat in chats]
+        if form == "messages"
+        else [{"prompt": chat[:1], "completion": chat[1:]} for chat in chats]
+    )
+    model = PrefixModel(backbone, settings(chat_template="model"))
+    options = {"assistant_only_loss": True} if form == "messages" else {"completion_only_loss": True}
+    run = in_order(trl.SFTTrainer)(
+        model,
+        arguments(tmp_path, trl.SFTConfig, max_length=100, bf16=False, max_steps=1, **options),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    start = model.prefix()
+    run.train()
+    # By hand: the prefix before the first step, in front of each chat, with a loss on the answer's tokens alone.
+    losses = []
+    for chat in chats:
+        ids, prompt = (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=len(messages) == 1, return_dict=False)
+            for messages in (chat, chat[:1])
+        )
+        logits = backbone.forward(torch.tensor([ids]), prefixes=start).logits[0].float()
+        answer = torch.tensor(ids[len(prompt) :])
+        losses.append(F.cross_entropy(logits[len(prompt) - 1 : -1], answer, reduction="none").detach())
+    assert logged(run) == pytest.approx([float(torch.cat(losses).mean())], rel=1e-4)
+    assert model.prefix().header["text_format"]["chat_template"] == "model"
+    assert not any(torch.equal(*pair) for pair in zip(model.prefix().tensors(), start.tensors(), strict=True))
