@@ -19,6 +19,8 @@ EXPECTED = {
     "serve_and_ask": ("prefixes/opposites.safetensors", ", capitals, opposites\n"),
     "compare_with_lora": ("runs/compare-2/weights.safetensors", " of 8"),
     "classify": ("runs/classify/prefix.safetensors", "cancel"),
+    "trainer": ("runs/trainer/prefix.safetensors", " bytes"),
+    "sft_trainer": ("runs/sft_trainer/prefix.safetensors", "with the prefix: "),
     "to_llama_cpp": ("exported/capitals.bin", "placeholder tokens stand for the prefix"),
 }
 """Script -> a file that it leaves, and what it prints."""
