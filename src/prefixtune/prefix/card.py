@@ -15,6 +15,7 @@ from typing import Any
 from prefixtune.errors import ConfigError, describe_value, short_repr
 from prefixtune.prefix.composition import content_hash
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.utils.console import format_figure
 
 __all__ = ["CARD", "find_evaluations", "make_card", "read_evaluations"]
 
@@ -138,10 +139,11 @@ def _make_page(
 def _list_usage(prefix: Prefix, repo_id: str) -> list[str]:
     """How to use it: in Python, and on the command line."""
     kind = _pipeline_tag(prefix)
-    call = "model.generate" if kind == "text-generation" else "model.classify"
+    text_format = prefix.header.get("text_format")
+    chats = isinstance(text_format, Mapping) and bool(text_format.get("chat_template"))
     use = {
-        "text-generation": f'print({call}(["..."])[0])',
-        "text-classification": f'print({call}(["..."])[0].label)',
+        "text-generation": f'print(model.{"chat" if chats else "generate"}("..."))',
+        "text-classification": 'print(model.classify("...").label)',
     }.get(kind)
     # A folder's name, or a repository's.
     here = "/" not in repo_id
@@ -167,8 +169,12 @@ def _list_facts(prefix: Prefix, model: str, task: str) -> dict[str, Any]:
         "task": task or "unknown",
         "sites": ", ".join(f"{site} (P = {prefix.length(site)})" for site in prefix.sites),
         "parameters": f"{prefix.num_parameters:,}",
-        **{key.replace("_", " "): stored[key] for key in _TRAINING_FACTS if stored.get(key) is not None},
+        **{key.replace("_", " "): _figure(stored[key]) for key in _TRAINING_FACTS if stored.get(key) is not None},
     }
+
+
+def _figure(value: object) -> object:
+    return format_figure(value) if isinstance(value, float) else value
 
 
 def _format_score(score: Mapping[str, Any]) -> str:

@@ -75,6 +75,12 @@ def test_labels_have_pipelines_of_their_own(prefix: Prefix, kind: str, tag: str)
     assert "model.generate" not in card.text
 
 
+def test_chats_are_answered_by_chat(prefix: Prefix) -> None:
+    assert 'model.generate("...")' in make_card(prefix, "me/pubs")
+    prefix.header["text_format"] = {"chat_template": "model"}
+    assert 'model.chat("...")' in make_card(prefix, "me/pubs")
+
+
 def test_foreign_words_stay_words(prefix: Prefix) -> None:
     prefix.header["task"] = "x | y\n<script>alert(1)</script>\n# a heading"
     text = ModelCard(make_card(prefix, "me/pubs")).text
