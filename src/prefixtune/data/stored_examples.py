@@ -19,6 +19,7 @@ from typing import Any, overload
 import numpy as np
 from jaxtyping import Int
 
+from prefixtune import __version__
 from prefixtune.data.cache import ColumnWriter, Stored, content_key, stored
 from prefixtune.data.examples import Example, Message, limit_targets, merge_examples, merge_key, source_key
 from prefixtune.data.streams import read_chunks
@@ -170,7 +171,9 @@ def gather_file(
     """
     if not keep or not path.is_file() or path.stat().st_size < KEPT_BYTES:
         return gather(read(), merge=merge)
-    key = content_key(file=file_key(path), ending=path.suffixes[-2:], merge=merge, version=_VERSION, **facts)
+    key = content_key(
+        file=file_key(path), ending=path.suffixes[-2:], merge=merge, version=[__version__, _VERSION], **facts
+    )
     return StoredExamples.of_entry(stored(key, lambda writer: _write(writer, [], iter(read()), merge=merge)))
 
 

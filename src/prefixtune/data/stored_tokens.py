@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prefixtune import __version__
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.cache import ColumnWriter, stored
 from prefixtune.data.examples import Example
@@ -20,6 +21,8 @@ from prefixtune.data.tokenized import DTYPES, Columns, TokenizedDataset, TokenTa
 
 __all__ = ["encode_stored", "tokenizer_key"]
 
+_VERSION = 2
+"""Of how examples become tokens: to be raised when that changes within a version of the package."""
 _PART = 2048
 """Examples that are tokenized at a time."""
 _ORIGINS = "origins"
@@ -101,6 +104,7 @@ def tokenizer_key(backbone: Backbone) -> str | None:
     if not tokenizer.is_fast:
         return None
     facts = {
+        "version": [__version__, _VERSION],
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
