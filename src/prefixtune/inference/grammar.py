@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import RequestError
+from prefixtune.errors import PrefixError, RequestError
 from prefixtune.utils.extras import needs_extra
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "compile_json_schema",
     "constrain",
     "import_llguidance",
+    "prepare_grammars",
     "read_json_schema",
 ]
 
@@ -209,6 +211,13 @@ def _depth(text: str) -> int:
     return deepest
 
 
+def prepare_grammars(backbone: Backbone) -> None:
+    """Make what all schemas need, if llguidance is installed: it takes about a second, with Python's lock held."""
+    # Without llguidance, or with a tokenizer that it cannot use, the first schema is refused with the reason.
+    with contextlib.suppress(PrefixError):
+        _tokenizer(backbone)
+
+
 def _tokenizer(backbone: Backbone) -> Any:
     """Llguidance's view of a backbone's tokens; made once, which takes about a second."""
     tokenizer = backbone.tokenizer_cache.get("llguidance")
@@ -217,7 +226,10 @@ def _tokenizer(backbone: Backbone) -> Any:
         size = max(int(backbone.model.get_output_embeddings().weight.shape[0]), len(backbone.tokenizer))
         try:
             tokenizer = library.hf.from_tokenizer(backbone.tokenizer, n_vocab=size, eos_token=backbone.eos_id)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # A panic of the library's Rust is no Exception.
+        except BaseException as error:
             raise RequestError(
                 f"the tokenizer of {backbone.name!r} cannot be used for JSON schemas: {error}.",
                 hint="ask for the form in the prompt, or use a backbone with a fast tokenizer.",

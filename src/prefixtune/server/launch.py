@@ -92,6 +92,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.engine.engine import Engine
     from prefixtune.engine.worker import EngineWorker
     from prefixtune.inference.generation_config import newline_tokens
+    from prefixtune.inference.grammar import prepare_grammars
     from prefixtune.server.api.admin import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState
@@ -116,6 +117,8 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     backbone = engine.backbone
     store = PrefixStore(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
     clear_uploads(store.folder)
+    # Made for the first JSON schema, it would stop all streams for a second.
+    prepare_grammars(engine.backbone)
     state = ServerState(config, backbone, store, EngineWorker(engine))
     if config.max_joined_prefixes > 1:
         try:
