@@ -132,7 +132,7 @@ def main(folder: Path) -> dict[str, Any]:
     calls("train: a model", lambda: trained("no", backbone=model, examples=examples))
     calls("train: a number as config", lambda: trained("no", 3))
     calls("train: a number as examples", lambda: trained("no", backbone=backbone, examples=3))
-    calls("train: a dict without source", lambda: trained("no", backbone=backbone, examples=[{"text": "a"}]))
+    calls("train: a dict without source", lambda: trained("no", backbone=backbone, examples=[{"words": "a"}]))
     calls("train: nothing to resume", lambda: trained("no", resume=True))
     calls("engine", lambda: pt.Engine((model, tokenizer), num_slots=2).config.num_slots)
 
@@ -186,7 +186,7 @@ def main(folder: Path) -> dict[str, Any]:
     calls("stream: several", lambda: list(stream(backbone, TEXTS)))
     calls("evaluate: no list", lambda: pt.evaluate(backbone, 3, prefix))
     calls("evaluate: a number", lambda: pt.evaluate(backbone, [3], prefix))
-    calls("evaluate: another key", lambda: pt.evaluate(backbone, [{"text": "a", "label": "b"}], prefix))
+    calls("evaluate: another key", lambda: pt.evaluate(backbone, [{"words": "a", "label": "b"}], prefix))
     calls("evaluate: a wrong option", lambda: pt.evaluate(backbone, examples, prefix, do_sample=True))
     calls("classify: one text", lambda: classify(backbone, "text", labels=["a", "b"]))
     calls("classify: labels", lambda: classify(backbone, TEXTS, labels="yes"))

@@ -43,7 +43,8 @@ def stream(
     """
     config = GenerateConfig.from_arguments(config, options)
     check_streams(config)
-    if not isinstance(text, str | list | tuple):
+    several = isinstance(text, list | tuple) and any(isinstance(part, str) for part in text)
+    if several or not isinstance(text, str | list | tuple):
         raise RequestError(f"text is {describe_value(text)}, but must be one string.", hint="stream one at a time.")
     check_texts([text])
     backbone = as_backbone(backbone)

@@ -82,11 +82,7 @@ def as_examples(
         ConfigError: A template is malformed, or several forms fit.
         DataError: It is not a list of these, or one of them is wrong.
     """
-    if isinstance(examples, str | Mapping) or not (hasattr(examples, "__len__") and hasattr(examples, "__iter__")):
-        raise DataError(
-            f"the {what}s are {describe_value(examples)}, but must be a list of dicts or of Example.",
-            hint='write [{"source": "...", "target": "..."}], or read a file with `prefixtune.data.read_task`.',
-        )
+    _check_list(examples, what)
     rows = [dict(example) for example in examples if isinstance(example, Mapping)]
     if source is not None and len(rows) == len(examples):
         records = (Record(f"{what} {number}", row) for number, row in enumerate(rows, start=1))
@@ -103,17 +99,31 @@ def as_examples(
     return [convert(example, f"{what} {number}") for number, example in enumerate(examples, start=1)]
 
 
-def example_form(examples: Iterable[Any], what: str = "example", *, form: str = "") -> Form | None:
+def example_form(examples: Sequence[Any], what: str = "example", *, form: str = "") -> Form | None:
     """The form of a list's dicts, by the first that has not the fields of an `Example`; None: there is no such dict.
 
     Raises:
         ConfigError: Several forms fit, or there is no form of that name.
         DataError: None fits, or not the one that was named.
     """
+    _check_list(examples, what)
     for number, row in enumerate(examples, start=1):
         if isinstance(row, Mapping) and (form or not _has_fields(row)):
             return detect_form(row, f"{what} {number}", form=form, needs_targets=False)
     return None
+
+
+def _check_list(examples: Any, what: str) -> None:
+    """Refuse what is no list.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if isinstance(examples, str | Mapping) or not (hasattr(examples, "__len__") and hasattr(examples, "__iter__")):
+        raise DataError(
+            f"the {what}s are {describe_value(examples)}, but must be a list of dicts or of Example.",
+            hint='write [{"source": "...", "target": "..."}], or read a file with `prefixtune.data.read_task`.',
+        )
 
 
 def _has_fields(row: Mapping[str, Any]) -> bool:
