@@ -192,6 +192,8 @@ MISTAKES = [
     ("score --task e2e --hypotheses file --references nowhere.csv", "nowhere.csv"),
     ("tasks --jsn", "--jsn"),
     ("env --jsn", "--jsn"),
+    ("data nowhere.jsonl --backbone model", "does not exist"),
+    ("lm-eval --backbone model --tasks hellaswag --prefix nowhere.safetensors", "there is no file"),
     ("config schema sevre", "did you mean 'serve'?"),
     ("chat --prefix nowhere.safetensors", "there is no file"),
     ("chat --prefix labels.safetensors", "gives labels"),
