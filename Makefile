@@ -42,9 +42,9 @@ test: $(VENV)/.tested  ## the tests of the package and its server (fetches the d
 	$(BIN)/prefixtune prepare
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-integrations: $(VENV)/.integrated  ## the tests with PEFT, TRL, torchao, datasets, Ray, ONNX, OpenVINO, llama.cpp (1 GB more)
+test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the tests with PEFT, TRL, torchao, datasets, Ray, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
-	$(PYTEST) tests/integrations $(PYTEST_ARGS)
+	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations $(PYTEST_ARGS)
 
 test-all: test test-integrations  ## both
 
@@ -178,7 +178,7 @@ examples: $(VENV)/.integrated  ## run every script of examples/, and write docs/
 	$(BIN)/python -m tools.examples_page $(EXAMPLES)
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-adapters $(VENV)-oldest $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-adapters $(VENV)-oldest $(VENV)-sgpt $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps below make later runs quick: they are redone only when pyproject.toml changes.
@@ -218,6 +218,12 @@ $(VENV)/.integrated: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 
 $(VENV)/.site: pyproject.toml $(VENV)/.pip $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group site -e '.[serve]'
+	@touch $@
+
+# shell-gpt, a client that the server is tried with, needs an older rich; it imports click, and does not ask for it.
+$(VENV)-sgpt/.installed: Makefile
+	$(PYTHON) -m venv $(VENV)-sgpt
+	$(VENV)-sgpt/bin/python -m pip install --quiet --disable-pip-version-check shell-gpt click
 	@touch $@
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip $(VENV)/.installed

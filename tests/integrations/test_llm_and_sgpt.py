@@ -61,7 +61,7 @@ def test_llm_chats(backbone: Any, folder: Path, server: LiveServer, tmp_path: Pa
 def test_shell_gpt_chats(backbone: Any, folder: Path, server: LiveServer, tmp_path: Path) -> None:
     program = os.environ.get("PREFIXTUNE_SGPT") or shutil.which("sgpt")
     if not program:
-        pytest.skip("shell-gpt is not installed; its rich<14 may need an environment of its own (PREFIXTUNE_SGPT)")
+        pytest.skip("shell-gpt is not installed: `make test-integrations` puts it into an environment of its own")
     environment = {
         **os.environ,
         "HOME": str(tmp_path),
