@@ -13,7 +13,6 @@ __all__ = [
     "EngineConfig",
     "Example",
     "GenerateConfig",
-    "Model",
     "Prefix",
     "PrefixError",
     "ServeConfig",
@@ -37,7 +36,6 @@ _HOMES = {
     "EngineConfig": "engine",
     "Example": "data",
     "GenerateConfig": "inference.config",
-    "Model": "inference.model",
     "Prefix": "prefix.prefix",
     "PrefixError": "errors",
     "ServeConfig": "server.settings",
@@ -61,7 +59,7 @@ if TYPE_CHECKING:
     from prefixtune.evaluation.evaluate import evaluate
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.inference.generate import generate
-    from prefixtune.inference.model import Model, load
+    from prefixtune.inference.model import load
     from prefixtune.prefix.artifact import save_prefix
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.server.settings import ServeConfig

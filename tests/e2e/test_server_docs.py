@@ -64,7 +64,7 @@ def open_with_key(browser: Browser, server: LiveServer, **options: Any) -> None:
     browser.open(f"{server.url}/healthz")
     browser.value("sessionStorage.setItem('key', 'pt-me')")
     browser.open(f"{server.url}/docs", **options)
-    browser.until("document.querySelectorAll('.opblock').length === 19")
+    browser.until("document.querySelectorAll('.opblock').length === 20")
 
 
 def visible(page: Browser, selector: str) -> int:
@@ -93,7 +93,7 @@ def test_asks_for_a_key(browser: Browser, server: LiveServer) -> None:
     browser.until("document.body.textContent.includes('Failed to load API definition')")
     assert visible(browser, "#key-form")
     browser.value("document.getElementById('key').value = 'pt-me'; document.querySelector('#key-form button').click()")
-    browser.until("document.querySelectorAll('.opblock').length === 19")
+    browser.until("document.querySelectorAll('.opblock').length === 20")
 
 
 @pytest.mark.parametrize("width", [400, 1280])
@@ -132,7 +132,7 @@ def test_a_key_has_one_entry(browser: Browser, server: LiveServer) -> None:
 
 def test_without_keys_there_is_no_entry(browser: Browser, server_without_keys: LiveServer) -> None:
     browser.open(f"{server_without_keys.url}/docs")
-    browser.until("document.querySelectorAll('.opblock').length === 19")
+    browser.until("document.querySelectorAll('.opblock').length === 20")
     assert [visible(browser, name) for name in ("#key-form", ".auth-wrapper", ".authorization__btn")] == [0, 0, 0]
     assert try_out(browser, "list_models") == "200"
     assert browser.complaints() == []

@@ -56,6 +56,7 @@ FOREIGN = {"--cache-type-k", "--cache-type-v", "--no-deps", "--force-reinstall",
 FOREIGN_WORDS = {
     *("eos_token", "tokenizer_config", "adapter_config", "save_pretrained", "save_to_disk", "modules_to_save"),
     *("use_reentrant", "remove_unused_columns", "padding_free", "control_trans", "triples_scores"),
+    *("max_gen_toks", "generation_kwargs"),
 }
 
 
@@ -154,7 +155,7 @@ def test_the_extras_and_documents_in_hints_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     source = "".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
     named = re.findall(
-        r"prefixtune\[([a-z]+)\]|needs_extra\(\"([a-z]+)\"|package_version\(.*extra=\"([a-z]+)\"", source
+        r"prefixtune\[([a-z-]+)\]|needs_extra\(\"([a-z-]+)\"|package_version\(.*extra=\"([a-z-]+)\"", source
     )
     assert {name for names in named for name in names if name} == extras.keys() - {"all"}
     pages = [(*hint, page) for hint in HINTS for page in re.findall(r"docs/[a-z_]+\.md", hint[2])]

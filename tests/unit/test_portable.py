@@ -34,7 +34,7 @@ for name in ("SIGHUP", "SIGUSR1", "SIGALRM", "alarm", "pthread_kill", "setitimer
         delattr(signal, name)
 
 import prefixtune
-optional, missing = ("ray", "vllm"), []
+optional, missing = ("ray", "vllm", "lm_eval", "datasets"), []
 for module in pkgutil.walk_packages(prefixtune.__path__, "prefixtune."):
     if module.name.endswith("__main__"):
         continue

@@ -14,7 +14,7 @@ import prefixtune as pt
 
 FUNCTIONS = ("evaluate", "generate", "load", "load_backbone", "load_prefix", "save_prefix", "train")
 CONFIGURATIONS = ("EngineConfig", "GenerateConfig", "ServeConfig", "StudyConfig", "TrainConfig")
-CLASSES = ("Engine", "Example", "Model", "Prefix", "PrefixError")
+CLASSES = ("Engine", "Example", "Prefix", "PrefixError")
 
 
 def section(name: str, title: str) -> str:

@@ -171,7 +171,7 @@ MISTAKES = [
     ("serve --backbone model --port 99999", "99999"),
     ("serve --config nowhere.toml", "nowhere.toml"),
     # study, report, score
-    (STUDY + "--dev nowhere.jsonl", "needs a source template"),
+    (STUDY + "--dev nowhere.jsonl --sizes 0", "nowhere.jsonl does not exist"),
     ("study length --backbone model --task toy --train train --dev held_out --sizes 0", "no test data"),
     ("study length --backbone model --task toy --train train --dev held_out --test held --sizes 0", "'held'"),
     ("study length --backbone model --task toy --train train --dev held_out --test held_out --sizes 999999", "999999"),

@@ -37,8 +37,8 @@ def test_prefixes_that_cannot_be_served_are_refused_with_the_reason(
     assert store.names() == ["good"]
     reported = {
         "lora": "LoRA",
-        "labels": "classifies",
-        "head": "classifies",
+        "labels": "words do not match",
+        "head": "a head, but no labels",
         "infix": "infix",
         "shapes": "shapes",
         "sister": "other weights",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from prefixtune.cli.common import print_json
 from prefixtune.cli.options import CommandOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
-from prefixtune.evaluation.data_report import DataReport, Lengths, Limit, Part, report_data
 from prefixtune.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from prefixtune.evaluation.data_report import DataReport, Lengths, Limit, Part
 
 __all__ = ["data"]
 
@@ -59,6 +62,8 @@ def data(options: DataOptions) -> int:
         raise ConfigError("there is no data to look at.", hint="name a file, or send one: prefixtune data < rows.jsonl")
     given = {name: getattr(options, name) for name in fields}
     config = TrainConfig(train=options.file or "-", **given, initialization="random")
+    from prefixtune.evaluation.data_report import report_data
+
     report = report_data(config, test=options.test, max_rows=options.rows, max_tokenized=options.sample)
     if options.as_json:
         print_json(report.to_dict())

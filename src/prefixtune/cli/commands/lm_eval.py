@@ -153,6 +153,8 @@ def _checks(options: LmEvalOptions, files: Sequence[str]) -> list[Any]:
 
 def _find_tasks(options: LmEvalOptions) -> tuple[Any, list[str]]:
     with needs_extra("lm-eval", "`prefixtune lm-eval`"):
+        import lm_eval  # noqa: F401 - named first, of all that the extra brings
+
         from prefixtune.interop.lm_eval.tasks import find_tasks
     return find_tasks(options.tasks, options.include_path)
 
