@@ -36,8 +36,8 @@ from prefixtune.data.labels import labels_of
 from prefixtune.data.templates import check_template, render
 from prefixtune.errors import PrefixError
 from prefixtune.evaluation.decode import read_decoded
-from prefixtune.interop.hub import read_evaluation
 from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.card import read_evaluations
 from prefixtune.prefix.header import HEADER_KEY, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
@@ -448,7 +448,7 @@ def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
         with refused():
             list(read_decoded(folder / name, "digest"))
     with refused():
-        read_evaluation(folder / top)
+        read_evaluations(folder / top)
     write(folder / name, FOLDERS[name])
 
 
@@ -465,7 +465,7 @@ def test_altered_folders(folder: Path, chosen: tuple[str, Any]) -> None:
     write(folder / name, json.dumps(value).encode())
     report_on(folder / top)
     with refused():
-        read_evaluation(folder / top)
+        read_evaluations(folder / top)
     if (folder / top / "study.json").exists():
         with refused():
             outcome_of(StudyConfig(name="methods", output=str(folder / top)))
