@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -27,6 +28,10 @@ import prefixtune.utils.console  # noqa: F401
 from zoo import MAX_POSITIONS, NUM_BYTES, make_model, make_tokenizer
 
 install_import_hook("prefixtune", "beartype.beartype")
+
+# Machines that are busy are slow: a time limit of each made-up input is no test.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 FAMILIES = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral")
 

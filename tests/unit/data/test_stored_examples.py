@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixtune.data import cache, stored_examples
@@ -71,7 +71,6 @@ def to_file(examples: Sequence[Example], *, merge: bool = False) -> StoredExampl
     return found
 
 
-@settings(deadline=None)
 @given(LISTS.filter(bool), st.booleans())
 def test_examples_in_a_file_are_those_in_a_list(fields: list[dict[str, Any]], merge: bool):
     examples = make(fields)
@@ -90,7 +89,6 @@ def test_examples_in_a_file_are_those_in_a_list(fields: list[dict[str, Any]], me
     assert first[groups].tolist() == expected_first[expected_groups].tolist()
 
 
-@settings(deadline=None)
 @given(LISTS.filter(bool), st.integers(0, 12), st.integers(0, 9), st.integers(0, 3))
 def test_a_selection_and_a_limit_are_those_of_a_list(
     fields: list[dict[str, Any]], limit: int, second_limit: int, seed: int
