@@ -67,13 +67,10 @@ def read_checkpoint(
     Raises:
         BackboneError: It cannot be read, or lacks weights.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(source, **options)
-        except _UNREADABLE as error:
-            raise no_config_error(name, _first_line(error)) from error
+        config = _read_config(name, source, options)
         try:
             model, unused = _load_model(auto_class(config), name, source, {"dtype": dtype, **spread, **options})
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -91,13 +88,10 @@ def read_tokenizer(name: str, source: str, options: Mapping[str, Any]) -> tuple[
     Raises:
         BackboneError: One of them cannot be read.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     with quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(source, **options)
-        except _UNREADABLE as error:
-            raise no_config_error(name, _first_line(error)) from error
+        config = _read_config(name, source, options)
         try:
             return config, AutoTokenizer.from_pretrained(source, **options)
         except _UNREADABLE as error:
@@ -105,6 +99,15 @@ def read_tokenizer(name: str, source: str, options: Mapping[str, Any]) -> tuple[
                 f"cannot load the tokenizer of {name!r}: {_first_line(error)}",
                 hint="check that its folder holds config.json and a tokenizer.",
             ) from error
+
+
+def _read_config(name: str, source: str, options: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except _UNREADABLE as error:
+        raise no_config_error(name, _first_line(error)) from error
 
 
 def no_config_error(name: str, reason: str) -> BackboneError:

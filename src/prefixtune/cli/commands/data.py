@@ -57,13 +57,13 @@ def data(options: DataOptions) -> int:
         prefixtune data chats.jsonl
         prefixtune data train.csv --source "{name} is {food}" --target text --test test.csv
     """
+    from prefixtune.evaluation.data_report import report_data
+
     fields = TrainConfig.model_fields.keys() & options.given(DataOptions).keys()
     if not options.file and (sys.stdin is None or sys.stdin.isatty()):
         raise ConfigError("there is no data to look at.", hint="name a file, or send one: prefixtune data < rows.jsonl")
     given = {name: getattr(options, name) for name in fields}
     config = TrainConfig(train=options.file or "-", **given, initialization="random")
-    from prefixtune.evaluation.data_report import report_data
-
     report = report_data(config, test=options.test, max_rows=options.rows, max_tokenized=options.sample)
     if options.as_json:
         print_json(report.to_dict())
