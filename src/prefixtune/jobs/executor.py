@@ -1,0 +1,147 @@
+"""A worker's side of the queue: claim jobs, run them, and take over those of workers that died.
+
+A worker holds a lock as long as it lives, which the system lets go however it ends. So whoever can take the lock of
+another worker knows that it is dead, whatever the clocks say, and queues its jobs again. The database lets only the
+claim that is the last one end a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixtune.errors import PrefixError
+from prefixtune.jobs.job import Job, JobError, JobResult
+from prefixtune.jobs.queue import APPLICATION, PROTOCOL, QUEUE, WORKFLOW, JobQueue
+from prefixtune.utils.locks import acquire_lock
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+__all__ = ["Executor", "JobFailedError"]
+
+
+_POLLING_SECONDS = 0.5
+
+
+class JobFailedError(Exception):
+    """A job ends as failed.
+
+    Args:
+        error: What its owner is told.
+    """
+
+    def __init__(self, error: JobError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Executor:
+    """Claims jobs for one worker. One per process: DBOS is one per process.
+
+    Args:
+        database_url: Of the queue; its tables exist.
+        locks: The folder of the workers' locks.
+        capacity: Most jobs that are claimed at once.
+        run: Runs a job to its end in a thread of its own and returns what it left; it may be called again for a job
+            that another worker, or an earlier run of this one, has begun. Raises `JobFailedError` where the job fails.
+
+    Raises:
+        PrefixError: The folder of locks cannot be written.
+    """
+
+    def __init__(
+        self,
+        database_url: str,
+        locks: Path,
+        *,
+        capacity: int,
+        run: Callable[[Job], JobResult],
+    ) -> None:
+        self.name = f"worker-{secrets.token_hex(8)}"
+        self._database_url, self._locks, self._capacity, self._run = database_url, locks, capacity, run
+        self._lock: BaseFileLock | None = None
+        self._takeover = threading.Lock()
+
+    def start(self) -> None:
+        """Hold this worker's lock, and claim jobs from now on."""
+        from dbos import DBOS, DBOSPortableJSONSerializer, PortableWorkflowError
+
+        try:
+            self._locks.mkdir(parents=True, exist_ok=True)
+            self._lock = acquire_lock(self._locks / f"{self.name}.lock", 0)
+        except OSError as error:
+            raise PrefixError(
+                f"the folder of workers {str(self._locks)!r} cannot be written: {error.strerror or error}.",
+                hint="check its permissions.",
+            ) from error
+        DBOS(
+            config={
+                "name": APPLICATION,
+                "system_database_url": self._database_url,
+                "executor_id": self.name,
+                "application_version": PROTOCOL,
+                # The default is pickle, which runs code.
+                "serializer": DBOSPortableJSONSerializer(),
+                "log_level": "ERROR",
+                "enable_otlp": False,
+                "max_executor_threads": self._capacity + 4,
+            }
+        )
+
+        # A job that kills its worker again and again is noticed by the steps that it takes between, not by a count.
+        @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
+        def train(stored: dict[str, Any]) -> dict[str, Any]:
+            try:
+                return self._run(Job.model_validate(stored)).model_dump(mode="json")
+            except JobFailedError as failed:
+                raise PortableWorkflowError(
+                    failed.error.message, "JobFailedError", failed.error.code, failed.error.model_dump(mode="json")
+                ) from None
+
+        DBOS.listen_queues([QUEUE])
+        DBOS.launch()
+        DBOS.register_queue(QUEUE, worker_concurrency=self._capacity, polling_interval_sec=_POLLING_SECONDS)
+
+    def take_over(self, queue: JobQueue) -> list[str]:
+        """Queue the jobs of dead workers again; returns the names of these workers."""
+        from dbos import DBOS
+
+        dead = []
+        with self._takeover:
+            for worker in sorted(set(queue.workers()) - {self.name}):
+                with _taken(self._locks / f"{worker}.lock") as is_dead:
+                    if is_dead:
+                        # Changes only jobs that still run as this worker's, in one statement each.
+                        DBOS._recover_pending_workflows([worker])
+                        dead.append(worker)
+        return dead
+
+    def stop(self) -> None:
+        """Claim no more jobs, and let the lock go: others then take over what this worker has not ended."""
+        from dbos import DBOS
+
+        DBOS.destroy(workflow_completion_timeout_sec=0)
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (self._locks / f"{self.name}.lock").unlink()
+            self._lock.release()
+
+
+@contextlib.contextmanager
+def _taken(path: Path) -> Iterator[bool]:
+    """Take a worker's lock while the block runs, if nobody holds it; removed afterwards."""
+    lock = None
+    with contextlib.suppress(OSError):
+        lock = acquire_lock(path, 0)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            lock.release()

@@ -1,0 +1,122 @@
+"""What a job is, where it stands, and what it leaves."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["ENDED", "UNFINISHED", "Job", "JobError", "JobResult", "JobState", "JobStatus", "new_job_id"]
+
+
+JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+"""As OpenAI's fine-tuning jobs name them."""
+UNFINISHED: tuple[JobStatus, ...] = ("queued", "running", "paused")
+ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
+
+
+def new_job_id() -> str:
+    """An id that nobody can guess."""
+    return f"ftjob-{secrets.token_hex(12)}"
+
+
+class _Stored(BaseModel):
+    """What the database holds as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Job(_Stored):
+    """What somebody asked for. It never changes once it is queued.
+
+    Attributes:
+        id: `ftjob-...`.
+        owner: The name of the key that asked; `local` where the server has no keys.
+        created: When, in seconds since 1970.
+        model: As asked for: the backbone's name, or the prefix that training goes on from.
+        name: What the result will be served as.
+        kind: Whether it trains on examples or distills a document.
+        config: Fields of `TrainConfig` (or, of a document, `DistillConfig`) that differ from their defaults, without
+            paths: checked when the job was made, and all that the worker trains by.
+        training_file: Id of the uploaded file; of a document, the document's.
+        validation_file: Id of the file to choose the best prefix by; empty: none.
+        questions_file: Id of a document's questions; empty: the model makes them.
+        seed: Of the start and the order of the data.
+        hyperparameters: As asked for: `n_epochs`, `batch_size` and `learning_rate_multiplier`, each a number or `auto`.
+        extension: The request's object `prefixtune`, as asked for.
+        integrations: The request's trackers, as asked for.
+        suffix: As asked for; empty: none.
+        metadata: As asked for.
+    """
+
+    id: str
+    owner: str
+    created: int
+    model: str
+    name: str
+    kind: Literal["examples", "document"] = "examples"
+    config: dict[str, Any] = Field(default_factory=dict)
+    training_file: str
+    validation_file: str = ""
+    questions_file: str = ""
+    seed: int = 0
+    hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    extension: dict[str, Any] = Field(default_factory=dict)
+    integrations: list[dict[str, Any]] = Field(default_factory=list)
+    suffix: str = ""
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+
+class JobResult(_Stored):
+    """What a job that succeeded left.
+
+    Attributes:
+        name: The prefix is served under this name.
+        trained_tokens: Tokens of all steps, as they were counted for the loss.
+        steps: Optimizer steps.
+        result_files: Ids of files of the owner: the metrics as CSV.
+        best_loss: Lowest loss on the validation file, in nats per token; None without one.
+    """
+
+    name: str
+    trained_tokens: int
+    steps: int
+    result_files: list[str] = Field(default_factory=list)
+    best_loss: float | None = None
+
+
+class JobError(_Stored):
+    """Why a job failed.
+
+    Attributes:
+        code: One word, such as `invalid_training_file`.
+        message: What its owner may read: it names no path.
+        param: The field of the request that it is about; None: none.
+    """
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as it stands.
+
+    Attributes:
+        job: What was asked for.
+        status: Where it stands.
+        finished: When it ended, in seconds since 1970; None: not yet.
+        result: If it succeeded.
+        error: If it failed.
+        worker: Who trains it now; empty: nobody.
+    """
+
+    job: Job
+    status: JobStatus
+    finished: int | None = None
+    result: JobResult | None = None
+    error: JobError | None = None
+    worker: str = ""

@@ -1,0 +1,278 @@
+"""The durable queue of jobs: DBOS's workflows in SQLite or Postgres, seen from outside by whoever asks for training.
+
+A job is a workflow that workers claim from one queue. Its status in the database is the only truth about where it
+stands, and it changes in one statement, so that it ends exactly once. A paused job is a cancelled workflow that may be
+resumed: an attribute tells it from one that is cancelled for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prefixtune.errors import PrefixError, RequestError
+from prefixtune.jobs.job import UNFINISHED, Job, JobError, JobResult, JobState, JobStatus
+
+if TYPE_CHECKING:
+    from dbos import DBOSClient, WorkflowStatus
+
+__all__ = ["APPLICATION", "PROTOCOL", "QUEUE", "WORKFLOW", "JobQueue", "QueueUnavailableError", "migrate"]
+
+
+APPLICATION, QUEUE, WORKFLOW = "prefixtune", "train", "train"
+PROTOCOL = "1"
+"""What workers understand. Raised when a job's stored form changes: a worker takes no job of another version."""
+
+_T = TypeVar("_T")
+_STATES: dict[str, JobStatus] = {
+    "ENQUEUED": "queued",
+    "DELAYED": "queued",
+    "PENDING": "running",
+    "SUCCESS": "succeeded",
+    "ERROR": "failed",
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",
+    "CANCELLED": "cancelled",
+}
+_WORKFLOW_STATES: dict[JobStatus, list[str]] = {
+    status: [name for name, meaning in _STATES.items() if meaning == status] for status in set(_STATES.values())
+} | {"paused": ["CANCELLED"]}
+_PAUSED = "paused"
+_PAGE = 100
+"""Jobs that are read at once."""
+
+
+class QueueUnavailableError(PrefixError):
+    """The database cannot be reached, or is locked; trying again later may help."""
+
+
+def migrate(database_url: str) -> None:
+    """Make the database's tables, or bring them up to date; safe beside others that do the same.
+
+    Raises:
+        QueueUnavailableError: It cannot be reached.
+    """
+    from dbos import DBOS
+
+    _reach(lambda: DBOS.migrate(database_url))
+
+
+class JobQueue:
+    """All jobs, for those who ask and look; every method may wait for the database, so call it in a thread.
+
+    Args:
+        database_url: `sqlite:///...` or `postgresql://...`; its tables exist (`migrate`).
+
+    Raises:
+        QueueUnavailableError: The database cannot be reached; every method may raise it, too.
+    """
+
+    def __init__(self, database_url: str) -> None:
+        from dbos import DBOSClient, DBOSPortableJSONSerializer
+
+        self._client: DBOSClient = _reach(
+            lambda: DBOSClient(
+                system_database_url=database_url,
+                # The default is pickle, which runs code.
+                serializer=DBOSPortableJSONSerializer(),
+                application_name=APPLICATION,
+                retry_connection_errors=False,
+            )
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.destroy()
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def add(self, job: Job) -> None:
+        """Queue a job; one with an id that is queued already is the same job.
+
+        Raises:
+            RequestError: An unfinished job has its name.
+        """
+        from dbos import error as dbos_error
+
+        def enqueue() -> None:
+            self._client.enqueue(
+                {
+                    "workflow_name": WORKFLOW,
+                    "queue_name": QUEUE,
+                    "workflow_id": job.id,
+                    "app_version": PROTOCOL,
+                    "authenticated_user": job.owner,
+                    "priority": self._turn(job.owner),
+                    # Among waiting and running jobs; of paused and ended ones, whoever adds a job knows the names.
+                    "deduplication_id": job.name,
+                    "attributes": {"name": job.name, _PAUSED: False},
+                },
+                job.model_dump(mode="json"),
+            )
+
+        try:
+            _reach(enqueue)
+        except dbos_error.DBOSQueueDeduplicatedError as error:
+            raise RequestError(f"another job will be served as {job.name!r}.", hint="choose another name.") from error
+
+    def _turn(self, owner: str) -> int:
+        """The turn of an owner's next job: owners take turns, however many jobs each of them asked for.
+
+        Start-time fair queueing (Goyal, Vin & Cheng 1996): one more than the owner's last unfinished job, and not
+        before those that run now, so that nobody waits forever.
+        """
+        unfinished = self._unfinished()
+        own = [job.priority or 0 for job in unfinished if job.authenticated_user == owner]
+        running = [job.priority or 0 for job in unfinished if job.status == "PENDING"]
+        return max([1, min(running, default=1), *(turn + 1 for turn in own)])
+
+    def _unfinished(self) -> list[WorkflowStatus]:
+        return self._all(status=["ENQUEUED", "DELAYED", "PENDING"], load_input=False, load_output=False)
+
+    def cancel(self, job_id: str) -> JobState:
+        """Cancel a job for good, wherever it stands; one that has ended stays as it is. Returns how it stands then."""
+        return self._stop(job_id, paused=False)
+
+    def pause(self, job_id: str) -> JobState:
+        """Stop a job so that it can be resumed; returns how it stands then."""
+        return self._stop(job_id, paused=True)
+
+    def _stop(self, job_id: str, *, paused: bool) -> JobState:
+        # In this order: after a crash between the two, the job runs on, and the attribute means nothing.
+        _reach(lambda: self._client.update_workflow_attributes(job_id, {_PAUSED: paused}))
+        _reach(lambda: self._client.cancel_workflow(job_id))
+        return self.get(job_id)
+
+    def resume(self, job_id: str) -> JobState:
+        """Queue a paused job again; returns how it stands then."""
+        _reach(lambda: self._client.resume_workflow(job_id, queue_name=QUEUE))
+        return self.get(job_id)
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def get(self, job_id: str) -> JobState:
+        """How a job stands.
+
+        Raises:
+            RequestError: There is none with this id.
+        """
+        found = self._list(workflow_ids=[job_id], limit=1)
+        if not found:
+            raise RequestError(f"there is no job {job_id[:64]!r}.", hint="list the jobs first.")
+        return _state(found[0])
+
+    def find(
+        self,
+        owner: str | None = None,
+        *,
+        statuses: Sequence[JobStatus] | None = None,
+        name: str | None = None,
+        limit: int = 20,
+        offset: int = 0,
+    ) -> list[JobState]:
+        """Jobs, the newest first.
+
+        Args:
+            owner: Whose; None: everybody's.
+            statuses: Where they stand; None: anywhere.
+            name: Those that are served as this; None: any.
+            limit: Most jobs.
+            offset: Jobs to leave out first.
+        """
+        found: list[JobState] = []
+        wanted = None if statuses is None else {name for status in statuses for name in _WORKFLOW_STATES[status]}
+        query: dict[str, Any] = {"user": owner, "sort_desc": True}
+        if wanted is not None:
+            query["status"] = sorted(wanted)
+        if name is not None:
+            query["attributes"] = {"name": name}
+        # Paused and cancelled jobs are told apart only here.
+        for workflow in self._iterate(**query):
+            state = _state(workflow)
+            if statuses is None or state.status in statuses:
+                found.append(state)
+            if len(found) >= offset + limit:
+                break
+        return found[offset:]
+
+    def count_unfinished(self, owner: str) -> int:
+        """Jobs of an owner that wait, run or are paused."""
+        return len(self.find(owner, statuses=UNFINISHED, limit=1_000_000))
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """Where jobs stand; those that do not exist are left out."""
+        if not job_ids:
+            return {}
+        found = self._list(workflow_ids=list(job_ids), load_input=False, load_output=False)
+        return {workflow.workflow_id: _status(workflow) for workflow in found}
+
+    def workers(self) -> list[str]:
+        """The names of workers that have claimed unfinished jobs; some may be dead."""
+        running = self._all(status=["PENDING"], load_input=False, load_output=False)
+        return sorted({workflow.executor_id for workflow in running if workflow.executor_id})
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job that has ended."""
+        _reach(lambda: self._client.delete_workflow(job_id))
+
+    def _all(self, **query: Any) -> list[WorkflowStatus]:
+        return list(self._iterate(**query))
+
+    def _iterate(self, **query: Any) -> Iterator[WorkflowStatus]:
+        """Workflows by pages."""
+        offset = 0
+        while True:
+            page = self._list(limit=_PAGE, offset=offset, **query)
+            yield from page
+            if len(page) < _PAGE:
+                return
+            offset += _PAGE
+
+    def _list(self, **query: Any) -> list[WorkflowStatus]:
+        return _reach(lambda: self._client.list_workflows(name=WORKFLOW, **query))
+
+
+def _reach(action: Callable[[], _T]) -> _T:
+    """Do something with the database; what its library raises when it is away becomes one error.
+
+    Raises:
+        QueueUnavailableError: The database is away or locked.
+    """
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+    try:
+        return action()
+    except (OperationalError, InterfaceError, PoolTimeoutError, DBAPIError) as error:
+        # The library's message may hold the database's address and its password.
+        reason = type(getattr(error, "orig", None) or error).__name__
+        raise QueueUnavailableError(
+            f"the database of jobs cannot be reached ({reason}).", hint="try again later."
+        ) from error
+
+
+def _status(workflow: WorkflowStatus) -> JobStatus:
+    status = _STATES[workflow.status]
+    paused = (workflow.attributes or {}).get(_PAUSED, False)
+    return "paused" if status == "cancelled" and paused else status
+
+
+def _state(workflow: WorkflowStatus) -> JobState:
+    assert workflow.input is not None
+    (stored,), status = workflow.input["args"], _status(workflow)
+    ended = status in ("succeeded", "failed", "cancelled")
+    return JobState(
+        Job.model_validate(stored),
+        status,
+        finished=int(workflow.completed_at / 1000) if ended and workflow.completed_at else None,
+        result=JobResult.model_validate(workflow.output) if status == "succeeded" else None,
+        error=_error(workflow.error) if status == "failed" else None,
+        worker=workflow.executor_id or "" if status == "running" else "",
+    )
+
+
+def _error(error: Any) -> JobError:
+    """Why a workflow failed: what `worker` stored, or what DBOS says of it."""
+    data = getattr(error, "data", None)
+    if isinstance(data, dict):
+        return JobError.model_validate(data)
+    return JobError(code="internal_error", message="the training failed for a reason that was not foreseen.")
