@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from prefixtune.jobs.config import DATA_FOLDER, DATA_FOLDER_HELP, DATABASE_URL_HELP, DatabaseUrl
 from prefixtune.server.addresses import parse_network
 from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
 from prefixtune.utils.faults import show_value
@@ -28,7 +29,7 @@ _Size = Annotated[int, Field(ge=1, le=1_000_000_000)]
 _Seconds = Annotated[float, Field(ge=0.1)]
 
 _model, _network, _engine = option_group("model"), option_group("network"), option_group("engine")
-_limits, _logs = option_group("limits"), option_group("logs")
+_limits, _training, _logs = option_group("limits"), option_group("training"), option_group("logs")
 
 
 class KeyConfig(Config):
@@ -54,6 +55,12 @@ class KeyConfig(Config):
     concurrent: int = Field(default=0, ge=0, description="requests at once; 0: no limit")
     admin: bool = Field(default=False, description="may list, upload and delete prefixes, and read the metrics")
     metrics: bool = Field(default=False, description="may read the metrics")
+    train: bool = Field(default=True, description="may upload files and train")
+    max_files: _Number = Field(default=100, description="most uploaded files that it keeps")
+    max_file_mib: _Number = Field(default=1024, description="most space of all its files together, in MiB")
+    max_jobs: _Number = Field(default=10, description="most jobs that wait, run or are paused")
+    max_steps: _Size = Field(default=5000, description="most optimizer steps of a job")
+    max_prefixes: _Number = Field(default=100, description="most results of its jobs that it keeps")
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +176,22 @@ class ServeConfig(Config):
     )
     drain_seconds: float = _limits(30.0, ge=0, description="seconds that running requests may take after SIGTERM")
 
+    train_workers: Annotated[int, Field(ge=0, le=1)] = _training(
+        1,
+        description="processes for training that this server starts when there are jobs; 0: none, and jobs are taken "
+        "only if `database_url` names where `prefixtune worker` finds them",
+    )
+    data_folder: str = _training(DATA_FOLDER, min_length=1, description=DATA_FOLDER_HELP)
+    database_url: DatabaseUrl = _training("", description=DATABASE_URL_HELP)
+    train_threads: _Number = _training(0, description="threads of the training process; 0: half of the cores")
+    train_nice: Annotated[int, Field(ge=0, le=19)] = _training(
+        10, description="how far the training process steps back where the processor is busy (nice)"
+    )
+    train_idle_seconds: _Seconds = _training(
+        600.0, description="seconds without a job after which the training process ends and gives its memory back"
+    )
+    max_file_mib: _Size = _training(512, description="largest file that is uploaded for training, in MiB")
+
     log_level: Literal["debug", "info", "warning", "error"] = _logs(
         "info", description="lowest level of the JSON lines on stdout"
     )
@@ -257,6 +280,11 @@ class ServeConfig(Config):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether there is somebody to train what is asked for."""
+        return self.train_workers > 0 or bool(self.database_url)
 
     @property
     def model_id(self) -> str:

@@ -16,6 +16,7 @@ from prefixtune.server.metrics import Metrics
 from prefixtune.server.models.catalog import Catalog
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import ServeConfig
+from prefixtune.server.training import Training
 
 __all__ = ["ServerState"]
 
@@ -36,6 +37,7 @@ class ServerState:
         admission: The texts that run or wait.
         limits: What one request may ask for.
         metrics: All metrics.
+        training: Files and jobs; None: this server takes none.
         tokenizer_thread: Where texts are tokenized, one at a time.
         tokenizer_lock: Whose turn it is there.
         draining: Whether the server is shutting down.
@@ -69,6 +71,7 @@ class ServerState:
             max_prefixes=config.metric_prefixes,
             draining=lambda: self.draining,
         )
+        self.training = Training(config, is_open=self.keyring.is_open) if config.takes_jobs else None
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
         self.tokenizer_lock = FairLock()
@@ -92,3 +95,5 @@ class ServerState:
         """Stop the engine; what still runs is cancelled."""
         self.worker.close()
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        if self.training is not None:
+            self.training.close()

@@ -51,7 +51,8 @@ def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
             header = make_header(backbone, task="records", text_format=FORMAT)
             prefix = Prefix(random_prefix(backbone, 4, seed).layers, header)
             save_prefix(folder / f"{name}.safetensors", prefix)
-        config = ServeConfig(**{"backbone": "tiny", "prefixes": str(folder), "num_slots": 4, **options})
+        folders = {"prefixes": str(folder), "data_folder": str(tmp_path / "data")}
+        config = ServeConfig(**{"backbone": "tiny", **folders, "num_slots": 4, **options})
         engine = Engine(backbone, EngineConfig(num_slots=4, max_waiting=4 + config.max_queue))
         state = ServerState(config, backbone, PrefixStore(folder, backbone), EngineWorker(engine))
         states.append(state)

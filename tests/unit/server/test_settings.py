@@ -122,3 +122,12 @@ def test_a_wrong_key_is_an_error_of_ours_that_never_shows_the_hash() -> None:
     assert "concurrent is -1, but must be at least 0" in caught.value.message
     assert "pt-secret" not in str(caught.value)
     assert ServeConfig.json_schema()["properties"]["prefixes"]["minLength"] == 1
+
+
+def test_the_address_of_the_database_is_checked_and_never_shown() -> None:
+    message = refusal(database_url="postgres://me:secret@db/jobs")
+    assert "database_url must begin with postgresql:// or sqlite:///" in message
+    assert "secret" not in message
+    assert ServeConfig(database_url="postgresql://me@db/jobs", train_workers=0).takes_jobs
+    assert ServeConfig().takes_jobs
+    assert not ServeConfig(train_workers=0).takes_jobs

@@ -86,4 +86,7 @@ def _new_key(name: str) -> int:
         '    prefixes = ["*"]              # patterns of model names\n    requests_per_minute = 0       # 0: any number'
     )
     print("    concurrent = 0                # requests at once; 0: any number\n    admin = false")
+    print(
+        "    train = true                  # may upload files and train\n    max_jobs = 10                 # unfinished"
+    )
     return 0

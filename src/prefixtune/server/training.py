@@ -1,0 +1,174 @@
+"""The server's side of training: uploaded files, the queue of jobs, who may see what, and a line for each change.
+
+Nothing is made, opened or imported before the first request that needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prefixtune.errors import PrefixError
+from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
+from prefixtune.server.auth import Caller
+from prefixtune.server.logs import log
+from prefixtune.server.responses import ApiError, unavailable
+from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.utils.files import line_writer
+
+if TYPE_CHECKING:
+    from prefixtune.jobs.files import FileStore
+
+__all__ = ["Training"]
+
+
+_THREADS, _MOST_WAITING = 4, 64
+_SECONDS = 60.0
+"""Longest wait for the database; it gives up a lock after 30 seconds itself."""
+_LONGEST_FIELD = 200
+
+T = TypeVar("T")
+
+
+class Training:
+    """What endpoints for files and jobs work with.
+
+    Args:
+        config: The server's configuration.
+        is_open: Whether no key is configured: everybody on this machine then sees everything.
+
+    Attributes:
+        folder: Files and jobs.
+        database_url: Of the queue.
+    """
+
+    def __init__(self, config: ServeConfig, *, is_open: bool) -> None:
+        self.config, self.is_open = config, is_open
+        self.folder = DataFolder(Path(config.data_folder).absolute())
+        self.database_url = config.database_url or self.folder.database_url
+        self._queue: JobQueue | None = None
+        self._opening = threading.Lock()
+        # Of its own: where the database is locked, only requests for training wait.
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prefixtune-jobs")
+        self._waiting = 0
+
+    @functools.cached_property
+    def files(self) -> FileStore:
+        """The uploaded files."""
+        from prefixtune.jobs.files import FileStore
+
+        return FileStore(self.folder)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the queue has been opened."""
+        return self._queue is not None
+
+    def sees_all(self, caller: Caller) -> bool:
+        """Whether somebody sees the files, jobs and results of all owners."""
+        return self.is_open or caller.rules.admin
+
+    def may_see(self, owner: str, caller: Caller) -> bool:
+        """Whether somebody may see and change what belongs to an owner."""
+        return owner == caller.name or self.sees_all(caller)
+
+    def limits_of(self, caller: Caller) -> KeyConfig:
+        """How much somebody may keep and ask for: `max_files`, `max_file_mib`, `max_jobs`, `max_steps` ..."""
+        return caller.rules
+
+    async def ask(self, work: Callable[[JobQueue], T]) -> T:
+        """Do something with the queue, in a thread.
+
+        What was begun is done, even if the client disconnects or the time is over.
+
+        Args:
+            work: Called with the queue.
+
+        Raises:
+            ApiError: The database is away or locked, or too many requests wait for it.
+        """
+        if self._waiting >= _MOST_WAITING:
+            raise unavailable("too many requests wait for the database of jobs.", "busy", retry_after=2)
+        self._waiting += 1
+        future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(self._open_queue()))
+        future.add_done_callback(self._note_done)
+        try:
+            async with asyncio.timeout(_SECONDS):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            raise _queue_unavailable("does not answer") from None
+        except QueueUnavailableError as error:
+            log("queue_unavailable", level=logging.WARNING, reason=error.message)
+            raise _queue_unavailable("cannot be reached now") from None
+
+    def _note_done(self, future: asyncio.Future[Any]) -> None:
+        self._waiting -= 1
+        # Nobody may wait for it any more, and asyncio would complain.
+        if not future.cancelled():
+            future.exception()
+
+    def _open_queue(self) -> JobQueue:
+        """The queue; a failure is tried again by the next request.
+
+        Raises:
+            QueueUnavailableError: The database cannot be reached.
+            PrefixError: The data folder cannot be made.
+        """
+        with self._opening:
+            if self._queue is None:
+                self._make_folder()
+                migrate(self.database_url)
+                self._queue = JobQueue(self.database_url)
+            return self._queue
+
+    def _make_folder(self) -> None:
+        try:
+            # What is uploaded is nobody else's business.
+            self.folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PrefixError("the data folder cannot be made.", hint="see the server's log.") from error
+
+    async def audit(self, caller: Caller, action: str, **fields: Any) -> None:
+        """Write down a change: a line of JSON in the data folder, and one in the log.
+
+        Args:
+            caller: Who made it.
+            action: What was done, as in `job.create`.
+            **fields: To what; long texts are cut.
+        """
+        bounded = {name: _bounded(value) for name, value in fields.items()}
+        log("audit", action=action, key=caller.name, **bounded)
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "key": caller.name, "action": action}
+        try:
+            await asyncio.to_thread(self._append, json.dumps({**line, **bounded}, ensure_ascii=True))
+        except PrefixError as error:
+            # The change has been made: the server's log has it.
+            log("audit_failed", level=logging.ERROR, reason=error.message)
+
+    def _append(self, line: str) -> None:
+        with line_writer(self.folder.audit_log) as append:
+            append(line)
+
+    def close(self) -> None:
+        """Close the queue."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            queue.close()
+
+
+def _bounded(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else str(value)[:_LONGEST_FIELD]
+
+
+def _queue_unavailable(why: str) -> ApiError:
+    return unavailable(f"the database of jobs {why}; try again later.", "queue_unavailable", retry_after=5)
