@@ -1,0 +1,210 @@
+"""What a job's owner sees while it runs: a log of events that only grows, and how far it is.
+
+Any number of processes may read while one writes. A line that a kill cut off is left out by readers, and ended before
+the next one is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prefixtune.jobs.folder import JobFolder
+from prefixtune.utils.writable import reporting_write_errors
+
+__all__ = ["MAX_LOG_BYTES", "EventLevel", "EventPage", "JobEvent", "JobEvents", "Progress"]
+
+
+MAX_LOG_BYTES = 2**24
+"""Bytes of a log that are read: its last ones."""
+_MAX_PROGRESS_BYTES = 2**12
+EventLevel = Literal["info", "warn", "error"]
+
+
+class JobEvent(BaseModel):
+    """Something that happened to a job.
+
+    Attributes:
+        id: `ftevent-...`.
+        created: When, in seconds since 1970.
+        level: How serious it is.
+        message: For people; it names no path.
+        type: `metrics` for figures of a step, which are in `data`.
+        data: Of metrics: `step`, `total_steps`, and `train_loss` or `valid_loss` in nats per token, among others.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    created: int
+    level: EventLevel = "info"
+    message: str
+    type: Literal["message", "metrics"] = "message"
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EventPage:
+    """Some events of a log, oldest first.
+
+    Attributes:
+        events: They are whole.
+        position: Where the next ones begin, in bytes of the log.
+    """
+
+    events: list[JobEvent]
+    position: int
+
+
+class Progress(BaseModel):
+    """How far a job is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        total_steps: Optimizer steps that are planned; 0: not known yet.
+        loss: Of the last step, in nats per token; None: there was none yet.
+        seconds_left: Until it is over, as far as its last steps tell; None: not known yet.
+        updated: When this was written, in seconds since 1970.
+        trained_tokens: Tokens of the steps taken, as they were counted for the loss.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int = Field(ge=0)
+    total_steps: int = Field(ge=0)
+    loss: float | None = None
+    seconds_left: float | None = None
+    updated: int = 0
+    trained_tokens: int = Field(default=0, ge=0)
+
+
+class JobEvents:
+    """The events and the progress of a job.
+
+    Args:
+        folder: Of the job.
+    """
+
+    def __init__(self, folder: JobFolder) -> None:
+        self._folder = folder
+        self._known: set[str] | None = None
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, position: int = 0) -> EventPage:
+        """The events from a position of the log on; of a very long log, only the last ones.
+
+        Args:
+            position: 0, or that of an earlier page, to get what came after it.
+        """
+        try:
+            with self._folder.events.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                start = max(min(position, size), size - MAX_LOG_BYTES, 0)
+                file.seek(start)
+                content = file.read(size - start)
+        except FileNotFoundError:
+            return EventPage([], 0)
+        whole, newline, _ = content.rpartition(b"\n")
+        return EventPage(list(_parse(whole)), start + len(whole) + len(newline))
+
+    def progress(self) -> Progress | None:
+        """How far the job is; None: it has not begun."""
+        try:
+            with self._folder.progress.open("rb") as file:
+                return Progress.model_validate_json(file.read(_MAX_PROGRESS_BYTES))
+        except (OSError, ValidationError):
+            return None
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        message: str,
+        *,
+        level: EventLevel = "info",
+        data: dict[str, Any] | None = None,
+        key: str = "",
+    ) -> None:
+        """Append an event.
+
+        Args:
+            message: What happened.
+            level: How serious it is.
+            data: Figures of a step.
+            key: Tells what happens at most once, such as a step: it is not written again by whoever does it again;
+                empty: it may happen any number of times.
+
+        Raises:
+            PrefixError: The log cannot be written.
+        """
+        event_id = f"ftevent-{self._digest(key) if key else secrets.token_hex(12)}"
+        if key and event_id in self._ids():
+            return
+        event = JobEvent(
+            id=event_id,
+            created=int(time.time()),
+            level=level,
+            message=message,
+            type="message" if data is None else "metrics",
+            data=data or {},
+        )
+        with reporting_write_errors(self._folder.events):
+            _append(self._folder.events, event.model_dump_json())
+        self._ids().add(event_id)
+
+    def write_progress(self, progress: Progress) -> None:
+        """Replace the progress; a reader sees the old one or the new one.
+
+        Raises:
+            PrefixError: It cannot be written.
+        """
+        path = self._folder.progress
+        # Not flushed to disk: it tells nothing that the next step does not tell anew.
+        temporary = path.with_name(f".{path.name}.tmp")
+        with reporting_write_errors(path):
+            temporary.write_text(progress.model_dump_json(), encoding="utf-8")
+            os.replace(temporary, path)
+
+    def _digest(self, key: str) -> str:
+        return hashlib.sha256(f"{self._folder.root.name}/{key}".encode()).hexdigest()[:24]
+
+    def _ids(self) -> set[str]:
+        """The ids of the log, read once by whoever writes."""
+        if self._known is None:
+            self._known = {event.id for event in self.read().events}
+        return self._known
+
+
+def _append(path: Path, line: str) -> None:
+    """Append a line in one write, after the end of a line that was cut off.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, f"{chr(10) if cut_off else ''}{line}\n".encode("utf-8", "replace"))
+    finally:
+        os.close(descriptor)
+
+
+def _parse(lines: bytes) -> Iterator[JobEvent]:
+    """The events of whole lines; what is none is left out."""
+    for line in lines.split(b"\n"):
+        try:
+            event: dict[str, Any] = json.loads(line)
+            yield JobEvent.model_validate(event)
+        except (ValueError, RecursionError):
+            continue
