@@ -1,0 +1,186 @@
+"""The worker that a server starts for itself: a child process that trains while there are jobs.
+
+It ends when its parent does, however that ends: its stdin is a pipe that nobody writes to. It ends as well when it has
+had nothing to do for a while, and is started again on demand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from prefixtune.server.logs import log
+
+__all__ = ["TrainingWorker"]
+
+
+_LOOK_SECONDS = 60.0
+"""Between looks for jobs that nobody told of: those of another server, which may have died with its worker."""
+_POLL_SECONDS = 0.25
+_MAX_PAUSE = 60.0
+"""Longest pause before a worker that died is started again."""
+_STEADY_SECONDS = 60.0
+"""A worker that ran this long before it died is started again after the shortest pause."""
+_MAX_LINES, _MAX_LINE = 10, 1000
+"""Of a worker's output, what is kept to say why it ended."""
+
+
+class TrainingWorker:
+    """Keeps a worker running while there are jobs. All methods but `stop` return at once.
+
+    Args:
+        command: Starts a worker. It ends with 0 after some time without jobs, and soon after SIGTERM or the end of its
+            stdin.
+        environment: Variables of the worker besides this process's own; these may be secrets, and a command may not.
+        has_jobs: Whether jobs wait or run; called in a thread, it may block and raise any error.
+        nice: How far the worker steps back where the processor is busy.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        has_jobs: Callable[[], bool],
+        *,
+        nice: int = 0,
+    ) -> None:
+        self._command, self._environment, self._has_jobs, self._nice = tuple(command), environment, has_jobs, nice
+        self._wake, self._stopping = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._deaths, self._reported = 0, ""
+
+    def start(self) -> None:
+        """Look for jobs now, and from time to time."""
+        self._thread = threading.Thread(target=self._supervise, name="prefixtune-training-worker", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is a job: look for it at once."""
+        self._wake.set()
+
+    def begin_stop(self) -> None:
+        """Let the worker save and end; no other one is started."""
+        self._stopping.set()
+        self._wake.set()
+
+    def stop(self, seconds: float) -> None:
+        """Wait until the worker has ended; after `seconds` it is killed."""
+        self.begin_stop()
+        if self._thread is None:
+            return
+        self._thread.join(seconds)
+        process = self._process
+        if process is not None:
+            log("worker_killed", level=logging.WARNING, worker=process.pid)
+            process.kill()
+            self._thread.join(10.0)
+
+    # --- in the thread ------------------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            self._wake.clear()
+            try:
+                wanted = self._has_jobs()
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures == 1:
+                    log("jobs_unknown", level=logging.WARNING, reason=str(error))
+                self._stopping.wait(_pause(failures))
+                continue
+            if wanted:
+                # Afterwards its job may still be there, or another one that was queued while it ended.
+                self._stopping.wait(self._run())
+            else:
+                self._wake.wait(_LOOK_SECONDS)
+
+    def _run(self) -> float:
+        """Run a worker to its end; returns the seconds to wait before the next one."""
+        began, lines = time.monotonic(), deque[str](maxlen=_MAX_LINES)
+        try:
+            process = self._process = self._start()
+        except OSError as error:
+            return self._report_death(-1, error.strerror or str(error))
+        log("worker_started", worker=process.pid)
+        with process:
+            reader = threading.Thread(target=_read_output, args=(process, lines), daemon=True)
+            reader.start()
+            while process.poll() is None and not self._stopping.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+            process.terminate()
+            code = process.wait()
+            # What the worker itself started may hold its output open.
+            reader.join(1.0)
+        self._process = None
+        if code == 0 or self._stopping.is_set():
+            log("worker_ended", worker=process.pid, code=code)
+            self._deaths, self._reported = 0, ""
+            return _pause(1)
+        if time.monotonic() - began > _STEADY_SECONDS:
+            self._deaths = 0
+        return self._report_death(code, " ".join(lines))
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self._environment},
+        )
+        if self._nice and hasattr(os, "setpriority"):
+            # Of its only thread as yet; the later ones inherit it.
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + self._nice)
+        return process
+
+    def _report_death(self, code: int, reason: str) -> float:
+        """Log it, unless the last one died of the same; returns the seconds to wait before the next one."""
+        self._deaths += 1
+        pause = _pause(self._deaths)
+        level = logging.DEBUG if self._reported == f"{code} {reason}" else logging.ERROR
+        self._reported = f"{code} {reason}"
+        log("worker_died", level=level, code=code, reason=reason, next_try_seconds=pause)
+        return pause
+
+
+def _pause(failures: int) -> float:
+    """1, 2, 4, ... seconds."""
+    return min(_MAX_PAUSE, 2.0 ** min(failures - 1, 10))
+
+
+def _read_output(process: subprocess.Popen[bytes], lines: deque[str]) -> None:
+    """Log a worker's JSON lines as the server's own, and keep its last other lines."""
+    assert process.stdout is not None
+    with contextlib.suppress(OSError, ValueError):
+        # The rest of a longer line counts as the next one.
+        while raw := process.stdout.readline(2**16):
+            text = raw.decode("utf-8", "replace").strip()
+            if (fields := _log_line(text)) is not None:
+                level = logging.getLevelNamesMapping().get(str(fields.pop("level", "")).upper(), logging.INFO)
+                log(str(fields.pop("event")), level=level, **{**fields, "worker": process.pid})
+            elif text:
+                lines.append(text[:_MAX_LINE])
+
+
+def _log_line(text: str) -> dict[str, Any] | None:
+    """The fields of a line of a log; None: it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        made = json.loads(text)
+        if isinstance(made, dict) and "event" in made:
+            made.pop("time", None)
+            made.pop("error", None)
+            return made
+    return None

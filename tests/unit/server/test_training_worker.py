@@ -1,0 +1,205 @@
+"""The worker of a server: started on demand, started again when it dies, and gone with its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from child_process import kill, start_child
+from prefixtune.server import training_worker
+from prefixtune.server.training_worker import TrainingWorker
+
+# A worker that notes its start, and lives as long as its parent.
+LIVING = """
+import os, sys
+open(os.environ["STARTS"], "a").write(f"{os.getpid()}\\n")
+sys.stdin.read()
+"""
+
+
+class Supervised:
+    """A supervisor of stub workers, and what it logged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.starts, self.jobs = folder / "starts", threading.Event()
+        self.logged: list[tuple[str, dict[str, Any]]] = []
+        self.workers: list[TrainingWorker] = []
+
+    def start(self, code: str, has_jobs: Callable[[], bool] | None = None, **options: Any) -> TrainingWorker:
+        made = TrainingWorker(
+            [sys.executable, "-c", code], {"STARTS": str(self.starts)}, has_jobs or self.jobs.is_set, **options
+        )
+        self.workers.append(made)
+        made.start()
+        return made
+
+    def pids(self) -> list[int]:
+        return [int(line) for line in self.starts.read_text().splitlines()] if self.starts.exists() else []
+
+    def events(self) -> list[str]:
+        return [event for event, _ in self.logged]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in self.logged if name == event]
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervised]:
+    made = Supervised(tmp_path)
+    monkeypatch.setattr(training_worker, "log", lambda event, **fields: made.logged.append((event, fields)))
+    monkeypatch.setattr(training_worker, "_pause", lambda failures: 0.02 * failures)
+    yield made
+    for worker in made.workers:
+        worker.stop(0.0)
+
+
+def until(good: Callable[[], Any], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not good():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_worker_is_started_when_a_job_waits_and_stops_with_the_server(supervised: Supervised) -> None:
+    worker = supervised.start(LIVING)
+    time.sleep(0.2)
+    assert supervised.pids() == []
+    supervised.jobs.set()
+    worker.wake()
+    until(supervised.pids)
+    # One that runs already takes the next job as well.
+    worker.wake()
+    time.sleep(0.1)
+    (pid,) = supervised.pids()
+    worker.stop(10.0)
+    assert not exists(pid)
+    assert supervised.events() == ["worker_started", "worker_ended"]
+
+
+def test_jobs_that_wait_at_the_start_are_found(supervised: Supervised) -> None:
+    supervised.jobs.set()
+    supervised.start(LIVING)
+    until(supervised.pids)
+
+
+def test_a_worker_that_is_killed_is_started_again(supervised: Supervised) -> None:
+    supervised.jobs.set()
+    supervised.start(LIVING)
+    for count in (1, 2, 3):
+        until(lambda count=count: len(supervised.pids()) == count)
+        os.kill(supervised.pids()[-1], 9)
+    until(lambda: len(supervised.pids()) == 4)
+    assert [fields["code"] for fields in supervised.of("worker_died")] == [-9, -9, -9]
+
+
+def test_the_pauses_between_starts_double_up_to_a_minute() -> None:
+    assert [training_worker._pause(failures) for failures in (1, 2, 3, 4, 6, 7, 2000)] == [1, 2, 4, 8, 32, 60, 60]
+
+
+def test_an_idle_worker_ends_without_an_error_until_the_next_job(supervised: Supervised) -> None:
+    supervised.jobs.set()
+    worker = supervised.start(LIVING.replace("sys.stdin.read()", ""))
+    until(supervised.pids)
+    supervised.jobs.clear()
+    until(lambda: "worker_ended" in supervised.events())
+    time.sleep(0.2)
+    count = len(supervised.pids())
+    supervised.jobs.set()
+    worker.wake()
+    until(lambda: len(supervised.pids()) > count)
+    assert "worker_died" not in supervised.events()
+
+
+def test_one_that_cannot_start_is_reported_once_with_its_reason(supervised: Supervised) -> None:
+    supervised.jobs.set()
+    supervised.start("import sys; print('error: there is no backbone.', file=sys.stderr); sys.exit(2)")
+    until(lambda: len(supervised.of("worker_died")) >= 3)
+    levels = [fields["level"] for fields in supervised.of("worker_died")]
+    assert levels[0] > levels[1] == levels[2]
+    assert supervised.of("worker_died")[0]["reason"] == "error: there is no backbone."
+
+
+def test_a_command_that_does_not_exist_is_an_error_and_no_end_of_the_server(supervised: Supervised) -> None:
+    supervised.jobs.set()
+    worker = TrainingWorker(["/nowhere/python"], {}, supervised.jobs.is_set)
+    supervised.workers.append(worker)
+    worker.start()
+    until(lambda: supervised.of("worker_died"))
+    assert supervised.of("worker_died")[0]["reason"] == "No such file or directory"
+
+
+def test_a_database_that_is_away_is_looked_at_again(supervised: Supervised) -> None:
+    looks = []
+
+    def has_jobs() -> bool:
+        looks.append(0)
+        if len(looks) < 4:
+            raise RuntimeError("away")
+        return True
+
+    supervised.start(LIVING, has_jobs)
+    until(supervised.pids)
+    assert supervised.of("jobs_unknown") == [{"level": 30, "reason": "away"}]
+
+
+def test_one_that_does_not_end_is_killed_after_the_limit(supervised: Supervised) -> None:
+    supervised.jobs.set()
+    deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LIVING + "import time; time.sleep(60)"
+    worker = supervised.start(deaf)
+    until(supervised.pids)
+    (pid,), began = supervised.pids(), time.monotonic()
+    worker.stop(0.2)
+    assert time.monotonic() - began < 5
+    assert not exists(pid)
+    assert "worker_killed" in supervised.events()
+
+
+def test_its_log_is_the_servers_and_its_priority_is_lower(supervised: Supervised) -> None:
+    supervised.jobs.set()
+    lines = [
+        "import json, os",
+        'line = {"time": 1, "level": "warning", "event": "x", "nice": os.nice(0)}',
+        "print(json.dumps(line), flush=True)",
+    ]
+    supervised.start("\n".join(lines) + LIVING, nice=5)
+    until(lambda: supervised.of("x"))
+    (fields,) = supervised.of("x")
+    assert fields == {"level": 30, "nice": os.nice(0) + 5, "worker": supervised.pids()[0]}
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_it_notices_that_the_server_was_killed(supervised: Supervised) -> None:
+    server = start_child(
+        "from prefixtune.server.training_worker import TrainingWorker\n"
+        "worker = TrainingWorker([sys.executable, '-c', sys.argv[1]], {'STARTS': sys.argv[2]}, lambda: True)\n"
+        "worker.start()\nprint('ready', flush=True)\ntime.sleep(60)",
+        LIVING,
+        supervised.starts,
+    )
+    try:
+        until(supervised.pids)
+    finally:
+        kill(server)
+    (pid,) = supervised.pids()
+    until(lambda: not exists(pid) or _is_zombie(pid))
+
+
+def _is_zombie(pid: int) -> bool:
+    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return shown.startswith("Z")
