@@ -13,7 +13,7 @@ import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
@@ -180,6 +180,28 @@ class PrefixStore:
                 raise
             self.cache.put(name, known.signature, prefix)
             return prefix
+
+    def open_file(self, name: str) -> BinaryIO:
+        """A prefix's file, as it is now, to be read and closed; whatever replaces it meanwhile is not seen.
+
+        Raises:
+            RequestError: There is no such prefix.
+            CheckpointError: Its file is not served.
+            PrefixError: It cannot be read now.
+        """
+        with self._lock:
+            self._lookup(name)
+        with self._file_lock:
+            self._refresh(name)
+        with self._lock:
+            self._lookup(name)
+        try:
+            return open(self._path(name), "rb")
+        except FileNotFoundError:
+            with self._lock:
+                raise self._no_such_prefix(name) from None
+        except OSError as error:
+            raise PrefixError(f"cannot read {name!r}: {error.strerror}.", hint="try again later.") from error
 
     def _load(self, name: str) -> Prefix:
         try:
