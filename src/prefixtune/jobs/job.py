@@ -43,6 +43,7 @@ class Job(_Stored):
         training_file: Id of the uploaded file; of a document, the document's.
         validation_file: Id of the file to choose the best prefix by; empty: none.
         questions_file: Id of a document's questions; empty: the model makes them.
+        targets: Training targets of the file, as they were counted when it was uploaded; 0: unknown.
         seed: Of the start and the order of the data.
         hyperparameters: As asked for: `n_epochs`, `batch_size` and `learning_rate_multiplier`, each a number or `auto`.
         extension: The request's object `prefixtune`, as asked for.
@@ -61,6 +62,7 @@ class Job(_Stored):
     training_file: str
     validation_file: str = ""
     questions_file: str = ""
+    targets: int = 0
     seed: int = 0
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     extension: dict[str, Any] = Field(default_factory=dict)

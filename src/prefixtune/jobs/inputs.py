@@ -1,0 +1,89 @@
+"""A job's own links to the files that it reads: they stay when their owner deletes the uploads.
+
+In `inputs/` a file's name says what it is for, and its ending how it is read:
+
+    train.jsonl  dev.csv         examples to train on, and to choose the best prefix by
+    document.md  questions.tsv   a document, and questions about it
+    start.safetensors            the prefix that training goes on from
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from prefixtune.errors import PrefixError
+from prefixtune.jobs.folder import DataFolder, JobFolder
+from prefixtune.utils.files import fsync, work_folder
+from prefixtune.utils.writable import reporting_write_errors
+
+__all__ = ["InputName", "find_input", "make_job_folder", "remove_job_folder"]
+
+
+InputName = Literal["train", "dev", "document", "questions", "start"]
+_WORK = "new"
+"""Name of the hidden folders in which the folders of jobs are made."""
+
+
+def find_input(folder: JobFolder, name: InputName) -> Path | None:
+    """The file of that name, whatever its ending; None: the job has none."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(folder.inputs.iterdir()):
+            if path.name.partition(".")[0] == name:
+                return path
+    return None
+
+
+def make_job_folder(data: DataFolder, job_id: str, inputs: Mapping[InputName, tuple[Path, str]]) -> None:
+    """Make the folder of a job with its inputs: all of it, or nothing.
+
+    Args:
+        data: Where.
+        job_id: Whose.
+        inputs: Name -> the file, which never changes, and the ending of its name, as in `.jsonl`.
+
+    Raises:
+        FileExistsError: There is a job with this id.
+        FileNotFoundError: One of the files is gone.
+        PrefixError: The folder cannot be written.
+    """
+    folder = data.job(job_id)
+    if folder.root.exists():
+        raise FileExistsError(job_id)
+    try:
+        with reporting_write_errors(data.jobs):
+            data.jobs.mkdir(parents=True, exist_ok=True)
+            with work_folder(data.jobs, _WORK) as made:
+                new = JobFolder(made / "job")
+                new.inputs.mkdir(parents=True)
+                for name, (source, ending) in inputs.items():
+                    _link(source, new.inputs / f"{name}{ending}")
+                fsync(new.inputs)
+                os.rename(new.root, folder.root)
+                fsync(data.jobs)
+    except PrefixError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
+        if folder.root.exists():
+            raise FileExistsError(job_id) from None
+        raise
+
+
+def remove_job_folder(data: DataFolder, job_id: str) -> None:
+    """Remove the folder of a job that was not queued."""
+    shutil.rmtree(data.job(job_id).root, ignore_errors=True)
+
+
+def _link(source: Path, path: Path) -> None:
+    """A second name of a file or, on another disk, a copy."""
+    try:
+        os.link(source, path)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, path)
+        fsync(path)
