@@ -190,7 +190,8 @@ class PrefixStore:
             PrefixError: It cannot be read now.
         """
         with self._lock:
-            self._lookup(name)
+            if name not in self._known and name not in self._refused:
+                raise self._no_such_prefix(name)
         with self._file_lock:
             self._refresh(name)
         with self._lock:
