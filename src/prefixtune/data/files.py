@@ -27,9 +27,11 @@ __all__ = [
     "check_file",
     "file_format",
     "iter_file",
+    "iter_rows",
     "join_lines",
     "one_line",
     "read_file",
+    "recognize_format",
 ]
 
 
@@ -98,8 +100,12 @@ def iter_file(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Record]:
             one of its rows is malformed; raised when the row is reached.
     """
     path = Path(path)
+    yield from _records(_located_rows(path, formats), path)
+
+
+def _records(rows: Iterator[LocatedRow], path: Path) -> Iterator[Record]:
     is_empty = True
-    for location, values in _located_rows(path, formats):
+    for location, values in rows:
         is_empty = False
         yield Record(location, values)
     if is_empty:
@@ -113,12 +119,28 @@ def _located_rows(path: Path, formats: Sequence[str]) -> Iterator[LocatedRow]:
     form = _stdin_format(formats) if is_stdin(path) else file_format(path, formats)
     if form == ".parquet":
         return parquet_rows(path)
+    return _text_rows(text_pieces(path), path, form) if form != ".json" else json_list(read_text(path), path)
+
+
+def iter_rows(pieces: Iterator[str], path: Path, form: str) -> Iterator[Record]:
+    """As `iter_file`, of a text that is read piece by piece, perhaps while it is still being written.
+
+    Args:
+        pieces: The text.
+        path: The file's, for messages.
+        form: `.jsonl`, `.csv`, `.tsv`, or empty: a table with any separator.
+
+    Raises:
+        DataError: As for `iter_file`.
+    """
+    yield from _records(_text_rows(pieces, path, form), path)
+
+
+def _text_rows(pieces: Iterator[str], path: Path, form: str) -> Iterator[LocatedRow]:
     if form == ".jsonl":
-        return json_lines(text_pieces(path), path)
-    if form == ".json":
-        return json_list(read_text(path), path)
+        return json_lines(pieces, path)
     separators = {".tsv": "\t", ".csv": ",;"}
-    return csv_rows(text_pieces(path), path, separators.get(form, ",;\t"))
+    return csv_rows(pieces, path, separators.get(form, ",;\t"))
 
 
 def _stdin_format(formats: Sequence[str]) -> str:
@@ -127,20 +149,27 @@ def _stdin_format(formats: Sequence[str]) -> str:
     Raises:
         DataError: It is none of `formats`.
     """
-    start = next(read_chunks(Path("-")), b"")
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start.startswith(b"PAR1"):
-        form = ".parquet"
-    elif text.startswith((b"{", b"[")):
-        form = ".jsonl" if text.startswith(b"{") else ".json"
-    else:
-        form = ""
+    form = recognize_format(next(read_chunks(Path("-")), b""))
     if (form or ".csv") not in formats:
         raise DataError(
             f"stdin holds {form or 'a table, or text'}; allowed: {', '.join(formats)}.",
             hint="save it as a file of one of these formats.",
         )
     return form
+
+
+def recognize_format(start: bytes) -> str:
+    """The format of a file by its first bytes: `.jsonl`, `.json`, `.parquet`, or a table or a text (empty).
+
+    >>> recognize_format(b' {"text": "a"}'), recognize_format(b"[")
+    ('.jsonl', '.json')
+    """
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith(b"PAR1"):
+        return ".parquet"
+    if text.startswith((b"{", b"[")):
+        return ".jsonl" if text.startswith(b"{") else ".json"
+    return ""
 
 
 def check_file(path: Path) -> None:

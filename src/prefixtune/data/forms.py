@@ -28,9 +28,11 @@ from prefixtune.errors import ConfigError, DataError, did_you_mean
 __all__ = [
     "FORMS",
     "Form",
+    "describe_counts",
     "describe_data",
     "detect_form",
     "file_form",
+    "fitting_forms",
     "iter_form",
     "make_example",
     "read_form",
@@ -125,17 +127,10 @@ def detect_form(
                 hint="leave the form out, or rename the columns.",
             )
         return FORMS[form]
-    fitting = [one for one in FORMS.values() if one.fits(row)]
-    is_refused = any(all(name in row for name in names) for names in _REFUSED)
-    if not fitting and not needs_targets and not is_refused:
-        fitting = [one for one in FORMS.values() if one.fits(row, needs_targets=False)]
+    fitting = _candidates(row, needs_targets)
     if prefer and (chosen := [one for one in fitting if one.name == prefer]):
         return chosen[0]
-    if len(fitting) > 1:
-        # A text is a whole example only where nothing else is one; exports of several files fill columns with null.
-        fitting = [one for one in fitting if one.name != "text"]
-        filled = [one for one in fitting if one.fits(name for name, value in row.items() if value is not None)]
-        fitting = filled or fitting
+    fitting = _likeliest(fitting, row)
     if len(fitting) > 1:
         readings = ", or as ".join(f"{one.title} ({one.signature})" for one in fitting)
         raise ConfigError(
@@ -145,6 +140,33 @@ def detect_form(
     if not fitting:
         raise _unknown_form(row, location)
     return fitting[0]
+
+
+def fitting_forms(row: Mapping[str, Any], *, needs_targets: bool = True) -> list[Form]:
+    """The forms that a row may have, by its columns; where there are several, one must be chosen.
+
+    Args:
+        row: Column -> value; the first of its file.
+        needs_targets: A row without a column of targets has none.
+    """
+    return _likeliest(_candidates(row, needs_targets), row)
+
+
+def _candidates(row: Mapping[str, Any], needs_targets: bool) -> list[Form]:
+    fitting = [one for one in FORMS.values() if one.fits(row)]
+    is_refused = any(all(name in row for name in names) for names in _REFUSED)
+    if not fitting and not needs_targets and not is_refused:
+        fitting = [one for one in FORMS.values() if one.fits(row, needs_targets=False)]
+    return fitting
+
+
+def _likeliest(fitting: list[Form], row: Mapping[str, Any]) -> list[Form]:
+    if len(fitting) < 2:
+        return fitting
+    # A text is a whole example only where nothing else is one; exports of several files fill columns with null.
+    fitting = [one for one in fitting if one.name != "text"]
+    filled = [one for one in fitting if one.fits(name for name, value in row.items() if value is not None)]
+    return filled or fitting
 
 
 def _unknown_form(row: Mapping[str, Any], location: str) -> DataError:
@@ -251,10 +273,16 @@ def describe_data(form: Form, examples: Sequence[Example], path: Path | str, col
     # Imported here: numpy takes a moment.
     from prefixtune.data.stored_examples import count_answers
 
-    answers = count_answers(examples)
-    counts = [_count(len(examples), form.units[0])]
+    return describe_counts(form, len(examples), count_answers(examples), path, columns)
+
+
+def describe_counts(
+    form: Form, num_examples: int, num_answers: int, path: Path | str, columns: Iterable[str] = ()
+) -> str:
+    """As `describe_data`, of so many examples with so many targets and earlier answers."""
+    counts = [_count(num_examples, form.units[0])]
     if form.units[1]:
-        counts.append(_count(answers, form.units[1]))
+        counts.append(_count(num_answers, form.units[1]))
     unused = [str(column)[:40] for column in form.unused(columns)]
     more = "..." if len(unused) > _MAX_SHOWN else ""
     note = f"; not used: {', '.join(unused[:_MAX_SHOWN])}{more}" if unused else ""

@@ -20,10 +20,12 @@ from typing import IO
 from prefixtune.errors import DataError, did_you_mean
 
 __all__ = [
+    "GZIP_MAGIC",
     "MAX_FILE_BYTES",
     "MAX_ROW_CHARS",
     "MAX_STREAM_BYTES",
     "STDIN",
+    "decode",
     "empty_file",
     "is_stdin",
     "read_chunks",
@@ -32,6 +34,7 @@ __all__ = [
     "shown",
     "text_lines",
     "text_pieces",
+    "unpack",
 ]
 
 MAX_FILE_BYTES = 2**32
@@ -40,11 +43,12 @@ MAX_STREAM_BYTES = 2**40
 """Most bytes of a file that is read row by row, after decompression."""
 MAX_ROW_CHARS = 2**26
 """Most characters of a line of JSON lines, and of a row of a table."""
+GZIP_MAGIC = b"\x1f\x8b"
+"""The first bytes of a gzip file."""
 STDIN = "-"
 """The path that means standard input."""
 
 _CHUNK = 2**20
-_GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 """Byte order mark -> the encoding of the text after it; editors and spreadsheets on Windows write them."""
 
@@ -76,24 +80,55 @@ def read_chunks(path: Path, max_bytes: int | None = None) -> Iterator[bytes]:
     raw = _stdin_spool() if is_stdin(path) else _open(path)
     try:
         raw.seek(0)
-        magic = raw.read(len(_GZIP_MAGIC))
+        magic = raw.read(len(GZIP_MAGIC))
         raw.seek(0)
-        zipped = magic == _GZIP_MAGIC
+        zipped = magic == GZIP_MAGIC
         _check_name(path, zipped)
+        yield from unpack(raw.read, path, zipped=zipped, max_bytes=max_bytes)
+    finally:
+        if not is_stdin(path):
+            raw.close()
+
+
+def unpack(read: Callable[[int], bytes], path: Path, *, zipped: bool, max_bytes: int | None = None) -> Iterator[bytes]:
+    """The bytes that a function reads, a megabyte at a time, decompressed if they are gzipped.
+
+    Args:
+        read: Returns at most as many bytes as it is asked for; none at the end.
+        path: The file's, for messages.
+        zipped: They are gzipped.
+        max_bytes: As for `read_chunks`.
+
+    Raises:
+        DataError: They cannot be read, are too many, or are no gzip file.
+    """
+    try:
         if zipped:
-            with gzip.GzipFile(fileobj=raw) as unzipped:
+            with gzip.GzipFile(fileobj=_Readable(read)) as unzipped:
                 yield from _bounded(unzipped.read, path, max_bytes)
         else:
-            yield from _bounded(raw.read, path, max_bytes)
+            yield from _bounded(read, path, max_bytes)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{shown(path)} is a broken gzip file: {error}.", hint="copy or download it again.") from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.") from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    finally:
-        if not is_stdin(path):
-            raw.close()
+
+
+class _Readable(io.RawIOBase):
+    """A function that reads, as the file that `gzip` needs."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes."""
+        return self._read(size)
 
 
 def _check_name(path: Path, zipped: bool) -> None:
@@ -198,8 +233,11 @@ def text_pieces(path: Path, max_bytes: int | None = None) -> Iterator[str]:
         DataError: As for `read_chunks`; or it is neither UTF-8 nor UTF-16 with a byte order mark, or has a NUL
             character.
     """
-    name = shown(path)
-    chunks = read_chunks(path, max_bytes)
+    return decode(read_chunks(path, max_bytes), shown(path))
+
+
+def decode(chunks: Iterator[bytes], name: str) -> Iterator[str]:
+    """The text of some bytes, as `text_pieces` gives it; `name` is the file's, for messages."""
     first = next(chunks, b"")
     mark = next((mark for mark in _BYTE_ORDER_MARKS if first.startswith(mark)), b"")
     encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")

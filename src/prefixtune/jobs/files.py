@@ -1,0 +1,253 @@
+"""Uploaded files, each with its owner: in the data folder, whole or not at all.
+
+A file is written into a hidden folder, checked as training would read it, and moved to its place. What a killed process
+left is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from prefixtune.jobs.folder import DataFolder, is_file_id
+from prefixtune.jobs.stored_file import (
+    UPLOAD_PURPOSES,
+    FileLimits,
+    FileRefusedError,
+    Purpose,
+    StoredFile,
+    UnknownFileError,
+    publish_file,
+    read_stored,
+    result_file_id,
+    shown_name,
+)
+from prefixtune.jobs.upload import UPLOAD_FOLDER, Upload
+from prefixtune.utils.files import fsync, remove_abandoned, work_folder
+
+__all__ = [
+    "UPLOAD_PURPOSES",
+    "FileLimits",
+    "FileRefusedError",
+    "FileStore",
+    "Purpose",
+    "StoredFile",
+    "UnknownFileError",
+    "Upload",
+    "result_file_id",
+]
+
+
+_RESULT, _DELETED = "result", "deleted"
+"""Names of hidden folders."""
+_CHUNK = 2**18
+
+
+class FileStore:
+    """The files of all owners. Several processes may use one folder; all methods block.
+
+    Args:
+        folder: The data folder; made by the first upload.
+    """
+
+    def __init__(self, folder: DataFolder) -> None:
+        self._folder = folder
+        self._uploads: set[Upload] = set()
+        self._lock = threading.Lock()
+
+    def clear(self) -> int:
+        """Remove what killed processes left; returns how many folders there were."""
+        names = (UPLOAD_FOLDER, _RESULT, _DELETED)
+        return sum(remove_abandoned(owner, name) for owner in self._owners() for name in names)
+
+    def open_upload(
+        self, owner: str, filename: str, purpose: Purpose | None = None, *, limits: FileLimits | None = None
+    ) -> Upload:
+        """Begin an upload.
+
+        Args:
+            owner: Whose file it will be.
+            filename: As its owner calls it; only its last part is kept.
+            purpose: What it is for; None: `finish` is told.
+            limits: How much the owner may keep.
+
+        Raises:
+            FileRefusedError: The owner keeps too many files.
+            OSError: The data folder cannot be written.
+        """
+        limits = limits or FileLimits()
+        self._make_folder(owner)
+        with self._lock:
+            files = [file for file in self.list(owner) if file.purpose != "fine-tune-results"]
+            others = [upload for upload in self._uploads if upload.owner == owner]
+            count = len(files) + len(others)
+            if count >= limits.max_files:
+                raise FileRefusedError(
+                    "too_many_files",
+                    f"there are {count:,} files already, of {limits.max_files:,} that may be kept.",
+                    hint="delete one that is not needed.",
+                )
+            kept = sum(file.bytes for file in files)
+            upload = Upload(
+                self._folder.files_of(owner),
+                owner,
+                shown_name(filename),
+                purpose,
+                limits,
+                kept_bytes=lambda upload: kept + self._bytes_of_others(upload),
+                on_end=self._forget,
+            )
+            self._uploads.add(upload)
+            return upload
+
+    def get(self, owner: str | None, file_id: str) -> StoredFile:
+        """What is known about a file.
+
+        Args:
+            owner: Whose it must be; None: anybody's.
+            file_id: Its id.
+
+        Raises:
+            UnknownFileError: There is none.
+        """
+        return self._find(owner, file_id)[0]
+
+    def path(self, owner: str | None, file_id: str) -> Path:
+        """Where a file's data are; their ending is that of their format. To be linked, never changed.
+
+        Raises:
+            UnknownFileError: There is none.
+        """
+        stored, folder = self._find(owner, file_id)
+        return folder / stored.data_name
+
+    def open(self, owner: str | None, file_id: str) -> IO[bytes]:
+        """A file's data; they can be read to the end even if the file is deleted meanwhile.
+
+        Raises:
+            UnknownFileError: There is none.
+        """
+        try:
+            return open(self.path(owner, file_id), "rb")
+        except FileNotFoundError:
+            raise _unknown(file_id) from None
+
+    def content(self, owner: str | None, file_id: str) -> Iterator[bytes]:
+        """A file's bytes, piece by piece.
+
+        Raises:
+            UnknownFileError: There is none.
+        """
+        with self.open(owner, file_id) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    def list(self, owner: str | None) -> Sequence[StoredFile]:
+        """All files of an owner, or of all owners, the newest first."""
+        folders = self._owners() if owner is None else [self._folder.files_of(owner)]
+        found: list[StoredFile] = []
+        for folder in folders:
+            for file in _entries(folder):
+                stored = read_stored(file) if is_file_id(file.name) else None
+                if stored is not None:
+                    found.append(stored)
+        return sorted(found, key=lambda stored: (stored.created_ns, stored.id), reverse=True)
+
+    def delete(self, owner: str | None, file_id: str) -> StoredFile:
+        """Delete a file; jobs that were made of it keep their own links.
+
+        Raises:
+            UnknownFileError: There is none.
+            OSError: It cannot be deleted.
+        """
+        stored, folder = self._find(owner, file_id)
+        with work_folder(folder.parent, _DELETED) as temporary:
+            try:
+                # One rename: it is there with all that belongs to it, or not at all.
+                os.replace(folder, temporary / "file")
+            except FileNotFoundError:
+                raise _unknown(file_id) from None
+            fsync(folder.parent)
+        return stored
+
+    def put_result(self, owner: str, file_id: str, filename: str, data: bytes) -> StoredFile:
+        """Store what a job left; the second time under one id, the first file stays.
+
+        Args:
+            owner: The job's.
+            file_id: By `result_file_id`.
+            filename: As its owner reads it.
+            data: All of it.
+
+        Raises:
+            ValueError: That is no id of a file.
+            OSError: It cannot be written.
+        """
+        if not is_file_id(file_id):
+            raise ValueError(f"{file_id[:64]!r} is no id of a file")
+        with contextlib.suppress(UnknownFileError):
+            return self.get(owner, file_id)
+        name = shown_name(filename)
+        stored = StoredFile(
+            id=file_id,
+            owner=owner,
+            bytes=len(data),
+            created_ns=time.time_ns(),
+            filename=name,
+            purpose="fine-tune-results",
+            ending=Path(name).suffix[:10] or ".csv",
+        )
+        self._make_folder(owner)
+        with work_folder(self._folder.files_of(owner), _RESULT) as temporary:
+            folder = temporary / "file"
+            folder.mkdir()
+            (folder / stored.data_name).write_bytes(data)
+            try:
+                publish_file(folder, stored, self._folder.files_of(owner))
+            except OSError:
+                # Another worker was first.
+                with contextlib.suppress(UnknownFileError):
+                    return self.get(owner, file_id)
+                raise
+        return stored
+
+    def _find(self, owner: str | None, file_id: str) -> tuple[StoredFile, Path]:
+        if is_file_id(file_id):
+            for parent in self._owners() if owner is None else [self._folder.files_of(owner)]:
+                stored = read_stored(parent / file_id)
+                if stored is not None:
+                    return stored, parent / file_id
+        raise _unknown(file_id)
+
+    def _owners(self) -> Sequence[Path]:
+        return [path for path in _entries(self._folder.owners) if path.is_dir()]
+
+    def _make_folder(self, owner: str) -> None:
+        # What is uploaded is nobody else's business.
+        self._folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.files_of(owner).mkdir(parents=True, exist_ok=True)
+
+    def _bytes_of_others(self, upload: Upload) -> int:
+        """Bytes of the owner's other uploads, which are not stored yet."""
+        return sum(other.size for other in tuple(self._uploads) if other.owner == upload.owner and other is not upload)
+
+    def _forget(self, upload: Upload) -> None:
+        with self._lock:
+            self._uploads.discard(upload)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing, if it is not there."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _unknown(file_id: str) -> UnknownFileError:
+    return UnknownFileError(f"there is no file {file_id[:64]!r}.")

@@ -1,0 +1,194 @@
+"""A file that comes in piece by piece, and is checked meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from prefixtune.data.files import FORMATS, recognize_format
+from prefixtune.data.streams import GZIP_MAGIC
+from prefixtune.errors import PrefixError
+from prefixtune.jobs.file_check import FileCheck
+from prefixtune.jobs.stored_file import FileLimits, FileRefusedError, Purpose, StoredFile, publish_file
+from prefixtune.utils.files import work_folder
+
+__all__ = ["UPLOAD_FOLDER", "Upload"]
+
+
+UPLOAD_FOLDER = "upload"
+"""Name of the hidden folders that receive files."""
+_HEAD = 512
+"""Bytes by which the format of a file is recognized."""
+_TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
+
+
+class Upload:
+    """A file that comes in; as a context manager, it leaves nothing behind if `finish` was not reached.
+
+    Args:
+        folder: Of the owner's files.
+        owner: Whose it will be.
+        filename: As its owner calls it.
+        purpose: What it is for; None: `finish` is told.
+        limits: How much the owner may keep.
+        kept_bytes: Bytes of the owner's other files and uploads.
+        on_end: Called when nothing is written any more.
+
+    Attributes:
+        owner: Whose it will be.
+        size: Bytes so far.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        owner: str,
+        filename: str,
+        purpose: Purpose | None,
+        limits: FileLimits,
+        *,
+        kept_bytes: Callable[[Upload], int],
+        on_end: Callable[[Upload], object],
+    ) -> None:
+        self.owner, self.size = owner, 0
+        self._parent, self._filename, self._purpose, self._limits = folder, filename, purpose, limits
+        self._kept_bytes, self._on_end = kept_bytes, on_end
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(work_folder(folder, UPLOAD_FOLDER)) / "file"
+        self._folder.mkdir()
+        self._head = b""
+        self._ending = ""
+        self._file: IO[bytes] | None = None
+        self._check: FileCheck | None = None
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def write(self, chunk: bytes) -> None:
+        """Append some bytes.
+
+        Raises:
+            FileRefusedError: The file is too large, or there is no room for it.
+            OSError: The disk is full, or fails.
+        """
+        self.size += len(chunk)
+        if self.size > self._limits.max_bytes:
+            raise FileRefusedError(
+                "file_too_large",
+                f"the file has more than {self._limits.max_bytes:,} bytes, which is the most for one.",
+                hint="split it.",
+            )
+        if self._kept_bytes(self) + self.size > self._limits.max_total_bytes:
+            raise FileRefusedError(
+                "no_room",
+                f"with this file there would be more than {self._limits.max_total_bytes:,} bytes of files, which is "
+                "the most that may be kept.",
+                hint="delete files that are not needed.",
+            )
+        if self._file is not None:
+            self._append(chunk)
+            return
+        self._head += chunk
+        if len(self._head) >= _HEAD:
+            self._open()
+
+    def finish(self, purpose: Purpose | None = None) -> StoredFile:
+        """Check the file, and keep it. Blocks.
+
+        A file whose content is wrong is kept too, so that its owner can read it, with the status `error`.
+
+        Args:
+            purpose: What it is for, if that was not known before.
+
+        Raises:
+            FileRefusedError: It is empty.
+            OSError: The disk is full, or fails.
+        """
+        with self:
+            self._purpose = purpose or self._purpose
+            if self._purpose is None:
+                raise ValueError("the purpose of the file is not known")
+            if not self.size:
+                raise FileRefusedError("empty_file", f"{self._filename} is empty.", hint="check that it is complete.")
+            if self._file is None:
+                self._open()
+            assert self._file is not None
+            self._file.close()
+            outcome = self._outcome()
+            stored = StoredFile(
+                id=f"file-{secrets.token_hex(12)}",
+                owner=self.owner,
+                bytes=self.size,
+                created_ns=time.time_ns(),
+                filename=self._filename,
+                purpose=self._purpose,
+                ending=self._ending,
+                **outcome,
+            )
+            publish_file(self._folder, stored, self._parent)
+            return stored
+
+    def abort(self) -> None:
+        """Leave nothing behind; without effect after `finish`."""
+        if self._check is not None:
+            self._check.cancel()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._stack.close()
+        self._on_end(self)
+
+    def _open(self) -> None:
+        """Open the file on disk, under the name that its format needs."""
+        head, self._head = self._head, b""
+        # A document is read as it is; without a purpose, the file may become one.
+        self._ending = _ending_of(self._filename, head, self._purpose)
+        self._file = open(self._folder / f"data{self._ending}", "wb", buffering=0)  # noqa: SIM115  closed by `abort`
+        if self._purpose == "fine-tune":
+            self._check = FileCheck(Path(self._file.name), self._filename, self._ending)
+        self._append(head)
+
+    def _append(self, chunk: bytes) -> None:
+        assert self._file is not None
+        view = memoryview(chunk)
+        while view:
+            view = view[self._file.write(view) :]
+        if self._check is not None:
+            self._check.note_size(self.size)
+
+    def _outcome(self) -> dict[str, Any]:
+        """The status of the complete file, and what it holds."""
+        path = self._folder / f"data{self._ending}"
+        if self._check is None:
+            if self._purpose == "document":
+                self._ending = _ending_of(self._filename, b"", "document")
+                path = path.rename(self._folder / f"data{self._ending}")
+            self._check = FileCheck(path, self._filename, self._ending)
+        try:
+            return {"facts": self._check.result()}
+        except PrefixError as error:
+            hint = error.hint[:1].upper() + error.hint[1:]
+            return {"status": "error", "status_details": f"{error.message} {hint}".strip()[:1000]}
+
+
+def _ending_of(filename: str, head: bytes, purpose: Purpose | None) -> str:
+    """The ending of a file's format: by its name or, where that says nothing, by its first bytes."""
+    suffixes = [suffix.lower() for suffix in Path(filename).suffixes]
+    if purpose == "document":
+        return suffixes[-1] if suffixes and suffixes[-1] in _TEXT_ENDINGS else ".txt"
+    zipped = ".gz" if head.startswith(GZIP_MAGIC) else ""
+    named = [suffix for suffix in suffixes if suffix in FORMATS]
+    if named:
+        return named[-1] + zipped
+    if zipped:
+        return f".jsonl{zipped}"
+    is_tabbed = b"\t" in head.split(b"\n", 1)[0]
+    return recognize_format(head) or (".tsv" if is_tabbed else ".csv")
