@@ -12,6 +12,7 @@ placeholders, and removes them from the response.
     requests       a request for a prefix -> a request for the backbone
     prompts        the prompts in it: text format, placeholders
     responses      the backbone's response -> a response of the prefix
+    training       requests about training, for a server beside vLLM
     http           request bodies, responses and errors, as ASGI sends them
     folder         the prefixes in a folder
     joining        several prefixes as one

@@ -1,6 +1,7 @@
 """The middleware of vLLM's server: prefixes in a folder are models there.
 
-Requests for a prefix are rewritten, and so are their responses; everything else passes unchanged.
+Requests for a prefix are rewritten, and so are their responses. Where there is a training server, requests about
+training are passed on to it. Everything else passes unchanged.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from prefixtune.interop.vllm.http import (
 from prefixtune.interop.vllm.requests import BackboneRequest, rewrite_request
 from prefixtune.interop.vllm.responses import ResponseRewriter, add_models
 from prefixtune.interop.vllm.state import ServerState
+from prefixtune.interop.vllm.training import TrainingForwarder, is_about_training, needs_key
 
 __all__ = ["PrefixMiddleware"]
 
@@ -50,6 +52,8 @@ class PrefixMiddleware:
             return await self._list_models(scope, receive, send)
         if method == "POST" and path in (_COMPLETIONS, _CHAT):
             return await self._generate(scope, receive, send, is_chat=path == _CHAT)
+        if is_about_training(scope, path):
+            return await self._train(path, scope, receive, send)
         return await self.app(scope, receive, send)
 
     async def _list_models(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,6 +84,16 @@ class PrefixMiddleware:
         scope = with_content_length(scope, len(request.body))
         rewriter = JSONRewriter(send, ResponseRewriter(request), request.headers)
         await self.app(scope, replay_body(request.body, receive), rewriter)
+
+    async def _train(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on to the training server, if there is one."""
+        state = await self._load_state(scope)
+        socket = state.settings.training_socket
+        if not socket:
+            return await self.app(scope, receive, send)
+        if state.has_keys and needs_key(path) and await self._refuse_without_key(scope, receive, send):
+            return None
+        return await TrainingForwarder(socket, has_keys=state.has_keys).forward(scope, path, receive, send)
 
     async def _load_state(self, scope: Scope) -> ServerState:
         if self._state is None:

@@ -48,6 +48,9 @@ class Settings(Config):
     on_too_long: Literal["", "cut", "error"] = Field(
         "", description="`cut` a source that is too long, or refuse it (`error`); empty: as in the prefix's training."
     )
+    training_socket: str = Field(
+        "", description="Path of the training server's Unix socket, which gets requests about training; empty: none."
+    )
 
     @classmethod
     def from_vllm(cls, config: Any) -> Settings:
