@@ -21,12 +21,14 @@ __all__ = [
     "FORMAT_VERSION",
     "HEADER_FIELDS",
     "HEADER_KEY",
+    "JobOrigin",
     "Outline",
     "check_header",
     "check_storable",
     "check_version",
     "dump_header",
     "incompatibilities",
+    "job_origin",
     "parse_header",
     "read_outline",
 ]
@@ -59,6 +61,9 @@ HEADER_FIELDS: Mapping[str, type] = {
     "description": str,
     "form": str,
     "initialization": dict,
+    "job": dict,
+    "job.id": str,
+    "job.owner": str,
     "labels": dict,
     "labels.by": str,
     "labels.kind": str,
@@ -152,6 +157,8 @@ def check_header(header: Mapping[str, Any], what: str) -> None:
         raise CheckpointError(
             f"the header of {what} has labels without their kind, by and names.", hint="get the file again."
         )
+    if header.get("job") is not None and job_origin(header) is None:
+        raise CheckpointError(f"the header of {what} has a job without its id and owner.", hint="get the file again.")
     try:
         read_text_format(header)
     except CheckpointError as error:
@@ -181,6 +188,35 @@ def dump_header(header: Mapping[str, Any]) -> str:
             f"the header cannot be stored: {error}.", hint="make labels, templates and descriptions shorter."
         ) from error
     return text
+
+
+@dataclass(frozen=True)
+class JobOrigin:
+    """The job that made a prefix for somebody who asked a server for it.
+
+    Attributes:
+        id: The job's.
+        owner: Who asked: only they and admins see the prefix.
+        step: Of a checkpoint, after how many steps; None: it is the job's result.
+    """
+
+    id: str
+    owner: str
+    step: int | None = None
+
+    def to_header(self) -> dict[str, Any]:
+        """The field `job` of a header."""
+        return {"id": self.id, "owner": self.owner, **({} if self.step is None else {"step": self.step})}
+
+
+def job_origin(header: Mapping[str, Any]) -> JobOrigin | None:
+    """The job that made a prefix; None: its header names none."""
+    job = header.get("job")
+    job_id, owner = (job.get("id"), job.get("owner")) if isinstance(job, Mapping) else (None, None)
+    if not (isinstance(job, Mapping) and isinstance(job_id, str) and isinstance(owner, str) and job_id and owner):
+        return None
+    step = job.get("step")
+    return JobOrigin(job_id, owner, step if type(step) is int else None)
 
 
 # --- without the tensors ----------------------------------------------------------------------------------------------

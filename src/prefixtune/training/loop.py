@@ -200,6 +200,11 @@ class TrainLoop:
         """The prefix as it is now; None: the method has none."""
         return None if self.encoder is None else self._placed(self.encoder.bake())
 
+    def snapshot(self) -> Prefix | None:
+        """The prefix as it is now, with the header of an artifact; None: the method has none."""
+        prefix = self.bake()
+        return None if prefix is None else Prefix(prefix.layers, self._header(), prefix.head)
+
     def _placed(self, prefix: Prefix) -> Prefix:
         """The prefix with its placement in the header, where attention looks for it."""
         header = {"placement": "infix"} if self.config.method == "infix" else {}

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.cache import CacheStats, PrefixCache
-from prefixtune.server.models.validation import PrefixValidator
 from prefixtune.utils.files import atomic_path
 
 __all__ = ["PrefixStore", "StoreStats"]

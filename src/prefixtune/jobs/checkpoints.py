@@ -1,0 +1,146 @@
+"""The prefixes of a job's last evaluations, each a file like its result and served beside it: NAME.step-N."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixtune.errors import CheckpointError, RequestError
+from prefixtune.jobs.job import Job
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.folder import ENDING, check_name
+from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.folder import Event
+from prefixtune.training.loop import TrainLoop
+
+__all__ = ["FOLDER", "KEPT", "Checkpoint", "CheckpointKeeper", "check_result_name", "checkpoint_name", "checkpoints"]
+
+
+FOLDER = "checkpoints"
+"""In the folder of a job's run."""
+KEPT = 3
+"""Evaluations whose prefixes are kept: the last ones."""
+_MAX_NAME_LENGTH = 112
+"""Longest name of a result, so that `.step-N` can follow it."""
+_STEP_NAME = re.compile(r"step-(\d{1,9})")
+_STEP_ENDING = re.compile(r"\.step-\d+\Z")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The prefix of one evaluation.
+
+    Attributes:
+        step: Optimizer steps taken.
+        created: When it was stored, in seconds since 1970.
+        name: What it is served as once the job has succeeded.
+        path: Its file.
+        metrics: `train_loss` of this step and, with a validation file, `valid_loss`, in nats per token.
+    """
+
+    step: int
+    created: int
+    name: str
+    path: Path
+    metrics: dict[str, float]
+
+
+def checkpoint_name(name: str, step: int) -> str:
+    """What a checkpoint is served as.
+
+    >>> checkpoint_name("support", 40)
+    'support.step-40'
+    """
+    return f"{name}.step-{step}"
+
+
+def check_result_name(name: object) -> None:
+    """Refuse names that no job's result may be served as.
+
+    Raises:
+        RequestError: It is no name of a prefix, too long, or that of a checkpoint.
+    """
+    check_name(name)
+    if len(str(name)) > _MAX_NAME_LENGTH:
+        raise RequestError(
+            f"the name {str(name)[:32]!r}... has {len(str(name))} characters.", hint=f"use at most {_MAX_NAME_LENGTH}."
+        )
+    if _STEP_ENDING.search(str(name)):
+        raise RequestError(
+            f"{name!r} is a name for a checkpoint: it ends with '.step-' and a number.", hint="choose another name."
+        )
+
+
+class CheckpointKeeper:
+    """Stores the prefixes of a run's last evaluations; the oldest one makes room for a new one.
+
+    Args:
+        job: What the run trains for.
+        run: The run's folder.
+    """
+
+    def __init__(self, job: Job, run: Path) -> None:
+        self._job, self._folder = job, run / FOLDER
+        self._train_loss: float | None = None
+
+    def record(self, loop: TrainLoop, event: Event) -> None:
+        """Take note of an event of the run, right after it happened; of an evaluation, the prefix is stored.
+
+        Raises:
+            PrefixError: It cannot be written.
+        """
+        if event["event"] == "step":
+            self._train_loss = event["loss_per_token"]
+        elif event["event"] == "evaluation":
+            self._keep(loop, event)
+
+    def _keep(self, loop: TrainLoop, event: Event) -> None:
+        prefix = loop.snapshot()
+        if prefix is None:
+            return
+        training = {**prefix.header["training"], "dev_loss": event.get("loss"), "train_loss": self._train_loss}
+        origin = JobOrigin(self._job.id, self._job.owner, event["step"])
+        header = {**prefix.header, "training": training, "job": origin.to_header()}
+        path = self._folder / f"step-{event['step']}{ENDING}"
+        save_prefix(path, Prefix(prefix.layers, header, prefix.head), dtype=loop.config.save_dtype)
+        for old in _files(self._folder)[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+
+def checkpoints(job: Job, run: Path) -> list[Checkpoint]:
+    """The checkpoints of a job, the oldest first; reads their headers only. Broken files are left out.
+
+    Args:
+        job: What was asked for.
+        run: The run's folder.
+    """
+    found = []
+    for path in _files(run / FOLDER):
+        # One that is replaced or removed meanwhile.
+        with contextlib.suppress(OSError, CheckpointError):
+            header, created = read_outline(path).header, int(path.stat().st_mtime)
+            origin = job_origin(header)
+            if origin is not None and origin.id == job.id and origin.step is not None:
+                name = checkpoint_name(job.name, origin.step)
+                found.append(Checkpoint(origin.step, created, name, path, _metrics(header)))
+    return found[-KEPT:]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of checkpoints, in the order of their steps."""
+    steps = {}
+    for path in folder.glob(f"step-*{ENDING}"):
+        if match := _STEP_NAME.fullmatch(path.name.removesuffix(ENDING)):
+            steps[path] = int(match[1])
+    return sorted(steps, key=steps.__getitem__)
+
+
+def _metrics(header: Mapping[str, Any]) -> dict[str, float]:
+    training = header.get("training") or {}
+    losses = {"train_loss": training.get("train_loss"), "valid_loss": training.get("dev_loss")}
+    return {name: float(loss) for name, loss in losses.items() if isinstance(loss, int | float)}

@@ -1,0 +1,297 @@
+"""Publish what a job has trained: put its prefix, checked, into the folder that servers serve from; and take it back.
+
+A published file is whole from the moment it has its name, and its header says whose it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import io
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.validation import PrefixValidator
+from prefixtune.errors import CheckpointError, PrefixError
+from prefixtune.jobs.checkpoints import checkpoints
+from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.job import Job, JobError, JobResult
+from prefixtune.jobs.queue import JobQueue
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.folder import ENDING, Signature, list_names, path_of, signature_of
+from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
+from prefixtune.utils.files import atomic_path
+from prefixtune.utils.locks import file_lock
+
+__all__ = ["METRICS_FILE", "ResultFiles", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
+
+
+METRICS_FILE = "step_metrics.csv"
+"""What the file of a job's metrics is called, as OpenAI calls it."""
+_COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "seconds")
+_LOCK = ".publish.lock"
+_LOCK_SECONDS = 30.0
+_STATUSES_AT_ONCE = 200
+"""Jobs whose statuses are asked for in one query."""
+
+
+@runtime_checkable
+class ResultFiles(Protocol):
+    """Where the files that jobs make are kept for their owners."""
+
+    def put_result(self, owner: str, file_id: str, filename: str, data: bytes) -> object:
+        """Store what a job left; the second time under one id, the first file stays."""
+
+
+def publish(
+    job: Job,
+    run: Path,
+    backbone: Backbone,
+    prefixes: Path,
+    files: ResultFiles,
+    *,
+    max_bytes: int = 2**30,
+) -> JobResult:
+    """Serve what a job has trained under the job's name, and store its metrics for its owner.
+
+    May be called again for the same job, as after a kill. The checkpoints come first, so that all is there once the
+    job's name answers.
+
+    Args:
+        job: What was asked for.
+        run: The folder of its run, which has ended.
+        backbone: The model that it was trained on.
+        prefixes: The folder that servers serve from.
+        files: Where the metrics are stored.
+        max_bytes: Largest prefix, in the backbone's dtype; see `cache_mib` of the server.
+
+    Raises:
+        JobFailedError: The prefix cannot be served, or another file has its name; nothing was published.
+        PrefixError: A file cannot be written, as on a full disk, or the run's log is damaged; it may be tried again.
+    """
+    events = read_events(run / EVENTS_FILE)
+    validator = PrefixValidator(backbone, max_bytes)
+    prefix = _result(job, run)
+    metrics = _store_metrics(job, events, files)
+    with _locked(prefixes):
+        _check_free(job.name, job, prefixes)
+        for checkpoint in checkpoints(job, run):
+            if _is_free(path_of(prefixes, checkpoint.name), job):
+                with _checked(checkpoint.name, validator, prefixes) as temporary:
+                    shutil.copyfile(checkpoint.path, temporary)
+        with _checked(job.name, validator, prefixes) as temporary:
+            save_prefix(temporary, prefix, dtype=prefix.dtype)
+    return JobResult(
+        name=job.name,
+        trained_tokens=sum(event["target_tokens"] for event in _of("step", events)),
+        steps=max((event["step"] for event in _of("step", events)), default=0),
+        result_files=[metrics],
+        best_loss=next((event["best_loss"] for event in reversed(_of("evaluation", events)) if "loss" in event), None),
+    )
+
+
+def _result(job: Job, run: Path) -> Prefix:
+    """The run's best prefix, with the job in its header.
+
+    Raises:
+        JobFailedError: It cannot be read.
+    """
+    try:
+        prefix = read_artifact(run / PREFIX_FILE)
+    except CheckpointError as error:
+        raise _unusable(error, run / PREFIX_FILE) from error
+    header = {**prefix.header, "job": JobOrigin(job.id, job.owner).to_header()}
+    initialization = header.get("initialization")
+    if isinstance(initialization, Mapping) and initialization.get("kind") == "prefix":
+        # The name that the owner knows, not that of the job's copy.
+        header["initialization"] = {**initialization, "file": job.model}
+    return Prefix(prefix.layers, header, prefix.head)
+
+
+@contextlib.contextmanager
+def _checked(name: str, validator: PrefixValidator, prefixes: Path) -> Iterator[Path]:
+    """Yield a path to write a prefix to, check the file as an upload is checked, and give it its name.
+
+    Raises:
+        JobFailedError: It cannot be served.
+        PrefixError: It cannot be written.
+    """
+    with atomic_path(path_of(prefixes, name)) as temporary:
+        yield temporary
+        try:
+            validator.read_header(temporary)
+            validator.load(temporary, name)
+        except CheckpointError as error:
+            raise _unusable(error, temporary) from error
+
+
+def _unusable(error: CheckpointError, path: Path) -> JobFailedError:
+    reason = error.message.replace(str(path), path.name)
+    return JobFailedError(JobError(code="invalid_prefix", message=f"the trained prefix cannot be served: {reason}"))
+
+
+def _check_free(name: str, job: Job, prefixes: Path) -> None:
+    """Refuse a name that another file has.
+
+    Raises:
+        JobFailedError: One has.
+    """
+    if not _is_free(path_of(prefixes, name), job):
+        message = f"another model is served as {name!r} now; start the training again under another name."
+        raise JobFailedError(JobError(code="name_taken", message=message))
+
+
+def _is_free(path: Path, job: Job) -> bool:
+    return signature_of(path) is None or published_by(path) == job.id
+
+
+@contextlib.contextmanager
+def _locked(prefixes: Path) -> Iterator[None]:
+    """One process at a time looks whose a file is and then replaces or removes it.
+
+    Raises:
+        PrefixError: Others take too long.
+    """
+    with contextlib.suppress(OSError):
+        prefixes.mkdir(parents=True, exist_ok=True)
+    with file_lock(prefixes / _LOCK, _LOCK_SECONDS) as held:
+        if not held:
+            raise PrefixError("other workers publish to the folder of prefixes all the time.", hint="try again later.")
+        yield
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def metrics_csv(events: Iterable[Event]) -> str:
+    """The figures of a run's steps as CSV; losses are in nats per token, `seconds` are those of the step."""
+    rows: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "step":
+            rows[event["step"]] = {
+                "step": event["step"],
+                "train_loss": event["loss_per_token"],
+                "learning_rate": event["lr"],
+                "seconds": event["seconds"],
+            }
+        elif event["event"] == "evaluation" and "loss" in event:
+            rows.setdefault(event["step"], {"step": event["step"]})["valid_loss"] = event["loss"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    return text.getvalue()
+
+
+def _store_metrics(job: Job, events: Iterable[Event], files: ResultFiles) -> str:
+    """Store the metrics for their owner; returns the file's id, the same each time.
+
+    Raises:
+        PrefixError: They cannot be written.
+    """
+    file_id = f"file-{job.id.removeprefix('ftjob-')}"
+    try:
+        files.put_result(job.owner, file_id, METRICS_FILE, metrics_csv(events).encode())
+    except OSError as error:
+        raise PrefixError(
+            f"the metrics of {job.id!r} cannot be stored: {error.strerror or error}.", hint="free some space."
+        ) from error
+    return file_id
+
+
+def _of(kind: str, events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if event["event"] == kind]
+
+
+# --- taking it back ---------------------------------------------------------------------------------------------------
+
+
+def published_by(path: Path) -> str | None:
+    """The id of the job whose result, or checkpoint, a file is; None: no job's, or it cannot be read."""
+    try:
+        origin = job_origin(read_outline(path).header)
+    except (OSError, CheckpointError):
+        return None
+    return None if origin is None else origin.id
+
+
+def unpublish(job: Job, prefixes: Path) -> list[str]:
+    """Remove what a job has published, where the files are still this job's; returns their names.
+
+    Raises:
+        PrefixError: A file cannot be removed.
+    """
+    beside = prefixes.glob(f"{glob.escape(job.name)}.step-*{ENDING}")
+    with _locked(prefixes):
+        return [
+            path.name.removesuffix(ENDING)
+            for path in (path_of(prefixes, job.name), *sorted(beside))
+            if published_by(path) == job.id and _remove(path)
+        ]
+
+
+def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature]) -> list[str]:
+    """Remove published files whose jobs were cancelled or failed, as where a worker was killed; returns their names.
+
+    Args:
+        queue: All jobs.
+        prefixes: The folder that servers serve from.
+        settled: Files that need no further look, by name, which this keeps: give the same at each call, empty at first.
+
+    Raises:
+        QueueUnavailableError: The database cannot be reached.
+        PrefixError: A file cannot be removed.
+    """
+    found: dict[str, tuple[str, Signature]] = {}
+    try:
+        names = list_names(prefixes)
+    except OSError:
+        return []
+    for name in settled.keys() - names:
+        del settled[name]
+    for name in sorted(names):
+        signature = signature_of(path_of(prefixes, name))
+        if signature is None or settled.get(name) == signature:
+            continue
+        job_id = published_by(path_of(prefixes, name))
+        if job_id is None:
+            settled[name] = signature
+        else:
+            found[name] = job_id, signature
+    statuses = _statuses(queue, sorted({job_id for job_id, _ in found.values()}))
+    removed = []
+    for name, (job_id, signature) in found.items():
+        if statuses.get(job_id) in ("cancelled", "failed"):
+            with _locked(prefixes):
+                path = path_of(prefixes, name)
+                if published_by(path) == job_id and _remove(path):
+                    removed.append(name)
+        elif statuses.get(job_id) in ("succeeded", None):
+            # Of another data folder, perhaps: not ours to remove.
+            settled[name] = signature
+    return removed
+
+
+def _statuses(queue: JobQueue, job_ids: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for start in range(0, len(job_ids), _STATUSES_AT_ONCE):
+        found |= queue.statuses(job_ids[start : start + _STATUSES_AT_ONCE])
+    return found
+
+
+def _remove(path: Path) -> bool:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise PrefixError(
+            f"the prefix {path.name!r} cannot be removed: {error.strerror or error}.", hint="check its permissions."
+        ) from error
+    return True

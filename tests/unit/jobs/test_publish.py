@@ -1,0 +1,231 @@
+"""Publishing what a job has trained: whole, checked, once, under its name; and taking it back."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+from prefixtune.errors import PrefixError, RequestError
+from prefixtune.jobs.checkpoints import CheckpointKeeper, check_result_name, checkpoints
+from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.job import Job
+from prefixtune.jobs.publish import publish, published_by, tidy, unpublish
+from prefixtune.jobs.queue import JobQueue
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.header import job_origin
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.loop import TrainLoop
+from prefixtune.training.train import train
+
+JOB = Job(id=f"ftjob-{'a' * 24}", owner="alice", created=1, model="tiny", name="support", training_file="file-1")
+OTHER = JOB.model_copy(update={"id": f"ftjob-{'b' * 24}", "owner": "bob"})
+METRICS = f"file-{'a' * 24}"
+
+
+class KeptFiles:
+    """What was stored, by job and name."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str, str], bytes] = {}
+
+    def put_result(self, owner: str, file_id: str, filename: str, data: bytes) -> None:
+        self.kept[owner, file_id, filename] = data
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def finished(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of ten steps, evaluated every second one."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    examples = [pt.Example(f"word {number}", (f"text {number} .",)) for number in range(6)]
+    loops: list[TrainLoop] = []
+    keeper = CheckpointKeeper(JOB, run)
+    config = TrainConfig(output=str(run), prefix_length=2, max_steps=10, eval_every=2, batch_size=2, learning_rate=0.1)
+    train(
+        config, backbone=backbone, examples=examples, dev_examples=examples[:2], progress=False, check=loops.append,
+        on_event=lambda event: keeper.record(loops[0], event),
+    )  # fmt: skip
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(finished, tmp_path / "job" / "run"))
+
+
+@pytest.fixture
+def prefixes(tmp_path: Path) -> Path:
+    """The folder that is served from."""
+    return tmp_path / "prefixes"
+
+
+def names(prefixes: Path) -> list[str]:
+    """All that is in the folder, hidden files included."""
+    return sorted(os.listdir(prefixes))
+
+
+ALL = ["support.safetensors", *(f"support.step-{step}.safetensors" for step in (10, 6, 8))]
+
+
+def test_a_result_is_the_runs_best_prefix_with_its_owner(run: Path, backbone: Any, prefixes: Path) -> None:
+    files = KeptFiles()
+    result = publish(JOB, run, backbone, prefixes, files)
+    assert names(prefixes) == ALL
+    best, served = read_artifact(run / "prefix.safetensors"), read_artifact(prefixes / "support.safetensors")
+    assert served.equal(best)
+    origin = job_origin(served.header)
+    assert origin is not None
+    assert (origin.id, origin.owner, origin.step) == (JOB.id, "alice", None)
+    assert published_by(prefixes / "support.safetensors") == JOB.id
+    text = files.kept["alice", METRICS, "step_metrics.csv"].decode()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert text.startswith("step,train_loss,valid_loss,learning_rate,seconds\n1,")
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]
+    assert [bool(row["valid_loss"]) for row in rows] == [False, True] * 5
+    assert result.best_loss == min(float(row["valid_loss"]) for row in rows if row["valid_loss"])
+    assert (result.name, result.steps, result.result_files) == ("support", 10, [METRICS])
+    assert result.trained_tokens > 10
+
+
+def test_publishing_again_changes_nothing(run: Path, backbone: Any, prefixes: Path) -> None:
+    first = publish(JOB, run, backbone, prefixes, KeptFiles())
+    before = {path.name: path.read_bytes() for path in prefixes.iterdir()}
+    assert publish(JOB, run, backbone, prefixes, KeptFiles()) == first
+    assert {path.name: path.read_bytes() for path in prefixes.iterdir()} == before
+
+
+def test_a_name_that_another_file_has_is_left_alone(run: Path, backbone: Any, prefixes: Path) -> None:
+    publish(OTHER, run, backbone, prefixes, KeptFiles())
+    for content in ((prefixes / "support.safetensors").read_bytes(), b"no prefix"):
+        (prefixes / "support.safetensors").write_bytes(content)
+        with pytest.raises(JobFailedError, match="'support'") as failed:
+            publish(JOB, run, backbone, prefixes, KeptFiles())
+        assert failed.value.error.code == "name_taken"
+        assert (prefixes / "support.safetensors").read_bytes() == content
+        assert unpublish(JOB, prefixes) == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other model"])
+def test_what_cannot_be_served_is_not_published(
+    run: Path, backbone: Any, prefixes: Path, tiny_backbone: Any, damage: str
+) -> None:
+    file = run / "prefix.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        backbone = tiny_backbone("llama", num_hidden_layers=1)
+    with pytest.raises(JobFailedError) as failed:
+        publish(JOB, run, backbone, prefixes, KeptFiles())
+    assert failed.value.error.code == "invalid_prefix"
+    assert str(run) not in failed.value.error.message
+    assert str(prefixes) not in failed.value.error.message
+    assert not prefixes.exists() or names(prefixes) == []
+
+
+def test_a_prefix_that_is_too_large_is_not_published(run: Path, backbone: Any, prefixes: Path) -> None:
+    with pytest.raises(JobFailedError, match="bytes"):
+        publish(JOB, run, backbone, prefixes, KeptFiles(), max_bytes=100)
+    assert names(prefixes) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    run: Path, backbone: Any, prefixes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixtune.prefix.artifact.save_file", fail)
+        with pytest.raises(PrefixError, match="No space left"):
+            publish(JOB, run, backbone, prefixes, KeptFiles())
+    # The checkpoints came first; they go with the job.
+    assert "support.safetensors" not in names(prefixes)
+    assert not [name for name in names(prefixes) if name.startswith(".")]
+    publish(JOB, run, backbone, prefixes, KeptFiles())
+    assert names(prefixes) == ALL
+
+
+def test_a_job_takes_back_its_own_files_only(run: Path, backbone: Any, prefixes: Path) -> None:
+    publish(JOB, run, backbone, prefixes, KeptFiles())
+    shutil.copyfile(prefixes / "support.step-8.safetensors", prefixes / "other.safetensors")
+    prefix = read_artifact(prefixes / "support.safetensors")
+    uploaded = {name: value for name, value in prefix.header.items() if name != "job"}
+    save_prefix(prefixes / "support.step-6.safetensors", Prefix(prefix.layers, uploaded))
+    assert sorted(unpublish(JOB, prefixes)) == ["support", "support.step-10", "support.step-8"]
+    assert names(prefixes) == ["other.safetensors", "support.step-6.safetensors"]
+    assert unpublish(JOB, prefixes) == []
+
+
+class Statuses(JobQueue):
+    """A queue that knows jobs' statuses, and counts the questions."""
+
+    def __init__(self, **statuses: str) -> None:
+        self.known, self.asked = statuses, list[list[str]]()
+
+    def statuses(self, job_ids: Any) -> Any:
+        self.asked.append(list(job_ids))
+        return {job_id: self.known[job_id] for job_id in job_ids if job_id in self.known}
+
+
+@pytest.mark.parametrize("status", ["cancelled", "failed", "succeeded", "running", "paused", None])
+def test_files_of_cancelled_and_failed_jobs_are_removed(
+    run: Path, backbone: Any, prefixes: Path, status: str | None
+) -> None:
+    publish(JOB, run, backbone, prefixes, KeptFiles())
+    (prefixes / "broken.safetensors").write_bytes(b"no prefix")
+    queue = Statuses(**({JOB.id: status} if status else {}))
+    settled: dict[str, Any] = {}
+    removed = tidy(queue, prefixes, settled)
+    gone = status in ("cancelled", "failed")
+    assert removed == ([name.removesuffix(".safetensors") for name in ALL] if gone else [])
+    assert names(prefixes) == sorted(["broken.safetensors", *([] if gone else ALL)])
+    tidy(queue, prefixes, settled)
+    # What has ended well is not asked for again.
+    assert queue.asked == [[JOB.id]] * (2 if status in ("running", "paused") else 1)
+
+
+def test_the_last_evaluations_are_checkpoints(run: Path) -> None:
+    found = checkpoints(JOB, run)
+    assert [(one.step, one.name) for one in found] == [(step, f"support.step-{step}") for step in (6, 8, 10)]
+    for one in found:
+        assert one.metrics.keys() == {"train_loss", "valid_loss"}
+        assert one.created > 1_700_000_000
+        origin = job_origin(read_artifact(one.path).header)
+        assert origin is not None
+        assert (origin.id, origin.owner, origin.step) == (JOB.id, "alice", one.step)
+    (run / "checkpoints" / "step-8.safetensors").write_bytes(b"no prefix")
+    (run / "checkpoints" / "step-x.safetensors").write_bytes(b"no prefix")
+    assert [one.step for one in checkpoints(JOB, run)] == [6, 10]
+    assert checkpoints(OTHER, run) == []
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a b", "a+b", "x" * 113, "support.step-3", None])
+def test_names_that_no_result_has(name: Any) -> None:
+    with pytest.raises(RequestError):
+        check_result_name(name)
+    check_result_name("x" * 112)
+    check_result_name("support.step-x")
+
+
+def test_the_start_is_called_what_its_owner_calls_it(run: Path, backbone: Any, prefixes: Path) -> None:
+    prefix = read_artifact(run / "prefix.safetensors")
+    start = {"kind": "prefix", "file": "start.safetensors", "hash": "sha256:0"}
+    save_prefix(run / "prefix.safetensors", Prefix(prefix.layers, {**prefix.header, "initialization": start}))
+    publish(JOB.model_copy(update={"model": "first"}), run, backbone, prefixes, KeptFiles())
+    header = read_artifact(prefixes / "support.safetensors").header
+    assert header["initialization"] == {**start, "file": "first"}
