@@ -196,13 +196,17 @@ def _allowed(details: ErrorDetails, model: type[BaseModel], field: FieldInfo | N
         if texts := [rule.text for rule in field.metadata if isinstance(rule, Check)]:
             return texts[0]
         if bounds := allowed_range(field):
-            return ("a number " if field.annotation is float else "a whole number ") + bounds
+            return ("a number " if _is_float(field.annotation) else "a whole number ") + bounds
         if get_origin(field.annotation) is Literal:
             return f"one of {', '.join(get_args(field.annotation))}"
     if details["type"] == "model_type":
         required = [repr(name) for name, field in model.model_fields.items() if field.is_required()]
         return " with ".join(["an object", *([" and ".join(required)] if required else [])])
     return _MEANINGS.get(details["type"]) or details["msg"].removeprefix("Input should be ")
+
+
+def _is_float(kind: Any) -> bool:
+    return kind is float or any(_is_float(part) for part in get_args(kind))
 
 
 def _short(value: Any) -> str:
