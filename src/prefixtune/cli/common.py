@@ -1,4 +1,4 @@
-"""What several commands need: the names of metrics, and JSON on stdout."""
+"""What several commands need: the names of metrics, JSON on stdout, and texts for a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import AfterValidator
 from prefixtune.errors import ConfigError, did_you_mean
 from prefixtune.utils.config import CommaList
 
-__all__ = ["MetricNames", "check_metrics", "print_event", "print_json"]
+__all__ = ["MetricNames", "check_metrics", "print_event", "print_json", "safe_text"]
 
 
 def _check_named(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,3 +47,12 @@ def print_event(event: dict[str, Any]) -> None:
     """One event of a training as a line of JSON; the training goes on if a reader such as `head` closes the pipe."""
     with suppress(BrokenPipeError):
         print_json(event)
+
+
+def safe_text(text: str) -> str:
+    r"""A text from elsewhere for a terminal: characters that would steer it are replaced.
+
+    >>> safe_text("a\x1b[2Jb\n")
+    'a\ufffd[2Jb\n'
+    """
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)

@@ -38,6 +38,7 @@ COMMANDS = {
         "train": "train a prefix and store it as one small file",
         "distill": "put a document, a long prompt or a teacher into a prefix",
         "length": "find how long a prefix should be: one run, its loss at every length, and the shortest that will do",
+        "jobs": "train on a server: upload data, start a job, follow it, pause it, cancel it",
         "data": "look at data before a run: form, lengths, what would be cut, one example with its labels, duplicates",
         "tasks": "list the tasks: files, decoding, scores, groups, presets",
         "config": "write the JSON schema of a configuration, so that editors complete its files",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from prefixtune.cli.common import print_json
+from prefixtune.cli.common import print_json, safe_text
 from prefixtune.cli.options import CommandOptions, command, json_option, positional
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
@@ -161,4 +161,4 @@ def _safe(text: str) -> str:
     """A text for a terminal: shortened, and without characters that would steer it."""
     if len(text) > _MAX_TEXT:
         text = f"{text[: _MAX_TEXT // 2]} ... {text[-_MAX_TEXT // 2 :]}"
-    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+    return safe_text(text)
