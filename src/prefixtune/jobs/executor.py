@@ -26,6 +26,8 @@ __all__ = ["Executor", "JobFailedError"]
 
 
 _POLLING_SECONDS = 0.5
+_PATIENCE = 5.0
+"""Seconds that a worker waits for its own lock."""
 
 
 class JobFailedError(Exception):
@@ -71,14 +73,7 @@ class Executor:
         """Hold this worker's lock, and claim jobs from now on."""
         from dbos import DBOS, DBOSPortableJSONSerializer, PortableWorkflowError
 
-        try:
-            self._locks.mkdir(parents=True, exist_ok=True)
-            self._lock = acquire_lock(self._locks / f"{self.name}.lock", 0)
-        except OSError as error:
-            raise PrefixError(
-                f"the folder of workers {str(self._locks)!r} cannot be written: {error.strerror or error}.",
-                hint="check its permissions.",
-            ) from error
+        self._lock = self._hold()
         DBOS(
             config={
                 "name": APPLICATION,
@@ -107,13 +102,30 @@ class Executor:
         DBOS.launch()
         DBOS.register_queue(QUEUE, worker_concurrency=self._capacity, polling_interval_sec=_POLLING_SECONDS)
 
+    def _hold(self) -> BaseFileLock:
+        """This worker's lock."""
+        reason = "the lock is held by another process"
+        try:
+            self._locks.mkdir(parents=True, exist_ok=True)
+            # Another worker may just try it: it finds the file before it is locked.
+            if lock := acquire_lock(self._locks / f"{self.name}.lock", _PATIENCE):
+                return lock
+        except OSError as error:
+            reason = error.strerror or str(error)
+        raise PrefixError(
+            f"the folder of workers {str(self._locks)!r} cannot be used: {reason}.",
+            hint="check its permissions, and that its file system has locks.",
+        )
+
     def take_over(self, queue: JobQueue) -> list[str]:
-        """Queue the jobs of dead workers again; returns the names of these workers."""
+        """Queue the jobs of dead workers again, and remove their locks; returns the names of these workers."""
         from dbos import DBOS
 
         dead = []
         with self._takeover:
-            for worker in sorted(set(queue.workers()) - {self.name}):
+            # Workers that had no job when they died left only a lock.
+            known = {path.stem for path in self._locks.glob("worker-*.lock")}
+            for worker in sorted((known | set(queue.workers())) - {self.name}):
                 with _taken(self._locks / f"{worker}.lock") as is_dead:
                     if is_dead:
                         # Changes only jobs that still run as this worker's, in one statement each.
@@ -137,7 +149,7 @@ def _taken(path: Path) -> Iterator[bool]:
     """Take a worker's lock while the block runs, if nobody holds it; removed afterwards."""
     lock = None
     with contextlib.suppress(OSError):
-        lock = acquire_lock(path, 0)
+        lock = acquire_lock(path, 0.0)
     try:
         yield lock is not None
     finally:

@@ -7,6 +7,7 @@ resumed: an attribute tells it from one that is cancelled for good.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,21 +131,48 @@ class JobQueue:
 
     def cancel(self, job_id: str) -> JobState:
         """Cancel a job for good, wherever it stands; one that has ended stays as it is. Returns how it stands then."""
-        return self._stop(job_id, paused=False)
+        return self._move(job_id, UNFINISHED, "CANCELLED")
 
     def pause(self, job_id: str) -> JobState:
-        """Stop a job so that it can be resumed; returns how it stands then."""
-        return self._stop(job_id, paused=True)
-
-    def _stop(self, job_id: str, *, paused: bool) -> JobState:
-        # In this order: after a crash between the two, the job runs on, and the attribute means nothing.
-        _reach(lambda: self._client.update_workflow_attributes(job_id, {_PAUSED: paused}))
-        _reach(lambda: self._client.cancel_workflow(job_id))
-        return self.get(job_id)
+        """Stop a job that waits or runs so that it can be resumed; returns how it stands then."""
+        return self._move(job_id, ("queued", "running"), "CANCELLED", paused=True)
 
     def resume(self, job_id: str) -> JobState:
-        """Queue a paused job again; returns how it stands then."""
-        _reach(lambda: self._client.resume_workflow(job_id, queue_name=QUEUE))
+        """Queue a paused job again; any other one stays as it is. Returns how it stands then."""
+        return self._move(job_id, ("paused",), "ENQUEUED")
+
+    def _move(self, job_id: str, before: Sequence[JobStatus], status: str, *, paused: bool = False) -> JobState:
+        """Change a job's status if it stands at one of `before`, in one statement: of two at once, one wins."""
+        import sqlalchemy as sa
+
+        # The library's own methods do not ask where the job stands: they would resume one that was cancelled.
+        database = self._client._sys_db
+        table, state = database.tables.workflow_status, self.get(job_id)
+        names = sorted({name for some in before if some != _PAUSED for name in _WORKFLOW_STATES[some]})
+        is_paused = sa.and_(table.c.status == "CANCELLED", table.c.attributes[_PAUSED].as_boolean())
+        move = (
+            sa.update(table)
+            .where(table.c.workflow_uuid == job_id, table.c.name == WORKFLOW)
+            .where(sa.or_(table.c.status.in_(names), *([is_paused] if _PAUSED in before else [])))
+            .values(
+                status=status,
+                queue_name=QUEUE if status == "ENQUEUED" else None,
+                completed_at=int(time.time() * 1000) if status == "CANCELLED" else None,
+                attributes={"name": state.job.name, _PAUSED: paused},
+                # Nobody who claimed it before may end it.
+                owner_xid=None,
+                deduplication_id=None,
+                started_at_epoch_ms=None,
+                recovery_attempts=0,
+                updated_at=int(time.time() * 1000),
+            )
+        )
+
+        def execute() -> None:
+            with database.engine.begin() as connection:
+                connection.execute(move)
+
+        _reach(execute)
         return self.get(job_id)
 
     # --- looking ------------------------------------------------------------------------------------------------------
@@ -183,12 +211,10 @@ class JobQueue:
         query: dict[str, Any] = {"user": owner, "sort_desc": True}
         if wanted is not None:
             query["status"] = sorted(wanted)
-        if name is not None:
-            query["attributes"] = {"name": name}
-        # Paused and cancelled jobs are told apart only here.
+        # The database tells neither paused from cancelled jobs nor, if it is SQLite, names.
         for workflow in self._iterate(**query):
             state = _state(workflow)
-            if statuses is None or state.status in statuses:
+            if (statuses is None or state.status in statuses) and name in (None, state.job.name):
                 found.append(state)
             if len(found) >= offset + limit:
                 break
