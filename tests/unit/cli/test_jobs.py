@@ -292,7 +292,7 @@ def test_deletes_results_and_files(jobs: Jobs, server: FakeServer) -> None:
         ((200, {}, b"[" * 1000 + b"]" * 1000), "answers in a shape"),
         ((200, {}, b"[" * 200_000), "no JSON"),
         ((200, {}, b" " * (16 * 2**20 + 1)), "more than 16,777,216 bytes"),
-        ((302, {"Location": "http://elsewhere/\x1b"}, b""), "redirects to 'http://elsewhere/"),
+        ((302, {"Location": "http://elsewhere/"}, b""), "redirects to 'http://elsewhere/"),
     ],
 )
 def test_answers_that_are_none(answer: Answer, message: str, jobs: Jobs, server: FakeServer) -> None:

@@ -72,18 +72,17 @@ def jobs(options: JobsOptions) -> int:
     soon as the job has succeeded. `follow` exits with 1 if the job did not succeed, and Ctrl-C leaves the job running.
 
     What it can do:
-        list                    list the jobs
-        create FILE             start a job, with a file or the id of one
-        show ID, follow ID      how a job stands; its events until it ends
-        pause, resume, cancel   ID
-        upload FILE, files      upload a file without a job; list the uploaded ones
-        delete NAME             delete a result, or the id of an uploaded file
+        prefixtune jobs                   # list the jobs
+        prefixtune jobs create FILE       # start one, with a file or the id of one
+        prefixtune jobs show ID           # how it stands; follow: until it ends
+        prefixtune jobs pause ID          # resume, cancel
+        prefixtune jobs upload FILE       # without a job; files lists them
+        prefixtune jobs delete NAME       # a result, or by its id an uploaded file
 
     For example:
         prefixtune jobs create chats.jsonl --name support --follow
         prefixtune jobs create manual.txt --document --questions self --name manual
-        prefixtune jobs
-        prefixtune jobs follow ftjob-0123456789abcdef01234567
+        prefixtune jobs create more.jsonl --model support --name support-2
     """
     if options.action not in ("list", "files") and not options.what:
         raise ConfigError(f"`prefixtune jobs {options.action}` needs {_NEEDS[options.action]}.", hint=_EXAMPLES)
