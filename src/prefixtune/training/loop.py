@@ -121,6 +121,12 @@ class PendingStep:
             return [None]
         return [*self.join([leaf[:length] for length in self.batches[index].visible_lengths] or [leaf])]
 
+    def reset(self) -> None:
+        """Forget what a pass that failed has computed."""
+        self.loss = 0.0
+        for tensor in [] if self.prefix_leaf is None else self.prefix_leaf.stored_tensors():
+            tensor.grad = None
+
 
 def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
     """Losses and gradients of one step of each of several runs; their batches go through the backbone together."""

@@ -1,4 +1,4 @@
-"""Runs that are open: their logs, their steps side by side, how they stop, and the one step that all resume at."""
+"""Runs that are open: their logs, how they stop, and the one step that all resume at."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.errors import CheckpointError, TrainingError
+from prefixtune.errors import CheckpointError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import SELF
 from prefixtune.training.checkpoint import Checkpoint, TrainState, is_over, read_checkpoint
 from prefixtune.training.folder import PREFIX_FILE, PREVIOUS_FILE, STATE_FILE, WEIGHTS_FILE, Event
-from prefixtune.training.loop import TrainLoop, forward_backward
+from prefixtune.training.loop import TrainLoop
 from prefixtune.training.trackers.tracking import Tracking
 
-__all__ = ["Run", "TrainResult", "agree_on_step", "step_together", "stop_requests"]
+__all__ = ["Run", "TrainResult", "agree_on_step", "stop_requests"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainResult:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A loop and its log.
 
@@ -95,56 +95,6 @@ class Run:
             sum(parameter.numel() for parameter in loop.trained),
             tuple(self.events),
         )
-
-
-def step_together(
-    runs: Sequence[Run], stop: threading.Event, errors: list[TrainingError]
-) -> Iterator[tuple[Run, Event]]:
-    """Train all runs to their ends, one step of each at a time; a run that fails adds to `errors` and leaves."""
-    for run in runs:
-        yield from ((run, event) for event in run.loop.first_events())
-    active = {index: run.loop.remaining_steps() for index, run in enumerate(runs)}
-    sees_others = any(run.loop.config.beside == SELF for run in runs)
-    while active:
-        pending = {}
-        # One answer for all runs of a step: those that stand beside each other stop and resume at the same one.
-        stops = threading.Event()
-        if stop.is_set():
-            stops.set()
-        for index, remaining in list(active.items()):
-            loop = runs[index].loop
-            if (batches := next(remaining, None)) is not None:
-                pending[index] = loop.prepare(batches)
-                continue
-            del active[index]
-            yield from ((runs[index], event) for event in loop.last_events())
-        if pending:
-            forward_backward(runs[0].loop.backbone, list(pending.values()))
-        saved = set[int]()
-        for index, step in pending.items():
-            run = runs[index]
-            try:
-                yield run, run.loop.apply(step, stops)
-                for event in run.loop.evaluate_and_save(stops):
-                    if event["event"] == "save":
-                        saved.add(index)
-                    yield run, event
-            except TrainingError as error:
-                errors.append(error)
-                del active[index]
-        if saved and sees_others:
-            for index in pending.keys() & active.keys() - saved:
-                runs[index].loop.save()
-            for run in runs:
-                _drop_previous(run.loop)
-        if stops.is_set():
-            stop.set()
-
-
-def _drop_previous(loop: TrainLoop) -> None:
-    """Delete the last state but one: all runs have stored theirs of this step."""
-    if loop.processes.is_main:
-        (Path(loop.config.output) / PREVIOUS_FILE).unlink(missing_ok=True)
 
 
 def agree_on_step(loops: Sequence[TrainLoop], checkpoints: list[Checkpoint | None]) -> None:

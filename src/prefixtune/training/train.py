@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
+from prefixtune.backbone.load import BackboneLike
 from prefixtune.data import Example, ExampleLike
-from prefixtune.errors import ConfigError, TrainingError
-from prefixtune.training.baselines import Tuning, tune
-from prefixtune.training.beside import SELF, Beside, load_others
-from prefixtune.training.checkpoint import Checkpoint, goes_on_differently, read_checkpoint
-from prefixtune.training.checks import (
-    check_gradient_checkpointing,
-    check_hidden_positions,
-    check_together,
-    no_head,
-)
+from prefixtune.training.checks import check_together
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, does_hold_out, is_large_file, read_data, tokenize
-from prefixtune.training.distributed import ProcessGroup, init_distributed, shard_model
-from prefixtune.training.folder import (
-    EVENTS_FILE,
-    STATE_FILE,
-    Event,
-    read_events,
-    stored_config,
-    write_config,
-    write_log,
-)
-from prefixtune.training.forms import check_form, describe_run_data, describe_windows, settle_form
+from prefixtune.training.distributed import ProcessGroup, init_distributed
+from prefixtune.training.folder import Event, stored_config
+from prefixtune.training.group import RunGroup
 from prefixtune.training.loop import TrainLoop
+from prefixtune.training.opening import Teach, open_runs
 from prefixtune.training.progress import show_training
-from prefixtune.training.runs import Run, TrainResult, agree_on_step, step_together, stop_requests
-from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.trackers.tracking import last_logged, tracking
+from prefixtune.training.runs import TrainResult
 from prefixtune.utils.console import Console
-from prefixtune.utils.files import line_writer
-from prefixtune.utils.locks import claim_folder
 
 __all__ = ["Teach", "TrainResult", "train", "train_together"]
-
-
-Teach = Callable[[TrainConfig, Backbone, TrainData], TrainData]
-"""Gives a run's tokenized data a teacher's labels; the backbone is the student's."""
 
 
 def train(
@@ -113,7 +85,7 @@ def train(
         processes = stack.enter_context(init_distributed(config.device)) if processes is None else processes
         console = Console(quiet=not (progress and processes.is_main))
         show = stack.enter_context(show_training(console))
-        opened = _open_runs(
+        opened = open_runs(
             [config], backbone, [(examples, dev_examples)], processes, console, resume=resume, teach=teach, check=check
         )
         (run,), stop = stack.enter_context(opened)
@@ -167,241 +139,20 @@ def train_together(
     inputs = list(zip(examples or none, dev_examples or none, strict=True))
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(configs[0].device)) if processes is None else processes
-        opened = _open_runs(
+        opened = open_runs(
             configs, backbone, inputs, processes, Console(quiet=True), resume=resume, together=True, teach=teach
         )
         runs, stop = stack.enter_context(opened)
-        errors: list[TrainingError] = []
-        for run, event in step_together(runs, stop, errors):
-            for happened in run.record(event):
-                if on_event is not None and processes.is_main:
-                    on_event({**happened, "run": str(Path(run.loop.config.output))})
+        group = RunGroup(runs[0].loop.backbone)
+        for run in runs:
+            group.add(run)
+        while group.runs:
+            for run, event in group.step(stop):
+                for happened in run.record(event):
+                    if on_event is not None and processes.is_main:
+                        on_event({**happened, "run": str(Path(run.loop.config.output))})
         if stop.is_set():
             raise KeyboardInterrupt("the states are saved")
-        if errors:
-            raise errors[0]
+        if group.failed:
+            raise group.failed[0][1]
         return [run.result() for run in runs]
-
-
-# --- what comes before the loop --------------------------------------------------------------------------------------
-
-_Inputs = tuple[Sequence[ExampleLike] | None, Sequence[ExampleLike] | None]
-"""A run's examples and development examples, as callers have them."""
-
-_Log = tuple[list[Event], list[Event]]
-"""The events of a run's log up to its state, and all of them."""
-
-
-@contextlib.contextmanager
-def _open_runs(
-    configs: Sequence[TrainConfig],
-    backbone: BackboneLike | None,
-    inputs: Sequence[_Inputs],
-    processes: ProcessGroup,
-    console: Console,
-    *,
-    resume: bool,
-    together: bool = False,
-    teach: Teach | None = None,
-    check: Callable[[TrainLoop], None] | None = None,
-) -> Iterator[tuple[list[Run], threading.Event]]:
-    """Make runs ready to train, in this order: claim, check, read, load, tokenize, build, resume or start.
-
-    Args:
-        configs: The runs.
-        backbone: As callers have it; None: the one that the runs name is loaded.
-        inputs: Per run, its examples.
-        processes: Those that share the work.
-        console: Says that the backbone is loading.
-        resume: The folders hold runs to go on with; together, one that was stopped before its first save starts again.
-        together: The runs are to share every pass.
-        teach: As in `train`.
-        check: As in `train`.
-
-    Yields:
-        The runs, and the event that Ctrl-C or SIGTERM sets.
-    """
-    configs = [settle_form(config, given) for config, (given, _) in zip(configs, inputs, strict=True)]
-    with contextlib.ExitStack() as stack:
-        # Nobody else may train in these folders meanwhile; refused before anything is read or loaded.
-        for config in configs if processes.is_main else ():
-            stack.enter_context(claim_folder(Path(config.output)))
-        checkpoints = [
-            read_checkpoint(config)
-            if resume and (not together or (Path(config.output) / STATE_FILE).exists())
-            else None
-            for config in configs
-        ]
-        stored_starts = [None if some is None else some.facts["initialization"] for some in checkpoints]
-        for config, given in zip(configs, inputs, strict=True):
-            if given[0] is None and is_large_file(config.train):
-                console.info(f"reading {config.train} ...")
-        examples = [
-            read_data(
-                config,
-                *some,
-                processes,
-                resume=resume,
-                loads_backbone=backbone is None,
-                together=together,
-                has_start=stored is not None,
-            )
-            for config, some, stored in zip(configs, inputs, stored_starts, strict=True)
-        ]
-        for config, (train, dev), given in zip(configs, examples, inputs, strict=True):
-            for line in describe_run_data(config, train, dev, given=given[0] is not None):
-                console.info(line)
-            if does_hold_out(config, given[1]):
-                sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
-                console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
-        if backbone is None:
-            console.info(f"loading {configs[0].backbone} ...")
-        loaded = _load(configs[0], processes) if backbone is None else as_backbone(backbone)
-        for config in configs:
-            _check_backbone(config, loaded, together=together)
-        others = [_load_beside(config, loaded) for config in configs]
-        for config in configs:
-            if config.initialization == "examples" and config.trains_prefix and not resume:
-                console.info(f"choosing examples to start from ({config.example_choice}) ...")
-        data = [
-            tokenize(config, loaded, *pair, stored_start=stored, console=console)
-            for config, pair, stored in zip(configs, examples, stored_starts, strict=True)
-        ]
-        for config, (train, _), some in zip(configs, examples, data, strict=True):
-            if line := describe_windows(config, train, some.train):
-                console.info(line)
-        if teach is not None:
-            data = [teach(config, loaded, some) for config, some in zip(configs, data, strict=True)]
-        if together and any(some.has_head for some in data):
-            raise ConfigError(
-                "a run with a head cannot share a pass.", hint="use classifier = 'words', or train it separately."
-            )
-        loops = [_build_loop(*some, loaded, processes) for some in zip(configs, data, stored_starts, strict=True)]
-        _stand_beside(loops, others)
-        if check is not None:
-            for loop in loops:
-                check(loop)
-        agree_on_step(loops, checkpoints)
-        # Checkpoints are dropped one by one: each may be as large as the model.
-        logs = [_resume(loop, checkpoints.pop(0)) for loop in loops]
-        stop = stack.enter_context(stop_requests())
-        stack.enter_context(gradient_checkpointing(loaded.model, configs[0].gradient_checkpointing))
-        yield [_open_log(*pair, stack) for pair in zip(loops, logs, strict=True)], stop
-
-
-def _load(config: TrainConfig, processes: ProcessGroup) -> Backbone:
-    """The backbone of a run, on the device of this process."""
-    backbone = load_backbone(
-        config.backbone,
-        dtype=config.dtype,
-        # A split model moves layer by layer from here to the device that computes.
-        device="cpu" if config.shard else processes.device or config.device,
-        quantize=config.quantize,
-        adapter=config.adapter or None,
-        train_adapter=config.train_adapter,
-        adapter_rank=config.adapter_rank,
-    )
-    if config.shard:
-        shard_model(backbone.model)
-    return backbone
-
-
-def _check_backbone(config: TrainConfig, backbone: Backbone, *, together: bool) -> None:
-    """Refuse, before anything is tokenized, what a backbone cannot do.
-
-    Raises:
-        ConfigError: It reads no packed rows, so that several runs cannot share a pass, or gradient checkpointing would
-            lose the prefix.
-    """
-    if together and not backbone.layout.packable:
-        raise ConfigError(
-            f"{backbone.name!r} reads no packed rows, so that its runs cannot share a pass.",
-            hint="train them one after the other.",
-        )
-    check_hidden_positions(config, backbone)
-    check_form(config, backbone)
-    if config.gradient_checkpointing:
-        check_gradient_checkpointing(backbone)
-
-
-def _build_loop(
-    config: TrainConfig,
-    data: TrainData,
-    stored_start: Mapping[str, Any] | None,
-    backbone: Backbone,
-    processes: ProcessGroup,
-) -> TrainLoop:
-    """A loop with what trains in it: an encoder, or the backbone's own weights."""
-    if config.trains_prefix:
-        encoder, start = build_encoder(
-            config,
-            backbone,
-            num_labels=data.num_head_labels,
-            examples=data.train.examples,
-            plan=data.plan,
-            stored_start=stored_start,
-        )
-        return TrainLoop(config, backbone, data, encoder, start.description, processes)
-    if data.num_head_labels:
-        raise no_head(config)
-    backbone = tune(backbone, Tuning(config.method, config.method_size), seed=config.seed)
-    return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)
-
-
-def _load_beside(config: TrainConfig, backbone: Backbone) -> Beside | None:
-    """What stands beside a run's prefix; None: nothing, or the other runs."""
-    if config.beside in ("", SELF):
-        return None
-    return Beside.of_prefixes(load_others(config, backbone), backbone.rotation)
-
-
-def _stand_beside(loops: Sequence[TrainLoop], others: Sequence[Beside | None]) -> None:
-    """Give each run what stands beside its prefix."""
-    see_each_other = any(loop.config.beside == SELF for loop in loops)
-    for loop, loaded in zip(loops, others, strict=True):
-        loop.keeps_previous = see_each_other
-        if loaded is not None:
-            loop.stand_beside(loaded)
-        elif loop.config.beside == SELF:
-            loop.stand_beside(_other_runs([other for other in loops if other is not loop], loop.backbone))
-
-
-def _other_runs(loops: Sequence[TrainLoop], backbone: Backbone) -> Beside:
-    """The prefixes of other runs, as they are at each step."""
-    facts = [(Path(loop.config.output).name, loop.site_lengths, loop.data.digest, loop.config.seed) for loop in loops]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    lengths = [loop.site_lengths for loop in loops]
-    return Beside([loop.current_prefix for loop in loops], lengths, backbone.rotation, digest)
-
-
-def _resume(loop: TrainLoop, checkpoint: Checkpoint | None) -> _Log:
-    """Bring a loop to a checkpoint and cut its log back to it; returns the log as it was, up to there and whole."""
-    if checkpoint is None:
-        return [], []
-    loop.resume(checkpoint)
-    path = Path(loop.config.output) / EVENTS_FILE
-    events, whole = read_events(path, loop.state.step), read_events(path)
-    # All processes have read the log before the first one changes it.
-    loop.processes.barrier()
-    if loop.processes.is_main:
-        write_log(loop.config, events)
-        if goes_on_differently(loop.config, checkpoint):
-            # A later `--resume` without options goes on as this one.
-            write_config(loop.config)
-    return events, whole
-
-
-def _open_log(loop: TrainLoop, log: _Log, stack: contextlib.ExitStack) -> Run:
-    """A run whose folder is ready: a new one has its configuration, an empty log and a first state."""
-    events, whole = log
-    folder = Path(loop.config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Before anything else is written: a tracker that does not start leaves no run behind.
-    tracked = stack.enter_context(tracking(loop, events, last_logged(whole)))
-    if not loop.resumed and loop.processes.is_main:
-        write_config(loop.config)
-        write_log(loop.config, [])
-        # From now on, even a kill can be resumed from.
-        loop.save()
-    line = stack.enter_context(line_writer(folder / EVENTS_FILE))
-    return Run(loop, events, line, tracked)

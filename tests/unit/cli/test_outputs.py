@@ -95,7 +95,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_loads(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("something is loaded")
 
-    for name in ("backbone.load.load_backbone", "training.train.load_backbone", "interop.hub.download"):
+    for name in ("backbone.load.load_backbone", "training.opening.load_backbone", "interop.hub.download"):
         monkeypatch.setattr(f"prefixtune.{name}", never)
     monkeypatch.setattr("prefixtune.backbone.packaged.prepare", never)
     paths = {"prefix": tmp_path / "p.safetensors", "run": tmp_path / "run"}

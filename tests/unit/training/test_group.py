@@ -1,0 +1,199 @@
+"""Runs of a group: one that fails, stops or leaves changes nothing for the others."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefixtune as pt
+from patching import replace_everywhere
+from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.training import loop as loop_module
+from prefixtune.training.group import RunGroup
+from prefixtune.training.opening import open_run
+from prefixtune.training.runs import Run
+
+
+@pytest.fixture
+def open_one(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """`open_one(name, **fields)`: a run in the folder of that name, open until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def open_named(name: str, **fields: Any) -> Run:
+            fields = {"max_steps": 3, "prefix_length": 2, "init_text": "ab", "batch_size": 4, **fields}
+            config = pt.TrainConfig(output=str(tmp_path / name), **fields)
+            return stack.enter_context(open_run(config, backbone, examples=examples))
+
+        yield open_named
+
+
+def _train(group: RunGroup, *, steps: int = 100) -> list[tuple[str, Any]]:
+    """Step a group to its end; returns the events of each run, by the name of its folder."""
+    events: list[tuple[str, Any]] = []
+    while group.runs and steps:
+        for run, event in group.step(threading.Event()):
+            run.record(event)
+            events.append((Path(run.loop.config.output).name, event))
+        steps -= 1
+    return events
+
+
+def _kinds(events: list[tuple[str, Any]], name: str) -> list[str]:
+    return [event["event"] for of, event in events if of == name]
+
+
+def test_each_run_ends_by_itself(backbone: Any, open_one: Callable[..., Run]) -> None:
+    group = RunGroup(backbone)
+    group.add(open_one("short", max_steps=1))
+    group.add(open_one("long", max_steps=3))
+    events = _train(group)
+    assert _kinds(events, "short") == ["start", "step", "evaluation", "save", "end"]
+    assert _kinds(events, "long") == ["start", "step", "step", "step", "evaluation", "save", "end"]
+    assert group.failed == []
+
+
+def test_a_run_that_leaves_goes_on_later(backbone: Any, open_one: Callable[..., Run], tmp_path: Path) -> None:
+    group, left = RunGroup(backbone), open_one("left")
+    group.add(left)
+    first = _train(group, steps=1)
+    left.loop.save()
+    group.remove(left)
+    assert group.runs == []
+
+    with pytest.raises(PrefixError, match="in use"):
+        open_one("left")
+    del left
+    assert _kinds(first, "left") == ["start", "step"]
+
+
+def test_a_closed_run_is_resumed(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> None:
+    config = pt.TrainConfig(output=str(tmp_path / "run"), max_steps=3, prefix_length=2, init_text="ab", batch_size=4)
+    group = RunGroup(backbone)
+    with open_run(config, backbone, examples=examples) as run:
+        group.add(run)
+        _train(group, steps=2)
+        run.loop.save()
+        group.remove(run)
+    with open_run(config, backbone, examples=examples) as run:
+        group.add(run)
+        events = _train(group)
+    assert _kinds(events, "run") == ["resume", "step", "evaluation", "save", "end"]
+
+
+def test_one_that_joins_while_others_train(backbone: Any, open_one: Callable[..., Run]) -> None:
+    group = RunGroup(backbone)
+    group.add(open_one("first", max_steps=3))
+    events = _train(group, steps=1)
+    group.add(open_one("second", max_steps=3))
+    events += _train(group)
+    assert _kinds(events, "first") == _kinds(events, "second")
+
+
+def test_an_error_ends_only_the_run_that_it_comes_from(
+    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = open_one("bad"), open_one("good")
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bad.loop, "apply", fail)
+    group = RunGroup(backbone, (Exception,))
+    group.add(bad)
+    group.add(good)
+    events = _train(group)
+    assert [(run, type(error)) for run, error in group.failed] == [(bad, ZeroDivisionError)]
+    assert _kinds(events, "good")[-1] == "end"
+    assert "end" not in _kinds(events, "bad")
+
+
+def test_an_error_that_is_not_caught_ends_the_group(
+    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    run = open_one("run")
+    monkeypatch.setattr(run.loop, "apply", fail)
+    group = RunGroup(backbone)
+    group.add(run)
+    with pytest.raises(ZeroDivisionError):
+        _train(group)
+
+
+def test_a_pass_that_takes_too_much_is_computed_apart(
+    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = loop_module.forward_backward
+
+    def limited(backbone: Any, steps: Any) -> None:
+        own(backbone, steps)
+        if len(steps) > 1:
+            raise MemoryError
+
+    replace_everywhere(monkeypatch, own, limited)
+    group = RunGroup(backbone, (Exception,))
+    for name in ("one", "other"):
+        group.add(open_one(name))
+    apart = _train(group)
+    assert group.failed == []
+    monkeypatch.undo()
+
+    alone = RunGroup(backbone)
+    alone.add(open_one("alone"))
+    expected = [event["loss"] for _, event in _train(alone) if event["event"] == "step"]
+    for name in ("one", "other"):
+        losses = [event["loss"] for of, event in apart if of == name and event["event"] == "step"]
+        assert losses == expected
+
+
+def test_one_that_takes_too_much_alone_fails(
+    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = open_one("large", batch_size=8), open_one("small")
+    own = loop_module.forward_backward
+
+    def limited(backbone: Any, steps: Any) -> None:
+        if any(step.prefix_leaf is prefixes["large"] for step in steps):
+            raise MemoryError
+        own(backbone, steps)
+
+    prefixes: dict[str, Any] = {}
+    prepare = large.loop.prepare
+
+    def prepared(batches: Any) -> Any:
+        step = prepare(batches)
+        prefixes["large"] = step.prefix_leaf
+        return step
+
+    monkeypatch.setattr(large.loop, "prepare", prepared)
+    replace_everywhere(monkeypatch, own, limited)
+    group = RunGroup(backbone, (Exception,))
+    group.add(large)
+    group.add(small)
+    events = _train(group)
+    assert [run for run, _ in group.failed] == [large]
+    assert _kinds(events, "small")[-1] == "end"
+
+
+def test_a_stop_saves_all_runs(backbone: Any, open_one: Callable[..., Run]) -> None:
+    group = RunGroup(backbone)
+    for name in ("one", "other"):
+        group.add(open_one(name))
+    stop = threading.Event()
+    stop.set()
+    first = [event["event"] for _, event in group.step(stop)]
+    assert first == ["start", "start", "step", "save", "step", "save"]
+    assert list(group.step(stop)) == []
+    assert group.runs == []
+
+
+@pytest.mark.parametrize("fields", [{"beside": "self"}, {"gradient_checkpointing": True}, {"adapter_rank": 2}])
+def test_what_concerns_other_runs_is_refused(open_one: Callable[..., Run], fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(fields)).partition("_")[0]):
+        open_one("run", **fields)
