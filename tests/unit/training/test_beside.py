@@ -197,7 +197,7 @@ def test_self_is_the_others_as_they_are_at_that_step(
     together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The joined prefix holds the values that the other run's own step used."""
-    from prefixtune.training import runs as module
+    from prefixtune.training import group as module
 
     checked = 0
     prepare = module.forward_backward
