@@ -49,12 +49,16 @@ class Training:
     Attributes:
         folder: Files and jobs.
         database_url: Of the queue.
+        adding: Held while it is looked whether somebody may add a job and while it is added.
+        wake: Called when there is a new job.
     """
 
     def __init__(self, config: ServeConfig, *, is_open: bool) -> None:
         self.config, self.is_open = config, is_open
         self.folder = DataFolder(Path(config.data_folder).absolute())
         self.database_url = config.database_url or self.folder.database_url
+        self.adding = threading.Lock()
+        self.wake: Callable[[], None] = _nobody_waits
         self._queue: JobQueue | None = None
         self._opening = threading.Lock()
         # Of its own: where the database is locked, only requests for training wait.
@@ -67,6 +71,11 @@ class Training:
         from prefixtune.jobs.files import FileStore
 
         return FileStore(self.folder)
+
+    @property
+    def prefixes(self) -> Path:
+        """The folder that results are served from."""
+        return Path(self.config.prefixes).absolute()
 
     @property
     def is_used(self) -> bool:
@@ -164,6 +173,10 @@ class Training:
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.close()
+
+
+def _nobody_waits() -> None:
+    """Workers look for jobs themselves."""
 
 
 def _bounded(value: Any) -> Any:

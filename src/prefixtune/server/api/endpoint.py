@@ -22,11 +22,20 @@ from prefixtune.server.limits import QueueFull, RateLimited
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.responses import ApiError, api_error, forbidden, too_many_requests, unavailable
 from prefixtune.server.state import ServerState
+from prefixtune.server.training import Training
 
-__all__ = ["AdminContext", "GenerationContext", "KeyContext", "MetricsContext", "RequestContext", "respond_to_error"]
+__all__ = [
+    "AdminContext",
+    "GenerationContext",
+    "KeyContext",
+    "MetricsContext",
+    "RequestContext",
+    "TrainingContext",
+    "respond_to_error",
+]
 
 
-Right = Literal["key", "admin", "metrics"]
+Right = Literal["key", "admin", "metrics", "train"]
 """What an endpoint needs: any key, or a key with this right."""
 
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -71,6 +80,18 @@ class RequestContext:
         return str(self.request.path_params.get("name", ""))
 
     @property
+    def training(self) -> Training:
+        """Files and jobs.
+
+        Raises:
+            ApiError: 404: this server takes none.
+        """
+        if self.state.training is None:
+            message = "this server takes no training jobs; start it with train_workers = 1, or name a database_url."
+            raise ApiError(404, message, code="training_off")
+        return self.state.training
+
+    @property
     def tenant(self) -> str:
         """Among whom capacity is shared fairly: keys or, without keys, addresses."""
         return self.address if self.state.keyring.is_open else self.caller.name
@@ -97,7 +118,10 @@ def _context(right: Right = "key", *, limited: bool = False) -> Any:
                 if state.draining:
                     raise unavailable("the server is shutting down.", "draining", retry_after=5)
                 exit_stack.enter_context(caller.limit.request())
-            yield RequestContext(request, state, caller, address, exit_stack, log_fields)
+            found = RequestContext(request, state, caller, address, exit_stack, log_fields)
+            if right == "train":
+                _ = found.training
+            yield found
 
     return Depends(context)
 
@@ -106,6 +130,7 @@ KeyContext = Annotated[RequestContext, _context()]
 GenerationContext = Annotated[RequestContext, _context(limited=True)]
 AdminContext = Annotated[RequestContext, _context("admin")]
 MetricsContext = Annotated[RequestContext, _context("metrics")]
+TrainingContext = Annotated[RequestContext, _context("train", limited=True)]
 
 
 def _authenticate(request: Request, state: ServerState, right: Right) -> Caller:
@@ -126,6 +151,8 @@ def _authenticate(request: Request, state: ServerState, right: Right) -> Caller:
         raise forbidden(f"an admin key is needed; {reason}.", "admin_key_needed")
     if right == "metrics" and not (rules.metrics or rules.admin):
         raise forbidden(f"the key {caller.name!r} may not read the metrics.", "metrics_not_allowed")
+    if right == "train" and not rules.train:
+        raise forbidden(f"the key {caller.name!r} may not train.", "training_not_allowed")
     return caller
 
 
