@@ -1,4 +1,4 @@
-"""Two pages: the playground, and the HTTP interface to read and try, which shows Swagger UI. Both ask for a key."""
+"""Pages: the playground, training, and the HTTP interface to read and try, which shows Swagger UI. They ask for a key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.resources import files
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
 
-from prefixtune.server.api.openapi import api_router
+from prefixtune.server.api.openapi import api_router, errors
 from prefixtune.server.responses import not_found
 from prefixtune.utils.extras import needs_extra
 
@@ -19,13 +19,23 @@ __all__ = ["router"]
 
 
 _SWAGGER_UI = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+_LINK = '<nav id="pages" aria-label="Pages"><a href="/train">Train</a></nav>'
+"""To the page for training, where there is one."""
 router = api_router(500)
 
 
 @router.get("/", response_class=HTMLResponse)
-async def show_page() -> Response:
+async def show_page(request: Request) -> Response:
     """A page to try things on."""
-    return _page("page.html")
+    return _page("page.html", training=request.app.state.server.config.takes_jobs)
+
+
+@router.get("/train", response_class=HTMLResponse, responses=errors(404))
+async def show_training(request: Request) -> Response:
+    """A page to train on."""
+    if not request.app.state.server.config.takes_jobs:
+        raise not_found("page", "train")
+    return _page("train.html")
 
 
 @router.get("/docs", response_class=HTMLResponse)
@@ -35,7 +45,7 @@ async def show_docs() -> Response:
 
 
 @functools.cache
-def _page(name: str, *, scripts: str = "", styles: str = "") -> Response:
+def _page(name: str, *, scripts: str = "", styles: str = "", training: bool = True) -> Response:
     """A page with its scripts and styles in it. Only these run, whatever a model generates, and those that it names."""
     folder = files("prefixtune.server") / "playground"
     allowed = {"js": scripts.split(), "css": styles.split()}
@@ -47,6 +57,8 @@ def _page(name: str, *, scripts: str = "", styles: str = "") -> Response:
         return text
 
     html = re.sub(r"/\* (\w+\.(\w+)) \*/", insert, folder.joinpath(name).read_text("utf-8"))
+    if not training:
+        html = html.replace(_LINK, "")
     policy = (
         f"default-src 'none'; style-src {' '.join(allowed['css'])}; script-src {' '.join(allowed['js'])}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

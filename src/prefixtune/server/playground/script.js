@@ -1,6 +1,5 @@
 "use strict";
 (() => {
-  const at = (id) => document.getElementById(id);
   const MAX_SHOWN = 200, MAX_CHOSEN = 8;
   const DESCRIPTIONS = {
     fields: "The task's own fields; the prefix's file says how they become its source.",
@@ -11,12 +10,6 @@
   const state = { models: [], chosen: [], tasks: new Map(), runs: [], running: 0, form: "", read: null, turn: 0 };
 
   // --- helpers ---
-
-  function make(tag, properties = {}, ...children) {
-    const element = Object.assign(document.createElement(tag), properties);
-    element.append(...children);
-    return element;
-  }
 
   function color(name) {
     const index = models().indexOf(name);
@@ -36,19 +29,6 @@
     return [prefixes.join("+"), ...state.chosen.filter((name) => name === backbone())];
   }
 
-  async function api(path, options = {}) {
-    const key = sessionStorage.getItem("key");
-    const headers = { ...(options.body ? { "Content-Type": "application/json" } : {}), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-    const response = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store" });
-    if (!response.ok) {
-      const body = await response.json().catch(() => null);
-      const error = new Error(body && body.error ? body.error.message : `HTTP ${response.status}`);
-      error.status = response.status;
-      throw error;
-    }
-    return response;
-  }
-
   // --- models ---
 
   async function loadModels() {
@@ -60,11 +40,16 @@
     }
     const names = state.models.map((model) => model.id);
     state.chosen = state.chosen.filter((name) => names.includes(name));
+    if (!state.chosen.length) state.chosen = namedModels().filter((name) => names.includes(name));
     const first = state.models.find((model) => model.task) || state.models[1] || state.models[0];
     if (!state.chosen.length && first) state.chosen = [first.id];
     showModels();
     await showInputs();
   }
+
+  /** What the page's address names, as in /#mode=chat&models=a,b. */
+  const named = (what) => new URLSearchParams(location.hash.slice(1)).get(what) || "";
+  const namedModels = () => named("models").split(",").slice(0, MAX_CHOSEN);
 
   function showModels() {
     const filter = at("filter").value.trim().toLowerCase();
@@ -289,11 +274,6 @@
   let previous = null, timer = 0;
   const rates = [];
 
-  function showServer(text, bad) {
-    at("server").textContent = text;
-    at("server").className = bad ? "bad" : "";
-  }
-
   async function poll() {
     clearTimeout(timer);
     if (document.visibilityState === "visible") {
@@ -349,12 +329,7 @@
 
   // --- start ---
 
-  at("key").value = sessionStorage.getItem("key") || "";
-  at("key-form").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const key = at("key").value.trim();
-    if (key) sessionStorage.setItem("key", key);
-    else sessionStorage.removeItem("key");
+  useKeyForm(() => {
     state.tasks.clear();
     loadModels();
   });
@@ -368,5 +343,6 @@
     else if (event.key === "Enter" && event.target === at("filter")) event.preventDefault();
   });
   at("halt").addEventListener("click", halt);
+  for (const choice of document.querySelectorAll("[name=mode]")) choice.checked = choice.checked || choice.value === named("mode");
   loadModels().then(poll);
 })();

@@ -1,0 +1,410 @@
+"use strict";
+// Jobs: the list of them, and one of them as it goes on.
+
+const jobs = (() => {
+  const ENDED = ["succeeded", "failed", "cancelled"];
+  const PAGE = 20, MAX_EVENT_PAGES = 20, SHOWN_EVENTS = 100, MAX_ANSWER = 120;
+  const FASTEST = 1500, IDLE = 20000, SLOWEST = 30000;
+  const state = {
+    backbone: "", models: [], list: [], more: false, id: "", curves: new Map(), status: "",
+    failures: 0, timer: 0, turn: 0, polls: 0, asking: 0,
+  };
+
+  const get = async (path) => (await api(path)).json();
+  const post = async (path, body) => (await api(path, { method: "POST", body: JSON.stringify(body || {}) })).json();
+  const pathOf = (id, more = "") => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}${more}`;
+  const progressOf = (job) => (job.prefixtune && job.prefixtune.progress) || {};
+  const nameOf = (job) => job.fine_tuned_model || (job.prefixtune && job.prefixtune.name) || job.id;
+  /** Whether its result answers: it may have been deleted. */
+  const answers = (job) => job.status === "succeeded" && state.models.some(({ id }) => id === nameOf(job));
+  const current = () => state.list.find((job) => job.id === state.id) || null;
+
+  // --- polling ---
+
+  /** Look now, and then again and again: seldom where nothing happens, more and more seldom where the server is away. */
+  async function poll() {
+    clearTimeout(state.timer);
+    const turn = ++state.turn;
+    let wait = IDLE;
+    if (document.visibilityState === "visible") {
+      try {
+        await look();
+        state.failures = 0;
+        wait = state.list.some((job) => job.status === "running") ? FASTEST : state.list.some((job) => job.status === "queued") ? 2 * FASTEST : IDLE;
+      } catch (error) {
+        wait = Math.min(SLOWEST, FASTEST * 2 ** state.failures++);
+        const again = error.status === 401 || error.status === 403 ? "" : ` Tried again in ${Math.round(wait / 1000)} seconds.`;
+        showServer(error.status ? error.message : "the server does not respond.", true);
+        at("list-said").textContent = `${error.status ? error.message : "The server does not respond."}${again}`;
+        if (!again) wait = 0;
+      }
+    }
+    if (turn !== state.turn) return;
+    clearTimeout(state.timer);
+    if (wait) state.timer = setTimeout(poll, wait);
+  }
+
+  async function look() {
+    // The list seldom; the job that is shown each time.
+    if (state.polls++ % 6 === 0 || !state.list.length || state.failures) await loadList();
+    else if (state.id && current() && !ENDED.includes(current().status)) replace(await get(pathOf(state.id)));
+    if (state.id && !current()) state.list.unshift(await get(pathOf(state.id)));
+    showList();
+    if (current()) await showJob(current());
+  }
+
+  async function loadModels() {
+    state.models = (await get("/v1/models")).data;
+    state.backbone = (state.models.find((model) => model.kind === "backbone") || {}).id || "";
+  }
+
+  async function loadList() {
+    if (!state.models.length) await loadModels();
+    const page = await get(`/v1/fine_tuning/jobs?limit=${PAGE}`);
+    const older = state.list.filter((job) => !page.data.some(({ id }) => id === job.id) && page.has_more && job.created_at <= page.data[page.data.length - 1].created_at);
+    state.more = page.has_more && !older.length ? true : state.more && older.length > 0;
+    state.list = [...page.data, ...older];
+    showServer(`training on ${state.backbone || "one backbone"}`, false);
+    if (!state.id) {
+      const first = state.list.find((job) => !ENDED.includes(job.status)) || state.list[0];
+      if (first) open(first.id, false);
+    }
+  }
+
+  async function loadMore() {
+    const last = state.list[state.list.length - 1];
+    try {
+      const page = await get(`/v1/fine_tuning/jobs?limit=${PAGE}&after=${encodeURIComponent(last.id)}`);
+      state.list.push(...page.data.filter(({ id }) => !state.list.some((job) => job.id === id)));
+      state.more = page.has_more;
+      showList();
+    } catch (error) {
+      at("list-said").textContent = error.message;
+    }
+  }
+
+  function replace(job) {
+    state.list = state.list.map((one) => (one.id === job.id ? job : one));
+  }
+
+  // --- the list ---
+
+  function showList() {
+    const box = at("jobs"), focused = box.contains(document.activeElement) && document.activeElement.value;
+    box.replaceChildren(...state.list.map((job) => {
+      const row = make("button", { type: "button", value: job.id }, make("b", {}, nameOf(job)), make("span", { className: job.status }, say(job)), make("small", {}, when(job.created_at)));
+      if (job.id === state.id) row.setAttribute("aria-current", "true");
+      row.addEventListener("click", () => { open(job.id, true); poll(); });
+      return make("li", {}, row);
+    }));
+    if (focused) [...box.querySelectorAll("button")].filter((row) => row.value === focused).forEach((row) => row.focus());
+    at("more-jobs").hidden = !state.more;
+    at("list-said").textContent = state.list.length ? "" : "No jobs yet.";
+  }
+
+  const when = (seconds) => new Date(1000 * seconds).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+
+  function say(job) {
+    const { step, total_steps: total } = progressOf(job), ahead = job.prefixtune && job.prefixtune.position;
+    if (job.status === "running" && total) return `running, ${Math.floor((100 * step) / total)} %`;
+    if (job.status === "queued" && ahead) return `waiting, number ${ahead}`;
+    return job.status === "queued" ? "waiting" : job.status;
+  }
+
+  function open(id, focus) {
+    if (state.id !== id) state.status = "";
+    state.id = id;
+    history.replaceState(null, "", `#${id}`);
+    if (focus) at("job").focus({ preventScroll: false });
+  }
+
+  // --- one job ---
+
+  async function showJob(job) {
+    const { step = 0, total_steps: total = 0 } = progressOf(job), ended = ENDED.includes(job.status);
+    at("job").hidden = false;
+    at("job-title").textContent = nameOf(job);
+    at("bar").hidden = ended;
+    if (total) at("bar").value = step / total;
+    else at("bar").removeAttribute("value");
+    if (job.status !== "running" && !total) at("bar").value = 0;
+    at("bar-text").textContent = ended ? "" : sayProgress(job);
+    at("job-error").textContent = job.error && job.error.message ? job.error.message : "";
+    if (state.status !== `${job.id} ${job.status}`) {
+      state.status = `${job.id} ${job.status}`;
+      at("job-said").textContent = sayStatus(job);
+      at("job-said").className = job.status;
+      if (job.status === "succeeded") await loadModels();
+      showActions(job);
+      showPairs(job);
+      fillPairs(job);
+    }
+    await showEvents(job);
+  }
+
+  function sayStatus(job) {
+    const seconds = job.finished_at ? job.finished_at - job.created_at : 0;
+    const texts = {
+      queued: "It waits for its turn.", running: "It trains.", paused: "Paused: nothing is lost.", cancelled: "Cancelled.",
+      failed: "It failed.", succeeded: `Done, ${duration(seconds)} after it was asked for. ${nameOf(job)} answers now.`,
+    };
+    return texts[job.status] || `${job.status}.`;
+  }
+
+  function sayProgress(job) {
+    const { step, total_steps: total, seconds_left: left } = progressOf(job);
+    const finish = job.estimated_finish ? job.estimated_finish - Date.now() / 1000 : null;
+    const seconds = left ?? finish;
+    if (job.status === "queued") return say(job);
+    if (!total) return "It is being prepared.";
+    return `Step ${count(step)} of ${count(total)}${job.status === "running" && seconds !== null ? `, ${duration(Math.max(0, seconds))} left` : ""}`;
+  }
+
+  function duration(seconds) {
+    if (seconds < 90) return `${Math.ceil(seconds)} seconds`;
+    return seconds < 5400 ? `${Math.round(seconds / 60)} minutes` : `${(seconds / 3600).toFixed(1)} hours`;
+  }
+
+  // --- events ---
+
+  async function showEvents(job) {
+    if (!state.curves.has(job.id)) state.curves.set(job.id, { train: [], valid: [], events: [], ids: new Set() });
+    const curve = state.curves.get(job.id);
+    if (!curve.whole) {
+      for (const event of (await newEvents(job.id, curve)).reverse()) keep(curve, event);
+      curve.whole = ENDED.includes(job.status);
+    }
+    if (job.id !== state.id) return;
+    drawCurve(at("curve"), curve, progressOf(job).total_steps || 0);
+    at("events").replaceChildren(...curve.events.slice(-SHOWN_EVENTS).reverse().map((event) =>
+      make("li", { className: event.level === "error" ? "error" : "" }, make("time", {}, new Date(1000 * event.created_at).toLocaleTimeString()), event.message)));
+  }
+
+  /** Events that are not known yet, the newest first. */
+  async function newEvents(id, curve) {
+    const found = [];
+    let after = "";
+    for (let page = 0; page < MAX_EVENT_PAGES; page++) {
+      const { data, has_more: more } = await get(pathOf(id, `/events?limit=100${after}`));
+      const fresh = data.filter((event) => !curve.ids.has(event.id));
+      found.push(...fresh);
+      if (!more || fresh.length < data.length) break;
+      after = `&after=${encodeURIComponent(data[data.length - 1].id)}`;
+    }
+    return found;
+  }
+
+  function keep(curve, event) {
+    // Two looks at once may both bring it.
+    if (curve.ids.has(event.id)) return;
+    curve.ids.add(event.id);
+    const data = event.data || {};
+    if (event.type !== "metrics") curve.events.push(event);
+    else if (Number.isFinite(data.train_loss)) curve.train.push([data.step, data.train_loss]);
+    if (Number.isFinite(data.valid_loss)) curve.valid.push([data.step, data.valid_loss]);
+    if (curve.events.length > 4 * SHOWN_EVENTS) curve.events.splice(0, SHOWN_EVENTS);
+  }
+
+  // --- what can be done ---
+
+  function showActions(job) {
+    const name = nameOf(job), box = at("actions"), had = box.contains(document.activeElement);
+    const button = (text, action) => {
+      const element = make("button", { type: "button", textContent: text });
+      element.addEventListener("click", () => attempt(element, action));
+      return element;
+    };
+    const cancel = button("Cancel", async () => {
+      if (await sure(`Cancel ${name}? What it has learned so far is lost.`, "Cancel it", "Go on")) await change(job, "cancel");
+    });
+    const buttons = {
+      queued: [button("Pause", () => change(job, "pause")), cancel],
+      running: [button("Pause", () => change(job, "pause")), cancel],
+      paused: [button("Resume", () => change(job, "resume")), cancel],
+      succeeded: [
+        make("a", { className: "button", textContent: "Open in the playground", href: `/#mode=chat&models=${encodeURIComponent(`${name},${state.backbone}`)}` }),
+        button("Download", () => download(name)),
+        button("Delete", async () => {
+          if (await sure(`Delete ${name}? It cannot be brought back.`, "Delete it", "Keep it")) await remove(job, name);
+        }),
+      ],
+    };
+    const gone = job.status === "succeeded" && !answers(job);
+    const said = make("p", { id: "action-said", role: "status" }, gone ? `${name} was deleted.` : "");
+    box.replaceChildren(...(gone ? [] : buttons[job.status] || []), said);
+    if (had && box.firstElementChild) box.firstElementChild.focus();
+  }
+
+  async function attempt(button, action) {
+    button.disabled = true;
+    at("action-said").textContent = "";
+    at("action-said").className = "";
+    try {
+      await action();
+    } catch (error) {
+      at("action-said").textContent = error.message;
+      at("action-said").className = "error";
+    } finally {
+      button.disabled = false;
+    }
+  }
+
+  /** Ask before something that cannot be undone. */
+  function sure(text, yes, no) {
+    const dialog = at("sure");
+    at("sure-text").textContent = text;
+    at("sure-yes").textContent = yes;
+    at("sure-no").textContent = no;
+    return new Promise((resolve) => {
+      const close = (answer) => () => { dialog.returnValue = answer; dialog.close(); };
+      at("sure-yes").onclick = close("yes");
+      at("sure-no").onclick = close("");
+      dialog.returnValue = "";
+      dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+      dialog.showModal();
+      at("sure-no").focus();
+    });
+  }
+
+  async function change(job, action) {
+    replace(await post(pathOf(job.id, `/${action}`)));
+    await poll();
+  }
+
+  async function download(name) {
+    const response = await api(`/v1/models/${encodeURIComponent(name)}/file`);
+    const url = URL.createObjectURL(await response.blob());
+    make("a", { href: url, download: `${name}.safetensors` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60000);
+    at("action-said").textContent = `${name}.safetensors was downloaded.`;
+  }
+
+  async function remove(job, name) {
+    await api(`/v1/models/${encodeURIComponent(name)}`, { method: "DELETE" });
+    await loadModels();
+    showActions(job);
+    showPairs(job);
+    at("job").focus();
+  }
+
+  // --- before and after ---
+
+  const keyOf = (id) => `pairs ${id}`;
+
+  /** What was asked and answered: kept in the tab, so that it survives a reload. */
+  function pairsOf(job) {
+    try { return JSON.parse(sessionStorage.getItem(keyOf(job.id))) || null; } catch { return null; }
+  }
+
+  function keepPairs(id, pairs) {
+    try { sessionStorage.setItem(keyOf(id), JSON.stringify(pairs)); } catch { /* no room: asked again after a reload */ }
+  }
+
+  /** Remember what is to be asked of a new job. */
+  function begin(job, questions) {
+    keepPairs(job.id, questions.map((messages) => ({ messages })));
+    state.list.unshift(job);
+    open(job.id, true);
+    poll();
+  }
+
+  function showPairs(job) {
+    const pairs = pairsOf(job) || [];
+    at("pairs").replaceChildren(...pairs.map((pair) => pairRow(job, pair)));
+    at("compare").hidden = job.status === "failed" || job.status === "cancelled" || (!pairs.length && !answers(job));
+    at("question").hidden = !answers(job);
+  }
+
+  function pairRow(job, pair) {
+    const cell = (name, text, className) => make("div", {}, make("dt", {}, name), make("dd", { className: text ? className : `${className} wait` }, text || "…"));
+    const asked = pair.messages[pair.messages.length - 1].content;
+    const after = pair.after || (answers(job) ? "" : job.status === "succeeded" ? "deleted" : "once it is trained");
+    return make("li", {}, make("p", { className: "asked" }, asked), make("dl", { className: "answers" }, cell(job.model, pair.before, ""), cell(nameOf(job), after, pair.after ? "new" : "wait")));
+  }
+
+  /** Ask what has not been answered yet: the model as it was, then the new one. One loop at a time. */
+  async function fillPairs(job) {
+    const turn = ++state.asking;
+    let pairs = pairsOf(job);
+    if (!pairs) {
+      pairs = (await questionsAgain(job)).map((messages) => ({ messages }));
+      keepPairs(job.id, pairs);
+    }
+    const wanted = ["before", ...(answers(job) ? ["after"] : [])];
+    for (const side of wanted) {
+      for (const pair of pairs) {
+        if (pair[side] || turn !== state.asking || job.id !== state.id) continue;
+        pair[side] = await answer(side === "before" ? job.model : nameOf(job), pair.messages);
+        if (turn !== state.asking) return;
+        keepPairs(job.id, pairs);
+        showPairs(job);
+      }
+    }
+    if (turn === state.asking && job.id === state.id) showPairs(job);
+  }
+
+  /** In another tab: from the file, as long as it is there. */
+  async function questionsAgain(job) {
+    try {
+      const preview = await get(`/v1/files/${encodeURIComponent(job.training_file)}/preview`);
+      return questionsOf(preview.examples || []);
+    } catch {
+      return [];
+    }
+  }
+
+  /** A model's answer, or why there is none. A model without a chat template continues the text. */
+  async function answer(model, messages) {
+    const last = messages.slice(-1), options = { model, max_tokens: MAX_ANSWER, temperature: 0 };
+    const ways = [
+      async () => (await post("/v1/chat/completions", { ...options, messages })).choices[0].message.content,
+      async () => (await post("/v1/chat/completions", { ...options, messages: last })).choices[0].message.content,
+      async () => (await post("/v1/completions", { ...options, prompt: last[0].content })).choices[0].text,
+      async () => (await post("/classify", { model, input: last[0].content })).data[0].label,
+    ];
+    let first = null;
+    for (const way of ways) {
+      try {
+        return String(await way()).trim() || "(an empty text)";
+      } catch (error) {
+        first = first || error;
+        if (error.status !== 400) break;
+      }
+    }
+    return `(${first.message})`;
+  }
+
+  async function ask() {
+    const job = current(), text = at("own").value.trim();
+    if (!job || !text) return;
+    const pairs = [...(pairsOf(job) || []), { messages: [{ role: "user", content: text }] }].slice(-20);
+    keepPairs(job.id, pairs);
+    at("own").value = "";
+    showPairs(job);
+    await fillPairs(job);
+  }
+
+  // --- start ---
+
+  function start() {
+    const named = location.hash.slice(1);
+    if (/^ftjob-[0-9a-f]+$/.test(named)) state.id = named;
+    at("more-jobs").addEventListener("click", loadMore);
+    at("question").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+    at("own").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); ask(); }
+    });
+    document.addEventListener("visibilitychange", () => { if (document.visibilityState === "visible") poll(); });
+    return poll();
+  }
+
+  /** After another key: forget what was seen with the one before. */
+  function restart() {
+    Object.assign(state, { list: [], models: [], id: "", status: "", polls: 0, more: false });
+    state.curves.clear();
+    at("job").hidden = true;
+    return poll();
+  }
+
+  return { start, restart, begin, post, get, duration, state };
+})();
