@@ -1,4 +1,4 @@
-"""Pages: the playground, training, and the HTTP interface to read and try, which shows Swagger UI. They ask for a key."""
+"""Pages: the playground, training, and the HTTP interface to read and try (Swagger UI). All of them ask for a key."""
 
 from __future__ import annotations
 
