@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 
 from prefixtune import __version__
 from prefixtune.errors import PrefixError
@@ -37,9 +38,12 @@ _ROUTERS = (
     classify.router,
     admin.router,
     health.router,
+    health.engine_router,
     health.public,
     openapi.router,
 )
+_ENGINE_ROUTERS = (completions.router, tasks.router, classify.router, health.engine_router)
+"""What a server without an engine does not have."""
 ROUTES = [route for router in _ROUTERS for route in router.routes]
 """All routes, but for the playground's."""
 
@@ -51,7 +55,7 @@ def make_app(state: ServerState) -> FastAPI:
         title="prefixtune",
         version=__version__,
         description=DESCRIPTION,
-        routes=[*ROUTES, *(playground.router.routes if config.playground else ())],
+        routes=_routes(state),
         exception_handlers={
             **dict.fromkeys((ApiError, PrefixError, RateLimited, QueueFull), respond_to_error),
             HTTPException: _respond_to_unknown,
@@ -74,6 +78,14 @@ def make_app(state: ServerState) -> FastAPI:
         )
     app.add_middleware(Middleware, metrics=state.metrics, with_cors=bool(origins))
     return app
+
+
+def _routes(state: ServerState) -> list[BaseRoute]:
+    pages = playground.router.routes if state.config.playground else []
+    if state.has_engine:
+        return [*ROUTES, *pages]
+    routes = [route for router in _ROUTERS if router not in _ENGINE_ROUTERS for route in router.routes]
+    return [*routes, *(page for page in pages if page is not playground.START)]
 
 
 async def _respond_to_unknown(request: Request, error: Any) -> Response:

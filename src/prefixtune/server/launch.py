@@ -19,6 +19,7 @@ import uvicorn
 
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.server.connections import Connections, fit_open_files
+from prefixtune.server.listener import bind
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.utils.console import Console
@@ -56,7 +57,7 @@ def run(config: ServeConfig, console: Console) -> int:
             f"{max_connections} connections at once instead of {config.max_connections}: this process may open "
             f"{open_files} files; raise that limit (ulimit -n, or LimitNOFILE of systemd), or lower max_connections"
         )
-    with _bind(config) as listener:
+    with bind(config) as listener:
         state = _load(config, console)
         configure_logging(config.log_level)
         _report_start(state, console, listener)
@@ -69,23 +70,9 @@ def run(config: ServeConfig, console: Console) -> int:
     return 0
 
 
-def _bind(config: ServeConfig) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}.",
-            hint="choose another --port, or 0 for any free one.",
-        ) from error
-    return listener
-
-
 def _load(config: ServeConfig, console: Console) -> ServerState:
+    if config.engine == "none":
+        return _load_without_engine(config, console)
     # Slow imports: errors of the folder and the address come before them.
     from prefixtune.backbone.load import load_backbone
     from prefixtune.engine.config import EngineConfig
@@ -132,6 +119,16 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     return state
 
 
+def _load_without_engine(config: ServeConfig, console: Console) -> ServerState:
+    from prefixtune.backbone.unloaded import load_tokenizer
+    from prefixtune.server.models.store import PrefixStore
+    from prefixtune.server.state import ServerState
+
+    console.info(f"loading the tokenizer of {config.backbone} ...")
+    backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
+    return ServerState(config, backbone, PrefixStore(config.prefixes, backbone), None)
+
+
 def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:
     config, store = state.config, state.store
     refused = store.refused
@@ -144,8 +141,9 @@ def _report_start(state: ServerState, console: Console, listener: socket.socket)
     if not config.keys:
         console.warn("no key is configured: only this machine may use the server")
     host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    console.info(f"serving {len(store)} prefixes on {url}" + (" (open it in a browser)" if config.playground else ""))
+    is_page = config.playground and state.has_engine
+    url = config.host if config.socket_file else f"http://{host}:{listener.getsockname()[1]}"
+    console.info(f"serving {len(store)} prefixes on {url}" + (" (open it in a browser)" if is_page else ""))
     log("started", url=url, prefixes=len(store), refused=len(refused), keys=len(config.keys))
 
 

@@ -35,7 +35,7 @@ class Metrics:
     """All metrics of a server.
 
     Args:
-        worker: The engine.
+        worker: The engine; None: the server has none.
         store: The prefixes.
         num_slots: Texts that run at once.
         max_prefixes: How many prefixes have metrics of their own.
@@ -44,7 +44,7 @@ class Metrics:
 
     def __init__(
         self,
-        worker: EngineWorker,
+        worker: EngineWorker | None,
         store: PrefixStore,
         *,
         num_slots: int,
@@ -78,7 +78,8 @@ class Metrics:
             "prefixtune_token_gap_seconds", "Time between a text's tokens.", buckets=_GAPS, registry=registry
         )
         self.open_requests = Gauge("prefixtune_open_requests", "Requests being answered.", registry=registry)
-        registry.register(_EngineCollector(worker, store, num_slots, draining))
+        if worker is not None:
+            registry.register(_EngineCollector(worker, store, num_slots, draining))
         ProcessCollector(registry=registry)
 
     def render(self) -> bytes:

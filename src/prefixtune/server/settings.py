@@ -86,8 +86,10 @@ class ServeConfig(Config):
 
     hint: ClassVar[str] = "`prefixtune serve --help` explains every option."
 
-    engine: Literal["embedded", "vllm"] = _model(
-        "embedded", description="what runs the model: this program, or vLLM with this program's plugin"
+    engine: Literal["embedded", "vllm", "none"] = _model(
+        "embedded",
+        description="what runs the model: this program, vLLM with this program's plugin, or nothing: "
+        "the server then only takes files and training jobs",
     )
     backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     backbone_id: str = _model("", description="the bare backbone's model name; empty: the last part of its name")
@@ -111,7 +113,10 @@ class ServeConfig(Config):
         "", description="quantize the frozen weights (torchao): int8 or int4"
     )
 
-    host: str = _network("127.0.0.1", description="address to listen on; any other than loopback needs keys")
+    host: str = _network(
+        "127.0.0.1",
+        description="address to listen on; any other than loopback needs keys; unix:FILE is a socket of this user's",
+    )
     port: int = _network(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     cors_origins: CommaList[str] = _network(
         (),
@@ -249,6 +254,14 @@ class ServeConfig(Config):
                 f"max_pending_mib is {self.max_pending_mib}, which is less than one request may have "
                 f"(max_body_kib, {self.max_body_kib})",
             )
+        if self.engine == "none" and not self.takes_jobs:
+            yield (
+                ("engine", "train_workers", "database_url"),
+                "engine is 'none' and nothing trains (train_workers is 0, and there is no database_url), so the server "
+                "would do nothing",
+            )
+        if self.engine == "vllm" and self.socket_file:
+            yield ("engine", "host"), f"host is {self.host!r}, but vLLM listens on addresses only"
         if len({key.hash for key in self.keys.values()}) < len(self.keys):
             yield ("keys",), "two keys have the same hash"
         # vLLM has its own key.
@@ -268,13 +281,23 @@ class ServeConfig(Config):
             )
 
     @property
+    def socket_file(self) -> str:
+        """The file of a Unix socket to listen on; empty: an address.
+
+        >>> ServeConfig(host="unix:/run/prefixtune/serve.sock").socket_file
+        '/run/prefixtune/serve.sock'
+        """
+        kind, _, path = self.host.partition("unix:")
+        return "" if kind else path
+
+    @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the address.
 
         >>> ServeConfig(host="::1").is_loopback
         True
         """
-        if self.host == "localhost":
+        if self.host == "localhost" or self.socket_file:
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback

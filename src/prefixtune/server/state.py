@@ -28,7 +28,7 @@ class ServerState:
         config: The server's configuration.
         backbone: The model.
         store: Its prefixes.
-        worker: The engine, in its thread.
+        has_engine: Whether it generates; without an engine, `backbone` has no weights.
         catalog: The models by name, as a caller may see them.
         keyring: The keys.
         proxies: Whose `X-Forwarded-For` counts.
@@ -45,8 +45,11 @@ class ServerState:
         started: When the server started, in seconds since 1970.
     """
 
-    def __init__(self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: EngineWorker) -> None:
-        self.config, self.backbone, self.store, self.worker = config, backbone, store, worker
+    def __init__(
+        self, config: ServeConfig, backbone: Backbone, store: PrefixStore, worker: EngineWorker | None
+    ) -> None:
+        self.config, self.backbone, self.store, self._worker = config, backbone, store, worker
+        self.has_engine = worker is not None
         self.started = time.time()
         self.catalog = Catalog(
             store,
@@ -54,7 +57,7 @@ class ServerState:
             config.model_id,
             int(self.started),
             max_joined=config.max_joined_prefixes,
-            max_length=worker.engine.max_length,
+            max_length=worker.engine.max_length if worker else config.max_length or backbone.max_positions or 0,
         )
         self.keyring = Keyring(config.keys)
         self.proxies = TrustedProxies(config.proxies)
@@ -77,6 +80,12 @@ class ServerState:
         self.tokenizer_lock = FairLock()
 
     @property
+    def worker(self) -> EngineWorker:
+        """The engine, in its thread."""
+        assert self._worker is not None, "the server has no endpoint that needs an engine"
+        return self._worker
+
+    @property
     def engine(self) -> Engine:
         """The running engine; a new one after a failure."""
         return self.worker.engine
@@ -93,7 +102,8 @@ class ServerState:
 
     def close(self) -> None:
         """Stop the engine; what still runs is cancelled."""
-        self.worker.close()
+        if self._worker is not None:
+            self._worker.close()
         self.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         if self.training is not None:
             self.training.close()

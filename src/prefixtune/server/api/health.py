@@ -15,11 +15,13 @@ from prefixtune.server.metrics import CONTENT_TYPE
 from prefixtune.server.responses import json_response
 from prefixtune.server.state import ServerState
 
-__all__ = ["public", "router"]
+__all__ = ["engine_router", "public", "router"]
 
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "Not ready."}}
 router = api_router(401, 403, 500)
+engine_router = api_router(401, 403, 500)
+"""For servers with an engine."""
 public = api_router(500)
 """For everybody."""
 
@@ -37,7 +39,7 @@ async def is_ready(request: Request) -> Response:
 
 
 def _health(state: ServerState, *, ready: bool) -> Response:
-    healthy, status = state.worker.healthy, "ok"
+    healthy, status = not state.has_engine or state.worker.healthy, "ok"
     if not healthy:
         status = "the engine is restarting"
     elif ready and state.draining:
@@ -56,7 +58,7 @@ async def show_metrics(context: MetricsContext) -> Response:
     return Response(context.state.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
-@router.get("/v1/status", response_model=Status)
+@engine_router.get("/v1/status", response_model=Status)
 async def show_status(context: KeyContext) -> Response:
     """What runs now.
 

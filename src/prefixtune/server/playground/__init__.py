@@ -15,7 +15,7 @@ from prefixtune.server.api.openapi import api_router, errors
 from prefixtune.server.responses import not_found
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["router"]
+__all__ = ["START", "router"]
 
 
 _SWAGGER_UI = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
@@ -36,6 +36,10 @@ async def show_training(request: Request) -> Response:
     if not request.app.state.server.config.takes_jobs:
         raise not_found("page", "train")
     return _page("train.html")
+
+
+START = router.routes[-1]
+"""The route of the playground, which needs an engine."""
 
 
 @router.get("/docs", response_class=HTMLResponse)

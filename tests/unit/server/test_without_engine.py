@@ -1,0 +1,81 @@
+"""A server without an engine: files and training only, over a socket that nobody else opens."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asgi_client import send
+from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.backbone.unloaded import load_tokenizer
+from prefixtune.errors import ConfigError
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.app import make_app
+from prefixtune.server.listener import bind
+from prefixtune.server.models.store import PrefixStore
+from prefixtune.server.settings import ServeConfig
+from prefixtune.server.state import ServerState
+
+
+@pytest.fixture
+def state(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any, random_prefix: Any) -> ServerState:
+    """A server's state over a tiny model's folder without its weights, with the prefix `a`."""
+    model, prefixes = tmp_path / "model", tmp_path / "prefixes"
+    tiny_models("llama").save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    backbone = load_backbone(model)
+    header = make_header(backbone, job={"id": "ftjob-1", "owner": "local"})
+    prefixes.mkdir()
+    save_prefix(prefixes / "a.safetensors", Prefix(random_prefix(backbone, 4).layers, header))
+    (model / "model.safetensors").unlink()
+    config = ServeConfig(engine="none", backbone=str(model), prefixes=str(prefixes), data_folder=str(tmp_path / "data"))
+    unloaded = load_tokenizer(config.backbone)
+    return ServerState(config, unloaded, PrefixStore(prefixes, unloaded), None)
+
+
+def test_it_lists_results_and_says_that_it_is_well(state: ServerState):
+    app = make_app(state)
+    listed = asyncio.run(send(app, "GET", "/v1/models")).json["data"]
+    assert [model["id"] for model in listed] == ["model", "a"]
+    assert listed[1]["prefix_length"] == {"decoder": 4}
+    for path in ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models/a/file"):
+        assert asyncio.run(send(app, "GET", path)).status == 200, path
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/status"), ("GET", "/")],
+)
+def test_nothing_needs_an_engine(state: ServerState, method: str, path: str):
+    assert asyncio.run(send(make_app(state), method, path, {})).status == 404
+
+
+def test_without_training_there_is_nothing_to_do():
+    with pytest.raises(ConfigError, match="nothing trains"):
+        ServeConfig(engine="none", train_workers=0)
+    assert ServeConfig(engine="none", train_workers=0, database_url="postgresql://host/jobs").takes_jobs
+
+
+def test_a_socket_file_is_the_users_own_and_replaces_that_of_a_killed_server(tmp_path: Path):
+    path = tmp_path / "run" / "serve.sock"
+    config = ServeConfig(host=f"unix:{path}")
+    assert config.is_loopback
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    with bind(config) as listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        listener.listen()
+        with pytest.raises(ConfigError, match="in use"), bind(config):
+            pass
+    assert not path.exists()
+    with pytest.raises(ConfigError, match="at most 107 characters"), bind(ServeConfig(host=f"unix:{path}{'x' * 108}")):
+        pass
