@@ -72,7 +72,7 @@ def make_app(state: ServerState) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("authorization", "content-type"),
             expose_headers=("retry-after", "x-request-id"),
         )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -27,13 +29,17 @@ from prefixtune.utils.console import Console
 if TYPE_CHECKING:
     from prefixtune.server.state import ServerState
 
-__all__ = ["GracefulServer", "run", "watch_folder"]
+__all__ = ["FolderWatch", "GracefulServer", "run", "watch_folder"]
 
 
 _FLUSH_SECONDS = 5.0
 """Time to send the last responses, once all texts have ended or were cancelled."""
 _MAX_WARNINGS = 10
 """Refused files that are named at the start."""
+_WATCH_SECONDS = 0.25
+"""Between looks at the time of the folder, where jobs publish their results."""
+_SECOND_LOOK_SECONDS = 1.0
+"""From a look at a folder that has changed to another one."""
 _MAX_RETRY_SECONDS = 60.0
 """Longest pause before a folder that could not be read is read again, unless `reload_seconds` is longer."""
 
@@ -147,20 +153,61 @@ def _report_start(state: ServerState, console: Console, listener: socket.socket)
     log("started", url=url, prefixes=len(store), refused=len(refused), keys=len(config.keys))
 
 
+class FolderWatch:
+    """Says when to look at the folder of prefixes again.
+
+    Args:
+        folder: It.
+        interval: Seconds after which to look whatever happened; 0: never for that.
+        by_time: Whether to look when the folder's own time shows that a file has come or gone.
+    """
+
+    def __init__(self, folder: Path, interval: float, *, by_time: bool) -> None:
+        self._folder, self._interval, self._by_time = folder, interval, by_time
+        self.pause = min(filter(None, (interval, _WATCH_SECONDS if by_time else 0.0)), default=0.0)
+        self._next_look = time.monotonic() + interval if interval else math.inf
+        self._modified: int | None = None
+        self._seen: int | None = None
+
+    def is_due(self) -> bool:
+        """Whether to look now.
+
+        Raises:
+            OSError: The folder is gone.
+        """
+        now = time.monotonic()
+        self._modified = os.stat(self._folder).st_mtime_ns if self._by_time else None
+        return self._modified != self._seen or now >= self._next_look
+
+    def note_look(self) -> None:
+        """Take note that the folder was looked at, after `is_due`."""
+        again = self._interval or math.inf
+        if self._modified != self._seen:
+            # A file that comes within the same tick of the system's clock changes the time no more.
+            again = min(again, _SECOND_LOOK_SECONDS)
+        self._seen = self._modified
+        self._next_look = time.monotonic() + again
+
+
 async def watch_folder(state: ServerState) -> None:
-    """Reload the folder every `reload_seconds`, as another replica may change it; goes on whatever fails."""
-    pause = interval = state.config.reload_seconds
-    while interval:
+    """Reload the folder when another replica, or a job, may have changed it; goes on whatever fails."""
+    interval = state.config.reload_seconds
+    watch = FolderWatch(state.store.folder, interval, by_time=state.training is not None)
+    pause = watch.pause
+    while watch.pause:
         await asyncio.sleep(pause)
         try:
+            if not await asyncio.to_thread(watch.is_due):
+                continue
             await asyncio.to_thread(state.store.reload)
+            watch.note_look()
         except Exception as error:
             state.folder_error = "cannot be read"
             pause = max(interval, min(2 * pause, _MAX_RETRY_SECONDS))
-            unexpected = None if isinstance(error, PrefixError) else error
+            unexpected = None if isinstance(error, PrefixError | OSError) else error
             log("reload_failed", level=logging.WARNING, error=unexpected, reason=str(error), next_try_seconds=pause)
         else:
-            state.folder_error, pause = "", interval
+            state.folder_error, pause = "", watch.pause
 
 
 class GracefulServer(uvicorn.Server):

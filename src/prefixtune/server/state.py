@@ -51,6 +51,7 @@ class ServerState:
         self.config, self.backbone, self.store, self._worker = config, backbone, store, worker
         self.has_engine = worker is not None
         self.started = time.time()
+        self.keyring = Keyring(config.keys)
         self.catalog = Catalog(
             store,
             backbone,
@@ -58,8 +59,9 @@ class ServerState:
             int(self.started),
             max_joined=config.max_joined_prefixes,
             max_length=worker.engine.max_length if worker else config.max_length or backbone.max_positions or 0,
+            is_open=self.keyring.is_open,
+            finds_new=config.takes_jobs,
         )
-        self.keyring = Keyring(config.keys)
         self.proxies = TrustedProxies(config.proxies)
         self.address_limit = AddressLimit(config.max_connections_per_address)
         self.pending_bytes = SharedCapacity(config.max_pending_mib * 2**20)

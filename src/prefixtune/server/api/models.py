@@ -11,10 +11,10 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.server.api.endpoint import KeyContext, RequestContext
+from prefixtune.server.api.endpoint import KeyContext
 from prefixtune.server.api.openapi import NAME, api_router, errors
-from prefixtune.server.api.schemas import Model, Models
-from prefixtune.server.responses import forbidden, json_response, not_found, unavailable
+from prefixtune.server.api.schemas import Deleted, Model, Models
+from prefixtune.server.responses import ApiError, forbidden, json_response, not_found, unavailable
 
 __all__ = ["router"]
 
@@ -45,10 +45,10 @@ async def download_model(context: KeyContext) -> Response:
 
     An admin key gets the file of any prefix.
     """
-    name = context.name
+    name, catalog = context.name, context.state.catalog
     if not context.caller.rules.admin:
-        context.state.catalog.check_access((name,), context.caller)
-        if not _is_own(context, name):
+        await catalog.check_access((name,), context.caller)
+        if not catalog.access.owns(name, context.caller):
             raise forbidden(f"the file of {name[:128]!r} is for the owner of its training job only.", "not_the_owner")
     try:
         file = await asyncio.to_thread(context.state.store.open_file, name)
@@ -64,14 +64,6 @@ async def download_model(context: KeyContext) -> Response:
     return StreamingResponse(_chunks(file), headers=headers, media_type="application/octet-stream")
 
 
-def _is_own(context: RequestContext, name: str) -> bool:
-    """Whether a job of the caller made a prefix; without keys, everybody is its owner."""
-    job = context.state.catalog.header(name).get("job")
-    if not isinstance(job, dict):
-        return False
-    return context.state.keyring.is_open or job.get("owner") == context.caller.name
-
-
 async def _chunks(file: BinaryIO) -> AsyncIterator[bytes]:
     with file:
         while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
@@ -85,3 +77,21 @@ async def show_model(context: KeyContext) -> Response:
     Or several prefixes that are joined, as in `/v1/models/manual+style`; the list has single ones only.
     """
     return json_response(await context.state.catalog.describe_one(context.name, context.caller))
+
+
+@router.delete("/v1/models/{name:path}", response_model=Deleted, responses=errors(400, 404, 507), openapi_extra=NAME)
+async def delete_model(context: KeyContext) -> Response:
+    """Delete what a job of the key's owner trained, with its checkpoints.
+
+    An admin key deletes any prefix. Requests that have it go on.
+    """
+    state, name = context.state, context.name
+    try:
+        names = await state.catalog.delete(name, context.caller)
+    except PrefixError as error:
+        context.log_fields["storage_error"] = error.message
+        raise ApiError(507, "the folder of prefixes cannot be changed.", code="storage_failed") from None
+    context.log_fields["prefix"] = name
+    if state.training is not None:
+        await state.training.audit(context.caller, "model.delete", model=name, files=len(names))
+    return json_response({"id": name, "object": "model", "deleted": True})

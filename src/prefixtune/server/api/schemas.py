@@ -56,8 +56,15 @@ class Model(BaseModel):
     kind: Literal["backbone", "prefix", "joined"]
     description: str
     task: str | None
+    job: str = Field("", description="The job that made it, for its owner; empty: no job.")
     license: str = ""
     prefix_length: dict[str, Any] = Field({}, description="Positions, by site.")
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["model"]
+    deleted: bool
 
 
 class Models(BaseModel):

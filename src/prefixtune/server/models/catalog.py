@@ -12,9 +12,11 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS
 from prefixtune.data.encoding import default_format
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.server.auth import Caller
+from prefixtune.server.models.access import ModelAccess
 from prefixtune.server.models.joined import SEPARATOR, JoinsInUseError, PrefixJoiner
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.models.task_schema import task_decoding, task_schema_of
@@ -64,9 +66,12 @@ class Catalog:
         created: When the server started, in seconds since 1970.
         max_joined: Most prefixes that are joined.
         max_length: Most positions of a text, prefix included.
+        is_open: Whether no key is configured: results of jobs are then everybody's.
+        finds_new: Whether an unknown name is looked for in the folder, where a job may just have put it.
 
     Attributes:
         joiner: Joins prefixes.
+        access: Who may use which name.
     """
 
     def __init__(
@@ -78,15 +83,20 @@ class Catalog:
         *,
         max_joined: int,
         max_length: int,
+        is_open: bool = False,
+        finds_new: bool = False,
     ) -> None:
         self.store, self.backbone, self.backbone_id, self.created = store, backbone, backbone_id, created
         self.max_joined, self.max_length = max_joined, max_length
+        self.finds_new = finds_new
         self.joiner = PrefixJoiner(store, backbone, max_length)
+        self.access = ModelAccess(store, backbone_id, is_open=is_open)
 
     def names(self, caller: Caller) -> list[str]:
-        """The models that a caller may use: the bare backbone first."""
+        """The models that a caller may use, the bare backbone first; checkpoints of jobs are left out."""
         prefixes = [name for name in self.store.names() if name != self.backbone_id]
-        return [name for name in (self.backbone_id, *prefixes) if caller.may_use(name)]
+        listed = [name for name in prefixes if not self.access.is_checkpoint(name)]
+        return [name for name in (self.backbone_id, *listed) if self.access.may_use(name, caller)]
 
     def parts(self, model: str, prefixes: Sequence[str] | None = None) -> tuple[str, ...]:
         """The names within a model's name, or those of prefixes to join: one or several.
@@ -128,11 +138,14 @@ class Catalog:
                 raise bad_request(f"the prefix {name[:128]!r} is named twice.", param, hint="name each of them once.")
 
     def may_use(self, model: str, caller: Caller) -> bool:
-        """Whether the caller may use a model: of joined prefixes, every one."""
-        return all(map(caller.may_use, [model] if model == self.backbone_id else model.split(SEPARATOR)))
+        """Whether there is such a model, and the caller may use it: of joined prefixes, every one."""
+        names = [model] if model == self.backbone_id else model.split(SEPARATOR)
+        return all(self.access.is_known(name) and self.access.may_use(name, caller) for name in names)
 
-    def check_access(self, names: Sequence[str], caller: Caller) -> None:
+    async def check_access(self, names: Sequence[str], caller: Caller) -> None:
         """Refuse names of which the caller may not use one, whether there is such a model or not.
+
+        What a job made for somebody else is answered like a name that there is not.
 
         Args:
             names: As `parts` returns them.
@@ -142,12 +155,18 @@ class Catalog:
             ApiError: 403 or 404.
         """
         for name in names:
-            if not caller.may_use(name):
+            if self.finds_new and not self.access.is_known(name):
+                await asyncio.to_thread(self.store.look, name)
+        for name in names:
+            if not (caller.may_use(name) or self.access.owns(name, caller)):
                 raise forbidden(f"the key {caller.name!r} may not use the model {name[:128]!r}.", "model_not_allowed")
         for name in names:
-            if name != self.backbone_id and name not in self.store and name not in self.store.refused:
-                # Suggests only names that the caller may see.
-                raise not_found("model", name, self.names(caller))
+            if not (self.access.is_known(name) and self.access.may_use(name, caller)):
+                raise self._unknown(name, caller)
+
+    def _unknown(self, name: str, caller: Caller) -> ApiError:
+        # Suggests only names that the caller may see.
+        return not_found("model", name, self.names(caller))
 
     async def load(self, model: str, caller: Caller, prefixes: Sequence[str] | None = None) -> ServedModel:
         """The model of that name, with its prefix loaded.
@@ -161,13 +180,13 @@ class Catalog:
             ApiError: The caller may not use it, there is none, its file is broken, or prefixes cannot be joined.
         """
         names = self.parts(model, prefixes)
-        self.check_access(names, caller)
+        await self.check_access(names, caller)
         if names == (self.backbone_id,):
             return ServedModel(self.backbone_id)
-        return await asyncio.to_thread(self._load, names, "model" if prefixes is None else "prefixes")
+        return await asyncio.to_thread(self._load, names, caller, "model" if prefixes is None else "prefixes")
 
-    def _load(self, names: tuple[str, ...], param: str) -> ServedModel:
-        loaded = [self._load_one(name) for name in names]
+    def _load(self, names: tuple[str, ...], caller: Caller, param: str) -> ServedModel:
+        loaded = [self._load_one(name, caller) for name in names]
         if len(names) == 1:
             return ServedModel(names[0], loaded[0], loaded[0].header)
         try:
@@ -180,11 +199,22 @@ class Catalog:
             raise bad_request(error.message, param, "cannot_join", hint=error.hint) from None
         return ServedModel(SEPARATOR.join(names), prefix, prefix.header, names)
 
-    def _load_one(self, name: str) -> Prefix:
+    def _load_one(self, name: str, caller: Caller) -> Prefix:
         try:
-            return self.store.get(name)
+            prefix = self.store.get(name)
         except PrefixError as error:
             raise _not_served(error, name) from None
+        self._check_header(name, prefix.header, caller)
+        return prefix
+
+    def _check_header(self, name: str, header: Mapping[str, Any], caller: Caller) -> None:
+        """Refuse a file that the caller may not use, and that has replaced the one that `check_access` knew.
+
+        Raises:
+            ApiError: 404.
+        """
+        if not self.access.may_use_header(name, header, caller):
+            raise self._unknown(name, caller)
 
     async def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
         """The header of a model's file, or that of joined prefixes; empty for the bare backbone.
@@ -195,8 +225,11 @@ class Catalog:
         names = self.parts(model)
         if len(names) > 1:
             return (await self.load(model, caller)).header
-        self.check_access(names, caller)
-        return self.header(model)
+        await self.check_access(names, caller)
+        header = self.header(model)
+        if model != self.backbone_id:
+            self._check_header(model, header, caller)
+        return header
 
     def header(self, name: str) -> Mapping[str, Any]:
         """The header of a model's file; empty for the bare backbone.
@@ -215,7 +248,7 @@ class Catalog:
         for name in self.names(caller):
             # It may have been deleted meanwhile.
             with contextlib.suppress(ApiError):
-                models.append(self.describe(name))
+                models.append(self.describe(name, caller))
         return models
 
     async def describe_one(self, model: str, caller: Caller) -> dict[str, Any]:
@@ -226,8 +259,8 @@ class Catalog:
         """
         names = self.parts(model)
         if len(names) == 1:
-            self.check_access(names, caller)
-            return self.describe(model)
+            await self.check_access(names, caller)
+            return self.describe(model, caller)
         joined = await self.load(model, caller)
         prefix, task = joined.prefix, joined.header.get("task")
         return {
@@ -238,15 +271,16 @@ class Catalog:
             "prefix_length": {site: prefix.length(site) for site in prefix.sites} if prefix else {},
         }
 
-    def describe(self, name: str) -> dict[str, Any]:
+    def describe(self, name: str, caller: Caller) -> dict[str, Any]:
         """A model as `/v1/models` lists it.
 
         Raises:
-            ApiError: The prefix does not exist any more, or its file is broken.
+            ApiError: The prefix does not exist any more or is somebody else's, or its file is broken.
         """
         if name == self.backbone_id:
             return {**self._model(name), "kind": "backbone", "description": "the bare backbone", "task": None}
         header = self.header(name)
+        self._check_header(name, header, caller)
         task, description = (header.get(key) if isinstance(header.get(key), str) else None for key in _TEXTS)
         if description is None:
             description = TASKS[task].description if task in TASKS else "a prefix"
@@ -254,7 +288,9 @@ class Catalog:
         more = {key: header[key] for key, kind in types.items() if header.get(key) and isinstance(header[key], kind)}
         length = more.get("prefix_length", {}).get("decoder")
         model = self._model(name, length if type(length) is int else 0)
-        return {**model, "kind": "prefix", "description": description, "task": task, **more}
+        origin = job_origin(header)
+        made = {} if origin is None else {"owned_by": origin.owner, "job": origin.id}
+        return {**model, **made, "kind": "prefix", "description": description, "task": task, **more}
 
     def _model(self, name: str, prefix_length: int = 0) -> dict[str, Any]:
         """What OpenAI's and vLLM's clients read of a model."""
@@ -268,6 +304,48 @@ class Catalog:
             "parent": None if name == self.backbone_id else self.backbone_id,
             "max_model_len": max(0, self.max_length - prefix_length) if takes_room else self.max_length,
         }
+
+    async def delete(self, model: str, caller: Caller) -> tuple[str, ...]:
+        """Remove what a job made, a result together with its checkpoints; admins remove any prefix.
+
+        Args:
+            model: Its name.
+            caller: Its owner, or an admin.
+
+        Returns:
+            The names that are gone.
+
+        Raises:
+            ApiError: There is no such model, or it is not the caller's.
+            PrefixError: A file cannot be removed.
+        """
+        if model != self.backbone_id and SEPARATOR in model:
+            raise self._unknown(model, caller)
+        await self.check_access((model,), caller)
+        if model == self.backbone_id:
+            raise forbidden(f"{model[:128]!r} is the bare backbone, which is not deleted.", "model_not_deletable")
+        return await asyncio.to_thread(self._delete, model, caller)
+
+    def _delete(self, name: str, caller: Caller) -> tuple[str, ...]:
+        self.store.reload()
+        if not (caller.rules.admin or self.access.owns(name, caller)):
+            raise forbidden(f"{name[:128]!r} was made by no job of this key.", "not_the_owner")
+        names = (*self._checkpoints(name), name)
+        # The name itself comes last: if something fails, it can be deleted again.
+        for one in names:
+            with contextlib.suppress(RequestError):
+                self.store.delete(one)
+        return names
+
+    def _checkpoints(self, name: str) -> list[str]:
+        """The checkpoints of the job that made a result; empty for any other prefix."""
+        result = self.store.origin(name)
+        if result is None or result.step is not None:
+            return []
+        known = (*self.store.names(), *self.store.refused)
+        beside = [other for other in known if other.startswith(f"{name}.step-")]
+        origins = {other: self.store.origin(other) for other in beside}
+        return [other for other, origin in origins.items() if origin is not None and origin.id == result.id]
 
     def describe_task(self, name: str, header: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a prefix's task, for a page that shows a form.

@@ -6,6 +6,7 @@ is reported and not served. A replaced file takes effect for requests from then 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
+from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.cache import CacheStats, PrefixCache
 from prefixtune.utils.files import atomic_path
@@ -49,6 +51,7 @@ class _Known:
 
     signature: Signature
     header: str
+    origin: JobOrigin | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class _Refused:
 
     signature: Signature | None
     reason: str
+    origin: JobOrigin | None
 
 
 class PrefixStore:
@@ -136,6 +140,23 @@ class PrefixStore:
             header: dict[str, Any] = json.loads(self._lookup(name).header)
         return header
 
+    def origin(self, name: str) -> JobOrigin | None:
+        """The job that made a prefix, also of a file that is not served; None: no job, or no such file."""
+        with self._lock:
+            entry = self._known.get(name) or self._refused.get(name)
+        return None if entry is None else entry.origin
+
+    def results(self, owner: str) -> list[str]:
+        """The names of what jobs made for an owner, checkpoints left out, sorted."""
+        with self._lock:
+            entries: dict[str, _Known | _Refused] = {**self._refused, **self._known}
+        origins = {name: entry.origin for name, entry in entries.items() if entry.origin is not None}
+        return sorted(name for name, origin in origins.items() if origin.owner == owner and origin.step is None)
+
+    def is_taken(self, name: str) -> bool:
+        """Whether there is a file of this name, served or not, known or not yet; may wait for the disk."""
+        return name in self or name in self.refused or signature_of(self._path(name)) is not None
+
     @property
     def refused(self) -> dict[str, str]:
         """Names of files that are not served, and why."""
@@ -147,6 +168,17 @@ class PrefixStore:
         """The cache, and the files."""
         with self._lock:
             return StoreStats(**vars(self.cache.stats), known=len(self._known), refused=len(self._refused))
+
+    def look(self, name: str) -> None:
+        """Look whether a name that is not known has a file by now; waits for the disk, but reads a header at most."""
+        with self._lock:
+            if name in self._known or name in self._refused:
+                return
+        with contextlib.suppress(RequestError):
+            check_name(name)
+            if signature_of(self._path(name)) is not None:
+                with self._file_lock:
+                    self._refresh(name)
 
     # --- getting one --------------------------------------------------------------------------------------------------
 
@@ -176,7 +208,7 @@ class PrefixStore:
             try:
                 prefix = self._load(name)
             except CheckpointError as error:
-                self._refuse(name, known.signature, error.message)
+                self._refuse(name, known.signature, error.message, known.origin)
                 raise
             self.cache.put(name, known.signature, prefix)
             return prefix
@@ -281,7 +313,7 @@ class PrefixStore:
             # Perhaps only now: looked at again the next time.
             self._refuse(name, None, f"it cannot be read: {error.strerror or error}")
         except PrefixError as error:
-            self._refuse(name, signature, error.message)
+            self._refuse(name, signature, error.message, self._origin_of(name))
         except Exception as error:
             # One bad file must not hide the others.
             _log.exception("a file in the folder of prefixes cannot be read.")
@@ -290,12 +322,19 @@ class PrefixStore:
             if signature is not None:
                 with self._lock:
                     self._forget(name)
-                    self._known[name] = _Known(signature, header)
+                    self._known[name] = _Known(signature, header, job_origin(json.loads(header)))
 
-    def _refuse(self, name: str, signature: Signature | None, reason: str) -> None:
+    def _origin_of(self, name: str) -> JobOrigin | None:
+        """The job that made a file that is not served, as far as its header can be read."""
+        with contextlib.suppress(OSError, PrefixError):
+            check_regular_file(self.folder, name)
+            return job_origin(read_outline(self._path(name)).header)
+        return None
+
+    def _refuse(self, name: str, signature: Signature | None, reason: str, origin: JobOrigin | None = None) -> None:
         with self._lock:
             self._forget(name)
-            self._refused[name] = _Refused(signature, self._without_paths(reason)[:_MAX_REASON_LENGTH])
+            self._refused[name] = _Refused(signature, self._without_paths(reason)[:_MAX_REASON_LENGTH], origin)
 
     def _forget(self, name: str) -> None:
         """Drop all that is known of a name; the lock is held."""
