@@ -28,6 +28,8 @@ function drawCurve(figure, curve, steps) {
   for (const name of ["train", "valid"]) {
     figure.querySelector(`.${name}`).setAttribute("points", thin(curve[name]).map(place).join(" "));
   }
+  figure.querySelector(".top").textContent = top.toFixed(2);
+  figure.querySelector(".bottom").textContent = bottom.toFixed(2);
   figure.querySelector("figcaption").textContent = sayCurve(curve, steps);
 }
 

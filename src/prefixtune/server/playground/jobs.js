@@ -107,7 +107,7 @@ const jobs = (() => {
   function say(job) {
     const { step, total_steps: total } = progressOf(job), ahead = job.prefixtune && job.prefixtune.position;
     if (job.status === "running" && total) return `running, ${Math.floor((100 * step) / total)} %`;
-    if (job.status === "queued" && ahead) return `waiting, number ${ahead}`;
+    if (job.status === "queued" && Number.isFinite(ahead)) return ahead ? `waiting, ${ahead} before it` : "waiting, next in line";
     return job.status === "queued" ? "waiting" : job.status;
   }
 
@@ -155,8 +155,8 @@ const jobs = (() => {
     const { step, total_steps: total, seconds_left: left } = progressOf(job);
     const finish = job.estimated_finish ? job.estimated_finish - Date.now() / 1000 : null;
     const seconds = left ?? finish;
-    if (job.status === "queued") return say(job);
-    if (!total) return "It is being prepared.";
+    if (job.status === "queued") return `${say(job)[0].toUpperCase()}${say(job).slice(1)}.`;
+    if (!total) return job.status === "running" ? "It is being prepared." : "";
     return `Step ${count(step)} of ${count(total)}${job.status === "running" && seconds !== null ? `, ${duration(Math.max(0, seconds))} left` : ""}`;
   }
 
