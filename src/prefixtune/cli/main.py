@@ -51,6 +51,7 @@ COMMANDS = {
         "generate": "generate with a prefix, from arguments or from lines on stdin",
         "chat": "talk with a model and its prefixes in the terminal",
         "serve": "serve one model and many prefixes over HTTP, with OpenAI's interface",
+        "worker": "train what servers are asked for, one worker per device",
     },
     "Measure": {
         "evaluate": "decode for every example of a file and score the outputs",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
-__all__ = ["DATABASE_URL_HELP", "DATA_FOLDER", "DATA_FOLDER_HELP", "DatabaseUrl"]
+from prefixtune.utils.config import Config, DeviceName, option_group
+
+__all__ = ["DATABASE_URL_HELP", "DATA_FOLDER", "DATA_FOLDER_HELP", "DatabaseUrl", "WorkerConfig"]
 
 
 DATA_FOLDER = "prefixtune-data"
@@ -28,3 +30,43 @@ def _check_url(url: str) -> str:
 
 DatabaseUrl = Annotated[str, AfterValidator(_check_url)]
 """Where the queue of jobs is; empty: in the data folder."""
+
+
+_Number = Annotated[int, Field(ge=0, le=1_000_000)]
+_model, _jobs, _machine = option_group("model"), option_group("jobs"), option_group("machine")
+
+
+class WorkerConfig(Config):
+    """How a worker trains what servers are asked for.
+
+    Raises:
+        ConfigError: One or more values are not allowed; all faults are listed at once.
+    """
+
+    backbone: str = _model("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
+    device: DeviceName = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
+    quantize: Literal["", "int8", "int4"] = _model(
+        "", description="quantize the frozen weights (torchao): int8 or int4"
+    )
+
+    data_folder: str = _jobs(DATA_FOLDER, min_length=1, description=DATA_FOLDER_HELP)
+    database_url: DatabaseUrl = _jobs("", description=DATABASE_URL_HELP)
+    prefixes: str = _jobs("prefixes", min_length=1, description="folder that servers serve prefixes from")
+    capacity: Annotated[int, Field(ge=1, le=64)] = _jobs(
+        8, description="most jobs that are trained at once, in one pass over the backbone"
+    )
+    idle_seconds: Annotated[float, Field(ge=0)] = _jobs(
+        0.0, description="end after this many seconds without a job; 0: never"
+    )
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{0,40}$")] = _machine(
+        "", description="of this worker, for the log: letters, digits and -"
+    )
+    threads: _Number = _machine(0, description="threads that train; 0: as many as cores")
+    nice: Annotated[int, Field(ge=0, le=19)] = _machine(
+        0, description="how far this process steps back where the processor is busy"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _machine(
+        "info", description="lowest level of the lines on stdout: JSON, or plain on a terminal"
+    )

@@ -51,6 +51,7 @@ class Executor:
         capacity: Most jobs that are claimed at once.
         run: Runs a job to its end in a thread of its own and returns what it left; it may be called again for a job
             that another worker, or an earlier run of this one, has begun. Raises `JobFailedError` where the job fails.
+        name: Part of the worker's name: letters, digits and hyphens.
 
     Raises:
         PrefixError: The folder of locks cannot be written.
@@ -63,8 +64,9 @@ class Executor:
         *,
         capacity: int,
         run: Callable[[Job], JobResult],
+        name: str = "",
     ) -> None:
-        self.name = f"worker-{secrets.token_hex(8)}"
+        self.name = "-".join(filter(None, ("worker", name, secrets.token_hex(8))))
         self._database_url, self._locks, self._capacity, self._run = database_url, locks, capacity, run
         self._lock: BaseFileLock | None = None
         self._takeover = threading.Lock()

@@ -1,0 +1,100 @@
+"""`prefixtune worker`: train what servers are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import NoReturn
+
+from pydantic import Field
+
+from prefixtune.cli.options import ConfigOptions, command
+from prefixtune.errors import PrefixError
+from prefixtune.jobs.config import WorkerConfig
+from prefixtune.server.logs import configure_logging
+from prefixtune.utils.console import Console
+from prefixtune.utils.extras import needs_extra
+
+__all__ = ["WorkerOptions", "worker"]
+
+_STOP_SECONDS = 10.0
+"""After a request to end, the longest time for the running step and for saving."""
+
+
+class WorkerOptions(ConfigOptions, WorkerConfig):
+    """The options of `prefixtune worker`."""
+
+    with_parent: bool = Field(False, description="end when stdin ends, as with the process that started this one")
+
+
+@command
+def worker(options: WorkerOptions) -> int:
+    """Train the jobs that servers take by OpenAI's interface (/v1/fine_tuning/jobs); one worker per device.
+
+    `prefixtune serve` starts one by itself. Further ones share its data folder and its folder of prefixes, on this
+    machine or, with --database-url, on others. It ends soon after SIGTERM, and may be killed: its jobs go on from
+    their last saved state with the next worker.
+
+    For example:
+        prefixtune worker --data-folder prefixtune-data --prefixes prefixes
+        prefixtune worker --database-url postgresql://host/jobs --data-folder /mnt/jobs --prefixes /mnt/prefixes
+    """
+    config = options.part(WorkerConfig)
+    if options.print_config:
+        print(config.to_toml().rstrip())
+        return 0
+    with needs_extra("serve", "a worker"):
+        import dbos  # noqa: F401
+    configure_logging(config.log_level)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _request_stop(stop))
+    if options.with_parent:
+        threading.Thread(target=_follow_parent, args=(stop,), name="prefixtune-parent", daemon=True).start()
+    # Threads of the library of jobs wait for jobs that are left to the next worker: nobody waits for these threads.
+    return _exit_now(_run(config, stop))
+
+
+def _run(config: WorkerConfig, stop: threading.Event) -> int:
+    from prefixtune.jobs.worker import run_worker
+
+    try:
+        run_worker(config, stop)
+    except PrefixError as error:
+        Console().error(error.message, error.hint)
+        return 2
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _request_stop(stop: threading.Event) -> None:
+    """End soon, even if the running step takes longer than that; asked again, at once."""
+    if stop.is_set():
+        _exit_now(0)
+    stop.set()
+    timer = threading.Timer(_STOP_SECONDS, _exit_now, [0])
+    timer.daemon = True
+    timer.start()
+
+
+def _follow_parent(stop: threading.Event) -> None:
+    """End when the other end of stdin is closed, however its process ended."""
+    with contextlib.suppress(OSError):
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+    if not stop.is_set():
+        _request_stop(stop)
+
+
+def _exit_now(code: int) -> NoReturn:
+    # Whoever reads them may be gone, and a signal may come in the middle of a line.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

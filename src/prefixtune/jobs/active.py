@@ -1,0 +1,217 @@
+"""A job that trains: its open run, what its owner is told of it, and when its state is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prefixtune.jobs.attempts import forget_attempts
+from prefixtune.jobs.checkpoints import CheckpointKeeper
+from prefixtune.jobs.events import JobEvents, Progress
+from prefixtune.jobs.folder import JobFolder
+from prefixtune.jobs.job import Job, JobResult
+from prefixtune.training.folder import Event
+from prefixtune.training.runs import Run
+from prefixtune.utils.locks import acquire_lock
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+__all__ = ["ActiveJob", "Ticket", "hold_folder"]
+
+
+_MOST_STEPS_TOLD = 2000
+"""Of a longer run, every second step is an event, or every third ..."""
+_SAVE_SECONDS = 1.0
+"""Shortest time between two states that are saved in case of a kill."""
+_SAVE_SHARE = 20
+"""A state is saved after this many times as long as saving takes."""
+_PROGRESS_SECONDS = 0.5
+_SMOOTHING = 0.2
+"""Weight of the last step in the seconds of a step."""
+_LOCK = ".lock"
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A claim of a job, which waits for the job's end.
+
+    Attributes:
+        job: What is to be trained.
+        future: What it left, or why it failed.
+        submitted: When it was claimed, at the latest, by `time.monotonic()`.
+    """
+
+    job: Job
+    future: Future[JobResult] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+
+
+@contextlib.contextmanager
+def hold_folder(folder: JobFolder) -> Iterator[bool]:
+    """Keep a job to oneself while the block runs; yields whether nobody else has it.
+
+    Raises:
+        OSError: There is no such folder, or it cannot be written.
+    """
+    path = folder.root / _LOCK
+    lock: BaseFileLock | None = acquire_lock(path, 0)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            lock.release()
+
+
+class ActiveJob:
+    """A job whose run is open.
+
+    Args:
+        ticket: Who waits for it.
+        folder: Its folder, which is held.
+        run: Ready or resumed.
+        closing: Closes the run.
+        holding: Lets the folder go.
+
+    Attributes:
+        tickets: All who wait for it.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        folder: JobFolder,
+        run: Run,
+        events: JobEvents,
+        *,
+        closing: contextlib.ExitStack,
+        holding: contextlib.ExitStack,
+    ) -> None:
+        self.job, self.tickets = ticket.job, [ticket]
+        self.folder, self.run, self.events = folder, run, events
+        self._closing, self._holding = closing, holding
+        self._trained_tokens = sum(event["target_tokens"] for event in run.events if event["event"] == "step")
+        now = time.monotonic()
+        self._stepped, self._step_seconds = now, 0.0
+        self._saved, self._save_seconds = now, 0.0
+        self._told_progress = 0.0
+        self._begun_at = self.step
+        self._checkpoints = CheckpointKeeper(self.job, folder.run)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.run.loop.state.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps planned."""
+        return self.run.loop.state.total_steps
+
+    def record(self, event: Event) -> None:
+        """Keep an event of the run, and tell the owner.
+
+        Raises:
+            PrefixError: Something cannot be written.
+        """
+        self._checkpoints.record(self.run.loop, event)
+        self.run.record(event)
+        kind = event["event"]
+        if kind == "start":
+            self.events.add("Training has started.", key="started")
+        elif kind == "resume":
+            self.events.add(f"Training goes on at step {event['step']}/{event['total_steps']}.")
+        elif kind == "step":
+            self._record_step(event)
+        elif kind == "evaluation" and "loss" in event:
+            self._record_evaluation(event)
+        elif kind == "save":
+            self._note_saved()
+
+    def _record_step(self, event: Event) -> None:
+        now, step = time.monotonic(), event["step"]
+        took, self._stepped = now - self._stepped, now
+        old = self._step_seconds
+        self._step_seconds = took if not old else old + _SMOOTHING * (took - old)
+        self._trained_tokens += event["target_tokens"]
+        every = -(-self.total_steps // _MOST_STEPS_TOLD)
+        if step % every == 0 or step in (1, self.total_steps):
+            data = {
+                "step": step,
+                "total_steps": self.total_steps,
+                "train_loss": event["loss_per_token"],
+                "learning_rate": event["lr"],
+                "seconds": event["seconds"],
+            }
+            message = f"Step {step}/{self.total_steps}: training loss={event['loss_per_token']:.2f}"
+            self.events.add(message, data=data, key=f"step/{step}")
+        if now - self._told_progress >= _PROGRESS_SECONDS or step == self.total_steps:
+            self._told_progress = now
+            left = self._step_seconds * (self.total_steps - step)
+            self._write_progress(event["loss_per_token"], left)
+
+    def _write_progress(self, loss: float | None, seconds_left: float | None) -> None:
+        self.events.write_progress(
+            Progress(
+                step=self.step,
+                total_steps=self.total_steps,
+                loss=loss,
+                seconds_left=seconds_left,
+                updated=int(time.time()),
+                trained_tokens=self._trained_tokens,
+            )
+        )
+
+    def _record_evaluation(self, event: Event) -> None:
+        step = event["step"]
+        data = {
+            "step": step,
+            "total_steps": self.total_steps,
+            "valid_loss": event["loss"],
+            "best_loss": event["best_loss"],
+            "best_step": event["best_step"],
+        }
+        message = f"Step {step}/{self.total_steps}: validation loss={event['loss']:.2f}"
+        self.events.add(message, data=data, key=f"evaluation/{step}")
+
+    # --- saving and leaving -------------------------------------------------------------------------------------------
+
+    def save_if_due(self) -> None:
+        """Save the state from time to time: a kill loses no more than that.
+
+        Raises:
+            PrefixError: It cannot be written.
+        """
+        if time.monotonic() - self._saved >= max(_SAVE_SECONDS, _SAVE_SHARE * self._save_seconds):
+            self.save()
+
+    def save(self) -> None:
+        """Save the state.
+
+        Raises:
+            PrefixError: It cannot be written.
+        """
+        started = time.monotonic()
+        self.run.loop.save()
+        self._save_seconds = time.monotonic() - started
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        self._saved = time.monotonic()
+        if self.step > self._begun_at:
+            forget_attempts(self.folder)
+
+    def close_run(self) -> None:
+        """Close the run's log and trackers; the folder is still held."""
+        self._closing.close()
+
+    def let_go(self) -> None:
+        """Close the run, and let others have the folder."""
+        self._closing.close()
+        self._holding.close()

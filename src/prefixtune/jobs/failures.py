@@ -1,0 +1,78 @@
+"""Why a job failed, as its owner may read it: one code and one sentence, without any path of the machine."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from prefixtune.errors import BackboneError, CheckpointError, ConfigError, DataError, PrefixError, TrainingError
+from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.folder import JobFolder
+from prefixtune.jobs.job import JobError
+
+__all__ = ["describe_failure", "is_foreseen"]
+
+
+_CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
+    (DataError, "invalid_training_file", "training_file"),
+    (ConfigError, "invalid_hyperparameters", None),
+    (TrainingError, "training_failed", None),
+    (BackboneError, "unsupported_model", "model"),
+    (CheckpointError, "invalid_state", None),
+)
+_LONGEST = 1000
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether the message says all; of another error the worker's log needs the traceback."""
+    return isinstance(error, PrefixError | JobFailedError) or _is_out_of_memory(error) or _lacks_space(error)
+
+
+def describe_failure(error: BaseException, folder: JobFolder) -> JobError:
+    """What a job's owner is told of the error that ended it."""
+    if isinstance(error, JobFailedError):
+        return error.error
+    if _lacks_space(error):
+        return JobError(code="no_space", message="the disk of the training service is full; try again later.")
+    if _is_out_of_memory(error):
+        message = "a training step needs more memory than there is; choose a smaller batch_size or shorter examples."
+        return JobError(code="out_of_memory", message=message, param="hyperparameters.batch_size")
+    if isinstance(error, TrainingError):
+        # The rest is about the folder of the run.
+        reason = error.message.partition(";")[0].removesuffix(".")
+        message = f"{reason}; try a lower learning_rate_multiplier."
+        return JobError(code="training_failed", message=message, param="hyperparameters.learning_rate_multiplier")
+    for kind, code, param in _CODES:
+        if isinstance(error, kind):
+            return JobError(code=code, message=_without_paths(error.message, folder), param=param)
+    message = "the training failed for a reason that was not foreseen; the service's log has it."
+    return JobError(code="internal_error", message=message)
+
+
+def _without_paths(message: str, folder: JobFolder) -> str:
+    """A message with the names of a job's files in place of their paths."""
+    for prefix in (f"{folder.inputs}/", f"{folder.root}/", f"{folder.root.parent}/"):
+        message = message.replace(prefix, "")
+    return message[:_LONGEST]
+
+
+def _lacks_space(error: BaseException) -> bool:
+    return any(isinstance(one, OSError) and one.errno in _NO_SPACE for one in _causes(error))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is lacking, of the processor or of the device; torch has no class of its own for the former."""
+    return any(
+        isinstance(one, MemoryError)
+        or type(one).__name__ == "OutOfMemoryError"
+        or (isinstance(one, RuntimeError) and "can't allocate memory" in str(one))
+        for one in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen = 0
+    while error is not None and seen < 10:
+        yield error
+        error, seen = error.__cause__ or error.__context__, seen + 1

@@ -1,0 +1,363 @@
+"""Trains jobs, all of them in one running group: they join and leave between its steps.
+
+Executor threads submit what they have claimed and wait; one thread does all the work. It may be killed at any moment:
+whoever claims a job next goes on from its last saved state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.errors import PrefixError
+from prefixtune.jobs.active import ActiveJob, Ticket, hold_folder
+from prefixtune.jobs.attempts import count_attempt, forget_attempts
+from prefixtune.jobs.events import JobEvents
+from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.failures import describe_failure, is_foreseen
+from prefixtune.jobs.folder import DataFolder, JobFolder
+from prefixtune.jobs.job import Job, JobError, JobResult, JobStatus
+from prefixtune.jobs.opening import open_job
+from prefixtune.jobs.statuses import StatusReport, StatusWatch
+from prefixtune.training.folder import Event
+from prefixtune.training.group import RunGroup
+from prefixtune.training.runs import Run
+
+__all__ = ["CAPACITY", "Trainer"]
+
+
+CAPACITY = 8
+"""Jobs that share a pass over the backbone."""
+_WAIT_SECONDS = 0.1
+_RETRY_SECONDS = 0.5
+"""Between two tries to open a job that somebody else still holds."""
+_log = logging.getLogger("prefixtune.jobs")
+
+
+class Trainer:
+    """Trains the jobs that are submitted to it.
+
+    Args:
+        data: Where their folders are.
+        load: Loads the backbone, when the first job comes.
+        publish: Publishes what a job has trained, from its folder; it may be called again for the same job.
+        unpublish: Takes it back.
+        statuses: Says where jobs stand.
+        capacity: Most jobs that train at once.
+    """
+
+    def __init__(
+        self,
+        data: DataFolder,
+        *,
+        load: Callable[[], Backbone],
+        publish: Callable[[Job, Path, Backbone], JobResult],
+        unpublish: Callable[[Job], object],
+        statuses: StatusWatch,
+        capacity: int = CAPACITY,
+    ) -> None:
+        self._data, self._load, self._publish, self._unpublish = data, load, publish, unpublish
+        self._statuses, self._capacity = statuses, capacity
+        self._submitted = queue.SimpleQueue[Ticket]()
+        self._waiting: list[Ticket] = []
+        self._active: dict[Run, ActiveJob] = {}
+        # Trained; published once the database says that they still run.
+        self._trained: list[tuple[float, ActiveJob]] = []
+        # Published; taken back if the database says that they were cancelled just before.
+        self._published: dict[str, tuple[float, Job]] = {}
+        self._backbone: Backbone | None = None
+        self._group: RunGroup | None = None
+        self._seen = StatusReport()
+        self._ask_now = False
+        self._next_try = 0.0
+
+    def submit(self, job: Job) -> JobResult:
+        """Train a job to its end; blocks, and may be called in any thread.
+
+        Raises:
+            JobFailedError: It failed, or it was stopped, so that nobody asks for its result any more.
+        """
+        ticket = Ticket(job)
+        self._submitted.put(ticket)
+        # As long as training takes; a worker that ends lets the process end without an answer.
+        return ticket.future.result()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        busy = self._active or self._waiting or self._trained or self._published
+        return not busy and self._submitted.empty()
+
+    def work(self, stop: threading.Event, idle_seconds: float = 0.0) -> None:
+        """Train until `stop` is set, or until there was nothing to do for some time; states are saved then.
+
+        Args:
+            stop: Ends the work after the running step.
+            idle_seconds: Time without a job after which it ends; 0: it never does.
+
+        Raises:
+            PrefixError: The backbone cannot be loaded.
+        """
+        busy = time.monotonic()
+        while not stop.is_set():
+            self._take_submitted()
+            self._heed_statuses()
+            self._open_waiting(stop)
+            self._publish_trained()
+            if self._active:
+                self._step()
+            elif not self.is_idle:
+                time.sleep(_WAIT_SECONDS)
+            elif idle_seconds and time.monotonic() - busy >= idle_seconds:
+                break
+            else:
+                self._wait_for_jobs()
+                continue
+            busy = time.monotonic()
+        for active in self._all_open():
+            self._leave(active)
+
+    # --- coming -------------------------------------------------------------------------------------------------------
+
+    def _wait_for_jobs(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._waiting.append(self._submitted.get(timeout=_WAIT_SECONDS))
+
+    def _take_submitted(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.append(self._submitted.get_nowait())
+
+    def _open_waiting(self, stop: threading.Event) -> None:
+        """Open the runs of jobs that wait, as many as there is room for; the others pause meanwhile."""
+        if not self._waiting or time.monotonic() < self._next_try:
+            return
+        backbone, group = self._loaded()
+        # Rows of such a backbone cannot be packed, so that its runs share no pass.
+        capacity = self._capacity if backbone.layout.packable else 1
+        for ticket in list(self._waiting):
+            if stop.is_set():
+                return
+            same = next((one for one in self._all_open() if one.job.id == ticket.job.id), None)
+            if same is not None:
+                # Paused and resumed, or taken over, before anybody here noticed.
+                same.tickets.append(ticket)
+            elif len(self._active) >= capacity:
+                continue
+            elif not self._open(ticket, backbone, group):
+                self._next_try = time.monotonic() + _RETRY_SECONDS
+                continue
+            self._waiting.remove(ticket)
+
+    def _all_open(self) -> list[ActiveJob]:
+        return [*self._active.values(), *(active for _, active in self._trained)]
+
+    def _loaded(self) -> tuple[Backbone, RunGroup]:
+        if self._backbone is None or self._group is None:
+            self._backbone = self._load()
+            self._group = RunGroup(self._backbone, (Exception,))
+        return self._backbone, self._group
+
+    def _open(self, ticket: Ticket, backbone: Backbone, group: RunGroup) -> bool:
+        """Let a job join the group, or fail; False: somebody else still holds it."""
+        job = ticket.job
+        folder = self._data.job(job.id)
+        events = JobEvents(folder)
+        with contextlib.ExitStack() as holding:
+            try:
+                if not folder.root.is_dir():
+                    raise JobFailedError(JobError(code="files_gone", message="the files of this job are gone."))
+                if not holding.enter_context(hold_folder(folder)):
+                    return False
+                count_attempt(folder)
+                with contextlib.ExitStack() as closing:
+                    run = closing.enter_context(open_job(job, folder, backbone))
+                    active = ActiveJob(
+                        ticket, folder, run, events, closing=closing.pop_all(), holding=holding.pop_all()
+                    )
+            except Exception as error:
+                self._end_failed(job, [ticket], folder, events, error)
+                return True
+        self._active[run] = active
+        group.add(run)
+        _log.info("job_opened", extra={"fields": {"job": job.id, "step": active.step, "steps": active.total_steps}})
+        return True
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """One step of all jobs."""
+        _, group = self._loaded()
+        ended: list[Run] = []
+        failed: list[tuple[Run, Exception]] = []
+        for run, event in group.step(threading.Event()):
+            # All of the step must be used up: the other runs are in the middle of it.
+            if self._recorded(run, event, failed) and event["event"] == "end":
+                ended.append(run)
+        for run, active in list(self._active.items()):
+            if run in group.runs:
+                with _noting(run, failed):
+                    active.save_if_due()
+        failed += group.failed
+        group.failed.clear()
+        for run, error in failed:
+            group.remove(run)
+            if run in self._active:
+                self._fail(self._active.pop(run), error)
+        for run in ended:
+            if run in self._active:
+                self._end_run(self._active.pop(run))
+
+    def _recorded(self, run: Run, event: Event, failed: list[tuple[Run, Exception]]) -> bool:
+        with _noting(run, failed):
+            self._active[run].record(event)
+            return True
+        return False
+
+    def _end_run(self, active: ActiveJob) -> None:
+        """All steps are taken: ask whether the result is still wanted."""
+        try:
+            active.close_run()
+        except Exception as error:
+            self._fail(active, error)
+            return
+        self._trained.append((time.monotonic(), active))
+        self._ask_now = True
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def _heed_statuses(self) -> None:
+        """Leave jobs that are paused or cancelled; take back what was published just too late."""
+        watched = {active.job.id for active in self._all_open()} | {ticket.job.id for ticket in self._waiting}
+        self._statuses.watch(watched | self._published.keys(), at_once=self._ask_now)
+        self._ask_now = False
+        if self._statuses.latest is self._seen:
+            return
+        report = self._seen = self._statuses.latest
+        for ticket in [one for one in self._waiting if self._is_lost(one, report)]:
+            self._waiting.remove(ticket)
+            _end_stopped([ticket])
+        for active in self._all_open():
+            lost = [ticket for ticket in active.tickets if self._is_lost(ticket, report)]
+            if len(lost) == len(active.tickets):
+                self._stop(active, report.statuses.get(active.job.id))
+            elif lost:
+                active.tickets = [ticket for ticket in active.tickets if ticket not in lost]
+                _end_stopped(lost)
+        for job_id, (since, job) in list(self._published.items()):
+            if job_id in report.job_ids and since <= report.asked:
+                self._settle(job, report.statuses.get(job_id))
+
+    def _is_lost(self, ticket: Ticket, report: StatusReport) -> bool:
+        """Whether a claim holds no more: then a resumed job is another claim's."""
+        known = ticket.job.id in report.job_ids and ticket.submitted <= report.asked
+        return known and report.statuses.get(ticket.job.id) != "running"
+
+    def _settle(self, job: Job, status: JobStatus | None) -> None:
+        """Forget a published job once its end is in the database."""
+        if status == "running":
+            return
+        if status != "succeeded":
+            try:
+                self._unpublish(job)
+            except PrefixError as error:
+                _log.warning("unpublish_failed", extra={"fields": {"job": job.id, "reason": error.message}})
+                return
+        del self._published[job.id]
+
+    def _stop(self, active: ActiveJob, status: JobStatus | None) -> None:
+        """Leave a job that somebody has paused, cancelled or deleted."""
+        if status == "paused":
+            self._tell(active, f"Training is paused at step {active.step}/{active.total_steps}.")
+        elif status == "cancelled":
+            self._tell(active, f"Training is cancelled at step {active.step}/{active.total_steps}.", key="cancelled")
+        self._leave(active)
+        _end_stopped(active.tickets)
+        fields = {"job": active.job.id, "status": status or "deleted", "step": active.step}
+        _log.info("job_stopped", extra={"fields": fields})
+
+    def _tell(self, active: ActiveJob, message: str, key: str = "") -> None:
+        """Tell the owner what does not depend on being told."""
+        with contextlib.suppress(PrefixError):
+            active.events.add(message, key=key)
+
+    def _leave(self, active: ActiveJob) -> None:
+        """Save a job's state, if it can be, and let others have it."""
+        if self._active.pop(active.run, None) and self._group is not None:
+            self._group.remove(active.run)
+            try:
+                active.save()
+            except PrefixError as error:
+                # The last good state is kept.
+                _log.warning("state_not_saved", extra={"fields": {"job": active.job.id, "reason": error.message}})
+        self._trained = [pair for pair in self._trained if pair[1] is not active]
+        with contextlib.suppress(OSError):
+            forget_attempts(active.folder)
+        _close(active)
+
+    def _publish_trained(self) -> None:
+        """Publish what is trained and, by an answer that came later, still wanted."""
+        report = self._seen
+        backbone = self._backbone
+        for pair in list(self._trained):
+            since, active = pair
+            if backbone is None or active.job.id not in report.job_ids or report.asked < since:
+                continue
+            self._trained.remove(pair)
+            job = active.job
+            try:
+                result = self._publish(job, active.folder.run, backbone)
+                active.events.add(f"The new model is served as {job.name!r}.", key="published")
+                active.events.add("The job has succeeded.", key="succeeded")
+            except Exception as error:
+                self._fail(active, error)
+                continue
+            self._published[job.id] = time.monotonic(), job
+            _close(active)
+            for ticket in active.tickets:
+                ticket.future.set_result(result)
+            _log.info("job_succeeded", extra={"fields": {"job": job.id, "model": job.name, "steps": result.steps}})
+
+    def _fail(self, active: ActiveJob, error: Exception) -> None:
+        _close(active)
+        self._end_failed(active.job, active.tickets, active.folder, active.events, error)
+
+    def _end_failed(
+        self, job: Job, tickets: list[Ticket], folder: JobFolder, events: JobEvents, error: Exception
+    ) -> None:
+        """A job ends by an error of its own; its state is kept."""
+        told = describe_failure(error, folder)
+        with contextlib.suppress(PrefixError):
+            events.add(f"The job has failed: {told.message}", level="error", key="failed")
+        for ticket in tickets:
+            ticket.future.set_exception(JobFailedError(told))
+        fields = {"job": job.id, "code": told.code, "reason": str(error)}
+        _log.error("job_failed", extra={"fields": fields}, exc_info=None if is_foreseen(error) else error)
+
+
+def _close(active: ActiveJob) -> None:
+    try:
+        active.let_go()
+    except Exception as error:
+        _log.warning("close_failed", extra={"fields": {"job": active.job.id}}, exc_info=error)
+
+
+def _end_stopped(tickets: list[Ticket]) -> None:
+    """End claims that hold no more: the database heeds none of what they say."""
+    for ticket in tickets:
+        ticket.future.set_exception(JobFailedError(JobError(code="stopped", message="the job was stopped.")))
+
+
+@contextlib.contextmanager
+def _noting(run: Run, failed: list[tuple[Run, Exception]]) -> Iterator[None]:
+    """Note an error of a run instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        failed.append((run, error))

@@ -1,0 +1,74 @@
+"""Jobs of a queue over a tiny model, and `prefixtune worker` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.inputs import make_job_folder
+from prefixtune.jobs.job import Job, JobState, JobStatus, new_job_id
+from prefixtune.jobs.queue import JobQueue
+
+ROWS = [{"prompt": f"n : {letter}", "completion": f" {letter}{letter} it is."} for letter in "abcdefgh"]
+CONFIG: dict[str, Any] = {"prefix_length": 2, "init_text": "ab", "batch_size": 4, "max_steps": 6, "warmup_steps": 2}
+
+_COMMAND = """
+import sys
+from prefixtune.cli.main import main
+sys.exit(main(["worker", *sys.argv[1:]]))
+"""
+
+
+def make_job(data: DataFolder, name: str = "answers", *, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> Job:
+    """A job with its folder, not queued yet; `config` adds to `CONFIG`, `dev` are rows to validate on."""
+    config, dev = {**CONFIG, **fields.pop("config", {})}, fields.pop("dev", None)
+    job = Job(
+        id=new_job_id(),
+        owner=fields.pop("owner", "ann"),
+        created=int(time.time()),
+        model="tiny",
+        name=name,
+        config=config,
+        training_file=f"file-{'0' * 24}",
+        **fields,
+    )
+    uploads = data.root / "uploads"
+    uploads.mkdir(parents=True, exist_ok=True)
+    inputs: Any = {}
+    for part, some in (("train", rows), ("dev", dev)):
+        if some is not None:
+            source = uploads / f"{job.id}-{part}.jsonl"
+            source.write_text("".join(json.dumps(row) + "\n" for row in some))
+            inputs[part] = (source, ".jsonl")
+    make_job_folder(data, job.id, inputs)
+    return job
+
+
+def start_worker(data: DataFolder, model: Path, prefixes: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
+    """A worker; its lines are in `stdout`."""
+    command = [sys.executable, "-c", _COMMAND, "--data-folder", str(data.root), "--backbone", str(model)]
+    command += ["--prefixes", str(prefixes), "--threads", "1", "--device", "cpu", *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, **settings}
+    return subprocess.Popen(command, env=environment, text=True, **settings)
+
+
+def wait_for(queue: JobQueue, job: Job, *statuses: JobStatus, seconds: float = 60.0) -> JobState:
+    """How a job stands once it stands at one of these."""
+    return wait_until(lambda: state if (state := queue.get(job.id)).status in statuses else None, seconds)
+
+
+def wait_until(look: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What a function returns as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+    return found
