@@ -51,7 +51,9 @@ def make_job(data: DataFolder, name: str = "answers", *, rows: list[dict[str, An
     return job
 
 
-def start_worker(data: DataFolder, model: Path, prefixes: Path, *options: str, **settings: Any) -> subprocess.Popen[str]:
+def start_worker(
+    data: DataFolder, model: Path, prefixes: Path, *options: str, **settings: Any
+) -> subprocess.Popen[str]:
     """A worker; its lines are in `stdout`."""
     command = [sys.executable, "-c", _COMMAND, "--data-folder", str(data.root), "--backbone", str(model)]
     command += ["--prefixes", str(prefixes), "--threads", "1", "--device", "cpu", *options]

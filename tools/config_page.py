@@ -30,6 +30,7 @@ WHERE = {
     "study": "The file of `prefixtune study --config`; in Python `prefixtune.StudyConfig`.",
     "serve": "The file of `prefixtune serve --config`, and the variables `PREFIXTUNE_SERVE_NAME`; in Python "
     "`prefixtune.ServeConfig`.",
+    "worker": "The file of `prefixtune worker --config`, and the variables `PREFIXTUNE_WORKER_NAME`.",
     "engine": "Of the engine beneath the server; in Python `prefixtune.EngineConfig`.",
 }
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from prefixtune.utils.config import Config, DeviceName, option_group
 
-__all__ = ["DATABASE_URL_HELP", "DATA_FOLDER", "DATA_FOLDER_HELP", "DatabaseUrl", "WorkerConfig"]
+__all__ = ["DATABASE_URL_HELP", "DATA_FOLDER", "DATA_FOLDER_HELP", "WORKER_ENVIRONMENT", "DatabaseUrl", "WorkerConfig"]
 
 
 DATA_FOLDER = "prefixtune-data"
@@ -31,6 +31,9 @@ def _check_url(url: str) -> str:
 DatabaseUrl = Annotated[str, AfterValidator(_check_url)]
 """Where the queue of jobs is; empty: in the data folder."""
 
+
+WORKER_ENVIRONMENT = "PREFIXTUNE_WORKER_"
+"""A worker's setting may be a variable with this before its name, as a password is not to be seen among processes."""
 
 _Number = Annotated[int, Field(ge=0, le=1_000_000)]
 _model, _jobs, _machine = option_group("model"), option_group("jobs"), option_group("machine")

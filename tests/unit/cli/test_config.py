@@ -15,7 +15,7 @@ from command_line import call, run
 from prefixtune.errors import ConfigError
 from prefixtune.server.auth import hash_key
 
-NAMES = ("train", "generate", "classify", "study", "serve", "engine")
+NAMES = ("train", "generate", "classify", "study", "serve", "worker", "engine")
 STUDIES = sorted((Path(__file__).resolve().parents[3] / "studies").glob("*.toml"))
 SERVE = f"""
 #:schema serve.schema.json

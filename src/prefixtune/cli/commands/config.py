@@ -22,6 +22,7 @@ CONFIGURATIONS = {
     "classify": ("inference.config", "ClassifyConfig"),
     "study": ("studies.config", "StudyConfig"),
     "serve": ("server.settings", "ServeConfig"),
+    "worker": ("jobs.config", "WorkerConfig"),
     "engine": ("engine.config", "EngineConfig"),
 }
 """Name -> the module and the class of a configuration."""
@@ -31,7 +32,7 @@ class ConfigCommandOptions(CommandOptions):
     """The options of `prefixtune config`."""
 
     action: Literal["", "schema"] = positional("", description="schema: print the JSON schema of a configuration")
-    name: Literal["", "train", "distill", "generate", "classify", "study", "serve", "engine"] = positional(
+    name: Literal["", "train", "distill", "generate", "classify", "study", "serve", "worker", "engine"] = positional(
         "", description="whose files the schema is for"
     )
     output: str = Field("", description="write the schema to this file")

@@ -8,14 +8,16 @@ import signal
 import sys
 import threading
 import traceback
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from pydantic import Field
 
 from prefixtune.cli.options import ConfigOptions, command
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.config import WorkerConfig
+from prefixtune.jobs.config import WORKER_ENVIRONMENT, WorkerConfig
 from prefixtune.server.logs import configure_logging
+from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 
@@ -30,6 +32,12 @@ class WorkerOptions(ConfigOptions, WorkerConfig):
 
     with_parent: bool = Field(False, description="end when stdin ends, as with the process that started this one")
 
+    @classmethod
+    def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
+        """The file that is named by `--config`, and the environment."""
+        variables = Layer.from_environment(WORKER_ENVIRONMENT, os.environ, WorkerConfig.model_fields.keys())
+        return [*super().layers(given), variables]
+
 
 @command
 def worker(options: WorkerOptions) -> int:
@@ -39,9 +47,11 @@ def worker(options: WorkerOptions) -> int:
     machine or, with --database-url, on others. It ends soon after SIGTERM, and may be killed: its jobs go on from
     their last saved state with the next worker.
 
+    Variables such as PREFIXTUNE_WORKER_DATABASE_URL win over the file of --config, and options over both.
+
     For example:
         prefixtune worker --data-folder prefixtune-data --prefixes prefixes
-        prefixtune worker --database-url postgresql://host/jobs --data-folder /mnt/jobs --prefixes /mnt/prefixes
+        prefixtune worker --database-url postgresql://db/jobs --data-folder /mnt/jobs --prefixes /mnt/prefixes
     """
     config = options.part(WorkerConfig)
     if options.print_config:
