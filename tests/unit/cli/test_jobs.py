@@ -22,7 +22,7 @@ JOB = {
     "status": "running",
     "fine_tuned_model": None,
     "training_file": "file-0123456789abcdef01234567",
-    "prefixtune": {"name": "cats"},
+    "prefixtune": {"name": "cats", "progress": {"step": 1, "total_steps": 4}},
 }
 FILE = {
     "id": "file-0123456789abcdef01234567",
@@ -151,7 +151,7 @@ def test_lists_jobs_with_their_names(jobs: Jobs) -> None:
     head, first, second = out.splitlines()
     assert head.split() == ["job", "status", "name", "model", "created"]
     assert first.split()[:4] == [JOB["id"], "succeeded", "cats", "tiny"]
-    assert second.split()[:4] == [JOB["id"], "running", "cats", "tiny"]
+    assert second.split()[:6] == [JOB["id"], "running,", "25", "%", "cats", "tiny"]
     assert json.loads(jobs("list", "--json")[0])["jobs"][0]["fine_tuned_model"] == "cats"
 
 
@@ -187,7 +187,7 @@ def test_a_document_and_its_questions(jobs: Jobs, server: FakeServer, rows: Path
     jobs("create", str(rows), "--document", "--questions", "self", "--model", "tiny", "--validation", FILE["id"])
     assert b"\r\n\r\ndocument\r\n" in server.sent("POST /files")[0]
     body = json.loads(server.sent("POST /fine_tuning/jobs")[0])
-    assert body["prefixtune"] == {"document": FILE["id"], "questions": "self"}
+    assert body["prefixtune"] == {"questions": "self"}
     assert body["validation_file"] == FILE["id"]
     assert not server.sent("GET /models")
 

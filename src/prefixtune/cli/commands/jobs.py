@@ -170,9 +170,7 @@ class _Command:
         model = options.model or self._client.bare_model()
         request: dict[str, Any] = {"model": model}
         request["training_file"] = self._file_id(options.what, "document" if options.document else "fine-tune")
-        if options.document:
-            extension["document"] = request["training_file"]
-        if options.validation:
+            if options.validation:
             request["validation_file"] = self._file_id(options.validation, "fine-tune")
         if options.questions:
             own = options.questions == "self"
@@ -233,7 +231,7 @@ class _Command:
         if self._options.as_json:
             print_json({"jobs": [job.model_dump(mode="json") for job in found]})
             return 0
-        rows = [[*map(safe_text, (job.id, job.status, job.name, job.model)), _when(job.created_at)] for job in found]
+        rows = [[*map(safe_text, (job.id, _status(job), job.name, job.model)), _when(job.created_at)] for job in found]
         self._console.table("", ["job", "status", "name", "model", "created"], rows, result=True)
         return 0
 
@@ -300,9 +298,22 @@ def _figures(data: dict[str, Any]) -> dict[str, float]:
     return {shown: float(value) for name, shown in names.items() if isinstance(value := data.get(name), int | float)}
 
 
+def _status(job: JobView) -> str:
+    """Where a job stands, and how far it is."""
+    progress, before = job.prefixtune.get("progress"), job.prefixtune.get("position")
+    if job.status == "queued" and isinstance(before, int):
+        return f"queued, {before:,} before it"
+    if not isinstance(progress, dict) or job.has_ended:
+        return job.status
+    step, total = progress.get("step"), progress.get("total_steps")
+    if isinstance(step, int) and isinstance(total, int) and total > 0:
+        return f"{job.status}, {100 * step // total} %"
+    return job.status
+
+
 def _facts(job: JobView) -> Iterator[tuple[str, str]]:
     yield "job", safe_text(job.id)
-    yield "status", safe_text(job.status)
+    yield "status", safe_text(_status(job))
     if job.name:
         yield "name", safe_text(job.name)
     yield "model", safe_text(job.model)
