@@ -277,6 +277,13 @@ def test_deletes_results_and_files(jobs: Jobs, server: FakeServer) -> None:
     assert json.loads(jobs("delete", FILE["id"], "--json")[0]) == {"id": FILE["id"], "deleted": True}
 
 
+def test_an_upload_that_cannot_be_trained_on(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+    server.on("POST /files", as_json({**FILE, "status": "error", "status_details": "row 7,001 has no answer"}))
+    out, err = jobs("upload", str(rows), code=1)
+    assert out == f"{FILE['id']}\n"
+    assert "error: it cannot be trained on: row 7,001 has no answer" in err
+
+
 # --- what a server may do ---------------------------------------------------------------------------------------------
 
 

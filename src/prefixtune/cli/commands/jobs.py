@@ -7,8 +7,7 @@ import json
 import os
 import re
 import shlex
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +16,11 @@ from pydantic import Field
 from prefixtune.cli.api_client import ApiClient, check_url
 from prefixtune.cli.common import print_event, print_json, safe_text
 from prefixtune.cli.options import OutputOptions, command, json_option, positional
-from prefixtune.cli.training_client import Event, FileView, JobView, TrainingClient
+from prefixtune.cli.training_client import FileView, JobView, TrainingClient
+from prefixtune.cli.training_display import Follower, facts_of, one_line, status_of, time_of
 from prefixtune.errors import ConfigError
 from prefixtune.utils.config import TextList, option_group
-from prefixtune.utils.console import Console, format_seconds
+from prefixtune.utils.console import Console
 
 __all__ = ["jobs"]
 
@@ -170,7 +170,7 @@ class _Command:
         model = options.model or self._client.bare_model()
         request: dict[str, Any] = {"model": model}
         request["training_file"] = self._file_id(options.what, "document" if options.document else "fine-tune")
-            if options.validation:
+        if options.validation:
             request["validation_file"] = self._file_id(options.validation, "fine-tune")
         if options.questions:
             own = options.questions == "self"
@@ -196,7 +196,7 @@ class _Command:
                 print_event(job.model_dump(mode="json"))
                 return 0 if job.status == "succeeded" else 1
             with contextlib.ExitStack() as stack:
-                job = self._client.follow(job_id, _Follower(self._console, stack).show)
+                job = self._client.follow(job_id, Follower(self._console, stack).show)
         except KeyboardInterrupt:
             again = _command(self._options, "follow", job_id)
             raise KeyboardInterrupt(f"the job goes on; `{again}` follows it again.") from None
@@ -207,7 +207,7 @@ class _Command:
         if job.status == "succeeded":
             print(safe_text(job.name))
             return 0
-        reason = f": {_one_line(job.error.message)}" if job.error and job.error.message else ""
+        reason = f": {one_line(job.error.message)}" if job.error and job.error.message else ""
         hint = f"`{_command(self._options, 'resume', job.id)} --follow` goes on." if job.status == "paused" else ""
         self._console.error(f"{safe_text(job.id)} is {safe_text(job.status)}{reason}", hint)
         return 1
@@ -231,7 +231,9 @@ class _Command:
         if self._options.as_json:
             print_json({"jobs": [job.model_dump(mode="json") for job in found]})
             return 0
-        rows = [[*map(safe_text, (job.id, _status(job), job.name, job.model)), _when(job.created_at)] for job in found]
+        rows = [
+            [*map(safe_text, (job.id, status_of(job), job.name, job.model)), time_of(job.created_at)] for job in found
+        ]
         self._console.table("", ["job", "status", "name", "model", "created"], rows, result=True)
         return 0
 
@@ -241,7 +243,7 @@ class _Command:
             print_json({"files": [file.model_dump(mode="json") for file in found]})
             return 0
         rows: list[list[str | int | None]] = [
-            [*map(safe_text, (file.id, file.filename, file.purpose)), file.bytes, _when(file.created_at)]
+            [*map(safe_text, (file.id, file.filename, file.purpose)), file.bytes, time_of(file.created_at)]
             for file in found
         ]
         self._console.table("", ["file", "name", "purpose", "bytes", "created"], rows, result=True)
@@ -251,7 +253,7 @@ class _Command:
         if self._options.as_json:
             print_json(job.model_dump(mode="json"))
             return 0
-        for name, text in _facts(job):
+        for name, text in facts_of(job):
             print(f"{name:<9} {text}")
         return 0
 
@@ -260,71 +262,9 @@ class _Command:
             print_json(file.model_dump(mode="json"))
         else:
             print(safe_text(file.id))
-            if file.status_details:
-                self._console.info(_one_line(file.status_details))
-        return 0
-
-
-class _Follower:
-    """Shows the events of a job: steps as progress, and the rest as lines.
-
-    Args:
-        console: Where.
-        stack: Ends the progress.
-    """
-
-    def __init__(self, console: Console, stack: contextlib.ExitStack) -> None:
-        self._console, self._stack = console, stack
-        self._on_step: Callable[..., None] | None = None
-
-    def show(self, event: Event) -> None:
-        """Show one event."""
-        data = event.data or {}
-        step, total = data.get("step"), data.get("total_steps")
-        if event.type == "metrics" and isinstance(step, int):
-            if self._on_step is None:
-                known = isinstance(total, int) and total > 0
-                bar = self._console.progress("training", total if known else None)
-                self._on_step = self._stack.enter_context(bar).update
-            self._on_step(step, **_figures(data))
-        elif event.level == "error":
-            self._console.error(_one_line(event.message))
-        else:
-            self._console.info(_one_line(event.message))
-
-
-def _figures(data: dict[str, Any]) -> dict[str, float]:
-    names = {"train_loss": "loss", "valid_loss": "validation_loss"}
-    return {shown: float(value) for name, shown in names.items() if isinstance(value := data.get(name), int | float)}
-
-
-def _status(job: JobView) -> str:
-    """Where a job stands, and how far it is."""
-    progress, before = job.prefixtune.get("progress"), job.prefixtune.get("position")
-    if job.status == "queued" and isinstance(before, int):
-        return f"queued, {before:,} before it"
-    if not isinstance(progress, dict) or job.has_ended:
-        return job.status
-    step, total = progress.get("step"), progress.get("total_steps")
-    if isinstance(step, int) and isinstance(total, int) and total > 0:
-        return f"{job.status}, {100 * step // total} %"
-    return job.status
-
-
-def _facts(job: JobView) -> Iterator[tuple[str, str]]:
-    yield "job", safe_text(job.id)
-    yield "status", safe_text(_status(job))
-    if job.name:
-        yield "name", safe_text(job.name)
-    yield "model", safe_text(job.model)
-    yield "created", _when(job.created_at)
-    if job.finished_at is not None:
-        yield "finished", _when(job.finished_at)
-    elif job.estimated_finish is not None:
-        left = max(0, job.estimated_finish - time.time())
-        yield "ready", f"in about {format_seconds(left)}"
-    if job.error is not None and job.error.message:
-        yield "error", _one_line(job.error.message)
+            if file.status == "error":
+                self._console.error(f"it cannot be trained on: {one_line(file.status_details or '')}")
+        return 1 if file.status == "error" else 0
 
 
 def _is_id(file: str) -> bool:
@@ -371,14 +311,3 @@ def _command(options: JobsOptions, action: str, job_id: str) -> str:
     """The words that do something with a job on the same server."""
     url = f" --url {shlex.quote(options.url)}" if options.url != JobsOptions.default("url") else ""
     return f"prefixtune jobs {action} {shlex.quote(job_id)}{url}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(safe_text(text[:2_000]).split())
-
-
-def _when(seconds: int) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (ValueError, OverflowError, OSError):
-        return str(seconds)
