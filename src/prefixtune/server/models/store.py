@@ -208,7 +208,7 @@ class PrefixStore:
             try:
                 prefix = self._load(name)
             except CheckpointError as error:
-                self._refuse(name, known.signature, error.message, known.origin)
+                self._refuse(name, known.signature, error.message)
                 raise
             self.cache.put(name, known.signature, prefix)
             return prefix
@@ -332,7 +332,11 @@ class PrefixStore:
         return None
 
     def _refuse(self, name: str, signature: Signature | None, reason: str, origin: JobOrigin | None = None) -> None:
+        """Do not serve a file; where it does not say who made it, it stays whose it was."""
         with self._lock:
+            previous = self._known.get(name) or self._refused.get(name)
+            if origin is None and previous is not None:
+                origin = previous.origin
             self._forget(name)
             self._refused[name] = _Refused(signature, self._without_paths(reason)[:_MAX_REASON_LENGTH], origin)
 

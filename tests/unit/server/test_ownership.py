@@ -1,0 +1,314 @@
+"""What jobs made is served to its owner and admins alone: by OpenAI's client, listed, used, deleted, and found new."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from asgi_client import bearer, completion, send
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.auth import hash_key
+from prefixtune.server.launch import watch_folder
+from prefixtune.server.settings import KeyConfig
+
+KEYS = {
+    # Patterns that allow no result, which its owner may use all the same.
+    "ann": KeyConfig(hash=hash_key("pt-ann"), prefixes=("tiny", "a")),
+    "bob": KeyConfig(hash=hash_key("pt-bob")),
+    "boss": KeyConfig(hash=hash_key("pt-boss"), admin=True, prefixes=("tiny",)),
+}
+
+
+@pytest.fixture
+def publish(tmp_path: Path, backbone: Any, random_prefix: Callable[..., Any]) -> Callable[..., Path]:
+    """`publish(name, owner, step, seed)` puts a file into the folder as a job does; no owner: as anybody else does."""
+    folder = tmp_path / "prefixes"
+
+    def put(name: str, owner: str = "ann", step: int | None = None, seed: int = 3) -> Path:
+        job = {"id": f"ftjob-{owner}", "owner": owner, **({} if step is None else {"step": step})}
+        header = {**make_header(backbone), **({"job": job} if owner else {})}
+        made = save_prefix(tmp_path / "made.safetensors", Prefix(random_prefix(backbone, 4, seed).layers, header))
+        return Path(shutil.move(made, folder / f"{name}.safetensors"))
+
+    return put
+
+
+@asynccontextmanager
+async def client_of(app: Any, key: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's client, unmodified, that reaches the application in this process."""
+    transport = httpx2.ASGITransport(app, client=("127.0.0.1", 1))
+    async with (
+        httpx2.AsyncClient(transport=transport) as http,
+        openai.AsyncOpenAI(
+            base_url="http://127.0.0.1:8000/v1", api_key=f"pt-{key}", http_client=http, max_retries=0
+        ) as client,
+    ):
+        yield client
+
+
+def ask(app: Any, key: str, question: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
+    """The answer to one question of OpenAI's client."""
+
+    async def run() -> Any:
+        async with client_of(app, key) as client:
+            return await question(client)
+
+    return asyncio.run(run())
+
+
+def text(model: str) -> Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]:
+    return lambda client: client.completions.create(model=model, prompt="hello", max_tokens=3)
+
+
+def listed(app: Any, key: str) -> list[str]:
+    async def names(client: openai.AsyncOpenAI) -> list[str]:
+        return [model.id async for model in client.models.list()]
+
+    return list(ask(app, key, names))
+
+
+def test_owners_and_admins_see_and_use_a_result(make_server: Callable[..., Any], publish: Any) -> None:
+    app, state = make_server(keys=KEYS)
+    publish("hers")
+    publish("hers.step-4", step=4)
+    state.store.reload()
+    assert listed(app, "ann") == ["tiny", "a", "hers"]
+    assert listed(app, "bob") == ["tiny", "a", "b"]
+    # An admin's patterns hide no result either.
+    assert listed(app, "boss") == ["tiny", "hers"]
+    for key in ("ann", "boss"):
+        model = ask(app, key, lambda client: client.models.retrieve("hers"))
+        assert (model.id, model.owned_by, model.job) == ("hers", "ann", "ftjob-ann")
+        for name in ("hers", "hers.step-4"):
+            assert ask(app, key, text(name)).model == name
+    assert ask(app, "ann", text("a+hers")).model == "a+hers"
+
+
+@pytest.mark.parametrize("path", ["/v1/models/{}", "/v1/tasks/{}", "/v1/models/{}/file"])
+def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publish: Any, path: str) -> None:
+    """Neither status nor words show that the name is taken; whether it is served, or its file is broken."""
+    app, state = make_server(keys=KEYS)
+    publish("a-result-1")
+    publish("a-result-2", step=2)
+    broken = publish("a-result-3")
+    publish("a-result-5", owner="bob")
+    state.store.reload()
+    broken.write_bytes(broken.read_bytes()[:-4])
+    state.store.reload()
+    assert list(state.store.refused) == ["a-result-3"]
+
+    def answer(name: str, key: str) -> Any:
+        response = asyncio.run(send(app, "GET", path.format(name), headers=bearer(key)))
+        return response.status, response.body.decode().replace(name, "NAME")
+
+    unknown = answer("a-result-0", "bob")
+    assert unknown[0] == 404
+    assert "a-result-5" in unknown[1]
+    assert [answer(f"a-result-{number}", "bob") for number in (1, 2, 3)] == [unknown] * 3
+    # A key with patterns gets what it gets for any name outside of them.
+    assert answer("a-result-5", "ann") == answer("b", "ann") == answer("nothing", "ann")
+    assert answer("a-result-5", "ann")[0] == 403
+
+
+def test_others_can_neither_use_nor_join_nor_delete_it(make_server: Callable[..., Any], publish: Any) -> None:
+    app, state = make_server(keys=KEYS)
+    path = publish("hers")
+    state.store.reload()
+    for model in ("hers", "a+hers", "hers+a"):
+        with pytest.raises(openai.NotFoundError, match="no model 'hers'"):
+            ask(app, "bob", text(model))
+    with pytest.raises(openai.NotFoundError):
+        ask(app, "bob", lambda client: client.models.delete("hers"))
+    assert path.exists()
+    assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="hers"), headers=bearer("bob"))).json[
+        "error"
+    ].keys() == {"message", "type", "param", "code"}
+
+
+def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
+    make_server: Callable[..., Any], publish: Any
+) -> None:
+    app, state = make_server(keys=KEYS)
+    publish("shared", owner="")
+    state.store.reload()
+    assert ask(app, "bob", text("shared")).model == "shared"
+    # Another machine's job took the name; this server has not looked at the folder since.
+    publish("shared", owner="ann", seed=4)
+    with pytest.raises(openai.NotFoundError):
+        ask(app, "bob", text("shared"))
+    assert ask(app, "ann", text("shared")).model == "shared"
+
+
+def test_an_upload_over_a_result_is_no_result_any_more(
+    make_server: Callable[..., Any], publish: Any, tmp_path: Path
+) -> None:
+    app, state = make_server(keys=KEYS)
+    publish("hers")
+    state.store.reload()
+    body = (tmp_path / "prefixes" / "a.safetensors").read_bytes()
+    assert asyncio.run(send(app, "PUT", "/admin/prefixes/hers", body, headers=bearer("boss"))).status == 200
+    assert "hers" in listed(app, "bob")
+    with pytest.raises(openai.PermissionDeniedError):
+        ask(app, "ann", text("hers"))
+
+
+@pytest.mark.parametrize("key", ["ann", "boss"])
+def test_a_result_is_deleted_with_its_checkpoints(make_server: Callable[..., Any], publish: Any, key: str) -> None:
+    app, state = make_server(keys=KEYS)
+    gone = [publish("hers"), publish("hers.step-2", step=2), publish("hers.step-4", step=4)]
+    stays = [publish("hers.step-6", owner="bob", step=6), publish("hers.step-8", owner=""), publish("hers2")]
+    state.store.reload()
+    # A checkpoint may go alone.
+    assert ask(app, key, lambda client: client.models.delete("hers.step-2")).deleted
+    assert [path.exists() for path in gone] == [True, False, True]
+    deleted = ask(app, key, lambda client: client.models.delete("hers"))
+    assert (deleted.id, deleted.object, deleted.deleted) == ("hers", "model", True)
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in stays)
+    for name in ("hers", "hers.step-4"):
+        with pytest.raises((openai.NotFoundError, openai.PermissionDeniedError)):
+            ask(app, key, text(name))
+    with pytest.raises((openai.NotFoundError, openai.PermissionDeniedError)):
+        ask(app, key, lambda client: client.models.delete("hers"))
+
+
+def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    app, _ = make_server(keys={**KEYS, "root": KeyConfig(hash=hash_key("pt-root"), admin=True)})
+    for key, name in (("bob", "a"), ("bob", "tiny"), ("root", "tiny")):
+        with pytest.raises(openai.PermissionDeniedError):
+            ask(app, key, lambda client, name=name: client.models.delete(name))  # type: ignore[misc]
+    with pytest.raises(openai.NotFoundError):
+        ask(app, "bob", lambda client: client.models.delete("a+b"))
+    assert ask(app, "root", lambda client: client.models.delete("a")).deleted
+    assert os.listdir(tmp_path / "prefixes") == ["b.safetensors"]
+
+
+def test_without_keys_results_are_everybodys(make_server: Callable[..., Any], publish: Any) -> None:
+    app, state = make_server()
+    path = publish("hers")
+    state.store.reload()
+    assert listed(app, "any") == ["tiny", "a", "b", "hers"]
+    with pytest.raises(openai.PermissionDeniedError):
+        ask(app, "any", lambda client: client.models.delete("a"))
+    assert ask(app, "any", lambda client: client.models.delete("hers")).deleted
+    assert not path.exists()
+
+
+def test_a_result_that_is_not_served_can_be_deleted(make_server: Callable[..., Any], publish: Any) -> None:
+    app, state = make_server(keys=KEYS)
+    path = publish("hers")
+    # Its header can be read, but it is for another model.
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"num_layers', b'"xum_layers').replace(b"decoder.0.key", b"decoder.9.key"))
+    state.store.reload()
+    assert "hers" in state.store.refused
+    with pytest.raises(openai.NotFoundError):
+        ask(app, "bob", text("hers"))
+    with pytest.raises(openai.APIStatusError, match="not served") as refused:
+        ask(app, "ann", text("hers"))
+    assert refused.value.status_code == 503
+    assert ask(app, "ann", lambda client: client.models.delete("hers")).deleted
+    assert not path.exists()
+
+
+def test_a_folder_that_cannot_be_changed_is_said(
+    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(keys=KEYS)
+    path = publish("hers")
+    state.store.reload()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.unlink", fail)
+        response = asyncio.run(send(app, "DELETE", "/v1/models/hers", headers=bearer("ann")))
+    assert (response.status, response.code) == (507, "storage_failed")
+    assert str(path.parent) not in response.body.decode()
+    assert ask(app, "ann", text("hers")).model == "hers"
+
+
+def test_a_new_result_answers_before_the_folder_is_looked_at(make_server: Callable[..., Any], publish: Any) -> None:
+    app, state = make_server(keys=KEYS)
+    publish("hers")
+    publish("his", owner="bob")
+    assert state.store.names() == ["a", "b"]
+    with pytest.raises(openai.PermissionDeniedError):
+        ask(app, "ann", text("his"))
+    assert ask(app, "ann", text("a+hers")).model == "a+hers"
+    assert state.store.results("ann") == ["hers"]
+    for name in ("../hers", "x/y", ".hers", "h" * 5000, "a\0b"):
+        with pytest.raises(openai.APIStatusError):
+            ask(app, "bob", text(name))
+
+
+def test_a_server_that_takes_no_jobs_looks_when_it_is_told_to(make_server: Callable[..., Any], publish: Any) -> None:
+    app, state = make_server(train_workers=0)
+    publish("new")
+    with pytest.raises(openai.NotFoundError):
+        ask(app, "any", text("new"))
+    state.store.reload()
+    assert ask(app, "any", text("new")).model == "new"
+
+
+def test_the_folder_is_watched_for_results(
+    make_server: Callable[..., Any], publish: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, state = make_server()
+    reload, looks = state.store.reload, list[int]()
+
+    def counted() -> None:
+        looks.append(1)
+        reload()
+
+    monkeypatch.setattr(state.store, "reload", counted)
+
+    async def watch() -> None:
+        watching = asyncio.ensure_future(watch_folder(state))
+        async with asyncio.timeout(10):
+            path = publish("new")
+            while "new" not in state.store:
+                await asyncio.sleep(0.02)
+            path.unlink()
+            while "new" in state.store:
+                await asyncio.sleep(0.02)
+        # A second look after a change, and then none.
+        await asyncio.sleep(1.6)
+        before = len(looks)
+        await asyncio.sleep(0.6)
+        assert len(looks) == before <= 6
+        watching.cancel()
+
+    asyncio.run(watch())
+
+
+def test_a_page_of_another_origin_may_delete(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server(cors_origins=("https://a.example",))
+    headers = {"origin": "https://a.example", "access-control-request-method": "DELETE"}
+    response = asyncio.run(send(app, "OPTIONS", "/v1/models/x", headers=headers))
+    assert response.status == 200
+    assert "DELETE" in response.headers["access-control-allow-methods"]
+
+
+def test_names_that_are_taken(make_server: Callable[..., Any], publish: Any, tmp_path: Path) -> None:
+    _, state = make_server(keys=KEYS)
+    publish("hers")
+    publish("hers.step-2", step=2)
+    (tmp_path / "prefixes" / "broken.safetensors").write_bytes(b"no prefix")
+    state.store.reload()
+    publish("new")
+    names = ("a", "hers", "broken", "new", "nothing")
+    assert [state.store.is_taken(name) for name in names] == [True, True, True, True, False]
+    assert state.store.results("ann") == ["hers"]
