@@ -46,7 +46,7 @@ def test_it_lists_results_and_says_that_it_is_well(state: ServerState):
     listed = asyncio.run(send(app, "GET", "/v1/models")).json["data"]
     assert [model["id"] for model in listed] == ["model", "a"]
     assert listed[1]["prefix_length"] == {"decoder": 4}
-    for path in ("/healthz", "/readyz", "/metrics", "/docs", "/openapi.json", "/v1/models/a/file"):
+    for path in ("/healthz", "/readyz", "/metrics", "/train", "/docs", "/openapi.json", "/v1/models/a/file"):
         assert asyncio.run(send(app, "GET", path)).status == 200, path
 
 

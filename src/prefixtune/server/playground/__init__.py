@@ -30,16 +30,16 @@ async def show_page(request: Request) -> Response:
     return _page("page.html", training=request.app.state.server.config.takes_jobs)
 
 
+START = router.routes[-1]
+"""The route of the playground, which needs an engine."""
+
+
 @router.get("/train", response_class=HTMLResponse, responses=errors(404))
 async def show_training(request: Request) -> Response:
     """A page to train on."""
     if not request.app.state.server.config.takes_jobs:
         raise not_found("page", "train")
     return _page("train.html")
-
-
-START = router.routes[-1]
-"""The route of the playground, which needs an engine."""
 
 
 @router.get("/docs", response_class=HTMLResponse)
