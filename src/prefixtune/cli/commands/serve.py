@@ -16,8 +16,10 @@ from prefixtune.utils.config import Layer, option_group
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["ServeOptions", "serve"]
+__all__ = ["SERVER_LIBRARIES", "ServeOptions", "serve"]
 
+SERVER_LIBRARIES = ("fastapi", "fastapi_offline", "h11", "prometheus_client")
+"""Of the extra `serve`: what the server imports when it starts."""
 _vllm = option_group("vLLM")
 
 
@@ -38,7 +40,9 @@ class ServeOptions(ConfigOptions, ServeConfig):
 
     vllm_python: str = _vllm("", description="the Python of the environment with vLLM; empty: this one")
     vllm_args: str = _vllm("", description='further options of vLLM, as in --vllm-args="--tensor-parallel-size 2"')
-    show_command: bool = _vllm(False, description="print the command that starts vLLM, and exit")
+    show_command: bool = _vllm(
+        False, description="print the commands that start vLLM and the server for training, and exit"
+    )
 
     @classmethod
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
@@ -69,7 +73,7 @@ def serve(options: ServeOptions) -> int:
 
         return start_vllm(config, options)
     with needs_extra("serve", "the server"):
-        for library in ("fastapi", "fastapi_offline", "h11", "prometheus_client"):
+        for library in SERVER_LIBRARIES:
             importlib.import_module(library)
         from prefixtune.server.launch import run as launch
     return launch(config, Console(quiet=options.quiet))

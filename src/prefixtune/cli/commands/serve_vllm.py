@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import secrets
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefixtune.backbone.packaged import PRETRAINED, cache_folder, pretrained_folder
-from prefixtune.errors import ConfigError
+from prefixtune.cli.commands.serve import SERVER_LIBRARIES, ServeOptions
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.interop.vllm.chat_template import TEMPLATE_VERSION, write_template
 from prefixtune.interop.vllm.launch import LaunchConfig
 from prefixtune.interop.vllm.settings import SECRET_VARIABLE
-from prefixtune.server.settings import ServeConfig
+from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.utils.console import Console
-
-if TYPE_CHECKING:
-    from prefixtune.cli.commands.serve import ServeOptions
+from prefixtune.utils.extras import needs_extra
 
 __all__ = ["PLUGIN_PROBE", "start_vllm"]
 
@@ -34,31 +34,78 @@ _USED_BY_VLLM = (
     *("cache_mib", *_CONNECTOR_OPTIONS),
 )
 """Settings that are used with vLLM."""
+_USED_BY_TRAINING = (
+    *("backbone", "prefixes", "dtype", "device", "playground", "log_level", "deadline", "client_timeout"),
+    *("data_folder", "train_workers", "train_threads", "train_nice", "train_idle_seconds", "max_file_mib"),
+)
+"""Settings that the training server beside vLLM gets as options."""
 
 
 def start_vllm(config: ServeConfig, options: ServeOptions) -> int:
-    """Replace this process by vLLM's server.
+    """Replace this process by vLLM's server and, if something is to train, a server for training beside it.
 
     Raises:
         ConfigError: vLLM lacks something that is configured, or vLLM or the plugin is missing.
     """
     console = Console(quiet=options.quiet)
     python = options.vllm_python or sys.executable
-    command = [python, *_launch_config(config, options, console).arguments()]
+    socket = _training_socket(config, console)
+    command = [python, *_launch_config(config, options, console, socket).arguments()]
+    training = _training_command(config, socket) if socket else []
     if options.show_command:
-        print(shlex.join(command))
+        for shown in filter(None, (command, training)):
+            print(shlex.join(shown))
         return 0
-    unused = [name for name, value in config if name not in _USED_BY_VLLM and value != config.default(name)]
+    used = {*_USED_BY_VLLM, *((*_USED_BY_TRAINING, "database_url") if socket else ("train_workers",))}
+    unused = [name for name, value in config if name not in used and value != config.default(name)]
     if unused:
         console.warn(f"vLLM has limits and logs of its own; not used: {', '.join(unused)}.")
     _check_vllm(python)
     console.info(f"starting vLLM: {shlex.join(command)}")
     # vLLM reports usage over the network unless this is set; the environment wins.
-    defaults_of_environment = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16)}
-    return os.execvpe(command[0], command, {**defaults_of_environment, **os.environ})
+    environment = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16), **os.environ}
+    if socket:
+        console.info(f"starting a server for training beside it: {shlex.join(training)}")
+        command = [sys.executable, "-m", "prefixtune.utils.supervise", *training, "--", *command]
+        # The training server's options are complete; what belongs to vLLM's address is not for it.
+        environment = {name: value for name, value in environment.items() if not name.startswith(ENVIRONMENT)}
+        # Not an option: it may hold a password.
+        environment |= {f"{ENVIRONMENT}DATABASE_URL": config.database_url} if config.database_url else {}
+    return os.execvpe(command[0], command, environment)
 
 
-def _launch_config(config: ServeConfig, options: ServeOptions, console: Console) -> LaunchConfig:
+def _training_socket(config: ServeConfig, console: Console) -> str:
+    """The file of the socket between vLLM's server and the training server; empty: nothing is trained."""
+    if not config.takes_jobs:
+        return ""
+    try:
+        with needs_extra("serve", "training over HTTP"):
+            for library in SERVER_LIBRARIES:
+                importlib.import_module(library)
+    except PrefixError as error:
+        console.info(f"{error.message} {error.hint}")
+        return ""
+    return str(Path(tempfile.gettempdir()) / f"prefixtune-{secrets.token_hex(8)}" / "training.sock")
+
+
+def _training_command(config: ServeConfig, socket: str) -> list[str]:
+    """What starts the training server; settings that have their defaults are left out."""
+    # A GPU's memory is vLLM's.
+    values = {name: getattr(config, name) for name in _USED_BY_TRAINING} | {
+        "device": "cpu" if config.device == "auto" else config.device,
+        "backbone_id": config.model_id,
+    }
+    flags = ["--engine", "none", "--host", f"unix:{socket}"]
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if value == config.default(name):
+            continue
+        switch = isinstance(value, bool)
+        flags += [f"--no-{option}"] if switch and not value else [f"--{option}", *([] if switch else [str(value)])]
+    return [sys.executable, "-m", "prefixtune", "serve", *flags]
+
+
+def _launch_config(config: ServeConfig, options: ServeOptions, console: Console, socket: str) -> LaunchConfig:
     """What vLLM is started with.
 
     Raises:
@@ -89,6 +136,7 @@ def _launch_config(config: ServeConfig, options: ServeOptions, console: Console)
         template,
         more,
         {name: value for name in _CONNECTOR_OPTIONS if (value := getattr(config, name)) != config.default(name)},
+        socket,
     )
 
 
@@ -110,7 +158,7 @@ def _check_supported(config: ServeConfig, more: Sequence[str]) -> None:
         faults.append("keys are of the embedded engine; vLLM reads one from VLLM_API_KEY")
     if config.quantize:
         faults.append(f"quantize is {config.quantize!r}, but vLLM loads checkpoints that are quantized already")
-    if config.device != "auto":
+    if config.device != "auto" and not config.takes_jobs:
         faults.append(f"device is {config.device!r}, but vLLM uses what it was built for")
     if config.backbone.endswith(".gguf"):
         faults.append(f"backbone is {config.backbone!r}, but vLLM needs a folder of safetensors, or a hub id")

@@ -28,6 +28,7 @@ class LaunchConfig:
         chat_template: A file from `write_template`; None: chats cannot use prefixes.
         connector_options: More options of the connector, where set: `raw_completions`, `earlier_messages`,
             `on_too_long`, `max_joined_prefixes`.
+        training_socket: File of the training server's socket; empty: there is none.
         more: Further options of vLLM's own, put last.
     """
 
@@ -43,10 +44,13 @@ class LaunchConfig:
     chat_template: Path | None = None
     more: Sequence[str] = ()
     connector_options: Mapping[str, Any] = field(default_factory=dict)
+    training_socket: str = ""
 
     def arguments(self) -> list[str]:
         """The arguments of the command `python`."""
         options_of_connector = {"prefixes": str(self.prefixes), "cache_mib": self.cache_mib, **self.connector_options}
+        if self.training_socket:
+            options_of_connector["training_socket"] = self.training_socket
         transfer_config = {
             "kv_connector": "PrefixConnector",
             "kv_connector_module_path": "prefixtune.interop.vllm.connector",

@@ -11,6 +11,7 @@ from pathlib import Path
 from command_line import run
 from prefixtune.interop.vllm.chat_template import PLACEHOLDERS_VARIABLE, PROMPT_VARIABLE, write_template
 from prefixtune.interop.vllm.launch import LaunchConfig
+from prefixtune.server.settings import ServeConfig
 
 
 def test_the_command_line(tmp_path: Path):
@@ -44,11 +45,24 @@ def test_the_command_is_shown_and_refused(model_folder: Path, tmp_path: Path):
     files = ("--backbone", str(model_folder), "--prefixes", str(tmp_path))
     shown = serve(*files, "--show-command", "--vllm-args=--enforce-eager", code=0)
     assert f"--model {model_folder}" in shown
-    assert shown.endswith("--enforce-eager\n")
+    vllm, training = map(shlex.split, shown.splitlines())
+    assert vllm[-1] == "--enforce-eager"
+    # Both name the same socket, and each gets what it uses.
+    socket = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]["training_socket"]
+    beside = ServeConfig(engine="none", host=f"unix:{socket}", backbone=str(model_folder), prefixes=str(tmp_path))
+    options = dict(zip(training[4::2], training[5::2], strict=True))
+    assert {option: options[option] for option in ("--engine", "--host", "--backbone", "--prefixes")} == {
+        f"--{name}": getattr(beside, name) for name in ("engine", "host", "backbone", "prefixes")
+    }
+    assert options["--device"] == "cpu"
+    alone = serve(*files, "--show-command", "--train-workers", "0", code=0)
+    assert "training" not in alone
+    chosen = serve(*files, "--show-command", "--device", "cuda:1", "--no-playground", "--data-folder", "d", code=0)
+    assert chosen.endswith("--device cuda:1 --no-playground --data-folder d --backbone-id " + model_folder.name + "\n")
     limited = shlex.split(serve(*files, "--show-command", "--max-joined-prefixes", "3", code=0))
     transfer = json.loads(limited[limited.index("--kv-transfer-config") + 1])
     assert transfer["kv_connector_extra_config"]["max_joined_prefixes"] == 3
-    refused = serve(*files, "--quantize", "int8", "--device", "cpu")
+    refused = serve(*files, "--quantize", "int8", "--device", "cpu", "--train-workers", "0")
     assert "quantize" in refused
     assert "device" in refused
     missing = serve(*files)

@@ -1,0 +1,134 @@
+"""Run a program to its end, and another one beside it that is started again whenever it ends.
+
+    python -m prefixtune.utils.supervise BESIDE ... -- PROGRAM ...
+
+Signals are passed on to the program, and its exit code becomes that of this process. Neither outlives this process,
+however it ends. Imports nothing, as it stays in memory as long as the program does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+__all__ = ["main", "supervise"]
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_POLL_SECONDS = 0.2
+_MAX_PAUSE = 60.0
+"""Longest pause before a program that ended is started again."""
+_STEADY_SECONDS = 60.0
+"""A program that ran this long before it ended is started again after the shortest pause."""
+_STOP_SECONDS = 45.0
+"""Time for the program beside to end by itself."""
+_PR_SET_PDEATHSIG = 1
+
+
+def supervise(program: Sequence[str], beside: Sequence[str]) -> int:
+    """Run a program, and another one beside it; returns the program's exit code, or 128 + the signal that ended it.
+
+    Raises:
+        OSError: The program cannot be started.
+    """
+    received: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in running:
+            process.send_signal(number)
+
+    for one in _SIGNALS:
+        signal.signal(one, pass_on)
+    process = _start(program)
+    running.append(process)
+    for early in received:
+        # There was nobody yet to pass them on to.
+        process.send_signal(early)
+    helper = _Helper(beside)
+    try:
+        while (code := process.poll()) is None:
+            helper.keep_running()
+            time.sleep(_POLL_SECONDS)
+    finally:
+        helper.stop()
+    return code if code >= 0 else 128 - code
+
+
+class _Helper:
+    """The program beside."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._began = self._not_before = 0.0
+        self._failures = 0
+
+    def keep_running(self) -> None:
+        """Start it if it does not run, and after a growing pause if it ends again and again."""
+        now = time.monotonic()
+        if self._process is None:
+            if now >= self._not_before:
+                self._began = now
+                try:
+                    self._process = _start(self._command)
+                except OSError as error:
+                    self._note_end(now, error.strerror or str(error))
+        elif (code := self._process.poll()) is not None:
+            self._process = None
+            self._note_end(now, f"code {code}")
+
+    def _note_end(self, now: float, reason: str) -> None:
+        self._failures = 1 if now - self._began > _STEADY_SECONDS else self._failures + 1
+        pause = min(_MAX_PAUSE, 2.0 ** (min(self._failures, 10) - 1))
+        self._not_before = now + pause
+        print(
+            f"warning: the server for training ended ({reason}); it is started again in {pause:g} s.", file=sys.stderr
+        )
+
+    def stop(self) -> None:
+        """End it."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    # In a group of its own: Ctrl-C reaches this process alone, which passes it on once.
+    return subprocess.Popen(command, process_group=0, preexec_fn=_end_with(os.getpid()))
+
+
+def _end_with(parent: int) -> Callable[[], None] | None:
+    """What a child does before it runs its program: have the system end it when its parent is gone."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the two commands of the command line."""
+    split = list(arguments).index("--")
+    return supervise(arguments[split + 1 :], arguments[:split])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
