@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from prefixtune.data.examples import Example, merge_key
 from prefixtune.data.files import Record
@@ -25,39 +25,28 @@ _MAX_SHOWN_CHARS = 1_000
 
 
 class FileFacts(BaseModel):
-    """What an uploaded file holds.
-
-    Attributes:
-        summary: One line for people, such as `chats.jsonl: read as chats: 50 conversations, 50 answers`.
-        form: As `--form` names it; `document`: a text; empty: its columns fit several forms, of which a job must name
-            one.
-        forms: All forms that its columns fit.
-        task: Of the form.
-        rows: Of the file; 0 for a document.
-        examples: After equal sources are merged; 0 where the form is not known.
-        targets: Of all examples, with earlier answers of conversations; 0 where there is nothing to train on, as in a
-            file of questions.
-        columns: Of the first row, at most 50.
-        characters: Of all examples, or of the document.
-        longest: Characters of the longest row's texts.
-        source: The first example's source, or the beginning of the document; at most 1,000 characters.
-        target: The first example's first target, likewise.
-    """
+    """What an uploaded file holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    summary: str = ""
-    form: str = ""
-    forms: list[str] = []
-    task: str = "records"
-    rows: int = 0
-    examples: int = 0
-    targets: int = 0
-    columns: list[str] = []
-    characters: int = 0
-    longest: int = 0
-    source: str = ""
-    target: str = ""
+    summary: str = Field("", description="One line for people.")
+    form: str = Field(
+        "", description="As jobs name it; `document`: a text; empty: several fit, and a job must name one of `forms`."
+    )
+    forms: list[str] = Field([], description="All forms that its columns fit.")
+    task: str = Field("records", description="Of the form.")
+    rows: int = Field(0, description="Of the file; 0 for a document.")
+    examples: int = Field(0, description="After equal sources are merged; 0 where the form is not known.")
+    targets: int = Field(
+        0, description="With earlier answers of conversations; 0: nothing to train on, as in a file of questions."
+    )
+    columns: list[str] = Field([], description=f"Of the first row, at most {_MAX_COLUMNS}.")
+    characters: int = Field(0, description="Of all examples, or of the document.")
+    longest: int = Field(0, description="Characters of the longest example.")
+    source: str = Field(
+        "", description=f"Of the first example, or of the document; at most {_MAX_SHOWN_CHARS:,} characters."
+    )
+    target: str = Field("", description="Of the first example, likewise.")
 
 
 def read_facts(records: Iterable[Record], filename: str) -> FileFacts:

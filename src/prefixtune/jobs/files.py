@@ -66,14 +66,14 @@ class FileStore:
         return sum(remove_abandoned(owner, name) for owner in self._owners() for name in names)
 
     def open_upload(
-        self, owner: str, filename: str, purpose: Purpose | None = None, *, limits: FileLimits | None = None
+        self, owner: str, filename: str = "", purpose: Purpose | None = None, *, limits: FileLimits | None = None
     ) -> Upload:
         """Begin an upload.
 
         Args:
             owner: Whose file it will be.
             filename: As its owner calls it; only its last part is kept.
-            purpose: What it is for; None: `finish` is told.
+            purpose: What it is for; None: the upload is told later, as it may be of the filename.
             limits: How much the owner may keep.
 
         Raises:
@@ -96,7 +96,7 @@ class FileStore:
             upload = Upload(
                 self._folder.files_of(owner),
                 owner,
-                shown_name(filename),
+                filename,
                 purpose,
                 limits,
                 kept_bytes=lambda upload: kept + self._bytes_of_others(upload),

@@ -14,7 +14,7 @@ from prefixtune.data.files import FORMATS, recognize_format
 from prefixtune.data.streams import GZIP_MAGIC
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.file_check import FileCheck
-from prefixtune.jobs.stored_file import FileLimits, FileRefusedError, Purpose, StoredFile, publish_file
+from prefixtune.jobs.stored_file import FileLimits, FileRefusedError, Purpose, StoredFile, publish_file, shown_name
 from prefixtune.utils.files import work_folder
 
 __all__ = ["UPLOAD_FOLDER", "Upload"]
@@ -34,7 +34,7 @@ class Upload:
         folder: Of the owner's files.
         owner: Whose it will be.
         filename: As its owner calls it.
-        purpose: What it is for; None: `finish` is told.
+        purpose: What it is for.
         limits: How much the owner may keep.
         kept_bytes: Bytes of the owner's other files and uploads.
         on_end: Called when nothing is written any more.
@@ -42,6 +42,8 @@ class Upload:
     Attributes:
         owner: Whose it will be.
         size: Bytes so far.
+        filename: May be set until the first byte comes.
+        purpose: Likewise; None until it is known, at the latest when the file is complete.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Upload:
         on_end: Callable[[Upload], object],
     ) -> None:
         self.owner, self.size = owner, 0
-        self._parent, self._filename, self._purpose, self._limits = folder, filename, purpose, limits
+        self.filename, self.purpose = filename, purpose
+        self._parent, self._limits = folder, limits
         self._kept_bytes, self._on_end = kept_bytes, on_end
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(work_folder(folder, UPLOAD_FOLDER)) / "file"
@@ -100,24 +103,21 @@ class Upload:
         if len(self._head) >= _HEAD:
             self._open()
 
-    def finish(self, purpose: Purpose | None = None) -> StoredFile:
+    def finish(self) -> StoredFile:
         """Check the file, and keep it. Blocks.
 
         A file whose content is wrong is kept too, so that its owner can read it, with the status `error`.
-
-        Args:
-            purpose: What it is for, if that was not known before.
 
         Raises:
             FileRefusedError: It is empty.
             OSError: The disk is full, or fails.
         """
         with self:
-            self._purpose = purpose or self._purpose
-            if self._purpose is None:
+            if self.purpose is None:
                 raise ValueError("the purpose of the file is not known")
+            self.filename = shown_name(self.filename)
             if not self.size:
-                raise FileRefusedError("empty_file", f"{self._filename} is empty.", hint="check that it is complete.")
+                raise FileRefusedError("empty_file", f"{self.filename} is empty.", hint="check that it is complete.")
             if self._file is None:
                 self._open()
             assert self._file is not None
@@ -128,8 +128,8 @@ class Upload:
                 owner=self.owner,
                 bytes=self.size,
                 created_ns=time.time_ns(),
-                filename=self._filename,
-                purpose=self._purpose,
+                filename=self.filename,
+                purpose=self.purpose,
                 ending=self._ending,
                 **outcome,
             )
@@ -148,12 +148,13 @@ class Upload:
 
     def _open(self) -> None:
         """Open the file on disk, under the name that its format needs."""
+        self.filename = shown_name(self.filename)
         head, self._head = self._head, b""
         # A document is read as it is; without a purpose, the file may become one.
-        self._ending = _ending_of(self._filename, head, self._purpose)
+        self._ending = _ending_of(self.filename, head, self.purpose)
         self._file = open(self._folder / f"data{self._ending}", "wb", buffering=0)  # noqa: SIM115  closed by `abort`
-        if self._purpose == "fine-tune":
-            self._check = FileCheck(Path(self._file.name), self._filename, self._ending)
+        if self.purpose == "fine-tune":
+            self._check = FileCheck(Path(self._file.name), self.filename, self._ending)
         self._append(head)
 
     def _append(self, chunk: bytes) -> None:
@@ -168,10 +169,10 @@ class Upload:
         """The status of the complete file, and what it holds."""
         path = self._folder / f"data{self._ending}"
         if self._check is None:
-            if self._purpose == "document":
-                self._ending = _ending_of(self._filename, b"", "document")
+            if self.purpose == "document":
+                self._ending = _ending_of(self.filename, b"", "document")
                 path = path.rename(self._folder / f"data{self._ending}")
-            self._check = FileCheck(path, self._filename, self._ending)
+            self._check = FileCheck(path, self.filename, self._ending)
         try:
             return {"facts": self._check.result()}
         except PrefixError as error:

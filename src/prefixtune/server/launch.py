@@ -113,6 +113,8 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     # Made for the first JSON schema, it would stop all streams for a second.
     prepare_grammars(engine.backbone)
     state = ServerState(config, backbone, store, EngineWorker(engine))
+    if state.training is not None:
+        state.training.files.clear()
     if config.max_joined_prefixes > 1:
         try:
             # Found by trying it on the model, which no text should wait for.

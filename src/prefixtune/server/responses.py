@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ __all__ = [
     "json_response",
     "json_text",
     "not_found",
+    "storage_error",
     "too_many_requests",
     "unavailable",
 ]
@@ -92,6 +95,26 @@ def unavailable(message: str, code: str, *, retry_after: int = 0) -> ApiError:
     """503: the server is at fault; without `retry_after`, clients should not retry by themselves."""
     headers = {"Retry-After": str(retry_after)} if retry_after else {"x-should-retry": "false"}
     return ApiError(503, message, code=code, headers=headers)
+
+
+def storage_error(error: BaseException, what: str, folder: str) -> ApiError:
+    """What the disk refused, by an error or its causes: it is full, or fails; or too many files are open.
+
+    Args:
+        error: What was raised; the response names no path.
+        what: There is no space for it.
+        folder: What cannot be changed.
+    """
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    if codes & {errno.ENOSPC, errno.EDQUOT}:
+        return ApiError(507, f"there is no space for {what}; nothing was changed.", code="no_space")
+    if codes & {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+        return unavailable("the server has too many files open; try again later.", "busy", retry_after=5)
+    reason = next((os.strerror(code) for code in codes if code), "unknown reason")
+    return ApiError(507, f"{folder} cannot be changed ({reason}); nothing was changed.", code="storage_failed")
 
 
 def api_error(error: PrefixError) -> ApiError:

@@ -20,6 +20,7 @@ from prefixtune.errors import PrefixError
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.server.auth import Caller
+from prefixtune.server.limits import SharedCapacity
 from prefixtune.server.logs import log
 from prefixtune.server.responses import ApiError, unavailable
 from prefixtune.server.settings import KeyConfig, ServeConfig
@@ -35,6 +36,7 @@ _THREADS, _MOST_WAITING = 4, 64
 _SECONDS = 60.0
 """Longest wait for the database; it gives up a lock after 30 seconds itself."""
 _LONGEST_FIELD = 200
+_MOST_UPLOADS = 8
 
 T = TypeVar("T")
 
@@ -51,6 +53,7 @@ class Training:
         database_url: Of the queue.
         adding: Held while it is looked whether somebody may add a job and while it is added.
         wake: Called when there is a new job.
+        uploads: Files that come in at once.
     """
 
     def __init__(self, config: ServeConfig, *, is_open: bool) -> None:
@@ -64,6 +67,9 @@ class Training:
         # Of its own: where the database is locked, only requests for training wait.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prefixtune-jobs")
         self._waiting = 0
+        self.uploads = SharedCapacity(_MOST_UPLOADS)
+        # Also of its own: reading a large file takes minutes.
+        self._readers = ThreadPoolExecutor(_MOST_UPLOADS, thread_name_prefix="prefixtune-files")
 
     @functools.cached_property
     def files(self) -> FileStore:
@@ -93,6 +99,10 @@ class Training:
     def limits_of(self, caller: Caller) -> KeyConfig:
         """How much somebody may keep and ask for: `max_files`, `max_file_mib`, `max_jobs`, `max_steps` ..."""
         return caller.rules
+
+    async def read(self, work: Callable[[], T]) -> T:
+        """Do something with an uploaded file that may take minutes, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
     async def ask(self, work: Callable[[JobQueue], T]) -> T:
         """Do something with the queue, in a thread.
@@ -169,7 +179,8 @@ class Training:
 
     def close(self) -> None:
         """Close the queue."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._readers):
+            threads.shutdown(wait=False, cancel_futures=True)
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.close()

@@ -7,8 +7,6 @@ its place: readers see the old prefix or the new one.
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from prefixtune.server.api.body import receive_body
 from prefixtune.server.api.endpoint import AdminContext, RequestContext
 from prefixtune.server.api.openapi import BYTES_BODY, NAME, api_router, errors
 from prefixtune.server.api.schemas import Prefixes, PrefixHeader, Reloaded, Uploaded
-from prefixtune.server.responses import ApiError, api_error, bad_request, json_response, not_found, unavailable
+from prefixtune.server.responses import api_error, bad_request, json_response, not_found, storage_error
 from prefixtune.utils.files import remove_abandoned, work_folder
 
 __all__ = ["clear_uploads", "router"]
@@ -104,7 +102,7 @@ async def upload_prefix(context: AdminContext) -> Response:
             await _run_in_thread(context, state.store.put, name, folder / "received")
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
-        raise _storage_error(error) from None
+        raise storage_error(error, "the prefix", "the folder of prefixes") from None
     context.log_fields |= {"prefix": name, "bytes": size}
     return json_response({"name": name, "bytes": size, "replaced": replaced}, 200 if replaced else 201)
 
@@ -119,22 +117,7 @@ async def _run_in_thread(context: RequestContext, action: Callable[..., Any], *a
         raise bad_request(error.message, "file", "invalid_prefix", hint=error.hint) from None
     except PrefixError as error:
         context.log_fields["storage_error"] = error.message
-        raise _storage_error(error) from None
-
-
-def _storage_error(error: BaseException) -> ApiError:
-    """What the disk refused, by an error or its causes: it is full, or fails; or too many files are open."""
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
-    if codes & {errno.ENOSPC, errno.EDQUOT}:
-        return ApiError(507, "there is no space for the prefix; nothing was changed.", code="no_space")
-    if codes & {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
-        return unavailable("the server has too many files open; try again later.", "busy", retry_after=5)
-    reason = next((os.strerror(code) for code in codes if code), "unknown reason")
-    message = f"the folder of prefixes cannot be changed ({reason}); nothing was changed."
-    return ApiError(507, message, code="storage_failed")
+        raise storage_error(error, "the prefix", "the folder of prefixes") from None
 
 
 def _check_known(context: RequestContext) -> None:

@@ -18,7 +18,18 @@ from prefixtune.server.api.schemas import ChatChunk, CompletionChunk, Error, Tas
 from prefixtune.server.limits import Limits
 from prefixtune.server.settings import ServeConfig
 
-__all__ = ["BYTES_BODY", "NAME", "api_router", "errors", "json_body", "openapi_document", "router", "whole_or_stream"]
+__all__ = [
+    "BYTES_BODY",
+    "FILE_ID",
+    "FORM_BODY",
+    "NAME",
+    "api_router",
+    "errors",
+    "json_body",
+    "openapi_document",
+    "router",
+    "whole_or_stream",
+]
 
 
 _REF = "#/components/schemas/{model}"
@@ -27,10 +38,10 @@ _ERRORS = {
     400: "A field (`param`), the name or the body is wrong.",
     401: "The key is missing or unknown.",
     403: "The key may not use this model or endpoint.",
-    404: "No such model or prefix.",
+    404: "No such model, prefix or file.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The body is not application/json.",
+    415: "The body has another content type.",
     429: "A limit of the key or the address, or a full queue.",
     500: "An internal error; the log has more under the response's `x-request-id`.",
     503: "Shutting down, the engine is restarting, or the model's file is broken.",
@@ -43,6 +54,29 @@ NAME = {
     "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
 }
 """The name in a path."""
+FILE_ID = {
+    "parameters": [{"name": "file_id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
+}
+"""The id of a file in a path."""
+FORM_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["fine-tune", "document"]},
+                    },
+                    "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
+"""A form with a file to train on."""
 BYTES_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {}}}}}
 """A file as the body."""
 
@@ -113,8 +147,11 @@ def openapi_document(app: FastAPI, config: ServeConfig, limits: Limits) -> dict[
             if not config.keys:
                 operation["security"] = []
             if body := operation.get("requestBody"):
-                uploads = "application/octet-stream" in body["content"]
-                size = config.max_upload_mib * 2**20 if uploads else config.max_body_kib * 2**10
+                sizes = {
+                    "application/octet-stream": config.max_upload_mib * 2**20,
+                    "multipart/form-data": config.max_file_mib * 2**20,
+                }
+                size = next((sizes[kind] for kind in sizes if kind in body["content"]), config.max_body_kib * 2**10)
                 body["description"] = f"At most {size:,} bytes."
     if not config.keys:
         del document["components"]["securitySchemes"]

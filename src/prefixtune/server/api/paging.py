@@ -9,7 +9,7 @@ from fastapi import Request
 
 from prefixtune.server.responses import bad_request
 
-__all__ = ["PAGE", "Page", "list_body", "page_of", "parameter", "read_page", "unknown_after"]
+__all__ = ["ORDER", "PAGE", "Page", "list_body", "page_of", "parameter", "read_page", "unknown_after"]
 
 
 def parameter(name: str, description: str, **schema: Any) -> dict[str, Any]:
@@ -22,6 +22,7 @@ PAGE = (
     parameter("limit", "Most items.", type="integer", minimum=1),
 )
 """The parameters of a page, for the document."""
+ORDER = parameter("order", "Of their creation.", enum=["asc", "desc"], default="desc")
 
 
 class Page(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from prefixtune.jobs.file_facts import FileFacts
 from prefixtune.server.models.store import StoreStats
 from prefixtune.server.models.task_schema import TaskField
 
@@ -15,7 +16,10 @@ __all__ = [
     "Classification",
     "Completion",
     "CompletionChunk",
+    "DeletedFile",
     "Error",
+    "File",
+    "Files",
     "Health",
     "Model",
     "Models",
@@ -238,6 +242,33 @@ class Status(BaseModel):
 class Health(BaseModel):
     status: str
     folder: str
+
+
+class File(BaseModel):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: None
+    filename: str
+    purpose: Literal["fine-tune", "document", "fine-tune-results"]
+    status: Annotated[Literal["processed", "error"], Field(description="error: it cannot be trained on.")]
+    status_details: Annotated[str | None, Field(description="What is wrong with it, and in which row.")]
+    prefixtune: Annotated[FileFacts | None, Field(description="What it holds; None: it is wrong, or a result.")]
+
+
+class Files(BaseModel):
+    object: Literal["list"]
+    data: list[File]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"]
+    deleted: bool
 
 
 class Prefixes(BaseModel):

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.responses import ApiError, json_text
 
-__all__ = ["DONE", "KEEP_ALIVE", "event", "event_stream", "run_until_disconnect"]
+__all__ = ["DONE", "KEEP_ALIVE", "TimedStream", "event", "event_stream", "run_until_disconnect"]
 
 
 KEEP_ALIVE = format_sse_event(comment="waiting")
@@ -65,17 +65,65 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-class EventStream(StreamingResponse):
+class TimedStream(StreamingResponse):
+    """A response in pieces that ends in bounded time.
+
+    When the client disconnects, or does not read, the pieces are closed.
+
+    Args:
+        pieces: Of the body; closed in any case.
+        write_timeout: Seconds that the client may take to read a piece.
+        total_timeout: Seconds that the whole stream may take.
+        headers: More headers of the response.
+        media_type: Of the body.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes],
+        write_timeout: float,
+        total_timeout: float,
+        headers: Mapping[str, str] | None = None,
+        media_type: str = "application/octet-stream",
+    ) -> None:
+        super().__init__(pieces, headers=headers, media_type=media_type)
+        self.pieces = pieces
+        self.write_timeout, self.total_timeout = write_timeout, total_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces, as long as the client is connected."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with asyncio.timeout(self.total_timeout):
+                await run_until_disconnect(receive, self._send_pieces(send))
+        except TimeoutError:
+            # A client that reads a byte now and then would hold what it takes for ever.
+            raise ClientDisconnect from None
+
+    async def _send_pieces(self, send: Send) -> None:
+        async with contextlib.aclosing(self.pieces) as pieces:
+            async for data in pieces:
+                await self._send_piece(send, data)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_piece(self, send: Send, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self.write_timeout):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+
+class EventStream(TimedStream):
     """A stream of server-sent events.
 
-    The status is sent before the first event, so a later error is sent as an event. When the client disconnects, or
-    does not read, the events are closed.
+    The status is sent before the first event, so a later error is sent as an event.
 
     Args:
         events: From `event`; closed in any case.
-        write_timeout: Seconds that the client may take to read an event.
-        total_timeout: Seconds that the whole stream may take.
-        headers: More headers of the response.
+        write_timeout: As for `TimedStream`, like the others.
+        total_timeout: Likewise.
+        headers: Likewise.
     """
 
     def __init__(
@@ -86,32 +134,15 @@ class EventStream(StreamingResponse):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         # nginx must not buffer the events.
-        super().__init__(events, headers={"x-accel-buffering": "no", **(headers or {})}, media_type="text/event-stream")
-        self.events = events
-        self.write_timeout, self.total_timeout = write_timeout, total_timeout
+        more = {"x-accel-buffering": "no", **(headers or {})}
+        super().__init__(_with_error(events), write_timeout, total_timeout, more, "text/event-stream")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, as long as the client is connected."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+async def _with_error(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The events and, where they end with an error, that as the last one."""
+    async with contextlib.aclosing(events):
         try:
-            async with asyncio.timeout(self.total_timeout):
-                await run_until_disconnect(receive, self._send_events(send))
-        except TimeoutError:
-            # A client that reads a byte now and then would hold its slots for ever.
-            raise ClientDisconnect from None
-
-    async def _send_events(self, send: Send) -> None:
-        async with contextlib.aclosing(self.events) as events:
-            try:
-                async for data in events:
-                    await self._send_event(send, data)
-            except ApiError as error:
-                await self._send_event(send, event(error.body()))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_event(self, send: Send, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self.write_timeout):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        except TimeoutError:
-            raise ClientDisconnect from None
+            async for data in events:
+                yield data
+        except ApiError as error:
+            yield event(error.body())

@@ -1,0 +1,289 @@
+"""`/v1/files`: data and documents to train on. An upload is streamed to disk and checked while it comes in.
+
+Each key sees its own files; an admin key, and everybody where there are no keys, sees all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import Response
+from fastapi.responses import StreamingResponse
+
+from prefixtune.server.api.body import receive_body
+from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext
+from prefixtune.server.api.multipart import FORM_OVERHEAD, FormReader
+from prefixtune.server.api.openapi import FILE_ID, FORM_BODY, api_router, errors
+from prefixtune.server.api.paging import ORDER, PAGE, page_of, parameter, read_page
+from prefixtune.server.api.schemas import DeletedFile, File, Files
+from prefixtune.server.api.streaming import TimedStream
+from prefixtune.server.limits import QueueFull
+from prefixtune.server.responses import (
+    ApiError,
+    bad_request,
+    capitalize,
+    forbidden,
+    json_response,
+    not_found,
+    storage_error,
+)
+from prefixtune.server.training import Training
+
+if TYPE_CHECKING:
+    from prefixtune.jobs.files import FileLimits, StoredFile, Upload
+
+__all__ = ["check_origin", "file_object", "router", "training_of"]
+
+
+router = api_router(401, 403, 404, 500, 503)
+_PATH = "/v1/files/{file_id}"
+_FIELDS = ("purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]")
+_CHUNK = 2**18
+_SLOWEST_DOWNLOAD = 2**16
+"""Bytes a second."""
+_MOST_LISTED = 10_000
+_PURPOSE = parameter("purpose", "Of the files.", type="string")
+_CONTENT: dict[int | str, Any] = {
+    200: {"content": {"application/octet-stream": {"schema": {}}}, "description": "The file, as it was uploaded."}
+}
+
+T = TypeVar("T")
+
+
+@router.post("/v1/files", response_model=File, responses=errors(400, 408, 413, 415, 429, 507), openapi_extra=FORM_BODY)
+async def upload_file(context: GenerationContext) -> Response:
+    """Upload a file to train on.
+
+    Rows are checked while they come in. A file with a wrong row is kept, with the status `error`; `status_details`
+    names the row.
+    """
+    training = training_of(context, changes=True)
+    check_origin(context)
+    if not training.uploads.has_room(1, context.tenant):
+        raise QueueFull(f"{training.uploads.used} files are being uploaded", 5.0)
+    with training.uploads.hold(1, context.tenant):
+        stored = await _store(context, training)
+    context.log_fields |= {"file": stored.id, "bytes": stored.bytes}
+    await training.audit(
+        context.caller, "file.create", file=stored.id, bytes=stored.bytes, purpose=stored.purpose, status=stored.status
+    )
+    return json_response(file_object(stored))
+
+
+@router.get(
+    "/v1/files", response_model=Files, responses=errors(400), openapi_extra={"parameters": [_PURPOSE, *PAGE, ORDER]}
+)
+async def list_files(context: KeyContext) -> Response:
+    """The files of the key, the newest first."""
+    training = training_of(context)
+    page = read_page(context.request, default=_MOST_LISTED, largest=_MOST_LISTED)
+    purpose = context.request.query_params.get("purpose")
+
+    def read() -> dict[str, Any]:
+        files = [file for file in training.files.list(_owner(context, training)) if purpose in (None, file.purpose)]
+        return page_of([file_object(file) for file in (files if page.order == "desc" else reversed(files))], page)
+
+    return json_response(await asyncio.to_thread(read))
+
+
+@router.get(_PATH, response_model=File, openapi_extra=FILE_ID)
+async def show_file(context: KeyContext) -> Response:
+    """What is known about a file."""
+    return json_response(file_object(await find_file(context)))
+
+
+@router.get(f"{_PATH}/content", response_class=StreamingResponse, responses=_CONTENT, openapi_extra=FILE_ID)
+async def download_file(context: KeyContext) -> Response:
+    """A file's content, as it was uploaded."""
+    training, stored = training_of(context), await find_file(context)
+    file = await _or_404(context, lambda: training.files.open(stored.owner, stored.id))
+    size, config = os.fstat(file.fileno()).st_size, context.state.config
+    headers = {
+        "content-length": str(size),
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(stored.filename, safe='')}",
+    }
+    # A slow client gets the time that it needs for all of a large file.
+    seconds = config.deadline + size / _SLOWEST_DOWNLOAD
+    return TimedStream(_chunks(file), config.client_timeout, seconds, headers)
+
+
+@router.delete(_PATH, response_model=DeletedFile, responses=errors(507), openapi_extra=FILE_ID)
+async def delete_file(context: KeyContext) -> Response:
+    """Delete a file.
+
+    Jobs that were made of it go on.
+    """
+    training, stored = training_of(context, changes=True), await find_file(context)
+    try:
+        await _or_404(context, lambda: training.files.delete(stored.owner, stored.id))
+    except OSError as error:
+        context.log_fields["storage_error"] = str(error)
+        raise storage_error(error, "the file", "the data folder") from None
+    await training.audit(context.caller, "file.delete", file=stored.id, owner=stored.owner)
+    return json_response({"id": stored.id, "object": "file", "deleted": True})
+
+
+def file_object(stored: StoredFile) -> dict[str, Any]:
+    """A file as OpenAI's clients read it, and what it holds."""
+    return {
+        "id": stored.id,
+        "object": "file",
+        "bytes": stored.bytes,
+        "created_at": stored.created,
+        "expires_at": None,
+        "filename": stored.filename,
+        "purpose": stored.purpose,
+        "status": stored.status,
+        "status_details": stored.status_details or None,
+        "prefixtune": None if stored.facts is None else stored.facts.model_dump(),
+    }
+
+
+def training_of(context: RequestContext, *, changes: bool = False) -> Training:
+    """What files and jobs are kept with.
+
+    Args:
+        context: The request.
+        changes: It changes something.
+
+    Raises:
+        ApiError: The server takes none, or not from this key.
+    """
+    training = context.state.training
+    if training is None:
+        message = "this server neither stores files nor trains; its owner may start it with train_workers = 1."
+        raise ApiError(404, message, code="training_not_served")
+    if changes and not context.caller.rules.train:
+        raise forbidden(f"the key {context.caller.name!r} may not train.", "training_not_allowed")
+    return training
+
+
+def check_origin(context: RequestContext) -> None:
+    """Refuse a form that another site's page sent to a server without keys.
+
+    A browser sends a form without asking the server first, unlike a body of JSON.
+
+    Raises:
+        ApiError: That is so.
+    """
+    headers = context.request.headers
+    origin = headers.get("origin")
+    if not context.state.keyring.is_open or origin is None or origin in context.state.config.cors_origins:
+        return
+    if origin.partition("://")[2].lower() != headers.get("host", "").lower():
+        raise forbidden("pages of other sites may not upload files here.", "origin_not_allowed")
+
+
+async def find_file(context: RequestContext) -> StoredFile:
+    """The file that the path names, as far as the caller may see it.
+
+    Raises:
+        ApiError: There is none.
+    """
+    training = training_of(context)
+    file_id = str(context.request.path_params["file_id"])
+    return await _or_404(context, lambda: training.files.get(_owner(context, training), file_id))
+
+
+# --- an upload -------------------------------------------------------------------------------------------------------
+
+
+async def _store(context: RequestContext, training: Training) -> StoredFile:
+    """Receive a form, and keep its file."""
+    from prefixtune.jobs.files import FileRefusedError
+
+    config, limits = context.state.config, _limits(context, training)
+    try:
+        upload = await asyncio.to_thread(training.files.open_upload, context.caller.name, limits=limits)
+        try:
+            form = FormReader(context.request, _FIELDS, "file", _Target(upload))
+            limit, chunk_seconds = limits.max_bytes + FORM_OVERHEAD, config.client_timeout
+            await receive_body(
+                context.request, form.feed, limit=limit, seconds=config.deadline, chunk_seconds=chunk_seconds
+            )
+            form.close()
+            if upload.purpose is None:
+                raise bad_request("the field 'purpose' is missing.", "purpose", hint=_purposes())
+        except BaseException:
+            await asyncio.to_thread(upload.abort)
+            raise
+        return await training.read(upload.finish)
+    except FileRefusedError as error:
+        raise _refusal(error.code, f"{error.message} {capitalize(error.hint)}") from None
+    except OSError as error:
+        context.log_fields["storage_error"] = str(error)
+        raise storage_error(error, "the file", "the data folder") from None
+
+
+class _Target:
+    """Takes what is in a form for an upload."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+
+    def take_field(self, name: str, text: str) -> None:
+        """The purpose; files do not expire."""
+        from prefixtune.jobs.files import UPLOAD_PURPOSES
+
+        if name != "purpose":
+            raise bad_request(
+                "files do not expire here.", "expires_after", hint="delete them when they are not needed."
+            )
+        purpose = next((known for known in UPLOAD_PURPOSES if known == text), None)
+        if purpose is None:
+            raise bad_request(f"'purpose' is {text[:40]!r}.", "purpose", hint=_purposes())
+        self._upload.purpose = purpose
+
+    def begin_file(self, filename: str) -> None:
+        """Its name."""
+        self._upload.filename = filename
+
+    def write(self, data: bytes) -> None:
+        """A piece of it."""
+        self._upload.write(data)
+
+
+def _purposes() -> str:
+    from prefixtune.jobs.files import UPLOAD_PURPOSES
+
+    return f"write {' or '.join(map(repr, UPLOAD_PURPOSES))}."
+
+
+def _limits(context: RequestContext, training: Training) -> FileLimits:
+    from prefixtune.jobs.files import FileLimits
+
+    rules = training.limits_of(context.caller)
+    return FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_file_mib * 2**20)
+
+
+def _refusal(code: str, message: str) -> ApiError:
+    statuses = {"empty_file": 400, "file_too_large": 413, "no_room": 413}
+    return ApiError(statuses.get(code, 403), message, code=code, param="file")
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _owner(context: RequestContext, training: Training) -> str | None:
+    """Whose files the caller sees; None: everybody's."""
+    return None if training.sees_all(context.caller) else context.caller.name
+
+
+async def _or_404(context: RequestContext, work: Callable[[], T]) -> T:
+    """Do something with a file, in a thread."""
+    from prefixtune.jobs.files import UnknownFileError
+
+    try:
+        return await asyncio.to_thread(work)
+    except UnknownFileError:
+        raise not_found("file", str(context.request.path_params["file_id"])) from None
+
+
+async def _chunks(file: IO[bytes]) -> AsyncGenerator[bytes]:
+    with file:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK):
+            yield chunk

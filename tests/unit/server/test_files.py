@@ -1,0 +1,250 @@
+"""`/v1/files`: uploads by OpenAI's client, and forms that are wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from asgi_client import Response, bearer, send
+from prefixtune.server.auth import hash_key
+from prefixtune.server.settings import KeyConfig
+
+ROWS = b"".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}).encode() + b"\n" for n in range(50))
+DISPOSITION = 'Content-Disposition: form-data; name="{name}"'
+
+
+def ask(app: Any, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], key: str = "none") -> Any:
+    """What some calls of OpenAI's client return."""
+
+    async def run() -> Any:
+        transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
+        async with openai.AsyncOpenAI(
+            base_url="http://127.0.0.1:8000/v1", api_key=key, max_retries=0, http_client=transport
+        ) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def part(name: str, data: bytes, *, filename: str | None = None, headers: str = "") -> bytes:
+    disposition = DISPOSITION.format(name=name) + (f'; filename="{filename}"' if filename is not None else "")
+    return f"--B\r\n{disposition}\r\n{headers}\r\n".encode() + data + b"\r\n"
+
+
+PURPOSE = part("purpose", b"fine-tune")
+FILE = part("file", ROWS, filename="rows.jsonl")
+END = b"--B--\r\n"
+
+
+def post(app: Any, body: bytes, boundary: str = "B", **headers: str) -> Response:
+    kind = f"multipart/form-data; boundary={boundary}"
+    return asyncio.run(send(app, "POST", "/v1/files", body, headers={"content-type": kind, **headers}))
+
+
+def stored(tmp_path: Path) -> list[str]:
+    """Everything below the folders of owners, hidden folders too."""
+    return [path.name for path in (tmp_path / "data" / "files").glob("*/*")]
+
+
+@pytest.fixture
+def app(make_server: Callable[..., Any], tmp_path: Path) -> Any:
+    return make_server()[0]
+
+
+def test_openais_client_uploads_lists_reads_and_deletes(app: Any) -> None:
+    async def work(client: openai.AsyncOpenAI) -> None:
+        made = await client.files.create(file=("my/rows.jsonl", ROWS), purpose="fine-tune")
+        assert (made.object, made.filename, made.bytes, made.purpose) == ("file", "rows.jsonl", len(ROWS), "fine-tune")
+        assert (made.status, made.status_details) == ("processed", None)
+        assert made.to_dict()["prefixtune"]["targets"] == 50  # type: ignore[index]
+        text = await client.files.create(file=b"Owls fly at night.", purpose="document")  # type: ignore[arg-type]
+        assert await client.files.retrieve(made.id) == made
+        assert (await client.files.content(made.id)).content == ROWS
+        assert [file.id async for file in client.files.list()] == [text.id, made.id]
+        assert [file.id async for file in client.files.list(limit=1, order="asc")] == [made.id, text.id]
+        assert [file.id async for file in client.files.list(purpose="document")] == [text.id]
+        assert (await client.files.delete(made.id)).deleted
+        with pytest.raises(openai.NotFoundError, match="there is no file"):
+            await client.files.retrieve(made.id)
+
+    ask(app, work)
+
+
+def test_the_file_may_come_before_its_purpose_and_in_any_pieces(app: Any, tmp_path: Path) -> None:
+    body = FILE + PURPOSE + END
+    assert post(app, body).json["prefixtune"]["rows"] == 50
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 7):
+            yield body[start : start + 7]
+
+    async def work() -> httpx2.Response:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
+            headers = {"content-type": "multipart/form-data; boundary=B"}
+            return await client.post("http://127.0.0.1:8000/v1/files", content=pieces(), headers=headers)
+
+    assert asyncio.run(work()).json()["prefixtune"]["rows"] == 50
+
+
+def test_a_wrong_row_is_named_and_its_file_is_kept_for_reading(app: Any, tmp_path: Path) -> None:
+    rows = ROWS.replace(b'"a29"', b"29, ")
+
+    async def work(client: openai.AsyncOpenAI) -> None:
+        made = await client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+        assert made.status == "error"
+        assert made.status_details is not None
+        assert made.status_details.startswith("rows.jsonl, line 30, column")
+        assert str(tmp_path) not in made.status_details
+        assert (await client.files.content(made.id)).content == rows
+
+    ask(app, work)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "the body ends before the form does"),
+        (b"no form at all", 400, "not a form"),
+        (PURPOSE + FILE, 400, "ends before"),
+        ((PURPOSE + FILE)[:-200], 400, "ends before"),
+        (PURPOSE + END, 400, "'file' with the file is missing"),
+        (FILE + END, 400, "'purpose' is missing"),
+        (part("purpose", b"batch") + FILE + END, 400, "'purpose' is 'batch'. Write 'fine-tune' or 'document'."),
+        (PURPOSE + FILE + FILE + END, 400, "two files"),
+        (PURPOSE + PURPOSE + FILE + END, 400, "'purpose' is there twice"),
+        (part("purpos", b"fine-tune") + FILE + END, 400, "no field 'purpos'. Did you mean 'purpose'?"),
+        (part("expires_after[seconds]", b"3600") + PURPOSE + FILE + END, 400, "files do not expire here"),
+        (PURPOSE + part("file", ROWS) + END, 400, "with a file name"),
+        (PURPOSE + part("file", b"", filename="rows.jsonl") + END, 400, "rows.jsonl is empty"),
+        (part("purpose", b"x" * 2000) + FILE + END, 400, "more than 1,024 bytes"),
+        (part("expires_after", b"") * 1000 + END, 400, "do not expire"),
+        (PURPOSE + part("file", b"a", filename="a", headers="X: y\r\n" * 3000) + END, 400, ""),
+        (PURPOSE + part("file", b"a", filename="a", headers="X" * 9000 + ": y\r\n") + END, 400, ""),
+        (b"--B\r\n\r\nno headers\r\n--B--\r\n", 400, "has no name"),
+    ],
+)
+def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path, body: bytes, status: int, message: str) -> None:
+    response = post(app, body)
+    assert response.status == status
+    assert message in response.json["error"]["message"]
+    assert stored(tmp_path) == []
+
+
+def test_other_content_types_are_refused(app: Any, tmp_path: Path) -> None:
+    response = asyncio.run(send(app, "POST", "/v1/files", {"purpose": "fine-tune"}))
+    assert (response.status, response.code) == (415, "unsupported_media_type")
+    for boundary in ("", "x" * 200):
+        assert post(app, PURPOSE + FILE + END, boundary=boundary).status == 400
+    assert post(app, PURPOSE + FILE + END, boundary="C").status == 400
+    assert stored(tmp_path) == []
+
+
+def test_a_page_of_another_site_may_not_upload(app: Any) -> None:
+    body = PURPOSE + FILE + END
+    assert post(app, body, origin="https://evil.example").code == "origin_not_allowed"
+    assert post(app, body, origin="http://127.0.0.1:8000").status == 200
+
+
+def test_keys_see_their_own_files_and_admins_all(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    keys = {name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "ben", "boss")}
+    keys["guest"] = KeyConfig(hash=hash_key("pt-guest"), train=False)
+    app, _ = make_server(keys=keys)
+    made = post(app, PURPOSE + FILE + END, **bearer("ann")).json
+
+    def status(key: str, method: str, path: str) -> int:
+        return asyncio.run(send(app, method, path, headers=bearer(key))).status
+
+    def listed(key: str) -> int:
+        return len(asyncio.run(send(app, "GET", "/v1/files", headers=bearer(key))).json["data"])
+
+    paths = [f"/v1/files/{made['id']}", f"/v1/files/{made['id']}/content"]
+    assert [status("ben", "GET", path) for path in paths] == [404, 404]
+    assert status("ben", "DELETE", paths[0]) == 404
+    assert [listed(key) for key in ("ann", "ben", "boss")] == [1, 0, 1]
+    assert post(app, PURPOSE + FILE + END, **bearer("guest")).code == "training_not_allowed"
+    assert status("guest", "DELETE", paths[0]) == 403
+    assert status("boss", "DELETE", paths[0]) == 200
+    lines = [json.loads(line) for line in (tmp_path / "data" / "audit.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["action"], line["file"]) for line in lines] == [
+        ("ann", "file.create", made["id"]),
+        ("boss", "file.delete", made["id"]),
+    ]
+
+
+def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    key = KeyConfig(hash=hash_key("pt-ann"), max_files=2, max_file_mib=1)
+    app, _ = make_server(max_file_mib=1, keys={"ann": key})
+    large = part("file", b"x" * 700_000, filename="large.txt")
+    document = part("purpose", b"document")
+    assert post(app, document + large + END, **bearer("ann")).status == 200
+    response = post(app, document + large + END, **bearer("ann"))
+    assert (response.status, response.code) == (413, "no_room")
+    assert post(app, document + large + large + END, **bearer("ann")).status == 413
+    assert post(app, PURPOSE + FILE + END, **bearer("ann")).status == 200
+    response = post(app, PURPOSE + FILE + END, **bearer("ann"))
+    assert (response.status, response.code) == (403, "too_many_files")
+    assert len(stored(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("where", ["open", "write", "publish"])
+def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    target = {
+        "open": "prefixtune.utils.files.tempfile.mkdtemp",
+        "write": "prefixtune.jobs.upload.Upload._append",
+        "publish": "prefixtune.jobs.stored_file.os.rename",
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, fail)
+        response = post(app, PURPOSE + FILE + END)
+    assert (response.status, response.code) == (507, "no_space")
+    assert str(tmp_path) not in response.body.decode()
+    assert stored(tmp_path) == []
+    assert post(app, PURPOSE + FILE + END).status == 200
+
+
+def test_a_client_that_disconnects_leaves_nothing(app: Any, tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    async def receive() -> dict[str, Any]:
+        seen.append(stored(tmp_path))
+        if len(seen) == 1:
+            return {"type": "http.request", "body": PURPOSE + FILE[:800], "more_body": True}
+        return {"type": "http.disconnect"}
+
+    async def ignore(_: Any) -> None:
+        pass
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=B")]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/files", "raw_path": b"/v1/files", "query_string": b"",
+        "headers": headers, "root_path": "", "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+    asyncio.run(app(scope, receive, ignore))
+    assert [len(names) for names in seen] == [1, 1]
+    assert stored(tmp_path) == []
+
+
+def test_nothing_is_made_before_the_first_upload(app: Any, tmp_path: Path) -> None:
+    assert asyncio.run(send(app, "GET", "/v1/files")).json == {
+        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False,
+    }  # fmt: skip
+    for path in ("/v1/files/file-1", "/v1/files/..%2f..", f"/v1/files/file-{'0' * 24}"):
+        assert asyncio.run(send(app, "GET", path)).status == 404
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_server_that_takes_no_jobs_takes_no_files(make_server: Callable[..., Any]) -> None:
+    app, _ = make_server(train_workers=0)
+    assert post(app, PURPOSE + FILE + END).code == "training_not_served"
