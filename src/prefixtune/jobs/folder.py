@@ -97,11 +97,6 @@ class JobFolder:
         return self.root / "inputs"
 
     @property
-    def start(self) -> Path:
-        """A copy of the served prefix that training goes on from, where the job names one as its model."""
-        return self.inputs / "start.safetensors"
-
-    @property
     def run(self) -> Path:
         """The run's folder, as `prefixtune train --output` makes it."""
         return self.root / "run"
