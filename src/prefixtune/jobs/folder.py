@@ -44,7 +44,16 @@ class DataFolder:
     @property
     def database_url(self) -> str:
         """The queue's SQLite database."""
-        return f"sqlite:///{(self.root / 'jobs.sqlite').absolute()}"
+        return f"sqlite:///{self._database.absolute()}"
+
+    @property
+    def has_database(self) -> bool:
+        """Whether somebody has made the queue's SQLite database."""
+        return self._database.exists()
+
+    @property
+    def _database(self) -> Path:
+        return self.root / "jobs.sqlite"
 
     @property
     def audit_log(self) -> Path:
