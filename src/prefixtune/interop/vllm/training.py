@@ -34,8 +34,8 @@ _OF_A_CONNECTION = {
 """Headers that are not about the request or the response, but about the connection that it came by."""
 # The key is vLLM's; `expect` was answered when the body was first read.
 _NOT_SENT = _OF_A_CONNECTION | {b"authorization", b"expect"}
-# With a key, these would only make the training server refuse proxies and other hosts, as it does without keys.
-_OF_OPEN_SERVERS = (b"host", b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+# Without keys, the training server refuses other hosts, proxies and other sites' pages by these; a key says enough.
+_OF_OPEN_SERVERS = (b"host", b"origin", b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
 # vLLM's server adds its own.
 _NOT_RETURNED = _OF_A_CONNECTION | {b"date", b"server"}
 

@@ -109,6 +109,7 @@ def test_an_upload_passes_whole_without_the_key_and_the_headers_of_a_connection(
     app.state.args.api_key = "vllms"
     body = bytes(range(256)) * 8000
     sent = {"authorization": "Bearer vllms", "connection": "x-one", "te": "trailers", "x-forwarded-for": "6.6.6.6"}
+    sent["origin"] = "http://models.example"
     response = ask(app, "POST", "/v1/files?a=1&b=%2F", body, headers=sent)
     heard = response.json
     assert response.status == 200
@@ -116,14 +117,14 @@ def test_an_upload_passes_whole_without_the_key_and_the_headers_of_a_connection(
     assert (heard["bytes"], heard["digest"]) == (len(body), hashlib.sha256(body).hexdigest())
     assert heard["headers"]["host"] == "localhost"
     assert heard["headers"]["content-type"] == "application/json"
-    assert not {"authorization", "te", "x-forwarded-for"} & heard["headers"].keys()
+    assert not {"authorization", "te", "origin", "x-forwarded-for"} & heard["headers"].keys()
     assert not {"keep-alive", "date", "server"} & response.headers.keys()
     chunked = ask(app, "POST", "/v1/files", body, headers={"transfer-encoding": "chunked"})
     assert chunked.json["bytes"] == len(body)
 
 
 def test_without_keys_the_training_server_sees_who_was_called(app: FakeVLLM, training: Any):
-    sent = {"host": "evil.example", "x-forwarded-for": "6.6.6.6"}
+    sent = {"host": "evil.example", "origin": "http://evil.example", "x-forwarded-for": "6.6.6.6"}
     headers = ask(app, "GET", "/v1/files", headers=sent).json["headers"]
     assert {name: headers[name] for name in sent} == sent
 
