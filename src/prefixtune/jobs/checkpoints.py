@@ -9,26 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixtune.errors import CheckpointError, RequestError
+from prefixtune.errors import CheckpointError
 from prefixtune.jobs.job import Job
+from prefixtune.jobs.names import checkpoint_name
 from prefixtune.prefix.artifact import save_prefix
-from prefixtune.prefix.folder import ENDING, check_name
+from prefixtune.prefix.folder import ENDING
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.folder import Event
 from prefixtune.training.loop import TrainLoop
 
-__all__ = ["FOLDER", "KEPT", "Checkpoint", "CheckpointKeeper", "check_result_name", "checkpoint_name", "checkpoints"]
+__all__ = ["FOLDER", "KEPT", "Checkpoint", "CheckpointKeeper", "checkpoints"]
 
 
 FOLDER = "checkpoints"
 """In the folder of a job's run."""
 KEPT = 3
 """Evaluations whose prefixes are kept: the last ones."""
-_MAX_NAME_LENGTH = 112
-"""Longest name of a result, so that `.step-N` can follow it."""
 _STEP_NAME = re.compile(r"step-(\d{1,9})")
-_STEP_ENDING = re.compile(r"\.step-\d+\Z")
 
 
 @dataclass(frozen=True)
@@ -48,32 +46,6 @@ class Checkpoint:
     name: str
     path: Path
     metrics: dict[str, float]
-
-
-def checkpoint_name(name: str, step: int) -> str:
-    """What a checkpoint is served as.
-
-    >>> checkpoint_name("support", 40)
-    'support.step-40'
-    """
-    return f"{name}.step-{step}"
-
-
-def check_result_name(name: object) -> None:
-    """Refuse names that no job's result may be served as.
-
-    Raises:
-        RequestError: It is no name of a prefix, too long, or that of a checkpoint.
-    """
-    check_name(name)
-    if len(str(name)) > _MAX_NAME_LENGTH:
-        raise RequestError(
-            f"the name {str(name)[:32]!r}... has {len(str(name))} characters.", hint=f"use at most {_MAX_NAME_LENGTH}."
-        )
-    if _STEP_ENDING.search(str(name)):
-        raise RequestError(
-            f"{name!r} is a name for a checkpoint: it ends with '.step-' and a number.", hint="choose another name."
-        )
 
 
 class CheckpointKeeper:

@@ -44,7 +44,16 @@ class DataFolder:
     @property
     def database_url(self) -> str:
         """The queue's SQLite database."""
-        return f"sqlite:///{(self.root / 'jobs.sqlite').absolute()}"
+        return f"sqlite:///{self._database.absolute()}"
+
+    @property
+    def has_database(self) -> bool:
+        """Whether somebody has made the queue's SQLite database."""
+        return self._database.exists()
+
+    @property
+    def _database(self) -> Path:
+        return self.root / "jobs.sqlite"
 
     @property
     def audit_log(self) -> Path:
@@ -95,11 +104,6 @@ class JobFolder:
     def inputs(self) -> Path:
         """Links to the uploaded files: they stay for the job when their owner deletes them."""
         return self.root / "inputs"
-
-    @property
-    def start(self) -> Path:
-        """A copy of the served prefix that training goes on from, where the job names one as its model."""
-        return self.inputs / "start.safetensors"
 
     @property
     def run(self) -> Path:

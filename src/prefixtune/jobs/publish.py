@@ -12,13 +12,14 @@ import io
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.jobs.checkpoints import checkpoints
 from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.files import FileStore, result_file_id
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix
@@ -29,7 +30,7 @@ from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_eve
 from prefixtune.utils.files import atomic_path
 from prefixtune.utils.locks import file_lock
 
-__all__ = ["METRICS_FILE", "ResultFiles", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
+__all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
 
 
 METRICS_FILE = "step_metrics.csv"
@@ -41,20 +42,12 @@ _STATUSES_AT_ONCE = 200
 """Jobs whose statuses are asked for in one query."""
 
 
-@runtime_checkable
-class ResultFiles(Protocol):
-    """Where the files that jobs make are kept for their owners."""
-
-    def put_result(self, owner: str, file_id: str, filename: str, data: bytes) -> object:
-        """Store what a job left; the second time under one id, the first file stays."""
-
-
 def publish(
     job: Job,
     run: Path,
     backbone: Backbone,
     prefixes: Path,
-    files: ResultFiles,
+    files: FileStore,
     *,
     max_bytes: int = 2**30,
 ) -> JobResult:
@@ -72,8 +65,8 @@ def publish(
         max_bytes: Largest prefix, in the backbone's dtype; see `cache_mib` of the server.
 
     Raises:
-        JobFailedError: The prefix cannot be served, or another file has its name; nothing was published.
-        PrefixError: A file cannot be written, as on a full disk, or the run's log is damaged; it may be tried again.
+        JobFailedError: The prefix cannot be served, or another file has its name; nothing stays published.
+        PrefixError: A file cannot be written, as on a full disk, or the run's log is damaged; nothing stays published.
     """
     events = read_events(run / EVENTS_FILE)
     validator = PrefixValidator(backbone, max_bytes)
@@ -81,12 +74,17 @@ def publish(
     metrics = _store_metrics(job, events, files)
     with _locked(prefixes):
         _check_free(job.name, job, prefixes)
-        for checkpoint in checkpoints(job, run):
-            if _is_free(path_of(prefixes, checkpoint.name), job):
-                with _checked(checkpoint.name, validator, prefixes) as temporary:
-                    shutil.copyfile(checkpoint.path, temporary)
-        with _checked(job.name, validator, prefixes) as temporary:
-            save_prefix(temporary, prefix, dtype=prefix.dtype)
+        try:
+            for checkpoint in checkpoints(job, run):
+                if _is_free(path_of(prefixes, checkpoint.name), job):
+                    with _checked(checkpoint.name, validator, prefixes) as temporary:
+                        shutil.copyfile(checkpoint.path, temporary)
+            with _checked(job.name, validator, prefixes) as temporary:
+                save_prefix(temporary, prefix, dtype=prefix.dtype)
+        except Exception:
+            with contextlib.suppress(PrefixError):
+                _remove_published(job, prefixes)
+            raise
     return JobResult(
         name=job.name,
         trained_tokens=sum(event["target_tokens"] for event in _of("step", events)),
@@ -189,20 +187,18 @@ def metrics_csv(events: Iterable[Event]) -> str:
     return text.getvalue()
 
 
-def _store_metrics(job: Job, events: Iterable[Event], files: ResultFiles) -> str:
+def _store_metrics(job: Job, events: Iterable[Event], files: FileStore) -> str:
     """Store the metrics for their owner; returns the file's id, the same each time.
 
     Raises:
         PrefixError: They cannot be written.
     """
-    file_id = f"file-{job.id.removeprefix('ftjob-')}"
     try:
-        files.put_result(job.owner, file_id, METRICS_FILE, metrics_csv(events).encode())
+        return files.put_result(job.owner, result_file_id(job.id), METRICS_FILE, metrics_csv(events).encode()).id
     except OSError as error:
         raise PrefixError(
             f"the metrics of {job.id!r} cannot be stored: {error.strerror or error}.", hint="free some space."
         ) from error
-    return file_id
 
 
 def _of(kind: str, events: Iterable[Event]) -> list[Event]:
@@ -227,13 +223,14 @@ def unpublish(job: Job, prefixes: Path) -> list[str]:
     Raises:
         PrefixError: A file cannot be removed.
     """
-    beside = prefixes.glob(f"{glob.escape(job.name)}.step-*{ENDING}")
     with _locked(prefixes):
-        return [
-            path.name.removesuffix(ENDING)
-            for path in (path_of(prefixes, job.name), *sorted(beside))
-            if published_by(path) == job.id and _remove(path)
-        ]
+        return _remove_published(job, prefixes)
+
+
+def _remove_published(job: Job, prefixes: Path) -> list[str]:
+    beside = sorted(prefixes.glob(f"{glob.escape(job.name)}.step-*{ENDING}"))
+    paths = [path for path in (path_of(prefixes, job.name), *beside) if published_by(path) == job.id]
+    return [path.name.removesuffix(ENDING) for path in paths if _remove(path)]
 
 
 def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature]) -> list[str]:

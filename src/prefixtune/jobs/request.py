@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.job import Job
-from prefixtune.prefix.folder import check_name
+from prefixtune.jobs.names import check_result_name
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.training.presets import preset, without_conflicts
 
@@ -291,10 +291,10 @@ def _option_faults(request: JobRequest) -> Iterator[Fault]:
 
 def _name_faults(request: JobRequest, name: str) -> Iterator[Fault]:
     try:
-        check_name(name)
+        check_result_name(name)
     except RequestError as error:
         param = "prefixtune.name" if request.options.get("name") else "suffix"
-        yield Fault(param, f"{error.message} Use letters, digits, '.', '_' and '-'; no dot first.", "invalid_name")
+        yield Fault(param, f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}", "invalid_name")
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

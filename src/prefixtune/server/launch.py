@@ -24,6 +24,7 @@ from prefixtune.server.connections import Connections, fit_open_files
 from prefixtune.server.listener import bind
 from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
+from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
 from prefixtune.utils.console import Console
 
 if TYPE_CHECKING:
@@ -67,10 +68,13 @@ def run(config: ServeConfig, console: Console) -> int:
         state = _load(config, console)
         configure_logging(config.log_level)
         _report_start(state, console, listener)
-        server = GracefulServer(state, max_connections)
+        training_worker = start_worker(config, state.training)
+        server = GracefulServer(state, max_connections, training_worker)
         try:
             server.run(sockets=[listener])
         finally:
+            if training_worker is not None:
+                training_worker.stop(0.0 if server.force_exit else STOP_SECONDS)
             state.close()
     log("stopped")
     return 0
@@ -215,7 +219,7 @@ async def watch_folder(state: ServerState) -> None:
 class GracefulServer(uvicorn.Server):
     """uvicorn, with a shutdown that finishes running requests."""
 
-    def __init__(self, state: ServerState, max_connections: int) -> None:
+    def __init__(self, state: ServerState, max_connections: int, training_worker: TrainingWorker | None = None) -> None:
         from prefixtune.server.app import make_app
 
         config = state.config
@@ -234,7 +238,7 @@ class GracefulServer(uvicorn.Server):
                 timeout_graceful_shutdown=int(_FLUSH_SECONDS),
             )
         )
-        self.state = state
+        self.state, self.training_worker = state, training_worker
         self.loop: asyncio.AbstractEventLoop | None = None
         self.stopping: asyncio.Task[None] | None = None
 
@@ -263,6 +267,8 @@ class GracefulServer(uvicorn.Server):
     async def _stop(self) -> None:
         state = self.state
         log("draining", texts=state.admission.texts)
+        if self.training_worker is not None:
+            self.training_worker.begin_stop()
         if not await state.drain(state.config.drain_seconds):
             log("gave_up", level=logging.WARNING, texts=state.admission.texts)
             await asyncio.to_thread(state.close)

@@ -149,6 +149,16 @@ class Training:
                 self._queue = JobQueue(self.database_url)
             return self._queue
 
+    def has_jobs(self) -> bool:
+        """Whether jobs wait or run; blocks. A database in the data folder is not made for that.
+
+        Raises:
+            QueueUnavailableError: The database cannot be reached.
+        """
+        if not self.config.database_url and not self.folder.has_database:
+            return False
+        return bool(self._open_queue().find(statuses=("queued", "running"), limit=1))
+
     def _make_folder(self) -> None:
         try:
             # What is uploaded is nobody else's business.

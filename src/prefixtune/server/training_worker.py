@@ -11,17 +11,24 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from prefixtune.jobs.config import WORKER_ENVIRONMENT
 from prefixtune.server.logs import log
+from prefixtune.server.settings import ServeConfig
+from prefixtune.server.training import Training
 
-__all__ = ["TrainingWorker"]
+__all__ = ["STOP_SECONDS", "TrainingWorker", "start_worker"]
 
 
+STOP_SECONDS = 15.0
+"""Time for a worker to save and end, a little more than it takes itself."""
 _LOOK_SECONDS = 60.0
 """Between looks for jobs that nobody told of: those of another server, which may have died with its worker."""
 _POLL_SECONDS = 0.25
@@ -33,26 +40,52 @@ _MAX_LINES, _MAX_LINE = 10, 1000
 """Of a worker's output, what is kept to say why it ended."""
 
 
+def start_worker(config: ServeConfig, training: Training | None) -> TrainingWorker | None:
+    """Start the supervisor of this server's worker; None: it is to have none."""
+    if training is None or not config.train_workers:
+        return None
+    command = [sys.executable, "-P", "-m", "prefixtune", "worker", "--with-parent"]
+    for name, value in {
+        "backbone": config.backbone,
+        "dtype": config.dtype,
+        "device": config.device,
+        "quantize": config.quantize,
+        "data_folder": training.folder.root,
+        "prefixes": Path(config.prefixes).absolute(),
+        "idle_seconds": config.train_idle_seconds,
+        "threads": (threads := config.train_threads or max(1, _num_cores() // 2)),
+        "nice": config.train_nice,
+        "log_level": config.log_level,
+    }.items():
+        command.append(f"--{name.replace('_', '-')}={value}")
+    environment = {
+        # Everybody on a machine sees commands, and this may hold a password.
+        f"{WORKER_ENVIRONMENT}DATABASE_URL": training.database_url,
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that wait by computing would take turns from the server.
+        "OMP_WAIT_POLICY": "passive",
+    }
+    worker = TrainingWorker(command, environment, training.has_jobs)
+    training.wake = worker.wake
+    worker.start()
+    return worker
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class TrainingWorker:
     """Keeps a worker running while there are jobs. All methods but `stop` return at once.
 
     Args:
-        command: Starts a worker. It ends with 0 after some time without jobs, and soon after SIGTERM or the end of its
-            stdin.
-        environment: Variables of the worker besides this process's own; these may be secrets, and a command may not.
+        command: Starts a worker. It ends with 0 after some time without jobs, and soon after its stdin is closed.
+        environment: Variables of the worker besides this process's own.
         has_jobs: Whether jobs wait or run; called in a thread, it may block and raise any error.
-        nice: How far the worker steps back where the processor is busy.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        environment: Mapping[str, str],
-        has_jobs: Callable[[], bool],
-        *,
-        nice: int = 0,
-    ) -> None:
-        self._command, self._environment, self._has_jobs, self._nice = tuple(command), environment, has_jobs, nice
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], has_jobs: Callable[[], bool]) -> None:
+        self._command, self._environment, self._has_jobs = tuple(command), environment, has_jobs
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -109,7 +142,15 @@ class TrainingWorker:
         """Run a worker to its end; returns the seconds to wait before the next one."""
         began, lines = time.monotonic(), deque[str](maxlen=_MAX_LINES)
         try:
-            process = self._process = self._start()
+            process = self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment},
+                # Ctrl-C in a terminal reaches the server alone, and the worker by it.
+                start_new_session=True,
+            )
         except OSError as error:
             return self._report_death(-1, error.strerror or str(error))
         log("worker_started", worker=process.pid)
@@ -119,7 +160,9 @@ class TrainingWorker:
             while process.poll() is None and not self._stopping.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
-            process.terminate()
+            # By a signal, a worker that got the same one with its whole group would take it for the second.
+            assert process.stdin is not None
+            process.stdin.close()
             code = process.wait()
             # What the worker itself started may hold its output open.
             reader.join(1.0)
@@ -131,20 +174,6 @@ class TrainingWorker:
         if time.monotonic() - began > _STEADY_SECONDS:
             self._deaths = 0
         return self._report_death(code, " ".join(lines))
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **self._environment},
-        )
-        if self._nice and hasattr(os, "setpriority"):
-            # Of its only thread as yet; the later ones inherit it.
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + self._nice)
-        return process
 
     def _report_death(self, code: int, reason: str) -> float:
         """Log it, unless the last one died of the same; returns the seconds to wait before the next one."""

@@ -13,9 +13,12 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.checkpoints import CheckpointKeeper, check_result_name, checkpoints
+from prefixtune.jobs.checkpoints import CheckpointKeeper, checkpoints
 from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.files import FileStore
+from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job
+from prefixtune.jobs.names import check_result_name
 from prefixtune.jobs.publish import publish, published_by, tidy, unpublish
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix
@@ -28,16 +31,6 @@ from prefixtune.training.train import train
 JOB = Job(id=f"ftjob-{'a' * 24}", owner="alice", created=1, model="tiny", name="support", training_file="file-1")
 OTHER = JOB.model_copy(update={"id": f"ftjob-{'b' * 24}", "owner": "bob"})
 METRICS = f"file-{'a' * 24}"
-
-
-class KeptFiles:
-    """What was stored, by job and name."""
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, str, str], bytes] = {}
-
-    def put_result(self, owner: str, file_id: str, filename: str, data: bytes) -> None:
-        self.kept[owner, file_id, filename] = data
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +65,11 @@ def prefixes(tmp_path: Path) -> Path:
     return tmp_path / "prefixes"
 
 
+@pytest.fixture
+def files(tmp_path: Path) -> FileStore:
+    return FileStore(DataFolder(tmp_path / "data"))
+
+
 def names(prefixes: Path) -> list[str]:
     """All that is in the folder, hidden files included."""
     return sorted(os.listdir(prefixes))
@@ -80,8 +78,9 @@ def names(prefixes: Path) -> list[str]:
 ALL = ["support.safetensors", *(f"support.step-{step}.safetensors" for step in (10, 6, 8))]
 
 
-def test_a_result_is_the_runs_best_prefix_with_its_owner(run: Path, backbone: Any, prefixes: Path) -> None:
-    files = KeptFiles()
+def test_a_result_is_the_runs_best_prefix_with_its_owner(
+    run: Path, backbone: Any, prefixes: Path, files: FileStore
+) -> None:
     result = publish(JOB, run, backbone, prefixes, files)
     assert names(prefixes) == ALL
     best, served = read_artifact(run / "prefix.safetensors"), read_artifact(prefixes / "support.safetensors")
@@ -90,7 +89,7 @@ def test_a_result_is_the_runs_best_prefix_with_its_owner(run: Path, backbone: An
     assert origin is not None
     assert (origin.id, origin.owner, origin.step) == (JOB.id, "alice", None)
     assert published_by(prefixes / "support.safetensors") == JOB.id
-    text = files.kept["alice", METRICS, "step_metrics.csv"].decode()
+    text = files.path("alice", METRICS).read_text()
     rows = list(csv.DictReader(text.splitlines()))
     assert text.startswith("step,train_loss,valid_loss,learning_rate,seconds\n1,")
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]
@@ -100,19 +99,19 @@ def test_a_result_is_the_runs_best_prefix_with_its_owner(run: Path, backbone: An
     assert result.trained_tokens > 10
 
 
-def test_publishing_again_changes_nothing(run: Path, backbone: Any, prefixes: Path) -> None:
-    first = publish(JOB, run, backbone, prefixes, KeptFiles())
+def test_publishing_again_changes_nothing(run: Path, backbone: Any, prefixes: Path, files: FileStore) -> None:
+    first = publish(JOB, run, backbone, prefixes, files)
     before = {path.name: path.read_bytes() for path in prefixes.iterdir()}
-    assert publish(JOB, run, backbone, prefixes, KeptFiles()) == first
+    assert publish(JOB, run, backbone, prefixes, files) == first
     assert {path.name: path.read_bytes() for path in prefixes.iterdir()} == before
 
 
-def test_a_name_that_another_file_has_is_left_alone(run: Path, backbone: Any, prefixes: Path) -> None:
-    publish(OTHER, run, backbone, prefixes, KeptFiles())
+def test_a_name_that_another_file_has_is_left_alone(run: Path, backbone: Any, prefixes: Path, files: FileStore) -> None:
+    publish(OTHER, run, backbone, prefixes, files)
     for content in ((prefixes / "support.safetensors").read_bytes(), b"no prefix"):
         (prefixes / "support.safetensors").write_bytes(content)
         with pytest.raises(JobFailedError, match="'support'") as failed:
-            publish(JOB, run, backbone, prefixes, KeptFiles())
+            publish(JOB, run, backbone, prefixes, files)
         assert failed.value.error.code == "name_taken"
         assert (prefixes / "support.safetensors").read_bytes() == content
         assert unpublish(JOB, prefixes) == []
@@ -120,7 +119,7 @@ def test_a_name_that_another_file_has_is_left_alone(run: Path, backbone: Any, pr
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other model"])
 def test_what_cannot_be_served_is_not_published(
-    run: Path, backbone: Any, prefixes: Path, tiny_backbone: Any, damage: str
+    run: Path, backbone: Any, prefixes: Path, files: FileStore, tiny_backbone: Any, damage: str
 ) -> None:
     file = run / "prefix.safetensors"
     if damage == "missing":
@@ -130,21 +129,23 @@ def test_what_cannot_be_served_is_not_published(
     else:
         backbone = tiny_backbone("llama", num_hidden_layers=1)
     with pytest.raises(JobFailedError) as failed:
-        publish(JOB, run, backbone, prefixes, KeptFiles())
+        publish(JOB, run, backbone, prefixes, files)
     assert failed.value.error.code == "invalid_prefix"
     assert str(run) not in failed.value.error.message
     assert str(prefixes) not in failed.value.error.message
     assert not prefixes.exists() or names(prefixes) == []
 
 
-def test_a_prefix_that_is_too_large_is_not_published(run: Path, backbone: Any, prefixes: Path) -> None:
+def test_a_prefix_that_is_too_large_is_not_published(
+    run: Path, backbone: Any, prefixes: Path, files: FileStore
+) -> None:
     with pytest.raises(JobFailedError, match="bytes"):
-        publish(JOB, run, backbone, prefixes, KeptFiles(), max_bytes=100)
+        publish(JOB, run, backbone, prefixes, files, max_bytes=100)
     assert names(prefixes) == []
 
 
 def test_a_full_disk_leaves_nothing_half_written(
-    run: Path, backbone: Any, prefixes: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -152,16 +153,15 @@ def test_a_full_disk_leaves_nothing_half_written(
     with monkeypatch.context() as patched:
         patched.setattr("prefixtune.prefix.artifact.save_file", fail)
         with pytest.raises(PrefixError, match="No space left"):
-            publish(JOB, run, backbone, prefixes, KeptFiles())
-    # The checkpoints came first; they go with the job.
-    assert "support.safetensors" not in names(prefixes)
-    assert not [name for name in names(prefixes) if name.startswith(".")]
-    publish(JOB, run, backbone, prefixes, KeptFiles())
+            publish(JOB, run, backbone, prefixes, files)
+    # The checkpoints came first, and are taken back.
+    assert names(prefixes) == []
+    publish(JOB, run, backbone, prefixes, files)
     assert names(prefixes) == ALL
 
 
-def test_a_job_takes_back_its_own_files_only(run: Path, backbone: Any, prefixes: Path) -> None:
-    publish(JOB, run, backbone, prefixes, KeptFiles())
+def test_a_job_takes_back_its_own_files_only(run: Path, backbone: Any, prefixes: Path, files: FileStore) -> None:
+    publish(JOB, run, backbone, prefixes, files)
     shutil.copyfile(prefixes / "support.step-8.safetensors", prefixes / "other.safetensors")
     prefix = read_artifact(prefixes / "support.safetensors")
     uploaded = {name: value for name, value in prefix.header.items() if name != "job"}
@@ -184,9 +184,9 @@ class Statuses(JobQueue):
 
 @pytest.mark.parametrize("status", ["cancelled", "failed", "succeeded", "running", "paused", None])
 def test_files_of_cancelled_and_failed_jobs_are_removed(
-    run: Path, backbone: Any, prefixes: Path, status: str | None
+    run: Path, backbone: Any, prefixes: Path, files: FileStore, status: str | None
 ) -> None:
-    publish(JOB, run, backbone, prefixes, KeptFiles())
+    publish(JOB, run, backbone, prefixes, files)
     (prefixes / "broken.safetensors").write_bytes(b"no prefix")
     queue = Statuses(**({JOB.id: status} if status else {}))
     settled: dict[str, Any] = {}
@@ -214,7 +214,7 @@ def test_the_last_evaluations_are_checkpoints(run: Path) -> None:
     assert checkpoints(OTHER, run) == []
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a b", "a+b", "x" * 113, "support.step-3", None])
+@pytest.mark.parametrize("name", ["", "../x", "a b", "a+b", "x" * 113, "support.step-3"])
 def test_names_that_no_result_has(name: Any) -> None:
     with pytest.raises(RequestError):
         check_result_name(name)
@@ -222,10 +222,12 @@ def test_names_that_no_result_has(name: Any) -> None:
     check_result_name("support.step-x")
 
 
-def test_the_start_is_called_what_its_owner_calls_it(run: Path, backbone: Any, prefixes: Path) -> None:
+def test_the_start_is_called_what_its_owner_calls_it(
+    run: Path, backbone: Any, prefixes: Path, files: FileStore
+) -> None:
     prefix = read_artifact(run / "prefix.safetensors")
     start = {"kind": "prefix", "file": "start.safetensors", "hash": "sha256:0"}
     save_prefix(run / "prefix.safetensors", Prefix(prefix.layers, {**prefix.header, "initialization": start}))
-    publish(JOB.model_copy(update={"model": "first"}), run, backbone, prefixes, KeptFiles())
+    publish(JOB.model_copy(update={"model": "first"}), run, backbone, prefixes, files)
     header = read_artifact(prefixes / "support.safetensors").header
     assert header["initialization"] == {**start, "file": "first"}

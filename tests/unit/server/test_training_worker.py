@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 from child_process import kill, start_child
+from prefixtune.cli.commands import worker as worker_command
+from prefixtune.cli.main import main
 from prefixtune.server import training_worker
-from prefixtune.server.training_worker import TrainingWorker
+from prefixtune.server.settings import ServeConfig
+from prefixtune.server.training import Training
+from prefixtune.server.training_worker import TrainingWorker, start_worker
 
 # A worker that notes its start, and lives as long as its parent.
 LIVING = """
@@ -170,17 +174,49 @@ def test_one_that_does_not_end_is_killed_after_the_limit(supervised: Supervised)
     assert "worker_killed" in supervised.events()
 
 
-def test_its_log_is_the_servers_and_its_priority_is_lower(supervised: Supervised) -> None:
+def test_its_log_is_the_servers(supervised: Supervised) -> None:
     supervised.jobs.set()
-    lines = [
-        "import json, os",
-        'line = {"time": 1, "level": "warning", "event": "x", "nice": os.nice(0)}',
-        "print(json.dumps(line), flush=True)",
-    ]
-    supervised.start("\n".join(lines) + LIVING, nice=5)
+    line = {"time": 1, "level": "warning", "event": "x", "step": 3}
+    supervised.start(f"import json; print(json.dumps({line}), flush=True)\n{LIVING}")
     until(lambda: supervised.of("x"))
-    (fields,) = supervised.of("x")
-    assert fields == {"level": 30, "nice": os.nice(0) + 5, "worker": supervised.pids()[0]}
+    assert supervised.of("x") == [{"level": 30, "step": 3, "worker": supervised.pids()[0]}]
+
+
+def test_a_password_is_in_the_environment_and_not_in_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(training_worker.TrainingWorker, "start", lambda self: made.append(self))
+    url = "postgresql://me:secret@db/jobs"
+    config = ServeConfig(database_url=url, data_folder=str(tmp_path), train_threads=3, train_nice=7, dtype="float32")
+    training = Training(config, is_open=True)
+    assert start_worker(ServeConfig(train_workers=0, database_url=url), training) is None
+    assert start_worker(config, None) is None
+    worker = start_worker(config, training)
+    assert made == [worker]
+    command, environment = worker._command, worker._environment
+    assert "secret" not in " ".join(command)
+    assert environment["PREFIXTUNE_WORKER_DATABASE_URL"] == url
+    # As the worker itself reads them.
+    seen: list[Any] = []
+    monkeypatch.setattr(worker_command, "_run", lambda config, stop: seen.append(config) or 0)
+    monkeypatch.setattr(worker_command, "_exit_now", lambda code: code)
+    monkeypatch.setattr(worker_command, "_follow_parent", lambda stop: None)
+    monkeypatch.setenv("PREFIXTUNE_WORKER_DATABASE_URL", environment["PREFIXTUNE_WORKER_DATABASE_URL"])
+    main(list(command[command.index("worker") :]))
+    (read,) = seen
+    for name in ("backbone", "dtype", "device", "quantize", "database_url", "data_folder", "log_level"):
+        assert getattr(read, name) == getattr(config, name)
+    assert (read.threads, read.nice, read.idle_seconds) == (3, 7, config.train_idle_seconds)
+    assert read.prefixes == str(Path("prefixes").absolute())
+
+
+def test_no_database_is_made_to_look_for_jobs(tmp_path: Path) -> None:
+    training = Training(ServeConfig(data_folder=str(tmp_path / "data")), is_open=True)
+    assert not training.has_jobs()
+    assert not training.is_used
+    assert list(tmp_path.iterdir()) == []
+    training.close()
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
