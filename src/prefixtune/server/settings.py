@@ -95,7 +95,10 @@ class ServeConfig(Config):
     backbone_id: str = _model("", description="the bare backbone's model name; empty: the last part of its name")
     prefixes: str = _model("prefixes", min_length=1, description="folder of prefix files, NAME.safetensors")
     reload_seconds: float = _model(
-        0.0, ge=0, description="seconds between looks for new and replaced files; 0: only on POST /admin/reload"
+        0.0,
+        ge=0,
+        description="seconds between looks for new and replaced files; 0: on POST /admin/reload and, where jobs are "
+        "trained, when a file comes or goes",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _model("auto", description="dtype of the frozen weights")
     device: DeviceName = _model("auto", description="cpu, cuda, cuda:0, mps or auto")
