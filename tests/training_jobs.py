@@ -26,9 +26,13 @@ sys.exit(main(["worker", *sys.argv[1:]]))
 """
 
 
-def make_job(data: DataFolder, name: str = "answers", *, rows: list[dict[str, Any]] = ROWS, **fields: Any) -> Job:
+def make_job(
+    data: DataFolder, name: str = "answers", *, rows: list[dict[str, Any]] | None = ROWS, **fields: Any
+) -> Job:
     """A job with its folder, not queued yet; `config` adds to `CONFIG`, `dev` are rows to validate on."""
     config, dev = {**CONFIG, **fields.pop("config", {})}, fields.pop("dev", None)
+    document = fields.pop("document", None)
+    fields = {"kind": "document", **fields} if document else fields
     job = Job(
         id=new_job_id(),
         owner=fields.pop("owner", "ann"),
@@ -42,7 +46,11 @@ def make_job(data: DataFolder, name: str = "answers", *, rows: list[dict[str, An
     uploads = data.root / "uploads"
     uploads.mkdir(parents=True, exist_ok=True)
     inputs: Any = {}
-    for part, some in (("train", rows), ("dev", dev)):
+    if document is not None:
+        source = uploads / f"{job.id}.txt"
+        source.write_text(document)
+        inputs["document"] = (source, ".txt")
+    for part, some in (("questions" if document else "train", rows), ("dev", dev)):
         if some is not None:
             source = uploads / f"{job.id}-{part}.jsonl"
             source.write_text("".join(json.dumps(row) + "\n" for row in some))

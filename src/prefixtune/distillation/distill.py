@@ -12,17 +12,16 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
-from prefixtune.data import Example
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, read_jobs
+from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, read_jobs
 from prefixtune.distillation.lesson import Lesson
+from prefixtune.distillation.memory import Teachers, check_student
 from prefixtune.distillation.outcome import report
 from prefixtune.distillation.phases import label_data, prepare
 from prefixtune.distillation.plan import make_plan
 from prefixtune.distillation.stored import write_seconds
-from prefixtune.distillation.teacher import Teacher, load_teacher
 from prefixtune.distillation.wording import choose_wording
-from prefixtune.errors import CheckpointError, ConfigError, DataError
+from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
@@ -115,8 +114,8 @@ def distill(
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume, loads_backbone=backbone is None)
     student = _load(config, console) if backbone is None else as_backbone(backbone)
-    _check_student(config, student, jobs)
-    teachers = _Teachers(config, student, console)
+    check_student(config, student, jobs)
+    teachers = Teachers(config, student, console)
     wording = choose_wording(config, student, teachers.text_format())
     readers = teachers.readers()
     plans = [make_plan(config, job, readers, wording, console) for job in jobs]
@@ -150,66 +149,11 @@ def _load(config: DistillConfig, console: Console) -> Backbone:
     )
 
 
-def _check_student(config: DistillConfig, student: Backbone, jobs: list[Job]) -> None:
-    """Refuse what needs the tokenizer to be seen.
-
-    Raises:
-        ConfigError: The backbone cannot have a text in view.
-        DataError: A document or prompt is shorter than the memory.
-    """
-    if student.kind == "encoder" or (config.subject != "teacher" and student.kind != "decoder"):
-        raise ConfigError(
-            f"{student.name!r} is of kind {student.kind!r}, but a {config.subject} is distilled into a decoder-only "
-            "model.",
-            hint="choose another backbone; encoder-decoders can learn from a --teacher.",
-        )
-    short = {
-        job.text_file: count
-        for job in jobs
-        if job.text and (count := len(student.encode(job.text))) < config.prefix_length
-    }
-    if short:
-        listed = ", ".join(f"{path!r} has {count}" for path, count in list(short.items())[:5])
-        raise DataError(
-            f"prefix_length is {config.prefix_length}, but of the texts to put into it {listed} tokens.",
-            hint="choose a shorter --prefix-length: a memory is to be shorter than its text.",
-        )
-
-
-class _Teachers:
-    """The teacher of a run, loaded when it is first needed, and let go before the training."""
-
-    def __init__(self, config: DistillConfig, student: Backbone, console: Console) -> None:
-        self._config, self._student, self._console = config, student, console
-        self._teacher: Teacher | None = None
-
-    def load(self) -> Teacher:
-        """The teacher."""
-        if self._teacher is None:
-            if self._config.teacher:
-                self._console.info(f"loading the teacher {self._config.teacher} ...")
-            self._teacher = load_teacher(self._config, self._student)
-        return self._teacher
-
-    def text_format(self) -> Any:
-        """What the teacher was trained with."""
-        return self.load().text_format if self._config.teacher else None
-
-    def readers(self) -> list[Backbone]:
-        """Who has a text in view: the student, and a model of its own that teaches."""
-        teacher = self.load().backbone if self._config.teacher else self._student
-        return [self._student] if teacher is self._student else [self._student, teacher]
-
-    def free(self) -> None:
-        """Let the teacher go."""
-        self._teacher = None
-
-
 def _train(
     config: DistillConfig,
     lessons: list[Lesson],
     student: Backbone,
-    teachers: _Teachers,
+    teachers: Teachers,
     console: Console,
     on_event: Callable[[Event], None] | None,
     *,
@@ -228,9 +172,7 @@ def _train(
     together = student.layout.packable and len(lessons) > 1 and not config.adapter
     for first in range(0, len(lessons), size if together else 1):
         group = lessons[first : first + (size if together else 1)]
-        examples = [
-            [Example(question.question, (question.answer or "",)) for question in lesson.questions] for lesson in group
-        ]
+        examples = [lesson.examples for lesson in group]
         with _timed(group), show_training(console, num_runs=len(group)) as show:
 
             def record(event: Event, show: Callable[[Event], None] = show) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from prefixtune.data import Example
 from prefixtune.distillation.documents import Question
 from prefixtune.distillation.inputs import Job
 from prefixtune.distillation.teacher import Teacher
@@ -44,6 +45,11 @@ class Lesson:
     test: tuple[Question, ...]
     taught: tuple[Question, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def examples(self) -> list[Example]:
+        """The questions with their answers, to train on."""
+        return [Example(question.question, (question.answer or "",)) for question in self.questions]
 
 
 class Views:

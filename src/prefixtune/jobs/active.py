@@ -59,7 +59,7 @@ def hold_folder(folder: JobFolder) -> Iterator[bool]:
         OSError: There is no such folder, or it cannot be written.
     """
     path = folder.root / _LOCK
-    lock: BaseFileLock | None = acquire_lock(path, 0)
+    lock: BaseFileLock | None = acquire_lock(path, 0.0)
     try:
         yield lock is not None
     finally:

@@ -8,6 +8,7 @@ claim that is the last one end a job.
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ class Executor:
                     failed.error.message, "JobFailedError", failed.error.code, failed.error.model_dump(mode="json")
                 ) from None
 
+        # The worker's log tells of jobs that fail; the library would add its own traceback.
+        logging.getLogger("dbos").addFilter(lambda record: "background workflow" not in str(record.msg))
         DBOS.listen_queues([QUEUE])
         DBOS.launch()
         DBOS.register_queue(QUEUE, worker_concurrency=self._capacity, polling_interval_sec=_POLLING_SECONDS)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.distillation.config import SELF, DistillConfig
+from prefixtune.distillation.memory import open_memory
 from prefixtune.errors import DataError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.inputs import InputName, find_input
@@ -14,21 +16,47 @@ from prefixtune.jobs.job import Job
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.opening import open_run
 from prefixtune.training.runs import Run
+from prefixtune.utils.console import Console, Progress
 
-__all__ = ["open_job", "train_config"]
+__all__ = ["OnProgress", "open_job"]
 
 
-def train_config(job: Job, folder: JobFolder, backbone: Backbone) -> TrainConfig:
-    """The run of a job that trains on examples.
+OnProgress = Callable[[str, int, int | None], None]
+"""Called with what is being prepared, how much of it is done, and how much there is; what it raises ends the work."""
+
+
+@contextlib.contextmanager
+def open_job(job: Job, folder: JobFolder, backbone: Backbone, on_progress: OnProgress) -> Iterator[Run]:
+    """The run of a job, ready to join a group; it goes on where an earlier worker left it.
+
+    Args:
+        job: What was asked for.
+        folder: Its folder, which nobody else uses.
+        backbone: Of the group.
+        on_progress: Called while a document's questions and answers are made.
 
     Raises:
-        ConfigError: The job's values contradict each other.
-        DataError: Its file is gone.
+        PrefixError: As `open_run` and `open_memory` do.
     """
-    values = _values(job, folder, backbone) | {"train": _needed(folder, "train"), "data_cache": False}
+    if job.kind == "document":
+        opened = open_memory(_memory_config(job, folder, backbone), backbone, _Reporting(on_progress))
+    else:
+        opened = open_run(_train_config(job, folder, backbone), backbone)
+    with opened as run:
+        yield run
+
+
+def _train_config(job: Job, folder: JobFolder, backbone: Backbone) -> TrainConfig:
+    values = {**_values(job, folder, backbone), "train": _needed(folder, "train"), "data_cache": False}
     if dev := find_input(folder, "dev"):
         values["dev"] = str(dev)
     return TrainConfig(**values)
+
+
+def _memory_config(job: Job, folder: JobFolder, backbone: Backbone) -> DistillConfig:
+    questions = find_input(folder, "questions")
+    values = {**_values(job, folder, backbone), "document": _needed(folder, "document")}
+    return DistillConfig(**{**values, "questions": str(questions) if questions else SELF})
 
 
 def _values(job: Job, folder: JobFolder, backbone: Backbone) -> dict[str, Any]:
@@ -48,12 +76,24 @@ def _needed(folder: JobFolder, name: InputName) -> str:
     return str(path)
 
 
-@contextlib.contextmanager
-def open_job(job: Job, folder: JobFolder, backbone: Backbone) -> Iterator[Run]:
-    """The run of a job, ready to join a group; it goes on where an earlier worker saved it.
+class _Reporting(Console):
+    """Reports progress to a function instead of people."""
 
-    Raises:
-        PrefixError: As `open_run` does.
-    """
-    with open_run(train_config(job, folder, backbone), backbone) as run:
-        yield run
+    def __init__(self, on_progress: OnProgress) -> None:
+        super().__init__(quiet=True)
+        self._on_progress = on_progress
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int | None, *, start: int = 0, at_once: bool = True) -> Iterator[Progress]:
+        """Report the progress of the block."""
+        self._on_progress(title, start, total)
+        yield _Part(title, total, self._on_progress)
+
+
+class _Part:
+    def __init__(self, title: str, total: int | None, on_progress: OnProgress) -> None:
+        self._title, self._total, self._on_progress = title, total, on_progress
+
+    def update(self, step: int, **figures: object) -> None:
+        """Report it."""
+        self._on_progress(self._title, step, self._total)

@@ -40,6 +40,10 @@ _RETRY_SECONDS = 0.5
 _log = logging.getLogger("prefixtune.jobs")
 
 
+class _LeftError(Exception):
+    """A job is left while it is prepared."""
+
+
 class Trainer:
     """Trains the jobs that are submitted to it.
 
@@ -150,7 +154,7 @@ class Trainer:
                 same.tickets.append(ticket)
             elif len(self._active) >= capacity:
                 continue
-            elif not self._open(ticket, backbone, group):
+            elif not self._open(ticket, backbone, group, stop):
                 self._next_try = time.monotonic() + _RETRY_SECONDS
                 continue
             self._waiting.remove(ticket)
@@ -164,11 +168,18 @@ class Trainer:
             self._group = RunGroup(self._backbone, (Exception,))
         return self._backbone, self._group
 
-    def _open(self, ticket: Ticket, backbone: Backbone, group: RunGroup) -> bool:
-        """Let a job join the group, or fail; False: somebody else still holds it."""
+    def _open(self, ticket: Ticket, backbone: Backbone, group: RunGroup, stop: threading.Event) -> bool:
+        """Let a job join the group, or fail; False: somebody else still holds it, or it is to be left."""
         job = ticket.job
         folder = self._data.job(job.id)
         events = JobEvents(folder)
+
+        def preparing(what: str, done: int, total: int | None) -> None:
+            if stop.is_set() or self._is_lost(ticket, self._statuses.latest):
+                raise _LeftError
+            if total:
+                events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
+
         with contextlib.ExitStack() as holding:
             try:
                 if not folder.root.is_dir():
@@ -177,10 +188,14 @@ class Trainer:
                     return False
                 count_attempt(folder)
                 with contextlib.ExitStack() as closing:
-                    run = closing.enter_context(open_job(job, folder, backbone))
+                    run = closing.enter_context(open_job(job, folder, backbone, preparing))
                     active = ActiveJob(
                         ticket, folder, run, events, closing=closing.pop_all(), holding=holding.pop_all()
                     )
+            except _LeftError:
+                # Its claim holds no more, which is seen next, or this worker ends.
+                forget_attempts(folder)
+                return False
             except Exception as error:
                 self._end_failed(job, [ticket], folder, events, error)
                 return True
@@ -338,7 +353,9 @@ class Trainer:
         for ticket in tickets:
             ticket.future.set_exception(JobFailedError(told))
         fields = {"job": job.id, "code": told.code, "reason": str(error)}
-        _log.error("job_failed", extra={"fields": fields}, exc_info=None if is_foreseen(error) else error)
+        foreseen = is_foreseen(error)
+        level = logging.WARNING if foreseen else logging.ERROR
+        _log.log(level, "job_failed", extra={"fields": fields}, exc_info=None if foreseen else error)
 
 
 def _close(active: ActiveJob) -> None:

@@ -1,0 +1,117 @@
+"""One memory from its configuration to a run that trains beside others; and what all distillations begin with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.distillation.config import DistillConfig
+from prefixtune.distillation.inputs import CONFIG_FILE, Job, read_jobs
+from prefixtune.distillation.phases import label_data, prepare
+from prefixtune.distillation.plan import make_plan
+from prefixtune.distillation.teacher import Teacher, load_teacher
+from prefixtune.distillation.wording import choose_wording
+from prefixtune.errors import ConfigError, DataError
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import TrainData
+from prefixtune.training.opening import open_run
+from prefixtune.training.runs import Run
+from prefixtune.utils.console import Console
+from prefixtune.utils.files import write_text
+from prefixtune.utils.locks import claim_folder
+
+__all__ = ["Teachers", "check_student", "open_memory"]
+
+
+@contextlib.contextmanager
+def open_memory(config: DistillConfig, student: Backbone, console: Console) -> Iterator[Run]:
+    """Make one memory ready to join a `RunGroup`: its questions, answers and labels are made, or read if they are kept.
+
+    Args:
+        config: What is put into the prefix; goes on if the folder of `output` has been begun.
+        student: The backbone of the group.
+        console: Shows the progress; what it raises ends the work, and what is complete by then is kept.
+
+    Raises:
+        CheckpointError: The folder's distillation was begun with something else, or a file of it is damaged.
+        ConfigError: A contradiction in the configuration, or there are several documents.
+        DataError: A document or questions cannot be read, or do not fit.
+        BackboneError: The teacher has another tokenizer, or the backbone cannot do the job.
+    """
+    jobs = read_jobs(config, resume=True, loads_backbone=False)
+    if len(jobs) != 1:
+        raise ConfigError(f"{config.document!r} holds {len(jobs)} documents.", hint="give one document.")
+    check_student(config, student, jobs)
+    teachers = Teachers(config, student, console)
+    wording = choose_wording(config, student, teachers.text_format())
+    plan = make_plan(config, jobs[0], teachers.readers(), wording, console)
+    # The training claims the folder itself, afterwards.
+    with claim_folder(plan.job.output):
+        write_text(Path(config.output) / CONFIG_FILE, config.to_toml())
+        lesson = prepare(config, plan, student, teachers.load, wording, console)
+
+    def teach(run: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
+        labelled = label_data(config, lesson, backbone, teachers.load, data, console)
+        teachers.free()
+        return labelled
+
+    with open_run(lesson.run, student, examples=lesson.examples, teach=teach) as run:
+        yield run
+
+
+def check_student(config: DistillConfig, student: Backbone, jobs: list[Job]) -> None:
+    """Refuse what needs the tokenizer to be seen.
+
+    Raises:
+        ConfigError: The backbone cannot have a text in view.
+        DataError: A document or prompt is shorter than the memory.
+    """
+    if student.kind == "encoder" or (config.subject != "teacher" and student.kind != "decoder"):
+        raise ConfigError(
+            f"{student.name!r} is of kind {student.kind!r}, but a {config.subject} is distilled into a decoder-only "
+            "model.",
+            hint="choose another backbone; encoder-decoders can learn from a --teacher.",
+        )
+    short = {
+        job.text_file: count
+        for job in jobs
+        if job.text and (count := len(student.encode(job.text))) < config.prefix_length
+    }
+    if short:
+        listed = ", ".join(f"{path!r} has {count}" for path, count in list(short.items())[:5])
+        raise DataError(
+            f"prefix_length is {config.prefix_length}, but of the texts to put into it {listed} tokens.",
+            hint="choose a shorter --prefix-length: a memory is to be shorter than its text.",
+        )
+
+
+class Teachers:
+    """The teacher of a run, loaded when it is first needed, and let go before the training."""
+
+    def __init__(self, config: DistillConfig, student: Backbone, console: Console) -> None:
+        self._config, self._student, self._console = config, student, console
+        self._teacher: Teacher | None = None
+
+    def load(self) -> Teacher:
+        """The teacher."""
+        if self._teacher is None:
+            if self._config.teacher:
+                self._console.info(f"loading the teacher {self._config.teacher} ...")
+            self._teacher = load_teacher(self._config, self._student)
+        return self._teacher
+
+    def text_format(self) -> Any:
+        """What the teacher was trained with."""
+        return self.load().text_format if self._config.teacher else None
+
+    def readers(self) -> list[Backbone]:
+        """Who has a text in view: the student, and a model of its own that teaches."""
+        teacher = self.load().backbone if self._config.teacher else self._student
+        return [self._student] if teacher is self._student else [self._student, teacher]
+
+    def free(self) -> None:
+        """Let the teacher go."""
+        self._teacher = None

@@ -1,0 +1,438 @@
+"""The trainer: jobs join and leave one running group, and each ends once, by itself."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patching import replace_everywhere
+from prefixtune.errors import PrefixError
+from prefixtune.jobs import active, statuses
+from prefixtune.jobs.active import hold_folder
+from prefixtune.jobs.attempts import MAX_ATTEMPTS, count_attempt
+from prefixtune.jobs.events import JobEvents, Progress
+from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.job import Job, JobResult, JobStatus
+from prefixtune.jobs.queue import QueueUnavailableError
+from prefixtune.jobs.statuses import StatusWatch
+from prefixtune.jobs.trainer import Trainer
+from prefixtune.prefix.artifact import read_artifact
+from prefixtune.training.folder import PREFIX_FILE, read_events
+from prefixtune.training.loop import TrainLoop, forward_backward
+from small_document import DOCUMENT
+from small_document import ROWS as QUESTIONS
+from training_jobs import ROWS, make_job, wait_until
+
+LONG = {"max_steps": 100_000}
+"""Steps of a job that does not end by itself."""
+
+
+class Service:
+    """A trainer in a thread, what it hears of the database, and what it publishes."""
+
+    def __init__(self, data: DataFolder, backbone: Any, **options: Any) -> None:
+        self.data, self.stop = data, threading.Event()
+        self.says: dict[str, JobStatus | None] = {}
+        self.is_away = False
+        self.published: list[str] = []
+        self.unpublished: list[str] = []
+        self.on_publish: Callable[[Job], object] = lambda job: None
+        self._watch = StatusWatch(self._ask)
+        self._trainer = Trainer(
+            data,
+            load=lambda: backbone,
+            publish=self._publish,
+            unpublish=lambda job: self.unpublished.append(job.name),
+            statuses=self._watch,
+            **options,
+        )
+        self._thread = threading.Thread(target=self._trainer.work, args=(self.stop,))
+        self._watch.start()
+        self._thread.start()
+
+    def end(self) -> None:
+        self.stop.set()
+        self._thread.join(30)
+        self._watch.stop()
+
+    def submit(self, job: Job) -> Future[JobResult]:
+        """Claim a job, as a thread of an executor does."""
+        future: Future[JobResult] = Future()
+
+        def wait() -> None:
+            try:
+                future.set_result(self._trainer.submit(job))
+            except JobFailedError as error:
+                future.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return future
+
+    def step(self, job: Job) -> int:
+        progress = JobEvents(self.data.job(job.id)).progress()
+        return (progress or Progress(step=0, total_steps=0)).step
+
+    def _ask(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        if self.is_away:
+            raise QueueUnavailableError("the database of jobs cannot be reached.")
+        said = {job_id: self.says.get(job_id, "running") for job_id in job_ids}
+        return {job_id: status for job_id, status in said.items() if status is not None}
+
+    def _publish(self, job: Job, run: Path, backbone: Any) -> JobResult:
+        read_artifact(run / PREFIX_FILE)
+        self.published.append(job.name)
+        self.on_publish(job)
+        steps = [event["step"] for event in read_events(run / "events.jsonl") if event["event"] == "step"]
+        assert steps == list(range(1, len(steps) + 1))
+        return JobResult(name=job.name, trained_tokens=1, steps=len(steps))
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+    return tiny_backbone("llama", max_position_embeddings=512)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataFolder:
+    return DataFolder(tmp_path / "data")
+
+
+@pytest.fixture
+def serve(data: DataFolder, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Service]]:
+    """A factory of services that look for news all the time."""
+    monkeypatch.setattr(statuses, "_POLLING_SECONDS", 0.02)
+    monkeypatch.setattr(active, "_PROGRESS_SECONDS", 0.0)
+    services: list[Service] = []
+
+    def start(**options: Any) -> Service:
+        services.append(Service(data, backbone, **options))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.end()
+
+
+def messages(data: DataFolder, job: Job) -> list[str]:
+    return [event.message for event in JobEvents(data.job(job.id)).read().events]
+
+
+def prefix_of(data: DataFolder, job: Job) -> bytes:
+    return (data.job(job.id).run / PREFIX_FILE).read_bytes()
+
+
+def failure(future: Future[JobResult]) -> Any:
+    error = future.exception(30)
+    assert isinstance(error, JobFailedError)
+    return error.error
+
+
+# --- coming and ending ------------------------------------------------------------------------------------------------
+
+
+def test_jobs_train_together_and_are_published(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    jobs = [make_job(data, "one", dev=ROWS[:2], config={"eval_every": 3}), make_job(data, "two", seed=1)]
+    results = [future.result(60) for future in [service.submit(job) for job in jobs]]
+
+    assert [(result.name, result.steps) for result in results] == [("one", 6), ("two", 6)]
+    assert sorted(service.published) == ["one", "two"]
+    told = JobEvents(data.job(jobs[0].id)).read().events
+    assert [event.message.partition(":")[0] for event in told] == [
+        "Training has started.",
+        *(f"Step {step}/6" for step in (1, 2, 3, 3, 4, 5, 6, 6)),
+        "The new model is served as 'one'.",
+        "The job has succeeded.",
+    ]
+    losses = [event.data["valid_loss"] for event in told if "valid_loss" in event.data]
+    assert len(losses) == 2
+    assert [event.data["train_loss"] > 0 for event in told if "train_loss" in event.data] == [True] * 6
+    progress = JobEvents(data.job(jobs[0].id)).progress()
+    assert progress is not None
+    assert (progress.step, progress.total_steps, progress.seconds_left) == (6, 6, 0)
+    assert progress.trained_tokens > 0
+
+
+def test_a_document_is_prepared_and_trains_beside_others(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    config = {"prefix_length": 4, "num_questions": 5, "answer_length": 3, "initialization": "text"}
+    made = make_job(data, "made", document=DOCUMENT, rows=None, config=config)
+    del config["num_questions"], config["answer_length"]
+    given = make_job(data, "given", document=DOCUMENT, rows=QUESTIONS, config=config)
+    for future in [service.submit(job) for job in (made, given, make_job(data, "plain"))]:
+        assert future.result(60).steps == 6
+    assert "Preparing questions: 0/5" in messages(data, made)
+
+
+def test_more_jobs_than_there_is_room_for_wait(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve(capacity=1)
+    jobs = [make_job(data, name) for name in ("one", "two", "three")]
+    for future in [service.submit(job) for job in jobs]:
+        future.result(60)
+    assert sorted(service.published) == ["one", "three", "two"]
+
+
+def test_one_that_comes_later_joins(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    long = make_job(data, "long", config=LONG)
+    waits = service.submit(long)
+    wait_until(lambda: service.step(long) > 2)
+    assert service.submit(make_job(data, "short")).result(60).steps == 6
+    assert not waits.done()
+
+
+def test_a_trainer_without_jobs_ends_after_a_while(data: DataFolder, backbone: Any) -> None:
+    def load() -> Any:
+        raise AssertionError("the backbone is loaded")
+
+    none: Any = lambda *_: None  # noqa: E731
+    trainer = Trainer(data, load=load, publish=none, unpublish=none, statuses=StatusWatch(none))
+    began = time.monotonic()
+    trainer.work(threading.Event(), idle_seconds=0.3)
+    assert 0.3 <= time.monotonic() - began < 10
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_paused_job_goes_on_as_if_it_had_not_been(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    config = {"max_steps": 60}
+    whole = make_job(data, "whole", config=config)
+    service.submit(whole).result(60)
+
+    job = make_job(data, "paused", config=config)
+    future = service.submit(job)
+    wait_until(lambda: service.step(job) > 2)
+    service.says[job.id] = "paused"
+    assert failure(future).code == "stopped"
+    assert service.published == ["whole"]
+    reached = service.step(job)
+    assert 2 < reached < 60
+
+    service.says[job.id] = "running"
+    assert service.submit(job).result(60).steps == 60
+    assert prefix_of(data, job) == prefix_of(data, whole)
+    told = messages(data, job)
+    assert f"Training is paused at step {reached}/60." in told
+    assert sum(text.startswith("Step ") for text in told) == 60
+
+
+@pytest.mark.parametrize("status", ["cancelled", None])
+def test_a_cancelled_or_deleted_job_is_not_published(
+    serve: Callable[..., Service], data: DataFolder, status: JobStatus | None
+) -> None:
+    service = serve()
+    job = make_job(data, config=LONG)
+    future = service.submit(job)
+    wait_until(lambda: service.step(job) > 2)
+    service.says[job.id] = status
+    assert failure(future).code == "stopped"
+    assert service.published == []
+    # Others go on.
+    service.submit(make_job(data, "other")).result(60)
+
+
+def test_one_that_is_cancelled_before_it_begins(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve(capacity=1)
+    first = make_job(data, "first", config=LONG)
+    service.submit(first)
+    wait_until(lambda: service.step(first) > 1)
+    job = make_job(data, "waits")
+    future = service.submit(job)
+    service.says[job.id] = "cancelled"
+    assert failure(future).code == "stopped"
+    assert not data.job(job.id).run.exists()
+
+
+def test_what_is_cancelled_while_it_is_published_is_taken_back(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    job = make_job(data)
+    service.on_publish = lambda job: service.says.update({job.id: "cancelled"})
+    service.submit(job).result(60)
+    wait_until(lambda: service.unpublished == ["answers"])
+
+
+def test_a_job_that_was_resumed_before_it_was_left_answers_both(
+    serve: Callable[..., Service], data: DataFolder
+) -> None:
+    service = serve()
+    job = make_job(data, config={"max_steps": 60})
+    first = service.submit(job)
+    wait_until(lambda: service.step(job) > 1)
+    second = service.submit(job)
+    assert first.result(60) == second.result(60)
+    assert service.published == ["answers"]
+
+
+def test_a_worker_that_ends_leaves_jobs_to_the_next_one(serve: Callable[..., Service], data: DataFolder) -> None:
+    config = {"max_steps": 60}
+    whole = make_job(data, "whole", config=config)
+    job = make_job(data, "left", config=config)
+    first = serve()
+    first.submit(whole).result(60)
+    future = first.submit(job)
+    wait_until(lambda: first.step(job) > 2)
+    first.end()
+    assert not future.done()
+
+    serve().submit(job).result(60)
+    assert prefix_of(data, job) == prefix_of(data, whole)
+
+
+def test_a_job_that_somebody_else_still_holds_waits(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    job = make_job(data)
+    with hold_folder(data.job(job.id)) as held:
+        assert held
+        future = service.submit(job)
+        service.submit(make_job(data, "other")).result(60)
+        assert not future.done()
+    assert future.result(60).steps == 6
+
+
+def test_training_goes_on_while_the_database_is_away(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    service.is_away = True
+    job = make_job(data)
+    future = service.submit(job)
+    wait_until(lambda: service.step(job) == 6)
+    time.sleep(0.2)
+    assert not future.done()
+    # Whether somebody still wants the result is not known.
+    assert service.published == []
+    service.is_away = False
+    assert future.result(60).steps == 6
+
+
+# --- failing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_with_bad_data_fails_beside_good_ones(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+    good, bad = make_job(data, "good"), make_job(data, "bad", rows=[{"nothing": "known"}])
+    futures = [service.submit(job) for job in (bad, good)]
+    told = failure(futures[0])
+    assert (told.code, told.param) == ("invalid_training_file", "training_file")
+    assert "train.jsonl, line 1" in told.message
+    assert str(data.root) not in told.message
+    assert messages(data, bad) == [f"The job has failed: {told.message}"]
+    assert futures[1].result(60).steps == 6
+
+
+def test_a_configuration_that_contradicts_itself(serve: Callable[..., Service], data: DataFolder) -> None:
+    told = failure(serve().submit(make_job(data, config={"initialization": "prefix"})))
+    assert told.code == "invalid_hyperparameters"
+
+
+def test_a_loss_that_is_not_finite(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = TrainLoop.apply
+
+    def spoil(loop: TrainLoop, step: Any, stop: Any) -> Any:
+        step.loss = float("nan") if loop.config.seed == 7 and loop.state.step == 2 else step.loss
+        return apply(loop, step, stop)
+
+    monkeypatch.setattr(TrainLoop, "apply", spoil)
+    service = serve()
+    good, bad = service.submit(make_job(data, "good")), service.submit(make_job(data, "bad", seed=7))
+    told = failure(bad)
+    assert told.code == "training_failed"
+    assert told.message.startswith("the loss is nan")
+    assert "learning_rate_multiplier" in told.message
+    assert str(data.root) not in told.message
+    assert good.result(60).steps == 6
+
+
+def test_an_error_that_was_not_foreseen_is_in_the_log(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    apply = TrainLoop.apply
+
+    def fail(loop: TrainLoop, *arguments: Any) -> Any:
+        if loop.config.seed == 7:
+            raise ZeroDivisionError("a bug")
+        return apply(loop, *arguments)
+
+    monkeypatch.setattr(TrainLoop, "apply", fail)
+    service = serve()
+    futures = [service.submit(make_job(data, "bad", seed=7)), service.submit(make_job(data, "good"))]
+    told = failure(futures[0])
+    assert told.code == "internal_error"
+    assert "a bug" not in told.message
+    assert futures[1].result(60).steps == 6
+    assert any(record.exc_info and "a bug" in str(record.exc_info[1]) for record in caplog.records)
+
+
+def test_a_step_that_takes_too_much_memory(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(backbone: Any, steps: Any) -> None:
+        if sum(len(batch.labels) for step in steps for batch in step.batches) > 50:
+            raise MemoryError
+        forward_backward(backbone, steps)
+
+    replace_everywhere(monkeypatch, forward_backward, limited)
+    service = serve()
+    large = make_job(data, "large", rows=[{"prompt": "n : a", "completion": " a" * 40}])
+    futures = [service.submit(job) for job in (large, make_job(data, "small"), make_job(data, "other", seed=1))]
+    told = failure(futures[0])
+    assert (told.code, told.param) == ("out_of_memory", "hyperparameters.batch_size")
+    assert [future.result(60).steps for future in futures[1:]] == [6, 6]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    save = TrainLoop.save
+
+    def fail(loop: TrainLoop) -> None:
+        if loop.config.seed == 7 and loop.state.step > 2:
+            raise PrefixError("cannot write 'state'.") from OSError(number, "full")
+        save(loop)
+
+    monkeypatch.setattr(TrainLoop, "save", fail)
+    service = serve()
+    futures = [service.submit(make_job(data, "bad", seed=7)), service.submit(make_job(data, "good"))]
+    assert failure(futures[0]).code == "no_space"
+    assert futures[1].result(60).steps == 6
+
+
+def test_a_result_that_cannot_be_published(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+
+    def fail(job: Job) -> None:
+        raise PrefixError("cannot write.") from OSError(errno.ENOSPC, "full")
+
+    service.on_publish = fail
+    assert failure(service.submit(make_job(data))).code == "no_space"
+
+
+def test_a_job_whose_files_are_gone(serve: Callable[..., Service], data: DataFolder) -> None:
+    job = make_job(data)
+    data.job(job.id).root.rename(data.root / "elsewhere")
+    assert failure(serve().submit(job)).code == "files_gone"
+    assert not data.job(job.id).root.exists()
+
+
+def test_a_job_that_kills_its_worker_each_time_ends(serve: Callable[..., Service], data: DataFolder) -> None:
+    service, job = serve(), make_job(data)
+    for _ in range(MAX_ATTEMPTS):
+        count_attempt(data.job(job.id))
+    assert failure(service.submit(job)).code == "worker_died"
+    # One that gets any further is counted anew.
+    other = make_job(data, "other")
+    for _ in range(MAX_ATTEMPTS - 1):
+        count_attempt(data.job(other.id))
+    assert service.submit(other).result(60).steps == 6
+    count_attempt(data.job(other.id))
