@@ -1,0 +1,93 @@
+"""The files of deploy/: their commands have options that there are, and what they name elsewhere is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prefixtune.cli.main import command_options
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+UNITS = sorted(DEPLOY.glob("*.service"))
+
+
+def check(command: list[str]) -> Any:
+    """The options of a command line, without its file."""
+    name, *words = command
+    options = command_options()[name]
+    fields = {options.flag(field): field for field in options.model_fields}
+    pairs = [pair for word in words for pair in word.split("=", 1)]
+    given = {fields[flag]: value for flag, value in zip(pairs[::2], pairs[1::2], strict=True)}
+    if given.pop("config", None):
+        # Its keys allow any address.
+        given.pop("host", None)
+    return options.read(given)
+
+
+def unit_commands(path: Path) -> list[list[str]]:
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [shlex.split(line) for line in re.findall(r"^ExecStart=(.*)$", text, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_a_unit_starts_a_command_that_there_is(path: Path) -> None:
+    (command,) = unit_commands(path)
+    assert command[0] == "/opt/prefixtune/bin/prefixtune"
+    check(command[1:])
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_systemd_understands_a_unit(path: Path) -> None:
+    done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, timeout=60)
+    faults = [line for line in done.stderr.splitlines() if path.name in line and "is not executable" not in line]
+    assert faults == []
+
+
+def test_the_image_starts_a_server() -> None:
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (entry,), (command,) = (
+        re.findall(rf"^{word} (\[.*\])$", text, flags=re.MULTILINE) for word in ("ENTRYPOINT", "CMD")
+    )
+    options = check([*json.loads(entry)[1:], *json.loads(command)])
+    assert {options.prefixes, options.data_folder} <= set(
+        re.findall(r"/\w+", re.findall(r"^VOLUME (.*)$", text, re.M)[0])
+    )
+    copied = " ".join(re.findall(r"^COPY (?!--from)(.*)$", text, flags=re.MULTILINE)).split()
+    # What a build needs besides src.
+    assert {"pyproject.toml", "README.md", "hatch_build.py", "src"} <= set(copied)
+
+
+def test_server_and_workers_share_folders_and_a_database() -> None:
+    services = COMPOSE["services"]
+    server, worker = (check(services[name]["command"]) for name in ("server", "worker"))
+    assert server.train_workers == 0
+    for name in ("prefixes", "data_folder", "database_url"):
+        assert getattr(server, name) == getattr(worker, name)
+    assert server.database_url.startswith("postgresql://prefixtune@postgres/")
+    volumes = {volume.split(":")[1]: volume.split(":")[0] for volume in services["worker"]["volumes"]}
+    assert {volumes[server.prefixes], volumes[server.data_folder]} <= COMPOSE["volumes"].keys()
+    for service in services.values():
+        assert set(service["secrets"]) <= COMPOSE["secrets"].keys()
+        assert set(service.get("depends_on", ())) <= services.keys()
+    # A healthy database: `depends_on` waits for it.
+    assert "pg_isready" in services["postgres"]["healthcheck"]["test"]
+
+
+def test_the_password_is_in_no_command() -> None:
+    for service in ("server", "worker"):
+        (shell, flag, script, name) = COMPOSE["services"][service]["entrypoint"]
+        assert (shell, flag, name) == ("/bin/sh", "-c", "prefixtune")
+        assert "/run/secrets/postgres_password" in script
+        # Compose reads $$ as $.
+        assert "$" not in script.replace("$$", "")
+    assert not re.search(r"postgresql://[^@\s]*:", (DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
