@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from prefixtune.cli.main import command_options
+from prefixtune.server.settings import ServeConfig
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
@@ -51,6 +52,18 @@ def test_systemd_understands_a_unit(path: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, timeout=60)
     faults = [line for line in done.stderr.splitlines() if path.name in line and "is not executable" not in line]
     assert faults == []
+
+
+def test_every_setting_of_the_configuration_is_one(tmp_path: Path) -> None:
+    text = (DEPLOY / "serve.toml").read_text(encoding="utf-8")
+    # What is commented out, too: a line with a key, or a table.
+    whole = re.sub(r"^# (?=\w+ = |\[keys)", "", text, flags=re.MULTILINE)
+    for digit in "01":
+        whole = whole.replace("sha256:...", f"sha256:{digit * 64}", 1)
+    path = tmp_path / "serve.toml"
+    path.write_text(whole)
+    config = ServeConfig.from_file(path)
+    assert (config.train_workers, config.keys["acme"].max_jobs, config.keys["prometheus"].metrics) == (0, 10, True)
 
 
 def test_the_image_starts_a_server() -> None:
