@@ -48,6 +48,7 @@ def test_it_lists_results_and_says_that_it_is_well(state: ServerState):
     assert listed[1]["prefix_length"] == {"decoder": 4}
     for path in ("/healthz", "/readyz", "/metrics", "/train", "/docs", "/openapi.json", "/v1/models/a/file"):
         assert asyncio.run(send(app, "GET", path)).status == 200, path
+    assert b"Playground</a>" not in asyncio.run(send(app, "GET", "/train")).body
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,11 @@ class ResponseRewriter:
 
 
 def add_models(value: Any, prefixes: Mapping[str, ServedPrefix], state: ServerState) -> Any:
-    """The list of models, with the prefixes added."""
+    """The list of models, with the prefixes added, and the kind of each, as with the embedded engine."""
     if isinstance(value, dict) and isinstance(value.get("data"), list):
+        for model in _list_objects(value["data"]):
+            if model.get("id") in state.own_names:
+                model["kind"] = "backbone"
         value["data"] += [
             {
                 "id": name,
@@ -87,6 +90,7 @@ def add_models(value: Any, prefixes: Mapping[str, ServedPrefix], state: ServerSt
                 "owned_by": "prefixtune",
                 "root": state.model_name,
                 "parent": state.model_name,
+                "kind": "prefix",
                 "description": prefix.description,
                 "prefix_length": prefix.reference.length,
             }

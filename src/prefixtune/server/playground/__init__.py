@@ -19,15 +19,15 @@ __all__ = ["START", "router"]
 
 
 _SWAGGER_UI = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
-_LINK = '<nav id="pages" aria-label="Pages"><a href="/train">Train</a></nav>'
-"""To the page for training, where there is one."""
+_LINK = re.compile(r'<nav id="pages".*</nav>')
+"""Between the playground and the page for training, where both are there."""
 router = api_router(500)
 
 
 @router.get("/", response_class=HTMLResponse)
 async def show_page(request: Request) -> Response:
     """A page to try things on."""
-    return _page("page.html", training=request.app.state.server.config.takes_jobs)
+    return _page("page.html", linked=request.app.state.server.config.takes_jobs)
 
 
 START = router.routes[-1]
@@ -39,7 +39,7 @@ async def show_training(request: Request) -> Response:
     """A page to train on."""
     if not request.app.state.server.config.takes_jobs:
         raise not_found("page", "train")
-    return _page("train.html")
+    return _page("train.html", linked=request.app.state.server.has_engine)
 
 
 @router.get("/docs", response_class=HTMLResponse)
@@ -49,7 +49,7 @@ async def show_docs() -> Response:
 
 
 @functools.cache
-def _page(name: str, *, scripts: str = "", styles: str = "", training: bool = True) -> Response:
+def _page(name: str, *, scripts: str = "", styles: str = "", linked: bool = True) -> Response:
     """A page with its scripts and styles in it. Only these run, whatever a model generates, and those that it names."""
     folder = files("prefixtune.server") / "playground"
     allowed = {"js": scripts.split(), "css": styles.split()}
@@ -61,8 +61,8 @@ def _page(name: str, *, scripts: str = "", styles: str = "", training: bool = Tr
         return text
 
     html = re.sub(r"/\* (\w+\.(\w+)) \*/", insert, folder.joinpath(name).read_text("utf-8"))
-    if not training:
-        html = html.replace(_LINK, "")
+    if not linked:
+        html = _LINK.sub("", html)
     policy = (
         f"default-src 'none'; style-src {' '.join(allowed['css'])}; script-src {' '.join(allowed['js'])}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
