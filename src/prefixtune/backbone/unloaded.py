@@ -13,7 +13,7 @@ from prefixtune.backbone.lora import base_model_name, is_adapter
 from prefixtune.errors import BackboneError
 from prefixtune.prefix.geometry import BackboneKind
 
-__all__ = ["load_tokenizer"]
+__all__ = ["load_tokenizer", "without_limits"]
 
 
 def load_tokenizer(name: str, *, limited: bool = True) -> Backbone:
@@ -39,8 +39,14 @@ def load_tokenizer(name: str, *, limited: bool = True) -> Backbone:
     config, tokenizer = read_tokenizer(name, source, options)
     made = auto_class(config).__name__
     kind: BackboneKind = "encoder-decoder" if "Seq2Seq" in made else "encoder" if made == "AutoModel" else "decoder"
-    if not limited:
-        nothing = SimpleNamespace()
-        config = SimpleNamespace(get_text_config=lambda decoder: nothing)
     model = SimpleNamespace(config=config, generation_config=SimpleNamespace())
-    return check_end_token(Backbone(model, tokenizer, name, Layout({}, {}, kind), ""))
+    backbone = check_end_token(Backbone(model, tokenizer, name, Layout({}, {}, kind), ""))
+    return backbone if limited else without_limits(backbone)
+
+
+def without_limits(backbone: Backbone) -> Backbone:
+    """A backbone's tokenizer, with any number of positions; it computes nothing."""
+    nothing = SimpleNamespace()
+    config = SimpleNamespace(get_text_config=lambda decoder: nothing)
+    model = SimpleNamespace(config=config, generation_config=SimpleNamespace())
+    return Backbone(model, backbone.tokenizer, backbone.name, Layout({}, {}, backbone.kind), "")

@@ -31,7 +31,7 @@ from prefixtune.evaluation.overlap import find_overlap
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import optimizer_steps, training_format
 
-__all__ = ["DataReport", "Lengths", "Limit", "Part", "report_data"]
+__all__ = ["DataReport", "Lengths", "Limit", "Measures", "Part", "measure_examples", "report_data"]
 
 _LIMITS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _NUM_BINS = 10
@@ -154,14 +154,84 @@ def report_data(
     merged = merge_examples(rows) if kind == "generation" else rows
     backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
     counts = dict(Counter(target for row in rows for target in row.targets)) if kind == "classification" else {}
-    chosen: Sequence[Example] = _spread([example for example in merged if example.targets], max_tokenized)
+    measures = measure_examples(config, merged, kind, backbone, unlimited, max_tokenized=max_tokenized)
+    test_rows = _read(config, test, max_rows)[0] if test else []
+    numbers = _row_counts(rows)
+    short = [] if kind != "generation" else _short_targets(unlimited, measures.examples)
+    return DataReport(
+        title,
+        len(rows),
+        is_whole,
+        len(merged),
+        len(measures.examples),
+        config.backbone,
+        measures.chat_template,
+        measures.lengths,
+        measures.limits,
+        measures.positions,
+        measures.parts,
+        len(measures.examples[0].targets) - 1,
+        *numbers,
+        short[:5],
+        len(short),
+        dict(sorted(counts.items(), key=lambda pair: -pair[1])),
+        find_overlap(test_rows, rows, config.train).to_dict() if test else None,
+    )
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What tokens say of examples.
+
+    Attributes:
+        examples: Those that were tokenized.
+        chat_template: Whether a chat template writes them.
+        lengths: As in `DataReport`, like the others.
+        limits: Likewise.
+        positions: Likewise.
+        parts: Of the first example.
+    """
+
+    examples: Sequence[Example]
+    chat_template: bool
+    lengths: list[Lengths]
+    limits: list[Limit]
+    positions: dict[str, int]
+    parts: list[Part]
+
+
+def measure_examples(
+    config: TrainConfig,
+    examples: Sequence[Example],
+    kind: TaskKind,
+    backbone: Backbone,
+    unlimited: Backbone,
+    *,
+    max_tokenized: int,
+    num_examples: int = 0,
+) -> Measures:
+    """Tokenize examples, and measure them.
+
+    Args:
+        config: The run.
+        examples: Of its data; at least one has a target.
+        kind: Of the task.
+        backbone: It has as many positions as the model.
+        unlimited: It has the same tokenizer, and any number of positions.
+        max_tokenized: Examples that are tokenized, at most, evenly spaced.
+        num_examples: Of all the data, of which the examples are a sample; 0: they are all.
+
+    Raises:
+        PrefixError: As in training.
+    """
+    chosen: Sequence[Example] = _spread([example for example in examples if example.targets], max_tokenized)
     by_head = False
     if kind != "generation":
-        labels = choose_labels(kind, unlimited, merged, by=config.classifier, words=config.words_by_label)
+        labels = choose_labels(kind, unlimited, examples, by=config.classifier, words=config.words_by_label)
         by_head = labels.by == "head"
         if not by_head:
             chosen = list(with_label_words(chosen, labels))
-    has_messages = any(example.messages for example in merged)
+    has_messages = any(example.messages for example in examples)
     text_format = training_format(config, unlimited, for_head=by_head, has_messages=has_messages)
     if by_head:
         # A head reads the source alone: its labels take no positions.
@@ -170,27 +240,14 @@ def report_data(
     else:
         tokenized = list(encode_examples(unlimited, chosen, text_format, prefix_length=0).examples)
     around = sum(template_lengths(unlimited, text_format, "a"))
-    test_rows = _read(config, test, max_rows)[0] if test else []
-    numbers = _row_counts(rows)
-    short = [] if kind != "generation" else _short_targets(unlimited, chosen)
-    return DataReport(
-        title,
-        len(rows),
-        is_whole,
-        len(merged),
-        len(chosen),
-        config.backbone,
+    factor = (num_examples or len(examples)) / max(len(chosen), 1)
+    return Measures(
+        chosen,
         text_format.is_chat,
         _all_lengths(tokenized, by_head),
         _limits(config, backbone, tokenized, around, by_head),
-        {} if by_head else _positions(config, backbone, tokenized, len(merged) / max(len(chosen), 1)),
+        {} if by_head else _positions(config, backbone, tokenized, factor),
         _parts(unlimited, tokenized[0], by_head),
-        len(chosen[0].targets) - 1,
-        *numbers,
-        short[:5],
-        len(short),
-        dict(sorted(counts.items(), key=lambda pair: -pair[1])),
-        find_overlap(test_rows, rows, config.train).to_dict() if test else None,
     )
 
 

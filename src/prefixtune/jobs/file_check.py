@@ -21,7 +21,7 @@ from prefixtune.data.parquet import parquet_rows
 from prefixtune.data.parsing import json_list
 from prefixtune.data.streams import decode, unpack
 from prefixtune.errors import DataError, PrefixError
-from prefixtune.jobs.file_facts import FileFacts, document_facts, read_facts
+from prefixtune.jobs.file_facts import FileReport, document_facts, read_facts
 
 __all__ = ["FileCheck"]
 
@@ -61,7 +61,7 @@ class FileCheck:
         if self._process is None and size > INLINE_BYTES and not is_whole:
             self._start()
 
-    def result(self) -> FileFacts:
+    def result(self) -> FileReport:
         """What the file holds; it grows no more. Blocks.
 
         Raises:
@@ -101,7 +101,7 @@ class FileCheck:
             process.stdin.write(task.encode() + b"\n")
             process.stdin.flush()
 
-    def _wait(self) -> FileFacts:
+    def _wait(self) -> FileReport:
         assert self._process is not None
         try:
             # The end of its input says that the file is complete.
@@ -120,7 +120,7 @@ class FileCheck:
             ) from None
         if "error" in found:
             raise DataError(found["error"]["message"], hint=found["error"]["hint"])
-        return FileFacts.model_validate(found["facts"])
+        return FileReport.model_validate(found)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def _format(ending: str) -> str:
     return ending.removesuffix(".gz")
 
 
-def _check(read: Callable[[int], bytes], path: Path, filename: str, ending: str) -> FileFacts:
+def _check(read: Callable[[int], bytes], path: Path, filename: str, ending: str) -> FileReport:
     """Read a file to its end.
 
     Args:
@@ -227,9 +227,7 @@ def _main() -> None:
     found: dict[str, Any]
     try:
         with open(path, "rb", buffering=0) as file:
-            found = {
-                "facts": _check(_GrowingFile(file, done).read, path, task["filename"], task["ending"]).model_dump()
-            }
+            found = _check(_GrowingFile(file, done).read, path, task["filename"], task["ending"]).model_dump()
     except PrefixError as error:
         found = {"error": {"message": error.message, "hint": error.hint}}
     except MemoryError:

@@ -8,18 +8,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefixtune.data.examples import Example, merge_key
+from prefixtune.data.examples import Example, Message, Role, merge_key
 from prefixtune.data.files import Record
 from prefixtune.data.forms import FORMS, Form, describe_counts, detect_form, fitting_forms, make_example
 from prefixtune.errors import DataError
 
-__all__ = ["FileFacts", "document_facts", "read_facts"]
+__all__ = ["FileFacts", "FileReport", "SampledExample", "document_facts", "read_facts"]
 
 
 MAX_ROWS = 1_000_000
 """Most rows of an uploaded file."""
 _MAX_COLUMNS = 50
 _MAX_COLUMN_CHARS = 80
+_MAX_SAMPLED = 100
+_MAX_SAMPLE_CHARS = 500_000
 _MAX_SHOWN_CHARS = 1_000
 """Characters of the example's source and target that are kept, at most."""
 
@@ -49,7 +51,49 @@ class FileFacts(BaseModel):
     target: str = Field("", description="Of the first example, likewise.")
 
 
-def read_facts(records: Iterable[Record], filename: str) -> FileFacts:
+class SampledExample(BaseModel):
+    """An example as it is kept for a preview.
+
+    Attributes:
+        source: As in `Example`, like the others.
+        targets: Likewise.
+        messages: Role and text of each.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    targets: list[str]
+    messages: list[tuple[Role, str]] = []
+
+    @classmethod
+    def of(cls, example: Example) -> SampledExample:
+        """What is kept of an example."""
+        messages = [(message.role, message.content) for message in example.messages]
+        return cls(source=example.source, targets=list(example.targets), messages=messages)
+
+    @property
+    def example(self) -> Example:
+        """The example."""
+        messages = tuple(Message(*message) for message in self.messages)
+        return Example(self.source, tuple(self.targets), messages=messages)
+
+
+class FileReport(BaseModel):
+    """What was read of a file.
+
+    Attributes:
+        facts: Of all of it.
+        sample: Some of its examples, evenly spaced, the first one among them; none of a document.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    facts: FileFacts
+    sample: list[SampledExample] = []
+
+
+def read_facts(records: Iterable[Record], filename: str) -> FileReport:
     """Read all rows.
 
     Args:
@@ -67,11 +111,29 @@ def read_facts(records: Iterable[Record], filename: str) -> FileFacts:
         counter.add(record)
     if counter is None:
         raise DataError(f"{filename} has no rows; at least one is needed.", hint="check that it is complete.")
-    return counter.facts(filename)
+    return FileReport(facts=counter.facts(filename), sample=[SampledExample.of(one) for one in counter.sample.examples])
+
+
+class _Sample:
+    """Evenly spaced examples, of bounded number and size."""
+
+    def __init__(self) -> None:
+        self.examples: list[Example] = []
+        self._sizes: list[int] = []
+        self._seen, self._every = 0, 1
+
+    def add(self, example: Example, size: int) -> None:
+        """Keep an example of so many characters, or not."""
+        if self._seen % self._every == 0 and size <= _MAX_SAMPLE_CHARS:
+            self.examples.append(example)
+            self._sizes.append(size)
+        self._seen += 1
+        while len(self.examples) > _MAX_SAMPLED or sum(self._sizes) > _MAX_SAMPLE_CHARS:
+            self.examples, self._sizes, self._every = self.examples[::2], self._sizes[::2], 2 * self._every
 
 
 class _Counter:
-    """Counts the examples of a file's rows.
+    """Counts the examples of a file's rows, and keeps a sample.
 
     Args:
         first: The first row, which has the form of the file.
@@ -91,6 +153,7 @@ class _Counter:
         self._form: Form | None = self._forms[0] if len(self._forms) == 1 else None
         self._rows = self._examples = self._targets = self._characters = self._longest = 0
         self._sources: set[int] = set()
+        self.sample = _Sample()
         self._first: Example | None = None
 
     def add(self, record: Record) -> None:
@@ -107,6 +170,7 @@ class _Counter:
         )
         self._characters += size
         self._longest = max(self._longest, size)
+        self.sample.add(example, size)
         key = merge_key(example) if self._form.task == "records" else None
         # 64 bits tell a million sources apart.
         number = self._rows if key is None else hash(key)
@@ -147,7 +211,7 @@ def _first_target(example: Example) -> str:
     return example.targets[0] if example.targets else ""
 
 
-def document_facts(text: str, filename: str) -> FileFacts:
+def document_facts(text: str, filename: str) -> FileReport:
     """What a document holds.
 
     Raises:
@@ -158,4 +222,4 @@ def document_facts(text: str, filename: str) -> FileFacts:
     words = len(text.split())
     counts: dict[str, Any] = {"characters": len(text), "longest": len(text), "source": text[:_MAX_SHOWN_CHARS]}
     summary = f"{filename}: a document of {words:,} {'word' if words == 1 else 'words'}"
-    return FileFacts(summary=summary, form="document", forms=["document"], task="document", **counts)
+    return FileReport(facts=FileFacts(summary=summary, form="document", forms=["document"], task="document", **counts))

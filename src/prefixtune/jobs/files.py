@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from prefixtune.data.examples import Example
 from prefixtune.jobs.folder import DataFolder, is_file_id
 from prefixtune.jobs.stored_file import (
     UPLOAD_PURPOSES,
@@ -23,6 +24,7 @@ from prefixtune.jobs.stored_file import (
     StoredFile,
     UnknownFileError,
     publish_file,
+    read_sample,
     read_stored,
     result_file_id,
     shown_name,
@@ -146,6 +148,14 @@ class FileStore:
         with self.open(owner, file_id) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
+
+    def sample(self, owner: str | None, file_id: str) -> Sequence[Example]:
+        """Some examples of a file, evenly spaced, the first one among them; none where its form is not known.
+
+        Raises:
+            UnknownFileError: There is no such file.
+        """
+        return [sampled.example for sampled in read_sample(self._find(owner, file_id)[1])]
 
     def list(self, owner: str | None) -> Sequence[StoredFile]:
         """All files of an owner, or of all owners, the newest first."""

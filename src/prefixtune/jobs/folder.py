@@ -1,6 +1,6 @@
 """The data folder of jobs: what lies where.
 
-    files/OWNER/file-.../      an uploaded file: `data.jsonl` (or another ending) and `meta.json`
+    files/OWNER/file-.../      an uploaded file: `data.jsonl` (or another ending), `meta.json`, `sample.json`
     jobs/ftjob-.../            a job: its inputs, its run, its events
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named

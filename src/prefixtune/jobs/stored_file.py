@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from prefixtune.errors import RequestError
-from prefixtune.jobs.file_facts import FileFacts
+from prefixtune.jobs.file_facts import FileFacts, SampledExample
 from prefixtune.utils.files import flush_to_disk, fsync
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "StoredFile",
     "UnknownFileError",
     "publish_file",
+    "read_sample",
     "read_stored",
     "result_file_id",
     "shown_name",
+    "write_sample",
 ]
 
 
@@ -31,8 +34,9 @@ Purpose = Literal["fine-tune", "document", "fine-tune-results"]
 UPLOAD_PURPOSES: tuple[Purpose, ...] = ("fine-tune", "document")
 """What is uploaded; results are made by workers."""
 
-_META = "meta.json"
-_MAX_META_BYTES = 2**20
+_META, _SAMPLE = "meta.json", "sample.json"
+_MAX_META_BYTES, _MAX_SAMPLE_BYTES = 2**20, 2**23
+_SAMPLES = TypeAdapter(list[SampledExample])
 _MAX_FILENAME = 200
 
 
@@ -119,7 +123,7 @@ def result_file_id(job_id: str) -> str:
 def publish_file(folder: Path, stored: StoredFile, parent: Path) -> None:
     """Move a file with its facts to its place, in one rename."""
     (folder / _META).write_text(stored.model_dump_json(), encoding="utf-8")
-    flush_to_disk(folder / stored.data_name, folder / _META)
+    flush_to_disk(*folder.iterdir())
     fsync(folder)
     os.rename(folder, parent / stored.id)
     fsync(parent)
@@ -132,6 +136,20 @@ def read_stored(folder: Path) -> StoredFile | None:
             return StoredFile.model_validate_json(file.read(_MAX_META_BYTES))
     except (OSError, ValidationError):
         return None
+
+
+def write_sample(folder: Path, sample: Sequence[SampledExample]) -> None:
+    """Keep a file's sample, before it is published."""
+    (folder / _SAMPLE).write_text(_SAMPLES.dump_json(list(sample)).decode(), encoding="utf-8")
+
+
+def read_sample(folder: Path) -> list[SampledExample]:
+    """A file's sample; empty, if it has none."""
+    try:
+        with open(folder / _SAMPLE, "rb") as file:
+            return _SAMPLES.validate_json(file.read(_MAX_SAMPLE_BYTES))
+    except (OSError, ValidationError):
+        return []
 
 
 def shown_name(filename: str) -> str:

@@ -14,7 +14,15 @@ from prefixtune.data.files import FORMATS, recognize_format
 from prefixtune.data.streams import GZIP_MAGIC
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.file_check import FileCheck
-from prefixtune.jobs.stored_file import FileLimits, FileRefusedError, Purpose, StoredFile, publish_file, shown_name
+from prefixtune.jobs.stored_file import (
+    FileLimits,
+    FileRefusedError,
+    Purpose,
+    StoredFile,
+    publish_file,
+    shown_name,
+    write_sample,
+)
 from prefixtune.utils.files import work_folder
 
 __all__ = ["UPLOAD_FOLDER", "Upload"]
@@ -174,10 +182,12 @@ class Upload:
                 path = path.rename(self._folder / f"data{self._ending}")
             self._check = FileCheck(path, self.filename, self._ending)
         try:
-            return {"facts": self._check.result()}
+            report = self._check.result()
         except PrefixError as error:
             hint = error.hint[:1].upper() + error.hint[1:]
             return {"status": "error", "status_details": f"{error.message} {hint}".strip()[:1000]}
+        write_sample(self._folder, report.sample)
+        return {"facts": report.facts}
 
 
 def _ending_of(filename: str, head: bytes, purpose: Purpose | None) -> str:

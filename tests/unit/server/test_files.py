@@ -248,3 +248,49 @@ def test_nothing_is_made_before_the_first_upload(app: Any, tmp_path: Path) -> No
 def test_a_server_that_takes_no_jobs_takes_no_files(make_server: Callable[..., Any]) -> None:
     app, _ = make_server(train_workers=0)
     assert post(app, PURPOSE + FILE + END).code == "training_not_served"
+
+
+def preview(app: Any, data: bytes, filename: str, purpose: str = "fine-tune") -> Any:
+    made = post(app, part("purpose", purpose.encode()) + part("file", data, filename=filename) + END).json
+    response = asyncio.run(send(app, "GET", f"/v1/files/{made['id']}/preview"))
+    assert response.status == 200
+    return response.json
+
+
+def test_a_preview_shows_examples_and_what_the_model_reads_of_one(app: Any) -> None:
+    found = preview(app, ROWS, "rows.jsonl")
+    # Prompts and completions are chats of one turn.
+    assert found["examples"][0]["messages"] == [
+        {"role": "user", "content": "q0", "trained": False},
+        {"role": "assistant", "content": "a0", "trained": True},
+    ]
+    assert len(found["examples"]) == 24
+    assert found["sampled"] == 50
+    assert "q0" in "".join(one["text"] for one in found["parts"] if not one["trained"])
+    assert "a0" in "".join(one["text"] for one in found["parts"] if one["trained"])
+    lengths = found["lengths"]
+    assert sum(lengths["counts"]) == 50
+    assert len(lengths["edges"]) == len(lengths["counts"]) + 1
+    assert found["cuts"] == "All fit the model's 512 tokens."
+    assert found["steps_per_epoch"] == 4
+
+
+def test_a_preview_says_what_is_cut(app: Any) -> None:
+    rows = [{"source": "word " * (900 if number == 3 else 3), "target": "yes"} for number in range(8)]
+    data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    found = preview(app, data, "rows.jsonl")
+    assert found["cuts"] == "1 of 8 examples are cut to the model's 512 tokens."
+    assert found["examples"][3] == {"source": rows[3]["source"].strip()[:2000], "targets": ["yes"]}
+
+
+def test_previews_of_what_has_no_examples(app: Any) -> None:
+    text = preview(app, b"Owls fly at night. " * 50, "owls.txt", "document")
+    assert text["examples"][0]["source"].startswith("Owls fly")
+    assert text["cuts"].startswith("It has ")
+    assert preview(app, b"text\n", "empty.csv")["examples"] == []
+    two_forms = preview(app, b"prompt,completion,question,answer\n1,2,3,4\n", "two.csv")
+    assert (two_forms["examples"], two_forms["lengths"]) == ([], None)
+    one_label = preview(app, b"text,label\ngood,1\nfine,1\n", "labels.csv")
+    assert "at least two labels" in one_label["cuts"]
+    labels = preview(app, b"text,label\ngood,yes\nbad,no\n", "labels.csv")
+    assert labels["parts"][0]["text"]

@@ -19,6 +19,7 @@ __all__ = [
     "DeletedFile",
     "Error",
     "File",
+    "FilePreview",
     "Files",
     "Health",
     "Model",
@@ -263,6 +264,55 @@ class Files(BaseModel):
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+class PreviewMessage(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str
+    trained: bool
+
+
+class PreviewExample(BaseModel):
+    source: str = ""
+    targets: list[str] = []
+    messages: Annotated[list[PreviewMessage], Field(description="Of a chat, instead of the others.")] = []
+
+
+class PreviewPart(BaseModel):
+    text: str
+    trained: Annotated[bool, Field(description="The model learns to write it.")]
+
+
+class PreviewLengths(BaseModel):
+    unit: Literal["tokens"]
+    counts: Annotated[list[int], Field(description="Examples, by their lengths.")]
+    edges: Annotated[list[int], Field(description="Where the bins begin, and where the last one ends.")]
+    median: int
+    longest: int
+
+
+class PreviewLimit(BaseModel):
+    positions: int
+    cut: Annotated[int, Field(description="Sampled examples that would lose something.")]
+    refused: Annotated[int, Field(description="Sampled examples whose target alone does not fit.")]
+
+
+class Estimate(BaseModel):
+    seconds: Annotated[float, Field(description="Of a job with the usual options.")]
+
+
+class FilePreview(BaseModel):
+    id: str
+    object: Literal["file.preview"]
+    examples: Annotated[list[PreviewExample], Field(description="Some, evenly spaced; long texts are shortened.")]
+    sampled: Annotated[int, Field(description="Examples that were tokenized.")]
+    parts: Annotated[list[PreviewPart], Field(description="The first example, as the model reads it.")]
+    lengths: PreviewLengths | None
+    limits: list[PreviewLimit]
+    cuts: Annotated[str, Field(description="A sentence on what fits.")]
+    positions_per_step: Annotated[float | None, Field(description="Of an optimizer step, without padding.")]
+    steps_per_epoch: int | None
+    estimate: Annotated[Estimate | None, Field(description="None: nothing was trained here before.")]
 
 
 class DeletedFile(BaseModel):

@@ -1,0 +1,173 @@
+"""`/v1/files/{id}/preview`: what training would read of a file, before a job: examples, tokens, what would be cut.
+
+The examples are a sample that was kept when the file was checked, so that the file is not read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Response
+
+from prefixtune.errors import PrefixError
+from prefixtune.server.api.endpoint import GenerationContext, RequestContext
+from prefixtune.server.api.files import find_file, training_of
+from prefixtune.server.api.openapi import FILE_ID, api_router, errors
+from prefixtune.server.api.prompting import run_in_turn
+from prefixtune.server.api.schemas import FilePreview
+from prefixtune.server.responses import json_response
+
+if TYPE_CHECKING:
+    from prefixtune.backbone.backbone import Backbone
+    from prefixtune.data.examples import Example
+    from prefixtune.evaluation.data_report import Measures
+    from prefixtune.jobs.files import StoredFile
+
+__all__ = ["router"]
+
+
+router = api_router(401, 403, 404, 500, 503)
+_MOST_SHOWN, _MOST_CHARS = 24, 2_000
+_DOCUMENT_CHARS = 100_000
+"""Characters of a document that are tokenized; its other tokens are estimated."""
+
+
+@router.get(
+    "/v1/files/{file_id}/preview", response_model=FilePreview, responses=errors(429, 504), openapi_extra=FILE_ID
+)
+async def preview_file(context: GenerationContext) -> Response:
+    """What training would read of a file.
+
+    Examples, one of them as the model reads it, and the tokens of a sample.
+    """
+    stored = await find_file(context)
+    body = await (_preview_text(context, stored) if stored.purpose == "document" else _preview_rows(context, stored))
+    return json_response({"id": stored.id, "object": "file.preview", **body})
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
+    files = training_of(context).files
+    sample = await asyncio.to_thread(files.sample, stored.owner, stored.id)
+    body = {**_nothing(), "examples": _spread([_shown(example) for example in sample])}
+    if not any(example.targets for example in sample):
+        return body
+    measure = await asyncio.to_thread(_import_measure)
+    try:
+        measures = await run_in_turn(context, partial(measure, context.state.backbone, sample, stored))
+    except PrefixError as error:
+        # Such as labels of which the sample has only one.
+        return {**body, "cuts": error.message}
+    return {**body, **_measured(measures, len(sample))}
+
+
+def _import_measure() -> Any:
+    # Loads the modules that training needs.
+    import prefixtune.evaluation.data_report  # noqa: F401
+
+    return _measure
+
+
+def _measure(backbone: Backbone, sample: Sequence[Example], stored: StoredFile) -> Measures:
+    from prefixtune.backbone.unloaded import without_limits
+    from prefixtune.data.registry import TASKS
+    from prefixtune.evaluation.data_report import measure_examples
+    from prefixtune.training.config import TrainConfig
+
+    assert stored.facts is not None
+    task = stored.facts.task
+    config = TrainConfig(train="data", backbone=backbone.name, initialization="random", task=task)
+    total, unlimited = stored.facts.examples, without_limits(backbone)
+    kind = TASKS[task].kind
+    return measure_examples(config, sample, kind, backbone, unlimited, max_tokenized=len(sample), num_examples=total)
+
+
+def _measured(measures: Measures, sampled: int) -> dict[str, Any]:
+    whole = measures.lengths[-1]
+    bins = whole.bins
+    own = next((limit for limit in reversed(measures.limits) if limit.name), None)
+    lengths = {
+        "unit": "tokens",
+        "counts": [count for _, _, count in bins],
+        "edges": [first for first, _, _ in bins] + [bins[-1][1] + 1],
+        "median": whole.median,
+        "longest": whole.longest,
+    }
+    limits = [{"positions": one.positions, "cut": one.cut, "refused": one.refused} for one in measures.limits]
+    return {
+        "sampled": sampled,
+        "parts": [{"text": part.text[:_MOST_CHARS], "trained": part.is_label} for part in measures.parts],
+        "lengths": lengths,
+        "limits": limits,
+        "cuts": _cuts(own.positions, own.cut, own.refused, sampled) if own else "",
+        "positions_per_step": measures.positions.get("mean"),
+        "steps_per_epoch": measures.positions.get("steps"),
+    }
+
+
+def _cuts(positions: int, cut: int, refused: int, sampled: int) -> str:
+    """What does not fit the model, in a sentence."""
+    if refused:
+        return f"{refused:,} of {sampled:,} examples do not fit the model's {positions:,} tokens."
+    if cut:
+        return f"{cut:,} of {sampled:,} examples are cut to the model's {positions:,} tokens."
+    return f"All fit the model's {positions:,} tokens."
+
+
+def _shown(example: Example) -> dict[str, Any]:
+    """An example for people, long texts shortened."""
+    targets = [target[:_MOST_CHARS] for target in example.targets[:3]]
+    if not example.messages:
+        return {"source": example.source[:_MOST_CHARS], "targets": targets}
+    messages = [
+        {"role": message.role, "content": message.content[:_MOST_CHARS], "trained": message.role == "assistant"}
+        for message in example.messages
+    ]
+    answers = [{"role": "assistant", "content": target, "trained": True} for target in targets[:1]]
+    return {"messages": messages + answers}
+
+
+def _spread(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some of the items, evenly spaced, the first one among them."""
+    count = min(len(items), _MOST_SHOWN)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+# --- a document ------------------------------------------------------------------------------------------------------
+
+
+async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
+    facts = stored.facts
+    if facts is None:
+        return _nothing()
+    files = training_of(context).files
+
+    def read() -> str:
+        with files.open(stored.owner, stored.id) as file:
+            return file.read(4 * _DOCUMENT_CHARS).decode("utf-8", "ignore")[:_DOCUMENT_CHARS]
+
+    text = await asyncio.to_thread(read)
+    backbone = context.state.backbone
+    tokens = len(await run_in_turn(context, lambda: backbone.encode(text)))
+    total = round(tokens * facts.characters / max(len(text), 1))
+    about = "about " if len(text) < facts.characters else ""
+    return {**_nothing(), "examples": [{"source": text[:_MOST_CHARS]}], "cuts": f"It has {about}{total:,} tokens."}
+
+
+def _nothing() -> dict[str, Any]:
+    return {
+        "examples": [],
+        "sampled": 0,
+        "parts": [],
+        "lengths": None,
+        "limits": [],
+        "cuts": "",
+        "positions_per_step": None,
+        "steps_per_epoch": None,
+        "estimate": None,
+    }
