@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.job import UNFINISHED, Job, JobError, JobResult, JobState, JobStatus
@@ -17,7 +17,16 @@ from prefixtune.jobs.job import UNFINISHED, Job, JobError, JobResult, JobState, 
 if TYPE_CHECKING:
     from dbos import DBOSClient, WorkflowStatus
 
-__all__ = ["APPLICATION", "PROTOCOL", "QUEUE", "WORKFLOW", "JobQueue", "QueueUnavailableError", "migrate"]
+__all__ = [
+    "APPLICATION",
+    "PROTOCOL",
+    "QUEUE",
+    "WORKFLOW",
+    "JobQueue",
+    "QueueUnavailableError",
+    "UnfinishedJob",
+    "migrate",
+]
 
 
 APPLICATION, QUEUE, WORKFLOW = "prefixtune", "train", "train"
@@ -44,6 +53,22 @@ _PAGE = 100
 
 class QueueUnavailableError(PrefixError):
     """The database cannot be reached, or is locked; trying again later may help."""
+
+
+class UnfinishedJob(NamedTuple):
+    """A job that waits, runs or is paused.
+
+    Attributes:
+        id: `ftjob-...`.
+        owner: Whose.
+        name: What its result will be served as.
+        status: Where it stands.
+    """
+
+    id: str
+    owner: str
+    name: str
+    status: JobStatus
 
 
 def migrate(database_url: str) -> None:
@@ -187,6 +212,22 @@ class JobQueue:
         if not found:
             raise RequestError(f"there is no job {job_id[:64]!r}.", hint="list the jobs first.")
         return _state(found[0])
+
+    def each(self, owner: str | None = None) -> Iterator[JobState]:
+        """The jobs of an owner, or of all, the newest first; read as far as they are asked for."""
+        return map(_state, self._iterate(user=owner, sort_desc=True))
+
+    def unfinished(self) -> list[UnfinishedJob]:
+        """All jobs that have not ended; those that wait are in the order of their turns."""
+        statuses = sorted({name for status in UNFINISHED for name in _WORKFLOW_STATES[status]})
+        found = self._all(status=statuses, load_input=False, load_output=False)
+        found.sort(key=lambda job: (job.priority or 0, job.created_at or 0))
+        jobs = []
+        for job in found:
+            if (status := _status(job)) in UNFINISHED:
+                name = str((job.attributes or {}).get("name", ""))
+                jobs.append(UnfinishedJob(job.workflow_id, job.authenticated_user or "", name, status))
+        return jobs
 
     def find(
         self,

@@ -31,7 +31,7 @@ __all__ = [
 
 
 AUTO = "auto"
-Hyperparameters = Mapping[str, float | Literal["auto"]]
+Hyperparameters = Mapping[str, int | float | Literal["auto"]]
 
 _SHARED_OPTIONS = (
     *("name", "prefix_length", "start", "init_text", "compaction", "reparameterization", "prefix_dropout", "nested"),
@@ -176,7 +176,7 @@ def make_job(request: JobRequest, *, job_id: str, owner: str, created: int, max_
     )
 
 
-def resolved_hyperparameters(job: Job) -> dict[str, float]:
+def resolved_hyperparameters(job: Job) -> dict[str, int | float]:
     """The hyperparameters of a job as numbers."""
     kind = DistillConfig if job.kind == "document" else TrainConfig
     batch_size = int(job.config.get("batch_size", kind.default("batch_size")))
@@ -432,6 +432,6 @@ def _in_words_of_the_request(message: str) -> str:
 
 
 def _param(message: str, options: Mapping[str, Any]) -> str:
-    """The option that a message is about."""
-    named = [name for name in options if re.search(rf"\b{name}\b", message)]
-    return f"prefixtune.{named[0]}" if named else "prefixtune"
+    """The option that a message is about: the first that it names."""
+    found = {name: match.start() for name in options if (match := re.search(rf"\b{name}\b", message))}
+    return f"prefixtune.{min(found, key=found.__getitem__)}" if found else "prefixtune"

@@ -13,7 +13,18 @@ from starlette.routing import BaseRoute
 from prefixtune import __version__
 from prefixtune.errors import PrefixError
 from prefixtune.server import playground
-from prefixtune.server.api import admin, classify, completions, file_preview, files, health, models, openapi, tasks
+from prefixtune.server.api import (
+    admin,
+    classify,
+    completions,
+    file_preview,
+    files,
+    fine_tuning,
+    health,
+    models,
+    openapi,
+    tasks,
+)
 from prefixtune.server.api.endpoint import respond_to_error
 from prefixtune.server.api.refused import refused_endpoint
 from prefixtune.server.limits import QueueFull, RateLimited
@@ -38,6 +49,7 @@ _ROUTERS = (
     classify.router,
     files.router,
     file_preview.router,
+    fine_tuning.router,
     admin.router,
     health.router,
     health.engine_router,

@@ -36,7 +36,7 @@ _THREADS, _MOST_WAITING = 4, 64
 _SECONDS = 60.0
 """Longest wait for the database; it gives up a lock after 30 seconds itself."""
 _LONGEST_FIELD = 200
-_MOST_UPLOADS = 8
+_MOST_UPLOADS, _MOST_STREAMS = 8, 64
 
 T = TypeVar("T")
 
@@ -52,6 +52,7 @@ class Training:
         folder: Files and jobs.
         database_url: Of the queue.
         adding: Held while it is looked whether somebody may add a job and while it is added.
+        streams: Streams of events that are open.
         wake: Called when there is a new job.
         uploads: Files that come in at once.
     """
@@ -61,6 +62,7 @@ class Training:
         self.folder = DataFolder(Path(config.data_folder).absolute())
         self.database_url = config.database_url or self.folder.database_url
         self.adding = threading.Lock()
+        self.streams = SharedCapacity(_MOST_STREAMS)
         self.wake: Callable[[], None] = _nobody_waits
         self._queue: JobQueue | None = None
         self._opening = threading.Lock()

@@ -174,7 +174,7 @@ def test_without_llguidance_a_response_format_is_refused_with_the_way_out(
         ("POST", "/v1/embeddings", "/classify"), ("POST", "/v1/responses", "/v1/chat/completions"),
         ("GET", "/v1/responses/resp_1", "Responses API"), ("POST", "/v1/images/generations", "Send text"),
         ("POST", "/v1/audio/speech", "Send text"), ("POST", "/v1/moderations", "/classify"),
-        ("GET", "/v1/fine_tuning/jobs", "prefixtune train"), ("POST", "/score", "echo"),
+        ("GET", "/v1/fine_tuning/alpha/graders", "/v1/fine_tuning/jobs"), ("POST", "/score", "echo"),
     ],
 )  # fmt: skip
 def test_endpoints_of_others_are_refused_by_name(

@@ -135,6 +135,8 @@ TrainingContext = Annotated[RequestContext, _context("train", limited=True)]
 
 def _authenticate(request: Request, state: ServerState, right: Right) -> Caller:
     keyring = state.keyring
+    if right == "train" and request.method != "GET":
+        _check_origin(request, state)
     if keyring.is_open and not _is_local(request.headers.get("host", "")):
         # The name of another site could point to this machine, and its page would then call the server.
         raise forbidden("without keys, the server answers on localhost only.", "host_not_allowed")
@@ -154,6 +156,21 @@ def _authenticate(request: Request, state: ServerState, right: Right) -> Caller:
     if right == "train" and not rules.train:
         raise forbidden(f"the key {caller.name!r} may not train.", "training_not_allowed")
     return caller
+
+
+def _check_origin(request: Request, state: ServerState) -> None:
+    """Refuse a change that another site's page asks a server without keys for.
+
+    A browser sends a form, and a request without a body, without asking the server first.
+
+    Raises:
+        ApiError: 403.
+    """
+    origin = request.headers.get("origin")
+    if not state.keyring.is_open or origin is None or origin in state.config.cors_origins:
+        return
+    if origin.partition("://")[2].lower() != request.headers.get("host", "").lower():
+        raise forbidden("pages of other sites may not use training here.", "origin_not_allowed")
 
 
 async def respond_to_error(request: Request, error: Exception) -> Response:

@@ -14,7 +14,8 @@ from pydantic.json_schema import models_json_schema
 
 from prefixtune.server.api.endpoint import KeyContext
 from prefixtune.server.api.protocol import ChatRequest, ClassifyRequest, CompletionRequest, TaskRequest, with_limits
-from prefixtune.server.api.schemas import ChatChunk, CompletionChunk, Error, TaskOutputChunk
+from prefixtune.server.api.schemas import ChatChunk, CompletionChunk, Error, FineTuningEvent, TaskOutputChunk
+from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.limits import Limits
 from prefixtune.server.settings import ServeConfig
 
@@ -33,7 +34,7 @@ __all__ = [
 
 
 _REF = "#/components/schemas/{model}"
-_REQUESTS = (CompletionRequest, ChatRequest, TaskRequest, ClassifyRequest)
+_REQUESTS = (CompletionRequest, ChatRequest, TaskRequest, ClassifyRequest, FineTuningRequest)
 _ERRORS = {
     400: "A field (`param`), the name or the body is wrong.",
     401: "The key is missing or unknown.",
@@ -161,7 +162,7 @@ def openapi_document(app: FastAPI, config: ServeConfig, limits: Limits) -> dict[
 
 def _schemas(config: ServeConfig, limits: Limits) -> dict[str, Any]:
     """The models that FastAPI does not see: bodies, which are read within limits, and events."""
-    models: list[Any] = [Error, CompletionChunk, ChatChunk, TaskOutputChunk]
+    models: list[Any] = [Error, CompletionChunk, ChatChunk, TaskOutputChunk, FineTuningEvent]
     models += [with_limits(model, limits) for model in _REQUESTS]
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     schemas: dict[str, Any] = definitions["$defs"]

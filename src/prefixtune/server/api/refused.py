@@ -28,7 +28,7 @@ _REFUSED = {
     "/rerank": "texts are not ranked. Use echo with logprobs in /v1/completions",
     "/v1/batches": "batches are not stored. Send the requests to /v1/completions at once; they are computed together",
     "/v1/uploads": "files are not uploaded in parts. Use /v1/files",
-    "/v1/fine_tuning": "training is not served. Use `prefixtune train`, and upload the prefix to /admin/prefixes/NAME",
+    "/v1/fine_tuning": "there are neither graders nor permissions. Training is at /v1/fine_tuning/jobs",
     "/v1/load_lora_adapter": "LoRA adapters are not served. Upload a prefix to /admin/prefixes/NAME",
     "/tokenize": "tokens are not served. Use echo with logprobs in /v1/completions, or the model's tokenizer",
     "/detokenize": "tokens are not served. Use the model's tokenizer",

@@ -21,6 +21,11 @@ __all__ = [
     "File",
     "FilePreview",
     "Files",
+    "FineTuningCheckpoints",
+    "FineTuningEvent",
+    "FineTuningEvents",
+    "FineTuningJob",
+    "FineTuningJobs",
     "Health",
     "Model",
     "Models",
@@ -342,3 +347,105 @@ class Reloaded(BaseModel):
     added: list[str]
     removed: list[str]
     refused: Reasons
+
+
+class FineTuningError(BaseModel):
+    code: str
+    message: str
+    param: str | None
+
+
+class FineTuningNumbers(BaseModel):
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+
+
+class FineTuningSupervised(BaseModel):
+    hyperparameters: FineTuningNumbers
+
+
+class FineTuningMethod(BaseModel):
+    type: Literal["supervised"]
+    supervised: FineTuningSupervised
+
+
+class FineTuningProgress(BaseModel):
+    step: int
+    total_steps: Annotated[int, Field(description="0: not known yet.")]
+    loss: Annotated[float | None, Field(description="Of the last step, in nats per token.")]
+    seconds_left: float | None
+    updated: Annotated[int, Field(description="When this was measured, in seconds since 1970.")]
+    trained_tokens: int
+
+
+class FineTuningExtension(BaseModel):
+    name: Annotated[str, Field(description="What the result is served as once the job has succeeded.")]
+    kind: Literal["examples", "document"]
+    options: Annotated[dict[str, Any], Field(description="As asked for.")]
+    position: Annotated[int | None, Field(description="Jobs that come before this one; None: it does not wait.")]
+    progress: FineTuningProgress | None
+    best_loss: Annotated[float | None, Field(description="On the validation file, in nats per token.")]
+
+
+class FineTuningJob(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    finished_at: int | None
+    status: Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    model: str
+    fine_tuned_model: Annotated[str | None, Field(description="The name to use, once the job has succeeded.")]
+    error: FineTuningError | None
+    training_file: str
+    validation_file: str | None
+    result_files: Annotated[list[str], Field(description="Of the figures of all steps, as CSV.")]
+    trained_tokens: int | None
+    estimated_finish: int | None
+    hyperparameters: FineTuningNumbers
+    method: FineTuningMethod
+    seed: int
+    integrations: list[dict[str, Any]]
+    metadata: dict[str, str]
+    organization_id: Annotated[str, Field(description="The name of the key that asked.")]
+    user_provided_suffix: str | None
+    prefixtune: FineTuningExtension
+
+
+class Page(BaseModel):
+    object: Literal["list"]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FineTuningJobs(Page):
+    data: list[FineTuningJob]
+
+
+class FineTuningEvent(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any]
+
+
+class FineTuningEvents(Page):
+    data: list[FineTuningEvent]
+
+
+class FineTuningCheckpoint(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuning_job_id: str
+    fine_tuned_model_checkpoint: str
+    step_number: int
+    metrics: Annotated[dict[str, float], Field(description="`step`, `train_loss` and `valid_loss`.")]
+
+
+class FineTuningCheckpoints(Page):
+    data: list[FineTuningCheckpoint]

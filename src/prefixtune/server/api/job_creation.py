@@ -1,0 +1,257 @@
+"""Create a job: look whether it may be, make its folder, and queue it; or nothing of all that."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefixtune.errors import PrefixError, RequestError
+from prefixtune.jobs.inputs import InputName, make_job_folder, remove_job_folder
+from prefixtune.jobs.job import Job, JobState, new_job_id
+from prefixtune.jobs.queue import JobQueue
+from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
+from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
+from prefixtune.prefix.folder import path_of
+from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.api.training_protocol import FineTuningRequest
+from prefixtune.server.responses import ApiError, bad_request, storage_error
+
+if TYPE_CHECKING:
+    from prefixtune.server.training import Training
+
+__all__ = ["create_job"]
+
+
+_MAX_KEY_LENGTH = 255
+_SELF = "self"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The files of a request, and the prefix that training goes on from."""
+
+    files: Mapping[str, StoredFile]
+    start: Path | None = None
+
+
+async def create_job(context: RequestContext, body: FineTuningRequest) -> tuple[JobState, bool]:
+    """Create the job that a request asks for; returns it, and whether it is new.
+
+    A request with the header `Idempotency-Key` of an earlier one gets the job of that one.
+
+    Raises:
+        ApiError: Something is wrong with the request, it asks for too much, or the database is away.
+    """
+    training, key = context.training, context.request.headers.get("idempotency-key", "")
+    if len(key) > _MAX_KEY_LENGTH:
+        raise bad_request(f"the header Idempotency-Key has more than {_MAX_KEY_LENGTH} characters.")
+    job_id = _job_id(context.caller.name, key) if key else new_job_id()
+    if key and (earlier := await training.ask(lambda queue: _find(queue, job_id))) is not None:
+        return _same(earlier, body), False
+    start_lengths = await _start_lengths(context, body.model)
+    inputs = await asyncio.to_thread(_find_inputs, context, body, has_start=start_lengths is not None)
+    job = _make(context, body, inputs, start_lengths, job_id)
+
+    def add(queue: JobQueue) -> JobState:
+        with training.adding:
+            _check_room(context, queue, job)
+            _add(training, queue, job, inputs)
+        return queue.get(job.id)
+
+    return await training.ask(add), True
+
+
+def _job_id(owner: str, key: str) -> str:
+    """The same id for the same key of the same owner."""
+    digest = hashlib.sha256(f"{owner}\0{key}".encode("utf-8", "surrogateescape"))
+    return f"ftjob-{digest.hexdigest()[:24]}"
+
+
+def _find(queue: JobQueue, job_id: str) -> JobState | None:
+    try:
+        return queue.get(job_id)
+    except RequestError:
+        return None
+
+
+def _same(state: JobState, body: FineTuningRequest) -> JobState:
+    """The job of an earlier request, if this one asks for the same.
+
+    Raises:
+        ApiError: It asks for another.
+    """
+    job = state.job
+    asked = (body.model, body.options, body.given_hyperparameters, body.suffix or "", body.metadata or {})
+    if asked != (job.model, job.extension, job.hyperparameters, job.suffix, job.metadata):
+        raise bad_request(
+            "the header Idempotency-Key is that of an earlier request, which asked for another job.",
+            code="idempotency_key_reused",
+            hint="use a new key.",
+        )
+    return state
+
+
+# --- what the job reads -----------------------------------------------------------------------------------------------
+
+
+async def _start_lengths(context: RequestContext, model: str) -> dict[str, int] | None:
+    """The positions by site of the prefix to go on from; None: the bare backbone is named.
+
+    Raises:
+        ApiError: There is no such model, or the caller may not use it.
+    """
+    catalog = context.state.catalog
+    if model == context.state.config.model_id:
+        return None
+    names = catalog.parts(model)
+    if len(names) > 1:
+        raise bad_request("training goes on from one prefix, and 'model' names several.", "model")
+    await catalog.check_access(names, context.caller)
+    lengths = catalog.header(model).get("prefix_length")
+    if not isinstance(lengths, dict) or not all(type(length) is int and length > 0 for length in lengths.values()):
+        raise bad_request(f"training cannot go on from {model!r}: its file does not say how long it is.", "model")
+    return lengths
+
+
+def _find_inputs(context: RequestContext, body: FineTuningRequest, *, has_start: bool) -> _Inputs:
+    """The uploaded files that a request names.
+
+    Raises:
+        ApiError: 404: there is no such file, or it is somebody else's.
+    """
+    options, files = body.options, {}
+    asked = {
+        "training_file": body.training_file,
+        "validation_file": body.validation_file,
+        "prefixtune.document": options.get("document"),
+        "prefixtune.questions": options.get("questions"),
+    }
+    for param, file_id in asked.items():
+        if file_id is None or file_id == _SELF:
+            continue
+        owner = None if context.training.sees_all(context.caller) else context.caller.name
+        try:
+            files[param] = context.training.files.get(owner, file_id)
+        except UnknownFileError:
+            raise _no_file(param, file_id) from None
+    start = path_of(context.training.prefixes, body.model) if has_start else None
+    return _Inputs(files, start)
+
+
+def _no_file(param: str, file_id: str) -> ApiError:
+    return ApiError(404, f"there is no file {file_id[:128]!r}.", param=param, code="file_not_found")
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+
+
+def _make(
+    context: RequestContext,
+    body: FineTuningRequest,
+    inputs: _Inputs,
+    start_lengths: Mapping[str, int] | None,
+    job_id: str,
+) -> Job:
+    """The job.
+
+    Raises:
+        ApiError: 400: something is wrong with the request.
+    """
+    files, most = inputs.files, context.state.catalog.max_length
+    if (length := body.options.get("prefix_length", 0)) >= most:
+        message = f"prefixtune.prefix_length is {length}, but the model has {most} positions for prefix and text."
+        raise bad_request(message, "prefixtune.prefix_length")
+    request = JobRequest(
+        model=body.model,
+        training_file=files["training_file"],
+        validation_file=files.get("validation_file"),
+        document=files.get("prefixtune.document"),
+        questions=files.get("prefixtune.questions"),
+        hyperparameters=body.given_hyperparameters,
+        options=body.options,
+        integrations=[one.given() for one in body.integrations or ()],
+        start_lengths=start_lengths,
+        seed=body.seed or 0,
+        suffix=body.suffix or "",
+        metadata=body.metadata or {},
+    )
+    max_steps = context.training.limits_of(context.caller).max_steps
+    try:
+        return make_job(
+            request, job_id=job_id, owner=context.caller.name, created=int(time.time()), max_steps=max_steps
+        )
+    except JobRefusedError as error:
+        raise bad_request(error.message, error.param, error.code) from None
+
+
+def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
+    """Refuse a job whose name is taken, or that is one too many.
+
+    Raises:
+        ApiError: It is refused.
+    """
+    limits, store, unfinished = context.training.limits_of(context.caller), context.state.store, queue.unfinished()
+    own = [one for one in unfinished if one.owner == job.owner and one.id != job.id]
+    if len(own) >= limits.max_jobs:
+        message = f"{len(own)} jobs of this key wait, run or are paused, which is its limit (max_jobs)."
+        # A place is free when a job has ended, which takes longer than clients wait by themselves.
+        raise ApiError(429, message, code="too_many_jobs", headers={"x-should-retry": "false"})
+    kept = len(store.results(job.owner))
+    if kept + len(own) >= limits.max_prefixes:
+        message = f"this key keeps {kept} results and has {len(own)} jobs, which is its limit (max_prefixes)."
+        raise bad_request(message, code="too_many_prefixes", hint="delete a model that is not needed.")
+    is_taken = job.name == context.state.config.model_id or store.is_taken(job.name)
+    if is_taken or any(one.name == job.name and one.id != job.id for one in unfinished):
+        raise _name_taken(job)
+
+
+def _name_taken(job: Job) -> ApiError:
+    param = "prefixtune.name" if "name" in job.extension else "suffix"
+    return bad_request(f"the name {job.name!r} is taken.", param, "name_taken", hint="choose another one.")
+
+
+def _add(training: Training, queue: JobQueue, job: Job, inputs: _Inputs) -> None:
+    """Make the job's folder, and queue it.
+
+    Raises:
+        ApiError: Its files or its name are gone.
+        QueueUnavailableError: The database is away. It may have queued the job all the same, so that the folder stays;
+            without a job, workers remove it later.
+    """
+    try:
+        make_job_folder(training.folder, job.id, _links(training, job, inputs))
+    except FileExistsError:
+        # Made for an earlier request with the same key, whose queueing failed.
+        pass
+    except (FileNotFoundError, UnknownFileError):
+        raise _no_file("training_file", job.training_file) from None
+    except PrefixError as error:
+        raise storage_error(error, "the job", "the data folder") from None
+    try:
+        queue.add(job)
+    except RequestError:
+        remove_job_folder(training.folder, job.id)
+        raise _name_taken(job) from None
+
+
+def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:
+    """What the job's folder links to.
+
+    Raises:
+        UnknownFileError: A file was deleted meanwhile.
+    """
+    is_document = job.kind == "document"
+    ids: dict[InputName, str] = {
+        "document" if is_document else "train": job.training_file,
+        "dev": job.validation_file,
+        "questions": job.questions_file,
+    }
+    stored = {file.id: file for file in inputs.files.values()}
+    found = {name: stored[file_id] for name, file_id in ids.items() if file_id}
+    links = {name: (training.files.path(file.owner, file.id), file.ending) for name, file in found.items()}
+    return links | ({"start": (inputs.start, inputs.start.suffix)} if inputs.start is not None else {})

@@ -1,0 +1,530 @@
+"""`/v1/fine_tuning/jobs` by OpenAI's client: create, look, stop; and everything that is refused, with nothing left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from asgi_client import send
+from prefixtune.jobs.events import JobEvents, Progress
+from prefixtune.jobs.executor import Executor, JobFailedError
+from prefixtune.jobs.inputs import find_input
+from prefixtune.jobs.job import Job, JobError, JobResult
+from prefixtune.jobs.queue import QueueUnavailableError
+from prefixtune.server.auth import hash_key
+from prefixtune.server.settings import KeyConfig
+
+ROWS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) + "\n" for n in range(20))
+LABELS = "text,label\ngood,yes\nbad,no\n"
+DOCUMENT = "The tower was built in 1887. It is 300 metres high."
+QUESTIONS = "".join(json.dumps({"question": f"q{n}", "answer": f"a{n}"}) + "\n" for n in range(6))
+
+
+def ask(app: Any, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], key: str = "none") -> Any:
+    """What some calls of OpenAI's client return."""
+
+    async def run() -> Any:
+        transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
+        async with openai.AsyncOpenAI(
+            base_url="http://127.0.0.1:8000/v1", api_key=key, max_retries=0, http_client=transport
+        ) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+async def act(job_id: str, action: str, client: openai.AsyncOpenAI) -> Any:
+    """Cancel, pause or resume a job."""
+    return await getattr(client.fine_tuning.jobs, action)(job_id)
+
+
+def upload(
+    state: Any, text: str = ROWS, name: str = "rows.jsonl", purpose: Any = "fine-tune", owner: str = "local"
+) -> str:
+    with state.training.files.open_upload(owner, name, purpose) as made:
+        made.write(text.encode())
+        return str(made.finish().id)
+
+
+def create(app: Any, file: str, *, key: str = "none", model: str = "tiny", **more: Any) -> Any:
+    own: dict[str, Any] = {"extra_body": {"prefixtune": more.pop("own")}} if "own" in more else {}
+    return ask(app, lambda client: client.fine_tuning.jobs.create(model=model, training_file=file, **own, **more), key)
+
+
+def refusal(app: Any, file: str, **more: Any) -> Any:
+    with pytest.raises(openai.APIStatusError) as caught:
+        create(app, file, **more)
+    return caught.value
+
+
+def left(state: Any) -> tuple[list[str], list[str]]:
+    """The folders and the queued jobs that there are."""
+    folder = state.training.folder.jobs
+    folders = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = asyncio.run(state.training.ask(lambda queue: [job.id for job in queue.unfinished()]))
+    return folders, sorted(found)
+
+
+@contextmanager
+def worker(state: Any, run: Callable[[Job], JobResult]) -> Iterator[None]:
+    """A worker that runs jobs in its own way."""
+    executor = Executor(state.training.database_url, state.training.folder.workers, capacity=2, run=run)
+    executor.start()
+    try:
+        yield
+    finally:
+        executor.stop()
+
+
+def wait_for(app: Any, job_id: str, *statuses: str) -> Any:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        job = ask(app, lambda client: client.fine_tuning.jobs.retrieve(job_id))
+        if job.status in statuses:
+            return job
+        time.sleep(0.05)
+    raise AssertionError(f"{job_id} is {job.status}")
+
+
+def keys(**rules: dict[str, Any]) -> dict[str, KeyConfig]:
+    return {name: KeyConfig(hash=hash_key(f"pt-{name}"), **more) for name, more in rules.items()}
+
+
+# --- what works -------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_from_its_creation_to_its_result(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    file, check = upload(state), upload(state)
+    woken = threading.Event()
+    state.training.wake = woken.set
+    job = create(
+        app,
+        file,
+        validation_file=check,
+        suffix="cats",
+        seed=7,
+        metadata={"team": "blue"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": "auto"}}},
+        integrations=[{"type": "wandb", "wandb": {"project": "pets", "name": "first"}}],
+        own={"prefix_length": 4, "start": "words"},
+    )
+    assert woken.is_set()
+    assert (job.status, job.model, job.training_file, job.validation_file) == ("queued", "tiny", file, check)
+    assert (job.seed, job.metadata, job.organization_id) == (7, {"team": "blue"}, "local")
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (3, 16)
+    assert job.method.supervised.hyperparameters.learning_rate_multiplier == 1.0
+    assert job.integrations[0].wandb.project == "pets"
+    assert job.prefixtune["name"] == f"cats-{job.id[-8:]}"
+    assert job.prefixtune["position"] == 0
+    folder = state.training.folder.job(job.id)
+    train = find_input(folder, "train")
+    assert train is not None
+    assert (train.name, train.read_text()) == ("train.jsonl", ROWS)
+    assert find_input(folder, "dev") is not None
+    # The upload may go: the job has its own link.
+    state.training.files.delete("local", file)
+
+    began, release = threading.Event(), threading.Event()
+    seen: list[Job] = []
+
+    def run(asked: Job) -> JobResult:
+        seen.append(asked)
+        events = JobEvents(state.training.folder.job(asked.id))
+        events.add("step 1", data={"step": 1, "train_loss": 2.0})
+        events.write_progress(Progress(step=1, total_steps=6, loss=2.0, seconds_left=30.0, updated=1000))
+        began.set()
+        assert release.wait(20)
+        events.add("done")
+        return JobResult(name=asked.name, trained_tokens=99, steps=6, result_files=["file-x"], best_loss=1.5)
+
+    with worker(state, run):
+        assert began.wait(20)
+        running = ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id))
+        assert (running.status, running.estimated_finish) == ("running", 1030)
+        assert running.prefixtune["progress"]["step"] == 1
+        release.set()
+        done = wait_for(app, job.id, "succeeded")
+    assert (done.fine_tuned_model, done.trained_tokens, done.result_files) == (job.prefixtune["name"], 99, ["file-x"])
+    assert done.finished_at >= done.created_at
+    config = seen[0].config
+    assert (config["prefix_length"], config["initialization"], config["max_steps"]) == (4, "words", 6)
+    assert (config["report_to"], config["run_name"]) == (["wandb"], "first")
+
+    async def events(client: openai.AsyncOpenAI) -> Any:
+        first = await client.fine_tuning.jobs.list_events(job.id, limit=1)
+        return [one.message async for one in first], [one.data async for one in first]
+
+    messages, data = ask(app, events)
+    assert messages == ["done", "step 1"]
+    assert data[1] == {"step": 1, "train_loss": 2.0}
+    assert ask(app, lambda client: client.fine_tuning.jobs.checkpoints.list(job.id)).data == []
+
+
+def test_a_job_that_fails_says_why(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state))
+
+    def run(_: Job) -> JobResult:
+        raise JobFailedError(JobError(code="diverged", message="the loss is not finite.", param=None))
+
+    with worker(state, run):
+        failed = wait_for(app, job.id, "failed")
+    assert (failed.error.code, failed.error.message) == ("diverged", "the loss is not finite.")
+    assert failed.fine_tuned_model is None
+
+
+def test_jobs_are_listed_in_pages_and_by_metadata(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    file = upload(state)
+    made = [create(app, file, metadata={"n": str(n), "all": "yes"}).id for n in range(3)]
+
+    async def listed(client: openai.AsyncOpenAI, **query: Any) -> list[str]:
+        page = await client.fine_tuning.jobs.list(**query)
+        return [job.id async for job in page]
+
+    assert ask(app, lambda client: listed(client, limit=1)) == made[::-1]
+    assert ask(app, lambda client: listed(client, limit=2, after=made[2])) == made[1::-1]
+    assert ask(app, lambda client: listed(client, metadata={"n": "1", "all": "yes"})) == [made[1]]
+    assert ask(app, lambda client: listed(client, metadata={"n": "9"})) == []
+    last = ask(app, lambda client: client.fine_tuning.jobs.retrieve(made[2]))
+    assert last.prefixtune["position"] == 2
+    wrong: list[dict[str, Any]] = [{"limit": 0}, {"limit": 1000}, {"after": "ftjob-x"}]
+    for query in wrong:
+        with pytest.raises(openai.BadRequestError):
+            ask(app, partial(listed, **query))
+
+
+def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state), own={"name": "mine"})
+    assert ask(app, lambda client: client.fine_tuning.jobs.pause(job.id)).status == "paused"
+    with pytest.raises(openai.BadRequestError, match="is paused; only a job that is queued or running can be paused"):
+        ask(app, lambda client: client.fine_tuning.jobs.pause(job.id))
+    # A paused job keeps its name.
+    assert refusal(app, upload(state), own={"name": "mine"}).code == "name_taken"
+    assert ask(app, lambda client: client.fine_tuning.jobs.resume(job.id)).status == "queued"
+    assert ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
+    for action in ("cancel", "pause", "resume"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(app, partial(act, job.id, action))
+        assert caught.value.code == "job_ended"
+    create(app, upload(state), own={"name": "mine"})
+    actions = [json.loads(line)["action"] for line in state.training.folder.audit_log.read_text().splitlines()]
+    assert actions == ["job.create", "job.pause", "job.resume", "job.cancel", "job.create"]
+
+
+def test_a_published_result_of_a_cancelled_job_goes(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    from prefixtune.jobs.publish import published_by
+    from prefixtune.prefix.artifact import read_artifact, save_prefix
+    from prefixtune.prefix.prefix import Prefix
+
+    app, state = make_server()
+    job = create(app, upload(state), own={"name": "mine"})
+    some = read_artifact(tmp_path / "prefixes" / "a.safetensors")
+    path = tmp_path / "prefixes" / "mine.safetensors"
+    save_prefix(path, Prefix(some.layers, {**some.header, "job": {"id": job.id, "owner": "local"}}))
+    assert published_by(path) == job.id
+    ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id))
+    assert not path.exists()
+
+
+def test_events_are_streamed_until_the_job_stands_still(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state))
+    log = JobEvents(state.training.folder.job(job.id))
+    for step in range(3):
+        log.add(f"step {step}", data={"step": step})
+
+    async def stream(after: str = "") -> list[str]:
+        query = f"stream=true&after={after}".encode()
+
+        async def cancel_soon() -> None:
+            await asyncio.sleep(0.5)
+            log.add("last")
+            await state.training.ask(lambda queue: queue.cancel(job.id))
+
+        stopping = asyncio.ensure_future(cancel_soon())
+        transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
+        async with transport as client:
+            url = f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?{query.decode()}"
+            response = await client.get(url, timeout=20)
+        await stopping
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+
+    *events, end = asyncio.run(stream())
+    assert end == "[DONE]"
+    assert [json.loads(one)["message"] for one in events] == ["step 0", "step 1", "step 2", "last"]
+    *rest, end = asyncio.run(stream(json.loads(events[1])["id"]))
+    assert [json.loads(one)["message"] for one in rest] == ["step 2", "last"]
+
+
+def test_too_many_streams_are_refused(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state))
+    with state.training.streams.hold(state.training.streams.capacity, "127.0.0.1"):
+        url = f"http://127.0.0.1:8000/v1/fine_tuning/jobs/{job.id}/events?stream=true"
+
+        async def get() -> Any:
+            async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
+                return await client.get(url)
+
+        response = asyncio.run(get())
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "too_many_streams")
+
+
+def test_a_document_becomes_a_job_of_its_own_kind(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    document = upload(state, DOCUMENT, "tower.md", "document")
+    questions = upload(state, QUESTIONS, "questions.jsonl")
+    alone = create(app, document, own={"prefix_length": 8, "num_questions": 16})
+    assert (alone.training_file, alone.prefixtune["kind"]) == (document, "document")
+    both = create(app, questions, own={"document": document})
+    assert both.training_file == questions
+    folder = state.training.folder.job(both.id)
+    names = sorted(path.name for path in folder.inputs.iterdir())
+    assert names == ["document.md", "questions.jsonl"]
+    assert refusal(app, document, validation_file=questions).param == "validation_file"
+    assert refusal(app, questions, own={"document": questions}).param == "prefixtune.document"
+
+
+def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state), model="a")
+    folder = state.training.folder.job(job.id)
+    start = find_input(folder, "start")
+    assert start is not None
+    assert start.read_bytes() == (state.store.folder / "a.safetensors").read_bytes()
+    asked = asyncio.run(state.training.ask(lambda queue: queue.get(job.id))).job
+    assert (asked.config["initialization"], asked.config["prefix_length"]) == ("prefix", 4)
+    assert refusal(app, upload(state), model="nothing").status_code == 404
+    assert refusal(app, upload(state), model="a+b").param == "model"
+
+
+def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    file = upload(state)
+    header: dict[str, Any] = {"extra_headers": {"Idempotency-Key": "once"}}
+    first = create(app, file, own={"name": "mine"}, **header)
+    again = create(app, file, own={"name": "mine"}, **header)
+    assert first.id == again.id
+    assert refusal(app, file, own={"name": "other"}, **header).code == "idempotency_key_reused"
+    assert len(left(state)[1]) == 1
+    audit = state.training.folder.audit_log.read_text().splitlines()
+    assert len(audit) == 1
+
+
+def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    file = upload(state)
+
+    async def create_many(client: openai.AsyncOpenAI) -> list[Any]:
+        def job(name: str) -> Any:
+            return client.fine_tuning.jobs.create(
+                model="tiny", training_file=file, extra_body={"prefixtune": {"name": name}}
+            )
+
+        return await asyncio.gather(*(job(f"n{n % 12}") for n in range(24)), return_exceptions=True)
+
+    results = ask(app, create_many)
+    made = [one for one in results if not isinstance(one, Exception)]
+    assert len(made) == 10
+    assert len({one.prefixtune["name"] for one in made}) == 10
+    codes = {one.code for one in results if isinstance(one, openai.APIStatusError)}
+    assert codes <= {"too_many_jobs", "name_taken"}
+    folders, queued = left(state)
+    assert folders == queued
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+WRONG: list[tuple[dict[str, Any], int, str | None, str | None]] = [
+    ({"hyperparameters": {"n_epoch": 3}}, 400, "hyperparameters.n_epoch", "unknown_field"),
+    ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs", None),
+    ({"hyperparameters": {"batch_size": 100_000}}, 400, "hyperparameters.batch_size", None),
+    ({"hyperparameters": {"n_epochs": 1000, "batch_size": 1}}, 400, "hyperparameters.n_epochs", "too_many_steps"),
+    ({"method": {"type": "dpo"}}, 400, "method.type", "unsupported_field"),
+    ({"method": {"type": "reinforcement"}}, 400, "method.type", "unsupported_field"),
+    ({"suffix": "a/b"}, 400, "suffix", None),
+    ({"metadata": {"a": "b" * 600}}, 400, "metadata", None),
+    ({"seed": -1}, 400, "seed", None),
+    ({"integrations": [{"type": "wand"}]}, 400, "integrations[0].type", None),
+    ({"own": {"nam": "x"}}, 400, "prefixtune.nam", "unknown_field"),
+    ({"own": {"name": "../x"}}, 400, "prefixtune.name", "invalid_name"),
+    ({"own": {"name": "a"}}, 400, "prefixtune.name", "name_taken"),
+    ({"own": {"name": "tiny"}}, 400, "prefixtune.name", "name_taken"),
+    ({"own": {"init_text": "@/etc/passwd"}}, 400, "prefixtune.init_text", None),
+    ({"own": {"prefix_length": 512}}, 400, "prefixtune.prefix_length", None),
+    ({"own": {"start": "words", "prefix_length": 0}}, 400, "prefixtune.prefix_length", None),
+    ({"own": {"document": "file-" + "0" * 24}}, 404, "prefixtune.document", "file_not_found"),
+    ({"validation_file": "file-" + "0" * 24}, 404, "validation_file", "file_not_found"),
+    ({"model": "none"}, 404, None, "model_not_found"),
+]
+
+
+@pytest.mark.parametrize(("more", "status", "param", "code"), WRONG)
+def test_a_wrong_request_leaves_nothing(
+    more: dict[str, Any], status: int, param: str | None, code: str | None, make_server: Callable[..., Any]
+) -> None:
+    app, state = make_server()
+    error = refusal(app, upload(state), **more)
+    assert (error.status_code, error.param, error.code) == (status, param, code)
+    assert left(state) == ([], [])
+
+
+def test_files_that_cannot_be_trained_on(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    good, labels = upload(state), upload(state, LABELS, "labels.csv")
+    broken = upload(state, ROWS + '{"prompt": "p"}\n', "broken.jsonl")
+    error = refusal(app, broken)
+    assert (error.status_code, error.param, error.code) == (400, "training_file", "invalid_training_file")
+    assert "21" in error.message
+    other = refusal(app, good, validation_file=labels)
+    assert (other.param, other.code) == ("validation_file", "invalid_validation_file")
+    assert "'label'" in other.message
+    assert "'prompt'" in other.message
+    empty = upload(state, "... !", "dots.txt", "document")
+    assert refusal(app, empty).param == "training_file"
+    assert refusal(app, good, own={"form": "label"}).param == "prefixtune.form"
+    assert refusal(app, "file-" + "0" * 24).status_code == 404
+    assert refusal(app, "x").status_code == 404
+    assert left(state) == ([], [])
+
+
+def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> None:
+    rules = keys(ann={"prefixes": ("acme-*",)}, bob={}, boss={"admin": True}, reader={"train": False})
+    app, state = make_server(keys=rules)
+    file = upload(state, owner="ann")
+    job = create(app, file, key="pt-ann")
+    for work in (
+        lambda client: client.fine_tuning.jobs.retrieve(job.id),
+        lambda client: client.fine_tuning.jobs.cancel(job.id),
+        lambda client: client.fine_tuning.jobs.pause(job.id),
+        lambda client: client.fine_tuning.jobs.resume(job.id),
+        lambda client: client.fine_tuning.jobs.list_events(job.id),
+        lambda client: client.fine_tuning.jobs.checkpoints.list(job.id),
+        lambda client: client.fine_tuning.jobs.create(model="tiny", training_file=file),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            ask(app, work, "pt-bob")
+    listed = {
+        name: [one.id for one in ask(app, lambda client: client.fine_tuning.jobs.list(), f"pt-{name}").data]
+        for name in ("ann", "bob", "boss")
+    }
+    assert listed == {"ann": [job.id], "bob": [], "boss": [job.id]}
+    with pytest.raises(openai.PermissionDeniedError, match="may not train"):
+        ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-reader")
+    with pytest.raises(openai.AuthenticationError):
+        ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-nobody")
+    assert ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id), "pt-boss").status == "cancelled"
+    lines = [json.loads(line) for line in state.training.folder.audit_log.read_text().splitlines()]
+    assert [(line["action"], line["key"]) for line in lines] == [("job.create", "ann"), ("job.cancel", "boss")]
+    assert lines[1]["owner"] == "ann"
+
+
+def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
+    rules = keys(
+        few={"max_jobs": 1},
+        none={"max_prefixes": 0},
+        short={"max_steps": 4},
+        rare={"requests_per_minute": 1},
+    )
+    app, state = make_server(keys=rules)
+    files = {name: upload(state, owner=name) for name in rules}
+    create(app, files["few"], key="pt-few")
+    many = refusal(app, files["few"], key="pt-few")
+    assert (many.status_code, many.code) == (429, "too_many_jobs")
+    assert many.response.headers["x-should-retry"] == "false"
+    assert refusal(app, files["none"], key="pt-none").code == "too_many_prefixes"
+    # `auto` stays within the limit.
+    assert create(app, files["short"], key="pt-short").hyperparameters.n_epochs == 2
+    assert refusal(app, files["short"], key="pt-short", own={"max_steps": 5}).code == "too_many_steps"
+    ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
+    with pytest.raises(openai.RateLimitError):
+        ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
+
+
+def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    app, state = make_server()
+    file = upload(state)
+
+    def away(_: str) -> None:
+        raise QueueUnavailableError("the database of jobs cannot be reached (OperationalError).")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixtune.server.training.migrate", away)
+        error = refusal(app, file)
+        assert (error.status_code, error.code, error.response.headers["retry-after"]) == (503, "queue_unavailable", "5")
+    assert create(app, file).status == "queued"
+
+
+def test_a_database_that_is_locked_stops_no_other_request(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    create(app, upload(state))
+    release = threading.Event()
+
+    async def run() -> tuple[list[Any], Any]:
+        stuck = [asyncio.ensure_future(state.training.ask(lambda _: release.wait(20))) for _ in range(64)]
+        await asyncio.sleep(0)
+        refused = await send(app, "GET", "/v1/fine_tuning/jobs")
+        models = await send(app, "GET", "/v1/models")
+        release.set()
+        return [refused.status, refused.code, models.status], await asyncio.gather(*stuck)
+
+    assert asyncio.run(run())[0] == [503, "busy", 200]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    file = upload(state)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixtune.jobs.inputs._link", full)
+        error = refusal(app, file)
+    assert (error.status_code, error.code) == (507, "no_space")
+    assert left(state) == ([], [])
+
+
+def test_a_server_without_training_says_so(make_server: Callable[..., Any]) -> None:
+    app, state = make_server(train_workers=0)
+    assert state.training is None
+    response = asyncio.run(send(app, "POST", "/v1/fine_tuning/jobs", {}))
+    assert (response.status, response.code) == (404, "training_off")
+
+
+def test_nothing_is_made_before_it_is_needed(make_server: Callable[..., Any], tmp_path: Path) -> None:
+    app, state = make_server()
+    asyncio.run(send(app, "GET", "/v1/models"))
+    assert not (tmp_path / "data").exists()
+    assert not state.training.is_used
+    state.draining = True
+    response = asyncio.run(send(app, "GET", "/v1/fine_tuning/jobs"))
+    assert (response.status, response.code) == (503, "draining")
+
+
+def test_pages_of_other_sites_stop_no_job(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    job = create(app, upload(state))
+    path = f"/v1/fine_tuning/jobs/{job.id}/cancel"
+    foreign = asyncio.run(send(app, "POST", path, headers={"origin": "https://evil.example"}))
+    assert (foreign.status, foreign.code) == (403, "origin_not_allowed")
+    own = asyncio.run(send(app, "POST", path, headers={"origin": "http://127.0.0.1:8000"}))
+    assert own.status == 200
