@@ -23,7 +23,7 @@ from prefixtune.data.streams import decode, unpack
 from prefixtune.errors import DataError, PrefixError
 from prefixtune.jobs.file_facts import FileReport, document_facts, read_facts
 
-__all__ = ["FileCheck"]
+__all__ = ["FileCheck", "main"]
 
 
 INLINE_BYTES = 2**18
@@ -39,6 +39,7 @@ _MEMORY = 2**32
 _SECONDS = 300.0
 """Longest time that is waited for it, once the file is there."""
 _POLLING_SECONDS = 0.05
+_COMMAND = "from prefixtune.jobs.file_check import main; main()"
 _NOT_TEXT = {b"%PDF": "a PDF file", b"PK\x03\x04": "an Office file or an archive"}
 
 
@@ -88,7 +89,7 @@ class FileCheck:
 
     def _start(self) -> None:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefixtune.jobs.file_check"],
+            [sys.executable, "-c", _COMMAND],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -213,7 +214,7 @@ def _step_back() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def _main() -> None:
+def main() -> None:
     """Read a task from standard input and check its file; the end of the input is the end of the file."""
     _step_back()
     task, done = json.loads(sys.stdin.buffer.readline()), threading.Event()
@@ -238,7 +239,3 @@ def _main() -> None:
     sys.stdout.flush()
     # A daemon thread holds the input's lock.
     os._exit(0)
-
-
-if __name__ == "__main__":
-    _main()

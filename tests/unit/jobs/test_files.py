@@ -1,0 +1,274 @@
+"""Uploaded files: checked as training reads them, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from child_process import kill, start_child
+from prefixtune.jobs import file_check
+from prefixtune.jobs.files import (
+    FileLimits,
+    FileRefusedError,
+    FileStore,
+    Purpose,
+    StoredFile,
+    UnknownFileError,
+    result_file_id,
+)
+from prefixtune.jobs.folder import DataFolder
+
+ROW = '{{"prompt": "question {0}", "completion": "answer {0}"}}\n'
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+
+
+def rows(count: int) -> bytes:
+    return "".join(ROW.format(number) for number in range(count)).encode()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> DataFolder:
+    return DataFolder(tmp_path / "data")
+
+
+@pytest.fixture
+def store(folder: DataFolder) -> FileStore:
+    return FileStore(folder)
+
+
+Put = Callable[..., StoredFile]
+
+
+@pytest.fixture
+def put(store: FileStore) -> Put:
+    def upload(data: bytes, filename: str, purpose: Purpose = "fine-tune", **limits: int) -> StoredFile:
+        with store.open_upload("ann", filename, purpose, limits=FileLimits(**limits)) as upload:
+            for start in range(0, len(data), 65_536):
+                upload.write(data[start : start + 65_536])
+            return upload.finish()
+
+    return upload
+
+
+def names(folder: DataFolder) -> list[str]:
+    return [path.name for path in folder.owners.glob("*/*")]
+
+
+@pytest.mark.parametrize(
+    ("filename", "data", "form", "counts", "ending"),
+    [
+        ("a.jsonl", rows(3), "prompt", (3, 3, 3), ".jsonl"),
+        ("A.JSONL", rows(3), "prompt", (3, 3, 3), ".jsonl"),
+        ("a.jsonl.gz", gzip.compress(rows(3)), "prompt", (3, 3, 3), ".jsonl.gz"),
+        ("upload", rows(3), "prompt", (3, 3, 3), ".jsonl"),
+        ("upload", gzip.compress(rows(3)), "prompt", (3, 3, 3), ".jsonl.gz"),
+        ("chat.json", json.dumps([CHAT, CHAT]).encode(), "messages", (2, 1, 2), ".json"),
+        ("a.csv", b"question,answer\nWhy?,So.\nWhy?,Because.\n", "question", (2, 1, 2), ".csv"),
+        ("upload", b"text\tlabel\nfine\tgood\n", "label", (1, 1, 1), ".tsv"),
+        ("questions.jsonl", b'{"question": "Why?"}\n', "question", (1, 1, 0), ".jsonl"),
+        ("two.csv", b"prompt,completion,question,answer\n1,2,3,4\n", "", (1, 0, 0), ".csv"),
+    ],
+)
+def test_forms_of_data(
+    put: Put, store: FileStore, filename: str, data: bytes, form: str, counts: tuple[int, int, int], ending: str
+) -> None:
+    stored = put(data, filename)
+    facts = stored.facts
+    assert facts is not None, stored.status_details
+    assert (facts.form, (facts.rows, facts.examples, facts.targets), stored.ending) == (form, counts, ending)
+    assert (stored.status, stored.filename, stored.bytes) == ("processed", filename, len(data))
+    assert store.path("ann", stored.id).read_bytes() == data
+    assert store.path("ann", stored.id).name.endswith(ending)
+    assert bool(store.sample("ann", stored.id)) == bool(form)
+
+
+def test_parquet(put: Put, tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["a b", "c d"]}), tmp_path / "a.parquet")
+    facts = put((tmp_path / "a.parquet").read_bytes(), "a.parquet").facts
+    assert facts is not None
+    assert (facts.form, facts.rows) == ("text", 2)
+    broken = put(b"PAR1 and no more", "a.parquet")
+    assert broken.status_details.startswith("a.parquet is not a complete Parquet file")
+
+
+@pytest.mark.parametrize(
+    ("filename", "data", "message"),
+    [
+        ("a.jsonl", rows(7000) + b'{"prompt": "no answer"}\n' + rows(10), "a.jsonl, line 7001: there is no column"),
+        ("a.jsonl", rows(7000) + b"{no JSON\n", "a.jsonl, line 7001, column 2: not JSON"),
+        ("a.jsonl.gz", gzip.compress(rows(50))[:-20], "a.jsonl.gz is a broken gzip file"),
+        ("a.jsonl", b"\n\n", "a.jsonl is empty; at least one row is needed."),
+        ("a.csv", b"question,answer\nWhy?\n", "a.csv, line 2 has 1 fields; the header has 2"),
+        ("a.csv", b"food,price\nsoup,3\n", "a.csv, line 2 has the columns food, price"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "\xff"}\n', "a.jsonl, line 1: byte 0xff is not UTF-8"),
+        ("a.json", b'{"a": 1}', "a.json holds a JSON object; a .json file must hold a list"),
+        ("a.jsonl", b'{"chosen": "a", "rejected": "b"}\n', "a.jsonl, line 1 has the columns chosen, rejected"),
+    ],
+)
+def test_a_wrong_row_is_named_and_the_file_stays_readable(
+    put: Put, store: FileStore, tmp_path: Path, filename: str, data: bytes, message: str
+) -> None:
+    stored = put(data, filename)
+    assert (stored.status, stored.facts) == ("error", None)
+    assert stored.status_details.startswith(message)
+    assert str(tmp_path) not in stored.status_details
+    assert "--" not in stored.status_details
+    assert b"".join(store.content("ann", stored.id)) == data
+
+
+def test_documents(put: Put) -> None:
+    facts = put(b"Owls fly at night.", "../owls.md", "document").facts
+    assert facts is not None
+    assert (facts.form, facts.characters, facts.source) == ("document", 18, "Owls fly at night.")
+    for data, message in {
+        b" \n\n": "a.txt holds no words.",
+        b"... --- ...": "a.txt holds no words.",
+        b"%PDF-1.7 \xff": "a.txt is a PDF file, not text.",
+        b"ab\xff": "a.txt, line 1: byte 0xff is not UTF-8",
+        b"a\0b": "a.txt, line 1: there is a NUL character",
+    }.items():
+        assert put(data, "a.txt", "document").status_details.startswith(message)
+
+
+def test_a_large_file_is_checked_in_a_process_while_it_comes_in(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
+    data = rows(2000)
+    with store.open_upload("ann", "a.jsonl", "fine-tune") as upload:
+        for start in range(0, len(data), 10_000):
+            upload.write(data[start : start + 10_000])
+            time.sleep(0.02)
+        facts = upload.finish().facts
+    assert facts is not None
+    assert (facts.rows, facts.targets) == (2000, 2000)
+
+
+def test_what_a_process_cannot_read_in_time_or_memory_is_an_error(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_check, "INLINE_BYTES", 100)
+    monkeypatch.setattr(file_check, "_SECONDS", 0.0)
+    assert put(rows(100), "a.jsonl").status_details == "a.jsonl was not read within 0 seconds. Split the file."
+    monkeypatch.setattr(file_check, "_SECONDS", 60.0)
+    monkeypatch.setattr(file_check, "_COMMAND", "raise SystemExit(9)")
+    assert "could not be read to its end" in put(rows(100), "a.jsonl").status_details
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(put: Put) -> None:
+    line = gzip.compress(b"x" * 2**20)
+    # Members of gzip that follow each other are one file.
+    stored = put(line * 100, "bomb.jsonl.gz")
+    assert stored.status_details.startswith("bomb.jsonl.gz, line 1 has more than 67,108,864 characters")
+
+
+def test_owners_see_their_own_files(put: Put, store: FileStore) -> None:
+    first, second = put(rows(1), "a.jsonl"), put(rows(2), "b.jsonl")
+    assert [file.id for file in store.list("ann")] == [second.id, first.id]
+    assert [file.id for file in store.list(None)] == [second.id, first.id]
+    assert store.list("ben") == []
+    assert store.get(None, first.id) == store.get("ann", first.id) == first
+    for owner, file_id in (("ben", first.id), ("ann", "file-1"), ("ann", "../../x"), (None, f"file-{'0' * 24}")):
+        with pytest.raises(UnknownFileError, match="there is no file"):
+            store.get(owner, file_id)
+    with pytest.raises(UnknownFileError):
+        store.delete("ben", first.id)
+    with store.open("ann", first.id) as file:
+        store.delete("ann", first.id)
+        assert file.read() == rows(1)
+    assert [file.id for file in store.list("ann")] == [second.id]
+
+
+def test_limits_leave_nothing(put: Put, store: FileStore, folder: DataFolder) -> None:
+    with pytest.raises(FileRefusedError, match="more than 100 bytes") as caught:
+        put(rows(10), "a.jsonl", max_bytes=100)
+    assert caught.value.code == "file_too_large"
+    with pytest.raises(FileRefusedError, match="is empty"):
+        put(b"", "a.jsonl")
+    assert names(folder) == []
+    put(rows(1), "a.jsonl", max_files=1)
+    with pytest.raises(FileRefusedError, match="there are 1 files already, of 1"):
+        put(rows(1), "a.jsonl", max_files=1)
+    with pytest.raises(FileRefusedError, match="more than 500 bytes of files") as caught:
+        put(rows(10), "a.jsonl", max_total_bytes=500)
+    assert caught.value.code == "no_room"
+    assert len(names(folder)) == 1
+    # What comes in at the same time counts too.
+    with store.open_upload("ann", "b.jsonl", "fine-tune", limits=FileLimits(max_files=2)) as other:
+        other.write(rows(5))
+        with pytest.raises(FileRefusedError, match="there are 2 files already"):
+            put(rows(1), "a.jsonl", max_files=2)
+        with pytest.raises(FileRefusedError, match="more than 500 bytes of files"):
+            put(rows(5), "a.jsonl", max_total_bytes=500)
+    assert len(names(folder)) == 1
+
+
+def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: DataFolder) -> None:
+    file_id = result_file_id("ftjob-0123456789abcdef01234567")
+    threads = [
+        threading.Thread(target=store.put_result, args=("ann", file_id, "metrics.csv", b"step,loss\n1,2\n"))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stored = store.get("ann", file_id)
+    assert (stored.purpose, stored.filename, stored.status) == ("fine-tune-results", "metrics.csv", "processed")
+    assert b"".join(store.content("ann", file_id)) == b"step,loss\n1,2\n"
+    assert names(folder) == [file_id]
+    with pytest.raises(ValueError, match="no id of a file"):
+        store.put_result("ann", "../x", "metrics.csv", b"")
+    # Results are no uploads, which are counted.
+    with store.open_upload("ann", "a.jsonl", "fine-tune", limits=FileLimits(max_files=1)):
+        pass
+
+
+@pytest.mark.parametrize("where", ["os.rename", "flush_to_disk", "write_sample"])
+def test_a_full_disk_leaves_nothing(put: Put, folder: DataFolder, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module = "upload" if where == "write_sample" else "stored_file"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"prefixtune.jobs.{module}.{where}", fail)
+        with pytest.raises(OSError, match="No space left"):
+            put(rows(1), "a.jsonl")
+    assert names(folder) == []
+    put(rows(1), "a.jsonl")
+
+
+_CHILD = """
+from prefixtune.jobs.files import FileStore
+from prefixtune.jobs.folder import DataFolder
+upload = FileStore(DataFolder(Path(sys.argv[1]))).open_upload("ann", "a.jsonl", "fine-tune")
+upload.write(b'{"prompt": "a", "completion": "b"}\\n' * 10_000)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_upload_left_is_removed_at_the_next_start(folder: DataFolder, store: FileStore, put: Put) -> None:
+    child = start_child(_CHILD, folder.root)
+    assert len(names(folder)) == 1
+    assert store.clear() == 0
+    kill(child)
+    assert store.list("ann") == []
+    assert store.clear() == 1
+    assert names(folder) == []
+
+
+def test_a_file_whose_description_is_damaged_is_not_there(put: Put, store: FileStore) -> None:
+    stored, other = put(rows(1), "a.jsonl"), put(rows(1), "b.jsonl")
+    (store.path("ann", stored.id).parent / "meta.json").write_text("{")
+    assert store.list("ann") == [other]
+    with pytest.raises(UnknownFileError):
+        store.get("ann", stored.id)
