@@ -27,7 +27,7 @@ from prefixtune.prefix.folder import ENDING, Signature, list_names, path_of, sig
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
-from prefixtune.utils.files import atomic_path
+from prefixtune.utils.files import atomic_path, remove_abandoned
 from prefixtune.utils.locks import file_lock
 
 __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
@@ -236,6 +236,8 @@ def _remove_published(job: Job, prefixes: Path) -> list[str]:
 def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature]) -> list[str]:
     """Remove published files whose jobs were cancelled or failed, as where a worker was killed; returns their names.
 
+    What killed processes were writing is removed, too.
+
     Args:
         queue: All jobs.
         prefixes: The folder that servers serve from.
@@ -250,6 +252,8 @@ def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature
         names = list_names(prefixes)
     except OSError:
         return []
+    for name in {left.name[1:].rsplit(".", 2)[0] for left in prefixes.glob(f".*{ENDING}.*.tmp")}:
+        remove_abandoned(prefixes, name)
     for name in settled.keys() - names:
         del settled[name]
     for name in sorted(names):

@@ -27,6 +27,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.train import train
+from prefixtune.utils.files import atomic_path
 
 JOB = Job(id=f"ftjob-{'a' * 24}", owner="alice", created=1, model="tiny", name="support", training_file="file-1")
 OTHER = JOB.model_copy(update={"id": f"ftjob-{'b' * 24}", "owner": "bob"})
@@ -231,3 +232,16 @@ def test_the_start_is_called_what_its_owner_calls_it(
     publish(JOB.model_copy(update={"model": "first"}), run, backbone, prefixes, files)
     header = read_artifact(prefixes / "support.safetensors").header
     assert header["initialization"] == {**start, "file": "first"}
+
+
+def test_what_a_killed_worker_was_writing_is_removed(prefixes: Path) -> None:
+    left, other = prefixes / ".support.safetensors.x1_y.tmp", prefixes / ".cache"
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "support.safetensors").write_bytes(b"half")
+    with atomic_path(prefixes / "other.safetensors") as temporary:
+        temporary.write_bytes(b"half")
+        assert tidy(Statuses(), prefixes, {}) == []
+        assert not left.exists()
+        assert temporary.exists()
+        assert other.exists()

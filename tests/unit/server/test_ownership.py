@@ -80,7 +80,7 @@ def listed(app: Any, key: str) -> list[str]:
 
 def test_owners_and_admins_see_and_use_a_result(make_server: Callable[..., Any], publish: Any) -> None:
     app, state = make_server(keys=KEYS)
-    publish("hers")
+    path = publish("hers")
     publish("hers.step-4", step=4)
     state.store.reload()
     assert listed(app, "ann") == ["tiny", "a", "hers"]
@@ -90,6 +90,7 @@ def test_owners_and_admins_see_and_use_a_result(make_server: Callable[..., Any],
     for key in ("ann", "boss"):
         model = ask(app, key, lambda client: client.models.retrieve("hers"))
         assert (model.id, model.owned_by, model.job) == ("hers", "ann", "ftjob-ann")
+        assert model.created == int(path.stat().st_mtime)
         for name in ("hers", "hers.step-4"):
             assert ask(app, key, text(name)).model == name
     assert ask(app, "ann", text("a+hers")).model == "a+hers"

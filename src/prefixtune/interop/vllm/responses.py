@@ -8,6 +8,7 @@ from typing import Any
 from prefixtune.interop.vllm.folder import ServedPrefix
 from prefixtune.interop.vllm.requests import BackboneRequest
 from prefixtune.interop.vllm.state import ServerState
+from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.target_stream import TargetOffsets, TargetStream
 from prefixtune.prefix.text_format import TextFormat
 
@@ -77,25 +78,30 @@ class ResponseRewriter:
 
 
 def add_models(value: Any, prefixes: Mapping[str, ServedPrefix], state: ServerState) -> Any:
-    """The list of models, with the prefixes added, and the kind of each, as with the embedded engine."""
+    """The list of models, with the prefixes added, and the kind of each, as with the embedded engine.
+
+    Checkpoints of jobs have names, too, but are left out.
+    """
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         for model in _list_objects(value["data"]):
             if model.get("id") in state.own_names:
                 model["kind"] = "backbone"
+        made_by = {name: job_origin(prefix.header) for name, prefix in prefixes.items() if name not in state.own_names}
+        listed = [(name, prefixes[name], by) for name, by in made_by.items() if by is None or by.step is None]
         value["data"] += [
             {
                 "id": name,
                 "object": "model",
                 "created": prefix.created,
-                "owned_by": "prefixtune",
+                "owned_by": "prefixtune" if origin is None else origin.owner,
                 "root": state.model_name,
                 "parent": state.model_name,
                 "kind": "prefix",
                 "description": prefix.description,
                 "prefix_length": prefix.reference.length,
+                **({} if origin is None else {"job": origin.id}),
             }
-            for name, prefix in prefixes.items()
-            if name not in state.own_names
+            for name, prefix, origin in listed
         ]
     return value
 

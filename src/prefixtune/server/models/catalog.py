@@ -289,8 +289,9 @@ class Catalog:
         length = more.get("prefix_length", {}).get("decoder")
         model = self._model(name, length if type(length) is int else 0)
         origin = job_origin(header)
-        made = {} if origin is None else {"owned_by": origin.owner, "job": origin.id}
-        return {**model, **made, "kind": "prefix", "description": description, "task": task, **more}
+        if origin is not None:
+            model |= {"created": self.store.modified(name), "owned_by": origin.owner, "job": origin.id}
+        return {**model, "kind": "prefix", "description": description, "task": task, **more}
 
     def _model(self, name: str, prefix_length: int = 0) -> dict[str, Any]:
         """What OpenAI's and vLLM's clients read of a model."""

@@ -140,6 +140,12 @@ class PrefixStore:
             header: dict[str, Any] = json.loads(self._lookup(name).header)
         return header
 
+    def modified(self, name: str) -> int:
+        """When the file of a name was last written, in seconds since 1970, as far as it is known; else 0."""
+        with self._lock:
+            known = self._known.get(name)
+        return 0 if known is None else known.signature[0] // 10**9
+
     def origin(self, name: str) -> JobOrigin | None:
         """The job that made a prefix, also of a file that is not served; None: no job, or no such file."""
         with self._lock:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,10 +116,18 @@ def test_what_is_not_for_a_prefix_passes_untouched(app: FakeVLLM, body: Any):
     assert app.bodies == [body]
 
 
-def test_models_are_listed_with_the_prefixes(app: FakeVLLM):
+def test_models_are_listed_with_the_prefixes(app: FakeVLLM, rewrite_header: Callable[..., Path], tmp_path: Path):
     app.reply = {"object": "list", "data": [{"id": "base"}]}
     _, response = call(app, "/v1/models", method="GET")
     assert [(model["id"], model.get("prefix_length")) for model in response["data"]] == [("base", None), ("pubs", 5)]
+    assert response["data"][1]["owned_by"] == "prefixtune"
+    # What a job made says so, and its checkpoints are not in the list.
+    for name, step in (("result", {}), ("result.step-3", {"step": 3})):
+        path = shutil.copyfile(tmp_path / "pubs.safetensors", tmp_path / f"{name}.safetensors")
+        rewrite_header(path, job={"id": "ftjob-1", "owner": "local", **step})
+    _, response = call(app, "/v1/models", method="GET")
+    assert [model["id"] for model in response["data"]] == ["base", "pubs", "result"]
+    assert (response["data"][2]["owned_by"], response["data"][2]["job"]) == ("local", "ftjob-1")
     app.reply, app.status = {"error": "Unauthorized"}, 401
     assert call(app, "/v1/models", method="GET") == (401, {"error": "Unauthorized"})
 
