@@ -6,8 +6,9 @@ import contextlib
 import ipaddress
 import json
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -38,12 +39,13 @@ class ServerAwayError(RequestError):
     Args:
         message: As of every error.
         hint: As of every error.
+        status: Of its answer; 0: there was none.
         pause: Seconds that the server asks to wait; None: it says nothing of it.
     """
 
-    def __init__(self, message: str, *, hint: str = "", pause: float | None = None) -> None:
+    def __init__(self, message: str, *, hint: str = "", status: int = 0, pause: float | None = None) -> None:
         super().__init__(message, hint=hint)
-        self.pause = pause
+        self.status, self.pause = status, pause
 
 
 class ApiClient:
@@ -52,8 +54,7 @@ class ApiClient:
     Args:
         url: Where its interface is, such as `http://127.0.0.1:8000/v1`.
         key: Sent with each request; empty: none.
-        patience: Seconds in which a question is asked again where the server is away or overloaded. What changes
-            something is sent once.
+        patience: Seconds in which something is asked again where the server is away or overloaded.
         on_wait: Called with why the server is asked again.
 
     Raises:
@@ -93,22 +94,18 @@ class ApiClient:
             ServerAwayError: The server is away or overloaded.
             RequestError: It refuses, or answers in another shape.
         """
-        end, pause = time.monotonic() + self.patience, _FIRST_PAUSE
-        while True:
-            try:
-                return self._ask("GET", path, shape, params=parameters)
-            except ServerAwayError as error:
-                wait = pause if error.pause is None else error.pause
-                # One that has never answered may not be there at all.
-                if not self._reached or time.monotonic() + wait > end:
-                    raise
-                self._on_wait(error.message)
-            time.sleep(wait)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        return self._patiently(lambda: self._ask("GET", path, shape, params=parameters), _TRY_AGAIN)
 
     def post(self, path: str, shape: type[_ModelT], body: Mapping[str, Any] | None = None) -> _ModelT:
         """Send JSON, once; raises as `get` does."""
         return self._ask("POST", path, shape, json=dict(body or {}))
+
+    def create(self, path: str, shape: type[_ModelT], body: Mapping[str, Any]) -> _ModelT:
+        """Make something by sending JSON, patiently: the server makes it once; raises as `get` does."""
+        headers = {"Idempotency-Key": secrets.token_hex(16)}
+        # 429 says that there is too much already.
+        statuses = tuple(status for status in _TRY_AGAIN if status != 429)
+        return self._patiently(lambda: self._ask("POST", path, shape, json=dict(body), headers=headers), statuses)
 
     def delete(self, path: str, shape: type[_ModelT]) -> _ModelT:
         """Delete something, once; raises as `get` does."""
@@ -132,7 +129,25 @@ class ApiClient:
             for data in _events(response):
                 if data == "[DONE]":
                     return
+                if data.startswith('{"error"') and (message := _error_message(data)):
+                    raise ServerAwayError(message, hint="try again later.", status=200)
                 yield _read(response, shape, data)
+
+    def _patiently(self, ask: Callable[[], _ModelT], statuses: Collection[int]) -> _ModelT:
+        """Ask again where the server breaks off, or answers with one of these statuses."""
+        end, pause = time.monotonic() + self.patience, _FIRST_PAUSE
+        while True:
+            try:
+                return ask()
+            except ServerAwayError as error:
+                wait = pause if error.pause is None else error.pause
+                # One that has never answered may not be there at all.
+                in_vain = not self._reached or (error.status and error.status not in statuses)
+                if in_vain or time.monotonic() + wait > end:
+                    raise
+                self._on_wait(error.message)
+            time.sleep(wait)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _ask(
         self, method: str, path: str, shape: type[_ModelT], *, seconds: float = _ANSWER_SECONDS, **options: Any
@@ -250,7 +265,7 @@ def _check_status(response: Response) -> None:
     message, pause = _message(response), _retry_after(response)
     if status in _TRY_AGAIN:
         hint = "try again later." if pause is None else f"try again in {pause:.0f} s."
-        raise ServerAwayError(message, hint=hint, pause=pause)
+        raise ServerAwayError(message, hint=hint, status=status, pause=pause)
     needs_key = status == 401
     raise RequestError(
         message, hint="give a key with --key, or in the variable PREFIXTUNE_API_KEY." if needs_key else ""
@@ -258,15 +273,18 @@ def _check_status(response: Response) -> None:
 
 
 def _message(response: Response) -> str:
-    """The message of an error in OpenAI's shape; what to say of another one."""
-    body = _body(response, _ANSWER_SECONDS)
+    """What the server says instead of an answer."""
+    status, message = response.status_code, _error_message(_body(response, _ANSWER_SECONDS))
+    return message or f"{_origin(response)} answers with the status {status}, and no error of OpenAI's interface."
+
+
+def _error_message(text: str | bytes) -> str:
+    """The message of an error in OpenAI's shape, in one line; empty: it is none."""
     try:
-        message = json.loads(body)["error"]["message"]
+        message = json.loads(text)["error"]["message"]
     except (ValueError, RecursionError, TypeError, KeyError):
-        message = None
-    if isinstance(message, str) and message:
-        return " ".join(safe_text(message[:_MAX_MESSAGE]).split())
-    return f"{_origin(response)} answers with the status {response.status_code}, and no error of OpenAI's interface."
+        return ""
+    return " ".join(safe_text(message[:_MAX_MESSAGE]).split()) if isinstance(message, str) else ""
 
 
 def _retry_after(response: Response) -> float | None:

@@ -146,7 +146,7 @@ class TrainingClient:
 
     def create(self, request: Mapping[str, Any]) -> JobView:
         """Ask for a training."""
-        return self._api.post(_JOBS, JobView, request)
+        return self._api.create(_JOBS, JobView, request)
 
     def jobs(self, limit: int) -> list[JobView]:
         """Jobs, the newest first."""

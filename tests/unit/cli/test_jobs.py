@@ -328,6 +328,23 @@ def test_a_question_is_asked_again_and_a_change_is_not(jobs: Jobs, server: FakeS
     assert len(server.sent(f"POST /fine_tuning/jobs/{JOB['id']}/cancel")) == 1
 
 
+def test_a_job_is_asked_for_again_as_the_same_one(jobs: Jobs, server: FakeServer) -> None:
+    server.on("POST /fine_tuning/jobs", as_error(503, "away", Retry_After="0"), as_json(JOB))
+    jobs("create", FILE["id"])
+    keys = [headers["Idempotency-Key"] for method, _, headers, _ in server.asked if method == "POST"]
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+    server.on("POST /fine_tuning/jobs", as_error(429, "too many jobs", Retry_After="0"), as_json(JOB))
+    assert "too many jobs" in jobs("create", FILE["id"], code=2)[1]
+
+
+def test_a_stream_that_ends_with_an_error_is_opened_again(jobs: Jobs, server: FakeServer) -> None:
+    error = {"error": {"message": "the database is away", "type": "server_error", "param": None, "code": None}}
+    server.on(f"GET /fine_tuning/jobs/{JOB['id']}/events", as_stream([EVENTS[0], error], end=""), as_stream(EVENTS[1:]))
+    out, _ = jobs("follow", JOB["id"], "--json")
+    assert [json.loads(line)["id"] for line in out.splitlines()][:3] == [event["id"] for event in EVENTS]
+
+
 def test_without_a_server(server: FakeServer) -> None:
     server.close()
     _, err = run("jobs", "--url", server.url, code=2)
