@@ -276,10 +276,6 @@ def _option_faults(request: JobRequest) -> Iterator[Fault]:
     epochs = request.hyperparameters.get("n_epochs", AUTO)
     if epochs != AUTO and "max_steps" in request.options:
         yield Fault("prefixtune.max_steps", "n_epochs and prefixtune.max_steps are both given; give one of them.")
-    has_dev = request.validation_file is not None or bool(request.options.get("hold_out"))
-    if request.options.get("patience") and not has_dev:
-        message = "prefixtune.patience needs a validation file, or prefixtune.hold_out."
-        yield Fault("prefixtune.patience", message)
     facts = request.training_file.facts
     if not request.is_document and facts is not None and not facts.form and "form" not in request.options:
         message = f"'training_file' can be read as {_named(facts.forms)}; say which in prefixtune.form."
@@ -419,10 +415,14 @@ def _validate(request: JobRequest, values: Mapping[str, Any], *, has_questions: 
     else:
         files = {"train": "train"}
     try:
-        return kind(**{**values, **paths, **files})
+        config = kind(**{**values, **paths, **files})
     except PrefixError as error:
         message = _in_words_of_the_request(error.message)
         raise JobRefusedError([Fault(_param(message, request.options), message)]) from None
+    if config.patience and not (config.dev or config.hold_out):
+        message = "prefixtune.patience needs a validation file, or prefixtune.hold_out."
+        raise JobRefusedError([Fault("prefixtune.patience", message)])
+    return config
 
 
 def _in_words_of_the_request(message: str) -> str:

@@ -5,7 +5,8 @@ Labels are bounded: routes by their patterns, and prefixes by number; the rest c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from prefixtune.engine.worker import EngineWorker
+from prefixtune.jobs.job import UNFINISHED
 from prefixtune.server.models.store import PrefixStore
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -77,6 +79,11 @@ class Metrics:
         self._gap = Histogram(
             "prefixtune_token_gap_seconds", "Time between a text's tokens.", buckets=_GAPS, registry=registry
         )
+        self.uploads = Counter(
+            "prefixtune_uploads", "Files uploaded for training, by status.", ("status",), registry=registry
+        )
+        self.jobs_created = Counter("prefixtune_jobs_created", "Training jobs that were asked for.", registry=registry)
+        self._jobs = Gauge("prefixtune_jobs", "Training jobs that have not ended.", ("status",), registry=registry)
         self.open_requests = Gauge("prefixtune_open_requests", "Requests being answered.", registry=registry)
         if worker is not None:
             registry.register(_EngineCollector(worker, store, num_slots, draining))
@@ -85,6 +92,12 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics, as Prometheus reads them."""
         return generate_latest(self.registry)
+
+    def count_jobs(self, statuses: Iterable[str]) -> None:
+        """Record where the jobs stand that have not ended."""
+        counts = collections.Counter(statuses)
+        for status in UNFINISHED:
+            self._jobs.labels(status).set(counts[status])
 
     def first_token(self, seconds: float) -> None:
         """Record the seconds to a text's first token."""

@@ -247,7 +247,7 @@ def test_nothing_is_made_before_the_first_upload(app: Any, tmp_path: Path) -> No
 
 def test_a_server_that_takes_no_jobs_takes_no_files(make_server: Callable[..., Any]) -> None:
     app, _ = make_server(train_workers=0)
-    assert post(app, PURPOSE + FILE + END).code == "training_not_served"
+    assert post(app, PURPOSE + FILE + END).code == "training_off"
 
 
 def preview(app: Any, data: bytes, filename: str, purpose: str = "fine-tune") -> Any:

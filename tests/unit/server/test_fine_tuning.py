@@ -426,7 +426,7 @@ def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> N
     }
     assert listed == {"ann": [job.id], "bob": [], "boss": [job.id]}
     with pytest.raises(openai.PermissionDeniedError, match="may not train"):
-        ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-reader")
+        create(app, file, key="pt-reader")
     with pytest.raises(openai.AuthenticationError):
         ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-nobody")
     assert ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id), "pt-boss").status == "cancelled"
@@ -501,6 +501,18 @@ def test_a_full_disk_is_said_and_leaves_nothing(
         error = refusal(app, file)
     assert (error.status_code, error.code) == (507, "no_space")
     assert left(state) == ([], [])
+
+
+def test_jobs_are_counted(make_server: Callable[..., Any]) -> None:
+    app, state = make_server()
+    text = asyncio.run(send(app, "GET", "/metrics")).body.decode()
+    assert "prefixtune_jobs{" not in text
+    file = upload(state)
+    create(app, file)
+    ask(app, partial(act, create(app, file).id, "pause"))
+    text = asyncio.run(send(app, "GET", "/metrics")).body.decode()
+    for line in ('jobs{status="queued"} 1.0', 'jobs{status="paused"} 1.0', "jobs_created_total 2.0"):
+        assert f"prefixtune_{line}" in text
 
 
 def test_a_server_without_training_says_so(make_server: Callable[..., Any]) -> None:

@@ -135,7 +135,8 @@ TrainingContext = Annotated[RequestContext, _context("train", limited=True)]
 
 def _authenticate(request: Request, state: ServerState, right: Right) -> Caller:
     keyring = state.keyring
-    if right == "train" and request.method != "GET":
+    changes_training = right == "train" and request.method != "GET"
+    if changes_training:
         _check_origin(request, state)
     if keyring.is_open and not _is_local(request.headers.get("host", "")):
         # The name of another site could point to this machine, and its page would then call the server.
@@ -153,7 +154,7 @@ def _authenticate(request: Request, state: ServerState, right: Right) -> Caller:
         raise forbidden(f"an admin key is needed; {reason}.", "admin_key_needed")
     if right == "metrics" and not (rules.metrics or rules.admin):
         raise forbidden(f"the key {caller.name!r} may not read the metrics.", "metrics_not_allowed")
-    if right == "train" and not rules.train:
+    if changes_training and not rules.train:
         raise forbidden(f"the key {caller.name!r} may not train.", "training_not_allowed")
     return caller
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Response
 
 from prefixtune.errors import PrefixError
-from prefixtune.server.api.endpoint import GenerationContext, RequestContext
-from prefixtune.server.api.files import find_file, training_of
+from prefixtune.server.api.endpoint import RequestContext, TrainingContext
+from prefixtune.server.api.files import find_file
 from prefixtune.server.api.openapi import FILE_ID, api_router, errors
 from prefixtune.server.api.prompting import run_in_turn
 from prefixtune.server.api.schemas import FilePreview
@@ -38,7 +38,7 @@ _DOCUMENT_CHARS = 100_000
 @router.get(
     "/v1/files/{file_id}/preview", response_model=FilePreview, responses=errors(429, 504), openapi_extra=FILE_ID
 )
-async def preview_file(context: GenerationContext) -> Response:
+async def preview_file(context: TrainingContext) -> Response:
     """What training would read of a file.
 
     Examples, one of them as the model reads it, and the tokens of a sample.
@@ -52,7 +52,7 @@ async def preview_file(context: GenerationContext) -> Response:
 
 
 async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
-    files = training_of(context).files
+    files = context.training.files
     sample = await asyncio.to_thread(files.sample, stored.owner, stored.id)
     body = {**_nothing(), "examples": _spread([_shown(example) for example in sample])}
     if not any(example.targets for example in sample):
@@ -145,7 +145,7 @@ async def _preview_text(context: RequestContext, stored: StoredFile) -> dict[str
     facts = stored.facts
     if facts is None:
         return _nothing()
-    files = training_of(context).files
+    files = context.training.files
 
     def read() -> str:
         with files.open(stored.owner, stored.id) as file:

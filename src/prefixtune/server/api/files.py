@@ -15,7 +15,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from prefixtune.server.api.body import receive_body
-from prefixtune.server.api.endpoint import GenerationContext, KeyContext, RequestContext
+from prefixtune.server.api.endpoint import RequestContext, TrainingContext
 from prefixtune.server.api.multipart import FORM_OVERHEAD, FormReader
 from prefixtune.server.api.openapi import FILE_ID, FORM_BODY, api_router, errors
 from prefixtune.server.api.paging import ORDER, PAGE, page_of, parameter, read_page
@@ -26,7 +26,6 @@ from prefixtune.server.responses import (
     ApiError,
     bad_request,
     capitalize,
-    forbidden,
     json_response,
     not_found,
     storage_error,
@@ -36,7 +35,7 @@ from prefixtune.server.training import Training
 if TYPE_CHECKING:
     from prefixtune.jobs.files import FileLimits, StoredFile, Upload
 
-__all__ = ["check_origin", "file_object", "router", "training_of"]
+__all__ = ["file_object", "find_file", "router"]
 
 
 router = api_router(401, 403, 404, 500, 503)
@@ -55,19 +54,19 @@ T = TypeVar("T")
 
 
 @router.post("/v1/files", response_model=File, responses=errors(400, 408, 413, 415, 429, 507), openapi_extra=FORM_BODY)
-async def upload_file(context: GenerationContext) -> Response:
+async def upload_file(context: TrainingContext) -> Response:
     """Upload a file to train on.
 
     Rows are checked while they come in. A file with a wrong row is kept, with the status `error`; `status_details`
     names the row.
     """
-    training = training_of(context, changes=True)
-    check_origin(context)
+    training = context.training
     if not training.uploads.has_room(1, context.tenant):
         raise QueueFull(f"{training.uploads.used} files are being uploaded", 5.0)
     with training.uploads.hold(1, context.tenant):
         stored = await _store(context, training)
     context.log_fields |= {"file": stored.id, "bytes": stored.bytes}
+    context.state.metrics.uploads.labels(stored.status).inc()
     await training.audit(
         context.caller, "file.create", file=stored.id, bytes=stored.bytes, purpose=stored.purpose, status=stored.status
     )
@@ -77,9 +76,9 @@ async def upload_file(context: GenerationContext) -> Response:
 @router.get(
     "/v1/files", response_model=Files, responses=errors(400), openapi_extra={"parameters": [_PURPOSE, *PAGE, ORDER]}
 )
-async def list_files(context: KeyContext) -> Response:
+async def list_files(context: TrainingContext) -> Response:
     """The files of the key, the newest first."""
-    training = training_of(context)
+    training = context.training
     page = read_page(context.request, default=_MOST_LISTED, largest=_MOST_LISTED)
     purpose = context.request.query_params.get("purpose")
 
@@ -91,15 +90,15 @@ async def list_files(context: KeyContext) -> Response:
 
 
 @router.get(_PATH, response_model=File, openapi_extra=FILE_ID)
-async def show_file(context: KeyContext) -> Response:
+async def show_file(context: TrainingContext) -> Response:
     """What is known about a file."""
     return json_response(file_object(await find_file(context)))
 
 
 @router.get(f"{_PATH}/content", response_class=StreamingResponse, responses=_CONTENT, openapi_extra=FILE_ID)
-async def download_file(context: KeyContext) -> Response:
+async def download_file(context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
-    training, stored = training_of(context), await find_file(context)
+    training, stored = context.training, await find_file(context)
     file = await _or_404(context, lambda: training.files.open(stored.owner, stored.id))
     size, config = os.fstat(file.fileno()).st_size, context.state.config
     headers = {
@@ -112,12 +111,12 @@ async def download_file(context: KeyContext) -> Response:
 
 
 @router.delete(_PATH, response_model=DeletedFile, responses=errors(507), openapi_extra=FILE_ID)
-async def delete_file(context: KeyContext) -> Response:
+async def delete_file(context: TrainingContext) -> Response:
     """Delete a file.
 
     Jobs that were made of it go on.
     """
-    training, stored = training_of(context, changes=True), await find_file(context)
+    training, stored = context.training, await find_file(context)
     try:
         await _or_404(context, lambda: training.files.delete(stored.owner, stored.id))
     except OSError as error:
@@ -143,48 +142,13 @@ def file_object(stored: StoredFile) -> dict[str, Any]:
     }
 
 
-def training_of(context: RequestContext, *, changes: bool = False) -> Training:
-    """What files and jobs are kept with.
-
-    Args:
-        context: The request.
-        changes: It changes something.
-
-    Raises:
-        ApiError: The server takes none, or not from this key.
-    """
-    training = context.state.training
-    if training is None:
-        message = "this server neither stores files nor trains; its owner may start it with train_workers = 1."
-        raise ApiError(404, message, code="training_not_served")
-    if changes and not context.caller.rules.train:
-        raise forbidden(f"the key {context.caller.name!r} may not train.", "training_not_allowed")
-    return training
-
-
-def check_origin(context: RequestContext) -> None:
-    """Refuse a form that another site's page sent to a server without keys.
-
-    A browser sends a form without asking the server first, unlike a body of JSON.
-
-    Raises:
-        ApiError: That is so.
-    """
-    headers = context.request.headers
-    origin = headers.get("origin")
-    if not context.state.keyring.is_open or origin is None or origin in context.state.config.cors_origins:
-        return
-    if origin.partition("://")[2].lower() != headers.get("host", "").lower():
-        raise forbidden("pages of other sites may not upload files here.", "origin_not_allowed")
-
-
 async def find_file(context: RequestContext) -> StoredFile:
     """The file that the path names, as far as the caller may see it.
 
     Raises:
         ApiError: There is none.
     """
-    training = training_of(context)
+    training = context.training
     file_id = str(context.request.path_params["file_id"])
     return await _or_404(context, lambda: training.files.get(_owner(context, training), file_id))
 

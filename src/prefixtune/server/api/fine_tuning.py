@@ -69,6 +69,7 @@ async def create_fine_tuning_job(context: TrainingContext) -> Response:
     context.log_fields |= {"job": state.job.id, "model": state.job.model}
     if is_new:
         context.training.wake()
+        context.state.metrics.jobs_created.inc()
         await context.training.audit(
             context.caller, "job.create", job=state.job.id, name=state.job.name, file=state.job.training_file
         )

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import PlainTextResponse
 
+from prefixtune.jobs.queue import JobQueue
 from prefixtune.server.api.endpoint import KeyContext, MetricsContext
 from prefixtune.server.api.openapi import api_router
 from prefixtune.server.api.schemas import Health, Status
 from prefixtune.server.metrics import CONTENT_TYPE
-from prefixtune.server.responses import json_response
+from prefixtune.server.responses import ApiError, json_response
 from prefixtune.server.state import ServerState
 
 __all__ = ["engine_router", "public", "router"]
 
 
+_JOBS_SECONDS = 2.0
+"""Longest wait for the number of jobs."""
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "Not ready."}}
 router = api_router(401, 403, 500)
 engine_router = api_router(401, 403, 500)
@@ -55,7 +60,13 @@ async def show_metrics(context: MetricsContext) -> Response:
 
     Needs a key with the right 'metrics'.
     """
-    return Response(context.state.metrics.render(), headers={"content-type": CONTENT_TYPE})
+    state = context.state
+    if state.training is not None and state.training.is_used:
+        # A database that is away, or slow, hides no other metric.
+        with contextlib.suppress(ApiError, TimeoutError):
+            async with asyncio.timeout(_JOBS_SECONDS):
+                state.metrics.count_jobs(job.status for job in await state.training.ask(JobQueue.unfinished))
+    return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 @engine_router.get("/v1/status", response_model=Status)
