@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import CheckpointError
 from prefixtune.jobs.job import Job
@@ -17,7 +17,10 @@ from prefixtune.prefix.folder import ENDING
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.folder import Event
-from prefixtune.training.loop import TrainLoop
+
+if TYPE_CHECKING:
+    # A server reads checkpoints, and does without it.
+    from prefixtune.training.loop import TrainLoop
 
 __all__ = ["FOLDER", "KEPT", "Checkpoint", "CheckpointKeeper", "checkpoints"]
 
