@@ -1,0 +1,204 @@
+"""`prefixtune worker` in processes of its own: killed, doubled, paused, and gone with its parent."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import live_server
+from prefixtune.jobs.events import JobEvents, Progress
+from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.job import Job
+from prefixtune.jobs.queue import JobQueue, migrate
+from prefixtune.prefix.artifact import read_artifact
+from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
+
+STEPS = 150
+Worker = subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return live_server.make_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataFolder:
+    made = DataFolder(tmp_path / "data")
+    made.root.mkdir()
+    migrate(made.database_url)
+    return made
+
+
+@pytest.fixture
+def queue(data: DataFolder) -> Iterator[JobQueue]:
+    made = JobQueue(data.database_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def start(data: DataFolder, model: Path, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """A factory of workers, which are killed when the test ends."""
+    workers: list[Worker] = []
+
+    def make(*options: str, **settings: Any) -> Worker:
+        settings = {"stdout": subprocess.DEVNULL, **settings}
+        workers.append(start_worker(data, model, tmp_path / "prefixes", *options, **settings))
+        return workers[-1]
+
+    yield make
+    for worker in workers:
+        worker.kill()
+        worker.communicate()
+
+
+@pytest.fixture
+def add(data: DataFolder, queue: JobQueue) -> Callable[..., Job]:
+    """A function that queues a job of `STEPS` steps."""
+
+    def make(name: str, **fields: Any) -> Job:
+        job = make_job(data, name, **{**fields, "config": {"max_steps": STEPS, **fields.get("config", {})}})
+        queue.add(job)
+        return job
+
+    return make
+
+
+def step(data: DataFolder, job: Job) -> int:
+    progress = JobEvents(data.job(job.id)).progress()
+    return (progress or Progress(step=0, total_steps=0)).step
+
+
+def result(tmp_path: Path, name: str) -> tuple[Any, Any]:
+    """The tensors of what is served, as bytes, and its header without whose it is."""
+    prefix = read_artifact(tmp_path / "prefixes" / f"{name}.safetensors")
+    header = {key: value for key, value in prefix.header.items() if key != "job"}
+    return [tensor.numpy().tobytes() for tensor in prefix.stored_tensors()], header
+
+
+def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
+    start: Callable[..., Worker], add: Callable[..., Job], data: DataFolder, queue: JobQueue, tmp_path: Path
+) -> None:
+    whole = add("whole", dev=ROWS[:2], config={"eval_every": 50})
+    worker = start()
+    wait_for(queue, whole, "succeeded")
+
+    job = add("killed", dev=ROWS[:2], config={"eval_every": 50})
+    for reached in (1, STEPS // 3, STEPS // 2):
+        wait_until(lambda reached=reached: step(data, job) >= reached)
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        assert queue.get(job.id).status == "running"
+        worker = start()
+    state = wait_for(queue, job, "succeeded", "failed")
+    assert state.result is not None
+    assert state.result.steps == STEPS
+    assert result(tmp_path, "killed") == result(tmp_path, "whole")
+    events = JobEvents(data.job(job.id)).read().events
+    told = [event.data["step"] for event in events if "train_loss" in event.data]
+    assert sorted(told) == list(range(1, STEPS + 1))
+
+
+def test_two_workers_and_one_job(
+    start: Callable[..., Worker], add: Callable[..., Job], data: DataFolder, queue: JobQueue
+) -> None:
+    workers = [start(stdout=subprocess.PIPE), start(stdout=subprocess.PIPE)]
+    job = add("one")
+    wait_for(queue, job, "succeeded")
+    for worker in workers:
+        worker.terminate()
+    outputs = [worker.communicate(timeout=20)[0] for worker in workers]
+    assert sorted(output.count('"job_succeeded"') for output in outputs) == [0, 1]
+    assert sorted(output.count('"job_opened"') for output in outputs) == [0, 1]
+
+
+def test_pausing_resuming_and_cancelling(
+    start: Callable[..., Worker], add: Callable[..., Job], data: DataFolder, queue: JobQueue, tmp_path: Path
+) -> None:
+    start()
+    paused, cancelled = add("paused"), add("cancelled", config={"max_steps": 100_000})
+    wait_until(lambda: min(step(data, job) for job in (paused, cancelled)) > 2)
+    queue.pause(paused.id)
+    queue.cancel(cancelled.id)
+    # Both are left: their folders are free.
+    wait_until(lambda: not any((data.job(job.id).root / ".lock").exists() for job in (paused, cancelled)))
+    reached = step(data, paused)
+    assert 2 < reached < STEPS
+    time.sleep(0.5)
+    assert step(data, paused) == reached
+
+    queue.resume(paused.id)
+    wait_for(queue, paused, "succeeded")
+    assert queue.get(cancelled.id).status == "cancelled"
+    served = {path.name.partition(".")[0] for path in (tmp_path / "prefixes").glob("*.safetensors")}
+    assert served == {"paused"}
+
+
+def test_a_worker_that_is_asked_to_end_saves_and_leaves_the_rest(
+    start: Callable[..., Worker], add: Callable[..., Job], data: DataFolder, queue: JobQueue
+) -> None:
+    worker = start("--name", "first", stdout=subprocess.PIPE)
+    job = add("left", config={"max_steps": 100_000})
+    wait_until(lambda: step(data, job) > 2)
+    assert queue.get(job.id).worker.startswith("worker-first-")
+    began = time.monotonic()
+    worker.terminate()
+    output, _ = worker.communicate(timeout=20)
+    assert worker.returncode == 0
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in output
+    reached = step(data, job)
+
+    start()
+    wait_until(lambda: step(data, job) > reached)
+    told = [event.message for event in JobEvents(data.job(job.id)).read().events]
+    assert f"Training goes on at step {reached}/100000." in told
+
+
+def test_a_worker_ends_with_its_parent_and_when_it_is_idle(start: Callable[..., Worker]) -> None:
+    child = start("--with-parent", stdin=subprocess.PIPE)
+    assert start("--idle-seconds", "0.5").wait(60) == 0
+    assert child.poll() is None
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--backbone", "/no/model"], "'/no/model'"),
+        (["--database-url", "mysql://somewhere"], "--database-url must begin with postgresql:// or sqlite:///"),
+        (["--data-folder", "/proc/data"], "the data folder '/proc/data' cannot be made"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(start: Callable[..., Worker], options: list[str], reason: str) -> None:
+    worker = start(*options, stdout=subprocess.PIPE)
+    output, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 2
+    assert reason in output
+    assert "Traceback" not in output
+
+
+def test_a_model_that_cannot_be_loaded_leaves_jobs_for_others(
+    start: Callable[..., Worker], add: Callable[..., Job], queue: JobQueue, model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        content = path.read_bytes()
+        (broken / path.name).write_bytes(content[:100] if path.suffix == ".safetensors" else content)
+    job = add("left")
+    worker = start("--backbone", str(broken), stdout=subprocess.PIPE)
+    output, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 2
+    assert "error: " in output
+    start()
+    wait_for(queue, job, "succeeded")
