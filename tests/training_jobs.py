@@ -72,13 +72,13 @@ def start_worker(
 
 def wait_for(queue: JobQueue, job: Job, *statuses: JobStatus, seconds: float = 60.0) -> JobState:
     """How a job stands once it stands at one of these."""
-    return wait_until(lambda: state if (state := queue.get(job.id)).status in statuses else None, seconds)
+    wait_until(lambda: queue.get(job.id).status in statuses, seconds)
+    return queue.get(job.id)
 
 
-def wait_until(look: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """What a function returns as soon as that is true."""
+def wait_until(is_so: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait until a function returns something true."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not is_so():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
-    return found

@@ -7,9 +7,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from prefixtune.jobs.attempts import forget_attempts
+from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, forget_attempts, num_attempts
 from prefixtune.jobs.checkpoints import CheckpointKeeper
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.folder import JobFolder
@@ -17,9 +16,6 @@ from prefixtune.jobs.job import Job, JobResult
 from prefixtune.training.folder import Event
 from prefixtune.training.runs import Run
 from prefixtune.utils.locks import acquire_lock
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
 
 __all__ = ["ActiveJob", "Ticket", "hold_folder"]
 
@@ -58,14 +54,12 @@ def hold_folder(folder: JobFolder) -> Iterator[bool]:
     Raises:
         OSError: There is no such folder, or it cannot be written.
     """
-    path = folder.root / _LOCK
-    lock: BaseFileLock | None = acquire_lock(path, 0.0)
+    # Its file stays: whoever has just opened one that is removed would hold it beside another.
+    lock = acquire_lock(folder.root / _LOCK, 0.0)
     try:
         yield lock is not None
     finally:
         if lock is not None:
-            with contextlib.suppress(OSError):
-                path.unlink()
             lock.release()
 
 
@@ -81,6 +75,7 @@ class ActiveJob:
 
     Attributes:
         tickets: All who wait for it.
+        is_suspicious: Workers have ended while they trained it.
     """
 
     def __init__(
@@ -96,12 +91,15 @@ class ActiveJob:
         self.job, self.tickets = ticket.job, [ticket]
         self.folder, self.run, self.events = folder, run, events
         self._closing, self._holding = closing, holding
+        self.is_suspicious = num_attempts(folder) > SUSPICIOUS_ATTEMPTS
         self._trained_tokens = sum(event["target_tokens"] for event in run.events if event["event"] == "step")
         now = time.monotonic()
         self._stepped, self._step_seconds = now, 0.0
+        self._loss: float | None = None
         self._saved, self._save_seconds = now, 0.0
         self._told_progress = 0.0
         self._begun_at = self.step
+        self._got_further = False
         self._checkpoints = CheckpointKeeper(self.job, folder.run)
 
     @property
@@ -113,6 +111,11 @@ class ActiveJob:
     def total_steps(self) -> int:
         """Optimizer steps planned."""
         return self.run.loop.state.total_steps
+
+    @property
+    def got_further(self) -> bool:
+        """Whether a kill would now lose less than what was done since the job was opened."""
+        return self._got_further
 
     def record(self, event: Event) -> None:
         """Keep an event of the run, and tell the owner.
@@ -140,6 +143,7 @@ class ActiveJob:
         old = self._step_seconds
         self._step_seconds = took if not old else old + _SMOOTHING * (took - old)
         self._trained_tokens += event["target_tokens"]
+        self._loss = event["loss_per_token"]
         every = -(-self.total_steps // _MOST_STEPS_TOLD)
         if step % every == 0 or step in (1, self.total_steps):
             data = {
@@ -153,16 +157,15 @@ class ActiveJob:
             self.events.add(message, data=data, key=f"step/{step}")
         if now - self._told_progress >= _PROGRESS_SECONDS or step == self.total_steps:
             self._told_progress = now
-            left = self._step_seconds * (self.total_steps - step)
-            self._write_progress(event["loss_per_token"], left)
+            self._write_progress()
 
-    def _write_progress(self, loss: float | None, seconds_left: float | None) -> None:
+    def _write_progress(self) -> None:
         self.events.write_progress(
             Progress(
                 step=self.step,
                 total_steps=self.total_steps,
-                loss=loss,
-                seconds_left=seconds_left,
+                loss=self._loss,
+                seconds_left=self._step_seconds * (self.total_steps - self.step) if self._step_seconds else None,
                 updated=int(time.time()),
                 trained_tokens=self._trained_tokens,
             )
@@ -204,8 +207,18 @@ class ActiveJob:
 
     def _note_saved(self) -> None:
         self._saved = time.monotonic()
-        if self.step > self._begun_at:
+        if self.step > self._begun_at and not self._got_further:
             forget_attempts(self.folder)
+            self._got_further = True
+
+    def leave(self) -> None:
+        """Save the state and how far it is, for whoever goes on.
+
+        Raises:
+            PrefixError: They cannot be written.
+        """
+        self.save()
+        self._write_progress()
 
     def close_run(self) -> None:
         """Close the run's log and trackers; the folder is still held."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.active import ActiveJob, Ticket, hold_folder
-from prefixtune.jobs.attempts import count_attempt, forget_attempts
+from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, count_attempt, forget_attempts, num_attempts
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.failures import describe_failure, is_foreseen
@@ -25,7 +25,7 @@ from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import Job, JobError, JobResult, JobStatus
 from prefixtune.jobs.opening import open_job
 from prefixtune.jobs.statuses import StatusReport, StatusWatch
-from prefixtune.training.folder import Event
+from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.group import RunGroup
 from prefixtune.training.runs import Run
 
@@ -152,12 +152,21 @@ class Trainer:
             if same is not None:
                 # Paused and resumed, or taken over, before anybody here noticed.
                 same.tickets.append(ticket)
-            elif len(self._active) >= capacity:
+            elif len(self._active) >= capacity or not self._may_join(ticket):
                 continue
             elif not self._open(ticket, backbone, group, stop):
                 self._next_try = time.monotonic() + _RETRY_SECONDS
                 continue
             self._waiting.remove(ticket)
+
+    def _may_join(self, ticket: Ticket) -> bool:
+        """Whether a job may train beside the others: one that may kill its worker waits until they have saved.
+
+        Otherwise those that it takes with it would be suspected as well.
+        """
+        unsaved = [active for active in self._active.values() if not active.got_further]
+        is_suspicious = num_attempts(self._data.job(ticket.job.id)) >= SUSPICIOUS_ATTEMPTS
+        return not (unsaved and (is_suspicious or any(active.is_suspicious for active in unsaved)))
 
     def _all_open(self) -> list[ActiveJob]:
         return [*self._active.values(), *(active for _, active in self._trained)]
@@ -278,12 +287,16 @@ class Trainer:
         """Forget a published job once its end is in the database."""
         if status == "running":
             return
-        if status != "succeeded":
+        if status in ("cancelled", "failed"):
             try:
                 self._unpublish(job)
             except PrefixError as error:
                 _log.warning("unpublish_failed", extra={"fields": {"job": job.id, "reason": error.message}})
                 return
+        if status == "succeeded":
+            # Nobody goes on from it; a paused job that was just too late is published again.
+            with contextlib.suppress(OSError):
+                (self._data.job(job.id).run / STATE_FILE).unlink(missing_ok=True)
         del self._published[job.id]
 
     def _stop(self, active: ActiveJob, status: JobStatus | None) -> None:
@@ -307,7 +320,7 @@ class Trainer:
         if self._active.pop(active.run, None) and self._group is not None:
             self._group.remove(active.run)
             try:
-                active.save()
+                active.leave()
             except PrefixError as error:
                 # The last good state is kept.
                 _log.warning("state_not_saved", extra={"fields": {"job": active.job.id, "reason": error.message}})

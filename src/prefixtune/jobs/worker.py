@@ -30,6 +30,7 @@ __all__ = ["run_worker"]
 
 _DATABASE_SECONDS = 60.0
 """How long a database that is not there yet is waited for, such as one that starts at the same time."""
+_RETRY_SECONDS = 1.0
 _TAKE_OVER_SECONDS, _TIDY_SECONDS, _SWEEP_SECONDS = 3.0, 5.0, 600.0
 _ABANDONED_SECONDS = 3600.0
 """A job's folder that was not queued for this long was left by a kill."""
@@ -129,15 +130,18 @@ def _open_queue(url: str, stop: threading.Event) -> JobQueue | None:
         QueueUnavailableError: It was not there for too long.
     """
     deadline = time.monotonic() + _DATABASE_SECONDS
+    is_away = False
     while not stop.is_set():
         try:
             migrate(url)
             return JobQueue(url)
         except QueueUnavailableError as error:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise
-            _log_database(error.message)
-        stop.wait(1.0)
+            if not is_away:
+                _log_database(error.message)
+            is_away = True
+        stop.wait(_RETRY_SECONDS)
     return None
 
 
@@ -186,6 +190,8 @@ def _tidy(tidy: Callable[[], list[str]]) -> None:
 def sweep(data: DataFolder, jobs: JobQueue) -> list[str]:
     """Remove the folders of jobs that were never queued, as where a server was killed in between; returns their ids.
 
+    Those that a worker has begun stay, whatever this database knows.
+
     Raises:
         QueueUnavailableError: The database cannot be reached.
     """
@@ -204,7 +210,8 @@ def _old_folders(data: DataFolder) -> list[str]:
     with contextlib.suppress(FileNotFoundError), os.scandir(data.jobs) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
-                if is_job_id(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
+                is_old = is_job_id(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
+                if is_old and not data.job(entry.name).events.exists():
                     found.append(entry.name)
     return found
 

@@ -16,7 +16,7 @@ from patching import replace_everywhere
 from prefixtune.errors import PrefixError
 from prefixtune.jobs import active, statuses
 from prefixtune.jobs.active import hold_folder
-from prefixtune.jobs.attempts import MAX_ATTEMPTS, count_attempt
+from prefixtune.jobs.attempts import MAX_ATTEMPTS, SUSPICIOUS_ATTEMPTS, count_attempt, num_attempts
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.folder import DataFolder
@@ -25,7 +25,7 @@ from prefixtune.jobs.queue import QueueUnavailableError
 from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.jobs.trainer import Trainer
 from prefixtune.prefix.artifact import read_artifact
-from prefixtune.training.folder import PREFIX_FILE, read_events
+from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, read_events
 from prefixtune.training.loop import TrainLoop, forward_backward
 from small_document import DOCUMENT
 from small_document import ROWS as QUESTIONS
@@ -436,3 +436,36 @@ def test_a_job_that_kills_its_worker_each_time_ends(serve: Callable[..., Service
         count_attempt(data.job(other.id))
     assert service.submit(other).result(60).steps == 6
     count_attempt(data.job(other.id))
+
+
+def test_a_job_that_may_kill_its_worker_waits_until_the_others_have_saved(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(active, "_SAVE_SECONDS", 0.0)
+    own = active.ActiveJob.record
+
+    def record(self: Any, event: Any) -> None:
+        order.append(f"{self.job.name} {event['event']}")
+        own(self, event)
+
+    monkeypatch.setattr(active.ActiveJob, "record", record)
+    first, second = make_job(data, "first"), make_job(data, "second")
+    for job in (first, second):
+        for _ in range(SUSPICIOUS_ATTEMPTS):
+            count_attempt(data.job(job.id))
+    service = serve()
+    for future in [service.submit(job) for job in (first, second)]:
+        future.result(60)
+    one, other = order[0].split()[0], ({"first", "second"} - {order[0].split()[0]}).pop()
+    assert order.index(f"{one} step") < order.index(f"{other} start")
+    assert num_attempts(data.job(first.id)) == 0
+
+
+def test_the_state_of_a_job_that_succeeded_is_removed(serve: Callable[..., Service], data: DataFolder) -> None:
+    service, job = serve(), make_job(data)
+    service.submit(job).result(60)
+    state = data.job(job.id).run / STATE_FILE
+    assert state.exists()
+    service.says[job.id] = "succeeded"
+    wait_until(lambda: not state.exists())
