@@ -321,9 +321,9 @@ class Trainer:
             self._group.remove(active.run)
             try:
                 active.leave()
-            except PrefixError as error:
+            except Exception as error:
                 # The last good state is kept.
-                _log.warning("state_not_saved", extra={"fields": {"job": active.job.id, "reason": error.message}})
+                _log.warning("state_not_saved", extra={"fields": {"job": active.job.id, "reason": str(error)}})
         self._trained = [pair for pair in self._trained if pair[1] is not active]
         with contextlib.suppress(OSError):
             forget_attempts(active.folder)
@@ -335,7 +335,8 @@ class Trainer:
         backbone = self._backbone
         for pair in list(self._trained):
             since, active = pair
-            if backbone is None or active.job.id not in report.job_ids or report.asked < since:
+            is_wanted = report.statuses.get(active.job.id) == "running"
+            if backbone is None or not is_wanted or report.asked < since:
                 continue
             self._trained.remove(pair)
             job = active.job

@@ -113,7 +113,7 @@ def serve(data: DataFolder, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> I
     services: list[Service] = []
 
     def start(**options: Any) -> Service:
-        services.append(Service(data, backbone, **options))
+        services.append(Service(data, **{"backbone": backbone, **options}))
         return services[-1]
 
     yield start
@@ -178,6 +178,22 @@ def test_more_jobs_than_there_is_room_for_wait(serve: Callable[..., Service], da
     for future in [service.submit(job) for job in jobs]:
         future.result(60)
     assert sorted(service.published) == ["one", "three", "two"]
+
+
+def test_jobs_of_a_model_whose_rows_cannot_be_packed_train_one_by_one(
+    serve: Callable[..., Service], data: DataFolder, tiny_backbone: Callable[..., Any]
+) -> None:
+    service = serve(backbone=tiny_backbone("m2m_100"))
+    first, second = (make_job(data, name, config={"max_steps": 40}) for name in ("first", "second"))
+    futures = {job.id: service.submit(job) for job in (first, second)}
+    wait_until(lambda: service.step(first) + service.step(second) > 2)
+    running, waits = (first, second) if service.step(first) else (second, first)
+    assert service.step(waits) == 0
+    service.says[running.id] = "paused"
+    assert failure(futures[running.id]).code == "stopped"
+    assert futures[waits.id].result(60).steps == 40
+    service.says[running.id] = "running"
+    assert service.submit(running).result(60).steps == 40
 
 
 def test_one_that_comes_later_joins(serve: Callable[..., Service], data: DataFolder) -> None:
