@@ -222,7 +222,7 @@ const jobs = (() => {
       running: [button("Pause", () => change(job, "pause")), cancel],
       paused: [button("Resume", () => change(job, "resume")), cancel],
       succeeded: [
-        make("a", { className: "button", textContent: "Open in the playground", href: `/#mode=chat&models=${encodeURIComponent(`${name},${state.backbone}`)}` }),
+        ...(at("pages") ? [make("a", { className: "button", textContent: "Open in the playground", href: `/#mode=chat&models=${encodeURIComponent(`${name},${state.backbone}`)}` })] : []),
         button("Download", () => download(name)),
         button("Delete", async () => {
           if (await sure(`Delete ${name}? It cannot be brought back.`, "Delete it", "Keep it")) await remove(job, name);

@@ -61,7 +61,7 @@ const bytes = (number) => (number < 2 ** 20 ? `${Math.ceil(number / 1024)} KiB` 
 
 /** What the server read: counts, one example, lengths. */
 function showRead(file, preview) {
-  const facts = factsOf(file), examples = (preview && preview.examples) || [];
+  const facts = factsOf(file), examples = preview.examples || [];
   const figures = facts.form === "document"
     ? [["characters", count(facts.characters)], ["size", bytes(file.bytes)]]
     : [["rows", count(facts.rows)], ["examples", count(facts.examples)], ["targets", count(facts.targets)], ["size", bytes(file.bytes)]];
@@ -69,9 +69,9 @@ function showRead(file, preview) {
   at("read-as").hidden = (facts.forms || []).length < 2 || Boolean(facts.form);
   at("form").replaceChildren(...(facts.forms || []).map((form) => make("option", { value: form, textContent: form })));
   showSample(examples[0], facts);
-  const lengths = (preview && preview.lengths) || {};
+  const lengths = preview.lengths || {};
   drawLengths(at("lengths"), lengths.counts || [], lengths.edges || [], lengths.unit || "tokens");
-  at("cuts").textContent = (preview && preview.cuts) || "";
+  at("cuts").textContent = preview.cuts || "";
   at("read").hidden = false;
 }
 

@@ -1,0 +1,275 @@
+"""The page for training in a real browser, on a real server with a real worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from browser import CHROMIUM, NO_CHROMIUM, Browser
+from contrast import contrast
+from live_server import MODEL, LiveServer, make_model
+from prefixtune.server.auth import hash_key
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+
+ATTACK = "<img src=x onerror='window.attacked = true'>"
+CHATS = [
+    [{"role": "user", "content": f"train {number} {ATTACK}"}, {"role": "assistant", "content": f"at {number} o'clock"}]
+    for number in range(12)
+]
+ROWS = "".join(json.dumps({"messages": messages}) + "\n" for messages in CHATS)
+SECONDS = 40
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    folder = tmp_path_factory.mktemp("train")
+    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n' for name in ("me", "other"))
+    (folder / "serve.toml").write_text(keys)
+    (folder / "prefixes").mkdir()
+    flags = ("--config", str(folder / "serve.toml"), "--data-folder", str(folder / "data"))
+    server = LiveServer(make_model(folder / MODEL), folder / "prefixes", *flags)
+    yield server.wait()
+    server.stop()
+
+
+def open_page(browser: Browser, server: LiveServer, key: str = "pt-me", **options: Any) -> Browser:
+    """The page with a key, jobs listed."""
+    browser.open(f"{server.url}/healthz")
+    browser.value(f"sessionStorage.setItem('key', '{key}')")
+    browser.open(f"{server.url}/train", **options)
+    browser.until("document.getElementById('server').textContent.startsWith('training on')")
+    return browser
+
+
+@pytest.fixture
+def page(browser: Browser, server: LiveServer) -> Browser:
+    return open_page(browser, server)
+
+
+def text(page: Browser, element: str) -> str:
+    return str(page.value(f"document.getElementById('{element}').textContent"))
+
+
+def says(page: Browser, element: str, words: str) -> None:
+    """Wait until an element says something."""
+    page.until(f"document.getElementById('{element}').textContent.includes({json.dumps(words)})", SECONDS)
+
+
+def click(page: Browser, element: str, words: str = "") -> None:
+    """Click on an element, or on the button in it that says something."""
+    inside = f".querySelectorAll('button')].find((one) => one.textContent.startsWith('{words}')).click()"
+    page.value(
+        f"[...document.getElementById('{element}'){inside}"
+        if words
+        else f"document.getElementById('{element}').click()"
+    )
+
+
+def give(page: Browser, name: str, content: str, field: str = "file") -> None:
+    """Choose a file, as its field's dialog does."""
+    page.value(
+        "{ const files = new DataTransfer(); "
+        f"files.items.add(new File([{json.dumps(content)}], {json.dumps(name)})); "
+        f"const field = document.getElementById('{field}'); field.files = files.files; "
+        "field.dispatchEvent(new Event('change')); }"
+    )
+
+
+def start(page: Browser, name: str, **settings: str) -> None:
+    """Start a job on the chats."""
+    give(page, "chats.jsonl", ROWS)
+    page.until("!document.getElementById('start').disabled", SECONDS)
+    for field, value in {"name": name, "prefix-length": "4", **settings}.items():
+        page.value(f"document.getElementById('{field}').value = '{value}'")
+    click(page, "start")
+    says(page, "start-said", "Started.")
+    says(page, "job-title", name)
+
+
+def test_without_a_key_the_page_asks_for_one(browser: Browser, server: LiveServer) -> None:
+    browser.open(f"{server.url}/healthz")
+    browser.value("sessionStorage.clear()")
+    browser.open(f"{server.url}/train")
+    says(browser, "list-said", "API key")
+    browser.value("document.getElementById('key').value = 'pt-me'; document.querySelector('#key-form button').click()")
+    says(browser, "list-said", "No jobs yet.")
+    assert {url for url in browser.requests() if not url.startswith(("data:", f"{server.url}/"))} == set()
+    assert browser.value("document.querySelectorAll('script[src], link[rel=stylesheet], [style]').length") == 0
+    assert browser.value("localStorage.length + document.cookie.length") == 0
+
+
+def test_pages_link_to_each_other(page: Browser, server: LiveServer) -> None:
+    assert page.value("document.querySelector('#pages a').pathname") == "/"
+    page.open(f"{server.url}/")
+    assert page.value("document.querySelector('#pages a').pathname") == "/train"
+
+
+def test_an_error_in_a_file_is_shown_with_its_row(page: Browser) -> None:
+    give(page, "chats.jsonl", ROWS + '{"messages": "nothing"}\n')
+    says(page, "file-said", "line 13")
+    assert page.value("document.getElementById('file-said').className") == "error"
+    assert page.value("document.getElementById('start').disabled")
+    give(page, "notes.txt", " ")
+    says(page, "file-said", "no words")
+
+
+def test_from_a_file_to_an_answer(page: Browser, server: LiveServer) -> None:
+    give(page, "chats.jsonl", ROWS)
+    page.until("!document.getElementById('start').disabled", SECONDS)
+    assert "12" in text(page, "facts")
+    assert text(page, "file-said").startswith("chats.jsonl: read as chats")
+    assert page.value("document.querySelector('#sample-text mark').textContent") == "at 0 o'clock"
+    assert "Lengths" in text(page, "lengths")
+    assert page.value("document.getElementById('name').value") == "chats"
+    start(page, "clerk", epochs="4")
+    page.until("document.querySelectorAll('#pairs dd').length === 6")
+    says(page, "job-said", "clerk answers now.")
+    page.until("document.querySelectorAll('#pairs dd.new').length === 3", SECONDS)
+    pairs = page.value("[...document.querySelectorAll('#pairs dd')].map((cell) => cell.textContent)")
+    asked = {"messages": CHATS[0][:1], "max_tokens": 120, "temperature": 0}
+    for answer, model in zip(pairs, (MODEL, "clerk"), strict=False):
+        body = server.post("/v1/chat/completions", {"model": model, **asked}, key="pt-me")[1]
+        assert answer == body["choices"][0]["message"]["content"].strip()
+    assert text(page, "curve-text").startswith("Loss ")
+    assert len(page.value("document.querySelector('#curve .train').getAttribute('points')").split()) > 2
+    # Its own question, to both.
+    page.value("document.getElementById('own').value = 'train 99'")
+    click(page, "question", "Ask")
+    page.until("document.querySelectorAll('#pairs dd.new').length === 4", SECONDS)
+    # What texts contain is shown, and never executed.
+    assert page.value("window.attacked") is None
+    assert page.value("document.querySelectorAll('main img').length") == 0
+    # After a reload all of it is there.
+    page.open(f"{server.url}/train")
+    page.until("document.querySelectorAll('#pairs dd.new').length === 4", SECONDS)
+    assert page.complaints() == []
+
+
+def test_a_result_is_tried_downloaded_and_deleted(page: Browser, server: LiveServer) -> None:
+    says(page, "job-said", "clerk answers now.")
+    link = page.value("document.querySelector('#actions a').href")
+    page.value("URL.createObjectURL = (blob) => { window.size = blob.size; return '#'; }")
+    click(page, "actions", "Download")
+    page.until("window.size > 0")
+    headers = server.request("HEAD", "/v1/models/clerk/file", key="pt-me")[2]
+    assert page.value("window.size") == int(headers["content-length"])
+    page.open(link)
+    page.until("document.querySelectorAll('#models input:checked').length === 2")
+    assert page.value("document.querySelector('[name=mode]:checked').value") == "chat"
+    # Another key sees nothing of it.
+    open_page(page, server, "pt-other")
+    says(page, "list-said", "No jobs yet.")
+    open_page(page, server)
+    says(page, "job-said", "clerk answers now.")
+    click(page, "actions", "Delete")
+    page.until("document.getElementById('sure').open")
+    click(page, "sure-no")
+    page.until("!document.getElementById('sure').open")
+    assert server.get("/v1/models/clerk", key="pt-me")[0] == 200
+    click(page, "actions", "Delete")
+    click(page, "sure-yes")
+    says(page, "actions", "clerk was deleted.")
+    assert server.get("/v1/models/clerk", key="pt-me")[0] == 404
+
+
+def test_a_job_is_paused_resumed_and_cancelled(page: Browser) -> None:
+    start(page, "long", epochs="1000")
+    says(page, "bar-text", "Step")
+    click(page, "actions", "Pause")
+    says(page, "job-said", "Paused")
+    click(page, "actions", "Resume")
+    says(page, "jobs", "long")
+    page.until("/waits|trains/.test(document.getElementById('job-said').textContent)", SECONDS)
+    click(page, "actions", "Cancel")
+    click(page, "sure-yes")
+    says(page, "job-said", "Cancelled.")
+    assert page.value("document.querySelector('#jobs [aria-current]').textContent").startswith("longcancelled")
+
+
+def test_what_the_server_refuses_is_said(page: Browser) -> None:
+    give(page, "chats.jsonl", ROWS)
+    page.until("!document.getElementById('start').disabled", SECONDS)
+    page.value(f"document.getElementById('name').value = '{MODEL}'")
+    click(page, "start")
+    page.until("document.getElementById('start-said').className === 'error'")
+    assert MODEL in text(page, "start-said")
+    page.value("window.fetch = async () => { throw new TypeError('gone'); }")
+    click(page, "key-form", "Use")
+    says(page, "list-said", "The server does not respond. Tried again in")
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_never_wider_than_the_window(browser: Browser, server: LiveServer, width: int) -> None:
+    page = open_page(browser, server, width=width)
+    give(page, f"{'long' * 30}.md", f"{'word' * 50} " * 20)
+    page.until("!document.getElementById('start').disabled", SECONDS)
+    page.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    page.until("document.querySelectorAll('#jobs button').length > 0")
+    assert page.value("[document.documentElement.scrollWidth, document.documentElement.clientWidth]") == [width, width]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colors_are_legible(browser: Browser, server: LiveServer, scheme: str) -> None:
+    page = open_page(browser, server, scheme=scheme)
+    give(page, "chats.jsonl", ROWS)
+    page.until("document.querySelector('#sample-text mark') !== null", SECONDS)
+    colors = page.value(
+        "Object.fromEntries(['--page', '--sheet', '--text', '--quiet', '--bad', '--good', '--accent', '--edge', "
+        "'--on-accent', '--marked', '--c1'].map((name) => [name, getComputedStyle(document.documentElement)"
+        ".getPropertyValue(name).trim()]))"
+    )
+    for ground in ("--page", "--sheet"):
+        for name in ("--text", "--quiet", "--bad", "--good", "--accent"):
+            assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
+        for name in ("--edge", "--c1"):
+            assert contrast(colors[name], colors[ground]) >= 3, (name, ground)
+    assert contrast(colors["--text"], colors["--marked"]) >= 4.5
+    assert contrast(colors["--on-accent"], colors["--accent"]) >= 4.5
+
+
+def test_the_keyboard_is_enough(page: Browser) -> None:
+    give(page, "chats.jsonl", ROWS)
+    page.until("!document.getElementById('start').disabled", SECONDS)
+    page.value("document.body.focus(); document.getElementById('key').focus()")
+    reached = []
+    for _ in range(30):
+        page.press("Tab", 9)
+        reached.append(page.value("document.activeElement.id || document.activeElement.parentElement.id"))
+        if reached[-1] == "start":
+            break
+    assert [name for name in ("file", "sample-text", "name", "settings", "start") if name in reached] == [
+        "file", "sample-text", "name", "settings", "start",
+    ]  # fmt: skip
+    page.value(
+        "document.getElementById('name').value = 'by-keyboard'; document.getElementById('epochs').value = '1000'"
+    )
+    page.press("Enter", 13)
+    says(page, "job-title", "by-keyboard")
+    # The new job has the focus, and is named by its title.
+    assert page.value("document.activeElement.id") == "job"
+    click(page, "actions", "Cancel")
+    assert page.value("document.activeElement.id") == "sure-no"
+    click(page, "sure-yes")
+    says(page, "job-said", "Cancelled.")
+
+
+def test_everything_has_an_accessible_name(page: Browser) -> None:
+    page.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    seen = [node for node in nodes if not node.get("ignored")]
+    names = {(node.get("role", {}).get("value", ""), node.get("name", {}).get("value", "").strip()) for node in seen}
+    roles = {role for role, _ in names}
+    assert {"main", "banner", "heading", "navigation", "textbox", "spinbutton", "combobox", "status", "region"} <= roles
+    for role in ("button", "textbox", "combobox", "spinbutton", "region", "form", "image", "link"):
+        assert (role, "") not in names, role
