@@ -186,12 +186,13 @@ class ActiveJob:
     # --- saving and leaving -------------------------------------------------------------------------------------------
 
     def save_if_due(self) -> None:
-        """Save the state from time to time: a kill loses no more than that.
+        """Save the state after the first step, and from time to time: a kill loses no more than that.
 
         Raises:
             PrefixError: It cannot be written.
         """
-        if time.monotonic() - self._saved >= max(_SAVE_SECONDS, _SAVE_SHARE * self._save_seconds):
+        pause = max(_SAVE_SECONDS, _SAVE_SHARE * self._save_seconds)
+        if not self._got_further or time.monotonic() - self._saved >= pause:
             self.save()
 
     def save(self) -> None:
