@@ -24,7 +24,7 @@ from prefixtune.server.logs import log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
 
-__all__ = ["STOP_SECONDS", "TrainingWorker", "start_worker"]
+__all__ = ["STOP_SECONDS", "TrainingWorker", "start_worker", "training_threads"]
 
 
 STOP_SECONDS = 15.0
@@ -53,7 +53,7 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
         "data_folder": training.folder.root,
         "prefixes": Path(config.prefixes).absolute(),
         "idle_seconds": config.train_idle_seconds,
-        "threads": (threads := config.train_threads or max(1, _num_cores() // 2)),
+        "threads": (threads := training_threads(config)),
         "nice": config.train_nice,
         "log_level": config.log_level,
     }.items():
@@ -69,6 +69,11 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
     training.wake = worker.wake
     worker.start()
     return worker
+
+
+def training_threads(config: ServeConfig) -> int:
+    """Threads of this server's worker."""
+    return config.train_threads or max(1, _num_cores() // 2)
 
 
 def _num_cores() -> int:

@@ -19,12 +19,15 @@ from prefixtune.server.api.openapi import FILE_ID, api_router, errors
 from prefixtune.server.api.prompting import run_in_turn
 from prefixtune.server.api.schemas import FilePreview
 from prefixtune.server.responses import json_response
+from prefixtune.server.training_estimate import training_seconds
+from prefixtune.server.training_worker import training_threads
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.data.examples import Example
     from prefixtune.evaluation.data_report import Measures
     from prefixtune.jobs.files import StoredFile
+    from prefixtune.training.config import TrainConfig
 
 __all__ = ["router"]
 
@@ -57,33 +60,47 @@ async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str
     body = {**_nothing(), "examples": _spread([_shown(example) for example in sample])}
     if not any(example.targets for example in sample):
         return body
-    measure = await asyncio.to_thread(_import_measure)
+    backbone = context.state.backbone
     try:
-        measures = await run_in_turn(context, partial(measure, context.state.backbone, sample, stored))
+        config = await asyncio.to_thread(_usual_config, context, stored)
+        measures = await run_in_turn(context, partial(_measure, config, backbone, sample, stored))
     except PrefixError as error:
         # Such as labels of which the sample has only one.
         return {**body, "cuts": error.message}
-    return {**body, **_measured(measures, len(sample))}
+    positions = float(measures.positions.get("mean", 0) * (config.max_steps or 0))
+    threads = training_threads(context.state.config)
+    seconds = await asyncio.to_thread(training_seconds, backbone, positions, threads) if positions else None
+    estimate = None if seconds is None else {"seconds": round(seconds, 3), "steps": config.max_steps}
+    return {**body, **_measured(measures, len(sample)), "estimate": estimate}
 
 
-def _import_measure() -> Any:
-    # Loads the modules that training needs.
+def _usual_config(context: RequestContext, stored: StoredFile) -> TrainConfig:
+    """The configuration of a job with this file and no options.
+
+    Raises:
+        RequestError: There is none: the file has no targets, or several forms.
+    """
+    # Also loads the modules that measure, outside the event loop.
     import prefixtune.evaluation.data_report  # noqa: F401
+    from prefixtune.jobs.job import new_job_id
+    from prefixtune.jobs.request import JobRequest, make_job
+    from prefixtune.training.config import TrainConfig
 
-    return _measure
+    state = context.state
+    request = JobRequest(model=state.config.model_id, training_file=stored)
+    max_steps = context.training.limits_of(context.caller).max_steps
+    job = make_job(request, job_id=new_job_id(), owner=context.caller.name, created=0, max_steps=max_steps)
+    return TrainConfig(**{**job.config, "train": "data", "output": "run", "backbone": state.backbone.name})
 
 
-def _measure(backbone: Backbone, sample: Sequence[Example], stored: StoredFile) -> Measures:
+def _measure(config: TrainConfig, backbone: Backbone, sample: Sequence[Example], stored: StoredFile) -> Measures:
     from prefixtune.backbone.unloaded import without_limits
     from prefixtune.data.registry import TASKS
     from prefixtune.evaluation.data_report import measure_examples
-    from prefixtune.training.config import TrainConfig
 
     assert stored.facts is not None
-    task = stored.facts.task
-    config = TrainConfig(train="data", backbone=backbone.name, initialization="random", task=task)
-    total, unlimited = stored.facts.examples, without_limits(backbone)
-    kind = TASKS[task].kind
+    total, kind = stored.facts.examples, TASKS[stored.facts.task].kind
+    unlimited = without_limits(backbone)
     return measure_examples(config, sample, kind, backbone, unlimited, max_tokenized=len(sample), num_examples=total)
 
 

@@ -303,7 +303,8 @@ class PreviewLimit(BaseModel):
 
 
 class Estimate(BaseModel):
-    seconds: Annotated[float, Field(description="Of a job with the usual options.")]
+    seconds: Annotated[float, Field(description="Of all steps, where nothing else trains; within a factor of two.")]
+    steps: Annotated[int, Field(description="Of a job without options.")]
 
 
 class FilePreview(BaseModel):
@@ -317,7 +318,7 @@ class FilePreview(BaseModel):
     cuts: Annotated[str, Field(description="A sentence on what fits.")]
     positions_per_step: Annotated[float | None, Field(description="Of an optimizer step, without padding.")]
     steps_per_epoch: int | None
-    estimate: Annotated[Estimate | None, Field(description="None: nothing was trained here before.")]
+    estimate: Annotated[Estimate | None, Field(description="None: it is not known.")]
 
 
 class DeletedFile(BaseModel):
