@@ -132,8 +132,11 @@ def test_a_wrong_row_is_named_and_its_file_is_kept_for_reading(app: Any, tmp_pat
         (b"--B\r\n\r\nno headers\r\n--B--\r\n", 400, "has no name"),
     ],
 )
-def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path, body: bytes, status: int, message: str) -> None:
+def test_forms_that_are_wrong_leave_nothing(
+    app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, body: bytes, status: int, message: str
+) -> None:
     response = post(app, body)
+    assert not [record for record in caplog.records if record.name.startswith("python_multipart")]
     assert response.status == status
     assert message in response.json["error"]["message"]
     assert stored(tmp_path) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,8 @@ __all__ = ["FORM_OVERHEAD", "FormReader", "FormTarget"]
 
 FORM_OVERHEAD = 2**16
 """Bytes that a form may have besides its file."""
+# It would write a line on whatever anybody sends; whoever sent it is told.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 _MAX_PARTS = 16
 _MAX_HEADER_BYTES = 2**13
 """Of one part, all headers together."""
