@@ -122,6 +122,7 @@ def serving(
         port = free.getsockname()[1]
     log = folder / "server.log"
     flags |= {"backbone": name, "backbone_id": BASE, "prefixes": folder / "prefixes", "dtype": "float32", "port": port}
+    flags |= {"data_folder": folder / "data"}
     command = [sys.executable, "-m", "prefixtune", "serve", "--engine", "vllm", "--vllm-python", str(PYTHON)]
     command += [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT / "src"), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -350,6 +351,30 @@ def test_models_are_listed(server: Server):
     assert set(listed) == {BASE, *server.prefixes}
     assert listed["p37"].description == "of 37"
     assert listed["p37"].prefix_length == 37
+
+
+def test_a_job_trained_beside_vllm_is_served_at_once(server: Server):
+    rows = [{"prompt": f"Bus {number} goes to", "completion": f" platform {number}."} for number in range(20)]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file = server.client.files.create(file=("buses.jsonl", data), purpose="fine-tune")
+    jobs = server.client.fine_tuning.jobs
+    job = jobs.create(
+        model=BASE,
+        training_file=file.id,
+        hyperparameters={"n_epochs": 1},
+        extra_body={"prefixtune": {"name": "buses", "prefix_length": 8}},
+    )
+    end = time.monotonic() + 300
+    while jobs.retrieve(job.id).status in ("queued", "running"):
+        assert time.monotonic() < end, server.log.read_text()[-5000:]
+        time.sleep(1)
+    assert jobs.retrieve(job.id).fine_tuned_model == "buses", jobs.retrieve(job.id).error
+    assert "buses" in {model.id for model in server.client.models.list().data}
+    prefix = load_prefix(server.folder / "buses.safetensors", server.backbone)
+    (written,) = generate(server.backbone, ["Bus 7 goes to"], prefix, config=SETTINGS)
+    assert server.complete("buses", "Bus 7 goes to").choices[0].text == written
+    assert server.client.models.delete("buses").deleted
+    assert "buses" not in {model.id for model in server.client.models.list().data}
 
 
 def test_what_is_not_there_and_what_is_broken(server: Server):

@@ -213,3 +213,9 @@ def test_what_is_about_training(method: str, path: str, expected: bool):
 def test_pages_of_other_origins_may_not_delete(app: FakeVLLM):
     asked = {"method": "OPTIONS", "headers": [(b"access-control-request-method", b"DELETE")]}
     assert is_about_training(asked, "/v1/models/a")
+
+
+def test_a_head_has_no_body(app: FakeVLLM, training: Any):
+    response = ask(app, "HEAD", "/v1/models/a/file")
+    assert (response.status, response.body, response.ended) == (200, b"", True)
+    assert int(response.headers["content-length"]) > 0
