@@ -31,7 +31,7 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(
     answer = download(app, "hers", "ann")
     assert (answer.status, answer.body) == (200, path.read_bytes())
     assert answer.headers["content-length"] == str(path.stat().st_size)
-    assert answer.headers["content-disposition"] == 'attachment; filename="hers.safetensors"'
+    assert answer.headers["content-disposition"] == "attachment; filename*=UTF-8''hers.safetensors"
     assert download(app, "hers", "boss").body == path.read_bytes()
     assert download(app, "a", "boss").status == 200
     # A prefix that no job of hers made, and one that does not exist.

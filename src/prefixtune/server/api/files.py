@@ -6,10 +6,8 @@ Each key sees its own files; an admin key, and everybody where there are no keys
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncGenerator, Callable
-from typing import IO, TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
@@ -20,7 +18,7 @@ from prefixtune.server.api.multipart import FORM_OVERHEAD, FormReader
 from prefixtune.server.api.openapi import FILE_ID, FORM_BODY, api_router, errors
 from prefixtune.server.api.paging import ORDER, PAGE, page_of, parameter, read_page
 from prefixtune.server.api.schemas import DeletedFile, File, Files
-from prefixtune.server.api.streaming import TimedStream
+from prefixtune.server.api.streaming import file_stream
 from prefixtune.server.limits import QueueFull
 from prefixtune.server.responses import (
     ApiError,
@@ -41,9 +39,6 @@ __all__ = ["file_object", "find_file", "router"]
 router = api_router(401, 403, 404, 500, 503)
 _PATH = "/v1/files/{file_id}"
 _FIELDS = ("purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]")
-_CHUNK = 2**18
-_SLOWEST_DOWNLOAD = 2**16
-"""Bytes a second."""
 _MOST_LISTED = 10_000
 _PURPOSE = parameter("purpose", "Of the files.", type="string")
 _CONTENT: dict[int | str, Any] = {
@@ -100,14 +95,7 @@ async def download_file(context: TrainingContext) -> Response:
     """A file's content, as it was uploaded."""
     training, stored = context.training, await find_file(context)
     file = await _or_404(context, lambda: training.files.open(stored.owner, stored.id))
-    size, config = os.fstat(file.fileno()).st_size, context.state.config
-    headers = {
-        "content-length": str(size),
-        "content-disposition": f"attachment; filename*=UTF-8''{quote(stored.filename, safe='')}",
-    }
-    # A slow client gets the time that it needs for all of a large file.
-    seconds = config.deadline + size / _SLOWEST_DOWNLOAD
-    return TimedStream(_chunks(file), config.client_timeout, seconds, headers)
+    return file_stream(context, file, stored.filename)
 
 
 @router.delete(_PATH, response_model=DeletedFile, responses=errors(507), openapi_extra=FILE_ID)
@@ -245,9 +233,3 @@ async def _or_404(context: RequestContext, work: Callable[[], T]) -> T:
         return await asyncio.to_thread(work)
     except UnknownFileError:
         raise not_found("file", str(context.request.path_params["file_id"])) from None
-
-
-async def _chunks(file: IO[bytes]) -> AsyncGenerator[bytes]:
-    with file:
-        while chunk := await asyncio.to_thread(file.read, _CHUNK):
-            yield chunk

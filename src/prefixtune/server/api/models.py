@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
@@ -14,13 +12,13 @@ from prefixtune.errors import PrefixError, RequestError
 from prefixtune.server.api.endpoint import KeyContext
 from prefixtune.server.api.openapi import NAME, api_router, errors
 from prefixtune.server.api.schemas import Deleted, Model, Models
+from prefixtune.server.api.streaming import file_stream
 from prefixtune.server.responses import ApiError, forbidden, json_response, not_found, unavailable
 
 __all__ = ["router"]
 
 
 router = api_router(401, 403, 500)
-_CHUNK_BYTES = 2**18
 _FILE: dict[int | str, Any] = {
     200: {"content": {"application/octet-stream": {"schema": {}}}, "description": "The safetensors file."}
 }
@@ -56,18 +54,7 @@ async def download_model(context: KeyContext) -> Response:
         raise not_found("model", name) from None
     except PrefixError:
         raise unavailable(f"the file of {name!r} is not served.", "model_not_served") from None
-    headers = {
-        "content-length": str(os.fstat(file.fileno()).st_size),
-        # A name has no character that would end the quotes.
-        "content-disposition": f'attachment; filename="{name}.safetensors"',
-    }
-    return StreamingResponse(_chunks(file), headers=headers, media_type="application/octet-stream")
-
-
-async def _chunks(file: BinaryIO) -> AsyncIterator[bytes]:
-    with file:
-        while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
-            yield chunk
+    return file_stream(context, file, f"{name}.safetensors")
 
 
 @router.get("/v1/models/{name:path}", response_model=Model, responses=errors(400, 404, 503), openapi_extra=NAME)

@@ -1,11 +1,13 @@
-"""Server-sent events, and work that stops when the client disconnects."""
+"""Server-sent events, files, and work that stops when the client disconnects."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Awaitable, Mapping
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
+from urllib.parse import quote
 
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
@@ -15,13 +17,16 @@ from starlette.types import Receive, Scope, Send
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.responses import ApiError, json_text
 
-__all__ = ["DONE", "KEEP_ALIVE", "TimedStream", "event", "event_stream", "run_until_disconnect"]
+__all__ = ["DONE", "KEEP_ALIVE", "TimedStream", "event", "event_stream", "file_stream", "run_until_disconnect"]
 
 
 KEEP_ALIVE = format_sse_event(comment="waiting")
 """Sent while there is nothing new: proxies cut silent connections, and clients ignore comments."""
 DONE = format_sse_event(data_str="[DONE]")
 """The end of a stream."""
+_CHUNK = 2**18
+_SLOWEST_DOWNLOAD = 2**16
+"""Bytes a second."""
 
 T = TypeVar("T")
 
@@ -35,6 +40,23 @@ def event_stream(context: RequestContext, events: AsyncGenerator[bytes]) -> Even
     """A response in pieces, for a client that may be slow within limits."""
     config = context.state.config
     return EventStream(events, config.client_timeout, config.deadline + config.client_timeout, context.headers)
+
+
+def file_stream(context: RequestContext, file: IO[bytes], filename: str) -> TimedStream:
+    """A file to be saved, from where it stands to its end; it is closed in any case."""
+    size, config = os.fstat(file.fileno()).st_size, context.state.config
+    headers = {
+        "content-length": str(size),
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(filename, safe='')}",
+    }
+    # A slow client gets the time that it needs for all of a large file.
+    return TimedStream(_chunks(file), config.client_timeout, config.deadline + size / _SLOWEST_DOWNLOAD, headers)
+
+
+async def _chunks(file: IO[bytes]) -> AsyncGenerator[bytes]:
+    with file:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK):
+            yield chunk
 
 
 async def run_until_disconnect(receive: Receive, work: Awaitable[T]) -> T:

@@ -61,7 +61,7 @@
     state.file = file;
     state.examples = preview.examples || [];
     showRead(file, preview);
-    at("takes").textContent = preview.estimate && preview.estimate.seconds ? `About ${jobs.duration(preview.estimate.seconds)} on this server.` : "";
+    at("takes").textContent = preview.estimate && preview.estimate.seconds ? `Without other settings and jobs, it takes about ${jobs.duration(preview.estimate.seconds)}.` : "";
     if (!at("name").value) at("name").value = nameFrom(file.filename);
     showSetup();
   }
