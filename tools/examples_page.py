@@ -32,6 +32,7 @@ FIRST = (
     "memory_of_a_document",
     "joined",
     "serve_and_ask",
+    "fine_tuning_job",
     "compare_with_lora",
     "classify",
 )

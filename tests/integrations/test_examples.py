@@ -17,6 +17,7 @@ EXPECTED = {
     "memory_of_a_document": ("runs/guide/prefix.safetensors", "32 positions"),
     "joined": ("runs/Plover/prefix.safetensors", "all three joined"),
     "serve_and_ask": ("prefixes/opposites.safetensors", ", capitals, opposites\n"),
+    "fine_tuning_job": ("prefixes/till.safetensors", "succeeded till"),
     "compare_with_lora": ("runs/compare-2/weights.safetensors", " of 8"),
     "classify": ("runs/classify/prefix.safetensors", "cancel"),
     "trainer": ("runs/trainer/prefix.safetensors", " bytes"),
