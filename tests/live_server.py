@@ -201,5 +201,5 @@ class LiveServer(HttpClient):
 
 
 def _content(answer: Any) -> Any:
-    text = answer.read().decode()
+    text = answer.read().decode(errors="replace")
     return json.loads(text) if answer.headers.get_content_type() == "application/json" else text

@@ -92,9 +92,10 @@ def hostile(document: dict[str, Any]) -> Any:
     task |= {"properties": {**options, "name": {}, "food": {}}, "required": ["name", "food"]}
     task["additionalProperties"] = False
     for path, methods in narrow["paths"].items():
-        for operation in methods.values():
+        for method, operation in methods.items():
             for parameter in operation.get("parameters", ()):
-                parameter["schema"] = {"enum": ["spare", "new"] if "admin" in path else ["mine"]}
+                changes = "admin" in path or (method == "delete" and path.startswith("/v1/models"))
+                parameter["schema"] = {"enum": ["spare", "new"] if changes else ["mine"]}
     config = SchemathesisConfig.from_dict(
         {"generation": {"with-security-parameters": False, "database": "none"}, "seed": 1}
     )
@@ -182,6 +183,10 @@ def test_real_responses_match_the_document(document: dict[str, Any], server: Liv
         check(second, "/admin/prefixes/fresh", 200, file)
         check("GET", "/admin/prefixes/fresh", 200)
         check("DELETE", "/admin/prefixes/fresh", 204)
+    check("PUT", "/admin/prefixes/fresh", 201, file)
+    check("DELETE", "/v1/models/fresh", 200)
+    check("DELETE", "/v1/models/fresh", 404)
+    check("DELETE", f"/v1/models/{MODEL}", 403)
     check("POST", "/admin/reload", 200, {})
 
     check("PUT", "/admin/prefixes/fresh", 400, file[:-1])
