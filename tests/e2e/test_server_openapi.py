@@ -18,11 +18,14 @@ from schemathesis.specs.openapi import checks as openapi_checks
 
 from live_server import MODEL, LiveServer, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
+from prefixtune.jobs.events import JobEvents, Progress
+from prefixtune.jobs.folder import DataFolder
 from prefixtune.server import playground
 from prefixtune.server.app import ROUTES
 from prefixtune.server.auth import hash_key, new_key
 
 KEY = new_key()
+JOBS = "/v1/fine_tuning/jobs"
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
 EXAMPLES = 40
 """For each operation, good ones and bad ones: half a minute in all."""
@@ -57,6 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, task=task, text_format=text_format)
     (folder / "serve.toml").write_text(
         "max_tokens = 6\ndefault_max_tokens = 6\nmax_texts = 4\nmax_body_kib = 64\n"
+        # Jobs are taken, and nobody trains them.
+        f'train_workers = 0\ndata_folder = "{folder / "data"}"\ndatabase_url = "sqlite:///{folder / "jobs.sqlite"}"\n'
         f'[keys.me]\nhash = "{hash_key(KEY)}"\nadmin = true\n'
     )
     return folder
@@ -102,6 +107,25 @@ def hostile(document: dict[str, Any]) -> Any:
     return schemathesis.openapi.from_dict(narrow, config=config)
 
 
+NAMED = {
+    "/v1/models/": "name",
+    "/v1/tasks/": "name",
+    "/admin/prefixes/": "name",
+    "/v1/files/": "file_id",
+    "/v1/fine_tuning/jobs/": "job_id",
+}
+"""Beginnings of paths -> what follows."""
+
+
+def form(purpose: str, name: str, content: str) -> bytes:
+    """The body of an upload; its boundary is B."""
+    parts = (
+        f'Content-Disposition: form-data; name="purpose"\r\n\r\n{purpose}',
+        f'Content-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n{content}',
+    )
+    return "".join(f"--B\r\n{part}\r\n" for part in parts).encode() + b"--B--\r\n"
+
+
 def close(schema: Any) -> None:
     """Allow no other properties in objects than the documented ones."""
     if isinstance(schema, dict):
@@ -121,12 +145,14 @@ def test_the_document_is_openapi(document: dict[str, Any]) -> None:
 def test_real_responses_match_the_document(document: dict[str, Any], server: LiveServer, folder: Path) -> None:
     closed = copy.deepcopy(document)
     close(closed["components"]["schemas"])
-    seen = set()
+    seen, answers = set(), list[Any]()
 
     def check(method: str, path: str, status: int, body: Any = None, *, key: str = KEY, **more: Any) -> None:
         route = path
-        for prefix in ("/v1/models/", "/v1/tasks/", "/admin/prefixes/"):
-            route = f"{prefix}{{name}}" if path.startswith(prefix) else route
+        for prefix, name in NAMED.items():
+            if path.startswith(prefix):
+                _, slash, action = path.removeprefix(prefix).partition("?")[0].partition("/")
+                route = f"{prefix}{{{name}}}{slash}{action}"
         actual, answer, headers = server.request(method, path, body, key=key, headers=more)
         assert actual == status, answer
         described = closed["paths"][route][method.lower()]["responses"][str(status)]
@@ -135,6 +161,7 @@ def test_real_responses_match_the_document(document: dict[str, Any], server: Liv
         kind = headers.get("content-type", "").partition(";")[0]
         assert (kind in described.get("content", ())) == (status != 204)
         seen.add((method, route, status, kind))
+        answers.append(answer)
         if kind == "application/json":
             fits(described["content"][kind]["schema"], answer)
         elif kind == "text/event-stream":
@@ -188,6 +215,33 @@ def test_real_responses_match_the_document(document: dict[str, Any], server: Liv
     check("DELETE", "/v1/models/fresh", 404)
     check("DELETE", f"/v1/models/{MODEL}", 403)
     check("POST", "/admin/reload", 200, {})
+
+    rows = "".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}) + "\n" for n in range(9))
+    multipart = {"Content-Type": "multipart/form-data; boundary=B"}
+    for purpose, name, content in (("document", "a.md", "Some words."), ("fine-tune", "a.jsonl", rows)):
+        check("POST", "/v1/files", 200, form(purpose, name, content), **multipart)
+        uploaded = answers[-1]["id"]
+        for action in ("", "/content", "/preview"):
+            check("GET", f"/v1/files/{uploaded}{action}", 200)
+    check("GET", "/v1/files", 200)
+    options = {"name": "new", "start": "words"}
+    job = {"model": MODEL, "training_file": uploaded, "validation_file": uploaded, "prefixtune": options}
+    check("POST", JOBS, 200, {**job, "metadata": {"a": "b"}, "hyperparameters": {"n_epochs": "auto"}})
+    created = answers[-1]["id"]
+    events = JobEvents(DataFolder(folder / "data").job(created))
+    for step in (1, 2):
+        events.add("a step", data={"step": step, "train_loss": 2.5})
+    events.write_progress(Progress(step=1, total_steps=2, loss=2.5, seconds_left=1.5))
+    check("GET", JOBS, 200)
+    for action in ("", "/events", "/checkpoints"):
+        check("GET", f"{JOBS}/{created}{action}", 200)
+    for action in ("pause", "resume", "cancel"):
+        check("POST", f"{JOBS}/{created}/{action}", 200, {})
+    check("GET", f"{JOBS}/{created}/events?stream=true", 200)
+    check("POST", f"{JOBS}/{created}/cancel", 400, {})
+    check("POST", JOBS, 400, {**job, "prefixtune": {"name": "mine"}})
+    check("POST", JOBS, 404, {**job, "training_file": "file-none"})
+    check("DELETE", f"/v1/files/{uploaded}", 200)
 
     check("PUT", "/admin/prefixes/fresh", 400, file[:-1])
     check("POST", "/v1/completions", 400, {"model": "mine"})

@@ -22,11 +22,12 @@ from prefixtune.jobs.queue import JobQueue
 from prefixtune.server.api.body import read_json
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext
 from prefixtune.server.api.job_creation import create_job
-from prefixtune.server.api.openapi import api_router, errors, json_body
+from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
 from prefixtune.server.api.paging import PAGE, list_body, page_of, parameter, read_page, unknown_after
 from prefixtune.server.api.protocol import parse
 from prefixtune.server.api.schemas import (
     FineTuningCheckpoints,
+    FineTuningEvent,
     FineTuningEvents,
     FineTuningJob,
     FineTuningJobs,
@@ -138,8 +139,7 @@ async def resume_fine_tuning_job(context: TrainingContext) -> Response:
 
 @router.get(
     f"{_JOB}/events",
-    response_model=FineTuningEvents,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **errors(400)},
+    responses=whole_or_stream(FineTuningEvents, FineTuningEvent) | errors(400),
     openapi_extra={"parameters": [_ID, *PAGE, _STREAM]},
 )
 async def list_fine_tuning_events(context: TrainingContext) -> Response:
