@@ -169,6 +169,10 @@ class Training:
             raise PrefixError("the data folder cannot be made.", hint="see the server's log.") from error
 
     async def audit(self, caller: Caller, action: str, **fields: Any) -> None:
+        """As `write_audit`, in a thread."""
+        await asyncio.to_thread(self.write_audit, caller, action, **fields)
+
+    def write_audit(self, caller: Caller, action: str, **fields: Any) -> None:
         """Write down a change: a line of JSON in the data folder, and one in the log.
 
         Args:
@@ -180,7 +184,7 @@ class Training:
         log("audit", action=action, key=caller.name, **bounded)
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "key": caller.name, "action": action}
         try:
-            await asyncio.to_thread(self._append, json.dumps({**line, **bounded}, ensure_ascii=True))
+            self._append(json.dumps({**line, **bounded}, ensure_ascii=True))
         except PrefixError as error:
             # The change has been made: the server's log has it.
             log("audit_failed", level=logging.ERROR, reason=error.message)

@@ -321,9 +321,15 @@ def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..
     again = create(app, file, own={"name": "mine"}, **header)
     assert first.id == again.id
     assert refusal(app, file, own={"name": "other"}, **header).code == "idempotency_key_reused"
-    assert len(left(state)[1]) == 1
+
+    async def at_once(client: openai.AsyncOpenAI) -> list[Any]:
+        ask_for: Any = partial(client.fine_tuning.jobs.create, model="tiny", extra_headers={"Idempotency-Key": "two"})
+        return await asyncio.gather(*(ask_for(training_file=file) for _ in range(4)))
+
+    assert len({job.id for job in ask(app, at_once)}) == 1
+    assert len(left(state)[1]) == 2
     audit = state.training.folder.audit_log.read_text().splitlines()
-    assert len(audit) == 1
+    assert len(audit) == 2
 
 
 def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callable[..., Any]) -> None:

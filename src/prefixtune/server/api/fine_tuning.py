@@ -66,14 +66,8 @@ async def create_fine_tuning_job(context: TrainingContext) -> Response:
     With a header `Idempotency-Key`, a request that is sent again gets the same job.
     """
     body = await read_json(context, lambda value: parse(FineTuningRequest, value, context.state.limits))
-    state, is_new = await create_job(context, body)
+    state = await create_job(context, body)
     context.log_fields |= {"job": state.job.id, "model": state.job.model}
-    if is_new:
-        context.training.wake()
-        context.state.metrics.jobs_created.inc()
-        await context.training.audit(
-            context.caller, "job.create", job=state.job.id, name=state.job.name, file=state.job.training_file
-        )
     return await _respond(context, state)
 
 
@@ -132,9 +126,7 @@ async def pause_fine_tuning_job(context: TrainingContext) -> Response:
 @router.post(f"{_JOB}/resume", response_model=FineTuningJob, responses=errors(400), openapi_extra={"parameters": [_ID]})
 async def resume_fine_tuning_job(context: TrainingContext) -> Response:
     """Queue a paused job again."""
-    state = await _change(context, "resume", ("paused",), JobQueue.resume)
-    context.training.wake()
-    return await _respond(context, state)
+    return await _respond(context, await _change(context, "resume", ("paused",), JobQueue.resume))
 
 
 @router.get(
@@ -207,7 +199,7 @@ async def _change(
     Raises:
         ApiError: There is no such job, or it does not stand at one of `allowed`.
     """
-    expected = {"cancel": "cancelled", "pause": "paused"}.get(action)
+    training, expected = context.training, {"cancel": "cancelled", "pause": "paused"}.get(action)
 
     def work(queue: JobQueue) -> JobState:
         before = _get(context, queue)
@@ -217,11 +209,13 @@ async def _change(
         if expected is not None and after.status != expected:
             # It ended in the same moment.
             raise _wrong_state(action, after, allowed)
+        # Here, as nobody may wait for the response any more.
+        training.write_audit(context.caller, f"job.{action}", job=after.job.id, owner=after.job.owner)
+        if action == "resume":
+            training.wake()
         return after
 
-    state = await context.training.ask(work)
-    await context.training.audit(context.caller, f"job.{action}", job=state.job.id, owner=state.job.owner)
-    return state
+    return await training.ask(work)
 
 
 def _wrong_state(action: Action, state: JobState, allowed: Sequence[str]) -> ApiError:

@@ -19,7 +19,7 @@ from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
 from prefixtune.prefix.folder import path_of
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
-from prefixtune.server.responses import ApiError, bad_request, storage_error
+from prefixtune.server.responses import ApiError, bad_request, storage_error, unavailable
 
 if TYPE_CHECKING:
     from prefixtune.server.training import Training
@@ -39,8 +39,8 @@ class _Inputs:
     start: Path | None = None
 
 
-async def create_job(context: RequestContext, body: FineTuningRequest) -> tuple[JobState, bool]:
-    """Create the job that a request asks for; returns it, and whether it is new.
+async def create_job(context: RequestContext, body: FineTuningRequest) -> JobState:
+    """Create the job that a request asks for.
 
     A request with the header `Idempotency-Key` of an earlier one gets the job of that one.
 
@@ -52,18 +52,24 @@ async def create_job(context: RequestContext, body: FineTuningRequest) -> tuple[
         raise bad_request(f"the header Idempotency-Key has more than {_MAX_KEY_LENGTH} characters.")
     job_id = _job_id(context.caller.name, key) if key else new_job_id()
     if key and (earlier := await training.ask(lambda queue: _find(queue, job_id))) is not None:
-        return _same(earlier, body), False
+        return _same(earlier, body)
     start_lengths = await _start_lengths(context, body.model)
     inputs = await asyncio.to_thread(_find_inputs, context, body, has_start=start_lengths is not None)
     job = _make(context, body, inputs, start_lengths, job_id)
 
     def add(queue: JobQueue) -> JobState:
         with training.adding:
+            if key and (earlier := _find(queue, job_id)) is not None:
+                return _same(earlier, body)
             _check_room(context, queue, job)
             _add(training, queue, job, inputs)
+        # Here, as nobody may wait for the response any more.
+        training.wake()
+        context.state.metrics.jobs_created.inc()
+        training.write_audit(context.caller, "job.create", job=job.id, name=job.name, file=job.training_file)
         return queue.get(job.id)
 
-    return await training.ask(add), True
+    return await training.ask(add)
 
 
 def _job_id(owner: str, key: str) -> str:
@@ -223,11 +229,12 @@ def _add(training: Training, queue: JobQueue, job: Job, inputs: _Inputs) -> None
         QueueUnavailableError: The database is away. It may have queued the job all the same, so that the folder stays;
             without a job, workers remove it later.
     """
+    # One that is there was made for an earlier request with the same key, whose queueing failed.
+    remove_job_folder(training.folder, job.id)
     try:
         make_job_folder(training.folder, job.id, _links(training, job, inputs))
     except FileExistsError:
-        # Made for an earlier request with the same key, whose queueing failed.
-        pass
+        raise unavailable("another server answers the same request now.", "busy", retry_after=1) from None
     except (FileNotFoundError, UnknownFileError):
         raise _no_file("training_file", job.training_file) from None
     except PrefixError as error:

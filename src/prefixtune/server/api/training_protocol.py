@@ -116,7 +116,7 @@ class TrainingOptions(_Part):
         None, ge=0, le=2048, description="Positions of the prefix; 0: as many as the start has."
     )
     start: Literal["words", "text", "examples", "random"] | None = Field(None, description="What training starts from.")
-    init_text: Annotated[str, Field(max_length=65_536), Check("a text of at most 65536 characters")] | None = Field(
+    init_text: Annotated[str, Field(max_length=16_384), Check("a text of at most 16384 characters")] | None = Field(
         None, description="Words or a text to start from."
     )
     init_examples: Integer | None = Field(None, ge=0, le=64, description="Solved examples to start from.")
@@ -139,7 +139,7 @@ class TrainingOptions(_Part):
     license: Annotated[str, Field(max_length=500), Check("a text of at most 500 characters")] | None = None
 
     form: FormName | None = Field(None, description="How the file is read, where its columns fit several forms.")
-    system: Annotated[str, Field(max_length=65_536), Check("a text of at most 65536 characters")] | None = Field(
+    system: Annotated[str, Field(max_length=16_384), Check("a text of at most 16384 characters")] | None = Field(
         None, description="System message of conversations that have none."
     )
     chat_template: Literal["model", "none"] | None = None
