@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,12 @@ from prefixtune.training.folder import PREVIOUS_FILE, Event
 from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward
 from prefixtune.training.runs import Run
 
-__all__ = ["RunGroup"]
+__all__ = ["MOST_POSITIONS", "RunGroup"]
+
+
+MOST_POSITIONS = 8192
+"""Most positions of texts that go through the backbone at once, unless one run alone has more: memory does not grow
+with the number of runs, and a pass of this size gains nothing from more of them."""
 
 
 class RunGroup:
@@ -100,22 +105,31 @@ class RunGroup:
 
     def _compute(self, pending: dict[Run, PendingStep]) -> None:
         """Losses and gradients of the steps; those that fail alone as well are taken out."""
-        if self._shares_passes and len(pending) > 1:
-            try:
-                forward_backward(self._backbone, list(pending.values()))
-                return
-            except self._catches:
-                # What a pass of all asks for too much, such as memory; not tried again before the runs are others.
-                self._shares_passes = False
-            for step in pending.values():
-                step.reset()
-            if self._backbone.device.type == "cuda":
-                torch.cuda.empty_cache()
-        for run, step in list(pending.items()):
-            with self._failing(run):
-                forward_backward(self._backbone, [step])
+        for runs in _passes(pending):
+            if len(runs) > 1 and self._compute_at_once([pending[run] for run in runs]):
                 continue
-            del pending[run]
+            for run in runs:
+                with self._failing(run):
+                    forward_backward(self._backbone, [pending[run]])
+                    continue
+                del pending[run]
+
+    def _compute_at_once(self, steps: list[PendingStep]) -> bool:
+        """Compute steps of several runs in one pass; False: it failed, and nothing of it is left."""
+        if not self._shares_passes:
+            return False
+        try:
+            forward_backward(self._backbone, steps)
+        except self._catches:
+            # What a pass of all asks for too much, such as memory; not tried again before the runs are others.
+            self._shares_passes = False
+        else:
+            return True
+        for step in steps:
+            step.reset()
+        if self._backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
 
     def _save_others(self, pending: dict[Run, PendingStep], saved: set[Run]) -> None:
         """Save what stands beside a run that was saved, so that all can resume at one step."""
@@ -132,6 +146,20 @@ class RunGroup:
         except self._catches as error:
             self.remove(run)
             self.failed.append((run, error))
+
+
+def _passes(pending: Mapping[Run, PendingStep]) -> list[list[Run]]:
+    """Which runs share a pass: in their order, as many as together have at most `MOST_POSITIONS`."""
+    passes: list[list[Run]] = []
+    left = 0
+    for run, step in pending.items():
+        size = max(batch.input_ids.numel() for batch in step.batches)
+        if size > left:
+            passes.append([])
+            left = MOST_POSITIONS
+        passes[-1].append(run)
+        left -= size
+    return passes
 
 
 def _drop_previous(loop: TrainLoop) -> None:

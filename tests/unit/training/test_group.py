@@ -13,6 +13,7 @@ import pytest
 import prefixtune as pt
 from patching import replace_everywhere
 from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.training import group as group_module
 from prefixtune.training import loop as loop_module
 from prefixtune.training.group import RunGroup
 from prefixtune.training.opening import open_run
@@ -150,6 +151,26 @@ def test_a_pass_that_takes_too_much_is_computed_apart(
     for name in ("one", "other"):
         losses = [event["loss"] for of, event in apart if of == name and event["event"] == "step"]
         assert losses == expected
+
+
+def test_more_runs_take_more_passes_but_no_more_memory(
+    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, passes = loop_module.forward_backward, []
+
+    def counted(backbone: Any, steps: Any) -> None:
+        passes.append(len(steps))
+        own(backbone, steps)
+
+    replace_everywhere(monkeypatch, own, counted)
+    runs = [open_one(f"run{index}") for index in range(5)]
+    batches = next(open_one("measured").loop.remaining_steps())
+    monkeypatch.setattr(group_module, "MOST_POSITIONS", int(2.5 * batches[0][0].input_ids.numel()))
+    group = RunGroup(backbone)
+    for run in runs:
+        group.add(run)
+    list(group.step(threading.Event()))
+    assert passes == [2, 2, 1]
 
 
 def test_one_that_takes_too_much_alone_fails(
