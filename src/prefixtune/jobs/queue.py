@@ -7,6 +7,7 @@ resumed: an attribute tells it from one that is cancelled for good.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -95,6 +96,8 @@ class JobQueue:
     def __init__(self, database_url: str) -> None:
         from dbos import DBOSClient, DBOSPortableJSONSerializer
 
+        # Its warnings hold statements with their values, and callers say themselves that the database is away.
+        logging.getLogger("dbos").setLevel(logging.ERROR)
         self._client: DBOSClient = _reach(
             lambda: DBOSClient(
                 system_database_url=database_url,

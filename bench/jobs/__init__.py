@@ -1,0 +1,1 @@
+"""Proofs and measures of training over HTTP."""

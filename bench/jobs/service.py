@@ -1,0 +1,270 @@
+"""A server for training with its workers, all of them processes that may be killed, and what may befall them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+
+__all__ = ["Disturbance", "Http", "Postgres", "Service", "free_port"]
+
+
+_RETRY_SECONDS = 0.2
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class Disturbance:
+    """A disk that may be full and a clock that may jump, for all processes with its environment.
+
+    Args:
+        folder: Where a full disk lets nobody write.
+        work: Where the library is built.
+    """
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        library, self._file = work / "disturb.so", work / "disturb"
+        source = Path(__file__).with_name("disturb.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+        self._state = [0, 0]
+        self._write()
+        self.environment = {
+            "LD_PRELOAD": str(library),
+            "DISTURB_FILE": str(self._file),
+            "DISTURB_FOLDER": str(folder),
+        }
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Whether this machine can build and load it."""
+        return sys.platform == "linux" and shutil.which("cc") is not None
+
+    def _write(self) -> None:
+        with open(self._file, "r+b" if self._file.exists() else "wb") as handle:
+            handle.write(struct.pack("qq", *self._state))
+
+    def set_clock(self, seconds: int) -> None:
+        """How far clocks are ahead."""
+        self._state[0] = seconds
+        self._write()
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """While the block runs, nobody can write."""
+        self._state[1] = 1
+        self._write()
+        try:
+            yield
+        finally:
+            self._state[1] = 0
+            self._write()
+
+
+class Postgres:
+    """A Postgres of its own, run by a user other than root.
+
+    Args:
+        folder: Where its data is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self._data, self._user = free_port(), folder / "postgres", ""
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("pg_ctl") or "").parent]
+        self._bin = found[-1]
+        if not (self._bin / "initdb").exists():
+            raise SystemExit("error: there is no Postgres; on Debian: apt install postgresql")
+        self._data.mkdir()
+        if os.geteuid() == 0:
+            self._user = "postgres"
+            shutil.chown(self._data, self._user)
+        self._run("initdb", "-D", str(self._data), "-A", "trust", "-U", "prefixtune", "--no-sync")
+        self.start()
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "prefixtune", "jobs")
+        self.url = f"postgresql://prefixtune:secret@127.0.0.1:{self.port}/jobs"
+
+    def _run(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [str(self._bin / program), *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd="/",
+            user=self._user or None,
+            group=self._user or None,
+            extra_groups=[] if self._user else None,
+        )
+
+    def start(self) -> None:
+        """Start it; returns when it answers."""
+        options = f"-p {self.port} -k {self._data} -c listen_addresses=127.0.0.1"
+        self._run("pg_ctl", "-D", str(self._data), "-o", options, "-l", str(self._data / "log"), "-w", "start")
+
+    def stop(self) -> None:
+        """Stop it at once, as a power cut would."""
+        self._run("pg_ctl", "-D", str(self._data), "-m", "immediate", "-w", "stop")
+
+
+class Http:
+    """Requests that are sent again until they are answered: the server may be killed at any moment.
+
+    Args:
+        url: Of the server.
+        give_up: Seconds after which a request fails.
+    """
+
+    def __init__(self, url: str, give_up: float = 180.0) -> None:
+        self._client, self._give_up = httpx2.Client(base_url=url, timeout=30.0), give_up
+        self.faults: list[str] = []
+        """Answers that no request should get."""
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def once(self, method: str, path: str, **options: Any) -> tuple[int, Any] | None:
+        """Status and body of the answer; None: nobody answered."""
+        try:
+            answer = self._client.request(method, path, **options)
+        except (httpx2.HTTPError, OSError):
+            return None
+        is_json = answer.headers.get("content-type", "").startswith("application/json")
+        body = answer.json() if is_json else answer.content
+        if answer.status_code >= 500 and answer.status_code not in (503, 507):
+            self.faults.append(f"{method} {path}: {answer.status_code} {body}")
+        return answer.status_code, body
+
+    def __call__(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+        """Status and body of the first answer other than 429 and 5xx."""
+        end, answer = time.monotonic() + self._give_up, None
+        while time.monotonic() < end:
+            answer = self.once(method, path, **options)
+            if answer is not None and answer[0] < 500 and answer[0] != 429:
+                return answer
+            time.sleep(_RETRY_SECONDS)
+        raise SystemExit(f"error: {method} {path} was not answered: {answer}")
+
+
+class Service:
+    """`prefixtune serve`, and workers beside its own.
+
+    Args:
+        model: The backbone.
+        folder: For data, prefixes and logs.
+        database_url: Of the queue; empty: SQLite in the data folder.
+        workers: How many, with the server's own one.
+        environment: Of all processes.
+    """
+
+    def __init__(
+        self, model: Path, folder: Path, database_url: str, workers: int, environment: Mapping[str, str]
+    ) -> None:
+        self.folder, self.data, self.prefixes = folder, folder / "data", folder / "prefixes"
+        for made in (self.data, self.prefixes):
+            made.mkdir(parents=True, exist_ok=True)
+        self.database_url, self.port = database_url, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        shared = ["--backbone", str(model), "--dtype", "float32", "--device", "cpu"]
+        shared += ["--prefixes", str(self.prefixes), "--data-folder", str(self.data)]
+        server = ["serve", *shared, "--port", str(self.port), "--drain-seconds", "5"]
+        # As important as anything else here, or other work on the machine would make it wait.
+        server += ["--train-threads", "1", "--train-nice", "0"]
+        self._commands = [server, *[["worker", *shared, "--threads", "1"]] * (workers - 1)]
+        self._environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            **({"PREFIXTUNE_SERVE_DATABASE_URL": database_url} if database_url else {}),
+            **({"PREFIXTUNE_WORKER_DATABASE_URL": database_url} if database_url else {}),
+            **environment,
+        }
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for index in range(len(self._commands)):
+            self.processes.append(self._start(index))
+
+    def _start(self, index: int) -> subprocess.Popen[bytes]:
+        with open(self.folder / f"{'server' if index == 0 else f'worker-{index}'}.log", "ab") as log:
+            command = [sys.executable, "-m", "prefixtune", *self._commands[index]]
+            return subprocess.Popen(
+                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def server(self) -> subprocess.Popen[bytes]:
+        """The server's process."""
+        return self.processes[0]
+
+    def children(self) -> list[psutil.Process]:
+        """The server's own worker, if it runs."""
+        try:
+            return [one for one in psutil.Process(self.server.pid).children() if "worker" in one.cmdline()]
+        except psutil.Error:
+            return []
+
+    def kill_server(self) -> None:
+        """`kill -9`, and start it again."""
+        self.server.kill()
+        self.server.wait()
+        self.processes[0] = self._start(0)
+
+    def kill_child(self) -> int:
+        """`kill -9` for the server's own worker; returns how many ran."""
+        children = self.children()
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        return len(children)
+
+    def kill_worker(self, index: int) -> None:
+        """`kill -9` for another worker, and start it again."""
+        self.processes[index].kill()
+        self.processes[index].wait()
+        self.processes[index] = self._start(index)
+
+    def stop(self) -> list[int]:
+        """Stop all in good order; returns their exit codes."""
+        for process in self.processes:
+            process.send_signal(signal.SIGTERM)
+        return [process.wait(60) for process in self.processes]
+
+    def close(self) -> None:
+        """End what still runs."""
+        self.kill_child()
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def lock_database(self, seconds: float) -> threading.Thread:
+        """Lock the SQLite database for others, in a thread that ends with the lock."""
+
+        def hold() -> None:
+            connection = sqlite3.connect(self.data / "jobs.sqlite", timeout=30.0, isolation_level=None)
+            connection.execute("BEGIN EXCLUSIVE")
+            time.sleep(seconds)
+            connection.execute("ROLLBACK")
+            connection.close()
+
+        return _in_thread(hold)
+
+
+def _in_thread(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
