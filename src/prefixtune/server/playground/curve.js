@@ -23,7 +23,7 @@ function drawCurve(figure, curve, steps) {
   const last = Math.max(steps, ...all.map(([step]) => step), 1);
   // A few wild first steps would flatten all others.
   const losses = all.map(([, loss]) => loss).sort((one, other) => one - other);
-  const top = Math.max(losses[Math.floor(0.98 * (losses.length - 1))], losses[0] + 1e-6), bottom = Math.min(losses[0], 0.5 * losses[0]);
+  const top = Math.max(losses[Math.ceil(0.98 * (losses.length - 1))], losses[0] + 1e-6), bottom = Math.min(losses[0], 0.5 * losses[0]);
   const place = ([step, loss]) => `${((600 * step) / last).toFixed(1)},${(176 - 172 * Math.min(1, (loss - bottom) / (top - bottom))).toFixed(1)}`;
   for (const name of ["train", "valid"]) {
     figure.querySelector(`.${name}`).setAttribute("points", thin(curve[name]).map(place).join(" "));

@@ -161,6 +161,7 @@ const jobs = (() => {
   }
 
   function duration(seconds) {
+    if (seconds <= 1) return "a second";
     if (seconds < 90) return `${Math.ceil(seconds)} seconds`;
     return seconds < 5400 ? `${Math.round(seconds / 60)} minutes` : `${(seconds / 3600).toFixed(1)} hours`;
   }
