@@ -329,7 +329,8 @@ const jobs = (() => {
     let pairs = pairsOf(job);
     if (!pairs) {
       pairs = (await questionsAgain(job)).map((messages) => ({ messages }));
-      keepPairs(job.id, pairs);
+      // None may mean that they could not be read now.
+      if (pairs.length) keepPairs(job.id, pairs);
     }
     const wanted = ["before", ...(answers(job) ? ["after"] : [])];
     for (const side of wanted) {
