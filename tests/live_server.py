@@ -77,10 +77,11 @@ def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **head
     from prefixtune.prefix.prefix import Prefix
 
     generator = torch.Generator().manual_seed(seed)
-    layers = tuple(
-        tuple(torch.randn(shape.num_kv_heads, length, size, generator=generator) for size in (shape.key_dim,) * 2)
-        for shape in backbone.geometry["decoder"]
-    )
+
+    def draw(shape: Any) -> torch.Tensor:
+        return torch.randn(shape.num_kv_heads, length, shape.key_dim, generator=generator)
+
+    layers = tuple((draw(shape), draw(shape)) for shape in backbone.geometry["decoder"])
     return save_prefix(path, Prefix({"decoder": layers}, make_header(backbone, **header)))
 
 
