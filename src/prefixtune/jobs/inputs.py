@@ -10,6 +10,7 @@ In `inputs/` a file's name says what it is for, and its ending how it is read:
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.utils.files import fsync, work_folder
 from prefixtune.utils.writable import reporting_write_errors
 
-__all__ = ["InputName", "find_input", "make_job_folder", "remove_job_folder"]
+__all__ = ["InputName", "find_input", "has_inputs", "make_job_folder", "remove_job_folder"]
 
 
 InputName = Literal["train", "dev", "document", "questions", "start"]
@@ -71,6 +72,21 @@ def make_job_folder(data: DataFolder, job_id: str, inputs: Mapping[InputName, tu
         if folder.root.exists():
             raise FileExistsError(job_id) from None
         raise
+
+
+def has_inputs(folder: JobFolder, inputs: Mapping[InputName, tuple[Path, str]]) -> bool:
+    """Whether a job's folder has exactly these inputs, as `make_job_folder` makes them.
+
+    Raises:
+        OSError: A file is gone.
+    """
+    wanted = {f"{name}{ending}": source for name, (source, ending) in inputs.items()}
+    there = {path.name: path for path in folder.inputs.iterdir()}
+    return wanted.keys() == there.keys() and all(_is_same(path, wanted[name]) for name, path in there.items())
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
 
 
 def remove_job_folder(data: DataFolder, job_id: str) -> None:

@@ -50,6 +50,7 @@ class Job(_Stored):
         integrations: The request's trackers, as asked for.
         suffix: As asked for; empty: none.
         metadata: As asked for.
+        request: The digest of all that was asked for; empty: unknown.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Job(_Stored):
     integrations: list[dict[str, Any]] = Field(default_factory=list)
     suffix: str = ""
     metadata: dict[str, str] = Field(default_factory=dict)
+    request: str = ""
 
 
 class JobResult(_Stored):

@@ -381,7 +381,7 @@ def _steps(request: JobRequest, values: Mapping[str, Any], targets: int, batch_s
 
 def _bounded(steps: int, max_steps: int, param: str, why: str) -> int:
     if steps > max_steps:
-        message = f"{why}, but a job of this key may take {max_steps:,} (max_steps)."
+        message = f"{why}, but a job of this key may take {max_steps:,} (max_steps); ask for fewer steps."
         raise JobRefusedError([Fault(param, message, "too_many_steps")])
     return steps
 

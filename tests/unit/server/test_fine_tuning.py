@@ -320,7 +320,14 @@ def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..
     first = create(app, file, own={"name": "mine"}, **header)
     again = create(app, file, own={"name": "mine"}, **header)
     assert first.id == again.id
-    assert refusal(app, file, own={"name": "other"}, **header).code == "idempotency_key_reused"
+    others: list[dict[str, Any]] = [
+        {"own": {"name": "other"}},
+        *({"own": {"name": "mine"}, **more} for more in ({"seed": 7}, {"validation_file": file}, {"suffix": "s"})),
+        {"own": {"name": "mine"}, "integrations": [{"type": "wandb", "wandb": {"project": "p"}}]},
+    ]
+    for other in others:
+        assert refusal(app, file, **other, **header).code == "idempotency_key_reused"
+    assert refusal(app, upload(state), own={"name": "mine"}, **header).code == "idempotency_key_reused"
 
     async def at_once(client: openai.AsyncOpenAI) -> list[Any]:
         ask_for: Any = partial(client.fine_tuning.jobs.create, model="tiny", extra_headers={"Idempotency-Key": "two"})
@@ -330,6 +337,28 @@ def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..
     assert len(left(state)[1]) == 2
     audit = state.training.folder.audit_log.read_text().splitlines()
     assert len(audit) == 2
+
+
+def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    file, header = upload(state), {"Idempotency-Key": "once"}
+
+    def away(*_: Any) -> None:
+        raise QueueUnavailableError("the database of jobs cannot be reached.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixtune.jobs.queue.JobQueue.add", away)
+        assert refusal(app, file, extra_headers=header).status_code == 503
+    (job_id,), _ = left(state)
+    folder = state.training.folder.job(job_id)
+    (folder.root / "mark").touch()
+    reused = refusal(app, upload(state, LABELS, "rows.csv"), extra_headers=header)
+    assert (reused.status_code, reused.code) == (400, "idempotency_key_reused")
+    assert create(app, file, extra_headers=header).id == job_id
+    assert (folder.root / "mark").exists()
+    assert find_input(folder, "train") is not None
 
 
 def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callable[..., Any]) -> None:
@@ -453,6 +482,7 @@ def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
     create(app, files["few"], key="pt-few")
     many = refusal(app, files["few"], key="pt-few")
     assert (many.status_code, many.code) == (429, "too_many_jobs")
+    assert "cancel one, or wait until one ends." in many.message
     assert many.response.headers["x-should-retry"] == "false"
     assert refusal(app, files["none"], key="pt-none").code == "too_many_prefixes"
     # `auto` stays within the limit.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.inputs import InputName, make_job_folder, remove_job_folder
+from prefixtune.jobs.inputs import InputName, has_inputs, make_job_folder
 from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
@@ -19,7 +21,7 @@ from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
 from prefixtune.prefix.folder import path_of
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
-from prefixtune.server.responses import ApiError, bad_request, storage_error, unavailable
+from prefixtune.server.responses import ApiError, bad_request, storage_error
 
 if TYPE_CHECKING:
     from prefixtune.server.training import Training
@@ -91,15 +93,23 @@ def _same(state: JobState, body: FineTuningRequest) -> JobState:
     Raises:
         ApiError: It asks for another.
     """
-    job = state.job
-    asked = (body.model, body.options, body.given_hyperparameters, body.suffix or "", body.metadata or {})
-    if asked != (job.model, job.extension, job.hyperparameters, job.suffix, job.metadata):
-        raise bad_request(
-            "the header Idempotency-Key is that of an earlier request, which asked for another job.",
-            code="idempotency_key_reused",
-            hint="use a new key.",
-        )
+    if state.job.request != _digest(body):
+        raise _reused_key()
     return state
+
+
+def _digest(body: FineTuningRequest) -> str:
+    """Tells requests apart that ask for different things."""
+    asked = json.dumps(body.model_dump(mode="json", exclude_none=True), sort_keys=True)
+    return hashlib.sha256(asked.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _reused_key() -> ApiError:
+    return bad_request(
+        "the header Idempotency-Key is that of an earlier request, which asked for another job.",
+        code="idempotency_key_reused",
+        hint="use a new key.",
+    )
 
 
 # --- what the job reads -----------------------------------------------------------------------------------------------
@@ -116,7 +126,8 @@ async def _start_lengths(context: RequestContext, model: str) -> dict[str, int] 
         return None
     names = catalog.parts(model)
     if len(names) > 1:
-        raise bad_request("training goes on from one prefix, and 'model' names several.", "model")
+        message = f"'model' is {model[:128]!r}, which names {len(names)} prefixes, but training goes on from one."
+        raise bad_request(message, "model", hint="name one of them.")
     await catalog.check_access(names, context.caller)
     lengths = catalog.header(model).get("prefix_length")
     if not isinstance(lengths, dict) or not all(type(length) is int and length > 0 for length in lengths.values()):
@@ -188,11 +199,10 @@ def _make(
     )
     max_steps = context.training.limits_of(context.caller).max_steps
     try:
-        return make_job(
-            request, job_id=job_id, owner=context.caller.name, created=int(time.time()), max_steps=max_steps
-        )
+        job = make_job(request, job_id=job_id, owner=context.caller.name, created=int(time.time()), max_steps=max_steps)
     except JobRefusedError as error:
         raise bad_request(error.message, error.param, error.code) from None
+    return job.model_copy(update={"request": _digest(body)})
 
 
 def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
@@ -204,7 +214,10 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
     limits, store, unfinished = context.training.limits_of(context.caller), context.state.store, queue.unfinished()
     own = [one for one in unfinished if one.owner == job.owner and one.id != job.id]
     if len(own) >= limits.max_jobs:
-        message = f"{len(own)} jobs of this key wait, run or are paused, which is its limit (max_jobs)."
+        message = (
+            f"{len(own)} jobs of this key wait, run or are paused, of at most {limits.max_jobs} (max_jobs); "
+            "cancel one, or wait until one ends."
+        )
         # A place is free when a job has ended, which takes longer than clients wait by themselves.
         raise ApiError(429, message, code="too_many_jobs", headers={"x-should-retry": "false"})
     kept = len(store.results(job.owner))
@@ -226,24 +239,38 @@ def _add(training: Training, queue: JobQueue, job: Job, inputs: _Inputs) -> None
 
     Raises:
         ApiError: Its files or its name are gone.
-        QueueUnavailableError: The database is away. It may have queued the job all the same, so that the folder stays;
-            without a job, workers remove it later.
+        QueueUnavailableError: The database is away.
     """
-    # One that is there was made for an earlier request with the same key, whose queueing failed.
-    remove_job_folder(training.folder, job.id)
     try:
-        make_job_folder(training.folder, job.id, _links(training, job, inputs))
-    except FileExistsError:
-        raise unavailable("another server answers the same request now.", "busy", retry_after=1) from None
+        _make_folder(training, job, _links(training, job, inputs))
     except (FileNotFoundError, UnknownFileError):
         raise _no_file("training_file", job.training_file) from None
     except PrefixError as error:
         raise storage_error(error, "the job", "the data folder") from None
+    # Whatever happens now, the folder stays: another server may have queued the job for the same request, or this one
+    # without an answer of the database. Without a job, workers remove it later.
     try:
         queue.add(job)
     except RequestError:
-        remove_job_folder(training.folder, job.id)
         raise _name_taken(job) from None
+
+
+def _make_folder(training: Training, job: Job, links: Mapping[InputName, tuple[Path, str]]) -> None:
+    """Make the job's folder, or take the one that an earlier request with the same key has made.
+
+    Raises:
+        ApiError: That one asked for another job.
+        FileNotFoundError: A file is gone.
+        PrefixError: The folder cannot be written.
+    """
+    try:
+        make_job_folder(training.folder, job.id, links)
+    except FileExistsError:
+        folder = training.folder.job(job.id)
+        if not has_inputs(folder, links):
+            raise _reused_key() from None
+        # New again for those who remove folders without a job.
+        os.utime(folder.root)
 
 
 def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:
