@@ -59,6 +59,9 @@ class WorkerConfig(Config):
     capacity: Annotated[int, Field(ge=1, le=64)] = _jobs(
         8, description="most jobs that are trained at once, in one pass over the backbone"
     )
+    cache_mib: Annotated[int, Field(ge=1, le=1_000_000_000)] = _jobs(
+        1024, description="largest result, in MiB: cache_mib of the servers, which refuse larger prefixes"
+    )
     idle_seconds: Annotated[float, Field(ge=0)] = _jobs(
         0.0, description="end after this many seconds without a job; 0: never"
     )

@@ -131,7 +131,8 @@ class JobQueue:
                     "app_version": PROTOCOL,
                     "authenticated_user": job.owner,
                     "priority": self._turn(job.owner),
-                    # Among waiting and running jobs; of paused and ended ones, whoever adds a job knows the names.
+                    # Of two jobs that wait or run, one has a name. A paused one gets it back when it is resumed;
+                    # until then, whoever adds a job heeds its name.
                     "deduplication_id": job.name,
                     "attributes": {"name": job.name, _PAUSED: False},
                 },
@@ -141,7 +142,7 @@ class JobQueue:
         try:
             _reach(enqueue)
         except dbos_error.DBOSQueueDeduplicatedError as error:
-            raise RequestError(f"another job will be served as {job.name!r}.", hint="choose another name.") from error
+            raise _name_taken(job.name) from error
 
     def _turn(self, owner: str) -> int:
         """The turn of an owner's next job: owners take turns, however many jobs each of them asked for.
@@ -166,12 +167,17 @@ class JobQueue:
         return self._move(job_id, ("queued", "running"), "CANCELLED", paused=True)
 
     def resume(self, job_id: str) -> JobState:
-        """Queue a paused job again; any other one stays as it is. Returns how it stands then."""
+        """Queue a paused job again; any other one stays as it is. Returns how it stands then.
+
+        Raises:
+            RequestError: Another job that waits or runs has its name.
+        """
         return self._move(job_id, ("paused",), "ENQUEUED")
 
     def _move(self, job_id: str, before: Sequence[JobStatus], status: str, *, paused: bool = False) -> JobState:
         """Change a job's status if it stands at one of `before`, in one statement: of two at once, one wins."""
         import sqlalchemy as sa
+        from sqlalchemy.exc import IntegrityError
 
         # The library's own methods do not ask where the job stands: they would resume one that was cancelled.
         database = self._client._sys_db
@@ -189,7 +195,7 @@ class JobQueue:
                 attributes={"name": state.job.name, _PAUSED: paused},
                 # Nobody who claimed it before may end it.
                 owner_xid=None,
-                deduplication_id=None,
+                deduplication_id=state.job.name if status == "ENQUEUED" else None,
                 started_at_epoch_ms=None,
                 recovery_attempts=0,
                 updated_at=int(time.time() * 1000),
@@ -197,8 +203,11 @@ class JobQueue:
         )
 
         def execute() -> None:
-            with database.engine.begin() as connection:
-                connection.execute(move)
+            try:
+                with database.engine.begin() as connection:
+                    connection.execute(move)
+            except IntegrityError as error:
+                raise _name_taken(state.job.name) from error
 
         _reach(execute)
         return self.get(job_id)
@@ -318,6 +327,10 @@ def _reach(action: Callable[[], _T]) -> _T:
         raise QueueUnavailableError(
             f"the database of jobs cannot be reached ({reason}).", hint="try again later."
         ) from error
+
+
+def _name_taken(name: str) -> RequestError:
+    return RequestError(f"another job will be served as {name!r}.", hint="choose another name.")
 
 
 def _status(workflow: WorkflowStatus) -> JobStatus:

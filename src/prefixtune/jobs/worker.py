@@ -34,6 +34,8 @@ _RETRY_SECONDS = 1.0
 _TAKE_OVER_SECONDS, _TIDY_SECONDS, _SWEEP_SECONDS = 3.0, 5.0, 600.0
 _ABANDONED_SECONDS = 3600.0
 """A job's folder that was not queued for this long was left by a kill."""
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+"""Linux ends the process with the highest score first: its share of the memory in thousandths, plus this."""
 _PAGE = 200
 _log = logging.getLogger("prefixtune.jobs")
 
@@ -79,7 +81,9 @@ def _work(
     trainer = Trainer(
         data,
         load=lambda: _load(config),
-        publish=lambda job, run, backbone: publish(job, run, backbone, prefixes, files),
+        publish=lambda job, run, backbone: publish(
+            job, run, backbone, prefixes, files, max_bytes=config.cache_mib * 2**20
+        ),
         unpublish=lambda job: unpublish(job, prefixes),
         statuses=watch,
         capacity=config.capacity,
@@ -104,9 +108,12 @@ def _work(
 
 
 def _step_back(config: WorkerConfig) -> None:
-    """Leave the processor to others, and take no more threads than wanted."""
+    """Leave the processor to others, take no more threads than wanted, and be the first that lack of memory ends."""
     if config.nice and hasattr(os, "nice"):
         os.nice(config.nice)
+    # Its jobs go on from their saved states; what a server loses is lost.
+    with contextlib.suppress(OSError):
+        _OOM_SCORE.write_text("500")
     if config.threads:
         import torch
 

@@ -133,12 +133,18 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
 
 def _load_without_engine(config: ServeConfig, console: Console) -> ServerState:
     from prefixtune.backbone.unloaded import load_tokenizer
+    from prefixtune.server.api.admin import clear_uploads
     from prefixtune.server.models.store import PrefixStore
     from prefixtune.server.state import ServerState
 
     console.info(f"loading the tokenizer of {config.backbone} ...")
     backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
-    return ServerState(config, backbone, PrefixStore(config.prefixes, backbone), None)
+    store = PrefixStore(config.prefixes, backbone)
+    clear_uploads(store.folder)
+    state = ServerState(config, backbone, store, None)
+    if state.training is not None:
+        state.training.files.clear()
+    return state
 
 
 def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:

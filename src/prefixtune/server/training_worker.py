@@ -52,6 +52,7 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
         "quantize": config.quantize,
         "data_folder": training.folder.root,
         "prefixes": Path(config.prefixes).absolute(),
+        "cache_mib": config.cache_mib,
         "idle_seconds": config.train_idle_seconds,
         "threads": (threads := training_threads(config)),
         "nice": config.train_nice,

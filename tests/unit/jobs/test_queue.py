@@ -76,6 +76,19 @@ def test_a_paused_job_is_resumed_and_keeps_its_name(queue: JobQueue) -> None:
     assert queue.resume(made).status == "queued"
 
 
+def test_of_two_jobs_that_wait_or_run_only_one_has_a_name_after_a_pause_too(queue: JobQueue) -> None:
+    made = added(queue)
+    queue.pause(made)
+    queue.resume(made)
+    with pytest.raises(RequestError, match="'one'"):
+        added(queue, owner="bob")
+    queue.pause(made)
+    added(queue, owner="bob")
+    with pytest.raises(RequestError, match="'one'"):
+        queue.resume(made)
+    assert queue.get(made).status == "paused"
+
+
 def test_a_cancelled_job_stays_cancelled(queue: JobQueue) -> None:
     made = added(queue)
     queue.pause(made)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from child_process import kill, start_child
 from prefixtune.jobs import worker
 from prefixtune.jobs.config import WorkerConfig
 from prefixtune.jobs.events import JobEvents
@@ -107,3 +108,17 @@ def test_a_chore_that_fails_is_tried_again_and_said_once(caplog: pytest.LogCaptu
     ended.set()
     thread.join(10)
     assert [record.message for record in caplog.records] == ["chore_failed"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="needs Linux")
+def test_a_worker_ends_before_its_server_where_memory_runs_out() -> None:
+    child = start_child(
+        "from prefixtune.jobs.config import WorkerConfig\n"
+        "from prefixtune.jobs.worker import _step_back\n"
+        "_step_back(WorkerConfig())\nprint('ready')\nprint(open('/proc/self/oom_score_adj').read().strip(), flush=True)"
+    )
+    try:
+        assert child.stdout is not None
+        assert int(child.stdout.readline()) >= 500
+    finally:
+        kill(child)

@@ -188,7 +188,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     made: list[Any] = []
     monkeypatch.setattr(training_worker.TrainingWorker, "start", lambda self: made.append(self))
     url = "postgresql://me:secret@db/jobs"
-    config = ServeConfig(database_url=url, data_folder=str(tmp_path), train_threads=3, train_nice=7, dtype="float32")
+    config = ServeConfig(database_url=url, data_folder=str(tmp_path), train_threads=3, train_nice=7, cache_mib=77)
     training = Training(config, is_open=True)
     assert start_worker(ServeConfig(train_workers=0, database_url=url), training) is None
     assert start_worker(config, None) is None
@@ -205,7 +205,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     monkeypatch.setenv("PREFIXTUNE_WORKER_DATABASE_URL", environment["PREFIXTUNE_WORKER_DATABASE_URL"])
     main(list(command[command.index("worker") :]))
     (read,) = seen
-    for name in ("backbone", "dtype", "device", "quantize", "database_url", "data_folder", "log_level"):
+    for name in ("backbone", "dtype", "device", "quantize", "database_url", "data_folder", "cache_mib", "log_level"):
         assert getattr(read, name) == getattr(config, name)
     assert (read.threads, read.nice, read.idle_seconds) == (3, 7, config.train_idle_seconds)
     assert read.prefixes == str(Path("prefixes").absolute())

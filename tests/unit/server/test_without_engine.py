@@ -16,13 +16,17 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.backbone.unloaded import load_tokenizer
 from prefixtune.errors import ConfigError
+from prefixtune.jobs.upload import UPLOAD_FOLDER
 from prefixtune.prefix.artifact import save_prefix
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.api.admin import _UPLOAD_FOLDER
 from prefixtune.server.app import make_app
+from prefixtune.server.launch import _load_without_engine
 from prefixtune.server.listener import bind
 from prefixtune.server.models.store import PrefixStore
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
+from prefixtune.utils.console import Console
 
 
 @pytest.fixture
@@ -80,3 +84,13 @@ def test_a_socket_file_is_the_users_own_and_replaces_that_of_a_killed_server(tmp
     assert not path.exists()
     with pytest.raises(ConfigError, match="at most 107 characters"), bind(ServeConfig(host=f"unix:{path}{'x' * 108}")):
         pass
+
+
+def test_its_start_removes_what_killed_uploads_left(state: ServerState):
+    of_prefix, of_file = Path(state.config.prefixes), Path(state.config.data_folder) / "files" / "owner"
+    of_file.mkdir(parents=True)
+    left = [folder / f".{name}.x.tmp" for folder, name in ((of_prefix, _UPLOAD_FOLDER), (of_file, UPLOAD_FOLDER))]
+    for folder in left:
+        folder.mkdir()
+    _load_without_engine(state.config, Console(quiet=True)).close()
+    assert [folder.exists() for folder in left] == [False, False]

@@ -197,7 +197,7 @@ async def _change(
     """Cancel, pause or resume the job in the path, and write it down.
 
     Raises:
-        ApiError: There is no such job, or it does not stand at one of `allowed`.
+        ApiError: There is no such job, it does not stand at one of `allowed`, or its name is taken.
     """
     training, expected = context.training, {"cancel": "cancelled", "pause": "paused"}.get(action)
 
@@ -205,7 +205,11 @@ async def _change(
         before = _get(context, queue)
         if before.status not in allowed:
             raise _wrong_state(action, before, allowed)
-        after = change(queue, before.job.id)
+        try:
+            after = change(queue, before.job.id)
+        except RequestError as error:
+            # A server that never saw it paused has given its name to another job.
+            raise bad_request(error.message, code="name_taken") from None
         if expected is not None and after.status != expected:
             # It ended in the same moment.
             raise _wrong_state(action, after, allowed)
