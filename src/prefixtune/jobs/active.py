@@ -70,6 +70,7 @@ class ActiveJob:
         ticket: Who waits for it.
         folder: Its folder, which is held.
         run: Ready or resumed.
+        events: What its owner sees.
         closing: Closes the run.
         holding: Lets the folder go.
 

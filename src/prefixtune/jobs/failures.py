@@ -16,7 +16,6 @@ __all__ = ["describe_failure", "is_foreseen"]
 _CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
     (DataError, "invalid_training_file", "training_file"),
     (ConfigError, "invalid_hyperparameters", None),
-    (TrainingError, "training_failed", None),
     (BackboneError, "unsupported_model", "model"),
     (CheckpointError, "invalid_state", None),
 )
@@ -45,9 +44,13 @@ def describe_failure(error: BaseException, folder: JobFolder) -> JobError:
         return JobError(code="training_failed", message=message, param="hyperparameters.learning_rate_multiplier")
     for kind, code, param in _CODES:
         if isinstance(error, kind):
-            return JobError(code=code, message=_without_paths(error.message, folder), param=param)
+            return JobError(code=code, message=_without_paths(_with_hint(error), folder), param=param)
     message = "the training failed for a reason that was not foreseen; the service's log has it."
     return JobError(code="internal_error", message=message)
+
+
+def _with_hint(error: PrefixError) -> str:
+    return f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}".rstrip()
 
 
 def _without_paths(message: str, folder: JobFolder) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -47,7 +47,6 @@ __all__ = [
 
 _RESULT, _DELETED = "result", "deleted"
 """Names of hidden folders."""
-_CHUNK = 2**18
 
 
 class FileStore:
@@ -138,16 +137,6 @@ class FileStore:
             return open(self.path(owner, file_id), "rb")
         except FileNotFoundError:
             raise _unknown(file_id) from None
-
-    def content(self, owner: str | None, file_id: str) -> Iterator[bytes]:
-        """A file's bytes, piece by piece.
-
-        Raises:
-            UnknownFileError: There is none.
-        """
-        with self.open(owner, file_id) as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
 
     def sample(self, owner: str | None, file_id: str) -> Sequence[Example]:
         """Some examples of a file, evenly spaced, the first one among them; none where its form is not known.

@@ -29,11 +29,9 @@ from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.group import RunGroup
 from prefixtune.training.runs import Run
 
-__all__ = ["CAPACITY", "Trainer"]
+__all__ = ["Trainer"]
 
 
-CAPACITY = 8
-"""Jobs that share a pass over the backbone."""
 _WAIT_SECONDS = 0.1
 _RETRY_SECONDS = 0.5
 """Between two tries to open a job that somebody else still holds."""
@@ -64,7 +62,7 @@ class Trainer:
         publish: Callable[[Job, Path, Backbone], JobResult],
         unpublish: Callable[[Job], object],
         statuses: StatusWatch,
-        capacity: int = CAPACITY,
+        capacity: int,
     ) -> None:
         self._data, self._load, self._publish, self._unpublish = data, load, publish, unpublish
         self._statuses, self._capacity = statuses, capacity

@@ -57,7 +57,7 @@ class KeyConfig(Config):
     metrics: bool = Field(default=False, description="may read the metrics")
     train: bool = Field(default=True, description="may upload files and train")
     max_files: _Number = Field(default=100, description="most uploaded files that it keeps")
-    max_file_mib: _Number = Field(default=1024, description="most space of all its files together, in MiB")
+    max_storage_mib: _Number = Field(default=1024, description="most space of all its files together, in MiB")
     max_jobs: _Number = Field(default=10, description="most jobs that wait, run or are paused")
     max_steps: _Size = Field(default=5000, description="most optimizer steps of a job")
     max_prefixes: _Number = Field(default=100, description="most results of its jobs that it keeps")

@@ -99,7 +99,7 @@ class Training:
         return owner == caller.name or self.sees_all(caller)
 
     def limits_of(self, caller: Caller) -> KeyConfig:
-        """How much somebody may keep and ask for: `max_files`, `max_file_mib`, `max_jobs`, `max_steps` ..."""
+        """How much somebody may keep and ask for: `max_files`, `max_storage_mib`, `max_jobs`, `max_steps` ..."""
         return caller.rules
 
     async def read(self, work: Callable[[], T]) -> T:

@@ -28,7 +28,7 @@ class RunGroup:
     """Runs that train together: each has the gradients that it has alone, up to rounding.
 
     Args:
-        backbone: Of all runs; it reads packed rows.
+        backbone: Of all runs; for several at once, it must read packed rows.
         catches: Errors that end only the run that they come from. Of a pass that fails with one of them, each run's
             part is computed alone.
 

@@ -123,7 +123,7 @@ def test_a_wrong_row_is_named_and_the_file_stays_readable(
     assert stored.status_details.startswith(message)
     assert str(tmp_path) not in stored.status_details
     assert "--" not in stored.status_details
-    assert b"".join(store.content("ann", stored.id)) == data
+    assert store.path("ann", stored.id).read_bytes() == data
 
 
 def test_documents(put: Put) -> None:
@@ -223,7 +223,7 @@ def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: Da
         thread.join()
     stored = store.get("ann", file_id)
     assert (stored.purpose, stored.filename, stored.status) == ("fine-tune-results", "metrics.csv", "processed")
-    assert b"".join(store.content("ann", file_id)) == b"step,loss\n1,2\n"
+    assert store.path("ann", file_id).read_bytes() == b"step,loss\n1,2\n"
     assert names(folder) == [file_id]
     with pytest.raises(ValueError, match="no id of a file"):
         store.put_result("ann", "../x", "metrics.csv", b"")

@@ -52,7 +52,7 @@ class Service:
             publish=self._publish,
             unpublish=lambda job: self.unpublished.append(job.name),
             statuses=self._watch,
-            **options,
+            **{"capacity": 8, **options},
         )
         self._thread = threading.Thread(target=self._trainer.work, args=(self.stop,))
         self._watch.start()
@@ -210,7 +210,7 @@ def test_a_trainer_without_jobs_ends_after_a_while(data: DataFolder, backbone: A
         raise AssertionError("the backbone is loaded")
 
     none: Any = lambda *_: None  # noqa: E731
-    trainer = Trainer(data, load=load, publish=none, unpublish=none, statuses=StatusWatch(none))
+    trainer = Trainer(data, load=load, publish=none, unpublish=none, statuses=StatusWatch(none), capacity=8)
     began = time.monotonic()
     trainer.work(threading.Event(), idle_seconds=0.3)
     assert 0.3 <= time.monotonic() - began < 10

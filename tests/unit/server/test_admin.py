@@ -1,10 +1,11 @@
-"""Administration: uploads onto a failing disk."""
+"""Administration: uploads onto a failing disk, and what is written down of changes."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import io
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -68,3 +69,17 @@ def test_an_upload_onto_a_failing_disk_changes_nothing(
     assert again.json["choices"] == first
     assert state.store.names() == ["a", "b"]
     assert state.store.refused == {}
+
+
+def test_changes_by_an_admin_are_in_the_log(
+    make_server: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, _ = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
+    body = (tmp_path / "prefixes" / "b.safetensors").read_bytes()
+    with caplog.at_level(logging.INFO, "prefixtune"):
+        asyncio.run(send(app, "PUT", "/admin/prefixes/fresh", body, headers=bearer("boss")))
+        asyncio.run(send(app, "DELETE", "/admin/prefixes/fresh", headers=bearer("boss")))
+        asyncio.run(send(app, "DELETE", "/admin/prefixes/none", headers=bearer("boss")))
+    lines: list[Any] = [getattr(record, "fields") for record in caplog.records if record.message == "audit"]  # noqa: B009
+    changes = [(line["action"], line["key"], line["model"]) for line in lines]
+    assert changes == [("prefix.upload", "boss", "fresh"), ("prefix.delete", "boss", "fresh")]

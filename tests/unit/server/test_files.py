@@ -184,7 +184,7 @@ def test_keys_see_their_own_files_and_admins_all(make_server: Callable[..., Any]
 
 
 def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) -> None:
-    key = KeyConfig(hash=hash_key("pt-ann"), max_files=2, max_file_mib=1)
+    key = KeyConfig(hash=hash_key("pt-ann"), max_files=2, max_storage_mib=1)
     app, _ = make_server(max_file_mib=1, keys={"ann": key})
     large = part("file", b"x" * 700_000, filename="large.txt")
     document = part("purpose", b"document")

@@ -18,6 +18,7 @@ from prefixtune.server.api.body import receive_body
 from prefixtune.server.api.endpoint import AdminContext, RequestContext
 from prefixtune.server.api.openapi import BYTES_BODY, NAME, api_router, errors
 from prefixtune.server.api.schemas import Prefixes, PrefixHeader, Reloaded, Uploaded
+from prefixtune.server.logs import log
 from prefixtune.server.responses import api_error, bad_request, json_response, not_found, storage_error
 from prefixtune.utils.files import remove_abandoned, work_folder
 
@@ -63,6 +64,7 @@ async def delete_prefix(context: AdminContext) -> Response:
     """
     _check_known(context)
     await _run_in_thread(context, context.state.store.delete, context.name)
+    log("audit", action="prefix.delete", key=context.caller.name, model=context.name)
     return Response(status_code=204)
 
 
@@ -104,6 +106,7 @@ async def upload_prefix(context: AdminContext) -> Response:
         context.log_fields["storage_error"] = str(error)
         raise storage_error(error, "the prefix", "the folder of prefixes") from None
     context.log_fields |= {"prefix": name, "bytes": size}
+    log("audit", action="prefix.upload", key=context.caller.name, model=name, bytes=size, replaced=replaced)
     return json_response({"name": name, "bytes": size, "replaced": replaced}, 200 if replaced else 201)
 
 

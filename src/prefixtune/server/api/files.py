@@ -209,7 +209,7 @@ def _limits(context: RequestContext, training: Training) -> FileLimits:
     from prefixtune.jobs.files import FileLimits
 
     rules = training.limits_of(context.caller)
-    return FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_file_mib * 2**20)
+    return FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_storage_mib * 2**20)
 
 
 def _refusal(code: str, message: str) -> ApiError:

@@ -1,7 +1,7 @@
 "use strict";
 // Files: sent with progress, read by the server, shown.
 
-const DOCUMENT = /\.(txt|text|md|markdown)$/i;
+const DOCUMENT = /\.(txt|text|md|markdown|rst)$/i;
 const purposeOf = (file) => (DOCUMENT.test(file.name) ? "document" : "fine-tune");
 const factsOf = (file) => file.prefixtune || {};
 
