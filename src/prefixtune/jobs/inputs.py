@@ -13,7 +13,7 @@ import contextlib
 import filecmp
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -39,13 +39,20 @@ def find_input(folder: JobFolder, name: InputName) -> Path | None:
     return None
 
 
-def make_job_folder(data: DataFolder, job_id: str, inputs: Mapping[InputName, tuple[Path, str]]) -> None:
+def make_job_folder(
+    data: DataFolder,
+    job_id: str,
+    inputs: Mapping[InputName, tuple[Path, str]],
+    *,
+    check: Callable[[JobFolder], object] | None = None,
+) -> None:
     """Make the folder of a job with its inputs: all of it, or nothing.
 
     Args:
         data: Where.
         job_id: Whose.
         inputs: Name -> the file, which never changes, and the ending of its name, as in `.jsonl`.
+        check: Called with the complete folder before anybody sees it; what it raises leaves nothing behind.
 
     Raises:
         FileExistsError: There is a job with this id.
@@ -64,6 +71,8 @@ def make_job_folder(data: DataFolder, job_id: str, inputs: Mapping[InputName, tu
                 for name, (source, ending) in inputs.items():
                     _link(source, new.inputs / f"{name}{ending}")
                 fsync(new.inputs)
+                if check is not None:
+                    check(new)
                 os.rename(new.root, folder.root)
                 fsync(data.jobs)
     except PrefixError as error:
@@ -95,9 +104,9 @@ def remove_job_folder(data: DataFolder, job_id: str) -> None:
 
 
 def _link(source: Path, path: Path) -> None:
-    """A second name of a file or, on another disk, a copy."""
+    """A second name of a file or, on another disk, a copy; of a symbolic link's file, not of the link."""
     try:
-        os.link(source, path)
+        os.link(source.resolve(strict=True), path)
     except FileNotFoundError:
         raise
     except OSError:

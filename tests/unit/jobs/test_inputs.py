@@ -43,6 +43,18 @@ def test_a_file_is_copied_where_links_fail(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_text() == "row"
 
 
+def test_the_file_behind_a_symbolic_link_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("row")
+    (tmp_path / "link").symlink_to("data")
+    data, job_id = DataFolder(tmp_path / "root"), new_job_id()
+    make_job_folder(data, job_id, {"start": (tmp_path / "link", ".safetensors")})
+    (tmp_path / "link").unlink()
+    path = find_input(data.job(job_id), "start")
+    assert path is not None
+    assert not path.is_symlink()
+    assert path.samefile(tmp_path / "data")
+
+
 def test_nothing_is_left_of_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     data = DataFolder(tmp_path / "root")
     with pytest.raises(FileNotFoundError):

@@ -22,6 +22,9 @@ from prefixtune.jobs.executor import Executor, JobFailedError
 from prefixtune.jobs.inputs import find_input
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import QueueUnavailableError
+from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.server.api import job_creation
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
@@ -311,6 +314,35 @@ def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None
     assert (asked.config["initialization"], asked.config["prefix_length"]) == ("prefix", 4)
     assert refusal(app, upload(state), model="nothing").status_code == 404
     assert refusal(app, upload(state), model="a+b").param == "model"
+
+
+def test_only_who_may_have_a_prefix_goes_on_from_it(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(keys=keys(ann={}, bob={}, boss={"admin": True}))
+    files = {name: upload(state, owner=name) for name in ("ann", "bob", "boss")}
+    shared = refusal(app, files["ann"], model="a", key="pt-ann")
+    assert (shared.status_code, shared.code) == (403, "not_the_owner")
+    assert create(app, files["boss"], model="a", key="pt-boss").status == "queued"
+
+    path = state.store.folder / "mine.safetensors"
+    prefix = read_artifact(state.store.folder / "a.safetensors")
+
+    def made_by(owner: str) -> None:
+        header = {**prefix.header, "job": {"id": f"ftjob-{owner}", "owner": owner}}
+        save_prefix(path, Prefix(prefix.layers, header))
+
+    made_by("ann")
+    state.store.reload()
+    assert create(app, files["ann"], model="mine", key="pt-ann").status == "queued"
+    assert refusal(app, files["bob"], model="mine", key="pt-bob").status_code == 404
+
+    # It becomes somebody else's after the look at its header.
+    before = left(state)
+    monkeypatch.setattr(job_creation, "_check_room", lambda *_: made_by("bob"))
+    replaced = refusal(app, files["ann"], model="mine", key="pt-ann")
+    assert (replaced.status_code, replaced.code) == (403, "not_the_owner")
+    assert left(state) == before
 
 
 def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..., Any]) -> None:

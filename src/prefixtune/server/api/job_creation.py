@@ -9,19 +9,22 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.inputs import InputName, has_inputs, make_job_folder
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.jobs.folder import JobFolder
+from prefixtune.jobs.inputs import InputName, find_input, has_inputs, make_job_folder
 from prefixtune.jobs.job import Job, JobState, new_job_id
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job
 from prefixtune.jobs.stored_file import StoredFile, UnknownFileError
 from prefixtune.prefix.folder import path_of
+from prefixtune.prefix.header import read_outline
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
-from prefixtune.server.responses import ApiError, bad_request, storage_error
+from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable
 
 if TYPE_CHECKING:
     from prefixtune.server.training import Training
@@ -64,7 +67,7 @@ async def create_job(context: RequestContext, body: FineTuningRequest) -> JobSta
             if key and (earlier := _find(queue, job_id)) is not None:
                 return _same(earlier, body)
             _check_room(context, queue, job)
-            _add(training, queue, job, inputs)
+            _add(context, queue, job, inputs)
         # Here, as nobody may wait for the response any more.
         training.wake()
         context.state.metrics.jobs_created.inc()
@@ -119,7 +122,7 @@ async def _start_lengths(context: RequestContext, model: str) -> dict[str, int] 
     """The positions by site of the prefix to go on from; None: the bare backbone is named.
 
     Raises:
-        ApiError: There is no such model, or the caller may not use it.
+        ApiError: There is no such model, or the caller may not have it.
     """
     catalog = context.state.catalog
     if model == context.state.config.model_id:
@@ -129,10 +132,23 @@ async def _start_lengths(context: RequestContext, model: str) -> dict[str, int] 
         message = f"'model' is {model[:128]!r}, which names {len(names)} prefixes, but training goes on from one."
         raise bad_request(message, "model", hint="name one of them.")
     await catalog.check_access(names, context.caller)
-    lengths = catalog.header(model).get("prefix_length")
+    header = catalog.header(model)
+    _check_start(context, model, header)
+    lengths = header.get("prefix_length")
     if not isinstance(lengths, dict) or not all(type(length) is int and length > 0 for length in lengths.values()):
         raise bad_request(f"training cannot go on from {model!r}: its file does not say how long it is.", "model")
     return lengths
+
+
+def _check_start(context: RequestContext, model: str, header: Mapping[str, Any]) -> None:
+    """Refuse to go on from a prefix that the caller may use only: after a step, the result would be nearly a copy.
+
+    Raises:
+        ApiError: 403.
+    """
+    if not context.state.catalog.access.may_copy(header, context.caller):
+        message = f"the key {context.caller.name!r} may use {model[:128]!r}, but only its owner may train from it."
+        raise forbidden(message, "not_the_owner")
 
 
 def _find_inputs(context: RequestContext, body: FineTuningRequest, *, has_start: bool) -> _Inputs:
@@ -234,15 +250,16 @@ def _name_taken(job: Job) -> ApiError:
     return bad_request(f"the name {job.name!r} is taken.", param, "name_taken", hint="choose another one.")
 
 
-def _add(training: Training, queue: JobQueue, job: Job, inputs: _Inputs) -> None:
+def _add(context: RequestContext, queue: JobQueue, job: Job, inputs: _Inputs) -> None:
     """Make the job's folder, and queue it.
 
     Raises:
         ApiError: Its files or its name are gone.
         QueueUnavailableError: The database is away.
     """
+    training = context.training
     try:
-        _make_folder(training, job, _links(training, job, inputs))
+        _make_folder(context, job, _links(training, job, inputs))
     except (FileNotFoundError, UnknownFileError):
         raise _no_file("training_file", job.training_file) from None
     except PrefixError as error:
@@ -255,22 +272,40 @@ def _add(training: Training, queue: JobQueue, job: Job, inputs: _Inputs) -> None
         raise _name_taken(job) from None
 
 
-def _make_folder(training: Training, job: Job, links: Mapping[InputName, tuple[Path, str]]) -> None:
+def _make_folder(context: RequestContext, job: Job, links: Mapping[InputName, tuple[Path, str]]) -> None:
     """Make the job's folder, or take the one that an earlier request with the same key has made.
 
     Raises:
-        ApiError: That one asked for another job.
+        ApiError: That one asked for another job; or the prefix to go on from was replaced by somebody else's.
         FileNotFoundError: A file is gone.
         PrefixError: The folder cannot be written.
     """
+    data = context.training.folder
     try:
-        make_job_folder(training.folder, job.id, links)
+        make_job_folder(data, job.id, links, check=partial(_check_linked, context, job))
     except FileExistsError:
-        folder = training.folder.job(job.id)
+        folder = data.job(job.id)
+        _check_linked(context, job, folder)
         if not has_inputs(folder, links):
             raise _reused_key() from None
         # New again for those who remove folders without a job.
         os.utime(folder.root)
+
+
+def _check_linked(context: RequestContext, job: Job, folder: JobFolder) -> None:
+    """Look at the prefix that the folder has, which may have replaced the one whose header was known.
+
+    Raises:
+        ApiError: The caller may not have it, or it is broken.
+    """
+    start = find_input(folder, "start")
+    if start is None:
+        return
+    try:
+        header = read_outline(start).header
+    except CheckpointError:
+        raise unavailable(f"the file of {job.model!r} is not served.", "model_not_served") from None
+    _check_start(context, job.model, header)
 
 
 def _links(training: Training, job: Job, inputs: _Inputs) -> dict[InputName, tuple[Path, str]]:

@@ -38,6 +38,14 @@ class ModelAccess:
         origin = self._origin(name)
         return origin is not None and self._is_theirs(origin, caller)
 
+    def may_copy(self, header: Mapping[str, Any], caller: Caller) -> bool:
+        """Whether the caller may have a prefix, or what is trained from it, by the header of its file.
+
+        Owners and admins may; where there are no keys, everybody.
+        """
+        origin = job_origin(header)
+        return self._is_open or caller.rules.admin or (origin is not None and origin.owner == caller.name)
+
     def may_use(self, name: str, caller: Caller) -> bool:
         """Whether the caller may use a name; there need not be such a model."""
         return self._allows(name, self._origin(name), caller)
