@@ -7,10 +7,12 @@ left is removed at the next start.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -23,14 +25,17 @@ from prefixtune.jobs.stored_file import (
     Purpose,
     StoredFile,
     UnknownFileError,
+    no_room,
     publish_file,
     read_sample,
     read_stored,
     result_file_id,
     shown_name,
+    too_many_files,
 )
 from prefixtune.jobs.upload import UPLOAD_FOLDER, Upload
-from prefixtune.utils.files import fsync, remove_abandoned, work_folder
+from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.locks import file_lock
 
 __all__ = [
     "UPLOAD_PURPOSES",
@@ -47,6 +52,8 @@ __all__ = [
 
 _RESULT, _DELETED = "result", "deleted"
 """Names of hidden folders."""
+_LOCK, _LOCK_SECONDS = ".files.lock", 30.0
+"""Among the servers that share the folder: held while a file gets its place."""
 
 
 class FileStore:
@@ -84,15 +91,11 @@ class FileStore:
         limits = limits or FileLimits()
         self._make_folder(owner)
         with self._lock:
-            files = [file for file in self.list(owner) if file.purpose != "fine-tune-results"]
+            files = self._uploaded(owner)
             others = [upload for upload in self._uploads if upload.owner == owner]
             count = len(files) + len(others)
             if count >= limits.max_files:
-                raise FileRefusedError(
-                    "too_many_files",
-                    f"there are {count:,} files already, of {limits.max_files:,} that may be kept.",
-                    hint="delete one that is not needed.",
-                )
+                raise too_many_files(count, limits)
             kept = sum(file.bytes for file in files)
             upload = Upload(
                 self._folder.files_of(owner),
@@ -101,6 +104,7 @@ class FileStore:
                 purpose,
                 limits,
                 kept_bytes=lambda upload: kept + self._bytes_of_others(upload),
+                publish=partial(self._publish, limits),
                 on_end=self._forget,
             )
             self._uploads.add(upload)
@@ -230,6 +234,29 @@ class FileStore:
         # What is uploaded is nobody else's business.
         self._folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.files_of(owner).mkdir(parents=True, exist_ok=True)
+
+    def _publish(self, limits: FileLimits, folder: Path, stored: StoredFile) -> None:
+        """Move a complete file to its place, if there is still room for it: other uploads may have ended meanwhile.
+
+        Raises:
+            FileRefusedError: There is none.
+            OSError: The disk fails, or others hold the lock of the owner's files all the time.
+        """
+        parent = self._folder.files_of(stored.owner)
+        # What takes long comes before the lock.
+        flush_to_disk(*folder.iterdir())
+        with file_lock(parent / _LOCK, _LOCK_SECONDS) as held:
+            if not held:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            files = self._uploaded(stored.owner)
+            if len(files) >= limits.max_files:
+                raise too_many_files(len(files), limits)
+            if sum(file.bytes for file in files) + stored.bytes > limits.max_total_bytes:
+                raise no_room(limits)
+            publish_file(folder, stored, parent)
+
+    def _uploaded(self, owner: str) -> Sequence[StoredFile]:
+        return [file for file in self.list(owner) if file.purpose != "fine-tune-results"]
 
     def _bytes_of_others(self, upload: Upload) -> int:
         """Bytes of the owner's other uploads, which are not stored yet."""

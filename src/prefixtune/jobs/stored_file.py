@@ -21,11 +21,13 @@ __all__ = [
     "Purpose",
     "StoredFile",
     "UnknownFileError",
+    "no_room",
     "publish_file",
     "read_sample",
     "read_stored",
     "result_file_id",
     "shown_name",
+    "too_many_files",
     "write_sample",
 ]
 
@@ -69,6 +71,25 @@ class FileLimits:
     max_bytes: int = 2**29
     max_files: int = 100
     max_total_bytes: int = 2**30
+
+
+def too_many_files(count: int, limits: FileLimits) -> FileRefusedError:
+    """The owner keeps too many files."""
+    return FileRefusedError(
+        "too_many_files",
+        f"there are {count:,} files already, of {limits.max_files:,} that may be kept.",
+        hint="delete one that is not needed.",
+    )
+
+
+def no_room(limits: FileLimits) -> FileRefusedError:
+    """The owner's files take too much space."""
+    return FileRefusedError(
+        "no_room",
+        f"with this file there would be more than {limits.max_total_bytes:,} bytes of files, which is the most that "
+        "may be kept.",
+        hint="delete files that are not needed.",
+    )
 
 
 class StoredFile(BaseModel):

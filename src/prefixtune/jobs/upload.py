@@ -19,7 +19,7 @@ from prefixtune.jobs.stored_file import (
     FileRefusedError,
     Purpose,
     StoredFile,
-    publish_file,
+    no_room,
     shown_name,
     write_sample,
 )
@@ -45,6 +45,7 @@ class Upload:
         purpose: What it is for.
         limits: How much the owner may keep.
         kept_bytes: Bytes of the owner's other files and uploads.
+        publish: Moves the complete file in a folder to its place.
         on_end: Called when nothing is written any more.
 
     Attributes:
@@ -63,12 +64,13 @@ class Upload:
         limits: FileLimits,
         *,
         kept_bytes: Callable[[Upload], int],
+        publish: Callable[[Path, StoredFile], object],
         on_end: Callable[[Upload], object],
     ) -> None:
         self.owner, self.size = owner, 0
         self.filename, self.purpose = filename, purpose
-        self._parent, self._limits = folder, limits
-        self._kept_bytes, self._on_end = kept_bytes, on_end
+        self._limits = limits
+        self._kept_bytes, self._publish, self._on_end = kept_bytes, publish, on_end
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(work_folder(folder, UPLOAD_FOLDER)) / "file"
         self._folder.mkdir()
@@ -98,12 +100,7 @@ class Upload:
                 hint="split it.",
             )
         if self._kept_bytes(self) + self.size > self._limits.max_total_bytes:
-            raise FileRefusedError(
-                "no_room",
-                f"with this file there would be more than {self._limits.max_total_bytes:,} bytes of files, which is "
-                "the most that may be kept.",
-                hint="delete files that are not needed.",
-            )
+            raise no_room(self._limits)
         if self._file is not None:
             self._append(chunk)
             return
@@ -117,7 +114,7 @@ class Upload:
         A file whose content is wrong is kept too, so that its owner can read it, with the status `error`.
 
         Raises:
-            FileRefusedError: It is empty.
+            FileRefusedError: It is empty, or there is no room for it any more.
             OSError: The disk is full, or fails.
         """
         with self:
@@ -141,7 +138,7 @@ class Upload:
                 ending=self._ending,
                 **outcome,
             )
-            publish_file(self._folder, stored, self._parent)
+            self._publish(self._folder, stored)
             return stored
 
     def abort(self) -> None:

@@ -211,6 +211,22 @@ def test_limits_leave_nothing(put: Put, store: FileStore, folder: DataFolder) ->
     assert len(names(folder)) == 1
 
 
+@pytest.mark.parametrize(
+    ("limits", "code"), [(FileLimits(max_files=1), "too_many_files"), (FileLimits(max_total_bytes=600), "no_room")]
+)
+def test_limits_count_what_was_stored_while_a_file_came_in(
+    put: Put, store: FileStore, folder: DataFolder, limits: FileLimits, code: str
+) -> None:
+    # Of two servers, which know nothing of each other's uploads.
+    with FileStore(folder).open_upload("ann", "b.jsonl", "fine-tune", limits=limits) as other:
+        other.write(rows(10))
+        stored = put(rows(10), "a.jsonl", max_total_bytes=600)
+        with pytest.raises(FileRefusedError) as caught:
+            other.finish()
+    assert caught.value.code == code
+    assert names(folder) == [stored.id]
+
+
 def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: DataFolder) -> None:
     file_id = result_file_id("ftjob-0123456789abcdef01234567")
     threads = [
