@@ -200,6 +200,11 @@ class ServeConfig(Config):
     )
     max_file_mib: _Size = _training(512, description="largest file that is uploaded for training, in MiB")
 
+    trackers: CommaList[Literal["wandb", "trackio", "tensorboard", "mlflow"]] = _training(
+        (),
+        description="trackers that a job may report to, with the accounts of this server's owner, as in wandb,mlflow",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = _logs(
         "info", description="lowest level of the JSON lines on stdout"
     )

@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from asgi_client import send
+from prefixtune.errors import ConfigError
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import Executor, JobFailedError
 from prefixtune.jobs.inputs import find_input
@@ -107,8 +108,11 @@ def keys(**rules: dict[str, Any]) -> dict[str, KeyConfig]:
 # --- what works -------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_from_its_creation_to_its_result(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
+def test_a_job_from_its_creation_to_its_result(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_creation, "check_installed", list)
+    app, state = make_server(trackers=("wandb",))
     file, check = upload(state), upload(state)
     woken = threading.Event()
     state.training.wake = woken.set
@@ -346,7 +350,7 @@ def test_only_who_may_have_a_prefix_goes_on_from_it(
 
 
 def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..., Any]) -> None:
-    app, state = make_server()
+    app, state = make_server(trackers=("wandb",))
     file = upload(state)
     header: dict[str, Any] = {"extra_headers": {"Idempotency-Key": "once"}}
     first = create(app, file, own={"name": "mine"}, **header)
@@ -450,6 +454,24 @@ def test_a_wrong_request_leaves_nothing(
     error = refusal(app, upload(state), **more)
     assert (error.status_code, error.param, error.code) == (status, param, code)
     assert left(state) == ([], [])
+
+
+def test_trackers_are_allowed_by_the_servers_owner_and_installed(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server(trackers="trackio,wandb")
+    file = upload(state)
+    other = refusal(app, file, integrations=[{"type": "wandb"}, {"type": "mlflow"}])
+    assert (other.status_code, other.param, other.code) == (400, "integrations[1].type", "tracker_not_allowed")
+    assert "'trackers'" in other.message
+    monkeypatch.setattr(job_creation, "check_installed", partial(_refuse_all, "missing"))
+    missing = refusal(app, file, integrations=[{"type": "wandb"}])
+    assert (missing.status_code, missing.code) == (400, "tracker_not_installed")
+    assert left(state) == ([], [])
+
+
+def _refuse_all(message: str, _: list[str]) -> None:
+    raise ConfigError(message)
 
 
 def test_files_that_cannot_be_trained_on(make_server: Callable[..., Any]) -> None:

@@ -37,6 +37,7 @@ _USED_BY_VLLM = (
 _USED_BY_TRAINING = (
     *("backbone", "prefixes", "dtype", "device", "playground", "log_level", "deadline", "client_timeout"),
     *("data_folder", "train_workers", "train_threads", "train_nice", "train_idle_seconds", "max_file_mib"),
+    "trackers",
 )
 """Settings that the training server beside vLLM gets as options."""
 
@@ -101,6 +102,7 @@ def _training_command(config: ServeConfig, socket: str) -> list[str]:
         if value == config.default(name):
             continue
         switch = isinstance(value, bool)
+        value = ",".join(value) if isinstance(value, tuple) else value
         flags += [f"--no-{option}"] if switch and not value else [f"--{option}", *([] if switch else [str(value)])]
     return [sys.executable, "-m", "prefixtune", "serve", *flags]
 

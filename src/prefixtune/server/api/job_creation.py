@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, RequestError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.inputs import InputName, find_input, has_inputs, make_job_folder
 from prefixtune.jobs.job import Job, JobState, new_job_id
@@ -25,6 +25,7 @@ from prefixtune.prefix.header import read_outline
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, forbidden, storage_error, unavailable
+from prefixtune.training.trackers.tracker import check_installed
 
 if TYPE_CHECKING:
     from prefixtune.server.training import Training
@@ -58,6 +59,7 @@ async def create_job(context: RequestContext, body: FineTuningRequest) -> JobSta
     job_id = _job_id(context.caller.name, key) if key else new_job_id()
     if key and (earlier := await training.ask(lambda queue: _find(queue, job_id))) is not None:
         return _same(earlier, body)
+    _check_trackers(context, body)
     start_lengths = await _start_lengths(context, body.model)
     inputs = await asyncio.to_thread(_find_inputs, context, body, has_start=start_lengths is not None)
     job = _make(context, body, inputs, start_lengths, job_id)
@@ -113,6 +115,24 @@ def _reused_key() -> ApiError:
         code="idempotency_key_reused",
         hint="use a new key.",
     )
+
+
+def _check_trackers(context: RequestContext, body: FineTuningRequest) -> None:
+    """Refuse trackers that the server's owner does not allow, whose accounts they are, or that are not installed.
+
+    Raises:
+        ApiError: 400.
+    """
+    asked = {f"integrations[{index}].type": one.type for index, one in enumerate(body.integrations or ())}
+    for param, name in asked.items():
+        if name not in context.state.config.trackers:
+            message = f"jobs of this server may not report to {name!r}; its setting 'trackers' allows that."
+            raise bad_request(message, param, "tracker_not_allowed")
+    for param, name in asked.items():
+        try:
+            check_installed([name])
+        except ConfigError:
+            raise bad_request(f"{name!r} is not installed on this server.", param, "tracker_not_installed") from None
 
 
 # --- what the job reads -----------------------------------------------------------------------------------------------
