@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import live_server
+from prefixtune.backbone.identity import backbone_identity
 from prefixtune.jobs.active import hold_folder
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.folder import DataFolder
@@ -61,10 +62,11 @@ def start(data: DataFolder, model: Path, tmp_path: Path) -> Iterator[Callable[..
 
 
 @pytest.fixture
-def add(data: DataFolder, queue: JobQueue) -> Callable[..., Job]:
+def add(data: DataFolder, model: Path, queue: JobQueue) -> Callable[..., Job]:
     """A function that queues a job of `STEPS` steps."""
 
     def make(name: str, **fields: Any) -> Job:
+        fields = {"backbone": backbone_identity(str(model)), **fields}
         job = make_job(data, name, **{**fields, "config": {"max_steps": STEPS, **fields.get("config", {})}})
         queue.add(job)
         return job
@@ -199,8 +201,9 @@ def test_what_is_wrong_is_said_in_one_line(start: Callable[..., Worker], options
 def test_a_model_that_cannot_be_loaded_leaves_jobs_for_others(
     start: Callable[..., Worker], add: Callable[..., Job], queue: JobQueue, model: Path, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
+    # Of the same name, which makes it the same backbone.
+    broken = tmp_path / "broken" / model.name
+    broken.mkdir(parents=True)
     for path in model.iterdir():
         content = path.read_bytes()
         (broken / path.name).write_bytes(content[:100] if path.suffix == ".safetensors" else content)

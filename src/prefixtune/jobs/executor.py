@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.job import Job, JobError, JobResult
-from prefixtune.jobs.queue import APPLICATION, PROTOCOL, QUEUE, WORKFLOW, JobQueue
+from prefixtune.jobs.queue import APPLICATION, PROTOCOL, WORKFLOW, JobQueue, queue_name
 from prefixtune.utils.locks import acquire_lock
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Executor:
     Args:
         database_url: Of the queue; its tables exist.
         locks: The folder of the workers' locks.
+        backbone: Only its jobs are claimed; see `backbone.identity`.
         capacity: Most jobs that are claimed at once.
         run: Runs a job to its end in a thread of its own and returns what it left; it may be called again for a job
             that another worker, or an earlier run of this one, has begun. Raises `JobFailedError` where the job fails.
@@ -63,12 +64,14 @@ class Executor:
         database_url: str,
         locks: Path,
         *,
+        backbone: str,
         capacity: int,
         run: Callable[[Job], JobResult],
         name: str = "",
     ) -> None:
         self.name = "-".join(filter(None, ("worker", name, secrets.token_hex(8))))
         self._database_url, self._locks, self._capacity, self._run = database_url, locks, capacity, run
+        self._queue_name = queue_name(backbone)
         self._lock: BaseFileLock | None = None
         self._takeover = threading.Lock()
 
@@ -103,9 +106,9 @@ class Executor:
 
         # The worker's log tells of jobs that fail; the library would add its own traceback.
         logging.getLogger("dbos").addFilter(lambda record: "background workflow" not in str(record.msg))
-        DBOS.listen_queues([QUEUE])
+        DBOS.listen_queues([self._queue_name])
         DBOS.launch()
-        DBOS.register_queue(QUEUE, worker_concurrency=self._capacity, polling_interval_sec=_POLLING_SECONDS)
+        DBOS.register_queue(self._queue_name, worker_concurrency=self._capacity, polling_interval_sec=_POLLING_SECONDS)
 
     def _hold(self) -> BaseFileLock:
         """This worker's lock."""

@@ -38,6 +38,8 @@ class Job(_Stored):
         model: As asked for: the backbone's name, or the prefix that training goes on from.
         name: What the result will be served as.
         kind: Whether it trains on examples or distills a document.
+        backbone: Which workers may train it: those of this backbone (`backbone.identity`).
+        fingerprint: Of the server's weights, which the worker's must equal; empty: the server has none.
         config: Fields of `TrainConfig` (or, of a document, `DistillConfig`) that differ from their defaults, without
             paths: checked when the job was made, and all that the worker trains by.
         training_file: Id of the uploaded file; of a document, the document's.
@@ -59,6 +61,8 @@ class Job(_Stored):
     model: str
     name: str
     kind: Literal["examples", "document"] = "examples"
+    backbone: str = ""
+    fingerprint: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
     training_file: str
     validation_file: str = ""

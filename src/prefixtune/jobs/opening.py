@@ -9,10 +9,11 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.memory import open_memory
-from prefixtune.errors import DataError
+from prefixtune.errors import BackboneError, DataError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.inputs import InputName, find_input
 from prefixtune.jobs.job import Job
+from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.opening import open_run
 from prefixtune.training.runs import Run
@@ -36,8 +37,13 @@ def open_job(job: Job, folder: JobFolder, backbone: Backbone, on_progress: OnPro
         on_progress: Called while a document's questions and answers are made.
 
     Raises:
+        BackboneError: The job is for other weights.
         PrefixError: As `open_run` and `open_memory` do.
     """
+    if job.fingerprint and not fingerprints_match(job.fingerprint, backbone.fingerprint):
+        raise BackboneError(
+            "the worker's model has other weights than the server's.", hint="give both the same backbone."
+        )
     if job.kind == "document":
         opened = open_memory(_memory_config(job, folder, backbone), backbone, _Reporting(on_progress))
     else:

@@ -1,8 +1,8 @@
 """The durable queue of jobs: DBOS's workflows in SQLite or Postgres, seen from outside by whoever asks for training.
 
-A job is a workflow that workers claim from one queue. Its status in the database is the only truth about where it
-stands, and it changes in one statement, so that it ends exactly once. A paused job is a cancelled workflow that may be
-resumed: an attribute tells it from one that is cancelled for good.
+A job is a workflow that workers claim from the queue of their backbone. Its status in the database is the only truth
+about where it stands, and it changes in one statement, so that it ends exactly once. A paused job is a cancelled
+workflow that may be resumed: an attribute tells it from one that is cancelled for good.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 __all__ = [
     "APPLICATION",
     "PROTOCOL",
-    "QUEUE",
     "WORKFLOW",
     "JobQueue",
     "QueueUnavailableError",
     "UnfinishedJob",
     "migrate",
+    "queue_name",
 ]
 
 
-APPLICATION, QUEUE, WORKFLOW = "prefixtune", "train", "train"
+APPLICATION, WORKFLOW = "prefixtune", "train"
 PROTOCOL = "1"
 """What workers understand. Raised when a job's stored form changes: a worker takes no job of another version."""
 
@@ -70,6 +70,11 @@ class UnfinishedJob(NamedTuple):
     owner: str
     name: str
     status: JobStatus
+
+
+def queue_name(backbone: str) -> str:
+    """The queue of the jobs of a backbone, which only its workers claim from; see `backbone.identity`."""
+    return f"train-{backbone}"
 
 
 def migrate(database_url: str) -> None:
@@ -126,7 +131,7 @@ class JobQueue:
             self._client.enqueue(
                 {
                     "workflow_name": WORKFLOW,
-                    "queue_name": QUEUE,
+                    "queue_name": queue_name(job.backbone),
                     "workflow_id": job.id,
                     "app_version": PROTOCOL,
                     "authenticated_user": job.owner,
@@ -190,7 +195,7 @@ class JobQueue:
             .where(sa.or_(table.c.status.in_(names), *([is_paused] if _PAUSED in before else [])))
             .values(
                 status=status,
-                queue_name=QUEUE if status == "ENQUEUED" else None,
+                queue_name=queue_name(state.job.backbone) if status == "ENQUEUED" else None,
                 completed_at=int(time.time() * 1000) if status == "CANCELLED" else None,
                 attributes={"name": state.job.name, _PAUSED: paused},
                 # Nobody who claimed it before may end it.
@@ -272,6 +277,12 @@ class JobQueue:
             if len(found) >= offset + limit:
                 break
         return found[offset:]
+
+    def has_work(self, backbone: str) -> bool:
+        """Whether jobs of a backbone wait or run."""
+        active = [*_WORKFLOW_STATES["queued"], *_WORKFLOW_STATES["running"]]
+        found = self._list(queue_name=queue_name(backbone), status=active, limit=1, load_input=False, load_output=False)
+        return bool(found)
 
     def count_unfinished(self, owner: str) -> int:
         """Jobs of an owner that wait, run or are paused."""

@@ -101,6 +101,8 @@ class JobRequest:
         options: The given fields of the request's object `prefixtune`.
         integrations: Trackers, as given.
         start_lengths: Positions by site of the prefix to go on from; None: training begins anew.
+        backbone: Which workers may train it; see `Job`.
+        fingerprint: Of the server's weights.
         seed: Of the start and the order of the data.
         suffix: For the result's name.
         metadata: Of the owner.
@@ -115,6 +117,8 @@ class JobRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     integrations: Sequence[Mapping[str, Any]] = ()
     start_lengths: Mapping[str, int] | None = None
+    backbone: str = ""
+    fingerprint: str = ""
     seed: int = 0
     suffix: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -161,6 +165,8 @@ def make_job(request: JobRequest, *, job_id: str, owner: str, created: int, max_
         created=created,
         model=request.model,
         name=name,
+        backbone=request.backbone,
+        fingerprint=request.fingerprint,
         kind="examples" if document is None else "document",
         config=stored,
         training_file=(document or request.training_file).id,

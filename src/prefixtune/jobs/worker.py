@@ -73,6 +73,7 @@ def _work(
     config: WorkerConfig, data: DataFolder, url: str, jobs: JobQueue, stop: threading.Event, stack: contextlib.ExitStack
 ) -> None:
     # These load torch, which takes a while: wrong options are reported before.
+    from prefixtune.backbone.identity import backbone_identity
     from prefixtune.jobs.publish import publish, tidy, unpublish
     from prefixtune.jobs.trainer import Trainer
 
@@ -88,12 +89,22 @@ def _work(
         statuses=watch,
         capacity=config.capacity,
     )
-    executor = Executor(url, data.workers, capacity=config.capacity, run=trainer.submit, name=config.name)
+    identity = backbone_identity(config.backbone)
+    executor = Executor(
+        url,
+        data.workers,
+        backbone=identity,
+        # Where the backbone turns out to train one job at a time, the other claimed ones wait here: rows that cannot be
+        # packed are only known once it is loaded, which is when the first job comes.
+        capacity=config.capacity,
+        run=trainer.submit,
+        name=config.name,
+    )
     executor.start()
     stack.callback(executor.stop)
     watch.start()
     stack.callback(watch.stop)
-    _log_event("worker_ready", worker_name=executor.name, process=os.getpid())
+    _log_event("worker_ready", worker_name=executor.name, process=os.getpid(), backbone=identity)
     settled: dict[str, Signature] = {}
     chores: list[tuple[float, Callable[[], object]]] = [
         (_TAKE_OVER_SECONDS, lambda: _take_over(executor, jobs)),

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prefixtune.backbone.identity import backbone_identity
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
@@ -51,6 +52,7 @@ class Training:
     Attributes:
         folder: Files and jobs.
         database_url: Of the queue.
+        backbone: Whose workers train this server's jobs; see `backbone.identity`.
         adding: Held while it is looked whether somebody may add a job and while it is added.
         streams: Streams of events that are open.
         wake: Called when there is a new job.
@@ -61,6 +63,7 @@ class Training:
         self.config, self.is_open = config, is_open
         self.folder = DataFolder(Path(config.data_folder).absolute())
         self.database_url = config.database_url or self.folder.database_url
+        self.backbone = backbone_identity(config.backbone)
         self.adding = threading.Lock()
         self.streams = SharedCapacity(_MOST_STREAMS)
         self.wake: Callable[[], None] = _nobody_waits
@@ -152,14 +155,16 @@ class Training:
             return self._queue
 
     def has_jobs(self) -> bool:
-        """Whether jobs wait or run; blocks. A database in the data folder is not made for that.
+        """Whether jobs of this server's backbone wait or run; blocks.
+
+        A database in the data folder is not made for that.
 
         Raises:
             QueueUnavailableError: The database cannot be reached.
         """
         if not self.config.database_url and not self.folder.has_database:
             return False
-        return bool(self._open_queue().find(statuses=("queued", "running"), limit=1))
+        return self._open_queue().has_work(self.backbone)
 
     def _make_folder(self) -> None:
         try:

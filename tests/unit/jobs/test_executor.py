@@ -25,7 +25,7 @@ class Worker:
         self.started: list[str] = []
         self.ending: dict[str, Callable[[Job], JobResult]] = {}
         self._changed = threading.Condition()
-        self.executor = Executor(url, locks, capacity=1, run=self._run, name="tests")
+        self.executor = Executor(url, locks, backbone="b1", capacity=1, run=self._run, name="tests")
 
     def _run(self, job: Job) -> JobResult:
         with self._changed:
@@ -69,7 +69,15 @@ def add(queue: JobQueue, worker: Worker) -> Iterator[Callable[..., Job]]:
 
     def make(owner: str = "ann", **fields: Any) -> Job:
         job_id = new_job_id()
-        job = Job(id=job_id, owner=owner, created=1, model="m", name=job_id, training_file="file-1", **fields)
+        job = Job(
+            id=job_id,
+            owner=owner,
+            created=1,
+            model="m",
+            name=job_id,
+            training_file="file-1",
+            **{"backbone": "b1", **fields},
+        )
         jobs.append(job)
         queue.add(job)
         return job
@@ -189,3 +197,21 @@ def test_jobs_of_another_protocol_are_left_to_other_workers(
     worker.end(job)
     wait_for(queue, job, "succeeded")
     assert queue.get(other.id).status == "queued"
+
+
+def test_jobs_of_another_backbone_wait_for_its_workers(
+    queue: JobQueue, worker: Worker, add: Callable[..., Job]
+) -> None:
+    other = add(backbone="b2")
+    assert queue.has_work("b2")
+    assert not queue.has_work("b3")
+    # Neither is it claimed when it is resumed.
+    queue.pause(other.id)
+    assert not queue.has_work("b2")
+    queue.resume(other.id)
+    job = add()
+    wait_for_start(worker, job)
+    worker.end(job)
+    wait_for(queue, job, "succeeded")
+    assert queue.get(other.id).status == "queued"
+    assert other.id not in worker.started

@@ -125,7 +125,7 @@ def test_a_worker_takes_over_what_a_dead_one_left(queue: JobQueue, url: str, tmp
     locks.mkdir()
     alive = acquire_lock(locks / "worker-alive.lock", 0.0)
     (locks / "worker-dead.lock").touch()
-    executor = Executor(url, locks, capacity=2, run=run)
+    executor = Executor(url, locks, backbone="", capacity=2, run=run)
     made = added(queue)
     executor.start()
     try:

@@ -138,6 +138,17 @@ def failure(future: Future[JobResult]) -> Any:
 # --- coming and ending ------------------------------------------------------------------------------------------------
 
 
+def test_a_job_for_other_weights_fails_and_others_train(
+    serve: Callable[..., Service], data: DataFolder, backbone: Any
+) -> None:
+    service = serve()
+    other, same = make_job(data, "other", fingerprint="x:AAAA"), make_job(data, fingerprint=backbone.fingerprint)
+    error = failure(service.submit(other))
+    assert (error.code, error.param) == ("unsupported_model", "model")
+    assert "other weights" in error.message
+    assert service.submit(same).result(60).steps == 6
+
+
 def test_jobs_train_together_and_are_published(serve: Callable[..., Service], data: DataFolder) -> None:
     service = serve()
     jobs = [make_job(data, "one", dev=ROWS[:2], config={"eval_every": 3}), make_job(data, "two", seed=1)]

@@ -83,7 +83,8 @@ def left(state: Any) -> tuple[list[str], list[str]]:
 @contextmanager
 def worker(state: Any, run: Callable[[Job], JobResult]) -> Iterator[None]:
     """A worker that runs jobs in its own way."""
-    executor = Executor(state.training.database_url, state.training.folder.workers, capacity=2, run=run)
+    training = state.training
+    executor = Executor(training.database_url, training.folder.workers, backbone=training.backbone, capacity=2, run=run)
     executor.start()
     try:
         yield
@@ -161,6 +162,8 @@ def test_a_job_from_its_creation_to_its_result(
         running = ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id))
         assert (running.status, running.estimated_finish) == ("running", 1030)
         assert running.prefixtune["progress"]["step"] == 1
+        (asked,) = seen
+        assert (asked.backbone, asked.fingerprint) == (state.training.backbone, state.backbone.fingerprint)
         release.set()
         done = wait_for(app, job.id, "succeeded")
     assert (done.fine_tuned_model, done.trained_tokens, done.result_files) == (job.prefixtune["name"], 99, ["file-x"])

@@ -229,6 +229,8 @@ def _make(
         options=body.options,
         integrations=[one.given() for one in body.integrations or ()],
         start_lengths=start_lengths,
+        backbone=context.training.backbone,
+        fingerprint=context.state.backbone.fingerprint,
         seed=body.seed or 0,
         suffix=body.suffix or "",
         metadata=body.metadata or {},
