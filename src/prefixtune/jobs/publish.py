@@ -23,12 +23,11 @@ from prefixtune.jobs.files import FileStore, result_file_id
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix
-from prefixtune.prefix.folder import ENDING, Signature, list_names, path_of, signature_of
+from prefixtune.prefix.folder import ENDING, Signature, change_folder, list_names, path_of, signature_of
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
 from prefixtune.utils.files import atomic_path, remove_abandoned
-from prefixtune.utils.locks import file_lock
 
 __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
 
@@ -36,7 +35,6 @@ __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "un
 METRICS_FILE = "step_metrics.csv"
 """What the file of a job's metrics is called, as OpenAI calls it."""
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "seconds")
-_LOCK = ".publish.lock"
 _LOCK_SECONDS = 30.0
 _STATUSES_AT_ONCE = 200
 """Jobs whose statuses are asked for in one query."""
@@ -72,7 +70,7 @@ def publish(
     validator = PrefixValidator(backbone, max_bytes)
     prefix = _result(job, run)
     metrics = _store_metrics(job, events, files)
-    with _locked(prefixes):
+    with change_folder(prefixes, _LOCK_SECONDS):
         _check_free(job.name, job, prefixes)
         try:
             for checkpoint in checkpoints(job, run):
@@ -149,21 +147,6 @@ def _is_free(path: Path, job: Job) -> bool:
     return signature_of(path) is None or published_by(path) == job.id
 
 
-@contextlib.contextmanager
-def _locked(prefixes: Path) -> Iterator[None]:
-    """One process at a time looks whose a file is and then replaces or removes it.
-
-    Raises:
-        PrefixError: Others take too long.
-    """
-    with contextlib.suppress(OSError):
-        prefixes.mkdir(parents=True, exist_ok=True)
-    with file_lock(prefixes / _LOCK, _LOCK_SECONDS) as held:
-        if not held:
-            raise PrefixError("other workers publish to the folder of prefixes all the time.", hint="try again later.")
-        yield
-
-
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +206,7 @@ def unpublish(job: Job, prefixes: Path) -> list[str]:
     Raises:
         PrefixError: A file cannot be removed.
     """
-    with _locked(prefixes):
+    with change_folder(prefixes, _LOCK_SECONDS):
         return _remove_published(job, prefixes)
 
 
@@ -269,7 +252,7 @@ def tidy(queue: JobQueue, prefixes: Path, settled: MutableMapping[str, Signature
     removed = []
     for name, (job_id, signature) in found.items():
         if statuses.get(job_id) in ("cancelled", "failed"):
-            with _locked(prefixes):
+            with change_folder(prefixes, _LOCK_SECONDS):
                 path = path_of(prefixes, name)
                 if published_by(path) == job_id and _remove(path):
                     removed.append(name)

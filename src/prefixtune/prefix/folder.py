@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from prefixtune.errors import CheckpointError, RequestError
+from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.utils.locks import file_lock
 
-__all__ = ["ENDING", "Signature", "check_name", "check_regular_file", "list_names", "path_of", "signature_of"]
+__all__ = [
+    "ENDING",
+    "FolderBusyError",
+    "Signature",
+    "change_folder",
+    "check_name",
+    "check_regular_file",
+    "list_names",
+    "path_of",
+    "signature_of",
+]
 
 
 ENDING = ".safetensors"
+_LOCK = ".publish.lock"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 Signature = tuple[int, int, int]
 """Modification time in nanoseconds, size in bytes, and inode: where it differs, the file has changed."""
+
+
+class FolderBusyError(PrefixError):
+    """Others change a folder of prefixes for too long."""
+
+
+@contextlib.contextmanager
+def change_folder(folder: Path, seconds: float) -> Iterator[None]:
+    """Change a folder alone: of all processes, one at a time looks whose a file is and then replaces or removes it.
+
+    Args:
+        folder: Made if it is missing.
+        seconds: Most to wait for the others.
+
+    Raises:
+        FolderBusyError: They take longer.
+        PrefixError: The lock belongs to another user.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder / _LOCK, seconds) as held:
+        if not held:
+            message = f"other processes have been changing the folder of prefixes for {seconds:g} seconds."
+            raise FolderBusyError(message, hint="try again later.")
+        yield
 
 
 def path_of(folder: Path, name: str) -> Path:

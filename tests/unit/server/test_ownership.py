@@ -17,6 +17,7 @@ import pytest
 from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.folder import change_folder
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.auth import hash_key
 from prefixtune.server.launch import watch_folder
@@ -238,6 +239,12 @@ def test_a_folder_that_cannot_be_changed_is_said(
         response = asyncio.run(send(app, "DELETE", "/v1/models/hers", headers=bearer("ann")))
     assert (response.status, response.code) == (507, "storage_failed")
     assert str(path.parent) not in response.body.decode()
+    # Others publish.
+    monkeypatch.setattr("prefixtune.server.models.store._LOCK_SECONDS", 0.1)
+    with change_folder(path.parent, 1.0):
+        for url, key in (("/v1/models/hers", "ann"), ("/admin/prefixes/hers", "boss")):
+            response = asyncio.run(send(app, "DELETE", url, headers=bearer(key)))
+            assert (response.status, response.code) == (503, "busy")
     assert ask(app, "ann", text("hers")).model == "hers"
 
 

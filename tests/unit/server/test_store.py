@@ -17,6 +17,7 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.prefix.artifact import save_prefix
+from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.store import PrefixStore
 
@@ -216,6 +217,22 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, save: Any, llama: Any, 
     assert str(tmp_path) not in str(error.value)
     assert (folder / "p.safetensors").read_bytes() == before
     assert [path.name for path in folder.iterdir()] == ["p.safetensors"]
+
+
+def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefixtune.server.models.store._LOCK_SECONDS", 0.1)
+    store = PrefixStore(tmp_path / "store", llama)
+    store.put("p", save("upload", 1))
+    before = (store.folder / "p.safetensors").read_bytes()
+    with change_folder(store.folder, 1.0):
+        for change in (lambda: store.put("p", save("upload", 2)), lambda: store.delete("p")):
+            with pytest.raises(FolderBusyError, match="changing the folder of prefixes for"):
+                change()
+        assert store.get("p") is not None
+    assert (store.folder / "p.safetensors").read_bytes() == before
+    store.put("p", save("upload", 2))
+    store.delete("p")
+    assert list(store.folder.iterdir()) == []
 
 
 def test_delete_removes_the_file_and_leaves_loaded_prefixes(tmp_path: Path, save: Any, llama: Any):

@@ -14,12 +14,13 @@ from typing import Any
 from fastapi import Response
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
+from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.server.api.body import receive_body
 from prefixtune.server.api.endpoint import AdminContext, RequestContext
 from prefixtune.server.api.openapi import BYTES_BODY, NAME, api_router, errors
 from prefixtune.server.api.schemas import Prefixes, PrefixHeader, Reloaded, Uploaded
 from prefixtune.server.logs import log
-from prefixtune.server.responses import api_error, bad_request, json_response, not_found, storage_error
+from prefixtune.server.responses import api_error, bad_request, json_response, not_found, storage_error, unavailable
 from prefixtune.utils.files import remove_abandoned, work_folder
 
 __all__ = ["clear_uploads", "router"]
@@ -31,7 +32,7 @@ _UPLOAD_FOLDER = "upload"
 _PATH = "/admin/prefixes/{name}"
 _UPLOAD: Any = {
     "response_model": Uploaded,
-    "responses": {201: {"model": Uploaded, "description": "Added."}, **errors(400, 408, 413, 507)},
+    "responses": {201: {"model": Uploaded, "description": "Added."}, **errors(400, 408, 413, 503, 507)},
     "openapi_extra": {**NAME, **BYTES_BODY},
 }
 
@@ -56,7 +57,7 @@ async def inspect_prefix(context: AdminContext) -> Response:
     return json_response({"name": context.name, "header": context.state.catalog.header(context.name)})
 
 
-@router.delete(_PATH, status_code=204, responses=errors(400, 404, 507), openapi_extra=NAME)
+@router.delete(_PATH, status_code=204, responses=errors(400, 404, 503, 507), openapi_extra=NAME)
 async def delete_prefix(context: AdminContext) -> Response:
     """Delete a prefix.
 
@@ -118,6 +119,8 @@ async def _run_in_thread(context: RequestContext, action: Callable[..., Any], *a
         raise api_error(error) from None
     except CheckpointError as error:
         raise bad_request(error.message, "file", "invalid_prefix", hint=error.hint) from None
+    except FolderBusyError as error:
+        raise unavailable(f"{error.message} Try again later.", "busy", retry_after=5) from None
     except PrefixError as error:
         context.log_fields["storage_error"] = error.message
         raise storage_error(error, "the prefix", "the folder of prefixes") from None

@@ -9,6 +9,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from prefixtune.errors import PrefixError, RequestError
+from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.server.api.endpoint import KeyContext
 from prefixtune.server.api.openapi import NAME, api_router, errors
 from prefixtune.server.api.schemas import Deleted, Model, Models
@@ -66,7 +67,9 @@ async def show_model(context: KeyContext) -> Response:
     return json_response(await context.state.catalog.describe_one(context.name, context.caller))
 
 
-@router.delete("/v1/models/{name:path}", response_model=Deleted, responses=errors(400, 404, 507), openapi_extra=NAME)
+@router.delete(
+    "/v1/models/{name:path}", response_model=Deleted, responses=errors(400, 404, 503, 507), openapi_extra=NAME
+)
 async def delete_model(context: KeyContext) -> Response:
     """Delete what a job of the key's owner trained, with its checkpoints.
 
@@ -75,6 +78,8 @@ async def delete_model(context: KeyContext) -> Response:
     state, name = context.state, context.name
     try:
         names = await state.catalog.delete(name, context.caller)
+    except FolderBusyError as error:
+        raise unavailable(f"{error.message} Try again later.", "busy", retry_after=5) from None
     except PrefixError as error:
         context.log_fields["storage_error"] = error.message
         raise ApiError(507, "the folder of prefixes cannot be changed.", code="storage_failed") from None

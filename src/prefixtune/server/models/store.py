@@ -19,7 +19,16 @@ from typing import Any, BinaryIO
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, did_you_mean
-from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
+from prefixtune.prefix.folder import (
+    FolderBusyError,
+    Signature,
+    change_folder,
+    check_name,
+    check_regular_file,
+    list_names,
+    path_of,
+    signature_of,
+)
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.models.cache import CacheStats, PrefixCache
@@ -30,6 +39,7 @@ __all__ = ["PrefixStore", "StoreStats"]
 
 _log = logging.getLogger(__name__)
 _MAX_REASON_LENGTH = 500
+_LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -256,21 +266,27 @@ class PrefixStore:
         Raises:
             RequestError: The name is not allowed.
             CheckpointError: The file is broken or does not fit the backbone; nothing was changed.
+            FolderBusyError: Jobs are being published all the time; nothing was changed.
             PrefixError: It cannot be read, or the folder cannot be written; nothing was changed.
         """
         check_name(name)
-        with self._file_lock:
+        with contextlib.ExitStack() as changing:
             try:
-                self._validator.read_header(Path(source))
-                # The copy is checked as a whole: nobody else writes to it.
                 with atomic_path(self._path(name)) as temporary:
-                    shutil.copyfile(source, temporary)
-                    self._validator.load(temporary, name)
+                    with self._file_lock:
+                        self._validator.read_header(Path(source))
+                        # The copy is checked as a whole: nobody else writes to it.
+                        shutil.copyfile(source, temporary)
+                        self._validator.load(temporary, name)
+                    changing.enter_context(change_folder(self.folder, _LOCK_SECONDS))
+                    changing.enter_context(self._file_lock)
             except OSError as error:
                 raise PrefixError(f"cannot read the file for {name!r}: {error.strerror}.", hint="try again.") from error
             except CheckpointError as error:
                 reason = self._without_paths(error.message.replace(str(source), name))
                 raise CheckpointError(f"the file for {name!r} is not accepted: {reason}", hint=error.hint) from error
+            except FolderBusyError:
+                raise
             except PrefixError as error:
                 raise PrefixError(self._without_paths(error.message), hint=error.hint) from error
             self._refresh(name)
@@ -280,12 +296,13 @@ class PrefixStore:
 
         Raises:
             RequestError: There is no such prefix.
+            FolderBusyError: Jobs are being published all the time.
             PrefixError: The file cannot be removed.
         """
-        with self._file_lock:
-            with self._lock:
-                if name not in self._known and name not in self._refused:
-                    raise self._no_such_prefix(name)
+        with self._lock:
+            if name not in self._known and name not in self._refused:
+                raise self._no_such_prefix(name)
+        with change_folder(self.folder, _LOCK_SECONDS), self._file_lock:
             try:
                 self._path(name).unlink(missing_ok=True)
             except OSError as error:
