@@ -10,9 +10,10 @@ import functools
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,7 @@ from prefixtune.server.limits import SharedCapacity
 from prefixtune.server.logs import log
 from prefixtune.server.responses import ApiError, unavailable
 from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.server.threads import FairThreads
 from prefixtune.utils.files import line_writer
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["Training"]
 
 
-_THREADS, _MOST_WAITING = 4, 64
+_THREADS = 4
+_MOST_WAITING = 32
+"""Requests of one tenant that wait for the database or are answered by it."""
 _SECONDS = 60.0
 """Longest wait for the database; it gives up a lock after 30 seconds itself."""
 _LONGEST_FIELD = 200
@@ -70,11 +74,12 @@ class Training:
         self._queue: JobQueue | None = None
         self._opening = threading.Lock()
         # Of its own: where the database is locked, only requests for training wait.
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prefixtune-jobs")
-        self._waiting = 0
+        self._threads = FairThreads(_THREADS, "prefixtune-jobs")
+        self._waiting: Counter[str] = Counter()
         self.uploads = SharedCapacity(_MOST_UPLOADS)
         # Also of its own: reading a large file takes minutes.
-        self._readers = ThreadPoolExecutor(_MOST_UPLOADS, thread_name_prefix="prefixtune-files")
+        self._readers = FairThreads(_MOST_UPLOADS, "prefixtune-readers")
+        self._file_threads = FairThreads(_THREADS, "prefixtune-files")
 
     @functools.cached_property
     def files(self) -> FileStore:
@@ -105,26 +110,31 @@ class Training:
         """How much somebody may keep and ask for: `max_files`, `max_storage_mib`, `max_jobs`, `max_steps` ..."""
         return caller.rules
 
-    async def read(self, work: Callable[[], T]) -> T:
+    async def read(self, work: Callable[[], T], tenant: str) -> T:
         """Do something with an uploaded file that may take minutes, in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        return await self._readers.run(tenant, work)
 
-    async def ask(self, work: Callable[[JobQueue], T]) -> T:
+    async def look(self, work: Callable[[], T], tenant: str) -> T:
+        """Do something short with files, in a thread."""
+        return await self._file_threads.run(tenant, work)
+
+    async def ask(self, work: Callable[[JobQueue], T], tenant: str = "") -> T:
         """Do something with the queue, in a thread.
 
         What was begun is done, even if the client disconnects or the time is over.
 
         Args:
             work: Called with the queue.
+            tenant: Who asks; one that asks for much, or for what takes long, does not delay the others.
 
         Raises:
-            ApiError: The database is away or locked, or too many requests wait for it.
+            ApiError: The database is away or locked, or too many requests of the tenant wait for it.
         """
-        if self._waiting >= _MOST_WAITING:
+        if self._waiting[tenant] >= _MOST_WAITING:
             raise unavailable("too many requests wait for the database of jobs.", "busy", retry_after=2)
-        self._waiting += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(self._open_queue()))
-        future.add_done_callback(self._note_done)
+        self._waiting[tenant] += 1
+        future = asyncio.wrap_future(self._threads.submit(tenant, lambda: work(self._open_queue())))
+        future.add_done_callback(partial(self._note_done, tenant))
         try:
             async with asyncio.timeout(_SECONDS):
                 return await asyncio.shield(future)
@@ -134,8 +144,10 @@ class Training:
             log("queue_unavailable", level=logging.WARNING, reason=error.message)
             raise _queue_unavailable("cannot be reached now") from None
 
-    def _note_done(self, future: asyncio.Future[Any]) -> None:
-        self._waiting -= 1
+    def _note_done(self, tenant: str, future: asyncio.Future[Any]) -> None:
+        self._waiting[tenant] -= 1
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
         # Nobody may wait for it any more, and asyncio would complain.
         if not future.cancelled():
             future.exception()
@@ -200,8 +212,8 @@ class Training:
 
     def close(self) -> None:
         """Close the queue."""
-        for threads in (self._threads, self._readers):
-            threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._readers, self._file_threads):
+            threads.close()
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.close()

@@ -570,10 +570,13 @@ def test_a_database_that_is_locked_stops_no_other_request(make_server: Callable[
     release = threading.Event()
 
     async def run() -> tuple[list[Any], Any]:
-        stuck = [asyncio.ensure_future(state.training.ask(lambda _: release.wait(20))) for _ in range(64)]
+        waits: Any = partial(state.training.ask, lambda _: release.wait(20), "127.0.0.1")
+        stuck = [asyncio.ensure_future(waits()) for _ in range(32)]
         await asyncio.sleep(0)
         refused = await send(app, "GET", "/v1/fine_tuning/jobs")
         models = await send(app, "GET", "/v1/models")
+        # One tenant's waiting is nobody else's.
+        assert await state.training.ask(lambda queue: len(queue.unfinished()), "another") == 1
         release.set()
         return [refused.status, refused.code, models.status], await asyncio.gather(*stuck)
 

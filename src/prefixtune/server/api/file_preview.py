@@ -56,7 +56,7 @@ async def preview_file(context: TrainingContext) -> Response:
 
 async def _preview_rows(context: RequestContext, stored: StoredFile) -> dict[str, Any]:
     files = context.training.files
-    sample = await asyncio.to_thread(files.sample, stored.owner, stored.id)
+    sample = await context.training.look(partial(files.sample, stored.owner, stored.id), context.tenant)
     body = {**_nothing(), "examples": _spread([_shown(example) for example in sample])}
     if not any(example.targets for example in sample):
         return body

@@ -81,7 +81,7 @@ async def list_files(context: TrainingContext) -> Response:
         files = [file for file in training.files.list(_owner(context, training)) if purpose in (None, file.purpose)]
         return page_of([file_object(file) for file in (files if page.order == "desc" else reversed(files))], page)
 
-    return json_response(await asyncio.to_thread(read))
+    return json_response(await training.look(read, context.tenant))
 
 
 @router.get(_PATH, response_model=File, openapi_extra=FILE_ID)
@@ -163,7 +163,7 @@ async def _store(context: RequestContext, training: Training) -> StoredFile:
         except BaseException:
             await asyncio.to_thread(upload.abort)
             raise
-        return await training.read(upload.finish)
+        return await training.read(upload.finish, context.tenant)
     except FileRefusedError as error:
         raise _refusal(error.code, f"{error.message} {capitalize(error.hint)}") from None
     except OSError as error:
@@ -230,6 +230,6 @@ async def _or_404(context: RequestContext, work: Callable[[], T]) -> T:
     from prefixtune.jobs.files import UnknownFileError
 
     try:
-        return await asyncio.to_thread(work)
+        return await context.training.look(work, context.tenant)
     except UnknownFileError:
         raise not_found("file", str(context.request.path_params["file_id"])) from None

@@ -95,7 +95,7 @@ async def list_fine_tuning_jobs(context: TrainingContext) -> Response:
         shown = [job_view(state, folder, positions) for state in found[: page.limit]]
         return list_body(shown, has_more=len(found) > page.limit)
 
-    return json_response(await context.training.ask(find))
+    return json_response(await context.training.ask(find, context.tenant))
 
 
 @router.get(_JOB, response_model=FineTuningJob, openapi_extra={"parameters": [_ID]})
@@ -188,7 +188,7 @@ def _get(context: RequestContext, queue: JobQueue) -> JobState:
 
 
 async def _find(context: RequestContext) -> JobState:
-    return await context.training.ask(partial(_get, context))
+    return await context.training.ask(partial(_get, context), context.tenant)
 
 
 async def _change(
@@ -219,7 +219,7 @@ async def _change(
             training.wake()
         return after
 
-    return await training.ask(work)
+    return await training.ask(work, context.tenant)
 
 
 def _wrong_state(action: Action, state: JobState, allowed: Sequence[str]) -> ApiError:
@@ -240,7 +240,7 @@ async def _respond(context: RequestContext, state: JobState) -> Response:
     def view(queue: JobQueue) -> dict[str, Any]:
         return job_view(state, folder, _positions(queue, [state]))
 
-    return json_response(await context.training.ask(view))
+    return json_response(await context.training.ask(view, context.tenant))
 
 
 def _positions(queue: JobQueue, states: Sequence[JobState]) -> dict[str, int]:
@@ -270,7 +270,9 @@ async def _stream(context: RequestContext, job_id: str, log_of_job: JobEvents, a
     while context.remaining > 0 and not context.state.draining:
         if clock() - looked_at >= _STATUS_SECONDS:
             # Before its events are read, so that none is left out.
-            status = (await context.training.ask(lambda queue: queue.statuses([job_id]))).get(job_id, "failed")
+            status = (await context.training.ask(lambda queue: queue.statuses([job_id]), context.tenant)).get(
+                job_id, "failed"
+            )
             stands_still, looked_at = status in (*ENDED, "paused"), clock()
         page = await asyncio.to_thread(log_of_job.read, position)
         position = page.position

@@ -57,7 +57,7 @@ async def create_job(context: RequestContext, body: FineTuningRequest) -> JobSta
     if len(key) > _MAX_KEY_LENGTH:
         raise bad_request(f"the header Idempotency-Key has more than {_MAX_KEY_LENGTH} characters.")
     job_id = _job_id(context.caller.name, key) if key else new_job_id()
-    if key and (earlier := await training.ask(lambda queue: _find(queue, job_id))) is not None:
+    if key and (earlier := await training.ask(lambda queue: _find(queue, job_id), context.tenant)) is not None:
         return _same(earlier, body)
     _check_trackers(context, body)
     start_lengths = await _start_lengths(context, body.model)
@@ -76,7 +76,7 @@ async def create_job(context: RequestContext, body: FineTuningRequest) -> JobSta
         training.write_audit(context.caller, "job.create", job=job.id, name=job.name, file=job.training_file)
         return queue.get(job.id)
 
-    return await training.ask(add)
+    return await training.ask(add, context.tenant)
 
 
 def _job_id(owner: str, key: str) -> str:

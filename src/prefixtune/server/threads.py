@@ -1,0 +1,105 @@
+"""Threads that tenants share: one with much to do takes at most half of them, so that the others need not wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+__all__ = ["FairThreads"]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Work:
+    run: Callable[[], Any]
+    future: Future[Any]
+
+
+class FairThreads:
+    """A pool of threads of which one tenant uses at most half; tenants take turns.
+
+    Args:
+        count: Threads, at least 2.
+        name: Theirs.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._most = count // 2
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._free = count
+        self._lock = threading.Lock()
+        # The tenant who waits longest for a turn comes first.
+        self._waiting: OrderedDict[str, deque[_Work]] = OrderedDict()
+        self._running: Counter[str] = Counter()
+        self._is_closed = False
+
+    def submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
+        """Do something in a thread, when it is the tenant's turn; until then, it may be cancelled."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._is_closed:
+                future.cancel()
+                return future
+            self._waiting.setdefault(tenant, deque()).append(_Work(work, future))
+            self._start()
+        return future
+
+    async def run(self, tenant: str, work: Callable[[], T]) -> T:
+        """What some work returns.
+
+        A caller that is cancelled goes on when the work has ended, or has not begun: it may change what is used next.
+        """
+        future = self.submit(tenant, work)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            if not future.cancel():
+                with contextlib.suppress(Exception):
+                    await asyncio.wrap_future(future)
+            raise
+
+    def close(self) -> None:
+        """Take no more work, and cancel what waits; what runs goes on."""
+        with self._lock:
+            self._is_closed = True
+            waiting, self._waiting = self._waiting, OrderedDict()
+        for queue in waiting.values():
+            for work in queue:
+                work.future.cancel()
+        self._threads.shutdown(wait=False)
+
+    def _start(self) -> None:
+        """Start what may run now; the lock is held."""
+        while self._free and (tenant := self._next()) is not None:
+            queue = self._waiting.pop(tenant)
+            work = queue.popleft()
+            if queue:
+                self._waiting[tenant] = queue
+            self._free -= 1
+            self._running[tenant] += 1
+            self._threads.submit(self._do, tenant, work)
+
+    def _next(self) -> str | None:
+        return next((tenant for tenant in self._waiting if self._running[tenant] < self._most), None)
+
+    def _do(self, tenant: str, work: _Work) -> None:
+        if work.future.set_running_or_notify_cancel():
+            try:
+                work.future.set_result(work.run())
+            except BaseException as error:
+                work.future.set_exception(error)
+        with self._lock:
+            self._free += 1
+            self._running[tenant] -= 1
+            if not self._running[tenant]:
+                del self._running[tenant]
+            if not self._is_closed:
+                self._start()
