@@ -4,6 +4,7 @@
     jobs/ftjob-.../            a job: its inputs, its run, its events
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named
+    database.sha256            of which database knows these jobs
     audit.jsonl                a line for each change that somebody made
 
 Several machines that serve and train share this folder and the folder of prefixes.
@@ -54,6 +55,11 @@ class DataFolder:
     @property
     def _database(self) -> Path:
         return self.root / "jobs.sqlite"
+
+    @property
+    def database_marker(self) -> Path:
+        """Says which database knows the jobs of this folder."""
+        return self.root / "database.sha256"
 
     @property
     def audit_log(self) -> Path:

@@ -18,6 +18,7 @@ from typing import Any
 
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.config import WorkerConfig
+from prefixtune.jobs.database import claim_folder
 from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
@@ -51,6 +52,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         stop: Ends the work; states are saved before.
 
     Raises:
+        ConfigError: The data folder belongs to another database.
         PrefixError: The backbone cannot be loaded, the data folder cannot be written, or the database cannot be
             reached at the start.
     """
@@ -61,6 +63,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
     url = config.database_url or data.database_url
     _step_back(config)
     _make_folders(data)
+    claim_folder(data, url)
     with contextlib.ExitStack() as stack:
         jobs = _open_queue(url, stop)
         if jobs is None:

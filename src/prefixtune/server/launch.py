@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.jobs.database import check_database
+from prefixtune.jobs.folder import DataFolder
 from prefixtune.server.connections import Connections, fit_open_files
 from prefixtune.server.listener import bind
 from prefixtune.server.logs import configure_logging, log
@@ -49,7 +51,8 @@ def run(config: ServeConfig, console: Console) -> int:
     """Serve until a signal stops it; returns the exit code.
 
     Raises:
-        ConfigError: The folder of prefixes is missing, or the address is in use.
+        ConfigError: The folder of prefixes is missing, the data folder belongs to another database, or the address is
+            in use.
         BackboneError: The model cannot be loaded or served.
     """
     folder = Path(config.prefixes)
@@ -58,6 +61,9 @@ def run(config: ServeConfig, console: Console) -> int:
             f"there is no folder of prefixes {config.prefixes!r}.",
             hint="create it, and put the prefix files of `prefixtune train` there, as NAME.safetensors.",
         )
+    if config.takes_jobs:
+        data = DataFolder(Path(config.data_folder).absolute())
+        check_database(data, config.database_url or data.database_url)
     max_connections, open_files = fit_open_files(config.max_connections)
     if max_connections < config.max_connections:
         console.warn(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.errors import PrefixError
+from prefixtune.jobs.database import claim_folder
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.server.auth import Caller
@@ -157,11 +158,12 @@ class Training:
 
         Raises:
             QueueUnavailableError: The database cannot be reached.
-            PrefixError: The data folder cannot be made.
+            PrefixError: The data folder cannot be made, or belongs to another database.
         """
         with self._opening:
             if self._queue is None:
                 self._make_folder()
+                claim_folder(self.folder, self.database_url)
                 migrate(self.database_url)
                 self._queue = JobQueue(self.database_url)
             return self._queue

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from child_process import kill, start_child
+from prefixtune.errors import ConfigError
 from prefixtune.jobs import worker
 from prefixtune.jobs.config import WorkerConfig
+from prefixtune.jobs.database import claim_folder
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
@@ -90,6 +92,17 @@ def test_a_worker_that_is_to_end_waits_for_no_database(
     config = WorkerConfig(data_folder=str(data.root), prefixes=str(tmp_path / "prefixes"), backbone=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     run_worker(config, stop)
+
+
+def test_a_worker_of_another_database_leaves_the_data_folder_alone(tmp_path: Path, data: DataFolder) -> None:
+    claim_folder(data, data.database_url)
+    (tmp_path / "config.json").write_text("{}")
+    url = f"sqlite:///{tmp_path / 'other.sqlite'}"
+    with pytest.raises(ConfigError, match="another database"):
+        run_worker(
+            WorkerConfig(data_folder=str(data.root), database_url=url, backbone=str(tmp_path)), threading.Event()
+        )
+    assert not (tmp_path / "other.sqlite").exists()
 
 
 def test_a_chore_that_fails_is_tried_again_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from prefixtune.errors import ConfigError
+from prefixtune.jobs.database import claim_folder
+from prefixtune.jobs.folder import DataFolder
+from prefixtune.server.settings import ServeConfig
+from prefixtune.utils.console import Console
 
 
 def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Callable[..., Any]) -> None:
@@ -27,3 +36,12 @@ def test_the_first_signal_drains_and_the_second_ends_the_process(make_server: Ca
         return seen
 
     assert asyncio.run(signals()) == [(True, False, False), (True, True, True)]
+
+
+def test_a_data_folder_of_another_database_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    from prefixtune.server.launch import run
+
+    claim_folder(DataFolder(tmp_path), "postgresql://host/jobs")
+    config = ServeConfig(prefixes=str(tmp_path), data_folder=str(tmp_path), backbone="/no/model")
+    with pytest.raises(ConfigError, match="another database"):
+        run(config, Console(quiet=True))

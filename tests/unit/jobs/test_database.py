@@ -1,0 +1,58 @@
+"""A data folder is used with one database."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.jobs.database import check_database, claim_folder
+from prefixtune.jobs.folder import DataFolder
+
+POSTGRES = "postgresql://me:secret@DB/jobs"
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataFolder:
+    monkeypatch.delenv("PGHOST", raising=False)
+    monkeypatch.delenv("PGPORT", raising=False)
+    made = DataFolder(tmp_path / "data")
+    made.root.mkdir()
+    return made
+
+
+def test_a_folder_that_was_not_used_yet_fits_any_database_and_is_left_as_it_is(data: DataFolder) -> None:
+    for url in (POSTGRES, data.database_url):
+        check_database(data, url)
+    assert list(data.root.iterdir()) == []
+    check_database(DataFolder(data.root / "missing"), POSTGRES)
+
+
+def test_another_database_is_refused_without_secrets(data: DataFolder) -> None:
+    claim_folder(data, POSTGRES)
+    (marker,) = data.root.iterdir()
+    assert len(bytes.fromhex(marker.read_text().strip())) == 32
+    for same in ("postgresql+psycopg://you@db:5432/jobs", "postgresql:///jobs?host=db"):
+        claim_folder(data, same)
+    for other in (data.database_url, "postgresql://me:secret@other/jobs", "postgresql://db:5433/jobs"):
+        for use in (check_database, claim_folder):
+            with pytest.raises(ConfigError, match="another database") as caught:
+                use(data, other)
+            assert "secret" not in str(caught.value)
+            assert marker.name in str(caught.value.hint)
+    check_database(data, POSTGRES)
+
+
+def test_a_folder_with_its_own_database_may_move(data: DataFolder, tmp_path: Path) -> None:
+    claim_folder(data, data.database_url)
+    moved = DataFolder(Path(shutil.move(data.root, tmp_path / "moved")))
+    check_database(moved, moved.database_url)
+    with pytest.raises(ConfigError):
+        check_database(moved, f"sqlite:///{tmp_path / 'other.sqlite'}")
+
+
+def test_a_folder_that_cannot_be_written_is_said(data: DataFolder) -> None:
+    with pytest.raises(PrefixError, match="cannot be written"):
+        claim_folder(DataFolder(data.root / "missing"), POSTGRES)
