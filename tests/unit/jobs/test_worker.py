@@ -30,6 +30,12 @@ def data(tmp_path: Path) -> DataFolder:
     return made
 
 
+@pytest.fixture(autouse=True)
+def _keep_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The process of the tests is none to end first."""
+    monkeypatch.setattr(worker, "_OOM_SCORE", tmp_path / "score")
+
+
 @pytest.fixture
 def queue(data: DataFolder) -> Iterator[JobQueue]:
     made = JobQueue(data.database_url)
