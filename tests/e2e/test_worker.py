@@ -124,6 +124,7 @@ def test_two_workers_and_one_job(
     workers = [start(stdout=subprocess.PIPE), start(stdout=subprocess.PIPE)]
     job = add("one")
     wait_for(queue, job, "succeeded")
+    wait_until(lambda: not data.job(job.id).inputs.exists())
     for worker in workers:
         worker.terminate()
     outputs = [worker.communicate(timeout=20)[0] for worker in workers]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import CheckpointError
+from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import Job
 from prefixtune.jobs.names import checkpoint_name
 from prefixtune.prefix.artifact import save_prefix
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     # A server reads checkpoints, and does without it.
     from prefixtune.training.loop import TrainLoop
 
-__all__ = ["FOLDER", "KEPT", "Checkpoint", "CheckpointKeeper", "checkpoints"]
+__all__ = ["FOLDER", "KEPT", "Checkpoint", "CheckpointKeeper", "checkpoints", "remove_checkpoints"]
 
 
 FOLDER = "checkpoints"
@@ -104,6 +106,11 @@ def checkpoints(job: Job, run: Path) -> list[Checkpoint]:
                 name = checkpoint_name(job.name, origin.step)
                 found.append(Checkpoint(origin.step, created, name, path, _metrics(header)))
     return found[-KEPT:]
+
+
+def remove_checkpoints(folder: JobFolder) -> None:
+    """Remove a job's own copies of its checkpoints, as far as that can be done."""
+    shutil.rmtree(folder.run / FOLDER, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

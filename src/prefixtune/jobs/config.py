@@ -8,12 +8,24 @@ from pydantic import AfterValidator, Field
 
 from prefixtune.utils.config import Config, DeviceName, option_group
 
-__all__ = ["DATABASE_URL_HELP", "DATA_FOLDER", "DATA_FOLDER_HELP", "WORKER_ENVIRONMENT", "DatabaseUrl", "WorkerConfig"]
+__all__ = [
+    "DATABASE_URL_HELP",
+    "DATA_FOLDER",
+    "DATA_FOLDER_HELP",
+    "KEEP_JOBS",
+    "KEEP_JOBS_HELP",
+    "WORKER_ENVIRONMENT",
+    "DatabaseUrl",
+    "KeepJobs",
+    "WorkerConfig",
+]
 
 
 DATA_FOLDER = "prefixtune-data"
 """The default folder of uploaded files and jobs."""
 DATA_FOLDER_HELP = "folder of uploaded files and jobs; made when it is first needed"
+KEEP_JOBS = 1000
+KEEP_JOBS_HELP = "most jobs of a key that are kept once they have ended; older ones are deleted, and their models stay"
 DATABASE_URL_HELP = (
     "queue of jobs: postgresql://... where several machines serve and train, or sqlite:///FILE; "
     "empty: jobs.sqlite in the data folder"
@@ -30,6 +42,7 @@ def _check_url(url: str) -> str:
 
 DatabaseUrl = Annotated[str, AfterValidator(_check_url)]
 """Where the queue of jobs is; empty: in the data folder."""
+KeepJobs = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 
 WORKER_ENVIRONMENT = "PREFIXTUNE_WORKER_"
@@ -62,6 +75,7 @@ class WorkerConfig(Config):
     cache_mib: Annotated[int, Field(ge=1, le=1_000_000_000)] = _jobs(
         1024, description="largest result, in MiB: cache_mib of the servers, which refuse larger prefixes"
     )
+    keep_jobs: KeepJobs = _jobs(KEEP_JOBS, description=KEEP_JOBS_HELP)
     idle_seconds: Annotated[float, Field(ge=0)] = _jobs(
         0.0, description="end after this many seconds without a job; 0: never"
     )

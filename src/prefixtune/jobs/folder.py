@@ -1,7 +1,7 @@
 """The data folder of jobs: what lies where.
 
     files/OWNER/file-.../      an uploaded file: `data.jsonl` (or another ending), `meta.json`, `sample.json`
-    jobs/ftjob-.../            a job: its inputs, its run, its events
+    jobs/ftjob-.../            a job: its events, its run and, until it has ended, its inputs
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named
     database.sha256            of which database knows these jobs
@@ -108,7 +108,7 @@ class JobFolder:
 
     @property
     def inputs(self) -> Path:
-        """Links to the uploaded files: they stay for the job when their owner deletes them."""
+        """Links to the uploaded files: they stay until the job has ended, even if their owner deletes them."""
         return self.root / "inputs"
 
     @property

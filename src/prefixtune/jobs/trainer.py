@@ -22,10 +22,11 @@ from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.failures import describe_failure, is_foreseen
 from prefixtune.jobs.folder import DataFolder, JobFolder
-from prefixtune.jobs.job import Job, JobError, JobResult, JobStatus
+from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobStatus
 from prefixtune.jobs.opening import open_job
+from prefixtune.jobs.retention import clear_folder
 from prefixtune.jobs.statuses import StatusReport, StatusWatch
-from prefixtune.training.folder import STATE_FILE, Event
+from prefixtune.training.folder import Event
 from prefixtune.training.group import RunGroup
 from prefixtune.training.runs import Run
 
@@ -291,10 +292,9 @@ class Trainer:
             except PrefixError as error:
                 _log.warning("unpublish_failed", extra={"fields": {"job": job.id, "reason": error.message}})
                 return
-        if status == "succeeded":
+        if status in ENDED:
             # Nobody goes on from it; a paused job that was just too late is published again.
-            with contextlib.suppress(OSError):
-                (self._data.job(job.id).run / STATE_FILE).unlink(missing_ok=True)
+            clear_folder(self._data.job(job.id), status)
         del self._published[job.id]
 
     def _stop(self, active: ActiveJob, status: JobStatus | None) -> None:

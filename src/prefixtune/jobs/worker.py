@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from prefixtune.jobs.database import claim_folder
 from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, is_job_id
+from prefixtune.jobs.inputs import remove_job_folder
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.prefix.folder import Signature
@@ -32,7 +32,7 @@ __all__ = ["run_worker"]
 _DATABASE_SECONDS = 60.0
 """How long a database that is not there yet is waited for, such as one that starts at the same time."""
 _RETRY_SECONDS = 1.0
-_TAKE_OVER_SECONDS, _TIDY_SECONDS, _SWEEP_SECONDS = 3.0, 5.0, 600.0
+_TAKE_OVER_SECONDS, _TIDY_SECONDS, _CLEAR_SECONDS, _SWEEP_SECONDS = 3.0, 5.0, 15.0, 600.0
 _ABANDONED_SECONDS = 3600.0
 """A job's folder that was not queued for this long was left by a kill."""
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
@@ -78,6 +78,7 @@ def _work(
     # These load torch, which takes a while: wrong options are reported before.
     from prefixtune.backbone.identity import backbone_identity
     from prefixtune.jobs.publish import publish, tidy, unpublish
+    from prefixtune.jobs.retention import clear_ended, forget_oldest
     from prefixtune.jobs.trainer import Trainer
 
     prefixes, files = Path(config.prefixes).absolute(), FileStore(data)
@@ -112,7 +113,9 @@ def _work(
     chores: list[tuple[float, Callable[[], object]]] = [
         (_TAKE_OVER_SECONDS, lambda: _take_over(executor, jobs)),
         (_TIDY_SECONDS, lambda: _tidy(lambda: tidy(jobs, prefixes, settled))),
+        (_CLEAR_SECONDS, lambda: clear_ended(data, jobs)),
         (_SWEEP_SECONDS, lambda: sweep(data, jobs)),
+        (_SWEEP_SECONDS, lambda: _forget(forget_oldest(data, jobs, files, config.keep_jobs))),
     ]
     ended = threading.Event()
     stack.callback(ended.set)
@@ -208,6 +211,11 @@ def _tidy(tidy: Callable[[], list[str]]) -> None:
         _log_event("result_removed", model=name)
 
 
+def _forget(job_ids: list[str]) -> None:
+    if job_ids:
+        _log_event("jobs_deleted", count=len(job_ids), newest=job_ids[0], oldest=job_ids[-1])
+
+
 def sweep(data: DataFolder, jobs: JobQueue) -> list[str]:
     """Remove the folders of jobs that were never queued, as where a server was killed in between; returns their ids.
 
@@ -219,7 +227,7 @@ def sweep(data: DataFolder, jobs: JobQueue) -> list[str]:
     removed: list[str] = []
     for job_ids in _pages(_old_folders(data)):
         for job_id in sorted(set(job_ids) - jobs.statuses(job_ids).keys()):
-            shutil.rmtree(data.job(job_id).root, ignore_errors=True)
+            remove_job_folder(data, job_id)
             _log_event("job_folder_removed", job=job_id)
             removed.append(job_id)
     return removed

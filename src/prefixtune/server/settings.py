@@ -10,7 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from prefixtune.jobs.config import DATA_FOLDER, DATA_FOLDER_HELP, DATABASE_URL_HELP, DatabaseUrl
+from prefixtune.jobs.config import (
+    DATA_FOLDER,
+    DATA_FOLDER_HELP,
+    DATABASE_URL_HELP,
+    KEEP_JOBS,
+    KEEP_JOBS_HELP,
+    DatabaseUrl,
+    KeepJobs,
+)
 from prefixtune.server.addresses import parse_network
 from prefixtune.utils.config import CommaList, Config, DeviceName, Layer, option_group
 from prefixtune.utils.faults import show_value
@@ -198,6 +206,7 @@ class ServeConfig(Config):
     train_idle_seconds: _Seconds = _training(
         600.0, description="seconds without a job after which the training process ends and gives its memory back"
     )
+    keep_jobs: KeepJobs = _training(KEEP_JOBS, description=KEEP_JOBS_HELP)
     max_file_mib: _Size = _training(512, description="largest file that is uploaded for training, in MiB")
 
     trackers: CommaList[Literal["wandb", "trackio", "tensorboard", "mlflow"]] = _training(

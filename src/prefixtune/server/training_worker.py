@@ -53,6 +53,7 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
         "data_folder": training.folder.root,
         "prefixes": Path(config.prefixes).absolute(),
         "cache_mib": config.cache_mib,
+        "keep_jobs": config.keep_jobs,
         "idle_seconds": config.train_idle_seconds,
         "threads": (threads := training_threads(config)),
         "nice": config.train_nice,

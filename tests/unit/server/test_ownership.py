@@ -36,8 +36,8 @@ def publish(tmp_path: Path, backbone: Any, random_prefix: Callable[..., Any]) ->
     """`publish(name, owner, step, seed)` puts a file into the folder as a job does; no owner: as anybody else does."""
     folder = tmp_path / "prefixes"
 
-    def put(name: str, owner: str = "ann", step: int | None = None, seed: int = 3) -> Path:
-        job = {"id": f"ftjob-{owner}", "owner": owner, **({} if step is None else {"step": step})}
+    def put(name: str, owner: str = "ann", step: int | None = None, seed: int = 3, job_id: str = "") -> Path:
+        job = {"id": job_id or f"ftjob-{owner}", "owner": owner, **({} if step is None else {"step": step})}
         header = {**make_header(backbone), **({"job": job} if owner else {})}
         made = save_prefix(tmp_path / "made.safetensors", Prefix(random_prefix(backbone, 4, seed).layers, header))
         return Path(shutil.move(made, folder / f"{name}.safetensors"))
@@ -183,6 +183,24 @@ def test_a_result_is_deleted_with_its_checkpoints(make_server: Callable[..., Any
             ask(app, key, text(name))
     with pytest.raises((openai.NotFoundError, openai.PermissionDeniedError)):
         ask(app, key, lambda client: client.models.delete("hers"))
+
+
+def test_the_jobs_own_copies_of_its_checkpoints_go_with_its_result(
+    make_server: Callable[..., Any], publish: Any
+) -> None:
+    app, state = make_server(keys=KEYS)
+    job_id = f"ftjob-{'1' * 24}"
+    publish("hers", job_id=job_id)
+    publish("hers.step-2", step=2, job_id=job_id)
+    state.store.reload()
+    folder = state.training.folder.job(job_id)
+    copies = folder.run / "checkpoints"
+    copies.mkdir(parents=True)
+    (folder.run / "events.jsonl").touch()
+    ask(app, "ann", lambda client: client.models.delete("hers.step-2"))
+    assert copies.exists()
+    ask(app, "ann", lambda client: client.models.delete("hers"))
+    assert [path.name for path in folder.run.iterdir()] == ["events.jsonl"]
 
 
 def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., Any], tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ _USED_BY_VLLM = (
 _USED_BY_TRAINING = (
     *("backbone", "prefixes", "dtype", "device", "playground", "log_level", "deadline", "client_timeout"),
     *("data_folder", "train_workers", "train_threads", "train_nice", "train_idle_seconds", "max_file_mib"),
-    "trackers",
+    *("keep_jobs", "trackers"),
 )
 """Settings that the training server beside vLLM gets as options."""
 

@@ -9,6 +9,8 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from prefixtune.errors import PrefixError, RequestError
+from prefixtune.jobs.checkpoints import remove_checkpoints
+from prefixtune.jobs.folder import is_job_id
 from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.server.api.endpoint import KeyContext
 from prefixtune.server.api.openapi import NAME, api_router, errors
@@ -76,6 +78,7 @@ async def delete_model(context: KeyContext) -> Response:
     An admin key deletes any prefix. Requests that have it go on.
     """
     state, name = context.state, context.name
+    origin = state.store.origin(name)
     try:
         names = await state.catalog.delete(name, context.caller)
     except FolderBusyError as error:
@@ -85,5 +88,7 @@ async def delete_model(context: KeyContext) -> Response:
         raise ApiError(507, "the folder of prefixes cannot be changed.", code="storage_failed") from None
     context.log_fields["prefix"] = name
     if state.training is not None:
+        if origin is not None and origin.step is None and is_job_id(origin.id):
+            await asyncio.to_thread(remove_checkpoints, state.training.folder.job(origin.id))
         await state.training.audit(context.caller, "model.delete", model=name, files=len(names))
     return json_response({"id": name, "object": "model", "deleted": True})

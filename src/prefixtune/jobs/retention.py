@@ -1,0 +1,103 @@
+"""What is kept of jobs that have ended: events and figures, the checkpoints of results, and not too many of all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from prefixtune.jobs.active import hold_folder
+from prefixtune.jobs.checkpoints import remove_checkpoints
+from prefixtune.jobs.files import FileStore, UnknownFileError, result_file_id
+from prefixtune.jobs.folder import DataFolder, JobFolder, is_job_id
+from prefixtune.jobs.inputs import remove_job_folder
+from prefixtune.jobs.job import ENDED, Job, JobStatus
+from prefixtune.jobs.queue import JobQueue
+from prefixtune.prefix.folder import ENDING
+
+__all__ = ["clear_ended", "clear_folder", "forget_oldest"]
+
+
+_PAGE = 200
+"""Jobs whose statuses are asked for in one query."""
+
+
+def clear_ended(data: DataFolder, jobs: JobQueue) -> list[str]:
+    """Remove what jobs that have ended need no more; returns their ids.
+
+    Raises:
+        QueueUnavailableError: The database cannot be reached.
+    """
+    cleared: list[str] = []
+    job_ids = _with_inputs(data)
+    for start in range(0, len(job_ids), _PAGE):
+        for job_id, status in jobs.statuses(job_ids[start : start + _PAGE]).items():
+            if status in ENDED and clear_folder(data.job(job_id), status):
+                cleared.append(job_id)
+    return cleared
+
+
+def clear_folder(folder: JobFolder, status: JobStatus) -> bool:
+    """Remove the inputs and states of a job that has ended and, without a result, its checkpoints.
+
+    Args:
+        folder: The job's.
+        status: How it ended.
+
+    Returns:
+        Whether it is done; if not, somebody still has the folder, or it cannot be written.
+    """
+    with contextlib.suppress(OSError), hold_folder(folder) as held:
+        if held:
+            # States, what a teacher said, and the prefix, which is published.
+            for path in folder.run.glob(f"*{ENDING}"):
+                path.unlink(missing_ok=True)
+            if status != "succeeded":
+                remove_checkpoints(folder)
+            # Last: whoever has no inputs is not looked at again.
+            if folder.inputs.exists():
+                shutil.rmtree(folder.inputs)
+            return True
+    return False
+
+
+def _with_inputs(data: DataFolder) -> list[str]:
+    """The ids of jobs that have not been cleared."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(data.jobs) as entries:
+        return [entry.name for entry in entries if is_job_id(entry.name) and Path(entry.path, "inputs").exists()]
+    return []
+
+
+def forget_oldest(data: DataFolder, jobs: JobQueue, files: FileStore, keep: int) -> list[str]:
+    """Delete the oldest jobs of owners with too many that have ended, with their metrics; models stay.
+
+    Args:
+        data: Where their folders are.
+        jobs: All jobs.
+        files: Where their metrics are.
+        keep: Most jobs of an owner that have ended.
+
+    Returns:
+        The ids of those that are gone.
+
+    Raises:
+        QueueUnavailableError: The database cannot be reached.
+    """
+    ended, oldest, seen = Counter[str](), list[Job](), set[str]()
+    for state in jobs.each():
+        job = state.job
+        # Where jobs are added meanwhile, some are read twice.
+        if state.status in ENDED and job.id not in seen:
+            seen.add(job.id)
+            ended[job.owner] += 1
+            if ended[job.owner] > keep:
+                oldest.append(job)
+    for job in oldest:
+        # The job itself comes last: after a kill in between it is deleted again.
+        remove_job_folder(data, job.id)
+        with contextlib.suppress(UnknownFileError, OSError):
+            files.delete(job.owner, result_file_id(job.id))
+        jobs.delete(job.id)
+    return [job.id for job in oldest]
