@@ -119,13 +119,16 @@ NAMED = {
 """Beginnings of paths -> what follows."""
 
 
+BOUNDARY = "boundary-1"
+
+
 def form(purpose: str, name: str, content: str) -> bytes:
-    """The body of an upload; its boundary is B."""
+    """The body of an upload."""
     parts = (
         f'Content-Disposition: form-data; name="purpose"\r\n\r\n{purpose}',
         f'Content-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n{content}',
     )
-    return "".join(f"--B\r\n{part}\r\n" for part in parts).encode() + b"--B--\r\n"
+    return "".join(f"--{BOUNDARY}\r\n{part}\r\n" for part in parts).encode() + f"--{BOUNDARY}--\r\n".encode()
 
 
 def close(schema: Any) -> None:
@@ -221,7 +224,7 @@ def test_real_responses_match_the_document(document: dict[str, Any], server: Liv
     check("POST", "/admin/reload", 200, {})
 
     rows = "".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}) + "\n" for n in range(9))
-    multipart = {"Content-Type": "multipart/form-data; boundary=B"}
+    multipart = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     for purpose, name, content in (("document", "a.md", "Some words."), ("fine-tune", "a.jsonl", rows)):
         check("POST", "/v1/files", 200, form(purpose, name, content), **multipart)
         uploaded = answers[-1]["id"]

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import json
 import os
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import openai
 import pytest
 
 from asgi_client import Response, bearer, send
+from prefixtune.jobs.files import Upload
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
 ROWS = b"".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}).encode() + b"\n" for n in range(50))
+BOUNDARY = "boundary-1"
 DISPOSITION = 'Content-Disposition: form-data; name="{name}"'
 
 
@@ -37,15 +41,15 @@ def ask(app: Any, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], key: str
 
 def part(name: str, data: bytes, *, filename: str | None = None, headers: str = "") -> bytes:
     disposition = DISPOSITION.format(name=name) + (f'; filename="{filename}"' if filename is not None else "")
-    return f"--B\r\n{disposition}\r\n{headers}\r\n".encode() + data + b"\r\n"
+    return f"--{BOUNDARY}\r\n{disposition}\r\n{headers}\r\n".encode() + data + b"\r\n"
 
 
 PURPOSE = part("purpose", b"fine-tune")
 FILE = part("file", ROWS, filename="rows.jsonl")
-END = b"--B--\r\n"
+END = f"--{BOUNDARY}--\r\n".encode()
 
 
-def post(app: Any, body: bytes, boundary: str = "B", **headers: str) -> Response:
+def post(app: Any, body: bytes, boundary: str = BOUNDARY, **headers: str) -> Response:
     kind = f"multipart/form-data; boundary={boundary}"
     return asyncio.run(send(app, "POST", "/v1/files", body, headers={"content-type": kind, **headers}))
 
@@ -89,7 +93,7 @@ def test_the_file_may_come_before_its_purpose_and_in_any_pieces(app: Any, tmp_pa
 
     async def work() -> httpx2.Response:
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as client:
-            headers = {"content-type": "multipart/form-data; boundary=B"}
+            headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
             return await client.post("http://127.0.0.1:8000/v1/files", content=pieces(), headers=headers)
 
     assert asyncio.run(work()).json()["prefixtune"]["rows"] == 50
@@ -129,7 +133,7 @@ def test_a_wrong_row_is_named_and_its_file_is_kept_for_reading(app: Any, tmp_pat
         (part("expires_after", b"") * 1000 + END, 400, "do not expire"),
         (PURPOSE + part("file", b"a", filename="a", headers="X: y\r\n" * 3000) + END, 400, ""),
         (PURPOSE + part("file", b"a", filename="a", headers="X" * 9000 + ": y\r\n") + END, 400, ""),
-        (b"--B\r\n\r\nno headers\r\n--B--\r\n", 400, "has no name"),
+        (f"--{BOUNDARY}\r\n\r\nno headers\r\n".encode() + END, 400, "has no name"),
     ],
 )
 def test_forms_that_are_wrong_leave_nothing(
@@ -145,9 +149,9 @@ def test_forms_that_are_wrong_leave_nothing(
 def test_other_content_types_are_refused(app: Any, tmp_path: Path) -> None:
     response = asyncio.run(send(app, "POST", "/v1/files", {"purpose": "fine-tune"}))
     assert (response.status, response.code) == (415, "unsupported_media_type")
-    for boundary in ("", "x" * 200):
+    for boundary in ("", "x" * 71, "x" * 7):
         assert post(app, PURPOSE + FILE + END, boundary=boundary).status == 400
-    assert post(app, PURPOSE + FILE + END, boundary="C").status == 400
+    assert post(app, PURPOSE + FILE + END, boundary="12345678").status == 400
     assert stored(tmp_path) == []
 
 
@@ -229,13 +233,54 @@ def test_a_client_that_disconnects_leaves_nothing(app: Any, tmp_path: Path) -> N
     async def ignore(_: Any) -> None:
         pass
 
-    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=B")]
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", f"multipart/form-data; boundary={BOUNDARY}".encode())]
     scope = {
         "type": "http", "method": "POST", "path": "/v1/files", "raw_path": b"/v1/files", "query_string": b"",
         "headers": headers, "root_path": "", "client": ("127.0.0.1", 1),
     }  # fmt: skip
     asyncio.run(app(scope, receive, ignore))
     assert [len(names) for names in seen] == [1, 1]
+    assert stored(tmp_path) == []
+
+
+def test_no_other_request_waits_for_a_slow_disk(app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, began = threading.Event(), threading.Event()
+    append = Upload._append
+
+    def slow(upload: Upload, data: bytes) -> None:
+        began.set()
+        assert release.wait(20)
+        append(upload, data)
+
+    async def work() -> tuple[Response, Response]:
+        kind = f"multipart/form-data; boundary={BOUNDARY}"
+        sending = asyncio.ensure_future(
+            send(app, "POST", "/v1/files", PURPOSE + FILE + END, headers={"content-type": kind})
+        )
+        assert await asyncio.to_thread(began.wait, 20)
+        other = await send(app, "GET", "/v1/files")
+        release.set()
+        return other, await sending
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Upload, "_append", slow)
+        other, made = asyncio.run(work())
+    assert (other.status, other.json["data"], made.status) == (200, [], 200)
+
+
+def test_a_body_that_stops_while_it_is_written_leaves_nothing(
+    make_server: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, _ = make_server(deadline=0.5)
+    append = Upload._append
+
+    def slow(upload: Upload, data: bytes) -> None:
+        time.sleep(1.0)
+        append(upload, data)
+
+    monkeypatch.setattr(Upload, "_append", slow)
+    response = post(app, PURPOSE + part("file", ROWS * 200, filename="rows.jsonl") + END)
+    assert (response.status, response.code) == (408, "body_timeout")
     assert stored(tmp_path) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -73,7 +74,7 @@ async def receive_body(
 
     Args:
         request: Whose body.
-        write: Takes a chunk, of at most 64 KiB.
+        write: Takes a chunk, of at most 64 KiB; what it returns is awaited, if it can be.
         limit: Most bytes; a larger body is refused before any of it is read, if its header says so.
         seconds: Time for all of it.
         chunk_seconds: Time for each chunk.
@@ -95,7 +96,11 @@ async def receive_body(
                 size += len(chunk)
                 if size > limit:
                     raise _body_too_large(limit)
-                write(chunk)
+                written = write(chunk)
+                if inspect.isawaitable(written):
+                    # The disk's time is not the client's.
+                    timer.reschedule(end)
+                    await written
                 timer.reschedule(min(end, clock() + chunk_seconds))
     except TimeoutError:
         if not timer.expired():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Response
@@ -40,6 +41,8 @@ router = api_router(401, 403, 404, 500, 503)
 _PATH = "/v1/files/{file_id}"
 _FIELDS = ("purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]")
 _MOST_LISTED = 10_000
+_PIECE = 2**18
+"""Bytes of an upload that a thread reads at once."""
 _PURPOSE = parameter("purpose", "Of the files.", type="string")
 _CONTENT: dict[int | str, Any] = {
     200: {"content": {"application/octet-stream": {"schema": {}}}, "description": "The file, as it was uploaded."}
@@ -153,10 +156,12 @@ async def _store(context: RequestContext, training: Training) -> StoredFile:
         upload = await asyncio.to_thread(training.files.open_upload, context.caller.name, limits=limits)
         try:
             form = FormReader(context.request, _FIELDS, "file", _Target(upload))
+            pieces = _Pieces(context, form)
             limit, chunk_seconds = limits.max_bytes + FORM_OVERHEAD, config.client_timeout
             await receive_body(
-                context.request, form.feed, limit=limit, seconds=config.deadline, chunk_seconds=chunk_seconds
+                context.request, pieces.write, limit=limit, seconds=config.deadline, chunk_seconds=chunk_seconds
             )
+            await pieces.flush()
             form.close()
             if upload.purpose is None:
                 raise bad_request("the field 'purpose' is missing.", "purpose", hint=_purposes())
@@ -169,6 +174,25 @@ async def _store(context: RequestContext, training: Training) -> StoredFile:
     except OSError as error:
         context.log_fields["storage_error"] = str(error)
         raise storage_error(error, "the file", "the data folder") from None
+
+
+class _Pieces:
+    """Reads a form in threads, piece by piece in their order: no other request waits for its parser or the disk."""
+
+    def __init__(self, context: RequestContext, form: FormReader) -> None:
+        self._context, self._form = context, form
+        self._pending = bytearray()
+
+    async def write(self, chunk: bytes) -> None:
+        """Take a chunk; small ones are read together."""
+        self._pending += chunk
+        if len(self._pending) >= _PIECE:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Read what has come; when this returns or raises, no thread uses the form any more."""
+        piece, self._pending = bytes(self._pending), bytearray()
+        await self._context.training.look(partial(self._form.feed, piece), self._context.tenant)
 
 
 class _Target:

@@ -21,6 +21,8 @@ FORM_OVERHEAD = 2**16
 # It would write a line on whatever anybody sends; whoever sent it is told.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 _MAX_PARTS = 16
+_MIN_BOUNDARY, _MAX_BOUNDARY = 8, 70
+"""Longer ones are not allowed; shorter ones, which no usual client sends, take long to tell from the file."""
 _MAX_HEADER_BYTES = 2**13
 """Of one part, all headers together."""
 _MAX_FIELD_BYTES = 2**10
@@ -183,6 +185,7 @@ def _boundary(request: Request) -> bytes:
         message = f"the content type is {kind.decode('utf-8', 'replace')[:80]!r}, but must be multipart/form-data."
         raise ApiError(415, message, code="unsupported_media_type")
     boundary = options.get(b"boundary", b"")
-    if not 0 < len(boundary) <= 70:
-        raise bad_request("the content type names no boundary of 1 to 70 characters.", code="invalid_form")
+    if not _MIN_BOUNDARY <= len(boundary) <= _MAX_BOUNDARY:
+        message = f"the content type names no boundary of {_MIN_BOUNDARY} to {_MAX_BOUNDARY} characters."
+        raise bad_request(message, code="invalid_form")
     return boundary
