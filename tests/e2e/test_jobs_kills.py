@@ -15,7 +15,7 @@ from live_server import make_model
 
 def test_jobs_survive_kills_of_server_and_worker(tmp_path: Path) -> None:
     model = make_model(tmp_path / "tiny-chat")
-    plan = Plan(jobs=6, kills=6, steps=(40, 80), targets=("worker", "worker", "both"), outage_seconds=0.0)
+    plan = Plan(jobs=3, kills=3, steps=(40, 60), targets=("worker", "worker", "both"), outage_seconds=0.0)
     outcome = run(plan, model, tmp_path / "service", print)
     print(json.dumps(outcome.report()))
     assert outcome.faults == []

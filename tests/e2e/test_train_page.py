@@ -67,13 +67,13 @@ def says(page: Browser, element: str, words: str) -> None:
 
 
 def click(page: Browser, element: str, words: str = "") -> None:
-    """Click on an element, or on the button in it that says something."""
-    inside = f".querySelectorAll('button')].find((one) => one.textContent.startsWith('{words}')).click()"
-    page.value(
-        f"[...document.getElementById('{element}'){inside}"
-        if words
-        else f"document.getElementById('{element}').click()"
-    )
+    """Click on an element, or on the button in it that says something, as soon as it is there."""
+    found = f"document.getElementById('{element}')"
+    if words:
+        buttons = f"[...{found}.querySelectorAll('button')]"
+        found = f"{buttons}.find((one) => one.textContent.startsWith('{words}'))"
+    page.until(f"Boolean({found})")
+    page.value(f"{found}.click()")
 
 
 def give(page: Browser, name: str, content: str, field: str = "file") -> None:

@@ -15,6 +15,8 @@ from prefixtune.data import streams
 from prefixtune.data.files import read_file
 from prefixtune.data.tasks.records import read_records
 from prefixtune.errors import DataError
+from prefixtune.jobs.files import FileLimits, FileStore, StoredFile
+from prefixtune.jobs.folder import DataFolder
 
 
 def write_parquet(path: Path) -> None:
@@ -62,3 +64,18 @@ def test_parquet_may_be_gzipped(tmp_path: Path) -> None:
     assert [row.values for row in read_file(tmp_path / "a.parquet.gz")] == [
         row.values for row in read_file(tmp_path / "a.parquet")
     ]
+
+
+def test_an_uploaded_file_to_train_on(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a b", "c d"]}), tmp_path / "a.parquet")
+    store = FileStore(DataFolder(tmp_path / "data"))
+
+    def put(data: bytes) -> StoredFile:
+        with store.open_upload("ann", "a.parquet", "fine-tune", limits=FileLimits()) as upload:
+            upload.write(data)
+            return upload.finish()
+
+    facts = put((tmp_path / "a.parquet").read_bytes()).facts
+    assert facts is not None
+    assert (facts.form, facts.rows) == ("text", 2)
+    assert put(b"PAR1 and no more").status_details.startswith("a.parquet is not a complete Parquet file")

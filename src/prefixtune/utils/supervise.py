@@ -20,7 +20,12 @@ from types import FrameType
 __all__ = ["main", "supervise"]
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    # Some systems have only the first two.
+    if hasattr(signal, name)
+)
 _POLL_SECONDS = 0.2
 _MAX_PAUSE = 60.0
 """Longest pause before a program that ended is started again."""

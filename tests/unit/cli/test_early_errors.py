@@ -12,7 +12,7 @@ import torch
 import prefixtune.backbone.load
 import prefixtune.studies.cell
 import prefixtune.studies.data
-import prefixtune.training.train
+import prefixtune.training.opening
 from prefixtune.cli.main import command_options, main
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.artifact import save_prefix
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def loaded(*given: Any, **more: Any) -> Any:
         pytest.fail("the backbone was loaded")
 
-    for module in (prefixtune.backbone.load, prefixtune.training.train, prefixtune.studies.data):
+    for module in (prefixtune.backbone.load, prefixtune.training.opening, prefixtune.studies.data):
         monkeypatch.setattr(module, "load_backbone", loaded)
     monkeypatch.setattr(prefixtune.studies.cell, "train", loaded)
     monkeypatch.chdir(tmp_path)
@@ -170,6 +170,8 @@ MISTAKES = [
     ("serve --backbone model --prefixes nowhere", "there is no folder"),
     ("serve --backbone model --port 99999", "99999"),
     ("serve --config nowhere.toml", "nowhere.toml"),
+    ("worker --backbone model --prefixes nowhere", "there is no folder"),
+    ("jobs list --url nowhere", "--url is 'nowhere'"),
     # study, report, score
     (STUDY + "--dev nowhere.jsonl --sizes 0", "nowhere.jsonl does not exist"),
     ("study length --backbone model --task toy --train train --dev held_out --sizes 0", "no test data"),
@@ -259,7 +261,7 @@ def test_train_says_that_it_loads_when_it_does(
     def load(*_: Any, **__: Any) -> Any:
         raise ConfigError("it was about to load.")
 
-    monkeypatch.setattr(prefixtune.training.train, "load_backbone", load)
+    monkeypatch.setattr(prefixtune.training.opening, "load_backbone", load)
     for more, shown in (((), 1), (("--quiet",), 0), (("--json",), 0)):
         assert main([*words, "--train", "rows.jsonl", "--output", "b", *more]) == 2
         captured = capsys.readouterr().err

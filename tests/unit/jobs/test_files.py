@@ -91,16 +91,6 @@ def test_forms_of_data(
     assert bool(store.sample("ann", stored.id)) == bool(form)
 
 
-def test_parquet(put: Put, tmp_path: Path) -> None:
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(arrow.table({"text": ["a b", "c d"]}), tmp_path / "a.parquet")
-    facts = put((tmp_path / "a.parquet").read_bytes(), "a.parquet").facts
-    assert facts is not None
-    assert (facts.form, facts.rows) == ("text", 2)
-    broken = put(b"PAR1 and no more", "a.parquet")
-    assert broken.status_details.startswith("a.parquet is not a complete Parquet file")
-
-
 @pytest.mark.parametrize(
     ("filename", "data", "message"),
     [

@@ -9,12 +9,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import Field
 
 from prefixtune.cli.options import ConfigOptions, command
-from prefixtune.errors import PrefixError
+from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.jobs.config import WORKER_ENVIRONMENT, WorkerConfig
 from prefixtune.server.logs import configure_logging
 from prefixtune.utils.config import Layer
@@ -57,6 +58,11 @@ def worker(options: WorkerOptions) -> int:
     if options.print_config:
         print(config.to_toml().rstrip())
         return 0
+    if not Path(config.prefixes).is_dir():
+        raise ConfigError(
+            f"there is no folder of prefixes {config.prefixes!r}.",
+            hint="name the one that the server serves: results are put there.",
+        )
     with needs_extra("serve", "a worker"):
         import dbos  # noqa: F401
     configure_logging(config.log_level)
