@@ -68,9 +68,9 @@ def names(folder: DataFolder) -> list[str]:
     [
         ("a.jsonl", rows(3), "prompt", (3, 3, 3), ".jsonl"),
         ("A.JSONL", rows(3), "prompt", (3, 3, 3), ".jsonl"),
-        ("a.jsonl.gz", gzip.compress(rows(3)), "prompt", (3, 3, 3), ".jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(rows(3), mtime=0), "prompt", (3, 3, 3), ".jsonl.gz"),
         ("upload", rows(3), "prompt", (3, 3, 3), ".jsonl"),
-        ("upload", gzip.compress(rows(3)), "prompt", (3, 3, 3), ".jsonl.gz"),
+        ("upload", gzip.compress(rows(3), mtime=0), "prompt", (3, 3, 3), ".jsonl.gz"),
         ("chat.json", json.dumps([CHAT, CHAT]).encode(), "messages", (2, 1, 2), ".json"),
         ("a.csv", b"question,answer\nWhy?,So.\nWhy?,Because.\n", "question", (2, 1, 2), ".csv"),
         ("upload", b"text\tlabel\nfine\tgood\n", "label", (1, 1, 1), ".tsv"),
@@ -96,7 +96,7 @@ def test_forms_of_data(
     [
         ("a.jsonl", rows(7000) + b'{"prompt": "no answer"}\n' + rows(10), "a.jsonl, line 7001: there is no column"),
         ("a.jsonl", rows(7000) + b"{no JSON\n", "a.jsonl, line 7001, column 2: not JSON"),
-        ("a.jsonl.gz", gzip.compress(rows(50))[:-20], "a.jsonl.gz is a broken gzip file"),
+        ("a.jsonl.gz", gzip.compress(rows(50), mtime=0)[:-20], "a.jsonl.gz is a broken gzip file"),
         ("a.jsonl", b"\n\n", "a.jsonl is empty; at least one row is needed."),
         ("a.csv", b"question,answer\nWhy?\n", "a.csv, line 2 has 1 fields; the header has 2"),
         ("a.csv", b"food,price\nsoup,3\n", "a.csv, line 2 has the columns food, price"),
