@@ -52,6 +52,7 @@ def start(data: DataFolder, model: Path, tmp_path: Path) -> Iterator[Callable[..
 
     def make(*options: str, **settings: Any) -> Worker:
         settings = {"stdout": subprocess.DEVNULL, **settings}
+        (tmp_path / "prefixes").mkdir(exist_ok=True)
         workers.append(start_worker(data, model, tmp_path / "prefixes", *options, **settings))
         return workers[-1]
 

@@ -188,7 +188,14 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     made: list[Any] = []
     monkeypatch.setattr(training_worker.TrainingWorker, "start", lambda self: made.append(self))
     url = "postgresql://me:secret@db/jobs"
-    config = ServeConfig(database_url=url, data_folder=str(tmp_path), train_threads=3, train_nice=7, cache_mib=77)
+    config = ServeConfig(
+        database_url=url,
+        data_folder=str(tmp_path),
+        prefixes=str(tmp_path),
+        train_threads=3,
+        train_nice=7,
+        cache_mib=77,
+    )
     training = Training(config, is_open=True)
     assert start_worker(ServeConfig(train_workers=0, database_url=url), training) is None
     assert start_worker(config, None) is None
