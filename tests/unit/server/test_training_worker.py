@@ -225,7 +225,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     ):
         assert getattr(read, name) == getattr(config, name)
     assert (read.threads, read.nice, read.idle_seconds) == (3, 7, config.train_idle_seconds)
-    assert read.prefixes == str(Path("prefixes").absolute())
+    assert read.prefixes == str(tmp_path)
 
 
 def test_no_database_is_made_to_look_for_jobs(tmp_path: Path) -> None:
