@@ -87,7 +87,7 @@ class JobWatcher(_Watcher):
             if self._queue is None:
                 migrate(self._url)
                 self._queue = JobQueue(self._url)
-            found = self._queue.find(limit=10_000)
+            found = list(self._queue.iterate())
         except PrefixError:
             return
         for state in found:

@@ -17,7 +17,7 @@ from prefixtune.training.folder import Event
 from prefixtune.training.runs import Run
 from prefixtune.utils.locks import acquire_lock
 
-__all__ = ["ActiveJob", "Ticket", "hold_folder"]
+__all__ = ["ActiveJob", "Claim", "hold_folder"]
 
 
 _MOST_STEPS_TOLD = 2000
@@ -33,7 +33,7 @@ _LOCK = ".lock"
 
 
 @dataclass(eq=False)
-class Ticket:
+class Claim:
     """A claim of a job, which waits for the job's end.
 
     Attributes:
@@ -67,7 +67,7 @@ class ActiveJob:
     """A job whose run is open.
 
     Args:
-        ticket: Who waits for it.
+        claim: Who waits for it.
         folder: Its folder, which is held.
         run: Ready or resumed.
         events: What its owner sees.
@@ -75,13 +75,13 @@ class ActiveJob:
         holding: Lets the folder go.
 
     Attributes:
-        tickets: All who wait for it.
+        claims: All who wait for it.
         is_suspicious: Workers have ended while they trained it.
     """
 
     def __init__(
         self,
-        ticket: Ticket,
+        claim: Claim,
         folder: JobFolder,
         run: Run,
         events: JobEvents,
@@ -89,7 +89,7 @@ class ActiveJob:
         closing: contextlib.ExitStack,
         holding: contextlib.ExitStack,
     ) -> None:
-        self.job, self.tickets = ticket.job, [ticket]
+        self.job, self.claims = claim.job, [claim]
         self.folder, self.run, self.events = folder, run, events
         self._closing, self._holding = closing, holding
         self.is_suspicious = num_attempts(folder) > SUSPICIOUS_ATTEMPTS
@@ -226,7 +226,7 @@ class ActiveJob:
         """Close the run's log and trackers; the folder is still held."""
         self._closing.close()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Close the run, and let others have the folder."""
         self._closing.close()
         self._holding.close()

@@ -25,14 +25,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def is_foreseen(error: BaseException) -> bool:
     """Whether the message says all; of another error the worker's log needs the traceback."""
-    return isinstance(error, PrefixError | JobFailedError) or _is_out_of_memory(error) or _lacks_space(error)
+    return isinstance(error, PrefixError | JobFailedError) or _is_out_of_memory(error) or _is_out_of_space(error)
 
 
 def describe_failure(error: BaseException, folder: JobFolder) -> JobError:
     """What a job's owner is told of the error that ended it."""
     if isinstance(error, JobFailedError):
         return error.error
-    if _lacks_space(error):
+    if _is_out_of_space(error):
         return JobError(code="no_space", message="the disk of the training service is full; try again later.")
     if _is_out_of_memory(error):
         message = "a training step needs more memory than there is; choose a smaller batch_size or shorter examples."
@@ -60,7 +60,7 @@ def _without_paths(message: str, folder: JobFolder) -> str:
     return message[:_LONGEST]
 
 
-def _lacks_space(error: BaseException) -> bool:
+def _is_out_of_space(error: BaseException) -> bool:
     return any(isinstance(one, OSError) and one.errno in _NO_SPACE for one in _causes(error))
 
 

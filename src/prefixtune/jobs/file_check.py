@@ -202,7 +202,7 @@ class _GrowingFile:
             self._done.wait(_POLLING_SECONDS)
 
 
-def _step_back() -> None:
+def _lower_priority() -> None:
     """Leave the processor to others, and bound the memory, where the system can."""
     with contextlib.suppress(AttributeError, OSError):
         os.nice(10)
@@ -216,7 +216,7 @@ def _step_back() -> None:
 
 def main() -> None:
     """Read a task from standard input and check its file; the end of the input is the end of the file."""
-    _step_back()
+    _lower_priority()
     task, done = json.loads(sys.stdin.buffer.readline()), threading.Event()
     path = Path(task["path"])
 

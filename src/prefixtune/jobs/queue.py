@@ -230,7 +230,7 @@ class JobQueue:
             raise RequestError(f"there is no job {job_id[:64]!r}.", hint="list the jobs first.")
         return _state(found[0])
 
-    def each(self, owner: str | None = None) -> Iterator[JobState]:
+    def iterate(self, owner: str | None = None) -> Iterator[JobState]:
         """The jobs of an owner, or of all, the newest first; read as far as they are asked for."""
         return map(_state, self._iterate(user=owner, sort_desc=True))
 
@@ -246,47 +246,11 @@ class JobQueue:
                 jobs.append(UnfinishedJob(job.workflow_id, job.authenticated_user or "", name, status))
         return jobs
 
-    def find(
-        self,
-        owner: str | None = None,
-        *,
-        statuses: Sequence[JobStatus] | None = None,
-        name: str | None = None,
-        limit: int = 20,
-        offset: int = 0,
-    ) -> list[JobState]:
-        """Jobs, the newest first.
-
-        Args:
-            owner: Whose; None: everybody's.
-            statuses: Where they stand; None: anywhere.
-            name: Those that are served as this; None: any.
-            limit: Most jobs.
-            offset: Jobs to leave out first.
-        """
-        found: list[JobState] = []
-        wanted = None if statuses is None else {name for status in statuses for name in _WORKFLOW_STATES[status]}
-        query: dict[str, Any] = {"user": owner, "sort_desc": True}
-        if wanted is not None:
-            query["status"] = sorted(wanted)
-        # The database tells neither paused from cancelled jobs nor, if it is SQLite, names.
-        for workflow in self._iterate(**query):
-            state = _state(workflow)
-            if (statuses is None or state.status in statuses) and name in (None, state.job.name):
-                found.append(state)
-            if len(found) >= offset + limit:
-                break
-        return found[offset:]
-
     def has_work(self, backbone: str) -> bool:
         """Whether jobs of a backbone wait or run."""
         active = [*_WORKFLOW_STATES["queued"], *_WORKFLOW_STATES["running"]]
         found = self._list(queue_name=queue_name(backbone), status=active, limit=1, load_input=False, load_output=False)
         return bool(found)
-
-    def count_unfinished(self, owner: str) -> int:
-        """Jobs of an owner that wait, run or are paused."""
-        return len(self.find(owner, statuses=UNFINISHED, limit=1_000_000))
 
     def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
         """Where jobs stand; those that do not exist are left out."""

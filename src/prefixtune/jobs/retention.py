@@ -86,7 +86,7 @@ def forget_oldest(data: DataFolder, jobs: JobQueue, files: FileStore, keep: int)
         QueueUnavailableError: The database cannot be reached.
     """
     ended, oldest, seen = Counter[str](), list[Job](), set[str]()
-    for state in jobs.each():
+    for state in jobs.iterate():
         job = state.job
         # Where jobs are added meanwhile, some are read twice.
         if state.status in ENDED and job.id not in seen:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.active import ActiveJob, Ticket, hold_folder
+from prefixtune.jobs.active import ActiveJob, Claim, hold_folder
 from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, count_attempt, forget_attempts, num_attempts
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.executor import JobFailedError
@@ -67,8 +67,8 @@ class Trainer:
     ) -> None:
         self._data, self._load, self._publish, self._unpublish = data, load, publish, unpublish
         self._statuses, self._capacity = statuses, capacity
-        self._submitted = queue.SimpleQueue[Ticket]()
-        self._waiting: list[Ticket] = []
+        self._submitted = queue.SimpleQueue[Claim]()
+        self._waiting: list[Claim] = []
         self._active: dict[Run, ActiveJob] = {}
         # Trained; published once the database says that they still run.
         self._trained: list[tuple[float, ActiveJob]] = []
@@ -86,10 +86,10 @@ class Trainer:
         Raises:
             JobFailedError: It failed, or it was stopped, so that nobody asks for its result any more.
         """
-        ticket = Ticket(job)
-        self._submitted.put(ticket)
+        claim = Claim(job)
+        self._submitted.put(claim)
         # As long as training takes; a worker that ends lets the process end without an answer.
-        return ticket.future.result()
+        return claim.future.result()
 
     @property
     def is_idle(self) -> bool:
@@ -110,7 +110,7 @@ class Trainer:
         busy = time.monotonic()
         while not stop.is_set():
             self._take_submitted()
-            self._heed_statuses()
+            self._apply_statuses()
             self._open_waiting(stop)
             self._publish_trained()
             if self._active:
@@ -144,27 +144,27 @@ class Trainer:
         backbone, group = self._loaded()
         # Rows of such a backbone cannot be packed, so that its runs share no pass.
         capacity = self._capacity if backbone.layout.packable else 1
-        for ticket in list(self._waiting):
+        for claim in list(self._waiting):
             if stop.is_set():
                 return
-            same = next((one for one in self._all_open() if one.job.id == ticket.job.id), None)
+            same = next((one for one in self._all_open() if one.job.id == claim.job.id), None)
             if same is not None:
                 # Paused and resumed, or taken over, before anybody here noticed.
-                same.tickets.append(ticket)
-            elif len(self._active) >= capacity or not self._may_join(ticket):
+                same.claims.append(claim)
+            elif len(self._active) >= capacity or not self._may_join(claim):
                 continue
-            elif not self._open(ticket, backbone, group, stop):
+            elif not self._open(claim, backbone, group, stop):
                 self._next_try = time.monotonic() + _RETRY_SECONDS
                 continue
-            self._waiting.remove(ticket)
+            self._waiting.remove(claim)
 
-    def _may_join(self, ticket: Ticket) -> bool:
+    def _may_join(self, claim: Claim) -> bool:
         """Whether a job may train beside the others: one that may kill its worker waits until they have saved.
 
         Otherwise those that it takes with it would be suspected as well.
         """
         unsaved = [active for active in self._active.values() if not active.got_further]
-        is_suspicious = num_attempts(self._data.job(ticket.job.id)) >= SUSPICIOUS_ATTEMPTS
+        is_suspicious = num_attempts(self._data.job(claim.job.id)) >= SUSPICIOUS_ATTEMPTS
         return not (unsaved and (is_suspicious or any(active.is_suspicious for active in unsaved)))
 
     def _all_open(self) -> list[ActiveJob]:
@@ -176,14 +176,14 @@ class Trainer:
             self._group = RunGroup(self._backbone, (Exception,))
         return self._backbone, self._group
 
-    def _open(self, ticket: Ticket, backbone: Backbone, group: RunGroup, stop: threading.Event) -> bool:
+    def _open(self, claim: Claim, backbone: Backbone, group: RunGroup, stop: threading.Event) -> bool:
         """Let a job join the group, or fail; False: somebody else still holds it, or it is to be left."""
-        job = ticket.job
+        job = claim.job
         folder = self._data.job(job.id)
         events = JobEvents(folder)
 
         def preparing(what: str, done: int, total: int | None) -> None:
-            if stop.is_set() or self._is_lost(ticket, self._statuses.latest):
+            if stop.is_set() or self._is_stale(claim, self._statuses.latest):
                 raise _LeftError
             if total:
                 events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
@@ -197,15 +197,13 @@ class Trainer:
                 count_attempt(folder)
                 with contextlib.ExitStack() as closing:
                     run = closing.enter_context(open_job(job, folder, backbone, preparing))
-                    active = ActiveJob(
-                        ticket, folder, run, events, closing=closing.pop_all(), holding=holding.pop_all()
-                    )
+                    active = ActiveJob(claim, folder, run, events, closing=closing.pop_all(), holding=holding.pop_all())
             except _LeftError:
                 # Its claim holds no more, which is seen next, or this worker ends.
                 forget_attempts(folder)
                 return False
             except Exception as error:
-                self._end_failed(job, [ticket], folder, events, error)
+                self._end_failed(job, [claim], folder, events, error)
                 return True
         self._active[run] = active
         group.add(run)
@@ -225,7 +223,7 @@ class Trainer:
                 ended.append(run)
         for run, active in list(self._active.items()):
             if run in group.runs:
-                with _noting(run, failed):
+                with _collecting(run, failed):
                     active.save_if_due()
         failed += group.failed
         group.failed.clear()
@@ -238,7 +236,7 @@ class Trainer:
                 self._end_run(self._active.pop(run))
 
     def _recorded(self, run: Run, event: Event, failed: list[tuple[Run, Exception]]) -> bool:
-        with _noting(run, failed):
+        with _collecting(run, failed):
             self._active[run].record(event)
             return True
         return False
@@ -255,34 +253,34 @@ class Trainer:
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
-    def _heed_statuses(self) -> None:
+    def _apply_statuses(self) -> None:
         """Leave jobs that are paused or cancelled; take back what was published just too late."""
-        watched = {active.job.id for active in self._all_open()} | {ticket.job.id for ticket in self._waiting}
+        watched = {active.job.id for active in self._all_open()} | {claim.job.id for claim in self._waiting}
         self._statuses.watch(watched | self._published.keys(), at_once=self._ask_now)
         self._ask_now = False
         if self._statuses.latest is self._seen:
             return
         report = self._seen = self._statuses.latest
-        for ticket in [one for one in self._waiting if self._is_lost(one, report)]:
-            self._waiting.remove(ticket)
-            _end_stopped([ticket])
+        for claim in [one for one in self._waiting if self._is_stale(one, report)]:
+            self._waiting.remove(claim)
+            _end_stopped([claim])
         for active in self._all_open():
-            lost = [ticket for ticket in active.tickets if self._is_lost(ticket, report)]
-            if len(lost) == len(active.tickets):
+            lost = [claim for claim in active.claims if self._is_stale(claim, report)]
+            if len(lost) == len(active.claims):
                 self._stop(active, report.statuses.get(active.job.id))
             elif lost:
-                active.tickets = [ticket for ticket in active.tickets if ticket not in lost]
+                active.claims = [claim for claim in active.claims if claim not in lost]
                 _end_stopped(lost)
         for job_id, (since, job) in list(self._published.items()):
             if job_id in report.job_ids and since <= report.asked:
-                self._settle(job, report.statuses.get(job_id))
+                self._confirm_end(job, report.statuses.get(job_id))
 
-    def _is_lost(self, ticket: Ticket, report: StatusReport) -> bool:
+    def _is_stale(self, claim: Claim, report: StatusReport) -> bool:
         """Whether a claim holds no more: then a resumed job is another claim's."""
-        known = ticket.job.id in report.job_ids and ticket.submitted <= report.asked
-        return known and report.statuses.get(ticket.job.id) != "running"
+        known = claim.job.id in report.job_ids and claim.submitted <= report.asked
+        return known and report.statuses.get(claim.job.id) != "running"
 
-    def _settle(self, job: Job, status: JobStatus | None) -> None:
+    def _confirm_end(self, job: Job, status: JobStatus | None) -> None:
         """Forget a published job once its end is in the database."""
         if status == "running":
             return
@@ -304,7 +302,7 @@ class Trainer:
         elif status == "cancelled":
             self._tell(active, f"Training is cancelled at step {active.step}/{active.total_steps}.", key="cancelled")
         self._leave(active)
-        _end_stopped(active.tickets)
+        _end_stopped(active.claims)
         fields = {"job": active.job.id, "status": status or "deleted", "step": active.step}
         _log.info("job_stopped", extra={"fields": fields})
 
@@ -347,23 +345,23 @@ class Trainer:
                 continue
             self._published[job.id] = time.monotonic(), job
             _close(active)
-            for ticket in active.tickets:
-                ticket.future.set_result(result)
+            for claim in active.claims:
+                claim.future.set_result(result)
             _log.info("job_succeeded", extra={"fields": {"job": job.id, "model": job.name, "steps": result.steps}})
 
     def _fail(self, active: ActiveJob, error: Exception) -> None:
         _close(active)
-        self._end_failed(active.job, active.tickets, active.folder, active.events, error)
+        self._end_failed(active.job, active.claims, active.folder, active.events, error)
 
     def _end_failed(
-        self, job: Job, tickets: list[Ticket], folder: JobFolder, events: JobEvents, error: Exception
+        self, job: Job, claims: list[Claim], folder: JobFolder, events: JobEvents, error: Exception
     ) -> None:
         """A job ends by an error of its own; its state is kept."""
         told = describe_failure(error, folder)
         with contextlib.suppress(PrefixError):
             events.add(f"The job has failed: {told.message}", level="error", key="failed")
-        for ticket in tickets:
-            ticket.future.set_exception(JobFailedError(told))
+        for claim in claims:
+            claim.future.set_exception(JobFailedError(told))
         fields = {"job": job.id, "code": told.code, "reason": str(error)}
         foreseen = is_foreseen(error)
         level = logging.WARNING if foreseen else logging.ERROR
@@ -372,19 +370,19 @@ class Trainer:
 
 def _close(active: ActiveJob) -> None:
     try:
-        active.let_go()
+        active.release()
     except Exception as error:
         _log.warning("close_failed", extra={"fields": {"job": active.job.id}}, exc_info=error)
 
 
-def _end_stopped(tickets: list[Ticket]) -> None:
+def _end_stopped(claims: list[Claim]) -> None:
     """End claims that hold no more: the database heeds none of what they say."""
-    for ticket in tickets:
-        ticket.future.set_exception(JobFailedError(JobError(code="stopped", message="the job was stopped.")))
+    for claim in claims:
+        claim.future.set_exception(JobFailedError(JobError(code="stopped", message="the job was stopped.")))
 
 
 @contextlib.contextmanager
-def _noting(run: Run, failed: list[tuple[Run, Exception]]) -> Iterator[None]:
+def _collecting(run: Run, failed: list[tuple[Run, Exception]]) -> Iterator[None]:
     """Note an error of a run instead of raising it."""
     try:
         yield

@@ -61,7 +61,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
     check_loadable(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
     data = DataFolder(Path(config.data_folder).absolute())
     url = config.database_url or data.database_url
-    _step_back(config)
+    _lower_priority(config)
     _make_folders(data)
     claim_folder(data, url)
     with contextlib.ExitStack() as stack:
@@ -119,12 +119,12 @@ def _work(
     ]
     ended = threading.Event()
     stack.callback(ended.set)
-    threading.Thread(target=_keep_house, args=(chores, ended), name="prefixtune-chores", daemon=True).start()
+    threading.Thread(target=_run_chores, args=(chores, ended), name="prefixtune-chores", daemon=True).start()
     trainer.work(stop, config.idle_seconds)
     _log_event("worker_stopping", worker_name=executor.name)
 
 
-def _step_back(config: WorkerConfig) -> None:
+def _lower_priority(config: WorkerConfig) -> None:
     """Leave the processor to others, take no more threads than wanted, and be the first that lack of memory ends."""
     if config.nice and hasattr(os, "nice"):
         os.nice(config.nice)
@@ -181,7 +181,7 @@ def _load(config: WorkerConfig) -> Any:
 # --- chores -----------------------------------------------------------------------------------------------------------
 
 
-def _keep_house(chores: list[tuple[float, Callable[[], object]]], ended: threading.Event) -> None:
+def _run_chores(chores: list[tuple[float, Callable[[], object]]], ended: threading.Event) -> None:
     """Do each of the chores at its interval, the first time at once."""
     due = [0.0] * len(chores)
     failing: set[int] = set()

@@ -26,7 +26,7 @@ from prefixtune.server.auth import Caller
 from prefixtune.server.limits import SharedCapacity
 from prefixtune.server.logs import log
 from prefixtune.server.responses import ApiError, unavailable
-from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.server.settings import ServeConfig
 from prefixtune.server.threads import FairThreads
 from prefixtune.utils.files import line_writer
 
@@ -106,10 +106,6 @@ class Training:
     def may_see(self, owner: str, caller: Caller) -> bool:
         """Whether somebody may see and change what belongs to an owner."""
         return owner == caller.name or self.sees_all(caller)
-
-    def limits_of(self, caller: Caller) -> KeyConfig:
-        """How much somebody may keep and ask for: `max_files`, `max_storage_mib`, `max_jobs`, `max_steps` ..."""
-        return caller.rules
 
     async def read(self, work: Callable[[], T], tenant: str) -> T:
         """Do something with an uploaded file that may take minutes, in a thread."""

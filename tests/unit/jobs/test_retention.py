@@ -99,7 +99,7 @@ def test_the_oldest_jobs_of_an_owner_that_have_ended_are_deleted(data: DataFolde
     assert forget_oldest(data, queue, files, 2) == [jobs[1].id]
     assert forget_oldest(data, queue, files, 1) == [jobs[2].id]
     # One that has not ended is the oldest, and stays.
-    assert [state.job.id for state in queue.each("bob")] == [jobs[3].id, jobs[0].id]
-    assert [state.job.id for state in queue.each("eve")] == [other.id]
+    assert [state.job.id for state in queue.iterate("bob")] == [jobs[3].id, jobs[0].id]
+    assert [state.job.id for state in queue.iterate("eve")] == [other.id]
     assert [data.job(job.id).root.exists() for job in jobs] == [True, False, False, True]
     assert files.list("bob") == []

@@ -121,7 +121,7 @@ def test_a_chore_that_fails_is_tried_again_and_said_once(caplog: pytest.LogCaptu
     def good() -> None:
         calls["good"] += 1
 
-    thread = threading.Thread(target=worker._keep_house, args=([(0.0, bad), (0.0, good)], ended))
+    thread = threading.Thread(target=worker._run_chores, args=([(0.0, bad), (0.0, good)], ended))
     thread.start()
     wait_until(lambda: min(calls.values()) > 1)
     ended.set()
@@ -133,8 +133,9 @@ def test_a_chore_that_fails_is_tried_again_and_said_once(caplog: pytest.LogCaptu
 def test_a_worker_ends_before_its_server_where_memory_runs_out() -> None:
     child = start_child(
         "from prefixtune.jobs.config import WorkerConfig\n"
-        "from prefixtune.jobs.worker import _step_back\n"
-        "_step_back(WorkerConfig())\nprint('ready')\nprint(open('/proc/self/oom_score_adj').read().strip(), flush=True)"
+        "from prefixtune.jobs.worker import _lower_priority\n"
+        "_lower_priority(WorkerConfig())\nprint('ready')\n"
+        "print(open('/proc/self/oom_score_adj').read().strip(), flush=True)"
     )
     try:
         assert child.stdout is not None

@@ -96,7 +96,7 @@ def score(options: ScoreOptions) -> int:
     from prefixtune.data import TASKS
 
     console = Console(quiet=options.quiet)
-    options = _settle_task(options)
+    options = _resolve_task(options)
     examples, outputs = _read_files(options)
     names = [name for name in (options.hypotheses, options.against) if name is not None]
     systems = [_outputs_of_examples(console, options, name, outputs[name], len(examples)) for name in names]
@@ -115,7 +115,7 @@ def score(options: ScoreOptions) -> int:
     return 0
 
 
-def _settle_task(options: ScoreOptions) -> ScoreOptions:
+def _resolve_task(options: ScoreOptions) -> ScoreOptions:
     """The options with the task that the references' columns show, if they are recognized."""
     from prefixtune.data import resolve_task
 

@@ -88,7 +88,7 @@ def _usual_config(context: RequestContext, stored: StoredFile) -> TrainConfig:
 
     state = context.state
     request = JobRequest(model=state.config.model_id, training_file=stored)
-    max_steps = context.training.limits_of(context.caller).max_steps
+    max_steps = context.caller.rules.max_steps
     job = make_job(request, job_id=new_job_id(), owner=context.caller.name, created=0, max_steps=max_steps)
     return TrainConfig(**{**job.config, "train": "data", "output": "run", "backbone": state.backbone.name})
 

@@ -232,7 +232,7 @@ def _purposes() -> str:
 def _limits(context: RequestContext, training: Training) -> FileLimits:
     from prefixtune.jobs.files import FileLimits
 
-    rules = training.limits_of(context.caller)
+    rules = context.caller.rules
     return FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_storage_mib * 2**20)
 
 

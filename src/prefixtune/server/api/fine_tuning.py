@@ -83,7 +83,7 @@ async def list_fine_tuning_jobs(context: TrainingContext) -> Response:
     def find(queue: JobQueue) -> dict[str, Any]:
         found: list[JobState] = []
         has_begun = not page.after
-        for state in queue.each(owner):
+        for state in queue.iterate(owner):
             if has_begun and metadata.items() <= state.job.metadata.items():
                 found.append(state)
             has_begun = has_begun or state.job.id == page.after

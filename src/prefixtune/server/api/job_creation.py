@@ -235,7 +235,7 @@ def _make(
         suffix=body.suffix or "",
         metadata=body.metadata or {},
     )
-    max_steps = context.training.limits_of(context.caller).max_steps
+    max_steps = context.caller.rules.max_steps
     try:
         job = make_job(request, job_id=job_id, owner=context.caller.name, created=int(time.time()), max_steps=max_steps)
     except JobRefusedError as error:
@@ -249,7 +249,7 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
     Raises:
         ApiError: It is refused.
     """
-    limits, store, unfinished = context.training.limits_of(context.caller), context.state.store, queue.unfinished()
+    limits, store, unfinished = context.caller.rules, context.state.store, queue.unfinished()
     own = [one for one in unfinished if one.owner == job.owner and one.id != job.id]
     if len(own) >= limits.max_jobs:
         message = (
