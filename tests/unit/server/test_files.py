@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from asgi_client import Response, bearer, send
+from openai_client import ask
 from prefixtune.jobs.files import Upload
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -24,19 +25,6 @@ from prefixtune.server.settings import KeyConfig
 ROWS = b"".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}).encode() + b"\n" for n in range(50))
 BOUNDARY = "boundary-1"
 DISPOSITION = 'Content-Disposition: form-data; name="{name}"'
-
-
-def ask(app: Any, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], key: str = "none") -> Any:
-    """What some calls of OpenAI's client return."""
-
-    async def run() -> Any:
-        transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
-        async with openai.AsyncOpenAI(
-            base_url="http://127.0.0.1:8000/v1", api_key=key, max_retries=0, http_client=transport
-        ) as client:
-            return await work(client)
-
-    return asyncio.run(run())
 
 
 def part(name: str, data: bytes, *, filename: str | None = None, headers: str = "") -> bytes:

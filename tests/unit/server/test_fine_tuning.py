@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from asgi_client import send
+from openai_client import ask
 from prefixtune.errors import ConfigError
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import Executor, JobFailedError
@@ -33,19 +34,6 @@ ROWS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}
 LABELS = "text,label\ngood,yes\nbad,no\n"
 DOCUMENT = "The tower was built in 1887. It is 300 metres high."
 QUESTIONS = "".join(json.dumps({"question": f"q{n}", "answer": f"a{n}"}) + "\n" for n in range(6))
-
-
-def ask(app: Any, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], key: str = "none") -> Any:
-    """What some calls of OpenAI's client return."""
-
-    async def run() -> Any:
-        transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
-        async with openai.AsyncOpenAI(
-            base_url="http://127.0.0.1:8000/v1", api_key=key, max_retries=0, http_client=transport
-        ) as client:
-            return await work(client)
-
-    return asyncio.run(run())
 
 
 async def act(job_id: str, action: str, client: openai.AsyncOpenAI) -> Any:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
+import openai_client
 from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.artifact import save_prefix
@@ -45,27 +44,9 @@ def publish(tmp_path: Path, backbone: Any, random_prefix: Callable[..., Any]) ->
     return put
 
 
-@asynccontextmanager
-async def client_of(app: Any, key: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    """OpenAI's client, unmodified, that reaches the application in this process."""
-    transport = httpx2.ASGITransport(app, client=("127.0.0.1", 1))
-    async with (
-        httpx2.AsyncClient(transport=transport) as http,
-        openai.AsyncOpenAI(
-            base_url="http://127.0.0.1:8000/v1", api_key=f"pt-{key}", http_client=http, max_retries=0
-        ) as client,
-    ):
-        yield client
-
-
 def ask(app: Any, key: str, question: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
-    """The answer to one question of OpenAI's client."""
-
-    async def run() -> Any:
-        async with client_of(app, key) as client:
-            return await question(client)
-
-    return asyncio.run(run())
+    """The answer to one question of the client with somebody's key."""
+    return openai_client.ask(app, question, f"pt-{key}")
 
 
 def text(model: str) -> Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]:

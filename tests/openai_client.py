@@ -1,0 +1,32 @@
+"""OpenAI's unmodified client, against an application in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+import openai
+
+
+@asynccontextmanager
+async def client_of(app: Any, key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
+    """A client that reaches the application."""
+    transport = httpx2.ASGITransport(app, client=("127.0.0.1", 1))
+    async with (
+        httpx2.AsyncClient(transport=transport) as http,
+        openai.AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key=key, http_client=http, max_retries=0) as client,
+    ):
+        yield client
+
+
+def ask(app: Any, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], key: str = "none") -> Any:
+    """What some calls of the client return."""
+
+    async def run() -> Any:
+        async with client_of(app, key) as client:
+            return await work(client)
+
+    return asyncio.run(run())
