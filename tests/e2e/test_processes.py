@@ -87,6 +87,27 @@ def test_two_processes_give_what_one_gives(model: str, folder: Path, flags: Call
         same(folder, "one", "sharded")
 
 
+def test_no_thread_of_the_processes_outlives_their_group(tmp_path: Path) -> None:
+    # A thread that does makes the interpreter abort at its end, now and then.
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from prefixtune.training.distributed import init_distributed\n"
+        "def threads():\n"
+        "    names = [(task / 'comm').read_text() for task in Path('/proc/self/task').iterdir()]\n"
+        "    return [name for name in names if 'gloo' in name]\n"
+        "with init_distributed('cpu') as processes:\n"
+        "    import torch.distributed.fsdp\n"
+        "    assert processes.all_reduce(1.0) == (2.0,)\n"
+        "    assert threads()\n"
+        "assert not threads(), threads()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TORCHRUN, str(script)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_accelerate_launch_needs_no_other_option(folder: Path, flags: Callable[..., list[str]]) -> None:
     run(*flags("one"))
     out = finish(launch(ACCELERATE, flags("two")))

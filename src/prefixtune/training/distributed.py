@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,9 @@ def init_distributed(device: str) -> Iterator[ProcessGroup]:
         torch.cuda.set_device(own_device)
     initializes = not distributed.is_initialized()
     if initializes:
+        # Its functions take the default group of the moment it is imported as a default argument. Imported later, it
+        # would hold the group, and with it threads, until the interpreter ends, which then sometimes aborts.
+        importlib.import_module("torch.distributed.nn")
         distributed.init_process_group("nccl" if own_device else "gloo")
     try:
         yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), own_device)
