@@ -13,12 +13,12 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefixtune.jobs.folder import JobFolder
+from prefixtune.utils.files import append_line
 from prefixtune.utils.writable import reporting_write_errors
 
 __all__ = ["MAX_LOG_BYTES", "EventLevel", "EventPage", "JobEvent", "JobEvents", "Progress"]
@@ -158,8 +158,7 @@ class JobEvents:
             type="message" if data is None else "metrics",
             data=data or {},
         )
-        with reporting_write_errors(self._folder.events):
-            _append(self._folder.events, event.model_dump_json())
+        append_line(self._folder.events, event.model_dump_json())
         self._ids().add(event_id)
 
     def write_progress(self, progress: Progress) -> None:
@@ -183,21 +182,6 @@ class JobEvents:
         if self._known is None:
             self._known = {event.id for event in self.read().events}
         return self._known
-
-
-def _append(path: Path, line: str) -> None:
-    """Append a line in one write, after the end of a line that was cut off.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.lseek(descriptor, 0, os.SEEK_END)
-        cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, f"{chr(10) if cut_off else ''}{line}\n".encode("utf-8", "replace"))
-    finally:
-        os.close(descriptor)
 
 
 def _parse(lines: bytes) -> Iterator[JobEvent]:

@@ -5,7 +5,7 @@
     workers/NAME.lock          held by a worker as long as it lives
     jobs.sqlite                the queue, where no other database is named
     database.sha256            of which database knows these jobs
-    audit.jsonl                a line for each change that somebody made
+    audit.jsonl                a line for each change that somebody made; full ones are audit.jsonl.1 to .4
 
 Several machines that serve and train share this folder and the folder of prefixes.
 """
@@ -20,6 +20,11 @@ from pathlib import Path
 __all__ = ["DataFolder", "JobFolder", "is_file_id", "is_job_id"]
 
 _FILE_ID, _JOB_ID = re.compile(r"file-[0-9a-f]{24}"), re.compile(r"ftjob-[0-9a-f]{24}")
+
+
+def _digest(owner: str) -> str:
+    """An owner's name as a part of a path: it may hold any characters."""
+    return hashlib.sha256(owner.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def is_file_id(text: str) -> bool:
@@ -77,13 +82,17 @@ class DataFolder:
         return self.root / "files"
 
     def files_of(self, owner: str) -> Path:
-        """The folder of an owner's files; a name may hold any characters, so it is hashed."""
-        return self.owners / hashlib.sha256(owner.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        """The folder of an owner's files."""
+        return self.owners / _digest(owner)
 
     @property
     def jobs(self) -> Path:
         """The folders of all jobs."""
         return self.root / "jobs"
+
+    def adding_lock(self, owner: str) -> Path:
+        """Held while it is looked whether an owner may add a job and while it is added."""
+        return self.jobs / f".{_digest(owner)}.lock"
 
     def job(self, job_id: str) -> JobFolder:
         """The folder of a job.

@@ -6,12 +6,13 @@ Nothing is made, opened or imported before the first request that needs it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,11 @@ from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
 from prefixtune.server.auth import Caller
 from prefixtune.server.limits import SharedCapacity
 from prefixtune.server.logs import log
-from prefixtune.server.responses import ApiError, unavailable
+from prefixtune.server.responses import ApiError, storage_error, unavailable
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.threads import FairThreads
-from prefixtune.utils.files import line_writer
+from prefixtune.utils.files import append_line
+from prefixtune.utils.locks import file_lock
 
 if TYPE_CHECKING:
     from prefixtune.jobs.files import FileStore
@@ -41,7 +43,11 @@ _MOST_WAITING = 32
 """Requests of one tenant that wait for the database or are answered by it."""
 _SECONDS = 60.0
 """Longest wait for the database; it gives up a lock after 30 seconds itself."""
+_ADDING_SECONDS = 20.0
+"""Longest wait for others that add jobs of the same owner."""
 _LONGEST_FIELD = 200
+_AUDIT_BYTES, _OLD_AUDITS = 64 * 2**20, 4
+"""Of the file of changes, and how many full ones are kept."""
 _MOST_UPLOADS, _MOST_STREAMS = 8, 64
 
 T = TypeVar("T")
@@ -58,7 +64,6 @@ class Training:
         folder: Files and jobs.
         database_url: Of the queue.
         backbone: Whose workers train this server's jobs; see `backbone.identity`.
-        adding: Held while it is looked whether somebody may add a job and while it is added.
         streams: Streams of events that are open.
         wake: Called when there is a new job.
         uploads: Files that come in at once.
@@ -69,7 +74,6 @@ class Training:
         self.folder = DataFolder(Path(config.data_folder).absolute())
         self.database_url = config.database_url or self.folder.database_url
         self.backbone = backbone_identity(config.backbone)
-        self.adding = threading.Lock()
         self.streams = SharedCapacity(_MOST_STREAMS)
         self.wake: Callable[[], None] = _nobody_waits
         self._queue: JobQueue | None = None
@@ -164,6 +168,26 @@ class Training:
                 self._queue = JobQueue(self.database_url)
             return self._queue
 
+    @contextlib.contextmanager
+    def adding(self, owner: str) -> Iterator[None]:
+        """Look whether an owner may add a job, and add it, while none of the servers that share the data folder does.
+
+        Raises:
+            ApiError: Others do so for too long, or the data folder cannot be changed.
+        """
+        path = self.folder.adding_lock(owner)
+        with contextlib.ExitStack() as stack:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(file_lock(path, _ADDING_SECONDS))
+            except (OSError, PrefixError) as error:
+                raise storage_error(error, "the job", "the data folder") from None
+            if not held:
+                raise unavailable(
+                    "jobs of this key are being added all the time; try again later.", "busy", retry_after=2
+                )
+            yield
+
     def has_jobs(self) -> bool:
         """Whether jobs of this server's backbone wait or run; blocks.
 
@@ -199,14 +223,11 @@ class Training:
         log("audit", action=action, key=caller.name, **bounded)
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "key": caller.name, "action": action}
         try:
-            self._append(json.dumps({**line, **bounded}, ensure_ascii=True))
+            text = json.dumps({**line, **bounded}, ensure_ascii=True)
+            append_line(self.folder.audit_log, text, max_bytes=_AUDIT_BYTES, max_old=_OLD_AUDITS)
         except PrefixError as error:
             # The change has been made: the server's log has it.
             log("audit_failed", level=logging.ERROR, reason=error.message)
-
-    def _append(self, line: str) -> None:
-        with line_writer(self.folder.audit_log) as append:
-            append(line)
 
     def close(self) -> None:
         """Close the queue."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import itertools
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from prefixtune.utils.locks import acquire_lock, file_lock
 from prefixtune.utils.writable import reporting_write_errors
 
 __all__ = [
+    "append_line",
     "atomic_files",
     "atomic_path",
     "flush_to_disk",
@@ -31,6 +33,8 @@ __all__ = [
 
 _LOCK = ".lock"
 """The lock's name in a work folder."""
+_LOCK_SECONDS = 5.0
+"""Longest wait for another process that renames a full file."""
 _ATTEMPTS = 20
 _KEEPS_OPEN_FILES = os.name == "nt"
 """Whether the system removes no file that is open."""
@@ -90,6 +94,50 @@ def line_writer(path: Path) -> Iterator[Callable[[str], None]]:
         # A failed write was reported already.
         with contextlib.suppress(OSError):
             handle.close()
+
+
+def append_line(path: Path, line: str, *, max_bytes: int = 0, max_old: int = 1) -> None:
+    """Append a line to a text file that several processes append to; none of them loses or divides another's line.
+
+    Args:
+        path: The file; made if it is missing.
+        line: Without its end.
+        max_bytes: A file that has so many or more becomes `NAME.1`, an older one `NAME.2`, and so on; 0: it grows.
+        max_old: How many old ones are kept.
+
+    Raises:
+        PrefixError: It cannot be written, or not be renamed; a line that was written stays.
+    """
+    with reporting_write_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.lseek(descriptor, 0, os.SEEK_END)
+            # After a line that a full disk or a kill has cut off.
+            is_cut_off = size > 0 and _last_byte(descriptor) != b"\n"
+            data = f"{chr(10) if is_cut_off else ''}{line}\n".encode("utf-8", "replace")
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+        if max_bytes and size + len(data) >= max_bytes:
+            _rename_full(path, max_bytes, max_old)
+
+
+def _last_byte(descriptor: int) -> bytes:
+    os.lseek(descriptor, -1, os.SEEK_END)
+    return os.read(descriptor, 1)
+
+
+def _rename_full(path: Path, max_bytes: int, max_old: int) -> None:
+    """Rename a full file and the older ones; whoever has it open still writes to it."""
+    with file_lock(path.with_name(f".{path.name}.lock"), _LOCK_SECONDS) as held:
+        # Another process may have done it meanwhile; if one is at it for long, the next line tries again.
+        if not held or not path.exists() or path.stat().st_size < max_bytes:
+            return
+        files = [path, *(path.with_name(f"{path.name}.{number}") for number in range(1, max_old + 1))]
+        for newer, older in reversed(list(itertools.pairwise(files))):
+            if newer.exists():
+                os.replace(newer, older)
 
 
 # --- several files ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import pytest
 from asgi_client import Response, bearer, send
 from openai_client import ask
 from prefixtune.jobs.files import Upload
+from prefixtune.server import training
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
@@ -173,6 +174,22 @@ def test_keys_see_their_own_files_and_admins_all(make_server: Callable[..., Any]
         ("ann", "file.create", made["id"]),
         ("boss", "file.delete", made["id"]),
     ]
+
+
+def test_the_file_of_changes_does_not_grow_without_end(
+    make_server: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_AUDIT_BYTES", 300)
+    app, state = make_server()
+    for _ in range(12):
+        assert post(app, PURPOSE + FILE + END).status == 200
+    files = sorted(path.name for path in (tmp_path / "data").glob("audit.jsonl*"))
+    assert [name for name in files if name != "audit.jsonl"] == [f"audit.jsonl.{number}" for number in (1, 2, 3, 4)]
+    newest = [file.id for file in state.training.files.list("local")]
+    old = [(tmp_path / "data" / f"audit.jsonl.{number}").read_text() for number in (4, 3, 2, 1)]
+    lines = "".join(old).splitlines()
+    assert json.loads(lines[-1])["file"] in newest[:2]
+    assert all(json.loads(line)["action"] == "file.create" for line in lines)
 
 
 def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import Executor, JobFailedError
 from prefixtune.jobs.inputs import find_input
 from prefixtune.jobs.job import Job, JobError, JobResult
-from prefixtune.jobs.queue import QueueUnavailableError
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.prefix.artifact import read_artifact, save_prefix
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.server import training
 from prefixtune.server.api import job_creation
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -536,6 +538,57 @@ def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
     ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
     with pytest.raises(openai.RateLimitError):
         ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
+
+
+def test_servers_that_share_a_data_folder_keep_to_a_keys_limits_together(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = keys(few={"max_jobs": 1})
+    servers = [make_server(keys=rules) for _ in range(2)]
+    file = upload(servers[0][1], owner="few")
+    looked = threading.Barrier(2)
+    unfinished = JobQueue.unfinished
+
+    def look(queue: JobQueue) -> Any:
+        found = unfinished(queue)
+        # Until both have looked, if nothing keeps the other one from it.
+        with suppress(threading.BrokenBarrierError):
+            looked.wait(0.5)
+        return found
+
+    def try_to_create(app: Any) -> str:
+        try:
+            return str(create(app, file, key="pt-few").status)
+        except openai.APIStatusError as error:
+            return str(error.code)
+
+    monkeypatch.setattr(JobQueue, "unfinished", look)
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(try_to_create, [app for app, _ in servers]))
+    assert sorted(answers) == ["queued", "too_many_jobs"]
+
+
+def test_a_result_that_another_server_published_counts(make_server: Callable[..., Any], backbone: Any) -> None:
+    app, state = make_server(keys=keys(few={"max_prefixes": 1}))
+    file = upload(state, owner="few")
+    path = state.store.folder / "cats.safetensors"
+    made = read_artifact(state.store.folder / "a.safetensors")
+    save_prefix(path, Prefix(made.layers, {**made.header, "job": {"id": f"ftjob-{'0' * 24}", "owner": "few"}}))
+    assert refusal(app, file, key="pt-few").code == "too_many_prefixes"
+    path.unlink()
+    assert create(app, file, key="pt-few").status == "queued"
+
+
+def test_who_waits_too_long_to_add_a_job_is_told_to_come_again(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, state = make_server()
+    file = upload(state)
+    monkeypatch.setattr(training, "_ADDING_SECONDS", 0.1)
+    with state.training.adding("local"):
+        error = refusal(app, file)
+    assert (error.status_code, error.code, error.response.headers["retry-after"]) == (503, "busy", "2")
+    assert left(state) == ([], [])
 
 
 def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

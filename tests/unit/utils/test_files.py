@@ -13,7 +13,15 @@ import pytest
 from child_process import kill, start_child
 from prefixtune.errors import PrefixError
 from prefixtune.utils import files
-from prefixtune.utils.files import atomic_files, atomic_path, line_writer, remove_abandoned, work_folder, write_text
+from prefixtune.utils.files import (
+    append_line,
+    atomic_files,
+    atomic_path,
+    line_writer,
+    remove_abandoned,
+    work_folder,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -137,6 +145,48 @@ def test_lines_are_appended(tmp_path: Path) -> None:
             line_writer(Path("/dev/full")) as append,
         ):
             append("1")
+
+
+def test_a_file_of_lines_is_renamed_when_it_is_full_and_the_oldest_goes(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for number in range(9):
+        append_line(path, f"line {number}", max_bytes=14, max_old=2)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "log": "line 8\n",
+        "log.1": "line 6\nline 7\n",
+        "log.2": "line 4\nline 5\n",
+    }
+
+
+def test_processes_that_append_and_rename_together_lose_and_divide_no_line(tmp_path: Path) -> None:
+    path, count = tmp_path / "log", 400
+    code = (
+        "def append(name):\n"
+        "    for number in range(int(sys.argv[2])):\n"
+        "        append_line(Path(sys.argv[1]), f'{name} {number}', max_bytes=200, max_old=2000)\n"
+        "from threading import Thread\n"
+        "threads = [Thread(target=append, args=(f'{sys.argv[3]}{name}',)) for name in 'xy']\n"
+        "[thread.start() for thread in threads]\n"
+        "print('ready', flush=True)\n"
+        "[thread.join() for thread in threads]\n"
+    )
+    children = [start_child(code, path, count, name) for name in "ab"]
+    for child in children:
+        child.communicate(timeout=60)
+    assert [child.returncode for child in children] == [0, 0]
+    lines = [line for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
+    assert sorted(lines) == sorted(f"{name} {number}" for name in ("ax", "ay", "bx", "by") for number in range(count))
+    assert len(list(tmp_path.iterdir())) > 20
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("cut o")
+    append_line(path, "whole")
+    assert path.read_text() == "cut o\nwhole\n"
+    if Path("/dev/full").exists():
+        with pytest.raises(PrefixError, match="cannot write '/dev/full': No space left"):
+            append_line(Path("/dev/full"), "1")
 
 
 # --- several files ----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ async def create_job(context: RequestContext, body: FineTuningRequest) -> JobSta
     job = _make(context, body, inputs, start_lengths, job_id)
 
     def add(queue: JobQueue) -> JobState:
-        with training.adding:
+        with training.adding(job.owner):
             if key and (earlier := _find(queue, job_id)) is not None:
                 return _same(earlier, body)
             _check_room(context, queue, job)
@@ -248,8 +248,11 @@ def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:
 
     Raises:
         ApiError: It is refused.
+        PrefixError: The folder of prefixes cannot be read.
     """
     limits, store, unfinished = context.caller.rules, context.state.store, queue.unfinished()
+    # After the jobs: the result of one that has just ended is then seen, also if another server's worker made it.
+    store.reload()
     own = [one for one in unfinished if one.owner == job.owner and one.id != job.id]
     if len(own) >= limits.max_jobs:
         message = (
