@@ -66,6 +66,10 @@ class Served(HttpClient):
         assert len(found) == 1, self.log.read_text()
         return found[0]
 
+    def socket_file(self) -> Path:
+        """What that one listens on."""
+        return next(Path(part.removeprefix("unix:")) for part in self.training_server().cmdline() if "unix:" in part)
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -74,6 +78,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     try:
         served.until(lambda: served.answers("/v1/models"), 60)
         served.until(lambda: served.answers("/train"), 60)
+        socket_file = served.socket_file()
         yield served
     finally:
         children = psutil.Process(served.process.pid).children(recursive=True) if served.process.poll() is None else []
@@ -83,7 +88,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         assert not [child for child in children if child.is_running()]
     # Of uvicorn, in place of vLLM's.
     assert code in (0, 128 + signal.SIGTERM)
-    assert not list(Path("/tmp").glob("prefixtune-*/training.sock"))
+    assert not socket_file.parent.exists()
 
 
 def test_a_file_is_uploaded_by_vllms_port(served: Served):

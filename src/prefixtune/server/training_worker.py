@@ -23,6 +23,7 @@ from prefixtune.jobs.config import WORKER_ENVIRONMENT
 from prefixtune.server.logs import log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
+from prefixtune.utils.supervise import RestartPauses
 
 __all__ = ["STOP_SECONDS", "TrainingWorker", "start_worker", "training_threads"]
 
@@ -32,10 +33,6 @@ STOP_SECONDS = 15.0
 _LOOK_SECONDS = 60.0
 """Between looks for jobs that nobody told of: those of another server, which may have died with its worker."""
 _POLL_SECONDS = 0.25
-_MAX_PAUSE = 60.0
-"""Longest pause before a worker that died is started again."""
-_STEADY_SECONDS = 60.0
-"""A worker that ran this long before it died is started again after the shortest pause."""
 _MAX_LINES, _MAX_LINE = 10, 1000
 """Of a worker's output, what is kept to say why it ended."""
 
@@ -96,7 +93,7 @@ class TrainingWorker:
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._deaths, self._reported = 0, ""
+        self._restarts, self._reported = RestartPauses(), ""
 
     def start(self) -> None:
         """Look for jobs now, and from time to time."""
@@ -127,18 +124,18 @@ class TrainingWorker:
     # --- in the thread ------------------------------------------------------------------------------------------------
 
     def _supervise(self) -> None:
-        failures = 0
+        looks, is_known = RestartPauses(), True
         while not self._stopping.is_set():
             self._wake.clear()
             try:
                 wanted = self._has_jobs()
-                failures = 0
             except Exception as error:
-                failures += 1
-                if failures == 1:
+                if is_known:
                     log("jobs_unknown", level=logging.WARNING, reason=str(error))
-                self._stopping.wait(_pause(failures))
+                is_known = False
+                self._stopping.wait(looks.next())
                 continue
+            looks, is_known = RestartPauses(), True
             if wanted:
                 # Afterwards its job may still be there, or another one that was queued while it ended.
                 self._stopping.wait(self._run())
@@ -159,7 +156,7 @@ class TrainingWorker:
                 start_new_session=True,
             )
         except OSError as error:
-            return self._report_death(-1, error.strerror or str(error))
+            return self._report_death(-1, error.strerror or str(error), 0.0)
         log("worker_started", worker=process.pid)
         with process:
             reader = threading.Thread(target=_read_output, args=(process, lines), daemon=True)
@@ -176,25 +173,17 @@ class TrainingWorker:
         self._process = None
         if code == 0 or self._stopping.is_set():
             log("worker_ended", worker=process.pid, code=code)
-            self._deaths, self._reported = 0, ""
-            return _pause(1)
-        if time.monotonic() - began > _STEADY_SECONDS:
-            self._deaths = 0
-        return self._report_death(code, " ".join(lines))
+            self._restarts, self._reported = RestartPauses(), ""
+            return RestartPauses.SHORTEST
+        return self._report_death(code, " ".join(lines), time.monotonic() - began)
 
-    def _report_death(self, code: int, reason: str) -> float:
+    def _report_death(self, code: int, reason: str, lasted: float) -> float:
         """Log it, unless the last one died of the same; returns the seconds to wait before the next one."""
-        self._deaths += 1
-        pause = _pause(self._deaths)
+        pause = self._restarts.next(lasted)
         level = logging.DEBUG if self._reported == f"{code} {reason}" else logging.ERROR
         self._reported = f"{code} {reason}"
         log("worker_died", level=level, code=code, reason=reason, next_try_seconds=pause)
         return pause
-
-
-def _pause(failures: int) -> float:
-    """1, 2, 4, ... seconds."""
-    return min(_MAX_PAUSE, 2.0 ** min(failures - 1, 10))
 
 
 def _read_output(process: subprocess.Popen[bytes], lines: deque[str]) -> None:

@@ -1,13 +1,14 @@
 """Run a program to its end, and another one beside it that is started again whenever it ends.
 
-    python -m prefixtune.utils.supervise BESIDE ... -- PROGRAM ...
+    python -m prefixtune.utils.supervise SOCKET BESIDE ... -- PROGRAM ...
 
-Signals are passed on to the program, and its exit code becomes that of this process. Neither outlives this process,
+SOCKET is the file that the one beside listens on; it and its folder, if that is empty, are removed at the end. Signals are passed on to the program, and its exit code becomes that of this process. Neither outlives this process,
 however it ends. Imports nothing, as it stays in memory as long as the program does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-__all__ = ["main", "supervise"]
+__all__ = ["RestartPauses", "main", "supervise"]
 
 
 _SIGNALS = tuple(
@@ -27,17 +28,43 @@ _SIGNALS = tuple(
     if hasattr(signal, name)
 )
 _POLL_SECONDS = 0.2
-_MAX_PAUSE = 60.0
-"""Longest pause before a program that ended is started again."""
-_STEADY_SECONDS = 60.0
-"""A program that ran this long before it ended is started again after the shortest pause."""
 _STOP_SECONDS = 45.0
 """Time for the program beside to end by itself."""
 _PR_SET_PDEATHSIG = 1
 
 
-def supervise(program: Sequence[str], beside: Sequence[str]) -> int:
+class RestartPauses:
+    """The pauses before what ended or failed is tried again: 1, 2, 4, ... seconds.
+
+    Attributes:
+        SHORTEST: Seconds of the first one.
+        LONGEST: Seconds.
+        STEADY: What went well for so many seconds before it ended is tried again after the shortest pause.
+    """
+
+    SHORTEST, LONGEST, STEADY = 1.0, 60.0, 60.0
+
+    def __init__(self) -> None:
+        self._pause = 0.0
+
+    def next(self, lasted: float = 0.0) -> float:
+        """The seconds to wait.
+
+        Args:
+            lasted: Seconds that it went well since it was last tried.
+        """
+        is_first = not self._pause or lasted > self.STEADY
+        self._pause = self.SHORTEST if is_first else min(self.LONGEST, 2 * self._pause)
+        return self._pause
+
+
+def supervise(program: Sequence[str], beside: Sequence[str], socket: str) -> int:
     """Run a program, and another one beside it; returns the program's exit code, or 128 + the signal that ended it.
+
+    Args:
+        program: The command of the program.
+        beside: That of the one beside.
+        socket: A file of the one beside, which is removed with its folder when both have ended.
 
     Raises:
         OSError: The program cannot be started.
@@ -64,7 +91,15 @@ def supervise(program: Sequence[str], beside: Sequence[str]) -> int:
             time.sleep(_POLL_SECONDS)
     finally:
         helper.stop()
+        _remove_with_folder(socket)
     return code if code >= 0 else 128 - code
+
+
+def _remove_with_folder(path: str) -> None:
+    """Remove a file, and its folder if nothing else is in it."""
+    for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
+        with contextlib.suppress(OSError):
+            remove(what)
 
 
 class _Helper:
@@ -74,7 +109,7 @@ class _Helper:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._began = self._not_before = 0.0
-        self._failures = 0
+        self._pauses = RestartPauses()
 
     def keep_running(self) -> None:
         """Start it if it does not run, and after a growing pause if it ends again and again."""
@@ -91,8 +126,7 @@ class _Helper:
             self._note_end(now, f"code {code}")
 
     def _note_end(self, now: float, reason: str) -> None:
-        self._failures = 1 if now - self._began > _STEADY_SECONDS else self._failures + 1
-        pause = min(_MAX_PAUSE, 2.0 ** (min(self._failures, 10) - 1))
+        pause = self._pauses.next(now - self._began)
         self._not_before = now + pause
         print(
             f"warning: the server for training ended ({reason}); it is started again in {pause:g} s.", file=sys.stderr
@@ -132,7 +166,7 @@ def _end_with(parent: int) -> Callable[[], None] | None:
 def main(arguments: Sequence[str]) -> int:
     """Run the two commands of the command line."""
     split = list(arguments).index("--")
-    return supervise(arguments[split + 1 :], arguments[:split])
+    return supervise(arguments[split + 1 :], arguments[1:split], arguments[0])
 
 
 if __name__ == "__main__":

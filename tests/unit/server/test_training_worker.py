@@ -20,6 +20,7 @@ from prefixtune.server import training_worker
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
 from prefixtune.server.training_worker import TrainingWorker, start_worker
+from prefixtune.utils.supervise import RestartPauses
 
 # A worker that notes its start, and lives as long as its parent.
 LIVING = """
@@ -59,7 +60,7 @@ class Supervised:
 def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervised]:
     made = Supervised(tmp_path)
     monkeypatch.setattr(training_worker, "log", lambda event, **fields: made.logged.append((event, fields)))
-    monkeypatch.setattr(training_worker, "_pause", lambda failures: 0.02 * failures)
+    monkeypatch.setattr(RestartPauses, "SHORTEST", 0.02)
     yield made
     for worker in made.workers:
         worker.stop(0.0)
@@ -110,10 +111,6 @@ def test_a_worker_that_is_killed_is_started_again(supervised: Supervised) -> Non
         os.kill(supervised.pids()[-1], 9)
     until(lambda: len(supervised.pids()) == 4)
     assert [fields["code"] for fields in supervised.of("worker_died")] == [-9, -9, -9]
-
-
-def test_the_pauses_between_starts_double_up_to_a_minute() -> None:
-    assert [training_worker._pause(failures) for failures in (1, 2, 3, 4, 6, 7, 2000)] == [1, 2, 4, 8, 32, 60, 60]
 
 
 def test_an_idle_worker_ends_without_an_error_until_the_next_job(supervised: Supervised) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from prefixtune.utils.supervise import RestartPauses
+
 # Notes its process id, then waits; SIGTERM ends it with 7.
 WAITS = (
     "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7));"
@@ -26,7 +28,9 @@ class Supervised:
     def __init__(self, folder: Path, program: str = WAITS) -> None:
         self.program, self.beside = folder / "program", folder / "beside"
         beside = [sys.executable, "-c", WAITS, str(self.beside)]
-        command = [sys.executable, "-m", "prefixtune.utils.supervise", *beside, "--", sys.executable, "-c", program]
+        self.socket = folder / "made" / "beside.sock"
+        supervise = [sys.executable, "-m", "prefixtune.utils.supervise", str(self.socket)]
+        command = [*supervise, *beside, "--", sys.executable, "-c", program]
         self.process = subprocess.Popen([*command, str(self.program)], stderr=subprocess.PIPE, text=True)
 
     def pids(self, path: Path, count: int = 1) -> list[int]:
@@ -76,9 +80,29 @@ def test_the_programs_exit_code_is_passed_on(code: str, expected: int, tmp_path:
     supervised.process.communicate()
 
 
-def test_a_signal_reaches_the_program_and_both_end(supervised: Supervised):
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_signal_reaches_the_program_and_both_end_without_leaving_a_socket(is_killed: bool, supervised: Supervised):
+    supervised.socket.parent.mkdir()
+    if is_killed:
+        # What one leaves that ends by itself is its folder alone.
+        supervised.socket.touch()
     supervised.process.terminate()
     assert supervised.wait() == 7
+    assert not supervised.socket.parent.exists()
+
+
+def test_a_folder_with_other_files_stays(supervised: Supervised):
+    supervised.socket.parent.mkdir()
+    (supervised.socket.parent / "other").touch()
+    supervised.process.terminate()
+    assert supervised.wait() == 7
+    assert [path.name for path in supervised.socket.parent.iterdir()] == ["other"]
+
+
+def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_steady_minute():
+    pauses = RestartPauses()
+    assert [pauses.next(1.0) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert [pauses.next(61.0), pauses.next()] == [1, 2]
 
 
 def test_the_one_beside_is_started_again(supervised: Supervised):

@@ -67,7 +67,7 @@ def start_vllm(config: ServeConfig, options: ServeOptions) -> int:
     environment = {"VLLM_NO_USAGE_STATS": "1", SECRET_VARIABLE: secrets.token_hex(16), **os.environ}
     if socket:
         console.info(f"starting a server for training beside it: {shlex.join(training)}")
-        command = [sys.executable, "-m", "prefixtune.utils.supervise", *training, "--", *command]
+        command = [sys.executable, "-m", "prefixtune.utils.supervise", socket, *training, "--", *command]
         # The training server's options are complete; what belongs to vLLM's address is not for it.
         environment = {name: value for name, value in environment.items() if not name.startswith(ENVIRONMENT)}
         # Not an option: it may hold a password.
