@@ -2,8 +2,9 @@
 
     python -m prefixtune.utils.supervise SOCKET BESIDE ... -- PROGRAM ...
 
-SOCKET is the file that the one beside listens on; it and its folder, if that is empty, are removed at the end. Signals are passed on to the program, and its exit code becomes that of this process. Neither outlives this process,
-however it ends. Imports nothing, as it stays in memory as long as the program does.
+SOCKET is the file that the one beside listens on; at the end it is removed, and so is its folder if that is empty.
+Signals are passed on to the program, and its exit code becomes that of this process. Neither outlives this process,
+however it ends. Imports nothing of the project, as it stays in memory as long as the program does.
 """
 
 from __future__ import annotations
