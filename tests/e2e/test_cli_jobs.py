@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx2
+import openai
 import pytest
 
 from command_line import run
 from live_server import MODEL, LiveServer, make_model
+from prefixtune.prefix.artifact import read_artifact
 from prefixtune.server.auth import hash_key
+from small_document import DOCUMENT
+from training_jobs import wait_until
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    folder = tmp_path_factory.mktemp("jobs")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the model, the prefixes and the data of the server."""
+    made: Path = tmp_path_factory.mktemp("jobs")
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[LiveServer]:
     make_model(folder / MODEL)
     (folder / "prefixes").mkdir()
     keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n' for name in ("alice", "bob"))
@@ -61,6 +73,43 @@ def test_from_a_file_to_an_answer(
     assert server.get("/v1/models/cats", key="pt-alice")[0] == 404
     run("jobs", "delete", job["training_file"], *url)
     assert job["training_file"] not in run("jobs", "files", *url)[0]
+
+
+def test_no_path_of_the_server_leaves_it(server: LiveServer, folder: Path, rows: Path, tmp_path: Path) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="pt-alice", max_retries=0)
+    upload = client.files.create(file=rows, purpose="fine-tune").id
+    text = client.files.create(file=("notes.txt", DOCUMENT.encode()), purpose="document")  # type: ignore[arg-type]
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"training_file": upload, "validation_file": upload}, {"prefix_length": 2, "eval_every": 1, "preset": "none"}),
+        ({"training_file": text.id}, {"prefix_length": 4, "num_questions": 5, "answer_length": 3}),
+        # Fails: the document is shorter than that.
+        ({"training_file": text.id}, {"prefix_length": 400}),
+    ]
+    seen: list[str] = []
+    for number, (files, options) in enumerate(asked):
+        extra = {"prefixtune": {"name": f"kept{number}", "max_steps": 2, **options}}
+        job = client.fine_tuning.jobs.create(model=MODEL, **files, extra_body=extra)
+        wait_until(lambda job=job: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"))  # type: ignore[misc]
+        ended = client.fine_tuning.jobs.retrieve(job.id)
+        assert ended.status == ("failed" if number == 2 else "succeeded"), ended.error
+        events = client.fine_tuning.jobs.list_events(job.id, limit=100)
+        checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id)
+        seen += [ended.to_json(), *(one.to_json() for one in [*events, *checkpoints])]
+        seen += [client.files.content(file).text for file in ended.result_files]
+        if ended.fine_tuned_model:
+            got = httpx2.get(
+                f"{server.url}/v1/models/{ended.fine_tuned_model}/file", headers={"Authorization": "Bearer pt-alice"}
+            )
+            got.raise_for_status()
+            (tmp_path / "got.safetensors").write_bytes(got.content)
+            header = read_artifact(tmp_path / "got.safetensors").header
+            assert header["backbone"]["name"] == MODEL
+            seen += [json.dumps(header), got.content.decode("latin-1")]
+    seen += [json.dumps(server.get(path, key="pt-alice")) for path in ("/v1/models", "/v1/status", "/openapi.json")]
+    assert not [text for text in seen if str(folder) in text]
+    # What a reader of the run's folder sees.
+    reports = [json.loads(path.read_text()) for path in (folder / "data").glob("jobs/*/run/distill.json")]
+    assert [(report["subject"], report["memory"]) for report in reports] == [("document", "prefix.safetensors")]
 
 
 def test_a_wrong_file_and_a_wrong_key(server: LiveServer, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,9 @@ __all__ = [
     "batch_prefixes",
     "injecting",
     "injecting_beside",
+    "interrupting",
     "observe_attention",
+    "run_apart",
     "to_rows",
     "trace_calls",
 ]
@@ -165,6 +167,7 @@ attention_observer: contextvars.ContextVar[AttentionObserver | None] = contextva
     "attention_observer", default=None
 )
 current_injection: contextvars.ContextVar[Injection | None] = contextvars.ContextVar("injection", default=None)
+interruption: contextvars.ContextVar[Callable[[], object] | None] = contextvars.ContextVar("interruption", default=None)
 
 
 @contextlib.contextmanager
@@ -198,6 +201,35 @@ def observe_attention(observer: AttentionObserver) -> Iterator[None]:
         yield
     finally:
         attention_observer.reset(token)
+
+
+@contextlib.contextmanager
+def interrupting(function: Callable[[], object]) -> Iterator[None]:
+    """While the block runs, `function` is called before each layer attends; what it raises ends the call of the model.
+
+    It may run the model itself by `run_apart`: between two layers, a call has all of its state in its own variables.
+    """
+    token = interruption.set(function)
+    try:
+        yield
+    finally:
+        interruption.reset(token)
+
+
+def run_apart(function: Callable[[], object], device: torch.device) -> None:
+    """Call a function as if nothing else ran: gradients are on, nothing is in front, and it has random numbers of its
+    own, so that the caller's are the same with and without it.
+
+    Args:
+        function: What is called.
+        device: Of the model.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        contextvars.Context().run(function)
 
 
 @contextlib.contextmanager

@@ -1,16 +1,17 @@
-"""Tell backbones apart before their weights are read, and where there are none."""
+"""Tell backbones apart before their weights are read, and where there are none; and name them without their paths."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from prefixtune.backbone.lora import ADAPTER_CONFIG
 from prefixtune.backbone.packaged import PRETRAINED
 from prefixtune.errors import BackboneError
 
-__all__ = ["backbone_identity"]
+__all__ = ["backbone_identity", "public_name"]
 
 
 _LENGTH = 12
@@ -47,3 +48,15 @@ def backbone_identity(name: str) -> str:
             f"the configuration of {name!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
         ) from error
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:_LENGTH]
+
+
+def public_name(name: str, called: str = "") -> str:
+    """The name of a backbone in what others get: that of a hub id or an embedded one, by which they can load it too.
+
+    Args:
+        name: As for `load_backbone`.
+        called: In place of a local folder or file; empty: its own name, never its path.
+    """
+    if name in PRETRAINED or not Path(name).exists():
+        return name
+    return called or os.path.basename(os.path.abspath(name)).removesuffix(".gguf") or "backbone"

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import CONFIG_FILE, Job, read_jobs
+from prefixtune.distillation.inputs import CONFIG_FILE, REPORT_FILE, Job, read_jobs
+from prefixtune.distillation.lesson import Lesson
+from prefixtune.distillation.outcome import describe
 from prefixtune.distillation.phases import label_data, prepare
 from prefixtune.distillation.plan import make_plan
 from prefixtune.distillation.teacher import Teacher, load_teacher
 from prefixtune.distillation.wording import choose_wording
 from prefixtune.errors import ConfigError, DataError
+from prefixtune.prefix.artifact import read_artifact
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
+from prefixtune.training.folder import PREFIX_FILE
 from prefixtune.training.opening import open_run
 from prefixtune.training.runs import Run
 from prefixtune.utils.console import Console
@@ -34,6 +39,10 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
         config: What is put into the prefix; goes on if the folder of `output` has been begun.
         student: The backbone of the group.
         console: Shows the progress; what it raises ends the work, and what is complete by then is kept.
+
+    Yields:
+        The run. Once it has ended, `distill.json` in its folder says what it was made of, without a reading of what it
+        knows, for which the model would have to be run again.
 
     Raises:
         CheckpointError: The folder's distillation was begun with something else, or a file of it is damaged.
@@ -60,6 +69,17 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
 
     with open_run(lesson.run, student, examples=lesson.examples, teach=teach) as run:
         yield run
+        if run.loop.ended:
+            _describe(config, lesson, student, run)
+
+
+def _describe(config: DistillConfig, lesson: Lesson, student: Backbone, run: Run) -> None:
+    """Keep what is known of a memory that is trained; others wait for no reading of it."""
+    seconds = {**lesson.seconds, "training": sum(event["seconds"] for event in run.events if event["event"] == "step")}
+    path = lesson.job.output / PREFIX_FILE
+    figures = describe(config, lesson, student, read_artifact(path), path, seconds)
+    figures["memory"] = path.name
+    write_text(lesson.job.output / REPORT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
 
 
 def check_student(config: DistillConfig, student: Backbone, jobs: list[Job]) -> None:

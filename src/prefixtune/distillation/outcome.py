@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from prefixtune.errors import CheckpointError, DataError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.console import Console
 
-__all__ = ["report"]
+__all__ = ["describe", "report"]
 
 
 def report(
@@ -37,6 +37,26 @@ def report(
     readings = _readings(config, lesson, student, memory, console)
     bare, seen, own = readings.get("bare"), readings.get("in_view"), readings.get("memory")
     seconds = {**lesson.seconds, "report": time.monotonic() - started}
+    figures = describe(config, lesson, student, memory, path, seconds)
+    figures["held_out"] |= {name: reading.to_dict() for name, reading in readings.items()}
+    if bare is not None and own is not None:
+        shares = {
+            "loss": recovered_share(bare.loss, None if seen is None else seen.loss, own.loss),
+            "kl": recovered_share(bare.divergence, 0.0, own.divergence),
+        }
+        figures["recovered"] = {name: round(share, 4) for name, share in shares.items() if share is not None}
+    return figures
+
+
+def describe(
+    config: DistillConfig,
+    lesson: Lesson,
+    student: Backbone,
+    memory: Prefix,
+    path: Path,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The report without what a model has to be run for."""
     figures: dict[str, Any] = {
         "subject": config.subject,
         **({"name": lesson.job.name} if lesson.job.name else {}),
@@ -47,7 +67,6 @@ def report(
             "questions": len(lesson.test),
             "also_trained_on": _also_trained_on(lesson),
             "teacher_answers": len(lesson.taught),
-            **{name: reading.to_dict() for name, reading in readings.items()},
         },
         "memory": str(path),
         "positions": memory.length(),
@@ -62,12 +81,6 @@ def report(
             "text_bytes": text_bytes(student, tokens, size),
             "pieces_in_view": len(lesson.chunks),
         }
-    if bare is not None and own is not None:
-        shares = {
-            "loss": recovered_share(bare.loss, None if seen is None else seen.loss, own.loss),
-            "kl": recovered_share(bare.divergence, 0.0, own.divergence),
-        }
-        figures["recovered"] = {name: round(share, 4) for name, share in shares.items() if share is not None}
     return figures
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prefixtune.attention.injection import interrupting
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.active import ActiveJob, Claim, hold_folder
@@ -26,6 +27,7 @@ from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobStatus
 from prefixtune.jobs.opening import open_job
 from prefixtune.jobs.retention import clear_folder
 from prefixtune.jobs.statuses import StatusReport, StatusWatch
+from prefixtune.jobs.turns import Turns
 from prefixtune.training.folder import Event
 from prefixtune.training.group import RunGroup
 from prefixtune.training.runs import Run
@@ -69,6 +71,8 @@ class Trainer:
         self._statuses, self._capacity = statuses, capacity
         self._submitted = queue.SimpleQueue[Claim]()
         self._waiting: list[Claim] = []
+        # Of those that wait, the one that is prepared, while the others train.
+        self._preparing: Claim | None = None
         self._active: dict[Run, ActiveJob] = {}
         # Trained; published once the database says that they still run.
         self._trained: list[tuple[float, ActiveJob]] = []
@@ -109,22 +113,27 @@ class Trainer:
         """
         busy = time.monotonic()
         while not stop.is_set():
-            self._take_submitted()
-            self._apply_statuses()
-            self._open_waiting(stop)
-            self._publish_trained()
-            if self._active:
-                self._step()
-            elif not self.is_idle:
+            if not self._take_turn(stop):
+                if self.is_idle:
+                    if idle_seconds and time.monotonic() - busy >= idle_seconds:
+                        break
+                    self._wait_for_jobs()
+                    continue
                 time.sleep(_WAIT_SECONDS)
-            elif idle_seconds and time.monotonic() - busy >= idle_seconds:
-                break
-            else:
-                self._wait_for_jobs()
-                continue
             busy = time.monotonic()
         for active in self._all_open():
             self._leave(active)
+
+    def _take_turn(self, stop: threading.Event) -> bool:
+        """Do what is to be done, and one step; returns whether there was one."""
+        self._take_submitted()
+        self._apply_statuses()
+        self._open_waiting(stop)
+        self._publish_trained()
+        has_step = bool(self._active)
+        if has_step:
+            self._step()
+        return has_step
 
     # --- coming -------------------------------------------------------------------------------------------------------
 
@@ -138,7 +147,7 @@ class Trainer:
                 self._waiting.append(self._submitted.get_nowait())
 
     def _open_waiting(self, stop: threading.Event) -> None:
-        """Open the runs of jobs that wait, as many as there is room for; the others pause meanwhile."""
+        """Open the runs of jobs that wait, as many as there is room for."""
         if not self._waiting or time.monotonic() < self._next_try:
             return
         backbone, group = self._loaded()
@@ -147,11 +156,14 @@ class Trainer:
         for claim in list(self._waiting):
             if stop.is_set():
                 return
+            if claim not in self._waiting:
+                # It was opened while one before it was prepared.
+                continue
             same = next((one for one in self._all_open() if one.job.id == claim.job.id), None)
             if same is not None:
                 # Paused and resumed, or taken over, before anybody here noticed.
                 same.claims.append(claim)
-            elif len(self._active) >= capacity or not self._may_join(claim):
+            elif len(self._active) + (self._preparing is not None) >= capacity or not self._may_join(claim):
                 continue
             elif not self._open(claim, backbone, group, stop):
                 self._next_try = time.monotonic() + _RETRY_SECONDS
@@ -161,10 +173,14 @@ class Trainer:
     def _may_join(self, claim: Claim) -> bool:
         """Whether a job may train beside the others: one that may kill its worker waits until they have saved.
 
-        Otherwise those that it takes with it would be suspected as well.
+        Otherwise those that it takes with it would be suspected as well. A document waits for another that is prepared.
         """
-        unsaved = [active for active in self._active.values() if not active.got_further]
         is_suspicious = num_attempts(self._data.job(claim.job.id)) >= SUSPICIOUS_ATTEMPTS
+        if (prepared := self._preparing) is not None:
+            may_kill = is_suspicious or num_attempts(self._data.job(prepared.job.id)) > SUSPICIOUS_ATTEMPTS
+            if may_kill or claim.job.kind == "document" or claim.job.id == prepared.job.id:
+                return False
+        unsaved = [active for active in self._active.values() if not active.got_further]
         return not (unsaved and (is_suspicious or any(active.is_suspicious for active in unsaved)))
 
     def _all_open(self) -> list[ActiveJob]:
@@ -182,9 +198,12 @@ class Trainer:
         folder = self._data.job(job.id)
         events = JobEvents(folder)
 
-        def preparing(what: str, done: int, total: int | None) -> None:
+        def check() -> None:
             if stop.is_set() or self._is_stale(claim, self._statuses.latest):
                 raise _LeftError
+
+        def preparing(what: str, done: int, total: int | None) -> None:
+            check()
             if total:
                 events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
 
@@ -196,7 +215,8 @@ class Trainer:
                     return False
                 count_attempt(folder)
                 with contextlib.ExitStack() as closing:
-                    run = closing.enter_context(open_job(job, folder, backbone, preparing))
+                    with self._training_others(claim, Turns(check, lambda: self._take_turn(stop), backbone.device)):
+                        run = closing.enter_context(open_job(job, folder, backbone, preparing))
                     active = ActiveJob(claim, folder, run, events, closing=closing.pop_all(), holding=holding.pop_all())
             except _LeftError:
                 # Its claim holds no more, which is seen next, or this worker ends.
@@ -209,6 +229,19 @@ class Trainer:
         group.add(run)
         _log.info("job_opened", extra={"fields": {"job": job.id, "step": active.step, "steps": active.total_steps}})
         return True
+
+    @contextlib.contextmanager
+    def _training_others(self, claim: Claim, turns: Turns) -> Iterator[None]:
+        """While the block prepares a job, the others have turns; not while one of these is prepared in its turn."""
+        if self._preparing is not None:
+            yield
+            return
+        self._preparing = claim
+        try:
+            with interrupting(turns):
+                yield
+        finally:
+            self._preparing = None
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +294,7 @@ class Trainer:
         if self._statuses.latest is self._seen:
             return
         report = self._seen = self._statuses.latest
-        for claim in [one for one in self._waiting if self._is_stale(one, report)]:
+        for claim in [one for one in self._waiting if self._is_stale(one, report) and one is not self._preparing]:
             self._waiting.remove(claim)
             _end_stopped([claim])
         for active in self._all_open():

@@ -7,6 +7,7 @@ its jobs over.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -170,10 +171,13 @@ def _open_queue(url: str, stop: threading.Event) -> JobQueue | None:
 
 
 def _load(config: WorkerConfig) -> Any:
+    from prefixtune.backbone.identity import public_name
     from prefixtune.backbone.load import load_backbone
 
     started = time.monotonic()
     backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
+    # Results, states and errors hold this name.
+    backbone = dataclasses.replace(backbone, name=public_name(config.backbone, config.backbone_id))
     _log_event("backbone_loaded", backbone=backbone.name, seconds=round(time.monotonic() - started, 1))
     return backbone
 

@@ -44,6 +44,7 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
     command = [sys.executable, "-P", "-m", "prefixtune", "worker", "--with-parent"]
     for name, value in {
         "backbone": config.backbone,
+        "backbone_id": config.backbone_id,
         "dtype": config.dtype,
         "device": config.device,
         "quantize": config.quantize,

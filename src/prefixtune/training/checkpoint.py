@@ -93,8 +93,8 @@ _FACTS: dict[str, tuple[type, ...]] = {
 _LENGTHS = ("max_steps", "epochs", "patience")
 """How long a run goes on: a resumed run may be given more of it, and its schedule is then that of the new length."""
 _REPORTING = ("report_to", "project", "run_name", "report_examples")
-_MAY_CHANGE = ("output", "save_every", "device", "dtype", "shard", "data_cache", *_REPORTING, *_LENGTHS)
-"""Options that may differ when a run is resumed; the dtype that results is compared by itself."""
+_MAY_CHANGE = ("backbone", "output", "save_every", "device", "dtype", "shard", "data_cache", *_REPORTING, *_LENGTHS)
+"""Options that may differ when a run is resumed; the weights and the dtype that result are compared by themselves."""
 
 
 # --- the state's file ------------------------------------------------------------------------------------------------

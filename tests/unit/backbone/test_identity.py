@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.backbone.identity import backbone_identity
+from prefixtune.backbone.identity import backbone_identity, public_name
 from prefixtune.backbone.packaged import DEFAULT
 
 
@@ -38,3 +38,15 @@ def test_an_embedded_backbone_and_a_hub_id_are_their_names(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / DEFAULT).mkdir()
     assert backbone_identity(DEFAULT) == identities[0]
+
+
+def test_a_name_for_others_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny.gguf").touch()
+    monkeypatch.chdir(tmp_path / "tiny")
+    paths = [str(tmp_path / "tiny"), str(tmp_path / "tiny") + "/", "../tiny", ".", str(tmp_path / "tiny.gguf")]
+    assert {public_name(path) for path in paths} == {"tiny"}
+    assert public_name("/", "base") == "base"
+    assert public_name("/") == "backbone"
+    # Others load these by their names.
+    assert [public_name(name, "base") for name in (DEFAULT, "org/model")] == [DEFAULT, "org/model"]

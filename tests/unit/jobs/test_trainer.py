@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from patching import replace_everywhere
 from prefixtune.errors import PrefixError
 from prefixtune.jobs import active, statuses
+from prefixtune.jobs import turns as turns_module
 from prefixtune.jobs.active import hold_folder
 from prefixtune.jobs.attempts import MAX_ATTEMPTS, SUSPICIOUS_ATTEMPTS, count_attempt, num_attempts
 from prefixtune.jobs.events import JobEvents, Progress
@@ -25,6 +27,7 @@ from prefixtune.jobs.queue import QueueUnavailableError
 from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.jobs.trainer import Trainer
 from prefixtune.prefix.artifact import read_artifact
+from prefixtune.training import group as group_module
 from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, read_events
 from prefixtune.training.loop import TrainLoop, forward_backward
 from small_document import DOCUMENT
@@ -181,6 +184,96 @@ def test_a_document_is_prepared_and_trains_beside_others(serve: Callable[..., Se
     for future in [service.submit(job) for job in (made, given, make_job(data, "plain"))]:
         assert future.result(60).steps == 6
     assert "Preparing questions: 0/5" in messages(data, made)
+
+
+MADE = {"prefix_length": 4, "num_questions": 5, "answer_length": 3, "initialization": "text"}
+"""Of a document whose questions and answers the model makes."""
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is prepared at each turn of the others, which come at each layer; each run has passes of its own."""
+    monkeypatch.setattr(turns_module, "_SHORTEST", 0.0)
+    monkeypatch.setattr(turns_module, "_LONGEST", 0.0)
+    monkeypatch.setattr(group_module, "MOST_POSITIONS", 1)
+    seen: list[str] = []
+    own = Trainer._take_turn
+
+    def take_turn(trainer: Any, stop: threading.Event) -> bool:
+        if trainer._preparing is not None:
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+            # A step that draws numbers would change those of the preparation.
+            torch.rand(1)
+            seen.append(trainer._preparing.job.name)
+        return own(trainer, stop)
+
+    monkeypatch.setattr(Trainer, "_take_turn", take_turn)
+    return seen
+
+
+def test_others_go_on_while_a_document_is_prepared_with_the_same_results(
+    serve: Callable[..., Service], data: DataFolder, turns: list[str]
+) -> None:
+    def ask(kind: str, name: str) -> Job:
+        if kind == "document":
+            return make_job(data, name, document=DOCUMENT, rows=None, config=MADE)
+        return make_job(data, name, config={"max_steps": 12}, seed=3)
+
+    service, alone = serve(), {kind: ask(kind, f"{kind}-alone") for kind in ("document", "examples")}
+    for job in alone.values():
+        assert service.submit(job).result(60)
+    turns.clear()
+
+    running, document, later = ask("examples", "running"), ask("document", "document"), ask("examples", "later")
+    futures = [service.submit(running)]
+    wait_until(lambda: service.step(running) > 0)
+    futures += [service.submit(document), service.submit(later)]
+    for future in futures:
+        future.result(60)
+    assert "document" in turns
+    # Both were trained and published before the document's first step.
+    assert service.published[-3:] == ["running", "later", "document"]
+    for job in (running, later):
+        assert prefix_of(data, job) == prefix_of(data, alone["examples"])
+    assert prefix_of(data, document) == prefix_of(data, alone["document"])
+    for name in ("questions.jsonl", "teacher.safetensors"):
+        made = [(data.job(job.id).run / name).read_bytes() for job in (document, alone["document"])]
+        assert made[0] == made[1]
+
+
+def test_one_document_is_prepared_at_a_time(serve: Callable[..., Service], data: DataFolder, turns: list[str]) -> None:
+    service = serve()
+    jobs = [make_job(data, name, document=DOCUMENT, rows=None, config=MADE) for name in ("first", "second")]
+    for future in [service.submit(job) for job in jobs]:
+        assert future.result(60).steps == 6
+    order = list(dict.fromkeys(turns))
+    assert len(order) == 2
+    assert turns == sorted(turns, key=order.index)
+
+
+@pytest.mark.parametrize("news", ["cancelled", "paused", "stop"])
+def test_a_document_that_is_left_while_it_is_prepared(
+    serve: Callable[..., Service], data: DataFolder, turns: list[str], news: Any
+) -> None:
+    service = serve()
+    config = {**MADE, "num_questions": 2000, "answer_length": 64}
+    long, document = (
+        make_job(data, "long", config=LONG),
+        make_job(data, "doc", document=DOCUMENT, rows=None, config=config),
+    )
+    service.submit(long)
+    future = service.submit(document)
+    wait_until(lambda: "doc" in turns)
+    if news == "stop":
+        service.end()
+        assert not future.done()
+    else:
+        service.says[document.id] = news
+        assert failure(future).code == "stopped"
+        before = service.step(long)
+        wait_until(lambda: service.step(long) > before)
+    assert num_attempts(data.job(document.id)) == 0
 
 
 def test_more_jobs_than_there_is_room_for_wait(serve: Callable[..., Service], data: DataFolder) -> None:
