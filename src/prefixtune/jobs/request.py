@@ -21,6 +21,7 @@ __all__ = [
     "AUTO",
     "DOCUMENT_OPTIONS",
     "EXAMPLE_OPTIONS",
+    "MOST_VALIDATED",
     "Hyperparameters",
     "JobRefusedError",
     "JobRequest",
@@ -54,8 +55,12 @@ _PLACEHOLDERS = frozenset({"train", "dev", "document", "questions", "output", "i
 """Paths, which the worker fills in."""
 _QUICK_TARGETS, _FEWEST_EXAMPLES = range(8, 201), 4
 _FEWEST_STEPS, _EPOCHS = 24, 5
-_EVALUATIONS = 8
-"""With a validation file, evaluations of a run, unless the request says otherwise."""
+_EVALUATIONS, _MOST_EVALUATIONS = 8, 100
+"""Of a run: with a validation file, unless the request says otherwise; and at most."""
+MOST_VALIDATED = 256
+"""Targets of a validation file, or of those held out, that are used: its first ones, as others wait meanwhile."""
+_MOST_QUESTIONS = 1000
+"""Without an answer, which the model has to write."""
 _CHARACTERS_OF_WINDOW = 2048
 """Of a text that is learned in windows; an estimate."""
 
@@ -220,6 +225,15 @@ def _file_faults(request: JobRequest) -> Iterator[Fault]:
         yield from _without_targets(training)
     if request.questions is not None:
         yield from _unfit("prefixtune.questions", request.questions, "fine-tune", form="question")
+    questions = request.questions or (training if request.document is not None else None)
+    if questions is not None and (facts := questions.facts) is not None:
+        unanswered = facts.rows - facts.targets
+        if unanswered > 0 and facts.rows > _MOST_QUESTIONS:
+            message = (
+                f"{questions.id} has {facts.rows:,} questions, {unanswered:,} of them without an answer, but the model "
+                f"answers at most {_MOST_QUESTIONS:,}; leave some out, or give answers."
+            )
+            yield Fault("prefixtune.questions" if request.questions else "training_file", message, "too_many_questions")
     if validation is None:
         return
     if request.is_document:
@@ -336,6 +350,10 @@ def _config_values(request: JobRequest, targets: int, max_steps: int) -> dict[st
     values["max_steps"] = _steps(request, values, targets, batch_size, max_steps)
     if request.validation_file is not None and "eval_every" not in values:
         values["eval_every"] = max(1, values["max_steps"] // _EVALUATIONS)
+    if every := int(values.get("eval_every", TrainConfig.default("eval_every"))):
+        values["eval_every"] = _bounded_every(every, values["max_steps"], is_asked_for="eval_every" in options)
+    if request.validation_file is not None or values.get("hold_out"):
+        values["dev_limit"] = MOST_VALIDATED
     if "learning_rate_multiplier" in numbers:
         kind = str(values.get("reparameterization", TrainConfig.default("reparameterization")))
         values["learning_rate"] = default_learning_rate(kind) * numbers["learning_rate_multiplier"]
@@ -390,6 +408,22 @@ def _bounded(steps: int, max_steps: int, param: str, why: str) -> int:
         message = f"{why}, but a job of this key may take {max_steps:,} (max_steps); ask for fewer steps."
         raise JobRefusedError([Fault(param, message, "too_many_steps")])
     return steps
+
+
+def _bounded_every(every: int, steps: int, *, is_asked_for: bool) -> int:
+    """Steps between evaluations, so that these take no more time than the steps.
+
+    Raises:
+        JobRefusedError: More evaluations are asked for.
+    """
+    fewest = -(-steps // _MOST_EVALUATIONS)
+    if is_asked_for and every < fewest:
+        message = (
+            f"prefixtune.eval_every is {every}, which makes {-(-steps // every):,} evaluations in {steps:,} steps, but "
+            f"a job has at most {_MOST_EVALUATIONS}; give {fewest} or more."
+        )
+        raise JobRefusedError([Fault("prefixtune.eval_every", message, "too_many_evaluations")])
+    return max(every, fewest)
 
 
 def _trackers(request: JobRequest) -> dict[str, Mapping[str, Any]]:

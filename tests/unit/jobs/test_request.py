@@ -9,7 +9,7 @@ import pytest
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.jobs.file_facts import FileFacts
 from prefixtune.jobs.job import Job
-from prefixtune.jobs.request import JobRefusedError, JobRequest, make_job, resolved_hyperparameters
+from prefixtune.jobs.request import MOST_VALIDATED, JobRefusedError, JobRequest, make_job, resolved_hyperparameters
 from prefixtune.jobs.stored_file import StoredFile
 from prefixtune.training.config import TrainConfig
 
@@ -83,6 +83,37 @@ def test_a_validation_file_is_evaluated_on_while_it_trains() -> None:
     job = made(training_file=stored(targets=1000), validation_file=stored(2))
     assert job.config["eval_every"] == 39
     assert job.validation_file == stored(2).id
+
+
+def test_evaluations_take_a_bounded_part_of_the_time() -> None:
+    large, validation = stored(targets=100_000), stored(2, targets=10_000)
+    assert made(training_file=large, validation_file=validation).config["dev_limit"] == MOST_VALIDATED
+    assert made(training_file=large, options={"hold_out": 0.5}).config["dev_limit"] == MOST_VALIDATED
+    assert "dev_limit" not in made(training_file=large).config
+
+    options = {"max_steps": 5000, "eval_every": 1}
+    for fields in ({"training_file": large, "validation_file": validation}, {"training_file": DOCUMENT}):
+        error = refused(**fields, options=options)
+        assert (error.param, error.code) == ("prefixtune.eval_every", "too_many_evaluations")
+        assert "eval_every is 1, which makes 5,000 evaluations in 5,000 steps" in error.message
+        assert "at most 100; give 50 or more" in error.message
+        assert made(**fields, options={**options, "eval_every": 50}).config["eval_every"] == 50
+    assert made(options={"max_steps": 100, "eval_every": 1}).config["eval_every"] == 1
+    # What nobody asked for is made to fit.
+    assert made(hyperparameters={"n_epochs": 1000}).config["eval_every"] == 40
+
+
+def test_the_model_answers_a_bounded_number_of_questions() -> None:
+    some = stored(7, "question", 1001, counted=900)
+    for fields, param in (
+        ({"training_file": DOCUMENT, "questions": some}, "prefixtune.questions"),
+        ({"training_file": some, "document": DOCUMENT}, "training_file"),
+    ):
+        error = refused(**fields)
+        assert (error.param, error.code) == (param, "too_many_questions")
+        assert "1,001 questions, 101 of them without an answer" in error.message
+    # Nothing has to be written for these.
+    made(training_file=DOCUMENT, questions=stored(7, "question", 5000))
 
 
 def test_a_document_is_distilled() -> None:

@@ -129,7 +129,9 @@ class TrainingOptions(_Part):
     max_steps: Integer | None = Field(None, ge=1, le=1_000_000, description="Optimizer steps, instead of n_epochs.")
     warmup_steps: Integer | None = Field(None, ge=0, le=1_000_000)
     weight_decay: Number | None = Field(None, ge=0, le=10)
-    eval_every: Integer | None = Field(None, ge=0, le=1_000_000, description="Steps between evaluations.")
+    eval_every: Integer | None = Field(
+        None, ge=0, le=1_000_000, description="Steps between evaluations, of which a job has at most 100."
+    )
     patience: Integer | None = Field(None, ge=0, le=1_000_000)
     hold_out: Number | None = Field(None, ge=0, lt=1, description="Share of the examples to choose the best prefix by.")
     loss_reduction: Literal["sentence", "token"] | None = None
@@ -152,7 +154,7 @@ class TrainingOptions(_Part):
     questions: Annotated[str, Field(min_length=1, max_length=128), Check("the id of a file, or self")] | None = Field(
         None, description="About a document, a file; or self, the default: the model makes them."
     )
-    num_questions: Integer | None = Field(None, ge=5, le=2000, description="That the model makes.")
+    num_questions: Integer | None = Field(None, ge=5, le=1000, description="That the model makes.")
     kinds: (
         Annotated[
             list[QuestionKind],
@@ -161,7 +163,7 @@ class TrainingOptions(_Part):
         ]
         | None
     ) = Field(None, description="Of the questions that the model makes.")
-    answer_length: Integer | None = Field(None, ge=1, le=1024, description="Most tokens of an answer that it writes.")
+    answer_length: Integer | None = Field(None, ge=1, le=256, description="Most tokens of an answer that it writes.")
     chunk_length: Integer | None = Field(None, ge=0, le=1_000_000)
     ask: Literal["auto", "plain", "chat"] | None = None
 
@@ -173,7 +175,9 @@ class FineTuningRequest(Body):
         description="The bare backbone's name; or that of a prefix, which training goes on from."
     )
     training_file: _FILE_ID = Field(description="An uploaded file with examples; or a document to remember.")
-    validation_file: _FILE_ID | None = Field(None, description="Examples to choose the best prefix by.")
+    validation_file: _FILE_ID | None = Field(
+        None, description="Examples to choose the best prefix by; of a longer file the first 256 targets are used."
+    )
     suffix: (
         Annotated[
             str,
