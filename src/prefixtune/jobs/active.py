@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -38,11 +39,13 @@ class Claim:
 
     Attributes:
         job: What is to be trained.
+        token: Tells this claim of the job from others.
         future: What it left, or why it failed.
         submitted: When it was claimed, at the latest, by `time.monotonic()`.
     """
 
     job: Job
+    token: str
     future: Future[JobResult] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
 
@@ -77,6 +80,8 @@ class ActiveJob:
     Attributes:
         claims: All who wait for it.
         is_suspicious: Workers have ended while they trained it.
+        trained_at: When it took its last step, by `time.monotonic()`.
+        publish_at: Not published before then.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class ActiveJob:
         self._told_progress = 0.0
         self._begun_at = self.step
         self._got_further = False
+        self.trained_at, self.publish_at = math.inf, 0.0
         self._checkpoints = CheckpointKeeper(self.job, folder.run)
 
     @property
@@ -223,8 +229,9 @@ class ActiveJob:
         self._write_progress()
 
     def close_run(self) -> None:
-        """Close the run's log and trackers; the folder is still held."""
+        """All steps are taken: close the run's log and trackers; the folder is still held."""
         self._closing.close()
+        self.trained_at = time.monotonic()
 
     def release(self) -> None:
         """Close the run, and let others have the folder."""

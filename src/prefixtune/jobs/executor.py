@@ -23,7 +23,7 @@ from prefixtune.utils.locks import acquire_lock
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["Executor", "JobFailedError"]
+__all__ = ["ClaimLostError", "Executor", "JobFailedError"]
 
 
 _POLLING_SECONDS = 0.5
@@ -43,6 +43,18 @@ class JobFailedError(Exception):
         self.error = error
 
 
+class ClaimLostError(Exception):
+    """A claim holds no more: its job was paused, cancelled or deleted, or another claim has it."""
+
+
+class _ThreadEnd(BaseException):
+    """Ends the thread of a lost claim.
+
+    After an `Exception` the library would keep the thread, and ask where the job stands, until another claim has ended
+    the job.
+    """
+
+
 class Executor:
     """Claims jobs for one worker. One per process: DBOS is one per process.
 
@@ -51,8 +63,9 @@ class Executor:
         locks: The folder of the workers' locks.
         backbone: Only its jobs are claimed; see `backbone.identity`.
         capacity: Most jobs that are claimed at once.
-        run: Runs a job to its end in a thread of its own and returns what it left; it may be called again for a job
-            that another worker, or an earlier run of this one, has begun. Raises `JobFailedError` where the job fails.
+        run: Runs a job to its end in a thread of its own and returns what it left; called with the job and the token of
+            the claim, and perhaps again for a job that another worker, or an earlier call, has begun. Raises
+            `JobFailedError` where the job fails, and `ClaimLostError` once another token, or none, holds.
         name: Part of the worker's name: letters, digits and hyphens.
 
     Raises:
@@ -66,7 +79,7 @@ class Executor:
         *,
         backbone: str,
         capacity: int,
-        run: Callable[[Job], JobResult],
+        run: Callable[[Job, str], JobResult],
         name: str = "",
     ) -> None:
         self.name = "-".join(filter(None, ("worker", name, secrets.token_hex(8))))
@@ -78,6 +91,7 @@ class Executor:
     def start(self) -> None:
         """Hold this worker's lock, and claim jobs from now on."""
         from dbos import DBOS, DBOSPortableJSONSerializer, PortableWorkflowError
+        from dbos._context import current_owner_xid
 
         self._lock = self._hold()
         DBOS(
@@ -90,15 +104,17 @@ class Executor:
                 "serializer": DBOSPortableJSONSerializer(),
                 "log_level": "ERROR",
                 "enable_otlp": False,
-                "max_executor_threads": self._capacity + 4,
             }
         )
 
         # A job that kills its worker again and again is noticed by the steps that it takes between, not by a count.
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def train(stored: dict[str, Any]) -> dict[str, Any]:
+            job = Job.model_validate(stored)
             try:
-                return self._run(Job.model_validate(stored)).model_dump(mode="json")
+                return self._run(job, current_owner_xid(job.id) or "").model_dump(mode="json")
+            except ClaimLostError:
+                raise _ThreadEnd from None
             except JobFailedError as failed:
                 raise PortableWorkflowError(
                     failed.error.message, "JobFailedError", failed.error.code, failed.error.model_dump(mode="json")

@@ -9,8 +9,9 @@ from prefixtune.errors import BackboneError, CheckpointError, ConfigError, DataE
 from prefixtune.jobs.executor import JobFailedError
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import JobError
+from prefixtune.prefix.folder import FolderBusyError
 
-__all__ = ["describe_failure", "is_foreseen"]
+__all__ = ["describe_failure", "is_foreseen", "is_temporary"]
 
 
 _CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
@@ -26,6 +27,13 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def is_foreseen(error: BaseException) -> bool:
     """Whether the message says all; of another error the worker's log needs the traceback."""
     return isinstance(error, PrefixError | JobFailedError) or _is_out_of_memory(error) or _is_out_of_space(error)
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether a file could not be written, or a folder not be used, for a reason that may pass; a full disk is told."""
+    if isinstance(error, JobFailedError) or _is_out_of_space(error):
+        return False
+    return any(isinstance(one, FolderBusyError | OSError) for one in _causes(error))
 
 
 def describe_failure(error: BaseException, folder: JobFolder) -> JobError:

@@ -25,7 +25,9 @@ def new_job_id() -> str:
 class _Stored(BaseModel):
     """What the database holds as JSON."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A newer version may have stored more: whoever lists goes on without it, and `PROTOCOL` keeps such a job from
+    # workers that would train by a part of it.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Job(_Stored):

@@ -9,8 +9,9 @@ import contextlib
 import csv
 import glob
 import io
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from prefixtune.prefix.folder import ENDING, Signature, change_folder, list_name
 from prefixtune.prefix.header import JobOrigin, job_origin, read_outline
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, Event, read_events
-from prefixtune.utils.files import atomic_path, remove_abandoned
+from prefixtune.utils.files import flush_to_disk, fsync, remove_abandoned, work_folder
+from prefixtune.utils.writable import reporting_write_errors
 
 __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "unpublish"]
 
@@ -35,7 +37,8 @@ __all__ = ["METRICS_FILE", "metrics_csv", "publish", "published_by", "tidy", "un
 METRICS_FILE = "step_metrics.csv"
 """What the file of a job's metrics is called, as OpenAI calls it."""
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "seconds")
-_LOCK_SECONDS = 30.0
+_LOCK_SECONDS = 2.0
+"""Nobody has the folder's lock for long; training waits meanwhile, and whoever does not get it tries again later."""
 _STATUSES_AT_ONCE = 200
 """Jobs whose statuses are asked for in one query."""
 
@@ -51,7 +54,8 @@ def publish(
 ) -> JobResult:
     """Serve what a job has trained under the job's name, and store its metrics for its owner.
 
-    May be called again for the same job, as after a kill. The checkpoints come first, so that all is there once the
+    May be called again for the same job, as after a kill. All is written and checked beside the files that are served;
+    others who change the folder wait for the renames alone. The checkpoints come first, so that all is there once the
     job's name answers.
 
     Args:
@@ -63,26 +67,29 @@ def publish(
         max_bytes: Largest prefix, in the backbone's dtype; see `cache_mib` of the server.
 
     Raises:
-        JobFailedError: The prefix cannot be served, or another file has its name; nothing stays published.
-        PrefixError: A file cannot be written, as on a full disk, or the run's log is damaged; nothing stays published.
+        JobFailedError: The prefix cannot be served, or another file has its name; nothing is published.
+        FolderBusyError: Others change the folder of prefixes; nothing is published.
+        PrefixError: A file cannot be written, as on a full disk, or the run's log is damaged; nothing is published.
     """
     events = read_events(run / EVENTS_FILE)
     validator = PrefixValidator(backbone, max_bytes)
     prefix = _result(job, run)
     metrics = _store_metrics(job, events, files)
-    with change_folder(prefixes, _LOCK_SECONDS):
-        _check_free(job.name, job, prefixes)
-        try:
+    with reporting_write_errors(path_of(prefixes, job.name)):
+        prefixes.mkdir(parents=True, exist_ok=True)
+        with work_folder(prefixes, path_of(prefixes, job.name).name) as made:
+            names = []
             for checkpoint in checkpoints(job, run):
-                if _is_free(path_of(prefixes, checkpoint.name), job):
-                    with _checked(checkpoint.name, validator, prefixes) as temporary:
-                        shutil.copyfile(checkpoint.path, temporary)
-            with _checked(job.name, validator, prefixes) as temporary:
-                save_prefix(temporary, prefix, dtype=prefix.dtype)
-        except Exception:
-            with contextlib.suppress(PrefixError):
-                _remove_published(job, prefixes)
-            raise
+                shutil.copyfile(checkpoint.path, path_of(made, checkpoint.name))
+                names.append(checkpoint.name)
+            save_prefix(path_of(made, job.name), prefix, dtype=prefix.dtype)
+            names.append(job.name)
+            for name in names:
+                _check(path_of(made, name), name, validator)
+            flush_to_disk(*(path_of(made, name) for name in names))
+            with change_folder(prefixes, _LOCK_SECONDS):
+                _move(job, names, made, prefixes)
+        fsync(prefixes)
     return JobResult(
         name=job.name,
         trained_tokens=sum(event["target_tokens"] for event in _of("step", events)),
@@ -110,21 +117,35 @@ def _result(job: Job, run: Path) -> Prefix:
     return Prefix(prefix.layers, header, prefix.head)
 
 
-@contextlib.contextmanager
-def _checked(name: str, validator: PrefixValidator, prefixes: Path) -> Iterator[Path]:
-    """Yield a path to write a prefix to, check the file as an upload is checked, and give it its name.
+def _check(path: Path, name: str, validator: PrefixValidator) -> None:
+    """Check a file as an upload is checked.
 
     Raises:
         JobFailedError: It cannot be served.
-        PrefixError: It cannot be written.
     """
-    with atomic_path(path_of(prefixes, name)) as temporary:
-        yield temporary
-        try:
-            validator.read_header(temporary)
-            validator.load(temporary, name)
-        except CheckpointError as error:
-            raise _unusable(error, temporary) from error
+    try:
+        validator.read_header(path)
+        validator.load(path, name)
+    except CheckpointError as error:
+        raise _unusable(error, path) from error
+
+
+def _move(job: Job, names: list[str], made: Path, prefixes: Path) -> None:
+    """Give files their names, in this order, the result's last; a checkpoint whose name another file has is left out.
+
+    Raises:
+        JobFailedError: Another file has the result's name.
+        OSError: One cannot be moved; those that were are removed again.
+    """
+    _check_free(job.name, job, prefixes)
+    try:
+        for name in names:
+            if _is_free(path_of(prefixes, name), job):
+                os.replace(path_of(made, name), path_of(prefixes, name))
+    except OSError:
+        with contextlib.suppress(PrefixError):
+            _remove_published(job, prefixes)
+        raise
 
 
 def _unusable(error: CheckpointError, path: Path) -> JobFailedError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from prefixtune.errors import PrefixError, RequestError
@@ -17,6 +17,7 @@ from prefixtune.jobs.job import UNFINISHED, Job, JobError, JobResult, JobState, 
 
 if TYPE_CHECKING:
     from dbos import DBOSClient, WorkflowStatus
+    from sqlalchemy import Select, Table
 
 __all__ = [
     "APPLICATION",
@@ -24,6 +25,7 @@ __all__ = [
     "WORKFLOW",
     "JobQueue",
     "QueueUnavailableError",
+    "Standing",
     "UnfinishedJob",
     "migrate",
     "queue_name",
@@ -54,6 +56,18 @@ _PAGE = 100
 
 class QueueUnavailableError(PrefixError):
     """The database cannot be reached, or is locked; trying again later may help."""
+
+
+class Standing(NamedTuple):
+    """Where a job stands, and who may end it.
+
+    Attributes:
+        status: Where it stands.
+        token: Of the claim that trains it, the last one; empty: none does.
+    """
+
+    status: JobStatus
+    token: str = ""
 
 
 class UnfinishedJob(NamedTuple):
@@ -172,7 +186,9 @@ class JobQueue:
         return self._move(job_id, ("queued", "running"), "CANCELLED", paused=True)
 
     def resume(self, job_id: str) -> JobState:
-        """Queue a paused job again; any other one stays as it is. Returns how it stands then.
+        """Queue a paused job again, in the turn of one that is new; any other one stays as it is.
+
+        Returns how it stands then.
 
         Raises:
             RequestError: Another job that waits or runs has its name.
@@ -185,8 +201,18 @@ class JobQueue:
         from sqlalchemy.exc import IntegrityError
 
         # The library's own methods do not ask where the job stands: they would resume one that was cancelled.
-        database = self._client._sys_db
-        table, state = database.tables.workflow_status, self.get(job_id)
+        table, state = self._table, self.get(job_id)
+        now = int(time.time() * 1000)
+        if status == "ENQUEUED":
+            place = {
+                "queue_name": queue_name(state.job.backbone),
+                "deduplication_id": state.job.name,
+                "completed_at": None,
+                # With its old turn it would overtake everybody after a long pause, or wait behind them.
+                "priority": self._turn(state.job.owner),
+            }
+        else:
+            place = {"queue_name": None, "deduplication_id": None, "completed_at": now}
         names = sorted({name for some in before if some != _PAUSED for name in _WORKFLOW_STATES[some]})
         is_paused = sa.and_(table.c.status == "CANCELLED", table.c.attributes[_PAUSED].as_boolean())
         move = (
@@ -195,21 +221,19 @@ class JobQueue:
             .where(sa.or_(table.c.status.in_(names), *([is_paused] if _PAUSED in before else [])))
             .values(
                 status=status,
-                queue_name=queue_name(state.job.backbone) if status == "ENQUEUED" else None,
-                completed_at=int(time.time() * 1000) if status == "CANCELLED" else None,
                 attributes={"name": state.job.name, _PAUSED: paused},
                 # Nobody who claimed it before may end it.
                 owner_xid=None,
-                deduplication_id=state.job.name if status == "ENQUEUED" else None,
                 started_at_epoch_ms=None,
                 recovery_attempts=0,
-                updated_at=int(time.time() * 1000),
+                updated_at=now,
+                **place,
             )
         )
 
         def execute() -> None:
             try:
-                with database.engine.begin() as connection:
+                with self._client._sys_db.engine.begin() as connection:
                     connection.execute(move)
             except IntegrityError as error:
                 raise _name_taken(state.job.name) from error
@@ -232,16 +256,16 @@ class JobQueue:
 
     def iterate(self, owner: str | None = None) -> Iterator[JobState]:
         """The jobs of an owner, or of all, the newest first; read as far as they are asked for."""
-        return map(_state, self._iterate(user=owner, sort_desc=True))
+        return map(_state, self._iterate(owner))
 
     def unfinished(self) -> list[UnfinishedJob]:
         """All jobs that have not ended; those that wait are in the order of their turns."""
         statuses = sorted({name for status in UNFINISHED for name in _WORKFLOW_STATES[status]})
-        found = self._all(status=statuses, load_input=False, load_output=False)
+        found = self._all(status=statuses, load_input=False, load_output=False)[::-1]
         found.sort(key=lambda job: (job.priority or 0, job.created_at or 0))
         jobs = []
         for job in found:
-            if (status := _status(job)) in UNFINISHED:
+            if (status := _status(job.status, job.attributes)) in UNFINISHED:
                 name = str((job.attributes or {}).get("name", ""))
                 jobs.append(UnfinishedJob(job.workflow_id, job.authenticated_user or "", name, status))
         return jobs
@@ -254,10 +278,21 @@ class JobQueue:
 
     def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
         """Where jobs stand; those that do not exist are left out."""
-        if not job_ids:
-            return {}
-        found = self._list(workflow_ids=list(job_ids), load_input=False, load_output=False)
-        return {workflow.workflow_id: _status(workflow) for workflow in found}
+        return {job_id: standing.status for job_id, standing in self.standings(job_ids).items()}
+
+    def standings(self, job_ids: Sequence[str]) -> dict[str, Standing]:
+        """Where jobs stand, and who may end them; those that do not exist are left out."""
+        import sqlalchemy as sa
+
+        table = self._table
+        rows = self._read(
+            sa.select(table.c.workflow_uuid, table.c.status, table.c.attributes, table.c.owner_xid).where(
+                table.c.name == WORKFLOW, table.c.workflow_uuid.in_(job_ids)
+            )
+        )
+        return {
+            job_id: Standing(_status(status, attributes), token or "") for job_id, status, attributes, token in rows
+        }
 
     def workers(self) -> list[str]:
         """The names of workers that have claimed unfinished jobs; some may be dead."""
@@ -271,15 +306,45 @@ class JobQueue:
     def _all(self, **query: Any) -> list[WorkflowStatus]:
         return list(self._iterate(**query))
 
-    def _iterate(self, **query: Any) -> Iterator[WorkflowStatus]:
-        """Workflows by pages."""
-        offset = 0
-        while True:
-            page = self._list(limit=_PAGE, offset=offset, **query)
-            yield from page
+    def _iterate(self, user: str | None = None, **query: Any) -> Iterator[WorkflowStatus]:
+        """Workflows by pages, the newest first; those that are added or change meanwhile hide and double no other."""
+        import sqlalchemy as sa
+
+        table = self._table
+        # SQLite's times are whole seconds; its rows are numbered as they were added.
+        is_sqlite = self._client._sys_db.engine.dialect.name == "sqlite"
+        tie = sa.literal_column("rowid", sa.BigInteger) if is_sqlite else table.c.workflow_uuid
+        keys = (
+            sa.select(table.c.workflow_uuid, table.c.created_at, tie)
+            .where(table.c.name == WORKFLOW)
+            .where(sa.or_(table.c.application_name == APPLICATION, table.c.application_name.is_(None)))
+            .order_by(table.c.created_at.desc(), tie.desc())
+            .limit(_PAGE)
+        )
+        if user is not None:
+            keys = keys.where(table.c.authenticated_user == user)
+        if "status" in query:
+            keys = keys.where(table.c.status.in_(query["status"]))
+        page = self._read(keys)
+        while page:
+            found = {one.workflow_id: one for one in self._list(workflow_ids=[key[0] for key in page], **query)}
+            yield from (found[key[0]] for key in page if key[0] in found)
             if len(page) < _PAGE:
                 return
-            offset += _PAGE
+            # An offset would move with what others add and delete.
+            last = sa.tuple_(sa.literal(page[-1][1], sa.BigInteger), sa.literal(page[-1][2], tie.type))
+            page = self._read(keys.where(sa.tuple_(table.c.created_at, tie) < last))
+
+    @property
+    def _table(self) -> Table:
+        return self._client._sys_db.tables.workflow_status
+
+    def _read(self, query: Select[Any]) -> list[Any]:
+        def execute() -> list[Any]:
+            with self._client._sys_db.engine.connect() as connection:
+                return [tuple(row) for row in connection.execute(query)]
+
+        return _reach(execute)
 
     def _list(self, **query: Any) -> list[WorkflowStatus]:
         return _reach(lambda: self._client.list_workflows(name=WORKFLOW, **query))
@@ -308,15 +373,15 @@ def _name_taken(name: str) -> RequestError:
     return RequestError(f"another job will be served as {name!r}.", hint="choose another name.")
 
 
-def _status(workflow: WorkflowStatus) -> JobStatus:
-    status = _STATES[workflow.status]
-    paused = (workflow.attributes or {}).get(_PAUSED, False)
+def _status(stored: str, attributes: Mapping[str, Any] | None) -> JobStatus:
+    status = _STATES[stored]
+    paused = (attributes or {}).get(_PAUSED, False)
     return "paused" if status == "cancelled" and paused else status
 
 
 def _state(workflow: WorkflowStatus) -> JobState:
     assert workflow.input is not None
-    (stored,), status = workflow.input["args"], _status(workflow)
+    (stored,), status = workflow.input["args"], _status(workflow.status, workflow.attributes)
     ended = status in ("succeeded", "failed", "cancelled")
     return JobState(
         Job.model_validate(stored),

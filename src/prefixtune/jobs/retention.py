@@ -85,12 +85,10 @@ def forget_oldest(data: DataFolder, jobs: JobQueue, files: FileStore, keep: int)
     Raises:
         QueueUnavailableError: The database cannot be reached.
     """
-    ended, oldest, seen = Counter[str](), list[Job](), set[str]()
+    ended, oldest = Counter[str](), list[Job]()
     for state in jobs.iterate():
         job = state.job
-        # Where jobs are added meanwhile, some are read twice.
-        if state.status in ENDED and job.id not in seen:
-            seen.add(job.id)
+        if state.status in ENDED:
             ended[job.owner] += 1
             if ended[job.owner] > keep:
                 oldest.append(job)

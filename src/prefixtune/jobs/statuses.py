@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prefixtune.jobs.job import JobStatus
-from prefixtune.jobs.queue import QueueUnavailableError
+from prefixtune.jobs.queue import QueueUnavailableError, Standing
 
 __all__ = ["StatusReport", "StatusWatch"]
 
@@ -22,25 +22,30 @@ class StatusReport:
     Attributes:
         asked: When it was asked, by `time.monotonic()`: what was so before is known to it.
         job_ids: What it was asked about.
-        statuses: Where these jobs stand; those that do not exist are left out.
+        standings: Where these jobs stand; those that do not exist are left out.
     """
 
     asked: float = -1.0
     job_ids: frozenset[str] = frozenset()
-    statuses: Mapping[str, JobStatus] = field(default_factory=dict)
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+
+    def status(self, job_id: str) -> JobStatus | None:
+        """Where a job stands; None: it does not exist, or was not asked about."""
+        standing = self.standings.get(job_id)
+        return None if standing is None else standing.status
 
 
 class StatusWatch:
     """Asks where some jobs stand again and again.
 
     Args:
-        ask: The queue's `statuses`.
+        ask: The queue's `standings`.
         on_away: Called once when the database cannot be reached, with the reason, and with None when it is back.
     """
 
     def __init__(
         self,
-        ask: Callable[[Sequence[str]], Mapping[str, JobStatus]],
+        ask: Callable[[Sequence[str]], Mapping[str, Standing]],
         on_away: Callable[[str | None], None] = lambda reason: None,
     ) -> None:
         self._ask, self._on_away = ask, on_away

@@ -20,11 +20,12 @@ from prefixtune.errors import PrefixError
 from prefixtune.jobs.active import ActiveJob, Claim, hold_folder
 from prefixtune.jobs.attempts import SUSPICIOUS_ATTEMPTS, count_attempt, forget_attempts, num_attempts
 from prefixtune.jobs.events import JobEvents
-from prefixtune.jobs.executor import JobFailedError
-from prefixtune.jobs.failures import describe_failure, is_foreseen
+from prefixtune.jobs.executor import ClaimLostError, JobFailedError
+from prefixtune.jobs.failures import describe_failure, is_foreseen, is_temporary
 from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobStatus
 from prefixtune.jobs.opening import open_job
+from prefixtune.jobs.queue import Standing
 from prefixtune.jobs.retention import clear_folder
 from prefixtune.jobs.statuses import StatusReport, StatusWatch
 from prefixtune.jobs.turns import Turns
@@ -38,6 +39,8 @@ __all__ = ["Trainer"]
 _WAIT_SECONDS = 0.1
 _RETRY_SECONDS = 0.5
 """Between two tries to open a job that somebody else still holds."""
+_PUBLISH_PAUSE, _PUBLISH_SECONDS = 5.0, 3600.0
+"""Between two tries to publish a result, and how long it is tried."""
 _log = logging.getLogger("prefixtune.jobs")
 
 
@@ -75,7 +78,7 @@ class Trainer:
         self._preparing: Claim | None = None
         self._active: dict[Run, ActiveJob] = {}
         # Trained; published once the database says that they still run.
-        self._trained: list[tuple[float, ActiveJob]] = []
+        self._trained: list[ActiveJob] = []
         # Published; taken back if the database says that they were cancelled just before.
         self._published: dict[str, tuple[float, Job]] = {}
         self._backbone: Backbone | None = None
@@ -84,13 +87,18 @@ class Trainer:
         self._ask_now = False
         self._next_try = 0.0
 
-    def submit(self, job: Job) -> JobResult:
+    def submit(self, job: Job, token: str) -> JobResult:
         """Train a job to its end; blocks, and may be called in any thread.
 
+        Args:
+            job: What is to be trained.
+            token: Of the claim.
+
         Raises:
-            JobFailedError: It failed, or it was stopped, so that nobody asks for its result any more.
+            JobFailedError: It failed.
+            ClaimLostError: It was stopped, or another claim has it: nobody asks for this one's result.
         """
-        claim = Claim(job)
+        claim = Claim(job, token)
         self._submitted.put(claim)
         # As long as training takes; a worker that ends lets the process end without an answer.
         return claim.future.result()
@@ -184,7 +192,7 @@ class Trainer:
         return not (unsaved and (is_suspicious or any(active.is_suspicious for active in unsaved)))
 
     def _all_open(self) -> list[ActiveJob]:
-        return [*self._active.values(), *(active for _, active in self._trained)]
+        return [*self._active.values(), *self._trained]
 
     def _loaded(self) -> tuple[Backbone, RunGroup]:
         if self._backbone is None or self._group is None:
@@ -281,7 +289,7 @@ class Trainer:
         except Exception as error:
             self._fail(active, error)
             return
-        self._trained.append((time.monotonic(), active))
+        self._trained.append(active)
         self._ask_now = True
 
     # --- ending -------------------------------------------------------------------------------------------------------
@@ -296,22 +304,22 @@ class Trainer:
         report = self._seen = self._statuses.latest
         for claim in [one for one in self._waiting if self._is_stale(one, report) and one is not self._preparing]:
             self._waiting.remove(claim)
-            _end_stopped([claim])
+            _end_lost([claim])
         for active in self._all_open():
             lost = [claim for claim in active.claims if self._is_stale(claim, report)]
             if len(lost) == len(active.claims):
-                self._stop(active, report.statuses.get(active.job.id))
+                self._stop(active, report.status(active.job.id))
             elif lost:
                 active.claims = [claim for claim in active.claims if claim not in lost]
-                _end_stopped(lost)
+                _end_lost(lost)
         for job_id, (since, job) in list(self._published.items()):
             if job_id in report.job_ids and since <= report.asked:
-                self._confirm_end(job, report.statuses.get(job_id))
+                self._confirm_end(job, report.status(job_id))
 
     def _is_stale(self, claim: Claim, report: StatusReport) -> bool:
-        """Whether a claim holds no more: then a resumed job is another claim's."""
+        """Whether a claim holds no more: the job does not run, or it was paused and resumed, and is another claim's."""
         known = claim.job.id in report.job_ids and claim.submitted <= report.asked
-        return known and report.statuses.get(claim.job.id) != "running"
+        return known and report.standings.get(claim.job.id) != Standing("running", claim.token)
 
     def _confirm_end(self, job: Job, status: JobStatus | None) -> None:
         """Forget a published job once its end is in the database."""
@@ -335,7 +343,7 @@ class Trainer:
         elif status == "cancelled":
             self._tell(active, f"Training is cancelled at step {active.step}/{active.total_steps}.", key="cancelled")
         self._leave(active)
-        _end_stopped(active.claims)
+        _end_lost(active.claims)
         fields = {"job": active.job.id, "status": status or "deleted", "step": active.step}
         _log.info("job_stopped", extra={"fields": fields})
 
@@ -353,7 +361,7 @@ class Trainer:
             except Exception as error:
                 # The last good state is kept.
                 _log.warning("state_not_saved", extra={"fields": {"job": active.job.id, "reason": str(error)}})
-        self._trained = [pair for pair in self._trained if pair[1] is not active]
+        self._trained = [trained for trained in self._trained if trained is not active]
         with contextlib.suppress(OSError):
             forget_attempts(active.folder)
         _close(active)
@@ -362,25 +370,34 @@ class Trainer:
         """Publish what is trained and, by an answer that came later, still wanted."""
         report = self._seen
         backbone = self._backbone
-        for pair in list(self._trained):
-            since, active = pair
-            is_wanted = report.statuses.get(active.job.id) == "running"
-            if backbone is None or not is_wanted or report.asked < since:
-                continue
-            self._trained.remove(pair)
+        for active in list(self._trained):
             job = active.job
+            is_wanted = report.status(job.id) == "running" and report.asked >= active.trained_at
+            if backbone is None or not is_wanted or time.monotonic() < active.publish_at:
+                continue
             try:
                 result = self._publish(job, active.folder.run, backbone)
                 active.events.add(f"The new model is served as {job.name!r}.", key="published")
                 active.events.add("The job has succeeded.", key="succeeded")
             except Exception as error:
-                self._fail(active, error)
+                if is_temporary(error) and time.monotonic() < active.trained_at + _PUBLISH_SECONDS:
+                    self._postpone(active, error)
+                else:
+                    self._trained.remove(active)
+                    self._fail(active, error)
                 continue
+            self._trained.remove(active)
             self._published[job.id] = time.monotonic(), job
             _close(active)
             for claim in active.claims:
                 claim.future.set_result(result)
             _log.info("job_succeeded", extra={"fields": {"job": job.id, "model": job.name, "steps": result.steps}})
+
+    def _postpone(self, active: ActiveJob, error: Exception) -> None:
+        """Publish a result later: what is trained is not to be lost."""
+        active.publish_at = time.monotonic() + _PUBLISH_PAUSE
+        self._tell(active, "The new model cannot be stored now, which is tried again.", key="postponed")
+        _log.warning("publish_postponed", extra={"fields": {"job": active.job.id, "reason": str(error)}})
 
     def _fail(self, active: ActiveJob, error: Exception) -> None:
         _close(active)
@@ -408,10 +425,10 @@ def _close(active: ActiveJob) -> None:
         _log.warning("close_failed", extra={"fields": {"job": active.job.id}}, exc_info=error)
 
 
-def _end_stopped(claims: list[Claim]) -> None:
+def _end_lost(claims: list[Claim]) -> None:
     """End claims that hold no more: the database heeds none of what they say."""
     for claim in claims:
-        claim.future.set_exception(JobFailedError(JobError(code="stopped", message="the job was stopped.")))
+        claim.future.set_exception(ClaimLostError())
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def _work(
     from prefixtune.jobs.trainer import Trainer
 
     prefixes, files = Path(config.prefixes).absolute(), FileStore(data)
-    watch = StatusWatch(jobs.statuses, _log_database)
+    watch = StatusWatch(jobs.standings, _log_database)
     trainer = Trainer(
         data,
         load=lambda: _load(config),

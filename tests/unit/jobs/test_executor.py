@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from prefixtune.jobs import executor as executor_module
 from prefixtune.jobs import queue as queue_module
-from prefixtune.jobs.executor import Executor, JobFailedError
+from prefixtune.jobs.executor import ClaimLostError, Executor, JobFailedError
 from prefixtune.jobs.job import Job, JobError, JobResult, new_job_id
 from prefixtune.jobs.queue import JobQueue, migrate
 from training_jobs import wait_for, wait_until
@@ -26,12 +27,25 @@ class Worker:
         self.ending: dict[str, Callable[[Job], JobResult]] = {}
         self._changed = threading.Condition()
         self.executor = Executor(url, locks, backbone="b1", capacity=1, run=self._run, name="tests")
+        self._tokens: dict[str, str] = {}
 
-    def _run(self, job: Job) -> JobResult:
+    def _run(self, job: Job, token: str) -> JobResult:
         with self._changed:
             self.started.append(job.id)
-            self._changed.wait_for(lambda: job.id in self.ending, 60)
+            self._tokens[job.id] = token
+            self._changed.wait_for(lambda: job.id in self.ending or self._tokens[job.id] != token, 60)
+        if self._tokens[job.id] != token:
+            raise ClaimLostError
         return self.ending[job.id](job)
+
+    def token(self, job: Job) -> str:
+        return self._tokens[job.id]
+
+    def leave(self, job: Job) -> None:
+        """Notice that a job was stopped."""
+        with self._changed:
+            self._tokens[job.id] = ""
+            self._changed.notify_all()
 
     def end(self, job: Job, how: Callable[[Job], JobResult] | None = None) -> None:
         with self._changed:
@@ -49,10 +63,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def worker(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     # One for the module: a process has only one.
-    made = Worker(url, tmp_path_factory.mktemp("locks"))
-    made.executor.start()
-    yield made
-    made.executor.stop()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(executor_module, "_POLLING_SECONDS", 0.05)
+        made = Worker(url, tmp_path_factory.mktemp("locks"))
+        made.executor.start()
+        yield made
+        made.executor.stop()
 
 
 @pytest.fixture
@@ -90,6 +106,10 @@ def add(queue: JobQueue, worker: Worker) -> Iterator[Callable[..., Job]]:
 
 def wait_for_start(worker: Worker, job: Job) -> None:
     wait_until(lambda: job.id in worker.started)
+
+
+def has_begun(worker: Worker, job: Job, times: int) -> bool:
+    return worker.started.count(job.id) == times
 
 
 def has_started_more(worker: Worker, count: int) -> bool:
@@ -184,6 +204,42 @@ def test_a_paused_job_is_claimed_again_when_it_is_resumed(
     queue.resume(job.id)
     assert wait_for(queue, job, "succeeded").result is not None
     assert worker.started.count(job.id) == 2
+
+
+def test_a_job_that_is_paused_and_resumed_many_times_stops_neither_its_worker_nor_others(
+    queue: JobQueue, worker: Worker, add: Callable[..., Job]
+) -> None:
+    job = add("ann")
+    for number in range(1, 9):
+        wait_until(functools.partial(has_begun, worker, job, number))
+        # Resumed before the worker notices: the old claim ends while the job waits or runs.
+        queue.pause(job.id)
+        queue.resume(job.id)
+        worker.leave(job)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("dbos-executor")]
+    for _ in range(50):
+        queue.pause(job.id)
+        queue.resume(job.id)
+    worker.leave(job)
+    queue.pause(job.id)
+    worker.leave(job)
+    other = add("bob")
+    wait_for_start(worker, other)
+    worker.end(other)
+    wait_for(queue, other, "succeeded")
+    worker.end(job)
+    queue.resume(job.id)
+    assert wait_for(queue, job, "succeeded").result is not None
+    assert len(threads) < 5
+
+
+def test_a_job_is_told_of_its_claim(queue: JobQueue, worker: Worker, add: Callable[..., Job]) -> None:
+    job = add()
+    wait_for_start(worker, job)
+    first = queue.standings([job.id])[job.id]
+    assert (first.status, first.token) == ("running", worker.token(job))
+    queue.pause(job.id)
+    assert queue.standings([job.id])[job.id] == ("paused", "")
 
 
 def test_jobs_of_another_protocol_are_left_to_other_workers(

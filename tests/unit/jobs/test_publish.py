@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
+from prefixtune.backbone.validation import PrefixValidator
 from prefixtune.errors import PrefixError, RequestError
+from prefixtune.jobs import publish as publishing
 from prefixtune.jobs.checkpoints import CheckpointKeeper, checkpoints
 from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.failures import is_temporary
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job
@@ -22,12 +26,14 @@ from prefixtune.jobs.names import check_result_name
 from prefixtune.jobs.publish import publish, published_by, tidy, unpublish
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact, save_prefix
+from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.train import train
 from prefixtune.utils.files import atomic_path
+from prefixtune.utils.locks import file_lock
 
 JOB = Job(id=f"ftjob-{'a' * 24}", owner="alice", created=1, model="tiny", name="support", training_file="file-1")
 OTHER = JOB.model_copy(update={"id": f"ftjob-{'b' * 24}", "owner": "bob"})
@@ -159,6 +165,61 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert names(prefixes) == []
     publish(JOB, run, backbone, prefixes, files)
     assert names(prefixes) == ALL
+
+
+def test_others_change_the_folder_while_files_are_written_and_checked(
+    run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free: list[bool] = []
+
+    def note(action: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*arguments: Any, **options: Any) -> Any:
+            with file_lock(prefixes / ".publish.lock", 0.0) as held:
+                free.append(held)
+            return action(*arguments, **options)
+
+        return noting
+
+    monkeypatch.setattr(PrefixValidator, "load", note(PrefixValidator.load))
+    monkeypatch.setattr(publishing, "save_prefix", note(save_prefix))
+    monkeypatch.setattr(shutil, "copyfile", note(shutil.copyfile))
+    publish(JOB, run, backbone, prefixes, files)
+    assert len(free) == 8
+    assert all(free)
+    assert names(prefixes) == ALL
+
+
+def test_a_folder_that_others_change_for_long_is_left_alone(
+    run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "_LOCK_SECONDS", 0.1)
+    with change_folder(prefixes, 0.0), pytest.raises(FolderBusyError) as busy:
+        publish(JOB, run, backbone, prefixes, files)
+    assert is_temporary(busy.value)
+    assert names(prefixes) == []
+    publish(JOB, run, backbone, prefixes, files)
+    assert names(prefixes) == ALL
+
+
+def test_files_appear_together_the_result_last(
+    run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, moved = os.replace, list[str]()
+
+    def fail(source: Path, target: Path) -> None:
+        if target.parent == prefixes:
+            moved.append(target.name)
+            if target.name == "support.safetensors":
+                raise OSError(errno.EIO, "a bad block")
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        with pytest.raises(PrefixError, match="a bad block") as failed:
+            publish(JOB, run, backbone, prefixes, files)
+    assert is_temporary(failed.value)
+    assert moved == ["support.step-6.safetensors", "support.step-8.safetensors", "support.step-10.safetensors", ALL[0]]
+    assert names(prefixes) == []
 
 
 def test_a_job_takes_back_its_own_files_only(run: Path, backbone: Any, prefixes: Path, files: FileStore) -> None:

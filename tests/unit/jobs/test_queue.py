@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune.errors import RequestError
+from prefixtune.jobs import queue as queue_module
 from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.job import Job, JobResult, new_job_id
 from prefixtune.jobs.queue import JobQueue, migrate
@@ -89,6 +90,50 @@ def test_of_two_jobs_that_wait_or_run_only_one_has_a_name_after_a_pause_too(queu
     assert queue.get(made).status == "paused"
 
 
+def test_a_resumed_job_gets_the_turn_of_a_new_one(queue: JobQueue) -> None:
+    early = added(queue, "early")
+    queue.pause(early)
+    others = [added(queue, f"ann-{number}") for number in range(3)]
+    late = added(queue, "late", owner="bob")
+    queue.resume(early)
+    # Ann's own jobs came in the meantime; Bob's turn is that of Ann's first.
+    assert [job.id for job in queue.unfinished()] == [others[0], late, *others[1:], early]
+    # Nor does it wait behind all when those before it have gone.
+    for one in others:
+        queue.cancel(one)
+    queue.pause(early)
+    queue.resume(early)
+    assert [job.id for job in queue.unfinished()] == [early, late]
+
+
+def test_a_list_tells_each_job_once_while_others_come_and_go(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "_PAGE", 3)
+    ids = [added(queue, f"job-{number}") for number in range(10)]
+    told: list[str] = []
+    for state in queue.iterate():
+        told.append(state.job.id)
+        if len(told) == 3:
+            added(queue, "new")
+            added(queue, "newer")
+        if len(told) == 6:
+            for gone in told[:3]:
+                queue.cancel(gone)
+                queue.delete(gone)
+    assert told == ids[::-1]
+
+
+def test_a_job_that_a_newer_version_stored_is_listed(queue: JobQueue) -> None:
+    class NewerJob(Job):
+        priority: str = "high"
+
+    newer = NewerJob(**job("newer").model_dump())
+    queue.add(newer)
+    added(queue, "older")
+    assert {state.job.name for state in queue.iterate()} == {"newer", "older"}
+    assert queue.get(newer.id).job == Job(**newer.model_dump())
+    assert queue.cancel(newer.id).status == "cancelled"
+
+
 def test_a_cancelled_job_stays_cancelled(queue: JobQueue) -> None:
     made = added(queue)
     queue.pause(made)
@@ -116,7 +161,7 @@ def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue) -> None:
 def test_a_worker_takes_over_what_a_dead_one_left(queue: JobQueue, url: str, tmp_path: Path) -> None:
     started, release = threading.Event(), threading.Event()
 
-    def run(job: Job) -> JobResult:
+    def run(job: Job, token: str) -> JobResult:
         started.set()
         release.wait(10)
         return JobResult(name=job.name, trained_tokens=5, steps=2)

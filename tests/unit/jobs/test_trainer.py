@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,19 @@ import torch
 
 from patching import replace_everywhere
 from prefixtune.errors import PrefixError
-from prefixtune.jobs import active, statuses
+from prefixtune.jobs import active, statuses, trainer
 from prefixtune.jobs import turns as turns_module
 from prefixtune.jobs.active import hold_folder
 from prefixtune.jobs.attempts import MAX_ATTEMPTS, SUSPICIOUS_ATTEMPTS, count_attempt, num_attempts
 from prefixtune.jobs.events import JobEvents, Progress
-from prefixtune.jobs.executor import JobFailedError
+from prefixtune.jobs.executor import ClaimLostError, JobFailedError
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobResult, JobStatus
-from prefixtune.jobs.queue import QueueUnavailableError
+from prefixtune.jobs.queue import QueueUnavailableError, Standing
 from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.jobs.trainer import Trainer
 from prefixtune.prefix.artifact import read_artifact
+from prefixtune.prefix.folder import FolderBusyError
 from prefixtune.training import group as group_module
 from prefixtune.training.folder import PREFIX_FILE, STATE_FILE, read_events
 from prefixtune.training.loop import TrainLoop, forward_backward
@@ -45,6 +47,7 @@ class Service:
         self.data, self.stop = data, threading.Event()
         self.says: dict[str, JobStatus | None] = {}
         self.is_away = False
+        self._tokens: dict[str, str] = {}
         self.published: list[str] = []
         self.unpublished: list[str] = []
         self.on_publish: Callable[[Job], object] = lambda job: None
@@ -69,11 +72,12 @@ class Service:
     def submit(self, job: Job) -> Future[JobResult]:
         """Claim a job, as a thread of an executor does."""
         future: Future[JobResult] = Future()
+        token = self._tokens[job.id] = secrets.token_hex(4)
 
         def wait() -> None:
             try:
-                future.set_result(self._trainer.submit(job))
-            except JobFailedError as error:
+                future.set_result(self._trainer.submit(job, token))
+            except (JobFailedError, ClaimLostError) as error:
                 future.set_exception(error)
 
         threading.Thread(target=wait, daemon=True).start()
@@ -83,11 +87,15 @@ class Service:
         progress = JobEvents(self.data.job(job.id)).progress()
         return (progress or Progress(step=0, total_steps=0)).step
 
-    def _ask(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+    def _ask(self, job_ids: Sequence[str]) -> dict[str, Standing]:
         if self.is_away:
             raise QueueUnavailableError("the database of jobs cannot be reached.")
         said = {job_id: self.says.get(job_id, "running") for job_id in job_ids}
-        return {job_id: status for job_id, status in said.items() if status is not None}
+        return {
+            job_id: Standing(status, self._tokens[job_id] if status == "running" else "")
+            for job_id, status in said.items()
+            if status is not None
+        }
 
     def _publish(self, job: Job, run: Path, backbone: Any) -> JobResult:
         read_artifact(run / PREFIX_FILE)
@@ -136,6 +144,10 @@ def failure(future: Future[JobResult]) -> Any:
     error = future.exception(30)
     assert isinstance(error, JobFailedError)
     return error.error
+
+
+def is_lost(future: Future[JobResult]) -> bool:
+    return isinstance(future.exception(30), ClaimLostError)
 
 
 # --- coming and ending ------------------------------------------------------------------------------------------------
@@ -270,7 +282,7 @@ def test_a_document_that_is_left_while_it_is_prepared(
         assert not future.done()
     else:
         service.says[document.id] = news
-        assert failure(future).code == "stopped"
+        assert is_lost(future)
         before = service.step(long)
         wait_until(lambda: service.step(long) > before)
     assert num_attempts(data.job(document.id)) == 0
@@ -294,7 +306,7 @@ def test_jobs_of_a_model_whose_rows_cannot_be_packed_train_one_by_one(
     running, waits = (first, second) if service.step(first) else (second, first)
     assert service.step(waits) == 0
     service.says[running.id] = "paused"
-    assert failure(futures[running.id]).code == "stopped"
+    assert is_lost(futures[running.id])
     assert futures[waits.id].result(60).steps == 40
     service.says[running.id] = "running"
     assert service.submit(running).result(60).steps == 40
@@ -314,9 +326,9 @@ def test_a_trainer_without_jobs_ends_after_a_while(data: DataFolder, backbone: A
         raise AssertionError("the backbone is loaded")
 
     none: Any = lambda *_: None  # noqa: E731
-    trainer = Trainer(data, load=load, publish=none, unpublish=none, statuses=StatusWatch(none), capacity=8)
+    idle = Trainer(data, load=load, publish=none, unpublish=none, statuses=StatusWatch(none), capacity=8)
     began = time.monotonic()
-    trainer.work(threading.Event(), idle_seconds=0.3)
+    idle.work(threading.Event(), idle_seconds=0.3)
     assert 0.3 <= time.monotonic() - began < 10
 
 
@@ -333,7 +345,7 @@ def test_a_paused_job_goes_on_as_if_it_had_not_been(serve: Callable[..., Service
     future = service.submit(job)
     wait_until(lambda: service.step(job) > 2)
     service.says[job.id] = "paused"
-    assert failure(future).code == "stopped"
+    assert is_lost(future)
     assert service.published == ["whole"]
     reached = service.step(job)
     assert 2 < reached < 60
@@ -355,7 +367,7 @@ def test_a_cancelled_or_deleted_job_is_not_published(
     future = service.submit(job)
     wait_until(lambda: service.step(job) > 2)
     service.says[job.id] = status
-    assert failure(future).code == "stopped"
+    assert is_lost(future)
     assert service.published == []
     # Others go on.
     service.submit(make_job(data, "other")).result(60)
@@ -369,7 +381,7 @@ def test_one_that_is_cancelled_before_it_begins(serve: Callable[..., Service], d
     job = make_job(data, "waits")
     future = service.submit(job)
     service.says[job.id] = "cancelled"
-    assert failure(future).code == "stopped"
+    assert is_lost(future)
     assert not data.job(job.id).run.exists()
 
 
@@ -381,16 +393,22 @@ def test_what_is_cancelled_while_it_is_published_is_taken_back(serve: Callable[.
     wait_until(lambda: service.unpublished == ["answers"])
 
 
-def test_a_job_that_was_resumed_before_it_was_left_answers_both(
+def test_a_job_that_is_paused_and_resumed_unseen_is_the_last_claims(
     serve: Callable[..., Service], data: DataFolder
 ) -> None:
     service = serve()
-    job = make_job(data, config={"max_steps": 60})
-    first = service.submit(job)
+    job = make_job(data, config=LONG)
+    claims = [service.submit(job)]
     wait_until(lambda: service.step(job) > 1)
-    second = service.submit(job)
-    assert first.result(60) == second.result(60)
-    assert service.published == ["answers"]
+    for _ in range(20):
+        claims.append(service.submit(job))
+    # They would keep threads, and room of other jobs, until this one has ended.
+    assert all(is_lost(claim) for claim in claims[:-1])
+    reached = service.step(job)
+    wait_until(lambda: service.step(job) > reached)
+    assert not claims[-1].done()
+    service.says[job.id] = "cancelled"
+    assert is_lost(claims[-1])
 
 
 def test_a_worker_that_ends_leaves_jobs_to_the_next_one(serve: Callable[..., Service], data: DataFolder) -> None:
@@ -536,6 +554,66 @@ def test_a_result_that_cannot_be_published(serve: Callable[..., Service], data: 
 
     service.on_publish = fail
     assert failure(service.submit(make_job(data))).code == "no_space"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [FolderBusyError("others change the folder."), PrefixError("cannot write."), PrefixError("the lock is held.")],
+    ids=["busy", "read-only", "lock"],
+)
+def test_a_result_that_cannot_be_published_now_is_published_later(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch, problem: PrefixError
+) -> None:
+    monkeypatch.setattr(trainer, "_PUBLISH_PAUSE", 0.1)
+    service, tries = serve(), list[str]()
+
+    def fail(job: Job) -> None:
+        if job.name != "answers":
+            return
+        tries.append(job.name)
+        if len(tries) <= 2:
+            raise problem from PermissionError(errno.EACCES, "not permitted")
+
+    service.on_publish = fail
+    job = make_job(data)
+    future = service.submit(job)
+    # Others go on meanwhile.
+    assert service.submit(make_job(data, "other")).result(60).steps == 6
+    assert future.result(60).steps == 6
+    assert len(tries) == 3
+    told = messages(data, job)
+    assert [text for text in told if "cannot be stored now" in text] == [told[-3]]
+    assert told[-1] == "The job has succeeded."
+
+
+def test_a_result_that_waits_to_be_published_can_be_cancelled(serve: Callable[..., Service], data: DataFolder) -> None:
+    service = serve()
+
+    def fail(job: Job) -> None:
+        raise FolderBusyError("others change the folder.")
+
+    service.on_publish = fail
+    job = make_job(data)
+    future = service.submit(job)
+    wait_until(lambda: service.published)
+    assert not future.done()
+    service.says[job.id] = "cancelled"
+    assert is_lost(future)
+
+
+def test_a_result_that_cannot_be_published_for_long_fails(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_PUBLISH_PAUSE", 0.05)
+    monkeypatch.setattr(trainer, "_PUBLISH_SECONDS", 0.3)
+    service = serve()
+
+    def fail(job: Job) -> None:
+        raise FolderBusyError("others change the folder.")
+
+    service.on_publish = fail
+    failure(service.submit(make_job(data)))
+    assert len(service.published) > 2
 
 
 def test_a_job_whose_files_are_gone(serve: Callable[..., Service], data: DataFolder) -> None:

@@ -74,7 +74,13 @@ def left(state: Any) -> tuple[list[str], list[str]]:
 def worker(state: Any, run: Callable[[Job], JobResult]) -> Iterator[None]:
     """A worker that runs jobs in its own way."""
     training = state.training
-    executor = Executor(training.database_url, training.folder.workers, backbone=training.backbone, capacity=2, run=run)
+    executor = Executor(
+        training.database_url,
+        training.folder.workers,
+        backbone=training.backbone,
+        capacity=2,
+        run=lambda job, _: run(job),
+    )
     executor.start()
     try:
         yield
