@@ -124,6 +124,13 @@ def test_an_error_in_a_file_is_shown_with_its_row(page: Browser) -> None:
     says(page, "file-said", "no words")
 
 
+def test_how_long_it_takes_is_said_before_the_start(page: Browser) -> None:
+    give(page, "chats.jsonl", ROWS)
+    says(page, "takes", "it takes about")
+    give(page, "notes.txt", "The tower was built in 1887. It is 300 metres high.")
+    says(page, "takes", "is shown after the first step: before it, questions and answers are made.")
+
+
 def test_from_a_file_to_an_answer(page: Browser, server: LiveServer) -> None:
     give(page, "chats.jsonl", ROWS)
     page.until("!document.getElementById('start').disabled", SECONDS)
@@ -158,6 +165,7 @@ def test_from_a_file_to_an_answer(page: Browser, server: LiveServer) -> None:
 
 def test_a_result_is_tried_downloaded_and_deleted(page: Browser, server: LiveServer) -> None:
     says(page, "job-said", "clerk answers now.")
+    page.until("document.querySelector('#actions a') !== null", SECONDS)
     link = page.value("document.querySelector('#actions a').href")
     page.value("URL.createObjectURL = (blob) => { window.size = blob.size; return '#'; }")
     click(page, "actions", "Download")

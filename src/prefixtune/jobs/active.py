@@ -29,7 +29,7 @@ _SAVE_SHARE = 20
 """A state is saved after this many times as long as saving takes."""
 _PROGRESS_SECONDS = 0.5
 _SMOOTHING = 0.2
-"""Weight of the last step in the seconds of a step."""
+"""Weight of the last step in the seconds that computing a step takes."""
 _LOCK = ".lock"
 
 
@@ -99,10 +99,13 @@ class ActiveJob:
         self._closing, self._holding = closing, holding
         self.is_suspicious = num_attempts(folder) > SUSPICIOUS_ATTEMPTS
         self._trained_tokens = sum(event["target_tokens"] for event in run.events if event["event"] == "step")
-        now = time.monotonic()
-        self._stepped, self._step_seconds = now, 0.0
-        self._loss: float | None = None
-        self._saved, self._save_seconds = now, 0.0
+        # Of this worker's steps: computing the next one will take as long as the last ones; evaluations and states are
+        # the same for all of them. What other jobs take to join is neither.
+        self._num_timed, self._step_seconds, self._other_seconds = 0, 0.0, 0.0
+        self._saved, self._save_seconds = time.monotonic(), 0.0
+        self._stepped = self._saved
+        losses = [event["loss_per_token"] for event in run.events if event["event"] == "step"]
+        self._loss: float | None = losses[-1] if losses else None
         self._told_progress = 0.0
         self._begun_at = self.step
         self._got_further = False
@@ -135,8 +138,10 @@ class ActiveJob:
         kind = event["event"]
         if kind == "start":
             self.events.add("Training has started.", key="started")
+            self._write_progress()
         elif kind == "resume":
             self.events.add(f"Training goes on at step {event['step']}/{event['total_steps']}.")
+            self._write_progress()
         elif kind == "step":
             self._record_step(event)
         elif kind == "evaluation" and "loss" in event:
@@ -146,9 +151,10 @@ class ActiveJob:
 
     def _record_step(self, event: Event) -> None:
         now, step = time.monotonic(), event["step"]
-        took, self._stepped = now - self._stepped, now
-        old = self._step_seconds
-        self._step_seconds = took if not old else old + _SMOOTHING * (took - old)
+        self._stepped = now
+        weight = _SMOOTHING if self._num_timed else 1.0
+        self._step_seconds += weight * (event["seconds"] - self._step_seconds)
+        self._num_timed += 1
         self._trained_tokens += event["target_tokens"]
         self._loss = event["loss_per_token"]
         every = -(-self.total_steps // _MOST_STEPS_TOLD)
@@ -172,11 +178,16 @@ class ActiveJob:
                 step=self.step,
                 total_steps=self.total_steps,
                 loss=self._loss,
-                seconds_left=self._step_seconds * (self.total_steps - self.step) if self._step_seconds else None,
+                seconds_left=self._seconds_left(),
                 updated=int(time.time()),
                 trained_tokens=self._trained_tokens,
             )
         )
+
+    def _seconds_left(self) -> float | None:
+        if not self._num_timed:
+            return None
+        return (self.total_steps - self.step) * (self._step_seconds + self._other_seconds / self._num_timed)
 
     def _record_evaluation(self, event: Event) -> None:
         step = event["step"]
@@ -195,12 +206,15 @@ class ActiveJob:
     def save_if_due(self) -> None:
         """Save the state after the first step, and from time to time: a kill loses no more than that.
 
+        Called after each step of the group, when its evaluations are over.
+
         Raises:
             PrefixError: It cannot be written.
         """
         pause = max(_SAVE_SECONDS, _SAVE_SHARE * self._save_seconds)
         if not self._got_further or time.monotonic() - self._saved >= pause:
             self.save()
+        self._other_seconds += time.monotonic() - self._stepped
 
     def save(self) -> None:
         """Save the state.
@@ -226,6 +240,8 @@ class ActiveJob:
             PrefixError: They cannot be written.
         """
         self.save()
+        # When it goes on is not known.
+        self._num_timed = 0
         self._write_progress()
 
     def close_run(self) -> None:

@@ -72,7 +72,7 @@ class Progress(BaseModel):
         step: Optimizer steps taken.
         total_steps: Optimizer steps that are planned; 0: not known yet.
         loss: Of the last step, in nats per token; None: there was none yet.
-        seconds_left: Until it is over, as far as its last steps tell; None: not known yet.
+        seconds_left: Until it is over, as far as its steps tell; None: not known, as before the first step of a worker.
         updated: When this was written, in seconds since 1970.
         trained_tokens: Tokens of the steps taken, as they were counted for the loss.
     """

@@ -24,6 +24,7 @@ from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.executor import ClaimLostError, JobFailedError
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobResult, JobStatus
+from prefixtune.jobs.opening import open_job
 from prefixtune.jobs.queue import QueueUnavailableError, Standing
 from prefixtune.jobs.statuses import StatusWatch
 from prefixtune.jobs.trainer import Trainer
@@ -185,6 +186,39 @@ def test_jobs_train_together_and_are_published(serve: Callable[..., Service], da
     assert progress is not None
     assert (progress.step, progress.total_steps, progress.seconds_left) == (6, 6, 0)
     assert progress.trained_tokens > 0
+
+
+def test_the_time_left_is_that_of_its_own_steps_and_unknown_where_nobody_trains(
+    serve: Callable[..., Service], data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_job(data, "first", config=LONG), make_job(data, "second")
+    write_progress = JobEvents.write_progress
+    written: list[Progress] = []
+
+    def open_slowly(job: Job, *parts: Any) -> Any:
+        # As where a document is prepared, for which the others wait.
+        time.sleep(2.0 if job == second else 0.0)
+        return open_job(job, *parts)
+
+    def note(events: JobEvents, progress: Progress) -> None:
+        if progress.total_steps == LONG["max_steps"]:
+            written.append(progress)
+        write_progress(events, progress)
+
+    monkeypatch.setattr("prefixtune.jobs.trainer.open_job", open_slowly)
+    monkeypatch.setattr(JobEvents, "write_progress", note)
+    service = serve()
+    service.submit(first)
+    wait_until(lambda: service.step(first) >= 20)
+    written[1:20] = []
+    service.submit(second).result(60)
+    service.says[first.id] = "paused"
+    wait_until(lambda: written[-1].seconds_left is None)
+    started, *steps, left = written
+    assert (started.step, started.seconds_left, started.loss) == (0, None, None)
+    # By the clock, the first step after the wait took two seconds, so that each of the others seemed to take 0.4.
+    assert max((one.seconds_left or 0.0) / (one.total_steps - one.step) for one in steps) < 0.3
+    assert left.loss == steps[-1].loss
 
 
 def test_a_document_is_prepared_and_trains_beside_others(serve: Callable[..., Service], data: DataFolder) -> None:

@@ -142,12 +142,13 @@ def test_a_job_from_its_creation_to_its_result(
 
     began, release = threading.Event(), threading.Event()
     seen: list[Job] = []
+    now = int(time.time())
 
     def run(asked: Job) -> JobResult:
         seen.append(asked)
         events = JobEvents(state.training.folder.job(asked.id))
         events.add("step 1", data={"step": 1, "train_loss": 2.0})
-        events.write_progress(Progress(step=1, total_steps=6, loss=2.0, seconds_left=30.0, updated=1000))
+        events.write_progress(Progress(step=1, total_steps=6, loss=2.0, seconds_left=30.0, updated=now))
         began.set()
         assert release.wait(20)
         events.add("done")
@@ -156,8 +157,11 @@ def test_a_job_from_its_creation_to_its_result(
     with worker(state, run):
         assert began.wait(20)
         running = ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id))
-        assert (running.status, running.estimated_finish) == ("running", 1030)
+        assert (running.status, running.estimated_finish) == ("running", now + 30)
         assert running.prefixtune["progress"]["step"] == 1
+        # Of a worker that has not been heard of since.
+        JobEvents(folder).write_progress(Progress(step=1, total_steps=6, seconds_left=30.0, updated=now - 100))
+        assert ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id)).estimated_finish is None
         (asked,) = seen
         assert (asked.backbone, asked.fingerprint) == (state.training.backbone, state.backbone.fingerprint)
         release.set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,10 @@ from prefixtune.jobs.job import Job, JobState
 from prefixtune.jobs.request import resolved_hyperparameters
 
 __all__ = ["checkpoint_view", "event_view", "job_view"]
+
+
+_LATE_SECONDS = 30.0
+"""What was to be done so long ago and is not was estimated wrongly."""
 
 
 def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) -> dict[str, Any]:
@@ -66,9 +72,12 @@ def _asked_training_file(job: Job) -> str:
 
 
 def _estimated_finish(progress: Progress | None) -> int | None:
+    """When a job that runs will be done, in seconds since 1970; None: it is not known."""
     if progress is None or progress.seconds_left is None:
         return None
-    return int(progress.updated + progress.seconds_left)
+    finish = math.ceil(progress.updated + progress.seconds_left)
+    # Of a worker that was killed, or that prepares another job.
+    return finish if finish > time.time() - _LATE_SECONDS else None
 
 
 def _progress_view(progress: Progress) -> dict[str, Any]:

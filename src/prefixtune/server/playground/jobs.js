@@ -152,12 +152,10 @@ const jobs = (() => {
   }
 
   function sayProgress(job) {
-    const { step, total_steps: total, seconds_left: left } = progressOf(job);
-    const finish = job.estimated_finish ? job.estimated_finish - Date.now() / 1000 : null;
-    const seconds = left ?? finish;
+    const { step, total_steps: total, seconds_left: left } = progressOf(job), isKnown = job.estimated_finish && Number.isFinite(left);
     if (job.status === "queued") return `${say(job)[0].toUpperCase()}${say(job).slice(1)}.`;
-    if (!total) return job.status === "running" ? "It is being prepared." : "";
-    return `Step ${count(step)} of ${count(total)}${job.status === "running" && seconds !== null ? `, ${duration(Math.max(0, seconds))} left` : ""}`;
+    if (!total) return job.status === "running" ? "It is being prepared; the time left is known after its first step." : "";
+    return `Step ${count(step)} of ${count(total)}${job.status === "running" ? `, ${isKnown ? `${duration(left)} left` : "the time left is known after the next step"}` : ""}`;
   }
 
   function duration(seconds) {

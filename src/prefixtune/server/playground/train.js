@@ -61,9 +61,15 @@
     state.file = file;
     state.examples = preview.examples || [];
     showRead(file, preview);
-    at("takes").textContent = preview.estimate && preview.estimate.seconds ? `Without other settings and jobs, it takes about ${jobs.duration(preview.estimate.seconds)}.` : "";
+    at("takes").textContent = sayDuration(preview.estimate);
     if (!at("name").value) at("name").value = nameFrom(file.filename);
     showSetup();
+  }
+
+  function sayDuration(estimate) {
+    if (estimate && estimate.seconds) return `Without other settings and jobs, it takes about ${jobs.duration(estimate.seconds)}.`;
+    const before = isDocument() ? ": before it, questions and answers are made" : "";
+    return `How long it takes is shown after the first step${before}.`;
   }
 
   function nameFrom(filename) {
