@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +249,25 @@ def default_backbone() -> Any:
     if pretrained_folder("smollm2-135m") is None:
         pytest.skip("the embedded backbone is not prepared here (`prefixtune prepare`)")
     return load_backbone("smollm2-135m", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Any:
+    """The data folder of a service of training, with its database (`jobs.folder.DataFolder`)."""
+    from prefixtune.jobs.folder import DataFolder
+    from prefixtune.jobs.queue import migrate
+
+    made = DataFolder(tmp_path / "data")
+    made.root.mkdir()
+    migrate(made.database_url)
+    return made
+
+
+@pytest.fixture
+def queue(data: Any) -> Iterator[Any]:
+    """The queue of jobs of `data` (`jobs.queue.JobQueue`)."""
+    from prefixtune.jobs.queue import JobQueue
+
+    made = JobQueue(data.database_url)
+    yield made
+    made.close()

@@ -17,7 +17,7 @@ from prefixtune.jobs.active import hold_folder
 from prefixtune.jobs.events import JobEvents, Progress
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job
-from prefixtune.jobs.queue import JobQueue, migrate
+from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.artifact import read_artifact
 from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 
@@ -28,21 +28,6 @@ Worker = subprocess.Popen[str]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return live_server.make_model(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> DataFolder:
-    made = DataFolder(tmp_path / "data")
-    made.root.mkdir()
-    migrate(made.database_url)
-    return made
-
-
-@pytest.fixture
-def queue(data: DataFolder) -> Iterator[JobQueue]:
-    made = JobQueue(data.database_url)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from prefixtune.jobs import executor as executor_module
 from prefixtune.jobs import queue as queue_module
 from prefixtune.jobs.executor import ClaimLostError, Executor, JobFailedError
 from prefixtune.jobs.job import Job, JobError, JobResult, new_job_id
-from prefixtune.jobs.queue import JobQueue, migrate
+from prefixtune.jobs.queue import JobQueue
 from training_jobs import wait_for, wait_until
 
 
@@ -51,13 +51,6 @@ class Worker:
         with self._changed:
             self.ending[job.id] = how or (lambda job: JobResult(name=job.name, trained_tokens=1, steps=1))
             self._changed.notify_all()
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    made = f"sqlite:///{tmp_path_factory.mktemp('queue') / 'jobs.sqlite'}"
-    migrate(made)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,8 @@ from prefixtune.errors import RequestError
 from prefixtune.jobs import queue as queue_module
 from prefixtune.jobs.executor import Executor
 from prefixtune.jobs.job import Job, JobResult, new_job_id
-from prefixtune.jobs.queue import JobQueue, migrate
+from prefixtune.jobs.queue import JobQueue
 from prefixtune.utils.locks import acquire_lock
-
-
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    made = f"sqlite:///{tmp_path_factory.mktemp('queue') / 'jobs.sqlite'}"
-    migrate(made)
-    return made
 
 
 @pytest.fixture

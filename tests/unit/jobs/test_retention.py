@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import sqlalchemy as sa
 
 from prefixtune.jobs.active import hold_folder
@@ -15,25 +13,10 @@ from prefixtune.jobs.files import FileStore, result_file_id
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.inputs import find_input
 from prefixtune.jobs.job import Job
-from prefixtune.jobs.queue import JobQueue, migrate
+from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.retention import clear_ended, forget_oldest
 from prefixtune.training.folder import EVENTS_FILE, PREFIX_FILE, STATE_FILE
 from training_jobs import make_job
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> DataFolder:
-    made = DataFolder(tmp_path / "data")
-    made.root.mkdir()
-    migrate(made.database_url)
-    return made
-
-
-@pytest.fixture
-def queue(data: DataFolder) -> Iterator[JobQueue]:
-    made = JobQueue(data.database_url)
-    yield made
-    made.close()
 
 
 def begun(data: DataFolder, queue: JobQueue, name: str, owner: str = "ann") -> Job:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,25 +21,10 @@ from prefixtune.jobs.worker import run_worker, sweep
 from training_jobs import make_job, wait_until
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> DataFolder:
-    made = DataFolder(tmp_path / "data")
-    made.root.mkdir()
-    migrate(made.database_url)
-    return made
-
-
 @pytest.fixture(autouse=True)
 def _keep_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The process of the tests is none to end first."""
     monkeypatch.setattr(worker, "_OOM_SCORE", tmp_path / "score")
-
-
-@pytest.fixture
-def queue(data: DataFolder) -> Iterator[JobQueue]:
-    made = JobQueue(data.database_url)
-    yield made
-    made.close()
 
 
 def test_only_old_folders_that_nobody_has_queued_or_begun_are_removed(data: DataFolder, queue: JobQueue) -> None:
