@@ -49,7 +49,7 @@ test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the tests wit
 test-all: test test-integrations  ## both
 
 clean-install: $(VENV)/.tested  ## the first commands on an empty machine, with the core dependencies alone, by pip and by uv
-	$(BIN)/python -m pytest tests/clean --confcutdir tests/clean $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/clean --confcutdir tests/clean $(PYTEST_ARGS)
 
 package: $(VENV)/.packaged  ## build the sdist and the wheel into dist/, and check both
 	rm -rf dist

@@ -77,7 +77,10 @@ def made_by_uv(factory: pytest.TempPathFactory, wheel: Path, uv: Path, torch_opt
     return Machine("uv", folder, programs, [*path_without_uv(), str(uv.parent)], uv)
 
 
-@pytest.fixture(scope="session", params=["pip", "uv"])
+# Each machine is made once, so all its tests run in one process.
+@pytest.fixture(
+    scope="session", params=[pytest.param(how, marks=pytest.mark.xdist_group(how)) for how in ("pip", "uv")]
+)
 def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[Machine]:
     """An empty machine with the package, once made by pip and once by uv."""
     if request.param == "pip":
