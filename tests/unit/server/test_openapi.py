@@ -11,8 +11,10 @@ from fastapi import FastAPI
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
 from prefixtune.server.api.openapi import openapi_document
-from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, parse, parse_task
+from prefixtune.server.api.protocol import parse
+from prefixtune.server.api.task_protocol import parse_task
 from prefixtune.server.app import ROUTES
 from prefixtune.server.auth import hash_key
 from prefixtune.server.limits import Limits

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, parse, parse_task
+from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
+from prefixtune.server.api.protocol import parse
+from prefixtune.server.api.task_protocol import parse_task
 from prefixtune.server.limits import Limits
 from prefixtune.server.responses import ApiError
 

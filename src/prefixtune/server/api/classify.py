@@ -24,9 +24,10 @@ from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import deadline_exceeded
 from prefixtune.server.api.openapi import api_router, errors, json_body
 from prefixtune.server.api.prompting import run_in_turn
-from prefixtune.server.api.protocol import ClassifyRequest, parse
+from prefixtune.server.api.protocol import parse
 from prefixtune.server.api.schemas import Classification
 from prefixtune.server.api.streaming import run_until_disconnect
+from prefixtune.server.api.task_protocol import ClassifyRequest
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.responses import bad_request, json_response, unavailable
 

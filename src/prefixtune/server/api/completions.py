@@ -24,6 +24,7 @@ from prefixtune.server.api.body import read_json
 from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext
 from prefixtune.server.api.generation import Generation, collect_outputs, start_generation, stream_outputs
+from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest
 from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
 from prefixtune.server.api.prompting import (
     chat_source,
@@ -33,7 +34,7 @@ from prefixtune.server.api.prompting import (
     encode_text,
     start_targets,
 )
-from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, OpenAIRequest, parse
+from prefixtune.server.api.protocol import parse
 from prefixtune.server.api.schemas import Chat, ChatChunk, Completion, CompletionChunk
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
 from prefixtune.server.models.catalog import ServedModel

@@ -17,7 +17,7 @@ from prefixtune.server.api.endpoint import RequestContext, TrainingContext
 from prefixtune.server.api.files import find_file
 from prefixtune.server.api.openapi import FILE_ID, api_router, errors
 from prefixtune.server.api.prompting import run_in_turn
-from prefixtune.server.api.schemas import FilePreview
+from prefixtune.server.api.training_schemas import FilePreview
 from prefixtune.server.responses import json_response
 from prefixtune.server.training_estimate import training_seconds
 from prefixtune.server.training_worker import training_threads

@@ -18,8 +18,8 @@ from prefixtune.server.api.endpoint import RequestContext, TrainingContext
 from prefixtune.server.api.multipart import FORM_OVERHEAD, FormReader
 from prefixtune.server.api.openapi import FILE_ID, FORM_BODY, api_router, errors
 from prefixtune.server.api.paging import ORDER, PAGE, page_of, parameter, read_page
-from prefixtune.server.api.schemas import DeletedFile, File, Files
 from prefixtune.server.api.streaming import file_stream
+from prefixtune.server.api.training_schemas import DeletedFile, File, Files
 from prefixtune.server.limits import QueueFull
 from prefixtune.server.responses import (
     ApiError,

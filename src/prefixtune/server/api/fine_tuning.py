@@ -25,15 +25,15 @@ from prefixtune.server.api.job_creation import create_job
 from prefixtune.server.api.openapi import api_router, errors, json_body, whole_or_stream
 from prefixtune.server.api.paging import PAGE, list_body, page_of, parameter, read_page, unknown_after
 from prefixtune.server.api.protocol import parse
-from prefixtune.server.api.schemas import (
+from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
+from prefixtune.server.api.training_protocol import FineTuningRequest
+from prefixtune.server.api.training_schemas import (
     FineTuningCheckpoints,
     FineTuningEvent,
     FineTuningEvents,
     FineTuningJob,
     FineTuningJobs,
 )
-from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
-from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.api.training_views import checkpoint_view, event_view, job_view
 from prefixtune.server.logs import log
 from prefixtune.server.responses import ApiError, bad_request, json_response, too_many_requests

@@ -13,9 +13,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from prefixtune.server.api.endpoint import KeyContext
-from prefixtune.server.api.protocol import ChatRequest, ClassifyRequest, CompletionRequest, TaskRequest, with_limits
-from prefixtune.server.api.schemas import ChatChunk, CompletionChunk, Error, FineTuningEvent, TaskOutputChunk
+from prefixtune.server.api.openai_protocol import ChatRequest, CompletionRequest
+from prefixtune.server.api.protocol import with_limits
+from prefixtune.server.api.schemas import ChatChunk, CompletionChunk, Error, TaskOutputChunk
+from prefixtune.server.api.task_protocol import ClassifyRequest, TaskRequest
 from prefixtune.server.api.training_protocol import FineTuningRequest
+from prefixtune.server.api.training_schemas import FineTuningEvent
 from prefixtune.server.limits import Limits
 from prefixtune.server.settings import ServeConfig
 

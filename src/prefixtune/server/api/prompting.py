@@ -21,7 +21,8 @@ from prefixtune.inference.grammar import Grammar, compile_json_schema
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.generation import Generation, deadline_exceeded, start_generation
-from prefixtune.server.api.protocol import ChatRequest, GenerationRequest
+from prefixtune.server.api.openai_protocol import ChatRequest
+from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.api.streaming import run_until_disconnect
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import task_decoding

@@ -23,9 +23,9 @@ from prefixtune.server.api.endpoint import GenerationContext, KeyContext, Reques
 from prefixtune.server.api.generation import Generation, collect_outputs, stream_outputs
 from prefixtune.server.api.openapi import NAME, api_router, errors, json_body, whole_or_stream
 from prefixtune.server.api.prompting import run_in_turn, start_targets
-from prefixtune.server.api.protocol import TaskRequest, parse_task
 from prefixtune.server.api.schemas import Task, TaskOutput, TaskOutputChunk
 from prefixtune.server.api.streaming import DONE, KEEP_ALIVE, event, event_stream
+from prefixtune.server.api.task_protocol import TaskRequest, parse_task
 from prefixtune.server.models.catalog import ServedModel
 from prefixtune.server.models.task_schema import TaskSchema, task_schema_of
 from prefixtune.server.responses import bad_request, json_response
