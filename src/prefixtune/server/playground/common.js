@@ -27,6 +27,9 @@ async function api(path, options = {}) {
   return response;
 }
 
+const getJson = async (path) => (await api(path)).json();
+const postJson = async (path, body) => (await api(path, { method: "POST", body: JSON.stringify(body || {}) })).json();
+
 /** The form for the API key; it is kept until the tab is closed. */
 function useKeyForm(changed) {
   at("key").value = sessionStorage.getItem("key") || "";

@@ -3,15 +3,13 @@
 
 const jobs = (() => {
   const ENDED = ["succeeded", "failed", "cancelled"];
-  const PAGE = 20, MAX_EVENT_PAGES = 20, SHOWN_EVENTS = 100, MAX_ANSWER = 120;
+  const PAGE = 20, MAX_EVENT_PAGES = 20, SHOWN_EVENTS = 100;
   const FASTEST = 1500, IDLE = 20000, SLOWEST = 30000;
   const state = {
     backbone: "", models: [], list: [], more: false, id: "", curves: new Map(), status: "",
-    failures: 0, timer: 0, turn: 0, polls: 0, asking: 0,
+    failures: 0, timer: 0, turn: 0, polls: 0,
   };
 
-  const get = async (path) => (await api(path)).json();
-  const post = async (path, body) => (await api(path, { method: "POST", body: JSON.stringify(body || {}) })).json();
   const pathOf = (id, more = "") => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}${more}`;
   const progressOf = (job) => (job.prefixtune && job.prefixtune.progress) || {};
   const nameOf = (job) => job.fine_tuned_model || (job.prefixtune && job.prefixtune.name) || job.id;
@@ -47,20 +45,20 @@ const jobs = (() => {
   async function look() {
     // The list seldom; the job that is shown each time.
     if (state.polls++ % 6 === 0 || !state.list.length || state.failures) await loadList();
-    else if (state.id && current() && !ENDED.includes(current().status)) replace(await get(pathOf(state.id)));
-    if (state.id && !current()) state.list.unshift(await get(pathOf(state.id)));
+    else if (state.id && current() && !ENDED.includes(current().status)) replace(await getJson(pathOf(state.id)));
+    if (state.id && !current()) state.list.unshift(await getJson(pathOf(state.id)));
     showList();
     if (current()) await showJob(current());
   }
 
   async function loadModels() {
-    state.models = (await get("/v1/models")).data;
+    state.models = (await getJson("/v1/models")).data;
     state.backbone = (state.models.find((model) => model.kind === "backbone") || {}).id || "";
   }
 
   async function loadList() {
     if (!state.models.length) await loadModels();
-    const page = await get(`/v1/fine_tuning/jobs?limit=${PAGE}`);
+    const page = await getJson(`/v1/fine_tuning/jobs?limit=${PAGE}`);
     const older = state.list.filter((job) => !page.data.some(({ id }) => id === job.id) && page.has_more && job.created_at <= page.data[page.data.length - 1].created_at);
     state.more = page.has_more && !older.length ? true : state.more && older.length > 0;
     state.list = [...page.data, ...older];
@@ -74,7 +72,7 @@ const jobs = (() => {
   async function loadMore() {
     const last = state.list[state.list.length - 1];
     try {
-      const page = await get(`/v1/fine_tuning/jobs?limit=${PAGE}&after=${encodeURIComponent(last.id)}`);
+      const page = await getJson(`/v1/fine_tuning/jobs?limit=${PAGE}&after=${encodeURIComponent(last.id)}`);
       state.list.push(...page.data.filter(({ id }) => !state.list.some((job) => job.id === id)));
       state.more = page.has_more;
       showList();
@@ -136,8 +134,8 @@ const jobs = (() => {
       at("job-said").className = job.status;
       if (job.status === "succeeded") await loadModels();
       showActions(job);
-      showPairs(job);
-      fillPairs(job);
+      pairs.show(viewOf(job));
+      pairs.fill(viewOf(job));
     }
     await showEvents(job);
   }
@@ -184,7 +182,7 @@ const jobs = (() => {
     const found = [];
     let after = "";
     for (let page = 0; page < MAX_EVENT_PAGES; page++) {
-      const { data, has_more: more } = await get(pathOf(id, `/events?limit=100${after}`));
+      const { data, has_more: more } = await getJson(pathOf(id, `/events?limit=100${after}`));
       const fresh = data.filter((event) => !curve.ids.has(event.id));
       found.push(...fresh);
       if (!more || fresh.length < data.length) break;
@@ -266,7 +264,7 @@ const jobs = (() => {
   }
 
   async function change(job, action) {
-    replace(await post(pathOf(job.id, `/${action}`)));
+    replace(await postJson(pathOf(job.id, `/${action}`)));
     await poll();
   }
 
@@ -282,106 +280,30 @@ const jobs = (() => {
     await api(`/v1/models/${encodeURIComponent(name)}`, { method: "DELETE" });
     await loadModels();
     showActions(job);
-    showPairs(job);
+    pairs.show(viewOf(job));
     at("job").focus();
   }
 
   // --- before and after ---
 
-  const keyOf = (id) => `pairs ${id}`;
+  /** A job as `pairs` needs it. */
+  const viewOf = (job) => ({ job, name: nameOf(job), isServed: () => answers(job), isShown: () => job.id === state.id });
 
-  /** What was asked and answered: kept in the tab, so that it survives a reload. */
-  function pairsOf(job) {
-    try { return JSON.parse(sessionStorage.getItem(keyOf(job.id))) || null; } catch { return null; }
-  }
-
-  function keepPairs(id, pairs) {
-    try { sessionStorage.setItem(keyOf(id), JSON.stringify(pairs)); } catch { /* no room: asked again after a reload */ }
-  }
-
-  /** Remember what is to be asked of a new job. */
+  /** Show a new job, and remember what is to be asked before and after. */
   function begin(job, questions) {
-    keepPairs(job.id, questions.map((messages) => ({ messages })));
+    pairs.begin(job.id, questions);
     state.list.unshift(job);
     open(job.id, true);
     poll();
   }
 
-  function showPairs(job) {
-    const pairs = pairsOf(job) || [];
-    at("pairs").replaceChildren(...pairs.map((pair) => pairRow(job, pair)));
-    at("compare").hidden = job.status === "failed" || job.status === "cancelled" || (!pairs.length && !answers(job));
-    at("question").hidden = !answers(job);
-  }
-
-  function pairRow(job, pair) {
-    const cell = (name, text, className) => make("div", {}, make("dt", {}, name), make("dd", { className: text ? className : `${className} wait` }, text || "…"));
-    const asked = pair.messages[pair.messages.length - 1].content;
-    const after = pair.after || (answers(job) ? "" : job.status === "succeeded" ? "deleted" : "once it is trained");
-    return make("li", {}, make("p", { className: "asked" }, asked), make("dl", { className: "answers" }, cell(job.model, pair.before, ""), cell(nameOf(job), after, pair.after ? "new" : "wait")));
-  }
-
-  /** Ask what has not been answered yet: the model as it was, then the new one. One loop at a time. */
-  async function fillPairs(job) {
-    const turn = ++state.asking;
-    let pairs = pairsOf(job);
-    if (!pairs) {
-      pairs = (await questionsAgain(job)).map((messages) => ({ messages }));
-      // None may mean that they could not be read now.
-      if (pairs.length) keepPairs(job.id, pairs);
-    }
-    const wanted = ["before", ...(answers(job) ? ["after"] : [])];
-    for (const side of wanted) {
-      for (const pair of pairs) {
-        if (pair[side] || turn !== state.asking || job.id !== state.id) continue;
-        pair[side] = await answer(side === "before" ? job.model : nameOf(job), pair.messages);
-        if (turn !== state.asking) return;
-        keepPairs(job.id, pairs);
-        showPairs(job);
-      }
-    }
-    if (turn === state.asking && job.id === state.id) showPairs(job);
-  }
-
-  /** In another tab: from the file, as long as it is there. */
-  async function questionsAgain(job) {
-    try {
-      const preview = await get(`/v1/files/${encodeURIComponent(job.training_file)}/preview`);
-      return questionsOf(preview.examples || []);
-    } catch {
-      return [];
-    }
-  }
-
-  /** A model's answer, or why there is none. A model without a chat template continues the text. */
-  async function answer(model, messages) {
-    const last = messages.slice(-1), options = { model, max_tokens: MAX_ANSWER, temperature: 0 };
-    const ways = [
-      async () => (await post("/v1/chat/completions", { ...options, messages })).choices[0].message.content,
-      async () => (await post("/v1/chat/completions", { ...options, messages: last })).choices[0].message.content,
-      async () => (await post("/v1/completions", { ...options, prompt: last[0].content })).choices[0].text,
-      async () => (await post("/classify", { model, input: last[0].content })).data[0].label,
-    ];
-    let first = null;
-    for (const way of ways) {
-      try {
-        return String(await way()).trim() || "(an empty text)";
-      } catch (error) {
-        first = first || error;
-        if (error.status !== 400) break;
-      }
-    }
-    return `(${first.message})`;
-  }
-
   async function ask() {
     const job = current(), text = at("own").value.trim();
     if (!job || !text) return;
-    const pairs = [...(pairsOf(job) || []), { messages: [{ role: "user", content: text }] }].slice(-20);
-    keepPairs(job.id, pairs);
     at("own").value = "";
-    showPairs(job);
-    await fillPairs(job);
+    pairs.add(job.id, text);
+    pairs.show(viewOf(job));
+    await pairs.fill(viewOf(job));
   }
 
   // --- start ---
@@ -406,5 +328,5 @@ const jobs = (() => {
     return poll();
   }
 
-  return { start, restart, begin, post, get, duration, state };
+  return { start, restart, begin, duration, state };
 })();

@@ -56,7 +56,7 @@
     if (file.status === "error") { sayFile(file.status_details || "The file cannot be read.", true); return; }
     sayFile(factsOf(file).summary || file.filename);
     // Without it training is possible all the same: as where the model runs elsewhere.
-    const preview = await jobs.get(`/v1/files/${encodeURIComponent(file.id)}/preview`).catch((error) => ({ cuts: error.message }));
+    const preview = await getJson(`/v1/files/${encodeURIComponent(file.id)}/preview`).catch((error) => ({ cuts: error.message }));
     if (turn !== state.turn) return;
     state.file = file;
     state.examples = preview.examples || [];
@@ -78,7 +78,7 @@
 
   async function loadFiles() {
     try {
-      const files = (await jobs.get("/v1/files?limit=50&order=desc")).data.filter((file) => file.purpose !== "fine-tune-results");
+      const files = (await getJson("/v1/files?limit=50&order=desc")).data.filter((file) => file.purpose !== "fine-tune-results");
       at("earlier").hidden = !files.length;
       at("files").replaceChildren(...files.map(fileRow));
     } catch {
@@ -152,7 +152,7 @@
     at("start").disabled = true;
     sayStart("It is queued …");
     try {
-      const job = await jobs.post("/v1/fine_tuning/jobs", requestBody());
+      const job = await postJson("/v1/fine_tuning/jobs", requestBody());
       sayStart("Started.");
       at("name").value = "";
       jobs.begin(job, questions());

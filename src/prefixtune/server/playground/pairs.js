@@ -1,0 +1,96 @@
+"use strict";
+// What is asked of a model before and after a training, and the answers: kept in the tab, so that they survive a reload.
+
+/** Functions take a view of a job: { job, name, isServed, isShown }; name is what it is called once it is served. */
+const pairs = (() => {
+  const MAX_ANSWER = 120, MOST = 20;
+  let turn = 0;
+
+  const keyOf = (id) => `pairs ${id}`;
+
+  function pairsOf(id) {
+    try { return JSON.parse(sessionStorage.getItem(keyOf(id))) || null; } catch { return null; }
+  }
+
+  function keep(id, list) {
+    try { sessionStorage.setItem(keyOf(id), JSON.stringify(list)); } catch { /* no room: asked again after a reload */ }
+  }
+
+  /** Remember what is to be asked of a new job. */
+  function begin(id, questions) {
+    keep(id, questions.map((messages) => ({ messages })));
+  }
+
+  /** One more question. */
+  function add(id, text) {
+    keep(id, [...(pairsOf(id) || []), { messages: [{ role: "user", content: text }] }].slice(-MOST));
+  }
+
+  function show(view) {
+    const list = pairsOf(view.job.id) || [], { status } = view.job;
+    at("pairs").replaceChildren(...list.map((pair) => row(view, pair)));
+    at("compare").hidden = status === "failed" || status === "cancelled" || (!list.length && !view.isServed());
+    at("question").hidden = !view.isServed();
+  }
+
+  function row({ job, name, isServed }, pair) {
+    const cell = (model, text, className) => make("div", {}, make("dt", {}, model), make("dd", { className: text ? className : `${className} wait` }, text || "…"));
+    const asked = pair.messages[pair.messages.length - 1].content;
+    const after = pair.after || (isServed() ? "" : job.status === "succeeded" ? "deleted" : "once it is trained");
+    return make("li", {}, make("p", { className: "asked" }, asked), make("dl", { className: "answers" }, cell(job.model, pair.before, ""), cell(name, after, pair.after ? "new" : "wait")));
+  }
+
+  /** Ask what has not been answered yet: the model as it was, then the new one. One loop at a time. */
+  async function fill(view) {
+    const mine = ++turn, { job } = view;
+    let list = pairsOf(job.id);
+    if (!list) {
+      list = (await questionsAgain(job)).map((messages) => ({ messages }));
+      // None may mean that they could not be read now.
+      if (list.length) keep(job.id, list);
+    }
+    for (const side of ["before", ...(view.isServed() ? ["after"] : [])]) {
+      for (const pair of list) {
+        if (pair[side] || mine !== turn || !view.isShown()) continue;
+        pair[side] = await answer(side === "before" ? job.model : view.name, pair.messages);
+        if (mine !== turn) return;
+        keep(job.id, list);
+        show(view);
+      }
+    }
+    if (mine === turn && view.isShown()) show(view);
+  }
+
+  /** In another tab: from the file, as long as it is there. */
+  async function questionsAgain(job) {
+    try {
+      const preview = await getJson(`/v1/files/${encodeURIComponent(job.training_file)}/preview`);
+      return questionsOf(preview.examples || []);
+    } catch {
+      return [];
+    }
+  }
+
+  /** A model's answer, or why there is none. A model without a chat template continues the text. */
+  async function answer(model, messages) {
+    const last = messages.slice(-1), options = { model, max_tokens: MAX_ANSWER, temperature: 0 };
+    const ways = [
+      async () => (await postJson("/v1/chat/completions", { ...options, messages })).choices[0].message.content,
+      async () => (await postJson("/v1/chat/completions", { ...options, messages: last })).choices[0].message.content,
+      async () => (await postJson("/v1/completions", { ...options, prompt: last[0].content })).choices[0].text,
+      async () => (await postJson("/classify", { model, input: last[0].content })).data[0].label,
+    ];
+    let first = null;
+    for (const way of ways) {
+      try {
+        return String(await way()).trim() || "(an empty text)";
+      } catch (error) {
+        first = first || error;
+        if (error.status !== 400) break;
+      }
+    }
+    return `(${first.message})`;
+  }
+
+  return { begin, add, show, fill };
+})();
