@@ -52,6 +52,9 @@ def file_lock(path: Path, timeout: float = _PATIENCE) -> Iterator[bool]:
                 f"the lock {str(path)!r} belongs to another user.",
                 hint="delete it if nobody works there, or choose another folder.",
             ) from error
+    except FileNotFoundError:
+        # Another process has just removed the folder, and a third one that looks for locks may make it again.
+        free = False
     except OSError:
         pass
     try:

@@ -22,6 +22,7 @@ from prefixtune.utils.files import (
     work_folder,
     write_text,
 )
+from prefixtune.utils.locks import acquire_lock
 
 
 def names(folder: Path) -> list[str]:
@@ -129,6 +130,23 @@ def test_a_folder_that_is_taken_for_abandoned_is_made_anew(tmp_path: Path, monke
         # Now it is locked.
         assert remove_abandoned(tmp_path, "a") == 0
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_others_removed_and_made_again_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[Path] = []
+
+    def lose_first(path: Path, timeout: float) -> object:
+        if not lost:
+            lost.append(path.parent)
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return acquire_lock(path, timeout)
+
+    monkeypatch.setattr("prefixtune.utils.locks.acquire_lock", lose_first)
+    with work_folder(tmp_path, "a") as folder:
+        assert lost
+        assert folder != lost[0]
 
 
 def test_lines_are_appended(tmp_path: Path) -> None:
