@@ -27,7 +27,7 @@ from prefixtune.backbone.soft_labels import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
 
-__all__ = ["collate", "join", "pack", "pad"]
+__all__ = ["collate", "divide", "join", "pack", "pad"]
 
 
 def collate(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
@@ -42,6 +42,28 @@ def collate(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
     if backbone.layout.packable:
         return pack(examples, decoder_start_id=start)
     return pad(examples, pad_id=backbone.pad_id, decoder_start_id=start)
+
+
+def divide(examples: Sequence[TokenizedExample], most_positions: int) -> list[list[TokenizedExample]]:
+    """Divide the examples of a batch, in their order, into parts of about the same size, to be computed one by one.
+
+    Args:
+        examples: A batch.
+        most_positions: Tokens of a part, at most, unless a single example has more; 0: nothing is divided.
+    """
+    sizes = [len(example.prompt) + sum(map(len, example.targets)) for example in examples]
+    if not most_positions or sum(sizes) <= most_positions:
+        return [list(examples)]
+    room = sum(sizes) / -(-sum(sizes) // most_positions)
+    parts: list[list[TokenizedExample]] = []
+    left = 0.0
+    for example, size in zip(examples, sizes, strict=True):
+        if not parts or size > left:
+            parts.append([])
+            left = room
+        parts[-1].append(example)
+        left -= size
+    return parts
 
 
 def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:

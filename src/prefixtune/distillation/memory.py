@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ from prefixtune.utils.files import write_text
 from prefixtune.utils.locks import claim_folder
 
 __all__ = ["Teachers", "check_student", "open_memory"]
+
+
+_MOST_ROWS, _MOST_POSITIONS = 16, 16_384
+"""While questions and answers are made beside other runs: rows of a pass, and the positions of texts in view that these
+have together."""
 
 
 @contextlib.contextmanager
@@ -57,9 +62,11 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
     teachers = Teachers(config, student, console)
     wording = choose_wording(config, student, teachers.text_format())
     plan = make_plan(config, jobs[0], teachers.readers(), wording, console)
-    # The training claims the folder itself, afterwards.
+    stored = config.to_toml()
+    config = config.replace(batch_size=_rows_in_view(config, student, plan.chunks))
+    # The training, which has the batches of the plan, claims the folder itself, afterwards.
     with claim_folder(plan.job.output):
-        write_text(Path(config.output) / CONFIG_FILE, config.to_toml())
+        write_text(Path(config.output) / CONFIG_FILE, stored)
         lesson = prepare(config, plan, student, teachers.load, wording, console)
 
     def teach(run: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
@@ -71,6 +78,12 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
         yield run
         if run.loop.ended:
             _describe(config, lesson, student, run)
+
+
+def _rows_in_view(config: DistillConfig, student: Backbone, chunks: Sequence[str]) -> int:
+    """Questions in one pass: each has a copy of what is in view."""
+    longest = max((len(student.encode(chunk)) for chunk in chunks), default=0)
+    return max(1, min(config.batch_size, _MOST_ROWS, _MOST_POSITIONS // max(longest, 1)))
 
 
 def _describe(config: DistillConfig, lesson: Lesson, student: Backbone, run: Run) -> None:

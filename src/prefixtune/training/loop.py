@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import collate, join
+from prefixtune.data.batching import collate, divide, join
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.order import epoch_batches, take
 from prefixtune.errors import TrainingError
@@ -63,10 +63,15 @@ def evaluation_loss(
     examples: Sequence[TokenizedExample],
     batch_size: int = 64,
     processes: ProcessGroup = SINGLE_PROCESS,
+    most_positions: int = 0,
 ) -> float:
-    """Mean loss per target token, in nats, over all targets of `examples`; the processes share the work."""
+    """Mean loss per target token, in nats, over all targets of `examples`; the processes share the work.
+
+    Of a batch at most `most_positions` tokens are computed at once, as in `TrainLoop`.
+    """
     total, count = 0.0, 0.0
-    for target_groups in epoch_batches(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None):
+    batches = epoch_batches(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None)
+    for target_groups in _divided(batches, most_positions, processes):
         batch, counts = _local_batch(backbone, target_groups, processes)
         losses = batch_loss(backbone, prefix, batch)
         if counts:
@@ -74,6 +79,14 @@ def evaluation_loss(
             count += len(batch.labels)
     total, count = processes.all_reduce(total, count)
     return total / count
+
+
+def _divided(
+    batches: Iterable[Sequence[TokenizedExample]], most_positions: int, processes: ProcessGroup
+) -> Iterator[list[TokenizedExample]]:
+    """The batches, each in as many parts as it takes."""
+    for batch in batches:
+        yield from divide(batch, most_positions * processes.size)
 
 
 def _local_batch(
@@ -155,6 +168,10 @@ class TrainLoop:
         initialization: Where the encoder starts, for the header and the log.
         processes: Those that share the work.
 
+    Attributes:
+        most_positions: Tokens that a process computes at once: a larger batch is computed in parts, whose gradients
+            add up to those of the whole; 0: any number. It may be set before the first step.
+
     Raises:
         CheckpointError: The header of the artifact would be too long; checked before the work, not after it.
     """
@@ -180,6 +197,7 @@ class TrainLoop:
         self.resumed = self.stopped = False
         # Whether the last state but one is kept at a save, until the other runs have saved as well.
         self.keeps_previous = False
+        self.most_positions = 0
         self.beside: Beside | None = None
         start = self.bake()
         self.site_lengths = {} if start is None else {site: start.length(site) for site in start.sites}
@@ -290,7 +308,8 @@ class TrainLoop:
                 index += 1
                 if index > steps_taken:
                     batches = [take(examples, batch) for batch in planned]
-                    yield [_local_batch(self.backbone, groups, self.processes) for groups in self._vary(batches, index)]
+                    varied = _divided(self._vary(batches, index), self.most_positions, self.processes)
+                    yield [_local_batch(self.backbone, groups, self.processes) for groups in varied]
 
     def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:
         """The batches of a step, with what of the prefix each group sees in it."""
@@ -435,7 +454,8 @@ class TrainLoop:
         better = True
         if self.data.dev is not None:
             examples, batch_size = self.data.dev.examples, self.config.batch_size
-            loss = evaluation_loss(self.backbone, prefix, examples, batch_size, self.processes)
+            most = self.most_positions
+            loss = evaluation_loss(self.backbone, prefix, examples, batch_size, self.processes, most)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the development loss is {loss} at step {state.step}; the best prefix so far is kept.",

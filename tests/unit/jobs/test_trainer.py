@@ -241,7 +241,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is prepared at each turn of the others, which come at each layer; each run has passes of its own."""
     monkeypatch.setattr(turns_module, "_SHORTEST", 0.0)
     monkeypatch.setattr(turns_module, "_LONGEST", 0.0)
-    monkeypatch.setattr(group_module, "MOST_POSITIONS", 1)
+    monkeypatch.setattr(group_module, "MOST_POSITIONS_ON_CPU", 1)
     seen: list[str] = []
     own = Trainer._take_turn
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import prefixtune as pt
 from patching import replace_everywhere
@@ -26,9 +27,10 @@ def open_one(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Itera
     with contextlib.ExitStack() as stack:
 
         def open_named(name: str, **fields: Any) -> Run:
+            data = {part: fields.pop(part) for part in ("examples", "dev_examples") if part in fields}
             fields = {"max_steps": 3, "prefix_length": 2, "init_text": "ab", "batch_size": 4, **fields}
             config = pt.TrainConfig(output=str(tmp_path / name), **fields)
-            return stack.enter_context(open_run(config, backbone, examples=examples))
+            return stack.enter_context(open_run(config, backbone, **{"examples": examples, **data}))
 
         yield open_named
 
@@ -165,12 +167,56 @@ def test_more_runs_take_more_passes_but_no_more_memory(
     replace_everywhere(monkeypatch, own, counted)
     runs = [open_one(f"run{index}") for index in range(5)]
     batches = next(open_one("measured").loop.remaining_steps())
-    monkeypatch.setattr(group_module, "MOST_POSITIONS", int(2.5 * batches[0][0].input_ids.numel()))
+    monkeypatch.setattr(group_module, "MOST_POSITIONS_ON_CPU", int(2.5 * batches[0][0].input_ids.numel()))
     group = RunGroup(backbone)
     for run in runs:
         group.add(run)
     list(group.step(threading.Event()))
     assert passes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"loss_reduction": "token"}, {"prefix_dropout": 0.5}, {"nested": True}, {"gradient_accumulation": 2}]
+)
+def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(
+    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    # Targets of different lengths: the loss is not the mean of the parts' losses.
+    several = [pt.Example(f"n : {letter}", (f"{letter * 9} it is.", f"{letter}.")) for letter in "abcdefgh"]
+    loop = open_one("run", batch_size=8, prefix_length=4, examples=several, **fields).loop
+    steps, counts = [], []
+    for most in (0, 40):
+        loop.most_positions = most
+        step = loop.prepare(next(loop.remaining_steps()))
+        loop_module.forward_backward(backbone, [step])
+        assert step.prefix_leaf is not None
+        steps.append((step.loss, [tensor.grad for tensor in step.prefix_leaf.stored_tensors()]))
+        counts.append([batch.input_ids.numel() for batch in step.batches])
+    whole, parts = steps
+    assert len(counts[1]) > 2 * len(counts[0])
+    assert max(counts[1]) <= 40 < max(counts[0])
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    for gradient, expected in zip(parts[1], whole[1], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_alone_has_no_larger_passes_than_several(
+    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, sizes = loop_module.batch_loss, []
+
+    def measured(backbone: Any, prefix: Any, batch: Any) -> Any:
+        sizes.append(batch.input_ids.numel())
+        return own(backbone, prefix, batch)
+
+    replace_everywhere(monkeypatch, own, measured)
+    monkeypatch.setattr(group_module, "MOST_POSITIONS_ON_CPU", 40)
+    many = [pt.Example(f"n : {letter}", (f"{letter} it is.",)) for letter in "abcdefghijklmnop"]
+    group = RunGroup(backbone)
+    group.add(open_one("run", batch_size=16, examples=many, dev_examples=many, eval_every=1))
+    _train(group, steps=1)
+    assert len(sizes) > 8
+    assert max(sizes) <= 40
 
 
 def test_one_that_takes_too_much_alone_fails(
