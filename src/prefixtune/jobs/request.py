@@ -57,8 +57,11 @@ _QUICK_TARGETS, _FEWEST_EXAMPLES = range(8, 201), 4
 _FEWEST_STEPS, _EPOCHS = 24, 5
 _EVALUATIONS, _MOST_EVALUATIONS = 8, 100
 """Of a run: with a validation file, unless the request says otherwise; and at most."""
-MOST_VALIDATED = 256
-"""Targets of a validation file, or of those held out, that are used: its first ones, as others wait meanwhile."""
+MOST_VALIDATED, _FEWEST_VALIDATED, _VALIDATED_CHARACTERS = 256, 16, 60_000
+"""Targets of a validation file, or of those held out, that are used: the first ones, fewer of long ones, as other jobs
+wait while they are computed; and the characters that they have together, about."""
+_MOST_VALIDATED_TEXT = 240_000
+"""Characters of texts that are learned in windows: none of them is cut."""
 _MOST_QUESTIONS = 1000
 """Without an answer, which the model has to write."""
 _CHARACTERS_OF_WINDOW = 2048
@@ -353,11 +356,32 @@ def _config_values(request: JobRequest, targets: int, max_steps: int) -> dict[st
     if every := int(values.get("eval_every", TrainConfig.default("eval_every"))):
         values["eval_every"] = _bounded_every(every, values["max_steps"], is_asked_for="eval_every" in options)
     if request.validation_file is not None or values.get("hold_out"):
-        values["dev_limit"] = MOST_VALIDATED
+        values["dev_limit"] = _num_validated(request)
     if "learning_rate_multiplier" in numbers:
         kind = str(values.get("reparameterization", TrainConfig.default("reparameterization")))
         values["learning_rate"] = default_learning_rate(kind) * numbers["learning_rate_multiplier"]
     return values
+
+
+def _num_validated(request: JobRequest) -> int:
+    """Targets that an evaluation computes, at most.
+
+    Raises:
+        JobRefusedError: They are texts, which are not cut, and too long.
+    """
+    facts = (request.validation_file or request.training_file).facts
+    assert facts is not None
+    length = facts.characters // max(facts.targets, facts.rows, 1)
+    count = min(max(_VALIDATED_CHARACTERS // max(length, 1), _FEWEST_VALIDATED), MOST_VALIDATED)
+    characters = length * min(count, facts.rows)
+    if _form(request) == "text" and characters > _MOST_VALIDATED_TEXT:
+        param = "validation_file" if request.validation_file is not None else "prefixtune.hold_out"
+        message = (
+            f"{characters:,} characters of text would be evaluated each time, but {_MOST_VALIDATED_TEXT:,} may be; "
+            "give a shorter validation file."
+        )
+        raise JobRefusedError([Fault(param, message, "too_much_to_validate")])
+    return count
 
 
 def _continued(lengths: Mapping[str, int]) -> dict[str, Any]:

@@ -90,6 +90,15 @@ def test_evaluations_take_a_bounded_part_of_the_time() -> None:
     assert made(training_file=large, validation_file=validation).config["dev_limit"] == MOST_VALIDATED
     assert made(training_file=large, options={"hold_out": 0.5}).config["dev_limit"] == MOST_VALIDATED
     assert "dev_limit" not in made(training_file=large).config
+    for characters, limit in ((600, 100), (1_000_000, 16)):
+        long = stored(2, targets=10_000, characters=10_000 * characters)
+        assert made(training_file=large, validation_file=long).config["dev_limit"] == limit
+
+    # A text is not cut, but learned in windows.
+    texts = stored(form="text", targets=1), stored(2, "text", targets=1, characters=1_000_000)
+    error = refused(training_file=texts[0], validation_file=texts[1])
+    assert (error.param, error.code) == ("validation_file", "too_much_to_validate")
+    assert "1,000,000 characters of text" in error.message
 
     options = {"max_steps": 5000, "eval_every": 1}
     for fields in ({"training_file": large, "validation_file": validation}, {"training_file": DOCUMENT}):

@@ -176,7 +176,7 @@ class FineTuningRequest(Body):
     )
     training_file: _FILE_ID = Field(description="An uploaded file with examples; or a document to remember.")
     validation_file: _FILE_ID | None = Field(
-        None, description="Examples to choose the best prefix by; of a longer file the first 256 targets are used."
+        None, description="Examples to choose the best prefix by: the first 256 targets, fewer of long ones."
     )
     suffix: (
         Annotated[
