@@ -190,8 +190,8 @@ class _Run:
         outages = self._outages()
         last_job = time.monotonic()
         while kills < plan.kills or len(self.ids) < plan.jobs:
-            # All are asked for by the time of four fifths of the kills.
-            wanted = plan.jobs if not plan.kills else min(plan.jobs, 1 + int(1.25 * plan.jobs * kills / plan.kills))
+            # Asked for in the course of the kills, so that there is always one to disturb.
+            wanted = plan.jobs if not plan.kills else min(plan.jobs, 1 + int(plan.jobs * kills / plan.kills))
             while len(self.ids) < wanted:
                 self._ask_for_job()
                 if len(self.ids) == 1:
@@ -232,9 +232,12 @@ class _Run:
         """Half of the time as long as it takes until a job trains again, so that not only starts are disturbed."""
         began, end = time.time(), time.monotonic() + _TRAINING_SECONDS
         is_patient = self.chance.random() < 0.5
-        while is_patient and time.monotonic() < end and self._trained_last() < began:
+        while is_patient and self._is_any_unfinished() and time.monotonic() < end and self._trained_last() < began:
             time.sleep(0.2)
         time.sleep(self.chance.uniform(0.0, 2.0))
+
+    def _is_any_unfinished(self) -> bool:
+        return any(status in UNFINISHED for status in self._statuses())
 
     def _trained_last(self) -> float:
         """When a job took its last step, in seconds since 1970; as files have it, whose clock does not jump."""

@@ -7,6 +7,7 @@ its jobs over.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import os
@@ -38,6 +39,8 @@ _ABANDONED_SECONDS = 3600.0
 """A job's folder that was not queued for this long was left by a kill."""
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 """Linux ends the process with the highest score first: its share of the memory in thousandths, plus this."""
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**18
+"""Of malloc.h; bytes."""
 _PAGE = 200
 _log = logging.getLogger("prefixtune.jobs")
 
@@ -132,10 +135,20 @@ def _lower_priority(config: WorkerConfig) -> None:
     # Its jobs go on from their saved states; what a server loses is lost.
     with contextlib.suppress(OSError):
         _OOM_SCORE.write_text("500")
+    _save_memory()
     if config.threads:
         import torch
 
         torch.set_num_threads(config.threads)
+
+
+def _save_memory() -> None:
+    """Give memory back between passes, and keep little of what is of use to one pass only."""
+    # The C library's own limit grows with what is freed, and blocks below it leave holes between those that stay.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    # oneDNN keeps 1,024 compiled products otherwise, though nearly each pass has another number of tokens.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def _make_folders(data: DataFolder) -> None:

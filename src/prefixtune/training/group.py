@@ -19,9 +19,10 @@ from prefixtune.training.runs import Run
 __all__ = ["RunGroup"]
 
 
-MOST_POSITIONS, MOST_POSITIONS_ON_CPU = 8192, 512
+MOST_POSITIONS, MOST_POSITIONS_ON_CPU = 8192, 256
 """Most tokens that go through the backbone at once, unless a single example has more: memory grows neither with the
-number of runs nor with their batches. A larger pass is hardly any faster (on processors by 6 %)."""
+number of runs nor with their batches. On a core, larger passes are slower (docs/LOG.md); on a GPU it was not measured.
+"""
 
 
 class RunGroup:
