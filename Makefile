@@ -132,7 +132,7 @@ bench-jobs: $(VENV)/.tested  ## training over HTTP: first answer, jobs at once, 
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.jobs $(BENCH_ARGS)
 
-jobs-kills: $(VENV)/.tested  ## kill servers and workers 200 times while 40 jobs train; and with Debian's Postgres and three workers (an hour)
+jobs-kills: $(VENV)/.tested  ## kill servers and workers 200 times while 40 jobs train; and with Debian's Postgres and three workers (two hours)
 	PYTHONPATH=tests $(BIN)/python -m bench.jobs.kills $(KILLS_ARGS)
 	PYTHONPATH=tests $(BIN)/python -m bench.jobs.kills --database postgres $(KILLS_ARGS)
 

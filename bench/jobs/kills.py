@@ -1,6 +1,6 @@
 """Kill servers and workers at any moment while jobs train, and see that nothing is lost.
 
-    python -m bench.jobs.kills                          # SQLite, 40 jobs, 200 kills: 20 minutes
+    python -m bench.jobs.kills                          # SQLite, 40 jobs, 200 kills: an hour on two cores
     python -m bench.jobs.kills --database postgres      # a Postgres of its own, and three workers
     python -m bench.jobs.kills --capacity 1             # each job alone: results equal to the bit
     python -m bench.jobs.kills --jobs 6 --kills 10      # only to see that it works
