@@ -175,7 +175,7 @@ def test_its_log_is_the_servers(supervised: Supervised) -> None:
     supervised.jobs.set()
     line = {"time": 1, "level": "warning", "event": "x", "step": 3}
     supervised.start(f"import json; print(json.dumps({line}), flush=True)\n{LIVING}")
-    until(lambda: supervised.of("x"))
+    until(lambda: supervised.of("x") and supervised.pids())
     assert supervised.of("x") == [{"level": 30, "step": 3, "worker": supervised.pids()[0]}]
 
 
