@@ -82,9 +82,9 @@ class MLflow:
 
 
 def _local_store(run: TrackedRun) -> str:
-    """A database in the run's folder; without SQLAlchemy, which mlflow-skinny leaves out, a folder."""
+    """A database in the run's folder; without what that needs, which mlflow-skinny leaves out, a folder."""
     folder = run.folder.resolve() / "mlflow"
-    if importlib.util.find_spec("sqlalchemy") is None:
+    if not all(map(importlib.util.find_spec, ("sqlalchemy", "alembic"))):
         return folder.as_uri()
     folder.mkdir(exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}"
