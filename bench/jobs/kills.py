@@ -232,12 +232,12 @@ class _Run:
         """Half of the time as long as it takes until a job trains again, so that not only starts are disturbed."""
         began, end = time.time(), time.monotonic() + _TRAINING_SECONDS
         is_patient = self.chance.random() < 0.5
-        while is_patient and self._is_any_unfinished() and time.monotonic() < end and self._trained_last() < began:
+        while is_patient and self._is_any_to_train() and time.monotonic() < end and self._trained_last() < began:
             time.sleep(0.2)
         time.sleep(self.chance.uniform(0.0, 2.0))
 
-    def _is_any_unfinished(self) -> bool:
-        return any(status in UNFINISHED for status in self._statuses())
+    def _is_any_to_train(self) -> bool:
+        return any(status in ("queued", "running") for status in self._statuses())
 
     def _trained_last(self) -> float:
         """When a job took its last step, in seconds since 1970; as files have it, whose clock does not jump."""
