@@ -194,9 +194,9 @@ class Service:
             **({"PREFIXTUNE_WORKER_DATABASE_URL": database_url} if database_url else {}),
             **environment,
         }
-        self.processes: list[subprocess.Popen[bytes]] = []
-        for index in range(len(self._commands)):
-            self.processes.append(self._start(index))
+        self.processes = [self._start(index) for index in range(len(self._commands))]
+        self._changing, self._ends = threading.Lock(), threading.Event()
+        self._manager = _in_thread(self._restart_ended)
 
     def _start(self, index: int) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{'server' if index == 0 else f'worker-{index}'}.log", "ab") as log:
@@ -204,6 +204,18 @@ class Service:
             return subprocess.Popen(
                 command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
+
+    def _restart_ended(self) -> None:
+        """Start what has ended by itself again, as a service manager does: nothing starts while the disk is full."""
+        while not self._ends.wait(1.0):
+            with self._changing:
+                for index, process in enumerate(self.processes):
+                    if process.poll() is not None:
+                        self.processes[index] = self._start(index)
+
+    def _end_restarts(self) -> None:
+        self._ends.set()
+        self._manager.join()
 
     @property
     def server(self) -> subprocess.Popen[bytes]:
@@ -219,9 +231,7 @@ class Service:
 
     def kill_server(self) -> None:
         """`kill -9`, and start it again."""
-        self.server.kill()
-        self.server.wait()
-        self.processes[0] = self._start(0)
+        self.kill_worker(0)
 
     def kill_child(self) -> int:
         """`kill -9` for the server's own worker; returns how many ran."""
@@ -232,19 +242,22 @@ class Service:
         return len(children)
 
     def kill_worker(self, index: int) -> None:
-        """`kill -9` for another worker, and start it again."""
-        self.processes[index].kill()
-        self.processes[index].wait()
-        self.processes[index] = self._start(index)
+        """`kill -9` for a worker, or with 0 for the server, and start it again."""
+        with self._changing:
+            self.processes[index].kill()
+            self.processes[index].wait()
+            self.processes[index] = self._start(index)
 
     def stop(self) -> list[int]:
         """Stop all in good order; returns their exit codes."""
+        self._end_restarts()
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
         return [process.wait(60) for process in self.processes]
 
     def close(self) -> None:
         """End what still runs."""
+        self._end_restarts()
         self.kill_child()
         for process in self.processes:
             if process.poll() is None:
