@@ -226,7 +226,7 @@ def test_a_job_that_is_paused_and_resumed_many_times_stops_neither_its_worker_no
     assert len(threads) < 5
 
 
-def test_a_job_is_told_of_its_claim(queue: JobQueue, worker: Worker, add: Callable[..., Job]) -> None:
+def test_a_run_gets_the_token_of_its_claim(queue: JobQueue, worker: Worker, add: Callable[..., Job]) -> None:
     job = add()
     wait_for_start(worker, job)
     first = queue.standings([job.id])[job.id]

@@ -99,7 +99,7 @@ def test_a_resumed_job_gets_the_turn_of_a_new_one(queue: JobQueue) -> None:
     assert [job.id for job in queue.unfinished()] == [early, late]
 
 
-def test_a_list_tells_each_job_once_while_others_come_and_go(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_has_each_job_once_while_others_come_and_go(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "_PAGE", 3)
     ids = [added(queue, f"job-{number}") for number in range(10)]
     told: list[str] = []

@@ -589,7 +589,7 @@ def test_a_result_that_another_server_published_counts(make_server: Callable[...
     assert create(app, file, key="pt-few").status == "queued"
 
 
-def test_who_waits_too_long_to_add_a_job_is_told_to_come_again(
+def test_a_job_that_waits_too_long_for_others_of_its_key_is_503(
     make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app, state = make_server()
