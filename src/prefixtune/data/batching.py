@@ -3,9 +3,10 @@
 All examples of a step share one packed row. A source appears once, followed by its targets; each target attends to the
 source and to itself, and its positions continue from the end of the source. For a causal model this equals one padded
 row per pair of source and target, because a source never attends to its target; packing only computes less. A
-conversation is one such target, of which the assistant's turns are labels: each turn sees what was before it. For an
-encoder-decoder the sources are in the encoder's row and the targets in the decoder's, and all targets of a source share
-its encoder states.
+conversation is one such target, of which the assistant's turns are labels: each turn sees what was before it. Sources
+that begin alike, as with a chat template, may share that beginning in the same way: it becomes the source, and the rest
+of each stands in front of its target. For an encoder-decoder the sources are in the encoder's row and the targets in
+the decoder's, and all targets of a source share its encoder states.
 
 Models that cannot be packed (state-space layers mix all positions of a row) get padded rows.
 """
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -30,8 +32,17 @@ from prefixtune.errors import ConfigError, DataError
 __all__ = ["collate", "divide", "join", "pack", "pad"]
 
 
-def collate(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
+_SCORES_PER_POSITION = 1024
+"""How many scores of a layer's attention take as long as the layer's other work on one position, in about."""
+
+
+def collate(backbone: Backbone, examples: Sequence[TokenizedExample], *, share_beginnings: bool = False) -> Batch:
     """Make the batch that suits the model: packed if the model can be packed, padded otherwise.
+
+    Args:
+        backbone: The model.
+        examples: Sources and their targets.
+        share_beginnings: As in `pack`; without effect on padded rows, for a head, and for an encoder-decoder.
 
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.
@@ -40,30 +51,113 @@ def collate(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
         return _collate_labelled(backbone, examples)
     start = backbone.decoder_start_id if backbone.kind == "encoder-decoder" else None
     if backbone.layout.packable:
-        return pack(examples, decoder_start_id=start)
+        return pack(examples, decoder_start_id=start, share_beginnings=share_beginnings)
     return pad(examples, pad_id=backbone.pad_id, decoder_start_id=start)
 
 
-def divide(examples: Sequence[TokenizedExample], most_positions: int) -> list[list[TokenizedExample]]:
+def divide(
+    backbone: Backbone, examples: Sequence[TokenizedExample], most_positions: int, *, share_beginnings: bool = False
+) -> list[list[TokenizedExample]]:
     """Divide the examples of a batch, in their order, into parts of about the same size, to be computed one by one.
 
     Args:
+        backbone: The model.
         examples: A batch.
         most_positions: Tokens of a part, at most, unless a single example has more; 0: nothing is divided.
+        share_beginnings: As in `collate`: what is computed once in a part counts once.
     """
-    sizes = [len(example.prompt) + sum(map(len, example.targets)) for example in examples]
-    if not most_positions or sum(sizes) <= most_positions:
+    share_beginnings = share_beginnings and backbone.kind == "decoder" and backbone.layout.packable
+    groups = _groups(examples, share_beginnings)
+    if not most_positions or sum(group.size for group in groups) <= most_positions:
         return [list(examples)]
-    room = sum(sizes) / -(-sum(sizes) // most_positions)
-    parts: list[list[TokenizedExample]] = []
-    left = 0.0
-    for example, size in zip(examples, sizes, strict=True):
-        if not parts or size > left:
-            parts.append([])
-            left = room
-        parts[-1].append(example)
-        left -= size
+    # The fewest parts, and of these the most even ones.
+    parts = _parts(examples, most_positions, share_beginnings)
+    for eighths in range(7, 3, -1):
+        even = _parts(examples, most_positions * eighths // 8, share_beginnings)
+        if len(even) > len(parts):
+            break
+        parts = even
     return parts
+
+
+def _parts(examples: Iterable[TokenizedExample], most: int, share_beginnings: bool) -> list[list[TokenizedExample]]:
+    """Parts that are as large as they may be."""
+    parts: list[list[TokenizedExample]] = []
+    group, left = None, 0
+    for example in examples:
+        joined = group.join(example) if group is not None and share_beginnings else None
+        added = _size(example) if joined is None or group is None else joined.size - group.size
+        if added > left:
+            parts.append([])
+            joined, added, left = None, _size(example), most
+        group = joined or _SharedBeginning.of(example)
+        parts[-1].append(example)
+        left -= added
+    return parts
+
+
+@dataclass(frozen=True)
+class _SharedBeginning:
+    """Examples, one after the other, of which the sources begin alike: the beginning is computed once.
+
+    Attributes:
+        examples: They see the same of the prefix, and each has one target, unless it is alone.
+        length: Positions of the beginning; of an example alone, of its source without the last.
+        size: Positions of all.
+    """
+
+    examples: tuple[TokenizedExample, ...]
+    length: int
+    size: int
+
+    @classmethod
+    def of(cls, example: TokenizedExample) -> _SharedBeginning:
+        """An example alone."""
+        return cls((example,), len(example.prompt) - 1, _size(example))
+
+    def join(self, example: TokenizedExample) -> _SharedBeginning | None:
+        """With another example; None: it cannot be, or is no gain: the positions of a group all meet in attention."""
+        last = self.examples[-1]
+        if max(len(last.targets), len(example.targets)) > 1 or _sees(last) != _sees(example):
+            return None
+        if last.label_positions is not None:
+            return None
+        length = min(self.length, len(example.prompt) - 1, _common_length(last.prompt, example.prompt))
+        count = len(self.examples)
+        saved_before = self.length * (count - 1)
+        saved = length * count - saved_before
+        rests = self.size + saved_before - length * count
+        if saved <= 0 or 2 * (_size(example) - length) * rests > saved * _SCORES_PER_POSITION:
+            return None
+        return _SharedBeginning((*self.examples, example), length, self.size + _size(example) - saved)
+
+
+def _groups(examples: Iterable[TokenizedExample], share_beginnings: bool) -> list[_SharedBeginning]:
+    """The groups of a packed row of a decoder-only model."""
+    groups: list[_SharedBeginning] = []
+    for example in examples:
+        joined = groups[-1].join(example) if groups and share_beginnings else None
+        if joined is None:
+            groups.append(_SharedBeginning.of(example))
+        else:
+            groups[-1] = joined
+    return groups
+
+
+def _size(example: TokenizedExample) -> int:
+    """How many positions an example takes; each target begins with the last token of the source."""
+    return len(example.prompt) - 1 + sum(map(len, example.targets))
+
+
+def _sees(example: TokenizedExample) -> tuple[tuple[int, ...], int | None]:
+    """What of the prefix is in front of an example."""
+    return example.hidden, example.visible_length
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their start."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) -> Batch:
@@ -99,7 +193,9 @@ def _collate_labelled(backbone: Backbone, examples: Sequence[TokenizedExample]) 
     )
 
 
-def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None = None) -> Batch:
+def pack(
+    examples: Sequence[TokenizedExample], *, decoder_start_id: int | None = None, share_beginnings: bool = False
+) -> Batch:
     """Pack examples into one row; for an encoder-decoder, into one row of sources and one of targets.
 
     Each target begins with an opening token, from which its first token is predicted: the last token of its source for
@@ -110,36 +206,59 @@ def pack(examples: Sequence[TokenizedExample], *, decoder_start_id: int | None =
         examples: Sources and their targets.
         decoder_start_id: Encoder-decoder: what the decoder reads before a target's first token; None: a decoder-only
             model.
+        share_beginnings: Decoder-only: examples that follow one another, see the same of the prefix and begin alike are
+            one group, whose source is their common beginning, where that saves more than it costs. The labels and their
+            order stay as they are. Not for an infix, which sources do not see.
 
     Raises:
         DataError: A prompt is empty: nothing would predict the first token.
     """
     _check_prompts(examples)
+    labels = _labels(examples)
+    soft_labels = _soft_labels(examples)
+    if decoder_start_id is not None:
+        return _pack_encoder_decoder(examples, decoder_start_id, labels, soft_labels)
+    ids: list[int] = []
+    groups: list[Group] = []
+    label_positions: list[int] = []
+    shared = _groups(examples, share_beginnings)
+    for group in shared:
+        start, target_lengths = len(ids), []
+        ids.extend(group.examples[0].prompt[: group.length])
+        for example in group.examples:
+            rest = example.prompt[group.length :]
+            for target, spans in zip(example.targets, example.label_spans(), strict=True):
+                first_label = len(ids) + len(rest) - 1
+                label_positions.extend(first_label + offset for span in spans for offset in range(*span))
+                target_lengths.append(len(rest) - 1 + len(target))
+                ids.extend((*rest, *target[:-1]))
+        groups.append(Group(start, group.length, tuple(target_lengths), group.examples[0].hidden))
+    lengths, prefix_index = _visible_lengths([group.examples[0] for group in shared])
+    packing = Packing(tuple(groups), None, prefix_index)
+    positions = torch.tensor(label_positions)
+    return Batch(torch.tensor([ids]), positions, *labels, packing, visible_lengths=lengths, soft_labels=soft_labels)
+
+
+def _pack_encoder_decoder(
+    examples: Sequence[TokenizedExample],
+    decoder_start_id: int,
+    labels: tuple[Int[Tensor, " N"], Int[Tensor, " N"]],
+    soft_labels: SoftLabels | None,
+) -> Batch:
     ids: list[int] = []
     groups: list[Group] = []
     label_positions: list[int] = []
     for example in examples:
-        if decoder_start_id is None:
-            shared, opening = example.prompt[:-1], example.prompt[-1]
-        else:
-            shared, opening = (), decoder_start_id
-        groups.append(Group(len(ids), len(shared), tuple(map(len, example.targets)), example.hidden))
-        ids.extend(shared)
+        groups.append(Group(len(ids), 0, tuple(map(len, example.targets)), example.hidden))
         for target, spans in zip(example.targets, example.label_spans(), strict=True):
-            label_positions.extend(len(ids) + offset for first, stop in spans for offset in range(first, stop))
-            ids.extend((opening, *target[:-1]))
-    labels = (torch.tensor(label_positions), *_labels(examples))
-    soft_labels = _soft_labels(examples)
+            label_positions.extend(len(ids) + offset for span in spans for offset in range(*span))
+            ids.extend((decoder_start_id, *target[:-1]))
     lengths, prefix_index = _visible_lengths(examples)
-    if decoder_start_id is None:
-        packing = Packing(tuple(groups), None, prefix_index)
-        return Batch(torch.tensor([ids]), *labels, packing, visible_lengths=lengths, soft_labels=soft_labels)
-    sources = torch.tensor([[token for example in examples for token in example.prompt]])
-    packing = Packing(tuple(groups), tuple(len(example.prompt) for example in examples), prefix_index)
     return Batch(
-        sources,
+        torch.tensor([[token for example in examples for token in example.prompt]]),
+        torch.tensor(label_positions),
         *labels,
-        packing,
+        Packing(tuple(groups), tuple(len(example.prompt) for example in examples), prefix_index),
         decoder_input_ids=torch.tensor([ids]),
         visible_lengths=lengths,
         soft_labels=soft_labels,

@@ -71,8 +71,10 @@ def evaluation_loss(
     """
     total, count = 0.0, 0.0
     batches = epoch_batches(examples, batch_size=batch_size, targets_per_source=batch_size, seed=None)
-    for target_groups in _divided(batches, most_positions, processes):
-        batch, counts = _local_batch(backbone, target_groups, processes)
+    # Nothing in front, or a prefix that sources see as well.
+    shares = prefix is None or prefix.placement != "infix"
+    for target_groups in _divided(backbone, batches, most_positions * processes.size, shares):
+        batch, counts = _local_batch(backbone, target_groups, processes, shares)
         losses = batch_loss(backbone, prefix, batch)
         if counts:
             total += float(losses.sum())
@@ -82,15 +84,15 @@ def evaluation_loss(
 
 
 def _divided(
-    batches: Iterable[Sequence[TokenizedExample]], most_positions: int, processes: ProcessGroup
+    backbone: Backbone, batches: Iterable[Sequence[TokenizedExample]], most_positions: int, share_beginnings: bool
 ) -> Iterator[list[TokenizedExample]]:
     """The batches, each in as many parts as it takes."""
     for batch in batches:
-        yield from divide(batch, most_positions * processes.size)
+        yield from divide(backbone, batch, most_positions, share_beginnings=share_beginnings)
 
 
 def _local_batch(
-    backbone: Backbone, target_groups: Sequence[TokenizedExample], processes: ProcessGroup
+    backbone: Backbone, target_groups: Sequence[TokenizedExample], processes: ProcessGroup, share_beginnings: bool
 ) -> tuple[Batch, bool]:
     """This process's part of a batch, and whether it counts.
 
@@ -98,7 +100,7 @@ def _local_batch(
     processes must run the model together.
     """
     own = processes.split_between_processes(target_groups)
-    return collate(backbone, own or target_groups[:1]), bool(own)
+    return collate(backbone, own or target_groups[:1], share_beginnings=share_beginnings), bool(own)
 
 
 @dataclass(eq=False)
@@ -308,8 +310,10 @@ class TrainLoop:
                 index += 1
                 if index > steps_taken:
                     batches = [take(examples, batch) for batch in planned]
-                    varied = _divided(self._vary(batches, index), self.most_positions, self.processes)
-                    yield [_local_batch(self.backbone, groups, self.processes) for groups in varied]
+                    varied = self._vary(batches, index)
+                    shares = self.config.method != "infix"
+                    parts = _divided(self.backbone, varied, self.most_positions * self.processes.size, shares)
+                    yield [_local_batch(self.backbone, part, self.processes, shares) for part in parts]
 
     def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:
         """The batches of a step, with what of the prefix each group sees in it."""

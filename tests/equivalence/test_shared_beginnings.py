@@ -1,0 +1,159 @@
+"""Sources that begin alike, computed once in a packed row, against each example in a padded row of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixtune.attention.packing import Group
+from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.loss import batch_loss
+from prefixtune.backbone.soft_labels import SoftLabels
+from prefixtune.data.batching import collate, divide, join, pack, pad
+from prefixtune.data.encoding import TokenizedExample
+from prefixtune.prefix.prefix import Prefix
+
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+
+BEGINNING, P = 14, 5
+
+
+@pytest.fixture
+def alike(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
+    """Five examples that begin with the same tokens, of which one has only one token more, and one is a conversation.
+
+    Between them stand one that begins otherwise, and one with two targets.
+    """
+    beginning = tuple(random_ids(BEGINNING, seed=1))
+
+    def example(rest: int, target: int) -> TokenizedExample:
+        tokens = tuple(random_ids(rest + target, seed=10 * rest + target))
+        return TokenizedExample((*beginning, *tokens[:rest]), (tokens[rest:],))
+
+    made = [example(1, 4), example(6, 2), example(3, 1), example(3, 9), example(4, 7)]
+    made[3] = replace(made[3], turns=((0, 2), (5, 9)))
+    other = TokenizedExample(tuple(random_ids(8, seed=2)), (tuple(random_ids(3, seed=3)),))
+    two = TokenizedExample((*beginning, 5, 6), tuple(tuple(random_ids(count, seed=count)) for count in (2, 3)))
+    return [*made[:3], other, two, *made[3:]]
+
+
+def losses_and_gradients(backbone: Any, prefix: Prefix, batch: Batch, fronts: Sequence[Prefix]) -> list[Tensor]:
+    losses = batch_loss(backbone, fronts[0] if len(fronts) == 1 else list(fronts), batch)
+    return [losses, *torch.autograd.grad(losses.square().sum(), prefix.tensors())]
+
+
+def one_by_one(backbone: Any, prefix: Prefix, examples: Sequence[TokenizedExample]) -> list[Tensor]:
+    parts = [
+        losses_and_gradients(backbone, prefix, pad([e], pad_id=backbone.pad_id), [prefix[: e.visible_length]])
+        for e in examples
+    ]
+    gradients = [torch.stack(same).sum(0) for same in zip(*(part[1:] for part in parts), strict=True)]
+    return [torch.cat([part[0] for part in parts]), *gradients]
+
+
+@pytest.mark.parametrize("hidden", [(), (0, 3)])
+def test_shared_is_one_by_one(
+    hidden: tuple[int, ...], backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
+) -> None:
+    examples = [replace(example, hidden=hidden) for example in alike]
+    batch, apart = (collate(backbone, examples, share_beginnings=shares) for shares in (True, False))
+    if backbone.layout.packable:
+        assert apart.width - batch.width == 3 * BEGINNING
+        assert [len(group.target_lengths) for group in batch.packing.groups] == [3, 1, 2, 2]
+    assert batch.target_index.tolist() == apart.target_index.tolist()
+    assert batch.labels.tolist() == apart.labels.tolist()
+    prefix = random_prefix(backbone, P)
+    assert_same(losses_and_gradients(backbone, prefix, batch, [prefix]), one_by_one(backbone, prefix, examples))
+
+
+def test_only_those_that_see_the_same_of_the_prefix_share(
+    tiny_backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
+) -> None:
+    backbone = tiny_backbone("llama")
+    first, second, third = alike[:3]
+    examples = [
+        replace(first, hidden=(1,)),
+        replace(second, hidden=(1,)),
+        third,
+        replace(first, visible_length=2),
+        replace(third, visible_length=2),
+        second,
+    ]
+    batch = pack(examples, share_beginnings=True)
+    assert [len(group.target_lengths) for group in batch.packing.groups] == [2, 1, 2, 1]
+    assert batch.packing.prefix_index == (0, 0, 1, 0)
+    prefix = random_prefix(backbone, P)
+    fronts = [prefix[:length] for length in batch.visible_lengths]
+    assert_same(losses_and_gradients(backbone, prefix, batch, fronts), one_by_one(backbone, prefix, examples))
+
+
+def test_joined_rows_share_within_each_run(
+    tiny_backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
+) -> None:
+    backbone = tiny_backbone("llama")
+    prefixes = [random_prefix(backbone, length, seed=length) for length in (3, 6)]
+    losses = batch_loss(backbone, prefixes, join([pack(alike, share_beginnings=True)] * 2))
+    assert_same(losses, torch.cat([batch_loss(backbone, prefix, pack(alike)) for prefix in prefixes]))
+
+
+def test_a_teachers_labels_stay_with_their_targets(
+    tiny_backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
+) -> None:
+    backbone, examples = tiny_backbone("llama"), []
+    size = int(backbone.model.get_output_embeddings().weight.shape[0])
+    for seed, example in enumerate(alike[:3]):
+        logits = torch.randn(len(example.targets[0]), size, generator=torch.Generator().manual_seed(seed))
+        examples.append(replace(example, soft_targets=(SoftLabels.from_logits(logits, k=7),)))
+    prefix = random_prefix(backbone, P)
+    shared, apart = (batch_loss(backbone, prefix, pack(examples, share_beginnings=shares)) for shares in (True, False))
+    assert_same(shared, apart)
+
+
+def test_the_beginning_stands_once_in_front_of_all_rests():
+    batch = pack(
+        [
+            TokenizedExample((1, 2, 3), ((4, 5),)),
+            TokenizedExample((1, 2), ((6,),)),
+            TokenizedExample((1, 2, 7), ((8,),)),
+        ],
+        share_beginnings=True,
+    )
+    # All but the last token of the shortest source: that one opens its target.
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2, 2, 7]]
+    assert batch.packing.groups == (Group(0, 1, (3, 1, 2)),)
+    assert batch.packing.positions().tolist() == [[0, 1, 2, 3, 1, 1, 2]]
+    assert batch.label_positions.tolist() == [2, 3, 4, 6]
+    assert batch.labels.tolist() == [4, 5, 6, 8]
+
+
+def test_a_short_beginning_of_long_sources_is_not_worth_a_group(random_ids: Callable[..., list[int]]):
+    """All positions of a group meet in attention, which costs more than it saves here."""
+    long = [TokenizedExample((7, *random_ids(400, seed)), ((1,),)) for seed in range(2)]
+    assert len(pack(long, share_beginnings=True).packing.groups) == 2
+    begin_alike = [replace(e, prompt=(*random_ids(500), *e.prompt)) for e in long]
+    assert len(pack(begin_alike, share_beginnings=True).packing.groups) == 1
+
+
+@pytest.mark.parametrize("share_beginnings", [True, False])
+def test_parts_hold_as_much_as_they_may(
+    share_beginnings: bool, tiny_backbone: Any, random_ids: Callable[..., list[int]]
+) -> None:
+    beginning = random_ids(24)
+    examples = [
+        TokenizedExample((*beginning, *random_ids(10 + seed % 7, seed)), (tuple(random_ids(25, seed)),))
+        for seed in range(16)
+    ]
+    backbone, most = tiny_backbone("llama"), 256
+    parts = divide(backbone, examples, most, share_beginnings=share_beginnings)
+    assert [example for part in parts for example in part] == examples
+    widths = [collate(backbone, part, share_beginnings=share_beginnings).width for part in parts]
+    assert max(widths) <= most
+    # 16 x 61 or 24 + 16 x 37 positions.
+    assert len(parts) == (3 if share_beginnings else 4)
+    assert min(widths) > max(widths) / 2
+    assert len(divide(tiny_backbone("jamba"), examples, most, share_beginnings=True)) == 4
