@@ -333,9 +333,9 @@ class _Run:
 
     def _look_at_the_end(self) -> None:
         outcome = self.outcome
-        # Workers remove within seconds what a kill left of a cancelled job.
+        # Workers remove within seconds what a kill left of a cancelled job, and the inputs of all.
         end = time.monotonic() + _TIDY_SECONDS
-        while time.monotonic() < end and list(self._unwanted()):
+        while time.monotonic() < end and (list(self._unwanted()) or list(self.data.jobs.glob("*/inputs"))):
             time.sleep(0.5)
         outcome.faults += self._unwanted()
         time.sleep(1.0)

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from prefixtune.errors import PrefixError
 from prefixtune.jobs.active import hold_folder
 from prefixtune.jobs.checkpoints import remove_checkpoints
 from prefixtune.jobs.files import FileStore, UnknownFileError, result_file_id
@@ -16,6 +17,7 @@ from prefixtune.jobs.inputs import remove_job_folder
 from prefixtune.jobs.job import ENDED, Job, JobStatus
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.folder import ENDING
+from prefixtune.utils.locks import claim_folder
 
 __all__ = ["clear_ended", "clear_folder", "forget_oldest"]
 
@@ -49,8 +51,12 @@ def clear_folder(folder: JobFolder, status: JobStatus) -> bool:
     Returns:
         Whether it is done; if not, somebody still has the folder, or it cannot be written.
     """
-    with contextlib.suppress(OSError), hold_folder(folder) as held:
+    with contextlib.suppress(OSError, PrefixError), hold_folder(folder) as held:
         if held:
+            # A claim that a killed worker left ends with this one.
+            if folder.run.exists():
+                with claim_folder(folder.run):
+                    pass
             # States, what a teacher said, and the prefix, which is published.
             for path in folder.run.glob(f"*{ENDING}"):
                 path.unlink(missing_ok=True)
