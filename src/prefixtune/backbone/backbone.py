@@ -122,6 +122,13 @@ class Backbone:
         with self.autocast():
             return find_rotation(self.model, self.layout, self.max_positions)
 
+    @functools.cached_property
+    def for_single_texts(self) -> Backbone:
+        """This backbone for generating one or two texts, which shares its weights; itself where nothing is gained."""
+        from prefixtune.backbone.prepack import with_row_products
+
+        return with_row_products(self)
+
     @property
     def supports_logits_to_keep(self) -> bool:
         """Whether the model can compute logits at chosen positions alone."""

@@ -1,7 +1,11 @@
-"""A frozen model's matrices laid out once as the processor's bf16 products want them, instead of at every call.
+"""A frozen model's matrices made ready for inference on a processor, instead of at every call.
+
+Products of one or two rows, which one text at a time consists of, are computed by compiled code where there is a
+compiler (see `native.linear`), from the matrices as they are. For products of many rows, `prepack` also lays the
+matrices out once as the processor's bf16 products want them.
 
 For inference alone: no gradient flows through it. The model itself stays as it is; the packed one shares everything
-with it but the matrices.
+with it but the matrices that are laid out otherwise.
 """
 
 from __future__ import annotations
@@ -10,65 +14,118 @@ import copy
 import dataclasses
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
 
-__all__ = ["prepack"]
+__all__ = ["PrepackedLinear", "prepack", "with_row_products"]
 
 
 _ROWS = 32
 """For how many rows the layout is chosen; it serves any number."""
+_SHARE_OF_MEMORY = 0.25
+"""Of the free memory that a second copy of the matrices may take."""
 _NEAR = 0.02
 """How far logits may be from the plain model's, as a share of their norm: bf16 has 8 bits."""
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer of which the weight lies in oneDNN's own order.
+    """A linear layer for inference in bf16.
 
     Args:
         weight: The layer's.
         bias: The layer's; None: it has none.
+        reorder: Keep a copy of the weight in oneDNN's own order, for products of many rows.
+        by_row: Keep the weight as it is, too, for products of one or two rows.
     """
 
-    def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None) -> None:
+    def __init__(
+        self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, *, reorder: bool, by_row: bool = True
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
+        self.bias, self.reordered = bias, reorder
         # No buffer: it cannot be copied or saved as others are. Models that ask for a weight's dtype find it.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if reorder else weight
+        self._matrix = RowMatrix(weight, bias) if by_row and RowMatrix.suits(weight, bias) else None
+        self._kernel: RowKernel | None = None
 
     def forward(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
         """The product, and the bias."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        return product
+        if (
+            self._matrix is not None
+            and inputs.numel() <= MOST_ROWS * self.in_features
+            and inputs.dtype == torch.bfloat16
+            and (kernel := self._find_kernel()) is not None
+        ):
+            return kernel.multiply(inputs, self._matrix)
+        if self.reordered:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+            return product
+        return F.linear(inputs, self.weight, self.bias)
+
+    def _find_kernel(self) -> RowKernel | None:
+        """The compiled products; None: there are none (yet), or this call is being compiled itself."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._kernel is None and row_kernel().done():
+            self._kernel = row_kernel().result()
+            if self._kernel is None:
+                # There never will be.
+                self._matrix = None
+        return self._kernel
 
 
 @torch.no_grad()
 def prepack(backbone: Backbone) -> Backbone:
     """The same backbone for inference, quicker on a CPU in bf16; the same object where there is nothing to gain.
 
-    On two cores a decode step of 32 texts on SmolLM2-135M takes a sixth less time (`bench.serving.serve`). The
-    matrices are in memory twice until the first backbone is freed.
+    On two cores a decode step of 32 texts on SmolLM2-135M takes a sixth less time (`bench.serving.serve`), and that of
+    one text half (`bench.serving.one_text`). The matrices are in memory twice until the first backbone is freed; where
+    compiled code reads them as well, for good, but only if they take less than a quarter of the free memory.
 
     Args:
         backbone: Frozen. Layers that are quantized, or not in bf16, stay as they are.
     """
+    return _packed(backbone, reorder=True)
+
+
+@torch.no_grad()
+def with_row_products(backbone: Backbone) -> Backbone:
+    """The same backbone for generating one or two texts, quicker on a CPU in bf16 where there is a compiler.
+
+    It shares all weights. The same object where there is nothing to gain; see `Backbone.for_single_texts`.
+
+    Args:
+        backbone: Frozen. Layers that are quantized, or not in bf16, stay as they are.
+    """
+    return backbone if backbone.adapter is not None else _packed(backbone, reorder=False)
+
+
+def _packed(backbone: Backbone, *, reorder: bool) -> Backbone:
     model = backbone.model
-    if backbone.device.type != "cpu" or hasattr(model, "hf_device_map") or not _supported():
+    if backbone.device.type != "cpu" or hasattr(model, "hf_device_map") or (reorder and not _supported()):
         return backbone
-    if all(_matrix(module) is None for module in model.modules()):
+    weights = {id(module.weight): module.weight for module in model.modules() if _matrix(module) is not None}
+    if not weights:
         return backbone
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    by_row = not reorder or num_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().available
+    if by_row:
+        row_kernel()
     kept: list[Any] = [*model.parameters(), *model.buffers()]
     made = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     twins = dict(zip(model.modules(), made.modules(), strict=True))
     for parent in list(made.modules()):
         for name, child in list(parent.named_children()):
             weight = _matrix(child)
-            if weight is not None:
-                setattr(parent, name, PrepackedLinear(weight, child.bias))
+            if weight is not None and (reorder or weight.is_contiguous()):
+                setattr(parent, name, PrepackedLinear(weight.contiguous(), child.bias, reorder=reorder, by_row=by_row))
     layer_of = {twins[module]: layer for module, layer in backbone.layout.layer_of.items()}
     packed = dataclasses.replace(backbone, model=made, layout=dataclasses.replace(backbone.layout, layer_of=layer_of))
     return packed if _agree(backbone, packed) else backbone
@@ -80,7 +137,7 @@ def _supported() -> bool:
 
 
 def _matrix(module: nn.Module) -> Float[Tensor, "N K"] | None:
-    """The weight of a linear layer that can be laid out; None: it is another layer, or is quantized or trained."""
+    """The weight of a linear layer that can be packed; None: it is another layer, or is quantized or trained."""
     from transformers.pytorch_utils import Conv1D
 
     if type(module) not in (nn.Linear, Conv1D) or type(module.weight) is not nn.Parameter:
@@ -89,7 +146,7 @@ def _matrix(module: nn.Module) -> Float[Tensor, "N K"] | None:
     if weight.dtype != torch.bfloat16 or weight.requires_grad:
         return None
     # GPT-2's lie the other way round.
-    return weight.detach() if type(module) is nn.Linear else weight.detach().t().contiguous()
+    return weight.detach() if type(module) is nn.Linear else weight.detach().t()
 
 
 def _agree(backbone: Backbone, packed: Backbone) -> bool:

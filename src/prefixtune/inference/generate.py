@@ -8,6 +8,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
+from prefixtune.backbone.native.linear import MOST_ROWS
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
@@ -128,8 +129,9 @@ def generate_ids(
             rows = [n for n in rows if shared[n] == shared[rows[0]]]
             limit = limits[rows[0]]
             batch_config = config.replace(max_new_tokens=limit, min_new_tokens=min(config.min_new_tokens, limit))
+            few = len(rows) * config.num_beams <= MOST_ROWS and not config.compile
             outputs = generate_batch(
-                backbone,
+                backbone.for_single_texts if few else backbone,
                 [prompts[n] for n in rows],
                 [prefixes[n] for n in rows],
                 batch_config,

@@ -1,0 +1,1 @@
+"""Compiled code, where this machine has a C++ compiler; everything goes without it too."""
