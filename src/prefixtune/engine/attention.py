@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_attention
 from prefixtune.engine.kv_cache import KVCache
+from prefixtune.engine.native import AttentionKernel, make_spans
 from prefixtune.prefix.geometry import Site
 
 __all__ = ["EncoderAttention", "NewSource", "QuerySpan", "SlotAttention"]
@@ -66,19 +67,22 @@ class _Layer:
 class SlotAttention:
     """Attention of one step: its tokens, in one row, attend to their sequences' slots.
 
-    Decodes are computed together up to a common length; those that are far longer, and prefills, one by one.
+    Compiled code computes a layer in one call (`engine.native`). Where there is none, or it does not compute a layer's
+    attention, torch does: decodes together up to a common length; those that are far longer, and prefills, one by one.
 
     Attributes:
         kv_cache: The slots.
         decodes: Sequences with one token in the step, by slot; their tokens come first in the row.
         prefills: Sequences with several tokens, after them.
         bias_by_layer: Per layer, what is added to the scores by distance; the last one holds for all larger distances.
+        kernel: Compiled code; None: torch computes.
     """
 
     kv_cache: KVCache
     decodes: Sequence[QuerySpan]
     prefills: Sequence[QuerySpan]
     bias_by_layer: Mapping[int, Float[Tensor, "Hq N"]] = field(default_factory=dict)
+    kernel: AttentionKernel | None = None
     _batch_masks: dict[object, Tensor] = field(default_factory=dict, repr=False)
     _span_masks: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
 
@@ -91,6 +95,8 @@ class SlotAttention:
         self.contiguous = self.num_rows == len(self.decodes)
         self.common_length = shared_length([span.stop for span in self.decodes], self.num_rows)
         self.longer = [(row, span) for row, span in enumerate(self.decodes) if span.stop > self.common_length]
+        spans = (*self.decodes, *self.prefills)
+        self._spans = make_spans([(span.slot, span.start, span.count, span.prefix_length) for span in spans])
 
     def attend(
         self,
@@ -102,6 +108,9 @@ class SlotAttention:
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Write the tokens' keys and values into the slots, and attend to the slots."""
         keys, values = self.kv_cache.keys[layer[1]], self.kv_cache.values[layer[1]]
+        if self.kernel is not None and self.kernel.supports(keys, values, query, scores):
+            bias = self.bias_by_layer.get(layer[1])
+            return self.kernel.attend(keys, values, self._spans, query, (key, value), scores, scores.window, bias)
         count = len(self.decodes)
         if count:
             keys[self.slots, :, self.positions] = key[0, :, :count].transpose(0, 1)
@@ -121,8 +130,10 @@ class SlotAttention:
         if scores.position_bias is not None:
             # The model computed it from positions in the row.
             scores = replace(scores, position_bias=None)
-        cache = self.kv_cache
-        layer = _Layer(cache.keys[index], cache.values[index], scores, window, self.bias_by_layer.get(index))
+        keys, values, bias = self.kv_cache.keys[index], self.kv_cache.values[index], self.bias_by_layer.get(index)
+        if self.kernel is not None and self.kernel.supports(keys, values, query, scores):
+            return self.kernel.attend(keys, values, self._spans, query, None, scores, window, bias)
+        layer = _Layer(keys, values, scores, window, bias)
         count = len(self.decodes)
         outputs = []
         if count:

@@ -36,3 +36,8 @@ class EngineConfig(Config):
         True,
         description="on a CPU, keep a copy of a bf16 backbone's matrices in the layout its products are fastest with",
     )
+    native_attention: bool = _engine(
+        True,
+        description="on a CPU with a C++ compiler, attention by code that is compiled once for this processor, in the "
+        "background",
+    )

@@ -91,8 +91,9 @@ class EncoderCache:
         spans = [QuerySpan(sequence.slot, self._lengths[sequence.slot] - 1, 1, 0) for sequence in sequences]
         new_sources = [NewSource(source.shape[1], targets[key]) for key, source in sources.items()]
         decoder.bias_by_layer = self._distance_bias(decoder.kv_cache.capacity, self._placeholder)
+        cross = SlotAttention(self.kv_cache, spans, (), kernel=decoder.kernel)
         row = torch.cat(list(sources.values()), dim=1) if sources else self._placeholder
-        return EncoderAttention(decoder, SlotAttention(self.kv_cache, spans, ()), new_sources), row
+        return EncoderAttention(decoder, cross, new_sources), row
 
     def wipe(self, slot: int) -> None:
         """Leave nothing of a sequence in its slot."""

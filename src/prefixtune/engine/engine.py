@@ -89,7 +89,7 @@ class Engine:
         self.backbone = backbone
         limits = (self.config.max_length, backbone.max_positions, _rotary_limit(backbone))
         self.max_length = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
-        self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length)
+        self.runner = ModelRunner(backbone, self.config.num_slots, self.max_length, self.config.native_attention)
         self._has_encoder = backbone.kind == "encoder-decoder"
         self._vocab_size = int(backbone.model.get_input_embeddings().weight.shape[0])
         max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self._vocab_size))

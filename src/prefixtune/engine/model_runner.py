@@ -14,10 +14,14 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import QuerySpan, SlotAttention
 from prefixtune.engine.encoder_cache import EncoderCache
 from prefixtune.engine.kv_cache import UNBOUNDED, KVCache
+from prefixtune.engine.native import load_kernel
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
 
 __all__ = ["ModelRunner"]
+
+_KERNEL_SECONDS = 0.5
+"""How long a new engine waits for compiled code: enough to load it, not to compile it."""
 
 
 class ModelRunner:
@@ -28,14 +32,18 @@ class ModelRunner:
         num_slots: Sequences that run at once.
         max_length: Most positions of a slot. An encoder-decoder's slots are not limited here: the engine limits source
             and output, where prefixes do not count.
+        native_attention: Whether compiled code may compute the attention (see `engine.native`).
 
     Attributes:
         kv_cache: Keys and values of prefixes, prompts and texts (of an encoder-decoder's decoder).
         encoder_cache: What an encoder-decoder's decoder sees of sources; None: a decoder-only model.
     """
 
-    def __init__(self, backbone: Backbone, num_slots: int, max_length: int) -> None:
+    def __init__(self, backbone: Backbone, num_slots: int, max_length: int, native_attention: bool = False) -> None:
         self.backbone = backbone
+        self._native_attention = native_attention and backbone.device.type == "cpu"
+        if self._native_attention:
+            load_kernel(_KERNEL_SECONDS)
         has_encoder = backbone.kind == "encoder-decoder"
         self.kv_cache = KVCache(
             backbone.geometry["decoder"],
@@ -102,7 +110,8 @@ class ModelRunner:
             spans.append(QuerySpan(sequence.slot, start, count, prefix_length))
             if scheduled.needs_logits:
                 last_indices.append(len(ids) - 1)
-        slot_attention = SlotAttention(self.kv_cache, spans[: len(decodes)], spans[len(decodes) :])
+        kernel = load_kernel() if self._native_attention else None
+        slot_attention = SlotAttention(self.kv_cache, spans[: len(decodes)], spans[len(decodes) :], kernel=kernel)
         backend: AttentionBackend = slot_attention
         encoded = None
         if self.encoder_cache is not None:

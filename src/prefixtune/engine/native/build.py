@@ -1,0 +1,209 @@
+"""Compile the attention over slots for this processor, once, and keep the result in the user's cache folder.
+
+A few seconds with any g++ or clang++; in a process of its own, beside the engine, which computes with torch meanwhile.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from prefixtune.backbone.packaged import cache_folder
+from prefixtune.engine.native.kernel import AttentionKernel
+from prefixtune.errors import PrefixError
+from prefixtune.utils.files import atomic_path
+
+__all__ = ["build", "load_kernel", "private_folder"]
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("slot_attention.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
+_PROCESSOR_FLAGS = ("-march=native", "-mcpu=native", "")
+"""The first that the compiler takes."""
+_SECONDS = 120.0
+"""Longest time that a compiler may take."""
+_KEPT = 4
+"""Compiled files that stay in the cache: of other versions, processors and compilers."""
+
+
+def load_kernel(wait: float = 0.0) -> AttentionKernel | None:
+    """The compiled attention; None: it is not ready yet, or cannot be made here, which is logged once.
+
+    The first call starts to make it, beside the caller.
+
+    Args:
+        wait: Most seconds to wait for it.
+    """
+    try:
+        return _start().result(wait)
+    except TimeoutError:
+        return None
+
+
+@functools.cache
+def _start() -> Future[AttentionKernel | None]:
+    future: Future[AttentionKernel | None] = Future()
+
+    def make() -> None:
+        kernel = None
+        try:
+            kernel = AttentionKernel(build())
+        except (OSError, PrefixError, subprocess.SubprocessError, ValueError, AttributeError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _log.warning("attention runs with torch alone, which is slower: %s", first)
+        finally:
+            future.set_result(kernel)
+
+    threading.Thread(target=make, name="prefixtune-compile", daemon=True).start()
+    return future
+
+
+def build(folder: Path | None = None) -> Path:
+    """The compiled library, from the cache or by the compiler.
+
+    Args:
+        folder: Where it is kept; None: in the user's cache folder.
+
+    Raises:
+        OSError: There is no compiler, or it fails; or the processor, the system or the folder are not fit for it.
+        PrefixError: The file cannot be written.
+        subprocess.SubprocessError: The compiler took too long.
+    """
+    if sys.platform != "linux":
+        raise OSError(f"compiled attention is for Linux, not {sys.platform}.")
+    compiler, openmp = _find_compiler(), _find_openmp()
+    facts = (_SOURCE.read_text(encoding="utf-8"), *_identity(compiler), Path(openmp).name, _processor())
+    name = f"attention-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.so"
+    folder = private_folder(cache_folder() / "native" if folder is None else folder)
+    path = folder / name
+    if path.is_file():
+        if path.stat().st_uid != os.getuid():
+            raise OSError(f"{path} belongs to another user.")
+        return path
+    with tempfile.TemporaryDirectory() as work:
+        library = _compile(compiler, openmp, Path(work))
+        with atomic_path(path) as temporary:
+            shutil.copyfile(library, temporary)
+    _remove_old(folder)
+    return path
+
+
+def private_folder(folder: Path) -> Path:
+    """Make a folder that this user alone can write, or check that it is one: what lies in it is run.
+
+    Raises:
+        OSError: It cannot be made, belongs to another user, or others can write it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise OSError(f"{folder} is not a folder that only its user can write: remove it.")
+    return folder
+
+
+def _find_compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    candidates = [shlex.split(named)] if named else [["g++"], ["c++"], ["clang++"]]
+    for command in candidates:
+        if command and (program := shutil.which(command[0])):
+            return [program, *command[1:]]
+    raise OSError("there is no C++ compiler (install g++, or clang++ with OpenMP).")
+
+
+def _find_openmp() -> str:
+    """The OpenMP library that torch has loaded: a second one would have threads of its own."""
+    import torch  # noqa: F401
+
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        found = re.search(r"/\S*/lib(?:g|i|)omp[^/]*\.so[^/\s]*$", line)
+        if found:
+            return found[0]
+    raise OSError("torch has loaded no OpenMP library.")
+
+
+def _identity(compiler: Sequence[str]) -> tuple[str, ...]:
+    """What changes when the compiler is another one."""
+    program = Path(compiler[0]).resolve()
+    facts = program.stat()
+    return (*compiler, str(program), str(facts.st_size), str(facts.st_mtime_ns))
+
+
+def _processor() -> str:
+    """What `native` means here."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    kinds = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
+    told = sorted({line for line in lines if line.partition(":")[0].strip() in kinds})
+    return "\n".join((platform.machine(), *told))
+
+
+def _compile(compiler: Sequence[str], openmp: str, work: Path) -> Path:
+    """Compile and link in a folder."""
+    compiled, library = work / "attention.o", work / "attention.so"
+    for flag in _PROCESSOR_FLAGS:
+        flags = [*_FLAGS, *([flag] if flag else [])]
+        error = _run([*compiler, *flags, "-c", str(_SOURCE), "-o", str(compiled)])
+        if not error:
+            break
+    if not error:
+        # Without -fopenmp, which would add the compiler's own OpenMP library.
+        error = _run([*compiler, "-shared", str(compiled), openmp, "-o", str(library)])
+    if error:
+        raise OSError(f"{compiler[0]} failed: {error}")
+    return library
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a compiler at low priority; returns its error, or nothing."""
+    nice = shutil.which("nice")
+    process = subprocess.Popen(
+        [*([nice, "-n", "10"] if nice else []), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+    def kill() -> None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    atexit.register(kill)
+    try:
+        _, errors = process.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        kill()
+        process.wait()
+        raise
+    finally:
+        atexit.unregister(kill)
+    if process.returncode == 0:
+        return ""
+    lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+    return lines[0].strip() if lines else f"exit status {process.returncode}"
+
+
+def _remove_old(folder: Path) -> None:
+    """Keep the newest files only; one that a process has loaded stays loaded."""
+    files = sorted(folder.glob("attention-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files[_KEPT:]:
+        path.unlink(missing_ok=True)
