@@ -15,12 +15,13 @@ import torch
 from engine_runs import ids
 from prefixtune.attention.kernels import ScoreOptions
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.native.build import build, private_folder
 from prefixtune.engine.attention import QuerySpan, SlotAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.native import AttentionKernel, load_kernel
-from prefixtune.engine.native.build import build, private_folder
+from prefixtune.engine.native.kernel import SOURCE
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.prefix.geometry import LayerShape
 
@@ -191,10 +192,10 @@ def test_texts_are_those_of_torch(
 
 
 def test_what_was_compiled_is_found_again(kernel: AttentionKernel, tmp_path: Path):
-    path = build(tmp_path / "native")
+    path = build(SOURCE, tmp_path / "native")
     written = path.stat().st_mtime_ns
     assert (tmp_path / "native").stat().st_mode & 0o777 == 0o700
-    assert build(tmp_path / "native") == path
+    assert build(SOURCE, tmp_path / "native") == path
     assert path.stat().st_mtime_ns == written
     assert AttentionKernel(path).supports(*[torch.zeros(1, 1, 1, 1)] * 3, ScoreOptions(1.0))
 
@@ -218,4 +219,4 @@ def test_without_a_working_compiler_there_is_a_reason(
 ):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(OSError, match=message):
-        build(tmp_path / "native")
+        build(SOURCE, tmp_path / "native")

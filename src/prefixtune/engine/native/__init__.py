@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from prefixtune.engine.native.build import load_kernel
-from prefixtune.engine.native.kernel import AttentionKernel, Span, make_spans
+from prefixtune.engine.native.kernel import AttentionKernel, Span, load_kernel, make_spans
 
 __all__ = ["AttentionKernel", "Span", "load_kernel", "make_spans"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -11,11 +13,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention
+from prefixtune.backbone.native.build import start
 
-__all__ = ["AttentionCall", "AttentionKernel", "Span", "make_spans"]
+__all__ = ["SOURCE", "AttentionCall", "AttentionKernel", "Span", "load_kernel", "make_spans"]
+
+SOURCE = Path(__file__).with_name("slot_attention.cpp")
 
 _FUNCTIONS = {torch.float32: "slot_attention_float", torch.bfloat16: "slot_attention_bfloat16"}
 _Strides = ctypes.c_int64 * 2
+
+
+def load_kernel(wait: float = 0.0) -> AttentionKernel | None:
+    """The compiled attention; None: it is not ready yet, or cannot be made here, which is logged once.
+
+    The first call starts to make it, beside the caller.
+
+    Args:
+        wait: Most seconds to wait for it.
+    """
+    try:
+        return _start().result(wait)
+    except TimeoutError:
+        return None
+
+
+@functools.cache
+def _start() -> Future[AttentionKernel | None]:
+    return start(SOURCE, AttentionKernel, "attention to running texts is computed")
 
 
 class Span(ctypes.Structure):
