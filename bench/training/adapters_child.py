@@ -71,6 +71,12 @@ class AdaptersSide:
         loss: Tensor = self.model(**inputs).loss
         return loss
 
+    def backward(self, batch: list[tuple[list[int], list[list[int]]]]) -> float:
+        """See `Trained`."""
+        loss = self.loss(batch)
+        loss.backward()
+        return float(loss.detach())
+
     def weights(self) -> list[nn.Parameter]:
         """Per site: embedding, first layer's weight and bias, last layer's weight and bias."""
         weights = []
@@ -108,10 +114,10 @@ class Child:
         """A batch's loss; its gradients go to a file. `mask_decoder` applies to this call only."""
         usual = self.side.mask_decoder
         self.side.mask_decoder = usual if mask_decoder is None else mask_decoder
-        loss = self.side.loss(self.batches[batch])
+        loss, found = gradients(self.side, self.batches[batch])
         self.side.mask_decoder = usual
-        save_file({str(index): gradient for index, gradient in enumerate(gradients(self.side, loss))}, output)
-        return {"loss": float(loss.detach())}
+        save_file({str(index): gradient for index, gradient in enumerate(found)}, output)
+        return {"loss": loss}
 
     def step(self, batch: int) -> dict[str, Any]:
         """One optimizer step on a batch."""

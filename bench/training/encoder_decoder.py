@@ -227,7 +227,7 @@ def check(sides: Mapping[str, PeftSide | OurSide], peers: Mapping[str, AdaptersP
     with torch.no_grad():
         for variant, side in sides.items():
             losses[variant] = float(side.loss(batch))
-    packed = loss_and_gradients(ours, ours.loss(batch))
+    packed = gradients(ours, batch)
     rows = pad(batch, pad_id=ours.backbone.pad_id, decoder_start_id=ours.backbone.decoder_start_id)
     differences = {"padded": compare(packed, loss_and_gradients(ours, ours.loss_of(rows)), sites)}
     for variant, peer in peers.items():
@@ -251,7 +251,11 @@ def check(sides: Mapping[str, PeftSide | OurSide], peers: Mapping[str, AdaptersP
 
 def loss_and_gradients(side: OurSide, loss: Tensor) -> tuple[float, list[Tensor]]:
     """A loss and its gradients."""
-    return float(loss.detach()), gradients(side, loss)
+    side.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    found = [weight.grad for weight in side.weights() if weight.grad is not None]
+    side.optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach()), found
 
 
 def compare(

@@ -30,7 +30,6 @@ from bench.results import Figure, Log, Results
 from bench.training.sides import OurSide
 from bench.training.steps import step
 from prefixtune.backbone.load import load_backbone
-from prefixtune.data.batching import pack
 from prefixtune.data.encoding import TokenizedExample
 
 ROWS, CUBE = 600, 2048
@@ -167,7 +166,8 @@ def count_flops(side: OurSide, batch: Sequence[TokenizedExample]) -> dict[str, i
     handles = [m.register_forward_hook(count_backbone) for m in side.model.modules() if _is_linear(m)]
     handles += [m.register_forward_hook(count_mlp) for m in side.module.modules() if isinstance(m, nn.Linear)]
     try:
-        side.loss(batch)
+        side.backward(batch)
+        side.optimizer.zero_grad(set_to_none=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -180,9 +180,7 @@ def count_attention(side: OurSide, batch: Sequence[TokenizedExample]) -> tuple[i
     """Operations of attention's products over all layers, forward and backward."""
     heads = side.model.config.get_text_config(decoder=True).num_attention_heads
     forward = backward = 0
-    packing = pack(batch).packing
-    assert packing is not None
-    for group in packing.groups:
+    for group in (group for row in side.rows(batch) if row.packing is not None for group in row.packing.groups):
         length = group.stop - group.start
         pairs = heads * length * (side.module.bake().length() + length)
         for index, shape in enumerate(side.backbone.geometry["decoder"]):

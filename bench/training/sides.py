@@ -21,9 +21,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.load import DEFAULT_BACKBONE, load_backbone
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import collate
+from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder
+from prefixtune.training.loop import PendingStep, forward_backward, positions_at_once
 
 TOLERANCE = 1e-4
 
@@ -81,6 +82,12 @@ class PeftSide:
         loss: Tensor = self.peft(**self.collate(batch)).loss
         return loss
 
+    def backward(self, batch: Sequence[TokenizedExample]) -> float:
+        """See `Trained`."""
+        loss = self.loss(batch)
+        loss.backward()
+        return float(loss.detach())
+
     def collate(self, batch: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         """Ids, mask and labels of a right-padded batch."""
         pairs = [(group.prompt, target) for group in batch for target in group.targets]
@@ -115,7 +122,7 @@ class PeftSide:
 
 
 class OurSide:
-    """This project's step: packed rows, one pass of the MLP, logits only at labels; prefixes at every site."""
+    """This project's step, as `TrainLoop` takes it: packed rows, one pass of the MLP, logits only at labels."""
 
     def __init__(self, backbone: Backbone, prefix_length: int, embedding_size: int | None = None) -> None:
         self.backbone = backbone
@@ -139,6 +146,23 @@ class OurSide:
         losses = batch_loss(self.backbone, self.module(), row)
         return (losses * row.weights("token", row.num_targets, len(row.labels))).sum()
 
+    def rows(self, batch: Sequence[TokenizedExample]) -> list[Batch]:
+        """The packed rows of a step, one pass each."""
+        parts = divide(self.backbone, batch, positions_at_once(self.backbone), share_beginnings=True)
+        return [collate(self.backbone, part, share_beginnings=True) for part in parts]
+
+    def backward(self, batch: Sequence[TokenizedExample]) -> float:
+        """See `Trained`."""
+        batches = self.rows(batch)
+        num_tokens = sum(len(part.labels) for part in batches)
+        prefix = self.module()
+        leaf = prefix.leaves()
+        weights = [part.weights("token", part.num_targets, num_tokens) for part in batches]
+        step = PendingStep(0.0, batches, weights, prefix, leaf, 0, num_tokens)
+        forward_backward(self.backbone, [step])
+        torch.autograd.backward(prefix.stored_tensors(), [tensor.grad for tensor in leaf.stored_tensors()])
+        return step.loss
+
     def weights(self) -> list[nn.Parameter]:
         """See `Side`; site after site."""
         return [
@@ -154,8 +178,9 @@ class OurSide:
 
     def positions(self, batch: Sequence[TokenizedExample]) -> int:
         """See `Side`."""
-        row = collate(self.backbone, batch)
-        return sum(ids.numel() for ids in (row.input_ids, row.decoder_input_ids) if ids is not None)
+        return sum(
+            ids.numel() for row in self.rows(batch) for ids in (row.input_ids, row.decoder_input_ids) if ids is not None
+        )
 
 
 def kv_width(backbone: Backbone) -> int:
@@ -253,15 +278,14 @@ def _gradients(side: Side, batch: Sequence[TokenizedExample]) -> tuple[float, Te
 
     handle = side.site().register_forward_hook(keep)
     try:
-        loss = side.loss(batch)
-        copies = gradients(side, loss)
+        loss, copies = gradients(side, batch)
     finally:
         handle.remove()
     gradient = flat[0].grad
     assert gradient is not None
     # PEFT computes the prefix once per row.
     summed = gradient.sum(0) if gradient.dim() == 3 else gradient
-    return float(loss.detach()), summed, copies
+    return loss, summed, copies
 
 
 def distance(one: Tensor, other: Tensor) -> float:

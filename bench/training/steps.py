@@ -27,8 +27,8 @@ class Trained(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def loss(self, batch: Any) -> Tensor:
-        """Mean loss of the batch's target tokens, differentiable in the prefix's parameters."""
+    def backward(self, batch: Any) -> float:
+        """Mean loss of the batch's target tokens; adds its gradients to those of the prefix's parameters."""
 
     def weights(self) -> list[nn.Parameter]:
         """The prefix's parameters; per MLP: embedding, first layer's weight and bias, last layer's weight and bias."""
@@ -42,11 +42,10 @@ def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
 def step(side: Trained, batch: Any) -> float:
     """One optimizer step; returns its loss."""
     side.optimizer.zero_grad(set_to_none=True)
-    loss = side.loss(batch)
-    loss.backward()
+    loss = side.backward(batch)
     nn.utils.clip_grad_norm_(side.weights(), MAX_GRAD_NORM)
     side.optimizer.step()
-    return float(loss.detach())
+    return loss
 
 
 def timed_step(side: Trained, batch: Any) -> tuple[float, float]:
@@ -57,13 +56,13 @@ def timed_step(side: Trained, batch: Any) -> tuple[float, float]:
     return time.perf_counter() - began, loss
 
 
-def gradients(side: Trained, loss: Tensor) -> list[Tensor]:
-    """A loss's gradient in every parameter of a side; the parameters' own are cleared."""
+def gradients(side: Trained, batch: Any) -> tuple[float, list[Tensor]]:
+    """A batch's loss, and its gradient in every parameter of a side; the parameters' own are cleared."""
     side.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss = side.backward(batch)
     copies = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in side.weights()]
     side.optimizer.zero_grad(set_to_none=True)
-    return copies
+    return loss, copies
 
 
 def clone_weights(side: Trained) -> list[Tensor]:

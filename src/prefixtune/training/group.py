@@ -13,16 +13,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
 from prefixtune.errors import TrainingError
 from prefixtune.training.folder import PREVIOUS_FILE, Event
-from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward
+from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward, positions_at_once
 from prefixtune.training.runs import Run
 
 __all__ = ["RunGroup"]
-
-
-MOST_POSITIONS, MOST_POSITIONS_ON_CPU = 8192, 256
-"""Most tokens that go through the backbone at once, unless a single example has more: memory grows neither with the
-number of runs nor with their batches. On a core, larger passes are slower (docs/LOG.md); on a GPU it was not measured.
-"""
 
 
 class RunGroup:
@@ -39,7 +33,7 @@ class RunGroup:
 
     def __init__(self, backbone: Backbone, catches: tuple[type[Exception], ...] = (TrainingError,)) -> None:
         self._backbone, self._catches = backbone, catches
-        self._most_positions = MOST_POSITIONS_ON_CPU if backbone.device.type == "cpu" else MOST_POSITIONS
+        self._most_positions = positions_at_once(backbone)
         self._new: list[Run] = []
         self._remaining: dict[Run, Iterator[list[tuple[Batch, bool]]]] = {}
         self._shares_passes = True
@@ -52,7 +46,6 @@ class RunGroup:
 
     def add(self, run: Run) -> None:
         """Let a run take part from the next step on."""
-        run.loop.most_positions = self._most_positions
         self._new.append(run)
         self._shares_passes = True
 

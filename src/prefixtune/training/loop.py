@@ -53,7 +53,18 @@ from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.folder import STATE_FILE, Event
 from prefixtune.training.variation import variation_facts, vary
 
-__all__ = ["PendingStep", "TrainLoop", "evaluation_loss", "forward_backward"]
+__all__ = ["PendingStep", "TrainLoop", "evaluation_loss", "forward_backward", "positions_at_once"]
+
+
+MOST_POSITIONS, MOST_POSITIONS_ON_CPU = 8192, 256
+"""Most tokens that go through the backbone at once, unless a single example has more: memory grows neither with the
+batches nor with the number of runs. On a core, larger passes are slower (docs/LOG.md); on a GPU it was not measured.
+"""
+
+
+def positions_at_once(backbone: Backbone) -> int:
+    """Most tokens that go through a frozen backbone at once."""
+    return MOST_POSITIONS_ON_CPU if backbone.device.type == "cpu" else MOST_POSITIONS
 
 
 @torch.no_grad()
@@ -199,7 +210,9 @@ class TrainLoop:
         self.resumed = self.stopped = False
         # Whether the last state but one is kept at a save, until the other runs have saved as well.
         self.keeps_previous = False
-        self.most_positions = 0
+        # Where the backbone's weights train, each pass adds to as many gradients: the fewer passes, the better.
+        trains_backbone = config.method in ("full", "top")
+        self.most_positions = MOST_POSITIONS if trains_backbone else positions_at_once(backbone)
         self.beside: Beside | None = None
         start = self.bake()
         self.site_lengths = {} if start is None else {site: start.length(site) for site in start.sites}
