@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.native.linear import MOST_ROWS, RowKernel, RowMatrix, row_kernel
 
-__all__ = ["PrepackedLinear", "prepack", "with_row_products"]
+__all__ = ["Int8Linear", "PrepackedLinear", "prepack", "with_row_products"]
 
 
 _ROWS = 32
@@ -34,7 +34,42 @@ _NEAR = 0.02
 """How far logits may be from the plain model's, as a share of their norm: bf16 has 8 bits."""
 
 
-class PrepackedLinear(nn.Module):
+class _RowLinear(nn.Module):
+    """A linear layer of which compiled code computes one or two rows, and `forward` others.
+
+    Args:
+        matrix: What compiled code reads; None: it computes nothing.
+        out_features: Of the layer.
+        in_features: Of the layer.
+    """
+
+    def __init__(self, matrix: RowMatrix | None, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self._matrix = matrix
+        self._kernel: RowKernel | None = None
+
+    def _multiply(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"] | None:
+        """The product by compiled code; None: it does not compute it."""
+        if (
+            self._matrix is None
+            or inputs.numel() > MOST_ROWS * self.in_features
+            or inputs.dtype != torch.bfloat16
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        if self._kernel is None:
+            if not row_kernel().done():
+                return None
+            self._kernel = row_kernel().result()
+            if self._kernel is None:
+                # There never will be any.
+                self._matrix = None
+                return None
+        return self._kernel.multiply(inputs, self._matrix)
+
+
+class PrepackedLinear(_RowLinear):
     """A linear layer for inference in bf16.
 
     Args:
@@ -47,38 +82,40 @@ class PrepackedLinear(nn.Module):
     def __init__(
         self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, *, reorder: bool, by_row: bool = True
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(RowMatrix(weight, bias) if by_row and RowMatrix.suits(weight, bias) else None, *weight.shape)
         self.bias, self.reordered = bias, reorder
         # No buffer: it cannot be copied or saved as others are. Models that ask for a weight's dtype find it.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if reorder else weight
-        self._matrix = RowMatrix(weight, bias) if by_row and RowMatrix.suits(weight, bias) else None
-        self._kernel: RowKernel | None = None
 
     def forward(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
         """The product, and the bias."""
-        if (
-            self._matrix is not None
-            and inputs.numel() <= MOST_ROWS * self.in_features
-            and inputs.dtype == torch.bfloat16
-            and (kernel := self._find_kernel()) is not None
-        ):
-            return kernel.multiply(inputs, self._matrix)
-        if self.reordered:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        product = self._multiply(inputs)
+        if product is not None:
             return product
+        if self.reordered:
+            laid_out: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+            return laid_out
         return F.linear(inputs, self.weight, self.bias)
 
-    def _find_kernel(self) -> RowKernel | None:
-        """The compiled products; None: there are none (yet), or this call is being compiled itself."""
-        if torch.compiler.is_compiling():
-            return None
-        if self._kernel is None and row_kernel().done():
-            self._kernel = row_kernel().result()
-            if self._kernel is None:
-                # There never will be.
-                self._matrix = None
-        return self._kernel
+
+class Int8Linear(_RowLinear):
+    """A linear layer for inference of which torchao rounded the weight to 8 bits.
+
+    Args:
+        linear: The layer.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        weight: Any = linear.weight
+        bias = None if linear.bias is None else linear.bias.detach()
+        matrix = RowMatrix(weight.qdata, bias, weight.scale.flatten())
+        super().__init__(matrix, linear.out_features, linear.in_features)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, inputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
+        """The product, and the bias."""
+        product = self._multiply(inputs)
+        return F.linear(inputs, self.weight, self.bias) if product is None else product
 
 
 @torch.no_grad()
@@ -90,7 +127,7 @@ def prepack(backbone: Backbone) -> Backbone:
     compiled code reads them as well, for good, but only if they take less than a quarter of the free memory.
 
     Args:
-        backbone: Frozen. Layers that are quantized, or not in bf16, stay as they are.
+        backbone: Frozen. Layers that are in neither bf16 nor torchao's int8 stay as they are.
     """
     return _packed(backbone, reorder=True)
 
@@ -102,7 +139,7 @@ def with_row_products(backbone: Backbone) -> Backbone:
     It shares all weights. The same object where there is nothing to gain; see `Backbone.for_single_texts`.
 
     Args:
-        backbone: Frozen. Layers that are quantized, or not in bf16, stay as they are.
+        backbone: Frozen. Layers that are in neither bf16 nor torchao's int8 stay as they are.
     """
     return backbone if backbone.adapter is not None else _packed(backbone, reorder=False)
 
@@ -112,7 +149,7 @@ def _packed(backbone: Backbone, *, reorder: bool) -> Backbone:
     if backbone.device.type != "cpu" or hasattr(model, "hf_device_map") or (reorder and not _supported()):
         return backbone
     weights = {id(module.weight): module.weight for module in model.modules() if _matrix(module) is not None}
-    if not weights:
+    if not weights and not any(_is_int8(module) for module in model.modules()):
         return backbone
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
     by_row = not reorder or num_bytes < _SHARE_OF_MEMORY * psutil.virtual_memory().available
@@ -123,6 +160,8 @@ def _packed(backbone: Backbone, *, reorder: bool) -> Backbone:
     twins = dict(zip(model.modules(), made.modules(), strict=True))
     for parent in list(made.modules()):
         for name, child in list(parent.named_children()):
+            if _is_int8(child):
+                setattr(parent, name, Int8Linear(child))
             weight = _matrix(child)
             if weight is not None and (reorder or weight.is_contiguous()):
                 setattr(parent, name, PrepackedLinear(weight.contiguous(), child.bias, reorder=reorder, by_row=by_row))
@@ -147,6 +186,23 @@ def _matrix(module: nn.Module) -> Float[Tensor, "N K"] | None:
         return None
     # GPT-2's lie the other way round.
     return weight.detach() if type(module) is nn.Linear else weight.detach().t()
+
+
+def _is_int8(module: nn.Module) -> bool:
+    """Whether it is a linear layer of torchao's with 8-bit weights, a scale for each of their rows, and no more."""
+    weight: Any = getattr(module, "weight", None)
+    numbers, scales = getattr(weight, "qdata", None), getattr(weight, "scale", None)
+    if type(module) is not nn.Linear or not isinstance(numbers, Tensor) or not isinstance(scales, Tensor):
+        return False
+    extras = [getattr(weight, name, None) for name in ("act_quant_kwargs", "act_quant_scale", "act_pre_scale")]
+    zero_point = getattr(weight, "zero_point", None)
+    return (
+        all(extra is None for extra in extras)
+        and weight.dtype == torch.bfloat16
+        and scales.numel() == len(numbers)
+        and (zero_point is None or not bool(zero_point.any()))
+        and RowMatrix.suits(numbers, None if module.bias is None else module.bias.detach(), scales.flatten())
+    )
 
 
 def _agree(backbone: Backbone, packed: Backbone) -> bool:
