@@ -22,7 +22,7 @@ from prefixtune.attention.registry import ATTENTIONS, register
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, did_you_mean
 from prefixtune.prefix.geometry import LayerShape, Site
 
-__all__ = ["probe"]
+__all__ = ["probe", "runs_as_probed"]
 
 
 _HINT = "use a model whose attention goes through transformers' AttentionInterface, such as LLaMA, Qwen, BART or BERT."
@@ -67,6 +67,21 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
         ) from error
 
 
+@torch.no_grad()
+def runs_as_probed(model: Any, attention: AttentionKernel) -> bool:
+    """Let a model that was probed before use this project's attention function; whether it computes finite numbers."""
+    register()
+    _set_attention(model, attention)
+    return bool(_plain_logits(model).isfinite().all())
+
+
+def _set_attention(model: Any, attention: AttentionKernel) -> None:
+    if not getattr(model, "_supports_sdpa", True):
+        # Its own layers (sparse encoders, routers) know only masks to be added, and not all mark causality.
+        attention = "eager"
+    model.set_attn_implementation(ATTENTIONS[attention])
+
+
 def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list[AttentionCall]:
     """Let a model use this project's attention function; returns its calls in one small forward pass.
 
@@ -77,9 +92,6 @@ def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list
         raise BackboneError(
             f"{name} reads {model.main_input_name}, not token ids.", hint="choose a model that reads text."
         )
-    if not getattr(model, "_supports_sdpa", True):
-        # Its own layers (sparse encoders, routers) know only masks to be added, and not all mark causality.
-        attention = "eager"
     try:
         before = _plain_logits(model)
     except Exception as error:
@@ -88,7 +100,7 @@ def _choose_attention(model: Any, name: str, attention: AttentionKernel) -> list
             f"{name} does not run on token ids alone: {_first_line(error)}", hint="choose another backbone."
         ) from error
     try:
-        model.set_attn_implementation(ATTENTIONS[attention])
+        _set_attention(model, attention)
     except (ValueError, ImportError) as error:
         raise BackboneError(f"{name} cannot take another attention function: {error}", hint=_HINT) from error
     calls = _trace(model, name)

@@ -20,6 +20,7 @@ from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.fingerprint import fingerprint
+from prefixtune.backbone.known_layouts import probe_once
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.backbone.selfcheck import check_once
 from prefixtune.errors import BackboneError, RequestError
@@ -255,6 +256,7 @@ class Backbone:
         adapter: Any = None,
         train_adapter: bool = False,
         attention: str = "sdpa",
+        unchanged: bool = False,
     ) -> Backbone:
         """Freeze a model that is already in memory and read it.
 
@@ -265,6 +267,7 @@ class Backbone:
             adapter: PEFT's view of the model (a `PeftModel` around it), where it holds a LoRA adapter.
             train_adapter: Leave the LoRA layers trainable.
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
+            unchanged: It is as transformers loaded it, so that its layout may be known from another start.
 
         Raises:
             BackboneError: It cannot have a prefix, or fails the self-check; the message says why.
@@ -283,7 +286,7 @@ class Backbone:
             kept = ("decoder_start_token_id", "forced_bos_token_id")
             begins = {name: getattr(stored, name, None) or getattr(model.config, name, None) for name in kept}
             model.generation_config = GenerationConfig(**{k: v for k, v in begins.items() if v is not None})
-        layout = probe(model, attention)
+        layout = (probe_once if unchanged else probe)(model, attention)
         if layout.kind != "encoder" and model.get_output_embeddings() is None:
             raise BackboneError(
                 f"{type(model).__name__} has no output head: it generates no text.",

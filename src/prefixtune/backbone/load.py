@@ -154,6 +154,7 @@ def load_backbone(
         adapter=peft_model,
         train_adapter=train_adapter or adapter_rank > 0,
         attention=attention,
+        unchanged=peft_model is None and not spread,
     )
     if quantize:
         with quiet_transformers():

@@ -37,7 +37,7 @@ from prefixtune.errors import BackboneError, PrefixError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import write_text
 
-__all__ = ["SWITCH", "Comparison", "check_once", "compare"]
+__all__ = ["SWITCH", "Comparison", "architecture_facts", "check_once", "compare"]
 
 
 SWITCH = "PREFIXTUNE_SELF_CHECK"
@@ -83,7 +83,7 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
     Raises:
         BackboneError: Prefixes do not work on it; the message says what differs.
     """
-    facts = _facts(model, attention)
+    facts = architecture_facts(model, attention)
     if os.environ.get(SWITCH) == "0" or _is_verified(facts):
         return
     note = cache_folder() / "checked" / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}.json"
@@ -110,8 +110,8 @@ def check_once(model: Any, layout: Layout, attention: str) -> None:
     _remember(note, facts)
 
 
-def _facts(model: Any, attention: str) -> dict[str, str]:
-    """Everything that a check's outcome depends on."""
+def architecture_facts(model: Any, attention: str) -> dict[str, str]:
+    """Everything but the weights that a model's behaviour with prefixes depends on."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "name_or_path", "transformers_version", "architectures"):
         config.pop(name, None)

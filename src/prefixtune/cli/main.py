@@ -22,6 +22,7 @@ from cyclopts.exceptions import ConsumeMultipleError, MissingArgumentError, Unkn
 from prefixtune import __version__
 from prefixtune.cli.options import CommandOptions
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, did_you_mean
+from prefixtune.utils.collector import seldom_collecting
 from prefixtune.utils.console import Console
 
 __all__ = ["COMMANDS", "build_app", "command_options", "main", "run"]
@@ -73,8 +74,16 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command; returns its exit code.
+
+    Args:
+        arguments: The command and its options; None: those of this process, which ends with it.
+    """
+    with contextlib.nullcontext() if arguments is not None else seldom_collecting():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(words: Sequence[str]) -> int:
     # --json also holds for errors in the arguments themselves.
     as_json = "--json" in [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)]
     try:
