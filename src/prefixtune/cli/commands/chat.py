@@ -69,10 +69,11 @@ def chat(options: ChatOptions) -> int:
         prefixtune chat --temperature 0.7 --seed 1
         printf 'Hello\nWho are you?\n' | prefixtune chat --json
     """
-    from prefixtune.data.chat import has_chat_template
-
     console = Console(quiet=options.quiet)
     backbone, prefixes = load_with_prefixes(console, options, options.prefix, _check_prefixes)
+
+    from prefixtune.data.chat import has_chat_template
+
     if not has_chat_template(backbone) and not any(prefix.header.get("text_format") for prefix in prefixes):
         raise ConfigError(
             f"{backbone.name!r} has no chat template: it was not trained for conversations.",

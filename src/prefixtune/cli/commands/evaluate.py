@@ -101,7 +101,6 @@ def evaluate(options: EvaluateOptions) -> int:
     """
     from prefixtune.data import TASKS, read_task, resolve_task
     from prefixtune.data.forms import describe_data
-    from prefixtune.evaluation.evaluate import check_examples, check_kind
     from prefixtune.evaluation.records import summarize, write_evaluation
     from prefixtune.utils.files import write_text
 
@@ -118,6 +117,8 @@ def evaluate(options: EvaluateOptions) -> int:
     examples = examples[: options.limit or None]
     if form is not None:
         console.info(describe_data(form, examples, options.data, first_row))
+    from prefixtune.evaluation.evaluate import check_examples, check_kind
+
     task = TASKS[name]
     metrics = _check_metrics(options.metrics, task) if options.metrics else task.metrics
     if form is not None and form.name == "text":

@@ -30,12 +30,14 @@ class InspectOptions(OutputOptions):
 @command
 def inspect(options: InspectOptions) -> int:
     """Show a prefix file: header, sizes, norms per layer; or list a folder."""
-    from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.prefix.hub import prefix_file
 
     if os.path.isdir(options.path):  # Path.is_dir raises if the parent folder may not be read
         return _list(options, Path(options.path))
     path = prefix_file(options.path)
+
+    from prefixtune.backbone.prefixes import load_prefix
+
     prefix = load_prefix(path)
     norms = [
         {

@@ -1,0 +1,80 @@
+"""What a command imports before it works: seconds of every start hang on it."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixtune.utils.collector import seldom_collecting
+
+WATCH = """
+import contextlib, io, sys
+from prefixtune.cli.main import main
+out = io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as stopped:
+        code = stopped.code or 0
+print(code, *sorted(sys.modules))
+"""
+
+
+def run_command(*words: str) -> tuple[int, set[str]]:
+    """The exit code of a command, and the modules that it imported."""
+    done = subprocess.run([sys.executable, "-c", WATCH, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    code, *modules = done.stdout.split()
+    return int(code), set(modules)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--version", 0),
+        ("--help", 0),
+        ("generate --help", 0),
+        ("generat hello", 2),
+        ("generate --max-tokenz 1 hello", 2),
+        ("generate --max-new-tokens many hello", 2),
+        ("generate --prefix MISSING hello", 2),
+        ("generate --run MISSING hello", 2),
+        ("chat --prefix MISSING", 2),
+        ("evaluate --data MISSING.jsonl", 2),
+        ("inspect MISSING", 2),
+    ],
+)
+def test_help_and_mistakes_need_neither_torch_nor_transformers(words: str, code: int, tmp_path: Path) -> None:
+    ended, modules = run_command(*words.replace("MISSING", str(tmp_path / "missing")).split())
+    assert ended == code
+    assert modules.isdisjoint({"torch", "transformers", "accelerate", "scipy", "pandas", "sklearn", "matplotlib"})
+
+
+def test_generate_imports_no_part_that_it_does_not_need(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> None:
+    folder = tmp_path / "model"
+    tiny_models("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    code, modules = run_command("generate", "--backbone", str(folder), "--max-new-tokens", "1", "hello")
+    assert code == 0
+    own = {name.split(".")[1] for name in modules if name.startswith("prefixtune.")}
+    assert own.isdisjoint({"engine", "training", "evaluation", "server", "studies", "report", "jobs", "doctor"})
+    other = {"torch._inductor.compile_fx", "transformers.trainer", "peft", "onnx", "pandas", "sklearn", "matplotlib"}
+    assert modules.isdisjoint({*other, "sacrebleu", "fastapi", "datasets", "wandb", "tensorboard", "llguidance"})
+
+
+def test_a_program_collects_more_seldom_and_keeps_what_is_left() -> None:
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    try:
+        with seldom_collecting():
+            assert gc.isenabled()
+            assert before[0] < gc.get_threshold()[0] < 100_000
+            assert gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
