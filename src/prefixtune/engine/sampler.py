@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from prefixtune.engine.logit_rules import LogitRules, has_rules
 from prefixtune.engine.request import SamplingParams, Token
@@ -21,6 +22,10 @@ NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or it
 """Why there is no token."""
 _LOWEST_TEMPERATURE = 1e-5
 """Below it, scores would overflow; the likeliest token has all the weight anyway."""
+_BLOCK = 256
+"""Weights of which a sum is drawn before one of them is."""
+_ROUNDING = 1e-5
+"""Of exponentials in float32, relatively, with a margin."""
 _LOGPROBS_BYTES = 2**24
 """Of a prompt's log-probabilities that are computed at once."""
 
@@ -130,24 +135,46 @@ def _with_logprobs(token: int, logits: Float[Tensor, " V"], params: SamplingPara
 
 
 def _draw(scores: Float[Tensor, " V"], sequence: TokenSequence) -> int:
-    """Sample within top_k, top_p and min_p, with one of the sequence's own random numbers."""
+    """Sample within top_k, top_p and min_p, with one of the sequence's own random numbers.
+
+    Args:
+        scores: In float32, the highest of them 0; may be overwritten.
+        sequence: The sequence.
+    """
     params = sequence.request.sampling
+    if not 0 < params.top_k < len(scores) and params.top_p == 1 and params.min_p == 0:
+        return _pick_of_many(scores.exp_(), sequence)
     if 0 < params.top_k < len(scores):
-        lowest = scores.topk(params.top_k).values[-1]
-        scores = scores.masked_fill(scores < lowest, float("-inf"))
-    probabilities = scores.double().softmax(-1)
-    # All tokens below this together have less than 1 - p, so none of them is among the likeliest that reach p.
-    floor = (1 - params.top_p) / len(scores)
-    candidates = ((probabilities >= floor) & (probabilities > 0)).nonzero().flatten()
-    probabilities = probabilities[candidates]
+        candidates = (scores >= scores.topk(params.top_k).values[-1]).nonzero().flatten()
+        weights = scores[candidates].double().exp()
+        total = weights.sum()
+    else:
+        rough = scores.exp()
+        total = rough.sum(dtype=torch.float64)
+        # All tokens below this together have less than 1 - p, so none of them is among the likeliest that reach p.
+        floor = float(total) * (1 - params.top_p) / len(scores)
+        candidates = ((rough >= floor * (1 - _ROUNDING)) & (rough > 0)).nonzero().flatten()
+        weights = scores[candidates].double().exp()
     if params.top_p < 1:
-        probabilities, order = probabilities.sort(descending=True, stable=True)
+        weights, order = weights.sort(descending=True, stable=True)
         # The first that reaches p stays.
-        count = int((probabilities.cumsum(-1) - probabilities < params.top_p).sum())
-        probabilities, candidates = probabilities[:count], candidates[order]
+        count = int((weights.cumsum(-1) - weights < params.top_p * total).sum())
+        weights, candidates = weights[:count], candidates[order[:count]]
     if params.min_p > 0:
-        likely = probabilities >= params.min_p * probabilities.max()
-        probabilities, candidates = probabilities[likely], candidates[: len(probabilities)][likely]
-    cumulative = probabilities.cumsum(-1)
-    drawn = int(torch.searchsorted(cumulative, float(cumulative[-1]) * sequence.random.random(), right=True))
-    return int(candidates[min(drawn, len(cumulative) - 1)])
+        likely = weights >= params.min_p * weights.max()
+        weights, candidates = weights[likely], candidates[likely]
+    return int(candidates[_pick(weights, sequence.random.random())])
+
+
+def _pick_of_many(weights: Float[Tensor, " V"], sequence: TokenSequence) -> int:
+    """An index, as often as its share of the weights: first a block of them, then one within it."""
+    blocks = F.pad(weights, (0, -len(weights) % _BLOCK)).view(-1, _BLOCK)
+    block = _pick(blocks.sum(-1, dtype=torch.float64), sequence.random.random())
+    return block * _BLOCK + _pick(blocks[block].double(), sequence.random.random())
+
+
+def _pick(weights: Float[Tensor, " N"], drawn: float) -> int:
+    """The index at which this share of the weights' sum, in [0, 1), is reached; never one without weight."""
+    cumulative = weights.cumsum(-1)
+    index = torch.searchsorted(cumulative, float(cumulative[-1]) * drawn, right=True)
+    return min(int(index), int(torch.searchsorted(cumulative, float(cumulative[-1]))))
